@@ -1,0 +1,284 @@
+//! What lb reads of the Kubernetes API objects, and nothing more.
+//!
+//! These types stand between `source` (which parses and validates) and `index` (which relates the objects to each
+//! other). Everything in them has been validated: ports are in 1..=65535 where they are present, addresses are
+//! addresses, names are not empty and at most 63 bytes (253 for nodes and slices).
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// Namespace and name of an object.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectKey {
+    /// `metadata.namespace`; `default` where a manifest has none; empty for cluster-scoped kinds.
+    pub namespace: Arc<str>,
+    /// `metadata.name`.
+    pub name: Arc<str>,
+}
+
+impl ObjectKey {
+    /// A key from borrowed parts.
+    #[must_use]
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self {
+            namespace: namespace.into(),
+            name: name.into(),
+        }
+    }
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            f.write_str(&self.name)
+        } else {
+            write!(f, "{}/{}", self.namespace, self.name)
+        }
+    }
+}
+
+/// Transport protocol of a Service port. The discriminants are IANA protocol numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Protocol {
+    /// Transmission Control Protocol, 6.
+    Tcp = 6,
+    /// User Datagram Protocol, 17.
+    Udp = 17,
+    /// Stream Control Transmission Protocol, 132.
+    Sctp = 132,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        })
+    }
+}
+
+/// `spec.type` of a Service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServiceType {
+    /// Reachable in the cluster only.
+    ClusterIp,
+    /// Also on a port of every node.
+    NodePort,
+    /// Also on addresses of a load balancer.
+    LoadBalancer,
+    /// A DNS alias; no business of a proxy.
+    ExternalName,
+}
+
+/// `internalTrafficPolicy` and `externalTrafficPolicy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TrafficPolicy {
+    /// Every usable endpoint of the cluster.
+    #[default]
+    Cluster,
+    /// Endpoints of this node only.
+    Local,
+}
+
+/// One entry of `spec.ports` of a Service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServicePort {
+    /// `name`; empty where the only port has none.
+    pub name: Arc<str>,
+    /// `protocol`, TCP by default.
+    pub protocol: Protocol,
+    /// `port`, host byte order.
+    pub port: u16,
+    /// `nodePort`, host byte order.
+    pub node_port: Option<u16>,
+}
+
+/// A Service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    /// Namespace and name.
+    pub key: ObjectKey,
+    /// `metadata.creationTimestamp` in seconds since 1970; who of two claimants of one address is older.
+    pub created: Option<i64>,
+    /// `spec.type`.
+    pub service_type: ServiceType,
+    /// `spec.clusterIPs` (or `clusterIP`); empty where the Service is headless.
+    pub cluster_ips: Vec<IpAddr>,
+    /// `spec.ports`, in the order of the object. Names are distinct, and so are (protocol, port) pairs.
+    pub ports: Vec<ServicePort>,
+    /// `spec.sessionAffinity: ClientIP` with its timeout in seconds (1..=86400).
+    pub affinity_timeout: Option<u32>,
+    /// `spec.internalTrafficPolicy`.
+    pub internal_policy: TrafficPolicy,
+    /// `spec.externalTrafficPolicy`.
+    pub external_policy: TrafficPolicy,
+    /// `spec.publishNotReadyAddresses`.
+    pub publish_not_ready: bool,
+    /// Label `service.kubernetes.io/service-proxy-name` is present: another proxy serves it.
+    pub other_proxy: bool,
+    /// Label `service.kubernetes.io/headless` is present.
+    pub headless_label: bool,
+}
+
+/// One entry of `endpoints` of an EndpointSlice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The first of `addresses`; the others have no meaning to a proxy.
+    pub address: IpAddr,
+    /// `conditions.ready`; unset means true.
+    pub ready: bool,
+    /// `conditions.serving`; unset means the value of `ready`.
+    pub serving: bool,
+    /// `conditions.terminating`; unset means false.
+    pub terminating: bool,
+    /// `nodeName`.
+    pub node: Option<Arc<str>>,
+}
+
+/// One entry of `ports` of an EndpointSlice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointPort {
+    /// `name`: the name of the Service port that it belongs to.
+    pub name: Arc<str>,
+    /// `protocol`, TCP by default.
+    pub protocol: Protocol,
+    /// `port`, host byte order; `None` (all ports) is never used by a proxy.
+    pub port: Option<u16>,
+}
+
+/// An EndpointSlice of address type IPv4 or IPv6 (FQDN slices are ignored by `source`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointSlice {
+    /// Namespace and name.
+    pub key: ObjectKey,
+    /// Label `kubernetes.io/service-name`: the Service of the same namespace that it belongs to.
+    pub service: Arc<str>,
+    /// `addressType` is IPv6.
+    pub ipv6: bool,
+    /// `endpoints`, in the order of the object.
+    pub endpoints: Vec<Endpoint>,
+    /// `ports`.
+    pub ports: Vec<EndpointPort>,
+}
+
+impl EndpointSlice {
+    /// The key of the Service that the slice belongs to.
+    #[must_use]
+    pub fn service_key(&self) -> ObjectKey {
+        ObjectKey {
+            namespace: Arc::clone(&self.key.namespace),
+            name: Arc::clone(&self.service),
+        }
+    }
+}
+
+/// A Node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// `metadata.name`.
+    pub name: Arc<str>,
+    /// `status.addresses` of types InternalIP and ExternalIP.
+    pub addresses: Vec<IpAddr>,
+    /// `spec.podCIDRs` (or `podCIDR`) as written.
+    pub pod_cidrs: Vec<Arc<str>>,
+    /// `metadata.labels`, of which `topology.kubernetes.io/zone` is of interest.
+    pub labels: BTreeMap<Arc<str>, Arc<str>>,
+}
+
+/// An object of one of the kinds that lb reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Object {
+    /// `v1` Service.
+    Service(Arc<Service>),
+    /// `discovery.k8s.io/v1` EndpointSlice.
+    EndpointSlice(Arc<EndpointSlice>),
+    /// `v1` Node.
+    Node(Arc<Node>),
+}
+
+/// Identity of an object: kind, and namespace and name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectId {
+    /// Which kind.
+    pub kind: Kind,
+    /// Namespace (empty for Node) and name.
+    pub key: ObjectKey,
+}
+
+impl fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {}", self.kind, self.key)
+    }
+}
+
+/// The kinds of objects that lb reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// `v1` Service.
+    Service,
+    /// `discovery.k8s.io/v1` EndpointSlice.
+    EndpointSlice,
+    /// `v1` Node.
+    Node,
+}
+
+impl Object {
+    /// The object's identity.
+    #[must_use]
+    pub fn id(&self) -> ObjectId {
+        match self {
+            Self::Service(o) => ObjectId {
+                kind: Kind::Service,
+                key: o.key.clone(),
+            },
+            Self::EndpointSlice(o) => ObjectId {
+                kind: Kind::EndpointSlice,
+                key: o.key.clone(),
+            },
+            Self::Node(o) => ObjectId {
+                kind: Kind::Node,
+                key: ObjectKey::new("", &o.name),
+            },
+        }
+    }
+}
+
+/// One change of one object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// The object is new, or differs from what it was.
+    Set(Object),
+    /// The object is gone.
+    Remove(ObjectId),
+}
+
+/// Something that a source could not use, told to the operator by log, `status` and a metric.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Problem {
+    /// Where it stands: a file with the document's number and line, or an API object.
+    pub place: String,
+    /// What is wrong with which field.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.place, self.message)
+    }
+}
+
+/// What a source hands over: applied as a whole.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Changes since the last batch; at most one per object.
+    pub changes: Vec<Change>,
+    /// The source has told everything there is at least once. Until then nothing that is pinned from an earlier run
+    /// is removed.
+    pub complete: bool,
+    /// Everything that is wrong now (not only what is new).
+    pub problems: Vec<Problem>,
+}
