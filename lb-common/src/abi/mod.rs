@@ -1,0 +1,104 @@
+//! Types, names and sizes of everything that crosses the kernel boundary.
+//!
+//! Integers are in the byte order of the machine, ports included; addresses are bytes in network order. IPv4 addresses
+//! are stored v4-mapped (`::ffff:a.b.c.d`), so that one family of maps serves both. Every type is plain old data with
+//! explicit padding that is always zero, and has its size and offsets asserted at compile time. A change of any of
+//! them needs a new [`VERSION`].
+
+mod addr;
+mod drop_reason;
+mod event;
+mod frontend;
+mod record;
+mod service;
+mod stats;
+
+pub use addr::Addr;
+pub use drop_reason::DropReason;
+pub use event::Event;
+pub use frontend::{Frontend, FrontendKey, FrontendKind, FrontendSwap};
+pub use record::SocketRecord;
+pub use service::{Backend, BackendSlot, Name, Service, SetWord, backend_flags, service_flags, set_flags};
+pub use stats::{Config, Notice, ServiceStats, State, event_mask};
+
+/// Version of the layout of all maps together; part of the pin path.
+pub const VERSION: u32 = 1;
+
+/// Defines the maps' names once for both sides.
+macro_rules! map_names {
+    ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {
+        /// Names of the maps, as they are in the object, under the pin path and in `bpftool`.
+        ///
+        /// The kernel keeps 15 bytes of a name.
+        pub mod map_name {
+            $($(#[$doc])* pub const $name: &str = $text;)*
+            /// All of them.
+            pub const ALL: &[&str] = &[$($name),*];
+            $(const _: () = assert!($name.len() <= 15);)*
+        }
+    };
+}
+
+map_names! {
+    /// Hash: [`super::FrontendKey`] -> [`super::Frontend`].
+    FRONTENDS = "FRONTENDS";
+    /// Array, mmapped: service index -> [`super::Service`].
+    SERVICES = "SERVICES";
+    /// Array, mmapped: slot -> [`super::BackendSlot`].
+    BACKEND_SLOTS = "BACKEND_SLOTS";
+    /// Array, mmapped: backend id -> [`super::Backend`].
+    BACKENDS = "BACKENDS";
+    /// Array, mmapped: cookie & mask -> [`super::SocketRecord`].
+    SOCKETS = "SOCKETS";
+    /// Hash: socket cookie -> [`super::SocketRecord`], for those whose slot in SOCKETS is taken.
+    SOCKETS_MORE = "SOCKETS_MORE";
+    /// Hash: service index -> [`super::Name`].
+    NAMES = "NAMES";
+    /// Per-CPU array: service index -> [`super::ServiceStats`].
+    STATS = "STATS";
+    /// Per-CPU array: [`super::DropReason`] -> count (u64).
+    DROPS = "DROPS";
+    /// Ring buffer of [`super::Event`].
+    EVENTS = "EVENTS";
+    /// Array of one [`super::Config`], mmapped: what the agent tells the programs.
+    CONFIG = "CONFIG";
+    /// Array of one [`super::State`], mmapped: what the agent tells the command line.
+    STATE = "STATE";
+    /// Hash: number -> [`super::Notice`]: what the agent could not use, for the command line.
+    NOTICES = "NOTICES";
+}
+
+/// Names of the programs, as they are in the object and under the pin path.
+pub mod program_name {
+    /// `cgroup/connect4`.
+    pub const CONNECT4: &str = "lb_connect4";
+    /// `cgroup/getpeername4`.
+    pub const GETPEERNAME4: &str = "lb_getpeername4";
+    /// `cgroup/sock_release`.
+    pub const SOCK_RELEASE: &str = "lb_sock_release";
+    /// XDP, never attached: run by the agent to store one word in place. See [`super::FrontendSwap`].
+    pub const FRONTEND_SWAP: &str = "lb_frontend_swap";
+}
+
+/// Name of the read-only global that holds the number of slots in SOCKETS, less one.
+pub const SOCKETS_MASK_GLOBAL: &str = "SOCKETS_MASK";
+
+/// Default number of entries of each map; all are flags of `lb-agent run`.
+pub mod capacity {
+    /// SERVICES, NAMES and STATS.
+    pub const SERVICES: u32 = 4096;
+    /// FRONTENDS.
+    pub const FRONTENDS: u32 = 16384;
+    /// BACKENDS.
+    pub const BACKENDS: u32 = 32768;
+    /// BACKEND_SLOTS.
+    pub const BACKEND_SLOTS: u32 = 65536;
+    /// SOCKETS; always a power of two.
+    pub const SOCKETS: u32 = 16384;
+    /// SOCKETS_MORE.
+    pub const SOCKETS_MORE: u32 = 65536;
+    /// EVENTS, in bytes; a power of two and a multiple of the page size.
+    pub const EVENTS_BYTES: u32 = 1 << 18;
+    /// NOTICES.
+    pub const NOTICES: u32 = 64;
+}

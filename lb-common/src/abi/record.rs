@@ -1,0 +1,53 @@
+//! SOCKETS and SOCKETS_MORE: connected sockets.
+
+use core::mem::offset_of;
+
+use super::Addr;
+
+/// A socket that was connected to a service.
+///
+/// In SOCKETS the record of a socket stands at slot `cookie & mask`, claimed by compare-and-exchange of `cookie` from
+/// zero. It counts while `cookie` is not zero and `sequence` is even and not zero; a writer makes `sequence` odd
+/// before and even after it (see [`crate::logic::record`]). A socket whose slot is taken has its record in
+/// SOCKETS_MORE, and `spilled` of the slot counts those.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[repr(C, align(8))]
+pub struct SocketRecord {
+    /// `bpf_get_socket_cookie`; zero while the slot is free.
+    pub cookie: u64,
+    /// See above.
+    pub sequence: u32,
+    /// SOCKETS only: how many records of this slot are in SOCKETS_MORE.
+    pub spilled: u32,
+    /// `bpf_get_netns_cookie` of the socket.
+    pub netns: u64,
+    /// `bpf_ktime_get_coarse_ns` at connect: nanoseconds of CLOCK_MONOTONIC.
+    pub time: u64,
+    /// The destination that the process asked for.
+    pub original_addr: Addr,
+    /// The backend that it got.
+    pub backend_addr: Addr,
+    /// Port of `original_addr`, host byte order.
+    pub original_port: u16,
+    /// Port of `backend_addr`, host byte order.
+    pub backend_port: u16,
+    /// Index into BACKENDS.
+    pub backend: u32,
+    /// Generation of that entry.
+    pub generation: u32,
+    /// Index into SERVICES.
+    pub service: u32,
+}
+
+const _: () = {
+    assert!(size_of::<SocketRecord>() == 80 && align_of::<SocketRecord>() == 8);
+    assert!(offset_of!(SocketRecord, sequence) == 8);
+    assert!(offset_of!(SocketRecord, spilled) == 12);
+    assert!(offset_of!(SocketRecord, netns) == 16);
+    assert!(offset_of!(SocketRecord, time) == 24);
+    assert!(offset_of!(SocketRecord, original_addr) == 32);
+    assert!(offset_of!(SocketRecord, backend_addr) == 48);
+    assert!(offset_of!(SocketRecord, original_port) == 64);
+    assert!(offset_of!(SocketRecord, backend) == 68);
+    assert!(offset_of!(SocketRecord, service) == 76);
+};

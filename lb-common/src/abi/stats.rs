@@ -1,0 +1,78 @@
+//! STATS, CONFIG, STATE and NOTICES.
+
+use core::mem::offset_of;
+
+/// Value of STATS, per CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct ServiceStats {
+    /// Connections whose destination was rewritten to a backend.
+    pub connections: u64,
+    /// Connections that were refused.
+    pub refused: u64,
+}
+
+const _: () = assert!(size_of::<ServiceStats>() == 16);
+
+/// The one value of CONFIG: what the agent tells the programs while they run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Config {
+    /// Which events to write: see [`event_mask`].
+    pub events: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+const _: () = assert!(size_of::<Config>() == 8);
+
+/// Bits of [`Config::events`].
+pub mod event_mask {
+    /// Refused connections.
+    pub const REFUSED: u32 = 1;
+}
+
+/// The one value of STATE: what the agent tells the command line, also after its death.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C, align(8))]
+pub struct State {
+    /// Process id of the agent that wrote this, in its own namespace.
+    pub pid: u32,
+    /// 1 after everything that the source has was applied at least once, else 0.
+    pub complete: u32,
+    /// When the agent started; seconds since 1970.
+    pub started: u64,
+    /// When something was last applied; seconds since 1970.
+    pub applied: u64,
+    /// How many batches were applied.
+    pub applies: u64,
+    /// Id of the cgroup (its inode) that the programs are attached to.
+    pub cgroup: u64,
+    /// `bpf_get_netns_cookie` of the node.
+    pub netns: u64,
+    /// Problems that did not fit into NOTICES.
+    pub more_notices: u32,
+    /// Zero.
+    pub pad: u32,
+    /// Node name, padded with zero bytes.
+    pub node: [u8; 256],
+    /// Version of the agent, padded with zero bytes.
+    pub version: [u8; 32],
+}
+
+const _: () = {
+    assert!(size_of::<State>() == 344);
+    assert!(offset_of!(State, node) == 56);
+};
+
+/// Value of NOTICES: a problem, for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub struct Notice {
+    /// Where, in UTF-8, padded with zero bytes, cut where it is longer.
+    pub place: [u8; 256],
+    /// What, likewise.
+    pub message: [u8; 512],
+}
+
+const _: () = assert!(size_of::<Notice>() == 768);

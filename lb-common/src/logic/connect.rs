@@ -1,0 +1,94 @@
+//! What a connecting socket gets.
+
+use crate::abi::{DropReason, Frontend, FrontendKind, SetWord, set_flags};
+
+/// Which of a service's three sets serves a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Set {
+    /// [`crate::abi::Service::internal`].
+    Internal,
+    /// [`crate::abi::Service::external`].
+    External,
+    /// [`crate::abi::Service::cluster`].
+    Cluster,
+}
+
+/// The set that serves a socket of this node's host or pods: such a client is inside the cluster, so external
+/// addresses have the semantics of policy Cluster for it.
+///
+/// # Errors
+/// [`DropReason::NoSuchPort`] for the mark of a service address, [`DropReason::BadKind`] for a number that is no kind.
+#[inline(always)]
+pub const fn set_for_socket(frontend: Frontend) -> Result<Set, DropReason> {
+    match FrontendKind::from_u8(frontend.kind) {
+        Some(FrontendKind::ClusterIp) => Ok(Set::Internal),
+        Some(FrontendKind::NodePort | FrontendKind::ExternalIp | FrontendKind::LoadBalancer) => Ok(Set::Cluster),
+        Some(FrontendKind::Address) => Err(DropReason::NoSuchPort),
+        None => Err(DropReason::BadKind),
+    }
+}
+
+/// The slot that a connection takes from a set, by a random number.
+///
+/// # Errors
+/// For an empty set: [`DropReason::NoLocalEndpoint`] where its flags say that empty means DROP, else
+/// [`DropReason::NoEndpoint`].
+#[inline(always)]
+pub const fn slot(set: SetWord, random: u32) -> Result<u32, DropReason> {
+    if set.len == 0 {
+        return Err(if set.flags & set_flags::EMPTY_DROPS != 0 {
+            DropReason::NoLocalEndpoint
+        } else {
+            DropReason::NoEndpoint
+        });
+    }
+    Ok(set.base.wrapping_add(super::select::pick(random, set.len)))
+}
+
+/// What `connect()` returns for a reason, as a positive errno: ECONNREFUSED for REJECT, EHOSTUNREACH for DROP (a
+/// socket is told at once instead of being left to a time-out).
+#[inline(always)]
+#[must_use]
+pub const fn errno(reason: DropReason) -> i32 {
+    match reason {
+        DropReason::NoLocalEndpoint => 113,
+        _ => 111,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cluster_ips_have_the_internal_set_and_all_else_the_whole_cluster() {
+        let set = |kind| set_for_socket(Frontend::new(1, kind));
+        assert_eq!(set(FrontendKind::ClusterIp), Ok(Set::Internal));
+        for kind in [FrontendKind::NodePort, FrontendKind::ExternalIp, FrontendKind::LoadBalancer] {
+            assert_eq!(set(kind), Ok(Set::Cluster));
+        }
+        assert_eq!(set(FrontendKind::Address), Err(DropReason::NoSuchPort));
+        let mut unknown = Frontend::new(1, FrontendKind::ClusterIp);
+        for kind in [0, 6, 255] {
+            unknown.kind = kind;
+            assert_eq!(set_for_socket(unknown), Err(DropReason::BadKind));
+        }
+    }
+
+    #[test]
+    fn an_empty_set_says_why() {
+        let empty = SetWord { base: 7, len: 0, flags: 0 };
+        assert_eq!(slot(empty, 9), Err(DropReason::NoEndpoint));
+        let drops = SetWord { flags: set_flags::EMPTY_DROPS, ..empty };
+        assert_eq!(slot(drops, 9), Err(DropReason::NoLocalEndpoint));
+        assert_eq!(errno(DropReason::NoEndpoint), 111);
+        assert_eq!(errno(DropReason::NoLocalEndpoint), 113);
+    }
+
+    #[test]
+    fn slots_stay_in_the_range() {
+        let set = SetWord { base: 100, len: 3, flags: 0 };
+        assert_eq!(slot(set, 0), Ok(100));
+        assert_eq!(slot(set, u32::MAX), Ok(102));
+    }
+}

@@ -1,0 +1,37 @@
+//! Which member of a set a connection gets.
+
+/// A member of `0..len`, evenly spread over a random 32-bit number; zero where `len` is zero.
+///
+/// Multiplication instead of `%`: the verifier keeps the bound, and no division is paid for. The result is biased by
+/// at most `len / 2^32` (Lemire, "Fast Random Integer Generation in an Interval", 2019).
+#[inline(always)]
+#[must_use]
+pub const fn pick(random: u32, len: u16) -> u32 {
+    ((random as u64 * len as u64) >> 32) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn stays_in_bounds(random: u32, len in 1..=u16::MAX) {
+            prop_assert!(pick(random, len) < u32::from(len));
+        }
+    }
+
+    #[test]
+    fn every_member_has_the_same_share() {
+        for len in [1_u16, 2, 3, 7, 10] {
+            let mut counts = [0_u32; 10];
+            for i in 0..100_000_u32 {
+                counts[pick(i * (u32::MAX / 100_000), len) as usize] += 1;
+            }
+            for count in &counts[..len as usize] {
+                assert!(count.abs_diff(100_000 / u32::from(len)) <= 1 + u32::from(len), "{len}: {counts:?}");
+            }
+        }
+    }
+}

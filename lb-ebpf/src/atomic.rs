@@ -1,0 +1,127 @@
+//! Atomic operations on map values: full barriers on every architecture (Linux, `Documentation/bpf/standardization`,
+//! "Atomic operations": those with FETCH are).
+//!
+//! The kernel target's `core` has atomic loads and stores only, so the instructions are written out. On other targets,
+//! where this crate is only checked, never run, `core`'s own stand in.
+
+#[cfg(target_arch = "bpf")]
+mod imp {
+    use core::arch::asm;
+
+    // 32-bit operands are named by hand: the compiler knows the `w` registers only with the target feature `alu32`,
+    // while the linker, which assembles this, has it (cpu v3).
+
+    #[inline(always)]
+    pub(crate) unsafe fn exchange_u64(at: *mut u64, new: u64) -> u64 {
+        let mut value = new;
+        // SAFETY: as for the caller.
+        unsafe { asm!("{value} = xchg_64({at} + 0, {value})", at = in(reg) at, value = inout(reg) value) };
+        value
+    }
+
+    #[inline(always)]
+    pub(crate) unsafe fn exchange_u32(at: *mut u32, new: u32) -> u32 {
+        let mut value = new;
+        // SAFETY: as for the caller.
+        unsafe { asm!("w2 = xchg32_32({at} + 0, w2)", at = in(reg) at, inout("r2") value) };
+        value
+    }
+
+    #[inline(always)]
+    pub(crate) unsafe fn compare_exchange_u64(at: *mut u64, old: u64, new: u64) -> bool {
+        let mut value = old;
+        // SAFETY: as for the caller.
+        unsafe { asm!("r0 = cmpxchg_64({at} + 0, r0, {new})", at = in(reg) at, new = in(reg) new, inout("r0") value) };
+        value == old
+    }
+
+    #[inline(always)]
+    pub(crate) unsafe fn add_u32(at: *mut u32, more: u32) {
+        // SAFETY: as for the caller.
+        unsafe { asm!("lock *(u32 *)({at} + 0) += w2", at = in(reg) at, in("r2") more) };
+    }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+mod imp {
+    use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+    pub(crate) unsafe fn exchange_u64(at: *mut u64, new: u64) -> u64 {
+        // SAFETY: as for the caller.
+        unsafe { AtomicU64::from_ptr(at) }.swap(new, Ordering::SeqCst)
+    }
+
+    pub(crate) unsafe fn exchange_u32(at: *mut u32, new: u32) -> u32 {
+        // SAFETY: as for the caller.
+        unsafe { AtomicU32::from_ptr(at) }.swap(new, Ordering::SeqCst)
+    }
+
+    pub(crate) unsafe fn compare_exchange_u64(at: *mut u64, old: u64, new: u64) -> bool {
+        // SAFETY: as for the caller.
+        let at = unsafe { AtomicU64::from_ptr(at) };
+        at.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    pub(crate) unsafe fn add_u32(at: *mut u32, more: u32) {
+        // SAFETY: as for the caller.
+        unsafe { AtomicU32::from_ptr(at) }.fetch_add(more, Ordering::SeqCst);
+    }
+}
+
+/// A field of a map value that several programs write.
+pub(crate) struct Shared<T>(*mut T);
+
+impl<T: Copy> Shared<T> {
+    /// # Safety
+    /// The pointer must be to a field of a map value, aligned, and valid while the program runs.
+    #[inline(always)]
+    pub(crate) const unsafe fn new(at: *mut T) -> Self {
+        Self(at)
+    }
+
+    /// One load.
+    #[inline(always)]
+    pub(crate) fn load(&self) -> T {
+        // SAFETY: see `new`.
+        unsafe { self.0.read_volatile() }
+    }
+
+    /// One store.
+    #[inline(always)]
+    pub(crate) fn store(&self, new: T) {
+        // SAFETY: see `new`.
+        unsafe { self.0.write_volatile(new) }
+    }
+}
+
+impl Shared<u64> {
+    /// Stores `new`, as a full barrier.
+    #[inline(always)]
+    pub(crate) fn exchange(&self, new: u64) -> u64 {
+        // SAFETY: see `new`.
+        unsafe { imp::exchange_u64(self.0, new) }
+    }
+
+    /// Stores `new` if `old` is there, as a full barrier; whether it was.
+    #[inline(always)]
+    pub(crate) fn compare_exchange(&self, old: u64, new: u64) -> bool {
+        // SAFETY: see `new`.
+        unsafe { imp::compare_exchange_u64(self.0, old, new) }
+    }
+}
+
+impl Shared<u32> {
+    /// Stores `new`, as a full barrier.
+    #[inline(always)]
+    pub(crate) fn exchange(&self, new: u32) -> u32 {
+        // SAFETY: see `new`.
+        unsafe { imp::exchange_u32(self.0, new) }
+    }
+
+    /// Adds, wrapping.
+    #[inline(always)]
+    pub(crate) fn add(&self, more: u32) {
+        // SAFETY: see `new`.
+        unsafe { imp::add_u32(self.0, more) }
+    }
+}

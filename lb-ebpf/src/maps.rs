@@ -1,0 +1,63 @@
+//! The maps. Sizes are defaults: the loader sets them from the agent's flags.
+
+use aya_ebpf::Global;
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
+use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, RingBuf};
+use aya_ebpf::macros::btf_map;
+use lb_common::abi::{
+    Backend, BackendSlot, Config, DropReason, Event, Frontend, FrontendKey, Name, Notice, Service, ServiceStats,
+    SocketRecord, State, capacity,
+};
+
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
+
+#[btf_map]
+pub(crate) static FRONTENDS: HashMap<FrontendKey, Frontend, { capacity::FRONTENDS as usize }> = HashMap::new();
+
+#[btf_map]
+pub(crate) static SERVICES: Array<Service, { capacity::SERVICES as usize }, MMAPABLE> = Array::new();
+
+#[btf_map]
+pub(crate) static BACKEND_SLOTS: Array<BackendSlot, { capacity::BACKEND_SLOTS as usize }, MMAPABLE> = Array::new();
+
+#[btf_map]
+pub(crate) static BACKENDS: Array<Backend, { capacity::BACKENDS as usize }, MMAPABLE> = Array::new();
+
+#[btf_map]
+pub(crate) static SOCKETS: Array<SocketRecord, { capacity::SOCKETS as usize }, MMAPABLE> = Array::new();
+
+#[btf_map]
+pub(crate) static SOCKETS_MORE: HashMap<u64, SocketRecord, { capacity::SOCKETS_MORE as usize }, NO_PREALLOC> =
+    HashMap::new();
+
+#[btf_map]
+pub(crate) static NAMES: HashMap<u32, Name, { capacity::SERVICES as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+pub(crate) static STATS: PerCpuArray<ServiceStats, { capacity::SERVICES as usize }> = PerCpuArray::new();
+
+#[btf_map]
+pub(crate) static DROPS: PerCpuArray<u64, { DropReason::COUNT as usize }> = PerCpuArray::new();
+
+#[btf_map]
+pub(crate) static EVENTS: RingBuf<Event, { capacity::EVENTS_BYTES as usize }> = RingBuf::new();
+
+#[btf_map]
+pub(crate) static CONFIG: Array<Config, 1, MMAPABLE> = Array::new();
+
+#[btf_map]
+pub(crate) static STATE: Array<State, 1, MMAPABLE> = Array::new();
+
+#[btf_map]
+pub(crate) static NOTICES: HashMap<u32, Notice, { capacity::NOTICES as usize }, NO_PREALLOC> = HashMap::new();
+
+/// Number of slots in SOCKETS, less one. Set by the loader before the programs are loaded.
+#[unsafe(no_mangle)]
+static SOCKETS_MASK: Global<u32> = Global::new(capacity::SOCKETS - 1);
+
+/// The number of slots in SOCKETS, less one.
+#[inline(always)]
+pub(crate) fn sockets_mask() -> u32 {
+    SOCKETS_MASK.load()
+}

@@ -1,0 +1,31 @@
+//! XDP programs.
+
+use aya_ebpf::bindings::xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS};
+use aya_ebpf::macros::xdp;
+use aya_ebpf::programs::XdpContext;
+use lb_common::abi::FrontendSwap;
+
+use crate::atomic::Shared;
+use crate::maps::FRONTENDS;
+
+/// Stores a new value in an existing entry of FRONTENDS, in place and by one 8-byte store. Never attached: the agent
+/// runs it by `BPF_PROG_TEST_RUN` with a [`FrontendSwap`] for a packet.
+///
+/// `XDP_PASS`: stored. `XDP_DROP`: no such entry. `XDP_ABORTED`: not a [`FrontendSwap`].
+#[xdp]
+pub(crate) fn lb_frontend_swap(ctx: XdpContext) -> u32 {
+    let at = ctx.data();
+    if at + size_of::<FrontendSwap>() > ctx.data_end() {
+        return XDP_ABORTED;
+    }
+    let request = at as *const FrontendSwap;
+    // SAFETY: the bounds were checked, and every bit pattern is a `FrontendSwap`; packet data is not aligned.
+    let request = unsafe { request.read_unaligned() };
+    let Some(value) = FRONTENDS.get_ptr_mut(request.key) else {
+        return XDP_DROP;
+    };
+    // SAFETY: the pointer is to a value of the map, 8 bytes and aligned so.
+    let value = unsafe { Shared::new(value.cast::<u64>()) };
+    value.exchange(request.value);
+    XDP_PASS
+}
