@@ -59,7 +59,8 @@ mod imp {
     pub(crate) unsafe fn compare_exchange_u64(at: *mut u64, old: u64, new: u64) -> bool {
         // SAFETY: as for the caller.
         let at = unsafe { AtomicU64::from_ptr(at) };
-        at.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        at.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
     }
 
     pub(crate) unsafe fn add_u32(at: *mut u32, more: u32) {

@@ -37,7 +37,9 @@ pub(crate) fn connection(service: u32, connected: bool) {
 /// Tells the agent of a refused connection, if it wants to know.
 #[inline(always)]
 pub(crate) fn refused(ctx: *mut core::ffi::c_void, to: Destination, service: u32, reason: DropReason) {
-    let Some(config) = CONFIG.get_ptr(0) else { return };
+    let Some(config) = CONFIG.get_ptr(0) else {
+        return;
+    };
     // SAFETY: a value of CONFIG is as long and as aligned as its type; the agent may store to it at any time.
     let events = unsafe { ptr::read_volatile(&raw const (*config).events) };
     if events & event_mask::REFUSED == 0 {

@@ -91,7 +91,9 @@ impl Connected {
 /// Remembers a connected socket.
 #[inline(always)]
 pub(crate) fn remember(new: &Connected) {
-    let Some(slot) = Slot::of(new.cookie) else { return };
+    let Some(slot) = Slot::of(new.cookie) else {
+        return;
+    };
     let holder = slot.cookie().load();
     if holder == new.cookie {
         // The same socket connects once more.

@@ -3,11 +3,13 @@
 use core::fmt;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
 /// An IPv6 address, or an IPv4 address v4-mapped; bytes in network order.
 ///
 /// The alignment of 4 keeps the compiler from copying it byte by byte through `memcpy`, which the kernel target does
 /// not have.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(4))]
 pub struct Addr {
     /// The 16 bytes.

@@ -2,10 +2,12 @@
 
 use core::mem::offset_of;
 
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
 use super::Addr;
 
 /// One event. Written only while the agent asks for it in CONFIG.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Event {
     /// Nanoseconds of CLOCK_MONOTONIC.

@@ -2,10 +2,12 @@
 
 use core::mem::offset_of;
 
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
 use super::Addr;
 
 /// Key of FRONTENDS: a destination that clients connect to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct FrontendKey {
     /// Destination address. Zero (of the family: `::ffff:0.0.0.0` or `::`) for node ports.
@@ -47,7 +49,7 @@ impl FrontendKey {
 }
 
 /// Value of FRONTENDS, an aligned 8-byte word: read by one load, changed in place by one store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Frontend {
     /// Index into SERVICES, STATS and NAMES. Zero for [`FrontendKind::Address`].
@@ -144,7 +146,7 @@ impl FrontendKind {
 ///
 /// The map API cannot do this: `bpf_map_update_elem` of an existing hash key links a new element and unlinks the old
 /// one, and a lookup in between returns NULL (`htab_map_update_elem` in `kernel/bpf/hashtab.c`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct FrontendSwap {
     /// Which entry.

@@ -2,6 +2,8 @@
 
 use core::mem::offset_of;
 
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
 use super::Addr;
 
 /// A socket that was connected to a service.
@@ -10,7 +12,7 @@ use super::Addr;
 /// zero. It counts while `cookie` is not zero and `sequence` is even and not zero; a writer makes `sequence` odd
 /// before and even after it (see [`crate::logic::record`]). A socket whose slot is taken has its record in
 /// SOCKETS_MORE, and `spilled` of the slot counts those.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct SocketRecord {
     /// `bpf_get_socket_cookie`; zero while the slot is free.

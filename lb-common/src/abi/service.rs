@@ -2,11 +2,13 @@
 
 use core::mem::offset_of;
 
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
 use super::Addr;
 
 /// One of a service's three backend sets: where its slots stand. An aligned 8-byte word, read by one volatile load and
 /// then split, replaced by one store: that store is the publication of a new set.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct SetWord {
     /// First slot in BACKEND_SLOTS.
@@ -54,7 +56,7 @@ pub mod set_flags {
 }
 
 /// Value of SERVICES: one Service port in one family. Index zero is never used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Service {
     /// Serves cluster IPs: `internalTrafficPolicy` applied.
@@ -90,7 +92,7 @@ pub mod service_flags {
 
 /// Value of BACKEND_SLOTS: one member of one set, with all that a connection needs, so that the data plane reads one
 /// cache line. Never changed while a set that it belongs to is published.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct BackendSlot {
     /// Address of the backend.
@@ -127,7 +129,7 @@ pub mod backend_flags {
 }
 
 /// Value of BACKENDS: what affinity, sockets and flows refer to, by index and generation. Index zero is never used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Backend {
     /// Address of the backend.
@@ -155,7 +157,7 @@ const _: () = {
 };
 
 /// Value of NAMES: whose a service index is. For people, and for adoption at restart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Name {
     /// Namespace, padded with zero bytes.

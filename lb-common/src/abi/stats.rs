@@ -2,8 +2,10 @@
 
 use core::mem::offset_of;
 
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
 /// Value of STATS, per CPU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct ServiceStats {
     /// Connections whose destination was rewritten to a backend.
@@ -15,7 +17,7 @@ pub struct ServiceStats {
 const _: () = assert!(size_of::<ServiceStats>() == 16);
 
 /// The one value of CONFIG: what the agent tells the programs while they run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Config {
     /// Which events to write: see [`event_mask`].
@@ -33,7 +35,7 @@ pub mod event_mask {
 }
 
 /// The one value of STATE: what the agent tells the command line, also after its death.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct State {
     /// Process id of the agent that wrote this, in its own namespace.
@@ -66,7 +68,7 @@ const _: () = {
 };
 
 /// Value of NOTICES: a problem, for people.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Notice {
     /// Where, in UTF-8, padded with zero bytes, cut where it is longer.

@@ -64,7 +64,11 @@ mod tests {
     fn cluster_ips_have_the_internal_set_and_all_else_the_whole_cluster() {
         let set = |kind| set_for_socket(Frontend::new(1, kind));
         assert_eq!(set(FrontendKind::ClusterIp), Ok(Set::Internal));
-        for kind in [FrontendKind::NodePort, FrontendKind::ExternalIp, FrontendKind::LoadBalancer] {
+        for kind in [
+            FrontendKind::NodePort,
+            FrontendKind::ExternalIp,
+            FrontendKind::LoadBalancer,
+        ] {
             assert_eq!(set(kind), Ok(Set::Cluster));
         }
         assert_eq!(set(FrontendKind::Address), Err(DropReason::NoSuchPort));
@@ -77,9 +81,16 @@ mod tests {
 
     #[test]
     fn an_empty_set_says_why() {
-        let empty = SetWord { base: 7, len: 0, flags: 0 };
+        let empty = SetWord {
+            base: 7,
+            len: 0,
+            flags: 0,
+        };
         assert_eq!(slot(empty, 9), Err(DropReason::NoEndpoint));
-        let drops = SetWord { flags: set_flags::EMPTY_DROPS, ..empty };
+        let drops = SetWord {
+            flags: set_flags::EMPTY_DROPS,
+            ..empty
+        };
         assert_eq!(slot(drops, 9), Err(DropReason::NoLocalEndpoint));
         assert_eq!(errno(DropReason::NoEndpoint), 111);
         assert_eq!(errno(DropReason::NoLocalEndpoint), 113);
@@ -87,7 +98,11 @@ mod tests {
 
     #[test]
     fn slots_stay_in_the_range() {
-        let set = SetWord { base: 100, len: 3, flags: 0 };
+        let set = SetWord {
+            base: 100,
+            len: 3,
+            flags: 0,
+        };
         assert_eq!(slot(set, 0), Ok(100));
         assert_eq!(slot(set, u32::MAX), Ok(102));
     }

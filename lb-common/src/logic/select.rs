@@ -30,7 +30,10 @@ mod tests {
                 counts[pick(i * (u32::MAX / 100_000), len) as usize] += 1;
             }
             for count in &counts[..len as usize] {
-                assert!(count.abs_diff(100_000 / u32::from(len)) <= 1 + u32::from(len), "{len}: {counts:?}");
+                assert!(
+                    count.abs_diff(100_000 / u32::from(len)) <= 1 + u32::from(len),
+                    "{len}: {counts:?}"
+                );
             }
         }
     }
