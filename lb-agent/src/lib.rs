@@ -1,1 +1,20 @@
+//! The agent of lb: reads Services and endpoints, decides which backends serve which destination, and makes the kernel's
+//! maps say so.
+//!
+//! ```text
+//! source -> index -> policy -> desired -> diff -> reconcile (apply) -> maps
+//! ```
+//!
+//! Arrows go one way. What decides (`index`, [`policy`], [`desired`], `diff`, `verify`) is synchronous and pure.
+#![deny(unsafe_code)]
+
+mod actual;
+mod alloc;
+pub mod desired;
+mod diff;
+mod index;
+pub mod maps;
+pub mod model;
+pub mod policy;
+pub mod reconcile;
 

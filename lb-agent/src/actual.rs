@@ -1,0 +1,332 @@
+//! What the maps say, as far as the agent wrote it: kept beside them so that a change needs no reading back, and made
+//! anew from a dump of the maps at start.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use lb_common::abi::{Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, backend_flags};
+use lb_common::logic::connect::Set;
+use lb_common::logic::generation;
+
+use crate::alloc::{Indexes, Range, SlotRanges};
+use crate::desired::{PortId, SETS};
+use crate::maps::{Capacities, Dump};
+use crate::model::{ObjectKey, Protocol};
+use crate::policy::Member;
+
+/// A published set.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct ActualSet {
+    /// The slots that belong to it; `None` where it is empty, or names slots that are not its own.
+    pub(crate) range: Option<Range>,
+    /// What they hold; `None` where that is not what it should be, so that it has to be written anew.
+    pub(crate) members: Option<Arc<[Member]>>,
+}
+
+/// A backend that a service port has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ActualBackend {
+    pub(crate) id: u32,
+    pub(crate) generation: u32,
+    pub(crate) flags: u16,
+}
+
+/// A service index in use.
+#[derive(Debug, Clone)]
+pub(crate) struct ActualPort {
+    pub(crate) index: u32,
+    /// The entry of SERVICES.
+    pub(crate) value: Service,
+    /// The entry of NAMES.
+    pub(crate) name: Name,
+    /// In the order of [`SETS`].
+    pub(crate) sets: [ActualSet; 3],
+    pub(crate) backends: BTreeMap<(IpAddr, u16), ActualBackend>,
+}
+
+impl ActualPort {
+    /// Whether a frontend may lead here: SERVICES was written, and its sets are known.
+    pub(crate) fn is_written(&self) -> bool {
+        self.value.generation == self.name.generation && self.sets.iter().all(|set| set.members.is_some())
+    }
+
+    /// The ranges that its sets are in, each once.
+    pub(crate) fn ranges(&self) -> BTreeSet<Range> {
+        self.sets.iter().filter_map(|set| set.range).collect()
+    }
+}
+
+/// The set words of a service, in the order of [`SETS`].
+pub(crate) fn set_words(service: &Service) -> [SetWord; 3] {
+    [service.internal, service.external, service.cluster]
+}
+
+/// One set word of a service.
+pub(crate) fn set_word_mut(service: &mut Service, set: Set) -> &mut SetWord {
+    match set {
+        Set::Internal => &mut service.internal,
+        Set::External => &mut service.external,
+        Set::Cluster => &mut service.cluster,
+    }
+}
+
+/// Leftovers that no service port owns: of an agent that died in between, or of somebody else's writes.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Strays {
+    /// Service indexes that are named or live, but nobody's.
+    pub(crate) indexes: BTreeSet<u32>,
+    /// Backends that are live, but nobody's.
+    pub(crate) backends: BTreeSet<u32>,
+}
+
+/// The state of the maps.
+#[derive(Debug)]
+pub(crate) struct Actual {
+    pub(crate) ports: HashMap<Arc<PortId>, ActualPort>,
+    pub(crate) frontends: HashMap<FrontendKey, Frontend>,
+    /// How many frontends lead to a service index.
+    pub(crate) references: HashMap<u32, u32>,
+    pub(crate) slots: SlotRanges,
+    pub(crate) indexes: Indexes,
+    pub(crate) ids: Indexes,
+    /// Generation of each index and id, also while it is not in use.
+    pub(crate) service_generations: Vec<u32>,
+    pub(crate) backend_generations: Vec<u32>,
+}
+
+impl Actual {
+    /// Takes over what the maps say. Everything in them may be wrong; what is wrong is told apart so that the next
+    /// application of the desired state puts it right.
+    pub(crate) fn adopt(dump: &Dump, capacities: Capacities) -> (Self, Strays) {
+        let mut actual = Self {
+            ports: HashMap::new(),
+            frontends: dump.frontends.iter().map(|(key, value)| (*key, *value)).collect(),
+            references: HashMap::new(),
+            slots: SlotRanges::new(capacities.backend_slots),
+            indexes: Indexes::new(capacities.services),
+            ids: Indexes::new(capacities.backends),
+            service_generations: dump.services.iter().map(|s| s.generation).collect(),
+            backend_generations: dump.backends.iter().map(|b| b.generation).collect(),
+        };
+        for value in dump.frontends.values() {
+            actual.count(*value, true);
+        }
+        let mut strays = Strays::default();
+        let mut names: Vec<_> = dump.names.iter().collect();
+        // Two of one identity: an agent died between adding a Service again and clearing the first. Frontends lead to
+        // the new one.
+        names.sort_by_key(|(index, _)| (!actual.references.contains_key(*index), **index));
+        for (index, name) in names {
+            let id = port_id(name).map(Arc::new);
+            let entry = dump.services.get(*index as usize);
+            match (id, entry) {
+                (Some(id), Some(entry))
+                    if *index != 0 && generation::is_live(name.generation) && !actual.ports.contains_key(&id) =>
+                {
+                    actual.indexes.claim(*index);
+                    actual.service_generations[*index as usize] = name.generation;
+                    let port = ActualPort {
+                        index: *index,
+                        value: *entry,
+                        name: *name,
+                        sets: Default::default(),
+                        backends: BTreeMap::new(),
+                    };
+                    actual.ports.insert(id, port);
+                }
+                _ => {
+                    strays.indexes.insert(*index);
+                }
+            }
+        }
+        for (index, service) in (0_u32..).zip(&dump.services) {
+            let named = dump.names.contains_key(&index);
+            if !named && generation::is_live(service.generation) {
+                strays.indexes.insert(index);
+            }
+        }
+        for index in &strays.indexes {
+            actual.indexes.claim(*index);
+        }
+        actual.adopt_backends(dump, &mut strays);
+        actual.adopt_sets(dump);
+        (actual, strays)
+    }
+
+    fn adopt_backends(&mut self, dump: &Dump, strays: &mut Strays) {
+        let mut owners: HashMap<u32, &mut ActualPort> =
+            self.ports.values_mut().map(|port| (port.index, port)).collect();
+        // Of two with one address, the one that slots refer to.
+        let referred: BTreeSet<u32> = dump.slots.iter().map(|slot| slot.backend).collect();
+        let mut live: Vec<_> =
+            (0_u32..).zip(&dump.backends).filter(|(_, b)| generation::is_live(b.generation)).collect();
+        live.sort_by_key(|(id, _)| (!referred.contains(id), *id));
+        for (id, backend) in live {
+            let free = |port: &&mut ActualPort| !port.backends.contains_key(&(backend.addr.into(), backend.port));
+            let owner = owners.get_mut(&backend.service).filter(|p| free(p));
+            self.ids.claim(id);
+            match owner {
+                Some(port) if id != 0 && generation::is_sealed(backend) => {
+                    let known = ActualBackend {
+                        id,
+                        generation: backend.generation,
+                        flags: backend.flags,
+                    };
+                    port.backends.insert((backend.addr.into(), backend.port), known);
+                }
+                _ => {
+                    strays.backends.insert(id);
+                }
+            }
+        }
+    }
+
+    fn adopt_sets(&mut self, dump: &Dump) {
+        // Ranges whose slots are sound go first: where two name one range, it is theirs.
+        let mut ports: Vec<_> = self.ports.values_mut().collect();
+        ports.sort_by_key(|port| port.index);
+        for sound in [true, false] {
+            for port in &mut ports {
+                let words = set_words(&port.value);
+                for (i, word) in words.into_iter().enumerate() {
+                    let members = read_set(dump, port, word);
+                    if members.is_some() != sound {
+                        continue;
+                    }
+                    if word.len != 0 {
+                        let range = Range::holding(word.base, word.len);
+                        let shared = port.sets.iter().any(|set| set.range == Some(range));
+                        if shared || self.slots.claim(range) {
+                            port.sets[i].range = Some(range);
+                        } else {
+                            continue;
+                        }
+                    }
+                    port.sets[i].members = members;
+                }
+            }
+        }
+    }
+
+    /// Counts a frontend that leads to a service index, or does no more.
+    pub(crate) fn count(&mut self, value: Frontend, there: bool) {
+        if FrontendKind::from_u8(value.kind) == Some(FrontendKind::Address) {
+            return;
+        }
+        let count = self.references.entry(value.service).or_default();
+        *count = if there { *count + 1 } else { count.saturating_sub(1) };
+        if *count == 0 {
+            self.references.remove(&value.service);
+        }
+    }
+}
+
+/// The members of a published set, if every slot of it is what this port's backends say.
+fn read_set(dump: &Dump, port: &ActualPort, word: SetWord) -> Option<Arc<[Member]>> {
+    let base = word.base as usize;
+    let slots = dump.slots.get(base..base.checked_add(usize::from(word.len))?)?;
+    let members: Option<Vec<Member>> = slots
+        .iter()
+        .map(|slot| {
+            let (addr, local) = (IpAddr::from(slot.addr), slot.flags == backend_flags::LOCAL);
+            let backend = port.backends.get(&(addr, slot.port))?;
+            let member = Member {
+                addr,
+                port: slot.port,
+                local,
+            };
+            (*slot == slot_of(&member, backend)).then_some(member)
+        })
+        .collect();
+    members.filter(|members| members.is_sorted()).map(Into::into)
+}
+
+/// The slot of a member.
+pub(crate) fn slot_of(member: &Member, backend: &ActualBackend) -> BackendSlot {
+    BackendSlot {
+        addr: Addr::from(member.addr),
+        port: member.port,
+        flags: if member.local { backend_flags::LOCAL } else { 0 },
+        backend: backend.id,
+        generation: backend.generation,
+        pad: 0,
+    }
+}
+
+/// The entry of BACKENDS of a member.
+pub(crate) fn backend_of(member: &Member, backend: &ActualBackend, service: u32) -> Backend {
+    let addr = Addr::from(member.addr);
+    Backend {
+        addr,
+        port: member.port,
+        flags: backend.flags,
+        service,
+        generation: backend.generation,
+        seal: generation::seal(addr, member.port, service, backend.generation),
+    }
+}
+
+/// Which of a backend's flags say what it is a member of.
+pub(crate) const fn member_flag(set: Set) -> u16 {
+    match set {
+        Set::Internal => backend_flags::INTERNAL,
+        Set::External => backend_flags::EXTERNAL,
+        Set::Cluster => backend_flags::CLUSTER,
+    }
+}
+
+/// The text in a field that is padded with zero bytes.
+#[must_use]
+pub fn text(field: &[u8]) -> Option<&str> {
+    let end = field.iter().position(|b| *b == 0).unwrap_or(field.len());
+    std::str::from_utf8(&field[..end]).ok()
+}
+
+/// Copies a text into a field, cut at a character boundary where it is longer.
+pub(crate) fn pad<const N: usize>(text: &str) -> [u8; N] {
+    let mut field = [0; N];
+    let mut end = text.len().min(N);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    field[..end].copy_from_slice(&text.as_bytes()[..end]);
+    field
+}
+
+/// The identity that an entry of NAMES gives.
+#[must_use]
+pub fn port_id(name: &Name) -> Option<PortId> {
+    let protocol = match name.proto {
+        6 => Protocol::Tcp,
+        17 => Protocol::Udp,
+        132 => Protocol::Sctp,
+        _ => return None,
+    };
+    let (namespace, service, port_name) = (text(&name.namespace)?, text(&name.name)?, text(&name.port_name)?);
+    if namespace.is_empty() || service.is_empty() || !matches!(name.family, 4 | 6) {
+        return None;
+    }
+    Some(PortId {
+        service: ObjectKey::new(namespace, service),
+        port_name: port_name.into(),
+        protocol,
+        ipv6: name.family == 6,
+    })
+}
+
+/// The entry of NAMES of a service port.
+pub(crate) fn name_of(id: &PortId, port: u16, generation: u32) -> Name {
+    Name {
+        namespace: pad(&id.service.namespace),
+        name: pad(&id.service.name),
+        port_name: pad(&id.port_name),
+        generation,
+        port,
+        proto: id.protocol as u8,
+        family: if id.ipv6 { 6 } else { 4 },
+    }
+}
+
+// `SETS` and `set_words` are in the same order.
+const _: () = assert!(matches!(SETS, [Set::Internal, Set::External, Set::Cluster]));

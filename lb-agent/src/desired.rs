@@ -1,0 +1,397 @@
+//! What the maps are to say: from Services and endpoints to service ports, backend sets and frontends. Pure.
+
+use std::cmp::Ordering;
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::sync::Arc;
+
+use lb_common::abi::{Addr, Frontend, FrontendKey, FrontendKind, service_flags};
+use lb_common::logic::connect::Set;
+
+use crate::model::{EndpointSlice, ObjectKey, Problem, Protocol, Service, ServiceType};
+use crate::policy::{self, Member, Wanted};
+
+/// What a service index stands for: one port of a Service in one family. Two with the same identity are the same, even
+/// if the port number or the address has changed.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortId {
+    /// The Service.
+    pub service: ObjectKey,
+    /// Name of the port; empty where the only port has none.
+    pub port_name: Arc<str>,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Family of the frontends.
+    pub ipv6: bool,
+}
+
+impl fmt::Display for PortId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let family = if self.ipv6 { "IPv6" } else { "IPv4" };
+        match &*self.port_name {
+            "" => write!(f, "{} {} {family}", self.service, self.protocol),
+            name => write!(f, "{} port {name} {} {family}", self.service, self.protocol),
+        }
+    }
+}
+
+/// The three sets of a service port, in the order of [`lb_common::abi::Service`].
+pub const SETS: [Set; 3] = [Set::Internal, Set::External, Set::Cluster];
+
+/// One backend set.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DesiredSet {
+    /// Its members, sorted.
+    pub members: Arc<[Member]>,
+    /// Being empty means DROP instead of REJECT.
+    pub empty_drops: bool,
+}
+
+/// What the maps are to say of a service port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DesiredPort {
+    /// `spec.ports[].port`, host byte order.
+    pub port: u16,
+    /// `metadata.creationTimestamp`: of two that claim a frontend the older has it.
+    pub created: Option<i64>,
+    /// [`lb_common::abi::service_flags`].
+    pub flags: u32,
+    /// In seconds; zero without affinity.
+    pub affinity_timeout: u32,
+    /// In the order of [`SETS`].
+    pub sets: [DesiredSet; 3],
+    /// Backends that no set contains, whose connections live on.
+    pub draining: Arc<[Member]>,
+    /// Destinations that lead here, [`FrontendKind::Address`] marks included; sorted.
+    pub frontends: Vec<(FrontendKey, FrontendKind)>,
+}
+
+/// The service ports of a Service that lb serves: none where another proxy does, for ExternalName and headless ones.
+#[must_use]
+pub fn ports<'a>(
+    service: &Service,
+    slices: impl Iterator<Item = &'a EndpointSlice> + Clone,
+    node: &str,
+) -> Vec<(PortId, DesiredPort)> {
+    if service.other_proxy || service.headless_label || service.service_type == ServiceType::ExternalName {
+        return Vec::new();
+    }
+    let mut all = Vec::new();
+    for ipv6 in [false, true] {
+        let addresses: Vec<Addr> =
+            service.cluster_ips.iter().filter(|ip| ip.is_ipv6() == ipv6).map(|ip| Addr::from(*ip)).collect();
+        for port in &service.ports {
+            // The data plane has no hooks yet for the others.
+            if addresses.is_empty() || ipv6 || port.protocol != Protocol::Tcp {
+                continue;
+            }
+            let wanted = Wanted {
+                port_name: &port.name,
+                protocol: port.protocol,
+                ipv6,
+                node,
+            };
+            let endpoints = policy::categorize(slices.clone(), wanted);
+            let set = |policy| {
+                let (members, empty_drops) = endpoints.for_policy(policy);
+                DesiredSet {
+                    members: Arc::clone(members),
+                    empty_drops,
+                }
+            };
+            let mut sets = [
+                set(service.internal_policy),
+                set(service.external_policy),
+                set(crate::model::TrafficPolicy::Cluster),
+            ];
+            share(&mut sets);
+            let mut frontends: Vec<_> = addresses
+                .iter()
+                .flat_map(|addr| {
+                    let key = FrontendKey::new(*addr, port.port, port.protocol as u8);
+                    [(key, FrontendKind::ClusterIp), (FrontendKey::address_mark(*addr), FrontendKind::Address)]
+                })
+                .collect();
+            frontends.sort_unstable();
+            frontends.dedup();
+            let id = PortId {
+                service: service.key.clone(),
+                port_name: Arc::clone(&port.name),
+                protocol: port.protocol,
+                ipv6,
+            };
+            let desired = DesiredPort {
+                port: port.port,
+                created: service.created,
+                flags: service.affinity_timeout.map_or(0, |_| service_flags::AFFINITY),
+                affinity_timeout: service.affinity_timeout.unwrap_or(0),
+                sets,
+                draining: Arc::clone(&endpoints.draining),
+                frontends,
+            };
+            all.push((id, desired));
+        }
+    }
+    all
+}
+
+/// Sets with the same members share their memory here, and their slots in the map.
+fn share(sets: &mut [DesiredSet; 3]) {
+    for i in 1..sets.len() {
+        if let Some(same) = sets[..i].iter().find(|set| set.members == sets[i].members) {
+            sets[i].members = Arc::clone(&same.members);
+        }
+    }
+}
+
+/// A service port that wants a frontend.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Claim {
+    created: Option<i64>,
+    id: Arc<PortId>,
+    kind: FrontendKind,
+}
+
+impl Claim {
+    /// The older first; without a time stamp last; then by namespace and name, and port.
+    fn precedence(&self, other: &Self) -> Ordering {
+        let age = |claim: &Self| claim.created.unwrap_or(i64::MAX);
+        age(self).cmp(&age(other)).then_with(|| self.id.cmp(&other.id)).then(self.kind.cmp(&other.kind))
+    }
+}
+
+/// What changed in [`Desired`].
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Touched {
+    /// Service ports that are new, differ, or are gone.
+    pub ports: BTreeSet<Arc<PortId>>,
+    /// Frontends whose claims changed.
+    pub frontends: BTreeSet<FrontendKey>,
+}
+
+/// All service ports, and who claims which frontend.
+#[derive(Debug, Default)]
+pub struct Desired {
+    ports: HashMap<Arc<PortId>, DesiredPort>,
+    by_service: HashMap<ObjectKey, Vec<Arc<PortId>>>,
+    /// In the order of precedence.
+    claims: HashMap<FrontendKey, Vec<Claim>>,
+    /// Frontends (no marks) with more than one claim.
+    contested: BTreeSet<FrontendKey>,
+}
+
+impl Desired {
+    /// Replaces the ports of a Service, and adds what that changes to `touched`.
+    pub fn update(&mut self, service: &ObjectKey, ports: Vec<(PortId, DesiredPort)>, touched: &mut Touched) {
+        let mut before = self.by_service.remove(service).unwrap_or_default();
+        let mut now = Vec::with_capacity(ports.len());
+        for (id, new) in ports {
+            let id = match before.iter().position(|known| **known == id) {
+                Some(known) => before.swap_remove(known),
+                None => Arc::new(id),
+            };
+            let old = self.ports.get(&id);
+            if old != Some(&new) {
+                let (claims, created) = (old.map_or(&[][..], |old| &old.frontends), old.and_then(|old| old.created));
+                if claims != new.frontends || created != new.created {
+                    let old = claims.to_vec();
+                    self.unclaim(&id, &old, touched);
+                    self.claim(&id, &new, touched);
+                }
+                touched.ports.insert(Arc::clone(&id));
+                self.ports.insert(Arc::clone(&id), new);
+            }
+            now.push(id);
+        }
+        for id in before {
+            if let Some(old) = self.ports.remove(&id) {
+                self.unclaim(&id, &old.frontends, touched);
+            }
+            touched.ports.insert(id);
+        }
+        if !now.is_empty() {
+            self.by_service.insert(service.clone(), now);
+        }
+    }
+
+    fn claim(&mut self, id: &Arc<PortId>, port: &DesiredPort, touched: &mut Touched) {
+        for (key, kind) in &port.frontends {
+            let claim = Claim {
+                created: port.created,
+                id: Arc::clone(id),
+                kind: *kind,
+            };
+            let claims = self.claims.entry(*key).or_default();
+            let at = claims.partition_point(|other| other.precedence(&claim) == Ordering::Less);
+            claims.insert(at, claim);
+            if claims.len() > 1 && *kind != FrontendKind::Address {
+                self.contested.insert(*key);
+            }
+            touched.frontends.insert(*key);
+        }
+    }
+
+    fn unclaim(&mut self, id: &Arc<PortId>, frontends: &[(FrontendKey, FrontendKind)], touched: &mut Touched) {
+        for (key, kind) in frontends {
+            if let Some(claims) = self.claims.get_mut(key) {
+                claims.retain(|claim| claim.id != *id || claim.kind != *kind);
+                if claims.len() < 2 {
+                    self.contested.remove(key);
+                }
+                if claims.is_empty() {
+                    self.claims.remove(key);
+                }
+            }
+            touched.frontends.insert(*key);
+        }
+    }
+
+    /// A service port.
+    #[must_use]
+    pub fn port(&self, id: &PortId) -> Option<&DesiredPort> {
+        self.ports.get(id)
+    }
+
+    /// All service ports.
+    pub fn ports(&self) -> impl Iterator<Item = (&Arc<PortId>, &DesiredPort)> {
+        self.ports.iter()
+    }
+
+    /// All frontends that anybody claims.
+    pub fn frontends(&self) -> impl Iterator<Item = FrontendKey> {
+        self.claims.keys().copied()
+    }
+
+    /// The value of a frontend: that of the first claimant that `index_of` has a service index for.
+    pub fn frontend(&self, key: &FrontendKey, index_of: impl Fn(&PortId) -> Option<u32>) -> Option<Frontend> {
+        self.claims.get(key)?.iter().find_map(|claim| {
+            let index = index_of(&claim.id)?;
+            Some(match claim.kind {
+                FrontendKind::Address => Frontend::new(0, FrontendKind::Address),
+                kind => Frontend::new(index, kind),
+            })
+        })
+    }
+
+    /// Claims that lose to an older one.
+    #[must_use]
+    pub fn conflicts(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        for key in &self.contested {
+            let Some([winner, losers @ ..]) = self.claims.get(key).map(Vec::as_slice) else {
+                continue;
+            };
+            problems.extend(losers.iter().map(|loser| Problem {
+                place: format!("Service {}", loser.id),
+                message: format!(
+                    "{}:{} is served for the older Service {}",
+                    key.addr, key.port, winner.id.service
+                ),
+            }));
+        }
+        problems
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::IpAddr;
+
+    fn id(name: &str) -> PortId {
+        PortId {
+            service: ObjectKey::new("default", name),
+            port_name: "".into(),
+            protocol: Protocol::Tcp,
+            ipv6: false,
+        }
+    }
+
+    fn key(port: u16) -> FrontendKey {
+        FrontendKey::new(IpAddr::from([10, 96, 0, 1]).into(), port, 6)
+    }
+
+    fn port(created: Option<i64>, frontends: &[u16]) -> DesiredPort {
+        let mark = (FrontendKey::address_mark(key(0).addr), FrontendKind::Address);
+        DesiredPort {
+            port: 80,
+            created,
+            flags: 0,
+            affinity_timeout: 0,
+            sets: Default::default(),
+            draining: Arc::default(),
+            frontends: [mark].into_iter().chain(frontends.iter().map(|p| (key(*p), FrontendKind::ClusterIp))).collect(),
+        }
+    }
+
+    fn update(desired: &mut Desired, name: &str, ports: Vec<(PortId, DesiredPort)>) -> Touched {
+        let mut touched = Touched::default();
+        desired.update(&ObjectKey::new("default", name), ports, &mut touched);
+        touched
+    }
+
+    fn winner(desired: &Desired, port: u16) -> Option<u32> {
+        let index = |id: &PortId| Some(u32::from(id.service.name.as_bytes()[0]));
+        desired.frontend(&key(port), index).map(|f| f.service)
+    }
+
+    #[test]
+    fn the_older_claim_wins_and_the_other_is_told() {
+        let mut desired = Desired::default();
+        update(&mut desired, "b", vec![(id("b"), port(Some(10), &[80]))]);
+        update(&mut desired, "a", vec![(id("a"), port(None, &[80]))]);
+        assert_eq!(winner(&desired, 80), Some(u32::from(b'b')));
+        assert_eq!(desired.conflicts().len(), 1);
+        assert!(desired.conflicts()[0].to_string().contains("Service default/a TCP IPv4: 10.96.0.1:80"));
+        update(&mut desired, "c", vec![(id("c"), port(Some(5), &[80]))]);
+        assert_eq!(winner(&desired, 80), Some(u32::from(b'c')));
+        let gone = update(&mut desired, "c", Vec::new());
+        assert_eq!(gone.frontends.len(), 2, "frontend and mark");
+        assert_eq!(winner(&desired, 80), Some(u32::from(b'b')));
+        update(&mut desired, "b", Vec::new());
+        assert!(desired.conflicts().is_empty());
+        assert_eq!(winner(&desired, 80), Some(u32::from(b'a')));
+        update(&mut desired, "a", Vec::new());
+        assert_eq!(winner(&desired, 80), None);
+        assert_eq!(desired.frontends().count(), 0);
+    }
+
+    #[test]
+    fn a_claimant_without_an_index_is_passed_over() {
+        let mut desired = Desired::default();
+        update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]);
+        update(&mut desired, "b", vec![(id("b"), port(Some(2), &[80]))]);
+        let only_b = |id: &PortId| (&*id.service.name == "b").then_some(7);
+        assert_eq!(desired.frontend(&key(80), only_b), Some(Frontend::new(7, FrontendKind::ClusterIp)));
+    }
+
+    #[test]
+    fn the_same_again_touches_nothing_and_a_change_only_its_own() {
+        let mut desired = Desired::default();
+        update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]);
+        assert_eq!(update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]), Touched::default());
+        let mut other = port(Some(1), &[80]);
+        other.affinity_timeout = 5;
+        let touched = update(&mut desired, "a", vec![(id("a"), other)]);
+        assert_eq!((touched.ports.len(), touched.frontends.len()), (1, 0));
+        let touched = update(&mut desired, "a", vec![(id("a"), port(Some(1), &[81]))]);
+        assert_eq!(touched.frontends.len(), 3, "80, 81 and the mark");
+    }
+
+    #[test]
+    fn sets_with_the_same_members_share_them() {
+        let member = |n| Member {
+            addr: IpAddr::from([10, 0, 0, n]),
+            port: 1,
+            local: false,
+        };
+        let set = |n| DesiredSet {
+            members: Arc::from([member(n)]),
+            empty_drops: false,
+        };
+        let mut sets = [set(1), set(2), set(1)];
+        share(&mut sets);
+        assert!(Arc::ptr_eq(&sets[0].members, &sets[2].members));
+        assert!(!Arc::ptr_eq(&sets[0].members, &sets[1].members));
+    }
+}

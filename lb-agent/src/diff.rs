@@ -1,0 +1,217 @@
+//! From what a service port should be and what it is to the steps between: pure, but for what it takes from the
+//! allocators.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use lb_common::abi::{Backend, BackendSlot, Name, Service, SetWord, backend_flags, map_name, set_flags};
+use lb_common::logic::connect::Set;
+use lb_common::logic::generation;
+
+use crate::actual::{Actual, ActualBackend, ActualPort, backend_of, member_flag, name_of, set_words, slot_of};
+use crate::alloc::Range;
+use crate::desired::{DesiredPort, PortId, SETS};
+use crate::maps::{MapError, capacity_flag};
+use crate::policy::Member;
+
+/// One write, and what is known of the maps after it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// NAMES.
+    Name(Name),
+    /// BACKENDS: a backend comes into use.
+    Fill(Backend, ActualBackend),
+    /// BACKENDS: membership or locality changes.
+    Flags((IpAddr, u16), u16),
+    /// BACKEND_SLOTS: a range that nobody sees yet.
+    Slots(Range, Vec<BackendSlot>),
+    /// SERVICES: an index that no frontend leads to.
+    Service(Service, [(Option<Range>, Arc<[Member]>); 3]),
+    /// SERVICES: all but the set words.
+    Settings(Service),
+    /// SERVICES: a new set, seen at once by all frontends.
+    Publish(Set, SetWord, Option<Range>, Arc<[Member]>),
+    /// BACKENDS: a backend goes out of use.
+    Withdraw((IpAddr, u16)),
+}
+
+/// The steps for one service port, in their order, and what they take.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    /// The service index.
+    pub(crate) index: u32,
+    /// Whether the index is newly taken.
+    pub(crate) new_index: bool,
+    /// Newly taken ranges.
+    pub(crate) new_ranges: Vec<Range>,
+    /// Newly taken backend ids.
+    pub(crate) new_ids: Vec<u32>,
+    /// What to write.
+    pub(crate) steps: Vec<Step>,
+}
+
+impl Plan {
+    /// Gives back what was taken; for a plan of which nothing was written.
+    pub(crate) fn cancel(self, actual: &mut Actual) {
+        if self.new_index {
+            actual.indexes.free(self.index);
+        }
+        self.new_ranges.into_iter().for_each(|range| actual.slots.free(range));
+        self.new_ids.into_iter().for_each(|id| actual.ids.free(id));
+    }
+}
+
+/// Plans what makes a service port as desired. No steps where it is.
+///
+/// # Errors
+/// [`MapError::Full`]; nothing is taken then.
+pub(crate) fn plan(id: &PortId, want: &DesiredPort, actual: &mut Actual) -> Result<Plan, MapError> {
+    let have = actual.ports.get(id).cloned();
+    let mut plan = Plan::default();
+    match fill(id, want, have.as_ref(), actual, &mut plan) {
+        Ok(()) => Ok(plan),
+        Err(map) => {
+            plan.cancel(actual);
+            let capacity = match map {
+                map_name::SERVICES => actual.service_generations.len() as u32,
+                map_name::BACKENDS => actual.backend_generations.len() as u32,
+                _ => actual.slots.capacity(),
+            };
+            Err(MapError::Full {
+                map,
+                flag: capacity_flag(map),
+                capacity,
+            })
+        }
+    }
+}
+
+/// Adds the steps to a plan; the name of the map that is full where there is no room.
+fn fill(
+    id: &PortId,
+    want: &DesiredPort,
+    have: Option<&ActualPort>,
+    actual: &mut Actual,
+    plan: &mut Plan,
+) -> Result<(), &'static str> {
+    let (index, service_generation) = match have {
+        Some(have) => (have.index, actual.service_generations[have.index as usize]),
+        None => {
+            let index = actual.indexes.alloc().ok_or(map_name::SERVICES)?;
+            plan.new_index = true;
+            (index, generation::taken(actual.service_generations[index as usize]))
+        }
+    };
+    plan.index = index;
+
+    let name = name_of(id, want.port, service_generation);
+    if have.is_none_or(|have| have.name != name) {
+        plan.steps.push(Step::Name(name));
+    }
+
+    let flags = wanted_flags(want);
+    let mut backends: BTreeMap<(IpAddr, u16), ActualBackend> = BTreeMap::new();
+    for (member, flags) in &flags {
+        let key = (member.addr, member.port);
+        if let Some(known) = have.and_then(|have| have.backends.get(&key)) {
+            if known.flags != *flags {
+                plan.steps.push(Step::Flags(key, *flags));
+            }
+            backends.insert(key, *known);
+        } else {
+            let id = actual.ids.alloc().ok_or(map_name::BACKENDS)?;
+            plan.new_ids.push(id);
+            let new = ActualBackend {
+                id,
+                generation: generation::taken(actual.backend_generations[id as usize]),
+                flags: *flags,
+            };
+            plan.steps.push(Step::Fill(backend_of(member, &new, index), new));
+            backends.insert(key, new);
+        }
+    }
+
+    let sets = place_sets(want, have, &backends, actual, plan)?;
+    let mut value = Service {
+        flags: want.flags,
+        affinity_timeout: want.affinity_timeout,
+        generation: service_generation,
+        ..Service::default()
+    };
+    (value.internal, value.external, value.cluster) = (sets[0].0, sets[1].0, sets[2].0);
+    match have {
+        None => plan.steps.push(Step::Service(value, sets.map(|(_, range, members)| (range, members)))),
+        Some(have) => {
+            let unset = |mut service: Service| {
+                (service.internal, service.external, service.cluster) = Default::default();
+                service
+            };
+            if unset(have.value) != unset(value) {
+                plan.steps.push(Step::Settings(value));
+            }
+            let words = set_words(&have.value);
+            for (i, (word, range, members)) in sets.into_iter().enumerate() {
+                if words[i] != word || have.sets[i].members.is_none() {
+                    plan.steps.push(Step::Publish(SETS[i], word, range, members));
+                }
+            }
+            let gone = have.backends.keys().filter(|key| !backends.contains_key(*key));
+            plan.steps.extend(gone.map(|key| Step::Withdraw(*key)));
+        }
+    }
+    Ok(())
+}
+
+/// All backends of a service port with their flags, sorted.
+fn wanted_flags(want: &DesiredPort) -> Vec<(Member, u16)> {
+    let mut all: BTreeMap<(IpAddr, u16), (Member, u16)> = BTreeMap::new();
+    let sets = SETS.iter().zip(&want.sets).map(|(set, s)| (member_flag(*set), &s.members));
+    for (flag, members) in sets.chain([(0, &want.draining)]) {
+        for member in members.iter() {
+            let local = if member.local { backend_flags::LOCAL } else { 0 };
+            all.entry((member.addr, member.port)).or_insert((*member, local)).1 |= flag;
+        }
+    }
+    all.into_values().collect()
+}
+
+/// A set as it will be: its word, its range and its members.
+type Placed = (SetWord, Option<Range>, Arc<[Member]>);
+
+/// Finds a range for each set: the one that it has where the members are the same, that of another set with the same
+/// members, or a new one.
+fn place_sets(
+    want: &DesiredPort,
+    have: Option<&ActualPort>,
+    backends: &BTreeMap<(IpAddr, u16), ActualBackend>,
+    actual: &mut Actual,
+    plan: &mut Plan,
+) -> Result<[Placed; 3], &'static str> {
+    let mut placed: Vec<Placed> = Vec::with_capacity(SETS.len());
+    for set in &want.sets {
+        let flags = if set.empty_drops { set_flags::EMPTY_DROPS } else { 0 };
+        let known = have.into_iter().flat_map(|have| &have.sets);
+        let known = known.filter(|s| s.members.as_ref() == Some(&set.members)).find_map(|s| s.range);
+        let new = placed.iter().find(|(_, _, members)| *members == set.members).and_then(|(_, range, _)| *range);
+        let range = match (set.members.is_empty(), known.or(new)) {
+            (true, _) => None,
+            (false, Some(range)) => Some(range),
+            (false, None) => {
+                let len = u16::try_from(set.members.len()).map_err(|_| map_name::BACKEND_SLOTS)?;
+                let range = actual.slots.alloc(len).ok_or(map_name::BACKEND_SLOTS)?;
+                plan.new_ranges.push(range);
+                let slots = set.members.iter().map(|m| slot_of(m, &backends[&(m.addr, m.port)])).collect();
+                plan.steps.push(Step::Slots(range, slots));
+                Some(range)
+            }
+        };
+        let word = SetWord {
+            base: range.map_or(0, |range| range.base),
+            len: set.members.len() as u16,
+            flags,
+        };
+        placed.push((word, range, Arc::clone(&set.members)));
+    }
+    placed.try_into().map_err(|_| map_name::BACKEND_SLOTS)
+}

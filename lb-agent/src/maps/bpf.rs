@@ -1,0 +1,534 @@
+//! The real maps.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::mem::offset_of;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+
+use aya::Ebpf;
+use aya::maps::{HashMap, MapData, MapError as AyaMapError, PerCpuArray, PerCpuValues};
+use aya::programs::{TestRun as _, TestRunOptions, Xdp};
+use lb_common::abi::{
+    Backend, BackendSlot, Config, DropReason, Frontend, FrontendKey, FrontendSwap, Name, Notice, Service,
+    ServiceStats, SetWord, SocketRecord, State, map_name, program_name,
+};
+use lb_common::logic::connect::Set;
+use lb_common::logic::{generation, record};
+use tokio::sync::watch;
+use zerocopy::{FromBytes, FromZeros as _, IntoBytes};
+
+use super::grace::GraceThread;
+use super::sys::{MappedArray, word_of};
+use super::{Capacities, Dump, Epoch, MapError, Maps, capacity_flag};
+
+type Hash<const K: usize, const V: usize> = HashMap<MapData, [u8; K], [u8; V]>;
+
+const KEY: usize = size_of::<FrontendKey>();
+const NAME: usize = size_of::<Name>();
+const RECORD: usize = size_of::<SocketRecord>();
+const NOTICE: usize = size_of::<Notice>();
+const STATS: usize = size_of::<ServiceStats>();
+
+/// The pinned maps of an agent, opened by path: what every subcommand reads, and what [`BpfMaps`] writes.
+pub struct PinnedMaps {
+    frontends: Hash<KEY, 8>,
+    services: MappedArray<Service>,
+    slots: MappedArray<BackendSlot>,
+    backends: MappedArray<Backend>,
+    sockets: MappedArray<SocketRecord>,
+    sockets_more: Hash<8, RECORD>,
+    names: Hash<4, NAME>,
+    stats: PerCpuArray<MapData, [u8; STATS]>,
+    drops: PerCpuArray<MapData, u64>,
+    config: MappedArray<Config>,
+    state: MappedArray<State>,
+    notices: Hash<4, NOTICE>,
+    capacities: Capacities,
+}
+
+fn call<'a>(map: &'static str, call: &'static str) -> impl FnOnce(AyaMapError) -> MapError + 'a {
+    move |error| MapError::Call {
+        map,
+        call,
+        source: match error {
+            AyaMapError::SyscallError(e) => e.io_error,
+            other => io::Error::other(other.to_string()),
+        },
+    }
+}
+
+/// The system call's error number, where there is one.
+fn errno(error: &AyaMapError) -> Option<i32> {
+    match error {
+        AyaMapError::SyscallError(e) => e.io_error.raw_os_error(),
+        _ => None,
+    }
+}
+
+fn is_missing(error: &AyaMapError) -> bool {
+    matches!(error, AyaMapError::KeyNotFound) || errno(error) == Some(libc::ENOENT)
+}
+
+fn full(map: &'static str, capacity: u32) -> MapError {
+    MapError::Full {
+        map,
+        flag: capacity_flag(map),
+        capacity,
+    }
+}
+
+impl PinnedMaps {
+    /// Opens the maps that are pinned in a folder.
+    ///
+    /// # Errors
+    /// Where one is missing, or is not as this build lays it out.
+    pub fn open(dir: &Path) -> Result<Self, MapError> {
+        let open = |name: &'static str| MapData::from_pin(dir.join(name)).map_err(call(name, "BPF_OBJ_GET"));
+        let entries = |name: &'static str, map: &MapData| {
+            map.info().map(|info| info.max_entries()).map_err(call(name, "BPF_OBJ_GET_INFO_BY_FD"))
+        };
+        macro_rules! hash {
+            ($name:ident) => {{
+                let map = open(map_name::$name)?;
+                let size = entries(map_name::$name, &map)?;
+                let map = HashMap::try_from(aya::maps::Map::HashMap(map)).map_err(call(map_name::$name, "open"))?;
+                (map, size)
+            }};
+        }
+        macro_rules! per_cpu {
+            ($name:ident) => {
+                PerCpuArray::try_from(aya::maps::Map::PerCpuArray(open(map_name::$name)?))
+                    .map_err(call(map_name::$name, "open"))?
+            };
+        }
+        macro_rules! mapped {
+            ($name:ident) => {{
+                let map = open(map_name::$name)?;
+                let size = entries(map_name::$name, &map)?;
+                MappedArray::new(map.fd().as_fd(), size).map_err(|source| MapError::Call {
+                    map: map_name::$name,
+                    call: "mmap",
+                    source,
+                })?
+            }};
+        }
+        let (frontends, frontends_size) = hash!(FRONTENDS);
+        let (sockets_more, sockets_more_size) = hash!(SOCKETS_MORE);
+        let (names, _) = hash!(NAMES);
+        let (notices, _) = hash!(NOTICES);
+        let services: MappedArray<Service> = mapped!(SERVICES);
+        let slots: MappedArray<BackendSlot> = mapped!(BACKEND_SLOTS);
+        let backends: MappedArray<Backend> = mapped!(BACKENDS);
+        let sockets: MappedArray<SocketRecord> = mapped!(SOCKETS);
+        let capacities = Capacities {
+            services: services.len(),
+            frontends: frontends_size,
+            backends: backends.len(),
+            backend_slots: slots.len(),
+            sockets: sockets.len(),
+            sockets_more: sockets_more_size,
+        };
+        Ok(Self {
+            frontends,
+            services,
+            slots,
+            backends,
+            sockets,
+            sockets_more,
+            names,
+            stats: per_cpu!(STATS),
+            drops: per_cpu!(DROPS),
+            config: mapped!(CONFIG),
+            state: mapped!(STATE),
+            notices,
+            capacities,
+        })
+    }
+
+    /// Sizes of the maps.
+    #[must_use]
+    pub fn capacities(&self) -> Capacities {
+        self.capacities
+    }
+
+    /// Everything that FRONTENDS, SERVICES, BACKEND_SLOTS, BACKENDS and NAMES hold.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn dump(&self) -> Result<Dump, MapError> {
+        let all = |len: u32| 0..len;
+        Ok(Dump {
+            frontends: read_hash(map_name::FRONTENDS, &self.frontends)?,
+            services: all(self.services.len()).filter_map(|i| self.services.read(i)).collect(),
+            slots: all(self.slots.len()).filter_map(|i| self.slots.read(i)).collect(),
+            backends: all(self.backends.len()).filter_map(|i| self.backends.read(i)).collect(),
+            names: self.names()?,
+        })
+    }
+
+    /// NAMES.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn names(&self) -> Result<BTreeMap<u32, Name>, MapError> {
+        Ok(read_hash::<u32, Name, 4, NAME>(map_name::NAMES, &self.names)?)
+    }
+
+    /// Records of connected sockets, in SOCKETS and SOCKETS_MORE.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn sockets(&self) -> Result<Vec<SocketRecord>, MapError> {
+        let mut records: Vec<_> = (0..self.sockets.len()).filter_map(|slot| self.socket(slot)).collect();
+        records.extend(read_hash::<u64, SocketRecord, 8, RECORD>(map_name::SOCKETS_MORE, &self.sockets_more)?.into_values());
+        Ok(records)
+    }
+
+    /// The record in a slot of SOCKETS, if there is a complete one.
+    fn socket(&self, slot: u32) -> Option<SocketRecord> {
+        // A writer changes the sequence before and after it; three tries, since sockets are short-lived, not slots.
+        (0..3).find_map(|_| {
+            let first = self.sockets.read(slot)?;
+            let again = self.sockets.read(slot)?;
+            let whole = record::is_complete(first.sequence) && first == again;
+            (whole && first.cookie != 0).then_some(first)
+        })
+    }
+
+    /// Counters of a service, over all CPUs.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn stats(&self, service: u32) -> Result<ServiceStats, MapError> {
+        let values = self.stats.get(&service, 0).map_err(call(map_name::STATS, "BPF_MAP_LOOKUP_ELEM"))?;
+        let mut sum = ServiceStats::default();
+        for value in values.iter() {
+            let ServiceStats { connections, refused } = zerocopy::transmute!(*value);
+            sum.connections += connections;
+            sum.refused += refused;
+        }
+        Ok(sum)
+    }
+
+    /// Counts of a reason, over all CPUs.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn drops(&self, reason: DropReason) -> Result<u64, MapError> {
+        let values = self.drops.get(&(reason as u32), 0).map_err(call(map_name::DROPS, "BPF_MAP_LOOKUP_ELEM"))?;
+        Ok(values.iter().sum())
+    }
+
+    /// What the agent last told of itself; `None` where none ever ran.
+    #[must_use]
+    pub fn state(&self) -> Option<State> {
+        self.state.read(0).filter(|state| state.pid != 0)
+    }
+
+    /// Tells the command line about the agent.
+    pub fn write_state(&self, state: &State) {
+        self.state.write(0, state);
+    }
+
+    /// Tells the programs what to do.
+    pub fn write_config(&self, config: &Config) {
+        self.config.write(0, config);
+    }
+
+    /// What the agent could not use.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn notices(&self) -> Result<Vec<Notice>, MapError> {
+        Ok(read_hash::<u32, Notice, 4, NOTICE>(map_name::NOTICES, &self.notices)?.into_values().collect())
+    }
+
+    /// Replaces what is in NOTICES; how many did not fit.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn write_notices(&mut self, notices: &[Notice]) -> Result<usize, MapError> {
+        let name = map_name::NOTICES;
+        let mut fitted = 0;
+        for (i, notice) in (0_u32..).zip(notices) {
+            let value: [u8; NOTICE] = zerocopy::transmute!(*notice);
+            match self.notices.insert(i.to_ne_bytes(), value, 0) {
+                Ok(()) => fitted += 1,
+                Err(error) if errno(&error) == Some(libc::E2BIG) => break,
+                Err(error) => return Err(call(name, "BPF_MAP_UPDATE_ELEM")(error)),
+            }
+        }
+        let stale: Vec<_> = self.notices.keys().filter_map(Result::ok).collect();
+        for key in stale.into_iter().filter(|key| u32::from_ne_bytes(*key) as usize >= fitted) {
+            self.notices.remove(&key).or_else(|e| if is_missing(&e) { Ok(()) } else { Err(e) }).map_err(call(name, "BPF_MAP_DELETE_ELEM"))?;
+        }
+        Ok(notices.len() - fitted)
+    }
+}
+
+/// All entries of a hash; none twice, and none missed that was there all the time (nobody but the reconciler inserts
+/// or deletes).
+fn read_hash<K: FromBytes + Ord, V: FromBytes, const KS: usize, const VS: usize>(
+    name: &'static str,
+    map: &Hash<KS, VS>,
+) -> Result<BTreeMap<K, V>, MapError> {
+    let mut all = BTreeMap::new();
+    for entry in map.iter() {
+        let (key, value) = entry.map_err(call(name, "BPF_MAP_GET_NEXT_KEY"))?;
+        let (Ok(key), Ok(value)) = (K::read_from_bytes(&key), V::read_from_bytes(&value)) else {
+            return Err(MapError::Unexpected {
+                map: name,
+                what: "keys or values are not of this build's size".into(),
+            });
+        };
+        all.insert(key, value);
+    }
+    Ok(all)
+}
+
+/// The maps, to be written by the one agent that holds the lock of the pin path.
+pub struct BpfMaps {
+    pinned: PinnedMaps,
+    programs: Ebpf,
+    grace: GraceThread,
+    written: u64,
+}
+
+impl BpfMaps {
+    /// From the pinned maps and the loaded programs, of which `lb_frontend_swap` is needed.
+    ///
+    /// # Errors
+    /// Where the grace thread cannot be started.
+    pub fn new(pinned: PinnedMaps, programs: Ebpf) -> Result<Self, MapError> {
+        let grace = GraceThread::start().map_err(|source| MapError::Call {
+            map: "(grace)",
+            call: "BPF_MAP_CREATE of an array of maps",
+            source,
+        })?;
+        Ok(Self {
+            pinned,
+            programs,
+            grace,
+            written: 0,
+        })
+    }
+
+    /// For reading, and for what is not part of the update protocol.
+    #[must_use]
+    pub fn pinned(&self) -> &PinnedMaps {
+        &self.pinned
+    }
+
+    /// The same, to be written.
+    pub fn pinned_mut(&mut self) -> &mut PinnedMaps {
+        &mut self.pinned
+    }
+
+    /// The loaded programs.
+    pub fn programs_mut(&mut self) -> &mut Ebpf {
+        &mut self.programs
+    }
+
+    /// To be told when grace periods pass.
+    #[must_use]
+    pub fn grace_watch(&self) -> watch::Receiver<Epoch> {
+        self.grace.watch()
+    }
+
+    /// Counts what a store of words wrote, or names what was out of range.
+    fn stored(&mut self, ok: bool, bytes: usize, map: &'static str, index: u32, capacity: u32) -> Result<(), MapError> {
+        if !ok {
+            return Err(MapError::OutOfRange { map, index, capacity });
+        }
+        self.written += bytes as u64;
+        Ok(())
+    }
+}
+
+/// The words of `Service` that are not set words.
+const SERVICE_SETTINGS: std::ops::Range<usize> = word_of(offset_of!(Service, flags))..size_of::<Service>() / 8;
+
+impl Maps for BpfMaps {
+    fn capacities(&self) -> Capacities {
+        self.pinned.capacities
+    }
+
+    fn insert_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
+        const NOEXIST: u64 = 1;
+        let map = map_name::FRONTENDS;
+        let (key_bytes, value_bytes): ([u8; KEY], [u8; 8]) = (zerocopy::transmute!(key), zerocopy::transmute!(value));
+        self.pinned.frontends.insert(key_bytes, value_bytes, NOEXIST).map_err(|error| match errno(&error) {
+            Some(libc::E2BIG) => full(map, self.pinned.capacities.frontends),
+            Some(libc::EEXIST) => MapError::Unexpected {
+                map,
+                what: format!("{key:?} is there already"),
+            },
+            _ => call(map, "BPF_MAP_UPDATE_ELEM")(error),
+        })?;
+        self.written += (KEY + 8) as u64;
+        Ok(())
+    }
+
+    fn store_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
+        const XDP_PASS: u32 = 2;
+        let map = map_name::FRONTENDS;
+        let failed = |source: io::Error| MapError::Call {
+            map,
+            call: "BPF_PROG_TEST_RUN of lb_frontend_swap",
+            source,
+        };
+        let program: &Xdp = self
+            .programs
+            .program(program_name::FRONTEND_SWAP)
+            .and_then(|program| program.try_into().ok())
+            .ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+        let request = FrontendSwap {
+            key,
+            pad: 0,
+            value: value.to_word(),
+        };
+        let options = TestRunOptions {
+            data_in: Some(request.as_bytes()),
+            ..TestRunOptions::new()
+        };
+        let result = program.test_run(options).map_err(|error| failed(io::Error::other(error)))?;
+        if result.return_value != XDP_PASS {
+            return Err(MapError::Unexpected {
+                map,
+                what: format!("{key:?} is not there, so it cannot be changed in place"),
+            });
+        }
+        self.written += 8;
+        Ok(())
+    }
+
+    fn delete_frontend(&mut self, key: FrontendKey) -> Result<(), MapError> {
+        match self.pinned.frontends.remove(&zerocopy::transmute!(key)) {
+            Ok(()) => self.written += KEY as u64,
+            Err(error) if is_missing(&error) => {}
+            Err(error) => return Err(call(map_name::FRONTENDS, "BPF_MAP_DELETE_ELEM")(error)),
+        }
+        Ok(())
+    }
+
+    fn write_service(&mut self, index: u32, value: Service) -> Result<(), MapError> {
+        let ok = self.pinned.services.write(index, &value);
+        self.stored(ok, size_of::<Service>(), map_name::SERVICES, index, self.pinned.services.len())
+    }
+
+    fn write_service_settings(&mut self, index: u32, value: Service) -> Result<(), MapError> {
+        let ok = self.pinned.services.write_words(index, &value, SERVICE_SETTINGS);
+        self.stored(ok, SERVICE_SETTINGS.len() * 8, map_name::SERVICES, index, self.pinned.services.len())
+    }
+
+    fn publish_set(&mut self, index: u32, set: Set, word: SetWord) -> Result<(), MapError> {
+        let mut value = Service::new_zeroed();
+        let offset = match set {
+            Set::Internal => {
+                value.internal = word;
+                offset_of!(Service, internal)
+            }
+            Set::External => {
+                value.external = word;
+                offset_of!(Service, external)
+            }
+            Set::Cluster => {
+                value.cluster = word;
+                offset_of!(Service, cluster)
+            }
+        };
+        let ok = self.pinned.services.write_words(index, &value, [word_of(offset)]);
+        self.stored(ok, 8, map_name::SERVICES, index, self.pinned.services.len())
+    }
+
+    fn write_slots(&mut self, base: u32, slots: &[BackendSlot]) -> Result<(), MapError> {
+        for (index, slot) in (base..).zip(slots) {
+            let ok = self.pinned.slots.write(index, slot);
+            self.stored(ok, size_of::<BackendSlot>(), map_name::BACKEND_SLOTS, index, self.pinned.slots.len())?;
+        }
+        Ok(())
+    }
+
+    fn fill_backend(&mut self, id: u32, value: Backend) -> Result<(), MapError> {
+        // The last word has generation and seal.
+        let ok = self.pinned.backends.write(id, &value);
+        self.stored(ok, size_of::<Backend>(), map_name::BACKENDS, id, self.pinned.backends.len())
+    }
+
+    fn write_backend_flags(&mut self, id: u32, flags: u16) -> Result<(), MapError> {
+        let capacity = self.pinned.backends.len();
+        let mut value = self.pinned.backends.read(id).ok_or(MapError::OutOfRange {
+            map: map_name::BACKENDS,
+            index: id,
+            capacity,
+        })?;
+        value.flags = flags;
+        let ok = self.pinned.backends.write_words(id, &value, [word_of(offset_of!(Backend, flags))]);
+        self.stored(ok, 8, map_name::BACKENDS, id, capacity)
+    }
+
+    fn withdraw_backend(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
+        let capacity = self.pinned.backends.len();
+        let mut value = self.pinned.backends.read(id).ok_or(MapError::OutOfRange {
+            map: map_name::BACKENDS,
+            index: id,
+            capacity,
+        })?;
+        value.generation = generation;
+        value.seal = generation::seal(value.addr, value.port, value.service, generation);
+        let ok = self.pinned.backends.write_words(id, &value, [word_of(offset_of!(Backend, generation))]);
+        self.stored(ok, 8, map_name::BACKENDS, id, capacity)
+    }
+
+    fn write_name(&mut self, index: u32, value: &Name) -> Result<(), MapError> {
+        let map = map_name::NAMES;
+        let bytes: [u8; NAME] = zerocopy::transmute!(*value);
+        self.pinned.names.insert(index.to_ne_bytes(), bytes, 0).map_err(|error| match errno(&error) {
+            Some(libc::E2BIG) => full(map, self.pinned.capacities.services),
+            _ => call(map, "BPF_MAP_UPDATE_ELEM")(error),
+        })?;
+        self.written += (4 + NAME) as u64;
+        Ok(())
+    }
+
+    fn delete_name(&mut self, index: u32) -> Result<(), MapError> {
+        let cpus = aya::util::nr_cpus().map_err(|(_, source)| MapError::Call {
+            map: map_name::STATS,
+            call: "number of CPUs",
+            source,
+        })?;
+        let zero = PerCpuValues::try_from(vec![[0_u8; STATS]; cpus]).map_err(|source| MapError::Call {
+            map: map_name::STATS,
+            call: "number of CPUs",
+            source,
+        })?;
+        self.pinned.stats.set(index, zero, 0).map_err(call(map_name::STATS, "BPF_MAP_UPDATE_ELEM"))?;
+        match self.pinned.names.remove(&index.to_ne_bytes()) {
+            Ok(()) => self.written += 4,
+            Err(error) if is_missing(&error) => {}
+            Err(error) => return Err(call(map_name::NAMES, "BPF_MAP_DELETE_ELEM")(error)),
+        }
+        Ok(())
+    }
+
+    fn grace_begin(&mut self) -> Epoch {
+        self.grace.begin()
+    }
+
+    fn grace_passed(&self) -> Epoch {
+        self.grace.passed()
+    }
+
+    fn grace_wait(&mut self, epoch: Epoch) -> Result<(), MapError> {
+        self.grace.wait(epoch)
+    }
+
+    fn written(&self) -> u64 {
+        self.written
+    }
+
+    fn dump(&self) -> Result<Dump, MapError> {
+        self.pinned.dump()
+    }
+}

@@ -1,0 +1,154 @@
+//! Maps whose operations fail on purpose.
+
+use std::io;
+
+use lb_common::abi::{Backend, BackendSlot, Frontend, FrontendKey, Name, Service, SetWord};
+use lb_common::logic::connect::Set;
+
+use super::{Capacities, Dump, Epoch, MapError, Maps};
+
+/// What happens to an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// It is done.
+    None,
+    /// It fails and changes nothing: a system call that returns an error.
+    Fail,
+    /// It and all that follow are not done, and say nothing: the process died before it.
+    Die,
+}
+
+/// Maps that fail, or that the process dies at, at a given operation.
+#[derive(Debug)]
+pub struct FaultyMaps<M> {
+    /// The maps behind.
+    pub inner: M,
+    /// Operations until the fault.
+    countdown: u64,
+    fault: Fault,
+    dead: bool,
+    operations: u64,
+}
+
+impl<M: Maps> FaultyMaps<M> {
+    /// The operation number `at` (from zero) meets with `fault`.
+    pub fn new(inner: M, at: u64, fault: Fault) -> Self {
+        Self {
+            inner,
+            countdown: at,
+            fault,
+            dead: false,
+            operations: 0,
+        }
+    }
+
+    /// How many operations there were.
+    pub fn operations(&self) -> u64 {
+        self.operations
+    }
+
+    /// Whether the process has died.
+    pub fn is_dead(&self) -> bool {
+        self.dead
+    }
+
+    fn next(&mut self) -> Fault {
+        self.operations += 1;
+        if self.dead {
+            return Fault::Die;
+        }
+        if self.countdown > 0 {
+            self.countdown -= 1;
+            return Fault::None;
+        }
+        let fault = std::mem::replace(&mut self.fault, Fault::None);
+        self.dead = fault == Fault::Die;
+        fault
+    }
+
+    fn run(&mut self, operation: impl FnOnce(&mut M) -> Result<(), MapError>) -> Result<(), MapError> {
+        match self.next() {
+            Fault::None => operation(&mut self.inner),
+            Fault::Die => Ok(()),
+            Fault::Fail => Err(MapError::Call {
+                map: "(faulty)",
+                call: "an operation that fails on purpose",
+                source: io::ErrorKind::OutOfMemory.into(),
+            }),
+        }
+    }
+}
+
+impl<M: Maps> Maps for FaultyMaps<M> {
+    fn capacities(&self) -> Capacities {
+        self.inner.capacities()
+    }
+
+    fn insert_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
+        self.run(|maps| maps.insert_frontend(key, value))
+    }
+
+    fn store_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
+        self.run(|maps| maps.store_frontend(key, value))
+    }
+
+    fn delete_frontend(&mut self, key: FrontendKey) -> Result<(), MapError> {
+        self.run(|maps| maps.delete_frontend(key))
+    }
+
+    fn write_service(&mut self, index: u32, value: Service) -> Result<(), MapError> {
+        self.run(|maps| maps.write_service(index, value))
+    }
+
+    fn write_service_settings(&mut self, index: u32, value: Service) -> Result<(), MapError> {
+        self.run(|maps| maps.write_service_settings(index, value))
+    }
+
+    fn publish_set(&mut self, index: u32, set: Set, word: SetWord) -> Result<(), MapError> {
+        self.run(|maps| maps.publish_set(index, set, word))
+    }
+
+    fn write_slots(&mut self, base: u32, slots: &[BackendSlot]) -> Result<(), MapError> {
+        self.run(|maps| maps.write_slots(base, slots))
+    }
+
+    fn fill_backend(&mut self, id: u32, value: Backend) -> Result<(), MapError> {
+        self.run(|maps| maps.fill_backend(id, value))
+    }
+
+    fn write_backend_flags(&mut self, id: u32, flags: u16) -> Result<(), MapError> {
+        self.run(|maps| maps.write_backend_flags(id, flags))
+    }
+
+    fn withdraw_backend(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
+        self.run(|maps| maps.withdraw_backend(id, generation))
+    }
+
+    fn write_name(&mut self, index: u32, value: &Name) -> Result<(), MapError> {
+        self.run(|maps| maps.write_name(index, value))
+    }
+
+    fn delete_name(&mut self, index: u32) -> Result<(), MapError> {
+        self.run(|maps| maps.delete_name(index))
+    }
+
+    fn grace_begin(&mut self) -> Epoch {
+        self.inner.grace_begin()
+    }
+
+    fn grace_passed(&self) -> Epoch {
+        self.inner.grace_passed()
+    }
+
+    fn grace_wait(&mut self, epoch: Epoch) -> Result<(), MapError> {
+        self.inner.grace_wait(epoch)
+    }
+
+    fn written(&self) -> u64 {
+        self.inner.written()
+    }
+
+    fn dump(&self) -> Result<Dump, MapError> {
+        self.inner.dump()
+    }
+}

@@ -1,0 +1,219 @@
+//! The calls of bpf(2) that aya 0.14 does not make, and memory-mapped arrays. The only unsafe code of the agent.
+#![expect(unsafe_code, reason = "system calls and shared memory")]
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::marker::PhantomData;
+use std::mem::{offset_of, zeroed};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
+use memmap2::{MmapOptions, MmapRaw};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// bpf(2) with an attribute that was made by `fill` from zero bytes.
+fn bpf(cmd: bpf_cmd, fill: impl FnOnce(&mut bpf_attr)) -> io::Result<libc::c_long> {
+    // SAFETY: the kernel's structure is plain data, and all zero bytes is a value of it.
+    let mut attr: bpf_attr = unsafe { zeroed() };
+    fill(&mut attr);
+    // SAFETY: the attribute is valid for its size; pointers in it are the callers' and live as long as the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, cmd as libc::c_long, &raw mut attr, size_of::<bpf_attr>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// The descriptor that a call returned.
+fn owned(result: libc::c_long) -> OwnedFd {
+    // SAFETY: the kernel returned a new descriptor, which nobody else owns.
+    unsafe { OwnedFd::from_raw_fd(result as i32) }
+}
+
+/// `BPF_OBJ_GET`: opens a pinned object.
+pub(crate) fn obj_get(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    bpf(bpf_cmd::BPF_OBJ_GET, |attr| attr.__bindgen_anon_4.pathname = path.as_ptr() as u64).map(owned)
+}
+
+/// `BPF_LINK_UPDATE`: another program at the same hook, with no moment of none.
+pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(bpf_cmd::BPF_LINK_UPDATE, |attr| {
+        attr.link_update.link_fd = link.as_raw_fd() as u32;
+        attr.link_update.__bindgen_anon_1.new_prog_fd = program.as_raw_fd() as u32;
+    })
+    .map(drop)
+}
+
+/// What a link of a cgroup program is attached to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CgroupLink {
+    /// Id (inode) of the cgroup; zero where it is gone.
+    pub(crate) cgroup: u64,
+    /// Id of the program.
+    pub(crate) program: u32,
+}
+
+/// `BPF_OBJ_GET_INFO_BY_FD` of a link of a cgroup program.
+pub(crate) fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
+    // SAFETY: plain data, see above.
+    let mut info: bpf_link_info = unsafe { zeroed() };
+    bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, |attr| {
+        attr.info.bpf_fd = link.as_raw_fd() as u32;
+        attr.info.info_len = size_of::<bpf_link_info>() as u32;
+        attr.info.info = (&raw mut info) as u64;
+    })?;
+    Ok(CgroupLink {
+        // SAFETY: the kernel filled the union as it does for cgroup links; any bytes are a value.
+        cgroup: unsafe { info.__bindgen_anon_1.cgroup.cgroup_id },
+        program: info.prog_id,
+    })
+}
+
+/// A private array of maps whose update makes the kernel wait for every running program
+/// (`maybe_wait_bpf_programs` in `kernel/bpf/syscall.c`: `synchronize_rcu` after an update of a map in map).
+#[derive(Debug)]
+pub(crate) struct GraceMap {
+    outer: OwnedFd,
+    inner: OwnedFd,
+}
+
+impl GraceMap {
+    pub(crate) fn new() -> io::Result<Self> {
+        let inner = create(bpf_map_type::BPF_MAP_TYPE_ARRAY, 0)?;
+        let outer = create(bpf_map_type::BPF_MAP_TYPE_ARRAY_OF_MAPS, inner.as_raw_fd() as u32)?;
+        Ok(Self { outer, inner })
+    }
+
+    /// Returns after all programs that ran when it was called have ended.
+    pub(crate) fn synchronize(&self) -> io::Result<()> {
+        let key = 0_u32;
+        let value = self.inner.as_raw_fd();
+        bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, |attr| {
+            attr.__bindgen_anon_2.map_fd = self.outer.as_raw_fd() as u32;
+            attr.__bindgen_anon_2.key = (&raw const key) as u64;
+            attr.__bindgen_anon_2.__bindgen_anon_1.value = (&raw const value) as u64;
+        })
+        .map(drop)
+    }
+}
+
+/// `BPF_MAP_CREATE` of an array of one `u32`.
+fn create(map_type: bpf_map_type, inner: u32) -> io::Result<OwnedFd> {
+    bpf(bpf_cmd::BPF_MAP_CREATE, |attr| {
+        // SAFETY: all fields are plain integers.
+        let create = unsafe { &mut attr.__bindgen_anon_1 };
+        create.map_type = map_type as u32;
+        create.key_size = 4;
+        create.value_size = 4;
+        create.max_entries = 1;
+        create.inner_map_fd = inner;
+    })
+    .map(owned)
+}
+
+/// Cookie of the network namespace of the calling thread: `SO_NETNS_COOKIE`, what `bpf_get_netns_cookie` returns.
+pub(crate) fn netns_cookie() -> io::Result<u64> {
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    let mut cookie = 0_u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: value and length are valid for writes of the length that is given.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
+
+/// A memory-mapped `BPF_MAP_TYPE_ARRAY` (`BPF_F_MMAPABLE`) of values whose size and alignment are multiples of 8.
+///
+/// Programs and other processes read and write the same memory, so every access is a volatile one of 8 aligned bytes
+/// (or of a field), and no reference into the memory is ever made.
+pub(crate) struct MappedArray<T> {
+    memory: MmapRaw,
+    len: u32,
+    value: PhantomData<T>,
+}
+
+impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
+    const WORDS: usize = {
+        assert!(size_of::<T>() % 8 == 0 && align_of::<T>() == 8);
+        size_of::<T>() / 8
+    };
+
+    /// Maps an array of `len` values.
+    pub(crate) fn new(map: BorrowedFd<'_>, len: u32) -> io::Result<Self> {
+        let file = File::from(map.try_clone_to_owned()?);
+        let memory = MmapOptions::new().len(Self::WORDS * 8 * len as usize).map_raw(&file)?;
+        Ok(Self {
+            memory,
+            len,
+            value: PhantomData,
+        })
+    }
+
+    pub(crate) fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Address of a word of a value, if both are in range.
+    fn word(&self, index: u32, word: usize) -> Option<*mut u64> {
+        if index >= self.len || word >= Self::WORDS {
+            return None;
+        }
+        let at = self.memory.as_mut_ptr().cast::<u64>();
+        // SAFETY: in range, see above; the mapping is page aligned.
+        Some(unsafe { at.add(index as usize * Self::WORDS + word) })
+    }
+
+    /// A value, word by word: each word is consistent, the value as a whole only where nobody writes.
+    pub(crate) fn read(&self, index: u32) -> Option<T> {
+        let mut value = T::new_zeroed();
+        for (i, bytes) in value.as_mut_bytes().chunks_exact_mut(8).enumerate() {
+            // SAFETY: a valid, aligned address in the mapping.
+            let word = unsafe { self.word(index, i)?.read_volatile() };
+            bytes.copy_from_slice(&word.to_ne_bytes());
+        }
+        Some(value)
+    }
+
+    /// Stores the words of `value` in `words`, in that order, each by one 8-byte store. False where out of range.
+    pub(crate) fn write_words(&self, index: u32, value: &T, words: impl IntoIterator<Item = usize>) -> bool {
+        let bytes = value.as_bytes();
+        for i in words {
+            let (Some(at), Some(word)) = (self.word(index, i), bytes.get(i * 8..i * 8 + 8)) else {
+                return false;
+            };
+            let word = u64::from_ne_bytes(word.try_into().unwrap_or_default());
+            // SAFETY: a valid, aligned address in the mapping.
+            unsafe { at.write_volatile(word) };
+        }
+        // The stores before are visible to every CPU before those that follow.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        true
+    }
+
+    /// Stores all of `value`, first word first.
+    pub(crate) fn write(&self, index: u32, value: &T) -> bool {
+        self.write_words(index, value, 0..Self::WORDS)
+    }
+}
+
+/// Which word of a structure a field is in.
+pub(crate) const fn word_of(offset: usize) -> usize {
+    offset / 8
+}
+
+/// Claims nothing, but keeps the layout that [`MappedArray`] relies on in sight of the compiler.
+const _: () = {
+    use lb_common::abi::{Backend, Service};
+    assert!(offset_of!(Service, cluster) == 16);
+    assert!(word_of(offset_of!(Backend, generation)) == word_of(offset_of!(Backend, seal)));
+    assert!(word_of(offset_of!(Backend, port)) == word_of(offset_of!(Backend, flags)));
+    assert!(word_of(offset_of!(Backend, port)) == word_of(offset_of!(Backend, service)));
+};

@@ -1,0 +1,267 @@
+//! Which endpoints serve a Service port: one pure function, [`categorize`], with the semantics of upstream's
+//! `CategorizeEndpoints` (`pkg/proxy/topology.go` in Kubernetes).
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::model::{EndpointSlice, Protocol, TrafficPolicy};
+
+/// A backend: an endpoint's address and the port that belongs to the Service port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Member {
+    /// Address.
+    pub addr: IpAddr,
+    /// Port, host byte order.
+    pub port: u16,
+    /// The endpoint is on this node.
+    pub local: bool,
+}
+
+/// The port of a Service that endpoints are wanted for.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// Name of the Service port: endpoints belong to it by name.
+    pub port_name: &'a str,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// The family of the frontends: only endpoints of the same family serve them.
+    pub ipv6: bool,
+    /// Name of this node.
+    pub node: &'a str,
+}
+
+/// The result: members are sorted by address and port, none is there twice.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Endpoints {
+    /// For policy Cluster: all that are ready, or, where none is, those that terminate but still serve.
+    pub cluster: Arc<[Member]>,
+    /// For policy Local: the same, of this node's only.
+    pub local: Arc<[Member]>,
+    /// Some endpoint could be used, here or elsewhere: an empty local set then means DROP, not REJECT.
+    pub any: bool,
+    /// In neither set, but serving: connections to them live on.
+    pub draining: Arc<[Member]>,
+}
+
+impl Endpoints {
+    /// The set for a traffic policy, and whether it being empty means DROP.
+    #[must_use]
+    pub fn for_policy(&self, policy: TrafficPolicy) -> (&Arc<[Member]>, bool) {
+        match policy {
+            TrafficPolicy::Cluster => (&self.cluster, false),
+            TrafficPolicy::Local => (&self.local, self.any && self.local.is_empty()),
+        }
+    }
+}
+
+/// How usable an endpoint is; the order is that of preference where slices disagree on one address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Rank {
+    /// Neither ready nor serving.
+    Unusable,
+    /// Serving, but neither ready nor terminating: not for new connections.
+    Serving,
+    /// Serving and terminating: for new connections where nothing is ready.
+    Terminating,
+    /// Ready.
+    Ready,
+}
+
+/// Categorizes the endpoints of all slices of one Service for one of its ports.
+///
+/// - An endpoint that is in several slices counts once, with the best of its conditions; it is local if any slice says
+///   so.
+/// - Ready endpoints are used; where there is none, those that are terminating and still serving. This holds for the
+///   whole cluster and for this node separately.
+#[must_use]
+pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wanted: Wanted<'_>) -> Endpoints {
+    let mut found: BTreeMap<(IpAddr, u16), (Rank, bool)> = BTreeMap::new();
+    for slice in slices {
+        if slice.ipv6 != wanted.ipv6 {
+            continue;
+        }
+        let ports = slice.ports.iter().filter(|p| *p.name == *wanted.port_name && p.protocol == wanted.protocol);
+        for port in ports.filter_map(|p| p.port) {
+            for endpoint in &slice.endpoints {
+                let rank = match (endpoint.ready, endpoint.serving, endpoint.terminating) {
+                    (true, _, _) => Rank::Ready,
+                    (false, true, true) => Rank::Terminating,
+                    (false, true, false) => Rank::Serving,
+                    (false, false, _) => Rank::Unusable,
+                };
+                let local = endpoint.node.as_deref() == Some(wanted.node);
+                let entry = found.entry((endpoint.address, port)).or_insert((rank, local));
+                *entry = (entry.0.max(rank), entry.1 || local);
+            }
+        }
+    }
+    let best = |here: bool| {
+        let ranks = found.values().filter(|(_, local)| !here || *local).map(|(rank, _)| *rank);
+        ranks.max().filter(|rank| *rank >= Rank::Terminating)
+    };
+    let (best_anywhere, best_here) = (best(false), best(true));
+    let members = |keep: &dyn Fn(Rank, bool) -> bool| -> Arc<[Member]> {
+        let kept = found.iter().filter(|(_, (rank, local))| keep(*rank, *local));
+        kept.map(|((addr, port), (_, local))| Member {
+            addr: *addr,
+            port: *port,
+            local: *local,
+        })
+        .collect()
+    };
+    let in_cluster = |rank: Rank| Some(rank) == best_anywhere;
+    let in_local = |rank: Rank, local: bool| local && Some(rank) == best_here;
+    Endpoints {
+        cluster: members(&|rank, _| in_cluster(rank)),
+        local: members(&|rank, local| in_local(rank, local)),
+        any: best_anywhere.is_some(),
+        draining: members(&|rank, local| rank > Rank::Unusable && !in_cluster(rank) && !in_local(rank, local)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Endpoint, EndpointPort, ObjectKey};
+    use proptest::prelude::*;
+
+    const READY: (bool, bool, bool) = (true, true, false);
+    const DRAINING: (bool, bool, bool) = (false, true, true);
+    const GONE: (bool, bool, bool) = (false, false, true);
+    const WARMING: (bool, bool, bool) = (false, false, false);
+
+    fn endpoint(last: u8, (ready, serving, terminating): (bool, bool, bool), node: &str) -> Endpoint {
+        Endpoint {
+            address: IpAddr::from([10, 10, 0, last]),
+            ready,
+            serving,
+            terminating,
+            node: Some(node.into()),
+        }
+    }
+
+    fn slice(ports: &[(&str, Protocol, u16)], endpoints: Vec<Endpoint>) -> EndpointSlice {
+        EndpointSlice {
+            key: ObjectKey::new("default", "s"),
+            service: "s".into(),
+            ipv6: false,
+            endpoints,
+            ports: ports
+                .iter()
+                .map(|(name, protocol, port)| EndpointPort {
+                    name: (*name).into(),
+                    protocol: *protocol,
+                    port: Some(*port),
+                })
+                .collect(),
+        }
+    }
+
+    const WANTED: Wanted<'static> = Wanted {
+        port_name: "http",
+        protocol: Protocol::Tcp,
+        ipv6: false,
+        node: "here",
+    };
+
+    fn last(members: &[Member]) -> Vec<u8> {
+        members
+            .iter()
+            .map(|m| match m.addr {
+                IpAddr::V4(ip) => ip.octets()[3],
+                IpAddr::V6(_) => 0,
+            })
+            .collect()
+    }
+
+    /// Conditions of endpoint 1 (here), 2 (here) and 3 (there); cluster set, local set, any, draining.
+    type Case = ([(bool, bool, bool); 3], &'static [u8], &'static [u8], bool, &'static [u8]);
+
+    #[test]
+    fn table_of_conditions_and_locality() {
+        let cases: &[Case] = &[
+            ([READY, READY, READY], &[1, 2, 3], &[1, 2], true, &[]),
+            ([READY, DRAINING, READY], &[1, 3], &[1], true, &[2]),
+            ([DRAINING, DRAINING, READY], &[3], &[1, 2], true, &[]),
+            ([DRAINING, GONE, DRAINING], &[1, 3], &[1], true, &[]),
+            ([GONE, GONE, DRAINING], &[3], &[], true, &[]),
+            ([GONE, WARMING, READY], &[3], &[], true, &[]),
+            ([WARMING, WARMING, WARMING], &[], &[], false, &[]),
+            ([GONE, GONE, GONE], &[], &[], false, &[]),
+            ([READY, WARMING, GONE], &[1], &[1], true, &[]),
+            ([READY, (false, true, false), GONE], &[1], &[1], true, &[2]),
+            ([(true, true, true), GONE, GONE], &[1], &[1], true, &[]),
+        ];
+        for (conditions, cluster, local, any, draining) in cases {
+            let nodes = ["here", "here", "there"];
+            let endpoints = (0..3).map(|i| endpoint(i as u8 + 1, conditions[i], nodes[i])).collect();
+            let slice = slice(&[("http", Protocol::Tcp, 8080)], endpoints);
+            let found = categorize([&slice], WANTED);
+            assert_eq!(last(&found.cluster), *cluster, "cluster of {conditions:?}");
+            assert_eq!(last(&found.local), *local, "local of {conditions:?}");
+            assert_eq!(found.any, *any, "any of {conditions:?}");
+            assert_eq!(last(&found.draining), *draining, "draining of {conditions:?}");
+        }
+    }
+
+    #[test]
+    fn an_empty_set_is_dropped_only_where_others_could_serve() {
+        let one = slice(&[("http", Protocol::Tcp, 80)], vec![endpoint(1, READY, "there")]);
+        let found = categorize([&one], WANTED);
+        assert!(found.for_policy(TrafficPolicy::Local).1);
+        assert!(!found.for_policy(TrafficPolicy::Cluster).1);
+        let none = categorize([], WANTED);
+        assert!(!none.for_policy(TrafficPolicy::Local).1);
+    }
+
+    #[test]
+    fn ports_belong_by_name_and_protocol_and_may_differ_per_slice() {
+        let slices = [
+            slice(&[("http", Protocol::Tcp, 8080), ("admin", Protocol::Tcp, 1)], vec![endpoint(1, READY, "here")]),
+            slice(&[("http", Protocol::Tcp, 9090)], vec![endpoint(2, READY, "here")]),
+            slice(&[("http", Protocol::Udp, 7), ("", Protocol::Tcp, 8)], vec![endpoint(3, READY, "here")]),
+        ];
+        let found = categorize(&slices, WANTED);
+        let pairs: Vec<_> = last(&found.cluster).into_iter().zip(found.cluster.iter().map(|m| m.port)).collect();
+        assert_eq!(pairs, [(1, 8080), (2, 9090)]);
+    }
+
+    #[test]
+    fn duplicates_count_once_with_their_best_condition() {
+        let slices = [
+            slice(&[("http", Protocol::Tcp, 80)], vec![endpoint(1, GONE, "there"), endpoint(1, READY, "there")]),
+            slice(&[("http", Protocol::Tcp, 80)], vec![endpoint(1, DRAINING, "here")]),
+        ];
+        let found = categorize(&slices, WANTED);
+        assert_eq!(last(&found.cluster), [1]);
+        assert_eq!(last(&found.local), [1]);
+        assert!(found.cluster[0].local);
+    }
+
+    #[test]
+    fn the_other_family_is_not_mixed_in() {
+        let mut six = slice(&[("http", Protocol::Tcp, 80)], vec![endpoint(1, READY, "here")]);
+        six.ipv6 = true;
+        assert_eq!(categorize([&six], WANTED), Endpoints::default());
+    }
+
+    proptest! {
+        /// The order of slices and endpoints makes no difference, sets are sorted, and local is never wider than it
+        /// may be.
+        #[test]
+        fn order_makes_no_difference(conditions in prop::collection::vec((1_u8..6, any::<(bool, bool, bool)>(), any::<bool>()), 0..12), split in 0_usize..12) {
+            let mut endpoints: Vec<_> = conditions.iter().map(|(n, c, here)| endpoint(*n, *c, if *here { "here" } else { "there" })).collect();
+            let ports = [("http", Protocol::Tcp, 80)];
+            let one = categorize([&slice(&ports, endpoints.clone())], WANTED);
+            endpoints.reverse();
+            let rest = endpoints.split_off(split.min(endpoints.len()));
+            let two = categorize(&[slice(&ports, rest), slice(&ports, endpoints)], WANTED);
+            prop_assert_eq!(&one, &two);
+            prop_assert!(one.cluster.is_sorted() && one.local.is_sorted());
+            prop_assert!(one.local.iter().all(|m| m.local));
+            prop_assert_eq!(one.any, !one.cluster.is_empty());
+            prop_assert!(one.draining.iter().all(|m| !one.cluster.contains(m) && !one.local.contains(m)));
+        }
+    }
+}

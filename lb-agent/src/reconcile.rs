@@ -1,0 +1,534 @@
+//! Makes the maps say what is desired: plans by [`crate::diff`], writes in the order of the update protocol, and waits
+//! for grace before anything is used again.
+//!
+//! Order on creation: NAMES, BACKENDS, BACKEND_SLOTS, SERVICES, FRONTENDS. On removal: FRONTENDS, a grace period, then
+//! the rest. What is known of the maps is recorded after each write that succeeded, so a failed write is tried again at
+//! the next occasion, and the end is the same wherever the agent dies.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service};
+use lb_common::logic::generation;
+use tracing::{debug, warn};
+
+use crate::actual::{Actual, ActualBackend, ActualPort, Strays, set_word_mut};
+use crate::alloc::Range;
+use crate::desired::{self, Desired, PortId, SETS, Touched};
+use crate::diff::{self, Plan, Step};
+use crate::index::Index;
+use crate::maps::{Capacities, Epoch, MapError, Maps};
+use crate::model::{Batch, Problem};
+
+/// What is out of use, but may still be seen by a program that runs.
+#[derive(Debug)]
+enum Retired {
+    /// A slot range: free after the grace period.
+    Range(Range),
+    /// A withdrawn backend: its id is free after the grace period.
+    Backend(u32),
+    /// A service port whose frontends are gone: to be cleared after the grace period.
+    Port(Box<ActualPort>),
+}
+
+/// How much of the maps is in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Service indexes.
+    pub services: u32,
+    /// Frontends, marks of service addresses included.
+    pub frontends: u32,
+    /// Backends.
+    pub backends: u32,
+    /// Slots, those in the unused part of a range included.
+    pub backend_slots: u32,
+}
+
+/// The one writer of the maps.
+pub struct Reconciler<M> {
+    maps: M,
+    node: String,
+    index: Index,
+    desired: Desired,
+    actual: Actual,
+    limbo: VecDeque<(Epoch, Retired)>,
+    /// When a frontend was last deleted: no insertion before a grace period has passed.
+    deletion: Option<Epoch>,
+    /// What could not be written, and why. Tried again at every occasion.
+    failed_ports: BTreeMap<Arc<PortId>, String>,
+    failed_frontends: BTreeMap<FrontendKey, String>,
+    /// Service ports of an earlier run that stay until the source has told everything.
+    kept: BTreeSet<Arc<PortId>>,
+    /// Nothing was applied yet: what an earlier run left is to be looked at as a whole.
+    fresh: bool,
+    complete: bool,
+    problems: Vec<Problem>,
+}
+
+impl<M: Maps> Reconciler<M> {
+    /// Adopts what the maps say. Blocks for one grace period, since an agent that died may have freed something a
+    /// moment ago.
+    ///
+    /// # Errors
+    /// Where the maps cannot be read.
+    pub fn adopt(mut maps: M, node: &str) -> Result<Self, MapError> {
+        let epoch = maps.grace_begin();
+        maps.grace_wait(epoch)?;
+        let (actual, strays) = Actual::adopt(&maps.dump()?, maps.capacities());
+        let mut new = Self {
+            maps,
+            node: node.into(),
+            index: Index::default(),
+            desired: Desired::default(),
+            kept: actual.ports.keys().cloned().collect(),
+            actual,
+            limbo: VecDeque::new(),
+            deletion: None,
+            failed_ports: BTreeMap::new(),
+            failed_frontends: BTreeMap::new(),
+            fresh: true,
+            complete: false,
+            problems: Vec::new(),
+        };
+        new.withdraw_strays(strays)?;
+        Ok(new)
+    }
+
+    /// Puts out of use what no service port owns. Frontends that lead to a stray index are none of anybody's claims, so
+    /// the first application moves or removes them; the index is cleared after that.
+    fn withdraw_strays(&mut self, strays: Strays) -> Result<(), MapError> {
+        let Strays { indexes, backends } = strays;
+        for id in backends {
+            self.withdraw(id)?;
+        }
+        for index in indexes {
+            warn!(index, "a service index of an earlier run belongs to nobody and is cleared");
+            self.kept_strays(index);
+        }
+        Ok(())
+    }
+
+    /// Has a stray index cleared as if it were a service port that is gone.
+    fn kept_strays(&mut self, index: u32) {
+        let id = Arc::new(PortId {
+            service: crate::model::ObjectKey::new("", &format!("(stray index {index})")),
+            port_name: "".into(),
+            protocol: crate::model::Protocol::Tcp,
+            ipv6: false,
+        });
+        let port = ActualPort {
+            index,
+            value: Service::default(),
+            name: crate::actual::name_of(&id, 0, 0),
+            sets: Default::default(),
+            backends: BTreeMap::new(),
+        };
+        self.actual.ports.insert(id, port);
+    }
+
+    /// Applies a batch of changes as a whole.
+    pub fn apply(&mut self, batch: Batch) {
+        let dirty = self.index.apply(batch.changes);
+        let mut touched = Touched::default();
+        for key in dirty {
+            let ports = match self.index.service(&key) {
+                Some(service) => desired::ports(service, self.index.slices(&key), &self.node),
+                None => Vec::new(),
+            };
+            self.desired.update(&key, ports, &mut touched);
+        }
+        let completed = batch.complete && !self.complete;
+        if completed {
+            self.complete = true;
+            self.kept.clear();
+        }
+        if self.fresh || completed {
+            self.fresh = false;
+            touched.ports.extend(self.actual.ports.keys().cloned());
+            touched.frontends.extend(self.actual.frontends.keys().copied());
+        }
+        self.problems = batch.problems;
+        self.reconcile(touched);
+    }
+
+    /// Uses grace periods that have passed: clears what is gone, frees what was in use, and tries again what failed.
+    pub fn reclaim(&mut self) {
+        if self.free_retired() {
+            self.reconcile(Touched::default());
+        }
+    }
+
+    /// Waits until nothing is left to be cleared (but for what fails again and again).
+    ///
+    /// # Errors
+    /// Where the grace period fails.
+    pub fn settle(&mut self) -> Result<(), MapError> {
+        // Clearing a service port withdraws its backends, whose ids need a second period.
+        for _ in 0..4 {
+            let Some((epoch, _)) = self.limbo.back() else { break };
+            let epoch = *epoch;
+            self.maps.grace_wait(epoch)?;
+            self.reclaim();
+        }
+        Ok(())
+    }
+
+    /// Everything that is wrong now: in the source, between Services, and with the maps.
+    #[must_use]
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut all = self.problems.clone();
+        all.extend(self.desired.conflicts());
+        all.extend(self.failed_ports.iter().map(|(id, why)| Problem {
+            place: format!("Service {id}"),
+            message: format!("not served as it should be: {why}"),
+        }));
+        all.extend(self.failed_frontends.iter().map(|(key, why)| Problem {
+            place: format!("frontend {}:{}", key.addr, key.port),
+            message: format!("not served as it should be: {why}"),
+        }));
+        all
+    }
+
+    /// Whether the source has told everything at least once.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// What is desired.
+    #[must_use]
+    pub fn desired(&self) -> &Desired {
+        &self.desired
+    }
+
+    /// The maps.
+    #[must_use]
+    pub fn maps(&self) -> &M {
+        &self.maps
+    }
+
+    /// The maps, for what is not part of the update protocol.
+    pub fn maps_mut(&mut self) -> &mut M {
+        &mut self.maps
+    }
+
+    /// How much of the maps is in use.
+    #[must_use]
+    pub fn usage(&self) -> (Usage, Capacities) {
+        let usage = Usage {
+            services: self.actual.indexes.used(),
+            frontends: self.actual.frontends.len() as u32,
+            backends: self.actual.ids.used(),
+            backend_slots: self.actual.slots.used(),
+        };
+        (usage, self.maps.capacities())
+    }
+
+    /// Frees what a grace period has passed for; whether there was any.
+    fn free_retired(&mut self) -> bool {
+        let passed = self.maps.grace_passed();
+        let mut any = false;
+        while let Some((_, retired)) = self.limbo.pop_front_if(|(epoch, _)| *epoch <= passed) {
+            any = true;
+            match retired {
+                Retired::Range(range) => self.actual.slots.free(range),
+                Retired::Backend(id) => self.actual.ids.free(id),
+                Retired::Port(port) => {
+                    if let Err(error) = self.clear(&port) {
+                        warn!(index = port.index, %error, "cannot clear a service index; trying again later");
+                        self.retire(Retired::Port(port));
+                    }
+                }
+            }
+        }
+        any
+    }
+
+    fn retire(&mut self, retired: Retired) {
+        let epoch = self.maps.grace_begin();
+        self.limbo.push_back((epoch, retired));
+    }
+
+    /// Moves a backend's generation; its id is free after a grace period.
+    fn withdraw(&mut self, id: u32) -> Result<(), MapError> {
+        let next = generation::withdrawn(self.actual.backend_generations[id as usize]);
+        self.maps.withdraw_backend(id, next)?;
+        self.actual.backend_generations[id as usize] = next;
+        if id != 0 {
+            self.retire(Retired::Backend(id));
+        }
+        Ok(())
+    }
+
+    /// Clears a service index that nothing leads to any more.
+    fn clear(&mut self, port: &ActualPort) -> Result<(), MapError> {
+        let index = port.index;
+        let generation = generation::withdrawn(self.actual.service_generations[index as usize]);
+        let empty = Service {
+            generation,
+            ..Service::default()
+        };
+        self.maps.write_service(index, empty)?;
+        self.actual.service_generations[index as usize] = generation;
+        for backend in port.backends.values() {
+            // Not again where a try before this one came so far.
+            if self.actual.backend_generations[backend.id as usize] == backend.generation {
+                self.withdraw(backend.id)?;
+            }
+        }
+        self.maps.delete_name(index)?;
+        for range in port.ranges() {
+            self.actual.slots.free(range);
+        }
+        if index != 0 {
+            self.actual.indexes.free(index);
+        }
+        Ok(())
+    }
+
+    fn reconcile(&mut self, mut touched: Touched) {
+        self.free_retired();
+        touched.ports.extend(std::mem::take(&mut self.failed_ports).into_keys());
+        touched.frontends.extend(std::mem::take(&mut self.failed_frontends).into_keys());
+        for id in &touched.ports {
+            let Some(want) = self.desired.port(id) else { continue };
+            self.kept.remove(id);
+            let result = match diff::plan(id, want, &mut self.actual) {
+                Err(error) if !self.limbo.is_empty() => {
+                    // Room is on its way.
+                    debug!(%id, %error, "waiting for a grace period");
+                    self.settle_limbo().and_then(|()| match self.desired.port(id) {
+                        Some(want) => diff::plan(id, want, &mut self.actual),
+                        None => Ok(Plan::default()),
+                    })
+                }
+                other => other,
+            };
+            let result = result.and_then(|plan| self.execute(id, plan));
+            if let Err(error) = result {
+                self.failed_ports.insert(Arc::clone(id), error.to_string());
+                // Its frontends may lead elsewhere meanwhile.
+            }
+            if let Some(want) = self.desired.port(id) {
+                touched.frontends.extend(want.frontends.iter().map(|(key, _)| *key));
+            }
+        }
+        self.sync_frontends(&touched.frontends);
+        self.remove_ports(&touched.ports);
+    }
+
+    /// Waits for all grace periods that were asked for, and frees what they were for.
+    fn settle_limbo(&mut self) -> Result<(), MapError> {
+        for _ in 0..4 {
+            let Some((epoch, _)) = self.limbo.back() else { break };
+            let epoch = *epoch;
+            self.maps.grace_wait(epoch)?;
+            self.free_retired();
+        }
+        Ok(())
+    }
+
+    /// Writes the steps of a plan and records each; afterwards, what was taken and is not used goes back.
+    fn execute(&mut self, id: &Arc<PortId>, plan: Plan) -> Result<(), MapError> {
+        let Plan {
+            index,
+            new_index,
+            new_ranges,
+            new_ids,
+            steps,
+        } = plan;
+        if steps.is_empty() {
+            return Ok(());
+        }
+        let mut ranges = self.actual.ports.get(id).map(ActualPort::ranges).unwrap_or_default();
+        ranges.extend(new_ranges);
+        let result = steps.into_iter().try_for_each(|step| self.step(id, index, step));
+
+        let port = self.actual.ports.get(id);
+        let in_use = port.map(ActualPort::ranges).unwrap_or_default();
+        let unused: Vec<_> = ranges.difference(&in_use).copied().collect();
+        let known = |id: &u32| port.is_some_and(|port| port.backends.values().any(|b| b.id == *id));
+        let unknown: Vec<_> = new_ids.into_iter().filter(|id| !known(id)).collect();
+        if new_index && port.is_none() {
+            self.actual.indexes.free(index);
+        }
+        unused.into_iter().for_each(|range| self.retire(Retired::Range(range)));
+        unknown.into_iter().for_each(|id| self.retire(Retired::Backend(id)));
+        result
+    }
+
+    /// One write, and then its record.
+    fn step(&mut self, id: &Arc<PortId>, index: u32, step: Step) -> Result<(), MapError> {
+        if let Step::Name(name) = &step {
+            self.maps.write_name(index, name)?;
+            self.actual.service_generations[index as usize] = name.generation;
+            let port = self.actual.ports.entry(Arc::clone(id)).or_insert_with(|| ActualPort {
+                index,
+                value: Service::default(),
+                name: *name,
+                sets: Default::default(),
+                backends: BTreeMap::new(),
+            });
+            port.name = *name;
+            return Ok(());
+        }
+        // The first step of a new port is its name.
+        let Some(port) = self.actual.ports.get_mut(id) else {
+            return Ok(());
+        };
+        match step {
+            Step::Name(_) => {}
+            Step::Fill(value, new) => {
+                self.maps.fill_backend(new.id, value)?;
+                self.actual.backend_generations[new.id as usize] = new.generation;
+                port.backends.insert((IpAddr::from(value.addr), value.port), new);
+            }
+            Step::Flags(key, flags) => {
+                if let Some(backend) = port.backends.get_mut(&key) {
+                    self.maps.write_backend_flags(backend.id, flags)?;
+                    backend.flags = flags;
+                }
+            }
+            Step::Slots(range, slots) => self.maps.write_slots(range.base, &slots)?,
+            Step::Service(value, sets) => {
+                self.maps.write_service(index, value)?;
+                port.value = value;
+                for (set, (range, members)) in port.sets.iter_mut().zip(sets) {
+                    set.range = range;
+                    set.members = Some(members);
+                }
+            }
+            Step::Settings(value) => {
+                self.maps.write_service_settings(index, value)?;
+                port.value = Service {
+                    internal: port.value.internal,
+                    external: port.value.external,
+                    cluster: port.value.cluster,
+                    ..value
+                };
+            }
+            Step::Publish(set, word, range, members) => {
+                self.maps.publish_set(index, set, word)?;
+                *set_word_mut(&mut port.value, set) = word;
+                for (known, at) in SETS.into_iter().zip(&mut port.sets) {
+                    if known == set {
+                        at.range = range;
+                        at.members = Some(Arc::clone(&members));
+                    }
+                }
+            }
+            Step::Withdraw(key) => {
+                let backend: Option<ActualBackend> = port.backends.get(&key).copied();
+                if let Some(backend) = backend {
+                    self.withdraw(backend.id)?;
+                    if let Some(port) = self.actual.ports.get_mut(id) {
+                        port.backends.remove(&key);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes frontends lead where they should: in-place stores first, then insertions, then deletions, so that what
+    /// moves is never away and what is new comes before what is gone.
+    fn sync_frontends(&mut self, keys: &BTreeSet<FrontendKey>) {
+        let mut stores = Vec::new();
+        let mut inserts = Vec::new();
+        let mut deletes = Vec::new();
+        let kept: BTreeSet<u32> = self.kept.iter().filter_map(|id| self.actual.ports.get(id)).map(|p| p.index).collect();
+        for key in keys {
+            let index_of = |id: &PortId| self.actual.ports.get(id).filter(|p| p.is_written()).map(|port| port.index);
+            let want = self.desired.frontend(key, index_of);
+            match (self.actual.frontends.get(key).copied(), want) {
+                (have, want) if have == want => {}
+                (None, Some(new)) => inserts.push((*key, new)),
+                (Some(_), Some(new)) => stores.push((*key, new)),
+                (Some(old), None) if self.is_kept(*key, old, &kept) => {}
+                (_, None) => deletes.push(*key),
+            }
+        }
+        for (key, new) in stores {
+            let result = self.maps.store_frontend(key, new);
+            self.record_frontend(key, Some(new), result);
+        }
+        let mut inserts = inserts.into_iter();
+        let mut full = None;
+        for (key, new) in inserts.by_ref() {
+            match self.insert(key, new) {
+                Err(MapError::Full { .. }) if !deletes.is_empty() => {
+                    full = Some((key, new));
+                    break;
+                }
+                result => self.record_frontend(key, Some(new), result),
+            }
+        }
+        for key in deletes {
+            let result = self.maps.delete_frontend(key);
+            if result.is_ok() {
+                self.deletion = Some(self.maps.grace_begin());
+            }
+            self.record_frontend(key, None, result);
+        }
+        // Where there was no room, there may be now.
+        for (key, new) in full.into_iter().chain(inserts) {
+            let result = self.insert(key, new);
+            self.record_frontend(key, Some(new), result);
+        }
+    }
+
+    /// Whether a frontend of an earlier run stays although nobody claims it: the source has not told everything yet.
+    fn is_kept(&self, key: FrontendKey, value: Frontend, kept: &BTreeSet<u32>) -> bool {
+        if self.complete {
+            return false;
+        }
+        match FrontendKind::from_u8(value.kind) {
+            Some(FrontendKind::Address) => key == FrontendKey::address_mark(key.addr),
+            Some(_) => kept.contains(&value.service),
+            None => false,
+        }
+    }
+
+    fn insert(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
+        if let Some(epoch) = self.deletion.take() {
+            self.maps.grace_wait(epoch)?;
+        }
+        self.maps.insert_frontend(key, value)
+    }
+
+    fn record_frontend(&mut self, key: FrontendKey, new: Option<Frontend>, result: Result<(), MapError>) {
+        if let Err(error) = result {
+            self.failed_frontends.insert(key, error.to_string());
+            return;
+        }
+        let old = match new {
+            Some(new) => {
+                self.actual.count(new, true);
+                self.actual.frontends.insert(key, new)
+            }
+            None => self.actual.frontends.remove(&key),
+        };
+        if let Some(old) = old {
+            self.actual.count(old, false);
+        }
+    }
+
+    /// Retires service ports that nothing is desired of and nothing leads to.
+    fn remove_ports(&mut self, ids: &BTreeSet<Arc<PortId>>) {
+        for id in ids {
+            if self.desired.port(id).is_some() || self.kept.contains(id) {
+                continue;
+            }
+            let Some(port) = self.actual.ports.get(id) else { continue };
+            if self.actual.references.contains_key(&port.index) {
+                let why = "frontends still lead to it".to_owned();
+                self.failed_ports.insert(Arc::clone(id), why);
+                continue;
+            }
+            if let Some(port) = self.actual.ports.remove(id) {
+                self.retire(Retired::Port(Box::new(port)));
+            }
+        }
+    }
+}
