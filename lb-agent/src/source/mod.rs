@@ -7,3 +7,6 @@ pub mod convert;
 pub mod manifests;
 mod parse;
 pub mod watch;
+
+#[cfg(test)]
+mod tests;
