@@ -6,6 +6,7 @@
 //! the field in question, to tell its line.
 
 use std::fmt;
+use std::num::NonZero;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -31,6 +32,10 @@ const MAX_MESSAGE: usize = 400;
 const LOCATE_BYTES: usize = 256 << 20;
 /// The deepest nesting. A CustomResourceDefinition, which may share a file with a Service, is some 40 deep.
 const MAX_DEPTH: usize = 100;
+/// The stack of a parsing thread, in bytes. A level of nesting takes up to 25 kB in a debug build.
+const STACK: usize = 16 << 20;
+/// How much text at least is worth a thread, in bytes.
+const MIN_SHARE: usize = 1 << 20;
 
 /// The kinds of `v1`, as far as they are written in manifests or come out of `kubectl get`.
 const V1_KINDS: &[&str] = &[
@@ -103,34 +108,81 @@ fn place(file: &str, document: usize, line: usize) -> String {
 /// Parses a file. `name` is only for [`Problem::place`]; `json` says that its name ends in `.json`.
 pub(super) fn parse(name: &str, bytes: &[u8], json: bool) -> Parsed {
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-    let mut file = File {
-        name,
-        documents: 0,
-        parsed: Parsed::default(),
-        unsaid: 0,
-        locate_bytes: LOCATE_BYTES,
-    };
-    for chunk in documents(bytes) {
-        file.chunk(bytes, chunk, json);
+    let mut parsed = Parsed::default();
+    let mut documents = 0;
+    let mut unsaid = 0;
+    for part in parts(name, bytes, json) {
+        parsed
+            .objects
+            .extend(part.objects.into_iter().map(|mut found| {
+                found.position.document += documents;
+                found
+            }));
+        for (position, message) in part.problems {
+            if parsed.problems.len() < MAX_PROBLEMS {
+                let place = place(name, documents + position.document, position.line);
+                parsed.problems.push(Problem { place, message });
+            } else {
+                unsaid += 1;
+            }
+        }
+        documents += part.documents;
+        unsaid += part.unsaid;
     }
-    if file.documents == 0 {
+    let mut about_all = |message: String| {
+        let place = name.to_owned();
+        parsed.problems.push(Problem { place, message });
+    };
+    if documents == 0 {
         let message = if bytes.is_empty() {
             "the file is empty"
         } else {
             "the file holds no document"
         };
-        file.parsed.problems.push(Problem {
-            place: name.to_owned(),
-            message: format!("{message} (to withdraw its objects, remove it)"),
-        });
+        about_all(format!("{message} (to withdraw its objects, remove it)"));
     }
-    if file.unsaid > 0 {
-        file.parsed.problems.push(Problem {
-            place: name.to_owned(),
-            message: format!("{} more problems", file.unsaid),
-        });
+    if unsaid > 0 {
+        about_all(format!("{unsaid} more problems"));
     }
-    file.parsed
+    parsed
+}
+
+/// Parses the documents of a file, a large file in several threads.
+fn parts<'a>(name: &'a str, bytes: &'a [u8], json: bool) -> Vec<Part<'a>> {
+    let chunks = documents(bytes);
+    let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let share = (bytes.len() / threads + 1).max(MIN_SHARE);
+    let shares = chunks.chunk_by(|a, b| a.range.start / share == b.range.start / share);
+    let work = |chunks: &[Chunk]| {
+        let mut part = Part::new(name);
+        for chunk in chunks {
+            part.chunk(bytes, chunk, json);
+        }
+        part
+    };
+    std::thread::scope(|scope| {
+        let started: Vec<_> = shares
+            .map(|share| {
+                let thread = std::thread::Builder::new().stack_size(STACK);
+                (thread.spawn_scoped(scope, move || work(share)), share)
+            })
+            .collect();
+        started
+            .into_iter()
+            .map(|(thread, share)| {
+                let result = thread.map(std::thread::ScopedJoinHandle::join);
+                let message = match result {
+                    Ok(Ok(part)) => return part,
+                    Ok(Err(_)) => "the parser has panicked".to_owned(),
+                    Err(error) => format!("no thread to parse in: {error}"),
+                };
+                let mut part = Part::new(name);
+                part.documents = share.len();
+                part.problem(share.first().map_or(1, |chunk| chunk.line), &message);
+                part
+            })
+            .collect()
+    })
 }
 
 /// The text of one document.
@@ -220,29 +272,51 @@ impl From<ConvertError> for Fault {
     }
 }
 
-struct File<'a> {
+/// What some of the documents of a file hold.
+struct Part<'a> {
     name: &'a str,
+    /// How many documents there are so far; their numbers begin with 1 in every part.
     documents: usize,
-    parsed: Parsed,
+    objects: Vec<Found>,
+    problems: Vec<(Position, String)>,
     /// Problems beyond [`MAX_PROBLEMS`].
     unsaid: usize,
     locate_bytes: usize,
 }
 
-impl File<'_> {
-    fn problem(&mut self, line: usize, message: &str) {
-        if self.parsed.problems.len() >= MAX_PROBLEMS {
-            self.unsaid += 1;
-            return;
+impl<'a> Part<'a> {
+    const fn new(name: &'a str) -> Self {
+        Self {
+            name,
+            documents: 0,
+            objects: Vec::new(),
+            problems: Vec::new(),
+            unsaid: 0,
+            locate_bytes: LOCATE_BYTES,
         }
-        let place = place(self.name, self.documents, line);
-        let message = clean(message);
-        self.parsed.problems.push(Problem { place, message });
+    }
+
+    const fn position(&self, line: usize, item: Option<usize>) -> Position {
+        let document = self.documents;
+        Position {
+            document,
+            line,
+            item,
+        }
+    }
+
+    fn problem(&mut self, line: usize, message: &str) {
+        if self.problems.len() < MAX_PROBLEMS {
+            self.problems
+                .push((self.position(line, None), clean(message)));
+        } else {
+            self.unsaid += 1;
+        }
     }
 
     fn fault(&mut self, text: &str, line: usize, fault: &Fault) {
         let mut at = line;
-        if !fault.field.is_empty() && self.parsed.problems.len() < MAX_PROBLEMS {
+        if !fault.field.is_empty() && self.problems.len() < MAX_PROBLEMS {
             let path = segments(&fault.field);
             // The field itself may be what is missing; then the line of what should hold it.
             for length in (1..=path.len()).rev() {
@@ -263,8 +337,8 @@ impl File<'_> {
         }
     }
 
-    fn chunk(&mut self, bytes: &[u8], chunk: Chunk, json: bool) {
-        let bytes = &bytes[chunk.range];
+    fn chunk(&mut self, bytes: &[u8], chunk: &Chunk, json: bool) {
+        let bytes = &bytes[chunk.range.clone()];
         let line = chunk.line;
         let line_of =
             |offset: usize| line + bytes[..offset].iter().filter(|&&b| b == b'\n').count();
@@ -352,7 +426,6 @@ impl File<'_> {
     }
 
     fn top(&mut self, text: &str, line: usize, top: Top) {
-        let document = self.documents;
         let mut fields = top.fields;
         let class = match classify(&fields, None) {
             Ok(class) => class,
@@ -360,7 +433,8 @@ impl File<'_> {
         };
         let default = match class {
             Class::Ignored => {
-                return tracing::debug!("{}: ignored", place(self.name, document, line));
+                tracing::debug!("{}, line {line}: of another kind, ignored", self.name);
+                return;
             }
             Class::List(default) => default,
             Class::Ours(kind) => {
@@ -394,13 +468,8 @@ impl File<'_> {
     }
 
     fn found(&mut self, object: Object, line: usize, item: Option<usize>) {
-        let document = self.documents;
-        let position = Position {
-            document,
-            line,
-            item,
-        };
-        self.parsed.objects.push(Found { object, position });
+        let position = self.position(line, item);
+        self.objects.push(Found { object, position });
     }
 }
 
@@ -430,6 +499,8 @@ fn options(text: &str) -> serde_saphyr::Options {
         },
         duplicate_keys: serde_saphyr::options::DuplicateKeyPolicy::Error,
         non_finite_float_policy: serde_saphyr::options::NonFiniteFloatPolicy::AsString,
+        // `name: on` means a name; to be sure, only `true` and `false` are booleans.
+        strict_booleans: true,
         with_snippet: false,
     }
 }

@@ -809,7 +809,7 @@ async fn silent(watcher: &mut Watcher) {
 async fn a_folder_is_watched() {
     let mut bed = Bed::new();
     let folder = bed.dir.path().to_owned();
-    let mut watcher = Watcher::new(&[folder.clone()]);
+    let mut watcher = Watcher::new(std::slice::from_ref(&folder));
     assert_eq!(watcher.degraded(), None);
     silent(&mut watcher).await;
     bed.write("a.yaml", service("a", 80));
@@ -856,7 +856,7 @@ async fn a_file_and_the_target_of_a_link_are_watched() {
 async fn a_folder_that_comes_back_is_watched_again() {
     let outer = tempfile::tempdir().unwrap();
     let folder = outer.path().join("d");
-    let mut watcher = Watcher::new(&[folder.clone()]);
+    let mut watcher = Watcher::new(std::slice::from_ref(&folder));
     for round in 0..3 {
         fs::create_dir(&folder).unwrap();
         assert!(told(&mut watcher).await.contains(&folder), "round {round}");
@@ -901,4 +901,40 @@ async fn the_clock_ticks_without_a_change() {
     let mut watcher = Watcher::new(&[bed.dir.path().to_owned()]);
     let told = tokio::time::timeout(Duration::from_secs(5), watcher.changed()).await;
     assert_eq!(told.unwrap(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn no_depth_overflows_the_stack() {
+    for (open, close, head) in [
+        ("[", "]", "x: "),
+        ("{a: ", "}", "x: "),
+        ("- ", "", "x:\n  "),
+    ] {
+        for depth in [0, 60, 90, 99, 110, 10_000] {
+            let text = format!(
+                "apiVersion: v1\nkind: Pod\n{head}{}a{}\n",
+                open.repeat(depth),
+                close.repeat(depth)
+            );
+            let problems = super::parse::parse("x", text.as_bytes(), false).problems;
+            assert_eq!(
+                problems.len(),
+                usize::from(depth > 99),
+                "{open} {depth}: {problems:?}"
+            );
+        }
+    }
+    for depth in [60, 100, 126, 10_000] {
+        let text = format!(
+            "{{\"apiVersion\": \"v1\", \"kind\": \"Pod\", \"x\": {}1{}}}",
+            "{\"a\":".repeat(depth),
+            "}".repeat(depth)
+        );
+        let problems = super::parse::parse("x", text.as_bytes(), true).problems;
+        assert_eq!(
+            problems.len(),
+            usize::from(depth > 126),
+            "{depth}: {problems:?}"
+        );
+    }
 }
