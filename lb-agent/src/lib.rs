@@ -17,4 +17,4 @@ pub mod maps;
 pub mod model;
 pub mod policy;
 pub mod reconcile;
-
+pub mod source;

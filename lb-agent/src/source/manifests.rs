@@ -1,0 +1,423 @@
+//! Objects from files: `--manifests PATH`.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fs::{self, File, Metadata, OpenOptions};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use super::parse::{self, Found, Position};
+use crate::model::{Batch, Change, Object, ObjectId, Problem};
+
+/// The largest file that is read, in bytes.
+pub const MAX_FILE_BYTES: u64 = 256 << 20;
+
+/// A file that was written less than this before it was read may be written again without a new time stamp, which has
+/// the resolution of the kernel's tick; it is read once more.
+const STAMP_RESOLUTION: Duration = Duration::from_millis(50);
+
+/// Services, EndpointSlices and Nodes from files and folders.
+///
+/// Files are YAML or JSON, with several documents or a List. Of a folder, the files `*.yaml`, `*.yml` and `*.json` are
+/// read in the order of their names; hidden files and folders in it are not. Symbolic links are followed, so that a
+/// mounted ConfigMap works.
+///
+/// - While a file has any problem, what it said when it last had none stays in force. If that was never, its good
+///   documents are used.
+/// - Where an object is defined twice, the first stays: the order is that of the paths, then of the file names, then of
+///   the documents.
+/// - A file that is gone takes its objects with it. A folder that is gone or cannot be read does not.
+#[derive(Debug)]
+pub struct ManifestSource {
+    roots: Vec<Root>,
+    files: BTreeMap<FileId, FileState>,
+    /// Who defines an object, in the order of precedence.
+    claims: HashMap<ObjectId, Vec<Claim>>,
+    /// Objects with several claims.
+    contested: BTreeSet<ObjectId>,
+    delivered: HashMap<ObjectId, Object>,
+}
+
+#[derive(Debug)]
+struct Root {
+    path: PathBuf,
+    was_folder: bool,
+}
+
+/// A file: which root it belongs to, and its path. The order is that of precedence.
+type FileId = (usize, PathBuf);
+
+#[derive(Debug, Clone)]
+struct Claim {
+    file: FileId,
+    position: Position,
+    object: Object,
+}
+
+#[derive(Debug, Default)]
+struct FileState {
+    fingerprint: Option<Fingerprint>,
+    /// It had no problem at least once.
+    was_good: bool,
+    /// The objects that are in force.
+    objects: Vec<ObjectId>,
+    problems: Vec<Problem>,
+}
+
+/// What changes when a file changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Fingerprint {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Fingerprint {
+    fn of(meta: &Metadata) -> Self {
+        Self {
+            device: meta.dev(),
+            inode: meta.ino(),
+            size: meta.size(),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+        }
+    }
+}
+
+/// The files of one scan.
+#[derive(Debug, Default)]
+struct Scan {
+    present: BTreeSet<FileId>,
+    /// Roots whose files stay as they are.
+    kept: HashSet<usize>,
+    problems: Vec<Problem>,
+}
+
+impl ManifestSource {
+    /// A source that reads these files and folders, in this order of precedence. Nothing is read yet.
+    #[must_use]
+    pub fn new(paths: Vec<PathBuf>) -> Self {
+        let root = |path| Root {
+            path,
+            was_folder: false,
+        };
+        Self {
+            roots: paths.into_iter().map(root).collect(),
+            files: BTreeMap::new(),
+            claims: HashMap::new(),
+            contested: BTreeSet::new(),
+            delivered: HashMap::new(),
+        }
+    }
+
+    /// Reads what has changed, and tells the difference to what the previous call told.
+    ///
+    /// A file is read again where its device, inode, size or time stamps have changed. The batch is complete where
+    /// there is no problem.
+    pub fn rescan(&mut self) -> Batch {
+        self.rescan_forced(&[])
+    }
+
+    /// As [`rescan`](Self::rescan), but reads a file also where `forced` names it or its folder, whatever its time
+    /// stamps say. Paths are compared as absolute, not as canonical ones; see
+    /// [`Watcher::changed`](super::watch::Watcher::changed).
+    pub fn rescan_forced(&mut self, forced: &[PathBuf]) -> Batch {
+        let forced: HashSet<PathBuf> = forced.iter().map(|path| absolute(path)).collect();
+        let scan = self.scan();
+        let mut touched = BTreeSet::new();
+        let gone: Vec<FileId> = self
+            .files
+            .keys()
+            .filter(|id| !scan.present.contains(*id) && !scan.kept.contains(&id.0))
+            .cloned()
+            .collect();
+        for id in gone {
+            if let Some(state) = self.files.remove(&id) {
+                self.withdraw(&id, state.objects, &mut touched);
+            }
+        }
+        let mut seen = HashSet::new();
+        for id in &scan.present {
+            self.refresh(id, &forced, &mut seen, &mut touched);
+        }
+
+        let changes = touched.iter().filter_map(|id| self.settle(id)).collect();
+        let mut problems = scan.problems;
+        problems.extend(
+            self.files
+                .values()
+                .flat_map(|state| state.problems.iter().cloned()),
+        );
+        problems.extend(self.contests());
+        Batch {
+            changes,
+            complete: problems.is_empty(),
+            problems,
+        }
+    }
+
+    /// Lists the files that are there.
+    fn scan(&mut self) -> Scan {
+        let mut scan = Scan::default();
+        for (index, root) in self.roots.iter_mut().enumerate() {
+            let mut keep = |error: &io::Error| {
+                scan.kept.insert(index);
+                scan.problems.push(problem(&root.path, error.to_string()));
+            };
+            match fs::metadata(&root.path) {
+                Ok(meta) if meta.is_dir() => match folder(&root.path) {
+                    Ok(files) => {
+                        root.was_folder = true;
+                        scan.present
+                            .extend(files.into_iter().map(|path| (index, path)));
+                    }
+                    Err(error) => keep(&error),
+                },
+                Ok(_) => {
+                    root.was_folder = false;
+                    scan.present.insert((index, root.path.clone()));
+                }
+                // A link to nowhere is still there.
+                Err(error)
+                    if error.kind() == ErrorKind::NotFound
+                        && !root.was_folder
+                        && fs::symlink_metadata(&root.path).is_err() =>
+                {
+                    scan.problems.push(problem(&root.path, error.to_string()));
+                }
+                Err(error) => keep(&error),
+            }
+        }
+        scan
+    }
+
+    /// Reads a file if it has changed.
+    fn refresh(
+        &mut self,
+        id: &FileId,
+        forced: &HashSet<PathBuf>,
+        seen: &mut HashSet<(u64, u64)>,
+        touched: &mut BTreeSet<ObjectId>,
+    ) {
+        let path = &id.1;
+        let state = self.files.entry(id.clone()).or_default();
+        let meta = match fs::metadata(path) {
+            Ok(meta) => meta,
+            Err(error)
+                if error.kind() == ErrorKind::NotFound && fs::symlink_metadata(path).is_err() =>
+            {
+                // Gone since the folder was listed.
+                if let Some(state) = self.files.remove(id) {
+                    self.withdraw(id, state.objects, touched);
+                }
+                return;
+            }
+            Err(error) => {
+                state.fingerprint = None;
+                state.problems = vec![problem(path, error.to_string())];
+                return;
+            }
+        };
+        // Given twice, such as a file and its folder: the first counts.
+        if !seen.insert((meta.dev(), meta.ino())) {
+            if let Some(state) = self.files.remove(id) {
+                self.withdraw(id, state.objects, touched);
+            }
+            return;
+        }
+        let absolute = absolute(path);
+        let is_forced = forced.contains(&absolute)
+            || absolute
+                .parent()
+                .is_some_and(|folder| forced.contains(folder));
+        if !is_forced && state.fingerprint == Some(Fingerprint::of(&meta)) {
+            return;
+        }
+        let (fingerprint, bytes) = match read(path) {
+            Ok(read) => read,
+            Err(error) => {
+                state.fingerprint = None;
+                state.problems = vec![problem(path, error.to_string())];
+                return;
+            }
+        };
+        state.fingerprint = fingerprint;
+        let name = display(path);
+        let json = path
+            .extension()
+            .is_some_and(|extension| extension == "json");
+        let parsed = parse::parse(&name, &bytes, json);
+        state.problems = parsed.problems;
+        let mut first: HashMap<ObjectId, Found> = HashMap::with_capacity(parsed.objects.len());
+        let mut order = Vec::with_capacity(parsed.objects.len());
+        for found in parsed.objects {
+            let object = found.object.id();
+            if let Some(other) = first.get(&object) {
+                state.problems.push(defined_twice(
+                    &name,
+                    found.position,
+                    &object,
+                    &other.position.place(&name),
+                ));
+            } else {
+                order.push(object.clone());
+                first.insert(object, found);
+            }
+        }
+        if !state.problems.is_empty() && state.was_good {
+            return;
+        }
+        state.was_good |= state.problems.is_empty();
+        let old = std::mem::replace(&mut state.objects, order);
+        self.withdraw(id, old, touched);
+        for (object, found) in first {
+            let claim = Claim {
+                file: id.clone(),
+                position: found.position,
+                object: found.object,
+            };
+            let claims = self.claims.entry(object.clone()).or_default();
+            let place = claims.partition_point(|other| other.file < claim.file);
+            claims.insert(place, claim);
+            if claims.len() > 1 {
+                self.contested.insert(object.clone());
+            }
+            touched.insert(object);
+        }
+    }
+
+    /// Takes back a file's claims.
+    fn withdraw(
+        &mut self,
+        file: &FileId,
+        objects: Vec<ObjectId>,
+        touched: &mut BTreeSet<ObjectId>,
+    ) {
+        for object in objects {
+            if let Some(claims) = self.claims.get_mut(&object) {
+                claims.retain(|claim| claim.file != *file);
+                if claims.len() < 2 {
+                    self.contested.remove(&object);
+                }
+                if claims.is_empty() {
+                    self.claims.remove(&object);
+                }
+            }
+            touched.insert(object);
+        }
+    }
+
+    /// The change that makes an object what its first claim says, if any is needed.
+    fn settle(&mut self, id: &ObjectId) -> Option<Change> {
+        let Some(claim) = self.claims.get(id).and_then(|claims| claims.first()) else {
+            return self
+                .delivered
+                .remove(id)
+                .map(|_| Change::Remove(id.clone()));
+        };
+        if self.delivered.get(id) == Some(&claim.object) {
+            return None;
+        }
+        self.delivered.insert(id.clone(), claim.object.clone());
+        Some(Change::Set(claim.object.clone()))
+    }
+
+    /// Objects that several files define.
+    fn contests(&self) -> impl Iterator<Item = Problem> {
+        self.contested.iter().flat_map(|id| {
+            let claims = self.claims.get(id).map(Vec::as_slice).unwrap_or_default();
+            let winner = claims
+                .first()
+                .map(|claim| claim.position.place(&display(&claim.file.1)));
+            claims.iter().skip(1).map(move |claim| {
+                let winner = winner.as_deref().unwrap_or_default();
+                defined_twice(&display(&claim.file.1), claim.position, id, winner)
+            })
+        })
+    }
+}
+
+fn defined_twice(file: &str, position: Position, id: &ObjectId, winner: &str) -> Problem {
+    Problem {
+        place: position.place(file),
+        message: format!(
+            "{}{id} is defined already in {winner}, which stays in force",
+            position.prefix()
+        ),
+    }
+}
+
+fn problem(path: &Path, message: impl Into<String>) -> Problem {
+    Problem {
+        place: display(path),
+        message: message.into(),
+    }
+}
+
+/// A path for people: file names may hold anything.
+fn display(path: &Path) -> String {
+    path.to_string_lossy()
+        .chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
+}
+
+/// An absolute path, without asking the file system.
+pub(super) fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// Whether a file of a folder is a manifest, by its name.
+pub(super) fn is_manifest(path: &Path) -> bool {
+    let hidden = path
+        .file_name()
+        .is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+    let named = path
+        .extension()
+        .is_some_and(|extension| extension == "yaml" || extension == "yml" || extension == "json");
+    named && !hidden
+}
+
+/// The manifests of a folder.
+fn folder(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(path)? {
+        let path = entry?.path();
+        if is_manifest(&path) && !path.is_dir() {
+            files.push(path);
+        }
+    }
+    Ok(files)
+}
+
+/// Reads a file, with the fingerprint to compare with the next time; `None` where it cannot be trusted to change.
+fn read(path: &Path) -> io::Result<(Option<Fingerprint>, Vec<u8>)> {
+    // Opening a FIFO must not wait for its writer.
+    let file: File = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    let now = SystemTime::now();
+    let meta = file.metadata()?;
+    if !meta.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    let too_large = || io::Error::other(format!("larger than {} MiB", MAX_FILE_BYTES >> 20));
+    if meta.size() > MAX_FILE_BYTES {
+        return Err(too_large());
+    }
+    let mut bytes = Vec::with_capacity(usize::try_from(meta.size()).unwrap_or_default() + 1);
+    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
+    if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > MAX_FILE_BYTES {
+        return Err(too_large());
+    }
+    // A time stamp in the future counts as old: it would be read for ever.
+    let fresh = meta.modified().is_ok_and(|modified| {
+        now.duration_since(modified)
+            .is_ok_and(|age| age < STAMP_RESOLUTION)
+    });
+    Ok(((!fresh).then(|| Fingerprint::of(&meta)), bytes))
+}
