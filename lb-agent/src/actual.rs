@@ -278,7 +278,7 @@ pub(crate) const fn member_flag(set: Set) -> u16 {
 
 /// The text in a field that is padded with zero bytes.
 #[must_use]
-pub fn text(field: &[u8]) -> Option<&str> {
+pub(crate) fn text(field: &[u8]) -> Option<&str> {
     let end = field.iter().position(|b| *b == 0).unwrap_or(field.len());
     std::str::from_utf8(&field[..end]).ok()
 }
@@ -296,7 +296,7 @@ pub(crate) fn pad<const N: usize>(text: &str) -> [u8; N] {
 
 /// The identity that an entry of NAMES gives.
 #[must_use]
-pub fn port_id(name: &Name) -> Option<PortId> {
+pub(crate) fn port_id(name: &Name) -> Option<PortId> {
     let protocol = match name.proto {
         6 => Protocol::Tcp,
         17 => Protocol::Udp,

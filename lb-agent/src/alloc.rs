@@ -4,17 +4,17 @@ use std::collections::BTreeSet;
 
 /// A contiguous range of slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Range {
+pub(crate) struct Range {
     /// First slot; a multiple of the range's size.
-    pub base: u32,
+    pub(crate) base: u32,
     /// Size class: the range has `1 << order` slots.
-    pub order: u8,
+    pub(crate) order: u8,
 }
 
 impl Range {
     /// The smallest range that holds `len` slots (at least one) at `base`.
     #[must_use]
-    pub fn holding(base: u32, len: u16) -> Self {
+    pub(crate) fn holding(base: u32, len: u16) -> Self {
         Self {
             base,
             order: order_of(len),
@@ -23,7 +23,7 @@ impl Range {
 
     /// Number of slots.
     #[must_use]
-    pub fn size(self) -> u32 {
+    pub(crate) fn size(self) -> u32 {
         1 << self.order
     }
 
@@ -43,7 +43,7 @@ fn order_of(len: u16) -> u8 {
 /// Allocator of slot ranges: a buddy allocator, so a range is a power of two long and aligned to its length, and free
 /// halves join again. Always the lowest place that fits, so that the used part stays compact.
 #[derive(Debug, Clone)]
-pub struct SlotRanges {
+pub(crate) struct SlotRanges {
     /// Free ranges by order.
     free: Vec<BTreeSet<u32>>,
     capacity: u32,
@@ -55,7 +55,7 @@ const ORDERS: u8 = 32;
 impl SlotRanges {
     /// All of `0..capacity` is free.
     #[must_use]
-    pub fn new(capacity: u32) -> Self {
+    pub(crate) fn new(capacity: u32) -> Self {
         let mut new = Self {
             free: vec![BTreeSet::new(); ORDERS as usize],
             capacity,
@@ -75,18 +75,18 @@ impl SlotRanges {
 
     /// Number of slots.
     #[must_use]
-    pub fn capacity(&self) -> u32 {
+    pub(crate) fn capacity(&self) -> u32 {
         self.capacity
     }
 
     /// Slots in ranges that are not free.
     #[must_use]
-    pub fn used(&self) -> u32 {
+    pub(crate) fn used(&self) -> u32 {
         self.used
     }
 
     /// A range for `len` slots, if there is room.
-    pub fn alloc(&mut self, len: u16) -> Option<Range> {
+    pub(crate) fn alloc(&mut self, len: u16) -> Option<Range> {
         let order = order_of(len);
         let (from, base) = (order..ORDERS)
             .filter_map(|o| self.free[o as usize].first().map(|base| (o, *base)))
@@ -96,7 +96,7 @@ impl SlotRanges {
     }
 
     /// Takes a range that is known to be in use. False where it is not wholly free, not aligned, or out of bounds.
-    pub fn claim(&mut self, range: Range) -> bool {
+    pub(crate) fn claim(&mut self, range: Range) -> bool {
         if range.order >= ORDERS || range.base % range.size() != 0 {
             return false;
         }
@@ -115,7 +115,7 @@ impl SlotRanges {
     ///
     /// # Panics
     /// In debug builds, where the range is free already.
-    pub fn free(&mut self, mut range: Range) {
+    pub(crate) fn free(&mut self, mut range: Range) {
         self.used -= range.size();
         while range.order + 1 < ORDERS {
             let buddy = range.buddy();
@@ -152,7 +152,7 @@ impl SlotRanges {
 
 /// Allocator of indexes in `1..capacity`: the lowest that is free. Zero is never given out.
 #[derive(Debug, Clone)]
-pub struct Indexes {
+pub(crate) struct Indexes {
     /// Free indexes below `next`.
     free: BTreeSet<u32>,
     /// Never used, and all above it.
@@ -163,7 +163,7 @@ pub struct Indexes {
 impl Indexes {
     /// All of `1..capacity` is free.
     #[must_use]
-    pub fn new(capacity: u32) -> Self {
+    pub(crate) fn new(capacity: u32) -> Self {
         Self {
             free: BTreeSet::new(),
             next: 1,
@@ -173,12 +173,12 @@ impl Indexes {
 
     /// Indexes that are not free.
     #[must_use]
-    pub fn used(&self) -> u32 {
+    pub(crate) fn used(&self) -> u32 {
         self.next - 1 - self.free.len() as u32
     }
 
     /// An index, if one is free.
-    pub fn alloc(&mut self) -> Option<u32> {
+    pub(crate) fn alloc(&mut self) -> Option<u32> {
         if let Some(index) = self.free.pop_first() {
             return Some(index);
         }
@@ -189,7 +189,7 @@ impl Indexes {
     }
 
     /// Takes an index that is known to be in use. False where it is not free or out of bounds.
-    pub fn claim(&mut self, index: u32) -> bool {
+    pub(crate) fn claim(&mut self, index: u32) -> bool {
         if index == 0 || index >= self.capacity {
             return false;
         }
@@ -205,7 +205,7 @@ impl Indexes {
     ///
     /// # Panics
     /// In debug builds, where the index is free already.
-    pub fn free(&mut self, index: u32) {
+    pub(crate) fn free(&mut self, index: u32) {
         debug_assert!(index != 0 && index < self.next);
         let new = self.free.insert(index);
         debug_assert!(new, "{index} was free already");

@@ -7,7 +7,7 @@ use crate::model::{Change, EndpointSlice, Kind, Node, Object, ObjectKey, Service
 
 /// All objects, by key. Synchronous, no IO.
 #[derive(Debug, Default)]
-pub struct Index {
+pub(crate) struct Index {
     services: HashMap<ObjectKey, Arc<Service>>,
     /// By Service, then by the slice's own key.
     slices: HashMap<ObjectKey, BTreeMap<ObjectKey, Arc<EndpointSlice>>>,
@@ -18,7 +18,7 @@ pub struct Index {
 
 impl Index {
     /// Takes changes over; returns the Services that they concern.
-    pub fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> BTreeSet<ObjectKey> {
+    pub(crate) fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> BTreeSet<ObjectKey> {
         let mut dirty = BTreeSet::new();
         for change in changes {
             match change {
@@ -73,12 +73,12 @@ impl Index {
 
     /// A Service.
     #[must_use]
-    pub fn service(&self, key: &ObjectKey) -> Option<&Service> {
+    pub(crate) fn service(&self, key: &ObjectKey) -> Option<&Service> {
         self.services.get(key).map(Arc::as_ref)
     }
 
     /// The slices of a Service, in the order of their names.
-    pub fn slices(&self, service: &ObjectKey) -> impl Iterator<Item = &EndpointSlice> + Clone {
+    pub(crate) fn slices(&self, service: &ObjectKey) -> impl Iterator<Item = &EndpointSlice> + Clone {
         self.slices.get(service).into_iter().flat_map(BTreeMap::values).map(Arc::as_ref)
     }
 }
