@@ -4,11 +4,14 @@ mod connect;
 mod hold;
 mod serve;
 
+use std::env::current_exe;
 use std::io::{Read as _, Write as _, stdin, stdout};
+use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
-use lb_tests::{Cluster, Underlay};
+use lb_tests::{Cluster, Testbed, Underlay, demo};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Helper processes of lb's test bed.
@@ -37,17 +40,32 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         pods: u8,
     },
+    /// The demo, as `cargo xtask run` shows it
+    Demo {
+        /// The lb-agent binary
+        #[arg(long)]
+        agent: PathBuf,
+        /// The folder of manifests
+        #[arg(long, default_value = "examples")]
+        examples: PathBuf,
+        /// Verify for a few seconds in place of the live table
+        #[arg(long)]
+        check: bool,
+        /// End the live table after so many seconds
+        #[arg(long)]
+        seconds: Option<u64>,
+    },
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     // A server or client of thousands of connections needs as many files.
     let (_, hard) =
         getrlimit(Resource::RLIMIT_NOFILE).context("reading the limit of open files")?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raising the limit of open files")?;
     match arguments.command {
-        Command::Serve(options) => serve::run(&options),
-        Command::Connect(options) => connect::run(&options),
+        Command::Serve(options) => serve::run(&options)?,
+        Command::Connect(options) => connect::run(&options)?,
         Command::Cluster {
             nodes,
             routes,
@@ -58,9 +76,30 @@ fn main() -> Result<()> {
             } else {
                 Underlay::Vxlan
             };
-            cluster(nodes, underlay, pods)
+            cluster(nodes, underlay, pods)?;
+        }
+        Command::Demo {
+            agent,
+            examples,
+            check,
+            seconds,
+        } => {
+            let testbed = current_exe().context("finding this program")?;
+            let well = demo::run(&demo::Options {
+                agent,
+                testbed,
+                examples,
+                check,
+                seconds,
+            })?;
+            return Ok(if well {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            });
         }
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn cluster(nodes: u8, underlay: Underlay, pods: u8) -> Result<()> {
@@ -69,7 +108,7 @@ fn cluster(nodes: u8, underlay: Underlay, pods: u8) -> Result<()> {
         .underlay(underlay)
         .client(true)
         .build()?;
-    let bed = lb_tests::Testbed::new(std::env::current_exe().context("finding this program")?);
+    let bed = Testbed::new(current_exe().context("finding this program")?);
     let mut servers = Vec::new();
     for node in cluster.nodes() {
         for number in 1..=pods {
