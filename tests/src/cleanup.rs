@@ -57,19 +57,23 @@ pub(crate) fn remove(doomed: impl Fn(&str) -> bool) -> Result<Vec<String>> {
     let scratch = matching(&std::env::temp_dir(), &doomed)?;
 
     let mut errors = Vec::new();
-    let mut note = |result: Result<()>| errors.extend(result.err());
+    let mut act = |path: &Path, action: fn(&Path) -> Result<()>| {
+        errors.extend(until_gone(path, action).err());
+    };
     // Kill in all of them before waiting for any.
     for path in &cgroups {
-        note(kill_processes(path));
+        act(path, kill_processes);
     }
     for path in pins.iter().chain(&scratch) {
-        note(fs::remove_dir_all(path).with_context(|| format!("removing {}", path.display())));
+        act(path, |path| {
+            fs::remove_dir_all(path).with_context(|| format!("removing {}", path.display()))
+        });
     }
     for path in &namespaces {
-        note(remove_netns(path));
+        act(path, remove_netns);
     }
     for path in &cgroups {
-        note(remove_cgroup(path));
+        act(path, remove_cgroup);
     }
 
     let mut names: Vec<String> = [cgroups, pins, namespaces, scratch]
@@ -84,6 +88,20 @@ pub(crate) fn remove(doomed: impl Fn(&str) -> bool) -> Result<Vec<String>> {
     }
     let errors: Vec<String> = errors.iter().map(|error| format!("{error:#}")).collect();
     bail!("{}", errors.join("; "))
+}
+
+/// Acts on a path. Another process may be removing the same leftovers: what is gone is as it should be, and what is
+/// half gone is tried again.
+fn until_gone(path: &Path, action: fn(&Path) -> Result<()>) -> Result<()> {
+    let mut attempts = 5;
+    loop {
+        attempts -= 1;
+        match action(path) {
+            Err(error) if attempts == 0 && path.exists() => return Err(error),
+            Err(_) if path.exists() => thread::sleep(Duration::from_millis(20)),
+            _ => return Ok(()),
+        }
+    }
 }
 
 /// Kills every process in the cgroup and below, and waits until none is left.

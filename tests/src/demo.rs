@@ -48,12 +48,15 @@ pub fn run(options: &Options) -> Result<bool> {
         })?;
     }
     let signals = signals::Signals::install()?;
-    for name in crate::remove_leftovers()? {
-        say(&format!("removed {name}, left over from an earlier run"))?;
+    let leftovers = crate::remove_leftovers()?.len();
+    if leftovers > 0 {
+        say(&format!(
+            "removed {leftovers} things that an earlier run had left over"
+        ))?;
     }
-    let result = Stage::set_up(options, &signals).and_then(|stage| {
+    let result = Stage::set_up(options, &signals).and_then(|mut stage| {
         if options.check {
-            check::run(&stage, &signals)
+            check::run(&mut stage, &signals)
         } else {
             live::run(&stage, options.seconds, &signals)
         }

@@ -94,6 +94,10 @@ impl Agent {
         &self.node
     }
 
+    pub(super) fn is_running(&mut self) -> Result<bool> {
+        self.process.is_running()
+    }
+
     /// Waits until the agent has applied everything.
     pub(super) fn wait_ready(&mut self, cluster: &Cluster, signals: &Signals) -> Result<()> {
         let deadline = Instant::now() + START;

@@ -38,7 +38,7 @@ impl Findings {
 }
 
 /// Runs all checks; whether all were passed.
-pub(super) fn run(stage: &Stage, signals: &Signals) -> Result<bool> {
+pub(super) fn run(stage: &mut Stage, signals: &Signals) -> Result<bool> {
     let mut findings = Findings { failed: 0 };
     for service in &stage.services {
         if signals.arrived() {
@@ -165,7 +165,7 @@ fn trouble(summary: &Summary, wanted: u64, backends: &BTreeMap<&str, u64>) -> Op
 }
 
 /// What the agents may and may not have done to the nodes.
-fn machine(stage: &Stage, findings: &mut Findings) -> Result<()> {
+fn machine(stage: &mut Stage, findings: &mut Findings) -> Result<()> {
     for (node, before) in stage.cluster.nodes().iter().zip(&stage.rules_before) {
         let same = node.ruleset()? == *before;
         let text = if same { "not touched" } else { "changed" };
@@ -184,7 +184,10 @@ fn machine(stage: &Stage, findings: &mut Findings) -> Result<()> {
         );
         findings.note(taken.is_none(), &format!("{}: {text}", node.name()))?;
     }
-    for agent in &stage.agents {
+    for agent in &mut stage.agents {
+        let runs = agent.is_running()?;
+        let text = if runs { "runs" } else { "has ended" };
+        findings.note(runs, &format!("{}: lb-agent {text}", agent.node()))?;
         let result = agent.verify(&stage.cluster);
         let text = result.as_ref().map_or_else(
             |error| format!("lb-agent verify: {error:#}"),
