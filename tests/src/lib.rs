@@ -1,1 +1,70 @@
+//! The test bed of lb: clusters made of network namespaces and cgroups on one Linux machine.
+//!
+//! A [`Cluster`] has nodes joined by VXLAN or plain routes as flannel lays them out, pods behind a bridge per node, and
+//! clients outside. Each node has a cgroup2 directory of its own, since cgroup hooks act per cgroup and not per network
+//! namespace. Nothing in a cluster has a route out of the machine. All of it is taken down on drop, also after a panic;
+//! what a killed process left behind is removed by [`remove_leftovers`].
+//!
+//! ```no_run
+//! use lb_tests::{Cluster, Connect, Testbed, Underlay};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let cluster = Cluster::builder().nodes(2).underlay(Underlay::Vxlan).build()?;
+//! let (a, b) = (cluster.add_pod("n1", "a")?, cluster.add_pod("n2", "b")?);
+//! let bed = Testbed::new("target/debug/lb-testbed");
+//! let _server = bed.serve(&b, &["0.0.0.0:8080=b"])?;
+//! let summary = bed.connect(&a, &Connect::to(&[b.socket(8080)]).count(10))?;
+//! assert_eq!(summary.per_backend["b"], 10);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Everything here needs root and iproute2. This package does not know lb-agent.
 
+mod cleanup;
+mod cluster;
+mod mounts;
+mod place;
+mod process;
+mod ruleset;
+mod statistics;
+
+pub mod demo;
+pub mod load;
+
+pub use cleanup::remove_leftovers;
+pub use cluster::{Client, Cluster, ClusterBuilder, Node, Pod, Underlay};
+pub use load::{Connect, Holding, Load, Testbed};
+pub use mounts::{BPFFS, cgroup2_root, ensure_bpffs};
+pub use place::{Place, in_netns};
+pub use process::Process;
+pub use ruleset::Ruleset;
+pub use statistics::chi_squared_p;
+
+use anyhow::ensure;
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Uid;
+
+/// Fails with a clear message unless this process is root.
+///
+/// # Errors
+/// When the effective user is not root.
+pub fn require_root() -> anyhow::Result<()> {
+    ensure!(
+        Uid::effective().is_root(),
+        "the test bed makes network namespaces and cgroups: run it as root"
+    );
+    Ok(())
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`: the clock of every timestamp in [`load`], the same in all processes.
+///
+/// # Panics
+/// Never on Linux, which always has that clock.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("CLOCK_MONOTONIC exists");
+    let seconds = u64::try_from(now.tv_sec()).unwrap_or_default();
+    let nanoseconds = u64::try_from(now.tv_nsec()).unwrap_or_default();
+    seconds * 1_000_000_000 + nanoseconds
+}

@@ -1,0 +1,355 @@
+//! Clients that connect again and again.
+
+use std::fs;
+use std::io::{self, BufWriter, ErrorKind, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use lb_tests::load::{Failure, Mismatch, Record, Stage, Summary};
+use lb_tests::monotonic_ns;
+use nix::sys::socket::{setsockopt, sockopt};
+
+use crate::{hold, say};
+
+/// How many failures a summary has in detail.
+pub(crate) const DETAILS: usize = 100;
+
+/// The longest HTTP answer that is read.
+const LONGEST_ANSWER: usize = 64 * 1024;
+
+/// Flags of `lb-testbed connect`.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Where to connect; with several, in turn
+    #[arg(long, value_name = "ADDR:PORT", required = true)]
+    pub(crate) to: Vec<SocketAddr>,
+    /// Stop after so many connections
+    #[arg(long, default_value_t = 1_000_000)]
+    count: u64,
+    /// Stop after so many seconds
+    #[arg(long, default_value_t = 300.0)]
+    seconds: f64,
+    /// Stop as soon as this file exists
+    #[arg(long, value_name = "PATH")]
+    until_file: Option<PathBuf>,
+    /// Connections at once
+    #[arg(long, default_value_t = 1)]
+    threads: u16,
+    /// At most so many connections a second, all threads together
+    #[arg(long)]
+    rate: Option<f64>,
+    /// Patience with each step of a connection
+    #[arg(long, default_value_t = 1000)]
+    timeout_ms: u64,
+    /// Write a line per connection: start, end (nanoseconds of CLOCK_MONOTONIC), target, backend or !errno
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// Compare getpeername with the address asked
+    #[arg(long)]
+    peer_check: bool,
+    /// Send a GET request; the backend's name is the first line of the body
+    #[arg(long)]
+    http: bool,
+    /// Open so many connections, print `ready`, keep them until standard input ends, then see which still echo
+    #[arg(long, value_name = "N", conflicts_with_all = ["count", "until_file", "log", "http"])]
+    pub(crate) hold: Option<u32>,
+}
+
+impl Options {
+    pub(crate) fn timeout(&self) -> Duration {
+        Duration::from_millis(self.timeout_ms.max(1))
+    }
+}
+
+/// What a server said.
+pub(crate) struct Answer {
+    pub(crate) backend: String,
+    source: Option<String>,
+    peer: Option<SocketAddr>,
+}
+
+/// A step that failed.
+pub(crate) struct Trouble {
+    error: io::Error,
+    stage: Stage,
+}
+
+impl Trouble {
+    pub(crate) fn into_failure(self, to: SocketAddr, at_ns: u64) -> Failure {
+        Failure {
+            to,
+            errno: self.errno(),
+            kind: format!("{:?}", self.error.kind()),
+            at_ns,
+            stage: self.stage,
+        }
+    }
+
+    fn errno(&self) -> i32 {
+        // The standard library's own time limit on connect has no error number.
+        let fallback = if self.error.kind() == ErrorKind::TimedOut {
+            libc::ETIMEDOUT
+        } else {
+            0
+        };
+        self.error.raw_os_error().unwrap_or(fallback)
+    }
+}
+
+/// Marks an IO error with the step it came from.
+pub(crate) fn at(stage: Stage) -> impl Fn(io::Error) -> Trouble {
+    move |error| Trouble { error, stage }
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if let Some(connections) = options.hold {
+        return hold::run(options, connections);
+    }
+    let next = AtomicU64::new(0);
+    let begin = Instant::now();
+    let tallies: Vec<Tally> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..options.threads.max(1))
+            .map(|_| scope.spawn(|| work(options, &next, begin)))
+            .collect();
+        workers
+            .into_iter()
+            .map(|worker| worker.join().expect("a worker does not panic"))
+            .collect()
+    });
+    let mut total = Tally::default();
+    for tally in tallies {
+        total.add(tally);
+    }
+    total.summary.elapsed_ns = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    if let Some(path) = &options.log {
+        total.records.sort_by_key(|record| record.start_ns);
+        let file = fs::File::create(path).with_context(|| format!("making {}", path.display()))?;
+        let mut file = BufWriter::new(file);
+        total
+            .records
+            .iter()
+            .try_for_each(|record| writeln!(file, "{}", record.line()))
+            .and_then(|()| file.flush())
+            .with_context(|| format!("writing {}", path.display()))?;
+    }
+    say(&serde_json::to_string(&total.summary).context("writing JSON")?)
+}
+
+/// What one thread did.
+#[derive(Default)]
+struct Tally {
+    summary: Summary,
+    records: Vec<Record>,
+}
+
+impl Tally {
+    fn add(&mut self, other: Self) {
+        let (into, from) = (&mut self.summary, other.summary);
+        into.connections += from.connections;
+        into.failure_count += from.failure_count;
+        into.failures.extend(from.failures);
+        into.failures.sort_by_key(|failure| failure.at_ns);
+        into.failures.truncate(DETAILS);
+        into.peer_mismatches += from.peer_mismatches;
+        into.mismatches.extend(from.mismatches);
+        into.mismatches.sort_by_key(|mismatch| mismatch.at_ns);
+        into.mismatches.truncate(DETAILS);
+        for (name, count) in from.per_backend {
+            *into.per_backend.entry(name).or_default() += count;
+        }
+        for (name, count) in from.per_source {
+            *into.per_source.entry(name).or_default() += count;
+        }
+        for (target, backends) in from.per_target {
+            let into = into.per_target.entry(target).or_default();
+            for (name, count) in backends {
+                *into.entry(name).or_default() += count;
+            }
+        }
+        self.records.extend(other.records);
+    }
+
+    fn note(
+        &mut self,
+        options: &Options,
+        to: SocketAddr,
+        start_ns: u64,
+        result: Result<Answer, Trouble>,
+    ) {
+        let summary = &mut self.summary;
+        summary.connections += 1;
+        if options.log.is_some() {
+            self.records.push(Record {
+                start_ns,
+                end_ns: monotonic_ns(),
+                to,
+                outcome: result
+                    .as_ref()
+                    .map(|answer| answer.backend.clone())
+                    .map_err(Trouble::errno),
+            });
+        }
+        match result {
+            Ok(answer) => {
+                if let Some(peer) = answer.peer.filter(|&peer| peer != to) {
+                    summary.peer_mismatches += 1;
+                    if summary.mismatches.len() < DETAILS {
+                        summary.mismatches.push(Mismatch {
+                            to,
+                            peer,
+                            at_ns: start_ns,
+                        });
+                    }
+                }
+                if let Some(source) = answer.source {
+                    *summary.per_source.entry(source).or_default() += 1;
+                }
+                let backends = summary.per_target.entry(to.to_string()).or_default();
+                *backends.entry(answer.backend.clone()).or_default() += 1;
+                *summary.per_backend.entry(answer.backend).or_default() += 1;
+            }
+            Err(trouble) => {
+                summary.failure_count += 1;
+                if summary.failures.len() < DETAILS {
+                    summary.failures.push(trouble.into_failure(to, start_ns));
+                }
+            }
+        }
+    }
+}
+
+/// Connects until one of the bounds is reached.
+fn work(options: &Options, next: &AtomicU64, begin: Instant) -> Tally {
+    let mut tally = Tally::default();
+    let end = begin + Duration::from_secs_f64(options.seconds.clamp(0.0, 86_400.0));
+    loop {
+        let number = next.fetch_add(1, Ordering::Relaxed);
+        if number >= options.count {
+            break;
+        }
+        if let Some(rate) = options.rate {
+            let due = begin + Duration::from_secs_f64(number as f64 / rate.max(0.001));
+            // Sleep in short pieces, to see the end in time.
+            while Instant::now() < due.min(end) && !stopped(options) {
+                thread::sleep(
+                    due.saturating_duration_since(Instant::now())
+                        .min(Duration::from_millis(20)),
+                );
+            }
+        }
+        if Instant::now() >= end || stopped(options) {
+            break;
+        }
+        let index = usize::try_from(number).unwrap_or_default() % options.to.len();
+        let to = options.to[index];
+        let start_ns = monotonic_ns();
+        let result = visit(options, to);
+        tally.note(options, to, start_ns, result);
+    }
+    tally
+}
+
+fn stopped(options: &Options) -> bool {
+    options
+        .until_file
+        .as_ref()
+        .is_some_and(|path| path.exists())
+}
+
+/// One connection from beginning to end.
+fn visit(options: &Options, to: SocketAddr) -> Result<Answer, Trouble> {
+    let mut stream = open(options, to)?;
+    let peer = if options.peer_check {
+        Some(stream.peer_addr().map_err(at(Stage::Peer))?)
+    } else {
+        None
+    };
+    let line = if options.http {
+        http_line(&mut stream, to)?
+    } else {
+        first_line(&mut stream)?
+    };
+    let mut answer = parse(&line)?;
+    answer.peer = peer;
+    Ok(answer)
+}
+
+/// Connects a socket that will be closed by RST, so that neither side is left with a connection in TIME_WAIT.
+pub(crate) fn open(options: &Options, to: SocketAddr) -> Result<TcpStream, Trouble> {
+    let stream = TcpStream::connect_timeout(&to, options.timeout()).map_err(at(Stage::Connect))?;
+    let set_up = || -> io::Result<()> {
+        let linger = libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        };
+        setsockopt(&stream, sockopt::Linger, &linger)?;
+        stream.set_read_timeout(Some(options.timeout()))?;
+        stream.set_write_timeout(Some(options.timeout()))
+    };
+    set_up().map_err(at(Stage::Peer))?;
+    Ok(stream)
+}
+
+/// The line that a server of the bed writes on its own.
+pub(crate) fn first_line(stream: &mut TcpStream) -> Result<String, Trouble> {
+    let mut text = Vec::new();
+    let mut buffer = [0; 256];
+    loop {
+        let read = stream.read(&mut buffer).map_err(at(Stage::Read))?;
+        if read == 0 || text.len() > LONGEST_ANSWER {
+            return Err(at(Stage::Read)(ErrorKind::UnexpectedEof.into()));
+        }
+        text.extend_from_slice(&buffer[..read]);
+        if let Some(end) = text.iter().position(|&byte| byte == b'\n') {
+            return Ok(String::from_utf8_lossy(&text[..end]).into_owned());
+        }
+    }
+}
+
+/// Asks for `/` and returns the first line of the body.
+fn http_line(stream: &mut TcpStream, to: SocketAddr) -> Result<String, Trouble> {
+    let request = format!("GET / HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n\r\n");
+    stream
+        .write_all(request.as_bytes())
+        .map_err(at(Stage::Write))?;
+    let mut answer = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        let read = stream.read(&mut buffer).map_err(at(Stage::Read))?;
+        if read == 0 || answer.len() > LONGEST_ANSWER {
+            break;
+        }
+        answer.extend_from_slice(&buffer[..read]);
+    }
+    let text = String::from_utf8_lossy(&answer);
+    let invalid =
+        |why: &str| at(Stage::Read)(io::Error::new(ErrorKind::InvalidData, why.to_owned()));
+    if text.is_empty() {
+        return Err(at(Stage::Read)(ErrorKind::UnexpectedEof.into()));
+    }
+    let (head, body) = text
+        .split_once("\r\n\r\n")
+        .ok_or_else(|| invalid("no HTTP answer"))?;
+    if head.split(' ').nth(1) != Some("200") {
+        return Err(invalid("not 200"));
+    }
+    Ok(body.lines().next().unwrap_or_default().to_owned())
+}
+
+/// `NAME` or `NAME SOURCE`.
+pub(crate) fn parse(line: &str) -> Result<Answer, Trouble> {
+    let mut words = line.split_whitespace();
+    let Some(backend) = words.next() else {
+        return Err(at(Stage::Read)(ErrorKind::InvalidData.into()));
+    };
+    Ok(Answer {
+        backend: backend.to_owned(),
+        source: words.next().map(str::to_owned),
+        peer: None,
+    })
+}

@@ -1,0 +1,85 @@
+//! Connections that are kept open, and asked at the end whether they live.
+
+use std::io::{ErrorKind, Read as _, Write as _, stdin};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use lb_tests::load::{Held, Stage};
+use lb_tests::monotonic_ns;
+
+use crate::connect::{DETAILS, Options, Trouble, at, first_line, open, parse};
+use crate::say;
+
+/// A client that nobody stops ends after this time.
+const LONGEST: Duration = Duration::from_secs(600);
+
+pub(crate) fn run(options: &Options, connections: u32) -> Result<()> {
+    let mut held = Held {
+        held: 0,
+        live: 0,
+        per_backend: Default::default(),
+        live_per_backend: Default::default(),
+        failures: Vec::new(),
+    };
+    let mut streams = Vec::new();
+    for (_, &to) in (0..connections).zip(options.to.iter().cycle()) {
+        let start_ns = monotonic_ns();
+        let opened = open(options, to).and_then(|mut stream| {
+            let answer = parse(&first_line(&mut stream)?)?;
+            Ok((stream, answer.backend))
+        });
+        match opened {
+            Ok((stream, backend)) => {
+                held.held += 1;
+                *held.per_backend.entry(backend.clone()).or_default() += 1;
+                streams.push((to, backend, stream));
+            }
+            Err(trouble) => note(&mut held, trouble, to, start_ns),
+        }
+    }
+    say("ready")?;
+    wait_for_end_of_input();
+    for (number, (to, backend, stream)) in streams.iter_mut().enumerate() {
+        let start_ns = monotonic_ns();
+        match echo(stream, &format!("are you there, {number}?\n")) {
+            Ok(()) => {
+                held.live += 1;
+                *held.live_per_backend.entry(backend.clone()).or_default() += 1;
+            }
+            Err(trouble) => note(&mut held, trouble, *to, start_ns),
+        }
+    }
+    say(&serde_json::to_string(&held).context("writing JSON")?)
+}
+
+fn note(held: &mut Held, trouble: Trouble, to: SocketAddr, at_ns: u64) {
+    if held.failures.len() < DETAILS {
+        held.failures.push(trouble.into_failure(to, at_ns));
+    }
+}
+
+fn wait_for_end_of_input() {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        // An error ends it as well.
+        let _ = stdin().read_to_end(&mut Vec::new());
+        let _ = sender.send(());
+    });
+    let _ = receiver.recv_timeout(LONGEST);
+}
+
+/// Sends a line and expects it back.
+fn echo(stream: &mut TcpStream, line: &str) -> Result<(), Trouble> {
+    stream
+        .write_all(line.as_bytes())
+        .map_err(at(Stage::Write))?;
+    let mut answer = vec![0; line.len()];
+    stream.read_exact(&mut answer).map_err(at(Stage::Read))?;
+    if answer != line.as_bytes() {
+        return Err(at(Stage::Read)(ErrorKind::InvalidData.into()));
+    }
+    Ok(())
+}

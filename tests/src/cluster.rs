@@ -1,0 +1,575 @@
+//! Nodes, pods and clients, laid out as flannel does it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use tempfile::TempDir;
+
+use crate::cleanup::{self, NETNS_DIRECTORY};
+use crate::{BPFFS, Place, Process, cgroup2_root, ensure_bpffs, require_root};
+
+/// How packets for pods travel between nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Underlay {
+    /// flannel's `vxlan` backend: device `flannel.1`, MTU 1450.
+    #[default]
+    Vxlan,
+    /// flannel's `host-gw` backend: a route per node, MTU 1500.
+    Routes,
+}
+
+impl Underlay {
+    /// MTU of `cni0` and of the pods.
+    fn mtu(self) -> u16 {
+        match self {
+            Self::Vxlan => 1450,
+            Self::Routes => 1500,
+        }
+    }
+}
+
+/// What a cluster shall consist of.
+#[derive(Debug, Clone)]
+pub struct ClusterBuilder {
+    nodes: u8,
+    underlay: Underlay,
+    clients: u8,
+}
+
+impl ClusterBuilder {
+    /// The number of nodes, 1 to 99; 2 if not said. They are named `n1`, `n2` and so on.
+    #[must_use]
+    pub fn nodes(mut self, nodes: u8) -> Self {
+        self.nodes = nodes;
+        self
+    }
+
+    /// How nodes are joined; VXLAN if not said.
+    #[must_use]
+    pub fn underlay(mut self, underlay: Underlay) -> Self {
+        self.underlay = underlay;
+        self
+    }
+
+    /// Whether there is a client outside the cluster.
+    #[must_use]
+    pub fn client(self, client: bool) -> Self {
+        self.clients(client.into())
+    }
+
+    /// The number of clients outside the cluster, up to 99, named `client1`, `client2` and so on.
+    #[must_use]
+    pub fn clients(mut self, clients: u8) -> Self {
+        self.clients = clients;
+        self
+    }
+
+    /// Builds it. On failure, what was made so far is removed again.
+    ///
+    /// # Errors
+    /// When not root, iproute2 is missing, or the kernel refuses something.
+    pub fn build(self) -> Result<Cluster> {
+        require_root()?;
+        ensure!(
+            (1..=99).contains(&self.nodes),
+            "a cluster has 1 to 99 nodes"
+        );
+        ensure!(self.clients <= 99, "a cluster has at most 99 clients");
+        ensure_bpffs()?;
+        let prefix = cleanup::new_prefix()?;
+        let cgroups = cgroup2_root()?;
+        let scratch = tempfile::Builder::new()
+            .prefix(&prefix)
+            .tempdir()
+            .context("making a scratch directory")?;
+        let nodes = (1..=self.nodes)
+            .map(|number| Node::new(number, &prefix, &cgroups))
+            .collect();
+        let clients = (1..=self.clients)
+            .map(|number| Client::new(number, &prefix, &cgroups))
+            .collect();
+        // From here on, its drop removes all.
+        let cluster = Cluster {
+            fabric: Place::new("fab", &format!("{prefix}fab"), None),
+            prefix,
+            underlay: self.underlay,
+            nodes,
+            clients,
+            scratch,
+        };
+        cluster.set_up().context("building a cluster")?;
+        Ok(cluster)
+    }
+}
+
+/// A cluster of network namespaces and cgroups on this machine. Dropping it removes everything and kills what runs in it.
+#[derive(Debug)]
+pub struct Cluster {
+    prefix: String,
+    underlay: Underlay,
+    fabric: Place,
+    nodes: Vec<Node>,
+    clients: Vec<Client>,
+    scratch: TempDir,
+}
+
+impl Cluster {
+    /// Two nodes joined by VXLAN and no outside client, unless the builder is told otherwise.
+    #[must_use]
+    pub fn builder() -> ClusterBuilder {
+        ClusterBuilder {
+            nodes: 2,
+            underlay: Underlay::default(),
+            clients: 0,
+        }
+    }
+
+    /// What all names of this cluster begin with, dash included.
+    #[must_use]
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// All nodes, in order.
+    #[must_use]
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// A node by its name.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn node(&self, name: &str) -> &Node {
+        self.nodes
+            .iter()
+            .find(|node| node.name() == name)
+            .unwrap_or_else(|| panic!("no node {name}"))
+    }
+
+    /// The first outside client.
+    ///
+    /// # Panics
+    /// When the cluster was built without.
+    #[must_use]
+    pub fn client(&self) -> &Client {
+        self.clients
+            .first()
+            .expect("the cluster was built without a client")
+    }
+
+    /// All outside clients.
+    #[must_use]
+    pub fn clients(&self) -> &[Client] {
+        &self.clients
+    }
+
+    /// The directory for the pins of a node's agent. The agent makes it, the cluster removes it.
+    #[must_use]
+    pub fn pin_path(&self, node: &str) -> PathBuf {
+        Path::new(BPFFS).join(format!("{}{node}", self.prefix))
+    }
+
+    /// A directory for files, removed with the cluster.
+    #[must_use]
+    pub fn scratch(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    /// Starts a pod on a node: a namespace with `eth0` on the node's bridge and a cgroup, no process yet. It gets the
+    /// lowest free address.
+    ///
+    /// # Errors
+    /// When the node has no address left, or has such a pod.
+    pub fn add_pod(&self, node: &str, name: &str) -> Result<Pod> {
+        self.make_pod(node, name, None)
+    }
+
+    /// As [`Self::add_pod`], with a given address of the node's range.
+    ///
+    /// # Errors
+    /// When the address is taken or not the node's.
+    pub fn add_pod_at(&self, node: &str, name: &str, address: Ipv4Addr) -> Result<Pod> {
+        self.make_pod(node, name, Some(address))
+    }
+
+    /// Ends a pod: kills its processes, removes its namespace and cgroup, frees its address.
+    ///
+    /// # Errors
+    /// When something cannot be removed.
+    pub fn remove_pod(&self, pod: &Pod) -> Result<()> {
+        let node = self.node(&pod.node);
+        let cgroup = pod.process_cgroup().context("a pod has a cgroup")?;
+        cleanup::kill_processes(cgroup)?;
+        // The veth pair ends with its namespace, but later: the kernel does that in the background.
+        node.ip(&format!("link delete {}", pod.host_device()))?;
+        cleanup::remove_netns(&Path::new(NETNS_DIRECTORY).join(pod.netns_name()))?;
+        cleanup::remove_cgroup(cgroup)?;
+        node.taken().remove(&pod.address.octets()[3]);
+        Ok(())
+    }
+
+    fn make_pod(&self, node: &str, name: &str, address: Option<Ipv4Addr>) -> Result<Pod> {
+        let node = self.node(node);
+        let address = node.take_address(address)?;
+        let netns = format!("{}{}-{name}", self.prefix, node.name());
+        let cgroup = node.cgroup.join("pods").join(name);
+        let pod = Pod {
+            place: Place::new(name, &netns, Some(cgroup)),
+            node: node.name().to_owned(),
+            address,
+        };
+        self.connect_pod(node, &pod)
+            .with_context(|| format!("starting pod {name}"))?;
+        Ok(pod)
+    }
+
+    fn connect_pod(&self, node: &Node, pod: &Pod) -> Result<()> {
+        make(pod)?;
+        let mtu = self.underlay.mtu();
+        let device = pod.host_device();
+        node.ip_batch(&[
+            format!(
+                "link add {device} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}",
+                pod.netns_name()
+            ),
+            format!("link set {device} master cni0 up"),
+            // A pod may reach itself through its own Service; flannel's CNI configuration has hairpinMode.
+            format!("link set {device} type bridge_slave hairpin on"),
+        ])?;
+        pod.ip_batch(&[
+            "link set lo up".to_owned(),
+            format!("address add {}/24 dev eth0", pod.address),
+            "link set eth0 up".to_owned(),
+            format!("route add default via {}", node.gateway()),
+        ])
+    }
+
+    /// Makes everything but pods.
+    fn set_up(&self) -> Result<()> {
+        make(&self.fabric)?;
+        for node in &self.nodes {
+            make(node)?;
+            make_cgroup(&node.cgroup.join("pods"))?;
+        }
+        for client in &self.clients {
+            make(client)?;
+        }
+        self.lay_cables()?;
+        for node in &self.nodes {
+            self.configure_node(node)
+                .with_context(|| format!("configuring {}", node.name()))?;
+        }
+        for client in &self.clients {
+            client.ip_batch(&[
+                "link set lo up".to_owned(),
+                format!("address add {}/24 dev eth0", client.address),
+                "link set eth0 up".to_owned(),
+                "route add 192.168.77.0/24 dev eth0".to_owned(),
+            ])?;
+        }
+        Ok(())
+    }
+
+    /// A bridge in a namespace of its own joins all nodes and clients: the network between the machines.
+    fn lay_cables(&self) -> Result<()> {
+        let mut commands = vec![
+            "link set lo up".to_owned(),
+            "link add br0 type bridge".to_owned(),
+        ];
+        let places = self
+            .nodes
+            .iter()
+            .map(|node| &node.place)
+            .chain(self.clients.iter().map(|client| &client.place));
+        for place in places {
+            let name = place.name();
+            commands.push(format!(
+                "link add {name} type veth peer name eth0 netns {}",
+                place.netns_name()
+            ));
+            commands.push(format!("link set {name} master br0 up"));
+        }
+        commands.push("link set br0 up".to_owned());
+        self.fabric.ip_batch(&commands)
+    }
+
+    fn configure_node(&self, node: &Node) -> Result<()> {
+        node.sysctl("net.ipv4.ip_forward", "1")?;
+        // What systemd sets on most distributions.
+        node.sysctl("net.ipv4.conf.all.rp_filter", "2")?;
+        node.sysctl("net.ipv4.conf.default.rp_filter", "2")?;
+        let mtu = self.underlay.mtu();
+        let mut commands = vec![
+            "link set lo up".to_owned(),
+            format!("address add {}/24 dev eth0", node.address),
+            "link set eth0 up".to_owned(),
+            "route add 172.30.99.0/24 dev eth0".to_owned(),
+            // A fixed address, or the bridge takes on that of its lowest port, and its neighbours' entries go stale.
+            format!(
+                "link add cni0 address {} mtu {mtu} type bridge",
+                node.hardware_address(0xc0)
+            ),
+            format!("address add {}/24 dev cni0", node.gateway()),
+            "link set cni0 up".to_owned(),
+        ];
+        let others = || {
+            self.nodes
+                .iter()
+                .filter(|other| other.number != node.number)
+        };
+        match self.underlay {
+            Underlay::Vxlan => {
+                commands.extend([
+                    format!(
+                        "link add flannel.1 address {} mtu {mtu} type vxlan id 1 local {} dev eth0 dstport 8472 nolearning",
+                        node.hardware_address(0xf1),
+                        node.address
+                    ),
+                    format!("address add {}/32 dev flannel.1", node.pod_network()),
+                    "link set flannel.1 up".to_owned(),
+                ]);
+                for other in others() {
+                    let (network, mac) = (other.pod_network(), other.hardware_address(0xf1));
+                    commands.push(format!(
+                        "neighbour replace {network} lladdr {mac} dev flannel.1 nud permanent"
+                    ));
+                    commands.push(format!(
+                        "route add {network}/24 via {network} dev flannel.1 onlink"
+                    ));
+                }
+            }
+            Underlay::Routes => {
+                for other in others() {
+                    commands.push(format!(
+                        "route add {}/24 via {} dev eth0",
+                        other.pod_network(),
+                        other.address
+                    ));
+                }
+            }
+        }
+        node.ip_batch(&commands)?;
+        if self.underlay == Underlay::Vxlan {
+            let commands: Vec<String> = others()
+                .map(|other| {
+                    format!(
+                        "fdb append {} dev flannel.1 dst {}\n",
+                        other.hardware_address(0xf1),
+                        other.address
+                    )
+                })
+                .collect();
+            node.run_with_input("bridge", &["-batch", "-"], &commands.concat())?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // One way of removal for a cluster in any state: by name.
+        if let Err(error) = cleanup::remove(|name| name.starts_with(&self.prefix)) {
+            eprintln!("test bed: {error:#}");
+        }
+    }
+}
+
+/// A node: `eth0` on the network between nodes, `cni0` for its pods. Derefs to the [`Place`] of processes of the host.
+#[derive(Debug)]
+pub struct Node {
+    place: Place,
+    number: u8,
+    address: Ipv4Addr,
+    cgroup: PathBuf,
+    /// Last octets of the pods' addresses.
+    taken: Mutex<BTreeSet<u8>>,
+}
+
+impl Node {
+    fn new(number: u8, prefix: &str, cgroups: &Path) -> Self {
+        let name = format!("n{number}");
+        let full_name = format!("{prefix}{name}");
+        let cgroup = cgroups.join(&full_name);
+        Self {
+            place: Place::new(&name, &full_name, Some(cgroup.join("host"))),
+            number,
+            address: Ipv4Addr::new(192, 168, 77, number),
+            cgroup,
+            taken: Mutex::default(),
+        }
+    }
+
+    /// The node's address on the network between nodes.
+    #[must_use]
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
+    /// A port of [`Self::address`].
+    #[must_use]
+    pub fn socket(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(IpAddr::V4(self.address), port)
+    }
+
+    /// The address of `cni0`.
+    #[must_use]
+    pub fn gateway(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 10, self.number, 1)
+    }
+
+    /// The first address of the pods' /24, which is also that of `flannel.1`.
+    #[must_use]
+    pub fn pod_network(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 10, self.number, 0)
+    }
+
+    /// The cgroup2 directory of the whole node, pods included: where its agent attaches.
+    #[must_use]
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// A locally administered hardware address that no other node has.
+    fn hardware_address(&self, kind: u8) -> String {
+        format!("02:1b:00:00:{kind:02x}:{:02x}", self.number)
+    }
+
+    fn taken(&self) -> std::sync::MutexGuard<'_, BTreeSet<u8>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_address(&self, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr> {
+        let mut taken = self.taken();
+        let octet = match wanted.map(|address| address.octets()) {
+            Some([10, 10, third, octet]) if third == self.number && (2..=254).contains(&octet) => {
+                octet
+            }
+            Some(_) => anyhow::bail!("{wanted:?} is no pod address of {}", self.name()),
+            None => (2..=254)
+                .find(|octet| !taken.contains(octet))
+                .with_context(|| format!("{} has no address left", self.name()))?,
+        };
+        ensure!(
+            taken.insert(octet),
+            "a pod of {} has 10.10.{}.{octet}",
+            self.name(),
+            self.number
+        );
+        Ok(Ipv4Addr::new(10, 10, self.number, octet))
+    }
+}
+
+impl Deref for Node {
+    type Target = Place;
+
+    fn deref(&self) -> &Place {
+        &self.place
+    }
+}
+
+/// A pod: a namespace and a cgroup below its node's. Derefs to its [`Place`]. It lives until
+/// [`Cluster::remove_pod`] or the end of the cluster; this is only a handle.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    place: Place,
+    node: String,
+    address: Ipv4Addr,
+}
+
+impl Pod {
+    /// The pod's address.
+    #[must_use]
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
+    /// A port of [`Self::address`].
+    #[must_use]
+    pub fn socket(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(IpAddr::V4(self.address), port)
+    }
+
+    /// The name of its node.
+    #[must_use]
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// The node's end of the veth pair.
+    #[must_use]
+    pub fn host_device(&self) -> String {
+        format!("veth{}", self.address.octets()[3])
+    }
+}
+
+impl Deref for Pod {
+    type Target = Place;
+
+    fn deref(&self) -> &Place {
+        &self.place
+    }
+}
+
+/// A machine outside the cluster: it reaches the nodes' addresses and nothing else, and is in no node's cgroup. Derefs
+/// to its [`Place`].
+#[derive(Debug)]
+pub struct Client {
+    place: Place,
+    address: Ipv4Addr,
+}
+
+impl Client {
+    fn new(number: u8, prefix: &str, cgroups: &Path) -> Self {
+        let name = format!("client{number}");
+        let full_name = format!("{prefix}{name}");
+        let cgroup = cgroups.join(&full_name);
+        Self {
+            place: Place::new(&name, &full_name, Some(cgroup)),
+            address: Ipv4Addr::new(172, 30, 99, number + 1),
+        }
+    }
+
+    /// The client's address.
+    #[must_use]
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+}
+
+impl Deref for Client {
+    type Target = Place;
+
+    fn deref(&self) -> &Place {
+        &self.place
+    }
+}
+
+/// Makes the namespace and the cgroup of a place.
+fn make(place: &Place) -> Result<()> {
+    let mut command = std::process::Command::new("ip");
+    command.args(["netns", "add", place.netns_name()]);
+    let status = Process::spawn(&mut command)
+        .context("iproute2 is needed")?
+        .wait(Duration::from_secs(10))?;
+    ensure!(
+        status.success(),
+        "ip netns add {}: {status}",
+        place.netns_name()
+    );
+    // New IPv6 addresses shall be usable at once. A kernel without IPv6 has no such file.
+    let _ = place.sysctl("net.ipv6.conf.all.accept_dad", "0");
+    let _ = place.sysctl("net.ipv6.conf.default.accept_dad", "0");
+    place.process_cgroup().map_or(Ok(()), make_cgroup)
+}
+
+fn make_cgroup(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).with_context(|| format!("making cgroup {}", path.display()))
+}

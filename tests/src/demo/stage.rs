@@ -1,0 +1,226 @@
+//! The cluster of the demo with everything that runs in it, but for the clients.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, TcpStream};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::agent::Agent;
+use super::manifests::{Manifests, ServicePort};
+use super::signals::Signals;
+use super::{Options, say};
+use crate::{Cluster, Connect, Place, Pod, Process, Ruleset, Testbed, Underlay};
+
+/// How long nginx may take to listen.
+const START: Duration = Duration::from_secs(10);
+
+/// All that the demo has set up. The order of the fields is that of removal.
+pub(super) struct Stage {
+    pub(super) agents: Vec<Agent>,
+    _servers: Vec<Process>,
+    /// A pod without server on each node, for clients.
+    pub(super) client_pods: Vec<Pod>,
+    /// Each node's rules before its agent was started.
+    pub(super) rules_before: Vec<Ruleset>,
+    pub(super) services: Vec<ServicePort>,
+    pub(super) testbed: Testbed,
+    pub(super) cluster: Cluster,
+}
+
+impl Stage {
+    pub(super) fn set_up(options: &Options, signals: &Signals) -> Result<Self> {
+        let manifests = Manifests::read(&options.examples)?;
+        let testbed = Testbed::new(&options.testbed);
+        let count = u8::try_from(manifests.nodes.len()).context("too many nodes")?;
+        say(&format!(
+            "building {count} nodes joined by VXLAN, and a client outside"
+        ))?;
+        let cluster = Cluster::builder()
+            .nodes(count)
+            .underlay(Underlay::Vxlan)
+            .client(true)
+            .build()?;
+        for ((name, range), node) in manifests.nodes.iter().zip(cluster.nodes()) {
+            ensure!(
+                name == node.name() && *range == format!("{}/24", node.pod_network()),
+                "the demo's node {} has pods in {}/24; the manifests speak of {name} and {range}",
+                node.name(),
+                node.pod_network()
+            );
+        }
+        let servers = start_servers(&cluster, &manifests.services, signals)?;
+        let client_pods = cluster
+            .nodes()
+            .iter()
+            .map(|node| cluster.add_pod(node.name(), &format!("client-{}", node.name())))
+            .collect::<Result<_>>()?;
+        let rules_before = cluster
+            .nodes()
+            .iter()
+            .map(|node| node.ruleset())
+            .collect::<Result<_>>()?;
+        let mut stage = Self {
+            agents: Vec::new(),
+            _servers: servers,
+            client_pods,
+            rules_before,
+            services: manifests.services,
+            testbed,
+            cluster,
+        };
+        stage.ensure_silence()?;
+        stage.start_agents(options, signals)?;
+        Ok(stage)
+    }
+
+    /// Where clients run: the hosts and a pod of every node.
+    pub(super) fn places(&self) -> impl Iterator<Item = (String, &Place)> {
+        let hosts = self
+            .cluster
+            .nodes()
+            .iter()
+            .map(|node| (format!("host {}", node.name()), &**node));
+        let pods = self
+            .client_pods
+            .iter()
+            .map(|pod| (format!("pod on {}", pod.node()), &**pod));
+        hosts.chain(pods)
+    }
+
+    /// Makes sure that it is the agents who make the virtual addresses answer.
+    fn ensure_silence(&self) -> Result<()> {
+        for service in &self.services {
+            for (place_name, place) in self.places() {
+                let connect = Connect::to(&[service.frontend])
+                    .count(1)
+                    .timeout(Duration::from_millis(300));
+                let summary = self.testbed.connect(place, &connect)?;
+                ensure!(
+                    summary.failure_count == 1,
+                    "{} answers from {place_name} before any agent was started",
+                    service.frontend
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn start_agents(&mut self, options: &Options, signals: &Signals) -> Result<()> {
+        let begin = Instant::now();
+        for node in self.cluster.nodes() {
+            self.agents.push(Agent::start(
+                &self.cluster,
+                node,
+                &options.agent,
+                &options.examples,
+            )?);
+        }
+        for agent in &mut self.agents {
+            agent.wait_ready(&self.cluster, signals)?;
+        }
+        say(&format!(
+            "lb-agent is ready on all nodes after {} ms",
+            begin.elapsed().as_millis()
+        ))?;
+        for agent in &self.agents {
+            for problem in agent.status(&self.cluster)?.problems {
+                say(&format!("{} says: {problem}", agent.node()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes a pod with nginx for every backend.
+fn start_servers(
+    cluster: &Cluster,
+    services: &[ServicePort],
+    signals: &Signals,
+) -> Result<Vec<Process>> {
+    // A pod may stand behind several Services and ports.
+    let mut pods: BTreeMap<(&str, &str, Ipv4Addr), Vec<u16>> = BTreeMap::new();
+    for backend in services.iter().flat_map(|service| &service.backends) {
+        let ports = pods
+            .entry((&backend.node, &backend.pod, backend.address))
+            .or_default();
+        if !ports.contains(&backend.port) {
+            ports.push(backend.port);
+        }
+    }
+    say(&format!("starting {} pods with nginx", pods.len()))?;
+    let mut servers = Vec::new();
+    for ((node, name, address), ports) in pods {
+        let pod = cluster.add_pod_at(node, name, address)?;
+        servers.push(start_nginx(cluster, &pod, &ports, signals)?);
+    }
+    Ok(servers)
+}
+
+fn start_nginx(cluster: &Cluster, pod: &Pod, ports: &[u16], signals: &Signals) -> Result<Process> {
+    let directory = cluster.scratch().join(pod.name());
+    fs::create_dir(&directory).with_context(|| format!("making {}", directory.display()))?;
+    fs::write(
+        directory.join("nginx.conf"),
+        configuration(pod.name(), ports),
+    )
+    .context("writing nginx.conf")?;
+    let log = File::create(directory.join("log")).context("making nginx's log")?;
+    let mut command = pod.command("nginx")?;
+    command
+        .args(["-e", "stderr", "-c", "nginx.conf", "-p"])
+        .arg(&directory)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log);
+    let mut process = Process::spawn(&mut command)?;
+    let deadline = Instant::now() + START;
+    for &port in ports {
+        while pod
+            .within(|| TcpStream::connect(pod.socket(port)))?
+            .is_err()
+        {
+            if signals.arrived() {
+                bail!("interrupted");
+            }
+            if !process.is_running()? || Instant::now() >= deadline {
+                let log = fs::read_to_string(directory.join("log")).unwrap_or_default();
+                bail!("nginx in {} does not listen on {port}: {log}", pod.name());
+            }
+            signals.sleep(Duration::from_millis(10));
+        }
+    }
+    Ok(process)
+}
+
+/// One process that needs nothing outside its directory, answers with the pod's name, and closes after each answer.
+fn configuration(name: &str, ports: &[u16]) -> String {
+    let listen: String = ports
+        .iter()
+        .map(|port| format!("listen {port} backlog=1024; "))
+        .collect();
+    format!(
+        "daemon off;
+master_process off;
+pid nginx.pid;
+error_log stderr;
+events {{ worker_connections 1024; }}
+http {{
+  access_log off;
+  keepalive_timeout 0;
+  client_body_temp_path body;
+  proxy_temp_path proxy;
+  fastcgi_temp_path fastcgi;
+  uwsgi_temp_path uwsgi;
+  scgi_temp_path scgi;
+  default_type text/plain;
+  server {{
+    {listen}
+    location / {{ return 200 \"{name}\\n\"; }}
+  }}
+}}
+"
+    )
+}

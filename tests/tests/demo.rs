@@ -1,0 +1,22 @@
+//! The demo without an agent. With one, it is `cargo xtask run --check`.
+
+use std::path::{Path, PathBuf};
+
+use lb_tests::demo::{Options, run};
+
+#[test]
+fn an_agent_that_ends_fails_the_demo() {
+    let options = Options {
+        agent: PathBuf::from("false"),
+        testbed: PathBuf::from(env!("CARGO_BIN_EXE_lb-testbed")),
+        examples: Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples"),
+        check: true,
+        seconds: None,
+    };
+    // By then the nodes are built and the pods answer; nothing answers at the virtual addresses.
+    let error = run(&options).unwrap_err();
+    assert!(
+        format!("{error:#}").contains("lb-agent on n1 has ended"),
+        "{error:#}"
+    );
+}
