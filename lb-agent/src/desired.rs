@@ -252,6 +252,12 @@ impl Desired {
         self.ports.get(id)
     }
 
+    /// The shared form of an identity, if the service port is known.
+    #[must_use]
+    pub fn shared_id(&self, id: &PortId) -> Option<&Arc<PortId>> {
+        self.ports.get_key_value(id).map(|(id, _)| id)
+    }
+
     /// All service ports.
     pub fn ports(&self) -> impl Iterator<Item = (&Arc<PortId>, &DesiredPort)> {
         self.ports.iter()

@@ -18,7 +18,7 @@ const _: () = assert!(size_of::<ServiceStats>() == 16);
 
 /// The one value of CONFIG: what the agent tells the programs while they run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct Config {
     /// Which events to write: see [`event_mask`].
     pub events: u32,

@@ -1,0 +1,5 @@
+//! `lb-agent`: see `lb-agent --help`.
+
+fn main() -> std::process::ExitCode {
+    lb_agent::cli::main()
+}

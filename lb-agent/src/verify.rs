@@ -1,0 +1,287 @@
+//! Whether the maps say what is desired: a comparison that shares nothing with the code that writes them.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use lb_common::abi::{
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, backend_flags, map_name,
+    set_flags,
+};
+use lb_common::logic::generation;
+use serde::Serialize;
+
+use crate::actual::{name_of, port_id};
+use crate::desired::{Desired, DesiredPort, PortId};
+use crate::maps::Dump;
+use crate::policy::Member;
+
+/// A difference between the maps and the desired state.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Drift {
+    /// Map, entry and field.
+    pub field: String,
+    /// What is wrong with it.
+    pub message: String,
+}
+
+impl std::fmt::Display for Drift {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.field, self.message)
+    }
+}
+
+/// Compares a dump of the maps with the desired state: every field of every entry that a lookup can reach, and entries
+/// that nobody wants.
+#[must_use]
+pub fn verify(desired: &Desired, dump: &Dump) -> Vec<Drift> {
+    let mut check = Check {
+        dump,
+        drifts: BTreeSet::new(),
+        indexes: HashMap::new(),
+        live: HashMap::new(),
+        backends: BTreeSet::new(),
+    };
+    for (id, backend) in (0_u32..).zip(&dump.backends).filter(|(_, b)| generation::is_live(b.generation)) {
+        check.live.entry(backend.service).or_default().push((id, backend));
+    }
+    check.names(desired);
+    for (id, want) in desired.ports() {
+        check.port(id, want);
+    }
+    check.stray_entries();
+    check.frontends(desired);
+    check.drifts.into_iter().collect()
+}
+
+struct Check<'a> {
+    dump: &'a Dump,
+    drifts: BTreeSet<Drift>,
+    /// The service index of each desired port that has one.
+    indexes: HashMap<Arc<PortId>, u32>,
+    /// Backends in use, by service index.
+    live: HashMap<u32, Vec<(u32, &'a Backend)>>,
+    /// Backends that are accounted for.
+    backends: BTreeSet<u32>,
+}
+
+impl<'a> Check<'a> {
+    fn drift(&mut self, field: String, message: impl Into<String>) {
+        self.drifts.insert(Drift {
+            field,
+            message: message.into(),
+        });
+    }
+
+    /// Reports a field that is not as it should be.
+    fn equal<T: PartialEq + std::fmt::Debug>(&mut self, field: impl FnOnce() -> String, is: T, should: T) {
+        if is != should {
+            self.drift(field(), format!("is {is:?}, should be {should:?}"));
+        }
+    }
+
+    fn names(&mut self, desired: &Desired) {
+        for (index, name) in &self.dump.names {
+            let place = format!("{}[{index}]", map_name::NAMES);
+            let Some(id) = port_id(name) else {
+                self.drift(place, "is not the name of a service port");
+                continue;
+            };
+            match desired.shared_id(&id) {
+                None => self.drift(place, format!("{id} is not wanted")),
+                Some(id) => {
+                    if let Some(other) = self.indexes.insert(Arc::clone(id), *index) {
+                        self.drift(place, format!("{id} has index {other} too"));
+                    }
+                }
+            }
+        }
+    }
+
+    fn port(&mut self, id: &Arc<PortId>, want: &DesiredPort) {
+        let dump = self.dump;
+        let index = self.indexes.get(id).copied();
+        let entry = index.and_then(|index| Some((index, dump.names.get(&index)?, dump.services.get(index as usize)?)));
+        let Some((index, name, service)) = entry else {
+            return self.drift(map_name::NAMES.into(), format!("{id} is missing"));
+        };
+        let Name {
+            generation,
+            port,
+            namespace: _,
+            name: _,
+            port_name: _,
+            proto: _,
+            family: _,
+        } = *name;
+        self.equal(|| format!("{}[{index}].port", map_name::NAMES), port, want.port);
+        if *name != name_of(id, port, generation) {
+            self.drift(format!("{}[{index}]", map_name::NAMES), "has bytes behind a text");
+        }
+        if !generation::is_live(generation) {
+            self.drift(format!("{}[{index}].generation", map_name::NAMES), format!("{generation} is not live"));
+        }
+        let field = |name: &str| format!("{}[{index}].{name}", map_name::SERVICES);
+        let Service {
+            internal,
+            external,
+            cluster,
+            flags,
+            affinity_timeout,
+            generation: service_generation,
+            pad,
+        } = *service;
+        self.equal(|| field("flags"), flags, want.flags);
+        self.equal(|| field("affinity_timeout"), affinity_timeout, want.affinity_timeout);
+        self.equal(|| field("generation"), service_generation, generation);
+        self.equal(|| field("pad"), pad, 0);
+        let wanted = self.wanted_backends(index, want);
+        for ((name, word), set) in [("internal", internal), ("external", external), ("cluster", cluster)]
+            .into_iter()
+            .zip(&want.sets)
+        {
+            let drops = if set.empty_drops { set_flags::EMPTY_DROPS } else { 0 };
+            self.equal(|| field(&format!("{name}.flags")), word.flags, drops);
+            self.set(&|part| field(&format!("{name}.{part}")), word, &set.members, &wanted);
+        }
+    }
+
+    /// The backends that a service port should have, with the ids that they have; reports those that are missing and
+    /// fields that differ.
+    fn wanted_backends(&mut self, index: u32, want: &DesiredPort) -> HashMap<(Addr, u16), u32> {
+        let mut flags: BTreeMap<(IpAddr, u16), u16> = BTreeMap::new();
+        let bits = [backend_flags::INTERNAL, backend_flags::EXTERNAL, backend_flags::CLUSTER];
+        let sets = want.sets.iter().map(|set| &set.members).zip(bits);
+        for (members, bit) in sets.chain([(&want.draining, 0)]) {
+            for member in members.iter() {
+                let local = if member.local { backend_flags::LOCAL } else { 0 };
+                *flags.entry((member.addr, member.port)).or_default() |= bit | local;
+            }
+        }
+        let mut ids: HashMap<(Addr, u16), u32> = HashMap::new();
+        for (id, backend) in self.live.remove(&index).unwrap_or_default() {
+            let Backend {
+                addr,
+                port,
+                flags: has,
+                service: _,
+                generation,
+                seal,
+            } = *backend;
+            let field = |name: &str| format!("{}[{id}].{name}", map_name::BACKENDS);
+            let Some(should) = flags.get(&(addr.into(), port)) else { continue };
+            if ids.insert((addr, port), id).is_some() {
+                self.drift(format!("{}[{id}]", map_name::BACKENDS), "is there twice");
+            }
+            self.backends.insert(id);
+            self.equal(|| field("flags"), has, *should);
+            let expected = generation::seal(addr, port, index, generation);
+            if seal != expected {
+                self.drift(field("generation or seal"), "they do not belong together");
+            }
+        }
+        for (addr, port) in flags.keys() {
+            if !ids.contains_key(&(Addr::from(*addr), *port)) {
+                let what = format!("{addr}:{port} of service index {index} is missing");
+                self.drift(map_name::BACKENDS.into(), what);
+            }
+        }
+        ids
+    }
+
+    fn set(
+        &mut self,
+        field: &dyn Fn(&str) -> String,
+        word: SetWord,
+        members: &[Member],
+        ids: &HashMap<(Addr, u16), u32>,
+    ) {
+        let dump = self.dump;
+        if usize::from(word.len) != members.len() {
+            return self.drift(field("len"), format!("is {}, should be {}", word.len, members.len()));
+        }
+        if members.is_empty() {
+            return;
+        }
+        let base = word.base as usize;
+        let Some(slots) = dump.slots.get(base..base + members.len()) else {
+            return self.drift(field("base"), format!("{} is out of range", word.base));
+        };
+        let differing = |slot: &BackendSlot, member: &Member| {
+            let id = ids.get(&(Addr::from(member.addr), member.port));
+            id != Some(&slot.backend) && (slot.addr != Addr::from(member.addr) || slot.port != member.port)
+        };
+        if slots.iter().zip(members).all(|(slot, member)| differing(slot, member)) {
+            return self.drift(field("base"), format!("{} leads to slots that are not this set's", word.base));
+        }
+        for ((at, slot), member) in (word.base..).zip(slots).zip(members) {
+            let field = |name: &str| format!("{}[{at}].{name}", map_name::BACKEND_SLOTS);
+            let BackendSlot {
+                addr,
+                port,
+                flags,
+                backend,
+                generation,
+                pad,
+            } = *slot;
+            self.equal(|| field("addr"), addr, Addr::from(member.addr));
+            self.equal(|| field("port"), port, member.port);
+            self.equal(|| field("flags"), flags, if member.local { backend_flags::LOCAL } else { 0 });
+            self.equal(|| field("pad"), pad, 0);
+            // A backend that is missing was reported already.
+            let Some(id) = ids.get(&(Addr::from(member.addr), member.port)) else { continue };
+            self.equal(|| field("backend"), backend, *id);
+            let current = dump.backends.get(*id as usize).map_or(0, |b| b.generation);
+            if generation != current {
+                let both = format!("{} or {}[{id}].generation", field("generation"), map_name::BACKENDS);
+                self.drift(both, format!("they are {generation} and {current}"));
+            }
+        }
+    }
+
+    fn stray_entries(&mut self) {
+        let dump = self.dump;
+        let used: BTreeSet<u32> = self.indexes.values().copied().collect();
+        for (index, service) in (0_u32..).zip(&dump.services) {
+            if !used.contains(&index) && generation::is_live(service.generation) {
+                self.drift(format!("{}[{index}].generation", map_name::SERVICES), "is live, but nobody's");
+            }
+        }
+        for (id, backend) in (0_u32..).zip(&dump.backends) {
+            if !self.backends.contains(&id) && generation::is_live(backend.generation) {
+                let what = format!(
+                    "{}:{} of service index {} is live, but nobody's",
+                    backend.addr, backend.port, backend.service
+                );
+                self.drift(format!("{}[{id}]", map_name::BACKENDS), what);
+            }
+        }
+    }
+
+    fn frontends(&mut self, desired: &Desired) {
+        let dump = self.dump;
+        let describe = |key: &FrontendKey| match (key.port, key.proto) {
+            (0, 0) => format!("{}[{} (address mark)]", map_name::FRONTENDS, key.addr),
+            (port, proto) => format!("{}[{}:{port}, protocol {proto}]", map_name::FRONTENDS, key.addr),
+        };
+        let mut wanted = BTreeSet::new();
+        for key in desired.frontends() {
+            let indexes = &self.indexes;
+            let Some(should) = desired.frontend(&key, |id| indexes.get(id).copied()) else { continue };
+            wanted.insert(key);
+            let Some(is) = dump.frontends.get(&key) else {
+                self.drift(describe(&key), "is missing");
+                continue;
+            };
+            let Frontend { service, kind, pad } = *is;
+            self.equal(|| format!("{}.service", describe(&key)), service, should.service);
+            let label = |kind: u8| FrontendKind::from_u8(kind).map_or_else(|| kind.to_string(), |k| k.label().into());
+            self.equal(|| format!("{}.kind", describe(&key)), label(kind), label(should.kind));
+            self.equal(|| format!("{}.pad", describe(&key)), pad, should.pad);
+        }
+        for key in dump.frontends.keys().filter(|key| !wanted.contains(*key)) {
+            let pad = if key.pad == 0 { "" } else { " (its pad is not zero)" };
+            self.drift(describe(key), format!("is not wanted{pad}"));
+        }
+    }
+}
