@@ -1,6 +1,7 @@
 //! Compiles `lb-ebpf` for the kernel; the object is `$OUT_DIR/lb-ebpf`.
 
 use std::env;
+use std::ffi::OsStr;
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
@@ -30,11 +31,17 @@ fn main() -> anyhow::Result<()> {
         }
         Road::Linked(dir) => {
             rerun_if_changed(&dir.join("bin/rustc"));
-            // SAFETY: a build script has one thread, and this is before it starts another.
-            unsafe { env::set_var("RUSTC_BOOTSTRAP", "aya_ebpf") };
+            // These two use features that are not stable.
+            set_env("RUSTC_BOOTSTRAP", "aya_ebpf,lb_ebpf");
             Toolchain::Custom(road::LINKED)
         }
     };
+    // cargo runs this script in a folder of its own for each profile and each choice of packages: what they compile is
+    // the same every time, and shared.
+    let out_dir = env::var_os("OUT_DIR").context("OUT_DIR is not set")?;
+    if let Some(target_dir) = Path::new(&out_dir).ancestors().nth(4) {
+        set_env("CARGO_BUILD_BUILD_DIR", target_dir.join("ebpf"));
+    }
     build_ebpf(
         [Package {
             name: "lb-ebpf",
@@ -43,6 +50,12 @@ fn main() -> anyhow::Result<()> {
         }],
         toolchain,
     )
+}
+
+/// Sets a variable for the programs that this script starts.
+fn set_env(name: &str, value: impl AsRef<OsStr>) {
+    // SAFETY: a build script has one thread, and all calls are before it starts another.
+    unsafe { env::set_var(name, value) };
 }
 
 /// A path that does not exist would make cargo run this script every time.

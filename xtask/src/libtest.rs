@@ -1,6 +1,6 @@
 //! Running a program of tests, and reading what it says at its end.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Write, stdout};
 use std::ops::AddAssign;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
@@ -55,6 +55,14 @@ pub(crate) fn parse_result(line: &str) -> Option<Tally> {
 /// Runs `command`, shows its output as it comes, and counts. One that fails without saying so counts as one failed
 /// check.
 pub(crate) fn run(command: &mut Command) -> anyhow::Result<Tally> {
+    run_showing(command, stdout())
+}
+
+/// The same with the output shown in `screen`.
+fn run_showing(
+    command: &mut Command,
+    mut screen: impl Write + Send + 'static,
+) -> anyhow::Result<Tally> {
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -69,9 +77,8 @@ pub(crate) fn run(command: &mut Command) -> anyhow::Result<Tally> {
             .read_until(b'\n', &mut line)
             .is_ok_and(|length| length > 0)
         {
-            let mut stdout = std::io::stdout().lock();
             // Nobody left to show it to: the counts still matter.
-            let _ = stdout.write_all(&line).and_then(|()| stdout.flush());
+            let _ = screen.write_all(&line).and_then(|()| screen.flush());
             if let Some(tally) = parse_result(&String::from_utf8_lossy(&line)) {
                 let _ = sender.send(tally);
             }
@@ -122,7 +129,7 @@ mod tests {
     }
 
     fn shell(script: &str) -> Tally {
-        run(Command::new("sh").args(["-c", script])).unwrap()
+        run_showing(Command::new("sh").args(["-c", script]), std::io::sink()).unwrap()
     }
 
     #[test]
