@@ -4,7 +4,7 @@ use std::env;
 use std::ffi::OsStr;
 use std::path::Path;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use aya_build::{Package, Toolchain, build_ebpf};
 
 #[path = "../xtask/src/road.rs"]
@@ -18,11 +18,12 @@ const MISSING: &str = "the eBPF toolchain is missing: run `cargo xtask setup`";
 fn main() -> anyhow::Result<()> {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-env-changed=RUSTUP_HOME");
-    let home = road::rustup_home().context(MISSING)?;
-    let Some(road) = road::choose(&home) else {
-        bail!(MISSING);
+    let road = road::rustup_home().and_then(|home| road::choose(&home));
+    let (Some(road), Some(linker)) = (road, road::linker()) else {
+        println!("cargo::error={MISSING}");
+        return Ok(());
     };
-    rerun_if_changed(&road::linker().context(MISSING)?);
+    rerun_if_changed(&linker);
 
     let toolchain = match &road {
         Road::Nightly(dir) => {
@@ -42,6 +43,8 @@ fn main() -> anyhow::Result<()> {
     if let Some(target_dir) = Path::new(&out_dir).ancestors().nth(4) {
         set_env("CARGO_BUILD_BUILD_DIR", target_dir.join("ebpf"));
     }
+    // Its progress would come as warnings, at every build again.
+    set_env("CARGO_TERM_QUIET", "true");
     build_ebpf(
         [Package {
             name: "lb-ebpf",

@@ -57,26 +57,12 @@ impl Built {
 
 /// Builds all tests and programs. One call: the features of dependencies are those of the whole workspace.
 pub(crate) fn build_tests() -> anyhow::Result<Built> {
-    build(&[
-        "build",
-        "--workspace",
-        "--exclude",
-        "lb-ebpf",
-        "--all-targets",
-    ])
+    build(&["build", "--workspace", "--exclude", "lb-ebpf", "--all-targets"])
 }
 
 /// Builds the programs as they are delivered.
 pub(crate) fn build_release() -> anyhow::Result<Built> {
-    build(&[
-        "build",
-        "--release",
-        "-p",
-        "lb-agent",
-        "-p",
-        "lb-tests",
-        "--bins",
-    ])
+    build(&["build", "--release", "-p", "lb-agent", "-p", "lb-tests", "--bins"])
 }
 
 fn build(arguments: &[&str]) -> anyhow::Result<Built> {
@@ -90,9 +76,7 @@ fn build(arguments: &[&str]) -> anyhow::Result<Built> {
     let stdout = child.stdout.take().context("cargo has no output")?;
     let mut built = Built::default();
     for message in Message::parse_stream(BufReader::new(stdout)) {
-        let Message::CompilerArtifact(artifact) =
-            message.context("cannot read cargo's messages")?
-        else {
+        let Message::CompilerArtifact(artifact) = message.context("cannot read cargo's messages")? else {
             continue;
         };
         let Some(path) = artifact.executable else {
@@ -114,9 +98,9 @@ fn build(arguments: &[&str]) -> anyhow::Result<Built> {
     if !child.wait().context("cannot wait for cargo")?.success() {
         bail!("the build failed");
     }
-    built.tests.sort_by(|a, b| {
-        (a.needs_root(), &a.package, &a.target).cmp(&(b.needs_root(), &b.package, &b.target))
-    });
+    built
+        .tests
+        .sort_by(|a, b| (a.needs_root(), &a.package, &a.target).cmp(&(b.needs_root(), &b.package, &b.target)));
     Ok(built)
 }
 

@@ -14,10 +14,7 @@ pub(crate) struct Programs {
 }
 
 /// Removes what interrupted tests and demos left on this machine; returns a line for each thing.
-#[expect(
-    clippy::unnecessary_wraps,
-    reason = "lb_tests::remove_leftovers can fail"
-)]
+#[expect(clippy::unnecessary_wraps, reason = "lb_tests::remove_leftovers can fail")]
 pub(crate) fn remove_leftovers() -> anyhow::Result<Vec<String>> {
     Ok(Vec::new())
 }

@@ -53,9 +53,7 @@ impl Line {
             let path = env::var("PATH").unwrap_or_default();
             command.env(name, value.replace("$PATH", &path));
         }
-        let output = command
-            .output()
-            .with_context(|| format!("cannot run {program}"))?;
+        let output = command.output().with_context(|| format!("cannot run {program}"))?;
         if output.status.success() {
             return Ok(());
         }
@@ -136,15 +134,9 @@ mod tests {
         let line = Line::new(["apt-get", "install", "nginx-light"])
             .root()
             .env("RUNLEVEL", "1");
-        assert_eq!(
-            line.to_string(),
-            "sudo RUNLEVEL=1 apt-get install nginx-light"
-        );
+        assert_eq!(line.to_string(), "sudo RUNLEVEL=1 apt-get install nginx-light");
         let line = Line::new(["cargo", "install", "it's"]).env("PATH", "/opt/bin:$PATH");
-        assert_eq!(
-            line.to_string(),
-            r"PATH=/opt/bin:$PATH cargo install 'it'\''s'"
-        );
+        assert_eq!(line.to_string(), r"PATH=/opt/bin:$PATH cargo install 'it'\''s'");
     }
 
     #[test]
@@ -157,8 +149,7 @@ mod tests {
 
     #[test]
     fn variables_reach_the_program() {
-        let line = Line::new(["sh", "-c", r#"test "$PATH" != "${PATH#/opt/x:/}""#])
-            .env("PATH", "/opt/x:$PATH");
+        let line = Line::new(["sh", "-c", r#"test "$PATH" != "${PATH#/opt/x:/}""#]).env("PATH", "/opt/x:$PATH");
         line.run_quietly().unwrap();
     }
 }

@@ -37,10 +37,7 @@ impl AddAssign for Tally {
 
 /// Reads libtest's line `test result: ...`. An ignored test counts as failed: nothing is skipped silently.
 pub(crate) fn parse_result(line: &str) -> Option<Tally> {
-    let (_, counts) = line
-        .trim()
-        .strip_prefix("test result: ")?
-        .split_once(". ")?;
+    let (_, counts) = line.trim().strip_prefix("test result: ")?.split_once(". ")?;
     let count = |name: &str| {
         counts
             .split("; ")
@@ -59,10 +56,7 @@ pub(crate) fn run(command: &mut Command) -> anyhow::Result<Tally> {
 }
 
 /// The same with the output shown in `screen`.
-fn run_showing(
-    command: &mut Command,
-    mut screen: impl Write + Send + 'static,
-) -> anyhow::Result<Tally> {
+fn run_showing(command: &mut Command, mut screen: impl Write + Send + 'static) -> anyhow::Result<Tally> {
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -73,10 +67,7 @@ fn run_showing(
     let reader = thread::spawn(move || {
         let mut output = BufReader::new(output);
         let mut line = Vec::new();
-        while output
-            .read_until(b'\n', &mut line)
-            .is_ok_and(|length| length > 0)
-        {
+        while output.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
             // Nobody left to show it to: the counts still matter.
             let _ = screen.write_all(&line).and_then(|()| screen.flush());
             if let Some(tally) = parse_result(&String::from_utf8_lossy(&line)) {
@@ -108,21 +99,9 @@ mod tests {
     #[test]
     fn result_lines() {
         let ok = "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; finished in 0.00s\n";
-        assert_eq!(
-            parse_result(ok),
-            Some(Tally {
-                passed: 3,
-                failed: 0
-            })
-        );
+        assert_eq!(parse_result(ok), Some(Tally { passed: 3, failed: 0 }));
         let bad = "test result: FAILED. 12 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 1.02s";
-        assert_eq!(
-            parse_result(bad),
-            Some(Tally {
-                passed: 12,
-                failed: 3
-            })
-        );
+        assert_eq!(parse_result(bad), Some(Tally { passed: 12, failed: 3 }));
         assert_eq!(parse_result("test result::tests::parse ... ok"), None);
         assert_eq!(parse_result("running 3 tests"), None);
         assert_eq!(parse_result("test result: ok. nothing"), None);
@@ -137,22 +116,13 @@ mod tests {
         let line = "test result: ok. 1 passed; 0 failed; 0 ignored";
         assert_eq!(
             shell(&format!("echo '{line}'; echo '{line}'")),
-            Tally {
-                passed: 2,
-                failed: 0
-            }
+            Tally { passed: 2, failed: 0 }
         );
     }
 
     #[test]
     fn a_crash_is_a_failure() {
-        assert_eq!(
-            shell("kill -9 $$"),
-            Tally {
-                passed: 0,
-                failed: 1
-            }
-        );
+        assert_eq!(shell("kill -9 $$"), Tally { passed: 0, failed: 1 });
     }
 
     #[test]

@@ -16,12 +16,7 @@ const COMPILER: [&str; 5] = [
     "rust-web-llvm",
 ];
 /// Debian's packages that bpf-linker is built with.
-const LINKER: [&str; 4] = [
-    "llvm-22-dev",
-    "libpolly-22-dev",
-    "zlib1g-dev",
-    "libzstd-dev",
-];
+const LINKER: [&str; 4] = ["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev"];
 
 /// A program that tests and the demo start, and Debian's package of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,9 +115,7 @@ impl Action {
                     .root()
             }
             Self::Link => Line::new(["rustup", "toolchain", "link", LINKED, "/usr"]),
-            Self::Linker(false) => {
-                Line::new(["cargo", "install", "bpf-linker", "--locked", "--force"])
-            }
+            Self::Linker(false) => Line::new(["cargo", "install", "bpf-linker", "--locked", "--force"]),
             Self::Linker(true) => Line::new([
                 "cargo",
                 "install",
@@ -248,25 +241,13 @@ mod tests {
             panic!("{actions:?}");
         };
         assert!(packages.starts_with(&COMPILER));
-        assert_eq!(
-            packages.iter().filter(|name| **name == "iproute2").count(),
-            1
-        );
-        assert_eq!(
-            actions[2].line().to_string(),
-            "rustup toolchain link ebpf /usr"
-        );
+        assert_eq!(packages.iter().filter(|name| **name == "iproute2").count(), 1);
+        assert_eq!(actions[2].line().to_string(), "rustup toolchain link ebpf /usr");
     }
 
     #[test]
     fn compiler_without_link_is_linked_only() {
-        assert_eq!(
-            plan(&Host {
-                road: None,
-                ..debian()
-            }),
-            Ok(vec![Action::Link])
-        );
+        assert_eq!(plan(&Host { road: None, ..debian() }), Ok(vec![Action::Link]));
     }
 
     #[test]

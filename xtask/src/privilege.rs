@@ -14,11 +14,7 @@ pub(crate) fn is_root() -> bool {
 
 /// A command that runs `program` as root with `env` set: as it is for root, else through sudo. `what` says what needs
 /// root, for the error where there is no sudo.
-pub(crate) fn as_root(
-    program: &Path,
-    env: &[(&str, OsString)],
-    what: &str,
-) -> anyhow::Result<Command> {
+pub(crate) fn as_root(program: &Path, env: &[(&str, OsString)], what: &str) -> anyhow::Result<Command> {
     if is_root() {
         let mut command = Command::new(program);
         command.envs(env.iter().map(|(name, value)| (name, value)));

@@ -29,12 +29,7 @@ pub(crate) enum Road {
 pub(crate) fn choose(rustup_home: &Path) -> Option<Road> {
     let toolchains = rustup_home.join("toolchains");
     let nightly = ["gnu", "musl"]
-        .map(|libc| {
-            toolchains.join(format!(
-                "nightly-{}-unknown-linux-{libc}",
-                env::consts::ARCH
-            ))
-        })
+        .map(|libc| toolchains.join(format!("nightly-{}-unknown-linux-{libc}", env::consts::ARCH)))
         .into_iter()
         .find(|dir| has_source(dir));
     if let Some(dir) = nightly {
@@ -63,24 +58,14 @@ pub(crate) fn linker() -> Option<PathBuf> {
 
 /// The toolchain in `dir` can build `core` itself.
 fn has_source(dir: &Path) -> bool {
-    runs(dir)
-        && dir
-            .join("lib/rustlib/src/rust/library/core/src/lib.rs")
-            .is_file()
+    runs(dir) && dir.join("lib/rustlib/src/rust/library/core/src/lib.rs").is_file()
 }
 
 /// The toolchain in `dir` brings a compiled `core` for eBPF.
 pub(crate) fn has_core(dir: &Path) -> bool {
     let lib = dir.join("lib/rustlib").join(TARGET).join("lib");
     let core = lib.read_dir().ok().is_some_and(|mut entries| {
-        entries.any(|entry| {
-            entry.is_ok_and(|entry| {
-                entry
-                    .file_name()
-                    .as_encoded_bytes()
-                    .starts_with(b"libcore-")
-            })
-        })
+        entries.any(|entry| entry.is_ok_and(|entry| entry.file_name().as_encoded_bytes().starts_with(b"libcore-")))
     });
     core && runs(dir)
 }
@@ -142,10 +127,7 @@ mod tests {
     #[test]
     fn an_ordinary_toolchain_is_no_road() {
         let home = Folder::new("ordinary");
-        home.toolchain(
-            LINKED,
-            &["lib/rustlib/x86_64-unknown-linux-gnu/lib/libcore-0123.rlib"],
-        );
+        home.toolchain(LINKED, &["lib/rustlib/x86_64-unknown-linux-gnu/lib/libcore-0123.rlib"]);
         assert_eq!(choose(&home.0), None);
     }
 }

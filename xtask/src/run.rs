@@ -65,9 +65,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 /// The demo as a check among others.
 pub(crate) fn check_demo() -> anyhow::Result<()> {
     let programs = build_release()?.programs()?;
-    let status = demo_command(&programs, true)?
-        .status()
-        .context("cannot run the demo")?;
+    let status = demo_command(&programs, true)?.status().context("cannot run the demo")?;
     if status.success() {
         return Ok(());
     }

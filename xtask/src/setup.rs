@@ -38,10 +38,7 @@ pub(crate) fn run(scope: Scope) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if !is_root() && actions.iter().any(|action| action.line().as_root) {
-        let lines: Vec<_> = actions
-            .iter()
-            .map(|action| action.line().to_string())
-            .collect();
+        let lines: Vec<_> = actions.iter().map(|action| action.line().to_string()).collect();
         return Ok(ask(&lines));
     }
     for action in &actions {
@@ -53,10 +50,7 @@ pub(crate) fn run(scope: Scope) -> anyhow::Result<ExitCode> {
                     "this system has not all of the packages {}; install what they stand for",
                     names.join(" ")
                 ),
-                format!(
-                    "(the eBPF compiler can also be had by: {})",
-                    nightly_advice()
-                ),
+                format!("(the eBPF compiler can also be had by: {})", nightly_advice()),
             ]));
         }
         println!("setup: {}", action.headline());
@@ -103,21 +97,13 @@ fn look(scope: Scope) -> Host {
     };
     let path = search_path();
     let has = |program: &str| env::split_paths(&path).any(|dir| dir.join(program).is_file());
-    let tools = if scope == Scope::All {
-        TOOLS.as_slice()
-    } else {
-        &[]
-    };
+    let tools = if scope == Scope::All { TOOLS.as_slice() } else { &[] };
     Host {
         road,
         rustup: has("rustup"),
         compiler: road::has_core(Path::new("/usr")),
         linker,
-        missing: tools
-            .iter()
-            .filter(|tool| !has(tool.program))
-            .copied()
-            .collect(),
+        missing: tools.iter().filter(|tool| !has(tool.program)).copied().collect(),
         apt: has("apt-get"),
         systemd: Path::new("/run/systemd/system").is_dir(),
     }

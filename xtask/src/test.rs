@@ -46,14 +46,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if !args.no_lint {
         sum += step("format", || call(cargo().args(["fmt", "--all", "--check"])));
         sum += step("lints", || {
-            call(cargo().args([
-                "clippy",
-                "--workspace",
-                "--all-targets",
-                "--",
-                "-D",
-                "warnings",
-            ]))
+            call(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
         });
         sum += step("documentation", || {
             call(
@@ -204,22 +197,13 @@ mod tests {
     fn golden_tests_are_found_by_file_or_by_name() {
         assert_eq!(Selection::Golden.filter("golden_policy"), None);
         assert_eq!(Selection::Golden.filter("lb_agent"), Some("golden"));
-        assert_eq!(
-            Selection::Filter(Some("snat")).filter("golden_policy"),
-            Some("snat")
-        );
+        assert_eq!(Selection::Filter(Some("snat")).filter("golden_policy"), Some("snat"));
     }
 
     #[test]
     fn errors_count() {
         let failed = step("a step that fails", || bail!("on purpose"));
-        assert_eq!(
-            failed,
-            Tally {
-                passed: 0,
-                failed: 1
-            }
-        );
+        assert_eq!(failed, Tally { passed: 0, failed: 1 });
         assert_eq!(conclude(failed), ExitCode::from(1));
         assert_eq!(conclude(step("a step", || Ok(()))), ExitCode::SUCCESS);
     }
