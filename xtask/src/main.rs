@@ -37,14 +37,18 @@ enum Command {
     Clean,
 }
 
-fn main() -> anyhow::Result<ExitCode> {
-    match Cli::parse().command {
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
         Command::Setup => setup::run(setup::Scope::All),
         Command::Test(args) => test::run(&args),
         Command::Bless => test::bless(),
         Command::Run(args) => run::run(&args),
         Command::Clean => run::clean(),
-    }
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
 }
 
 /// The folder of the workspace.

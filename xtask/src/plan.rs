@@ -18,6 +18,12 @@ const COMPILER: [&str; 5] = [
 /// Debian's packages that bpf-linker is built with.
 const LINKER: [&str; 4] = ["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev"];
 
+/// Debian's package of nginx.
+const NGINX: &str = "nginx-light";
+/// The road for those whose system has no compiler with `core` for eBPF. Never taken by setup itself: which nightly one
+/// has is one's own choice.
+pub(crate) const NIGHTLY: &str = "rustup toolchain install nightly --component rust-src";
+
 /// A program that tests and the demo start, and Debian's package of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Tool {
@@ -39,7 +45,7 @@ pub(crate) const TOOLS: [Tool; 7] = [
     },
     Tool {
         program: "nginx",
-        package: "nginx-light",
+        package: NGINX,
     },
     Tool {
         program: "curl",
@@ -102,6 +108,14 @@ impl Action {
         }
     }
 
+    /// Where to look when it fails.
+    pub(crate) fn hint(&self) -> &'static str {
+        match self {
+            Self::Linker(_) => "setup: built binaries are at https://github.com/aya-rs/bpf-linker/releases",
+            Self::MaskNginx | Self::Packages(_) | Self::Link => "setup",
+        }
+    }
+
     /// The command that does it.
     pub(crate) fn line(&self) -> Line {
         match self {
@@ -134,60 +148,58 @@ impl Action {
     }
 }
 
-/// What to do, in order; or, where that cannot be done from here, what a person has to see to, a line each.
+/// What to do, in order; or, where that cannot all be done from here, what a person has to see to, a line each.
 pub(crate) fn plan(host: &Host) -> Result<Vec<Action>, Vec<String>> {
-    let mut packages = Vec::new();
     let mut by_hand = Vec::new();
-    let mut link = false;
-    if host.road.is_none() {
-        if !host.rustup {
-            by_hand.push("rustup is missing: see https://rustup.rs".to_owned());
-        } else if host.apt {
-            link = true;
-            if !host.compiler {
-                packages.extend(COMPILER);
-            }
-        } else {
-            by_hand.push(nightly_advice().to_owned());
-        }
+    if host.road.is_none() && !host.rustup {
+        by_hand.push("rustup is missing: see https://rustup.rs".to_owned());
     }
+    if host.road.is_none() && !host.apt {
+        by_hand.push(NIGHTLY.to_owned());
+    }
+    if !host.apt && !host.missing.is_empty() {
+        let programs: Vec<_> = host.missing.iter().map(|tool| tool.program).collect();
+        by_hand.push(format!("install these programs: {}", programs.join(" ")));
+    }
+    let actions = actions(host);
+    if by_hand.is_empty() {
+        return Ok(actions);
+    }
+    by_hand.extend(actions.iter().map(|action| action.line().to_string()));
+    Err(by_hand)
+}
+
+/// What xtask can do itself, in order.
+fn actions(host: &Host) -> Vec<Action> {
+    let debian_compiler = host.apt && host.road.is_none();
     let debian_linker = host.apt && !matches!(host.road, Some(Road::Nightly(_)));
-    if !host.linker && debian_linker {
+    let mut packages = Vec::new();
+    if debian_compiler && !host.compiler {
+        packages.extend(COMPILER);
+    }
+    if debian_linker && !host.linker {
         packages.extend(LINKER);
     }
     if host.apt {
         packages.extend(host.missing.iter().map(|tool| tool.package));
-    } else if !host.missing.is_empty() {
-        let programs: Vec<_> = host.missing.iter().map(|tool| tool.program).collect();
-        by_hand.push(format!("install these programs: {}", programs.join(" ")));
     }
-    if !by_hand.is_empty() {
-        if !host.linker {
-            by_hand.push(Action::Linker(debian_linker).line().to_string());
-        }
-        return Err(by_hand);
-    }
+    // Two programs of one package stand side by side in TOOLS.
+    packages.dedup();
 
     let mut actions = Vec::new();
-    packages.dedup();
-    if host.systemd && packages.contains(&"nginx-light") {
+    if host.systemd && packages.contains(&NGINX) {
         actions.push(Action::MaskNginx);
     }
     if !packages.is_empty() {
         actions.push(Action::Packages(packages));
     }
-    if link {
+    if debian_compiler {
         actions.push(Action::Link);
     }
     if !host.linker {
         actions.push(Action::Linker(debian_linker));
     }
-    Ok(actions)
-}
-
-/// The road for those whose system has no compiler with `core` for eBPF.
-pub(crate) fn nightly_advice() -> &'static str {
-    "rustup toolchain install nightly --component rust-src"
+    actions
 }
 
 #[cfg(test)]
@@ -285,6 +297,12 @@ mod tests {
             ..debian()
         })
         .unwrap_err();
-        assert_eq!(told, ["rustup is missing: see https://rustup.rs"]);
+        assert_eq!(
+            told,
+            [
+                "rustup is missing: see https://rustup.rs",
+                "rustup toolchain link ebpf /usr"
+            ]
+        );
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use anyhow::{Context as _, bail};
 
 use crate::command::{Line, clean_command};
-use crate::plan::{Action, Host, TOOLS, nightly_advice, plan};
+use crate::plan::{Action, Host, NIGHTLY, TOOLS, plan};
 use crate::privilege::{is_root, search_path};
 use crate::road::{self, Road};
 use crate::root;
@@ -50,11 +50,11 @@ pub(crate) fn run(scope: Scope) -> anyhow::Result<ExitCode> {
                     "this system has not all of the packages {}; install what they stand for",
                     names.join(" ")
                 ),
-                format!("(the eBPF compiler can also be had by: {})", nightly_advice()),
+                format!("(the eBPF compiler can also be had by: {NIGHTLY})"),
             ]));
         }
         println!("setup: {}", action.headline());
-        action.line().run_quietly()?;
+        action.line().run_quietly().with_context(|| action.hint())?;
     }
     let left = plan(&look(scope));
     if left.as_ref().is_ok_and(Vec::is_empty) {
