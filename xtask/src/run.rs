@@ -85,8 +85,14 @@ fn demo_command(programs: &Programs, check: bool) -> anyhow::Result<Command> {
 
 /// This program as root.
 fn myself_as_root(what: &str) -> anyhow::Result<Command> {
-    let myself = env::current_exe().context("cannot tell where this program is")?;
-    as_root(&myself, &[("PATH", search_path())], what)
+    as_root(&myself()?, &[("PATH", search_path())], what)
+}
+
+/// The path of this program. The build of all tests may have put a new one there, and the kernel marks the old one.
+fn myself() -> anyhow::Result<PathBuf> {
+    let path = env::current_exe().context("cannot tell where this program is")?;
+    let replaced = path.to_str().and_then(|path| path.strip_suffix(" (deleted)"));
+    Ok(replaced.map_or_else(|| path.clone(), PathBuf::from))
 }
 
 /// Removes what interrupted tests left, as root.
