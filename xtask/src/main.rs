@@ -1,1 +1,58 @@
-fn main() {}
+//! Everything a person types while working on lb: `cargo xtask setup | test | bless | run | clean`.
+
+mod artifacts;
+mod bed;
+mod command;
+mod libtest;
+mod plan;
+mod privilege;
+mod road;
+mod run;
+mod setup;
+mod test;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Builds, tests and shows lb")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what is missing to build and test; does nothing when all is there
+    Setup,
+    /// Check format, lints and documentation, then run all tests (those that need the kernel as root)
+    Test(test::Args),
+    /// Accept the present output of the golden tests as right
+    Bless,
+    /// Show lb at work on this machine; with ARGS, run the agent itself
+    Run(run::Args),
+    /// Remove what interrupted tests left on this machine
+    Clean,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Setup => setup::run(setup::Scope::All),
+        Command::Test(args) => test::run(&args),
+        Command::Bless => test::bless(),
+        Command::Run(args) => run::run(&args),
+        Command::Clean => run::clean(),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// The folder of the workspace.
+fn root() -> PathBuf {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    package.parent().unwrap_or(package).to_path_buf()
+}

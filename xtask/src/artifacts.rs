@@ -1,0 +1,122 @@
+//! Building with cargo, and what came out.
+
+use std::collections::HashMap;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use anyhow::{Context as _, bail};
+use cargo_metadata::{Message, MetadataCommand, PackageId, TargetKind};
+
+use crate::bed::Programs;
+use crate::command::cargo;
+use crate::root;
+
+/// An executable with tests.
+#[derive(Debug)]
+pub(crate) struct TestProgram {
+    /// Name of the package.
+    pub(crate) package: String,
+    /// Folder of the package.
+    pub(crate) dir: PathBuf,
+    /// Name of cargo's target: of the library, the program or the file in `tests/`.
+    pub(crate) target: String,
+    /// The executable.
+    pub(crate) path: PathBuf,
+}
+
+impl TestProgram {
+    /// It changes the machine: whole-system tests, and those that load programs into the kernel.
+    pub(crate) fn needs_root(&self) -> bool {
+        self.package == "lb-tests" || self.target.starts_with("kernel_")
+    }
+}
+
+/// What a build made.
+#[derive(Debug, Default)]
+pub(crate) struct Built {
+    /// Executables with tests.
+    pub(crate) tests: Vec<TestProgram>,
+    /// Programs by name.
+    programs: HashMap<String, PathBuf>,
+}
+
+impl Built {
+    /// What the test bed starts.
+    pub(crate) fn programs(&self) -> anyhow::Result<Programs> {
+        Ok(Programs {
+            agent: self
+                .programs
+                .get("lb-agent")
+                .context("the build made no lb-agent")?
+                .clone(),
+            testbed: self.programs.get("lb-testbed").cloned(),
+        })
+    }
+}
+
+/// Builds all tests and programs. One call: the features of dependencies are those of the whole workspace.
+pub(crate) fn build_tests() -> anyhow::Result<Built> {
+    build(&["build", "--workspace", "--exclude", "lb-ebpf", "--all-targets"])
+}
+
+/// Builds the programs as they are delivered.
+pub(crate) fn build_release() -> anyhow::Result<Built> {
+    build(&["build", "--release", "-p", "lb-agent", "-p", "lb-tests", "--bins"])
+}
+
+fn build(arguments: &[&str]) -> anyhow::Result<Built> {
+    let packages = packages()?;
+    let mut child = cargo()
+        .args(arguments)
+        .arg("--message-format=json-render-diagnostics")
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run cargo")?;
+    let stdout = child.stdout.take().context("cargo has no output")?;
+    let mut built = Built::default();
+    for message in Message::parse_stream(BufReader::new(stdout)) {
+        let Message::CompilerArtifact(artifact) = message.context("cannot read cargo's messages")? else {
+            continue;
+        };
+        let Some(path) = artifact.executable else {
+            continue;
+        };
+        if !artifact.profile.test {
+            built.programs.insert(artifact.target.name, path.into());
+        } else if !artifact.target.kind.contains(&TargetKind::Bench)
+            && let Some((package, dir)) = packages.get(&artifact.package_id)
+        {
+            built.tests.push(TestProgram {
+                package: package.clone(),
+                dir: dir.clone(),
+                target: artifact.target.name,
+                path: path.into(),
+            });
+        }
+    }
+    if !child.wait().context("cannot wait for cargo")?.success() {
+        bail!("the build failed");
+    }
+    built
+        .tests
+        .sort_by(|a, b| (a.needs_root(), &a.package, &a.target).cmp(&(b.needs_root(), &b.package, &b.target)));
+    Ok(built)
+}
+
+/// Name and folder of each package of the workspace.
+fn packages() -> anyhow::Result<HashMap<PackageId, (String, PathBuf)>> {
+    let metadata = MetadataCommand::new()
+        .current_dir(root())
+        .no_deps()
+        .exec()
+        .context("cannot read the workspace")?;
+    let described = metadata.packages.into_iter().map(|package| {
+        let dir = package
+            .manifest_path
+            .parent()
+            .map_or_else(root, |dir| Path::new(dir).to_path_buf());
+        (package.id, (package.name.to_string(), dir))
+    });
+    Ok(described.collect())
+}

@@ -1,0 +1,308 @@
+//! What is to be done to make the toolchain and the test programs present, decided from a description of the machine.
+
+use crate::command::Line;
+use crate::road::{LINKED, Road};
+
+/// Version of bpf-linker that is installed.
+const LINKER_VERSION: &str = "0.13.0";
+/// Where Debian has the LLVM of the compiler in [`COMPILER`]. A bpf-linker with an older one cannot read its output.
+const LLVM: &str = "/usr/lib/llvm-22";
+/// Debian's packages of a Rust compiler that has `core` for eBPF.
+const COMPILER: [&str; 5] = [
+    "rustc-web",
+    "cargo-web",
+    "rust-web-src",
+    "libstd-rust-web-dev-bpf",
+    "rust-web-llvm",
+];
+/// Debian's packages that bpf-linker is built with.
+const LINKER: [&str; 4] = ["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libzstd-dev"];
+
+/// Debian's package of nginx.
+const NGINX: &str = "nginx-light";
+/// The road for those whose system has no compiler with `core` for eBPF. Never taken by setup itself: which nightly one
+/// has is one's own choice.
+pub(crate) const NIGHTLY: &str = "rustup toolchain install nightly --component rust-src";
+
+/// A program that tests and the demo start, and Debian's package of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Tool {
+    /// Name of the program.
+    pub(crate) program: &'static str,
+    /// Name of the package.
+    pub(crate) package: &'static str,
+}
+
+/// Everything that tests and the demo start.
+pub(crate) const TOOLS: [Tool; 7] = [
+    Tool {
+        program: "ip",
+        package: "iproute2",
+    },
+    Tool {
+        program: "bridge",
+        package: "iproute2",
+    },
+    Tool {
+        program: "nginx",
+        package: NGINX,
+    },
+    Tool {
+        program: "curl",
+        package: "curl",
+    },
+    Tool {
+        program: "bpftool",
+        package: "bpftool",
+    },
+    Tool {
+        program: "nft",
+        package: "nftables",
+    },
+    Tool {
+        program: "iptables",
+        package: "iptables",
+    },
+];
+
+/// A machine.
+#[derive(Debug, Clone)]
+pub(crate) struct Host {
+    /// The road that the build of the eBPF object would take now.
+    pub(crate) road: Option<Road>,
+    /// There is a rustup.
+    pub(crate) rustup: bool,
+    /// Debian's compiler with `core` for eBPF is in /usr.
+    pub(crate) compiler: bool,
+    /// There is a bpf-linker that can read the compiler's output.
+    pub(crate) linker: bool,
+    /// Tools that are wanted and not there.
+    pub(crate) missing: Vec<Tool>,
+    /// There is an apt-get.
+    pub(crate) apt: bool,
+    /// systemd runs the services.
+    pub(crate) systemd: bool,
+}
+
+/// Something to do.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Keeps the nginx service, which Debian's package starts, from starting: tests start nginx themselves.
+    MaskNginx,
+    /// Installs Debian packages.
+    Packages(Vec<&'static str>),
+    /// Makes Debian's compiler known to rustup.
+    Link,
+    /// Builds bpf-linker; with Debian's LLVM if true.
+    Linker(bool),
+}
+
+impl Action {
+    /// What it does, in a few words.
+    pub(crate) fn headline(&self) -> String {
+        match self {
+            Self::MaskNginx => "keeping the nginx service from starting".to_owned(),
+            Self::Packages(names) => format!("installing {}", names.join(" ")),
+            Self::Link => format!("linking /usr as rustup's toolchain {LINKED}"),
+            Self::Linker(_) => format!("building bpf-linker {LINKER_VERSION} (a minute)"),
+        }
+    }
+
+    /// Where to look when it fails.
+    pub(crate) fn hint(&self) -> &'static str {
+        match self {
+            Self::Linker(_) => "setup: built binaries are at https://github.com/aya-rs/bpf-linker/releases",
+            Self::MaskNginx | Self::Packages(_) | Self::Link => "setup",
+        }
+    }
+
+    /// The command that does it.
+    pub(crate) fn line(&self) -> Line {
+        match self {
+            Self::MaskNginx => Line::new(["systemctl", "mask", "nginx.service"]).root(),
+            Self::Packages(names) => {
+                let install = ["apt-get", "install", "--yes", "--no-install-recommends"];
+                // Without systemd, invoke-rc.d starts nothing in the single-user run level.
+                Line::new(install.into_iter().chain(names.iter().copied()))
+                    .env("DEBIAN_FRONTEND", "noninteractive")
+                    .env("RUNLEVEL", "1")
+                    .root()
+            }
+            Self::Link => Line::new(["rustup", "toolchain", "link", LINKED, "/usr"]),
+            Self::Linker(false) => Line::new(["cargo", "install", "bpf-linker", "--locked", "--force"]),
+            Self::Linker(true) => Line::new([
+                "cargo",
+                "install",
+                "bpf-linker",
+                "--version",
+                LINKER_VERSION,
+                "--no-default-features",
+                "--features",
+                "llvm-22",
+                "--locked",
+                "--force",
+            ])
+            .env("LLVM_PREFIX", LLVM)
+            .env("PATH", &format!("{LLVM}/bin:$PATH")),
+        }
+    }
+}
+
+/// What to do, in order; or, where that cannot all be done from here, what a person has to see to, a line each.
+pub(crate) fn plan(host: &Host) -> Result<Vec<Action>, Vec<String>> {
+    let mut by_hand = Vec::new();
+    if host.road.is_none() && !host.rustup {
+        by_hand.push("rustup is missing: see https://rustup.rs".to_owned());
+    }
+    if host.road.is_none() && !host.apt {
+        by_hand.push(NIGHTLY.to_owned());
+    }
+    if !host.apt && !host.missing.is_empty() {
+        let programs: Vec<_> = host.missing.iter().map(|tool| tool.program).collect();
+        by_hand.push(format!("install these programs: {}", programs.join(" ")));
+    }
+    let actions = actions(host);
+    if by_hand.is_empty() {
+        return Ok(actions);
+    }
+    by_hand.extend(actions.iter().map(|action| action.line().to_string()));
+    Err(by_hand)
+}
+
+/// What xtask can do itself, in order.
+fn actions(host: &Host) -> Vec<Action> {
+    let debian_compiler = host.apt && host.road.is_none();
+    let debian_linker = host.apt && !matches!(host.road, Some(Road::Nightly(_)));
+    let mut packages = Vec::new();
+    if debian_compiler && !host.compiler {
+        packages.extend(COMPILER);
+    }
+    if debian_linker && !host.linker {
+        packages.extend(LINKER);
+    }
+    if host.apt {
+        packages.extend(host.missing.iter().map(|tool| tool.package));
+    }
+    // Two programs of one package stand side by side in TOOLS.
+    packages.dedup();
+
+    let mut actions = Vec::new();
+    if host.systemd && packages.contains(&NGINX) {
+        actions.push(Action::MaskNginx);
+    }
+    if !packages.is_empty() {
+        actions.push(Action::Packages(packages));
+    }
+    if debian_compiler {
+        actions.push(Action::Link);
+    }
+    if !host.linker {
+        actions.push(Action::Linker(debian_linker));
+    }
+    actions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn debian() -> Host {
+        Host {
+            road: Some(Road::Linked("/usr".into())),
+            rustup: true,
+            compiler: true,
+            linker: true,
+            missing: Vec::new(),
+            apt: true,
+            systemd: false,
+        }
+    }
+
+    #[test]
+    fn nothing_missing_nothing_done() {
+        assert_eq!(plan(&debian()), Ok(Vec::new()));
+        let nightly = Some(Road::Nightly("/n".into()));
+        assert_eq!(
+            plan(&Host {
+                road: nightly,
+                apt: false,
+                ..debian()
+            }),
+            Ok(Vec::new())
+        );
+    }
+
+    #[test]
+    fn bare_debian_gets_everything_in_order() {
+        let host = Host {
+            road: None,
+            compiler: false,
+            linker: false,
+            missing: TOOLS.to_vec(),
+            systemd: true,
+            ..debian()
+        };
+        let actions = plan(&host).unwrap();
+        let [
+            Action::MaskNginx,
+            Action::Packages(packages),
+            Action::Link,
+            Action::Linker(true),
+        ] = actions.as_slice()
+        else {
+            panic!("{actions:?}");
+        };
+        assert!(packages.starts_with(&COMPILER));
+        assert_eq!(packages.iter().filter(|name| **name == "iproute2").count(), 1);
+        assert_eq!(actions[2].line().to_string(), "rustup toolchain link ebpf /usr");
+    }
+
+    #[test]
+    fn compiler_without_link_is_linked_only() {
+        assert_eq!(plan(&Host { road: None, ..debian() }), Ok(vec![Action::Link]));
+    }
+
+    #[test]
+    fn nightly_builds_the_linker_with_its_own_llvm() {
+        let host = Host {
+            road: Some(Road::Nightly("/n".into())),
+            linker: false,
+            ..debian()
+        };
+        assert_eq!(plan(&host), Ok(vec![Action::Linker(false)]));
+    }
+
+    #[test]
+    fn elsewhere_a_person_is_told() {
+        let host = Host {
+            road: None,
+            compiler: false,
+            linker: false,
+            missing: vec![TOOLS[4]],
+            apt: false,
+            ..debian()
+        };
+        let told = plan(&host).unwrap_err();
+        assert_eq!(
+            told,
+            [
+                "rustup toolchain install nightly --component rust-src",
+                "install these programs: bpftool",
+                "cargo install bpf-linker --locked --force",
+            ]
+        );
+        let told = plan(&Host {
+            road: None,
+            rustup: false,
+            ..debian()
+        })
+        .unwrap_err();
+        assert_eq!(
+            told,
+            [
+                "rustup is missing: see https://rustup.rs",
+                "rustup toolchain link ebpf /usr"
+            ]
+        );
+    }
+}

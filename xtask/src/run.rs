@@ -1,0 +1,120 @@
+//! `run` and `clean`.
+
+use std::env;
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context as _, bail};
+
+use crate::artifacts::build_release;
+use crate::bed::{self, Programs};
+use crate::privilege::{as_root, is_root, search_path};
+use crate::setup::{self, Scope};
+
+/// Arguments of `run`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Run the demo without waiting for a person; fail if anything is not as it should be
+    #[arg(long, conflicts_with = "agent_arguments")]
+    check: bool,
+    /// An agent that is built already, for the call of this command by itself as root
+    #[arg(long, hide = true, value_name = "PATH")]
+    agent: Option<PathBuf>,
+    /// The same for the test bed's helper
+    #[arg(long, hide = true, value_name = "PATH")]
+    testbed: Option<PathBuf>,
+    /// Arguments for lb-agent, to run it on this machine in place of the demo
+    #[arg(last = true, value_name = "ARGS")]
+    agent_arguments: Vec<OsString>,
+}
+
+/// Shows the demo, or runs the agent.
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    if let Some(agent) = &args.agent {
+        let programs = Programs {
+            agent: agent.clone(),
+            testbed: args.testbed.clone(),
+        };
+        bed::demo(&programs, args.check)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let scope = if args.agent_arguments.is_empty() {
+        Scope::All
+    } else {
+        Scope::Build
+    };
+    let ready = setup::run(scope)?;
+    if ready != ExitCode::SUCCESS {
+        return Ok(ready);
+    }
+    let programs = build_release()?.programs()?;
+    let mut command = if args.agent_arguments.is_empty() {
+        demo_command(&programs, args.check)?
+    } else {
+        let mut command = as_root(&programs.agent, &[], "lb-agent")?;
+        command.args(&args.agent_arguments);
+        command
+    };
+    // In place of this process: signals and the exit code are the program's own.
+    let error = command.exec();
+    Err(error).with_context(|| format!("cannot run {}", command.get_program().display()))
+}
+
+/// The demo as a check among others.
+pub(crate) fn check_demo() -> anyhow::Result<()> {
+    let programs = build_release()?.programs()?;
+    let status = demo_command(&programs, true)?.status().context("cannot run the demo")?;
+    if status.success() {
+        return Ok(());
+    }
+    bail!("the demo failed ({status})")
+}
+
+/// This program itself as root, with the demo of what is built.
+fn demo_command(programs: &Programs, check: bool) -> anyhow::Result<Command> {
+    let mut command = myself_as_root("the demo")?;
+    command.arg("run").arg("--agent").arg(&programs.agent);
+    if let Some(testbed) = &programs.testbed {
+        command.arg("--testbed").arg(testbed);
+    }
+    command.args(check.then_some("--check"));
+    Ok(command)
+}
+
+/// This program as root.
+fn myself_as_root(what: &str) -> anyhow::Result<Command> {
+    as_root(&myself()?, &[("PATH", search_path())], what)
+}
+
+/// The path of this program. The build of all tests may have put a new one there, and the kernel marks the old one.
+fn myself() -> anyhow::Result<PathBuf> {
+    let path = env::current_exe().context("cannot tell where this program is")?;
+    let replaced = path.to_str().and_then(|path| path.strip_suffix(" (deleted)"));
+    Ok(replaced.map_or_else(|| path.clone(), PathBuf::from))
+}
+
+/// Removes what interrupted tests left, as root.
+pub(crate) fn clean_as_root() -> anyhow::Result<()> {
+    if is_root() {
+        for line in bed::remove_leftovers()? {
+            println!("removed {line}");
+        }
+        return Ok(());
+    }
+    let status = myself_as_root("removing leftovers")?
+        .arg("clean")
+        .status()
+        .context("cannot run sudo")?;
+    if status.success() {
+        return Ok(());
+    }
+    bail!("removing leftovers failed ({status})")
+}
+
+/// Removes what interrupted tests left.
+pub(crate) fn clean() -> anyhow::Result<ExitCode> {
+    clean_as_root()?;
+    Ok(ExitCode::SUCCESS)
+}

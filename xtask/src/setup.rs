@@ -1,0 +1,185 @@
+//! `setup`: makes the toolchain and the test programs present.
+
+use std::env;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, UNIX_EPOCH};
+
+use anyhow::{Context as _, bail};
+
+use crate::command::{Line, clean_command};
+use crate::plan::{Action, Host, NIGHTLY, TOOLS, plan};
+use crate::privilege::{is_root, search_path};
+use crate::road::{self, Road};
+use crate::root;
+
+/// What setup is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// The eBPF toolchain.
+    Build,
+    /// That, and what tests and the demo start.
+    All,
+}
+
+/// Exit code when a person has to act first.
+const BY_HAND: u8 = 2;
+
+/// Does what is missing, a line for each action; nothing, and quickly, when all is there.
+pub(crate) fn run(scope: Scope) -> anyhow::Result<ExitCode> {
+    let host = look(scope);
+    let actions = match plan(&host) {
+        Ok(actions) => actions,
+        Err(by_hand) => return Ok(ask(&by_hand)),
+    };
+    if actions.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !is_root() && actions.iter().any(|action| action.line().as_root) {
+        let lines: Vec<_> = actions.iter().map(|action| action.line().to_string()).collect();
+        return Ok(ask(&lines));
+    }
+    for action in &actions {
+        if let Action::Packages(names) = action
+            && !packages_known(names)?
+        {
+            return Ok(ask(&[
+                format!(
+                    "this system has not all of the packages {}; install what they stand for",
+                    names.join(" ")
+                ),
+                format!("(the eBPF compiler can also be had by: {NIGHTLY})"),
+            ]));
+        }
+        println!("setup: {}", action.headline());
+        action.line().run_quietly().with_context(|| action.hint())?;
+    }
+    let left = plan(&look(scope));
+    if left.as_ref().is_ok_and(Vec::is_empty) {
+        return Ok(ExitCode::SUCCESS);
+    }
+    bail!("setup did its work, and this is still missing: {left:?}");
+}
+
+/// Tells what to do by hand.
+fn ask(lines: &[String]) -> ExitCode {
+    eprintln!("setup: something is missing that only you can install. In this order:");
+    for line in lines {
+        eprintln!("    {line}");
+    }
+    ExitCode::from(BY_HAND)
+}
+
+/// apt knows these packages, if need be after it has fetched its lists.
+fn packages_known(names: &[&'static str]) -> anyhow::Result<bool> {
+    let show = Line::new(
+        ["apt-cache", "show", "--no-all-versions"]
+            .into_iter()
+            .chain(names.iter().copied()),
+    );
+    if show.run_quietly().is_ok() {
+        return Ok(true);
+    }
+    println!("setup: fetching the lists of packages");
+    Line::new(["apt-get", "update"]).run_quietly()?;
+    Ok(show.run_quietly().is_ok())
+}
+
+/// Looks at this machine.
+fn look(scope: Scope) -> Host {
+    let road = road::rustup_home().and_then(|home| road::choose(&home));
+    let linker = match (&road, road::linker()) {
+        (_, None) => false,
+        (Some(Road::Linked(toolchain)), Some(linker)) => links(toolchain, &linker),
+        (Some(Road::Nightly(_)) | None, Some(_)) => true,
+    };
+    let path = search_path();
+    let has = |program: &str| env::split_paths(&path).any(|dir| dir.join(program).is_file());
+    let tools = if scope == Scope::All { TOOLS.as_slice() } else { &[] };
+    Host {
+        road,
+        rustup: has("rustup"),
+        compiler: road::has_core(Path::new("/usr")),
+        linker,
+        missing: tools.iter().filter(|tool| !has(tool.program)).copied().collect(),
+        apt: has("apt-get"),
+        systemd: Path::new("/run/systemd/system").is_dir(),
+    }
+}
+
+/// `linker` can read what the compiler of `toolchain` writes. Tried by a link, once for each pair of the two.
+fn links(toolchain: &Path, linker: &Path) -> bool {
+    let stamp = [&toolchain.join("bin/rustc"), linker]
+        .map(|path| format!("{} {:?}\n", path.display(), age(path)))
+        .concat();
+    let dir = root().join("target/xtask");
+    let file = dir.join("links");
+    if fs::read_to_string(&file).is_ok_and(|known| known == stamp) {
+        return true;
+    }
+    match try_link(&dir, linker) {
+        Ok(()) => {
+            // Without the stamp the next look takes longer: no reason to fail.
+            let _ = fs::write(file, stamp);
+            true
+        }
+        Err(error) => {
+            println!(
+                "setup: {} does not serve the eBPF compiler: {error:#}",
+                linker.display()
+            );
+            false
+        }
+    }
+}
+
+/// Time of the last change of a file, since 1970.
+fn age(path: &Path) -> Option<Duration> {
+    fs::metadata(path)
+        .ok()?
+        .modified()
+        .ok()?
+        .duration_since(UNIX_EPOCH)
+        .ok()
+}
+
+/// Compiles and links a small program for the kernel.
+fn try_link(dir: &Path, linker: &Path) -> anyhow::Result<()> {
+    const PROGRAM: &str = r#"
+        #![no_std]
+        #![no_main]
+        #[unsafe(no_mangle)]
+        #[unsafe(link_section = "socket")]
+        fn probe(ctx: *const u32) -> u32 { if ctx.is_null() { 0 } else { u32::from_be(7) } }
+        #[panic_handler]
+        fn panic(_: &core::panic::PanicInfo<'_>) -> ! { loop {} }
+    "#;
+    fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    let source = dir.join("probe.rs");
+    fs::write(&source, PROGRAM).with_context(|| format!("cannot write {}", source.display()))?;
+    let output = clean_command("rustup")
+        .args([
+            "run",
+            road::LINKED,
+            "rustc",
+            "--edition",
+            "2024",
+            "-O",
+            "--target",
+            road::TARGET,
+        ])
+        .args([
+            OsStr::new("-C"),
+            OsStr::new(&format!("linker={}", linker.display())),
+            OsStr::new("-o"),
+        ])
+        .args([dir.join("probe"), source])
+        .output()
+        .context("cannot run rustup")?;
+    if output.status.success() {
+        return Ok(());
+    }
+    bail!("{}", String::from_utf8_lossy(&output.stderr).trim_end())
+}
