@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use lb_common::abi::{Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, backend_flags};
+use lb_common::abi::{
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, backend_flags,
+};
 use lb_common::logic::connect::Set;
 use lb_common::logic::generation;
 
@@ -159,8 +161,10 @@ impl Actual {
             self.ports.values_mut().map(|port| (port.index, port)).collect();
         // Of two with one address, the one that slots refer to.
         let referred: BTreeSet<u32> = dump.slots.iter().map(|slot| slot.backend).collect();
-        let mut live: Vec<_> =
-            (0_u32..).zip(&dump.backends).filter(|(_, b)| generation::is_live(b.generation)).collect();
+        let mut live: Vec<_> = (0_u32..)
+            .zip(&dump.backends)
+            .filter(|(_, b)| generation::is_live(b.generation))
+            .collect();
         live.sort_by_key(|(id, _)| (!referred.contains(id), *id));
         for (id, backend) in live {
             let free = |port: &&mut ActualPort| !port.backends.contains_key(&(backend.addr.into(), backend.port));

@@ -64,7 +64,11 @@ impl SlotRanges {
         let mut base = 0;
         while base < capacity {
             // The largest aligned range that ends in bounds.
-            let aligned = if base == 0 { ORDERS - 1 } else { base.trailing_zeros() as u8 };
+            let aligned = if base == 0 {
+                ORDERS - 1
+            } else {
+                base.trailing_zeros() as u8
+            };
             let fits = (capacity - base).ilog2() as u8;
             let order = aligned.min(fits);
             new.free[order as usize].insert(base);
@@ -104,7 +108,10 @@ impl SlotRanges {
             base: range.base & !((1_u64 << order) as u32).wrapping_sub(1),
             order,
         });
-        let Some(holder) = holder.into_iter().find(|r| self.free[r.order as usize].contains(&r.base)) else {
+        let Some(holder) = holder
+            .into_iter()
+            .find(|r| self.free[r.order as usize].contains(&r.base))
+        else {
             return false;
         };
         self.take(holder, range);
@@ -262,7 +269,10 @@ mod tests {
         assert!(!ranges.claim(Range { base: 10, order: 0 }));
         assert!(!ranges.claim(Range { base: 13, order: 1 }), "not aligned");
         assert!(!ranges.claim(Range { base: 96, order: 3 }), "out of bounds");
-        assert!(!ranges.claim(Range { base: u32::MAX, order: 0 }));
+        assert!(!ranges.claim(Range {
+            base: u32::MAX,
+            order: 0
+        }));
         assert!(ranges.claim(Range { base: 96, order: 2 }));
         assert!(ranges.claim(Range { base: 12, order: 2 }));
     }
@@ -302,7 +312,10 @@ mod tests {
     #[test]
     fn indexes_start_at_one_and_the_lowest_free_one_is_next() {
         let mut ids = Indexes::new(4);
-        assert_eq!((ids.alloc(), ids.alloc(), ids.alloc(), ids.alloc()), (Some(1), Some(2), Some(3), None));
+        assert_eq!(
+            (ids.alloc(), ids.alloc(), ids.alloc(), ids.alloc()),
+            (Some(1), Some(2), Some(3), None)
+        );
         ids.free(2);
         assert_eq!(ids.used(), 2);
         assert_eq!(ids.alloc(), Some(2));

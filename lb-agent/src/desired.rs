@@ -8,7 +8,8 @@ use std::sync::Arc;
 use lb_common::abi::{Addr, Frontend, FrontendKey, FrontendKind, service_flags};
 use lb_common::logic::connect::Set;
 
-use crate::model::{EndpointSlice, ObjectKey, Problem, Protocol, Service, ServiceType};
+use crate::index::Index;
+use crate::model::{Change, EndpointSlice, ObjectKey, Problem, Protocol, Service, ServiceType};
 use crate::policy::{self, Member, Wanted};
 
 /// What a service index stands for: one port of a Service in one family. Two with the same identity are the same, even
@@ -78,8 +79,12 @@ pub fn ports<'a>(
     }
     let mut all = Vec::new();
     for ipv6 in [false, true] {
-        let addresses: Vec<Addr> =
-            service.cluster_ips.iter().filter(|ip| ip.is_ipv6() == ipv6).map(|ip| Addr::from(*ip)).collect();
+        let addresses: Vec<Addr> = service
+            .cluster_ips
+            .iter()
+            .filter(|ip| ip.is_ipv6() == ipv6)
+            .map(|ip| Addr::from(*ip))
+            .collect();
         for port in &service.ports {
             // The data plane has no hooks yet for the others.
             if addresses.is_empty() || ipv6 || port.protocol != Protocol::Tcp {
@@ -109,7 +114,10 @@ pub fn ports<'a>(
                 .iter()
                 .flat_map(|addr| {
                     let key = FrontendKey::new(*addr, port.port, port.protocol as u8);
-                    [(key, FrontendKind::ClusterIp), (FrontendKey::address_mark(*addr), FrontendKind::Address)]
+                    [
+                        (key, FrontendKind::ClusterIp),
+                        (FrontendKey::address_mark(*addr), FrontendKind::Address),
+                    ]
                 })
                 .collect();
             frontends.sort_unstable();
@@ -156,7 +164,10 @@ impl Claim {
     /// The older first; without a time stamp last; then by namespace and name, and port.
     fn precedence(&self, other: &Self) -> Ordering {
         let age = |claim: &Self| claim.created.unwrap_or(i64::MAX);
-        age(self).cmp(&age(other)).then_with(|| self.id.cmp(&other.id)).then(self.kind.cmp(&other.kind))
+        age(self)
+            .cmp(&age(other))
+            .then_with(|| self.id.cmp(&other.id))
+            .then(self.kind.cmp(&other.kind))
     }
 }
 
@@ -181,6 +192,20 @@ pub struct Desired {
 }
 
 impl Desired {
+    /// The desired state of a set of objects.
+    #[must_use]
+    pub fn of(objects: impl IntoIterator<Item = Change>, node: &str) -> Self {
+        let mut index = Index::default();
+        let mut new = Self::default();
+        for key in index.apply(objects) {
+            if let Some(service) = index.service(&key) {
+                let ports = ports(service, index.slices(&key), node);
+                new.update(&key, ports, &mut Touched::default());
+            }
+        }
+        new
+    }
+
     /// Replaces the ports of a Service, and adds what that changes to `touched`.
     pub fn update(&mut self, service: &ObjectKey, ports: Vec<(PortId, DesiredPort)>, touched: &mut Touched) {
         let mut before = self.by_service.remove(service).unwrap_or_default();
@@ -192,7 +217,10 @@ impl Desired {
             };
             let old = self.ports.get(&id);
             if old != Some(&new) {
-                let (claims, created) = (old.map_or(&[][..], |old| &old.frontends), old.and_then(|old| old.created));
+                let (claims, created) = (
+                    old.map_or(&[][..], |old| &old.frontends),
+                    old.and_then(|old| old.created),
+                );
                 if claims != new.frontends || created != new.created {
                     let old = claims.to_vec();
                     self.unclaim(&id, &old, touched);
@@ -326,7 +354,10 @@ mod tests {
             affinity_timeout: 0,
             sets: Default::default(),
             draining: Arc::default(),
-            frontends: [mark].into_iter().chain(frontends.iter().map(|p| (key(*p), FrontendKind::ClusterIp))).collect(),
+            frontends: [mark]
+                .into_iter()
+                .chain(frontends.iter().map(|p| (key(*p), FrontendKind::ClusterIp)))
+                .collect(),
         }
     }
 
@@ -348,7 +379,11 @@ mod tests {
         update(&mut desired, "a", vec![(id("a"), port(None, &[80]))]);
         assert_eq!(winner(&desired, 80), Some(u32::from(b'b')));
         assert_eq!(desired.conflicts().len(), 1);
-        assert!(desired.conflicts()[0].to_string().contains("Service default/a TCP IPv4: 10.96.0.1:80"));
+        assert!(
+            desired.conflicts()[0]
+                .to_string()
+                .contains("Service default/a TCP IPv4: 10.96.0.1:80")
+        );
         update(&mut desired, "c", vec![(id("c"), port(Some(5), &[80]))]);
         assert_eq!(winner(&desired, 80), Some(u32::from(b'c')));
         let gone = update(&mut desired, "c", Vec::new());
@@ -368,14 +403,20 @@ mod tests {
         update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]);
         update(&mut desired, "b", vec![(id("b"), port(Some(2), &[80]))]);
         let only_b = |id: &PortId| (&*id.service.name == "b").then_some(7);
-        assert_eq!(desired.frontend(&key(80), only_b), Some(Frontend::new(7, FrontendKind::ClusterIp)));
+        assert_eq!(
+            desired.frontend(&key(80), only_b),
+            Some(Frontend::new(7, FrontendKind::ClusterIp))
+        );
     }
 
     #[test]
     fn the_same_again_touches_nothing_and_a_change_only_its_own() {
         let mut desired = Desired::default();
         update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]);
-        assert_eq!(update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]), Touched::default());
+        assert_eq!(
+            update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]),
+            Touched::default()
+        );
         let mut other = port(Some(1), &[80]);
         other.affinity_timeout = 5;
         let touched = update(&mut desired, "a", vec![(id("a"), other)]);

@@ -141,7 +141,9 @@ fn fill(
     };
     (value.internal, value.external, value.cluster) = (sets[0].0, sets[1].0, sets[2].0);
     match have {
-        None => plan.steps.push(Step::Service(value, sets.map(|(_, range, members)| (range, members)))),
+        None => plan
+            .steps
+            .push(Step::Service(value, sets.map(|(_, range, members)| (range, members)))),
         Some(have) => {
             let unset = |mut service: Service| {
                 (service.internal, service.external, service.cluster) = Default::default();
@@ -166,7 +168,10 @@ fn fill(
 /// All backends of a service port with their flags, sorted.
 fn wanted_flags(want: &DesiredPort) -> Vec<(Member, u16)> {
     let mut all: BTreeMap<(IpAddr, u16), (Member, u16)> = BTreeMap::new();
-    let sets = SETS.iter().zip(&want.sets).map(|(set, s)| (member_flag(*set), &s.members));
+    let sets = SETS
+        .iter()
+        .zip(&want.sets)
+        .map(|(set, s)| (member_flag(*set), &s.members));
     for (flag, members) in sets.chain([(0, &want.draining)]) {
         for member in members.iter() {
             let local = if member.local { backend_flags::LOCAL } else { 0 };
@@ -192,8 +197,13 @@ fn place_sets(
     for set in &want.sets {
         let flags = if set.empty_drops { set_flags::EMPTY_DROPS } else { 0 };
         let known = have.into_iter().flat_map(|have| &have.sets);
-        let known = known.filter(|s| s.members.as_ref() == Some(&set.members)).find_map(|s| s.range);
-        let new = placed.iter().find(|(_, _, members)| *members == set.members).and_then(|(_, range, _)| *range);
+        let known = known
+            .filter(|s| s.members.as_ref() == Some(&set.members))
+            .find_map(|s| s.range);
+        let new = placed
+            .iter()
+            .find(|(_, _, members)| *members == set.members)
+            .and_then(|(_, range, _)| *range);
         let range = match (set.members.is_empty(), known.or(new)) {
             (true, _) => None,
             (false, Some(range)) => Some(range),
@@ -201,7 +211,11 @@ fn place_sets(
                 let len = u16::try_from(set.members.len()).map_err(|_| map_name::BACKEND_SLOTS)?;
                 let range = actual.slots.alloc(len).ok_or(map_name::BACKEND_SLOTS)?;
                 plan.new_ranges.push(range);
-                let slots = set.members.iter().map(|m| slot_of(m, &backends[&(m.addr, m.port)])).collect();
+                let slots = set
+                    .members
+                    .iter()
+                    .map(|m| slot_of(m, &backends[&(m.addr, m.port)]))
+                    .collect();
                 plan.steps.push(Step::Slots(range, slots));
                 Some(range)
             }

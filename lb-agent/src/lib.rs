@@ -10,9 +10,11 @@
 
 mod actual;
 mod alloc;
+pub mod cli;
 pub mod desired;
 mod diff;
 mod index;
+pub mod loader;
 pub mod maps;
 pub mod model;
 pub mod policy;

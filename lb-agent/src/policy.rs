@@ -81,7 +81,10 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
         if slice.ipv6 != wanted.ipv6 {
             continue;
         }
-        let ports = slice.ports.iter().filter(|p| *p.name == *wanted.port_name && p.protocol == wanted.protocol);
+        let ports = slice
+            .ports
+            .iter()
+            .filter(|p| *p.name == *wanted.port_name && p.protocol == wanted.protocol);
         for port in ports.filter_map(|p| p.port) {
             for endpoint in &slice.endpoints {
                 let rank = match (endpoint.ready, endpoint.serving, endpoint.terminating) {
@@ -97,7 +100,10 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
         }
     }
     let best = |here: bool| {
-        let ranks = found.values().filter(|(_, local)| !here || *local).map(|(rank, _)| *rank);
+        let ranks = found
+            .values()
+            .filter(|(_, local)| !here || *local)
+            .map(|(rank, _)| *rank);
         ranks.max().filter(|rank| *rank >= Rank::Terminating)
     };
     let (best_anywhere, best_here) = (best(false), best(true));
@@ -176,7 +182,13 @@ mod tests {
     }
 
     /// Conditions of endpoint 1 (here), 2 (here) and 3 (there); cluster set, local set, any, draining.
-    type Case = ([(bool, bool, bool); 3], &'static [u8], &'static [u8], bool, &'static [u8]);
+    type Case = (
+        [(bool, bool, bool); 3],
+        &'static [u8],
+        &'static [u8],
+        bool,
+        &'static [u8],
+    );
 
     #[test]
     fn table_of_conditions_and_locality() {
@@ -218,19 +230,31 @@ mod tests {
     #[test]
     fn ports_belong_by_name_and_protocol_and_may_differ_per_slice() {
         let slices = [
-            slice(&[("http", Protocol::Tcp, 8080), ("admin", Protocol::Tcp, 1)], vec![endpoint(1, READY, "here")]),
+            slice(
+                &[("http", Protocol::Tcp, 8080), ("admin", Protocol::Tcp, 1)],
+                vec![endpoint(1, READY, "here")],
+            ),
             slice(&[("http", Protocol::Tcp, 9090)], vec![endpoint(2, READY, "here")]),
-            slice(&[("http", Protocol::Udp, 7), ("", Protocol::Tcp, 8)], vec![endpoint(3, READY, "here")]),
+            slice(
+                &[("http", Protocol::Udp, 7), ("", Protocol::Tcp, 8)],
+                vec![endpoint(3, READY, "here")],
+            ),
         ];
         let found = categorize(&slices, WANTED);
-        let pairs: Vec<_> = last(&found.cluster).into_iter().zip(found.cluster.iter().map(|m| m.port)).collect();
+        let pairs: Vec<_> = last(&found.cluster)
+            .into_iter()
+            .zip(found.cluster.iter().map(|m| m.port))
+            .collect();
         assert_eq!(pairs, [(1, 8080), (2, 9090)]);
     }
 
     #[test]
     fn duplicates_count_once_with_their_best_condition() {
         let slices = [
-            slice(&[("http", Protocol::Tcp, 80)], vec![endpoint(1, GONE, "there"), endpoint(1, READY, "there")]),
+            slice(
+                &[("http", Protocol::Tcp, 80)],
+                vec![endpoint(1, GONE, "there"), endpoint(1, READY, "there")],
+            ),
             slice(&[("http", Protocol::Tcp, 80)], vec![endpoint(1, DRAINING, "here")]),
         ];
         let found = categorize(&slices, WANTED);

@@ -103,7 +103,10 @@ impl<M: Maps> Reconciler<M> {
             self.withdraw(id)?;
         }
         for index in indexes {
-            warn!(index, "a service index of an earlier run belongs to nobody and is cleared");
+            warn!(
+                index,
+                "a service index of an earlier run belongs to nobody and is cleared"
+            );
             self.kept_strays(index);
         }
         Ok(())
@@ -188,6 +191,12 @@ impl<M: Maps> Reconciler<M> {
             message: format!("not served as it should be: {why}"),
         }));
         all
+    }
+
+    /// What was wrong in the source at the last batch.
+    #[must_use]
+    pub fn source_problems(&self) -> &[Problem] {
+        &self.problems
     }
 
     /// Whether the source has told everything at least once.
@@ -290,7 +299,9 @@ impl<M: Maps> Reconciler<M> {
     fn reconcile(&mut self, mut touched: Touched) {
         self.free_retired();
         touched.ports.extend(std::mem::take(&mut self.failed_ports).into_keys());
-        touched.frontends.extend(std::mem::take(&mut self.failed_frontends).into_keys());
+        touched
+            .frontends
+            .extend(std::mem::take(&mut self.failed_frontends).into_keys());
         for id in &touched.ports {
             let Some(want) = self.desired.port(id) else { continue };
             self.kept.remove(id);
@@ -437,9 +448,20 @@ impl<M: Maps> Reconciler<M> {
         let mut stores = Vec::new();
         let mut inserts = Vec::new();
         let mut deletes = Vec::new();
-        let kept: BTreeSet<u32> = self.kept.iter().filter_map(|id| self.actual.ports.get(id)).map(|p| p.index).collect();
+        let kept: BTreeSet<u32> = self
+            .kept
+            .iter()
+            .filter_map(|id| self.actual.ports.get(id))
+            .map(|p| p.index)
+            .collect();
         for key in keys {
-            let index_of = |id: &PortId| self.actual.ports.get(id).filter(|p| p.is_written()).map(|port| port.index);
+            let index_of = |id: &PortId| {
+                self.actual
+                    .ports
+                    .get(id)
+                    .filter(|p| p.is_written())
+                    .map(|port| port.index)
+            };
             let want = self.desired.frontend(key, index_of);
             match (self.actual.frontends.get(key).copied(), want) {
                 (have, want) if have == want => {}
@@ -520,7 +542,9 @@ impl<M: Maps> Reconciler<M> {
             if self.desired.port(id).is_some() || self.kept.contains(id) {
                 continue;
             }
-            let Some(port) = self.actual.ports.get(id) else { continue };
+            let Some(port) = self.actual.ports.get(id) else {
+                continue;
+            };
             if self.actual.references.contains_key(&port.index) {
                 let why = "frontends still lead to it".to_owned();
                 self.failed_ports.insert(Arc::clone(id), why);

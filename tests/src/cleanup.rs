@@ -115,8 +115,7 @@ pub(crate) fn kill_processes(cgroup: &Path) -> Result<()> {
             result => result.with_context(|| format!("writing {}", switch.display()))?,
         }
         let events = cgroup.join("cgroup.events");
-        let text =
-            fs::read_to_string(&events).with_context(|| format!("reading {}", events.display()))?;
+        let text = fs::read_to_string(&events).with_context(|| format!("reading {}", events.display()))?;
         if text.lines().any(|line| line == "populated 0") {
             return Ok(());
         }
@@ -136,9 +135,7 @@ pub(crate) fn remove_cgroup(cgroup: &Path) -> Result<()> {
     loop {
         match fs::remove_dir(cgroup) {
             // A process that is on its last steps still holds it.
-            Err(error)
-                if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline =>
-            {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {
                 thread::sleep(Duration::from_millis(1));
             }
             result => return result.with_context(|| format!("removing {}", cgroup.display())),
@@ -240,13 +237,7 @@ mod tests {
     fn a_name_tells_its_owner() {
         assert_eq!(owner("lbt-12-0-3456-n1"), Some((12, 3456)));
         assert_eq!(owner("lbt-12-0-3456-n1-pod-a"), Some((12, 3456)));
-        for foreign in [
-            "lbt-12-0-3456",
-            "lbt-x-0-1-n1",
-            "lb-1-2-3-n1",
-            "n1",
-            "lbt-1-2-n1-x",
-        ] {
+        for foreign in ["lbt-12-0-3456", "lbt-x-0-1-n1", "lb-1-2-3-n1", "n1", "lbt-1-2-n1-x"] {
             assert_eq!(owner(foreign), None, "{foreign}");
         }
     }

@@ -76,10 +76,7 @@ impl ClusterBuilder {
     /// When not root, iproute2 is missing, or the kernel refuses something.
     pub fn build(self) -> Result<Cluster> {
         require_root()?;
-        ensure!(
-            (1..=99).contains(&self.nodes),
-            "a cluster has 1 to 99 nodes"
-        );
+        ensure!((1..=99).contains(&self.nodes), "a cluster has 1 to 99 nodes");
         ensure!(self.clients <= 99, "a cluster has at most 99 clients");
         ensure_bpffs()?;
         let prefix = cleanup::new_prefix()?;
@@ -160,9 +157,7 @@ impl Cluster {
     /// When the cluster was built without.
     #[must_use]
     pub fn client(&self) -> &Client {
-        self.clients
-            .first()
-            .expect("the cluster was built without a client")
+        self.clients.first().expect("the cluster was built without a client")
     }
 
     /// All outside clients.
@@ -280,10 +275,7 @@ impl Cluster {
 
     /// A bridge in a namespace of its own joins all nodes and clients: the network between the machines.
     fn lay_cables(&self) -> Result<()> {
-        let mut commands = vec![
-            "link set lo up".to_owned(),
-            "link add br0 type bridge".to_owned(),
-        ];
+        let mut commands = vec!["link set lo up".to_owned(), "link add br0 type bridge".to_owned()];
         let places = self
             .nodes
             .iter()
@@ -320,11 +312,7 @@ impl Cluster {
             format!("address add {}/24 dev cni0", node.gateway()),
             "link set cni0 up".to_owned(),
         ];
-        let others = || {
-            self.nodes
-                .iter()
-                .filter(|other| other.number != node.number)
-        };
+        let others = || self.nodes.iter().filter(|other| other.number != node.number);
         match self.underlay {
             Underlay::Vxlan => {
                 commands.extend([
@@ -341,9 +329,7 @@ impl Cluster {
                     commands.push(format!(
                         "neighbour replace {network} lladdr {mac} dev flannel.1 nud permanent"
                     ));
-                    commands.push(format!(
-                        "route add {network}/24 via {network} dev flannel.1 onlink"
-                    ));
+                    commands.push(format!("route add {network}/24 via {network} dev flannel.1 onlink"));
                 }
             }
             Underlay::Routes => {
@@ -449,9 +435,7 @@ impl Node {
     fn take_address(&self, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr> {
         let mut taken = self.taken();
         let octet = match wanted.map(|address| address.octets()) {
-            Some([10, 10, third, octet]) if third == self.number && (2..=254).contains(&octet) => {
-                octet
-            }
+            Some([10, 10, third, octet]) if third == self.number && (2..=254).contains(&octet) => octet,
             Some(_) => anyhow::bail!("{wanted:?} is no pod address of {}", self.name()),
             None => (2..=254)
                 .find(|octet| !taken.contains(octet))
@@ -559,11 +543,7 @@ fn make(place: &Place) -> Result<()> {
     let status = Process::spawn(&mut command)
         .context("iproute2 is needed")?
         .wait(Duration::from_secs(10))?;
-    ensure!(
-        status.success(),
-        "ip netns add {}: {status}",
-        place.netns_name()
-    );
+    ensure!(status.success(), "ip netns add {}: {status}", place.netns_name());
     // New IPv6 addresses shall be usable at once. A kernel without IPv6 has no such file.
     let _ = place.sysctl("net.ipv6.conf.all.accept_dad", "0");
     let _ = place.sysctl("net.ipv6.conf.default.accept_dad", "0");

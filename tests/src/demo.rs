@@ -43,16 +43,13 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<bool> {
     crate::require_root()?;
     for program in ["ip", "bridge", "nginx", "curl"] {
-        which::which(program).with_context(|| {
-            format!("the demo needs {program}: install iproute2, nginx-light and curl")
-        })?;
+        which::which(program)
+            .with_context(|| format!("the demo needs {program}: install iproute2, nginx-light and curl"))?;
     }
     let signals = signals::Signals::install()?;
     let leftovers = crate::remove_leftovers()?.len();
     if leftovers > 0 {
-        say(&format!(
-            "removed {leftovers} things that an earlier run had left over"
-        ))?;
+        say(&format!("removed {leftovers} things that an earlier run had left over"))?;
     }
     let result = Stage::set_up(options, &signals).and_then(|mut stage| {
         if options.check {

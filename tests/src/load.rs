@@ -143,8 +143,7 @@ impl Record {
     /// # Errors
     /// When it cannot be read or is not one.
     pub fn read_log(path: &Path) -> Result<Vec<Self>> {
-        let text =
-            fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+        let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
         text.lines()
             .map(|line| Self::parse(line).with_context(|| format!("not a record: {line:?}")))
             .collect()
@@ -336,8 +335,7 @@ impl Testbed {
         for listen in listen {
             command.arg(format!("--listen={listen}"));
         }
-        Process::spawn_ready(&mut command, START)
-            .with_context(|| format!("serving {listen:?} in {}", place.name()))
+        Process::spawn_ready(&mut command, START).with_context(|| format!("serving {listen:?} in {}", place.name()))
     }
 
     /// Runs a client in `place` to its end.
@@ -346,14 +344,8 @@ impl Testbed {
     /// When it cannot be run. Failed connections are no error here: see [`Summary::all_well`].
     pub fn connect(&self, place: &Place, connect: &Connect) -> Result<Summary> {
         let arguments = connect.arguments();
-        let program = self
-            .program
-            .to_str()
-            .context("the path of lb-testbed is not UTF-8")?;
-        let output = place.run(
-            program,
-            &arguments.iter().map(String::as_str).collect::<Vec<_>>(),
-        )?;
+        let program = self.program.to_str().context("the path of lb-testbed is not UTF-8")?;
+        let output = place.run(program, &arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
         serde_json::from_str(&output).with_context(|| format!("not a summary: {output}"))
     }
 
@@ -435,8 +427,7 @@ impl Holding {
     pub fn finish(mut self) -> Result<Held> {
         drop(self.process.take_stdin());
         let line = self.process.line(START)?;
-        serde_json::from_str(&line)
-            .with_context(|| format!("not an account of held connections: {line}"))
+        serde_json::from_str(&line).with_context(|| format!("not an account of held connections: {line}"))
     }
 }
 

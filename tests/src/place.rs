@@ -189,8 +189,7 @@ impl Place {
     /// # Errors
     /// When `ip` does not succeed.
     pub fn add_address(&self, address: &str, device: &str) -> Result<()> {
-        self.ip(&format!("address add {address} dev {device}"))
-            .map(drop)
+        self.ip(&format!("address add {address} dev {device}")).map(drop)
     }
 
     /// Removes an address again.
@@ -198,8 +197,7 @@ impl Place {
     /// # Errors
     /// When `ip` does not succeed.
     pub fn remove_address(&self, address: &str, device: &str) -> Result<()> {
-        self.ip(&format!("address delete {address} dev {device}"))
-            .map(drop)
+        self.ip(&format!("address delete {address} dev {device}")).map(drop)
     }
 
     /// All addresses of the namespace's interfaces, `lo` included.
@@ -210,16 +208,9 @@ impl Place {
         let text = self.ip("-oneline address show")?;
         text.lines()
             .map(|line| {
-                let mut words = line
-                    .split_whitespace()
-                    .skip_while(|word| !word.starts_with("inet"));
-                let address = words
-                    .nth(1)
-                    .and_then(|word| word.split('/').next())
-                    .unwrap_or_default();
-                address
-                    .parse()
-                    .with_context(|| format!("no address in {line:?}"))
+                let mut words = line.split_whitespace().skip_while(|word| !word.starts_with("inet"));
+                let address = words.nth(1).and_then(|word| word.split('/').next()).unwrap_or_default();
+                address.parse().with_context(|| format!("no address in {line:?}"))
             })
             .collect()
     }

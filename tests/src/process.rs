@@ -25,9 +25,7 @@ impl Process {
     /// When it cannot be started.
     pub fn spawn(command: &mut Command) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
-        let child = command
-            .spawn()
-            .with_context(|| format!("starting {name}"))?;
+        let child = command.spawn().with_context(|| format!("starting {name}"))?;
         Ok(Self {
             name,
             child,
@@ -118,8 +116,7 @@ impl Process {
     /// When it has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.child.id()).context("process id")?;
-        kill(Pid::from_raw(pid), signal)
-            .with_context(|| format!("sending {signal} to {}", self.name))
+        kill(Pid::from_raw(pid), signal).with_context(|| format!("sending {signal} to {}", self.name))
     }
 
     /// Waits for its end.
@@ -153,12 +150,8 @@ impl Process {
     /// # Errors
     /// When the kernel refuses.
     pub fn kill(mut self) -> Result<()> {
-        self.child
-            .kill()
-            .with_context(|| format!("killing {}", self.name))?;
-        self.child
-            .wait()
-            .with_context(|| format!("reaping {}", self.name))?;
+        self.child.kill().with_context(|| format!("killing {}", self.name))?;
+        self.child.wait().with_context(|| format!("reaping {}", self.name))?;
         Ok(())
     }
 }

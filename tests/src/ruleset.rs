@@ -74,10 +74,8 @@ mod tests {
 
     #[test]
     fn counters_and_times_do_not_count() {
-        let first =
-            "# Generated on Monday\n*nat\n:INPUT ACCEPT [1:60]\n-A INPUT -s 10.0.0.1\nCOMMIT\n";
-        let second =
-            "# Generated on Tuesday\n*nat\n:INPUT ACCEPT [2:90]\n-A INPUT -s 10.0.0.1\nCOMMIT\n";
+        let first = "# Generated on Monday\n*nat\n:INPUT ACCEPT [1:60]\n-A INPUT -s 10.0.0.1\nCOMMIT\n";
+        let second = "# Generated on Tuesday\n*nat\n:INPUT ACCEPT [2:90]\n-A INPUT -s 10.0.0.1\nCOMMIT\n";
         assert_eq!(without_noise(first), without_noise(second));
         assert!(without_noise(first).contains("-A INPUT -s 10.0.0.1"));
     }

@@ -25,8 +25,7 @@ pub fn chi_squared_p(counts: &[u64]) -> f64 {
         .iter()
         .map(|&count| (as_f64(count) - expected).powi(2) / expected)
         .sum();
-    ChiSquared::new(as_f64(counts.len() as u64 - 1))
-        .map_or(0.0, |distribution| distribution.sf(statistic))
+    ChiSquared::new(as_f64(counts.len() as u64 - 1)).map_or(0.0, |distribution| distribution.sf(statistic))
 }
 
 /// Counts stay far below 2^53.

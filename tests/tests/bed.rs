@@ -10,8 +10,7 @@ use std::time::Duration;
 use anyhow::Result;
 use lb_tests::load::{Record, Stage};
 use lb_tests::{
-    BPFFS, Cluster, Connect, Process, Testbed, Underlay, cgroup2_root, ensure_bpffs, monotonic_ns,
-    remove_leftovers,
+    BPFFS, Cluster, Connect, Process, Testbed, Underlay, cgroup2_root, ensure_bpffs, monotonic_ns, remove_leftovers,
 };
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
@@ -51,12 +50,10 @@ fn pods_reach_each_other_on_either_underlay() -> Result<()> {
             cluster.add_pod("n2", "c")?,
         );
         let _server_b = bed().serve_with(&b, &["0.0.0.0:8080=b"], &["--tell-source"])?;
-        let _server_c =
-            bed().serve_with(&c, &["0.0.0.0:8080=c", "0.0.0.0:8081"], &["--tell-source"])?;
+        let _server_c = bed().serve_with(&c, &["0.0.0.0:8080=c", "0.0.0.0:8081"], &["--tell-source"])?;
 
         let targets = [b.socket(8080), c.socket(8080)];
-        let summary =
-            bed().connect(&a, &Connect::to(&targets).count(20).threads(2).peer_check())?;
+        let summary = bed().connect(&a, &Connect::to(&targets).count(20).threads(2).peer_check())?;
         summary.all_well()?;
         assert_eq!((summary.reached("b"), summary.reached("c")), (10, 10));
         assert_eq!(
@@ -64,23 +61,16 @@ fn pods_reach_each_other_on_either_underlay() -> Result<()> {
             BTreeMap::from([("b".to_owned(), 10)])
         );
         // Nobody translates a pod's address on the way to another pod.
-        assert_eq!(
-            summary.per_source,
-            BTreeMap::from([(a.address().to_string(), 20)])
-        );
+        assert_eq!(summary.per_source, BTreeMap::from([(a.address().to_string(), 20)]));
 
         // From the node, over the overlay: the source is the device's own address.
-        let summary =
-            bed().connect(cluster.node("n1"), &Connect::to(&[c.socket(8080)]).count(3))?;
+        let summary = bed().connect(cluster.node("n1"), &Connect::to(&[c.socket(8080)]).count(3))?;
         summary.all_well()?;
         let source = match underlay {
             Underlay::Vxlan => cluster.node("n1").pod_network(),
             Underlay::Routes => cluster.node("n1").address(),
         };
-        assert_eq!(
-            summary.per_source,
-            BTreeMap::from([(source.to_string(), 3)])
-        );
+        assert_eq!(summary.per_source, BTreeMap::from([(source.to_string(), 3)]));
 
         // Without a name of its own, a server is known by where it listens.
         let summary = bed().connect(&a, &Connect::to(&[c.socket(8081)]).count(1))?;
@@ -97,10 +87,7 @@ fn a_client_reaches_nodes_and_nothing_leaves() -> Result<()> {
     for client in cluster.clients() {
         let summary = bed().connect(client, &Connect::to(&[node.socket(8080)]).count(5))?;
         summary.all_well()?;
-        assert_eq!(
-            summary.per_source,
-            BTreeMap::from([(client.address().to_string(), 5)])
-        );
+        assert_eq!(summary.per_source, BTreeMap::from([(client.address().to_string(), 5)]));
     }
     let pod = cluster.add_pod("n1", "a")?;
     let service = "10.96.0.80:80".parse()?;
@@ -134,8 +121,7 @@ fn processes_live_in_their_place() -> Result<()> {
 
     // The machine's mounts are there: bpffs is what it is outside.
     assert_eq!(
-        node.run("stat", &["--file-system", "--format=%T", BPFFS])?
-            .trim(),
+        node.run("stat", &["--file-system", "--format=%T", BPFFS])?.trim(),
         "bpf_fs"
     );
 
@@ -150,16 +136,8 @@ fn processes_live_in_their_place() -> Result<()> {
     assert_eq!(summary.reached("extra"), 1);
 
     pod.sysctl("net.ipv4.ip_nonlocal_bind", "1")?;
-    assert_eq!(
-        pod.run("cat", &["/proc/sys/net/ipv4/ip_nonlocal_bind"])?
-            .trim(),
-        "1"
-    );
-    assert_eq!(
-        node.run("cat", &["/proc/sys/net/ipv4/ip_nonlocal_bind"])?
-            .trim(),
-        "0"
-    );
+    assert_eq!(pod.run("cat", &["/proc/sys/net/ipv4/ip_nonlocal_bind"])?.trim(), "1");
+    assert_eq!(node.run("cat", &["/proc/sys/net/ipv4/ip_nonlocal_bind"])?.trim(), "0");
     Ok(())
 }
 
@@ -169,18 +147,11 @@ fn failures_are_told() -> Result<()> {
     let pod = cluster.add_pod("n1", "a")?;
     let summary = bed().connect(&pod, &Connect::to(&[pod.socket(81)]).count(150))?;
     assert_eq!(
-        (
-            summary.connections,
-            summary.failure_count,
-            summary.failures.len()
-        ),
+        (summary.connections, summary.failure_count, summary.failures.len()),
         (150, 150, 100)
     );
     let first = &summary.failures[0];
-    assert_eq!(
-        (first.errno, first.stage),
-        (libc::ECONNREFUSED, Stage::Connect)
-    );
+    assert_eq!((first.errno, first.stage), (libc::ECONNREFUSED, Stage::Connect));
     assert!(summary.all_well().is_err());
 
     // A listener that never accepts.
@@ -196,13 +167,8 @@ fn failures_are_told() -> Result<()> {
 
     // Nobody has that address: the kernel asks for it in vain for 3 s.
     let nobody = "10.10.1.77:80".parse()?;
-    let connect = Connect::to(&[nobody])
-        .count(1)
-        .timeout(Duration::from_millis(100));
-    assert_eq!(
-        bed().connect(&pod, &connect)?.failures[0].errno,
-        libc::ETIMEDOUT
-    );
+    let connect = Connect::to(&[nobody]).count(1).timeout(Duration::from_millis(100));
+    assert_eq!(bed().connect(&pod, &connect)?.failures[0].errno, libc::ETIMEDOUT);
     Ok(())
 }
 
@@ -261,18 +227,9 @@ fn held_connections_and_rates() -> Result<()> {
     first.kill()?;
     let held = holding.finish()?;
     assert_eq!((held.held, held.live), (10, 5), "{held:?}");
-    assert_eq!(
-        held.live_per_backend,
-        BTreeMap::from([("second".to_owned(), 5)])
-    );
+    assert_eq!(held.live_per_backend, BTreeMap::from([("second".to_owned(), 5)]));
 
-    let summary = bed().connect(
-        &a,
-        &Connect::to(&targets[1..])
-            .rate(100.0)
-            .seconds(0.5)
-            .threads(4),
-    )?;
+    let summary = bed().connect(&a, &Connect::to(&targets[1..]).rate(100.0).seconds(0.5).threads(4))?;
     summary.all_well()?;
     assert!((10..=51).contains(&summary.connections), "{summary:?}");
     Ok(())
@@ -286,11 +243,7 @@ fn http_answers() -> Result<()> {
     assert_eq!(
         a.run(
             "curl",
-            &[
-                "--silent",
-                "--show-error",
-                &format!("http://{}/", b.address())
-            ]
+            &["--silent", "--show-error", &format!("http://{}/", b.address())]
         )?,
         "b\n"
     );
@@ -395,10 +348,7 @@ fn leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not() -> Result
     assert!(runs(server));
 
     remove_leftovers()?;
-    assert!(
-        remains(&prefix).len() >= 5,
-        "a living owner keeps its cluster"
-    );
+    assert!(remains(&prefix).len() >= 5, "a living owner keeps its cluster");
     owner.kill()?;
     // Somebody else on this machine may do the same at this moment.
     remove_leftovers()?;

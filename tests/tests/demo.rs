@@ -15,8 +15,5 @@ fn an_agent_that_ends_fails_the_demo() {
     };
     // By then the nodes are built and the pods answer; nothing answers at the virtual addresses.
     let error = run(&options).unwrap_err();
-    assert!(
-        format!("{error:#}").contains("lb-agent on n1 has ended"),
-        "{error:#}"
-    );
+    assert!(format!("{error:#}").contains("lb-agent on n1 has ended"), "{error:#}");
 }

@@ -10,8 +10,8 @@ use aya::Ebpf;
 use aya::maps::{HashMap, MapData, MapError as AyaMapError, PerCpuArray, PerCpuValues};
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use lb_common::abi::{
-    Backend, BackendSlot, Config, DropReason, Frontend, FrontendKey, FrontendSwap, Name, Notice, Service,
-    ServiceStats, SetWord, SocketRecord, State, map_name, program_name,
+    Backend, BackendSlot, Config, DropReason, Frontend, FrontendKey, FrontendSwap, Name, Notice, Service, ServiceStats,
+    SetWord, SocketRecord, State, map_name, program_name,
 };
 use lb_common::logic::connect::Set;
 use lb_common::logic::{generation, record};
@@ -86,7 +86,9 @@ impl PinnedMaps {
     pub fn open(dir: &Path) -> Result<Self, MapError> {
         let open = |name: &'static str| MapData::from_pin(dir.join(name)).map_err(call(name, "BPF_OBJ_GET"));
         let entries = |name: &'static str, map: &MapData| {
-            map.info().map(|info| info.max_entries()).map_err(call(name, "BPF_OBJ_GET_INFO_BY_FD"))
+            map.info()
+                .map(|info| info.max_entries())
+                .map_err(call(name, "BPF_OBJ_GET_INFO_BY_FD"))
         };
         macro_rules! hash {
             ($name:ident) => {{
@@ -181,8 +183,28 @@ impl PinnedMaps {
     /// The system call's.
     pub fn sockets(&self) -> Result<Vec<SocketRecord>, MapError> {
         let mut records: Vec<_> = (0..self.sockets.len()).filter_map(|slot| self.socket(slot)).collect();
-        records.extend(read_hash::<u64, SocketRecord, 8, RECORD>(map_name::SOCKETS_MORE, &self.sockets_more)?.into_values());
+        records.extend(
+            read_hash::<u64, SocketRecord, 8, RECORD>(map_name::SOCKETS_MORE, &self.sockets_more)?.into_values(),
+        );
         Ok(records)
+    }
+
+    /// Slots of SOCKETS that are in use.
+    #[must_use]
+    pub fn sockets_used(&self) -> usize {
+        let taken = |slot: &u32| self.sockets.read(*slot).is_some_and(|record| record.cookie != 0);
+        (0..self.sockets.len()).filter(taken).count()
+    }
+
+    /// Entries of SOCKETS_MORE.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn sockets_more_used(&self) -> Result<usize, MapError> {
+        self.sockets_more.keys().try_fold(0, |n, key| {
+            key.map(|_| n + 1)
+                .map_err(call(map_name::SOCKETS_MORE, "BPF_MAP_GET_NEXT_KEY"))
+        })
     }
 
     /// The record in a slot of SOCKETS, if there is a complete one.
@@ -201,7 +223,10 @@ impl PinnedMaps {
     /// # Errors
     /// The system call's.
     pub fn stats(&self, service: u32) -> Result<ServiceStats, MapError> {
-        let values = self.stats.get(&service, 0).map_err(call(map_name::STATS, "BPF_MAP_LOOKUP_ELEM"))?;
+        let values = self
+            .stats
+            .get(&service, 0)
+            .map_err(call(map_name::STATS, "BPF_MAP_LOOKUP_ELEM"))?;
         let mut sum = ServiceStats::default();
         for value in values.iter() {
             let ServiceStats { connections, refused } = zerocopy::transmute!(*value);
@@ -216,7 +241,10 @@ impl PinnedMaps {
     /// # Errors
     /// The system call's.
     pub fn drops(&self, reason: DropReason) -> Result<u64, MapError> {
-        let values = self.drops.get(&(reason as u32), 0).map_err(call(map_name::DROPS, "BPF_MAP_LOOKUP_ELEM"))?;
+        let values = self
+            .drops
+            .get(&(reason as u32), 0)
+            .map_err(call(map_name::DROPS, "BPF_MAP_LOOKUP_ELEM"))?;
         Ok(values.iter().sum())
     }
 
@@ -241,7 +269,9 @@ impl PinnedMaps {
     /// # Errors
     /// The system call's.
     pub fn notices(&self) -> Result<Vec<Notice>, MapError> {
-        Ok(read_hash::<u32, Notice, 4, NOTICE>(map_name::NOTICES, &self.notices)?.into_values().collect())
+        Ok(read_hash::<u32, Notice, 4, NOTICE>(map_name::NOTICES, &self.notices)?
+            .into_values()
+            .collect())
     }
 
     /// Replaces what is in NOTICES; how many did not fit.
@@ -260,8 +290,14 @@ impl PinnedMaps {
             }
         }
         let stale: Vec<_> = self.notices.keys().filter_map(Result::ok).collect();
-        for key in stale.into_iter().filter(|key| u32::from_ne_bytes(*key) as usize >= fitted) {
-            self.notices.remove(&key).or_else(|e| if is_missing(&e) { Ok(()) } else { Err(e) }).map_err(call(name, "BPF_MAP_DELETE_ELEM"))?;
+        for key in stale
+            .into_iter()
+            .filter(|key| u32::from_ne_bytes(*key) as usize >= fitted)
+        {
+            self.notices
+                .remove(&key)
+                .or_else(|e| if is_missing(&e) { Ok(()) } else { Err(e) })
+                .map_err(call(name, "BPF_MAP_DELETE_ELEM"))?;
         }
         Ok(notices.len() - fitted)
     }
@@ -326,8 +362,9 @@ impl BpfMaps {
     }
 
     /// The loaded programs.
-    pub fn programs_mut(&mut self) -> &mut Ebpf {
-        &mut self.programs
+    #[must_use]
+    pub fn programs(&self) -> &Ebpf {
+        &self.programs
     }
 
     /// To be told when grace periods pass.
@@ -358,14 +395,17 @@ impl Maps for BpfMaps {
         const NOEXIST: u64 = 1;
         let map = map_name::FRONTENDS;
         let (key_bytes, value_bytes): ([u8; KEY], [u8; 8]) = (zerocopy::transmute!(key), zerocopy::transmute!(value));
-        self.pinned.frontends.insert(key_bytes, value_bytes, NOEXIST).map_err(|error| match errno(&error) {
-            Some(libc::E2BIG) => full(map, self.pinned.capacities.frontends),
-            Some(libc::EEXIST) => MapError::Unexpected {
-                map,
-                what: format!("{key:?} is there already"),
-            },
-            _ => call(map, "BPF_MAP_UPDATE_ELEM")(error),
-        })?;
+        self.pinned
+            .frontends
+            .insert(key_bytes, value_bytes, NOEXIST)
+            .map_err(|error| match errno(&error) {
+                Some(libc::E2BIG) => full(map, self.pinned.capacities.frontends),
+                Some(libc::EEXIST) => MapError::Unexpected {
+                    map,
+                    what: format!("{key:?} is there already"),
+                },
+                _ => call(map, "BPF_MAP_UPDATE_ELEM")(error),
+            })?;
         self.written += (KEY + 8) as u64;
         Ok(())
     }
@@ -392,7 +432,9 @@ impl Maps for BpfMaps {
             data_in: Some(request.as_bytes()),
             ..TestRunOptions::new()
         };
-        let result = program.test_run(options).map_err(|error| failed(io::Error::other(error)))?;
+        let result = program
+            .test_run(options)
+            .map_err(|error| failed(io::Error::other(error)))?;
         if result.return_value != XDP_PASS {
             return Err(MapError::Unexpected {
                 map,
@@ -414,12 +456,24 @@ impl Maps for BpfMaps {
 
     fn write_service(&mut self, index: u32, value: Service) -> Result<(), MapError> {
         let ok = self.pinned.services.write(index, &value);
-        self.stored(ok, size_of::<Service>(), map_name::SERVICES, index, self.pinned.services.len())
+        self.stored(
+            ok,
+            size_of::<Service>(),
+            map_name::SERVICES,
+            index,
+            self.pinned.services.len(),
+        )
     }
 
     fn write_service_settings(&mut self, index: u32, value: Service) -> Result<(), MapError> {
         let ok = self.pinned.services.write_words(index, &value, SERVICE_SETTINGS);
-        self.stored(ok, SERVICE_SETTINGS.len() * 8, map_name::SERVICES, index, self.pinned.services.len())
+        self.stored(
+            ok,
+            SERVICE_SETTINGS.len() * 8,
+            map_name::SERVICES,
+            index,
+            self.pinned.services.len(),
+        )
     }
 
     fn publish_set(&mut self, index: u32, set: Set, word: SetWord) -> Result<(), MapError> {
@@ -445,7 +499,13 @@ impl Maps for BpfMaps {
     fn write_slots(&mut self, base: u32, slots: &[BackendSlot]) -> Result<(), MapError> {
         for (index, slot) in (base..).zip(slots) {
             let ok = self.pinned.slots.write(index, slot);
-            self.stored(ok, size_of::<BackendSlot>(), map_name::BACKEND_SLOTS, index, self.pinned.slots.len())?;
+            self.stored(
+                ok,
+                size_of::<BackendSlot>(),
+                map_name::BACKEND_SLOTS,
+                index,
+                self.pinned.slots.len(),
+            )?;
         }
         Ok(())
     }
@@ -453,7 +513,13 @@ impl Maps for BpfMaps {
     fn fill_backend(&mut self, id: u32, value: Backend) -> Result<(), MapError> {
         // The last word has generation and seal.
         let ok = self.pinned.backends.write(id, &value);
-        self.stored(ok, size_of::<Backend>(), map_name::BACKENDS, id, self.pinned.backends.len())
+        self.stored(
+            ok,
+            size_of::<Backend>(),
+            map_name::BACKENDS,
+            id,
+            self.pinned.backends.len(),
+        )
     }
 
     fn write_backend_flags(&mut self, id: u32, flags: u16) -> Result<(), MapError> {
@@ -464,7 +530,10 @@ impl Maps for BpfMaps {
             capacity,
         })?;
         value.flags = flags;
-        let ok = self.pinned.backends.write_words(id, &value, [word_of(offset_of!(Backend, flags))]);
+        let ok = self
+            .pinned
+            .backends
+            .write_words(id, &value, [word_of(offset_of!(Backend, flags))]);
         self.stored(ok, 8, map_name::BACKENDS, id, capacity)
     }
 
@@ -477,17 +546,23 @@ impl Maps for BpfMaps {
         })?;
         value.generation = generation;
         value.seal = generation::seal(value.addr, value.port, value.service, generation);
-        let ok = self.pinned.backends.write_words(id, &value, [word_of(offset_of!(Backend, generation))]);
+        let ok = self
+            .pinned
+            .backends
+            .write_words(id, &value, [word_of(offset_of!(Backend, generation))]);
         self.stored(ok, 8, map_name::BACKENDS, id, capacity)
     }
 
     fn write_name(&mut self, index: u32, value: &Name) -> Result<(), MapError> {
         let map = map_name::NAMES;
         let bytes: [u8; NAME] = zerocopy::transmute!(*value);
-        self.pinned.names.insert(index.to_ne_bytes(), bytes, 0).map_err(|error| match errno(&error) {
-            Some(libc::E2BIG) => full(map, self.pinned.capacities.services),
-            _ => call(map, "BPF_MAP_UPDATE_ELEM")(error),
-        })?;
+        self.pinned
+            .names
+            .insert(index.to_ne_bytes(), bytes, 0)
+            .map_err(|error| match errno(&error) {
+                Some(libc::E2BIG) => full(map, self.pinned.capacities.services),
+                _ => call(map, "BPF_MAP_UPDATE_ELEM")(error),
+            })?;
         self.written += (4 + NAME) as u64;
         Ok(())
     }
@@ -503,7 +578,10 @@ impl Maps for BpfMaps {
             call: "number of CPUs",
             source,
         })?;
-        self.pinned.stats.set(index, zero, 0).map_err(call(map_name::STATS, "BPF_MAP_UPDATE_ELEM"))?;
+        self.pinned
+            .stats
+            .set(index, zero, 0)
+            .map_err(call(map_name::STATS, "BPF_MAP_UPDATE_ELEM"))?;
         match self.pinned.names.remove(&index.to_ne_bytes()) {
             Ok(()) => self.written += 4,
             Err(error) if is_missing(&error) => {}

@@ -67,7 +67,11 @@ impl FakeMaps {
         self.passed = self.requested;
         // What is in sight without a request after it stays so: nobody has asked.
         let passed = self.passed;
-        for seen in [&mut self.slots_in_sight, &mut self.services_in_sight, &mut self.backends_in_sight] {
+        for seen in [
+            &mut self.slots_in_sight,
+            &mut self.services_in_sight,
+            &mut self.backends_in_sight,
+        ] {
             seen.retain(|_, epoch| *epoch > passed);
         }
         self.deleted = self.deleted.filter(|epoch| *epoch > passed);
@@ -83,7 +87,10 @@ impl FakeMaps {
                 continue;
             }
             let service = &self.contents.services[value.service as usize];
-            assert!(generation::is_live(service.generation), "{key:?} leads to a service that is not live");
+            assert!(
+                generation::is_live(service.generation),
+                "{key:?} leads to a service that is not live"
+            );
             for word in set_words(service) {
                 for slot in self.slots(word) {
                     let backend = &self.contents.backends[slot.backend as usize];
@@ -117,7 +124,10 @@ impl FakeMaps {
 
     fn led_to(&self) -> BTreeSet<u32> {
         let frontends = self.contents.frontends.values();
-        frontends.filter(|f| f.kind != FrontendKind::Address as u8).map(|f| f.service).collect()
+        frontends
+            .filter(|f| f.kind != FrontendKind::Address as u8)
+            .map(|f| f.service)
+            .collect()
     }
 
     /// Slots that some service's set word names, led to or not.
@@ -151,7 +161,10 @@ impl Maps for FakeMaps {
     }
 
     fn insert_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
-        assert!(self.deleted.is_none(), "insertion within a grace period after a deletion");
+        assert!(
+            self.deleted.is_none(),
+            "insertion within a grace period after a deletion"
+        );
         if self.contents.frontends.contains_key(&key) {
             return Err(MapError::Unexpected {
                 map: map_name::FRONTENDS,
@@ -191,8 +204,14 @@ impl Maps for FakeMaps {
     }
 
     fn write_service(&mut self, index: u32, value: Service) -> Result<(), MapError> {
-        assert!(!self.led_to().contains(&index), "a service that frontends lead to is overwritten");
-        assert!(!self.services_in_sight.contains_key(&index), "a service that a program may hold is overwritten");
+        assert!(
+            !self.led_to().contains(&index),
+            "a service that frontends lead to is overwritten"
+        );
+        assert!(
+            !self.services_in_sight.contains_key(&index),
+            "a service that a program may hold is overwritten"
+        );
         let len = self.contents.services.len();
         let at = self.contents.services.get_mut(index as usize);
         *at.ok_or_else(|| out_of_range(map_name::SERVICES, index, len))? = value;
@@ -220,7 +239,8 @@ impl Maps for FakeMaps {
         let at = self.contents.services.get_mut(index as usize);
         let old = set_word_mut(at.ok_or_else(|| out_of_range(map_name::SERVICES, index, len))?, set);
         let before = std::mem::replace(old, word);
-        self.slots_in_sight.extend((before.base..before.base.saturating_add(before.len.into())).map(|slot| (slot, epoch)));
+        self.slots_in_sight
+            .extend((before.base..before.base.saturating_add(before.len.into())).map(|slot| (slot, epoch)));
         self.wrote(size_of::<SetWord>());
         Ok(())
     }
@@ -233,7 +253,10 @@ impl Maps for FakeMaps {
         }
         assert!(!self.published(range.clone()), "published slots are overwritten");
         for slot in range.clone() {
-            assert!(!self.slots_in_sight.contains_key(&slot), "slot {slot} is overwritten while a program may read it");
+            assert!(
+                !self.slots_in_sight.contains_key(&slot),
+                "slot {slot} is overwritten while a program may read it"
+            );
         }
         self.contents.slots[range.start as usize..range.end as usize].copy_from_slice(slots);
         self.wrote(size_of_val(slots));
@@ -241,7 +264,10 @@ impl Maps for FakeMaps {
     }
 
     fn fill_backend(&mut self, id: u32, value: Backend) -> Result<(), MapError> {
-        assert!(!self.backends_in_sight.contains_key(&id), "backend {id} is refilled while a program may hold it");
+        assert!(
+            !self.backends_in_sight.contains_key(&id),
+            "backend {id} is refilled while a program may hold it"
+        );
         let len = self.contents.backends.len();
         let at = self.contents.backends.get_mut(id as usize);
         let at = at.ok_or_else(|| out_of_range(map_name::BACKENDS, id, len))?;

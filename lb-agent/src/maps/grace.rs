@@ -106,7 +106,11 @@ impl GraceThread {
                     source: kind.into(),
                 });
             }
-            progress = self.shared.changed.wait(progress).unwrap_or_else(PoisonError::into_inner);
+            progress = self
+                .shared
+                .changed
+                .wait(progress)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ pub mod dump;
 pub mod fake;
 pub mod faulty;
 pub mod grace;
-mod sys;
+pub(crate) mod sys;
 
 use std::io;
 

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
 use memmap2::{MmapOptions, MmapRaw};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -21,7 +21,11 @@ fn bpf(cmd: bpf_cmd, fill: impl FnOnce(&mut bpf_attr)) -> io::Result<libc::c_lon
     fill(&mut attr);
     // SAFETY: the attribute is valid for its size; pointers in it are the callers' and live as long as the call.
     let result = unsafe { libc::syscall(libc::SYS_bpf, cmd as libc::c_long, &raw mut attr, size_of::<bpf_attr>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// The descriptor that a call returned.
@@ -33,7 +37,34 @@ fn owned(result: libc::c_long) -> OwnedFd {
 /// `BPF_OBJ_GET`: opens a pinned object.
 pub(crate) fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
-    bpf(bpf_cmd::BPF_OBJ_GET, |attr| attr.__bindgen_anon_4.pathname = path.as_ptr() as u64).map(owned)
+    bpf(bpf_cmd::BPF_OBJ_GET, |attr| {
+        attr.__bindgen_anon_4.pathname = path.as_ptr() as u64
+    })
+    .map(owned)
+}
+
+/// `BPF_OBJ_PIN`: keeps an object alive under a path.
+pub(crate) fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    bpf(bpf_cmd::BPF_OBJ_PIN, |attr| {
+        attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+        attr.__bindgen_anon_4.bpf_fd = object.as_raw_fd() as u32;
+    })
+    .map(drop)
+}
+
+/// `BPF_LINK_CREATE`: attaches a program to a cgroup, beside those that are there.
+pub(crate) fn link_create(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    attach_type: bpf_attach_type,
+) -> io::Result<OwnedFd> {
+    bpf(bpf_cmd::BPF_LINK_CREATE, |attr| {
+        attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
+        attr.link_create.__bindgen_anon_2.target_fd = cgroup.as_raw_fd() as u32;
+        attr.link_create.attach_type = attach_type as u32;
+    })
+    .map(owned)
 }
 
 /// `BPF_LINK_UPDATE`: another program at the same hook, with no moment of none.
@@ -127,7 +158,11 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
             &raw mut len,
         )
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(cookie)
+    }
 }
 
 /// A memory-mapped `BPF_MAP_TYPE_ARRAY` (`BPF_F_MMAPABLE`) of values whose size and alignment are multiples of 8.

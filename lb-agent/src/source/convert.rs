@@ -14,8 +14,7 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use crate::model::{
-    Endpoint, EndpointPort, EndpointSlice, Node, ObjectKey, Protocol, Service, ServicePort,
-    ServiceType, TrafficPolicy,
+    Endpoint, EndpointPort, EndpointSlice, Node, ObjectKey, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
 };
 
 /// Label of an EndpointSlice that names its Service.
@@ -168,22 +167,13 @@ pub fn service(object: &v1::Service) -> Result<Service> {
         return Err(missing("spec.ports"));
     }
     Ok(Service {
-        created: meta
-            .creation_timestamp
-            .as_ref()
-            .map(|time| time.0.as_second()),
+        created: meta.creation_timestamp.as_ref().map(|time| time.0.as_second()),
         service_type,
         cluster_ips,
         ports,
         affinity_timeout: affinity_timeout(spec)?,
-        internal_policy: traffic_policy(
-            "spec.internalTrafficPolicy",
-            spec.internal_traffic_policy.as_deref(),
-        )?,
-        external_policy: traffic_policy(
-            "spec.externalTrafficPolicy",
-            spec.external_traffic_policy.as_deref(),
-        )?,
+        internal_policy: traffic_policy("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref())?,
+        external_policy: traffic_policy("spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref())?,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         other_proxy: label(meta, LABEL_SERVICE_PROXY_NAME).is_some(),
         headless_label: label(meta, LABEL_HEADLESS).is_some(),
@@ -205,13 +195,10 @@ pub fn endpoint_slice(object: &discovery::EndpointSlice) -> Result<Option<Endpoi
         "" => return Err(missing("addressType")),
         other => return Err(unknown("addressType", other, &["IPv4", "IPv6", "FQDN"])),
     };
-    let Some(service) = label(&object.metadata, LABEL_SERVICE_NAME).filter(|name| !name.is_empty())
-    else {
+    let Some(service) = label(&object.metadata, LABEL_SERVICE_NAME).filter(|name| !name.is_empty()) else {
         return Ok(None);
     };
-    check_name(service, false, || {
-        format!("metadata.labels[\"{LABEL_SERVICE_NAME}\"]")
-    })?;
+    check_name(service, false, || format!("metadata.labels[\"{LABEL_SERVICE_NAME}\"]"))?;
     let endpoints = object
         .endpoints
         .iter()
@@ -235,10 +222,7 @@ pub fn endpoint_slice(object: &discovery::EndpointSlice) -> Result<Option<Endpoi
             Ok(EndpointPort {
                 name: name.into(),
                 protocol: protocol(p.protocol.as_deref(), || format!("ports[{i}].protocol"))?,
-                port: p
-                    .port
-                    .map(|n| port(n, || format!("ports[{i}].port")))
-                    .transpose()?,
+                port: p.port.map(|n| port(n, || format!("ports[{i}].port"))).transpose()?,
             })
         })
         .collect::<Result<_>>()?;
@@ -270,9 +254,7 @@ pub fn node(object: &v1::Node) -> Result<Node> {
         .map(|(i, a)| address(&a.address, || format!("status.addresses[{i}].address")))
         .collect::<Result<_>>()?;
     let spec = object.spec.as_ref();
-    let several = spec
-        .and_then(|spec| spec.pod_cidrs.as_deref())
-        .unwrap_or_default();
+    let several = spec.and_then(|spec| spec.pod_cidrs.as_deref()).unwrap_or_default();
     let pod_cidrs = if several.is_empty() {
         set(spec.and_then(|spec| spec.pod_cidr.as_deref()))
             .map(|text| cidr(text, || "spec.podCIDR".to_owned()))
@@ -415,11 +397,7 @@ fn affinity_timeout(spec: &v1::ServiceSpec) -> Result<Option<u32>> {
                 )),
             }
         }
-        Some(other) => Err(unknown(
-            "spec.sessionAffinity",
-            other,
-            &["None", "ClientIP"],
-        )),
+        Some(other) => Err(unknown("spec.sessionAffinity", other, &["None", "ClientIP"])),
     }
 }
 
@@ -438,13 +416,7 @@ fn endpoint(i: usize, given: &discovery::Endpoint, ipv6: bool) -> Result<Endpoin
         let ip = address(text, field)?;
         if ip.is_ipv6() != ipv6 {
             let family = if ipv6 { "IPv6" } else { "IPv4" };
-            return Err(error(
-                field(),
-                Reason::WrongFamily {
-                    address: ip,
-                    family,
-                },
-            ));
+            return Err(error(field(), Reason::WrongFamily { address: ip, family }));
         }
         if let Some(class) = not_an_endpoint(ip) {
             return Err(error(field(), Reason::AddressClass { address: ip, class }));
@@ -517,16 +489,9 @@ fn check_name(name: &str, dots: bool, field: impl FnOnce() -> String) -> Result<
     }
     let label = |label: &str| {
         let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        !label.is_empty()
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-            && label.bytes().all(inner)
+        !label.is_empty() && !label.starts_with('-') && !label.ends_with('-') && label.bytes().all(inner)
     };
-    let valid = if dots {
-        name.split('.').all(label)
-    } else {
-        label(name)
-    };
+    let valid = if dots { name.split('.').all(label) } else { label(name) };
     if valid {
         Ok(())
     } else {
@@ -536,14 +501,11 @@ fn check_name(name: &str, dots: bool, field: impl FnOnce() -> String) -> Result<
 }
 
 fn port(value: i32, field: impl FnOnce() -> String) -> Result<u16> {
-    u16::try_from(value)
-        .ok()
-        .filter(|&port| port != 0)
-        .ok_or_else(|| {
-            let (min, max) = (1, u16::MAX.into());
-            let value = value.into();
-            error(field(), Reason::OutOfRange { value, min, max })
-        })
+    u16::try_from(value).ok().filter(|&port| port != 0).ok_or_else(|| {
+        let (min, max) = (1, u16::MAX.into());
+        let value = value.into();
+        error(field(), Reason::OutOfRange { value, min, max })
+    })
 }
 
 fn protocol(value: Option<&str>, field: impl FnOnce() -> String) -> Result<Protocol> {
@@ -558,9 +520,7 @@ fn protocol(value: Option<&str>, field: impl FnOnce() -> String) -> Result<Proto
 fn address(text: &str, field: impl FnOnce() -> String) -> Result<IpAddr> {
     match text.parse() {
         // An IPv4-mapped address means different things to different readers; upstream refuses it too.
-        Ok(IpAddr::V6(v6)) if v6.to_ipv4_mapped().is_some() => {
-            Err(error(field(), Reason::NotAnAddress(text.into())))
-        }
+        Ok(IpAddr::V6(v6)) if v6.to_ipv4_mapped().is_some() => Err(error(field(), Reason::NotAnAddress(text.into()))),
         Ok(ip) => Ok(ip),
         Err(_) => Err(error(field(), Reason::NotAnAddress(text.into()))),
     }
@@ -573,8 +533,7 @@ fn cidr(text: &str, field: impl FnOnce() -> String) -> Result<Arc<str>> {
             Ok(IpAddr::V6(_)) => 128,
             Err(_) => return false,
         };
-        length.bytes().all(|b| b.is_ascii_digit())
-            && length.parse::<u8>().is_ok_and(|length| length <= max)
+        length.bytes().all(|b| b.is_ascii_digit()) && length.parse::<u8>().is_ok_and(|length| length <= max)
     });
     if valid {
         Ok(text.into())
@@ -598,11 +557,7 @@ fn duplicate(field: String, value: &str) -> ConvertError {
     error(field, Reason::Duplicate(value.to_owned()))
 }
 
-fn unknown(
-    field: impl Into<String>,
-    value: &str,
-    allowed: &'static [&'static str],
-) -> ConvertError {
+fn unknown(field: impl Into<String>, value: &str, allowed: &'static [&'static str]) -> ConvertError {
     let value = value.to_owned();
     error(field, Reason::Unknown { value, allowed })
 }

@@ -146,11 +146,7 @@ impl ManifestSource {
 
         let changes = touched.iter().filter_map(|id| self.settle(id)).collect();
         let mut problems = scan.problems;
-        problems.extend(
-            self.files
-                .values()
-                .flat_map(|state| state.problems.iter().cloned()),
-        );
+        problems.extend(self.files.values().flat_map(|state| state.problems.iter().cloned()));
         problems.extend(self.contests());
         Batch {
             changes,
@@ -171,8 +167,7 @@ impl ManifestSource {
                 Ok(meta) if meta.is_dir() => match folder(&root.path) {
                     Ok(files) => {
                         root.was_folder = true;
-                        scan.present
-                            .extend(files.into_iter().map(|path| (index, path)));
+                        scan.present.extend(files.into_iter().map(|path| (index, path)));
                     }
                     Err(error) => keep(&error),
                 },
@@ -206,9 +201,7 @@ impl ManifestSource {
         let state = self.files.entry(id.clone()).or_default();
         let meta = match fs::metadata(path) {
             Ok(meta) => meta,
-            Err(error)
-                if error.kind() == ErrorKind::NotFound && fs::symlink_metadata(path).is_err() =>
-            {
+            Err(error) if error.kind() == ErrorKind::NotFound && fs::symlink_metadata(path).is_err() => {
                 // Gone since the folder was listed.
                 if let Some(state) = self.files.remove(id) {
                     self.withdraw(id, state.objects, touched);
@@ -229,10 +222,7 @@ impl ManifestSource {
             return;
         }
         let absolute = absolute(path);
-        let is_forced = forced.contains(&absolute)
-            || absolute
-                .parent()
-                .is_some_and(|folder| forced.contains(folder));
+        let is_forced = forced.contains(&absolute) || absolute.parent().is_some_and(|folder| forced.contains(folder));
         if !is_forced && state.fingerprint == Some(Fingerprint::of(&meta)) {
             return;
         }
@@ -246,9 +236,7 @@ impl ManifestSource {
         };
         state.fingerprint = fingerprint;
         let name = display(path);
-        let json = path
-            .extension()
-            .is_some_and(|extension| extension == "json");
+        let json = path.extension().is_some_and(|extension| extension == "json");
         let parsed = parse::parse(&name, &bytes, json);
         state.problems = parsed.problems;
         let mut first: HashMap<ObjectId, Found> = HashMap::with_capacity(parsed.objects.len());
@@ -290,12 +278,7 @@ impl ManifestSource {
     }
 
     /// Takes back a file's claims.
-    fn withdraw(
-        &mut self,
-        file: &FileId,
-        objects: Vec<ObjectId>,
-        touched: &mut BTreeSet<ObjectId>,
-    ) {
+    fn withdraw(&mut self, file: &FileId, objects: Vec<ObjectId>, touched: &mut BTreeSet<ObjectId>) {
         for object in objects {
             if let Some(claims) = self.claims.get_mut(&object) {
                 claims.retain(|claim| claim.file != *file);
@@ -313,10 +296,7 @@ impl ManifestSource {
     /// The change that makes an object what its first claim says, if any is needed.
     fn settle(&mut self, id: &ObjectId) -> Option<Change> {
         let Some(claim) = self.claims.get(id).and_then(|claims| claims.first()) else {
-            return self
-                .delivered
-                .remove(id)
-                .map(|_| Change::Remove(id.clone()));
+            return self.delivered.remove(id).map(|_| Change::Remove(id.clone()));
         };
         if self.delivered.get(id) == Some(&claim.object) {
             return None;
@@ -415,9 +395,8 @@ fn read(path: &Path) -> io::Result<(Option<Fingerprint>, Vec<u8>)> {
         return Err(too_large());
     }
     // A time stamp in the future counts as old: it would be read for ever.
-    let fresh = meta.modified().is_ok_and(|modified| {
-        now.duration_since(modified)
-            .is_ok_and(|age| age < STAMP_RESOLUTION)
-    });
+    let fresh = meta
+        .modified()
+        .is_ok_and(|modified| now.duration_since(modified).is_ok_and(|age| age < STAMP_RESOLUTION));
     Ok(((!fresh).then(|| Fingerprint::of(&meta)), bytes))
 }

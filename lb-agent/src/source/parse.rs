@@ -13,10 +13,7 @@ use std::sync::Arc;
 use k8s_openapi::api::core::v1;
 use k8s_openapi::api::discovery::v1 as discovery;
 use serde::Deserialize;
-use serde::de::{
-    self, DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess,
-    Visitor,
-};
+use serde::de::{self, DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 use serde_path_to_error::Segment;
 use serde_saphyr::{MessageFormatter as _, Spanned, UserMessageFormatter};
@@ -95,9 +92,7 @@ impl Position {
 
     /// What stands before a message: the item of the List.
     pub(super) fn prefix(&self) -> String {
-        self.item
-            .map(|item| format!("items[{item}]: "))
-            .unwrap_or_default()
+        self.item.map(|item| format!("items[{item}]: ")).unwrap_or_default()
     }
 }
 
@@ -112,12 +107,10 @@ pub(super) fn parse(name: &str, bytes: &[u8], json: bool) -> Parsed {
     let mut documents = 0;
     let mut unsaid = 0;
     for part in parts(name, bytes, json) {
-        parsed
-            .objects
-            .extend(part.objects.into_iter().map(|mut found| {
-                found.position.document += documents;
-                found
-            }));
+        parsed.objects.extend(part.objects.into_iter().map(|mut found| {
+            found.position.document += documents;
+            found
+        }));
         for (position, message) in part.problems {
             if parsed.problems.len() < MAX_PROBLEMS {
                 let place = place(name, documents + position.document, position.line);
@@ -219,10 +212,7 @@ fn documents(bytes: &[u8]) -> Vec<Chunk> {
         match &mut open {
             Some(chunk) => chunk.range.end = range.end,
             None if content => {
-                open = Some(Chunk {
-                    range,
-                    line: index + 1,
-                });
+                open = Some(Chunk { range, line: index + 1 });
             }
             None => {}
         }
@@ -298,17 +288,12 @@ impl<'a> Part<'a> {
 
     const fn position(&self, line: usize, item: Option<usize>) -> Position {
         let document = self.documents;
-        Position {
-            document,
-            line,
-            item,
-        }
+        Position { document, line, item }
     }
 
     fn problem(&mut self, line: usize, message: &str) {
         if self.problems.len() < MAX_PROBLEMS {
-            self.problems
-                .push((self.position(line, None), clean(message)));
+            self.problems.push((self.position(line, None), clean(message)));
         } else {
             self.unsaid += 1;
         }
@@ -340,8 +325,7 @@ impl<'a> Part<'a> {
     fn chunk(&mut self, bytes: &[u8], chunk: &Chunk, json: bool) {
         let bytes = &bytes[chunk.range.clone()];
         let line = chunk.line;
-        let line_of =
-            |offset: usize| line + bytes[..offset].iter().filter(|&&b| b == b'\n').count();
+        let line_of = |offset: usize| line + bytes[..offset].iter().filter(|&&b| b == b'\n').count();
         let text = match std::str::from_utf8(bytes) {
             Ok(text) => text,
             Err(error) => {
@@ -403,23 +387,15 @@ impl<'a> Part<'a> {
 
     fn yaml(&mut self, text: &str, line: usize) {
         self.documents += 1;
-        let result = serde_saphyr::with_deserializer_from_str_with_options(
-            text,
-            options(text),
-            |deserializer| Option::<Top>::deserialize(deserializer),
-        );
+        let result = serde_saphyr::with_deserializer_from_str_with_options(text, options(text), |deserializer| {
+            Option::<Top>::deserialize(deserializer)
+        });
         match result {
             Ok(Some(top)) => self.top(text, line, top),
             Ok(None) => self.problem(line, NO_OBJECT),
             Err(error) => {
-                let found = error
-                    .location()
-                    .map_or(1, |location| location.line())
-                    .max(1);
-                let at = line
-                    + usize::try_from(found)
-                        .unwrap_or(usize::MAX)
-                        .saturating_sub(1);
+                let found = error.location().map_or(1, |location| location.line()).max(1);
+                let at = line + usize::try_from(found).unwrap_or(usize::MAX).saturating_sub(1);
                 self.problem(at, &yaml_message(&error));
             }
         }
@@ -508,9 +484,7 @@ fn options(text: &str) -> serde_saphyr::Options {
 fn yaml_message(error: &serde_saphyr::Error) -> String {
     match error.without_snippet() {
         serde_saphyr::Error::AliasError { error, .. } => yaml_message(error),
-        serde_saphyr::Error::MultipleDocuments { .. } => {
-            "something follows the end of the document".to_owned()
-        }
+        serde_saphyr::Error::MultipleDocuments { .. } => "something follows the end of the document".to_owned(),
         serde_saphyr::Error::DuplicateMappingKey { key: Some(key), .. } => {
             format!("{} is there twice", Quoted(key))
         }
@@ -611,10 +585,7 @@ fn classify(fields: &Map<String, Value>, default: Option<Ours>) -> Result<Class,
     }
     let known = match api_version {
         "v1" if kind == "List" => return Ok(Class::List(None)),
-        "v1" => {
-            V1_KINDS.contains(&kind.strip_suffix("List").unwrap_or(kind))
-                || V1_KINDS.contains(&kind)
-        }
+        "v1" => V1_KINDS.contains(&kind.strip_suffix("List").unwrap_or(kind)) || V1_KINDS.contains(&kind),
         other => !other.starts_with("discovery.k8s.io/"),
     };
     if known {
@@ -643,18 +614,12 @@ fn bare_item(fields: Map<String, Value>, default: Option<Ours>) -> Result<Option
 
 fn object(kind: Ours, fields: Map<String, Value>) -> Result<Option<Object>, Fault> {
     Ok(match kind {
-        Ours::Service => Some(Object::Service(Arc::new(convert::service(&typed::<
-            v1::Service,
-        >(
-            fields
-        )?)?))),
-        Ours::EndpointSlice => {
-            convert::endpoint_slice(&typed::<discovery::EndpointSlice>(fields)?)?
-                .map(|slice| Object::EndpointSlice(Arc::new(slice)))
-        }
-        Ours::Node => Some(Object::Node(Arc::new(convert::node(&typed::<v1::Node>(
+        Ours::Service => Some(Object::Service(Arc::new(convert::service(&typed::<v1::Service>(
             fields,
         )?)?))),
+        Ours::EndpointSlice => convert::endpoint_slice(&typed::<discovery::EndpointSlice>(fields)?)?
+            .map(|slice| Object::EndpointSlice(Arc::new(slice))),
+        Ours::Node => Some(Object::Node(Arc::new(convert::node(&typed::<v1::Node>(fields)?)?))),
     })
 }
 
@@ -749,9 +714,7 @@ impl<'de> Deserialize<'de> for Items {
                 let mut items = Vec::new();
                 while let Some(Unique(value)) = seq.next_element()? {
                     items.push(match value {
-                        Value::Object(fields)
-                            if fields.contains_key("kind") || fields.contains_key("apiVersion") =>
-                        {
+                        Value::Object(fields) if fields.contains_key("kind") || fields.contains_key("apiVersion") => {
                             Item::Done(item(fields))
                         }
                         Value::Object(fields) => Item::Bare(fields),
@@ -856,9 +819,7 @@ impl<'de> Deserialize<'de> for Unique {
             }
 
             fn visit_f64<E>(self, value: f64) -> Result<Unique, E> {
-                Ok(Unique(
-                    Number::from_f64(value).map_or(Value::Null, Value::Number),
-                ))
+                Ok(Unique(Number::from_f64(value).map_or(Value::Null, Value::Number)))
             }
 
             fn visit_str<E>(self, value: &str) -> Result<Unique, E> {
@@ -909,11 +870,9 @@ fn segments(field: &str) -> Vec<Step> {
 
 /// The line (from 1) where the value at a path stands in a document.
 fn locate(text: &str, path: &[Step]) -> Option<usize> {
-    let found = serde_saphyr::with_deserializer_from_str_with_options(
-        text,
-        options(text),
-        |deserializer| Locate(path).deserialize(deserializer),
-    );
+    let found = serde_saphyr::with_deserializer_from_str_with_options(text, options(text), |deserializer| {
+        Locate(path).deserialize(deserializer)
+    });
     found.ok().flatten()
 }
 
@@ -925,9 +884,7 @@ impl<'de> DeserializeSeed<'de> for Locate<'_> {
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         if self.0.is_empty() {
             let node = Spanned::<IgnoredAny>::deserialize(deserializer)?;
-            return Ok(usize::try_from(node.referenced.line())
-                .ok()
-                .filter(|&line| line > 0));
+            return Ok(usize::try_from(node.referenced.line()).ok().filter(|&line| line > 0));
         }
         deserializer.deserialize_any(self)
     }

@@ -22,15 +22,11 @@ fn service(name: &str, port: u16) -> String {
 
 /// A Service of which one line of `spec` is replaced.
 fn with_ports(ports: &str) -> String {
-    format!(
-        "apiVersion: v1\nkind: Service\nmetadata:\n  name: bad\nspec:\n  clusterIP: 10.96.0.2\n  ports:\n{ports}"
-    )
+    format!("apiVersion: v1\nkind: Service\nmetadata:\n  name: bad\nspec:\n  clusterIP: 10.96.0.2\n  ports:\n{ports}")
 }
 
 fn with_spec(spec: &str) -> String {
-    format!(
-        "apiVersion: v1\nkind: Service\nmetadata:\n  name: bad\nspec:\n  ports:\n  - port: 80\n  {spec}\n"
-    )
+    format!("apiVersion: v1\nkind: Service\nmetadata:\n  name: bad\nspec:\n  ports:\n  - port: 80\n  {spec}\n")
 }
 
 /// A slice of one endpoint, given as YAML.
@@ -72,10 +68,7 @@ impl Bed {
             match change {
                 Change::Set(object) => {
                     ids.push(object.id());
-                    assert_ne!(
-                        self.state.insert(object.id(), object.clone()).as_ref(),
-                        Some(object)
-                    );
+                    assert_ne!(self.state.insert(object.id(), object.clone()).as_ref(), Some(object));
                 }
                 Change::Remove(id) => {
                     ids.push(id.clone());
@@ -278,8 +271,7 @@ fn broken() -> Vec<(&'static str, String, usize, &'static str)> {
 }
 
 fn laughs() -> String {
-    let mut text =
-        "apiVersion: v1\nkind: Service\na0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+    let mut text = "apiVersion: v1\nkind: Service\na0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
     for i in 1..12 {
         let all = vec![format!("*a{}", i - 1); 10].join(", ");
         text.push_str(&format!("a{i}: &a{i} [{all}]\n"));
@@ -314,10 +306,7 @@ fn every_broken_document_is_named_and_hides_no_other() {
         if !problem.place.starts_with(&at) || !problem.message.starts_with(message) {
             wrong.push(format!("{what}: {problem}\n    instead of {at}: {message}"));
         }
-        assert!(
-            !problem.message.is_empty() && problem.message.len() < 1000,
-            "{what}"
-        );
+        assert!(!problem.message.is_empty() && problem.message.len() < 1000, "{what}");
         let ports = (bed.port("first"), bed.port("last"), bed.port("other"));
         assert_eq!(ports, (Some(80), Some(81), Some(82)), "{what}");
         assert_eq!(bed.state.len(), 3, "{what}");
@@ -336,9 +325,7 @@ fn bytes_that_are_not_text() {
     let batch = bed.rescan();
     assert_eq!(batch.problems.len(), 1);
     assert!(
-        batch.problems[0]
-            .place
-            .ends_with("x.yaml: document 2 (line 11)"),
+        batch.problems[0].place.ends_with("x.yaml: document 2 (line 11)"),
         "{:?}",
         batch.problems
     );
@@ -379,13 +366,7 @@ fn files_that_are_no_files() {
     let names: Vec<_> = problems.iter().map(|(name, _)| *name).collect();
     assert_eq!(
         names,
-        [
-            "comments.yaml",
-            "dangling.yaml",
-            "empty.yaml",
-            "fifo.yaml",
-            "huge.yaml"
-        ]
+        ["comments.yaml", "dangling.yaml", "empty.yaml", "fifo.yaml", "huge.yaml"]
     );
     assert!(problems[0].1.starts_with("the file holds no document"));
     assert!(problems[2].1.starts_with("the file is empty"));
@@ -443,16 +424,10 @@ fn nothing_changes_twice() {
 #[test]
 fn the_last_good_state_stays() {
     let mut bed = Bed::new();
-    bed.write(
-        "a.yaml",
-        format!("{}---\n{}", service("a", 80), service("b", 81)),
-    );
+    bed.write("a.yaml", format!("{}---\n{}", service("a", 80), service("b", 81)));
     assert!(bed.rescan().complete);
     // A problem in one document keeps the whole file as it was.
-    bed.write(
-        "a.yaml",
-        format!("{}---\n{}", service("a", 8080), service("B", 81)),
-    );
+    bed.write("a.yaml", format!("{}---\n{}", service("a", 8080), service("B", 81)));
     let batch = bed.rescan();
     assert!(batch.changes.is_empty() && batch.problems.len() == 1);
     // It is still a problem if nobody looks at the file.
@@ -502,16 +477,11 @@ fn the_first_definition_wins() {
     fs::remove_file(bed.path("c.yaml")).unwrap();
     assert!(bed.rescan().complete);
     // In one file.
-    bed.write(
-        "d.yaml",
-        format!("{}---\n{}", service("d", 1), service("d", 2)),
-    );
+    bed.write("d.yaml", format!("{}---\n{}", service("d", 1), service("d", 2)));
     let batch = bed.rescan();
     assert_eq!(batch.problems.len(), 1);
     assert!(
-        batch.problems[0]
-            .place
-            .ends_with("d.yaml: document 2 (line 10)"),
+        batch.problems[0].place.ends_with("d.yaml: document 2 (line 10)"),
         "{:?}",
         batch.problems
     );
@@ -527,11 +497,7 @@ fn the_order_of_paths_counts_before_names() {
     // The folder holds both files once more, which is no contradiction.
     let batch = ManifestSource::new(vec![z, a.clone(), dir.path().to_owned()]).rescan();
     assert_eq!(batch.problems.len(), 1, "{:?}", batch.problems);
-    assert!(
-        batch.problems[0]
-            .place
-            .starts_with(&a.display().to_string())
-    );
+    assert!(batch.problems[0].place.starts_with(&a.display().to_string()));
     let [Change::Set(Object::Service(service))] = &batch.changes[..] else {
         panic!("{:?}", batch.changes);
     };
@@ -655,13 +621,13 @@ fn what_is_good_is_read_as_it_is_meant() {
     let mut bed = Bed::new();
     bed.write("all.yaml", FULL);
     // Several values in a row, and Windows line ends with a byte order mark.
-    bed.write("all.json", "{\"apiVersion\":\"v1\",\"kind\":\"Pod\"}\n{\"apiVersion\":\"v1\",\"kind\":\"List\",\"items\":null}");
+    bed.write(
+        "all.json",
+        "{\"apiVersion\":\"v1\",\"kind\":\"Pod\"}\n{\"apiVersion\":\"v1\",\"kind\":\"List\",\"items\":null}",
+    );
     bed.write(
         "dos.yaml",
-        format!(
-            "\u{feff}---\r\n{}---\r\n",
-            service("dos", 80).replace('\n', "\r\n")
-        ),
+        format!("\u{feff}---\r\n{}---\r\n", service("dos", 80).replace('\n', "\r\n")),
     );
     let batch = bed.rescan();
     assert_eq!(batch.problems, []);
@@ -678,18 +644,14 @@ fn what_is_good_is_read_as_it_is_meant() {
         ]
     );
     let objects: Vec<_> = bed.state.values().collect();
-    let (Object::Service(web), Object::EndpointSlice(slice), Object::Node(node)) =
-        (objects[3], objects[4], objects[5])
+    let (Object::Service(web), Object::EndpointSlice(slice), Object::Node(node)) = (objects[3], objects[4], objects[5])
     else {
         panic!("{objects:?}");
     };
     assert_eq!(web.created, Some(1_767_323_045));
     assert_eq!(web.service_type, ServiceType::NodePort);
     assert_eq!(
-        web.cluster_ips
-            .iter()
-            .map(ToString::to_string)
-            .collect::<Vec<_>>(),
+        web.cluster_ips.iter().map(ToString::to_string).collect::<Vec<_>>(),
         ["10.96.0.10", "fd00::10"]
     );
     assert_eq!(web.affinity_timeout, Some(10_800));
@@ -884,10 +846,7 @@ async fn a_folder_behind_a_link_is_watched() {
     symlink("one", path("link")).unwrap();
     let mut watcher = Watcher::new(&[path("link"), path("one")]);
     fs::write(path("one/a.yaml"), "x").unwrap();
-    assert_eq!(
-        told(&mut watcher).await,
-        [path("link/a.yaml"), path("one/a.yaml")]
-    );
+    assert_eq!(told(&mut watcher).await, [path("link/a.yaml"), path("one/a.yaml")]);
     symlink("two", path("tmp")).unwrap();
     fs::rename(path("tmp"), path("link")).unwrap();
     assert!(told(&mut watcher).await.contains(&path("link")));
@@ -905,11 +864,7 @@ async fn the_clock_ticks_without_a_change() {
 
 #[test]
 fn no_depth_overflows_the_stack() {
-    for (open, close, head) in [
-        ("[", "]", "x: "),
-        ("{a: ", "}", "x: "),
-        ("- ", "", "x:\n  "),
-    ] {
+    for (open, close, head) in [("[", "]", "x: "), ("{a: ", "}", "x: "), ("- ", "", "x:\n  ")] {
         for depth in [0, 60, 90, 99, 110, 10_000] {
             let text = format!(
                 "apiVersion: v1\nkind: Pod\n{head}{}a{}\n",
@@ -917,11 +872,7 @@ fn no_depth_overflows_the_stack() {
                 close.repeat(depth)
             );
             let problems = super::parse::parse("x", text.as_bytes(), false).problems;
-            assert_eq!(
-                problems.len(),
-                usize::from(depth > 99),
-                "{open} {depth}: {problems:?}"
-            );
+            assert_eq!(problems.len(), usize::from(depth > 99), "{open} {depth}: {problems:?}");
         }
     }
     for depth in [60, 100, 126, 10_000] {
@@ -931,10 +882,6 @@ fn no_depth_overflows_the_stack() {
             "}".repeat(depth)
         );
         let problems = super::parse::parse("x", text.as_bytes(), true).problems;
-        assert_eq!(
-            problems.len(),
-            usize::from(depth > 126),
-            "{depth}: {problems:?}"
-        );
+        assert_eq!(problems.len(), usize::from(depth > 126), "{depth}: {problems:?}");
     }
 }

@@ -81,9 +81,7 @@ impl Interest {
         }
         let named = self.names.get(name).into_iter().flatten().cloned();
         let folders = self.folders.iter().filter(|_| is_manifest(Path::new(name)));
-        named
-            .chain(folders.map(|folder| folder.join(name)))
-            .collect()
+        named.chain(folders.map(|folder| folder.join(name))).collect()
     }
 
     fn all(&self) -> Vec<PathBuf> {
@@ -207,9 +205,7 @@ impl Watcher {
             }
         }
         let since = *self.since.get_or_insert_with(Instant::now);
-        while since.elapsed() < PATIENCE
-            && timeout(QUIET, self.shared.wake.notified()).await.is_ok()
-        {}
+        while since.elapsed() < PATIENCE && timeout(QUIET, self.shared.wake.notified()).await.is_ok() {}
         self.since = None;
         self.next = Instant::now() + PERIOD;
         let new = self.rewatch();
@@ -245,9 +241,7 @@ impl Watcher {
                 .map(|m| (m.dev(), m.ino()))
         };
         self.watched.retain(|folder, known| {
-            let same = interests.contains_key(folder)
-                && !stale.contains(folder)
-                && identity(folder) == Some(*known);
+            let same = interests.contains_key(folder) && !stale.contains(folder) && identity(folder) == Some(*known);
             if !same {
                 // It fails where the kernel has dropped the watch, together with the folder.
                 let _ = inotify.unwatch(folder);
@@ -287,19 +281,11 @@ fn interests(paths: &[PathBuf]) -> HashMap<PathBuf, Interest> {
                 && let Ok(folder) = fs::canonicalize(folder)
             {
                 let interest = interests.entry(folder).or_default();
-                interest
-                    .names
-                    .entry(name.to_owned())
-                    .or_default()
-                    .insert(told.clone());
+                interest.names.entry(name.to_owned()).or_default().insert(told.clone());
             }
         }
         if let Some(target) = target.filter(|target| target.is_dir()) {
-            interests
-                .entry(target)
-                .or_default()
-                .folders
-                .insert(told.clone());
+            interests.entry(target).or_default().folders.insert(told.clone());
         }
     }
     interests

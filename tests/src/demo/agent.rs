@@ -56,16 +56,9 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    pub(super) fn start(
-        cluster: &Cluster,
-        node: &Node,
-        program: &Path,
-        manifests: &Path,
-    ) -> Result<Self> {
+    pub(super) fn start(cluster: &Cluster, node: &Node, program: &Path, manifests: &Path) -> Result<Self> {
         let pin_path = cluster.pin_path(node.name());
-        let log = cluster
-            .scratch()
-            .join(format!("lb-agent-{}.log", node.name()));
+        let log = cluster.scratch().join(format!("lb-agent-{}.log", node.name()));
         let file = File::create(&log).with_context(|| format!("making {}", log.display()))?;
         let mut command = node.command(program)?;
         command
@@ -114,11 +107,7 @@ impl Agent {
                 bail!("lb-agent on {} has ended:\n{}", self.node, self.log_tail());
             }
             if Instant::now() >= deadline {
-                bail!(
-                    "lb-agent on {} is not ready: {last}\n{}",
-                    self.node,
-                    self.log_tail()
-                );
+                bail!("lb-agent on {} is not ready: {last}\n{}", self.node, self.log_tail());
             }
             signals.sleep(Duration::from_millis(50));
         }
@@ -127,19 +116,10 @@ impl Agent {
 
     /// Whether the maps hold what the manifests ask for.
     pub(super) fn verify(&self, cluster: &Cluster) -> Result<()> {
-        let manifests = self
-            .manifests
-            .to_str()
-            .context("the manifests' path is not UTF-8")?;
+        let manifests = self.manifests.to_str().context("the manifests' path is not UTF-8")?;
         self.ask(
             cluster,
-            &[
-                "verify",
-                "--manifests",
-                manifests,
-                "--node-name",
-                &self.node,
-            ],
+            &["verify", "--manifests", manifests, "--node-name", &self.node],
         )
         .map(drop)
     }
@@ -155,14 +135,8 @@ impl Agent {
     }
 
     fn ask(&self, cluster: &Cluster, arguments: &[&str]) -> Result<String> {
-        let program = self
-            .program
-            .to_str()
-            .context("the agent's path is not UTF-8")?;
-        let pin_path = self
-            .pin_path
-            .to_str()
-            .context("the pin path is not UTF-8")?;
+        let program = self.program.to_str().context("the agent's path is not UTF-8")?;
+        let pin_path = self.pin_path.to_str().context("the pin path is not UTF-8")?;
         let arguments = [arguments, &["--pin-path", pin_path]].concat();
         cluster.node(&self.node).run(program, &arguments)
     }

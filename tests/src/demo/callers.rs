@@ -69,9 +69,7 @@ pub(super) fn call(place: &Place, address: SocketAddr) -> Result<Answer> {
         .output()
         .context("running curl")?;
     let output = String::from_utf8_lossy(&output.stdout);
-    let (body, status) = output
-        .rsplit_once(MARK)
-        .unwrap_or((&output, "says nothing"));
+    let (body, status) = output.rsplit_once(MARK).unwrap_or((&output, "says nothing"));
     Ok(judge(Some(body.trim().to_owned()), status.trim(), address))
 }
 
@@ -83,9 +81,7 @@ fn arguments() -> [String; 7] {
         "--max-time".to_owned(),
         "2".to_owned(),
         "--write-out".to_owned(),
-        format!(
-            "{MARK}%{{exitcode}} %{{http_code}} %{{remote_ip}}:%{{remote_port}} %{{errormsg}}\\n"
-        ),
+        format!("{MARK}%{{exitcode}} %{{http_code}} %{{remote_ip}}:%{{remote_port}} %{{errormsg}}\\n"),
     ]
 }
 
@@ -109,15 +105,8 @@ mod tests {
             judge(body(), "0 200 10.96.0.80:80 ", address),
             Answer::From("a".to_owned())
         );
-        for wrong in [
-            "0 200 10.10.1.2:80 ",
-            "0 404 10.96.0.80:80 ",
-            "7 000 : refused",
-        ] {
-            assert!(
-                matches!(judge(body(), wrong, address), Answer::Failed(_)),
-                "{wrong}"
-            );
+        for wrong in ["0 200 10.10.1.2:80 ", "0 404 10.96.0.80:80 ", "7 000 : refused"] {
+            assert!(matches!(judge(body(), wrong, address), Answer::Failed(_)), "{wrong}");
         }
         assert!(matches!(
             judge(None, "0 200 10.96.0.80:80 ", address),

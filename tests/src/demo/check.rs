@@ -72,10 +72,7 @@ pub(super) fn run(stage: &mut Stage, signals: &Signals) -> Result<bool> {
 fn curl(stage: &Stage, service: &ServicePort, findings: &mut Findings) -> Result<()> {
     for (place_name, place) in stage.places() {
         let (well, text) = match call(place, service.frontend)? {
-            Answer::From(name) => (
-                service.backends.iter().any(|backend| backend.pod == name),
-                name,
-            ),
+            Answer::From(name) => (service.backends.iter().any(|backend| backend.pod == name), name),
             Answer::Failed(why) => (false, why),
         };
         findings.note(well, &format!("curl from {place_name}: {text}"))?;
@@ -84,20 +81,11 @@ fn curl(stage: &Stage, service: &ServicePort, findings: &mut Findings) -> Result
 }
 
 /// Many connections from everywhere, counted per backend.
-fn spread(
-    stage: &Stage,
-    service: &ServicePort,
-    signals: &Signals,
-    findings: &mut Findings,
-) -> Result<()> {
+fn spread(stage: &Stage, service: &ServicePort, signals: &Signals, findings: &mut Findings) -> Result<()> {
     let places: Vec<_> = stage.places().collect();
     let each = SAMPLES.div_ceil(places.len() as u64);
     for round in 1..=2 {
-        let mut counts: BTreeMap<&str, u64> = service
-            .backends
-            .iter()
-            .map(|backend| (&*backend.pod, 0))
-            .collect();
+        let mut counts: BTreeMap<&str, u64> = service.backends.iter().map(|backend| (&*backend.pod, 0)).collect();
         let mut right = true;
         for (place_name, place) in &places {
             if signals.arrived() {
@@ -118,10 +106,7 @@ fn spread(
                     .unwrap_or("all answered, all peers are the virtual address");
                 findings.note(
                     trouble.is_none(),
-                    &format!(
-                        "{} connections from {place_name}: {text}",
-                        summary.connections
-                    ),
+                    &format!("{} connections from {place_name}: {text}", summary.connections),
                 )?;
             }
             for (name, count) in &mut counts {
@@ -133,10 +118,7 @@ fn spread(
         }
         let p = chi_squared_p(&counts.values().copied().collect::<Vec<_>>());
         let even = p > LEAST_P;
-        let text: Vec<String> = counts
-            .iter()
-            .map(|(name, count)| format!("{name} {count}"))
-            .collect();
+        let text: Vec<String> = counts.iter().map(|(name, count)| format!("{name} {count}")).collect();
         let text = format!("spread: {} (chi-squared p = {p:.4})", text.join(", "));
         if even || round == 2 {
             return findings.note(even, &text);
@@ -160,8 +142,7 @@ fn trouble(summary: &Summary, wanted: u64, backends: &BTreeMap<&str, u64>) -> Op
         .map(String::as_str)
         .filter(|name| !backends.contains_key(name))
         .collect();
-    (!strangers.is_empty())
-        .then(|| format!("answers from {strangers:?}, which are not its backends"))
+    (!strangers.is_empty()).then(|| format!("answers from {strangers:?}, which are not its backends"))
 }
 
 /// What the agents may and may not have done to the nodes.
@@ -169,10 +150,7 @@ fn machine(stage: &mut Stage, findings: &mut Findings) -> Result<()> {
     for (node, before) in stage.cluster.nodes().iter().zip(&stage.rules_before) {
         let same = node.ruleset()? == *before;
         let text = if same { "not touched" } else { "changed" };
-        findings.note(
-            same,
-            &format!("{}: iptables and nftables rules {text}", node.name()),
-        )?;
+        findings.note(same, &format!("{}: iptables and nftables rules {text}", node.name()))?;
         let addresses = node.addresses()?;
         let taken = stage
             .services

@@ -46,18 +46,14 @@ pub(super) fn run(stage: &Stage, seconds: Option<u64>, signals: &Signals) -> Res
     let mut before = begin;
     loop {
         signals.sleep(PERIOD);
-        if signals.arrived()
-            || seconds.is_some_and(|seconds| begin.elapsed() >= Duration::from_secs(seconds))
-        {
+        if signals.arrived() || seconds.is_some_and(|seconds| begin.elapsed() >= Duration::from_secs(seconds)) {
             break;
         }
         for (index, name, caller) in &mut callers {
             for answer in caller.answers() {
                 let service = &stage.services[*index];
                 let trouble = match answer {
-                    Answer::From(pod)
-                        if service.backends.iter().any(|backend| backend.pod == pod) =>
-                    {
+                    Answer::From(pod) if service.backends.iter().any(|backend| backend.pod == pod) => {
                         seen[*index].backends.entry(pod).or_default().0 += 1;
                         continue;
                     }
@@ -69,18 +65,11 @@ pub(super) fn run(stage: &Stage, seconds: Option<u64>, signals: &Signals) -> Res
             }
         }
         let now = Instant::now();
-        let picture = picture(
-            stage,
-            &mut seen,
-            (now - before).as_secs_f64(),
-            last_trouble.as_deref(),
-        );
+        let picture = picture(stage, &mut seen, (now - before).as_secs_f64(), last_trouble.as_deref());
         before = now;
         screen.show(&picture)?;
     }
-    Ok(seen
-        .iter()
-        .all(|seen| seen.failed == 0 && !seen.backends.is_empty()))
+    Ok(seen.iter().all(|seen| seen.failed == 0 && !seen.backends.is_empty()))
 }
 
 /// The table and the lines around it.
@@ -150,16 +139,9 @@ fn agents(stage: &Stage) -> Vec<String> {
             let state = match agent.status(&stage.cluster) {
                 Ok(status) if status.agent.running => format!(
                     "lb-agent {}, {} applies{}{}",
-                    status
-                        .agent
-                        .pid
-                        .map_or_else(String::new, |pid| format!("pid {pid}")),
+                    status.agent.pid.map_or_else(String::new, |pid| format!("pid {pid}")),
                     status.agent.applies.unwrap_or_default(),
-                    if status.agent.complete {
-                        ""
-                    } else {
-                        ", not complete"
-                    },
+                    if status.agent.complete { "" } else { ", not complete" },
                     if status.problems.is_empty() {
                         ""
                     } else {
@@ -221,10 +203,7 @@ impl Screen {
         // A line that wraps, or one that scrolls out, cannot be drawn over.
         let (width, height) = size()?;
         if self.lines > 0 {
-            queue!(
-                out,
-                MoveToPreviousLine(self.lines.min(height.saturating_sub(1)))
-            )?;
+            queue!(out, MoveToPreviousLine(self.lines.min(height.saturating_sub(1))))?;
         }
         queue!(out, Clear(ClearType::FromCursorDown))?;
         self.lines = 0;

@@ -99,30 +99,21 @@ impl Manifests {
     /// Reads all `.yaml` files of a folder.
     pub(super) fn read(folder: &Path) -> Result<Self> {
         let mut documents = Vec::new();
-        for entry in
-            fs::read_dir(folder).with_context(|| format!("listing {}", folder.display()))?
-        {
-            let path = entry
-                .with_context(|| format!("listing {}", folder.display()))?
-                .path();
+        for entry in fs::read_dir(folder).with_context(|| format!("listing {}", folder.display()))? {
+            let path = entry.with_context(|| format!("listing {}", folder.display()))?.path();
             if path.extension().is_none_or(|extension| extension != "yaml") {
                 continue;
             }
-            let text =
-                fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-            let found: Vec<Document> = serde_saphyr::from_multiple(&text)
-                .with_context(|| format!("parsing {}", path.display()))?;
+            let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+            let found: Vec<Document> =
+                serde_saphyr::from_multiple(&text).with_context(|| format!("parsing {}", path.display()))?;
             documents.extend(found);
         }
         Self::from_documents(&documents)
     }
 
     fn from_documents(documents: &[Document]) -> Result<Self> {
-        let of_kind = |kind: &'static str| {
-            documents
-                .iter()
-                .filter(move |document| document.kind == kind)
-        };
+        let of_kind = |kind: &'static str| documents.iter().filter(move |document| document.kind == kind);
         let mut nodes = of_kind("Node")
             .map(|node| {
                 let range = node.spec.pod_cidr.clone();
@@ -143,9 +134,7 @@ impl Manifests {
             for port in &service.spec.ports {
                 let mut backends: Vec<Backend> = of_kind("EndpointSlice")
                     .filter(|slice| slice.metadata.namespace == *namespace)
-                    .filter(|slice| {
-                        slice.metadata.labels.get("kubernetes.io/service-name") == Some(name)
-                    })
+                    .filter(|slice| slice.metadata.labels.get("kubernetes.io/service-name") == Some(name))
                     .flat_map(|slice| backends(slice, &port.name))
                     .collect();
                 backends.sort();
@@ -195,11 +184,7 @@ mod tests {
     fn reads_the_examples() {
         let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
         let manifests = Manifests::read(&examples).unwrap();
-        let names: Vec<_> = manifests
-            .nodes
-            .iter()
-            .map(|(name, _)| name.as_str())
-            .collect();
+        let names: Vec<_> = manifests.nodes.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["n1", "n2"]);
         let [demo, hello] = manifests.services.as_slice() else {
             panic!("{manifests:?}");
@@ -208,20 +193,13 @@ mod tests {
             (demo.name.as_str(), demo.frontend),
             ("service-demo", "10.96.0.80:80".parse().unwrap())
         );
-        let nodes: Vec<_> = demo
-            .backends
-            .iter()
-            .map(|backend| backend.node.as_str())
-            .collect();
+        let nodes: Vec<_> = demo.backends.iter().map(|backend| backend.node.as_str()).collect();
         assert_eq!(nodes, ["n1", "n2"]);
         assert_eq!(
             (hello.name.as_str(), hello.frontend),
             ("hello-world-service", "10.96.40.0:4000".parse().unwrap())
         );
         assert_eq!(hello.backends.len(), 1);
-        assert_eq!(
-            (hello.backends[0].node.as_str(), hello.backends[0].port),
-            ("n2", 8080)
-        );
+        assert_eq!((hello.backends[0].node.as_str(), hello.backends[0].port), ("n2", 8080));
     }
 }

@@ -20,16 +20,11 @@ pub(super) struct Signals {
 
 impl Signals {
     pub(super) fn install() -> Result<Self> {
-        let action = SigAction::new(
-            SigHandler::Handler(note),
-            SaFlags::SA_RESTART,
-            SigSet::empty(),
-        );
+        let action = SigAction::new(SigHandler::Handler(note), SaFlags::SA_RESTART, SigSet::empty());
         let mut before = Vec::new();
         for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
             // SAFETY: the handler stores to an atomic and does nothing else.
-            let old = unsafe { sigaction(signal, &action) }
-                .with_context(|| format!("handling {signal}"))?;
+            let old = unsafe { sigaction(signal, &action) }.with_context(|| format!("handling {signal}"))?;
             before.push((signal, old));
         }
         Ok(Self { before })

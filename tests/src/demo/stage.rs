@@ -35,9 +35,7 @@ impl Stage {
         let manifests = Manifests::read(&options.examples)?;
         let testbed = Testbed::new(&options.testbed);
         let count = u8::try_from(manifests.nodes.len()).context("too many nodes")?;
-        say(&format!(
-            "building {count} nodes joined by VXLAN, and a client outside"
-        ))?;
+        say(&format!("building {count} nodes joined by VXLAN, and a client outside"))?;
         let cluster = Cluster::builder()
             .nodes(count)
             .underlay(Underlay::Vxlan)
@@ -111,12 +109,8 @@ impl Stage {
     fn start_agents(&mut self, options: &Options, signals: &Signals) -> Result<()> {
         let begin = Instant::now();
         for node in self.cluster.nodes() {
-            self.agents.push(Agent::start(
-                &self.cluster,
-                node,
-                &options.agent,
-                &options.examples,
-            )?);
+            self.agents
+                .push(Agent::start(&self.cluster, node, &options.agent, &options.examples)?);
         }
         for agent in &mut self.agents {
             agent.wait_ready(&self.cluster, signals)?;
@@ -135,17 +129,11 @@ impl Stage {
 }
 
 /// Makes a pod with nginx for every backend.
-fn start_servers(
-    cluster: &Cluster,
-    services: &[ServicePort],
-    signals: &Signals,
-) -> Result<Vec<Process>> {
+fn start_servers(cluster: &Cluster, services: &[ServicePort], signals: &Signals) -> Result<Vec<Process>> {
     // A pod may stand behind several Services and ports.
     let mut pods: BTreeMap<(&str, &str, Ipv4Addr), Vec<u16>> = BTreeMap::new();
     for backend in services.iter().flat_map(|service| &service.backends) {
-        let ports = pods
-            .entry((&backend.node, &backend.pod, backend.address))
-            .or_default();
+        let ports = pods.entry((&backend.node, &backend.pod, backend.address)).or_default();
         if !ports.contains(&backend.port) {
             ports.push(backend.port);
         }
@@ -162,11 +150,7 @@ fn start_servers(
 fn start_nginx(cluster: &Cluster, pod: &Pod, ports: &[u16], signals: &Signals) -> Result<Process> {
     let directory = cluster.scratch().join(pod.name());
     fs::create_dir(&directory).with_context(|| format!("making {}", directory.display()))?;
-    fs::write(
-        directory.join("nginx.conf"),
-        configuration(pod.name(), ports),
-    )
-    .context("writing nginx.conf")?;
+    fs::write(directory.join("nginx.conf"), configuration(pod.name(), ports)).context("writing nginx.conf")?;
     let log = File::create(directory.join("log")).context("making nginx's log")?;
     let mut command = pod.command("nginx")?;
     command
@@ -178,10 +162,7 @@ fn start_nginx(cluster: &Cluster, pod: &Pod, ports: &[u16], signals: &Signals) -
     let mut process = Process::spawn(&mut command)?;
     let deadline = Instant::now() + START;
     for &port in ports {
-        while pod
-            .within(|| TcpStream::connect(pod.socket(port)))?
-            .is_err()
-        {
+        while pod.within(|| TcpStream::connect(pod.socket(port)))?.is_err() {
             if signals.arrived() {
                 bail!("interrupted");
             }

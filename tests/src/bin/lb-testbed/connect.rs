@@ -174,13 +174,7 @@ impl Tally {
         self.records.extend(other.records);
     }
 
-    fn note(
-        &mut self,
-        options: &Options,
-        to: SocketAddr,
-        start_ns: u64,
-        result: Result<Answer, Trouble>,
-    ) {
+    fn note(&mut self, options: &Options, to: SocketAddr, start_ns: u64, result: Result<Answer, Trouble>) {
         let summary = &mut self.summary;
         summary.connections += 1;
         if options.log.is_some() {
@@ -255,10 +249,7 @@ fn work(options: &Options, next: &AtomicU64, begin: Instant) -> Tally {
 }
 
 fn stopped(options: &Options) -> bool {
-    options
-        .until_file
-        .as_ref()
-        .is_some_and(|path| path.exists())
+    options.until_file.as_ref().is_some_and(|path| path.exists())
 }
 
 /// One connection from beginning to end.
@@ -314,9 +305,7 @@ pub(crate) fn first_line(stream: &mut TcpStream) -> Result<String, Trouble> {
 /// Asks for `/` and returns the first line of the body.
 fn http_line(stream: &mut TcpStream, to: SocketAddr) -> Result<String, Trouble> {
     let request = format!("GET / HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n\r\n");
-    stream
-        .write_all(request.as_bytes())
-        .map_err(at(Stage::Write))?;
+    stream.write_all(request.as_bytes()).map_err(at(Stage::Write))?;
     let mut answer = Vec::new();
     let mut buffer = [0; 4096];
     loop {
@@ -327,14 +316,11 @@ fn http_line(stream: &mut TcpStream, to: SocketAddr) -> Result<String, Trouble> 
         answer.extend_from_slice(&buffer[..read]);
     }
     let text = String::from_utf8_lossy(&answer);
-    let invalid =
-        |why: &str| at(Stage::Read)(io::Error::new(ErrorKind::InvalidData, why.to_owned()));
+    let invalid = |why: &str| at(Stage::Read)(io::Error::new(ErrorKind::InvalidData, why.to_owned()));
     if text.is_empty() {
         return Err(at(Stage::Read)(ErrorKind::UnexpectedEof.into()));
     }
-    let (head, body) = text
-        .split_once("\r\n\r\n")
-        .ok_or_else(|| invalid("no HTTP answer"))?;
+    let (head, body) = text.split_once("\r\n\r\n").ok_or_else(|| invalid("no HTTP answer"))?;
     if head.split(' ').nth(1) != Some("200") {
         return Err(invalid("not 200"));
     }

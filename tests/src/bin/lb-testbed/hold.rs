@@ -73,9 +73,7 @@ fn wait_for_end_of_input() {
 
 /// Sends a line and expects it back.
 fn echo(stream: &mut TcpStream, line: &str) -> Result<(), Trouble> {
-    stream
-        .write_all(line.as_bytes())
-        .map_err(at(Stage::Write))?;
+    stream.write_all(line.as_bytes()).map_err(at(Stage::Write))?;
     let mut answer = vec![0; line.len()];
     stream.read_exact(&mut answer).map_err(at(Stage::Read))?;
     if answer != line.as_bytes() {

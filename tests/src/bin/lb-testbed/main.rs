@@ -60,22 +60,13 @@ enum Command {
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     // A server or client of thousands of connections needs as many files.
-    let (_, hard) =
-        getrlimit(Resource::RLIMIT_NOFILE).context("reading the limit of open files")?;
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("reading the limit of open files")?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raising the limit of open files")?;
     match arguments.command {
         Command::Serve(options) => serve::run(&options)?,
         Command::Connect(options) => connect::run(&options)?,
-        Command::Cluster {
-            nodes,
-            routes,
-            pods,
-        } => {
-            let underlay = if routes {
-                Underlay::Routes
-            } else {
-                Underlay::Vxlan
-            };
+        Command::Cluster { nodes, routes, pods } => {
+            let underlay = if routes { Underlay::Routes } else { Underlay::Vxlan };
             cluster(nodes, underlay, pods)?;
         }
         Command::Demo {
@@ -92,11 +83,7 @@ fn main() -> Result<ExitCode> {
                 check,
                 seconds,
             })?;
-            return Ok(if well {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            });
+            return Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -119,9 +106,7 @@ fn cluster(nodes: u8, underlay: Underlay, pods: u8) -> Result<()> {
     }
     say(cluster.prefix())?;
     say("ready")?;
-    stdin()
-        .read_to_end(&mut Vec::new())
-        .context("reading standard input")?;
+    stdin().read_to_end(&mut Vec::new()).context("reading standard input")?;
     Ok(())
 }
 

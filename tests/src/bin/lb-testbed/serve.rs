@@ -64,9 +64,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         connections: HashMap::new(),
     };
     for entry in &options.listen {
-        server
-            .listen(entry)
-            .with_context(|| format!("listening on {entry}"))?;
+        server.listen(entry).with_context(|| format!("listening on {entry}"))?;
     }
     say("ready")?;
     let deadline = Instant::now() + Duration::from_secs(options.max_seconds);
@@ -123,12 +121,7 @@ impl Server<'_> {
                 Ok(accepted) => accepted,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 // The client has gone already.
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        ErrorKind::ConnectionAborted | ErrorKind::Interrupted
-                    ) =>
-                {
+                Err(error) if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) => {
                     continue;
                 }
                 Err(error) => return Err(error).context("accepting"),
@@ -144,12 +137,7 @@ impl Server<'_> {
                 .set_nonblocking(true)
                 .context("unblocking a connection")?;
             // A few bytes into an empty buffer: written at once, or the client has gone.
-            if !self.options.http
-                && connection
-                    .stream
-                    .write_all(connection.greeting.as_bytes())
-                    .is_err()
-            {
+            if !self.options.http && connection.stream.write_all(connection.greeting.as_bytes()).is_err() {
                 continue;
             }
             let token = self.watch(&connection.stream)?;
@@ -184,11 +172,7 @@ impl Server<'_> {
             }
             if self.options.http {
                 connection.request.extend_from_slice(&buffer[..read]);
-                if connection
-                    .request
-                    .windows(4)
-                    .any(|window| window == b"\r\n\r\n")
-                {
+                if connection.request.windows(4).any(|window| window == b"\r\n\r\n") {
                     let body = &connection.greeting;
                     let answer = format!(
                         "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",

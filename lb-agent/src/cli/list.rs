@@ -1,0 +1,264 @@
+//! `service list`, `backend list`, `socket list`: the pinned maps, joined.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+
+use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Name, backend_flags};
+use lb_common::logic::generation;
+use serde::Serialize;
+
+use super::{ReadArgs, output};
+use crate::actual::port_id;
+use crate::maps::Dump;
+
+/// Whose something is.
+#[derive(Debug, Clone, Serialize)]
+struct Owner {
+    namespace: String,
+    name: String,
+    port_name: String,
+    protocol: String,
+    port: u16,
+    family: u8,
+}
+
+impl Owner {
+    fn of(name: Option<&Name>) -> Self {
+        let unknown = || "?".to_owned();
+        match name.and_then(|name| Some((name, port_id(name)?))) {
+            Some((name, id)) => Self {
+                namespace: id.service.namespace.to_string(),
+                name: id.service.name.to_string(),
+                port_name: id.port_name.to_string(),
+                protocol: id.protocol.to_string(),
+                port: name.port,
+                family: name.family,
+            },
+            None => Self {
+                namespace: unknown(),
+                name: unknown(),
+                port_name: unknown(),
+                protocol: unknown(),
+                port: 0,
+                family: 0,
+            },
+        }
+    }
+
+    /// `namespace/name:port-name`.
+    fn short(&self) -> String {
+        let port = if self.port_name.is_empty() {
+            self.port.to_string()
+        } else {
+            self.port_name.clone()
+        };
+        format!("{}/{}:{port}", self.namespace, self.name)
+    }
+}
+
+#[derive(Debug, Clone, Serialize)]
+struct FrontendRow {
+    address: IpAddr,
+    port: u16,
+    kind: String,
+}
+
+#[derive(Debug, Serialize)]
+struct ServiceRow {
+    #[serde(flatten)]
+    owner: Owner,
+    index: u32,
+    generation: u32,
+    frontends: Vec<FrontendRow>,
+    /// Members of the whole-cluster set.
+    backends: u16,
+    /// Members of the set that serves cluster IPs.
+    internal: u16,
+    /// Members of the set that serves external addresses.
+    external: u16,
+    affinity_timeout: u32,
+    connections: u64,
+    refused: u64,
+}
+
+/// Frontends by service index.
+fn frontends(dump: &Dump) -> BTreeMap<u32, Vec<FrontendRow>> {
+    let mut all: BTreeMap<u32, Vec<FrontendRow>> = BTreeMap::new();
+    for (FrontendKey { addr, port, .. }, Frontend { service, kind, .. }) in &dump.frontends {
+        let known = FrontendKind::from_u8(*kind);
+        if known == Some(FrontendKind::Address) {
+            continue;
+        }
+        all.entry(*service).or_default().push(FrontendRow {
+            address: (*addr).into(),
+            port: *port,
+            kind: known.map_or_else(|| format!("unknown ({kind})"), |kind| kind.label().into()),
+        });
+    }
+    all
+}
+
+pub(super) fn services(args: &ReadArgs) -> anyhow::Result<()> {
+    let maps = args.pin.open()?;
+    let dump = maps.dump()?;
+    let mut frontends = frontends(&dump);
+    let mut rows = Vec::new();
+    for (index, name) in &dump.names {
+        let Some(service) = dump.services.get(*index as usize) else {
+            continue;
+        };
+        let stats = maps.stats(*index)?;
+        rows.push(ServiceRow {
+            owner: Owner::of(Some(name)),
+            index: *index,
+            generation: service.generation,
+            frontends: frontends.remove(index).unwrap_or_default(),
+            backends: service.cluster.len,
+            internal: service.internal.len,
+            external: service.external.len,
+            affinity_timeout: service.affinity_timeout,
+            connections: stats.connections,
+            refused: stats.refused,
+        });
+    }
+    rows.sort_by_key(|row| row.owner.short());
+    let header = ["SERVICE", "PROTOCOL", "FRONTENDS", "BACKENDS", "CONNECTIONS", "REFUSED"];
+    output::rows(args.output, header, &rows, |row| {
+        let frontends: Vec<_> = row
+            .frontends
+            .iter()
+            .map(|f| format!("{}:{} ({})", f.address, f.port, f.kind))
+            .collect();
+        [
+            row.owner.short(),
+            row.owner.protocol.clone(),
+            frontends.join(", "),
+            row.backends.to_string(),
+            row.connections.to_string(),
+            row.refused.to_string(),
+        ]
+    })
+}
+
+#[derive(Debug, Serialize)]
+struct BackendRow {
+    #[serde(flatten)]
+    owner: Owner,
+    address: IpAddr,
+    /// Port of the backend.
+    backend_port: u16,
+    id: u32,
+    generation: u32,
+    /// Sets that it is a member of.
+    sets: Vec<&'static str>,
+    local: bool,
+    /// In no set: it serves what it has, and gets nothing new.
+    draining: bool,
+    /// Sockets that are connected to it.
+    sockets: usize,
+}
+
+pub(super) fn backends(args: &ReadArgs) -> anyhow::Result<()> {
+    let maps = args.pin.open()?;
+    let dump = maps.dump()?;
+    let mut connected: HashMap<(u32, u32), usize> = HashMap::new();
+    for record in maps.sockets()? {
+        *connected.entry((record.backend, record.generation)).or_default() += 1;
+    }
+    let mut rows: Vec<_> = (0_u32..)
+        .zip(&dump.backends)
+        .filter(|(_, backend)| generation::is_live(backend.generation))
+        .map(|(id, backend)| {
+            let bits = [
+                (backend_flags::INTERNAL, "internal"),
+                (backend_flags::EXTERNAL, "external"),
+                (backend_flags::CLUSTER, "cluster"),
+            ];
+            let sets: Vec<_> = bits
+                .iter()
+                .filter(|(bit, _)| backend.flags & bit != 0)
+                .map(|(_, name)| *name)
+                .collect();
+            BackendRow {
+                owner: Owner::of(dump.names.get(&backend.service)),
+                address: backend.addr.into(),
+                backend_port: backend.port,
+                id,
+                generation: backend.generation,
+                draining: sets.is_empty(),
+                sets,
+                local: backend.flags & backend_flags::LOCAL != 0,
+                sockets: connected.get(&(id, backend.generation)).copied().unwrap_or(0),
+            }
+        })
+        .collect();
+    rows.sort_by_key(|row| (row.owner.short(), row.address, row.backend_port));
+    let header = ["SERVICE", "BACKEND", "ID", "NODE", "STATE", "SOCKETS"];
+    output::rows(args.output, header, &rows, |row| {
+        [
+            row.owner.short(),
+            std::net::SocketAddr::new(row.address, row.backend_port).to_string(),
+            row.id.to_string(),
+            if row.local { "this" } else { "other" }.into(),
+            if row.draining { "draining" } else { "used" }.into(),
+            row.sockets.to_string(),
+        ]
+    })
+}
+
+#[derive(Debug, Serialize)]
+struct SocketRow {
+    #[serde(flatten)]
+    owner: Owner,
+    cookie: u64,
+    netns: u64,
+    /// What the process asked for.
+    original: std::net::SocketAddr,
+    /// What it got.
+    backend: std::net::SocketAddr,
+    backend_id: u32,
+    backend_generation: u32,
+    /// The backend is still in use.
+    current: bool,
+    /// Seconds since it was connected.
+    age: u64,
+}
+
+pub(super) fn sockets(args: &ReadArgs) -> anyhow::Result<()> {
+    let maps = args.pin.open()?;
+    let dump = maps.dump()?;
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?
+        .tv_sec()
+        .unsigned_abs();
+    let mut rows: Vec<_> = maps
+        .sockets()?
+        .into_iter()
+        .map(|record| {
+            let entry = dump.backends.get(record.backend as usize).map_or(0, |b| b.generation);
+            SocketRow {
+                owner: Owner::of(dump.names.get(&record.service)),
+                cookie: record.cookie,
+                netns: record.netns,
+                original: (IpAddr::from(record.original_addr), record.original_port).into(),
+                backend: (IpAddr::from(record.backend_addr), record.backend_port).into(),
+                backend_id: record.backend,
+                backend_generation: record.generation,
+                current: generation::is_current(entry, record.generation),
+                age: now.saturating_sub(record.time / 1_000_000_000),
+            }
+        })
+        .collect();
+    rows.sort_by_key(|row| (row.owner.short(), row.cookie));
+    let header = ["SERVICE", "ASKED FOR", "BACKEND", "STATE", "AGE", "COOKIE", "NETNS"];
+    output::rows(args.output, header, &rows, |row| {
+        [
+            row.owner.short(),
+            row.original.to_string(),
+            row.backend.to_string(),
+            if row.current { "current" } else { "gone" }.into(),
+            format!("{}s", row.age),
+            row.cookie.to_string(),
+            row.netns.to_string(),
+        ]
+    })
+}

@@ -1,0 +1,195 @@
+//! The command line.
+
+mod list;
+mod output;
+mod run;
+mod status;
+mod verify;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use lb_common::abi::capacity;
+
+use crate::loader::{self, PinPath};
+use crate::maps::Capacities;
+use crate::maps::bpf::PinnedMaps;
+
+/// Kubernetes Services in eBPF, beside any CNI.
+#[derive(Debug, Parser)]
+#[command(name = "lb-agent", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve: read Services and endpoints, and keep the kernel's maps as they say
+    Run(Box<run::RunArgs>),
+    /// What is attached, how full the maps are, what could not be used
+    Status(ReadArgs),
+    /// Service ports
+    #[command(subcommand)]
+    Service(List),
+    /// Backends
+    #[command(subcommand)]
+    Backend(List),
+    /// Sockets that were connected to a service
+    #[command(subcommand)]
+    Socket(List),
+    /// Compare the maps with what the source says, afresh; exit 1 and a diff where they differ
+    Verify(verify::VerifyArgs),
+    /// Detach every program and remove every pin
+    Cleanup(PinArgs),
+}
+
+#[derive(Debug, Subcommand)]
+enum List {
+    /// List them
+    List(ReadArgs),
+}
+
+#[derive(Debug, Args)]
+struct PinArgs {
+    /// Folder on a BPF file system that everything is pinned below
+    #[arg(long, value_name = "PATH", default_value = "/sys/fs/bpf/lb")]
+    pin_path: PathBuf,
+}
+
+impl PinArgs {
+    fn pins(&self) -> PinPath {
+        PinPath::new(&self.pin_path)
+    }
+
+    /// The pinned maps, for reading.
+    fn open(&self) -> anyhow::Result<PinnedMaps> {
+        let pins = self.pins();
+        anyhow::ensure!(
+            pins.maps().exists(),
+            "nothing is pinned below {} by this version: has `lb-agent run` been started with this --pin-path?",
+            pins.root().display()
+        );
+        Ok(PinnedMaps::open(&pins.maps())?)
+    }
+}
+
+#[derive(Debug, Args)]
+struct ReadArgs {
+    #[command(flatten)]
+    pin: PinArgs,
+    /// A table for people, or JSON for programs
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    output: Format,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+/// Where Services and endpoints come from.
+#[derive(Debug, Args)]
+struct SourceArgs {
+    /// Files or folders of Service, EndpointSlice and Node manifests, YAML or JSON
+    #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
+    manifests: Vec<PathBuf>,
+    /// Name of this node, as endpoints name it [default: the host name]
+    #[arg(long, value_name = "NAME", env = "NODE_NAME")]
+    node_name: Option<String>,
+}
+
+impl SourceArgs {
+    fn node(&self) -> anyhow::Result<String> {
+        if let Some(name) = &self.node_name {
+            return Ok(name.clone());
+        }
+        let name = nix::unistd::gethostname()?;
+        // As kubelet does: node names are in lower case.
+        Ok(name.to_string_lossy().trim().to_lowercase())
+    }
+}
+
+/// Sizes of maps. A map that is pinned keeps its size.
+#[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "Capacities")]
+struct CapacityArgs {
+    /// Service ports (per family)
+    #[arg(long, value_name = "N", default_value_t = capacity::SERVICES, value_parser = clap::value_parser!(u32).range(2..=1 << 24))]
+    max_services: u32,
+    /// Addresses and ports that lead to services, and one per service address
+    #[arg(long, value_name = "N", default_value_t = capacity::FRONTENDS, value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
+    max_frontends: u32,
+    /// Backends, over all service ports
+    #[arg(long, value_name = "N", default_value_t = capacity::BACKENDS, value_parser = clap::value_parser!(u32).range(2..=1 << 26))]
+    max_backends: u32,
+    /// Slots of backend sets: per set, the next power of two
+    #[arg(long, value_name = "N", default_value_t = capacity::BACKEND_SLOTS, value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
+    max_backend_slots: u32,
+    /// Socket records in the direct-mapped array; rounded up to a power of two
+    #[arg(long, value_name = "N", default_value_t = capacity::SOCKETS, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    max_sockets: u32,
+    /// Socket records beyond those
+    #[arg(long, value_name = "N", default_value_t = capacity::SOCKETS_MORE, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    max_sockets_more: u32,
+}
+
+impl From<CapacityArgs> for Capacities {
+    fn from(args: CapacityArgs) -> Self {
+        let CapacityArgs {
+            max_services,
+            max_frontends,
+            max_backends,
+            max_backend_slots,
+            max_sockets,
+            max_sockets_more,
+        } = args;
+        Self {
+            services: max_services,
+            frontends: max_frontends,
+            backends: max_backends,
+            backend_slots: max_backend_slots,
+            sockets: max_sockets.next_power_of_two(),
+            sockets_more: max_sockets_more,
+        }
+    }
+}
+
+/// The whole program.
+#[must_use]
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run(args) => run::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Status(args) => status::status(&args).map(|()| ExitCode::SUCCESS),
+        Command::Service(List::List(args)) => list::services(&args).map(|()| ExitCode::SUCCESS),
+        Command::Backend(List::List(args)) => list::backends(&args).map(|()| ExitCode::SUCCESS),
+        Command::Socket(List::List(args)) => list::sockets(&args).map(|()| ExitCode::SUCCESS),
+        Command::Verify(args) => verify::verify(&args),
+        Command::Cleanup(args) => cleanup(&args).map(|()| ExitCode::SUCCESS),
+    };
+    result.unwrap_or_else(|error| {
+        if output::is_broken_pipe(&error) {
+            return ExitCode::SUCCESS;
+        }
+        output::complain(&format!("error: {error:#}"));
+        ExitCode::FAILURE
+    })
+}
+
+fn cleanup(args: &PinArgs) -> anyhow::Result<()> {
+    let pins = args.pins();
+    let what = match loader::cleanup(&pins) {
+        Ok(true) => "detached all programs and removed all pins below",
+        Ok(false) => "nothing is pinned below",
+        Err(loader::LoadError::Locked(path)) => {
+            anyhow::bail!(
+                "an agent is running on {}: stop it first, or it would go on without its maps",
+                path.display()
+            )
+        }
+        Err(error) => return Err(error.into()),
+    };
+    output::say(&format!("{what} {}", pins.root().display()))
+}

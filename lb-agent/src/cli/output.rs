@@ -1,0 +1,51 @@
+//! Tables for people, JSON for programs.
+
+use std::io::{self, Write as _};
+
+use comfy_table::{ContentArrangement, Table, presets};
+use serde::Serialize;
+
+use super::Format;
+
+/// Prints a line.
+pub(super) fn say(line: &str) -> anyhow::Result<()> {
+    Ok(writeln!(io::stdout().lock(), "{line}")?)
+}
+
+/// Prints a line to the error output; there is nobody to tell if that fails.
+pub(super) fn complain(line: &str) {
+    writeln!(io::stderr().lock(), "{line}").ok();
+}
+
+/// Whether the reader of our output went away, as `head` does.
+pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Prints rows in the format that was asked for.
+pub(super) fn rows<T: Serialize, const N: usize>(
+    format: Format,
+    header: [&str; N],
+    rows: &[T],
+    cells: impl Fn(&T) -> [String; N],
+) -> anyhow::Result<()> {
+    match format {
+        Format::Json => json(&rows),
+        Format::Table => {
+            let mut table = Table::new();
+            table
+                .load_style(presets::NOTHING)
+                .set_content_arrangement(ContentArrangement::Disabled);
+            table.set_header(header);
+            table.add_rows(rows.iter().map(cells));
+            say(&table.trim_fmt())
+        }
+    }
+}
+
+/// Prints a value as JSON.
+pub(super) fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
+    say(&serde_json::to_string_pretty(value)?)
+}

@@ -1,0 +1,247 @@
+//! `run`: from changes of the source to changes of the maps, until a signal says stop.
+
+use std::fs;
+use std::future::pending;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use aya::maps::{Map, MapData, RingBuf};
+use clap::{Args, ValueEnum};
+use lb_common::abi::{Config, DropReason, Event, Notice, State, event_mask, map_name};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::spawn_blocking;
+use tracing::{debug, error, info, warn};
+use zerocopy::FromBytes as _;
+
+use super::{CapacityArgs, PinArgs, SourceArgs};
+use crate::actual::pad;
+use crate::loader::{self, Cgroup, Lock, OBJECT};
+use crate::maps::Maps as _;
+use crate::maps::bpf::{BpfMaps, PinnedMaps};
+use crate::maps::sys;
+use crate::model::{Batch, Problem};
+use crate::reconcile::Reconciler;
+use crate::source::manifests::ManifestSource;
+use crate::source::watch::Watcher;
+
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    source: SourceArgs,
+    #[command(flatten)]
+    pin: PinArgs,
+    /// Cgroup (v2) whose processes are served [default: the root of the cgroup2 mount]
+    #[arg(long, value_name = "PATH")]
+    cgroup: Option<PathBuf>,
+    #[command(flatten)]
+    capacities: CapacityArgs,
+    /// Format of the log, on the error output; what it contains is set by RUST_LOG
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    /// Load this eBPF object in place of the one that is part of the program; for developers
+    #[arg(long, value_name = "FILE", hide = true)]
+    ebpf_object: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match args.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(serve(args))
+}
+
+async fn serve(args: &RunArgs) -> anyhow::Result<()> {
+    let node = args.source.node()?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+
+    let lock = Lock::take(&args.pin.pins())?;
+    let cgroup = Cgroup::open(args.cgroup.as_deref())?;
+    if !cgroup.is_root() {
+        warn!(cgroup = %cgroup.path().display(), "not the root of the hierarchy: processes outside of it are not served");
+    }
+    let object = match &args.ebpf_object {
+        Some(path) => fs::read(path).with_context(|| format!("reading {}", path.display()))?,
+        None => OBJECT.to_vec(),
+    };
+    let maps = loader::load(&object, &lock, &args.capacities.into())?;
+    let mut grace = maps.grace_watch();
+
+    // Watching begins before the first look, so that no change falls in between.
+    let mut watcher = Watcher::new(&args.source.manifests);
+    if let Some(why) = watcher.degraded() {
+        warn!("changes of manifests are polled for: {why}");
+    }
+    let mut source = ManifestSource::new(args.source.manifests.clone());
+    let (batch, back) = spawn_blocking(move || (source.rescan(), source)).await?;
+    source = back;
+
+    let reconciler = Reconciler::adopt(maps, &node)?;
+    let mut agent = Agent::new(reconciler, &node, &cgroup)?;
+    agent.apply(batch);
+    // The maps are filled before programs look at them, and before programs of an earlier build are replaced.
+    loader::attach(agent.reconciler.maps().programs(), lock.pins(), &cgroup)?;
+    agent.publish_state();
+    let (usage, _) = agent.reconciler.usage();
+    info!(
+        node, cgroup = %cgroup.path().display(), pins = %lock.pins().root().display(),
+        services = usage.services, backends = usage.backends, "serving"
+    );
+    let mut events = Events::open(&lock, agent.reconciler.maps().pinned())?;
+
+    loop {
+        tokio::select! {
+            changed = watcher.changed() => {
+                let (batch, back) = spawn_blocking(move || (source.rescan_forced(&changed), source)).await?;
+                source = back;
+                agent.apply(batch);
+            }
+            Ok(()) = grace.changed() => agent.reconciler.reclaim(),
+            () = async { match &mut events { Some(events) => events.log_next().await, None => pending().await } } => {}
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    info!("stopped; what is pinned goes on serving (`lb-agent cleanup` ends it)");
+    Ok(())
+}
+
+/// The reconciler, and what the command line is told about it.
+struct Agent {
+    reconciler: Reconciler<BpfMaps>,
+    state: State,
+    /// What was last logged and told.
+    problems: Vec<Problem>,
+}
+
+fn seconds_since_1970() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+impl Agent {
+    fn new(reconciler: Reconciler<BpfMaps>, node: &str, cgroup: &Cgroup) -> anyhow::Result<Self> {
+        let state = State {
+            pid: std::process::id(),
+            complete: 0,
+            started: seconds_since_1970(),
+            applied: 0,
+            applies: 0,
+            cgroup: cgroup.id(),
+            netns: sys::netns_cookie().context("SO_NETNS_COOKIE")?,
+            more_notices: 0,
+            pad: 0,
+            node: pad(node),
+            version: pad(env!("CARGO_PKG_VERSION")),
+        };
+        Ok(Self {
+            reconciler,
+            state,
+            problems: Vec::new(),
+        })
+    }
+
+    fn apply(&mut self, batch: Batch) {
+        let news =
+            !batch.changes.is_empty() || batch.complete != self.reconciler.is_complete() || self.state.applies == 0;
+        if !news && self.reconciler.source_problems() == batch.problems {
+            return;
+        }
+        let changes = batch.changes.len();
+        let before = self.reconciler.maps().written();
+        self.reconciler.apply(batch);
+        let written = self.reconciler.maps().written() - before;
+        debug!(changes, written, "applied");
+        self.state.applies += 1;
+        self.state.applied = seconds_since_1970();
+        self.state.complete = self.reconciler.is_complete().into();
+        self.publish_problems();
+        // Before the first attachment nobody is served, so the command line is told after it.
+        if self.state.applies > 1 {
+            self.publish_state();
+        }
+    }
+
+    fn publish_state(&self) {
+        self.reconciler.maps().pinned().write_state(&self.state);
+    }
+
+    /// Logs problems that are new and those that are gone, and tells all to the command line.
+    fn publish_problems(&mut self) {
+        let problems = self.reconciler.problems();
+        for problem in problems.iter().filter(|p| !self.problems.contains(p)) {
+            warn!(place = problem.place, "{}", problem.message);
+        }
+        for problem in self.problems.iter().filter(|p| !problems.contains(p)) {
+            info!(place = problem.place, "no longer: {}", problem.message);
+        }
+        let notices: Vec<_> = problems
+            .iter()
+            .map(|problem| Notice {
+                place: pad(&problem.place),
+                message: pad(&problem.message),
+            })
+            .collect();
+        match self.reconciler.maps_mut().pinned_mut().write_notices(&notices) {
+            Ok(more) => self.state.more_notices = more as u32,
+            Err(error) => error!(%error, "cannot tell problems to `lb-agent status`"),
+        }
+        self.problems = problems;
+    }
+}
+
+/// Events of the data plane, logged where the log wants them (`RUST_LOG=debug`).
+struct Events {
+    ring: RingBuf<MapData>,
+    look: tokio::time::Interval,
+}
+
+impl Events {
+    /// Tells the programs whether events are wanted; `None` where they are not.
+    fn open(lock: &Lock, maps: &PinnedMaps) -> anyhow::Result<Option<Self>> {
+        let wanted = tracing::enabled!(tracing::Level::DEBUG);
+        maps.write_config(&Config {
+            events: if wanted { event_mask::REFUSED } else { 0 },
+            pad: 0,
+        });
+        if !wanted {
+            return Ok(None);
+        }
+        let map = MapData::from_pin(lock.pins().maps().join(map_name::EVENTS))?;
+        Ok(Some(Self {
+            ring: RingBuf::try_from(Map::RingBuf(map))?,
+            look: tokio::time::interval(Duration::from_millis(200)),
+        }))
+    }
+
+    /// Waits for the next look at the ring and logs what is there.
+    async fn log_next(&mut self) {
+        self.look.tick().await;
+        while let Some(bytes) = self.ring.next() {
+            let Ok((event, _)) = Event::read_from_prefix(&bytes) else {
+                continue;
+            };
+            let reason = DropReason::from_u32(event.reason).map_or("unknown reason", DropReason::text);
+            debug!(
+                to = %format_args!("{}:{}", event.addr, event.port),
+                service = event.service, pid = event.pid, cookie = event.cookie, netns = event.netns,
+                "connection refused: {reason}"
+            );
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! `status`: what is attached, how full the maps are, what could not be used.
+
+use lb_common::abi::{DropReason, VERSION};
+use lb_common::logic::generation;
+use serde::Serialize;
+
+use super::{Format, ReadArgs, output};
+use crate::actual::text;
+use crate::loader::{self, Lock};
+use crate::maps::Dump;
+
+#[derive(Debug, Serialize)]
+struct Status {
+    pin_path: String,
+    abi: u32,
+    agent: Agent,
+    programs: Vec<ProgramRow>,
+    maps: Vec<MapRow>,
+    drops: Vec<DropRow>,
+    problems: Vec<ProblemRow>,
+}
+
+/// The agent, as it last told of itself.
+#[derive(Debug, Serialize)]
+struct Agent {
+    running: bool,
+    pid: u32,
+    version: String,
+    node: String,
+    netns_cookie: u64,
+    cgroup: u64,
+    started: u64,
+    applied: u64,
+    applies: u64,
+    complete: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct ProgramRow {
+    name: String,
+    attached: bool,
+    id: u32,
+    tag: String,
+    cgroup: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct MapRow {
+    name: &'static str,
+    used: usize,
+    capacity: u32,
+    flag: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+struct DropRow {
+    reason: &'static str,
+    text: &'static str,
+    count: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct ProblemRow {
+    place: String,
+    message: String,
+}
+
+/// Slots in ranges of published sets.
+fn used_slots(dump: &Dump) -> usize {
+    let mut ranges: Vec<_> = dump
+        .services
+        .iter()
+        .flat_map(|s| [s.internal, s.external, s.cluster])
+        .filter(|word| word.len != 0)
+        .map(|word| (word.base, u32::from(word.len).next_power_of_two() as usize))
+        .collect();
+    ranges.sort_unstable();
+    ranges.dedup();
+    ranges.into_iter().map(|(_, size)| size).sum()
+}
+
+pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
+    let pins = args.pin.pins();
+    let maps = args.pin.open()?;
+    let dump = maps.dump()?;
+    let sizes = maps.capacities();
+    let running = Lock::is_taken(&pins);
+    let state = maps.state();
+    let string = |field: &[u8]| text(field).unwrap_or("?").to_owned();
+    let agent = Agent {
+        running,
+        pid: state.map_or(0, |s| s.pid),
+        version: state.map_or_else(String::new, |s| string(&s.version)),
+        node: state.map_or_else(String::new, |s| string(&s.node)),
+        netns_cookie: state.map_or(0, |s| s.netns),
+        cgroup: state.map_or(0, |s| s.cgroup),
+        started: state.map_or(0, |s| s.started),
+        applied: state.map_or(0, |s| s.applied),
+        applies: state.map_or(0, |s| s.applies),
+        complete: state.is_some_and(|s| s.complete != 0),
+    };
+    let mut problems: Vec<_> = maps
+        .notices()?
+        .iter()
+        .map(|notice| ProblemRow {
+            place: string(&notice.place),
+            message: string(&notice.message),
+        })
+        .collect();
+    if let Some(more) = state.map(|s| s.more_notices).filter(|more| *more > 0) {
+        problems.push(ProblemRow {
+            place: "status".into(),
+            message: format!("{more} more problems: see the log of the agent"),
+        });
+    }
+    let programs: Vec<_> = loader::attached(&pins)?
+        .into_iter()
+        .map(|(name, at)| ProgramRow {
+            name: name.into(),
+            attached: at.as_ref().is_some_and(|at| at.cgroup != 0),
+            id: at.as_ref().map_or(0, |at| at.program),
+            tag: at.as_ref().map_or_else(String::new, |at| format!("{:016x}", at.tag)),
+            cgroup: at.map_or(0, |at| at.cgroup),
+        })
+        .collect();
+    for program in programs
+        .iter()
+        .filter(|p| p.attached && !loader::is_root_cgroup(p.cgroup))
+    {
+        problems.push(ProblemRow {
+            place: format!("program {}", program.name),
+            message: format!(
+                "cgroup {} is not the root: processes outside of it are not served",
+                program.cgroup
+            ),
+        });
+    }
+    let row = |name, used, capacity| MapRow {
+        name,
+        used,
+        capacity,
+        flag: crate::maps::capacity_flag(name),
+    };
+    let live = |generation: u32| generation::is_live(generation);
+    let maps_rows = vec![
+        row("FRONTENDS", dump.frontends.len(), sizes.frontends),
+        row(
+            "SERVICES",
+            dump.services.iter().filter(|s| live(s.generation)).count(),
+            sizes.services,
+        ),
+        row(
+            "BACKENDS",
+            dump.backends.iter().filter(|b| live(b.generation)).count(),
+            sizes.backends,
+        ),
+        row("BACKEND_SLOTS", used_slots(&dump), sizes.backend_slots),
+        row("SOCKETS", maps.sockets_used(), sizes.sockets),
+        row("SOCKETS_MORE", maps.sockets_more_used()?, sizes.sockets_more),
+    ];
+    let drops = DropReason::ALL
+        .iter()
+        .map(|reason| {
+            Ok(DropRow {
+                reason: reason.label(),
+                text: reason.text(),
+                count: maps.drops(*reason)?,
+            })
+        })
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let status = Status {
+        pin_path: pins.root().display().to_string(),
+        abi: VERSION,
+        agent,
+        programs,
+        maps: maps_rows,
+        drops,
+        problems,
+    };
+    match args.output {
+        Format::Json => output::json(&status),
+        Format::Table => print(&status),
+    }
+}
+
+fn print(status: &Status) -> anyhow::Result<()> {
+    let Status {
+        pin_path,
+        abi,
+        agent,
+        programs,
+        maps,
+        drops,
+        problems,
+    } = status;
+    let running = if agent.running {
+        "running"
+    } else {
+        "not running (what is pinned goes on serving)"
+    };
+    output::say(&format!(
+        "agent      {running}, pid {}, version {}, node {}",
+        agent.pid, agent.version, agent.node
+    ))?;
+    let complete = if agent.complete {
+        "everything was applied"
+    } else {
+        "the source has not told everything yet"
+    };
+    output::say(&format!("state      {} changes applied, {complete}", agent.applies))?;
+    output::say(&format!("pinned     {pin_path}, layout v{abi}\n"))?;
+    output::rows(
+        Format::Table,
+        ["PROGRAM", "ATTACHED", "ID", "TAG", "CGROUP"],
+        programs,
+        |p| {
+            let attached = if p.attached { "yes" } else { "NO" };
+            [
+                p.name.clone(),
+                attached.into(),
+                p.id.to_string(),
+                p.tag.clone(),
+                p.cgroup.to_string(),
+            ]
+        },
+    )?;
+    output::say("")?;
+    output::rows(Format::Table, ["MAP", "USED", "CAPACITY", "FLAG"], maps, |m| {
+        [
+            m.name.into(),
+            m.used.to_string(),
+            m.capacity.to_string(),
+            format!("--{}", m.flag),
+        ]
+    })?;
+    let counted: Vec<_> = drops.iter().filter(|drop| drop.count > 0).collect();
+    if !counted.is_empty() {
+        output::say("")?;
+        output::rows(Format::Table, ["COUNT", "REASON"], &counted, |d| {
+            [d.count.to_string(), d.text.into()]
+        })?;
+    }
+    if !problems.is_empty() {
+        output::say("")?;
+        output::rows(Format::Table, ["PROBLEM", ""], problems, |p| {
+            [p.place.clone(), p.message.clone()]
+        })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,207 @@
+//! Hooks: programs at a cgroup, by pinned links that are updated in place.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use aya::Ebpf;
+use aya::programs::ProgramInfo;
+use aya_obj::generated::bpf_attach_type;
+use lb_common::abi::program_name;
+use tracing::info;
+
+use super::{HOOKED, LoadError, PinPath};
+use crate::maps::sys;
+
+/// A cgroup of the cgroup2 hierarchy.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+    dir: File,
+    id: u64,
+}
+
+fn failed(path: &Path, call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
+    let path = path.to_owned();
+    move |source| LoadError::Call { path, call, source }
+}
+
+impl Cgroup {
+    /// Opens a cgroup; without a path, the root of the cgroup2 mount that /proc/mounts names.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn open(path: Option<&Path>) -> Result<Self, LoadError> {
+        let path = match path {
+            Some(path) => path.to_owned(),
+            None => root()?,
+        };
+        let dir = File::open(&path).map_err(failed(&path, "open"))?;
+        let id = dir.metadata().map_err(failed(&path, "stat"))?.ino();
+        Ok(Self { path, dir, id })
+    }
+
+    /// Its inode, which is its id.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether every process of the machine is below it.
+    #[must_use]
+    pub fn is_root(&self) -> bool {
+        is_root(self.id)
+    }
+}
+
+/// Whether the id is that of the root of the hierarchy.
+#[must_use]
+pub(crate) fn is_root(id: u64) -> bool {
+    id == 1
+}
+
+/// The cgroup2 mount.
+fn root() -> Result<PathBuf, LoadError> {
+    let mounts = Path::new("/proc/mounts");
+    let text = fs::read_to_string(mounts).map_err(failed(mounts, "read"))?;
+    mount_point(&text).ok_or_else(|| LoadError::PinPath {
+        path: mounts.into(),
+        what: "no cgroup2 mount: mount one, or say --cgroup".into(),
+    })
+}
+
+/// The first mount point of type cgroup2 in the text of /proc/mounts.
+fn mount_point(mounts: &str) -> Option<PathBuf> {
+    mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ');
+        let (_, path, kind) = (fields.next()?, fields.next()?, fields.next()?);
+        // proc(5): spaces and the like are octal escapes.
+        (kind == "cgroup2").then(|| PathBuf::from(path.replace("\\040", " ").replace("\\011", "\t")))
+    })
+}
+
+/// A hook and the program at it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hook {
+    /// Name of the program, and of the pinned link.
+    pub name: &'static str,
+    attach_type: bpf_attach_type,
+}
+
+/// All hooks, in the order of attachment.
+fn hooks() -> impl Iterator<Item = Hook> {
+    HOOKED.into_iter().map(|name| Hook {
+        name,
+        attach_type: match name {
+            program_name::CONNECT4 => bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+            program_name::GETPEERNAME4 => bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
+            _ => bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE,
+        },
+    })
+}
+
+/// Puts the loaded programs at their hooks. A link that is pinned is updated in place: there is no moment without a
+/// program.
+///
+/// # Errors
+/// The system call's.
+pub fn attach(programs: &Ebpf, pins: &PinPath, cgroup: &Cgroup) -> Result<(), LoadError> {
+    for hook in hooks() {
+        let program = programs.program(hook.name).ok_or_else(|| LoadError::PinPath {
+            path: hook.name.into(),
+            what: "the object has no such program".into(),
+        })?;
+        let program = program.fd().map_err(|source| LoadError::Program {
+            name: hook.name.into(),
+            source,
+        })?;
+        let path = pins.links().join(hook.name);
+        if path.exists() {
+            let link = sys::obj_get(&path).map_err(failed(&path, "BPF_OBJ_GET"))?;
+            let at = sys::cgroup_link(link.as_fd()).map_err(failed(&path, "BPF_OBJ_GET_INFO_BY_FD"))?;
+            if at.cgroup == cgroup.id() {
+                sys::link_update(link.as_fd(), program.as_fd()).map_err(failed(&path, "BPF_LINK_UPDATE"))?;
+                continue;
+            }
+            info!(hook = hook.name, cgroup = %cgroup.path().display(), "moves to another cgroup");
+        }
+        let link = sys::link_create(program.as_fd(), cgroup.dir.as_fd(), hook.attach_type)
+            .map_err(failed(cgroup.path(), "BPF_LINK_CREATE"))?;
+        // A rename, so that a link that was there lives until this one does.
+        let new = pins.links().join(format!("{}.new", hook.name));
+        if new.exists() {
+            fs::remove_file(&new).map_err(failed(&new, "unlink"))?;
+        }
+        sys::obj_pin(link.as_fd(), &new).map_err(failed(&new, "BPF_OBJ_PIN"))?;
+        fs::rename(&new, &path).map_err(failed(&path, "rename"))?;
+    }
+    Ok(())
+}
+
+/// A program at a hook.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    /// Name of the program.
+    pub name: &'static str,
+    /// Id of the cgroup; zero where it is gone.
+    pub cgroup: u64,
+    /// Id of the program.
+    pub program: u32,
+    /// Tag of the program: a hash of its instructions.
+    pub tag: u64,
+}
+
+/// What is attached now, by the pinned links; `None` for a hook that has none.
+///
+/// # Errors
+/// The system call's.
+pub fn attached(pins: &PinPath) -> Result<Vec<(&'static str, Option<Attached>)>, LoadError> {
+    hooks()
+        .map(|hook| {
+            let path = pins.links().join(hook.name);
+            if !path.exists() {
+                return Ok((hook.name, None));
+            }
+            let link = sys::obj_get(&path).map_err(failed(&path, "BPF_OBJ_GET"))?;
+            let at = sys::cgroup_link(link.as_fd()).map_err(failed(&path, "BPF_OBJ_GET_INFO_BY_FD"))?;
+            let tag = program_tag(at.program).unwrap_or(0);
+            let attached = Attached {
+                name: hook.name,
+                cgroup: at.cgroup,
+                program: at.program,
+                tag,
+            };
+            Ok((hook.name, Some(attached)))
+        })
+        .collect()
+}
+
+fn program_tag(id: u32) -> Option<u64> {
+    aya::programs::loaded_programs()
+        .filter_map(Result::ok)
+        .find(|p: &ProgramInfo| p.id() == id)
+        .map(|p| p.tag())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_cgroup2_mount_wherever_it_is() {
+        let hybrid = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
+                      cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        assert_eq!(mount_point(hybrid), Some("/sys/fs/cgroup/unified".into()));
+        let odd = "cgroup2 /mnt/a\\040b cgroup2 rw 0 0\n";
+        assert_eq!(mount_point(odd), Some("/mnt/a b".into()));
+        assert_eq!(mount_point("proc /proc proc rw 0 0\n"), None);
+    }
+}
