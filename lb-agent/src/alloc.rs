@@ -101,7 +101,7 @@ impl SlotRanges {
 
     /// Takes a range that is known to be in use. False where it is not wholly free, not aligned, or out of bounds.
     pub(crate) fn claim(&mut self, range: Range) -> bool {
-        if range.order >= ORDERS || range.base % range.size() != 0 {
+        if range.order >= ORDERS || !range.base.is_multiple_of(range.size()) {
             return false;
         }
         let holder = (range.order..ORDERS).map(|order| Range {

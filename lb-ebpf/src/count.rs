@@ -50,7 +50,6 @@ pub(crate) fn refused(ctx: *mut core::ffi::c_void, to: Destination, service: u32
     };
     let at = entry.as_mut_ptr();
     // SAFETY: the entry is reserved for one event, and `ctx` is the context of the running program.
-    #[expect(clippy::multiple_unsafe_ops_per_block, reason = "one safety condition for all")]
     unsafe {
         (&raw mut (*at).time).write(bpf_ktime_get_coarse_ns());
         (&raw mut (*at).cookie).write(bpf_get_socket_cookie(ctx));

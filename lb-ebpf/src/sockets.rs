@@ -73,7 +73,6 @@ impl Connected {
     #[inline(always)]
     unsafe fn fill(&self, at: *mut SocketRecord) {
         // SAFETY: see above.
-        #[expect(clippy::multiple_unsafe_ops_per_block, reason = "one safety condition for all")]
         unsafe {
             (&raw mut (*at).netns).write_volatile(self.netns);
             (&raw mut (*at).time).write_volatile(self.time);
@@ -121,7 +120,7 @@ fn remember_more(slot: &Slot, new: &Connected) {
     };
     // SAFETY: a local value.
     unsafe { new.fill(&raw mut value) };
-    if SOCKETS_MORE.insert(new.cookie, &value, 0).is_err() {
+    if SOCKETS_MORE.insert(new.cookie, value, 0).is_err() {
         count::dropped(DropReason::SocketsFull);
         if !known {
             slot.spilled().add(u32::MAX);
@@ -156,7 +155,6 @@ pub(crate) fn original(cookie: u64, peer: Destination) -> Option<(Words, u16)> {
         return None;
     };
     // SAFETY: the record is this socket's, and only its own calls write or delete it.
-    #[expect(clippy::multiple_unsafe_ops_per_block, reason = "one safety condition for all")]
     unsafe {
         let backend = (words::load(&raw const (*found).backend_addr), (*found).backend_port);
         record::is_backend((peer.addr, peer.port), backend)

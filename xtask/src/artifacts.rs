@@ -44,13 +44,13 @@ pub(crate) struct Built {
 impl Built {
     /// What the test bed starts.
     pub(crate) fn programs(&self) -> anyhow::Result<Programs> {
+        let program = |name| {
+            let made = self.programs.get(name);
+            made.cloned().with_context(|| format!("the build made no {name}"))
+        };
         Ok(Programs {
-            agent: self
-                .programs
-                .get("lb-agent")
-                .context("the build made no lb-agent")?
-                .clone(),
-            testbed: self.programs.get("lb-testbed").cloned(),
+            agent: program("lb-agent")?,
+            testbed: program("lb-testbed")?,
         })
     }
 }

@@ -20,7 +20,7 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with = "agent_arguments")]
     check: bool,
     /// An agent that is built already, for the call of this command by itself as root
-    #[arg(long, hide = true, value_name = "PATH")]
+    #[arg(long, hide = true, value_name = "PATH", requires = "testbed")]
     agent: Option<PathBuf>,
     /// The same for the test bed's helper
     #[arg(long, hide = true, value_name = "PATH")]
@@ -32,10 +32,10 @@ pub(crate) struct Args {
 
 /// Shows the demo, or runs the agent.
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    if let Some(agent) = &args.agent {
+    if let (Some(agent), Some(testbed)) = (&args.agent, &args.testbed) {
         let programs = Programs {
             agent: agent.clone(),
-            testbed: args.testbed.clone(),
+            testbed: testbed.clone(),
         };
         bed::demo(&programs, args.check)?;
         return Ok(ExitCode::SUCCESS);
@@ -76,9 +76,7 @@ pub(crate) fn check_demo() -> anyhow::Result<()> {
 fn demo_command(programs: &Programs, check: bool) -> anyhow::Result<Command> {
     let mut command = myself_as_root("the demo")?;
     command.arg("run").arg("--agent").arg(&programs.agent);
-    if let Some(testbed) = &programs.testbed {
-        command.arg("--testbed").arg(testbed);
-    }
+    command.arg("--testbed").arg(&programs.testbed);
     command.args(check.then_some("--check"));
     Ok(command)
 }

@@ -104,7 +104,7 @@ fn tests(selection: &Selection<'_>) -> Tally {
     match built.programs() {
         Ok(programs) => {
             env.push(("LB_AGENT", programs.agent.into()));
-            env.extend(programs.testbed.map(|path| ("LB_TESTBED", path.into())));
+            env.push(("LB_TESTBED", programs.testbed.into()));
         }
         Err(error) => {
             sum += step("programs", || Err(error));

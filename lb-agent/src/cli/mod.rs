@@ -173,7 +173,7 @@ pub fn main() -> ExitCode {
         if output::is_broken_pipe(&error) {
             return ExitCode::SUCCESS;
         }
-        output::complain(&format!("error: {error:#}"));
+        output::complain(&format!("error: {}", output::chain(&error)));
         ExitCode::FAILURE
     })
 }

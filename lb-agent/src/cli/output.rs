@@ -17,6 +17,17 @@ pub(super) fn complain(line: &str) {
     writeln!(io::stderr().lock(), "{line}").ok();
 }
 
+/// An error with its causes, but those that it has told already.
+pub(super) fn chain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 /// Whether the reader of our output went away, as `head` does.
 pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error

@@ -135,8 +135,8 @@ pub fn attach(programs: &Ebpf, pins: &PinPath, cgroup: &Cgroup) -> Result<(), Lo
         }
         let link = sys::link_create(program.as_fd(), cgroup.dir.as_fd(), hook.attach_type)
             .map_err(failed(cgroup.path(), "BPF_LINK_CREATE"))?;
-        // A rename, so that a link that was there lives until this one does.
-        let new = pins.links().join(format!("{}.new", hook.name));
+        // A rename, so that a link that was there lives until this one does. (The file system takes no dots in names.)
+        let new = pins.links().join(format!("{}-new", hook.name));
         if new.exists() {
             fs::remove_file(&new).map_err(failed(&new, "unlink"))?;
         }

@@ -174,7 +174,7 @@ impl PinnedMaps {
     /// # Errors
     /// The system call's.
     pub fn names(&self) -> Result<BTreeMap<u32, Name>, MapError> {
-        Ok(read_hash::<u32, Name, 4, NAME>(map_name::NAMES, &self.names)?)
+        read_hash(map_name::NAMES, &self.names)
     }
 
     /// Records of connected sockets, in SOCKETS and SOCKETS_MORE.
@@ -310,7 +310,7 @@ fn read_hash<K: FromBytes + Ord, V: FromBytes, const KS: usize, const VS: usize>
     map: &Hash<KS, VS>,
 ) -> Result<BTreeMap<K, V>, MapError> {
     let mut all = BTreeMap::new();
-    for entry in map.iter() {
+    for entry in map {
         let (key, value) = entry.map_err(call(name, "BPF_MAP_GET_NEXT_KEY"))?;
         let (Ok(key), Ok(value)) = (K::read_from_bytes(&key), V::read_from_bytes(&value)) else {
             return Err(MapError::Unexpected {

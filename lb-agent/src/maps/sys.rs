@@ -38,7 +38,7 @@ fn owned(result: libc::c_long) -> OwnedFd {
 pub(crate) fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     bpf(bpf_cmd::BPF_OBJ_GET, |attr| {
-        attr.__bindgen_anon_4.pathname = path.as_ptr() as u64
+        attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
     })
     .map(owned)
 }
@@ -177,7 +177,7 @@ pub(crate) struct MappedArray<T> {
 
 impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
     const WORDS: usize = {
-        assert!(size_of::<T>() % 8 == 0 && align_of::<T>() == 8);
+        assert!(size_of::<T>().is_multiple_of(8) && align_of::<T>() == 8);
         size_of::<T>() / 8
     };
 
