@@ -51,6 +51,9 @@ pub(super) fn rows<T: Serialize, const N: usize>(
                 .set_content_arrangement(ContentArrangement::Disabled);
             table.set_header(header);
             table.add_rows(rows.iter().map(cells));
+            for column in table.column_iter_mut() {
+                column.set_padding((0, 2));
+            }
             say(&table.trim_fmt())
         }
     }

@@ -1,5 +1,7 @@
 //! `status`: what is attached, how full the maps are, what could not be used.
 
+use std::collections::BTreeSet;
+
 use lb_common::abi::{DropReason, VERSION};
 use lb_common::logic::generation;
 use serde::Serialize;
@@ -123,18 +125,15 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
             cgroup: at.map_or(0, |at| at.cgroup),
         })
         .collect();
-    for program in programs
+    let below: BTreeSet<u64> = programs
         .iter()
         .filter(|p| p.attached && !loader::is_root_cgroup(p.cgroup))
-    {
-        problems.push(ProblemRow {
-            place: format!("program {}", program.name),
-            message: format!(
-                "cgroup {} is not the root: processes outside of it are not served",
-                program.cgroup
-            ),
-        });
-    }
+        .map(|p| p.cgroup)
+        .collect();
+    problems.extend(below.into_iter().map(|cgroup| ProblemRow {
+        place: format!("cgroup {cgroup}"),
+        message: "not the root of the hierarchy: processes outside of it are not served".into(),
+    }));
     let row = |name, used, capacity| MapRow {
         name,
         used,
