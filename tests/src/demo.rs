@@ -4,7 +4,6 @@
 //! Which nodes, pods and Services there are is read from the manifests that the agents get: the demo makes a pod for
 //! every endpoint. NodePorts are not shown yet.
 
-mod agent;
 mod callers;
 mod check;
 mod live;

@@ -21,6 +21,7 @@
 //!
 //! Everything here needs root and iproute2. This package does not know lb-agent.
 
+mod agent;
 mod cleanup;
 mod cluster;
 mod mounts;
@@ -32,6 +33,7 @@ mod statistics;
 pub mod demo;
 pub mod load;
 
+pub use agent::{Agent, Problem, Status};
 pub use cleanup::remove_leftovers;
 pub use cluster::{Client, Cluster, ClusterBuilder, Node, Pod, Underlay};
 pub use load::{Connect, Holding, Load, Testbed};

@@ -163,10 +163,10 @@ fn machine(stage: &mut Stage, findings: &mut Findings) -> Result<()> {
         findings.note(taken.is_none(), &format!("{}: {text}", node.name()))?;
     }
     for agent in &mut stage.agents {
-        let runs = agent.is_running()?;
+        let runs = agent.process().is_running()?;
         let text = if runs { "runs" } else { "has ended" };
         findings.note(runs, &format!("{}: lb-agent {text}", agent.node()))?;
-        let result = agent.verify(&stage.cluster);
+        let result = agent.verify();
         let text = result.as_ref().map_or_else(
             |error| format!("lb-agent verify: {error:#}"),
             |()| "lb-agent verify finds the maps as they should be".to_owned(),

@@ -12,6 +12,7 @@ use crossterm::cursor::MoveToPreviousLine;
 use crossterm::queue;
 use crossterm::style::Print;
 use crossterm::terminal::{Clear, ClearType, size};
+use serde::Deserialize;
 
 use super::callers::{Answer, Caller};
 use super::signals::Signals;
@@ -130,28 +131,40 @@ fn picture(stage: &Stage, seen: &mut [Seen], seconds: f64, trouble: Option<&str>
     text
 }
 
+/// What is always a problem here, where every node has a cgroup of its own.
+const CGROUP_IS_NOT_ROOT: usize = 1;
+
+/// A row of `lb-agent service list`.
+#[derive(Deserialize)]
+struct ServiceRow {
+    namespace: String,
+    name: String,
+    connections: u64,
+    refused: u64,
+}
+
 /// A line per node: the agent's state, and what the kernel has counted.
 fn agents(stage: &Stage) -> Vec<String> {
     stage
         .agents
         .iter()
         .map(|agent| {
-            let state = match agent.status(&stage.cluster) {
+            let state = match agent.status() {
                 Ok(status) if status.agent.running => format!(
-                    "lb-agent {}, {} applies{}{}",
-                    status.agent.pid.map_or_else(String::new, |pid| format!("pid {pid}")),
-                    status.agent.applies.unwrap_or_default(),
+                    "lb-agent pid {}, {} applies{}{}",
+                    status.agent.pid,
+                    status.agent.applies,
                     if status.agent.complete { "" } else { ", not complete" },
-                    if status.problems.is_empty() {
-                        ""
-                    } else {
+                    if status.problems.len() > CGROUP_IS_NOT_ROOT {
                         ", has problems to tell"
+                    } else {
+                        ""
                     },
                 ),
                 Ok(_) => "lb-agent does not run".to_owned(),
                 Err(error) => first_line(&format!("lb-agent status: {error:#}")),
             };
-            let counted = match agent.services(&stage.cluster) {
+            let counted = match agent.json::<Vec<ServiceRow>>(&["service", "list"]) {
                 Ok(rows) => rows
                     .iter()
                     .map(|row| {

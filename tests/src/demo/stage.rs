@@ -8,11 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::agent::Agent;
 use super::manifests::{Manifests, ServicePort};
 use super::signals::Signals;
 use super::{Options, say};
-use crate::{Cluster, Connect, Place, Pod, Process, Ruleset, Testbed, Underlay};
+use crate::{Agent, Cluster, Connect, Place, Pod, Process, Ruleset, Testbed, Underlay};
 
 /// How long nginx may take to listen.
 const START: Duration = Duration::from_secs(10);
@@ -109,19 +108,29 @@ impl Stage {
     fn start_agents(&mut self, options: &Options, signals: &Signals) -> Result<()> {
         let begin = Instant::now();
         for node in self.cluster.nodes() {
-            self.agents
-                .push(Agent::start(&self.cluster, node, &options.agent, &options.examples)?);
+            self.agents.push(Agent::start(
+                &self.cluster,
+                node,
+                &options.agent,
+                &options.examples,
+                &[],
+            )?);
         }
         for agent in &mut self.agents {
-            agent.wait_ready(&self.cluster, signals)?;
+            agent.wait_ready(&|| signals.arrived())?;
         }
         say(&format!(
             "lb-agent is ready on all nodes after {} ms",
             begin.elapsed().as_millis()
         ))?;
         for agent in &self.agents {
-            for problem in agent.status(&self.cluster)?.problems {
-                say(&format!("{} says: {problem}", agent.node()))?;
+            for problem in agent.status()?.problems {
+                say(&format!(
+                    "{} says: {}: {}",
+                    agent.node(),
+                    problem.place,
+                    problem.message
+                ))?;
             }
         }
         Ok(())

@@ -1,0 +1,330 @@
+//! What is pinned: readable by bpftool, checked by `verify`, put right by a restart, bounded by flags.
+
+mod support;
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use aya::maps::{Array, HashMap, Map, MapData};
+use lb_tests::{Agent, Cluster, Connect, Pod, Process};
+use serde_json::Value;
+use support::{Manifests, Port, addr, bed, service, slice};
+
+const HTTP: Port<'static> = Port { name: "http", port: 80 };
+const TARGET: Port<'static> = Port {
+    name: "http",
+    port: 8080,
+};
+
+struct Setup {
+    agent: Agent,
+    manifests: Manifests,
+    client: Pod,
+    _server: Process,
+    cluster: Cluster,
+}
+
+/// A node with Services `web` (served by a pod, two endpoints that are the same program) and `db` (one of them).
+fn setup(more: &[&str]) -> Result<Setup> {
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let (client, pod) = (cluster.add_pod("n1", "client")?, cluster.add_pod("n1", "a")?);
+    pod.add_address("10.10.1.200/32", "lo")?;
+    let server = bed().serve(&pod, &["0.0.0.0:8080=a"])?;
+    let manifests = Manifests::new(&cluster)?;
+    let endpoints = [(pod.address().into(), "n1"), ("10.10.7.7".parse()?, "n7")];
+    let web = service("web", "10.96.0.10", &[HTTP], "internalTrafficPolicy: Local") + &slice("web", TARGET, &endpoints);
+    let db = service("db", "10.96.0.20", &[HTTP], "") + &slice("db", TARGET, &endpoints[..1]);
+    manifests.write("all.yaml", &(web + &db))?;
+    let agent = manifests.serve(&cluster, "n1", more)?;
+    Ok(Setup {
+        agent,
+        manifests,
+        client,
+        _server: server,
+        cluster,
+    })
+}
+
+impl Setup {
+    fn restart(&mut self) -> Result<()> {
+        self.agent.kill()?;
+        self.agent = self.manifests.serve(&self.cluster, "n1", &[])?;
+        Ok(())
+    }
+
+    fn map(&self, name: &str) -> Result<MapData> {
+        Ok(MapData::from_pin(self.agent.pin_path().join("v1/maps").join(name))?)
+    }
+
+    /// What `bpftool -j map dump` says of a pinned map: the formatted entries.
+    fn dump(&self, name: &str) -> Result<Vec<Value>> {
+        let path = self.agent.pin_path().join("v1/maps").join(name);
+        let output = Command::new("bpftool")
+            .args(["-j", "map", "dump", "pinned"])
+            .arg(path)
+            .output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let entries: Vec<Value> = serde_json::from_slice(&output.stdout)?;
+        entries
+            .into_iter()
+            .map(|e| e.get("formatted").cloned().context("not formatted: no BTF"))
+            .collect()
+    }
+}
+
+fn mapped(last: [u8; 4]) -> Value {
+    let mut bytes = [0_u8; 16];
+    (bytes[10], bytes[11]) = (0xff, 0xff);
+    bytes[12..].copy_from_slice(&last);
+    serde_json::json!({ "bytes": bytes })
+}
+
+#[test]
+fn bpftool_prints_named_fields() -> Result<()> {
+    let setup = setup(&[])?;
+    let frontends = setup.dump("FRONTENDS")?;
+    let web = frontends
+        .iter()
+        .find(|e| e["key"]["addr"] == mapped([10, 96, 0, 10]) && e["key"]["port"] == 80);
+    let web = web.context("no frontend 10.96.0.10:80")?;
+    assert_eq!(web["key"]["proto"], 6);
+    assert_eq!(web["value"]["kind"], 2, "ClusterIP");
+    let index = web["value"]["service"].as_u64().context("service")?;
+
+    let services = setup.dump("SERVICES")?;
+    let web = services.iter().find(|e| e["key"] == index).context("no service")?;
+    let (internal, cluster) = (&web["value"]["internal"], &web["value"]["cluster"]);
+    assert_eq!((&internal["len"], &cluster["len"]), (&Value::from(1), &Value::from(2)));
+    assert_eq!(web["value"]["generation"], 1);
+
+    let slots = setup.dump("BACKEND_SLOTS")?;
+    let slot = slots.iter().find(|e| e["key"] == cluster["base"]).context("no slot")?;
+    assert_eq!(slot["value"]["port"], 8080);
+
+    let backends = setup.dump("BACKENDS")?;
+    let backend = backends
+        .iter()
+        .find(|e| e["key"] == slot["value"]["backend"])
+        .context("no backend")?;
+    assert_eq!(backend["value"]["addr"], slot["value"]["addr"]);
+    assert_eq!(backend["value"]["service"], index);
+    assert_eq!(backend["value"]["generation"], slot["value"]["generation"]);
+    Ok(())
+}
+
+/// One way to change one field of one entry from outside: the name that `verify` gives to it, and the bytes to flip.
+struct Corruption {
+    map: &'static str,
+    field: &'static str,
+    /// Where the field is, in the value.
+    at: usize,
+}
+
+const fn corruption(map: &'static str, field: &'static str, at: usize) -> Corruption {
+    Corruption { map, field, at }
+}
+
+/// Every field of the values, by offset.
+const CORRUPTIONS: &[Corruption] = &[
+    corruption("FRONTENDS", "service", 0),
+    corruption("FRONTENDS", "kind", 4),
+    corruption("FRONTENDS", "pad", 5),
+    corruption("SERVICES", "internal.base", 0),
+    corruption("SERVICES", "internal.len", 4),
+    corruption("SERVICES", "internal.flags", 6),
+    corruption("SERVICES", "external.base", 8),
+    corruption("SERVICES", "external.len", 12),
+    corruption("SERVICES", "external.flags", 14),
+    corruption("SERVICES", "cluster.base", 16),
+    corruption("SERVICES", "cluster.len", 20),
+    corruption("SERVICES", "cluster.flags", 22),
+    corruption("SERVICES", "flags", 24),
+    corruption("SERVICES", "affinity_timeout", 28),
+    corruption("SERVICES", "generation", 32),
+    corruption("SERVICES", "pad", 36),
+    corruption("BACKEND_SLOTS", "addr", 15),
+    corruption("BACKEND_SLOTS", "port", 16),
+    corruption("BACKEND_SLOTS", "flags", 18),
+    corruption("BACKEND_SLOTS", "backend", 20),
+    corruption("BACKEND_SLOTS", "generation", 24),
+    corruption("BACKEND_SLOTS", "pad", 28),
+    // Address, port and service are who a backend is: with another, the one that is wanted is missing.
+    corruption("BACKENDS", "", 15),
+    corruption("BACKENDS", "", 16),
+    corruption("BACKENDS", "flags", 18),
+    corruption("BACKENDS", "", 20),
+    corruption("BACKENDS", "generation", 24),
+    corruption("BACKENDS", "seal", 28),
+];
+
+impl Corruption {
+    /// Flips a bit of the field in some entry that is in use, and says which.
+    fn apply(&self, setup: &Setup) -> Result<String> {
+        // Bit 1: of a generation it leaves the entry in use, of a base it leads to another set.
+        let flip = |bytes: &mut [u8]| bytes[self.at] ^= 2;
+        match self.map {
+            "FRONTENDS" => {
+                let mut map: HashMap<_, [u8; 20], [u8; 8]> = Map::HashMap(setup.map(self.map)?).try_into()?;
+                let first = map.iter().filter_map(Result::ok).find(|(key, _)| key[16] == 80);
+                let (key, mut value) = first.context("no frontend")?;
+                flip(&mut value);
+                map.insert(key, value, 0)?;
+                Ok(format!("FRONTENDS[10.96.0.{}:80, protocol 6].{}", key[15], self.field))
+            }
+            "SERVICES" => self.apply_at::<40>(setup, 1),
+            "BACKEND_SLOTS" => self.apply_at::<32>(setup, u32::MAX),
+            _ => self.apply_at::<32>(setup, 1),
+        }
+    }
+
+    /// The same in an array; index MAX stands for the first slot of the first service.
+    fn apply_at<const N: usize>(&self, setup: &Setup, index: u32) -> Result<String> {
+        let index = if index == u32::MAX {
+            let services: Array<_, [u8; 40]> = Map::Array(setup.map("SERVICES")?).try_into()?;
+            let value = services.get(&1, 0)?;
+            u32::from_ne_bytes([value[16], value[17], value[18], value[19]])
+        } else {
+            index
+        };
+        let mut map: Array<_, [u8; N]> = Map::Array(setup.map(self.map)?).try_into()?;
+        let mut value = map.get(&index, 0)?;
+        flip_at(&mut value, self.at);
+        map.set(index, value, 0)?;
+        let field = if self.field.is_empty() {
+            String::new()
+        } else {
+            format!("[{index}].{}", self.field)
+        };
+        Ok(format!("{}{field}", self.map))
+    }
+}
+
+fn flip_at(bytes: &mut [u8], at: usize) {
+    bytes[at] ^= 2;
+}
+
+#[test]
+fn every_corrupted_field_is_named_and_put_right_by_a_restart() -> Result<()> {
+    let mut setup = setup(&[])?;
+    for corruption in CORRUPTIONS {
+        setup.agent.kill()?;
+        let place = corruption.apply(&setup)?;
+        let diff = setup
+            .agent
+            .verify()
+            .err()
+            .with_context(|| format!("{place}: verify finds nothing"))?
+            .to_string();
+        let named = match corruption.field {
+            // "generation or seal"
+            "seal" | "generation" if corruption.map == "BACKENDS" => diff.contains("BACKENDS[1].generation"),
+            _ => diff.contains(&place),
+        };
+        ensure!(named, "{place} is not named: {diff}");
+        println!("{place}: {}", diff.lines().nth(1).unwrap_or_default());
+        setup
+            .restart()
+            .with_context(|| format!("restart after a change of {place}"))?;
+    }
+    // A key: the entry is missing, and a stray one is there.
+    for at in [15, 16, 18, 19] {
+        setup.agent.kill()?;
+        let mut map: HashMap<_, [u8; 20], [u8; 8]> = Map::HashMap(setup.map("FRONTENDS")?).try_into()?;
+        let (mut key, value) = map
+            .iter()
+            .filter_map(Result::ok)
+            .find(|(key, _)| key[16] == 80)
+            .context("no frontend")?;
+        map.remove(&key)?;
+        flip_at(&mut key, at);
+        map.insert(key, value, 0)?;
+        let diff = setup.agent.verify().err().context("verify finds nothing")?.to_string();
+        ensure!(diff.contains("is missing") && diff.contains("is not wanted"), "{diff}");
+        setup.restart()?;
+    }
+    let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
+    bed().connect(&setup.client, &load)?.all_well()
+}
+
+#[test]
+fn a_full_map_names_itself_its_flag_and_what_did_not_fit() -> Result<()> {
+    // FRONTENDS: two entries for each of web and db, so one more Service does not fit.
+    let mut setup = setup(&["--max-frontends", "5"])?;
+    let more = service("more", "10.96.0.30", &[HTTP], "");
+    setup.manifests.write("more.yaml", &more)?;
+    let has_problem = |agent: &Agent| {
+        let problems = agent.status()?.problems;
+        let found = problems.iter().any(|p| {
+            p.message.contains("FRONTENDS is full (5 entries)")
+                && p.message.contains("--max-frontends")
+                && p.place.contains("10.96.0.30")
+        });
+        ensure!(found, "{problems:?}");
+        Ok(())
+    };
+    setup.agent.wait("refusing the third Service", &|| false, has_problem)?;
+    // Everything else is served, and changes.
+    let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
+    bed().connect(&setup.client, &load)?.all_well()?;
+    let two = service("db", "10.96.0.20", &[HTTP], "sessionAffinity: ClientIP");
+    setup.manifests.write("all.yaml", &two)?;
+    // `web` is gone: there is room, without a restart.
+    setup.agent.wait_ready(&|| false)?;
+    let problems = setup.agent.status()?.problems;
+    ensure!(!problems.iter().any(|p| p.message.contains("full")), "{problems:?}");
+    Ok(())
+}
+
+#[test]
+fn a_broken_manifest_is_told_and_disturbs_nobody() -> Result<()> {
+    let mut setup = setup(&[])?;
+    let good = service("new", "10.96.0.40", &[HTTP], "");
+    let broken =
+        "apiVersion: v1\nkind: Service\nmetadata: {name: bad}\nspec: {clusterIP: 10.96.0.41, ports: [{port: 70000}]}\n";
+    setup.manifests.write("broken.yaml", &(good.clone() + broken))?;
+    let told = |agent: &Agent| {
+        let problems = agent.status()?.problems;
+        let named = |p: &lb_tests::Problem| p.place.contains("broken.yaml") && p.message.contains("spec.ports[0].port");
+        ensure!(problems.iter().any(named), "{problems:?}");
+        Ok(())
+    };
+    setup.agent.wait("telling of the broken manifest", &|| false, told)?;
+    let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
+    bed().connect(&setup.client, &load)?.all_well()?;
+    let services: Vec<Value> = setup.agent.json(&["service", "list"])?;
+    assert!(
+        services.iter().any(|s| s["name"] == "new"),
+        "the good document of a file that was never good is used"
+    );
+
+    // A file that breaks later stays in force as it was, also over a restart of the agent.
+    let all = std::fs::read_to_string(setup.manifests.path().join("all.yaml"))?;
+    setup.manifests.write("all.yaml", &all[..all.len() / 2])?;
+    let told = |agent: &Agent| {
+        let problems = agent.status()?.problems;
+        ensure!(problems.iter().any(|p| p.place.contains("all.yaml")), "{problems:?}");
+        Ok(())
+    };
+    setup.agent.wait("telling of the half file", &|| false, told)?;
+    bed().connect(&setup.client, &load)?.all_well()?;
+    setup.agent.kill()?;
+    setup.agent = Agent::start(
+        &setup.cluster,
+        setup.cluster.node("n1"),
+        &support::agent_program()?,
+        setup.manifests.path(),
+        &[],
+    )?;
+    setup.agent.wait("telling of the half file again", &|| false, |agent| {
+        ensure!(agent.status()?.agent.running && !agent.status()?.agent.complete);
+        told(agent)
+    })?;
+    bed().connect(&setup.client, &load)?.all_well()?;
+
+    setup.manifests.write("all.yaml", &all)?;
+    setup.manifests.write("broken.yaml", &good)?;
+    setup.agent.wait_ready(&|| false)?;
+    let problems = setup.agent.status()?.problems;
+    ensure!(problems.iter().all(|p| p.place.starts_with("cgroup")), "{problems:?}");
+    Ok(())
+}

@@ -1,0 +1,253 @@
+//! Sockets and the records of them, on a real kernel.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use lb_tests::load::Stage;
+use lb_tests::{Agent, Cluster, Connect, Pod, Process};
+use serde_json::Value;
+use support::{Manifests, Port, addr, bed, service, slice};
+
+const HTTP: Port<'static> = Port { name: "http", port: 80 };
+const TARGET: Port<'static> = Port {
+    name: "http",
+    port: 8080,
+};
+const VIP: &str = "10.96.0.10:80";
+
+/// One node with a client pod, two backends, and an agent.
+struct Setup {
+    agent: Agent,
+    manifests: Manifests,
+    client: Pod,
+    backends: [Pod; 2],
+    _servers: Vec<Process>,
+    cluster: Cluster,
+}
+
+fn setup(more: &[&str]) -> Result<Setup> {
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let client = cluster.add_pod("n1", "client")?;
+    let backends = [cluster.add_pod("n1", "a")?, cluster.add_pod("n1", "b")?];
+    let servers = backends
+        .iter()
+        .zip(["0.0.0.0:8080=a", "0.0.0.0:8080=b"])
+        .map(|(pod, listen)| bed().serve_with(pod, &[listen], &["--echo"]))
+        .collect::<Result<Vec<_>>>()?;
+    let manifests = Manifests::new(&cluster)?;
+    let endpoints = backends.each_ref().map(|pod| (pod.address().into(), "n1"));
+    manifests.write(
+        "web.yaml",
+        &(service("web", "10.96.0.10", &[HTTP], "") + &slice("web", TARGET, &endpoints)),
+    )?;
+    let agent = manifests.serve(&cluster, "n1", more)?;
+    Ok(Setup {
+        agent,
+        manifests,
+        client,
+        backends,
+        _servers: servers,
+        cluster,
+    })
+}
+
+/// Waits until no socket is remembered: release follows close, but not at once.
+fn wait_for_no_records(agent: &Agent) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let status = agent.status()?;
+        let left = (status.used("SOCKETS")?, status.used("SOCKETS_MORE")?);
+        if left == (0, 0) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "records are left: {left:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn peers_are_the_vip_and_100_000_closed_sockets_leave_no_record() -> Result<()> {
+    let setup = setup(&[])?;
+    let before = setup.cluster.node("n1").ruleset()?;
+    let load = Connect::to(&[addr(VIP)]).count(100_000).threads(4).peer_check();
+    let summary = bed().connect(&setup.client, &load)?;
+    summary.all_well()?;
+    assert_eq!(summary.reached("a") + summary.reached("b"), 100_000);
+    wait_for_no_records(&setup.agent)?;
+    let services: Vec<Value> = setup.agent.json(&["service", "list"])?;
+    assert_eq!(services[0]["connections"], 100_000);
+    assert_eq!(services[0]["frontends"][0]["address"], "10.96.0.10");
+    assert_eq!(before, setup.cluster.node("n1").ruleset()?, "lb writes no rule");
+    Ok(())
+}
+
+#[test]
+fn the_host_is_served_like_its_pods_and_sources_are_kept() -> Result<()> {
+    let setup = setup(&[])?;
+    let node = setup.cluster.node("n1");
+    bed()
+        .connect(node, &Connect::to(&[addr(VIP)]).count(200).threads(2).peer_check())?
+        .all_well()?;
+    // A pod reaches itself through its own Service.
+    bed()
+        .connect(&setup.backends[0], &Connect::to(&[addr(VIP)]).count(200).peer_check())?
+        .all_well()?;
+    Ok(())
+}
+
+#[test]
+fn live_sockets_are_listed_with_their_backend() -> Result<()> {
+    let setup = setup(&[])?;
+    let held = bed().hold(&setup.client, &[addr(VIP)], 50)?;
+    let rows: Vec<Value> = setup.agent.json(&["socket", "list"])?;
+    assert_eq!(rows.len(), 50);
+    let of = |pod: &Pod| {
+        rows.iter()
+            .filter(|r| r["backend"] == pod.socket(8080).to_string())
+            .count()
+    };
+    assert_eq!(of(&setup.backends[0]) + of(&setup.backends[1]), 50);
+    for row in &rows {
+        assert_eq!(
+            (&row["original"], &row["name"]),
+            (&Value::from(VIP), &Value::from("web"))
+        );
+        assert_eq!(row["current"], true);
+    }
+    let backends: Vec<Value> = setup.agent.json(&["backend", "list"])?;
+    let sockets: u64 = backends.iter().filter_map(|row| row["sockets"].as_u64()).sum();
+    assert_eq!((backends.len(), sockets), (2, 50));
+
+    // A backend that leaves takes no socket with it, and its sockets are marked.
+    let one = [(setup.backends[0].address().into(), "n1")];
+    setup.manifests.write(
+        "web.yaml",
+        &(service("web", "10.96.0.10", &[HTTP], "") + &slice("web", TARGET, &one)),
+    )?;
+    let mut agent = setup.agent;
+    agent.wait_ready(&|| false)?;
+    let rows: Vec<Value> = agent.json(&["socket", "list"])?;
+    let gone = rows.iter().filter(|row| row["current"] == false).count();
+    assert_eq!(
+        (rows.len(), gone),
+        (
+            50,
+            rows.iter()
+                .filter(|r| r["backend"] == setup.backends[1].socket(8080).to_string())
+                .count()
+        )
+    );
+    let held = held.finish()?;
+    assert_eq!((held.held, held.live), (50, 50));
+    wait_for_no_records(&agent)
+}
+
+#[test]
+fn records_that_find_their_slot_taken_go_to_the_hash_and_a_full_hash_is_counted() -> Result<()> {
+    let setup = setup(&["--max-sockets", "16", "--max-sockets-more", "100"])?;
+    let held = bed().hold(&setup.client, &[addr(VIP)], 100)?;
+    let status = setup.agent.status()?;
+    assert_eq!(status.used("SOCKETS")? + status.used("SOCKETS_MORE")?, 100);
+    assert!(status.used("SOCKETS_MORE")? >= 84, "there are 16 slots");
+    // Others come and go meanwhile, all of them seen as the VIP: in slots, in the hash, and when that fills up.
+    let summary = bed().connect(
+        &setup.client,
+        &Connect::to(&[addr(VIP)]).count(2_000).threads(4).peer_check(),
+    )?;
+    summary.all_well()?;
+    assert_eq!(held.finish()?.live, 100);
+    wait_for_no_records(&setup.agent)?;
+
+    // Both full: connections are made all the same.
+    let held = bed().hold(&setup.client, &[addr(VIP)], 300)?;
+    let status = setup.agent.status()?;
+    let recorded = status.used("SOCKETS")? + status.used("SOCKETS_MORE")?;
+    assert!(recorded < 300, "{recorded} records");
+    assert_eq!(status.dropped("sockets_full")?, 300 - recorded);
+    assert_eq!(held.finish()?.live, 300);
+    wait_for_no_records(&setup.agent)
+}
+
+/// Tries a few connections that must all fail at `connect`, with one error number.
+fn refused(setup: &Setup, to: &str, errno: i32) -> Result<()> {
+    let summary = bed().connect(&setup.client, &Connect::to(&[addr(to)]).count(20))?;
+    ensure!(summary.failure_count == 20, "{to}: {summary:?}");
+    for failure in &summary.failures {
+        ensure!(
+            failure.errno == errno && failure.stage == Stage::Connect,
+            "{to}: {failure:?}, not errno {errno}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_served_is_refused_with_its_reason() -> Result<()> {
+    let mut setup = setup(&[])?;
+    let elsewhere = [("10.10.9.9".parse()?, "n9")];
+    let text = service("empty", "10.96.0.11", &[HTTP], "")
+        + &slice("empty", TARGET, &[])
+        + &service("sliceless", "10.96.0.12", &[HTTP], "")
+        + &service("local", "10.96.0.13", &[HTTP], "internalTrafficPolicy: Local")
+        + &slice("local", TARGET, &elsewhere)
+        + &service("empty-local", "10.96.0.14", &[HTTP], "internalTrafficPolicy: Local");
+    setup.manifests.write("more.yaml", &text)?;
+    setup.agent.wait_ready(&|| false)?;
+
+    refused(&setup, "10.96.0.11:80", libc_errno::ECONNREFUSED)?;
+    refused(&setup, "10.96.0.12:80", libc_errno::ECONNREFUSED)?;
+    refused(&setup, "10.96.0.13:80", libc_errno::EHOSTUNREACH)?;
+    refused(&setup, "10.96.0.14:80", libc_errno::ECONNREFUSED)?;
+    refused(&setup, "10.96.0.10:81", libc_errno::ECONNREFUSED)?;
+    let status = setup.agent.status()?;
+    let drops = ["no_endpoint", "no_local_endpoint", "no_such_port"].map(|reason| status.dropped(reason).unwrap_or(0));
+    assert_eq!(drops, [60, 20, 20]);
+    let services: Vec<Value> = setup.agent.json(&["service", "list"])?;
+    let refused = |name: &str| {
+        services
+            .iter()
+            .find(|s| s["name"] == name)
+            .map(|s| s["refused"].clone())
+    };
+    assert_eq!(
+        (refused("empty"), refused("local"), refused("web")),
+        (Some(20.into()), Some(20.into()), Some(0.into()))
+    );
+
+    // What is not a service address is none of lb's business.
+    let direct = setup.backends[0].socket(8080);
+    let summary = bed().connect(&setup.client, &Connect::to(&[direct]).count(10).peer_check())?;
+    summary.all_well()?;
+    assert_eq!(summary.reached("a"), 10);
+    Ok(())
+}
+
+#[test]
+fn a_client_of_another_cgroup_is_not_touched() -> Result<()> {
+    let cluster = Cluster::builder().nodes(2).build()?;
+    let (server, stranger) = (cluster.add_pod("n1", "a")?, cluster.add_pod("n2", "b")?);
+    let _process = bed().serve(&server, &["0.0.0.0:8080=a"])?;
+    let manifests = Manifests::new(&cluster)?;
+    let endpoints = [(server.address().into(), "n1")];
+    manifests.write(
+        "web.yaml",
+        &(service("web", "10.96.0.10", &[HTTP], "") + &slice("web", TARGET, &endpoints)),
+    )?;
+    let _agent = manifests.serve(&cluster, "n1", &[])?;
+    bed()
+        .connect(cluster.node("n1"), &Connect::to(&[addr(VIP)]).count(5))?
+        .all_well()?;
+    // n2 has no agent: its hooks are not attached, and the VIP leads nowhere.
+    let timeout = Duration::from_millis(300);
+    let summary = bed().connect(&stranger, &Connect::to(&[addr(VIP)]).count(3).timeout(timeout))?;
+    assert_eq!(summary.failure_count, 3, "{summary:?}");
+    Ok(())
+}
+
+/// Error numbers of Linux.
+mod libc_errno {
+    pub(crate) const ECONNREFUSED: i32 = 111;
+    pub(crate) const EHOSTUNREACH: i32 = 113;
+}
