@@ -172,11 +172,14 @@ impl Agent {
         &mut self.process
     }
 
-    /// Kills it as `kill -9` does; what it has pinned stays.
+    /// Kills it as `kill -9` does, if it runs; what it has pinned stays.
     ///
     /// # Errors
     /// Where the kernel refuses.
     pub fn kill(&mut self) -> Result<()> {
+        if !self.process.is_running()? {
+            return Ok(());
+        }
         self.process.signal(Signal::SIGKILL)?;
         self.process.wait(PATIENCE).map(drop)
     }

@@ -328,3 +328,59 @@ fn a_broken_manifest_is_told_and_disturbs_nobody() -> Result<()> {
     ensure!(problems.iter().all(|p| p.place.starts_with("cgroup")), "{problems:?}");
     Ok(())
 }
+
+/// The capabilities that the systemd unit grants, as setpriv names them.
+fn granted() -> Result<String> {
+    let unit = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/lb-agent.service");
+    let text = std::fs::read_to_string(unit)?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="))
+        .context("no capabilities")?;
+    let names = line
+        .split_whitespace()
+        .map(|name| name.trim_start_matches("CAP_").to_lowercase());
+    Ok(names.map(|name| format!(",+{name}")).collect())
+}
+
+#[test]
+fn the_capabilities_of_the_systemd_unit_are_enough() -> Result<()> {
+    let mut setup = setup(&[])?;
+    setup.agent.kill()?;
+    let node = setup.cluster.node("n1");
+    let program = support::agent_program()?;
+    let mut command = node.command("setpriv")?;
+    command
+        .arg(format!("--bounding-set=-all{}", granted()?))
+        .args(["--inh-caps=-all", "--no-new-privs"]);
+    command
+        .arg(&program)
+        .arg("run")
+        .arg("--manifests")
+        .arg(setup.manifests.path())
+        .args(["--node-name", "n1"]);
+    command
+        .arg("--cgroup")
+        .arg(node.cgroup())
+        .arg("--pin-path")
+        .arg(setup.agent.pin_path());
+    let mut process = Process::spawn(&mut command)?;
+    setup
+        .manifests
+        .write("more.yaml", &service("more", "10.96.0.30", &[HTTP], ""))?;
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while let Err(error) = setup.agent.verify() {
+        ensure!(process.is_running()?, "the agent has ended: {error:#}");
+        ensure!(std::time::Instant::now() < deadline, "{error:#}");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.id()))?;
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .context("no CapEff")?;
+    let effective = u64::from_str_radix(effective.trim(), 16)?;
+    assert_eq!(effective.count_ones(), 3, "{effective:#x}");
+    let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
+    bed().connect(&setup.client, &load)?.all_well()
+}
