@@ -532,3 +532,6 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
