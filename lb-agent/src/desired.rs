@@ -66,6 +66,14 @@ pub struct DesiredPort {
     pub frontends: Vec<(FrontendKey, FrontendKind)>,
 }
 
+impl DesiredPort {
+    /// Whether there is any backend, in a set or draining.
+    #[must_use]
+    pub fn has_backends(&self) -> bool {
+        !self.draining.is_empty() || self.sets.iter().any(|set| !set.members.is_empty())
+    }
+}
+
 /// The service ports of a Service that lb serves: none where another proxy does, for ExternalName and headless ones.
 #[must_use]
 pub fn ports<'a>(

@@ -42,7 +42,10 @@ pub fn verify(desired: &Desired, dump: &Dump) -> Vec<Drift> {
         live: HashMap::new(),
         backends: BTreeSet::new(),
     };
-    for (id, backend) in (0_u32..).zip(&dump.backends).filter(|(_, b)| generation::is_live(b.generation)) {
+    for (id, backend) in (0_u32..)
+        .zip(&dump.backends)
+        .filter(|(_, b)| generation::is_live(b.generation))
+    {
         check.live.entry(backend.service).or_default().push((id, backend));
     }
     check.names(desired);
@@ -119,7 +122,10 @@ impl<'a> Check<'a> {
             self.drift(format!("{}[{index}]", map_name::NAMES), "has bytes behind a text");
         }
         if !generation::is_live(generation) {
-            self.drift(format!("{}[{index}].generation", map_name::NAMES), format!("{generation} is not live"));
+            self.drift(
+                format!("{}[{index}].generation", map_name::NAMES),
+                format!("{generation} is not live"),
+            );
         }
         let field = |name: &str| format!("{}[{index}].{name}", map_name::SERVICES);
         let Service {
@@ -169,7 +175,9 @@ impl<'a> Check<'a> {
                 seal,
             } = *backend;
             let field = |name: &str| format!("{}[{id}].{name}", map_name::BACKENDS);
-            let Some(should) = flags.get(&(addr.into(), port)) else { continue };
+            let Some(should) = flags.get(&(addr.into(), port)) else {
+                continue;
+            };
             if ids.insert((addr, port), id).is_some() {
                 self.drift(format!("{}[{id}]", map_name::BACKENDS), "is there twice");
             }
@@ -212,7 +220,10 @@ impl<'a> Check<'a> {
             id != Some(&slot.backend) && (slot.addr != Addr::from(member.addr) || slot.port != member.port)
         };
         if slots.iter().zip(members).all(|(slot, member)| differing(slot, member)) {
-            return self.drift(field("base"), format!("{} leads to slots that are not this set's", word.base));
+            return self.drift(
+                field("base"),
+                format!("{} leads to slots that are not this set's", word.base),
+            );
         }
         for ((at, slot), member) in (word.base..).zip(slots).zip(members) {
             let field = |name: &str| format!("{}[{at}].{name}", map_name::BACKEND_SLOTS);
@@ -226,10 +237,16 @@ impl<'a> Check<'a> {
             } = *slot;
             self.equal(|| field("addr"), addr, Addr::from(member.addr));
             self.equal(|| field("port"), port, member.port);
-            self.equal(|| field("flags"), flags, if member.local { backend_flags::LOCAL } else { 0 });
+            self.equal(
+                || field("flags"),
+                flags,
+                if member.local { backend_flags::LOCAL } else { 0 },
+            );
             self.equal(|| field("pad"), pad, 0);
             // A backend that is missing was reported already.
-            let Some(id) = ids.get(&(Addr::from(member.addr), member.port)) else { continue };
+            let Some(id) = ids.get(&(Addr::from(member.addr), member.port)) else {
+                continue;
+            };
             self.equal(|| field("backend"), backend, *id);
             let current = dump.backends.get(*id as usize).map_or(0, |b| b.generation);
             if generation != current {
@@ -244,7 +261,10 @@ impl<'a> Check<'a> {
         let used: BTreeSet<u32> = self.indexes.values().copied().collect();
         for (index, service) in (0_u32..).zip(&dump.services) {
             if !used.contains(&index) && generation::is_live(service.generation) {
-                self.drift(format!("{}[{index}].generation", map_name::SERVICES), "is live, but nobody's");
+                self.drift(
+                    format!("{}[{index}].generation", map_name::SERVICES),
+                    "is live, but nobody's",
+                );
             }
         }
         for (id, backend) in (0_u32..).zip(&dump.backends) {
@@ -267,7 +287,9 @@ impl<'a> Check<'a> {
         let mut wanted = BTreeSet::new();
         for key in desired.frontends() {
             let indexes = &self.indexes;
-            let Some(should) = desired.frontend(&key, |id| indexes.get(id).copied()) else { continue };
+            let Some(should) = desired.frontend(&key, |id| indexes.get(id).copied()) else {
+                continue;
+            };
             wanted.insert(key);
             let Some(is) = dump.frontends.get(&key) else {
                 self.drift(describe(&key), "is missing");

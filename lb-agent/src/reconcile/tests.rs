@@ -132,9 +132,12 @@ fn operations(story: &Story, settle: bool) -> u64 {
 #[test]
 fn after_death_at_any_operation_the_next_agent_puts_all_right() {
     for (name, story) in stories() {
-        for settle in [true, false] {
+        for (settle, fault) in [true, false]
+            .into_iter()
+            .flat_map(|s| [(s, Fault::Die), (s, Fault::Tear)])
+        {
             for at in 0..operations(&story, settle) {
-                let mut lb = start(FaultyMaps::new(maps(), at, Fault::Die));
+                let mut lb = start(FaultyMaps::new(maps(), at, fault));
                 // The objects as they are when the next agent starts: as they were at the time of death, or newer.
                 let mut then = None;
                 let mut states = story.iter();
