@@ -44,6 +44,11 @@ impl<M: Maps> FaultyMaps<M> {
         }
     }
 
+    /// The operation after the next `at` meets with `fault`.
+    pub fn arm(&mut self, at: u64, fault: Fault) {
+        (self.countdown, self.fault) = (at, fault);
+    }
+
     /// How many operations there were.
     pub fn operations(&self) -> u64 {
         self.operations
