@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service};
+use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service, SetWord};
 use lb_common::logic::generation;
 use tracing::{debug, warn};
 
@@ -284,6 +284,9 @@ impl<M: Maps> Reconciler<M> {
             let result = result.and_then(|plan| self.execute(id, plan));
             if let Err(error) = result {
                 self.failed_ports.insert(Arc::clone(id), error.to_string());
+                if matches!(error, MapError::Full { .. }) {
+                    self.close_unknown(id);
+                }
             }
             // They may lead here from now on, or elsewhere where this failed.
             touched.frontends.extend(want.frontends.iter().map(|(key, _)| *key));
@@ -291,6 +294,18 @@ impl<M: Maps> Reconciler<M> {
         self.sync_frontends(&touched.frontends);
         self.remove_ports(&touched.ports);
         self.withdraw_strays();
+    }
+
+    /// Empties the sets that lead to nobody knows where, if any: that makes room for them.
+    fn close_unknown(&mut self, id: &Arc<PortId>) {
+        let Some(port) = self.actual.ports.get(id) else { return };
+        let (index, sets) = (port.index, port.sets.clone());
+        for (set, _) in SETS.into_iter().zip(sets).filter(|(_, at)| at.members.is_none()) {
+            let empty = Step::Publish(set, SetWord::default(), None, Arc::default());
+            if let Err(error) = self.step(id, index, empty) {
+                warn!(%id, %error, "cannot empty a set that somebody else has written");
+            }
+        }
     }
 
     /// What a service port is to be: what is desired, but while the source has more to tell and has told of no endpoint

@@ -201,7 +201,9 @@ impl FakeMaps {
 
     /// A program may have read this frontend.
     fn seen(&mut self, frontend: Frontend, epoch: Epoch) {
-        if frontend.kind != FrontendKind::Address as u8 && self.checks > Checks::None {
+        let service = self.contents.services.get(frontend.service as usize);
+        let live = service.is_some_and(|service| generation::is_live(service.generation));
+        if live && frontend.kind != FrontendKind::Address as u8 && self.checks > Checks::None {
             self.services_in_sight.insert(frontend.service, epoch);
         }
     }

@@ -195,9 +195,16 @@ fn after_a_failure_of_any_operation_the_next_try_puts_all_right() {
 /// Service indexes and backend ids, by what they stand for.
 fn identities(lb: &Reconciler<FakeMaps>) -> BTreeMap<String, u32> {
     let dump = lb.maps().dump().unwrap();
-    let names = dump.names.iter().map(|(index, name)| (crate::actual::port_id(name).unwrap().to_string(), *index));
-    let live = (0..).zip(&dump.backends).filter(|(_, b)| generation::is_live(b.generation));
-    names.chain(live.map(|(id, b)| (format!("{}:{} of {}", b.addr, b.port, b.service), id))).collect()
+    let names = dump
+        .names
+        .iter()
+        .map(|(index, name)| (crate::actual::port_id(name).unwrap().to_string(), *index));
+    let live = (0..)
+        .zip(&dump.backends)
+        .filter(|(_, b)| generation::is_live(b.generation));
+    names
+        .chain(live.map(|(id, b)| (format!("{}:{} of {}", b.addr, b.port, b.service), id)))
+        .collect()
 }
 
 fn web() -> Cluster {
@@ -226,7 +233,10 @@ const WEB: [&str; 2] = ["10.0.0.1:8080", "10.0.0.2:8080"];
 #[track_caller]
 fn assert_served(lb: &Reconciler<FakeMaps>, ip: &str, port: u16, want: &[&str]) {
     let is = served(lb.maps(), ip, port);
-    assert_eq!(is.as_deref(), Some(&want.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>()[..]));
+    assert_eq!(
+        is.as_deref(),
+        Some(&want.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>()[..])
+    );
 }
 
 #[test]
@@ -236,7 +246,10 @@ fn a_service_is_served() {
     assert_served(&lb, "10.96.0.2", 80, &["10.0.1.1:8080", "10.0.1.2:8080"]);
     assert_eq!(served(lb.maps(), "10.96.0.1", 81), None);
     let mark = FrontendKey::address_mark(key("10.96.0.1", 80).addr);
-    assert_eq!(lb.maps().contents.frontends[&mark], Frontend::new(0, FrontendKind::Address));
+    assert_eq!(
+        lb.maps().contents.frontends[&mark],
+        Frontend::new(0, FrontendKind::Address)
+    );
     let (usage, _) = lb.usage();
     let want = Usage {
         services: 2,
@@ -274,7 +287,12 @@ fn who_stays_keeps_index_and_ids_over_changes_and_a_restart() {
     for (what, id) in before.iter().filter(|(what, _)| !what.starts_with("10.0.0.1:")) {
         assert_eq!(after.get(what), Some(id), "{what}");
     }
-    assert_served(&lb, "10.96.0.9", 81, &["10.0.0.2:8080", "10.0.0.3:8080", "10.0.0.4:8080"]);
+    assert_served(
+        &lb,
+        "10.96.0.9",
+        81,
+        &["10.0.0.2:8080", "10.0.0.3:8080", "10.0.0.4:8080"],
+    );
     assert_eq!(served(lb.maps(), "10.96.0.1", 80), None);
 }
 
@@ -361,7 +379,11 @@ fn of_two_that_claim_a_frontend_the_older_has_it_until_it_goes() {
     apply(&mut lb, &mut cluster);
     assert_served(&lb, "10.96.0.1", 80, &["10.0.9.9:8080"]);
     assert_eq!(lb.problems().len(), 1);
-    assert!(lb.problems()[0].to_string().contains("default/web"), "{:?}", lb.problems());
+    assert!(
+        lb.problems()[0].to_string().contains("default/web"),
+        "{:?}",
+        lb.problems()
+    );
     let written = lb.maps().written();
     let mut next = restart(&lb);
     apply(&mut next, &mut cluster.again());
@@ -419,10 +441,22 @@ fn a_full_map_is_named_and_tried_again() {
         start(FakeMaps::new(capacities))
     };
     let cases: [(_, &str); 4] = [
-        (tight(&|c| c.services = 3), "SERVICES is full (3 entries): raise --max-services"),
-        (tight(&|c| c.frontends = 4), "FRONTENDS is full (4 entries): raise --max-frontends"),
-        (tight(&|c| c.backends = 6), "BACKENDS is full (6 entries): raise --max-backends"),
-        (tight(&|c| c.backend_slots = 4), "BACKEND_SLOTS is full (4 entries): raise --max-backend-slots"),
+        (
+            tight(&|c| c.services = 3),
+            "SERVICES is full (3 entries): raise --max-services",
+        ),
+        (
+            tight(&|c| c.frontends = 4),
+            "FRONTENDS is full (4 entries): raise --max-frontends",
+        ),
+        (
+            tight(&|c| c.backends = 6),
+            "BACKENDS is full (6 entries): raise --max-backends",
+        ),
+        (
+            tight(&|c| c.backend_slots = 4),
+            "BACKEND_SLOTS is full (4 entries): raise --max-backend-slots",
+        ),
     ];
     for (mut lb, message) in cases {
         let mut cluster = web();
@@ -432,7 +466,10 @@ fn a_full_map_is_named_and_tried_again() {
         lb.apply(cluster.batch());
         lb.settle().unwrap();
         let problems = lb.problems();
-        assert!(!problems.is_empty() && problems.iter().all(|p| p.message.contains(message)), "{problems:?}");
+        assert!(
+            !problems.is_empty() && problems.iter().all(|p| p.message.contains(message)),
+            "{problems:?}"
+        );
         assert_served(&lb, "10.96.0.1", 80, &WEB);
         assert_eq!(served(lb.maps(), "10.96.0.3", 80), None);
         // Others can change meanwhile, and nothing is written for the one that fails.
@@ -478,7 +515,10 @@ fn fragments_join_again() {
     let (mut lb, mut cluster) = (start(FakeMaps::new(capacities)), Cluster::default());
     for i in 0..8 {
         cluster.set(service(&format!("s{i}"), &format!("10.96.0.{i}")));
-        cluster.set(slice(&format!("s{i}"), &[&format!("10.0.{i}.1"), &format!("10.0.{i}.2")]));
+        cluster.set(slice(
+            &format!("s{i}"),
+            &[&format!("10.0.{i}.1"), &format!("10.0.{i}.2")],
+        ));
     }
     apply(&mut lb, &mut cluster);
     // Every other range of two is free: no room for four.
@@ -489,7 +529,11 @@ fn fragments_join_again() {
     cluster.set(slice("big", &["10.1.0.1", "10.1.0.2", "10.1.0.3"]));
     lb.apply(cluster.batch());
     lb.settle().unwrap();
-    assert!(lb.problems()[0].message.contains("BACKEND_SLOTS is full"), "{:?}", lb.problems());
+    assert!(
+        lb.problems()[0].message.contains("BACKEND_SLOTS is full"),
+        "{:?}",
+        lb.problems()
+    );
     cluster.remove_service("s1");
     apply(&mut lb, &mut cluster);
     assert_eq!(lb.problems(), []);
@@ -555,7 +599,14 @@ enum Act {
 const SERVICES: [&str; 4] = ["a", "b", "c", "d"];
 
 fn any_act() -> impl Strategy<Value = Act> {
-    let a_service = (0..4_usize, 0..4_u8, any::<bool>(), prop::option::of(1..3_i64), prop::option::of(1..3_u32), 0..4_u8);
+    let a_service = (
+        0..4_usize,
+        0..4_u8,
+        any::<bool>(),
+        prop::option::of(1..3_i64),
+        prop::option::of(1..3_u32),
+        0..4_u8,
+    );
     let a_service = a_service.prop_map(|(name, ip, local, created, affinity, ports)| {
         let mut new = service(SERVICES[name], &format!("10.96.0.{ip}"));
         (new.created, new.affinity_timeout) = (created, affinity);
@@ -569,10 +620,23 @@ fn any_act() -> impl Strategy<Value = Act> {
             _ => new.ports([port("x", 80)]),
         })
     });
-    let conditions = ["", "", "@n1", "@n1", "unready", "serving", "terminating @n1", "terminating", "gone"];
+    let conditions = [
+        "",
+        "",
+        "@n1",
+        "@n1",
+        "unready",
+        "serving",
+        "terminating @n1",
+        "terminating",
+        "gone",
+    ];
     let endpoints = prop::collection::vec((0..6_u8, prop::sample::select(conditions.to_vec())), 0..6);
     let a_slice = (0..4_usize, 0..2_u8, 0..3_u16, endpoints).prop_map(|(owner, number, target, endpoints)| {
-        let texts: Vec<_> = endpoints.iter().map(|(ip, conditions)| format!("10.0.0.{ip} {conditions}")).collect();
+        let texts: Vec<_> = endpoints
+            .iter()
+            .map(|(ip, conditions)| format!("10.0.0.{ip} {conditions}"))
+            .collect();
         let texts: Vec<_> = texts.iter().map(String::as_str).collect();
         let ports = [("x", 8080 + target), ("y", 8080)];
         let name = format!("{}-{number}", SERVICES[owner]);
@@ -639,7 +703,11 @@ fn run(capacities: Capacities, acts: Vec<Act>) {
     assert!(lb.is_complete());
     let failed = lb.failed_ports.values().chain(lb.failed_frontends.values());
     failed.for_each(|why| assert!(why.contains("is full"), "{why}"));
-    assert!(capacities != ROOM || lb.failed_ports.is_empty() && lb.failed_frontends.is_empty(), "{:?}", lb.problems());
+    assert!(
+        capacities != ROOM || lb.failed_ports.is_empty() && lb.failed_frontends.is_empty(),
+        "{:?}",
+        lb.problems()
+    );
     let written = lb.maps().written();
     lb.apply(cluster.again().batch());
     assert_eq!(lb.maps().written(), written, "the same again");
@@ -667,4 +735,63 @@ proptest! {
     ) {
         run(Capacities { services, frontends, backends, backend_slots, ..ROOM }, acts);
     }
+}
+
+#[test]
+fn one_endpoint_of_a_hundred_thousand_costs_what_changed() {
+    let room = Capacities {
+        services: 10_002,
+        frontends: 20_000,
+        backends: 100_100,
+        backend_slots: 200_000,
+        ..ROOM
+    };
+    let endpoints = |i: u32, tenth: &str| -> EndpointSlice {
+        let address = |j: u32| std::net::Ipv4Addr::from(0x0a00_0000 + i * 10 + j).to_string();
+        let mut texts: Vec<_> = (0..9).map(address).collect();
+        texts.push(tenth.replace("SAME", &address(9)));
+        slice(&format!("s{i}"), &texts.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let mut cluster = Cluster::default();
+    for i in 0..10_000 {
+        let ip = std::net::Ipv4Addr::from(0x0a60_0000 + i).to_string();
+        // Two thirds of them with sets that differ.
+        cluster.set(if i % 3 == 0 {
+            service(&format!("s{i}"), &ip)
+        } else {
+            service(&format!("s{i}"), &ip).local()
+        });
+        cluster.set(endpoints(i, "SAME"));
+    }
+    let mut lb = start(FakeMaps::new(room).unchecked());
+    apply(&mut lb, &mut cluster);
+    assert_eq!(lb.usage().0.backends, 100_000);
+    for i in [3000, 3001] {
+        for (change, length) in [
+            ("SAME terminating", 9),
+            ("SAME unready", 0), // It was in no set.
+            ("SAME", 10),
+            ("SAME unready", 9),
+            ("SAME", 10),
+            ("10.200.0.1", 10),
+            ("10.200.0.2", 10),
+            ("SAME", 10),
+        ] {
+            cluster.set(endpoints(i, change));
+            let before = lb.maps().written();
+            lb.apply(cluster.batch());
+            lb.settle().unwrap();
+            let written = lb.maps().written() - before;
+            assert!(written > 0 && written <= 32 * length + 256, "{change}: {written} bytes");
+            lb.apply(cluster.batch());
+            assert_eq!(lb.maps().written() - before, written);
+        }
+        assert_clean(&lb);
+    }
+    let before = lb.maps().written();
+    lb.apply(cluster.again().batch());
+    assert_eq!(lb.maps().written(), before, "the same again");
+    let mut next = restart(&lb);
+    next.apply(cluster.again().batch());
+    assert_eq!(next.maps().written(), before, "the same again after a restart");
 }
