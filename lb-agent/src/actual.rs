@@ -377,3 +377,6 @@ pub(crate) fn name_of(id: &PortId, port: u16, generation: u32) -> Name {
 
 // `SETS` and `set_words` are in the same order.
 const _: () = assert!(matches!(SETS, [Set::Internal, Set::External, Set::Cluster]));
+
+#[cfg(test)]
+mod tests;

@@ -243,3 +243,6 @@ fn place_sets(
     }
     Ok(placed)
 }
+
+#[cfg(test)]
+mod tests;
