@@ -78,7 +78,7 @@ impl DesiredPort {
 #[must_use]
 pub fn ports<'a>(
     service: &Service,
-    slices: impl Iterator<Item = &'a EndpointSlice> + Clone,
+    slices: &(impl Iterator<Item = &'a EndpointSlice> + Clone),
     node: &str,
 ) -> Vec<(PortId, DesiredPort)> {
     if service.other_proxy || service.headless_label || service.service_type == ServiceType::ExternalName {

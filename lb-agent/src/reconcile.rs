@@ -103,7 +103,7 @@ impl<M: Maps> Reconciler<M> {
         let mut touched = Touched::default();
         for key in dirty {
             let ports = match self.index.service(&key) {
-                Some(service) => desired::ports(service, self.index.slices(&key), &self.node),
+                Some(service) => desired::ports(service, &self.index.slices(&key), &self.node),
                 None => Vec::new(),
             };
             self.desired.update(&key, ports, &mut touched);

@@ -75,7 +75,7 @@ impl<'a> Check<'a> {
     }
 
     /// Reports a field that is not as it should be.
-    fn equal<T: PartialEq + std::fmt::Debug>(&mut self, field: impl FnOnce() -> String, is: T, should: T) {
+    fn equal<T: PartialEq + Copy + std::fmt::Debug>(&mut self, field: impl FnOnce() -> String, is: T, should: T) {
         if is != should {
             self.drift(field(), format!("is {is:?}, should be {should:?}"));
         }
@@ -362,7 +362,7 @@ impl<'a> Check<'a> {
             };
             let Frontend { service, kind, pad } = *is;
             self.equal(|| format!("{}.service", describe(&key)), service, should.service);
-            let label = |kind: u8| FrontendKind::from_u8(kind).map_or_else(|| kind.to_string(), |k| k.label().into());
+            let label = |kind: u8| FrontendKind::from_u8(kind).map_or("(unknown)", FrontendKind::label);
             self.equal(|| format!("{}.kind", describe(&key)), label(kind), label(should.kind));
             self.equal(|| format!("{}.pad", describe(&key)), pad, should.pad);
         }

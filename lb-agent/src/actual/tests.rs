@@ -46,7 +46,9 @@ fn sound_maps_are_taken_over_as_they_are() {
 #[test]
 fn what_nobody_owns_is_kept_apart() {
     // No name: the index, its backends and its slots go the way of a Service that was deleted.
-    let (actual, strays) = adopted(|dump| drop(dump.names.remove(&2)));
+    let (actual, strays) = adopted(|dump| {
+        dump.names.remove(&2);
+    });
     assert_eq!(strays, Strays::default());
     assert_eq!(
         (actual.indexes.used(), actual.ids.used(), actual.slots.used()),

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use crate::maps::fake::FakeMaps;
 use crate::maps::faulty::{Fault, FaultyMaps};
 
-use crate::model::{EndpointSlice, Object};
+use crate::model::EndpointSlice;
 use crate::testing::*;
 
 /// A state of the cluster after another; each but the first is a change.

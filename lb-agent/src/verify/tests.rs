@@ -116,7 +116,10 @@ fn of_frontends(dump: &Dump) -> Vec<Corruption> {
         moved(|key| key.port += 1000);
         moved(|key| key.proto = 17);
         moved(|key| key.pad = 1);
-        all.push((place.clone(), Box::new(move |d| drop(d.frontends.remove(&key)))));
+        all.push((
+            place.clone(),
+            Box::new(move |d| d.frontends.retain(|other, _| *other != key)),
+        ));
     }
     all
 }
@@ -349,7 +352,10 @@ fn of_names(dump: &Dump) -> Vec<Corruption> {
             };
             all.push((place, Box::new(moved)));
         }
-        all.push(("NAMES".into(), Box::new(move |d| drop(d.names.remove(&index)))));
+        all.push((
+            "NAMES".into(),
+            Box::new(move |d| d.names.retain(|other, _| *other != index)),
+        ));
     }
     all
 }
