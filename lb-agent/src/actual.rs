@@ -6,13 +6,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, backend_flags,
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, backend_flags, set_flags,
 };
 use lb_common::logic::connect::Set;
 use lb_common::logic::generation;
 
 use crate::alloc::{Indexes, Range, SlotRanges};
-use crate::desired::{PortId, SETS};
+use crate::desired::{DesiredSet, PortId, SETS};
 use crate::maps::{Capacities, Dump};
 use crate::model::{ObjectKey, Protocol};
 use crate::policy::Member;
@@ -20,9 +20,9 @@ use crate::policy::Member;
 /// A published set.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct ActualSet {
-    /// The slots that belong to it; `None` where it is empty, or names slots that are not its own.
+    /// The slots that belong to it; `None` where it is empty, or not known.
     pub(crate) range: Option<Range>,
-    /// What they hold; `None` where that is not what it should be, so that it has to be written anew.
+    /// What they hold; `None` where that is not what it should be: it has to be written anew.
     pub(crate) members: Option<Arc<[Member]>>,
 }
 
@@ -48,9 +48,43 @@ pub(crate) struct ActualPort {
 }
 
 impl ActualPort {
+    /// An index that nothing is known of but what SERVICES says.
+    pub(crate) fn new(index: u32, value: Service, name: Name) -> Self {
+        Self {
+            index,
+            value,
+            name,
+            sets: Default::default(),
+            backends: BTreeMap::new(),
+        }
+    }
+
     /// Whether a frontend may lead here: SERVICES was written, and its sets are known.
     pub(crate) fn is_written(&self) -> bool {
-        self.value.generation == self.name.generation && self.sets.iter().all(|set| set.members.is_some())
+        generation::is_live(self.value.generation) && self.is_known()
+    }
+
+    /// Whether it is known what every set leads to.
+    pub(crate) fn is_known(&self) -> bool {
+        self.sets.iter().all(|set| set.members.is_some())
+    }
+
+    /// The sets as they are, as far as they are known, and the backends that are in none.
+    pub(crate) fn published(&self) -> ([DesiredSet; 3], Arc<[Member]>) {
+        let words = set_words(&self.value);
+        let sets = [0, 1, 2].map(|i| DesiredSet {
+            members: self.sets[i].members.clone().unwrap_or_default(),
+            empty_drops: words[i].flags & set_flags::EMPTY_DROPS != 0,
+        });
+        let members = self.backends.iter().map(|((addr, port), backend)| Member {
+            addr: *addr,
+            port: *port,
+            local: backend.flags & backend_flags::LOCAL != 0,
+        });
+        let draining = members
+            .filter(|member| !sets.iter().any(|set| set.members.contains(member)))
+            .collect();
+        (sets, draining)
     }
 
     /// The ranges that its sets are in, each once.
@@ -73,13 +107,16 @@ pub(crate) fn set_word_mut(service: &mut Service, set: Set) -> &mut SetWord {
     }
 }
 
-/// Leftovers that no service port owns: of an agent that died in between, or of somebody else's writes.
+/// What no service port owns: left by an agent that died in between, or by somebody else's writes. Sets of which not all
+/// is known may still lead to it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Strays {
-    /// Service indexes that are named or live, but nobody's.
-    pub(crate) indexes: BTreeSet<u32>,
-    /// Backends that are live, but nobody's.
+    /// Entries of NAMES for indexes that SERVICES does not have.
+    pub(crate) names: BTreeSet<u32>,
+    /// Backends that are live.
     pub(crate) backends: BTreeSet<u32>,
+    /// Slots, each a range of its own.
+    pub(crate) slots: BTreeSet<Range>,
 }
 
 /// The state of the maps.
@@ -92,7 +129,7 @@ pub(crate) struct Actual {
     pub(crate) slots: SlotRanges,
     pub(crate) indexes: Indexes,
     pub(crate) ids: Indexes,
-    /// Generation of each index and id, also while it is not in use.
+    /// Generation of each index and id, also while it is not in use, as the maps have it.
     pub(crate) service_generations: Vec<u32>,
     pub(crate) backend_generations: Vec<u32>,
 }
@@ -100,6 +137,9 @@ pub(crate) struct Actual {
 impl Actual {
     /// Takes over what the maps say. Everything in them may be wrong; what is wrong is told apart so that the next
     /// application of the desired state puts it right.
+    ///
+    /// An index that is live or named, but nobody's, becomes a service port with a name that no Service can have, so it
+    /// goes the way of a Service that was deleted.
     pub(crate) fn adopt(dump: &Dump, capacities: Capacities) -> (Self, Strays) {
         let mut actual = Self {
             ports: HashMap::new(),
@@ -120,39 +160,28 @@ impl Actual {
         // the new one.
         names.sort_by_key(|(index, _)| (!actual.references.contains_key(*index), **index));
         for (index, name) in names {
-            let id = port_id(name).map(Arc::new);
-            let entry = dump.services.get(*index as usize);
-            match (id, entry) {
-                (Some(id), Some(entry))
-                    if *index != 0 && generation::is_live(name.generation) && !actual.ports.contains_key(&id) =>
-                {
-                    actual.indexes.claim(*index);
-                    actual.service_generations[*index as usize] = name.generation;
-                    let port = ActualPort {
-                        index: *index,
-                        value: *entry,
-                        name: *name,
-                        sets: Default::default(),
-                        backends: BTreeMap::new(),
-                    };
-                    actual.ports.insert(id, port);
-                }
-                _ => {
-                    strays.indexes.insert(*index);
-                }
+            let Some(entry) = dump.services.get(*index as usize) else {
+                strays.names.insert(*index);
+                continue;
+            };
+            let id = port_id(name).filter(|id| *index != 0 && !actual.ports.contains_key(id));
+            let id = id.unwrap_or_else(|| stray_id(*index));
+            actual
+                .ports
+                .insert(Arc::new(id), ActualPort::new(*index, *entry, *name));
+        }
+        for (index, entry) in (0_u32..).zip(&dump.services) {
+            if generation::is_live(entry.generation) && !dump.names.contains_key(&index) {
+                let id = stray_id(index);
+                let name = name_of(&id, 0, entry.generation);
+                actual.ports.insert(Arc::new(id), ActualPort::new(index, *entry, name));
             }
         }
-        for (index, service) in (0_u32..).zip(&dump.services) {
-            let named = dump.names.contains_key(&index);
-            if !named && generation::is_live(service.generation) {
-                strays.indexes.insert(index);
-            }
-        }
-        for index in &strays.indexes {
-            actual.indexes.claim(*index);
+        for port in actual.ports.values() {
+            actual.indexes.claim(port.index);
         }
         actual.adopt_backends(dump, &mut strays);
-        actual.adopt_sets(dump);
+        actual.adopt_sets(dump, &mut strays);
         (actual, strays)
     }
 
@@ -186,28 +215,32 @@ impl Actual {
         }
     }
 
-    fn adopt_sets(&mut self, dump: &Dump) {
-        // Ranges whose slots are sound go first: where two name one range, it is theirs.
-        let mut ports: Vec<_> = self.ports.values_mut().collect();
-        ports.sort_by_key(|port| port.index);
-        for sound in [true, false] {
-            for port in &mut ports {
-                let words = set_words(&port.value);
-                for (i, word) in words.into_iter().enumerate() {
-                    let members = read_set(dump, port, word);
-                    if members.is_some() != sound {
+    fn adopt_sets(&mut self, dump: &Dump, strays: &mut Strays) {
+        let mut unknown = Vec::new();
+        for port in self.ports.values_mut() {
+            for (i, word) in set_words(&port.value).into_iter().enumerate() {
+                let Some(members) = read_set(dump, port, word) else {
+                    unknown.push(word);
+                    continue;
+                };
+                if word.len != 0 {
+                    let range = Range::holding(word.base, word.len);
+                    let shared = port.sets.iter().any(|set| set.range == Some(range));
+                    if !shared && !self.slots.claim(range) {
+                        unknown.push(word);
                         continue;
                     }
-                    if word.len != 0 {
-                        let range = Range::holding(word.base, word.len);
-                        let shared = port.sets.iter().any(|set| set.range == Some(range));
-                        if shared || self.slots.claim(range) {
-                            port.sets[i].range = Some(range);
-                        } else {
-                            continue;
-                        }
-                    }
-                    port.sets[i].members = members;
+                    port.sets[i].range = Some(range);
+                }
+                port.sets[i].members = Some(members);
+            }
+        }
+        // Nobody writes to where these lead until they lead elsewhere.
+        for word in unknown {
+            for base in word.base..word.base.saturating_add(word.len.into()) {
+                let slot = Range { base, order: 0 };
+                if self.slots.claim(slot) {
+                    strays.slots.insert(slot);
                 }
             }
         }
@@ -319,6 +352,16 @@ pub(crate) fn port_id(name: &Name) -> Option<PortId> {
     })
 }
 
+/// What an index is called that is nobody's.
+fn stray_id(index: u32) -> PortId {
+    PortId {
+        service: ObjectKey::new("", &format!("(stray index {index})")),
+        port_name: "".into(),
+        protocol: Protocol::Tcp,
+        ipv6: false,
+    }
+}
+
 /// The entry of NAMES of a service port.
 pub(crate) fn name_of(id: &PortId, port: u16, generation: u32) -> Name {
     Name {
@@ -334,3 +377,6 @@ pub(crate) fn name_of(id: &PortId, port: u16, generation: u32) -> Name {
 
 // `SETS` and `set_words` are in the same order.
 const _: () = assert!(matches!(SETS, [Set::Internal, Set::External, Set::Cluster]));
+
+#[cfg(test)]
+mod tests;

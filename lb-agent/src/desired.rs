@@ -67,11 +67,19 @@ pub struct DesiredPort {
     pub frontends: Vec<(FrontendKey, FrontendKind)>,
 }
 
+impl DesiredPort {
+    /// Whether there is any backend, in a set or draining.
+    #[must_use]
+    pub fn has_backends(&self) -> bool {
+        !self.draining.is_empty() || self.sets.iter().any(|set| !set.members.is_empty())
+    }
+}
+
 /// The service ports of a Service that lb serves: none where another proxy does, for ExternalName and headless ones.
 #[must_use]
 pub fn ports<'a>(
     service: &Service,
-    slices: impl Iterator<Item = &'a EndpointSlice> + Clone,
+    slices: &(impl Iterator<Item = &'a EndpointSlice> + Clone),
     node: &str,
 ) -> Vec<(PortId, DesiredPort)> {
     if service.other_proxy || service.headless_label || service.service_type == ServiceType::ExternalName {
@@ -199,7 +207,7 @@ impl Desired {
         let mut new = Self::default();
         for key in index.apply(objects) {
             if let Some(service) = index.service(&key) {
-                let ports = ports(service, index.slices(&key), node);
+                let ports = ports(service, &index.slices(&key), node);
                 new.update(&key, ports, &mut Touched::default());
             }
         }

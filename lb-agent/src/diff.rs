@@ -65,45 +65,53 @@ impl Plan {
 /// Plans what makes a service port as desired. No steps where it is.
 ///
 /// # Errors
-/// [`MapError::Full`]; nothing is taken then.
+/// [`MapError::Full`], or a set with more members than a set word can say; nothing is taken then.
 pub(crate) fn plan(id: &PortId, want: &DesiredPort, actual: &mut Actual) -> Result<Plan, MapError> {
     let have = actual.ports.get(id).cloned();
     let mut plan = Plan::default();
     match fill(id, want, have.as_ref(), actual, &mut plan) {
         Ok(()) => Ok(plan),
-        Err(map) => {
+        Err(error) => {
             plan.cancel(actual);
-            let capacity = match map {
-                map_name::SERVICES => actual.service_generations.len() as u32,
-                map_name::BACKENDS => actual.backend_generations.len() as u32,
-                _ => actual.slots.capacity(),
-            };
-            Err(MapError::Full {
-                map,
-                flag: capacity_flag(map),
-                capacity,
-            })
+            Err(error)
         }
     }
 }
 
-/// Adds the steps to a plan; the name of the map that is full where there is no room.
+/// The error for a map that has no room left.
+fn full(map: &'static str, actual: &Actual) -> MapError {
+    MapError::Full {
+        map,
+        flag: capacity_flag(map),
+        capacity: match map {
+            map_name::SERVICES => actual.service_generations.len() as u32,
+            map_name::BACKENDS => actual.backend_generations.len() as u32,
+            _ => actual.slots.capacity(),
+        },
+    }
+}
+
+/// Adds the steps to a plan.
 fn fill(
     id: &PortId,
     want: &DesiredPort,
     have: Option<&ActualPort>,
     actual: &mut Actual,
     plan: &mut Plan,
-) -> Result<(), &'static str> {
-    let (index, service_generation) = match have {
-        Some(have) => (have.index, actual.service_generations[have.index as usize]),
+) -> Result<(), MapError> {
+    let index = match have {
+        Some(have) => have.index,
         None => {
-            let index = actual.indexes.alloc().ok_or(map_name::SERVICES)?;
+            let index = actual.indexes.alloc().ok_or_else(|| full(map_name::SERVICES, actual))?;
             plan.new_index = true;
-            (index, generation::taken(actual.service_generations[index as usize]))
+            index
         }
     };
     plan.index = index;
+    let service_generation = match actual.service_generations[index as usize] {
+        live if have.is_some() && generation::is_live(live) => live,
+        other => generation::taken(other),
+    };
 
     let name = name_of(id, want.port, service_generation);
     if have.is_none_or(|have| have.name != name) {
@@ -120,7 +128,7 @@ fn fill(
             }
             backends.insert(key, *known);
         } else {
-            let id = actual.ids.alloc().ok_or(map_name::BACKENDS)?;
+            let id = actual.ids.alloc().ok_or_else(|| full(map_name::BACKENDS, actual))?;
             plan.new_ids.push(id);
             let new = ActualBackend {
                 id,
@@ -192,15 +200,19 @@ fn place_sets(
     backends: &BTreeMap<(IpAddr, u16), ActualBackend>,
     actual: &mut Actual,
     plan: &mut Plan,
-) -> Result<[Placed; 3], &'static str> {
-    let mut placed: Vec<Placed> = Vec::with_capacity(SETS.len());
-    for set in &want.sets {
+) -> Result<[Placed; 3], MapError> {
+    let mut placed: [Placed; 3] = Default::default();
+    for (i, set) in want.sets.iter().enumerate() {
         let flags = if set.empty_drops { set_flags::EMPTY_DROPS } else { 0 };
+        let len = u16::try_from(set.members.len()).map_err(|_| MapError::Unexpected {
+            map: map_name::BACKEND_SLOTS,
+            what: format!("{} endpoints in one set, {} at most", set.members.len(), u16::MAX),
+        })?;
         let known = have.into_iter().flat_map(|have| &have.sets);
         let known = known
             .filter(|s| s.members.as_ref() == Some(&set.members))
             .find_map(|s| s.range);
-        let new = placed
+        let new = placed[..i]
             .iter()
             .find(|(_, _, members)| *members == set.members)
             .and_then(|(_, range, _)| *range);
@@ -208,8 +220,10 @@ fn place_sets(
             (true, _) => None,
             (false, Some(range)) => Some(range),
             (false, None) => {
-                let len = u16::try_from(set.members.len()).map_err(|_| map_name::BACKEND_SLOTS)?;
-                let range = actual.slots.alloc(len).ok_or(map_name::BACKEND_SLOTS)?;
+                let range = actual
+                    .slots
+                    .alloc(len)
+                    .ok_or_else(|| full(map_name::BACKEND_SLOTS, actual))?;
                 plan.new_ranges.push(range);
                 let slots = set
                     .members
@@ -222,10 +236,13 @@ fn place_sets(
         };
         let word = SetWord {
             base: range.map_or(0, |range| range.base),
-            len: set.members.len() as u16,
+            len,
             flags,
         };
-        placed.push((word, range, Arc::clone(&set.members)));
+        placed[i] = (word, range, Arc::clone(&set.members));
     }
-    placed.try_into().map_err(|_| map_name::BACKEND_SLOTS)
+    Ok(placed)
 }
+
+#[cfg(test)]
+mod tests;

@@ -20,4 +20,6 @@ pub mod model;
 pub mod policy;
 pub mod reconcile;
 pub mod source;
+#[cfg(test)]
+mod testing;
 pub mod verify;

@@ -9,13 +9,13 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service};
+use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service, SetWord};
 use lb_common::logic::generation;
 use tracing::{debug, warn};
 
 use crate::actual::{Actual, ActualBackend, ActualPort, Strays, set_word_mut};
 use crate::alloc::Range;
-use crate::desired::{self, Desired, PortId, SETS, Touched};
+use crate::desired::{self, Desired, DesiredPort, PortId, SETS, Touched};
 use crate::diff::{self, Plan, Step};
 use crate::index::Index;
 use crate::maps::{Capacities, Epoch, MapError, Maps};
@@ -58,8 +58,11 @@ pub struct Reconciler<M> {
     /// What could not be written, and why. Tried again at every occasion.
     failed_ports: BTreeMap<Arc<PortId>, String>,
     failed_frontends: BTreeMap<FrontendKey, String>,
-    /// Service ports of an earlier run that stay until the source has told everything.
+    /// Service ports of an earlier run that the source has not told of, or not of their endpoints: they stay as they
+    /// are until it has told everything.
     kept: BTreeSet<Arc<PortId>>,
+    /// What nobody owns, until it is sure that nothing leads there.
+    strays: Strays,
     /// Nothing was applied yet: what an earlier run left is to be looked at as a whole.
     fresh: bool,
     complete: bool,
@@ -76,12 +79,13 @@ impl<M: Maps> Reconciler<M> {
         let epoch = maps.grace_begin();
         maps.grace_wait(epoch)?;
         let (actual, strays) = Actual::adopt(&maps.dump()?, maps.capacities());
-        let mut new = Self {
+        Ok(Self {
             maps,
             node: node.into(),
             index: Index::default(),
             desired: Desired::default(),
             kept: actual.ports.keys().cloned().collect(),
+            strays,
             actual,
             limbo: VecDeque::new(),
             deletion: None,
@@ -90,44 +94,7 @@ impl<M: Maps> Reconciler<M> {
             fresh: true,
             complete: false,
             problems: Vec::new(),
-        };
-        new.withdraw_strays(strays)?;
-        Ok(new)
-    }
-
-    /// Puts out of use what no service port owns. Frontends that lead to a stray index are none of anybody's claims, so
-    /// the first application moves or removes them; the index is cleared after that.
-    fn withdraw_strays(&mut self, strays: Strays) -> Result<(), MapError> {
-        let Strays { indexes, backends } = strays;
-        for id in backends {
-            self.withdraw(id)?;
-        }
-        for index in indexes {
-            warn!(
-                index,
-                "a service index of an earlier run belongs to nobody and is cleared"
-            );
-            self.kept_strays(index);
-        }
-        Ok(())
-    }
-
-    /// Has a stray index cleared as if it were a service port that is gone.
-    fn kept_strays(&mut self, index: u32) {
-        let id = Arc::new(PortId {
-            service: crate::model::ObjectKey::new("", &format!("(stray index {index})")),
-            port_name: "".into(),
-            protocol: crate::model::Protocol::Tcp,
-            ipv6: false,
-        });
-        let port = ActualPort {
-            index,
-            value: Service::default(),
-            name: crate::actual::name_of(&id, 0, 0),
-            sets: Default::default(),
-            backends: BTreeMap::new(),
-        };
-        self.actual.ports.insert(id, port);
+        })
     }
 
     /// Applies a batch of changes as a whole.
@@ -136,10 +103,16 @@ impl<M: Maps> Reconciler<M> {
         let mut touched = Touched::default();
         for key in dirty {
             let ports = match self.index.service(&key) {
-                Some(service) => desired::ports(service, self.index.slices(&key), &self.node),
+                Some(service) => desired::ports(service, &self.index.slices(&key), &self.node),
                 None => Vec::new(),
             };
             self.desired.update(&key, ports, &mut touched);
+        }
+        for id in &touched.ports {
+            // Told of, and removed again.
+            if self.desired.port(id).is_none() {
+                self.kept.remove(id);
+            }
         }
         let completed = batch.complete && !self.complete;
         if completed {
@@ -157,7 +130,9 @@ impl<M: Maps> Reconciler<M> {
 
     /// Uses grace periods that have passed: clears what is gone, frees what was in use, and tries again what failed.
     pub fn reclaim(&mut self) {
-        if self.free_retired() {
+        let passed = self.maps.grace_passed();
+        let ready = self.limbo.front().is_some_and(|(epoch, _)| *epoch <= passed);
+        if ready || !self.failed_ports.is_empty() || !self.failed_frontends.is_empty() {
             self.reconcile(Touched::default());
         }
     }
@@ -234,24 +209,23 @@ impl<M: Maps> Reconciler<M> {
         (usage, self.maps.capacities())
     }
 
-    /// Frees what a grace period has passed for; whether there was any.
-    fn free_retired(&mut self) -> bool {
+    /// Frees what a grace period has passed for.
+    fn free_retired(&mut self) {
         let passed = self.maps.grace_passed();
-        let mut any = false;
-        while let Some((_, retired)) = self.limbo.pop_front_if(|(epoch, _)| *epoch <= passed) {
-            any = true;
+        let mut failed = Vec::new();
+        while let Some((epoch, retired)) = self.limbo.pop_front_if(|(epoch, _)| *epoch <= passed) {
             match retired {
                 Retired::Range(range) => self.actual.slots.free(range),
                 Retired::Backend(id) => self.actual.ids.free(id),
                 Retired::Port(port) => {
                     if let Err(error) = self.clear(&port) {
                         warn!(index = port.index, %error, "cannot clear a service index; trying again later");
-                        self.retire(Retired::Port(port));
+                        failed.push((epoch, Retired::Port(port)));
                     }
                 }
             }
         }
-        any
+        failed.into_iter().rev().for_each(|again| self.limbo.push_front(again));
     }
 
     fn retire(&mut self, retired: Retired) {
@@ -303,30 +277,77 @@ impl<M: Maps> Reconciler<M> {
             .frontends
             .extend(std::mem::take(&mut self.failed_frontends).into_keys());
         for id in &touched.ports {
-            let Some(want) = self.desired.port(id) else { continue };
-            self.kept.remove(id);
-            let result = match diff::plan(id, want, &mut self.actual) {
-                Err(error) if !self.limbo.is_empty() => {
+            let Some(want) = self.wanted(id) else { continue };
+            let result = match diff::plan(id, &want, &mut self.actual) {
+                Err(error @ MapError::Full { .. }) if !self.limbo.is_empty() => {
                     // Room is on its way.
                     debug!(%id, %error, "waiting for a grace period");
-                    self.settle_limbo().and_then(|()| match self.desired.port(id) {
-                        Some(want) => diff::plan(id, want, &mut self.actual),
-                        None => Ok(Plan::default()),
-                    })
+                    self.settle_limbo()
+                        .and_then(|()| diff::plan(id, &want, &mut self.actual))
                 }
                 other => other,
             };
             let result = result.and_then(|plan| self.execute(id, plan));
             if let Err(error) = result {
                 self.failed_ports.insert(Arc::clone(id), error.to_string());
-                // Its frontends may lead elsewhere meanwhile.
+                if matches!(error, MapError::Full { .. }) {
+                    self.close_unknown(id);
+                }
             }
-            if let Some(want) = self.desired.port(id) {
-                touched.frontends.extend(want.frontends.iter().map(|(key, _)| *key));
-            }
+            // They may lead here from now on, or elsewhere where this failed.
+            touched.frontends.extend(want.frontends.iter().map(|(key, _)| *key));
         }
         self.sync_frontends(&touched.frontends);
         self.remove_ports(&touched.ports);
+        self.withdraw_strays();
+    }
+
+    /// Empties the sets that lead to nobody knows where, if any: that makes room for them.
+    fn close_unknown(&mut self, id: &Arc<PortId>) {
+        let Some(port) = self.actual.ports.get(id) else { return };
+        let (index, sets) = (port.index, port.sets.clone());
+        for (set, _) in SETS.into_iter().zip(sets).filter(|(_, at)| at.members.is_none()) {
+            let empty = Step::Publish(set, SetWord::default(), None, Arc::default());
+            if let Err(error) = self.step(id, index, empty) {
+                warn!(%id, %error, "cannot empty a set that somebody else has written");
+            }
+        }
+    }
+
+    /// What a service port is to be: what is desired, but while the source has more to tell and has told of no endpoint
+    /// of it, with the backends that it has from an earlier run.
+    fn wanted(&mut self, id: &PortId) -> Option<DesiredPort> {
+        let mut want = self.desired.port(id)?.clone();
+        if !self.kept.contains(id) {
+            return Some(want);
+        }
+        if want.has_backends() {
+            self.kept.remove(id);
+        } else if let Some(have) = self.actual.ports.get(id) {
+            (want.sets, want.draining) = have.published();
+        }
+        Some(want)
+    }
+
+    /// Puts out of use what nobody owns, once every set leads to what is its own.
+    fn withdraw_strays(&mut self) {
+        if !self.complete || self.strays == Strays::default() || !self.actual.ports.values().all(ActualPort::is_known) {
+            return;
+        }
+        let Strays { names, backends, slots } = std::mem::take(&mut self.strays);
+        for index in names {
+            if let Err(error) = self.maps.delete_name(index) {
+                warn!(index, %error, "cannot remove a name of an earlier run; trying again later");
+                self.strays.names.insert(index);
+            }
+        }
+        for id in backends {
+            if let Err(error) = self.withdraw(id) {
+                warn!(id, %error, "cannot withdraw a backend of an earlier run; trying again later");
+                self.strays.backends.insert(id);
+            }
+        }
+        slots.into_iter().for_each(|range| self.retire(Retired::Range(range)));
     }
 
     /// Waits for all grace periods that were asked for, and frees what they were for.
@@ -352,20 +373,31 @@ impl<M: Maps> Reconciler<M> {
         if steps.is_empty() {
             return Ok(());
         }
-        let mut ranges = self.actual.ports.get(id).map(ActualPort::ranges).unwrap_or_default();
-        ranges.extend(new_ranges);
+        let old_ranges = self.actual.ports.get(id).map(ActualPort::ranges).unwrap_or_default();
         let result = steps.into_iter().try_for_each(|step| self.step(id, index, step));
 
         let port = self.actual.ports.get(id);
         let in_use = port.map(ActualPort::ranges).unwrap_or_default();
-        let unused: Vec<_> = ranges.difference(&in_use).copied().collect();
-        let known = |id: &u32| port.is_some_and(|port| port.backends.values().any(|b| b.id == *id));
-        let unknown: Vec<_> = new_ids.into_iter().filter(|id| !known(id)).collect();
+        let known: BTreeSet<u32> = port
+            .into_iter()
+            .flat_map(|port| port.backends.values())
+            .map(|b| b.id)
+            .collect();
         if new_index && port.is_none() {
             self.actual.indexes.free(index);
         }
-        unused.into_iter().for_each(|range| self.retire(Retired::Range(range)));
-        unknown.into_iter().for_each(|id| self.retire(Retired::Backend(id)));
+        // What was never published was never seen.
+        new_ranges
+            .into_iter()
+            .filter(|range| !in_use.contains(range))
+            .for_each(|range| self.actual.slots.free(range));
+        new_ids
+            .into_iter()
+            .filter(|id| !known.contains(id))
+            .for_each(|id| self.actual.ids.free(id));
+        old_ranges
+            .difference(&in_use)
+            .for_each(|range| self.retire(Retired::Range(*range)));
         result
     }
 
@@ -373,15 +405,8 @@ impl<M: Maps> Reconciler<M> {
     fn step(&mut self, id: &Arc<PortId>, index: u32, step: Step) -> Result<(), MapError> {
         if let Step::Name(name) = &step {
             self.maps.write_name(index, name)?;
-            self.actual.service_generations[index as usize] = name.generation;
-            let port = self.actual.ports.entry(Arc::clone(id)).or_insert_with(|| ActualPort {
-                index,
-                value: Service::default(),
-                name: *name,
-                sets: Default::default(),
-                backends: BTreeMap::new(),
-            });
-            port.name = *name;
+            let new = || ActualPort::new(index, Service::default(), *name);
+            self.actual.ports.entry(Arc::clone(id)).or_insert_with(new).name = *name;
             return Ok(());
         }
         // The first step of a new port is its name.
@@ -404,6 +429,7 @@ impl<M: Maps> Reconciler<M> {
             Step::Slots(range, slots) => self.maps.write_slots(range.base, &slots)?,
             Step::Service(value, sets) => {
                 self.maps.write_service(index, value)?;
+                self.actual.service_generations[index as usize] = value.generation;
                 port.value = value;
                 for (set, (range, members)) in port.sets.iter_mut().zip(sets) {
                     set.range = range;
@@ -412,6 +438,7 @@ impl<M: Maps> Reconciler<M> {
             }
             Step::Settings(value) => {
                 self.maps.write_service_settings(index, value)?;
+                self.actual.service_generations[index as usize] = value.generation;
                 port.value = Service {
                     internal: port.value.internal,
                     external: port.value.external,
@@ -448,26 +475,30 @@ impl<M: Maps> Reconciler<M> {
         let mut stores = Vec::new();
         let mut inserts = Vec::new();
         let mut deletes = Vec::new();
-        let kept: BTreeSet<u32> = self
-            .kept
-            .iter()
+        let kept = self.kept.iter().filter(|id| self.desired.port(id).is_none());
+        let kept: BTreeSet<u32> = kept
             .filter_map(|id| self.actual.ports.get(id))
             .map(|p| p.index)
             .collect();
         for key in keys {
+            let have = self.actual.frontends.get(key).copied();
+            // What leads to a service port stays there also where the port could not be put right.
+            let leads = |port: &ActualPort| {
+                have.is_some_and(|have| have.service == port.index || have.kind == FrontendKind::Address as u8)
+            };
+            let ports = &self.actual.ports;
             let index_of = |id: &PortId| {
-                self.actual
-                    .ports
+                ports
                     .get(id)
-                    .filter(|p| p.is_written())
+                    .filter(|p| p.is_written() || leads(p))
                     .map(|port| port.index)
             };
             let want = self.desired.frontend(key, index_of);
-            match (self.actual.frontends.get(key).copied(), want) {
+            match (have, want) {
                 (have, want) if have == want => {}
+                (Some(old), _) if self.is_kept(*key, old, &kept) => {}
                 (None, Some(new)) => inserts.push((*key, new)),
                 (Some(_), Some(new)) => stores.push((*key, new)),
-                (Some(old), None) if self.is_kept(*key, old, &kept) => {}
                 (_, None) => deletes.push(*key),
             }
         }
@@ -500,7 +531,7 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 
-    /// Whether a frontend of an earlier run stays although nobody claims it: the source has not told everything yet.
+    /// Whether a frontend of an earlier run stays, whoever claims it: the source has not told everything yet.
     fn is_kept(&self, key: FrontendKey, value: Frontend, kept: &BTreeSet<u32>) -> bool {
         if self.complete {
             return false;
@@ -513,8 +544,9 @@ impl<M: Maps> Reconciler<M> {
     }
 
     fn insert(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
-        if let Some(epoch) = self.deletion.take() {
+        if let Some(epoch) = self.deletion {
             self.maps.grace_wait(epoch)?;
+            self.deletion = None;
         }
         self.maps.insert_frontend(key, value)
     }
@@ -556,3 +588,6 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

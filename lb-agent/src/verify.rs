@@ -39,15 +39,11 @@ pub fn verify(desired: &Desired, dump: &Dump) -> Vec<Drift> {
         dump,
         drifts: BTreeSet::new(),
         indexes: HashMap::new(),
-        live: HashMap::new(),
-        backends: BTreeSet::new(),
+        sealed: HashMap::new(),
+        broken: Vec::new(),
+        wanted: BTreeSet::new(),
     };
-    for (id, backend) in (0_u32..)
-        .zip(&dump.backends)
-        .filter(|(_, b)| generation::is_live(b.generation))
-    {
-        check.live.entry(backend.service).or_default().push((id, backend));
-    }
+    check.backends();
     check.names(desired);
     for (id, want) in desired.ports() {
         check.port(id, want);
@@ -62,10 +58,12 @@ struct Check<'a> {
     drifts: BTreeSet<Drift>,
     /// The service index of each desired port that has one.
     indexes: HashMap<Arc<PortId>, u32>,
-    /// Backends in use, by service index.
-    live: HashMap<u32, Vec<(u32, &'a Backend)>>,
+    /// Backends in use whose seal is good: their ids by service index, address and port.
+    sealed: HashMap<(u32, Addr, u16), u32>,
+    /// Entries of BACKENDS whose seal is not good, in use or not.
+    broken: Vec<(u32, &'a Backend)>,
     /// Backends that are accounted for.
-    backends: BTreeSet<u32>,
+    wanted: BTreeSet<u32>,
 }
 
 impl<'a> Check<'a> {
@@ -77,15 +75,37 @@ impl<'a> Check<'a> {
     }
 
     /// Reports a field that is not as it should be.
-    fn equal<T: PartialEq + std::fmt::Debug>(&mut self, field: impl FnOnce() -> String, is: T, should: T) {
+    fn equal<T: PartialEq + Copy + std::fmt::Debug>(&mut self, field: impl FnOnce() -> String, is: T, should: T) {
         if is != should {
             self.drift(field(), format!("is {is:?}, should be {should:?}"));
+        }
+    }
+
+    fn backends(&mut self) {
+        for (id, backend) in (0_u32..).zip(&self.dump.backends) {
+            if !generation::is_sealed(backend) {
+                if *backend != Backend::default() {
+                    self.broken.push((id, backend));
+                }
+            } else if generation::is_live(backend.generation) {
+                let key = (backend.service, backend.addr, backend.port);
+                if let Some(other) = self.sealed.insert(key, id) {
+                    self.drift(
+                        format!("{}[{id}]", map_name::BACKENDS),
+                        format!("is the same as {other}"),
+                    );
+                }
+            }
         }
     }
 
     fn names(&mut self, desired: &Desired) {
         for (index, name) in &self.dump.names {
             let place = format!("{}[{index}]", map_name::NAMES);
+            if *index == 0 || *index as usize >= self.dump.services.len() {
+                self.drift(place, "is not the index of a service");
+                continue;
+            }
             let Some(id) = port_id(name) else {
                 self.drift(place, "is not the name of a service port");
                 continue;
@@ -95,6 +115,10 @@ impl<'a> Check<'a> {
                 Some(id) => {
                     if let Some(other) = self.indexes.insert(Arc::clone(id), *index) {
                         self.drift(place, format!("{id} has index {other} too"));
+                        self.drift(
+                            format!("{}[{other}]", map_name::NAMES),
+                            format!("{id} has index {index} too"),
+                        );
                     }
                 }
             }
@@ -139,7 +163,15 @@ impl<'a> Check<'a> {
         } = *service;
         self.equal(|| field("flags"), flags, want.flags);
         self.equal(|| field("affinity_timeout"), affinity_timeout, want.affinity_timeout);
-        self.equal(|| field("generation"), service_generation, generation);
+        if !generation::is_live(service_generation) {
+            self.drift(
+                field("generation"),
+                format!("{service_generation} is that of an index that is not in use"),
+            );
+        } else if service_generation != generation {
+            let both = format!("{} or {}[{index}].generation", field("generation"), map_name::NAMES);
+            self.drift(both, format!("they are {service_generation} and {generation}"));
+        }
         self.equal(|| field("pad"), pad, 0);
         let wanted = self.wanted_backends(index, want);
         for ((name, word), set) in [("internal", internal), ("external", external), ("cluster", cluster)]
@@ -148,7 +180,13 @@ impl<'a> Check<'a> {
         {
             let drops = if set.empty_drops { set_flags::EMPTY_DROPS } else { 0 };
             self.equal(|| field(&format!("{name}.flags")), word.flags, drops);
-            self.set(&|part| field(&format!("{name}.{part}")), word, &set.members, &wanted);
+            self.set(
+                index,
+                &|part| field(&format!("{name}.{part}")),
+                word,
+                &set.members,
+                &wanted,
+            );
         }
     }
 
@@ -164,41 +202,55 @@ impl<'a> Check<'a> {
                 *flags.entry((member.addr, member.port)).or_default() |= bit | local;
             }
         }
-        let mut ids: HashMap<(Addr, u16), u32> = HashMap::new();
-        for (id, backend) in self.live.remove(&index).unwrap_or_default() {
-            let Backend {
-                addr,
-                port,
-                flags: has,
-                service: _,
-                generation,
-                seal,
-            } = *backend;
-            let field = |name: &str| format!("{}[{id}].{name}", map_name::BACKENDS);
-            let Some(should) = flags.get(&(addr.into(), port)) else {
-                continue;
-            };
-            if ids.insert((addr, port), id).is_some() {
-                self.drift(format!("{}[{id}]", map_name::BACKENDS), "is there twice");
-            }
-            self.backends.insert(id);
-            self.equal(|| field("flags"), has, *should);
-            let expected = generation::seal(addr, port, index, generation);
-            if seal != expected {
-                self.drift(field("generation or seal"), "they do not belong together");
-            }
-        }
-        for (addr, port) in flags.keys() {
-            if !ids.contains_key(&(Addr::from(*addr), *port)) {
+        let mut ids = HashMap::new();
+        for ((addr, port), should) in flags {
+            let addr = Addr::from(addr);
+            let id = self.sealed.get(&(index, addr, port)).copied();
+            let Some(id) = id.or_else(|| self.broken_backend(index, addr, port)) else {
                 let what = format!("{addr}:{port} of service index {index} is missing");
                 self.drift(map_name::BACKENDS.into(), what);
-            }
+                continue;
+            };
+            self.wanted.insert(id);
+            ids.insert((addr, port), id);
+            let is = self.dump.backends[id as usize].flags;
+            self.equal(|| format!("{}[{id}].flags", map_name::BACKENDS), is, should);
         }
         ids
     }
 
+    /// The entry that would be this backend, were it not for one field; reports that field.
+    fn broken_backend(&mut self, index: u32, addr: Addr, port: u16) -> Option<u32> {
+        let (id, field) = self.broken.iter().find_map(|(id, backend)| {
+            let Backend {
+                addr: has_addr,
+                port: has_port,
+                flags: _,
+                service,
+                generation,
+                seal,
+            } = **backend;
+            let differs = (has_addr != addr, has_port != port, service != index);
+            let field = match differs {
+                (false, false, false) => return Some((*id, "generation or .seal")),
+                (true, false, false) => "addr",
+                (false, true, false) => "port",
+                (false, false, true) => "service",
+                _ => return None,
+            };
+            (generation::seal(addr, port, index, generation) == seal).then_some((*id, field))
+        })?;
+        let field = format!("{}[{id}].{field}", map_name::BACKENDS);
+        self.drift(
+            field,
+            format!("is not that of {addr}:{port} of service index {index}, which the rest of it says"),
+        );
+        Some(id)
+    }
+
     fn set(
         &mut self,
+        index: u32,
         field: &dyn Fn(&str) -> String,
         word: SetWord,
         members: &[Member],
@@ -209,17 +261,21 @@ impl<'a> Check<'a> {
             return self.drift(field("len"), format!("is {}, should be {}", word.len, members.len()));
         }
         if members.is_empty() {
-            return;
+            return self.equal(|| field("base"), word.base, 0);
         }
         let base = word.base as usize;
         let Some(slots) = dump.slots.get(base..base + members.len()) else {
             return self.drift(field("base"), format!("{} is out of range", word.base));
         };
-        let differing = |slot: &BackendSlot, member: &Member| {
-            let id = ids.get(&(Addr::from(member.addr), member.port));
-            id != Some(&slot.backend) && (slot.addr != Addr::from(member.addr) || slot.port != member.port)
+        let id_of = |member: &Member| ids.get(&(Addr::from(member.addr), member.port)).copied();
+        let other = |slot: &BackendSlot, member: &Member| id_of(member).is_some_and(|id| id != slot.backend);
+        let elsewhere = |slot: &BackendSlot, member: &Member| {
+            other(slot, member) && (slot.addr != Addr::from(member.addr) || slot.port != member.port)
         };
-        if slots.iter().zip(members).all(|(slot, member)| differing(slot, member)) {
+        let mut pairs = slots.iter().zip(members);
+        if pairs.clone().all(|(slot, member)| elsewhere(slot, member))
+            || pairs.any(|(slot, member)| other(slot, member)) && self.leads_there_too(index, word)
+        {
             return self.drift(
                 field("base"),
                 format!("{} leads to slots that are not this set's", word.base),
@@ -243,17 +299,26 @@ impl<'a> Check<'a> {
                 if member.local { backend_flags::LOCAL } else { 0 },
             );
             self.equal(|| field("pad"), pad, 0);
-            // A backend that is missing was reported already.
-            let Some(id) = ids.get(&(Addr::from(member.addr), member.port)) else {
-                continue;
-            };
-            self.equal(|| field("backend"), backend, *id);
-            let current = dump.backends.get(*id as usize).map_or(0, |b| b.generation);
-            if generation != current {
-                let both = format!("{} or {}[{id}].generation", field("generation"), map_name::BACKENDS);
-                self.drift(both, format!("they are {generation} and {current}"));
+            // A backend that is missing was reported already, and the generation of one that is broken may be what is.
+            let Some(id) = id_of(member) else { continue };
+            self.equal(|| field("backend"), backend, id);
+            let current = &dump.backends[id as usize];
+            if generation::is_sealed(current) {
+                self.equal(|| field("generation"), generation, current.generation);
             }
         }
+    }
+
+    /// Whether a set of another service has some of these slots.
+    fn leads_there_too(&self, index: u32, word: SetWord) -> bool {
+        let end = |word: SetWord| word.base.saturating_add(word.len.into());
+        let overlaps = |other: SetWord| other.base < end(word) && word.base < end(other);
+        let others = (0_u32..)
+            .zip(&self.dump.services)
+            .filter(|(i, s)| *i != index && generation::is_live(s.generation));
+        others
+            .into_iter()
+            .any(|(_, s)| [s.internal, s.external, s.cluster].into_iter().any(overlaps))
     }
 
     fn stray_entries(&mut self) {
@@ -268,7 +333,7 @@ impl<'a> Check<'a> {
             }
         }
         for (id, backend) in (0_u32..).zip(&dump.backends) {
-            if !self.backends.contains(&id) && generation::is_live(backend.generation) {
+            if !self.wanted.contains(&id) && generation::is_live(backend.generation) {
                 let what = format!(
                     "{}:{} of service index {} is live, but nobody's",
                     backend.addr, backend.port, backend.service
@@ -297,7 +362,7 @@ impl<'a> Check<'a> {
             };
             let Frontend { service, kind, pad } = *is;
             self.equal(|| format!("{}.service", describe(&key)), service, should.service);
-            let label = |kind: u8| FrontendKind::from_u8(kind).map_or_else(|| kind.to_string(), |k| k.label().into());
+            let label = |kind: u8| FrontendKind::from_u8(kind).map_or("(unknown)", FrontendKind::label);
             self.equal(|| format!("{}.kind", describe(&key)), label(kind), label(should.kind));
             self.equal(|| format!("{}.pad", describe(&key)), pad, should.pad);
         }
@@ -307,3 +372,6 @@ impl<'a> Check<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,8 +1,16 @@
 //! The contents of the maps as values.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::SocketAddr;
 
-use lb_common::abi::{Backend, BackendSlot, Frontend, FrontendKey, Name, Service};
+use lb_common::abi::{
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, backend_flags,
+    service_flags, set_flags,
+};
+use lb_common::logic::generation;
+
+use crate::actual::port_id;
 
 /// Everything that FRONTENDS, SERVICES, BACKEND_SLOTS, BACKENDS and NAMES hold.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -17,4 +25,127 @@ pub struct Dump {
     pub backends: Vec<Backend>,
     /// NAMES.
     pub names: BTreeMap<u32, Name>,
+}
+
+/// What the maps say, as text for people: frontends, then each service with its sets resolved to addresses. What does
+/// not fit together is shown as it is, and marked.
+#[must_use]
+pub fn render(dump: &Dump) -> String {
+    Rendering(dump).to_string()
+}
+
+struct Rendering<'a>(&'a Dump);
+
+impl fmt::Display for Rendering<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "frontends")?;
+        for (key, value) in &self.0.frontends {
+            let kind = FrontendKind::from_u8(value.kind).map_or("(unknown kind)", FrontendKind::label);
+            match FrontendKind::from_u8(value.kind) {
+                Some(FrontendKind::Address) => writeln!(f, "  {} {kind}", key.addr)?,
+                _ => writeln!(
+                    f,
+                    "  {}/{} {kind} -> service {}",
+                    destination(key.addr, key.port),
+                    protocol(key.proto),
+                    value.service
+                )?,
+            }
+        }
+        for (index, service) in (0_u32..).zip(&self.0.services) {
+            if generation::is_live(service.generation) || self.0.names.contains_key(&index) {
+                self.service(f, index, service)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Rendering<'_> {
+    fn service(&self, f: &mut fmt::Formatter<'_>, index: u32, service: &Service) -> fmt::Result {
+        let name = self.0.names.get(&index);
+        match name.map(|name| (name.port, port_id(name))) {
+            Some((port, Some(id))) => write!(f, "service {index}: {id}, port {port}")?,
+            _ => write!(f, "service {index}: (nobody's)")?,
+        }
+        if service.flags & service_flags::AFFINITY != 0 {
+            write!(f, ", affinity {} s", service.affinity_timeout)?;
+        }
+        if !generation::is_live(service.generation) {
+            write!(f, " (not in use)")?;
+        }
+        writeln!(f)?;
+        let sets = [
+            ("internal", service.internal),
+            ("external", service.external),
+            ("cluster", service.cluster),
+        ];
+        let mut in_sets = BTreeSet::new();
+        for (at, (_, word)) in sets.iter().enumerate() {
+            // Sets that are one are shown once.
+            if sets[..at].iter().all(|(_, before)| before != word) {
+                let names: Vec<_> = sets
+                    .iter()
+                    .filter(|(_, other)| other == word)
+                    .map(|(name, _)| *name)
+                    .collect();
+                self.set(f, &names.join(", "), *word, &mut in_sets)?;
+            }
+        }
+        let live = (0_u32..)
+            .zip(&self.0.backends)
+            .filter(|(_, b)| generation::is_live(b.generation));
+        for (id, backend) in live.filter(|(id, b)| b.service == index && !in_sets.contains(id)) {
+            let destination = destination(backend.addr, backend.port);
+            writeln!(f, "  draining: {destination}{} (backend {id})", local(backend.flags))?;
+        }
+        Ok(())
+    }
+
+    fn set(&self, f: &mut fmt::Formatter<'_>, names: &str, word: SetWord, in_sets: &mut BTreeSet<u32>) -> fmt::Result {
+        if word.len == 0 {
+            let drops = word.flags & set_flags::EMPTY_DROPS != 0;
+            return writeln!(f, "  {names}: none, {}", if drops { "DROP" } else { "REJECT" });
+        }
+        let end = u64::from(word.base) + u64::from(word.len);
+        writeln!(f, "  {names}: slots {}..{end}", word.base)?;
+        for at in u64::from(word.base)..end {
+            let Some(slot) = self.0.slots.get(at as usize) else {
+                return writeln!(f, "    (out of range)");
+            };
+            in_sets.insert(slot.backend);
+            let backend = self.0.backends.get(slot.backend as usize);
+            let current = backend.is_some_and(|b| generation::is_current(b.generation, slot.generation));
+            writeln!(
+                f,
+                "    {}{} (backend {}{})",
+                destination(slot.addr, slot.port),
+                local(slot.flags),
+                slot.backend,
+                if current { "" } else { ", which is gone" }
+            )?;
+        }
+        Ok(())
+    }
+}
+
+fn local(flags: u16) -> &'static str {
+    if flags & backend_flags::LOCAL == 0 {
+        ""
+    } else {
+        " on this node"
+    }
+}
+
+fn protocol(number: u8) -> String {
+    match number {
+        6 => "TCP".into(),
+        17 => "UDP".into(),
+        132 => "SCTP".into(),
+        other => other.to_string(),
+    }
+}
+
+fn destination(addr: Addr, port: u16) -> SocketAddr {
+    SocketAddr::new(addr.into(), port)
 }

@@ -1,14 +1,14 @@
 //! Maps in memory that enforce the rules of the real ones: what the kernel would refuse is refused, and what would hurt
 //! a program that runs at the same time is a panic.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use lb_common::abi::{Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, map_name};
 use lb_common::logic::connect::Set;
 use lb_common::logic::generation;
 
 use super::{Capacities, Dump, Epoch, MapError, Maps, capacity_flag};
-use crate::actual::{set_word_mut, set_words};
+use crate::actual::{port_id, set_word_mut, set_words};
 
 /// Maps in memory. Grace periods pass when [`Self::pass_grace`] or [`Maps::grace_wait`] says so.
 #[derive(Debug, Clone)]
@@ -27,8 +27,18 @@ pub struct FakeMaps {
     services_in_sight: BTreeMap<u32, Epoch>,
     /// Backends that a program may still hold, likewise.
     backends_in_sight: BTreeMap<u32, Epoch>,
-    /// Check the invariants after each write: costs a look at everything.
-    checked: bool,
+    checks: Checks,
+}
+
+/// What is looked at besides the one entry that is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Checks {
+    /// Nothing: for large states.
+    None,
+    /// Rules of a write that cost a look at everything.
+    Rules,
+    /// Also the soundness of everything after each write.
+    Sound,
 }
 
 impl FakeMaps {
@@ -51,21 +61,33 @@ impl FakeMaps {
             slots_in_sight: BTreeMap::new(),
             services_in_sight: BTreeMap::new(),
             backends_in_sight: BTreeMap::new(),
-            checked: true,
+            checks: Checks::Sound,
         }
     }
 
-    /// Without looking at everything after each write, for large states.
+    /// Without looking at everything at each write, for large states.
     #[must_use]
     pub fn unchecked(mut self) -> Self {
-        self.checked = false;
+        self.checks = Checks::None;
+        self
+    }
+
+    /// For contents that somebody has corrupted: every write keeps the rules, but the whole need not be sound.
+    #[must_use]
+    pub fn corrupted(mut self) -> Self {
+        self.checks = Checks::Rules;
         self
     }
 
     /// A grace period passes for all that was asked so far.
     pub fn pass_grace(&mut self) {
-        self.passed = self.requested;
-        // What is in sight without a request after it stays so: nobody has asked.
+        self.pass_grace_until(self.requested);
+    }
+
+    /// A grace period passes that began after request `epoch`, and before any later one. What is in sight without a
+    /// request after it stays so.
+    pub fn pass_grace_until(&mut self, epoch: Epoch) {
+        self.passed = self.passed.max(epoch.min(self.requested));
         let passed = self.passed;
         for seen in [
             &mut self.slots_in_sight,
@@ -77,37 +99,92 @@ impl FakeMaps {
         self.deleted = self.deleted.filter(|epoch| *epoch > passed);
     }
 
-    /// Checks that no lookup of a frontend can miss its service, and that no set leads to a missing backend.
+    /// Newest request for a grace period.
+    #[must_use]
+    pub fn grace_requested(&self) -> Epoch {
+        self.requested
+    }
+
+    /// Checks that no lookup of a frontend can miss its service, that no set leads to a missing backend or to one of
+    /// another service, that what a frontend leads to has a name, that no slot belongs to two services, and that a
+    /// service that a program may still hold is still there.
     ///
     /// # Panics
-    /// Where it can.
+    /// Where it is not so.
     pub fn assert_sound(&self) {
         for (key, value) in &self.contents.frontends {
-            if value.kind == FrontendKind::Address as u8 {
-                continue;
-            }
-            let service = &self.contents.services[value.service as usize];
-            assert!(
-                generation::is_live(service.generation),
-                "{key:?} leads to a service that is not live"
-            );
-            for word in set_words(service) {
-                for slot in self.slots(word) {
-                    let backend = &self.contents.backends[slot.backend as usize];
+            assert_eq!((key.pad, value.pad), (0, [0; 3]), "{key:?} has bytes in its padding");
+            match FrontendKind::from_u8(value.kind) {
+                None => panic!("{key:?} is of no kind"),
+                Some(FrontendKind::Address) => {
+                    assert_eq!(*key, FrontendKey::address_mark(key.addr), "a mark on a port");
+                    assert_eq!(value.service, 0, "a mark leads to a service");
+                }
+                Some(_) => {
                     assert!(
-                        generation::is_current(backend.generation, slot.generation) && backend.addr == slot.addr,
-                        "{key:?} leads to backend {} that is gone",
-                        slot.backend
+                        key.port != 0 && value.service != 0,
+                        "{key:?} leads to {}",
+                        value.service
                     );
-                    assert_eq!(backend.service, value.service, "{key:?} leads to a stranger's backend");
+                    self.assert_service(value.service, &format!("{key:?}"));
+                    let generation = self.contents.services[value.service as usize].generation;
+                    let named = self.contents.names.get(&value.service).map(|name| name.generation);
+                    assert_eq!(named, Some(generation), "{key:?} leads to a service without a name");
+                }
+            }
+        }
+        for index in self.services_in_sight.keys() {
+            let service = self.contents.services.get(*index as usize);
+            assert!(
+                service.is_some_and(|service| generation::is_live(service.generation)),
+                "service {index} is gone, but a program may hold it"
+            );
+        }
+        let mut owners = BTreeMap::new();
+        for (index, service) in self.contents.services.iter().enumerate() {
+            for word in set_words(service) {
+                for slot in word.base..word.base + u32::from(word.len) {
+                    let owner = *owners.entry(slot).or_insert(index);
+                    assert_eq!(owner, index, "slot {slot} belongs to two services");
                 }
             }
         }
     }
 
-    fn slots(&self, word: SetWord) -> &[BackendSlot] {
+    fn assert_service(&self, index: u32, who: &str) {
+        let service = self.contents.services.get(index as usize);
+        let service = service.unwrap_or_else(|| panic!("{who} leads to service {index}, which is out of range"));
+        assert!(
+            generation::is_live(service.generation),
+            "{who} leads to a service that is not live"
+        );
+        for word in set_words(service) {
+            self.assert_set(index, word, who);
+        }
+    }
+
+    fn assert_set(&self, index: u32, word: SetWord, who: &str) {
         let base = word.base as usize;
-        &self.contents.slots[base..base + usize::from(word.len)]
+        let slots = self.contents.slots.get(base..base + usize::from(word.len));
+        for slot in slots.unwrap_or_else(|| panic!("{who} leads to slots that are out of range: {word:?}")) {
+            let backend = self
+                .contents
+                .backends
+                .get(slot.backend as usize)
+                .copied()
+                .unwrap_or_default();
+            assert!(
+                generation::is_current(backend.generation, slot.generation) && generation::is_sealed(&backend),
+                "{who} leads to backend {} that is gone",
+                slot.backend
+            );
+            assert_eq!(
+                (backend.addr, backend.port),
+                (slot.addr, slot.port),
+                "{who} leads to another backend"
+            );
+            assert_eq!(backend.service, index, "{who} leads to a stranger's backend");
+        }
     }
 
     /// The request that would end all that runs now.
@@ -117,25 +194,48 @@ impl FakeMaps {
 
     fn wrote(&mut self, bytes: usize) {
         self.written += bytes as u64;
-        if self.checked {
+        if self.checks == Checks::Sound {
             self.assert_sound();
         }
     }
 
-    fn led_to(&self) -> BTreeSet<u32> {
-        let frontends = self.contents.frontends.values();
-        frontends
-            .filter(|f| f.kind != FrontendKind::Address as u8)
-            .map(|f| f.service)
-            .collect()
+    /// A program may have read this frontend.
+    fn seen(&mut self, frontend: Frontend, epoch: Epoch) {
+        let service = self.contents.services.get(frontend.service as usize);
+        let live = service.is_some_and(|service| generation::is_live(service.generation));
+        if live && frontend.kind != FrontendKind::Address as u8 && self.checks > Checks::None {
+            self.services_in_sight.insert(frontend.service, epoch);
+        }
     }
 
-    /// Slots that some service's set word names, led to or not.
-    fn published(&self, range: std::ops::Range<u32>) -> bool {
-        self.contents.services.iter().flat_map(set_words).any(|word| {
-            let end = word.base + u32::from(word.len);
+    fn led_to(&self, index: u32) -> bool {
+        let mut frontends = self.contents.frontends.values();
+        frontends.any(|f| f.kind != FrontendKind::Address as u8 && f.service == index)
+    }
+
+    /// The service whose set word names any of these slots, led to or not.
+    fn published(&self, range: &std::ops::Range<u32>) -> Option<usize> {
+        let overlaps = |word: SetWord| {
+            let end = word.base.saturating_add(word.len.into());
             word.len != 0 && word.base < range.end && range.start < end
-        })
+        };
+        self.contents
+            .services
+            .iter()
+            .position(|service| set_words(service).into_iter().any(overlaps))
+    }
+
+    /// A generation moves by one at a time, so that none ever comes back.
+    fn check_generation(&self, index: u32, new: u32) {
+        if let Some(old) = self.contents.services.get(index as usize) {
+            let next = [generation::taken(old.generation), generation::withdrawn(old.generation)];
+            let by_one = next.contains(&new) && new.wrapping_sub(old.generation) < 2;
+            assert!(
+                new == old.generation || by_one,
+                "generation of service {index}: {} to {new}",
+                old.generation
+            );
+        }
     }
 }
 
@@ -187,8 +287,8 @@ impl Maps for FakeMaps {
                 what: format!("{key:?} is not there"),
             });
         };
-        self.services_in_sight.insert(old.service, epoch);
-        *old = value;
+        let before = std::mem::replace(old, value);
+        self.seen(before, epoch);
         self.wrote(size_of::<Frontend>());
         Ok(())
     }
@@ -197,7 +297,7 @@ impl Maps for FakeMaps {
         let epoch = self.next_epoch();
         if let Some(old) = self.contents.frontends.remove(&key) {
             self.deleted = Some(epoch);
-            self.services_in_sight.insert(old.service, epoch);
+            self.seen(old, epoch);
             self.wrote(size_of::<FrontendKey>());
         }
         Ok(())
@@ -205,13 +305,19 @@ impl Maps for FakeMaps {
 
     fn write_service(&mut self, index: u32, value: Service) -> Result<(), MapError> {
         assert!(
-            !self.led_to().contains(&index),
+            self.checks == Checks::None || !self.led_to(index),
             "a service that frontends lead to is overwritten"
         );
         assert!(
             !self.services_in_sight.contains_key(&index),
             "a service that a program may hold is overwritten"
         );
+        self.check_generation(index, value.generation);
+        if self.checks > Checks::None {
+            set_words(&value)
+                .into_iter()
+                .for_each(|word| self.assert_set(index, word, "a new service"));
+        }
         let len = self.contents.services.len();
         let at = self.contents.services.get_mut(index as usize);
         *at.ok_or_else(|| out_of_range(map_name::SERVICES, index, len))? = value;
@@ -220,6 +326,7 @@ impl Maps for FakeMaps {
     }
 
     fn write_service_settings(&mut self, index: u32, value: Service) -> Result<(), MapError> {
+        self.check_generation(index, value.generation);
         let len = self.contents.services.len();
         let at = self.contents.services.get_mut(index as usize);
         let at = at.ok_or_else(|| out_of_range(map_name::SERVICES, index, len))?;
@@ -234,6 +341,9 @@ impl Maps for FakeMaps {
     }
 
     fn publish_set(&mut self, index: u32, set: Set, word: SetWord) -> Result<(), MapError> {
+        if self.checks > Checks::None {
+            self.assert_set(index, word, "a new set");
+        }
         let epoch = self.next_epoch();
         let len = self.contents.services.len();
         let at = self.contents.services.get_mut(index as usize);
@@ -251,7 +361,9 @@ impl Maps for FakeMaps {
         if range.end as usize > len {
             return Err(out_of_range(map_name::BACKEND_SLOTS, base, len));
         }
-        assert!(!self.published(range.clone()), "published slots are overwritten");
+        if self.checks > Checks::None {
+            assert_eq!(self.published(&range), None, "published slots are overwritten");
+        }
         for slot in range.clone() {
             assert!(
                 !self.slots_in_sight.contains_key(&slot),
@@ -272,7 +384,12 @@ impl Maps for FakeMaps {
         let at = self.contents.backends.get_mut(id as usize);
         let at = at.ok_or_else(|| out_of_range(map_name::BACKENDS, id, len))?;
         assert!(!generation::is_live(at.generation), "backend {id} is in use");
-        assert!(generation::is_live(value.generation) && generation::is_sealed(&value));
+        assert_eq!(
+            value.generation,
+            generation::taken(at.generation),
+            "backend {id}: not the next generation"
+        );
+        assert!(generation::is_sealed(&value), "backend {id} is not sealed");
         *at = value;
         self.wrote(size_of::<Backend>());
         Ok(())
@@ -291,6 +408,11 @@ impl Maps for FakeMaps {
         let len = self.contents.backends.len();
         let at = self.contents.backends.get_mut(id as usize);
         let at = at.ok_or_else(|| out_of_range(map_name::BACKENDS, id, len))?;
+        assert_eq!(
+            generation,
+            generation::withdrawn(at.generation),
+            "backend {id}: not the next generation"
+        );
         at.generation = generation;
         at.seal = generation::seal(at.addr, at.port, at.service, generation);
         self.backends_in_sight.insert(id, epoch);
@@ -299,7 +421,12 @@ impl Maps for FakeMaps {
     }
 
     fn write_name(&mut self, index: u32, value: &Name) -> Result<(), MapError> {
-        let there = self.contents.names.contains_key(&index);
+        let old = self.contents.names.get(&index);
+        let there = old.is_some();
+        assert!(
+            old.is_none_or(|old| port_id(old) == port_id(value)),
+            "index {index} gets the name of another before it is cleared"
+        );
         if !there && self.contents.names.len() as u32 >= self.capacities.services {
             return Err(full(map_name::NAMES, self.capacities.services));
         }
@@ -309,6 +436,12 @@ impl Maps for FakeMaps {
     }
 
     fn delete_name(&mut self, index: u32) -> Result<(), MapError> {
+        let live = self
+            .contents
+            .services
+            .get(index as usize)
+            .is_some_and(|s| generation::is_live(s.generation));
+        assert!(!live, "the name of service {index} is removed while it is live");
         if self.contents.names.remove(&index).is_some() {
             self.wrote(4);
         }
@@ -326,9 +459,7 @@ impl Maps for FakeMaps {
 
     fn grace_wait(&mut self, epoch: Epoch) -> Result<(), MapError> {
         assert!(epoch <= self.requested, "nobody asked for grace period {epoch}");
-        if epoch > self.passed {
-            self.pass_grace();
-        }
+        self.pass_grace_until(epoch);
         Ok(())
     }
 

@@ -16,6 +16,8 @@ pub enum Fault {
     Fail,
     /// It and all that follow are not done, and say nothing: the process died before it.
     Die,
+    /// As [`Fault::Die`], but in the midst of it, where it is more than one store.
+    Tear,
 }
 
 /// Maps that fail, or that the process dies at, at a given operation.
@@ -42,6 +44,11 @@ impl<M: Maps> FaultyMaps<M> {
         }
     }
 
+    /// The operation after the next `at` meets with `fault`.
+    pub fn arm(&mut self, at: u64, fault: Fault) {
+        (self.countdown, self.fault) = (at, fault);
+    }
+
     /// How many operations there were.
     pub fn operations(&self) -> u64 {
         self.operations
@@ -62,14 +69,26 @@ impl<M: Maps> FaultyMaps<M> {
             return Fault::None;
         }
         let fault = std::mem::replace(&mut self.fault, Fault::None);
-        self.dead = fault == Fault::Die;
+        self.dead = matches!(fault, Fault::Die | Fault::Tear);
         fault
+    }
+
+    /// As [`Self::run`]; `half` is what was done where the process died in the midst.
+    fn run_torn(
+        &mut self,
+        operation: impl FnOnce(&mut M) -> Result<(), MapError>,
+        half: impl FnOnce(&mut M) -> Result<(), MapError>,
+    ) -> Result<(), MapError> {
+        if self.countdown == 0 && self.fault == Fault::Tear && !self.dead {
+            half(&mut self.inner)?;
+        }
+        self.run(operation)
     }
 
     fn run(&mut self, operation: impl FnOnce(&mut M) -> Result<(), MapError>) -> Result<(), MapError> {
         match self.next() {
             Fault::None => operation(&mut self.inner),
-            Fault::Die => Ok(()),
+            Fault::Die | Fault::Tear => Ok(()),
             Fault::Fail => Err(MapError::Call {
                 map: "(faulty)",
                 call: "an operation that fails on purpose",
@@ -97,7 +116,12 @@ impl<M: Maps> Maps for FaultyMaps<M> {
     }
 
     fn write_service(&mut self, index: u32, value: Service) -> Result<(), MapError> {
-        self.run(|maps| maps.write_service(index, value))
+        // The set words are stored first, the generation last.
+        let half = |maps: &mut M| {
+            maps.publish_set(index, Set::Internal, value.internal)?;
+            maps.publish_set(index, Set::External, value.external)
+        };
+        self.run_torn(|maps| maps.write_service(index, value), half)
     }
 
     fn write_service_settings(&mut self, index: u32, value: Service) -> Result<(), MapError> {
@@ -109,7 +133,8 @@ impl<M: Maps> Maps for FaultyMaps<M> {
     }
 
     fn write_slots(&mut self, base: u32, slots: &[BackendSlot]) -> Result<(), MapError> {
-        self.run(|maps| maps.write_slots(base, slots))
+        let half = |maps: &mut M| maps.write_slots(base, &slots[..slots.len() / 2]);
+        self.run_torn(|maps| maps.write_slots(base, slots), half)
     }
 
     fn fill_backend(&mut self, id: u32, value: Backend) -> Result<(), MapError> {
@@ -141,7 +166,7 @@ impl<M: Maps> Maps for FaultyMaps<M> {
     }
 
     fn grace_wait(&mut self, epoch: Epoch) -> Result<(), MapError> {
-        self.inner.grace_wait(epoch)
+        self.run(|maps| maps.grace_wait(epoch))
     }
 
     fn written(&self) -> u64 {

@@ -1,0 +1,278 @@
+//! Builders of Services and EndpointSlices, and a cluster of them that tells what changed: for tests only.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use lb_common::abi::{FrontendKey, FrontendKind};
+
+use crate::desired::PortId;
+use crate::maps::fake::FakeMaps;
+use crate::maps::{Capacities, Maps};
+use crate::model::{
+    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectId, ObjectKey, Protocol, Service, ServicePort,
+    ServiceType, TrafficPolicy,
+};
+use crate::reconcile::Reconciler;
+use crate::verify::verify;
+
+/// The node that the agent under test runs on.
+pub(crate) const NODE: &str = "n1";
+
+/// Room for all that the tests need, unless they say otherwise.
+pub(crate) const ROOM: Capacities = Capacities {
+    services: 16,
+    frontends: 32,
+    backends: 64,
+    backend_slots: 128,
+    sockets: 1,
+    sockets_more: 1,
+};
+
+/// Service `default/NAME` at `ip`, with one port 80 without a name until [`Builder::port`] gives others.
+pub(crate) fn service(name: &str, ip: &str) -> Service {
+    Service {
+        key: ObjectKey::new("default", name),
+        created: None,
+        service_type: ServiceType::ClusterIp,
+        cluster_ips: vec![ip.parse().unwrap()],
+        ports: vec![port("", 80)],
+        affinity_timeout: None,
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Cluster,
+        publish_not_ready: false,
+        other_proxy: false,
+        headless_label: false,
+    }
+}
+
+/// A TCP port of a Service.
+pub(crate) fn port(name: &str, port: u16) -> ServicePort {
+    ServicePort {
+        name: name.into(),
+        protocol: Protocol::Tcp,
+        port,
+        node_port: None,
+    }
+}
+
+/// Short forms for the fields that tests vary.
+pub(crate) trait Builder {
+    fn created(self, at: i64) -> Self;
+    fn ports<const N: usize>(self, ports: [ServicePort; N]) -> Self;
+    fn affinity(self, seconds: u32) -> Self;
+    fn local(self) -> Self;
+}
+
+impl Builder for Service {
+    fn created(mut self, at: i64) -> Self {
+        self.created = Some(at);
+        self
+    }
+
+    fn ports<const N: usize>(mut self, ports: [ServicePort; N]) -> Self {
+        self.ports = ports.into();
+        self
+    }
+
+    fn affinity(mut self, seconds: u32) -> Self {
+        self.affinity_timeout = Some(seconds);
+        self
+    }
+
+    /// Policy Local, for both kinds of traffic.
+    fn local(mut self) -> Self {
+        self.internal_policy = TrafficPolicy::Local;
+        self.external_policy = TrafficPolicy::Local;
+        self
+    }
+}
+
+/// An endpoint from words: its address, then any of `@NODE`, `unready`, `serving` (not ready), `terminating` (serving)
+/// and `gone` (terminating, not serving).
+pub(crate) fn endpoint(text: &str) -> Endpoint {
+    let mut words = text.split_whitespace();
+    let mut endpoint = Endpoint {
+        address: words.next().unwrap().parse().unwrap(),
+        ready: true,
+        serving: true,
+        terminating: false,
+        node: None,
+    };
+    for word in words {
+        let (ready, serving, terminating) = match word {
+            "unready" => (false, false, false),
+            "serving" => (false, true, false),
+            "terminating" => (false, true, true),
+            "gone" => (false, false, true),
+            node => {
+                endpoint.node = Some(node.strip_prefix('@').unwrap().into());
+                continue;
+            }
+        };
+        (endpoint.ready, endpoint.serving, endpoint.terminating) = (ready, serving, terminating);
+    }
+    endpoint
+}
+
+/// The slice `default/SERVICE-0` for the port without a name, target port 8080.
+pub(crate) fn slice(service: &str, endpoints: &[&str]) -> EndpointSlice {
+    named_slice(&format!("{service}-0"), service, &[("", 8080)], endpoints)
+}
+
+/// A slice with a name of its own, for named ports.
+pub(crate) fn named_slice(name: &str, service: &str, ports: &[(&str, u16)], endpoints: &[&str]) -> EndpointSlice {
+    let ports = ports.iter().map(|(name, port)| EndpointPort {
+        name: (*name).into(),
+        protocol: Protocol::Tcp,
+        port: Some(*port),
+    });
+    EndpointSlice {
+        key: ObjectKey::new("default", name),
+        service: service.into(),
+        ipv6: false,
+        endpoints: endpoints.iter().map(|text| endpoint(text)).collect(),
+        ports: ports.collect(),
+    }
+}
+
+impl From<Service> for Object {
+    fn from(service: Service) -> Self {
+        Self::Service(Arc::new(service))
+    }
+}
+
+impl From<EndpointSlice> for Object {
+    fn from(slice: EndpointSlice) -> Self {
+        Self::EndpointSlice(Arc::new(slice))
+    }
+}
+
+/// Identity of the IPv4 TCP port `name` of `default/SERVICE`.
+pub(crate) fn id(service: &str, name: &str) -> PortId {
+    PortId {
+        service: ObjectKey::new("default", service),
+        port_name: name.into(),
+        protocol: Protocol::Tcp,
+        ipv6: false,
+    }
+}
+
+/// The key of a TCP frontend.
+pub(crate) fn key(ip: &str, port: u16) -> FrontendKey {
+    FrontendKey::new(ip.parse::<IpAddr>().unwrap().into(), port, 6)
+}
+
+/// All objects of a cluster, and what changed since the last batch.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Cluster {
+    objects: BTreeMap<ObjectId, Object>,
+    told: BTreeMap<ObjectId, Object>,
+}
+
+impl Cluster {
+    /// A cluster of these objects, of which nothing was told.
+    pub(crate) fn of<const N: usize>(objects: [Object; N]) -> Self {
+        let mut new = Self::default();
+        objects.into_iter().for_each(|object| new.set(object));
+        new
+    }
+
+    /// Adds or replaces an object.
+    pub(crate) fn set(&mut self, object: impl Into<Object>) {
+        let object = object.into();
+        self.objects.insert(object.id(), object);
+    }
+
+    /// Removes an object.
+    pub(crate) fn remove(&mut self, object: impl Into<Object>) {
+        self.objects.remove(&object.into().id());
+    }
+
+    /// Removes `default/NAME`, not its slices.
+    pub(crate) fn remove_service(&mut self, name: &str) {
+        self.remove(service(name, "10.96.0.1"));
+    }
+
+    /// The changes since the last call, from a source that has told everything.
+    pub(crate) fn batch(&mut self) -> Batch {
+        let mut changes = Vec::new();
+        for (id, object) in &self.objects {
+            if self.told.get(id) != Some(object) {
+                changes.push(Change::Set(object.clone()));
+            }
+        }
+        let gone = self.told.keys().filter(|id| !self.objects.contains_key(*id));
+        changes.extend(gone.cloned().map(Change::Remove));
+        self.told = self.objects.clone();
+        Batch {
+            changes,
+            complete: true,
+            problems: Vec::new(),
+        }
+    }
+
+    /// The same from a source that has more to tell.
+    pub(crate) fn incomplete(&mut self) -> Batch {
+        Batch {
+            complete: false,
+            ..self.batch()
+        }
+    }
+
+    /// Takes the objects of another.
+    pub(crate) fn become_like(&mut self, other: &Self) {
+        self.objects.clone_from(&other.objects);
+    }
+
+    /// As after a restart: nothing was told.
+    pub(crate) fn again(&self) -> Self {
+        Self {
+            objects: self.objects.clone(),
+            told: BTreeMap::new(),
+        }
+    }
+}
+
+/// Empty maps of [`ROOM`].
+pub(crate) fn maps() -> FakeMaps {
+    FakeMaps::new(ROOM)
+}
+
+/// An agent that starts with these maps.
+pub(crate) fn start<M: Maps>(maps: M) -> Reconciler<M> {
+    Reconciler::adopt(maps, NODE).unwrap()
+}
+
+/// The maps say what is desired, and applying the same again writes nothing.
+#[track_caller]
+pub(crate) fn assert_clean<M: Maps>(lb: &Reconciler<M>) {
+    let drifts = verify(lb.desired(), &lb.maps().dump().unwrap());
+    assert!(drifts.is_empty(), "{drifts:#?}\nproblems: {:#?}", lb.problems());
+}
+
+/// Applies what changed, settles, and expects that all is well.
+#[track_caller]
+pub(crate) fn apply<M: Maps>(lb: &mut Reconciler<M>, cluster: &mut Cluster) {
+    lb.apply(cluster.batch());
+    lb.settle().unwrap();
+    assert_clean(lb);
+}
+
+/// The addresses that a connection to a cluster IP may get, by what the maps say; `None` where the destination is no
+/// frontend.
+pub(crate) fn served(maps: &impl Maps, ip: &str, port: u16) -> Option<Vec<String>> {
+    let dump = maps.dump().unwrap();
+    let frontend = dump
+        .frontends
+        .get(&key(ip, port))
+        .filter(|f| f.kind != FrontendKind::Address as u8)?;
+    let word = dump.services[frontend.service as usize].internal;
+    let slots = &dump.slots[word.base as usize..][..usize::from(word.len)];
+    Some(
+        slots
+            .iter()
+            .map(|slot| format!("{}:{}", slot.addr, slot.port))
+            .collect(),
+    )
+}

@@ -1,0 +1,74 @@
+//! Manifests in, a text dump of the maps out: every `golden/NAME.yaml` against its `golden/NAME.maps.txt`.
+//!
+//! `LB_BLESS=1 cargo test -p lb-agent --test golden` writes the texts anew; the diff is then for a person to judge.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use lb_agent::maps::fake::FakeMaps;
+use lb_agent::maps::{Capacities, Maps as _, dump};
+use lb_agent::reconcile::Reconciler;
+use lb_agent::source::manifests::ManifestSource;
+use lb_agent::verify::verify;
+
+const CAPACITIES: Capacities = Capacities {
+    services: 32,
+    frontends: 64,
+    backends: 64,
+    backend_slots: 64,
+    sockets: 1,
+    sockets_more: 1,
+};
+
+/// What node n1 makes of a manifest.
+fn maps_of(manifest: &Path) -> String {
+    let mut source = ManifestSource::new(vec![manifest.to_owned()]);
+    let mut lb = Reconciler::adopt(FakeMaps::new(CAPACITIES), "n1").expect("maps in memory");
+    lb.apply(source.rescan());
+    lb.settle().expect("maps in memory");
+    let dump = lb.maps().dump().expect("maps in memory");
+    assert_eq!(verify(lb.desired(), &dump), [], "{}", manifest.display());
+    let mut text = dump::render(&dump);
+    for problem in lb.problems() {
+        // Not where the repository stands.
+        let folder = manifest.parent().unwrap_or(Path::new("")).display().to_string();
+        text += &format!("problem: {}\n", problem.to_string().replace(&format!("{folder}/"), ""));
+    }
+    text
+}
+
+#[test]
+fn manifests_give_the_blessed_maps() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let bless = std::env::var_os("LB_BLESS").is_some_and(|value| value == "1");
+    let entries = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
+    let (mut manifests, texts): (Vec<PathBuf>, Vec<PathBuf>) =
+        entries.partition(|path| path.extension().is_some_and(|e| e == "yaml"));
+    manifests.sort();
+    assert!(manifests.len() > 10, "{manifests:?}");
+    let mut failures = Vec::new();
+    for manifest in &manifests {
+        let text = manifest.with_extension("maps.txt");
+        let is = maps_of(manifest);
+        if bless {
+            fs::write(&text, &is).unwrap();
+        }
+        let blessed = fs::read_to_string(&text).unwrap_or_default();
+        if is != blessed {
+            failures.push(format!("{}\n--- blessed\n{blessed}--- now\n{is}", text.display()));
+        }
+    }
+    for text in texts {
+        if !manifests
+            .iter()
+            .any(|manifest| manifest.with_extension("maps.txt") == text)
+        {
+            failures.push(format!("{}: there is no such manifest", text.display()));
+        }
+    }
+    assert!(
+        failures.is_empty(),
+        "{}\nIf that is right: LB_BLESS=1",
+        failures.join("\n")
+    );
+}
