@@ -86,8 +86,12 @@ pub fn ports<'a>(
     }
     let mut all = Vec::new();
     for ipv6 in [false, true] {
-        let addresses: Vec<Addr> =
-            service.cluster_ips.iter().filter(|ip| ip.is_ipv6() == ipv6).map(|ip| Addr::from(*ip)).collect();
+        let addresses: Vec<Addr> = service
+            .cluster_ips
+            .iter()
+            .filter(|ip| ip.is_ipv6() == ipv6)
+            .map(|ip| Addr::from(*ip))
+            .collect();
         for port in &service.ports {
             // The data plane has no hooks yet for the others.
             if addresses.is_empty() || ipv6 || port.protocol != Protocol::Tcp {
@@ -117,7 +121,10 @@ pub fn ports<'a>(
                 .iter()
                 .flat_map(|addr| {
                     let key = FrontendKey::new(*addr, port.port, port.protocol as u8);
-                    [(key, FrontendKind::ClusterIp), (FrontendKey::address_mark(*addr), FrontendKind::Address)]
+                    [
+                        (key, FrontendKind::ClusterIp),
+                        (FrontendKey::address_mark(*addr), FrontendKind::Address),
+                    ]
                 })
                 .collect();
             frontends.sort_unstable();
@@ -164,7 +171,10 @@ impl Claim {
     /// The older first; without a time stamp last; then by namespace and name, and port.
     fn precedence(&self, other: &Self) -> Ordering {
         let age = |claim: &Self| claim.created.unwrap_or(i64::MAX);
-        age(self).cmp(&age(other)).then_with(|| self.id.cmp(&other.id)).then(self.kind.cmp(&other.kind))
+        age(self)
+            .cmp(&age(other))
+            .then_with(|| self.id.cmp(&other.id))
+            .then(self.kind.cmp(&other.kind))
     }
 }
 
@@ -200,7 +210,10 @@ impl Desired {
             };
             let old = self.ports.get(&id);
             if old != Some(&new) {
-                let (claims, created) = (old.map_or(&[][..], |old| &old.frontends), old.and_then(|old| old.created));
+                let (claims, created) = (
+                    old.map_or(&[][..], |old| &old.frontends),
+                    old.and_then(|old| old.created),
+                );
                 if claims != new.frontends || created != new.created {
                     let old = claims.to_vec();
                     self.unclaim(&id, &old, touched);
@@ -334,7 +347,10 @@ mod tests {
             affinity_timeout: 0,
             sets: Default::default(),
             draining: Arc::default(),
-            frontends: [mark].into_iter().chain(frontends.iter().map(|p| (key(*p), FrontendKind::ClusterIp))).collect(),
+            frontends: [mark]
+                .into_iter()
+                .chain(frontends.iter().map(|p| (key(*p), FrontendKind::ClusterIp)))
+                .collect(),
         }
     }
 
@@ -356,7 +372,11 @@ mod tests {
         update(&mut desired, "a", vec![(id("a"), port(None, &[80]))]);
         assert_eq!(winner(&desired, 80), Some(u32::from(b'b')));
         assert_eq!(desired.conflicts().len(), 1);
-        assert!(desired.conflicts()[0].to_string().contains("Service default/a TCP IPv4: 10.96.0.1:80"));
+        assert!(
+            desired.conflicts()[0]
+                .to_string()
+                .contains("Service default/a TCP IPv4: 10.96.0.1:80")
+        );
         update(&mut desired, "c", vec![(id("c"), port(Some(5), &[80]))]);
         assert_eq!(winner(&desired, 80), Some(u32::from(b'c')));
         let gone = update(&mut desired, "c", Vec::new());
@@ -376,14 +396,20 @@ mod tests {
         update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]);
         update(&mut desired, "b", vec![(id("b"), port(Some(2), &[80]))]);
         let only_b = |id: &PortId| (&*id.service.name == "b").then_some(7);
-        assert_eq!(desired.frontend(&key(80), only_b), Some(Frontend::new(7, FrontendKind::ClusterIp)));
+        assert_eq!(
+            desired.frontend(&key(80), only_b),
+            Some(Frontend::new(7, FrontendKind::ClusterIp))
+        );
     }
 
     #[test]
     fn the_same_again_touches_nothing_and_a_change_only_its_own() {
         let mut desired = Desired::default();
         update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]);
-        assert_eq!(update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]), Touched::default());
+        assert_eq!(
+            update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]),
+            Touched::default()
+        );
         let mut other = port(Some(1), &[80]);
         other.affinity_timeout = 5;
         let touched = update(&mut desired, "a", vec![(id("a"), other)]);

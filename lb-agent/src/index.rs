@@ -35,7 +35,10 @@ impl Index {
                         self.remove_slice(&before, &slice.key);
                         dirty.insert(before);
                     }
-                    self.slices.entry(owner.clone()).or_default().insert(slice.key.clone(), slice);
+                    self.slices
+                        .entry(owner.clone())
+                        .or_default()
+                        .insert(slice.key.clone(), slice);
                     dirty.insert(owner);
                 }
                 Change::Set(Object::Node(node)) => {
@@ -79,7 +82,11 @@ impl Index {
 
     /// The slices of a Service, in the order of their names.
     pub(crate) fn slices(&self, service: &ObjectKey) -> impl Iterator<Item = &EndpointSlice> + Clone {
-        self.slices.get(service).into_iter().flat_map(BTreeMap::values).map(Arc::as_ref)
+        self.slices
+            .get(service)
+            .into_iter()
+            .flat_map(BTreeMap::values)
+            .map(Arc::as_ref)
     }
 }
 
@@ -103,7 +110,10 @@ mod tests {
     }
 
     fn names(index: &Index, service: &str) -> Vec<String> {
-        index.slices(&ObjectKey::new("ns", service)).map(|s| s.key.name.to_string()).collect()
+        index
+            .slices(&ObjectKey::new("ns", service))
+            .map(|s| s.key.name.to_string())
+            .collect()
     }
 
     #[test]
@@ -112,7 +122,10 @@ mod tests {
         assert_eq!(index.apply([slice("b", "web"), slice("a", "web")]), keys(&["web"]));
         assert_eq!(names(&index, "web"), ["a", "b"]);
         assert_eq!(index.apply([slice("a", "db")]), keys(&["web", "db"]));
-        assert_eq!((names(&index, "web"), names(&index, "db")), (vec!["b".into()], vec!["a".into()]));
+        assert_eq!(
+            (names(&index, "web"), names(&index, "db")),
+            (vec!["b".into()], vec!["a".into()])
+        );
         let removed = Change::Remove(ObjectId {
             kind: Kind::EndpointSlice,
             key: ObjectKey::new("ns", "a"),
