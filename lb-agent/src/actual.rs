@@ -188,14 +188,10 @@ impl Actual {
     fn adopt_backends(&mut self, dump: &Dump, strays: &mut Strays) {
         let mut owners: HashMap<u32, &mut ActualPort> =
             self.ports.values_mut().map(|port| (port.index, port)).collect();
-        // Of two with one address, the one that slots refer to.
-        let referred: BTreeSet<u32> = dump.slots.iter().map(|slot| slot.backend).collect();
-        let mut live: Vec<_> = (0_u32..)
+        for (id, backend) in (0_u32..)
             .zip(&dump.backends)
             .filter(|(_, b)| generation::is_live(b.generation))
-            .collect();
-        live.sort_by_key(|(id, _)| (!referred.contains(id), *id));
-        for (id, backend) in live {
+        {
             let free = |port: &&mut ActualPort| !port.backends.contains_key(&(backend.addr.into(), backend.port));
             let owner = owners.get_mut(&backend.service).filter(|p| free(p));
             self.ids.claim(id);

@@ -108,9 +108,11 @@ fn fill(
         }
     };
     plan.index = index;
-    let service_generation = match actual.service_generations[index as usize] {
-        live if have.is_some() && generation::is_live(live) => live,
-        other => generation::taken(other),
+    let current = actual.service_generations[index as usize];
+    let service_generation = if generation::is_live(current) {
+        current
+    } else {
+        generation::taken(current)
     };
 
     let name = name_of(id, want.port, service_generation);

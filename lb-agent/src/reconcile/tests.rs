@@ -799,3 +799,71 @@ fn one_endpoint_of_a_hundred_thousand_costs_what_changed() {
     next.apply(cluster.again().batch());
     assert_eq!(next.maps().written(), before, "the same again after a restart");
 }
+
+#[test]
+fn a_failure_is_tried_again_also_without_a_change() {
+    let (mut lb, mut cluster) = (start(FaultyMaps::new(maps(), 0, Fault::None)), web());
+    lb.apply(cluster.batch());
+    cluster.set(slice("web", &["10.0.0.1"]));
+    lb.maps_mut().arm(0, Fault::Fail);
+    lb.apply(cluster.batch());
+    assert!(
+        lb.problems()[0].message.contains("fails on purpose"),
+        "{:?}",
+        lb.problems()
+    );
+    lb.reclaim();
+    assert_eq!(lb.problems(), []);
+    assert_clean(&lb);
+}
+
+/// Somebody has written to a set, and putting it right fails: frontends stay, and nothing that the set leads to is used
+/// for anything else.
+#[test]
+fn a_corrupted_service_keeps_its_frontends_also_where_it_cannot_be_put_right() {
+    let (lb, cluster) = serving();
+    let index = lb.maps().contents.frontends[&key("10.96.0.1", 80)].service as usize;
+    let corruptions: [fn(&mut Service); 4] = [
+        |service| service.internal.base += 1,
+        |service| service.cluster.len = 60,
+        |service| service.generation += 1,
+        |service| (service.internal.base, service.external.base) = (40, 41),
+    ];
+    for corrupt in corruptions {
+        let mut left = lb.maps().clone().corrupted();
+        corrupt(&mut left.contents.services[index]);
+        for at in 0..12 {
+            let mut next = start(FaultyMaps::new(left.clone(), u64::MAX, Fault::None));
+            next.maps_mut().arm(at, Fault::Fail);
+            next.apply(cluster.again().batch());
+            let frontends = &next.maps().inner.contents.frontends;
+            assert_eq!(*frontends, left.contents.frontends);
+            next.settle().ok();
+            next.reclaim();
+            next.settle().unwrap();
+            assert_clean(&next);
+            assert_eq!((next.problems(), next.usage()), (vec![], lb.usage()));
+        }
+    }
+}
+
+#[test]
+fn strays_stay_until_every_set_is_known() {
+    let (lb, cluster) = serving();
+    let mut left = lb.maps().clone().corrupted();
+    let index = left.contents.frontends[&key("10.96.0.1", 80)].service as usize;
+    // Its backend is nobody's now, so its set is not known, and putting it right fails at first.
+    let id = left.contents.slots[left.contents.services[index].internal.base as usize].backend;
+    left.contents.backends[id as usize].service = 14;
+    let mut next = start(FaultyMaps::new(left, u64::MAX, Fault::None));
+    next.maps_mut().arm(0, Fault::Fail);
+    next.apply(cluster.again().batch());
+    let is_live = |lb: &Reconciler<FaultyMaps<FakeMaps>>| {
+        generation::is_live(lb.maps().inner.contents.backends[id as usize].generation)
+    };
+    assert!(is_live(&next), "a set leads to it");
+    next.reclaim();
+    assert!(!is_live(&next));
+    next.settle().unwrap();
+    assert_clean(&next);
+}
