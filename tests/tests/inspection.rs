@@ -152,7 +152,7 @@ const CORRUPTIONS: &[Corruption] = &[
     corruption("BACKENDS", "flags", 18),
     corruption("BACKENDS", "", 20),
     corruption("BACKENDS", "generation", 24),
-    corruption("BACKENDS", "seal", 28),
+    corruption("BACKENDS", "generation or .seal", 28),
 ];
 
 impl Corruption {
@@ -169,15 +169,30 @@ impl Corruption {
         if self.map == "SERVICES" {
             return self.apply_at::<40>(maps, |value| value[32] & 1 == 1);
         }
-        // Generations are odd while an entry is in use; the slots of the test's sets have a backend.
-        self.apply_at::<32>(maps, |value| value[24] & 1 == 1 && value[20] != 0)
+        if self.map == "BACKEND_SLOTS" {
+            // What is in no set is nobody's: the first slot of some service's whole-cluster set.
+            let services: Array<_, [u8; 40]> = Map::Array(pinned(maps, "SERVICES")?).try_into()?;
+            let live = services
+                .iter()
+                .filter_map(Result::ok)
+                .find(|value| value[32] & 1 == 1)
+                .context("no service")?;
+            let base = u32::from_ne_bytes([live[16], live[17], live[18], live[19]]);
+            return self.apply_at_index::<32>(maps, base);
+        }
+        self.apply_at::<32>(maps, |value| value[24] & 1 == 1)
     }
 
-    /// The same in the first entry of an array that `in_use` says is.
+    /// The same in the first entry of an array that is in use.
     fn apply_at<const N: usize>(&self, maps: &Path, in_use: impl Fn(&[u8; N]) -> bool) -> Result<String> {
-        let mut map: Array<_, [u8; N]> = Map::Array(pinned(maps, self.map)?).try_into()?;
+        let map: Array<_, [u8; N]> = Map::Array(pinned(maps, self.map)?).try_into()?;
         let index = (0..map.len()).find(|index| map.get(index, 0).is_ok_and(|value| in_use(&value)));
-        let index = index.context("no entry is in use")?;
+        self.apply_at_index::<N>(maps, index.context("no entry is in use")?)
+    }
+
+    /// The same in an entry of an array.
+    fn apply_at_index<const N: usize>(&self, maps: &Path, index: u32) -> Result<String> {
+        let mut map: Array<_, [u8; N]> = Map::Array(pinned(maps, self.map)?).try_into()?;
         let mut value = map.get(&index, 0)?;
         value[self.at] ^= 2;
         map.set(index, value, 0)?;

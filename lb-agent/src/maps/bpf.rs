@@ -373,6 +373,19 @@ impl BpfMaps {
         self.grace.watch()
     }
 
+    /// Sets the counters of a service to zero, on every CPU.
+    fn reset_stats(&mut self, index: u32) -> Result<(), MapError> {
+        let failed = |source| MapError::Call {
+            map: map_name::STATS,
+            call: "number of CPUs",
+            source,
+        };
+        let cpus = aya::util::nr_cpus().map_err(|(_, source)| failed(source))?;
+        let zero = PerCpuValues::try_from(vec![[0_u8; STATS]; cpus]).map_err(failed)?;
+        let written = self.pinned.stats.set(index, zero, 0);
+        written.map_err(call(map_name::STATS, "BPF_MAP_UPDATE_ELEM"))
+    }
+
     /// Counts what a store of words wrote, or names what was out of range.
     fn stored(&mut self, ok: bool, bytes: usize, map: &'static str, index: u32, capacity: u32) -> Result<(), MapError> {
         if !ok {
@@ -568,20 +581,10 @@ impl Maps for BpfMaps {
     }
 
     fn delete_name(&mut self, index: u32) -> Result<(), MapError> {
-        let cpus = aya::util::nr_cpus().map_err(|(_, source)| MapError::Call {
-            map: map_name::STATS,
-            call: "number of CPUs",
-            source,
-        })?;
-        let zero = PerCpuValues::try_from(vec![[0_u8; STATS]; cpus]).map_err(|source| MapError::Call {
-            map: map_name::STATS,
-            call: "number of CPUs",
-            source,
-        })?;
-        self.pinned
-            .stats
-            .set(index, zero, 0)
-            .map_err(call(map_name::STATS, "BPF_MAP_UPDATE_ELEM"))?;
+        // Somebody else may have named an index that there is not.
+        if index < self.pinned.capacities.services {
+            self.reset_stats(index)?;
+        }
         match self.pinned.names.remove(&index.to_ne_bytes()) {
             Ok(()) => self.written += 4,
             Err(error) if is_missing(&error) => {}
