@@ -1,4 +1,4 @@
-//! Makes the maps say what is desired: plans by [`crate::diff`], writes in the order of the update protocol, and waits
+//! Makes the maps say what is desired: plans by `diff`, writes in the order of the update protocol, and waits
 //! for grace before anything is used again.
 //!
 //! Order on creation: NAMES, BACKENDS, BACKEND_SLOTS, SERVICES, FRONTENDS. On removal: FRONTENDS, a grace period, then
