@@ -19,9 +19,10 @@
 //! # }
 //! ```
 //!
-//! Everything here needs root and iproute2. This package does not know lb-agent.
+//! Everything here needs root and iproute2. This library knows lb-agent only as a program ([`Agent`]).
 
 mod absences;
+mod agent;
 mod cleanup;
 mod cluster;
 mod mounts;
@@ -35,6 +36,7 @@ pub mod demo;
 pub mod load;
 
 pub use absences::Absences;
+pub use agent::Agent;
 pub use cleanup::remove_leftovers;
 pub use cluster::{Client, Cluster, ClusterBuilder, Node, Pod, Underlay};
 pub use load::{Connect, Holding, Load, Testbed};
