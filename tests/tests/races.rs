@@ -125,10 +125,11 @@ impl Bed {
         Ok(())
     }
 
-    /// Four threads that connect until the end.
+    /// Four threads that connect until the end; a little slower than they could, so that others can work too.
     fn start_clients(&self, targets: &[SocketAddr]) -> Result<Load> {
         let connect = Connect::to(targets)
             .threads(4)
+            .rate(8000.0)
             .timeout(Duration::from_secs(5))
             .peer_check()
             .log(&self.cluster.scratch().join("connections"));
