@@ -304,6 +304,10 @@ impl<M: Maps> Reconciler<M> {
             .extend(std::mem::take(&mut self.failed_frontends).into_keys());
         for id in &touched.ports {
             let Some(want) = self.desired.port(id) else { continue };
+            if self.kept.contains(id) && want.sets.iter().all(|set| set.members.is_empty()) {
+                // Its endpoints may be in what the source has not told yet: those of the earlier run serve on.
+                continue;
+            }
             self.kept.remove(id);
             let result = match diff::plan(id, want, &mut self.actual) {
                 Err(error) if !self.limbo.is_empty() => {
