@@ -518,6 +518,63 @@ fn manifests_change_while_the_agent_is_down_and_what_stays_is_left_alone() -> Re
     Ok(())
 }
 
+/// How much of the manifests cannot be read when the agent starts again.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Broken {
+    Everything,
+    Endpoints,
+}
+
+#[test]
+fn manifests_break_while_the_agent_is_down_and_what_was_served_still_is() -> Result<()> {
+    for broken in [Broken::Everything, Broken::Endpoints] {
+        let bed = Bed::new()?;
+        let web = Service::new("web", 10, &[0, 1]);
+        bed.write([&web])?;
+        let process = bed.agent.start_ready(&[])?;
+        bed.check_serving(&web)?;
+        let identities = bed.identities()?;
+        let load = bed.start_clients(&[web.vip()])?;
+        process.kill()?;
+        fs::write(bed.folder.join("all.json"), "{")?;
+        if broken == Broken::Endpoints {
+            fs::write(bed.folder.join("service.json"), web.manifests()[0].to_string())?;
+        }
+        let mut process = bed.agent.start(&[])?;
+        eventually(|| {
+            let status = bed.agent.ask_json(&["status"])?;
+            ensure!(status["agent"]["pid"] == process.id(), "{status}");
+            ensure!(status["agent"]["complete"] == false, "{status}");
+            ensure!(status["problems"] != json!([]), "{status}");
+            Ok(())
+        })?;
+        let summary = bed.connect(web.vip(), 20)?;
+        summary.all_well().with_context(|| format!("{broken:?}"))?;
+        ensure!(
+            identities == bed.identities()?,
+            "{broken:?}: indexes or ids have changed"
+        );
+        // And when they are whole again.
+        fs::remove_file(bed.folder.join("all.json"))?;
+        if broken == Broken::Endpoints {
+            fs::remove_file(bed.folder.join("service.json"))?;
+        }
+        bed.write([&web])?;
+        bed.agent.wait_ready(&mut process)?;
+        let summary = load.stop()?;
+        println!("{} connections", summary.connections);
+        summary.all_well()?;
+        check_backends(&summary, &[(web.vip(), &web.backends)])?;
+        ensure!(
+            identities == bed.identities()?,
+            "{broken:?}: indexes or ids have changed"
+        );
+        bed.agent.verify()?;
+        ensure!(process.stop(Duration::from_secs(10))?.success());
+    }
+    Ok(())
+}
+
 /// The agent's eBPF object, but the program at the release of sockets returns 0, which nobody looks at.
 fn other_object() -> Result<Vec<u8>> {
     const MOV64_R0: u8 = 0xb7;
