@@ -432,7 +432,16 @@ fn killed_in_its_first_start_and_the_next_one_serves() -> Result<()> {
         ensure!(bed.attached()?.len() == 3, "{:?}", bed.attached()?);
         process.kill()?;
     }
-    Ok(())
+    // Killed when it had pinned a link for another cgroup, but had not yet put it in place.
+    let links = bed.agent.pin_path().join("v1/links");
+    let pin = links.join("lb_connect4");
+    let new = links.join("lb_connect4-new");
+    let [from, to] = [&pin, &new].map(|path| path.to_string_lossy());
+    bpftool(&["link", "pin", "pinned", &from, &to])?;
+    ensure!(new.exists());
+    bed.agent.start_ready(&[])?.kill()?;
+    ensure!(!new.exists(), "the link is there still");
+    bed.check_serving(&web)
 }
 
 #[test]
