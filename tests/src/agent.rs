@@ -1,9 +1,11 @@
 //! lb-agent on a node, and what its subcommands say.
 
-use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::env;
+use std::fs::{self, OpenOptions};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
+use std::process::Stdio;
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -110,61 +112,228 @@ impl Status {
     }
 }
 
-/// An agent that runs on a node. It is killed when this is dropped; what it has pinned stays as long as the cluster.
+/// How the agent of a node is started, and asked: binary, manifests and pins. Several processes of it may be started,
+/// one after the other or at once.
+#[derive(Debug, Clone)]
 pub struct Agent {
-    node: String,
-    place: Place,
     program: PathBuf,
-    manifests: PathBuf,
+    place: Place,
+    cgroup: PathBuf,
     pin_path: PathBuf,
+    manifests: PathBuf,
     log: PathBuf,
-    process: Process,
 }
 
 impl Agent {
-    /// Starts `program run` on a node, with its cgroup and pin path, and `more` arguments.
+    /// The agent of a node, its manifests in a file or folder.
+    #[must_use]
+    pub fn new(cluster: &Cluster, node: &Node, program: &Path, manifests: &Path) -> Self {
+        Self {
+            program: program.to_owned(),
+            place: Place::clone(node),
+            cgroup: node.cgroup().to_owned(),
+            pin_path: cluster.pin_path(node.name()),
+            manifests: manifests.to_owned(),
+            log: cluster.scratch().join(format!("lb-agent-{}.log", node.name())),
+        }
+    }
+
+    /// Where the binary is: what the environment variable `LB_AGENT` says, or else `lb-agent` in the folder of the
+    /// binary `beside`.
     ///
     /// # Errors
-    /// Where it cannot be started; that it ends later is told by [`Self::wait_ready`].
-    pub fn start(cluster: &Cluster, node: &Node, program: &Path, manifests: &Path, more: &[&str]) -> Result<Self> {
-        let pin_path = cluster.pin_path(node.name());
-        let log = cluster.scratch().join(format!("lb-agent-{}.log", node.name()));
-        let file = File::options()
-            .create(true)
-            .append(true)
-            .open(&log)
-            .with_context(|| format!("making {}", log.display()))?;
-        let mut command = node.command(program)?;
-        command
-            .arg("run")
-            .arg("--manifests")
-            .arg(manifests)
-            .args(["--node-name", node.name()]);
-        command
-            .arg("--cgroup")
-            .arg(node.cgroup())
-            .arg("--pin-path")
-            .arg(&pin_path)
-            .args(more);
-        command
-            .stdin(Stdio::null())
-            .stdout(file.try_clone().context("the agent's log")?)
-            .stderr(file);
-        Ok(Self {
-            node: node.name().to_owned(),
-            place: Place::clone(node),
-            program: program.to_owned(),
-            manifests: manifests.to_owned(),
-            process: Process::spawn(&mut command)?,
-            pin_path,
-            log,
-        })
+    /// When there is no such binary.
+    pub fn find(beside: &Path) -> Result<PathBuf> {
+        let program = match env::var_os("LB_AGENT") {
+            Some(path) => PathBuf::from(path),
+            None => beside.with_file_name("lb-agent"),
+        };
+        ensure!(
+            program.is_file(),
+            "there is no {}: build it (`cargo build -p lb-agent`), or say in LB_AGENT where it is",
+            program.display()
+        );
+        Ok(program)
     }
 
     /// Name of the node.
     #[must_use]
     pub fn node(&self) -> &str {
-        &self.node
+        self.place.name()
+    }
+
+    /// The folder that it pins below.
+    #[must_use]
+    pub fn pin_path(&self) -> &Path {
+        &self.pin_path
+    }
+
+    /// Starts `lb-agent run`, with more flags; returns at once.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(&self, flags: &[&str]) -> Result<Process> {
+        let log = OpenOptions::new().create(true).append(true).open(&self.log);
+        let log = log.with_context(|| format!("opening {}", self.log.display()))?;
+        let mut command = self.place.command(&self.program)?;
+        command
+            .arg("run")
+            .arg("--manifests")
+            .arg(&self.manifests)
+            .args(["--node-name", self.node()]);
+        command
+            .arg("--cgroup")
+            .arg(&self.cgroup)
+            .arg("--pin-path")
+            .arg(&self.pin_path)
+            .args(flags);
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("the agent's log")?)
+            .stderr(log);
+        Process::spawn(&mut command)
+    }
+
+    /// Starts `lb-agent run`, and waits until it has applied everything and its programs are attached.
+    ///
+    /// # Errors
+    /// When it ends, or is not ready in time; the message has the end of its log.
+    pub fn start_ready(&self, flags: &[&str]) -> Result<Process> {
+        let mut process = self.start(flags)?;
+        self.wait_ready(&mut process)?;
+        Ok(process)
+    }
+
+    /// Waits until the process has applied everything and its programs are attached.
+    ///
+    /// # Errors
+    /// As [`Self::start_ready`].
+    pub fn wait_ready(&self, process: &mut Process) -> Result<()> {
+        self.wait(process, "ready", &|| false, Self::is_complete)
+    }
+
+    /// Whether the process has applied everything. What an earlier one told of itself is there until this one is ready.
+    fn is_complete(&self, pid: u32) -> Result<()> {
+        let agent = self.status()?.agent;
+        ensure!(agent.running && agent.complete && agent.pid == pid, "{agent:?}");
+        Ok(())
+    }
+
+    /// Waits until `check` succeeds; it gets the process id.
+    fn wait(
+        &self,
+        process: &mut Process,
+        what: &str,
+        interrupted: &dyn Fn() -> bool,
+        check: impl Fn(&Self, u32) -> Result<()>,
+    ) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while let Err(last) = check(self, process.id()) {
+            if interrupted() {
+                bail!("interrupted");
+            }
+            if !process.is_running()? {
+                bail!("lb-agent on {} has ended:\n{}", self.node(), self.log_tail());
+            }
+            if Instant::now() >= deadline {
+                bail!(
+                    "lb-agent on {} is not {what}: {last:#}\n{}",
+                    self.node(),
+                    self.log_tail()
+                );
+            }
+            sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    /// Runs a subcommand to its end and returns what it writes.
+    ///
+    /// # Errors
+    /// When it does not succeed; the message has all its output.
+    pub fn ask(&self, arguments: &[&str]) -> Result<String> {
+        let mut command = self.place.command(&self.program)?;
+        let output = command.args(arguments).arg("--pin-path").arg(&self.pin_path).output();
+        let output = output.context("running lb-agent")?;
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        ensure!(
+            output.status.success(),
+            "lb-agent {arguments:?}: {}: {}{}",
+            output.status,
+            text(&output.stdout),
+            text(&output.stderr)
+        );
+        Ok(text(&output.stdout))
+    }
+
+    /// The answer of a subcommand with `-o json`.
+    ///
+    /// # Errors
+    /// When it does not succeed, or its answer is not of that type.
+    pub fn json<T: DeserializeOwned>(&self, arguments: &[&str]) -> Result<T> {
+        let text = self.ask(&[arguments, &["-o", "json"]].concat())?;
+        serde_json::from_str(&text).with_context(|| format!("not as expected: {text}"))
+    }
+
+    /// `lb-agent status`.
+    ///
+    /// # Errors
+    /// When it does not succeed.
+    pub fn status(&self) -> Result<Status> {
+        self.json(&["status"])
+    }
+
+    /// Whether the maps hold what the manifests ask for.
+    ///
+    /// # Errors
+    /// When they do not, with the differences.
+    pub fn verify(&self) -> Result<()> {
+        let manifests = self.manifests.to_str().context("the manifests' path is not UTF-8")?;
+        self.ask(&["verify", "--manifests", manifests, "--node-name", self.node()])
+            .map(drop)
+    }
+
+    /// The end of what all its processes have logged.
+    #[must_use]
+    pub fn log_tail(&self) -> String {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+}
+
+/// An agent with its process, which is killed when this is dropped; what it has pinned stays as long as the cluster.
+#[derive(Debug)]
+pub struct Running {
+    agent: Agent,
+    process: Process,
+}
+
+impl Deref for Running {
+    type Target = Agent;
+
+    fn deref(&self) -> &Agent {
+        &self.agent
+    }
+}
+
+impl Running {
+    /// Starts an agent; that it ends later is told by [`Self::wait_ready`].
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(agent: Agent, flags: &[&str]) -> Result<Self> {
+        let process = agent.start(flags)?;
+        Ok(Self { agent, process })
+    }
+
+    /// Starts it once more, after [`Self::kill`].
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.process = self.agent.start(&[])?;
+        Ok(())
     }
 
     /// The process.
@@ -175,7 +344,7 @@ impl Agent {
     /// Kills it as `kill -9` does, if it runs; what it has pinned stays.
     ///
     /// # Errors
-    /// Where the kernel refuses.
+    /// When the kernel refuses.
     pub fn kill(&mut self) -> Result<()> {
         if !self.process.is_running()? {
             return Ok(());
@@ -184,20 +353,13 @@ impl Agent {
         self.process.wait(PATIENCE).map(drop)
     }
 
-    /// The folder that it pins below.
-    #[must_use]
-    pub fn pin_path(&self) -> &Path {
-        &self.pin_path
-    }
-
     /// Waits until the agent has applied everything that the manifests say now.
     ///
     /// # Errors
-    /// Where it ends, or is not ready in time, or `interrupted` says so.
+    /// When it ends, or is not ready in time, or `interrupted` says so.
     pub fn wait_ready(&mut self, interrupted: &dyn Fn() -> bool) -> Result<()> {
-        self.wait("ready", interrupted, |agent| {
-            let status = agent.status()?;
-            ensure!(status.agent.running && status.agent.complete, "{:?}", status.agent);
+        self.agent.wait(&mut self.process, "ready", interrupted, |agent, pid| {
+            agent.is_complete(pid)?;
             agent.verify()
         })
     }
@@ -205,97 +367,9 @@ impl Agent {
     /// Waits until `check` succeeds.
     ///
     /// # Errors
-    /// Where the agent ends, or the check fails for too long; with the check's last words and the agent's log.
-    pub fn wait(
-        &mut self,
-        what: &str,
-        interrupted: &dyn Fn() -> bool,
-        check: impl Fn(&Self) -> Result<()>,
-    ) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
-        while let Err(last) = check(self) {
-            if interrupted() {
-                bail!("interrupted");
-            }
-            if !self.process.is_running()? {
-                bail!("lb-agent on {} has ended:\n{}", self.node, self.log_tail());
-            }
-            if Instant::now() >= deadline {
-                bail!("lb-agent on {} is not {what}: {last:#}\n{}", self.node, self.log_tail());
-            }
-            std::thread::sleep(Duration::from_millis(30));
-        }
-        Ok(())
-    }
-
-    /// Whether the maps hold what the manifests ask for.
-    ///
-    /// # Errors
-    /// Where they do not, with the differences.
-    pub fn verify(&self) -> Result<()> {
-        let output = self.call(
-            ["verify".as_ref(), "--manifests".as_ref(), self.manifests.as_os_str()],
-            true,
-        )?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        ensure!(
-            output.status.success(),
-            "{text}{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(())
-    }
-
-    /// `lb-agent status`.
-    ///
-    /// # Errors
-    /// Where it fails.
-    pub fn status(&self) -> Result<Status> {
-        self.json(&["status"])
-    }
-
-    /// A subcommand's answer in JSON.
-    ///
-    /// # Errors
-    /// Where it fails, or its answer is not of that type.
-    pub fn json<T: DeserializeOwned>(&self, arguments: &[&str]) -> Result<T> {
-        let text = self.ask(&[arguments, &["-o", "json"]].concat())?;
-        serde_json::from_str(&text).with_context(|| format!("not as expected: {text}"))
-    }
-
-    /// A subcommand's output.
-    ///
-    /// # Errors
-    /// Where it fails, with its error output.
-    pub fn ask(&self, arguments: &[&str]) -> Result<String> {
-        let output = self.call(arguments, false)?;
-        ensure!(
-            output.status.success(),
-            "lb-agent {arguments:?}: {}{}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr)
-        );
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    }
-
-    /// Runs a subcommand with this agent's pin path.
-    ///
-    /// # Errors
-    /// Where it cannot be run; its own failure is in the result.
-    pub fn call<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>, with_node: bool) -> Result<Output> {
-        let mut command = self.place.command(&self.program)?;
-        command.args(arguments).arg("--pin-path").arg(&self.pin_path);
-        if with_node {
-            command.args(["--node-name", &self.node]);
-        }
-        command.output().context("running lb-agent")
-    }
-
-    /// The end of what the agent has logged.
-    #[must_use]
-    pub fn log_tail(&self) -> String {
-        let text = fs::read_to_string(&self.log).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(20)..].join("\n")
+    /// When the agent ends, or the check fails for too long; with its last words and the agent's log.
+    pub fn wait(&mut self, what: &str, check: impl Fn(&Agent) -> Result<()>) -> Result<()> {
+        self.agent
+            .wait(&mut self.process, what, &|| false, |agent, _| check(agent))
     }
 }

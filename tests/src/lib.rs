@@ -19,27 +19,32 @@
 //! # }
 //! ```
 //!
-//! Everything here needs root and iproute2. This package does not know lb-agent.
+//! Everything here needs root and iproute2. This library knows lb-agent only as a program ([`Agent`]).
 
+mod absences;
 mod agent;
 mod cleanup;
 mod cluster;
 mod mounts;
 mod place;
 mod process;
+mod random;
 mod ruleset;
 mod statistics;
 
 pub mod demo;
 pub mod load;
+pub mod manifests;
 
-pub use agent::{Agent, Problem, Status};
+pub use absences::Absences;
+pub use agent::{Agent, Problem, Running, Status};
 pub use cleanup::remove_leftovers;
 pub use cluster::{Client, Cluster, ClusterBuilder, Node, Pod, Underlay};
 pub use load::{Connect, Holding, Load, Testbed};
 pub use mounts::{BPFFS, cgroup2_root, ensure_bpffs};
 pub use place::{Place, in_netns};
 pub use process::Process;
+pub use random::Random;
 pub use ruleset::Ruleset;
 pub use statistics::chi_squared_p;
 

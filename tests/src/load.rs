@@ -189,6 +189,7 @@ pub struct Connect {
     timeout: Duration,
     peer_check: bool,
     http: bool,
+    refused: bool,
     log: Option<PathBuf>,
 }
 
@@ -206,6 +207,7 @@ impl Connect {
             timeout: Duration::from_secs(1),
             peer_check: false,
             http: false,
+            refused: false,
             log: None,
         }
     }
@@ -259,6 +261,15 @@ impl Connect {
         self
     }
 
+    /// Connections that the programs of lb refuse, before a packet is sent; all others count as failed. There is no end
+    /// to them but time or [`Load::stop`], and they are many: a million a second.
+    #[must_use]
+    pub fn refused(mut self) -> Self {
+        self.refused = true;
+        self.count = Some(u64::MAX);
+        self
+    }
+
     /// Writes a line per connection to a file; see [`Record::read_log`].
     #[must_use]
     pub fn log(mut self, path: &Path) -> Self {
@@ -291,6 +302,9 @@ impl Connect {
         }
         if self.http {
             arguments.push("--http".to_owned());
+        }
+        if self.refused {
+            arguments.push("--refused".to_owned());
         }
         arguments
     }

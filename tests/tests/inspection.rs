@@ -1,8 +1,6 @@
 //! What is pinned: readable by bpftool, checked by `verify`, put right by a restart, bounded by flags.
 
-mod support;
-
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::process::Command;
 
@@ -14,9 +12,19 @@ use lb_agent::maps::{Capacities, Maps as _};
 use lb_agent::reconcile::Reconciler;
 use lb_agent::source::manifests::ManifestSource;
 use lb_agent::verify::{Drift, verify};
-use lb_tests::{Agent, Cluster, Connect, Pod, Process};
+use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::{Agent, Cluster, Connect, Pod, Process, Running, Testbed};
 use serde_json::Value;
-use support::{Manifests, Port, addr, bed, service, slice};
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+
+fn bed() -> Testbed {
+    Testbed::new(BED)
+}
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
 
 const HTTP: Port<'static> = Port { name: "http", port: 80 };
 const TARGET: Port<'static> = Port {
@@ -25,7 +33,7 @@ const TARGET: Port<'static> = Port {
 };
 
 struct Setup {
-    agent: Agent,
+    agent: Running,
     manifests: Manifests,
     client: Pod,
     _server: Process,
@@ -43,7 +51,7 @@ fn setup(more: &[&str]) -> Result<Setup> {
     let web = service("web", "10.96.0.10", &[HTTP], "internalTrafficPolicy: Local") + &slice("web", TARGET, &endpoints);
     let db = service("db", "10.96.0.20", &[HTTP], "") + &slice("db", TARGET, &endpoints[..1]);
     manifests.write("all.yaml", &(web + &db))?;
-    let agent = manifests.serve(&cluster, "n1", more)?;
+    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), more)?;
     Ok(Setup {
         agent,
         manifests,
@@ -289,7 +297,7 @@ fn verify_tells_drift_by_its_exit_code_and_a_restart_mends_it() -> Result<()> {
     let place = corruption("SERVICES", "flags", 24).apply(&maps)?;
     let told = setup.agent.verify().err().context("verify finds nothing")?.to_string();
     ensure!(told.contains(&place), "{told}");
-    setup.agent = setup.manifests.serve(&setup.cluster, "n1", &[])?;
+    setup.agent = setup.manifests.serve(&setup.cluster, "n1", BED.as_ref(), &[])?;
     let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
     bed().connect(&setup.client, &load)?.all_well()
 }
@@ -310,7 +318,7 @@ fn a_full_map_names_itself_its_flag_and_what_did_not_fit() -> Result<()> {
         ensure!(found, "{problems:?}");
         Ok(())
     };
-    setup.agent.wait("refusing the third Service", &|| false, has_problem)?;
+    setup.agent.wait("refusing the third Service", has_problem)?;
     // Everything else is served, and changes.
     let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
     bed().connect(&setup.client, &load)?.all_well()?;
@@ -336,7 +344,7 @@ fn a_broken_manifest_is_told_and_disturbs_nobody() -> Result<()> {
         ensure!(problems.iter().any(named), "{problems:?}");
         Ok(())
     };
-    setup.agent.wait("telling of the broken manifest", &|| false, told)?;
+    setup.agent.wait("telling of the broken manifest", told)?;
     let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
     bed().connect(&setup.client, &load)?.all_well()?;
     let services: Vec<Value> = setup.agent.json(&["service", "list"])?;
@@ -353,17 +361,11 @@ fn a_broken_manifest_is_told_and_disturbs_nobody() -> Result<()> {
         ensure!(problems.iter().any(|p| p.place.contains("all.yaml")), "{problems:?}");
         Ok(())
     };
-    setup.agent.wait("telling of the half file", &|| false, told)?;
+    setup.agent.wait("telling of the half file", told)?;
     bed().connect(&setup.client, &load)?.all_well()?;
     setup.agent.kill()?;
-    setup.agent = Agent::start(
-        &setup.cluster,
-        setup.cluster.node("n1"),
-        &support::agent_program()?,
-        setup.manifests.path(),
-        &[],
-    )?;
-    setup.agent.wait("telling of the half file again", &|| false, |agent| {
+    setup.agent.start_again()?;
+    setup.agent.wait("telling of the half file again", |agent| {
         ensure!(agent.status()?.agent.running && !agent.status()?.agent.complete);
         told(agent)
     })?;
@@ -396,7 +398,7 @@ fn the_capabilities_of_the_systemd_unit_are_enough() -> Result<()> {
     let mut setup = setup(&[])?;
     setup.agent.kill()?;
     let node = setup.cluster.node("n1");
-    let program = support::agent_program()?;
+    let program = Agent::find(BED.as_ref())?;
     let mut command = node.command("setpriv")?;
     command
         .arg(format!("--bounding-set=-all{}", granted()?))

@@ -1,14 +1,23 @@
 //! Sockets and the records of them, on a real kernel.
 
-mod support;
-
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use lb_tests::load::Stage;
-use lb_tests::{Agent, Cluster, Connect, Pod, Process};
+use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::{Agent, Cluster, Connect, Pod, Process, Running, Testbed};
 use serde_json::Value;
-use support::{Manifests, Port, addr, bed, service, slice};
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+
+fn bed() -> Testbed {
+    Testbed::new(BED)
+}
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
 
 const HTTP: Port<'static> = Port { name: "http", port: 80 };
 const TARGET: Port<'static> = Port {
@@ -19,7 +28,7 @@ const VIP: &str = "10.96.0.10:80";
 
 /// One node with a client pod, two backends, and an agent.
 struct Setup {
-    agent: Agent,
+    agent: Running,
     manifests: Manifests,
     client: Pod,
     backends: [Pod; 2],
@@ -42,7 +51,7 @@ fn setup(more: &[&str]) -> Result<Setup> {
         "web.yaml",
         &(service("web", "10.96.0.10", &[HTTP], "") + &slice("web", TARGET, &endpoints)),
     )?;
-    let agent = manifests.serve(&cluster, "n1", more)?;
+    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), more)?;
     Ok(Setup {
         agent,
         manifests,
@@ -235,7 +244,7 @@ fn a_client_of_another_cgroup_is_not_touched() -> Result<()> {
         "web.yaml",
         &(service("web", "10.96.0.10", &[HTTP], "") + &slice("web", TARGET, &endpoints)),
     )?;
-    let _agent = manifests.serve(&cluster, "n1", &[])?;
+    let _agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
     bed()
         .connect(cluster.node("n1"), &Connect::to(&[addr(VIP)]).count(5))?
         .all_well()?;

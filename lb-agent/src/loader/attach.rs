@@ -124,6 +124,11 @@ pub fn attach(programs: &Ebpf, pins: &PinPath, cgroup: &Cgroup) -> Result<(), Lo
             source,
         })?;
         let path = pins.links().join(hook.name);
+        // (The file system takes no dots in names.) What a start that was killed left may be at another cgroup.
+        let new = pins.links().join(format!("{}-new", hook.name));
+        if new.exists() {
+            fs::remove_file(&new).map_err(failed(&new, "unlink"))?;
+        }
         if path.exists() {
             let link = sys::obj_get(&path).map_err(failed(&path, "BPF_OBJ_GET"))?;
             let at = sys::cgroup_link(link.as_fd()).map_err(failed(&path, "BPF_OBJ_GET_INFO_BY_FD"))?;
@@ -135,11 +140,7 @@ pub fn attach(programs: &Ebpf, pins: &PinPath, cgroup: &Cgroup) -> Result<(), Lo
         }
         let link = sys::link_create(program.as_fd(), cgroup.dir.as_fd(), hook.attach_type)
             .map_err(failed(cgroup.path(), "BPF_LINK_CREATE"))?;
-        // A rename, so that a link that was there lives until this one does. (The file system takes no dots in names.)
-        let new = pins.links().join(format!("{}-new", hook.name));
-        if new.exists() {
-            fs::remove_file(&new).map_err(failed(&new, "unlink"))?;
-        }
+        // A rename, so that a link that was there lives until this one does.
         sys::obj_pin(link.as_fd(), &new).map_err(failed(&new, "BPF_OBJ_PIN"))?;
         fs::rename(&new, &path).map_err(failed(&path, "rename"))?;
     }

@@ -11,6 +11,7 @@ use nix::sys::stat::Mode;
 use nix::sys::statfs::{BPF_FS_MAGIC, FsType, statfs};
 
 use super::{LoadError, version_dir};
+use crate::maps::sys;
 
 /// Where the kernel's BPF file system is mounted by convention.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -94,19 +95,29 @@ impl PinPath {
         Ok(())
     }
 
-    /// Removes everything, links first: a program is detached with the last pin of its link.
+    /// Removes everything, links first: detached here, since the kernel ends a link some time after its last pin.
     pub(super) fn remove_all(&self) -> Result<(), LoadError> {
-        let entries = fs::read_dir(&self.0).map_err(failed(&self.0, "readdir"))?;
-        for entry in entries {
-            let dir = entry.map_err(failed(&self.0, "readdir"))?.path();
-            for part in [dir.join("links"), dir] {
-                if part.exists() {
-                    fs::remove_dir_all(&part).map_err(failed(&part, "remove"))?;
+        for dir in entries(&self.0)? {
+            let links = dir.join("links");
+            if links.exists() {
+                for link in entries(&links)? {
+                    // What is no link, or cannot be detached, is removed below like the rest.
+                    if let Ok(link) = sys::obj_get(&link) {
+                        sys::link_detach(link.as_fd()).ok();
+                    }
                 }
             }
+            fs::remove_dir_all(&dir).map_err(failed(&dir, "remove"))?;
         }
         fs::remove_dir(&self.0).map_err(failed(&self.0, "rmdir"))
     }
+}
+
+/// The paths in a folder.
+fn entries(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
+    fs::read_dir(dir)
+        .and_then(|entries| entries.map(|entry| entry.map(|entry| entry.path())).collect())
+        .map_err(failed(dir, "readdir"))
 }
 
 /// The right to write below a pin path: one process has it, and loses it when it ends.

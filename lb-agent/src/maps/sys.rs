@@ -76,6 +76,14 @@ pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     .map(drop)
 }
 
+/// `BPF_LINK_DETACH`: the program is off its hook when this returns; the link is of no use any more.
+pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(bpf_cmd::BPF_LINK_DETACH, |attr| {
+        attr.link_detach.link_fd = link.as_raw_fd() as u32;
+    })
+    .map(drop)
+}
+
 /// What a link of a cgroup program is attached to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct CgroupLink {

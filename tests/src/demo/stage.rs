@@ -11,14 +11,14 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::manifests::{Manifests, ServicePort};
 use super::signals::Signals;
 use super::{Options, say};
-use crate::{Agent, Cluster, Connect, Place, Pod, Process, Ruleset, Testbed, Underlay};
+use crate::{Agent, Cluster, Connect, Place, Pod, Process, Ruleset, Running, Testbed, Underlay};
 
 /// How long nginx may take to listen.
 const START: Duration = Duration::from_secs(10);
 
 /// All that the demo has set up. The order of the fields is that of removal.
 pub(super) struct Stage {
-    pub(super) agents: Vec<Agent>,
+    pub(super) agents: Vec<Running>,
     _servers: Vec<Process>,
     /// A pod without server on each node, for clients.
     pub(super) client_pods: Vec<Pod>,
@@ -108,11 +108,8 @@ impl Stage {
     fn start_agents(&mut self, options: &Options, signals: &Signals) -> Result<()> {
         let begin = Instant::now();
         for node in self.cluster.nodes() {
-            self.agents.push(Agent::start(
-                &self.cluster,
-                node,
-                &options.agent,
-                &options.examples,
+            self.agents.push(Running::start(
+                Agent::new(&self.cluster, node, &options.agent, &options.examples),
                 &[],
             )?);
         }

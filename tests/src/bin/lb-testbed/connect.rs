@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, BufWriter, ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -12,7 +13,10 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 use lb_tests::load::{Failure, Mismatch, Record, Stage, Summary};
 use lb_tests::monotonic_ns;
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::errno::Errno;
+use nix::sys::socket::{
+    self, AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, setsockopt, socket, sockopt,
+};
 
 use crate::{hold, say};
 
@@ -55,6 +59,10 @@ pub(crate) struct Options {
     /// Send a GET request; the backend's name is the first line of the body
     #[arg(long)]
     http: bool,
+    /// Every connection is to be refused by the programs of lb, before a packet is sent; others count as failed. Much
+    /// faster than real connections: each thread has one socket
+    #[arg(long, conflicts_with_all = ["log", "http", "peer_check", "rate"])]
+    refused: bool,
     /// Open so many connections, print `ready`, keep them until standard input ends, then see which still echo
     #[arg(long, value_name = "N", conflicts_with_all = ["count", "until_file", "log", "http"])]
     pub(crate) hold: Option<u32>,
@@ -114,7 +122,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let begin = Instant::now();
     let tallies: Vec<Tally> = thread::scope(|scope| {
         let workers: Vec<_> = (0..options.threads.max(1))
-            .map(|_| scope.spawn(|| work(options, &next, begin)))
+            .map(|_| {
+                scope.spawn(|| {
+                    if options.refused {
+                        refused(options, begin)
+                    } else {
+                        work(options, &next, begin)
+                    }
+                })
+            })
             .collect();
         workers
             .into_iter()
@@ -244,6 +260,42 @@ fn work(options: &Options, next: &AtomicU64, begin: Instant) -> Tally {
         let start_ns = monotonic_ns();
         let result = visit(options, to);
         tally.note(options, to, start_ns, result);
+    }
+    tally
+}
+
+/// Tries connections that are refused until one of the bounds is reached.
+fn refused(options: &Options, begin: Instant) -> Tally {
+    /// Connections between two looks at the bounds.
+    const AT_ONCE: usize = 1000;
+    let mut tally = Tally::default();
+    let end = begin + Duration::from_secs_f64(options.seconds.clamp(0.0, 86_400.0));
+    let addresses: Vec<(SocketAddr, Box<dyn SockaddrLike>)> = options
+        .to
+        .iter()
+        .map(|&to| match to {
+            SocketAddr::V4(v4) => (to, Box::new(SockaddrIn::from(v4)) as _),
+            SocketAddr::V6(v6) => (to, Box::new(SockaddrIn6::from(v6)) as _),
+        })
+        .collect();
+    let new = || {
+        socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).expect("a socket can be opened")
+    };
+    let mut client = new();
+    while Instant::now() < end && !stopped(options) && tally.summary.connections < options.count {
+        for (to, address) in addresses.iter().cycle().take(AT_ONCE) {
+            tally.summary.connections += 1;
+            let errno = match socket::connect(client.as_raw_fd(), &**address) {
+                Err(Errno::ECONNREFUSED) => continue,
+                Err(errno) => errno as i32,
+                Ok(()) => 0,
+            };
+            // Who knows what has become of that socket.
+            client = new();
+            tally.summary.connections -= 1;
+            let error = io::Error::from_raw_os_error(errno);
+            tally.note(options, *to, monotonic_ns(), Err(at(Stage::Connect)(error)));
+        }
     }
     tally
 }

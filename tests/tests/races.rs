@@ -1,0 +1,445 @@
+//! Connections while the maps change: the reconciler and the real maps, in this process.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::slice;
+use std::sync::Arc;
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use lb_agent::loader::{self, Cgroup, Lock, OBJECT, PinPath};
+use lb_agent::maps::bpf::BpfMaps;
+use lb_agent::maps::{Capacities, Maps as _};
+use lb_agent::model::{
+    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Kind, Object, ObjectId, ObjectKey, Protocol, Service,
+    ServicePort, ServiceType, TrafficPolicy,
+};
+use lb_agent::reconcile::Reconciler;
+use lb_agent::verify::verify;
+use lb_common::abi::DropReason;
+use lb_tests::load::{Load, Record};
+use lb_tests::{Absences, Cluster, Connect, Pod, Process, Random, Testbed, chi_squared_p};
+
+const NODE: &str = "n1";
+/// Changes that are applied under load.
+const APPLIES: u32 = 1000;
+const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
+/// Small, so that 100 entries of FRONTENDS can be 90 % full, and indexes, ids and slots are soon used again.
+const CAPACITIES: Capacities = Capacities {
+    services: 72,
+    frontends: 100,
+    backends: 96,
+    backend_slots: 128,
+    sockets: 1024,
+    sockets_more: 4096,
+};
+
+/// A backend: an address of the server pod. It answers with its name all the time, in use or not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Backend {
+    name: String,
+    address: Ipv4Addr,
+}
+
+const BACKEND_PORT: u16 = 8080;
+
+impl Backend {
+    /// `count` of them with names such as `a0`, at addresses that end in `from` and above.
+    fn several(prefix: &str, from: u8, count: u8) -> Vec<Self> {
+        let backend = |number| Self {
+            name: format!("{prefix}{number}"),
+            address: Ipv4Addr::new(10, 10, 1, from + number),
+        };
+        (0..count).map(backend).collect()
+    }
+}
+
+/// A node with a server, a pod for clients, and a reconciler that serves it.
+struct Bed {
+    reconciler: Reconciler<BpfMaps>,
+    _lock: Lock,
+    _server: Process,
+    client: Pod,
+    testbed: Testbed,
+    cluster: Cluster,
+}
+
+impl Bed {
+    fn new(backends: &[Backend]) -> Result<Self> {
+        let cluster = Cluster::builder().nodes(1).build()?;
+        let testbed = Testbed::new(env!("CARGO_BIN_EXE_lb-testbed"));
+        let server = cluster.add_pod(NODE, "server")?;
+        let mut listen = Vec::new();
+        for Backend { name, address } in backends {
+            server.add_address(&format!("{address}/24"), "eth0")?;
+            listen.push(format!("{address}:{BACKEND_PORT}={name}"));
+        }
+        let listen: Vec<_> = listen.iter().map(String::as_str).collect();
+        let serving = testbed.serve(&server, &listen)?;
+        let lock = Lock::take(&PinPath::new(cluster.pin_path(NODE)))?;
+        let maps = loader::load(OBJECT, &lock, &CAPACITIES)?;
+        let cgroup = Cgroup::open(Some(cluster.node(NODE).cgroup()))?;
+        loader::attach(maps.programs(), lock.pins(), &cgroup)?;
+        Ok(Self {
+            reconciler: Reconciler::adopt(maps, NODE)?,
+            _lock: lock,
+            _server: serving,
+            client: cluster.add_pod(NODE, "client")?,
+            testbed,
+            cluster,
+        })
+    }
+
+    /// Applies changes as a whole.
+    fn apply(&mut self, changes: Vec<Change>) {
+        self.reconciler.apply(Batch {
+            changes,
+            complete: true,
+            problems: Vec::new(),
+        });
+    }
+
+    /// Fails unless the maps are as they should be.
+    fn check(&self) -> Result<()> {
+        let drifts = verify(self.reconciler.desired(), &self.reconciler.maps().dump()?);
+        ensure!(drifts.is_empty(), "the maps are not as they should be: {drifts:?}");
+        let problems = self.reconciler.problems();
+        // Where two Services claim an address, that is told and nothing is wrong.
+        let failed: Vec<_> = problems
+            .iter()
+            .filter(|problem| problem.message.contains("not served as it should be"))
+            .collect();
+        ensure!(failed.is_empty(), "{failed:?}");
+        Ok(())
+    }
+
+    /// Fails unless FRONTENDS is 90 % full.
+    fn check_fill(&self) -> Result<()> {
+        let (usage, capacities) = self.reconciler.usage();
+        ensure!(
+            usage.frontends * 10 >= capacities.frontends * 9,
+            "{} of {} frontends are too few for this test",
+            usage.frontends,
+            capacities.frontends
+        );
+        Ok(())
+    }
+
+    /// Four threads that connect until the end; a little slower than they could, so that others can work too.
+    fn start_clients(&self, targets: &[SocketAddr]) -> Result<Load> {
+        let connect = Connect::to(targets)
+            .threads(4)
+            .rate(8000.0)
+            .timeout(Duration::from_secs(5))
+            .peer_check()
+            .log(&self.cluster.scratch().join("connections"));
+        self.testbed.start(&self.client, &connect)
+    }
+
+    /// Ends the clients; what each of their connections did.
+    fn stop_clients(&self, load: Load) -> Result<Vec<Record>> {
+        let summary = load.stop()?;
+        summary.all_well()?;
+        self.records()
+    }
+
+    /// What the clients have logged at their end.
+    fn records(&self) -> Result<Vec<Record>> {
+        Record::read_log(&self.cluster.scratch().join("connections"))
+    }
+
+    /// Fails if a program has refused or missed anything for other reasons than these.
+    fn check_drops(&self, expected: &[DropReason]) -> Result<()> {
+        for reason in DropReason::ALL.iter().filter(|reason| !expected.contains(reason)) {
+            let count = self.reconciler.maps().pinned().drops(*reason)?;
+            ensure!(count == 0, "the data plane says {count} times: {}", reason.text());
+        }
+        Ok(())
+    }
+}
+
+fn key(name: &str) -> ObjectKey {
+    ObjectKey::new("default", name)
+}
+
+/// A Service of type ClusterIP.
+fn service(name: &str, address: Ipv4Addr, ports: &[(&str, u16)], created: i64) -> Change {
+    let port = |(name, port): &(&str, u16)| ServicePort {
+        name: (*name).into(),
+        protocol: Protocol::Tcp,
+        port: *port,
+        node_port: None,
+    };
+    Change::Set(Object::Service(Arc::new(Service {
+        key: key(name),
+        created: Some(created),
+        service_type: ServiceType::ClusterIp,
+        cluster_ips: vec![IpAddr::V4(address)],
+        ports: ports.iter().map(port).collect(),
+        affinity_timeout: None,
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Cluster,
+        publish_not_ready: false,
+        other_proxy: false,
+        headless_label: false,
+    })))
+}
+
+/// The one EndpointSlice of a Service, for all its ports.
+fn endpoints<'a>(service: &str, ports: &[&str], backends: impl IntoIterator<Item = &'a Backend>) -> Change {
+    let endpoint = |backend: &Backend| Endpoint {
+        address: backend.address.into(),
+        ready: true,
+        serving: true,
+        terminating: false,
+        node: Some(NODE.into()),
+    };
+    let port = |name: &&str| EndpointPort {
+        name: (*name).into(),
+        protocol: Protocol::Tcp,
+        port: Some(BACKEND_PORT),
+    };
+    Change::Set(Object::EndpointSlice(Arc::new(EndpointSlice {
+        key: key(&format!("{service}-slice")),
+        service: service.into(),
+        ipv6: false,
+        endpoints: backends.into_iter().map(endpoint).collect(),
+        ports: ports.iter().map(port).collect(),
+    })))
+}
+
+/// Services that come and go, that nobody connects to, and that fill FRONTENDS.
+struct Others {
+    present: Vec<u8>,
+    absent: Vec<u8>,
+    backend: Backend,
+}
+
+impl Others {
+    /// As many as fill FRONTENDS to 90 % and a little more (a Service is two entries), and half as many absent.
+    fn new(backend: &Backend) -> Self {
+        Self {
+            present: (0..44).collect(),
+            absent: (44..66).collect(),
+            backend: backend.clone(),
+        }
+    }
+
+    fn name(number: u8) -> String {
+        format!("other-{number}")
+    }
+
+    fn set(&self, number: u8) -> [Change; 2] {
+        let name = Self::name(number);
+        let address = Ipv4Addr::new(10, 96, 1, number);
+        [
+            service(&name, address, &[("", 80)], 0),
+            endpoints(&name, &[""], [&self.backend]),
+        ]
+    }
+
+    fn all(&self) -> impl Iterator<Item = Change> {
+        self.present.iter().flat_map(|&number| self.set(number))
+    }
+
+    /// Up to three go, and as many others come.
+    fn swap_some(&mut self, random: &mut Random) -> Vec<Change> {
+        let mut changes = Vec::new();
+        for _ in 0..=random.below(3) {
+            let (goes, comes) = (random.take(&mut self.present), random.take(&mut self.absent));
+            changes.extend(self.set(comes));
+            let name = Self::name(goes);
+            for (kind, key) in [
+                (Kind::Service, key(&name)),
+                (Kind::EndpointSlice, key(&format!("{name}-slice"))),
+            ] {
+                changes.push(Change::Remove(ObjectId { kind, key }));
+            }
+            self.present.push(comes);
+            self.absent.push(goes);
+        }
+        changes
+    }
+}
+
+/// How often the others change: every so many applies.
+const OTHERS_EVERY: u32 = 4;
+
+#[test]
+fn endpoints_come_and_go_and_no_connection_fails() -> Result<()> {
+    let mut random = Random::from_env();
+    let backends = Backend::several("b", 100, 8);
+    let mut bed = Bed::new(&backends)?;
+    let mut others = Others::new(&backends[0]);
+    let mut present = u64::from(u8::MAX);
+    let in_use = |present: u64| {
+        let bits = backends.iter().enumerate();
+        bits.filter(move |(bit, _)| present >> bit & 1 == 1)
+            .map(|(_, backend)| backend)
+    };
+    let mut absences = Absences::default();
+
+    let mut changes: Vec<_> = others.all().collect();
+    changes.push(service("web", VIP, &[("", 80)], 0));
+    changes.push(endpoints("web", &[""], &backends));
+    bed.apply(changes);
+    bed.check()?;
+
+    let load = bed.start_clients(&[SocketAddr::new(VIP.into(), 80)])?;
+    for apply in 0..APPLIES {
+        // Any number of them but none, and never the same as before.
+        let before = present;
+        while present == before {
+            present = 1 + random.below(255);
+        }
+        let mut changes = vec![endpoints("web", &[""], in_use(present))];
+        let others_change = apply % OTHERS_EVERY == 0;
+        if others_change {
+            changes.extend(others.swap_some(&mut random));
+        }
+        for backend in in_use(present & !before) {
+            absences.end(&backend.name);
+        }
+        bed.apply(changes);
+        for backend in in_use(before & !present) {
+            absences.begin(&backend.name);
+        }
+        if others_change {
+            // What is left of those that went is cleared after a grace period.
+            bed.reconciler.settle()?;
+        }
+        bed.check().with_context(|| format!("after apply {apply}"))?;
+        bed.check_fill()?;
+        sleep(Duration::from_micros(random.below(8000)));
+    }
+    let records = bed.stop_clients(load)?;
+    println!("{} connections, {} absences", records.len(), absences.count());
+    absences.check(&records)?;
+    bed.check_drops(&[])
+}
+
+#[test]
+fn a_port_passes_between_two_services_and_no_connection_fails() -> Result<()> {
+    let mut random = Random::from_env();
+    let sides = [Backend::several("left", 100, 3), Backend::several("right", 110, 3)];
+    let names = ["left", "right"];
+    let own_ports = [8081, 8082];
+    let mut bed = Bed::new(&sides.concat())?;
+    let mut others = Others::new(&sides[0][0]);
+    let mut absences = Absences::default();
+    // Who has port 80: the only one that claims it, or the older of the two.
+    let claims = |owner: usize, both: bool| {
+        [0, 1].map(|side| {
+            let mut ports = vec![("own", own_ports[side])];
+            if side == owner || both {
+                ports.push(("shared", 80));
+            }
+            service(names[side], VIP, &ports, i64::from(side != owner))
+        })
+    };
+
+    let mut owner = 0;
+    let mut changes: Vec<_> = others.all().collect();
+    changes.extend(claims(owner, false));
+    for (name, backends) in names.iter().zip(&sides) {
+        changes.push(endpoints(name, &["own", "shared"], backends));
+    }
+    bed.apply(changes);
+    bed.check()?;
+
+    let shared = SocketAddr::new(VIP.into(), 80);
+    let own = own_ports.map(|port| SocketAddr::new(VIP.into(), port));
+    let load = bed.start_clients(&[shared, own[0], shared, own[1]])?;
+    for apply in 0..APPLIES {
+        let before = owner;
+        owner = 1 - owner;
+        let mut changes = Vec::from(claims(owner, random.coin()));
+        if apply % OTHERS_EVERY == 0 {
+            changes.extend(others.swap_some(&mut random));
+        }
+        sides[owner].iter().for_each(|backend| absences.end(&backend.name));
+        bed.apply(changes);
+        sides[before].iter().for_each(|backend| absences.begin(&backend.name));
+        // A service port that went is cleared after a grace period.
+        bed.reconciler.settle()?;
+        bed.check().with_context(|| format!("after apply {apply}"))?;
+        bed.check_fill()?;
+    }
+    let records = bed.stop_clients(load)?;
+    let (to_shared, to_own): (Vec<_>, Vec<_>) = records.into_iter().partition(|record| record.to == shared);
+    println!(
+        "{} connections to the port that passes, {} to others, {} absences",
+        to_shared.len(),
+        to_own.len(),
+        absences.count()
+    );
+    absences.check(&to_shared)?;
+    for record in to_own {
+        let side = usize::from(record.to == own[1]);
+        let reached = record.outcome.as_deref().unwrap_or_default();
+        ensure!(
+            reached.starts_with(names[side]),
+            "a port of one Service alone led elsewhere: {record:?}"
+        );
+    }
+    bed.check_drops(&[])
+}
+
+/// Ports without endpoints: a connection is refused by a program and costs little, as does a store in FRONTENDS. So
+/// there are a thousand times as many as above, for what happens as seldom. (A map update in place of the store is found
+/// within a second.)
+#[test]
+fn a_frontend_that_changes_is_never_missed() -> Result<()> {
+    const STORES: usize = 1_000_000;
+    let backend = Backend::several("b", 100, 1).remove(0);
+    let mut bed = Bed::new(slice::from_ref(&backend))?;
+    let ports = [80, 81, 82, 83, 84, 85, 86, 87];
+    let names = ports.map(|port| format!("port-{port}"));
+    let named: Vec<_> = names.iter().map(String::as_str).zip(ports).collect();
+    let mut changes: Vec<_> = Others::new(&backend).all().collect();
+    changes.push(service("void", VIP, &named, 0));
+    bed.apply(changes);
+    bed.check()?;
+    bed.check_fill()?;
+
+    let targets = ports.map(|port| SocketAddr::new(VIP.into(), port));
+    let load = bed.testbed.start(&bed.client, &Connect::to(&targets).refused())?;
+    let frontends: Vec<_> = bed.reconciler.maps().dump()?.frontends.into_iter().collect();
+    for (key, value) in frontends.into_iter().cycle().take(STORES) {
+        bed.reconciler.maps_mut().store_frontend(key, value)?;
+    }
+    let summary = load.stop()?;
+    println!("{} connections refused, {STORES} stores", summary.connections);
+    summary.all_well()?;
+    // All of them for the right reason.
+    bed.check_drops(&[DropReason::NoEndpoint])?;
+    bed.check()
+}
+
+#[test]
+fn connections_are_spread_evenly() -> Result<()> {
+    let backends = Backend::several("b", 100, 4);
+    let mut bed = Bed::new(&backends)?;
+    bed.apply(vec![
+        service("web", VIP, &[("", 80)], 0),
+        endpoints("web", &[""], &backends),
+    ]);
+    bed.check()?;
+    let connect = Connect::to(&[SocketAddr::new(VIP.into(), 80)])
+        .count(10_000)
+        .threads(2)
+        .timeout(Duration::from_secs(5));
+    // One even spread in a thousand looks like an uneven one: then once more.
+    for attempt in 1..=2 {
+        let summary = bed.testbed.connect(&bed.client, &connect)?;
+        summary.all_well()?;
+        let counts: Vec<_> = backends.iter().map(|backend| summary.reached(&backend.name)).collect();
+        ensure!(counts.iter().sum::<u64>() == 10_000, "{counts:?}");
+        let p = chi_squared_p(&counts);
+        println!("attempt {attempt}: {counts:?}, p = {p:.4}");
+        if p > 0.001 {
+            return bed.check_drops(&[]);
+        }
+    }
+    panic!("10,000 connections are not spread evenly, twice");
+}
