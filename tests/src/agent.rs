@@ -122,6 +122,7 @@ pub struct Agent {
     pin_path: PathBuf,
     manifests: PathBuf,
     log: PathBuf,
+    env: Vec<(String, String)>,
 }
 
 impl Agent {
@@ -135,7 +136,16 @@ impl Agent {
             pin_path: cluster.pin_path(node.name()),
             manifests: manifests.to_owned(),
             log: cluster.scratch().join(format!("lb-agent-{}.log", node.name())),
+            env: Vec::new(),
         }
+    }
+
+    /// The same with an environment variable for `run`.
+    #[must_use]
+    pub fn with_env(&self, name: &str, value: &str) -> Self {
+        let mut new = self.clone();
+        new.env.push((name.into(), value.into()));
+        new
     }
 
     /// Where the binary is: what the environment variable `LB_AGENT` says, or else `lb-agent` in the folder of the
@@ -187,6 +197,7 @@ impl Agent {
             .arg("--pin-path")
             .arg(&self.pin_path)
             .args(flags);
+        command.envs(self.env.iter().cloned());
         command
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("the agent's log")?)

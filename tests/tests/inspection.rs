@@ -154,11 +154,10 @@ const CORRUPTIONS: &[Corruption] = &[
     corruption("BACKEND_SLOTS", "backend", 20),
     corruption("BACKEND_SLOTS", "generation", 24),
     corruption("BACKEND_SLOTS", "pad", 28),
-    // Address, port and service are who a backend is: with another, the one that is wanted is missing.
-    corruption("BACKENDS", "", 15),
-    corruption("BACKENDS", "", 16),
+    corruption("BACKENDS", "addr", 15),
+    corruption("BACKENDS", "port", 16),
     corruption("BACKENDS", "flags", 18),
-    corruption("BACKENDS", "", 20),
+    corruption("BACKENDS", "service", 20),
     corruption("BACKENDS", "generation", 24),
     corruption("BACKENDS", "generation or .seal", 28),
 ];
@@ -204,10 +203,7 @@ impl Corruption {
         let mut value = map.get(&index, 0)?;
         value[self.at] ^= 2;
         map.set(index, value, 0)?;
-        Ok(match self.field {
-            "" => self.map.into(),
-            field => format!("{}[{index}].{field}", self.map),
-        })
+        Ok(format!("{}[{index}].{}", self.map, self.field))
     }
 }
 
@@ -433,4 +429,61 @@ fn the_capabilities_of_the_systemd_unit_are_enough() -> Result<()> {
     assert_eq!(effective.count_ones(), 3, "{effective:#x}");
     let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
     bed().connect(&setup.client, &load)?.all_well()
+}
+
+#[test]
+fn refusals_are_logged_where_the_log_wants_them() -> Result<()> {
+    let mut setup = setup(&[])?;
+    setup.agent.kill()?;
+    let agent = setup.agent.with_env("RUST_LOG", "lb_agent=debug");
+    setup.agent = Running::start(agent, &[])?;
+    setup.agent.wait_ready(&|| false)?;
+    let summary = bed().connect(&setup.client, &Connect::to(&[addr("10.96.0.10:81")]).count(3))?;
+    assert_eq!(summary.failure_count, 3);
+    setup.agent.wait("logging three refusals", |agent| {
+        let log = agent.log_tail();
+        let refused = "connection refused: the service address has no such port to=10.96.0.10:81";
+        ensure!(log.matches(refused).count() == 3, "{log}");
+        Ok(())
+    })?;
+    assert_eq!(setup.agent.status()?.dropped("event_lost")?, 0);
+    Ok(())
+}
+
+#[test]
+fn the_bpf_file_system_is_mounted_where_it_is_not() -> Result<()> {
+    let setup = setup(&[])?;
+    let node = setup.cluster.node("n1");
+    let mut command = node.command("unshare")?;
+    // A mount namespace of its own, without the BPF file system; what is mounted and pinned there goes with it.
+    let script = "umount --lazy /sys/fs/bpf && exec \"$@\"";
+    command
+        .args(["--mount", "sh", "-c", script, "sh"])
+        .arg(Agent::find(BED.as_ref())?);
+    command
+        .arg("run")
+        .arg("--manifests")
+        .arg(setup.manifests.path())
+        .arg("--cgroup")
+        .arg(node.cgroup());
+    command.arg("--pin-path").arg(setup.agent.pin_path());
+    let mut process = Process::spawn(&mut command)?;
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    loop {
+        let mounts = std::fs::read_to_string(format!("/proc/{}/mounts", process.id()))?;
+        let link = format!(
+            "/proc/{}/root{}/v1/links/lb_connect4",
+            process.id(),
+            setup.agent.pin_path().display()
+        );
+        if mounts.contains(" /sys/fs/bpf bpf ") && std::fs::metadata(&link).is_ok() {
+            return Ok(());
+        }
+        ensure!(process.is_running()?, "the agent has ended");
+        ensure!(
+            std::time::Instant::now() < deadline,
+            "{link} is not there; mounts: {mounts}"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
 }
