@@ -386,6 +386,17 @@ impl BpfMaps {
         written.map_err(call(map_name::STATS, "BPF_MAP_UPDATE_ELEM"))
     }
 
+    /// Changes the word of a backend that `offset` is in, by one 8-byte store.
+    fn change_backend(&mut self, id: u32, offset: usize, change: impl FnOnce(&mut Backend)) -> Result<(), MapError> {
+        let backends = &self.pinned.backends;
+        let value = backends.read(id).map(|mut value| {
+            change(&mut value);
+            value
+        });
+        let ok = value.is_some_and(|value| backends.write_words(id, &value, [word_of(offset)]));
+        self.stored(ok, 8, map_name::BACKENDS, id, self.pinned.backends.len())
+    }
+
     /// Counts what a store of words wrote, or names what was out of range.
     fn stored(&mut self, ok: bool, bytes: usize, map: &'static str, index: u32, capacity: u32) -> Result<(), MapError> {
         if !ok {
@@ -536,34 +547,14 @@ impl Maps for BpfMaps {
     }
 
     fn write_backend_flags(&mut self, id: u32, flags: u16) -> Result<(), MapError> {
-        let capacity = self.pinned.backends.len();
-        let mut value = self.pinned.backends.read(id).ok_or(MapError::OutOfRange {
-            map: map_name::BACKENDS,
-            index: id,
-            capacity,
-        })?;
-        value.flags = flags;
-        let ok = self
-            .pinned
-            .backends
-            .write_words(id, &value, [word_of(offset_of!(Backend, flags))]);
-        self.stored(ok, 8, map_name::BACKENDS, id, capacity)
+        self.change_backend(id, offset_of!(Backend, flags), |value| value.flags = flags)
     }
 
     fn withdraw_backend(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
-        let capacity = self.pinned.backends.len();
-        let mut value = self.pinned.backends.read(id).ok_or(MapError::OutOfRange {
-            map: map_name::BACKENDS,
-            index: id,
-            capacity,
-        })?;
-        value.generation = generation;
-        value.seal = generation::seal(value.addr, value.port, value.service, generation);
-        let ok = self
-            .pinned
-            .backends
-            .write_words(id, &value, [word_of(offset_of!(Backend, generation))]);
-        self.stored(ok, 8, map_name::BACKENDS, id, capacity)
+        self.change_backend(id, offset_of!(Backend, generation), |value| {
+            value.generation = generation;
+            value.seal = generation::seal(value.addr, value.port, value.service, generation);
+        })
     }
 
     fn write_name(&mut self, index: u32, value: &Name) -> Result<(), MapError> {

@@ -176,7 +176,8 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
 /// A memory-mapped `BPF_MAP_TYPE_ARRAY` (`BPF_F_MMAPABLE`) of values whose size and alignment are multiples of 8.
 ///
 /// Programs and other processes read and write the same memory, so every access is a volatile one of 8 aligned bytes
-/// (or of a field), and no reference into the memory is ever made.
+/// (or of a field), and no reference into the memory is ever made. Stores become visible in the order in which they are
+/// made.
 pub(crate) struct MappedArray<T> {
     memory: MmapRaw,
     len: u32,
@@ -233,11 +234,11 @@ impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
                 return false;
             };
             let word = u64::from_ne_bytes(word.try_into().unwrap_or_default());
+            // All stores before this one, here or in another array, are visible to every CPU before it is.
+            std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
             // SAFETY: a valid, aligned address in the mapping.
             unsafe { at.write_volatile(word) };
         }
-        // The stores before are visible to every CPU before those that follow.
-        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         true
     }
 
