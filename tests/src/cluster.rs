@@ -244,7 +244,10 @@ impl Cluster {
             format!("address add {}/24 dev eth0", pod.address),
             "link set eth0 up".to_owned(),
             format!("route add default via {}", node.gateway()),
-        ])
+        ])?;
+        pod.wait_for_link("eth0")?;
+        node.wait_for_link(&device)?;
+        node.wait_for_link("cni0")
     }
 
     /// Makes everything but pods.
@@ -270,7 +273,12 @@ impl Cluster {
                 "route add 192.168.77.0/24 dev eth0".to_owned(),
             ])?;
         }
-        Ok(())
+        let nodes = self.nodes.iter().map(|node| &node.place);
+        for place in nodes.chain(self.clients.iter().map(|client| &client.place)) {
+            place.wait_for_link("eth0")?;
+            self.fabric.wait_for_link(place.name())?;
+        }
+        self.fabric.wait_for_link("br0")
     }
 
     /// A bridge in a namespace of its own joins all nodes and clients: the network between the machines.

@@ -8,6 +8,7 @@ use std::os::unix::process::CommandExt as _;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use anyhow::{Context as _, Result, ensure};
@@ -18,6 +19,9 @@ use nix::unistd::{Pid, getpid, getppid, write};
 
 use crate::Ruleset;
 use crate::cleanup::NETNS_DIRECTORY;
+
+/// How long a device may take to carry packets.
+const LINK: Duration = Duration::from_secs(10);
 
 /// Runs `work` on a fresh thread in the network namespace `netns` and returns what it returns.
 ///
@@ -182,6 +186,23 @@ impl Place {
     pub fn ip_batch(&self, commands: &[String]) -> Result<()> {
         self.run_with_input("ip", &["-batch", "-"], &(commands.join("\n") + "\n"))
             .map(drop)
+    }
+
+    /// Waits until a device carries packets. The kernel tells its queues and bridges of a new carrier in the background,
+    /// at most once a second when many devices come (`linkwatch` in `net/core`); until then what is sent is lost.
+    ///
+    /// # Errors
+    /// When the device is not ready after some seconds.
+    pub(crate) fn wait_for_link(&self, device: &str) -> Result<()> {
+        let deadline = Instant::now() + LINK;
+        loop {
+            let state = self.ip(&format!("-oneline link show {device}"))?;
+            if state.contains("state UP") {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "in {}: not up: {state}", self.name);
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Adds an address, as `add_address("10.10.1.50/32", "lo")`.
