@@ -67,7 +67,7 @@ pub(crate) fn build_release() -> anyhow::Result<Built> {
     build(&["build", "--release", "-p", "lb-agent", "-p", "lb-tests", "--bins"])
 }
 
-/// Builds the programs as they are delivered, and the benchmarks.
+/// Builds the benchmarks, optimised as the programs that are delivered.
 pub(crate) fn build_bench() -> anyhow::Result<Built> {
     build(&[
         "build",
@@ -76,7 +76,8 @@ pub(crate) fn build_bench() -> anyhow::Result<Built> {
         "lb-agent",
         "-p",
         "lb-tests",
-        "--bins",
+        "--bin",
+        "lb-bench",
         "--features",
         "lb-tests/bench",
     ])
