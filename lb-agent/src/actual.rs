@@ -122,7 +122,8 @@ pub(crate) struct Strays {
 /// The state of the maps.
 #[derive(Debug)]
 pub(crate) struct Actual {
-    pub(crate) ports: HashMap<Arc<PortId>, ActualPort>,
+    /// Boxed, since a good part of a hash table is empty.
+    pub(crate) ports: HashMap<Arc<PortId>, Box<ActualPort>>,
     pub(crate) frontends: HashMap<FrontendKey, Frontend>,
     /// How many frontends lead to a service index.
     pub(crate) references: HashMap<u32, u32>,
@@ -168,13 +169,15 @@ impl Actual {
             let id = id.unwrap_or_else(|| stray_id(*index));
             actual
                 .ports
-                .insert(Arc::new(id), ActualPort::new(*index, *entry, *name));
+                .insert(Arc::new(id), Box::new(ActualPort::new(*index, *entry, *name)));
         }
         for (index, entry) in (0_u32..).zip(&dump.services) {
             if generation::is_live(entry.generation) && !dump.names.contains_key(&index) {
                 let id = stray_id(index);
                 let name = name_of(&id, 0, entry.generation);
-                actual.ports.insert(Arc::new(id), ActualPort::new(index, *entry, name));
+                actual
+                    .ports
+                    .insert(Arc::new(id), Box::new(ActualPort::new(index, *entry, name)));
             }
         }
         for port in actual.ports.values() {
@@ -187,7 +190,7 @@ impl Actual {
 
     fn adopt_backends(&mut self, dump: &Dump, strays: &mut Strays) {
         let mut owners: HashMap<u32, &mut ActualPort> =
-            self.ports.values_mut().map(|port| (port.index, port)).collect();
+            self.ports.values_mut().map(|port| (port.index, &mut **port)).collect();
         for (id, backend) in (0_u32..)
             .zip(&dump.backends)
             .filter(|(_, b)| generation::is_live(b.generation))

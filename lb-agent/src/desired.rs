@@ -130,6 +130,7 @@ pub fn ports<'a>(
                 .collect();
             frontends.sort_unstable();
             frontends.dedup();
+            frontends.shrink_to_fit();
             let id = PortId {
                 service: service.key.clone(),
                 port_name: Arc::clone(&port.name),
@@ -191,7 +192,8 @@ pub struct Touched {
 /// All service ports, and who claims which frontend.
 #[derive(Debug, Default)]
 pub struct Desired {
-    ports: HashMap<Arc<PortId>, DesiredPort>,
+    /// Boxed, since a good part of a hash table is empty.
+    ports: HashMap<Arc<PortId>, Box<DesiredPort>>,
     by_service: HashMap<ObjectKey, Vec<Arc<PortId>>>,
     /// In the order of precedence.
     claims: HashMap<FrontendKey, Vec<Claim>>,
@@ -223,7 +225,7 @@ impl Desired {
                 Some(known) => before.swap_remove(known),
                 None => Arc::new(id),
             };
-            let old = self.ports.get(&id);
+            let old = self.ports.get(&id).map(|port| &**port);
             if old != Some(&new) {
                 let (claims, created) = (
                     old.map_or(&[][..], |old| &old.frontends),
@@ -235,7 +237,7 @@ impl Desired {
                     self.claim(&id, &new, touched);
                 }
                 touched.ports.insert(Arc::clone(&id));
-                self.ports.insert(Arc::clone(&id), new);
+                self.ports.insert(Arc::clone(&id), Box::new(new));
             }
             now.push(id);
         }
@@ -259,6 +261,8 @@ impl Desired {
             };
             let claims = self.claims.entry(*key).or_default();
             let at = claims.partition_point(|other| other.precedence(&claim) == Ordering::Less);
+            // Nearly all have one claim: the usual growth makes room for four.
+            claims.reserve_exact(1);
             claims.insert(at, claim);
             if claims.len() > 1 && *kind != FrontendKind::Address {
                 self.contested.insert(*key);
@@ -285,7 +289,7 @@ impl Desired {
     /// A service port.
     #[must_use]
     pub fn port(&self, id: &PortId) -> Option<&DesiredPort> {
-        self.ports.get(id)
+        self.ports.get(id).map(|port| &**port)
     }
 
     /// The shared form of an identity, if the service port is known.
@@ -296,7 +300,7 @@ impl Desired {
 
     /// All service ports.
     pub fn ports(&self) -> impl Iterator<Item = (&Arc<PortId>, &DesiredPort)> {
-        self.ports.iter()
+        self.ports.iter().map(|(id, port)| (id, &**port))
     }
 
     /// All frontends that anybody claims.

@@ -67,9 +67,12 @@ impl Plan {
 /// # Errors
 /// [`MapError::Full`], or a set with more members than a set word can say; nothing is taken then.
 pub(crate) fn plan(id: &PortId, want: &DesiredPort, actual: &mut Actual) -> Result<Plan, MapError> {
-    let have = actual.ports.get(id).cloned();
+    // Taken out for the time of planning, which needs the allocators beside it; a copy would cost more than the plan.
+    let have = actual.ports.remove_entry(id);
     let mut plan = Plan::default();
-    match fill(id, want, have.as_ref(), actual, &mut plan) {
+    let filled = fill(id, want, have.as_ref().map(|(_, port)| &**port), actual, &mut plan);
+    actual.ports.extend(have);
+    match filled {
         Ok(()) => Ok(plan),
         Err(error) => {
             plan.cancel(actual);

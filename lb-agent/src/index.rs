@@ -9,8 +9,8 @@ use crate::model::{Change, EndpointSlice, Kind, Node, Object, ObjectKey, Service
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     services: HashMap<ObjectKey, Arc<Service>>,
-    /// By Service, then by the slice's own key.
-    slices: HashMap<ObjectKey, BTreeMap<ObjectKey, Arc<EndpointSlice>>>,
+    /// By Service, then in the order of the slices' own keys. Most Services have one: a tree for each would be half empty.
+    slices: HashMap<ObjectKey, Vec<Arc<EndpointSlice>>>,
     /// Which Service a slice belongs to.
     owners: HashMap<ObjectKey, ObjectKey>,
     nodes: BTreeMap<Arc<str>, Arc<Node>>,
@@ -35,10 +35,14 @@ impl Index {
                         self.remove_slice(&before, &slice.key);
                         dirty.insert(before);
                     }
-                    self.slices
-                        .entry(owner.clone())
-                        .or_default()
-                        .insert(slice.key.clone(), slice);
+                    let slices = self.slices.entry(owner.clone()).or_default();
+                    match slices.binary_search_by(|known| known.key.cmp(&slice.key)) {
+                        Ok(at) => slices[at] = slice,
+                        Err(at) => {
+                            slices.reserve_exact(1);
+                            slices.insert(at, slice);
+                        }
+                    }
                     dirty.insert(owner);
                 }
                 Change::Set(Object::Node(node)) => {
@@ -67,7 +71,7 @@ impl Index {
 
     fn remove_slice(&mut self, owner: &ObjectKey, slice: &ObjectKey) {
         if let Some(slices) = self.slices.get_mut(owner) {
-            slices.remove(slice);
+            slices.retain(|known| known.key != *slice);
             if slices.is_empty() {
                 self.slices.remove(owner);
             }
@@ -82,11 +86,7 @@ impl Index {
 
     /// The slices of a Service, in the order of their names.
     pub(crate) fn slices(&self, service: &ObjectKey) -> impl Iterator<Item = &EndpointSlice> + Clone {
-        self.slices
-            .get(service)
-            .into_iter()
-            .flat_map(BTreeMap::values)
-            .map(Arc::as_ref)
+        self.slices.get(service).into_iter().flatten().map(Arc::as_ref)
     }
 }
 

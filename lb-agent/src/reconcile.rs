@@ -331,7 +331,8 @@ impl<M: Maps> Reconciler<M> {
 
     /// Puts out of use what nobody owns, once every set leads to what is its own.
     fn withdraw_strays(&mut self) {
-        if !self.complete || self.strays == Strays::default() || !self.actual.ports.values().all(ActualPort::is_known) {
+        if !self.complete || self.strays == Strays::default() || !self.actual.ports.values().all(|port| port.is_known())
+        {
             return;
         }
         let Strays { names, backends, slots } = std::mem::take(&mut self.strays);
@@ -373,11 +374,11 @@ impl<M: Maps> Reconciler<M> {
         if steps.is_empty() {
             return Ok(());
         }
-        let old_ranges = self.actual.ports.get(id).map(ActualPort::ranges).unwrap_or_default();
+        let old_ranges = self.actual.ports.get(id).map(|port| port.ranges()).unwrap_or_default();
         let result = steps.into_iter().try_for_each(|step| self.step(id, index, step));
 
         let port = self.actual.ports.get(id);
-        let in_use = port.map(ActualPort::ranges).unwrap_or_default();
+        let in_use = port.map(|port| port.ranges()).unwrap_or_default();
         let known: BTreeSet<u32> = port
             .into_iter()
             .flat_map(|port| port.backends.values())
@@ -405,7 +406,7 @@ impl<M: Maps> Reconciler<M> {
     fn step(&mut self, id: &Arc<PortId>, index: u32, step: Step) -> Result<(), MapError> {
         if let Step::Name(name) = &step {
             self.maps.write_name(index, name)?;
-            let new = || ActualPort::new(index, Service::default(), *name);
+            let new = || Box::new(ActualPort::new(index, Service::default(), *name));
             self.actual.ports.entry(Arc::clone(id)).or_insert_with(new).name = *name;
             return Ok(());
         }
@@ -583,7 +584,7 @@ impl<M: Maps> Reconciler<M> {
                 continue;
             }
             if let Some(port) = self.actual.ports.remove(id) {
-                self.retire(Retired::Port(Box::new(port)));
+                self.retire(Retired::Port(port));
             }
         }
     }

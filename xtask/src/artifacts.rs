@@ -44,14 +44,16 @@ pub(crate) struct Built {
 impl Built {
     /// What the test bed starts.
     pub(crate) fn programs(&self) -> anyhow::Result<Programs> {
-        let program = |name| {
-            let made = self.programs.get(name);
-            made.cloned().with_context(|| format!("the build made no {name}"))
-        };
         Ok(Programs {
-            agent: program("lb-agent")?,
-            testbed: program("lb-testbed")?,
+            agent: self.program("lb-agent")?,
+            testbed: self.program("lb-testbed")?,
         })
+    }
+
+    /// A program.
+    pub(crate) fn program(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let made = self.programs.get(name);
+        made.cloned().with_context(|| format!("the build made no {name}"))
     }
 }
 
@@ -63,6 +65,22 @@ pub(crate) fn build_tests() -> anyhow::Result<Built> {
 /// Builds the programs as they are delivered.
 pub(crate) fn build_release() -> anyhow::Result<Built> {
     build(&["build", "--release", "-p", "lb-agent", "-p", "lb-tests", "--bins"])
+}
+
+/// Builds the benchmarks, optimised as the programs that are delivered.
+pub(crate) fn build_bench() -> anyhow::Result<Built> {
+    build(&[
+        "build",
+        "--release",
+        "-p",
+        "lb-agent",
+        "-p",
+        "lb-tests",
+        "--bin",
+        "lb-bench",
+        "--features",
+        "lb-tests/bench",
+    ])
 }
 
 fn build(arguments: &[&str]) -> anyhow::Result<Built> {

@@ -1,7 +1,8 @@
-//! Everything a person types while working on lb: `cargo xtask setup | test | bless | run | clean`.
+//! Everything a person types while working on lb: `cargo xtask setup | test | bless | run | bench | clean`.
 
 mod artifacts;
 mod bed;
+mod bench;
 mod command;
 mod libtest;
 mod plan;
@@ -33,6 +34,8 @@ enum Command {
     Bless,
     /// Show lb at work on this machine; with ARGS, run the agent itself
     Run(run::Args),
+    /// Measure lb on this machine
+    Bench(bench::Args),
     /// Remove what interrupted tests left on this machine
     Clean,
 }
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Bless => test::bless(),
         Command::Run(args) => run::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Clean => run::clean(),
     };
     done.unwrap_or_else(|error| {

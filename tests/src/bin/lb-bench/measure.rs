@@ -1,0 +1,163 @@
+//! One size of `sync`: real programs and maps at a private pin path, filled by the agent's reconciler.
+
+use std::io::{Write as _, stdout};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use lb_agent::loader::{self, Lock, OBJECT, PinPath};
+use lb_agent::maps::bpf::BpfMaps;
+use lb_agent::maps::{Capacities, Maps as _};
+use lb_agent::model::Batch;
+use lb_agent::reconcile::Reconciler;
+use lb_tests::Cluster;
+use serde::{Deserialize, Serialize};
+
+use crate::objects::{self, NODE};
+use crate::process;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Number of Services
+    #[arg(long)]
+    pub(crate) services: u32,
+    /// Endpoints of each
+    #[arg(long)]
+    pub(crate) endpoints: u32,
+    /// Measured changes of one endpoint
+    #[arg(long)]
+    pub(crate) changes: u32,
+}
+
+/// What one size takes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Measured {
+    /// Number of Services.
+    pub(crate) services: u32,
+    /// Endpoints of each.
+    pub(crate) endpoints: u32,
+    /// The first batch, from objects to maps, in seconds.
+    pub(crate) first_seconds: f64,
+    /// Bytes that it wrote to maps.
+    pub(crate) first_bytes: u64,
+    /// One changed endpoint: median, in seconds.
+    pub(crate) change_p50_seconds: f64,
+    /// The same: 99th percentile.
+    pub(crate) change_p99_seconds: f64,
+    /// Bytes that a change wrote, on average.
+    pub(crate) change_bytes: f64,
+    /// Resident memory of the process, mapped arrays and all objects included.
+    pub(crate) resident_bytes: u64,
+    /// Of this, what is not mapped from maps or files.
+    pub(crate) anonymous_bytes: u64,
+    /// The most that was ever resident.
+    pub(crate) peak_bytes: u64,
+    /// Kernel memory of all maps.
+    pub(crate) map_bytes: u64,
+}
+
+/// Changes before the measured ones.
+const WARM_UP: u32 = 20;
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let pins = PinPath::new(cluster.pin_path("n1"));
+    let measured = {
+        let lock = Lock::take(&pins)?;
+        let maps = loader::load(OBJECT, &lock, &capacities(options))?;
+        measure(maps, options)?
+    };
+    loader::cleanup(&pins)?;
+    let json = serde_json::to_string(&measured).context("writing JSON")?;
+    writeln!(stdout(), "{json}").context("writing to standard output")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Room for all, and for what is not freed yet.
+fn capacities(options: &Options) -> Capacities {
+    let backends = options.services * options.endpoints;
+    let slots = options.services * options.endpoints.next_power_of_two();
+    Capacities {
+        services: options.services + 16,
+        frontends: 2 * options.services + 16,
+        backends: backends + 4096,
+        backend_slots: slots + 4096 * options.endpoints.next_power_of_two(),
+        sockets: 1024,
+        sockets_more: 1024,
+    }
+}
+
+fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
+    let mut reconciler = Reconciler::adopt(maps, NODE)?;
+    let numbers = 0..options.services;
+    let all = numbers.flat_map(|i| [objects::service(i), objects::slice(i, options.endpoints, None)]);
+    let batch = Batch {
+        changes: all.collect(),
+        complete: true,
+        problems: Vec::new(),
+    };
+    let before = reconciler.maps().written();
+    let start = Instant::now();
+    reconciler.apply(batch);
+    let first = start.elapsed();
+    let first_bytes = reconciler.maps().written() - before;
+    ensure!(reconciler.problems().is_empty(), "{:?}", reconciler.problems().first());
+    let (usage, _) = reconciler.usage();
+    ensure!(usage.backends == options.services * options.endpoints, "{usage:?}");
+
+    let mut times = Vec::new();
+    let mut written = 0;
+    for change in 0..WARM_UP + options.changes {
+        // A stride without a common factor with the number of Services spreads them well.
+        let service = (u64::from(change) * 104_729 % u64::from(options.services)) as u32;
+        let batch = Batch {
+            changes: vec![objects::slice(service, options.endpoints, Some(change))],
+            complete: true,
+            problems: Vec::new(),
+        };
+        let before = reconciler.maps().written();
+        let start = Instant::now();
+        reconciler.apply(batch);
+        let time = start.elapsed();
+        if change >= WARM_UP {
+            times.push(time);
+            written += reconciler.maps().written() - before;
+        }
+        // As the agent does when a grace period has passed.
+        reconciler.settle()?;
+    }
+    ensure!(reconciler.problems().is_empty(), "{:?}", reconciler.problems().first());
+    times.sort_unstable();
+    Ok(Measured {
+        services: options.services,
+        endpoints: options.endpoints,
+        first_seconds: first.as_secs_f64(),
+        first_bytes,
+        change_p50_seconds: percentile(&times, 50).as_secs_f64(),
+        change_p99_seconds: percentile(&times, 99).as_secs_f64(),
+        change_bytes: written as f64 / f64::from(options.changes),
+        resident_bytes: process::status_bytes("VmRSS")?,
+        anonymous_bytes: process::status_bytes("RssAnon")?,
+        peak_bytes: process::status_bytes("VmHWM")?,
+        map_bytes: process::map_bytes()?,
+    })
+}
+
+/// The smallest value that so many percent of the sorted ones do not exceed; zero where there is none.
+fn percentile(sorted: &[Duration], percent: usize) -> Duration {
+    let rank = (sorted.len() * percent).div_ceil(100);
+    sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles() {
+        let sorted: Vec<_> = (1..=300).map(Duration::from_micros).collect();
+        assert_eq!(percentile(&sorted, 50), Duration::from_micros(150));
+        assert_eq!(percentile(&sorted, 99), Duration::from_micros(297));
+        assert_eq!(percentile(&[], 99), Duration::ZERO);
+    }
+}

@@ -1,0 +1,49 @@
+//! What this process costs, as /proc tells it.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use anyhow::{Context as _, Result};
+
+/// A field of /proc/self/status that is in kibibytes, in bytes.
+pub(crate) fn status_bytes(field: &str) -> Result<u64> {
+    let text = fs::read_to_string("/proc/self/status").context("reading /proc/self/status")?;
+    let kib = value(&text, field).with_context(|| format!("no {field} in /proc/self/status"))?;
+    Ok(kib * 1024)
+}
+
+/// Bytes of kernel memory of all BPF maps that this process has open, each map once.
+pub(crate) fn map_bytes() -> Result<u64> {
+    let mut maps = BTreeMap::new();
+    for entry in fs::read_dir("/proc/self/fdinfo").context("reading /proc/self/fdinfo")? {
+        // The descriptor of this very folder is closed by now in some of the entries.
+        let Ok(text) = fs::read_to_string(entry?.path()) else {
+            continue;
+        };
+        if let (Some(id), Some(bytes)) = (value(&text, "map_id"), value(&text, "memlock")) {
+            maps.insert(id, bytes);
+        }
+    }
+    Ok(maps.values().sum())
+}
+
+/// The number in the line `field: number`.
+fn value(text: &str, field: &str) -> Option<u64> {
+    text.lines().find_map(|line| {
+        let rest = line.strip_prefix(field)?.strip_prefix(':')?;
+        rest.split_whitespace().next()?.parse().ok()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_fields_of_proc() {
+        let text = "VmRSSx:\t1\nVmRSS:\t  123 kB\nmap_id:\t7\n";
+        assert_eq!(value(text, "VmRSS"), Some(123));
+        assert_eq!(value(text, "map_id"), Some(7));
+        assert_eq!(value(text, "memlock"), None);
+    }
+}

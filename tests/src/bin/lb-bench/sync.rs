@@ -1,0 +1,201 @@
+//! `sync`: all sizes, each in a process of its own; the table, the JSON, and the limits.
+
+use std::env::current_exe;
+use std::fs;
+use std::io::{Write as _, stdout};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context as _, Result, ensure};
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+
+use crate::measure::Measured;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Numbers of Services
+    #[arg(long, value_delimiter = ',', default_values_t = [1_000, 10_000, 30_000])]
+    services: Vec<u32>,
+    /// Endpoints of each Service
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    endpoints: u32,
+    /// Measured changes of one endpoint
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
+    changes: u32,
+    /// Folder for the results as JSON
+    #[arg(long)]
+    out: PathBuf,
+    /// Fail where a limit is exceeded
+    #[arg(long)]
+    check: bool,
+}
+
+/// What a change of one endpoint is compared with.
+const SMALL: u32 = 10;
+
+/// The size that the limits are for.
+const LARGE: (u32, u32) = (30_000, 10);
+
+/// A limit, and how it was met.
+#[derive(Debug, Serialize)]
+struct Check {
+    what: &'static str,
+    limit: f64,
+    measured: f64,
+    met: bool,
+}
+
+/// What the JSON file holds.
+#[derive(Debug, Serialize)]
+struct Report {
+    kernel: String,
+    sizes: Vec<Measured>,
+    checks: Vec<Check>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let mut numbers = options.services.clone();
+    numbers.push(SMALL);
+    numbers.sort_unstable();
+    numbers.dedup();
+    ensure!(numbers[0] > 0, "there is nothing to measure without Services");
+    let sizes = numbers
+        .into_iter()
+        .map(|services| measure(services, options))
+        .collect::<Result<Vec<_>>>()?;
+    let checks = checks(&sizes);
+    print(&sizes, &checks)?;
+    let well = checks.iter().all(|check| check.met);
+    ensure!(
+        !options.check || !checks.is_empty(),
+        "the limits are for {LARGE:?}: measure that size"
+    );
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").context("reading the kernel's release")?;
+    let report = Report {
+        kernel: kernel.trim().into(),
+        sizes,
+        checks,
+    };
+    fs::create_dir_all(&options.out).with_context(|| format!("making {}", options.out.display()))?;
+    let path = options.out.join("sync.json");
+    let json = serde_json::to_string_pretty(&report).context("writing JSON")?;
+    fs::write(&path, json + "\n").with_context(|| format!("writing {}", path.display()))?;
+    Ok(if options.check && !well {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+/// One size, in a process of its own.
+fn measure(services: u32, options: &Options) -> Result<Measured> {
+    let program = current_exe().context("finding this program")?;
+    let output = Command::new(program)
+        .arg("sync-one")
+        .args(["--services", &services.to_string()])
+        .args(["--endpoints", &options.endpoints.to_string()])
+        .args(["--changes", &options.changes.to_string()])
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("starting this program")?;
+    ensure!(
+        output.status.success(),
+        "measuring {services} Services: {}",
+        output.status
+    );
+    serde_json::from_slice(&output.stdout).context("reading what was measured")
+}
+
+/// The limits, where the sizes that they are for were measured.
+fn checks(sizes: &[Measured]) -> Vec<Check> {
+    let find = |services| sizes.iter().find(|m| m.services == services);
+    let (Some(small), Some(large)) = (find(SMALL), find(LARGE.0)) else {
+        return Vec::new();
+    };
+    if large.endpoints != LARGE.1 {
+        return Vec::new();
+    }
+    let check = |what, measured, limit| Check {
+        what,
+        limit,
+        measured,
+        met: measured < limit,
+    };
+    vec![
+        check("30,000 Services x 10 endpoints applied (s)", large.first_seconds, 1.0),
+        check("one change at that size, p99 (ms)", large.change_p99_seconds * 1e3, 1.0),
+        check(
+            "one change at that size / with 10 Services, p50",
+            large.change_p50_seconds / small.change_p50_seconds,
+            2.0,
+        ),
+        check(
+            "resident memory at that size (MB)",
+            megabytes(large.resident_bytes),
+            100.0,
+        ),
+    ]
+}
+
+fn megabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}
+
+fn print(sizes: &[Measured], checks: &[Check]) -> Result<()> {
+    let header = [
+        "Services x endpoints",
+        "first (ms)",
+        "written (MB)",
+        "change p50 (us)",
+        "p99 (us)",
+        "written (B)",
+        "resident (MB)",
+        "anonymous",
+        "peak",
+        "maps (MB)",
+    ];
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header);
+    for m in sizes {
+        table.add_row([
+            format!("{} x {}", m.services, m.endpoints),
+            format!("{:.1}", m.first_seconds * 1e3),
+            format!("{:.1}", megabytes(m.first_bytes)),
+            format!("{:.1}", m.change_p50_seconds * 1e6),
+            format!("{:.1}", m.change_p99_seconds * 1e6),
+            format!("{:.0}", m.change_bytes),
+            format!("{:.1}", megabytes(m.resident_bytes)),
+            format!("{:.1}", megabytes(m.anonymous_bytes)),
+            format!("{:.1}", megabytes(m.peak_bytes)),
+            format!("{:.1}", megabytes(m.map_bytes)),
+        ]);
+    }
+    right_aligned(&mut table);
+    let mut limits = Table::new();
+    limits
+        .load_style(presets::NOTHING)
+        .set_header(["limit", "at most", "measured", ""]);
+    for c in checks {
+        let verdict = if c.met { "met" } else { "EXCEEDED" };
+        limits.add_row([
+            c.what.to_owned(),
+            format!("{:.1}", c.limit),
+            format!("{:.3}", c.measured),
+            verdict.to_owned(),
+        ]);
+    }
+    let limits = if checks.is_empty() {
+        String::new()
+    } else {
+        format!("\n{limits}\n")
+    };
+    writeln!(stdout(), "{table}\n{limits}").context("writing to standard output")
+}
+
+fn right_aligned(table: &mut Table) {
+    for column in table.column_iter_mut() {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+}

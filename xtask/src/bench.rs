@@ -1,0 +1,85 @@
+//! `bench`: builds the programs as they are delivered, measures them as root.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Subcommand;
+
+use crate::artifacts::build_bench;
+use crate::privilege::{as_root, search_path};
+use crate::root;
+use crate::setup::{self, Scope};
+
+/// Arguments of `bench`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    which: Option<Which>,
+    /// Folder for the results as JSON
+    #[arg(long, global = true, value_name = "DIR", default_value = "target/bench")]
+    out: PathBuf,
+    /// Fail where a limit is exceeded
+    #[arg(long, global = true)]
+    check: bool,
+}
+
+/// One benchmark; without it, all with their defaults.
+#[derive(Debug, Clone, Subcommand)]
+enum Which {
+    /// From objects to maps: all Services at once, and one change
+    Sync {
+        /// Numbers of Services
+        #[arg(long, value_delimiter = ',', default_values_t = [1_000, 10_000, 30_000])]
+        services: Vec<u32>,
+        /// Endpoints of each Service
+        #[arg(long, default_value_t = 10)]
+        endpoints: u32,
+    },
+}
+
+impl Which {
+    /// What `lb-bench` is called with.
+    fn words(&self) -> Vec<OsString> {
+        match self {
+            Self::Sync { services, endpoints } => {
+                let services: Vec<_> = services.iter().map(u32::to_string).collect();
+                [
+                    "sync",
+                    "--services",
+                    &services.join(","),
+                    "--endpoints",
+                    &endpoints.to_string(),
+                ]
+                .map(OsString::from)
+                .into()
+            }
+        }
+    }
+}
+
+/// Measures.
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let ready = setup::run(Scope::All)?;
+    if ready != ExitCode::SUCCESS {
+        return Ok(ready);
+    }
+    let program = build_bench()?.program("lb-bench")?;
+    let all = [["sync"].map(OsString::from).to_vec()];
+    let benches = match &args.which {
+        Some(which) => vec![which.words()],
+        None => all.into(),
+    };
+    let mut well = true;
+    for words in benches {
+        let mut command = as_root(&program, &[("PATH", search_path())], "the benchmark")?;
+        command.current_dir(root()).args(words);
+        command
+            .arg("--out")
+            .arg(&args.out)
+            .args(args.check.then_some("--check"));
+        well &= command.status().context("cannot run the benchmark")?.success();
+    }
+    Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
