@@ -115,7 +115,10 @@ fn on_kernels(versions: &[String], filter: Option<&str>) -> Tally {
     }
     println!("== virtual machines");
     for (version, result) in vm::run(versions, &built, filter) {
-        let tally = counted(&format!("Linux {version}"), || result);
+        let tally = counted(&format!("Linux {version}"), || match result? {
+            none if none == Tally::default() => bail!("no test matches"),
+            some => Ok(some),
+        });
         println!("{} passed, {} failed", tally.passed, tally.failed);
         sum += tally;
     }
