@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::{Cluster, Node, Place, Process};
+use crate::{Cluster, Node, Place, Process, patience};
 
 /// How long an agent may take from start to completeness, and from a change to the maps.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -238,7 +238,7 @@ impl Agent {
         interrupted: &dyn Fn() -> bool,
         check: impl Fn(&Self, u32) -> Result<()>,
     ) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience(PATIENCE);
         while let Err(last) = check(self, process.id()) {
             if interrupted() {
                 bail!("interrupted");
@@ -361,7 +361,7 @@ impl Running {
             return Ok(());
         }
         self.process.signal(Signal::SIGKILL)?;
-        self.process.wait(PATIENCE).map(drop)
+        self.process.wait(patience(PATIENCE)).map(drop)
     }
 
     /// Waits until the agent has applied everything that the manifests say now.

@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
-use crate::{Place, Process};
+use crate::{Place, Process, patience};
 
 /// How long a process of the bed may take to start.
 const START: Duration = Duration::from_secs(20);
@@ -204,7 +204,7 @@ impl Connect {
             seconds: None,
             rate: None,
             threads: 1,
-            timeout: Duration::from_secs(1),
+            timeout: patience(Duration::from_secs(1)),
             peer_check: false,
             http: false,
             refused: false,
@@ -349,7 +349,8 @@ impl Testbed {
         for listen in listen {
             command.arg(format!("--listen={listen}"));
         }
-        Process::spawn_ready(&mut command, START).with_context(|| format!("serving {listen:?} in {}", place.name()))
+        Process::spawn_ready(&mut command, patience(START))
+            .with_context(|| format!("serving {listen:?} in {}", place.name()))
     }
 
     /// Runs a client in `place` to its end.
@@ -394,7 +395,7 @@ impl Testbed {
             .arg(format!("--hold={connections}"))
             .stdin(Stdio::piped());
         Ok(Holding {
-            process: Process::spawn_ready(&mut command, START)?,
+            process: Process::spawn_ready(&mut command, patience(START))?,
         })
     }
 }
@@ -422,7 +423,7 @@ impl Load {
     /// When it does not end well and in time.
     pub fn stop(mut self) -> Result<Summary> {
         fs::write(&self.stop, "").with_context(|| format!("writing {}", self.stop.display()))?;
-        let line = self.process.line(START)?;
+        let line = self.process.line(patience(START))?;
         serde_json::from_str(&line).with_context(|| format!("not a summary: {line}"))
     }
 }
@@ -440,7 +441,7 @@ impl Holding {
     /// When the client does not answer in time.
     pub fn finish(mut self) -> Result<Held> {
         drop(self.process.take_stdin());
-        let line = self.process.line(START)?;
+        let line = self.process.line(patience(START))?;
         serde_json::from_str(&line).with_context(|| format!("not an account of held connections: {line}"))
     }
 }

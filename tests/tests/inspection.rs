@@ -13,7 +13,7 @@ use lb_agent::reconcile::Reconciler;
 use lb_agent::source::manifests::ManifestSource;
 use lb_agent::verify::{Drift, verify};
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Agent, Cluster, Connect, Pod, Process, Running, Testbed};
+use lb_tests::{Agent, Cluster, Connect, Pod, Process, Running, Testbed, patience};
 use serde_json::Value;
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
@@ -414,7 +414,7 @@ fn the_capabilities_of_the_systemd_unit_are_enough() -> Result<()> {
     setup
         .manifests
         .write("more.yaml", &service("more", "10.96.0.30", &[HTTP], ""))?;
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    let deadline = std::time::Instant::now() + patience(std::time::Duration::from_secs(20));
     while let Err(error) = setup.agent.verify() {
         ensure!(process.is_running()?, "the agent has ended: {error:#}");
         ensure!(std::time::Instant::now() < deadline, "{error:#}");
@@ -468,7 +468,7 @@ fn the_bpf_file_system_is_mounted_where_it_is_not() -> Result<()> {
         .arg(node.cgroup());
     command.arg("--pin-path").arg(setup.agent.pin_path());
     let mut process = Process::spawn(&mut command)?;
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    let deadline = std::time::Instant::now() + patience(std::time::Duration::from_secs(20));
     loop {
         let mounts = std::fs::read_to_string(format!("/proc/{}/mounts", process.id()))?;
         let link = format!(

@@ -18,11 +18,11 @@ use lb_agent::reconcile::Reconciler;
 use lb_agent::verify::verify;
 use lb_common::abi::DropReason;
 use lb_tests::load::{Load, Record};
-use lb_tests::{Absences, Cluster, Connect, Pod, Process, Random, Testbed, chi_squared_p};
+use lb_tests::{Absences, Cluster, Connect, Pod, Process, Random, Testbed, chi_squared_p, patience, scaled};
 
 const NODE: &str = "n1";
 /// Changes that are applied under load.
-const APPLIES: u32 = 1000;
+const APPLIES: u64 = 1000;
 const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
 /// Small, so that 100 entries of FRONTENDS can be 90 % full, and indexes, ids and slots are soon used again.
 const CAPACITIES: Capacities = Capacities {
@@ -130,7 +130,7 @@ impl Bed {
         let connect = Connect::to(targets)
             .threads(4)
             .rate(8000.0)
-            .timeout(Duration::from_secs(5))
+            .timeout(patience(Duration::from_secs(5)))
             .peer_check()
             .log(&self.cluster.scratch().join("connections"));
         self.testbed.start(&self.client, &connect)
@@ -263,7 +263,7 @@ impl Others {
 }
 
 /// How often the others change: every so many applies.
-const OTHERS_EVERY: u32 = 4;
+const OTHERS_EVERY: u64 = 4;
 
 #[test]
 fn endpoints_come_and_go_and_no_connection_fails() -> Result<()> {
@@ -286,7 +286,7 @@ fn endpoints_come_and_go_and_no_connection_fails() -> Result<()> {
     bed.check()?;
 
     let load = bed.start_clients(&[SocketAddr::new(VIP.into(), 80)])?;
-    for apply in 0..APPLIES {
+    for apply in 0..scaled(APPLIES) {
         // Any number of them but none, and never the same as before.
         let before = present;
         while present == before {
@@ -350,7 +350,7 @@ fn a_port_passes_between_two_services_and_no_connection_fails() -> Result<()> {
     let shared = SocketAddr::new(VIP.into(), 80);
     let own = own_ports.map(|port| SocketAddr::new(VIP.into(), port));
     let load = bed.start_clients(&[shared, own[0], shared, own[1]])?;
-    for apply in 0..APPLIES {
+    for apply in 0..scaled(APPLIES) {
         let before = owner;
         owner = 1 - owner;
         let mut changes = Vec::from(claims(owner, random.coin()));
@@ -390,7 +390,8 @@ fn a_port_passes_between_two_services_and_no_connection_fails() -> Result<()> {
 /// within a second.)
 #[test]
 fn a_frontend_that_changes_is_never_missed() -> Result<()> {
-    const STORES: usize = 1_000_000;
+    const STORES: u64 = 1_000_000;
+    let stores = scaled(STORES);
     let backend = Backend::several("b", 100, 1).remove(0);
     let mut bed = Bed::new(slice::from_ref(&backend))?;
     let ports = [80, 81, 82, 83, 84, 85, 86, 87];
@@ -405,11 +406,11 @@ fn a_frontend_that_changes_is_never_missed() -> Result<()> {
     let targets = ports.map(|port| SocketAddr::new(VIP.into(), port));
     let load = bed.testbed.start(&bed.client, &Connect::to(&targets).refused())?;
     let frontends: Vec<_> = bed.reconciler.maps().dump()?.frontends.into_iter().collect();
-    for (key, value) in frontends.into_iter().cycle().take(STORES) {
+    for (key, value) in frontends.into_iter().cycle().take(usize::try_from(stores)?) {
         bed.reconciler.maps_mut().store_frontend(key, value)?;
     }
     let summary = load.stop()?;
-    println!("{} connections refused, {STORES} stores", summary.connections);
+    println!("{} connections refused, {stores} stores", summary.connections);
     summary.all_well()?;
     // All of them for the right reason.
     bed.check_drops(&[DropReason::NoEndpoint])?;
@@ -418,6 +419,7 @@ fn a_frontend_that_changes_is_never_missed() -> Result<()> {
 
 #[test]
 fn connections_are_spread_evenly() -> Result<()> {
+    let count = scaled(10_000);
     let backends = Backend::several("b", 100, 4);
     let mut bed = Bed::new(&backends)?;
     bed.apply(vec![
@@ -426,20 +428,20 @@ fn connections_are_spread_evenly() -> Result<()> {
     ]);
     bed.check()?;
     let connect = Connect::to(&[SocketAddr::new(VIP.into(), 80)])
-        .count(10_000)
+        .count(count)
         .threads(2)
-        .timeout(Duration::from_secs(5));
+        .timeout(patience(Duration::from_secs(5)));
     // One even spread in a thousand looks like an uneven one: then once more.
     for attempt in 1..=2 {
         let summary = bed.testbed.connect(&bed.client, &connect)?;
         summary.all_well()?;
         let counts: Vec<_> = backends.iter().map(|backend| summary.reached(&backend.name)).collect();
-        ensure!(counts.iter().sum::<u64>() == 10_000, "{counts:?}");
+        ensure!(counts.iter().sum::<u64>() == count, "{counts:?}");
         let p = chi_squared_p(&counts);
         println!("attempt {attempt}: {counts:?}, p = {p:.4}");
         if p > 0.001 {
             return bed.check_drops(&[]);
         }
     }
-    panic!("10,000 connections are not spread evenly, twice");
+    panic!("{count} connections are not spread evenly, twice");
 }

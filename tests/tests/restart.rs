@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use lb_agent::loader::OBJECT;
 use lb_tests::load::{Load, Summary};
-use lb_tests::{Agent, Cluster, Connect, Node, Process, Random, Testbed};
+use lb_tests::{Agent, Cluster, Connect, Node, Process, Random, Testbed, patience};
 use object::{Object as _, ObjectSection as _};
 use serde_json::{Value, json};
 
@@ -177,7 +177,7 @@ impl Bed {
         let summary = self.connect(target, 5)?;
         let errors: Vec<_> = summary.failures.iter().map(|failure| failure.errno).collect();
         ensure!(errors == [libc::ENETUNREACH; 5], "{summary:?}");
-        ensure!(begin.elapsed() < Duration::from_secs(4), "not at once");
+        ensure!(begin.elapsed() < patience(Duration::from_secs(4)), "not at once");
         Ok(())
     }
 
@@ -272,7 +272,9 @@ impl Bed {
 
 /// Clients that are patient: the machine may be busy.
 fn clients(targets: &[SocketAddr]) -> Connect {
-    Connect::to(targets).timeout(Duration::from_secs(5)).peer_check()
+    Connect::to(targets)
+        .timeout(patience(Duration::from_secs(5)))
+        .peer_check()
 }
 
 fn bpftool(arguments: &[&str]) -> Result<String> {
@@ -300,7 +302,7 @@ fn check_backends(summary: &Summary, wanted: &[(SocketAddr, &[u8])]) -> Result<(
 
 /// Waits until something is so, for ten seconds at most.
 fn eventually(check: impl Fn() -> Result<()>) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + patience(Duration::from_secs(10));
     loop {
         match check() {
             Err(error) if Instant::now() >= deadline => return Err(error),
@@ -401,7 +403,7 @@ fn killed_twenty_times_at_any_moment_and_no_connection_fails() -> Result<()> {
     bed.write(&random_services(&mut random))?;
     eventually(|| bed.agent.verify())?;
     ensure!(bed.attached()?.len() == 3, "{:?}", bed.attached()?);
-    ensure!(process.stop(Duration::from_secs(10))?.success());
+    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
     Ok(())
 }
 
@@ -523,7 +525,7 @@ fn manifests_change_while_the_agent_is_down_and_what_stays_is_left_alone() -> Re
         );
     }
     ensure!(!after.contains_key("gone:http") && !after.contains_key("rename:http"));
-    ensure!(process.stop(Duration::from_secs(10))?.success());
+    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
     Ok(())
 }
 
@@ -579,7 +581,7 @@ fn manifests_break_while_the_agent_is_down_and_what_was_served_still_is() -> Res
             "{broken:?}: indexes or ids have changed"
         );
         bed.agent.verify()?;
-        ensure!(process.stop(Duration::from_secs(10))?.success());
+        ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
     }
     Ok(())
 }
@@ -620,7 +622,7 @@ fn another_build_takes_over_and_connections_live_on() -> Result<()> {
     let held = bed.testbed.hold(bed.node(), &[web.vip()], 50)?;
     let load = bed.start_clients(&[web.vip()])?;
     // There and back again, by a stop and by a kill.
-    ensure!(process.stop(Duration::from_secs(10))?.success());
+    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
     let process = bed.agent.start_ready(&[&flag])?;
     let other = bed.programs()?;
     sleep(Duration::from_millis(200));
@@ -649,7 +651,7 @@ fn another_build_takes_over_and_connections_live_on() -> Result<()> {
     let held = held.finish()?;
     ensure!((held.held, held.live) == (50, 50), "{held:?}");
     bed.agent.verify()?;
-    ensure!(process.stop(Duration::from_secs(10))?.success());
+    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
     Ok(())
 }
 
@@ -665,13 +667,13 @@ fn stopped_for_good_it_serves_until_the_cleanup() -> Result<()> {
     let message = refusal(bed.agent.ask(&["cleanup"]))?;
     ensure!(message.contains("an agent is running"), "{message}");
     let mut second = bed.agent.start(&[])?;
-    ensure!(!second.wait(Duration::from_secs(10))?.success());
+    ensure!(!second.wait(patience(Duration::from_secs(10)))?.success());
     let log = bed.agent.log_tail();
     ensure!(log.contains("another agent is running on this pin path"), "{log}");
     bed.check_serving(&web)?;
     bed.agent.verify()?;
 
-    ensure!(process.stop(Duration::from_secs(10))?.success());
+    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
     let status = bed.agent.json::<Value>(&["status"])?;
     ensure!(status["agent"]["running"] == false, "{status}");
     bed.check_serving(&web)?;
@@ -700,7 +702,7 @@ fn stopped_for_good_it_serves_until_the_cleanup() -> Result<()> {
     // And from the beginning.
     let process = bed.agent.start_ready(&[])?;
     bed.check_serving(&web)?;
-    ensure!(process.stop(Duration::from_secs(10))?.success());
+    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
     Ok(())
 }
 
@@ -710,10 +712,10 @@ fn maps_of_another_layout_are_refused_and_go_on_serving() -> Result<()> {
     let web = Service::new("web", 10, &[0, 1]);
     bed.write([&web])?;
     let process = bed.agent.start_ready(&[])?;
-    ensure!(process.stop(Duration::from_secs(10))?.success());
+    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
     let refused = |why: &str| -> Result<()> {
         let mut process = bed.agent.start(&[])?;
-        ensure!(!process.wait(Duration::from_secs(10))?.success());
+        ensure!(!process.wait(patience(Duration::from_secs(10)))?.success());
         let log = bed.agent.log_tail();
         ensure!(
             log.contains(why) && log.contains("lb-agent cleanup"),
@@ -748,7 +750,7 @@ fn maps_of_another_layout_are_refused_and_go_on_serving() -> Result<()> {
     let process = bed.agent.start_ready(&[])?;
     bed.agent.verify()?;
     bed.check_serving(&web)?;
-    ensure!(process.stop(Duration::from_secs(10))?.success());
+    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
     bed.agent.ask(&["cleanup"])?;
     ensure!(bed.attached()?.is_empty(), "attached still: {:?}", bed.attached()?);
     Ok(())

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use lb_tests::load::Stage;
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Agent, Cluster, Connect, Pod, Process, Ruleset, Running, Testbed};
+use lb_tests::{Agent, Cluster, Connect, Pod, Process, Ruleset, Running, Testbed, patience, scaled};
 use serde_json::Value;
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
@@ -75,7 +75,7 @@ fn setup(more: &[&str]) -> Result<Setup> {
 
 /// Waits until no socket is remembered: release follows close, but not at once.
 fn wait_for_no_records(agent: &Agent) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + patience(Duration::from_secs(10));
     loop {
         let status = agent.status()?;
         let left = (status.used("SOCKETS")?, status.used("SOCKETS_MORE")?);
@@ -89,14 +89,15 @@ fn wait_for_no_records(agent: &Agent) -> Result<()> {
 
 #[test]
 fn peers_are_the_vip_and_100_000_closed_sockets_leave_no_record() -> Result<()> {
+    let count = scaled(100_000);
     let setup = setup(&[])?;
-    let load = Connect::to(&[addr(VIP)]).count(100_000).threads(4).peer_check();
+    let load = Connect::to(&[addr(VIP)]).count(count).threads(4).peer_check();
     let summary = bed().connect(&setup.client, &load)?;
     summary.all_well()?;
-    assert_eq!(summary.reached("a") + summary.reached("b"), 100_000);
+    assert_eq!(summary.reached("a") + summary.reached("b"), count);
     wait_for_no_records(&setup.agent)?;
     let services: Vec<Value> = setup.agent.json(&["service", "list"])?;
-    assert_eq!(services[0]["connections"], 100_000);
+    assert_eq!(services[0]["connections"], count);
     assert_eq!(services[0]["frontends"][0]["address"], "10.96.0.10");
     let now = rules(&setup.cluster, setup.backends.iter().chain([&setup.client]))?;
     assert!(

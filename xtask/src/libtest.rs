@@ -55,8 +55,8 @@ pub(crate) fn run(command: &mut Command) -> anyhow::Result<Tally> {
     run_showing(command, stdout())
 }
 
-/// The same with the output shown in `screen`.
-fn run_showing(command: &mut Command, mut screen: impl Write + Send + 'static) -> anyhow::Result<Tally> {
+/// The same with the output shown in `screen`, which gets it line by line.
+pub(crate) fn run_showing(command: &mut Command, mut screen: impl Write + Send + 'static) -> anyhow::Result<Tally> {
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

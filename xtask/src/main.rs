@@ -11,6 +11,7 @@ mod road;
 mod run;
 mod setup;
 mod test;
+mod vm;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -65,6 +65,22 @@ pub(crate) const TOOLS: [Tool; 7] = [
     },
 ];
 
+/// What tests in virtual machines start besides.
+pub(crate) const MACHINE_TOOLS: [Tool; 3] = [
+    Tool {
+        program: "qemu-system-x86_64",
+        package: "qemu-system-x86",
+    },
+    Tool {
+        program: "busybox",
+        package: "busybox-static",
+    },
+    Tool {
+        program: "xz",
+        package: "xz-utils",
+    },
+];
+
 /// A machine.
 #[derive(Debug, Clone)]
 pub(crate) struct Host {

@@ -10,7 +10,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use anyhow::{Context as _, bail};
 
 use crate::command::{Line, clean_command};
-use crate::plan::{Action, Host, NIGHTLY, TOOLS, plan};
+use crate::plan::{Action, Host, MACHINE_TOOLS, NIGHTLY, TOOLS, plan};
 use crate::privilege::{is_root, search_path};
 use crate::road::{self, Road};
 use crate::root;
@@ -22,6 +22,8 @@ pub(crate) enum Scope {
     Build,
     /// That, and what tests and the demo start.
     All,
+    /// All, and what virtual machines need.
+    Machines,
 }
 
 /// Exit code when a person has to act first.
@@ -97,13 +99,22 @@ fn look(scope: Scope) -> Host {
     };
     let path = search_path();
     let has = |program: &str| env::split_paths(&path).any(|dir| dir.join(program).is_file());
-    let tools = if scope == Scope::All { TOOLS.as_slice() } else { &[] };
+    let (tools, machine_tools) = match scope {
+        Scope::Build => (&[][..], &[][..]),
+        Scope::All => (&TOOLS[..], &[][..]),
+        Scope::Machines => (&TOOLS[..], &MACHINE_TOOLS[..]),
+    };
     Host {
         road,
         rustup: has("rustup"),
         compiler: road::has_core(Path::new("/usr")),
         linker,
-        missing: tools.iter().filter(|tool| !has(tool.program)).copied().collect(),
+        missing: tools
+            .iter()
+            .chain(machine_tools)
+            .filter(|tool| !has(tool.program))
+            .copied()
+            .collect(),
         apt: has("apt-get"),
         systemd: Path::new("/run/systemd/system").is_dir(),
     }

@@ -11,6 +11,7 @@ use crate::libtest::{self, Tally};
 use crate::privilege::{as_root, search_path};
 use crate::run;
 use crate::setup;
+use crate::vm;
 
 /// Whole-system tests at a time in one test program: each builds a cluster of its own.
 const SYSTEM_TESTS: &str = "--test-threads=2";
@@ -29,18 +30,30 @@ pub(crate) struct Args {
     /// Check at the end that the demo works (as `cargo xtask run --check` does)
     #[arg(long)]
     demo: bool,
+    /// Instead of all that, run the tests that need a kernel on Debian's kernel of this version, in a virtual machine;
+    /// may be given several times
+    #[arg(long, value_name = "VERSION")]
+    vm: Vec<String>,
 }
 
 /// Runs every check; the last line tells how many passed.
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut sum = Tally::default();
-    let ready = step("setup", || match setup::run(setup::Scope::All)? {
+    let scope = if args.vm.is_empty() {
+        setup::Scope::All
+    } else {
+        setup::Scope::Machines
+    };
+    let ready = step("setup", || match setup::run(scope)? {
         ExitCode::SUCCESS => Ok(()),
         _ => bail!("the setup is not complete"),
     });
     sum += ready;
     if ready.failed > 0 {
         return Ok(conclude(sum));
+    }
+    if !args.vm.is_empty() {
+        return Ok(conclude(on_kernels(&args.vm, args.filter.as_deref())));
     }
     sum += step("leftovers", run::clean_as_root);
     if !args.no_lint {
@@ -88,6 +101,28 @@ impl Selection<'_> {
             Self::Golden => (!program.contains(GOLDEN)).then_some(GOLDEN),
         }
     }
+}
+
+/// Builds tests and runs those that need a kernel on several.
+fn on_kernels(versions: &[String], filter: Option<&str>) -> Tally {
+    let mut built = Built::default();
+    let mut sum = step("build", || {
+        built = build_tests()?;
+        Ok(())
+    });
+    if sum.failed > 0 {
+        return sum;
+    }
+    println!("== virtual machines");
+    for (version, result) in vm::run(versions, &built, filter) {
+        let tally = counted(&format!("Linux {version}"), || match result? {
+            none if none == Tally::default() => bail!("no test matches"),
+            some => Ok(some),
+        });
+        println!("{} passed, {} failed", tally.passed, tally.failed);
+        sum += tally;
+    }
+    sum
 }
 
 /// Builds and runs tests.

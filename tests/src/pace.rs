@@ -1,0 +1,75 @@
+//! Fewer repetitions and more patience on a slow machine.
+
+use std::env;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+/// The variable that says how many times slower than others this machine is, as a virtual one may be.
+const VARIABLE: &str = "LB_SLOW";
+
+/// Waiting longer than this many times would hide a hang.
+const MOST_PATIENCE: u32 = 5;
+
+static SLOW: LazyLock<u32> = LazyLock::new(|| {
+    let slow = factor(env::var(VARIABLE).ok().as_deref());
+    if slow > 1 {
+        println!(
+            "{VARIABLE}={slow}: repetitions / {slow}, timeouts * {}",
+            patience_factor(slow)
+        );
+    }
+    slow
+});
+
+/// What a value of the variable means.
+fn factor(value: Option<&str>) -> u32 {
+    let Some(value) = value else { return 1 };
+    match value.parse() {
+        Ok(slow) if slow > 0 => slow,
+        _ => panic!("{VARIABLE} is a number from 1, not {value:?}"),
+    }
+}
+
+fn patience_factor(slow: u32) -> u32 {
+    slow.min(MOST_PATIENCE)
+}
+
+/// How many repetitions of `count` this machine shall make: all, or on one that `LB_SLOW` calls so many times slower,
+/// fewer by that factor. Only for numbers that are large to find what is rare.
+///
+/// # Panics
+/// When `LB_SLOW` is not a number from 1.
+///
+/// ```
+/// assert_eq!(lb_tests::scaled(100_000), 100_000);
+/// ```
+#[must_use]
+pub fn scaled(count: u64) -> u64 {
+    (count / u64::from(*SLOW)).max(1)
+}
+
+/// How long to wait for what takes `time` at most on this machine, unless `LB_SLOW` calls it slow.
+///
+/// # Panics
+/// As [`scaled`].
+#[must_use]
+pub fn patience(time: Duration) -> Duration {
+    time * patience_factor(*SLOW)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn factors() {
+        assert_eq!([factor(None), factor(Some("1")), factor(Some("20"))], [1, 1, 20]);
+        assert_eq!([1, 3, 20].map(patience_factor), [1, 3, 5]);
+    }
+
+    #[test]
+    #[should_panic(expected = "LB_SLOW is a number from 1")]
+    fn no_time_at_all() {
+        factor(Some("0"));
+    }
+}

@@ -1,0 +1,234 @@
+//! The first file system of a virtual machine: test programs, what they call, and a script that runs them.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::cpio::Archive;
+use super::kernel::Kernel;
+use crate::artifacts::TestProgram;
+use crate::bed::Programs;
+use crate::privilege::search_path;
+use crate::root;
+
+/// What the bed and the tests call, at its own path; all else is busybox.
+const TOOLS: [&str; 13] = [
+    "bpftool", "bridge", "cat", "curl", "ip", "nft", "nginx", "setpriv", "sh", "sleep", "stat", "umount", "unshare",
+];
+
+/// Printers of rules: those that are there.
+const PRINTERS: [&str; 4] = [
+    "iptables-legacy-save",
+    "ip6tables-legacy-save",
+    "iptables-nft-save",
+    "ip6tables-nft-save",
+];
+
+/// Modules that the bed needs.
+const MODULES: [&str; 8] = [
+    "veth",
+    "bridge",
+    "vxlan",
+    "nf_tables",
+    "nft_compat",
+    "nft_chain_nat",
+    "iptable_filter",
+    "ip6table_filter",
+];
+
+/// Folders and files of this machine that tools read.
+const CONFIGURATION: [&str; 4] = ["/etc/iproute2", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"];
+
+/// What a line about the end of a test program begins with.
+pub(crate) const ENDED: &str = "lb-vm: ended ";
+
+/// What is to be run.
+#[derive(Debug)]
+pub(crate) struct Job<'a> {
+    /// Programs with tests, in order.
+    pub(crate) tests: &'a [&'a TestProgram],
+    /// Programs that they start.
+    pub(crate) programs: &'a Programs,
+    /// Only tests whose name contains this.
+    pub(crate) filter: Option<&'a str>,
+    /// How many times slower than a machine of its own.
+    pub(crate) slow: u32,
+}
+
+/// Writes the archive to boot `kernel` with.
+pub(crate) fn write(path: &Path, kernel: &Kernel, job: &Job<'_>) -> Result<()> {
+    let mut image = Archive::create(path)?;
+    for dir in ["bin", "sbin", "lib", "lib32", "lib64"] {
+        let dir = Path::new("/").join(dir);
+        if let Ok(target) = fs::read_link(&dir) {
+            image.symlink(&dir, &target)?;
+        }
+    }
+    for dir in [
+        "/proc",
+        "/sys",
+        "/dev",
+        "/run",
+        "/tmp",
+        "/var/log/nginx",
+        "/var/lib/nginx",
+    ] {
+        image.directory(Path::new(dir))?;
+    }
+    image.symlink(Path::new("/var/run"), Path::new("/run"))?;
+    image.device(Path::new("/dev/console"), (5, 1))?;
+    for tool in TOOLS {
+        let path = find(tool).with_context(|| format!("there is no {tool}"))?;
+        add_program(&mut image, &path)?;
+    }
+    for printer in PRINTERS.iter().filter_map(|printer| find(printer)) {
+        add_program(&mut image, &printer)?;
+    }
+    let busybox = find("busybox").context("there is no busybox")?;
+    image.file(Path::new("/busybox/busybox"), &busybox)?;
+    image.symlink(Path::new("/busybox/sh"), Path::new("busybox"))?;
+    for file in CONFIGURATION.map(Path::new) {
+        if file.is_dir() {
+            image.tree(file)?;
+        } else if file.is_file() {
+            image.file(file, file)?;
+        }
+    }
+    for dir in ["deploy", "examples"] {
+        image.tree(&root().join(dir))?;
+    }
+    let own = job.tests.iter().map(|test| &test.path);
+    for program in own.chain([&job.programs.agent, &job.programs.testbed]) {
+        image.file(program, program)?;
+        add_libraries(&mut image, program)?;
+    }
+    for test in job.tests {
+        image.directory(&test.dir)?;
+    }
+    let mut modules = Vec::new();
+    for (name, content) in kernel.modules(&MODULES)? {
+        image.content(&Path::new("/modules").join(&name), 0o644, &content)?;
+        modules.push(name);
+    }
+    image.content(Path::new("/init"), 0o755, init(&modules, job)?.as_bytes())?;
+    image.finish().map(drop)
+}
+
+/// The script that the kernel starts.
+fn init(modules: &[String], job: &Job<'_>) -> Result<String> {
+    let mut script = String::from(
+        "#!/busybox/sh\n\
+         /busybox/busybox --install -s /busybox\n\
+         export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/busybox HOME=/\n\
+         mount -t proc proc /proc\n\
+         mount -t sysfs sysfs /sys\n\
+         mount -t devtmpfs devtmpfs /dev\n\
+         mount -t tmpfs tmpfs /run\n\
+         mount -t tmpfs tmpfs /tmp\n\
+         mount -t cgroup2 cgroup2 /sys/fs/cgroup\n\
+         mount -t bpf bpf /sys/fs/bpf\n\
+         mkdir -p /dev/shm /run/netns\n\
+         ip link set lo up\n\
+         uname -rv\n",
+    );
+    writeln!(script, "echo LB_SLOW={}", job.slow)?;
+    for module in modules {
+        writeln!(script, "insmod /modules/{module}")?;
+    }
+    for (name, value) in [
+        ("LB_AGENT", job.programs.agent.as_os_str()),
+        ("LB_TESTBED", job.programs.testbed.as_os_str()),
+        ("LB_SLOW", OsStr::new(&job.slow.to_string())),
+        ("RUST_BACKTRACE", OsStr::new("0")),
+    ] {
+        writeln!(script, "export {name}={}", quoted(value)?)?;
+    }
+    for test in job.tests {
+        writeln!(script, "echo '== tests of {} ({})'", test.package, test.target)?;
+        writeln!(script, "cd {}", quoted(test.dir.as_os_str())?)?;
+        write!(
+            script,
+            "CARGO_MANIFEST_DIR={} CARGO_PKG_NAME={} {} --test-threads=1",
+            quoted(test.dir.as_os_str())?,
+            test.package,
+            quoted(test.path.as_os_str())?
+        )?;
+        if let Some(filter) = job.filter {
+            write!(script, " {}", quoted(OsStr::new(filter))?)?;
+        }
+        // On a line of its own, also after a program that broke off within one.
+        writeln!(script, "; code=$?; echo; echo \"{ENDED}{} $code\"", test.target)?;
+    }
+    script.push_str("cd /; sync; poweroff -f\n");
+    Ok(script)
+}
+
+/// A word for the shell.
+fn quoted(word: &OsStr) -> Result<String> {
+    let word = word.to_str().context("a path is not UTF-8")?;
+    Ok(format!("'{}'", word.replace('\'', r"'\''")))
+}
+
+/// The path of a program of this machine.
+fn find(program: &str) -> Option<PathBuf> {
+    let path: OsString = search_path();
+    std::env::split_paths(&path)
+        .map(|dir| dir.join(program))
+        .find(|path| path.is_file())
+}
+
+type Image = Archive<BufWriter<File>>;
+
+/// A program of this machine with its libraries, and the links that lead to it.
+fn add_program(image: &mut Image, path: &Path) -> Result<()> {
+    add_links(image, path)?;
+    add_libraries(image, path)
+}
+
+/// The shared libraries of a program.
+fn add_libraries(image: &mut Image, program: &Path) -> Result<()> {
+    let output = Command::new("ldd").arg(program).output().context("cannot run ldd")?;
+    // It fails for a static program, which needs nothing.
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        !text.contains("not found"),
+        "{} lacks libraries: {text}",
+        program.display()
+    );
+    for library in text.split_whitespace().filter(|word| word.starts_with('/')) {
+        add_links(image, Path::new(library))?;
+    }
+    Ok(())
+}
+
+/// A file of this machine, and the symbolic links that lead to it.
+fn add_links(image: &mut Image, path: &Path) -> Result<()> {
+    let parent = path.parent().context("no folder")?;
+    let parent = fs::canonicalize(parent).with_context(|| format!("no folder {}", parent.display()))?;
+    let path = parent.join(path.file_name().context("no name")?);
+    if image.has(&path) {
+        return Ok(());
+    }
+    match fs::read_link(&path) {
+        Ok(target) => {
+            image.symlink(&path, &target)?;
+            add_links(image, &parent.join(target))
+        }
+        Err(_) => image.file(&path, &path),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_quoted() {
+        assert_eq!(quoted(OsStr::new("a b's")).unwrap(), r"'a b'\''s'");
+    }
+}
