@@ -349,6 +349,11 @@ fn a_broken_manifest_is_told_and_disturbs_nobody() -> Result<()> {
         "the good document of a file that was never good is used"
     );
 
+    // The source is looked at every 3 s; what is still broken is nothing to apply.
+    let applies = setup.agent.status()?.agent.applies;
+    std::thread::sleep(std::time::Duration::from_secs(7));
+    assert_eq!(setup.agent.status()?.agent.applies, applies);
+
     // A file that breaks later stays in force as it was, also over a restart of the agent.
     let all = std::fs::read_to_string(setup.manifests.path().join("all.yaml"))?;
     setup.manifests.write("all.yaml", &all[..all.len() / 2])?;

@@ -76,11 +76,9 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     if !cgroup.is_root() {
         warn!(cgroup = %cgroup.path().display(), "not the root of the hierarchy: processes outside of it are not served");
     }
-    let object = match &args.ebpf_object {
-        Some(path) => fs::read(path).with_context(|| format!("reading {}", path.display()))?,
-        None => OBJECT.to_vec(),
-    };
-    let maps = loader::load(&object, &lock, &args.capacities.into())?;
+    let read = |path: &PathBuf| fs::read(path).with_context(|| format!("reading {}", path.display()));
+    let other = args.ebpf_object.as_ref().map(read).transpose()?;
+    let maps = loader::load(other.as_deref().unwrap_or(OBJECT), &lock, &args.capacities.into())?;
     let mut grace = maps.grace_watch();
 
     // Watching begins before the first look, so that no change falls in between.
@@ -159,8 +157,8 @@ impl Agent {
     }
 
     fn apply(&mut self, batch: Batch) {
-        let news =
-            !batch.changes.is_empty() || batch.complete != self.reconciler.is_complete() || self.state.applies == 0;
+        let completes = batch.complete && !self.reconciler.is_complete();
+        let news = !batch.changes.is_empty() || completes || self.state.applies == 0;
         if !news && self.reconciler.source_problems() == batch.problems {
             return;
         }
