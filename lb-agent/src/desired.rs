@@ -94,8 +94,8 @@ pub fn ports<'a>(
             .map(|ip| Addr::from(*ip))
             .collect();
         for port in &service.ports {
-            // The data plane has no hooks yet for the others.
-            if addresses.is_empty() || ipv6 || port.protocol != Protocol::Tcp {
+            // The data plane has no hooks yet for SCTP.
+            if addresses.is_empty() || port.protocol == Protocol::Sctp {
                 continue;
             }
             let wanted = Wanted {

@@ -27,6 +27,8 @@ pub(crate) const ROOM: Capacities = Capacities {
     backend_slots: 128,
     sockets: 1,
     sockets_more: 1,
+    udp_flows: 64,
+    affinity: 64,
 };
 
 /// Service `default/NAME` at `ip`, with one port 80 without a name until [`Builder::port`] gives others.

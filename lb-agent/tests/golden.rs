@@ -18,6 +18,8 @@ const CAPACITIES: Capacities = Capacities {
     backend_slots: 64,
     sockets: 1,
     sockets_more: 1,
+    udp_flows: 64,
+    affinity: 64,
 };
 
 /// What node n1 makes of a manifest.

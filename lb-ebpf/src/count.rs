@@ -1,15 +1,19 @@
 //! Counters and events.
 
+use core::ffi::c_void;
 use core::ptr;
 
 use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, generated::bpf_get_netns_cookie, generated::bpf_get_socket_cookie,
     generated::bpf_ktime_get_coarse_ns,
 };
-use lb_common::abi::{DropReason, ServiceStats, event_mask};
+use lb_common::abi::{DropReason, EventKind, ServiceStats};
+use lb_common::logic::route::Destination;
+use lb_common::logic::words::Words;
 
+use crate::backend::Choice;
 use crate::maps::{CONFIG, DROPS, EVENTS, STATS};
-use crate::words::{self, Destination};
+use crate::words;
 
 /// Counts one more of a reason.
 #[inline(always)]
@@ -34,15 +38,53 @@ pub(crate) fn connection(service: u32, connected: bool) {
     }
 }
 
-/// Tells the agent of a refused connection, if it wants to know.
+/// Something that whoever traces wants to know.
+pub(crate) struct Happening {
+    kind: EventKind,
+    to: Destination,
+    backend_addr: Words,
+    backend_port: u16,
+    service: u32,
+    reason: u32,
+}
+
+impl Happening {
+    /// A call was given a backend.
+    #[inline(always)]
+    pub(crate) fn served(kind: EventKind, to: Destination, service: u32, choice: Choice) -> Self {
+        Self {
+            kind,
+            to,
+            backend_addr: choice.addr,
+            backend_port: choice.port,
+            service,
+            reason: 0,
+        }
+    }
+
+    /// A call was refused.
+    #[inline(always)]
+    pub(crate) fn refused(to: Destination, service: u32, reason: DropReason) -> Self {
+        Self {
+            kind: EventKind::Refused,
+            to,
+            backend_addr: Words([0; 4]),
+            backend_port: 0,
+            service,
+            reason: reason as u32,
+        }
+    }
+}
+
+/// Writes an event, if somebody asks for its kind. Costs one load where nobody does.
 #[inline(always)]
-pub(crate) fn refused(ctx: *mut core::ffi::c_void, to: Destination, service: u32, reason: DropReason) {
+pub(crate) fn event(ctx: *mut c_void, what: &Happening) {
     let Some(config) = CONFIG.get_ptr(0) else {
         return;
     };
     // SAFETY: a value of CONFIG is as long and as aligned as its type; the agent may store to it at any time.
     let events = unsafe { ptr::read_volatile(&raw const (*config).events) };
-    if events & event_mask::REFUSED == 0 {
+    if events & what.kind.bit() == 0 {
         return;
     }
     let Some(mut entry) = EVENTS.reserve(0) else {
@@ -54,13 +96,17 @@ pub(crate) fn refused(ctx: *mut core::ffi::c_void, to: Destination, service: u32
         (&raw mut (*at).time).write(bpf_ktime_get_coarse_ns());
         (&raw mut (*at).cookie).write(bpf_get_socket_cookie(ctx));
         (&raw mut (*at).netns).write(bpf_get_netns_cookie(ctx));
-        words::store(&raw mut (*at).addr, to.addr);
-        (&raw mut (*at).port).write(to.port);
-        (&raw mut (*at).proto).write(to.proto);
+        words::store(&raw mut (*at).addr, what.to.addr);
+        words::store(&raw mut (*at).backend_addr, what.backend_addr);
+        (&raw mut (*at).port).write(what.to.port);
+        (&raw mut (*at).backend_port).write(what.backend_port);
+        (&raw mut (*at).proto).write(what.to.proto);
+        (&raw mut (*at).kind).write(what.kind as u8);
         (&raw mut (*at).pad).write(0);
-        (&raw mut (*at).service).write(service);
-        (&raw mut (*at).reason).write(reason as u32);
+        (&raw mut (*at).service).write(what.service);
+        (&raw mut (*at).reason).write(what.reason);
         (&raw mut (*at).pid).write((bpf_get_current_pid_tgid() >> 32) as u32);
+        (&raw mut (*at).pad2).write(0);
     }
     entry.submit(0);
 }

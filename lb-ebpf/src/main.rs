@@ -9,11 +9,16 @@
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 mod atomic;
+mod backend;
 mod count;
+mod family;
+mod flows;
 mod maps;
+mod mptcp;
 mod sock;
 mod sock_addr;
 mod sockets;
+mod tables;
 mod words;
 mod xdp;
 

@@ -2,11 +2,11 @@
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, RingBuf};
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::macros::btf_map;
 use lb_common::abi::{
-    Backend, BackendSlot, Config, DropReason, Event, Frontend, FrontendKey, Name, Notice, Service, ServiceStats,
-    SocketRecord, State, capacity,
+    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, DropReason, Event, Frontend, FrontendKey, Name, Notice,
+    Service, ServiceStats, SocketRecord, State, UdpFlows, capacity,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -25,11 +25,20 @@ pub(crate) static BACKEND_SLOTS: Array<BackendSlot, { capacity::BACKEND_SLOTS as
 pub(crate) static BACKENDS: Array<Backend, { capacity::BACKENDS as usize }, MMAPABLE> = Array::new();
 
 #[btf_map]
+pub(crate) static NODE_ADDRS: HashMap<Addr, u32, { capacity::NODE_ADDRS as usize }> = HashMap::new();
+
+#[btf_map]
 pub(crate) static SOCKETS: Array<SocketRecord, { capacity::SOCKETS as usize }, MMAPABLE> = Array::new();
 
 #[btf_map]
 pub(crate) static SOCKETS_MORE: HashMap<u64, SocketRecord, { capacity::SOCKETS_MORE as usize }, NO_PREALLOC> =
     HashMap::new();
+
+#[btf_map]
+pub(crate) static UDP_FLOWS: HashMap<u64, UdpFlows, { capacity::UDP_FLOWS as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+pub(crate) static AFFINITY: LruHashMap<AffinityKey, Affinity, { capacity::AFFINITY as usize }> = LruHashMap::new();
 
 #[btf_map]
 pub(crate) static NAMES: HashMap<u32, Name, { capacity::SERVICES as usize }, NO_PREALLOC> = HashMap::new();
@@ -55,6 +64,26 @@ pub(crate) static NOTICES: HashMap<u32, Notice, { capacity::NOTICES as usize }, 
 /// Number of slots in SOCKETS, less one. Set by the loader before the programs are loaded.
 #[unsafe(no_mangle)]
 static SOCKETS_MASK: Global<u32> = Global::new(capacity::SOCKETS - 1);
+
+/// `bpf_get_netns_cookie` of the node. Set by the loader.
+#[unsafe(no_mangle)]
+static NODE_NETNS: Global<u64> = Global::new(0);
+
+/// Not zero: only sockets of the node's namespace are served. Set by the loader.
+#[unsafe(no_mangle)]
+static NODE_ONLY: Global<u32> = Global::new(0);
+
+/// The cookie of the node's network namespace.
+#[inline(always)]
+pub(crate) fn node_netns() -> u64 {
+    NODE_NETNS.load()
+}
+
+/// Whether only sockets of the node's namespace are served.
+#[inline(always)]
+pub(crate) fn node_only() -> bool {
+    NODE_ONLY.load() != 0
+}
 
 /// The number of slots in SOCKETS, less one.
 #[inline(always)]

@@ -1,16 +1,83 @@
-//! Hooks on sockets: release.
+//! Hooks on sockets: bind and release.
+
+use core::ptr;
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::helpers::generated::bpf_get_socket_cookie;
+use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock;
 use aya_ebpf::programs::SockContext;
+use lb_common::abi::DropReason;
+use lb_common::logic::connect;
+use lb_common::logic::route::{self, Destination, Tables as _};
+use lb_common::logic::words::Words;
 
-use crate::sockets;
+use crate::tables::Maps;
+use crate::{count, flows, mptcp, sockets};
 
-/// A socket is closed: its record goes.
+/// Verdicts of `cgroup_sock` programs.
+const DENY: i32 = 0;
+const ALLOW: i32 = 1;
+
+/// `bind()` of an IPv4 socket: a node port is not to be had on the node.
+#[cgroup_sock(post_bind4)]
+pub(crate) fn lb_post_bind4(ctx: SockContext) -> i32 {
+    // SAFETY: the verifier checks loads from the context.
+    let addr = unsafe { ptr::read_volatile(&raw const (*ctx.sock).src_ip4) };
+    post_bind(&ctx, Words::from_v4(addr))
+}
+
+/// The same for IPv6 sockets, those that are bound to a v4-mapped address included.
+#[cgroup_sock(post_bind6)]
+pub(crate) fn lb_post_bind6(ctx: SockContext) -> i32 {
+    let word = |i: usize| {
+        // SAFETY: the verifier checks loads from the context.
+        unsafe { ptr::read_volatile(&raw const (*ctx.sock).src_ip6[i]) }
+    };
+    post_bind(&ctx, Words([word(0), word(1), word(2), word(3)]))
+}
+
+#[inline(always)]
+fn post_bind(ctx: &SockContext, addr: Words) -> i32 {
+    // SAFETY: the verifier checks loads from the context.
+    let (port, proto) = unsafe {
+        (
+            ptr::read_volatile(&raw const (*ctx.sock).src_port),
+            ptr::read_volatile(&raw const (*ctx.sock).protocol),
+        )
+    };
+    let maps = Maps { ctx: ctx.as_ptr() };
+    let to = Destination {
+        addr,
+        port: port as u16,
+        proto: proto as u8,
+    };
+    if !maps.is_on_node() || !route::binds_node_port(&maps, to) {
+        return ALLOW;
+    }
+    let reason = DropReason::NodePortTaken;
+    count::dropped(reason);
+    // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
+    unsafe { bpf_set_retval(-connect::errno(reason)) };
+    DENY
+}
+
+/// A socket is closed: what is remembered of it goes.
 #[cgroup_sock(sock_release)]
 pub(crate) fn lb_sock_release(ctx: SockContext) -> i32 {
+    if let Some(key) = mptcp::of_released(&ctx) {
+        sockets::forget_keyed(key);
+        return ALLOW;
+    }
     // SAFETY: the context is that of the running program.
-    sockets::forget(unsafe { bpf_get_socket_cookie(ctx.as_ptr()) });
-    1
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    sockets::forget(cookie);
+    // SAFETY: the verifier checks loads from the context.
+    let protocol = unsafe { ptr::read_volatile(&raw const (*ctx.sock).protocol) };
+    if protocol == UDP {
+        flows::forget(cookie);
+    }
+    ALLOW
 }
+
+/// IPPROTO_UDP.
+const UDP: u32 = 17;

@@ -1,27 +1,29 @@
-//! Hooks on socket addresses: connect and getpeername.
-
-use core::ptr;
+//! Hooks on socket addresses: connect, sendmsg, recvmsg and getpeername, for both families.
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::helpers::generated::{
-    bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_coarse_ns, bpf_set_retval,
-};
+use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::abi::{DropReason, Frontend, SetWord};
-use lb_common::logic::connect::{self, Set};
-use lb_common::logic::words::Words;
+use lb_common::abi::{DropReason, EventKind};
+use lb_common::logic::connect;
+use lb_common::logic::route::{self, Destination, Tables as _};
 
-use crate::maps::{BACKEND_SLOTS, FRONTENDS, SERVICES};
-use crate::sockets::Connected;
-use crate::words::{Destination, Key};
-use crate::{count, sockets, words};
+use crate::backend::{self, Choice, Serving};
+use crate::count::{self, Happening};
+use crate::family::{Family, V4, V6, destination, set_destination};
+use crate::flows::Flows;
+use crate::maps::node_only;
+use crate::mptcp;
+use crate::sockets::{self, Connected, Record};
+use crate::tables::Maps;
 
 /// Verdicts of `cgroup_sock_addr` programs.
 const DENY: i32 = 0;
 const ALLOW: i32 = 1;
+/// IPPROTO_UDP.
+const UDP: u8 = 17;
 
-/// A connection that lb refuses.
+/// A call that lb refuses.
 struct Refusal {
     to: Destination,
     /// Zero where no service was found.
@@ -32,132 +34,209 @@ struct Refusal {
 /// `connect()` with an IPv4 destination: a frontend is replaced by one of its backends.
 #[cgroup_sock_addr(connect4)]
 pub(crate) fn lb_connect4(ctx: SockAddrContext) -> i32 {
-    match try_connect4(&ctx) {
-        Ok(()) => ALLOW,
-        Err(refusal) => refuse(&ctx, &refusal),
-    }
+    verdict(&ctx, try_connect::<V4>(&ctx))
+}
+
+/// `connect()` with an IPv6 destination, v4-mapped ones included.
+#[cgroup_sock_addr(connect6)]
+pub(crate) fn lb_connect6(ctx: SockAddrContext) -> i32 {
+    verdict(&ctx, try_connect::<V6>(&ctx))
+}
+
+/// `sendmsg()` that names an IPv4 destination.
+#[cgroup_sock_addr(sendmsg4)]
+pub(crate) fn lb_sendmsg4(ctx: SockAddrContext) -> i32 {
+    verdict(&ctx, try_send::<V4>(&ctx))
+}
+
+/// `sendmsg()` that names an IPv6 destination.
+#[cgroup_sock_addr(sendmsg6)]
+pub(crate) fn lb_sendmsg6(ctx: SockAddrContext) -> i32 {
+    verdict(&ctx, try_send::<V6>(&ctx))
+}
+
+/// `recvmsg()` of an IPv4 socket: a datagram from a backend comes from the frontend that was asked.
+#[cgroup_sock_addr(recvmsg4)]
+pub(crate) fn lb_recvmsg4(ctx: SockAddrContext) -> i32 {
+    received::<V4>(&ctx);
+    ALLOW
+}
+
+/// The same for IPv6 sockets, also where the datagram came by IPv4.
+#[cgroup_sock_addr(recvmsg6)]
+pub(crate) fn lb_recvmsg6(ctx: SockAddrContext) -> i32 {
+    received::<V6>(&ctx);
+    ALLOW
 }
 
 /// `getpeername()` of an IPv4 socket: who asked for a frontend sees the frontend.
 #[cgroup_sock_addr(getpeername4)]
 pub(crate) fn lb_getpeername4(ctx: SockAddrContext) -> i32 {
-    // SAFETY: the context is that of the running program.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    if let Some((addr, port)) = sockets::original(cookie, destination4(&ctx))
-        && let Some(addr) = addr.to_v4()
-    {
-        set_destination4(&ctx, addr, port);
-    }
+    peer_name::<V4>(&ctx);
     ALLOW
 }
 
+/// The same for IPv6 sockets.
+#[cgroup_sock_addr(getpeername6)]
+pub(crate) fn lb_getpeername6(ctx: SockAddrContext) -> i32 {
+    peer_name::<V6>(&ctx);
+    ALLOW
+}
+
+/// The service that a destination is served by; `None`: no business of this hook's.
 #[inline(always)]
-fn try_connect4(ctx: &SockAddrContext) -> Result<(), Refusal> {
-    let to = destination4(ctx);
-    let key = Key::of(to);
-    let Some(frontend) = frontend(&key) else {
-        return match frontend(&key.address_mark()) {
-            None => Ok(()),
-            Some(_) => Err(Refusal {
-                to,
-                service: 0,
-                reason: DropReason::NoSuchPort,
-            }),
-        };
+fn serving(maps: &Maps, to: Destination) -> Result<Option<(u32, Serving)>, Refusal> {
+    if node_only() && !maps.is_on_node() {
+        return Ok(None);
+    }
+    let refusal = |service, reason| Refusal { to, service, reason };
+    let Some(frontend) = route::frontend(maps, to).map_err(|reason| refusal(0, reason))? else {
+        return Ok(None);
     };
-    let refusal = |reason| Refusal {
-        to,
-        service: frontend.service,
-        reason,
+    let serving = backend::serving(frontend).map_err(|reason| refusal(frontend.service, reason))?;
+    Ok(serving.map(|serving| (frontend.service, serving)))
+}
+
+#[inline(always)]
+fn try_connect<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
+    let to = destination::<F>(ctx);
+    let maps = Maps { ctx: ctx.as_ptr() };
+    let Some((service, serving)) = serving(&maps, to)? else {
+        if to.proto == UDP {
+            // It may have been connected to a service before.
+            sockets::forget(cookie(ctx));
+        }
+        return Ok(());
     };
-    let set = connect::set_for_socket(frontend).map_err(refusal)?;
-    let set = set_word(frontend.service, set).ok_or(refusal(DropReason::BadServiceIndex))?;
-    // SAFETY: the helper takes nothing.
-    let random = unsafe { bpf_get_prandom_u32() };
-    let slot = connect::slot(set, random).map_err(refusal)?;
-    let slot = BACKEND_SLOTS.get(slot).ok_or(refusal(DropReason::BadSlot))?;
-    // SAFETY: the reference is to a value of the map, and a published slot is not changed.
-    let backend_addr = unsafe { words::load(&raw const slot.addr) };
-    let addr = backend_addr.to_v4().ok_or(refusal(DropReason::BadFamily))?;
-    set_destination4(ctx, addr, slot.port);
-    count::connection(frontend.service, true);
-    sockets::remember(&Connected {
-        // SAFETY: the context is that of the running program.
-        cookie: unsafe { bpf_get_socket_cookie(ctx.as_ptr()) },
-        // SAFETY: the context is that of the running program.
-        netns: unsafe { bpf_get_netns_cookie(ctx.as_ptr()) },
+    let refusal = |reason| Refusal { to, service, reason };
+    let choice = serving.choose(|| maps.netns()).map_err(refusal)?;
+    let new = Connected {
+        cookie: cookie(ctx),
+        netns: maps.netns(),
         // SAFETY: the helper takes nothing.
         time: unsafe { bpf_ktime_get_coarse_ns() },
         original: to,
-        backend_addr,
-        backend_port: slot.port,
-        backend: slot.backend,
-        generation: slot.generation,
-        service: frontend.service,
-    });
+        choice,
+        service,
+    };
+    let remembered = match mptcp::of_subflow(ctx) {
+        None => sockets::remember(&new),
+        Some(key) => sockets::remember_as(key, &new),
+    };
+    if let Err(reason) = remembered {
+        if to.proto == UDP {
+            return Err(refusal(DropReason::UdpSocketsFull));
+        }
+        count::dropped(reason);
+    }
+    if !set_destination::<F>(ctx, choice.addr, choice.port) {
+        return Err(refusal(DropReason::BadFamily));
+    }
+    count::connection(service, true);
+    count::event(
+        ctx.as_ptr(),
+        &Happening::served(EventKind::Connected, to, service, choice),
+    );
     Ok(())
 }
 
-/// Counts and tells a refusal, and makes `connect()` return its errno.
 #[inline(always)]
-fn refuse(ctx: &SockAddrContext, refusal: &Refusal) -> i32 {
-    count::dropped(refusal.reason);
-    if refusal.service != 0 {
-        count::connection(refusal.service, false);
-    }
-    count::refused(ctx.as_ptr(), refusal.to, refusal.service, refusal.reason);
-    // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
-    unsafe { bpf_set_retval(-connect::errno(refusal.reason)) };
-    DENY
-}
-
-/// The frontend with a key, read by one load.
-#[inline(always)]
-fn frontend(key: &Key) -> Option<Frontend> {
-    let value = FRONTENDS.get_ptr(key.as_key())?;
-    // SAFETY: the pointer is to a value of the map, 8 bytes and aligned so; `lb_frontend_swap` may store to it.
-    Some(Frontend::from_word(unsafe { ptr::read_volatile(value.cast::<u64>()) }))
-}
-
-/// One set word of a service, read by one load: base and length always belong together.
-#[inline(always)]
-fn set_word(service: u32, set: Set) -> Option<SetWord> {
-    let service = SERVICES.get_ptr(service)?;
-    let word = match set {
-        // SAFETY: the pointer is to a value of the map.
-        Set::Internal => unsafe { &raw const (*service).internal },
-        // SAFETY: the pointer is to a value of the map.
-        Set::External => unsafe { &raw const (*service).external },
-        // SAFETY: the pointer is to a value of the map.
-        Set::Cluster => unsafe { &raw const (*service).cluster },
+fn try_send<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
+    let to = destination::<F>(ctx);
+    let maps = Maps { ctx: ctx.as_ptr() };
+    let Some((service, serving)) = serving(&maps, to)? else {
+        return Ok(());
     };
-    // SAFETY: a set word is 8 bytes and aligned so; the agent may store to it at any time.
-    Some(SetWord::from_word(unsafe { ptr::read_volatile(word.cast::<u64>()) }))
+    let refusal = |reason| Refusal { to, service, reason };
+    let choice = match connected_again(&serving, cookie(ctx), to) {
+        Some(choice) => choice,
+        None => choose_for_flow(&maps, &serving, cookie(ctx), to, service).map_err(refusal)?,
+    };
+    if !set_destination::<F>(ctx, choice.addr, choice.port) {
+        return Err(refusal(DropReason::BadFamily));
+    }
+    count::event(ctx.as_ptr(), &Happening::served(EventKind::Sent, to, service, choice));
+    Ok(())
 }
 
-/// The IPv4 destination (or peer) that the context holds.
+/// The backend of a socket that is connected to this very destination: answers of any other would not reach it.
 #[inline(always)]
-fn destination4(ctx: &SockAddrContext) -> Destination {
-    let at = ctx.sock_addr;
-    // SAFETY: the verifier checks loads from the context; they must be of the whole field.
-    let addr = unsafe { ptr::read_volatile(&raw const (*at).user_ip4) };
-    // SAFETY: as above.
-    let port = unsafe { ptr::read_volatile(&raw const (*at).user_port) };
-    // SAFETY: as above.
-    let proto = unsafe { ptr::read_volatile(&raw const (*at).protocol) };
-    Destination {
-        addr: Words::from_v4(addr),
-        port: u16::from_be(port as u16),
-        proto: proto as u8,
+fn connected_again(serving: &Serving, cookie: u64, to: Destination) -> Option<Choice> {
+    let (backend, generation) = Record::of(cookie)?.backend(to)?;
+    serving.again(backend, generation)
+}
+
+/// The backend that an unconnected socket has for a destination while that is usable; else a new one, remembered.
+#[inline(always)]
+fn choose_for_flow(
+    maps: &Maps,
+    serving: &Serving,
+    cookie: u64,
+    to: Destination,
+    service: u32,
+) -> Result<Choice, DropReason> {
+    // Not the coarse clock: questions of one millisecond have an order.
+    // SAFETY: the helper takes nothing.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let old = Flows::of(cookie).and_then(|flows| flows.ask(to, now));
+    if let Some(old) = old
+        && let Some(choice) = serving.again(old.backend, old.generation)
+    {
+        return Ok(choice);
+    }
+    let new = serving.choose(|| maps.netns())?;
+    let claimed = Flows::of_or_new(cookie)?.claim(to, old, new, service, maps.netns(), now);
+    if claimed.replaced {
+        count::dropped(DropReason::UdpFlowReplaced);
+    }
+    count::connection(service, true);
+    Ok(claimed.choice)
+}
+
+#[inline(always)]
+fn received<F: Family>(ctx: &SockAddrContext) {
+    let source = destination::<F>(ctx);
+    let cookie = cookie(ctx);
+    let mut asked = Record::of(cookie).and_then(|record| record.original(source));
+    if asked.is_none() {
+        // SAFETY: the helper takes nothing.
+        let now = unsafe { bpf_ktime_get_ns() };
+        asked = Flows::of(cookie).and_then(|flows| flows.answer(source, now));
+    }
+    if let Some((addr, port)) = asked {
+        set_destination::<F>(ctx, addr, port);
     }
 }
 
-/// Replaces the IPv4 destination (or peer) that the context holds; `addr` in network order, `port` in host order.
 #[inline(always)]
-fn set_destination4(ctx: &SockAddrContext, addr: u32, port: u16) {
-    let at = ctx.sock_addr;
-    // SAFETY: the verifier checks stores to the context; they must be of the whole field.
-    unsafe { ptr::write_volatile(&raw mut (*at).user_ip4, addr) };
-    // SAFETY: as above.
-    unsafe { ptr::write_volatile(&raw mut (*at).user_port, u32::from(port.to_be())) };
+fn peer_name<F: Family>(ctx: &SockAddrContext) {
+    let record = match mptcp::of_peer(ctx) {
+        None => Record::of(cookie(ctx)),
+        Some(key) => Record::keyed(key),
+    };
+    if let Some((addr, port)) = record.and_then(|record| record.original(destination::<F>(ctx))) {
+        set_destination::<F>(ctx, addr, port);
+    }
+}
+
+#[inline(always)]
+fn cookie(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the context is that of the running program.
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
+}
+
+/// Counts and tells a refusal, and makes the call return its errno.
+#[inline(always)]
+fn verdict(ctx: &SockAddrContext, result: Result<(), Refusal>) -> i32 {
+    let Err(Refusal { to, service, reason }) = result else {
+        return ALLOW;
+    };
+    count::dropped(reason);
+    if service != 0 {
+        count::connection(service, false);
+    }
+    count::event(ctx.as_ptr(), &Happening::refused(to, service, reason));
+    // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
+    unsafe { bpf_set_retval(-connect::errno(reason)) };
+    DENY
 }

@@ -5,12 +5,13 @@
 
 use lb_common::abi::{Addr, DropReason, SocketRecord};
 use lb_common::logic::record;
+use lb_common::logic::route::Destination;
 use lb_common::logic::words::Words;
 
 use crate::atomic::Shared;
-use crate::count;
+use crate::backend::Choice;
 use crate::maps::{SOCKETS, SOCKETS_MORE, sockets_mask};
-use crate::words::{self, Destination};
+use crate::words;
 
 /// A slot of SOCKETS.
 struct Slot(*mut SocketRecord);
@@ -54,14 +55,12 @@ impl Slot {
 
 /// A socket that was given a backend.
 pub(crate) struct Connected {
+    /// `bpf_get_socket_cookie`.
     pub(crate) cookie: u64,
     pub(crate) netns: u64,
     pub(crate) time: u64,
     pub(crate) original: Destination,
-    pub(crate) backend_addr: Words,
-    pub(crate) backend_port: u16,
-    pub(crate) backend: u32,
-    pub(crate) generation: u32,
+    pub(crate) choice: Choice,
     pub(crate) service: u32,
 }
 
@@ -77,55 +76,66 @@ impl Connected {
             (&raw mut (*at).netns).write_volatile(self.netns);
             (&raw mut (*at).time).write_volatile(self.time);
             words::store(&raw mut (*at).original_addr, self.original.addr);
-            words::store(&raw mut (*at).backend_addr, self.backend_addr);
+            words::store(&raw mut (*at).backend_addr, self.choice.addr);
             (&raw mut (*at).original_port).write_volatile(self.original.port);
-            (&raw mut (*at).backend_port).write_volatile(self.backend_port);
-            (&raw mut (*at).backend).write_volatile(self.backend);
-            (&raw mut (*at).generation).write_volatile(self.generation);
+            (&raw mut (*at).backend_port).write_volatile(self.choice.port);
+            (&raw mut (*at).backend).write_volatile(self.choice.backend);
+            (&raw mut (*at).generation).write_volatile(self.choice.generation);
             (&raw mut (*at).service).write_volatile(self.service);
+            (&raw mut (*at).socket).write_volatile(self.cookie);
+            (&raw mut (*at).proto).write_volatile(self.original.proto);
         }
     }
 }
 
 /// Remembers a connected socket.
+///
+/// # Errors
+/// [`DropReason::SocketsFull`]
 #[inline(always)]
-pub(crate) fn remember(new: &Connected) {
+pub(crate) fn remember(new: &Connected) -> Result<(), DropReason> {
     let Some(slot) = Slot::of(new.cookie) else {
-        return;
+        return Err(DropReason::SocketsFull);
     };
     let holder = slot.cookie().load();
     if holder == new.cookie {
         // The same socket connects once more.
         slot.open();
     } else if holder != 0 || slot.spilled().load() != 0 || !slot.cookie().compare_exchange(0, new.cookie) {
-        return remember_more(&slot, new);
+        return remember_spilled(&slot, new);
     }
     // SAFETY: the slot is this socket's.
     unsafe { new.fill(slot.0) };
     slot.close();
+    Ok(())
 }
 
 /// Remembers a socket whose slot is taken, or may have its record in SOCKETS_MORE from an earlier connect.
 #[inline(always)]
-fn remember_more(slot: &Slot, new: &Connected) {
-    // SAFETY: nothing is read from the value.
-    let known = unsafe { SOCKETS_MORE.get(new.cookie) }.is_some();
+fn remember_spilled(slot: &Slot, new: &Connected) -> Result<(), DropReason> {
+    let known = SOCKETS_MORE.get_ptr(new.cookie).is_some();
     if !known {
         slot.spilled().add(1);
     }
+    let result = remember_as(new.cookie, new);
+    if result.is_err() && !known {
+        slot.spilled().add(u32::MAX);
+    }
+    result
+}
+
+/// Remembers a socket in SOCKETS_MORE under any key: that of an MPTCP socket is its address, which the verifier lets
+/// nobody compute with.
+#[inline(always)]
+pub(crate) fn remember_as(key: u64, new: &Connected) -> Result<(), DropReason> {
     let mut value = SocketRecord {
-        cookie: new.cookie,
+        cookie: key,
         sequence: record::closed(0),
         ..EMPTY
     };
     // SAFETY: a local value.
     unsafe { new.fill(&raw mut value) };
-    if SOCKETS_MORE.insert(new.cookie, value, 0).is_err() {
-        count::dropped(DropReason::SocketsFull);
-        if !known {
-            slot.spilled().add(u32::MAX);
-        }
-    }
+    SOCKETS_MORE.insert(key, value, 0).map_err(|_| DropReason::SocketsFull)
 }
 
 const EMPTY: SocketRecord = SocketRecord {
@@ -141,24 +151,55 @@ const EMPTY: SocketRecord = SocketRecord {
     backend: 0,
     generation: 0,
     service: 0,
+    socket: 0,
+    proto: 0,
+    pad: [0; 7],
 };
 
-/// The destination that a socket asked for, if `peer` is the backend that it was given instead.
-#[inline(always)]
-pub(crate) fn original(cookie: u64, peer: Destination) -> Option<(Words, u16)> {
-    let slot = Slot::of(cookie)?;
-    let found: *const SocketRecord = if slot.cookie().load() == cookie {
-        slot.0
-    } else if slot.spilled().load() != 0 {
-        SOCKETS_MORE.get_ptr(cookie)?
-    } else {
-        return None;
-    };
-    // SAFETY: the record is this socket's, and only its own calls write or delete it.
-    unsafe {
-        let backend = (words::load(&raw const (*found).backend_addr), (*found).backend_port);
-        record::is_backend((peer.addr, peer.port), backend)
-            .then(|| (words::load(&raw const (*found).original_addr), (*found).original_port))
+/// The record of a connected socket.
+pub(crate) struct Record(*const SocketRecord);
+
+impl Record {
+    /// The record of a socket, by its cookie.
+    #[inline(always)]
+    pub(crate) fn of(cookie: u64) -> Option<Self> {
+        let slot = Slot::of(cookie)?;
+        if slot.cookie().load() == cookie {
+            Some(Self(slot.0))
+        } else if slot.spilled().load() != 0 {
+            Self::keyed(cookie)
+        } else {
+            None
+        }
+    }
+
+    /// The record in SOCKETS_MORE under a key; see [`remember_as`].
+    #[inline(always)]
+    pub(crate) fn keyed(key: u64) -> Option<Self> {
+        SOCKETS_MORE.get_ptr(key).map(Self)
+    }
+
+    /// The destination that the socket asked for, if `peer` is the backend that it was given instead.
+    #[inline(always)]
+    pub(crate) fn original(&self, peer: Destination) -> Option<(Words, u16)> {
+        let at = self.0;
+        // SAFETY: the record is this socket's, and only its own calls write or delete it.
+        unsafe {
+            let backend = (words::load(&raw const (*at).backend_addr), (*at).backend_port);
+            record::is_backend((peer.addr, peer.port), backend)
+                .then(|| (words::load(&raw const (*at).original_addr), (*at).original_port))
+        }
+    }
+
+    /// The backend (id and generation) that the socket is connected to for a destination.
+    #[inline(always)]
+    pub(crate) fn backend(&self, to: Destination) -> Option<(u32, u32)> {
+        let at = self.0;
+        // SAFETY: as above.
+        unsafe {
+            let original = (words::load(&raw const (*at).original_addr), (*at).original_port);
+            record::is_backend((to.addr, to.port), original).then(|| ((*at).backend, (*at).generation))
+        }
     }
 }
 
@@ -173,4 +214,10 @@ pub(crate) fn forget(cookie: u64) {
     } else if slot.spilled().load() != 0 && SOCKETS_MORE.remove(cookie).is_ok() {
         slot.spilled().add(u32::MAX);
     }
+}
+
+/// Forgets a socket under a key; see [`remember_as`].
+#[inline(always)]
+pub(crate) fn forget_keyed(key: u64) {
+    let _ = SOCKETS_MORE.remove(key);
 }

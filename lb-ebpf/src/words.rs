@@ -1,6 +1,7 @@
 //! Addresses between maps and registers, word by word: volatile, or the compiler takes them apart into bytes again.
 
 use lb_common::abi::{Addr, FrontendKey};
+use lb_common::logic::route::Destination;
 use lb_common::logic::words::Words;
 
 /// Reads an address.
@@ -30,15 +31,6 @@ pub(crate) unsafe fn store(at: *mut Addr, words: Words) {
     }
 }
 
-/// A destination in registers.
-#[derive(Clone, Copy)]
-pub(crate) struct Destination {
-    pub(crate) addr: Words,
-    /// Host byte order.
-    pub(crate) port: u16,
-    pub(crate) proto: u8,
-}
-
 /// A [`FrontendKey`] in memory, for a lookup.
 #[repr(C)]
 pub(crate) struct Key([u32; 5]);
@@ -54,16 +46,26 @@ impl Key {
         Self([a, b, c, d, u32::from_ne_bytes([p, q, to.proto, 0])])
     }
 
-    /// The key that marks the address of this one as a service address.
-    #[inline(always)]
-    pub(crate) fn address_mark(self) -> Self {
-        let [a, b, c, d, _] = self.0;
-        Self([a, b, c, d, 0])
-    }
-
     #[inline(always)]
     pub(crate) fn as_key(&self) -> &FrontendKey {
         // SAFETY: same size and alignment, and every bit pattern is a key.
         unsafe { &*core::ptr::from_ref(self).cast::<FrontendKey>() }
+    }
+}
+
+/// An [`Addr`] in memory, for a lookup.
+#[repr(C)]
+pub(crate) struct AddrKey([u32; 4]);
+
+impl AddrKey {
+    #[inline(always)]
+    pub(crate) fn of(addr: Words) -> Self {
+        Self(addr.0)
+    }
+
+    #[inline(always)]
+    pub(crate) fn as_key(&self) -> &Addr {
+        // SAFETY: same size and alignment, and every bit pattern is an address.
+        unsafe { &*core::ptr::from_ref(self).cast::<Addr>() }
     }
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, HashMap, Map, MapData};
-use lb_agent::loader::{self, Lock, PinPath};
+use lb_agent::loader::{self, Lock, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_agent::maps::{Capacities, Maps as _};
 use lb_agent::reconcile::Reconciler;
@@ -228,8 +228,10 @@ fn start(lock: &Lock, manifests: &Manifests) -> Result<Reconciler<BpfMaps>> {
         backend_slots: 64,
         sockets: 16,
         sockets_more: 16,
+        udp_flows: 64,
+        affinity: 64,
     };
-    let maps = loader::load(loader::OBJECT, lock, &CAPACITIES)?;
+    let maps = loader::load(loader::OBJECT, lock, &CAPACITIES, SocketLb::All)?;
     let mut reconciler = Reconciler::adopt(maps, "n1")?;
     reconciler.apply(ManifestSource::new(vec![manifests.path().into()]).rescan());
     reconciler.settle()?;

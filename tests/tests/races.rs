@@ -32,6 +32,8 @@ const CAPACITIES: Capacities = Capacities {
     backend_slots: 128,
     sockets: 1024,
     sockets_more: 4096,
+    udp_flows: 64,
+    affinity: 64,
 };
 
 /// A backend: an address of the server pod. It answers with its name all the time, in use or not.

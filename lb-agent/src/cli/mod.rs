@@ -134,6 +134,12 @@ struct CapacityArgs {
     /// Socket records beyond those
     #[arg(long, value_name = "N", default_value_t = capacity::SOCKETS_MORE, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     max_sockets_more: u32,
+    /// Unconnected UDP sockets that talk to services
+    #[arg(long, value_name = "N", default_value_t = capacity::UDP_FLOWS, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    max_udp_flows: u32,
+    /// Clients of services with session affinity; beyond that the least recently seen are forgotten
+    #[arg(long, value_name = "N", default_value_t = capacity::AFFINITY, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    max_affinity: u32,
 }
 
 impl From<CapacityArgs> for Capacities {
@@ -145,6 +151,8 @@ impl From<CapacityArgs> for Capacities {
             max_backend_slots,
             max_sockets,
             max_sockets_more,
+            max_udp_flows,
+            max_affinity,
         } = args;
         Self {
             services: max_services,
@@ -153,6 +161,8 @@ impl From<CapacityArgs> for Capacities {
             backend_slots: max_backend_slots,
             sockets: max_sockets.next_power_of_two(),
             sockets_more: max_sockets_more,
+            udp_flows: max_udp_flows,
+            affinity: max_affinity,
         }
     }
 }

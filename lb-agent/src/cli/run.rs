@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use aya::maps::{Map, MapData, RingBuf};
 use clap::{Args, ValueEnum};
-use lb_common::abi::{Config, DropReason, Event, Notice, State, event_mask, map_name};
+use lb_common::abi::{Config, DropReason, Event, EventKind, Notice, State, map_name};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::spawn_blocking;
 use tracing::{debug, error, info, warn};
@@ -17,7 +17,7 @@ use zerocopy::FromBytes as _;
 
 use super::{CapacityArgs, PinArgs, SourceArgs};
 use crate::actual::pad;
-use crate::loader::{self, Cgroup, Lock, OBJECT};
+use crate::loader::{self, Cgroup, Lock, OBJECT, SocketLb};
 use crate::maps::Maps as _;
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
@@ -35,6 +35,10 @@ pub(super) struct RunArgs {
     /// Cgroup (v2) whose processes are served [default: the root of the cgroup2 mount]
     #[arg(long, value_name = "PATH")]
     cgroup: Option<PathBuf>,
+    /// Whose sockets are served: those of all processes, or only those of the node's network namespace (where pods have
+    /// something between their sockets and the node: Istio, Kata, gVisor, KubeVirt)
+    #[arg(long, value_enum, default_value_t = SocketLbArg::All)]
+    socket_lb: SocketLbArg,
     #[command(flatten)]
     capacities: CapacityArgs,
     /// Format of the log, on the error output; what it contains is set by RUST_LOG
@@ -43,6 +47,21 @@ pub(super) struct RunArgs {
     /// Load this eBPF object in place of the one that is part of the program; for developers
     #[arg(long, value_name = "FILE", hide = true)]
     ebpf_object: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum SocketLbArg {
+    All,
+    Node,
+}
+
+impl From<SocketLbArg> for SocketLb {
+    fn from(arg: SocketLbArg) -> Self {
+        match arg {
+            SocketLbArg::All => Self::All,
+            SocketLbArg::Node => Self::Node,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -78,7 +97,9 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     }
     let read = |path: &PathBuf| fs::read(path).with_context(|| format!("reading {}", path.display()));
     let other = args.ebpf_object.as_ref().map(read).transpose()?;
-    let maps = loader::load(other.as_deref().unwrap_or(OBJECT), &lock, &args.capacities.into())?;
+    let socket_lb = SocketLb::from(args.socket_lb);
+    let object = other.as_deref().unwrap_or(OBJECT);
+    let maps = loader::load(object, &lock, &args.capacities.into(), socket_lb)?;
     let mut grace = maps.grace_watch();
 
     // Watching begins before the first look, so that no change falls in between.
@@ -91,7 +112,7 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     source = back;
 
     let reconciler = Reconciler::adopt(maps, &node)?;
-    let mut agent = Agent::new(reconciler, &node, &cgroup)?;
+    let mut agent = Agent::new(reconciler, &node, &cgroup, socket_lb)?;
     agent.apply(batch);
     // The maps are filled before programs look at them, and before programs of an earlier build are replaced.
     loader::attach(agent.reconciler.maps().programs(), lock.pins(), &cgroup)?;
@@ -135,7 +156,7 @@ fn seconds_since_1970() -> u64 {
 }
 
 impl Agent {
-    fn new(reconciler: Reconciler<BpfMaps>, node: &str, cgroup: &Cgroup) -> anyhow::Result<Self> {
+    fn new(reconciler: Reconciler<BpfMaps>, node: &str, cgroup: &Cgroup, socket_lb: SocketLb) -> anyhow::Result<Self> {
         let state = State {
             pid: std::process::id(),
             complete: 0,
@@ -145,7 +166,7 @@ impl Agent {
             cgroup: cgroup.id(),
             netns: sys::netns_cookie().context("SO_NETNS_COOKIE")?,
             more_notices: 0,
-            pad: 0,
+            node_only: u32::from(socket_lb == SocketLb::Node),
             node: pad(node),
             version: pad(env!("CARGO_PKG_VERSION")),
         };
@@ -216,7 +237,7 @@ impl Events {
     fn open(lock: &Lock, maps: &PinnedMaps) -> anyhow::Result<Option<Self>> {
         let wanted = tracing::enabled!(tracing::Level::DEBUG);
         maps.write_config(&Config {
-            events: if wanted { event_mask::REFUSED } else { 0 },
+            events: if wanted { EventKind::Refused.bit() } else { 0 },
             pad: 0,
         });
         if !wanted {

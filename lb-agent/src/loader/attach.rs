@@ -12,7 +12,7 @@ use aya_obj::generated::bpf_attach_type;
 use lb_common::abi::program_name;
 use tracing::info;
 
-use super::{HOOKED, LoadError, PinPath};
+use super::{LoadError, PinPath};
 use crate::maps::sys;
 
 /// A cgroup of the cgroup2 hierarchy.
@@ -96,17 +96,26 @@ pub struct Hook {
     attach_type: bpf_attach_type,
 }
 
-/// All hooks, in the order of attachment.
-fn hooks() -> impl Iterator<Item = Hook> {
-    HOOKED.into_iter().map(|name| Hook {
-        name,
-        attach_type: match name {
-            program_name::CONNECT4 => bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
-            program_name::GETPEERNAME4 => bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
-            _ => bpf_attach_type::BPF_CGROUP_INET_SOCK_RELEASE,
-        },
-    })
-}
+/// All hooks, in the order of attachment: who forgets before who remembers, and who translates answers before who asks.
+const HOOKS: [Hook; 11] = {
+    use bpf_attach_type as at;
+    const fn hook(name: &'static str, attach_type: bpf_attach_type) -> Hook {
+        Hook { name, attach_type }
+    }
+    [
+        hook(program_name::SOCK_RELEASE, at::BPF_CGROUP_INET_SOCK_RELEASE),
+        hook(program_name::GETPEERNAME4, at::BPF_CGROUP_INET4_GETPEERNAME),
+        hook(program_name::GETPEERNAME6, at::BPF_CGROUP_INET6_GETPEERNAME),
+        hook(program_name::RECVMSG4, at::BPF_CGROUP_UDP4_RECVMSG),
+        hook(program_name::RECVMSG6, at::BPF_CGROUP_UDP6_RECVMSG),
+        hook(program_name::POST_BIND4, at::BPF_CGROUP_INET4_POST_BIND),
+        hook(program_name::POST_BIND6, at::BPF_CGROUP_INET6_POST_BIND),
+        hook(program_name::SENDMSG4, at::BPF_CGROUP_UDP4_SENDMSG),
+        hook(program_name::SENDMSG6, at::BPF_CGROUP_UDP6_SENDMSG),
+        hook(program_name::CONNECT4, at::BPF_CGROUP_INET4_CONNECT),
+        hook(program_name::CONNECT6, at::BPF_CGROUP_INET6_CONNECT),
+    ]
+};
 
 /// Puts the loaded programs at their hooks. A link that is pinned is updated in place: there is no moment without a
 /// program.
@@ -114,7 +123,7 @@ fn hooks() -> impl Iterator<Item = Hook> {
 /// # Errors
 /// The system call's.
 pub fn attach(programs: &Ebpf, pins: &PinPath, cgroup: &Cgroup) -> Result<(), LoadError> {
-    for hook in hooks() {
+    for hook in HOOKS {
         let program = programs.program(hook.name).ok_or_else(|| LoadError::PinPath {
             path: hook.name.into(),
             what: "the object has no such program".into(),
@@ -165,7 +174,8 @@ pub struct Attached {
 /// # Errors
 /// The system call's.
 pub fn attached(pins: &PinPath) -> Result<Vec<(&'static str, Option<Attached>)>, LoadError> {
-    hooks()
+    HOOKS
+        .into_iter()
         .map(|hook| {
             let path = pins.links().join(hook.name);
             if !path.exists() {

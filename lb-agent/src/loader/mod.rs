@@ -13,13 +13,14 @@ use aya::maps::{MapInfo, MapType};
 use aya::programs::Program;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use lb_common::abi::{
-    Backend, BackendSlot, Config, DropReason, Frontend, FrontendKey, Name, Notice, SOCKETS_MASK_GLOBAL, Service,
-    ServiceStats, SocketRecord, State, VERSION, capacity, map_name, program_name,
+    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, DropReason, Frontend, FrontendKey, NODE_NETNS_GLOBAL,
+    NODE_ONLY_GLOBAL, Name, Notice, SOCKETS_MASK_GLOBAL, Service, ServiceStats, SocketRecord, State, UdpFlows, VERSION,
+    capacity, map_name,
 };
 use tracing::{info, warn};
 
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
-use crate::maps::{Capacities, MapError, capacity_flag};
+use crate::maps::{Capacities, MapError, capacity_flag, sys};
 
 pub(crate) use attach::is_root as is_root_cgroup;
 pub use attach::{Attached, Cgroup, Hook, attach, attached};
@@ -116,8 +117,24 @@ fn layouts() -> Vec<Layout> {
         mapped(map_name::SERVICES, size_of::<Service>(), None),
         mapped(map_name::BACKEND_SLOTS, size_of::<BackendSlot>(), None),
         mapped(map_name::BACKENDS, size_of::<Backend>(), None),
+        hash(
+            map_name::NODE_ADDRS,
+            size_of::<Addr>(),
+            4,
+            0,
+            Some(capacity::NODE_ADDRS),
+        ),
         mapped(map_name::SOCKETS, size_of::<SocketRecord>(), None),
         hash(map_name::SOCKETS_MORE, 8, size_of::<SocketRecord>(), NO_PREALLOC, None),
+        hash(map_name::UDP_FLOWS, 8, size_of::<UdpFlows>(), NO_PREALLOC, None),
+        map(
+            map_name::AFFINITY,
+            MapType::LruHash,
+            size_of::<AffinityKey>(),
+            size_of::<Affinity>(),
+            0,
+            None,
+        ),
         hash(map_name::NAMES, 4, size_of::<Name>(), NO_PREALLOC, None),
         map(
             map_name::STATS,
@@ -156,16 +173,33 @@ fn asked(capacities: &Capacities, map: &str) -> u32 {
         map_name::BACKEND_SLOTS => capacities.backend_slots,
         map_name::SOCKETS => capacities.sockets,
         map_name::SOCKETS_MORE => capacities.sockets_more,
+        map_name::UDP_FLOWS => capacities.udp_flows,
+        map_name::AFFINITY => capacities.affinity,
         _ => capacities.services,
     }
 }
 
+/// Whose sockets are served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SocketLb {
+    /// Those of all processes below the cgroup.
+    #[default]
+    All,
+    /// Those of the node's network namespace; pods' connections are left to the packet path.
+    Node,
+}
+
 /// Loads the programs, with the maps that are pinned or new ones of the sizes that are asked for. Pinned maps keep
-/// their size. Nothing is attached.
+/// their size. The calling thread's network namespace is the node's. Nothing is attached.
 ///
 /// # Errors
 /// See [`LoadError`].
-pub fn load(object: &[u8], lock: &Lock, capacities: &Capacities) -> Result<BpfMaps, LoadError> {
+pub fn load(
+    object: &[u8],
+    lock: &Lock,
+    capacities: &Capacities,
+    sockets_served: SocketLb,
+) -> Result<BpfMaps, LoadError> {
     let pins = lock.pins();
     pins.refuse_other_versions()?;
     let maps_dir = pins.create_dirs()?;
@@ -201,7 +235,17 @@ pub fn load(object: &[u8], lock: &Lock, capacities: &Capacities) -> Result<BpfMa
             .map_pin_path(layout.name, path);
     }
     let mask = sockets - 1;
-    let mut programs = loader.override_global(SOCKETS_MASK_GLOBAL, &mask, true).load(object)?;
+    let netns = sys::netns_cookie().map_err(|source| LoadError::Call {
+        path: "(network namespace)".into(),
+        call: "SO_NETNS_COOKIE",
+        source,
+    })?;
+    let node_only = u32::from(sockets_served == SocketLb::Node);
+    let mut programs = loader
+        .override_global(SOCKETS_MASK_GLOBAL, &mask, true)
+        .override_global(NODE_NETNS_GLOBAL, &netns, true)
+        .override_global(NODE_ONLY_GLOBAL, &node_only, true)
+        .load(object)?;
     load_programs(&mut programs)?;
     let pinned = PinnedMaps::open(&maps_dir)?;
     Ok(BpfMaps::new(pinned, programs)?)
@@ -302,13 +346,6 @@ pub fn cleanup(pins: &PinPath) -> Result<bool, LoadError> {
     info!(path = %pins.root().display(), "detached all programs and removed all pins");
     Ok(true)
 }
-
-/// Names of the programs that are attached to hooks, in the order of attachment: who forgets before who remembers.
-const HOOKED: [&str; 3] = [
-    program_name::SOCK_RELEASE,
-    program_name::GETPEERNAME4,
-    program_name::CONNECT4,
-];
 
 /// The folder of this build's layout.
 fn version_dir() -> String {

@@ -1,6 +1,6 @@
 //! The real maps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::AsFd as _;
@@ -10,8 +10,8 @@ use aya::Ebpf;
 use aya::maps::{HashMap, MapData, MapError as AyaMapError, PerCpuArray, PerCpuValues};
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use lb_common::abi::{
-    Backend, BackendSlot, Config, DropReason, Frontend, FrontendKey, FrontendSwap, Name, Notice, Service, ServiceStats,
-    SetWord, SocketRecord, State, map_name, program_name,
+    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, DropReason, Frontend, FrontendKey, FrontendSwap, Name,
+    Notice, Service, ServiceStats, SetWord, SocketRecord, State, UdpFlows, map_name, program_name,
 };
 use lb_common::logic::connect::Set;
 use lb_common::logic::{generation, record};
@@ -27,6 +27,9 @@ type Hash<const K: usize, const V: usize> = HashMap<MapData, [u8; K], [u8; V]>;
 const KEY: usize = size_of::<FrontendKey>();
 const NAME: usize = size_of::<Name>();
 const RECORD: usize = size_of::<SocketRecord>();
+const FLOWS: usize = size_of::<UdpFlows>();
+const CLIENT: usize = size_of::<AffinityKey>();
+const AFFINITY: usize = size_of::<Affinity>();
 const NOTICE: usize = size_of::<Notice>();
 const STATS: usize = size_of::<ServiceStats>();
 
@@ -36,8 +39,11 @@ pub struct PinnedMaps {
     services: MappedArray<Service>,
     slots: MappedArray<BackendSlot>,
     backends: MappedArray<Backend>,
+    node_addrs: Hash<16, 4>,
     sockets: MappedArray<SocketRecord>,
     sockets_more: Hash<8, RECORD>,
+    udp_flows: Hash<8, FLOWS>,
+    affinity: Hash<CLIENT, AFFINITY>,
     names: Hash<4, NAME>,
     stats: PerCpuArray<MapData, [u8; STATS]>,
     drops: PerCpuArray<MapData, u64>,
@@ -91,10 +97,10 @@ impl PinnedMaps {
                 .map_err(call(name, "BPF_OBJ_GET_INFO_BY_FD"))
         };
         macro_rules! hash {
-            ($name:ident) => {{
+            ($kind:ident, $name:ident) => {{
                 let map = open(map_name::$name)?;
                 let size = entries(map_name::$name, &map)?;
-                let map = HashMap::try_from(aya::maps::Map::HashMap(map)).map_err(call(map_name::$name, "open"))?;
+                let map = HashMap::try_from(aya::maps::Map::$kind(map)).map_err(call(map_name::$name, "open"))?;
                 (map, size)
             }};
         }
@@ -115,10 +121,13 @@ impl PinnedMaps {
                 })?
             }};
         }
-        let (frontends, frontends_size) = hash!(FRONTENDS);
-        let (sockets_more, sockets_more_size) = hash!(SOCKETS_MORE);
-        let (names, _) = hash!(NAMES);
-        let (notices, _) = hash!(NOTICES);
+        let (frontends, frontends_size) = hash!(HashMap, FRONTENDS);
+        let (sockets_more, sockets_more_size) = hash!(HashMap, SOCKETS_MORE);
+        let (node_addrs, _) = hash!(HashMap, NODE_ADDRS);
+        let (udp_flows, udp_flows_size) = hash!(HashMap, UDP_FLOWS);
+        let (affinity, affinity_size) = hash!(LruHashMap, AFFINITY);
+        let (names, _) = hash!(HashMap, NAMES);
+        let (notices, _) = hash!(HashMap, NOTICES);
         let services: MappedArray<Service> = mapped!(SERVICES);
         let slots: MappedArray<BackendSlot> = mapped!(BACKEND_SLOTS);
         let backends: MappedArray<Backend> = mapped!(BACKENDS);
@@ -130,14 +139,19 @@ impl PinnedMaps {
             backend_slots: slots.len(),
             sockets: sockets.len(),
             sockets_more: sockets_more_size,
+            udp_flows: udp_flows_size,
+            affinity: affinity_size,
         };
         Ok(Self {
             frontends,
             services,
             slots,
             backends,
+            node_addrs,
             sockets,
             sockets_more,
+            udp_flows,
+            affinity,
             names,
             stats: per_cpu!(STATS),
             drops: per_cpu!(DROPS),
@@ -187,6 +201,56 @@ impl PinnedMaps {
             read_hash::<u64, SocketRecord, 8, RECORD>(map_name::SOCKETS_MORE, &self.sockets_more)?.into_values(),
         );
         Ok(records)
+    }
+
+    /// NODE_ADDRS.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn node_addrs(&self) -> Result<BTreeSet<Addr>, MapError> {
+        Ok(read_hash::<Addr, u32, 16, 4>(map_name::NODE_ADDRS, &self.node_addrs)?
+            .into_keys()
+            .collect())
+    }
+
+    /// Makes NODE_ADDRS hold these; how many did not fit.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn write_node_addrs(&mut self, wanted: &BTreeSet<Addr>) -> Result<usize, MapError> {
+        let name = map_name::NODE_ADDRS;
+        let there = self.node_addrs()?;
+        for gone in there.difference(wanted) {
+            self.node_addrs
+                .remove(&gone.bytes)
+                .or_else(|e| if is_missing(&e) { Ok(()) } else { Err(e) })
+                .map_err(call(name, "BPF_MAP_DELETE_ELEM"))?;
+        }
+        let mut missing = 0;
+        for new in wanted.difference(&there) {
+            match self.node_addrs.insert(new.bytes, [0; 4], 0) {
+                Ok(()) => {}
+                Err(error) if errno(&error) == Some(libc::E2BIG) => missing += 1,
+                Err(error) => return Err(call(name, "BPF_MAP_UPDATE_ELEM")(error)),
+            }
+        }
+        Ok(missing)
+    }
+
+    /// UDP_FLOWS: unconnected sockets by cookie.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn udp_flows(&self) -> Result<BTreeMap<u64, UdpFlows>, MapError> {
+        read_hash(map_name::UDP_FLOWS, &self.udp_flows)
+    }
+
+    /// AFFINITY.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn affinity(&self) -> Result<BTreeMap<AffinityKey, Affinity>, MapError> {
+        read_hash(map_name::AFFINITY, &self.affinity)
     }
 
     /// Slots of SOCKETS that are in use.

@@ -30,6 +30,10 @@ pub struct Capacities {
     pub sockets: u32,
     /// SOCKETS_MORE.
     pub sockets_more: u32,
+    /// UDP_FLOWS.
+    pub udp_flows: u32,
+    /// AFFINITY.
+    pub affinity: u32,
 }
 
 /// A failed operation on a map.
@@ -84,6 +88,8 @@ pub fn capacity_flag(map: &str) -> &'static str {
         map_name::BACKEND_SLOTS => "max-backend-slots",
         map_name::SOCKETS => "max-sockets",
         map_name::SOCKETS_MORE => "max-sockets-more",
+        map_name::UDP_FLOWS => "max-udp-flows",
+        map_name::AFFINITY => "max-affinity",
         _ => "max-services",
     }
 }

@@ -59,6 +59,15 @@ drop_reasons! {
     SocketsFull = 7, "sockets_full", "no room for a socket record (connected without one)";
     /// The ring buffer was full: an event is missing.
     EventLost = 8, "event_lost", "an event was lost (ring buffer full)";
+    /// SOCKETS and SOCKETS_MORE are full: a UDP `connect()` failed with ENOMEM, since without a record its answers would
+    /// come from the wrong address.
+    UdpSocketsFull = 9, "udp_sockets_full", "no room for the record of a connected UDP socket";
+    /// UDP_FLOWS is full: a UDP send failed with ENOMEM.
+    UdpFlowsFull = 10, "udp_flows_full", "no room for the flows of an unconnected UDP socket";
+    /// An unconnected UDP socket sent to more services than are remembered: the least recently used was forgotten.
+    UdpFlowReplaced = 11, "udp_flow_replaced", "an unconnected UDP socket uses more services than are remembered";
+    /// `bind()` to a node port, in the node's network namespace: EADDRINUSE.
+    NodePortTaken = 12, "node_port_taken", "the port is the node port of a service";
 }
 
 const _: () = {

@@ -6,8 +6,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::Addr;
 
-/// One event. Written only while the agent asks for it in CONFIG.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+/// One event. Written only while somebody asks for its kind in CONFIG.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Event {
     /// Nanoseconds of CLOCK_MONOTONIC.
@@ -18,24 +18,79 @@ pub struct Event {
     pub netns: u64,
     /// The destination that the process asked for.
     pub addr: Addr,
-    /// Its port, host byte order.
+    /// The backend that it got; all zero where it got none.
+    pub backend_addr: Addr,
+    /// Port of `addr`, host byte order.
     pub port: u16,
+    /// Port of `backend_addr`, host byte order.
+    pub backend_port: u16,
     /// IANA protocol number.
     pub proto: u8,
+    /// An [`EventKind`].
+    pub kind: u8,
     /// Zero.
-    pub pad: u8,
+    pub pad: u16,
     /// Index into SERVICES; zero where none was found.
     pub service: u32,
-    /// A [`super::DropReason`].
+    /// A [`super::DropReason`]; of meaning for [`EventKind::Refused`] only.
     pub reason: u32,
     /// Process id (thread group) in the initial namespace.
     pub pid: u32,
+    /// Zero.
+    pub pad2: u32,
 }
 
 const _: () = {
-    assert!(size_of::<Event>() == 56 && align_of::<Event>() == 8);
+    assert!(size_of::<Event>() == 80 && align_of::<Event>() == 8);
     assert!(offset_of!(Event, addr) == 24);
-    assert!(offset_of!(Event, port) == 40);
-    assert!(offset_of!(Event, service) == 44);
-    assert!(offset_of!(Event, pid) == 52);
+    assert!(offset_of!(Event, port) == 56);
+    assert!(offset_of!(Event, proto) == 60);
+    assert!(offset_of!(Event, service) == 64);
+    assert!(offset_of!(Event, pid) == 72);
 };
+
+/// What happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum EventKind {
+    /// A socket was connected to a backend.
+    Connected = 1,
+    /// An unconnected socket sent a datagram to a backend.
+    Sent = 2,
+    /// A call was refused.
+    Refused = 3,
+    /// A socket was destroyed, because its backend was removed.
+    Destroyed = 4,
+}
+
+impl EventKind {
+    /// The kind with a number, if there is one.
+    #[must_use]
+    pub const fn from_u8(number: u8) -> Option<Self> {
+        match number {
+            1 => Some(Self::Connected),
+            2 => Some(Self::Sent),
+            3 => Some(Self::Refused),
+            4 => Some(Self::Destroyed),
+            _ => None,
+        }
+    }
+
+    /// Its bit in [`super::Config::events`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn bit(self) -> u32 {
+        1 << self as u8
+    }
+
+    /// The name that tables and JSON show.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Connected => "connected",
+            Self::Sent => "sent",
+            Self::Refused => "refused",
+            Self::Destroyed => "destroyed",
+        }
+    }
+}

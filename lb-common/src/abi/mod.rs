@@ -6,23 +6,27 @@
 //! them needs a new [`VERSION`].
 
 mod addr;
+mod affinity;
 mod drop_reason;
 mod event;
+mod flow;
 mod frontend;
 mod record;
 mod service;
 mod stats;
 
 pub use addr::Addr;
+pub use affinity::{Affinity, AffinityKey, client_kind};
 pub use drop_reason::DropReason;
-pub use event::Event;
+pub use event::{Event, EventKind};
+pub use flow::{FLOWS_PER_SOCKET, UdpFlow, UdpFlows, bpf_spin_lock};
 pub use frontend::{Frontend, FrontendKey, FrontendKind, FrontendSwap};
 pub use record::SocketRecord;
 pub use service::{Backend, BackendSlot, Name, Service, SetWord, backend_flags, service_flags, set_flags};
-pub use stats::{Config, Notice, ServiceStats, State, event_mask};
+pub use stats::{Config, Notice, ServiceStats, State};
 
 /// Version of the layout of all maps together; part of the pin path.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Defines the maps' names once for both sides.
 macro_rules! map_names {
@@ -48,10 +52,16 @@ map_names! {
     BACKEND_SLOTS = "BACKEND_SLOTS";
     /// Array, mmapped: backend id -> [`super::Backend`].
     BACKENDS = "BACKENDS";
+    /// Hash: [`super::Addr`] -> u32: addresses of this node that serve node ports; the value is zero.
+    NODE_ADDRS = "NODE_ADDRS";
     /// Array, mmapped: cookie & mask -> [`super::SocketRecord`].
     SOCKETS = "SOCKETS";
     /// Hash: socket cookie -> [`super::SocketRecord`], for those whose slot in SOCKETS is taken.
     SOCKETS_MORE = "SOCKETS_MORE";
+    /// Hash: socket cookie -> [`super::UdpFlows`].
+    UDP_FLOWS = "UDP_FLOWS";
+    /// LRU hash: [`super::AffinityKey`] -> [`super::Affinity`].
+    AFFINITY = "AFFINITY";
     /// Hash: service index -> [`super::Name`].
     NAMES = "NAMES";
     /// Per-CPU array: service index -> [`super::ServiceStats`].
@@ -72,8 +82,24 @@ map_names! {
 pub mod program_name {
     /// `cgroup/connect4`.
     pub const CONNECT4: &str = "lb_connect4";
+    /// `cgroup/connect6`.
+    pub const CONNECT6: &str = "lb_connect6";
+    /// `cgroup/sendmsg4`.
+    pub const SENDMSG4: &str = "lb_sendmsg4";
+    /// `cgroup/sendmsg6`.
+    pub const SENDMSG6: &str = "lb_sendmsg6";
+    /// `cgroup/recvmsg4`.
+    pub const RECVMSG4: &str = "lb_recvmsg4";
+    /// `cgroup/recvmsg6`.
+    pub const RECVMSG6: &str = "lb_recvmsg6";
     /// `cgroup/getpeername4`.
     pub const GETPEERNAME4: &str = "lb_getpeername4";
+    /// `cgroup/getpeername6`.
+    pub const GETPEERNAME6: &str = "lb_getpeername6";
+    /// `cgroup/post_bind4`.
+    pub const POST_BIND4: &str = "lb_post_bind4";
+    /// `cgroup/post_bind6`.
+    pub const POST_BIND6: &str = "lb_post_bind6";
     /// `cgroup/sock_release`.
     pub const SOCK_RELEASE: &str = "lb_sock_release";
     /// XDP, never attached: run by the agent to store one word in place. See [`super::FrontendSwap`].
@@ -82,6 +108,10 @@ pub mod program_name {
 
 /// Name of the read-only global that holds the number of slots in SOCKETS, less one.
 pub const SOCKETS_MASK_GLOBAL: &str = "SOCKETS_MASK";
+/// Name of the read-only global that holds the `bpf_get_netns_cookie` of the node.
+pub const NODE_NETNS_GLOBAL: &str = "NODE_NETNS";
+/// Name of the read-only global that is not zero where only sockets of the node's namespace are served.
+pub const NODE_ONLY_GLOBAL: &str = "NODE_ONLY";
 
 /// Default number of entries of each map; all are flags of `lb-agent run`.
 pub mod capacity {
@@ -97,6 +127,12 @@ pub mod capacity {
     pub const SOCKETS: u32 = 16384;
     /// SOCKETS_MORE.
     pub const SOCKETS_MORE: u32 = 65536;
+    /// NODE_ADDRS.
+    pub const NODE_ADDRS: u32 = 1024;
+    /// UDP_FLOWS.
+    pub const UDP_FLOWS: u32 = 65536;
+    /// AFFINITY.
+    pub const AFFINITY: u32 = 16384;
     /// EVENTS, in bytes; a power of two and a multiple of the page size.
     pub const EVENTS_BYTES: u32 = 1 << 18;
     /// NOTICES.

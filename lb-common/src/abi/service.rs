@@ -88,6 +88,9 @@ const _: () = {
 pub mod service_flags {
     /// `sessionAffinity: ClientIP`.
     pub const AFFINITY: u32 = 1;
+    /// `loadBalancerSourceRanges` are set: at a load-balancer address only the packet path, which knows the source, may
+    /// decide.
+    pub const SOURCE_RANGES: u32 = 2;
 }
 
 /// Value of BACKEND_SLOTS: one member of one set, with all that a connection needs, so that the data plane reads one

@@ -20,19 +20,13 @@ const _: () = assert!(size_of::<ServiceStats>() == 16);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Config {
-    /// Which events to write: see [`event_mask`].
+    /// Which events to write: see [`super::EventKind::bit`].
     pub events: u32,
     /// Zero.
     pub pad: u32,
 }
 
 const _: () = assert!(size_of::<Config>() == 8);
-
-/// Bits of [`Config::events`].
-pub mod event_mask {
-    /// Refused connections.
-    pub const REFUSED: u32 = 1;
-}
 
 /// The one value of STATE: what the agent tells the command line, also after its death.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -54,8 +48,8 @@ pub struct State {
     pub netns: u64,
     /// Problems that did not fit into NOTICES.
     pub more_notices: u32,
-    /// Zero.
-    pub pad: u32,
+    /// 1 where only sockets of the node's namespace are served (`--socket-lb node`), else 0.
+    pub node_only: u32,
     /// Node name, padded with zero bytes.
     pub node: [u8; 256],
     /// Version of the agent, padded with zero bytes.

@@ -1,6 +1,7 @@
 //! What a connecting socket gets.
 
-use crate::abi::{DropReason, Frontend, FrontendKind, SetWord, set_flags};
+use super::generation;
+use crate::abi::{DropReason, Frontend, FrontendKind, SetWord, backend_flags, set_flags};
 
 /// Which of a service's three sets serves a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -45,13 +46,43 @@ pub const fn slot(set: SetWord, random: u32) -> Result<u32, DropReason> {
     Ok(set.base.wrapping_add(super::select::pick(random, set.len)))
 }
 
-/// What `connect()` returns for a reason, as a positive errno: ECONNREFUSED for REJECT, EHOSTUNREACH for DROP (a
-/// socket is told at once instead of being left to a time-out).
+/// The bit of a backend's flags that says that it is a member of a set.
+#[inline(always)]
+#[must_use]
+pub const fn member_flag(set: Set) -> u16 {
+    match set {
+        Set::Internal => backend_flags::INTERNAL,
+        Set::External => backend_flags::EXTERNAL,
+        Set::Cluster => backend_flags::CLUSTER,
+    }
+}
+
+/// Whether what was remembered (a backend by id and generation) may serve a service once more: the entry of BACKENDS,
+/// given by its generation, service and flags, still means that backend, is the service's, and is a member of the set.
+#[inline(always)]
+#[must_use]
+pub const fn is_usable(
+    entry_generation: u32,
+    entry_service: u32,
+    entry_flags: u16,
+    (service, generation): (u32, u32),
+    set: Set,
+) -> bool {
+    generation::is_current(entry_generation, generation)
+        && entry_service == service
+        && entry_flags & member_flag(set) != 0
+}
+
+/// What the system call returns for a reason, as a positive errno: ECONNREFUSED for REJECT, EHOSTUNREACH for DROP (a
+/// socket is told at once instead of being left to a time-out), ENOMEM where UDP cannot be remembered, EADDRINUSE for a
+/// bind to a node port.
 #[inline(always)]
 #[must_use]
 pub const fn errno(reason: DropReason) -> i32 {
     match reason {
         DropReason::NoLocalEndpoint => 113,
+        DropReason::UdpSocketsFull | DropReason::UdpFlowsFull => 12,
+        DropReason::NodePortTaken => 98,
         _ => 111,
     }
 }
@@ -94,6 +125,17 @@ mod tests {
         assert_eq!(slot(drops, 9), Err(DropReason::NoLocalEndpoint));
         assert_eq!(errno(DropReason::NoEndpoint), 111);
         assert_eq!(errno(DropReason::NoLocalEndpoint), 113);
+    }
+
+    #[test]
+    fn what_left_the_set_is_not_used_again() {
+        let flags = backend_flags::INTERNAL | backend_flags::LOCAL;
+        let usable = |generation, set| is_usable(3, 7, flags, (7, generation), set);
+        assert!(usable(3, Set::Internal));
+        assert!(!usable(3, Set::Cluster), "not a member");
+        assert!(!usable(1, Set::Internal), "an earlier backend");
+        assert!(!is_usable(3, 7, flags, (8, 3), Set::Internal), "another service's");
+        assert!(!is_usable(4, 7, flags, (7, 4), Set::Internal), "withdrawn");
     }
 
     #[test]

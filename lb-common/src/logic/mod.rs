@@ -1,7 +1,10 @@
 //! The decisions of the data plane: values in, values out. No maps, no clock, no IO.
 
+pub mod affinity;
 pub mod connect;
+pub mod flow;
 pub mod generation;
 pub mod record;
+pub mod route;
 pub mod select;
 pub mod words;

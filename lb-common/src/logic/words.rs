@@ -26,6 +26,49 @@ impl Words {
         if a | b | (c ^ Self::MAPPED) == 0 { Some(d) } else { None }
     }
 
+    /// Whether an IPv4 address is mapped here.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_v4(self) -> bool {
+        let [a, b, c, _] = self.0;
+        a | b | (c ^ Self::MAPPED) == 0
+    }
+
+    /// Whether this is in 127.0.0.0/8, or `::1`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_loopback(self) -> bool {
+        let [a, b, c, d] = self.0;
+        if self.is_v4() {
+            d & 0xff00_0000_u32.to_be() == 0x7f00_0000_u32.to_be()
+        } else {
+            a | b | c | (d ^ 1_u32.to_be()) == 0
+        }
+    }
+
+    /// The address zero of the same family: `::ffff:0.0.0.0` or `::`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unspecified(self) -> Self {
+        Self([0, 0, if self.is_v4() { Self::MAPPED } else { 0 }, 0])
+    }
+
+    /// What the kernel takes the address for as a destination: zero is the loopback address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn or_loopback(self) -> Self {
+        let [a, b, c, d] = self.0;
+        if a | b | d != 0 {
+            self
+        } else if c == Self::MAPPED {
+            Self([0, 0, c, 0x7f00_0001_u32.to_be()])
+        } else if c == 0 {
+            Self([0, 0, 0, 1_u32.to_be()])
+        } else {
+            self
+        }
+    }
+
     /// Equality without a branch for each word.
     #[inline(always)]
     #[must_use]
@@ -48,7 +91,21 @@ impl From<Addr> for Words {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
     use proptest::prelude::*;
+
+    #[test]
+    fn zero_is_loopback_as_a_destination() {
+        let words = |ip: IpAddr| Words::from(Addr::from(ip));
+        let (any4, any6) = (words(Ipv4Addr::UNSPECIFIED.into()), words(Ipv6Addr::UNSPECIFIED.into()));
+        assert_eq!(any4.or_loopback(), words(Ipv4Addr::LOCALHOST.into()));
+        assert_eq!(any6.or_loopback(), words(Ipv6Addr::LOCALHOST.into()));
+        assert!(words(Ipv6Addr::LOCALHOST.into()).is_loopback());
+        assert_eq!(any4.unspecified(), any4);
+        assert_eq!(words(Ipv6Addr::LOCALHOST.into()).unspecified(), any6);
+        let odd = Words([0, 0, 7, 0]);
+        assert_eq!(odd.or_loopback(), odd);
+    }
 
     proptest! {
         #[test]
@@ -60,6 +117,19 @@ mod tests {
             prop_assert_eq!(Words::from(mapped).to_v4(), Some(u32::from_ne_bytes(v4)));
             prop_assert_eq!(Words::from(addr).same(Words::from(mapped)), addr == mapped);
             prop_assert!(Words::from(addr).same(Words::from(addr)));
+            for addr in [addr, mapped] {
+                let (ip, words) = (IpAddr::from(addr), Words::from(addr));
+                prop_assert_eq!(words.is_v4(), ip.is_ipv4());
+                prop_assert_eq!(words.is_loopback(), ip.is_loopback());
+                prop_assert_eq!(words.unspecified().is_v4(), ip.is_ipv4());
+                prop_assert_eq!(words.or_loopback(), words, "none of them is zero, but for chance");
+            }
+        }
+
+        #[test]
+        fn loopback_is_seen(rest: [u8; 3]) {
+            let ip = IpAddr::from([127, rest[0], rest[1], rest[2]]);
+            prop_assert!(Words::from(Addr::from(ip)).is_loopback());
         }
     }
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use lb_agent::loader::{self, Lock, OBJECT, PinPath};
+use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_agent::maps::{Capacities, Maps as _};
 use lb_agent::model::Batch;
@@ -64,7 +64,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let pins = PinPath::new(cluster.pin_path("n1"));
     let measured = {
         let lock = Lock::take(&pins)?;
-        let maps = loader::load(OBJECT, &lock, &capacities(options))?;
+        let maps = loader::load(OBJECT, &lock, &capacities(options), SocketLb::All)?;
         measure(maps, options)?
     };
     loader::cleanup(&pins)?;
@@ -84,6 +84,8 @@ fn capacities(options: &Options) -> Capacities {
         backend_slots: slots + 4096 * options.endpoints.next_power_of_two(),
         sockets: 1024,
         sockets_more: 1024,
+        udp_flows: 64,
+        affinity: 64,
     }
 }
 

@@ -1,0 +1,97 @@
+//! What differs between the hooks of IPv4 and IPv6: where the context holds the address.
+
+use core::ptr;
+
+use aya_ebpf::bindings::bpf_sock_addr;
+use aya_ebpf::programs::SockAddrContext;
+use lb_common::logic::route::Destination;
+use lb_common::logic::words::Words;
+
+/// The address fields of a hook's context.
+///
+/// The verifier takes loads and stores of whole fields only, hence volatile ones.
+pub(crate) trait Family {
+    /// The address that the context holds: destination, or, after the call, peer or source.
+    fn address(at: *const bpf_sock_addr) -> Words;
+
+    /// Replaces it; false (and nothing is changed) where it is not of the family.
+    fn set_address(at: *mut bpf_sock_addr, addr: Words) -> bool;
+}
+
+/// Hooks that see an IPv4 address.
+pub(crate) struct V4;
+
+impl Family for V4 {
+    #[inline(always)]
+    fn address(at: *const bpf_sock_addr) -> Words {
+        // SAFETY: the verifier checks loads from the context.
+        Words::from_v4(unsafe { ptr::read_volatile(&raw const (*at).user_ip4) })
+    }
+
+    #[inline(always)]
+    fn set_address(at: *mut bpf_sock_addr, addr: Words) -> bool {
+        let Some(addr) = addr.to_v4() else { return false };
+        // SAFETY: the verifier checks stores to the context.
+        unsafe { ptr::write_volatile(&raw mut (*at).user_ip4, addr) };
+        true
+    }
+}
+
+/// Hooks that see an IPv6 address, or an IPv4 one v4-mapped, which is what maps hold anyway.
+pub(crate) struct V6;
+
+impl Family for V6 {
+    #[inline(always)]
+    fn address(at: *const bpf_sock_addr) -> Words {
+        let word = |i: usize| {
+            // SAFETY: the verifier checks loads from the context.
+            unsafe { ptr::read_volatile(&raw const (*at).user_ip6[i]) }
+        };
+        Words([word(0), word(1), word(2), word(3)])
+    }
+
+    #[inline(always)]
+    fn set_address(at: *mut bpf_sock_addr, addr: Words) -> bool {
+        let [a, b, c, d] = addr.0;
+        // SAFETY: the verifier checks stores to the context.
+        unsafe {
+            ptr::write_volatile(&raw mut (*at).user_ip6[0], a);
+            ptr::write_volatile(&raw mut (*at).user_ip6[1], b);
+            ptr::write_volatile(&raw mut (*at).user_ip6[2], c);
+            ptr::write_volatile(&raw mut (*at).user_ip6[3], d);
+        }
+        true
+    }
+}
+
+/// The destination (or peer, or source) that the context holds.
+#[inline(always)]
+pub(crate) fn destination<F: Family>(ctx: &SockAddrContext) -> Destination {
+    let at = ctx.sock_addr;
+    // SAFETY: the verifier checks loads from the context.
+    let port = unsafe { ptr::read_volatile(&raw const (*at).user_port) };
+    Destination {
+        addr: F::address(at),
+        port: u16::from_be(port as u16),
+        proto: protocol(ctx) as u8,
+    }
+}
+
+/// Replaces address and port (host byte order) that the context holds; false where the address is of another family.
+#[inline(always)]
+pub(crate) fn set_destination<F: Family>(ctx: &SockAddrContext, addr: Words, port: u16) -> bool {
+    let at = ctx.sock_addr;
+    if !F::set_address(at, addr) {
+        return false;
+    }
+    // SAFETY: the verifier checks stores to the context.
+    unsafe { ptr::write_volatile(&raw mut (*at).user_port, u32::from(port.to_be())) };
+    true
+}
+
+/// The socket's protocol, which is more than 8 bits wide for MPTCP.
+#[inline(always)]
+pub(crate) fn protocol(ctx: &SockAddrContext) -> u32 {
+    // SAFETY: the verifier checks loads from the context.
+    unsafe { ptr::read_volatile(&raw const (*ctx.sock_addr).protocol) }
+}

@@ -1,0 +1,254 @@
+//! UDP_FLOWS: unconnected UDP sockets, each with up to four services that it talks to.
+//!
+//! Several threads may use one socket, so a value is read and written under its lock, where nothing may be called: what
+//! is under it are loads and stores of words.
+
+use aya_ebpf::bindings::{BPF_NOEXIST, bpf_spin_lock as RawLock};
+use aya_ebpf::helpers::generated::{bpf_spin_lock, bpf_spin_unlock};
+use lb_common::abi::{Addr, DropReason, FLOWS_PER_SOCKET, UdpFlow, UdpFlows, bpf_spin_lock as Lock};
+use lb_common::logic::flow;
+use lb_common::logic::route::Destination;
+use lb_common::logic::words::Words;
+
+use crate::backend::Choice;
+use crate::maps::UDP_FLOWS;
+use crate::words;
+
+static EMPTY: UdpFlows = UdpFlows {
+    lock: Lock { val: 0 },
+    pad: 0,
+    netns: 0,
+    flows: [UdpFlow {
+        vip: Addr::UNSPECIFIED,
+        backend_addr: Addr::UNSPECIFIED,
+        vip_port: 0,
+        backend_port: 0,
+        backend: 0,
+        generation: 0,
+        service: 0,
+        asked: 0,
+        unanswered: 0,
+        pad: 0,
+    }; FLOWS_PER_SOCKET],
+};
+
+/// The flows of one socket.
+pub(crate) struct Flows(*mut UdpFlows);
+
+/// The same, locked.
+struct Locked<'a>(&'a Flows);
+
+/// What became of a choice.
+pub(crate) struct Claimed {
+    /// The backend that the socket stays with: what another thread has chosen meanwhile stands.
+    pub(crate) choice: Choice,
+    /// Another destination was forgotten for it.
+    pub(crate) replaced: bool,
+}
+
+impl Flows {
+    /// The flows of a socket, if it has any.
+    #[inline(always)]
+    pub(crate) fn of(cookie: u64) -> Option<Self> {
+        UDP_FLOWS.get_ptr_mut(cookie).map(Self)
+    }
+
+    /// The flows of a socket, made if it has none.
+    #[inline(always)]
+    pub(crate) fn of_or_new(cookie: u64) -> Result<Self, DropReason> {
+        if let Some(flows) = Self::of(cookie) {
+            return Ok(flows);
+        }
+        // By reference: it is too large for the stack. Where another thread was faster, its entry stands.
+        let empty = &EMPTY;
+        let _ = UDP_FLOWS.insert(cookie, empty, u64::from(BPF_NOEXIST));
+        Self::of(cookie).ok_or(DropReason::UdpFlowsFull)
+    }
+
+    /// Asks a destination once more: the backend that the socket has for it.
+    #[inline(always)]
+    pub(crate) fn ask(&self, to: Destination, now: u64) -> Option<Choice> {
+        let locked = self.lock();
+        let mut found = None;
+        for flow in locked.flows() {
+            // SAFETY: the entry is locked.
+            if unsafe { is_to(flow, to) } {
+                // SAFETY: as above.
+                found = Some(unsafe {
+                    note_question(flow, now);
+                    choice(flow)
+                });
+                break;
+            }
+        }
+        found
+    }
+
+    /// Gives the socket a backend for a destination, in place of `old` where it had one that is of no use any more.
+    #[inline(always)]
+    pub(crate) fn claim(
+        &self,
+        to: Destination,
+        old: Option<Choice>,
+        new: Choice,
+        service: u32,
+        netns: u64,
+        now: u64,
+    ) -> Claimed {
+        let locked = self.lock();
+        let mut place = self.first();
+        let mut oldest = u64::MAX;
+        let mut known = false;
+        for flow in locked.flows() {
+            // SAFETY: the entry is locked.
+            let (mine, asked) = unsafe { (is_to(flow, to), (&raw const (*flow).asked).read_volatile()) };
+            if mine {
+                place = flow;
+                known = true;
+                break;
+            }
+            if asked < oldest {
+                oldest = asked;
+                place = flow;
+            }
+        }
+        // SAFETY: the entry is locked.
+        unsafe {
+            if known {
+                let there = choice(place);
+                if old.is_none_or(|old| old.backend != there.backend || old.generation != there.generation) {
+                    return Claimed {
+                        choice: there,
+                        replaced: false,
+                    };
+                }
+            }
+            let replaced = !known && (&raw const (*place).vip_port).read_volatile() != 0;
+            words::store(&raw mut (*place).vip, to.addr);
+            words::store(&raw mut (*place).backend_addr, new.addr);
+            (&raw mut (*place).vip_port).write_volatile(to.port);
+            (&raw mut (*place).backend_port).write_volatile(new.port);
+            (&raw mut (*place).backend).write_volatile(new.backend);
+            (&raw mut (*place).generation).write_volatile(new.generation);
+            (&raw mut (*place).service).write_volatile(service);
+            (&raw mut (*place).asked).write_volatile(now);
+            (&raw mut (*place).unanswered).write_volatile(1);
+            (&raw mut (*self.0).netns).write_volatile(netns);
+            Claimed { choice: new, replaced }
+        }
+    }
+
+    /// The destination that a datagram from `source` answers.
+    #[inline(always)]
+    pub(crate) fn answer(&self, source: Destination, now: u64) -> Option<(Words, u16)> {
+        let locked = self.lock();
+        let mut best: Option<*mut UdpFlow> = None;
+        let mut best_claim = 0;
+        for flow in locked.flows() {
+            // SAFETY: the entry is locked.
+            unsafe {
+                let port = (&raw const (*flow).backend_port).read_volatile();
+                if port == source.port && words::load(&raw const (*flow).backend_addr).same(source.addr) {
+                    let asked = (&raw const (*flow).asked).read_volatile();
+                    let unanswered = (&raw const (*flow).unanswered).read_volatile();
+                    let claim = flow::claim(asked, unanswered, now);
+                    if claim >= best_claim {
+                        best_claim = claim;
+                        best = Some(flow);
+                    }
+                }
+            }
+        }
+        let flow = best?;
+        // SAFETY: the entry is locked.
+        unsafe {
+            let unanswered = (&raw const (*flow).unanswered).read_volatile();
+            (&raw mut (*flow).unanswered).write_volatile(unanswered.saturating_sub(1));
+            if unanswered > 1 {
+                // More answers are to come: those of others first.
+                (&raw mut (*flow).asked).write_volatile(now);
+            }
+            Some((
+                words::load(&raw const (*flow).vip),
+                (&raw const (*flow).vip_port).read_volatile(),
+            ))
+        }
+    }
+
+    #[inline(always)]
+    fn first(&self) -> *mut UdpFlow {
+        // SAFETY: the pointer is to a value of the map.
+        unsafe { (&raw mut (*self.0).flows).cast::<UdpFlow>() }
+    }
+
+    #[inline(always)]
+    fn lock(&self) -> Locked<'_> {
+        // SAFETY: the pointer is to a value of the map, and the lock is at its beginning.
+        unsafe { bpf_spin_lock((&raw mut (*self.0).lock).cast::<RawLock>()) };
+        Locked(self)
+    }
+}
+
+impl Locked<'_> {
+    #[inline(always)]
+    fn flows(&self) -> impl Iterator<Item = *mut UdpFlow> + use<> {
+        let first = self.0.first();
+        // SAFETY: the value has so many flows.
+        (0..FLOWS_PER_SOCKET).map(move |i| unsafe { first.add(i) })
+    }
+}
+
+impl Drop for Locked<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        let at = self.0.0;
+        // SAFETY: it was locked by `Flows::lock`.
+        unsafe { bpf_spin_unlock((&raw mut (*at).lock).cast::<RawLock>()) };
+    }
+}
+
+/// # Safety
+/// The pointer must be to a flow of a locked value.
+#[inline(always)]
+unsafe fn is_to(at: *const UdpFlow, to: Destination) -> bool {
+    // SAFETY: see above.
+    unsafe { (&raw const (*at).vip_port).read_volatile() == to.port && words::load(&raw const (*at).vip).same(to.addr) }
+}
+
+/// # Safety
+/// As for [`is_to`].
+#[inline(always)]
+unsafe fn choice(at: *const UdpFlow) -> Choice {
+    // SAFETY: see above.
+    unsafe {
+        Choice {
+            addr: words::load(&raw const (*at).backend_addr),
+            port: (&raw const (*at).backend_port).read_volatile(),
+            backend: (&raw const (*at).backend).read_volatile(),
+            generation: (&raw const (*at).generation).read_volatile(),
+        }
+    }
+}
+
+/// # Safety
+/// As for [`is_to`].
+#[inline(always)]
+unsafe fn note_question(at: *mut UdpFlow, now: u64) {
+    // SAFETY: see above.
+    unsafe {
+        let before = (&raw const (*at).asked).read_volatile();
+        let unanswered = (&raw const (*at).unanswered).read_volatile();
+        if unanswered == 0 || now.saturating_sub(before) >= flow::PATIENCE {
+            (&raw mut (*at).asked).write_volatile(now);
+        }
+        (&raw mut (*at).unanswered).write_volatile(flow::asked(unanswered, before, now));
+    }
+}
+
+/// Forgets a socket.
+#[inline(always)]
+pub(crate) fn forget(cookie: u64) {
+    let _ = UDP_FLOWS.remove(cookie);
+}
+
+const _: () = assert!(size_of::<Lock>() == size_of::<RawLock>());

@@ -1,0 +1,42 @@
+//! MPTCP sockets: `connect()` is seen with the first subflow, all else with the socket itself; their cookies differ. What
+//! both can tell is the address of the socket in the kernel: it is the key of the record.
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::helpers::generated::bpf_skc_to_mptcp_sock;
+use aya_ebpf::programs::{SockAddrContext, SockContext};
+
+use crate::family::protocol;
+
+/// IPPROTO_MPTCP.
+const MPTCP: u32 = 262;
+/// IPPROTO_TCP.
+const TCP: u32 = 6;
+
+/// In connect: the key of the MPTCP socket that this one is a subflow of.
+#[inline(always)]
+pub(crate) fn of_subflow(ctx: &SockAddrContext) -> Option<u64> {
+    if protocol(ctx) != TCP {
+        return None;
+    }
+    // SAFETY: the verifier checks loads from the context.
+    let sk = unsafe { (&raw const (*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile() };
+    // SAFETY: the socket is that of the context.
+    let mptcp = unsafe { bpf_skc_to_mptcp_sock(sk.cast()) };
+    (!mptcp.is_null()).then_some(mptcp as u64)
+}
+
+/// In getpeername: the key of the socket, if it is an MPTCP one.
+#[inline(always)]
+pub(crate) fn of_peer(ctx: &SockAddrContext) -> Option<u64> {
+    // SAFETY: the verifier checks loads from the context.
+    let sk = unsafe { (&raw const (*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile() };
+    (protocol(ctx) == MPTCP).then_some(sk as u64)
+}
+
+/// In release: the key of the socket, if it is an MPTCP one. (The context of this hook is the socket.)
+#[inline(always)]
+pub(crate) fn of_released(ctx: &SockContext) -> Option<u64> {
+    // SAFETY: the verifier checks loads from the context.
+    let protocol = unsafe { (&raw const (*ctx.sock).protocol).read_volatile() };
+    (protocol == MPTCP).then_some(ctx.as_ptr() as u64)
+}
