@@ -100,8 +100,8 @@ mod tests {
             key: ObjectKey::new("ns", name),
             service: service.into(),
             ipv6: false,
-            endpoints: Vec::new(),
-            ports: Vec::new(),
+            endpoints: Box::default(),
+            ports: Box::default(),
         })))
     }
 

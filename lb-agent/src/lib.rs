@@ -14,6 +14,7 @@ pub mod cli;
 pub mod desired;
 mod diff;
 mod index;
+pub mod intern;
 pub mod loader;
 pub mod maps;
 pub mod model;

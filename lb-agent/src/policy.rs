@@ -93,7 +93,7 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
                     (false, true, false) => Rank::Serving,
                     (false, false, _) => Rank::Unusable,
                 };
-                let local = endpoint.node.as_deref() == Some(wanted.node);
+                let local = endpoint.place.node.as_deref() == Some(wanted.node);
                 let entry = found.entry((endpoint.address, port)).or_insert((rank, local));
                 *entry = (entry.0.max(rank), entry.1 || local);
             }
@@ -129,7 +129,7 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Endpoint, EndpointPort, ObjectKey};
+    use crate::model::{Endpoint, EndpointPort, ObjectKey, Place};
     use proptest::prelude::*;
 
     const READY: (bool, bool, bool) = (true, true, false);
@@ -143,7 +143,7 @@ mod tests {
             ready,
             serving,
             terminating,
-            node: Some(node.into()),
+            place: Arc::new(Place::on(node)),
         }
     }
 
@@ -152,7 +152,7 @@ mod tests {
             key: ObjectKey::new("default", "s"),
             service: "s".into(),
             ipv6: false,
-            endpoints,
+            endpoints: endpoints.into(),
             ports: ports
                 .iter()
                 .map(|(name, protocol, port)| EndpointPort {
