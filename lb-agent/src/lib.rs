@@ -15,6 +15,7 @@ pub mod desired;
 mod diff;
 mod index;
 pub mod intern;
+mod keyed;
 pub mod loader;
 pub mod maps;
 pub mod model;

@@ -109,12 +109,14 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
     let (best_anywhere, best_here) = (best(false), best(true));
     let members = |keep: &dyn Fn(Rank, bool) -> bool| -> Arc<[Member]> {
         let kept = found.iter().filter(|(_, (rank, local))| keep(*rank, *local));
-        kept.map(|((addr, port), (_, local))| Member {
+        let member = |((addr, port), (_, local)): (&(IpAddr, u16), &(Rank, bool))| Member {
             addr: *addr,
             port: *port,
             local: *local,
-        })
-        .collect()
+        };
+        let mut kept = kept.map(member).peekable();
+        // All that are empty share one allocation.
+        kept.peek().is_some().then(|| kept.collect()).unwrap_or_default()
     };
     let in_cluster = |rank: Rank| Some(rank) == best_anywhere;
     let in_local = |rank: Rank, local: bool| local && Some(rank) == best_here;
