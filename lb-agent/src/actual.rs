@@ -1,7 +1,9 @@
 //! What the maps say, as far as the agent wrote it: kept beside them so that a change needs no reading back, and made
 //! anew from a dump of the maps at start.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod backends;
+
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -11,6 +13,7 @@ use lb_common::abi::{
 use lb_common::logic::connect::Set;
 use lb_common::logic::generation;
 
+pub(crate) use self::backends::{ActualBackend, BackendMap, Backends};
 use crate::alloc::{Indexes, Range, SlotRanges};
 use crate::desired::{DesiredSet, PortId, SETS};
 use crate::maps::{Capacities, Dump};
@@ -26,12 +29,19 @@ pub(crate) struct ActualSet {
     pub(crate) members: Option<Arc<[Member]>>,
 }
 
-/// A backend that a service port has.
+/// What the entry of NAMES of a service port says beside its identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct ActualBackend {
-    pub(crate) id: u32,
+pub(crate) struct Named {
+    pub(crate) port: u16,
     pub(crate) generation: u32,
-    pub(crate) flags: u16,
+}
+
+impl Named {
+    /// `None` where the entry is not as it should be for this identity.
+    fn of(id: &PortId, name: &Name) -> Option<Self> {
+        let Name { port, generation, .. } = *name;
+        (*name == name_of(id, port, generation)).then_some(Self { port, generation })
+    }
 }
 
 /// A service index in use.
@@ -40,22 +50,22 @@ pub(crate) struct ActualPort {
     pub(crate) index: u32,
     /// The entry of SERVICES.
     pub(crate) value: Service,
-    /// The entry of NAMES.
-    pub(crate) name: Name,
+    /// The entry of NAMES; `None` where that is not what it should be.
+    pub(crate) named: Option<Named>,
     /// In the order of [`SETS`].
     pub(crate) sets: [ActualSet; 3],
-    pub(crate) backends: BTreeMap<(IpAddr, u16), ActualBackend>,
+    pub(crate) backends: Backends,
 }
 
 impl ActualPort {
     /// An index that nothing is known of but what SERVICES says.
-    pub(crate) fn new(index: u32, value: Service, name: Name) -> Self {
+    pub(crate) fn new(index: u32, value: Service, named: Option<Named>) -> Self {
         Self {
             index,
             value,
-            name,
+            named,
             sets: Default::default(),
-            backends: BTreeMap::new(),
+            backends: Backends::default(),
         }
     }
 
@@ -76,10 +86,9 @@ impl ActualPort {
             members: self.sets[i].members.clone().unwrap_or_default(),
             empty_drops: words[i].flags & set_flags::EMPTY_DROPS != 0,
         });
-        let members = self.backends.iter().map(|((addr, port), backend)| Member {
-            addr: *addr,
-            port: *port,
+        let members = self.backends.iter().map(|(member, backend)| Member {
             local: backend.flags & backend_flags::LOCAL != 0,
+            ..*member
         });
         let draining = members
             .filter(|member| !sets.iter().any(|set| set.members.contains(member)))
@@ -167,17 +176,13 @@ impl Actual {
             };
             let id = port_id(name).filter(|id| *index != 0 && !actual.ports.contains_key(id));
             let id = id.unwrap_or_else(|| stray_id(*index));
-            actual
-                .ports
-                .insert(Arc::new(id), Box::new(ActualPort::new(*index, *entry, *name)));
+            let port = ActualPort::new(*index, *entry, Named::of(&id, name));
+            actual.ports.insert(Arc::new(id), Box::new(port));
         }
         for (index, entry) in (0_u32..).zip(&dump.services) {
             if generation::is_live(entry.generation) && !dump.names.contains_key(&index) {
-                let id = stray_id(index);
-                let name = name_of(&id, 0, entry.generation);
-                actual
-                    .ports
-                    .insert(Arc::new(id), Box::new(ActualPort::new(index, *entry, name)));
+                let port = ActualPort::new(index, *entry, None);
+                actual.ports.insert(Arc::new(stray_id(index)), Box::new(port));
             }
         }
         for port in actual.ports.values() {
@@ -189,27 +194,35 @@ impl Actual {
     }
 
     fn adopt_backends(&mut self, dump: &Dump, strays: &mut Strays) {
-        let mut owners: HashMap<u32, &mut ActualPort> =
-            self.ports.values_mut().map(|port| (port.index, &mut **port)).collect();
+        let mut owners: HashMap<u32, BackendMap> = self
+            .ports
+            .values()
+            .map(|port| (port.index, BackendMap::new()))
+            .collect();
         for (id, backend) in (0_u32..)
             .zip(&dump.backends)
             .filter(|(_, b)| generation::is_live(b.generation))
         {
-            let free = |port: &&mut ActualPort| !port.backends.contains_key(&(backend.addr.into(), backend.port));
-            let owner = owners.get_mut(&backend.service).filter(|p| free(p));
+            let key = (backend.addr.into(), backend.port);
+            let owner = owners.get_mut(&backend.service).filter(|all| !all.contains_key(&key));
             self.ids.claim(id);
             match owner {
-                Some(port) if id != 0 && generation::is_sealed(backend) => {
+                Some(all) if id != 0 && generation::is_sealed(backend) => {
                     let known = ActualBackend {
                         id,
                         generation: backend.generation,
                         flags: backend.flags,
                     };
-                    port.backends.insert((backend.addr.into(), backend.port), known);
+                    all.insert(key, known);
                 }
                 _ => {
                     strays.backends.insert(id);
                 }
+            }
+        }
+        for port in self.ports.values_mut() {
+            if let Some(all) = owners.get(&port.index) {
+                port.backends = Backends::of(all, []);
             }
         }
     }
@@ -266,7 +279,7 @@ fn read_set(dump: &Dump, port: &ActualPort, word: SetWord) -> Option<Arc<[Member
         .iter()
         .map(|slot| {
             let (addr, local) = (IpAddr::from(slot.addr), slot.flags == backend_flags::LOCAL);
-            let backend = port.backends.get(&(addr, slot.port))?;
+            let backend = port.backends.get(addr, slot.port)?;
             let member = Member {
                 addr,
                 port: slot.port,
@@ -275,7 +288,13 @@ fn read_set(dump: &Dump, port: &ActualPort, word: SetWord) -> Option<Arc<[Member
             (*slot == slot_of(&member, backend)).then_some(member)
         })
         .collect();
-    members.filter(|members| members.is_sorted()).map(Into::into)
+    let members = members.filter(|members| members.is_sorted())?;
+    let all = port.backends.members();
+    Some(if **all == *members {
+        Arc::clone(all)
+    } else {
+        members.into()
+    })
 }
 
 /// The slot of a member.

@@ -1,7 +1,7 @@
 //! What the maps are to say: from Services and endpoints to service ports, backend sets and frontends. Pure.
 
-use std::cmp::Ordering;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 use std::sync::Arc;
 
@@ -9,6 +9,7 @@ use lb_common::abi::{Addr, Frontend, FrontendKey, FrontendKind, service_flags};
 use lb_common::logic::connect::Set;
 
 use crate::index::Index;
+use crate::keyed::{ByKey, Keyed};
 use crate::model::{Change, EndpointSlice, ObjectKey, Problem, Protocol, Service, ServiceType};
 use crate::policy::{self, Member, Wanted};
 
@@ -64,7 +65,7 @@ pub struct DesiredPort {
     /// Backends that no set contains, whose connections live on.
     pub draining: Arc<[Member]>,
     /// Destinations that lead here, [`FrontendKind::Address`] marks included; sorted.
-    pub frontends: Vec<(FrontendKey, FrontendKind)>,
+    pub frontends: Box<[(FrontendKey, FrontendKind)]>,
 }
 
 impl DesiredPort {
@@ -130,7 +131,6 @@ pub fn ports<'a>(
                 .collect();
             frontends.sort_unstable();
             frontends.dedup();
-            frontends.shrink_to_fit();
             let id = PortId {
                 service: service.key.clone(),
                 port_name: Arc::clone(&port.name),
@@ -144,7 +144,7 @@ pub fn ports<'a>(
                 affinity_timeout: service.affinity_timeout.unwrap_or(0),
                 sets,
                 draining: Arc::clone(&endpoints.draining),
-                frontends,
+                frontends: frontends.into(),
             };
             all.push((id, desired));
         }
@@ -161,23 +161,14 @@ fn share(sets: &mut [DesiredSet; 3]) {
     }
 }
 
-/// A service port that wants a frontend.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A service port that wants a frontend. The order is that of precedence: the older first, without a time stamp last;
+/// then by namespace and name, and port.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Claim {
-    created: Option<i64>,
+    /// Seconds since 1970.
+    created: i64,
     id: Arc<PortId>,
     kind: FrontendKind,
-}
-
-impl Claim {
-    /// The older first; without a time stamp last; then by namespace and name, and port.
-    fn precedence(&self, other: &Self) -> Ordering {
-        let age = |claim: &Self| claim.created.unwrap_or(i64::MAX);
-        age(self)
-            .cmp(&age(other))
-            .then_with(|| self.id.cmp(&other.id))
-            .then(self.kind.cmp(&other.kind))
-    }
 }
 
 /// What changed in [`Desired`].
@@ -189,14 +180,27 @@ pub struct Touched {
     pub frontends: BTreeSet<FrontendKey>,
 }
 
+/// The ports of one Service.
+#[derive(Debug)]
+struct ServicePorts {
+    key: ObjectKey,
+    ports: Box<[(Arc<PortId>, DesiredPort)]>,
+}
+
+impl Keyed for ServicePorts {
+    fn key(&self) -> &ObjectKey {
+        &self.key
+    }
+}
+
 /// All service ports, and who claims which frontend.
 #[derive(Debug, Default)]
 pub struct Desired {
-    /// Boxed, since a good part of a hash table is empty.
-    ports: HashMap<Arc<PortId>, Box<DesiredPort>>,
-    by_service: HashMap<ObjectKey, Vec<Arc<PortId>>>,
-    /// In the order of precedence.
-    claims: HashMap<FrontendKey, Vec<Claim>>,
+    services: HashSet<ByKey<Box<ServicePorts>>>,
+    /// Who has a frontend.
+    claims: BTreeMap<FrontendKey, Claim>,
+    /// Who else claims it, in the order of precedence. Most frontends have one claim and no list here.
+    others: BTreeMap<FrontendKey, Vec<Claim>>,
     /// Frontends (no marks) with more than one claim.
     contested: BTreeSet<FrontendKey>,
 }
@@ -218,54 +222,62 @@ impl Desired {
 
     /// Replaces the ports of a Service, and adds what that changes to `touched`.
     pub fn update(&mut self, service: &ObjectKey, ports: Vec<(PortId, DesiredPort)>, touched: &mut Touched) {
-        let mut before = self.by_service.remove(service).unwrap_or_default();
+        let before = self.services.take(service).map(|known| known.0.ports);
+        let mut before = before.unwrap_or_default().into_vec();
         let mut now = Vec::with_capacity(ports.len());
         for (id, new) in ports {
-            let id = match before.iter().position(|known| **known == id) {
-                Some(known) => before.swap_remove(known),
-                None => Arc::new(id),
+            let (id, old) = match before.iter().position(|(known, _)| **known == id) {
+                Some(known) => {
+                    let (id, old) = before.swap_remove(known);
+                    (id, Some(old))
+                }
+                None => (Arc::new(id), None),
             };
-            let old = self.ports.get(&id).map(|port| &**port);
-            if old != Some(&new) {
-                let (claims, created) = (
-                    old.map_or(&[][..], |old| &old.frontends),
-                    old.and_then(|old| old.created),
-                );
-                if claims != new.frontends || created != new.created {
-                    let old = claims.to_vec();
-                    self.unclaim(&id, &old, touched);
+            if old.as_ref() != Some(&new) {
+                let same = |old: &DesiredPort| old.frontends == new.frontends && old.created == new.created;
+                if !old.as_ref().is_some_and(same) {
+                    if let Some(old) = &old {
+                        self.unclaim(&id, &old.frontends, touched);
+                    }
                     self.claim(&id, &new, touched);
                 }
                 touched.ports.insert(Arc::clone(&id));
-                self.ports.insert(Arc::clone(&id), Box::new(new));
             }
-            now.push(id);
+            now.push((id, new));
         }
-        for id in before {
-            if let Some(old) = self.ports.remove(&id) {
-                self.unclaim(&id, &old.frontends, touched);
-            }
+        for (id, old) in before {
+            self.unclaim(&id, &old.frontends, touched);
             touched.ports.insert(id);
         }
         if !now.is_empty() {
-            self.by_service.insert(service.clone(), now);
+            let (key, ports) = (service.clone(), now.into());
+            self.services.insert(ByKey(Box::new(ServicePorts { key, ports })));
         }
     }
 
     fn claim(&mut self, id: &Arc<PortId>, port: &DesiredPort, touched: &mut Touched) {
         for (key, kind) in &port.frontends {
             let claim = Claim {
-                created: port.created,
+                created: port.created.unwrap_or(i64::MAX),
                 id: Arc::clone(id),
                 kind: *kind,
             };
-            let claims = self.claims.entry(*key).or_default();
-            let at = claims.partition_point(|other| other.precedence(&claim) == Ordering::Less);
-            // Nearly all have one claim: the usual growth makes room for four.
-            claims.reserve_exact(1);
-            claims.insert(at, claim);
-            if claims.len() > 1 && *kind != FrontendKind::Address {
-                self.contested.insert(*key);
+            match self.claims.entry(*key) {
+                Entry::Vacant(nobody) => {
+                    nobody.insert(claim);
+                }
+                Entry::Occupied(mut holder) => {
+                    let later = if claim < *holder.get() {
+                        holder.insert(claim)
+                    } else {
+                        claim
+                    };
+                    let others = self.others.entry(*key).or_default();
+                    others.insert(others.partition_point(|other| *other < later), later);
+                    if *kind != FrontendKind::Address {
+                        self.contested.insert(*key);
+                    }
+                }
             }
             touched.frontends.insert(*key);
         }
@@ -273,14 +285,20 @@ impl Desired {
 
     fn unclaim(&mut self, id: &Arc<PortId>, frontends: &[(FrontendKey, FrontendKind)], touched: &mut Touched) {
         for (key, kind) in frontends {
-            if let Some(claims) = self.claims.get_mut(key) {
-                claims.retain(|claim| claim.id != *id || claim.kind != *kind);
-                if claims.len() < 2 {
-                    self.contested.remove(key);
+            let is_it = |claim: &Claim| claim.id == *id && claim.kind == *kind;
+            let mut others = self.others.remove(key).unwrap_or_default();
+            if self.claims.get(key).is_some_and(is_it) {
+                self.claims.remove(key);
+                if !others.is_empty() {
+                    self.claims.insert(*key, others.remove(0));
                 }
-                if claims.is_empty() {
-                    self.claims.remove(key);
-                }
+            } else {
+                others.retain(|claim| !is_it(claim));
+            }
+            if others.is_empty() {
+                self.contested.remove(key);
+            } else {
+                self.others.insert(*key, others);
             }
             touched.frontends.insert(*key);
         }
@@ -289,18 +307,24 @@ impl Desired {
     /// A service port.
     #[must_use]
     pub fn port(&self, id: &PortId) -> Option<&DesiredPort> {
-        self.ports.get(id).map(|port| &**port)
+        self.entry(id).map(|(_, port)| port)
+    }
+
+    fn entry(&self, id: &PortId) -> Option<&(Arc<PortId>, DesiredPort)> {
+        let ports = &self.services.get(&id.service)?.0.ports;
+        ports.iter().find(|(known, _)| **known == *id)
     }
 
     /// The shared form of an identity, if the service port is known.
     #[must_use]
     pub fn shared_id(&self, id: &PortId) -> Option<&Arc<PortId>> {
-        self.ports.get_key_value(id).map(|(id, _)| id)
+        self.entry(id).map(|(id, _)| id)
     }
 
     /// All service ports.
     pub fn ports(&self) -> impl Iterator<Item = (&Arc<PortId>, &DesiredPort)> {
-        self.ports.iter().map(|(id, port)| (id, &**port))
+        let all = self.services.iter().flat_map(|service| &service.0.ports);
+        all.map(|(id, port)| (id, port))
     }
 
     /// All frontends that anybody claims.
@@ -310,7 +334,7 @@ impl Desired {
 
     /// The value of a frontend: that of the first claimant that `index_of` has a service index for.
     pub fn frontend(&self, key: &FrontendKey, index_of: impl Fn(&PortId) -> Option<u32>) -> Option<Frontend> {
-        self.claims.get(key)?.iter().find_map(|claim| {
+        self.claims(key).find_map(|claim| {
             let index = index_of(&claim.id)?;
             Some(match claim.kind {
                 FrontendKind::Address => Frontend::new(0, FrontendKind::Address),
@@ -319,15 +343,22 @@ impl Desired {
         })
     }
 
+    /// The claims to a frontend, in the order of precedence.
+    fn claims(&self, key: &FrontendKey) -> impl Iterator<Item = &Claim> {
+        self.claims
+            .get(key)
+            .into_iter()
+            .chain(self.others.get(key).into_iter().flatten())
+    }
+
     /// Claims that lose to an older one.
     #[must_use]
     pub fn conflicts(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
         for key in &self.contested {
-            let Some([winner, losers @ ..]) = self.claims.get(key).map(Vec::as_slice) else {
-                continue;
-            };
-            problems.extend(losers.iter().map(|loser| Problem {
+            let mut claims = self.claims(key);
+            let Some(winner) = claims.next() else { continue };
+            problems.extend(claims.map(|loser| Problem {
                 place: format!("Service {}", loser.id),
                 message: format!(
                     "{}:{} is served for the older Service {}",

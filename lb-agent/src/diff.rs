@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use lb_common::abi::{Backend, BackendSlot, Name, Service, SetWord, backend_flags, map_name, set_flags};
+use lb_common::abi::{Backend, BackendSlot, Service, SetWord, backend_flags, map_name, set_flags};
 use lb_common::logic::connect::Set;
 use lb_common::logic::generation;
 
-use crate::actual::{Actual, ActualBackend, ActualPort, backend_of, member_flag, name_of, set_words, slot_of};
+use crate::actual::{
+    Actual, ActualBackend, ActualPort, BackendMap, Named, backend_of, member_flag, set_words, slot_of,
+};
 use crate::alloc::Range;
 use crate::desired::{DesiredPort, PortId, SETS};
 use crate::maps::{MapError, capacity_flag};
@@ -19,7 +21,7 @@ use crate::policy::Member;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Step {
     /// NAMES.
-    Name(Name),
+    Name(Named),
     /// BACKENDS: a backend comes into use.
     Fill(Backend, ActualBackend),
     /// BACKENDS: membership or locality changes.
@@ -70,7 +72,7 @@ pub(crate) fn plan(id: &PortId, want: &DesiredPort, actual: &mut Actual) -> Resu
     // Taken out for the time of planning, which needs the allocators beside it; a copy would cost more than the plan.
     let have = actual.ports.remove_entry(id);
     let mut plan = Plan::default();
-    let filled = fill(id, want, have.as_ref().map(|(_, port)| &**port), actual, &mut plan);
+    let filled = fill(want, have.as_ref().map(|(_, port)| &**port), actual, &mut plan);
     actual.ports.extend(have);
     match filled {
         Ok(()) => Ok(plan),
@@ -95,13 +97,7 @@ fn full(map: &'static str, actual: &Actual) -> MapError {
 }
 
 /// Adds the steps to a plan.
-fn fill(
-    id: &PortId,
-    want: &DesiredPort,
-    have: Option<&ActualPort>,
-    actual: &mut Actual,
-    plan: &mut Plan,
-) -> Result<(), MapError> {
+fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan: &mut Plan) -> Result<(), MapError> {
     let index = match have {
         Some(have) => have.index,
         None => {
@@ -118,16 +114,19 @@ fn fill(
         generation::taken(current)
     };
 
-    let name = name_of(id, want.port, service_generation);
-    if have.is_none_or(|have| have.name != name) {
-        plan.steps.push(Step::Name(name));
+    let named = Named {
+        port: want.port,
+        generation: service_generation,
+    };
+    if have.is_none_or(|have| have.named != Some(named)) {
+        plan.steps.push(Step::Name(named));
     }
 
     let flags = wanted_flags(want);
-    let mut backends: BTreeMap<(IpAddr, u16), ActualBackend> = BTreeMap::new();
+    let mut backends = BackendMap::new();
     for (member, flags) in &flags {
         let key = (member.addr, member.port);
-        if let Some(known) = have.and_then(|have| have.backends.get(&key)) {
+        if let Some(known) = have.and_then(|have| have.backends.get(member.addr, member.port)) {
             if known.flags != *flags {
                 plan.steps.push(Step::Flags(key, *flags));
             }
@@ -171,8 +170,9 @@ fn fill(
                     plan.steps.push(Step::Publish(SETS[i], word, range, members));
                 }
             }
-            let gone = have.backends.keys().filter(|key| !backends.contains_key(*key));
-            plan.steps.extend(gone.map(|key| Step::Withdraw(*key)));
+            let known = have.backends.members().iter().map(|member| (member.addr, member.port));
+            let gone = known.filter(|key| !backends.contains_key(key));
+            plan.steps.extend(gone.map(Step::Withdraw));
         }
     }
     Ok(())
@@ -202,7 +202,7 @@ type Placed = (SetWord, Option<Range>, Arc<[Member]>);
 fn place_sets(
     want: &DesiredPort,
     have: Option<&ActualPort>,
-    backends: &BTreeMap<(IpAddr, u16), ActualBackend>,
+    backends: &BackendMap,
     actual: &mut Actual,
     plan: &mut Plan,
 ) -> Result<[Placed; 3], MapError> {

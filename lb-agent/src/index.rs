@@ -1,19 +1,39 @@
 //! The objects, related to each other: which slices belong to which Service, and what a change concerns.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
+use crate::keyed::{ByKey, Keyed};
 use crate::model::{Change, EndpointSlice, Kind, Node, Object, ObjectKey, Service};
 
 /// All objects, by key. Synchronous, no IO.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
-    services: HashMap<ObjectKey, Arc<Service>>,
-    /// By Service, then in the order of the slices' own keys. Most Services have one: a tree for each would be half empty.
-    slices: HashMap<ObjectKey, Vec<Arc<EndpointSlice>>>,
-    /// Which Service a slice belongs to.
-    owners: HashMap<ObjectKey, ObjectKey>,
+    related: HashSet<ByKey<Box<Related>>>,
+    /// By their own keys.
+    slices: HashSet<ByKey<Arc<EndpointSlice>>>,
     nodes: BTreeMap<Arc<str>, Arc<Node>>,
+}
+
+/// A Service and its slices; either may be there without the other.
+#[derive(Debug)]
+struct Related {
+    key: ObjectKey,
+    service: Option<Arc<Service>>,
+    /// In the order of their own keys.
+    slices: Vec<Arc<EndpointSlice>>,
+}
+
+impl Keyed for Related {
+    fn key(&self) -> &ObjectKey {
+        &self.key
+    }
+}
+
+impl Keyed for EndpointSlice {
+    fn key(&self) -> &ObjectKey {
+        &self.key
+    }
 }
 
 impl Index {
@@ -23,26 +43,27 @@ impl Index {
         for change in changes {
             match change {
                 Change::Set(Object::Service(service)) => {
-                    dirty.insert(service.key.clone());
-                    self.services.insert(service.key.clone(), service);
+                    let key = service.key.clone();
+                    self.relate(&key, |related| related.service = Some(service));
+                    dirty.insert(key);
                 }
                 Change::Set(Object::EndpointSlice(slice)) => {
                     let owner = slice.service_key();
+                    let before = self.slices.replace(ByKey(Arc::clone(&slice)));
                     // A slice may change hands: the label can be edited.
-                    if let Some(before) = self.owners.insert(slice.key.clone(), owner.clone())
-                        && before != owner
-                    {
-                        self.remove_slice(&before, &slice.key);
-                        dirty.insert(before);
+                    if let Some(ByKey(before)) = before.filter(|before| before.0.service != slice.service) {
+                        dirty.insert(self.remove_slice(&before));
                     }
-                    let slices = self.slices.entry(owner.clone()).or_default();
-                    match slices.binary_search_by(|known| known.key.cmp(&slice.key)) {
-                        Ok(at) => slices[at] = slice,
-                        Err(at) => {
-                            slices.reserve_exact(1);
-                            slices.insert(at, slice);
+                    self.relate(&owner, |Related { slices, .. }| {
+                        match slices.binary_search_by(|known| known.key.cmp(&slice.key)) {
+                            Ok(at) => slices[at] = slice,
+                            Err(at) => {
+                                // Most Services have one: the usual growth makes room for four.
+                                slices.reserve_exact(1);
+                                slices.insert(at, slice);
+                            }
                         }
-                    }
+                    });
                     dirty.insert(owner);
                 }
                 Change::Set(Object::Node(node)) => {
@@ -50,14 +71,14 @@ impl Index {
                 }
                 Change::Remove(id) => match id.kind {
                     Kind::Service => {
-                        if self.services.remove(&id.key).is_some() {
+                        if self.service(&id.key).is_some() {
+                            self.relate(&id.key, |related| related.service = None);
                             dirty.insert(id.key);
                         }
                     }
                     Kind::EndpointSlice => {
-                        if let Some(owner) = self.owners.remove(&id.key) {
-                            self.remove_slice(&owner, &id.key);
-                            dirty.insert(owner);
+                        if let Some(ByKey(slice)) = self.slices.take(&id.key) {
+                            dirty.insert(self.remove_slice(&slice));
                         }
                     }
                     Kind::Node => {
@@ -69,24 +90,39 @@ impl Index {
         dirty
     }
 
-    fn remove_slice(&mut self, owner: &ObjectKey, slice: &ObjectKey) {
-        if let Some(slices) = self.slices.get_mut(owner) {
-            slices.retain(|known| known.key != *slice);
-            if slices.is_empty() {
-                self.slices.remove(owner);
-            }
+    /// Changes what is known of a Service.
+    fn relate(&mut self, service: &ObjectKey, change: impl FnOnce(&mut Related)) {
+        let new = || {
+            Box::new(Related {
+                key: service.clone(),
+                service: None,
+                slices: Vec::new(),
+            })
+        };
+        let mut related = self.related.take(service).map_or_else(new, |known| known.0);
+        change(&mut related);
+        if related.service.is_some() || !related.slices.is_empty() {
+            self.related.insert(ByKey(related));
         }
+    }
+
+    /// Takes a slice from its Service; the key of that.
+    fn remove_slice(&mut self, slice: &EndpointSlice) -> ObjectKey {
+        let owner = slice.service_key();
+        self.relate(&owner, |related| related.slices.retain(|known| known.key != slice.key));
+        owner
     }
 
     /// A Service.
     #[must_use]
     pub(crate) fn service(&self, key: &ObjectKey) -> Option<&Service> {
-        self.services.get(key).map(Arc::as_ref)
+        self.related.get(key)?.0.service.as_deref()
     }
 
     /// The slices of a Service, in the order of their names.
     pub(crate) fn slices(&self, service: &ObjectKey) -> impl Iterator<Item = &EndpointSlice> + Clone {
-        self.slices.get(service).into_iter().flatten().map(Arc::as_ref)
+        let related = self.related.get(service).into_iter();
+        related.flat_map(|related| &related.0.slices).map(Arc::as_ref)
     }
 }
 
@@ -100,8 +136,8 @@ mod tests {
             key: ObjectKey::new("ns", name),
             service: service.into(),
             ipv6: false,
-            endpoints: Vec::new(),
-            ports: Vec::new(),
+            endpoints: Box::default(),
+            ports: Box::default(),
         })))
     }
 

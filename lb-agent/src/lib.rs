@@ -14,6 +14,8 @@ pub mod cli;
 pub mod desired;
 mod diff;
 mod index;
+pub mod intern;
+mod keyed;
 pub mod loader;
 pub mod maps;
 pub mod model;

@@ -9,6 +9,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::intern;
+
 /// Namespace and name of an object.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectKey {
@@ -23,7 +25,7 @@ impl ObjectKey {
     #[must_use]
     pub fn new(namespace: &str, name: &str) -> Self {
         Self {
-            namespace: namespace.into(),
+            namespace: intern::text(namespace),
             name: name.into(),
         }
     }
@@ -107,9 +109,9 @@ pub struct Service {
     /// `spec.type`.
     pub service_type: ServiceType,
     /// `spec.clusterIPs` (or `clusterIP`); empty where the Service is headless.
-    pub cluster_ips: Vec<IpAddr>,
+    pub cluster_ips: Box<[IpAddr]>,
     /// `spec.ports`, in the order of the object. Names are distinct, and so are (protocol, port) pairs.
-    pub ports: Vec<ServicePort>,
+    pub ports: Box<[ServicePort]>,
     /// `spec.sessionAffinity: ClientIP` with its timeout in seconds (1..=86400).
     pub affinity_timeout: Option<u32>,
     /// `spec.internalTrafficPolicy`.
@@ -135,8 +137,25 @@ pub struct Endpoint {
     pub serving: bool,
     /// `conditions.terminating`; unset means false.
     pub terminating: bool,
+    /// Where it is. Shared: there are far fewer places than endpoints.
+    pub place: Arc<Place>,
+}
+
+/// Where an endpoint is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Place {
     /// `nodeName`.
-    pub node: Option<Arc<str>>,
+    pub node: Option<Box<str>>,
+}
+
+impl Place {
+    /// The place of an endpoint on a node.
+    #[must_use]
+    pub fn on(node: &str) -> Self {
+        Self {
+            node: Some(node.into()),
+        }
+    }
 }
 
 /// One entry of `ports` of an EndpointSlice.
@@ -160,9 +179,9 @@ pub struct EndpointSlice {
     /// `addressType` is IPv6.
     pub ipv6: bool,
     /// `endpoints`, in the order of the object.
-    pub endpoints: Vec<Endpoint>,
+    pub endpoints: Box<[Endpoint]>,
     /// `ports`.
-    pub ports: Vec<EndpointPort>,
+    pub ports: Box<[EndpointPort]>,
 }
 
 impl EndpointSlice {

@@ -93,7 +93,7 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
                     (false, true, false) => Rank::Serving,
                     (false, false, _) => Rank::Unusable,
                 };
-                let local = endpoint.node.as_deref() == Some(wanted.node);
+                let local = endpoint.place.node.as_deref() == Some(wanted.node);
                 let entry = found.entry((endpoint.address, port)).or_insert((rank, local));
                 *entry = (entry.0.max(rank), entry.1 || local);
             }
@@ -109,12 +109,14 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
     let (best_anywhere, best_here) = (best(false), best(true));
     let members = |keep: &dyn Fn(Rank, bool) -> bool| -> Arc<[Member]> {
         let kept = found.iter().filter(|(_, (rank, local))| keep(*rank, *local));
-        kept.map(|((addr, port), (_, local))| Member {
+        let member = |((addr, port), (_, local)): (&(IpAddr, u16), &(Rank, bool))| Member {
             addr: *addr,
             port: *port,
             local: *local,
-        })
-        .collect()
+        };
+        let mut kept = kept.map(member).peekable();
+        // All that are empty share one allocation.
+        kept.peek().is_some().then(|| kept.collect()).unwrap_or_default()
     };
     let in_cluster = |rank: Rank| Some(rank) == best_anywhere;
     let in_local = |rank: Rank, local: bool| local && Some(rank) == best_here;
@@ -129,7 +131,7 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Endpoint, EndpointPort, ObjectKey};
+    use crate::model::{Endpoint, EndpointPort, ObjectKey, Place};
     use proptest::prelude::*;
 
     const READY: (bool, bool, bool) = (true, true, false);
@@ -143,7 +145,7 @@ mod tests {
             ready,
             serving,
             terminating,
-            node: Some(node.into()),
+            place: Arc::new(Place::on(node)),
         }
     }
 
@@ -152,7 +154,7 @@ mod tests {
             key: ObjectKey::new("default", "s"),
             service: "s".into(),
             ipv6: false,
-            endpoints,
+            endpoints: endpoints.into(),
             ports: ports
                 .iter()
                 .map(|(name, protocol, port)| EndpointPort {

@@ -13,7 +13,7 @@ use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service, SetWord};
 use lb_common::logic::generation;
 use tracing::{debug, warn};
 
-use crate::actual::{Actual, ActualBackend, ActualPort, Strays, set_word_mut};
+use crate::actual::{Actual, ActualPort, BackendMap, Backends, Strays, name_of, set_word_mut};
 use crate::alloc::Range;
 use crate::desired::{self, Desired, DesiredPort, PortId, SETS, Touched};
 use crate::diff::{self, Plan, Step};
@@ -254,7 +254,7 @@ impl<M: Maps> Reconciler<M> {
         };
         self.maps.write_service(index, empty)?;
         self.actual.service_generations[index as usize] = generation;
-        for backend in port.backends.values() {
+        for (_, backend) in port.backends.iter() {
             // Not again where a try before this one came so far.
             if self.actual.backend_generations[backend.id as usize] == backend.generation {
                 self.withdraw(backend.id)?;
@@ -308,7 +308,7 @@ impl<M: Maps> Reconciler<M> {
         let (index, sets) = (port.index, port.sets.clone());
         for (set, _) in SETS.into_iter().zip(sets).filter(|(_, at)| at.members.is_none()) {
             let empty = Step::Publish(set, SetWord::default(), None, Arc::default());
-            if let Err(error) = self.step(id, index, empty) {
+            if let Err(error) = self.step(id, index, empty, &mut BackendMap::new()) {
                 warn!(%id, %error, "cannot empty a set that somebody else has written");
             }
         }
@@ -375,15 +375,23 @@ impl<M: Maps> Reconciler<M> {
             return Ok(());
         }
         let old_ranges = self.actual.ports.get(id).map(|port| port.ranges()).unwrap_or_default();
-        let result = steps.into_iter().try_for_each(|step| self.step(id, index, step));
+        let mut backends = self
+            .actual
+            .ports
+            .get(id)
+            .map(|port| port.backends.to_map())
+            .unwrap_or_default();
+        let mut steps = steps.into_iter();
+        let result = steps.try_for_each(|step| self.step(id, index, step, &mut backends));
 
-        let port = self.actual.ports.get(id);
+        let port = self.actual.ports.get_mut(id);
+        let known: BTreeSet<u32> = backends.values().map(|backend| backend.id).collect();
+        let port = port.map(|port| {
+            let sets = port.sets.iter().filter_map(|set| set.members.as_ref());
+            port.backends = Backends::of(&backends, sets);
+            &*port
+        });
         let in_use = port.map(|port| port.ranges()).unwrap_or_default();
-        let known: BTreeSet<u32> = port
-            .into_iter()
-            .flat_map(|port| port.backends.values())
-            .map(|b| b.id)
-            .collect();
         if new_index && port.is_none() {
             self.actual.indexes.free(index);
         }
@@ -402,12 +410,13 @@ impl<M: Maps> Reconciler<M> {
         result
     }
 
-    /// One write, and then its record.
-    fn step(&mut self, id: &Arc<PortId>, index: u32, step: Step) -> Result<(), MapError> {
-        if let Step::Name(name) = &step {
-            self.maps.write_name(index, name)?;
-            let new = || Box::new(ActualPort::new(index, Service::default(), *name));
-            self.actual.ports.entry(Arc::clone(id)).or_insert_with(new).name = *name;
+    /// One write, and then its record; that of backends is `backends`.
+    fn step(&mut self, id: &Arc<PortId>, index: u32, step: Step, backends: &mut BackendMap) -> Result<(), MapError> {
+        if let Step::Name(named) = step {
+            self.maps
+                .write_name(index, &name_of(id, named.port, named.generation))?;
+            let new = || Box::new(ActualPort::new(index, Service::default(), None));
+            self.actual.ports.entry(Arc::clone(id)).or_insert_with(new).named = Some(named);
             return Ok(());
         }
         // The first step of a new port is its name.
@@ -419,10 +428,10 @@ impl<M: Maps> Reconciler<M> {
             Step::Fill(value, new) => {
                 self.maps.fill_backend(new.id, value)?;
                 self.actual.backend_generations[new.id as usize] = new.generation;
-                port.backends.insert((IpAddr::from(value.addr), value.port), new);
+                backends.insert((IpAddr::from(value.addr), value.port), new);
             }
             Step::Flags(key, flags) => {
-                if let Some(backend) = port.backends.get_mut(&key) {
+                if let Some(backend) = backends.get_mut(&key) {
                     self.maps.write_backend_flags(backend.id, flags)?;
                     backend.flags = flags;
                 }
@@ -458,12 +467,9 @@ impl<M: Maps> Reconciler<M> {
                 }
             }
             Step::Withdraw(key) => {
-                let backend: Option<ActualBackend> = port.backends.get(&key).copied();
-                if let Some(backend) = backend {
+                if let Some(backend) = backends.get(&key) {
                     self.withdraw(backend.id)?;
-                    if let Some(port) = self.actual.ports.get_mut(id) {
-                        port.backends.remove(&key);
-                    }
+                    backends.remove(&key);
                 }
             }
         }

@@ -10,8 +10,8 @@ use crate::desired::PortId;
 use crate::maps::fake::FakeMaps;
 use crate::maps::{Capacities, Maps};
 use crate::model::{
-    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectId, ObjectKey, Protocol, Service, ServicePort,
-    ServiceType, TrafficPolicy,
+    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectId, ObjectKey, Place, Protocol, Service,
+    ServicePort, ServiceType, TrafficPolicy,
 };
 use crate::reconcile::Reconciler;
 use crate::verify::verify;
@@ -37,8 +37,8 @@ pub(crate) fn service(name: &str, ip: &str) -> Service {
         key: ObjectKey::new("default", name),
         created: None,
         service_type: ServiceType::ClusterIp,
-        cluster_ips: vec![ip.parse().unwrap()],
-        ports: vec![port("", 80)],
+        cluster_ips: Box::new([ip.parse().unwrap()]),
+        ports: Box::new([port("", 80)]),
         affinity_timeout: None,
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
@@ -99,7 +99,7 @@ pub(crate) fn endpoint(text: &str) -> Endpoint {
         ready: true,
         serving: true,
         terminating: false,
-        node: None,
+        place: Arc::default(),
     };
     for word in words {
         let (ready, serving, terminating) = match word {
@@ -108,7 +108,7 @@ pub(crate) fn endpoint(text: &str) -> Endpoint {
             "terminating" => (false, true, true),
             "gone" => (false, false, true),
             node => {
-                endpoint.node = Some(node.strip_prefix('@').unwrap().into());
+                endpoint.place = Arc::new(Place::on(node.strip_prefix('@').unwrap()));
                 continue;
             }
         };

@@ -29,7 +29,7 @@ fn sound_maps_are_taken_over_as_they_are() {
     assert_eq!(strays, Strays::default());
     assert_eq!(actual.ports.len(), 2);
     let web = web(&actual);
-    assert_eq!((web.index, web.backends.len()), (2, 3));
+    assert_eq!((web.index, web.backends.iter().count()), (2, 3));
     let lengths = web.sets.clone().map(|set| set.members.map(|members| members.len()));
     assert_eq!(lengths, [Some(1), Some(1), Some(2)]);
     assert_eq!(
@@ -61,7 +61,7 @@ fn what_nobody_owns_is_kept_apart() {
         .find(|(id, _)| id.service.namespace.is_empty())
         .unwrap();
     assert_eq!(
-        (&*stray.service.name, port.index, port.backends.len()),
+        (&*stray.service.name, port.index, port.backends.iter().count()),
         ("(stray index 2)", 2, 3)
     );
 

@@ -13,8 +13,10 @@ use k8s_openapi::api::core::v1;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
+use crate::intern;
 use crate::model::{
-    Endpoint, EndpointPort, EndpointSlice, Node, ObjectKey, Protocol, Service, ServicePort, ServiceType, TrafficPolicy,
+    Endpoint, EndpointPort, EndpointSlice, Node, ObjectKey, Place, Protocol, Service, ServicePort, ServiceType,
+    TrafficPolicy,
 };
 
 /// Label of an EndpointSlice that names its Service.
@@ -169,7 +171,7 @@ pub fn service(object: &v1::Service) -> Result<Service> {
     Ok(Service {
         created: meta.creation_timestamp.as_ref().map(|time| time.0.as_second()),
         service_type,
-        cluster_ips,
+        cluster_ips: cluster_ips.into(),
         ports,
         affinity_timeout: affinity_timeout(spec)?,
         internal_policy: traffic_policy("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref())?,
@@ -220,7 +222,7 @@ pub fn endpoint_slice(object: &discovery::EndpointSlice) -> Result<Option<Endpoi
                 return Err(duplicate(format!("ports[{i}].name"), name));
             }
             Ok(EndpointPort {
-                name: name.into(),
+                name: intern::text(name),
                 protocol: protocol(p.protocol.as_deref(), || format!("ports[{i}].protocol"))?,
                 port: p.port.map(|n| port(n, || format!("ports[{i}].port"))).transpose()?,
             })
@@ -329,7 +331,7 @@ fn cluster_ips(spec: &v1::ServiceSpec) -> Result<(Vec<IpAddr>, bool)> {
     Ok((ips, false))
 }
 
-fn service_ports(given: &[v1::ServicePort]) -> Result<Vec<ServicePort>> {
+fn service_ports(given: &[v1::ServicePort]) -> Result<Box<[ServicePort]>> {
     let mut names = HashSet::with_capacity(given.len());
     let mut numbers = HashSet::with_capacity(given.len());
     let mut node_ports = HashSet::new();
@@ -364,7 +366,7 @@ fn service_ports(given: &[v1::ServicePort]) -> Result<Vec<ServicePort>> {
                 return Err(duplicate(field("nodePort"), &format!("{n}/{protocol}")));
             }
             Ok(ServicePort {
-                name: name.into(),
+                name: intern::text(name),
                 protocol,
                 port: number,
                 node_port,
@@ -435,7 +437,9 @@ fn endpoint(i: usize, given: &discovery::Endpoint, ipv6: bool) -> Result<Endpoin
         ready,
         serving: conditions.and_then(|c| c.serving).unwrap_or(ready),
         terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
-        node: node.map(Into::into),
+        place: intern::place(Place {
+            node: node.map(Into::into),
+        }),
     })
 }
 

@@ -1,12 +1,12 @@
-//! Services and endpoints as a source hands them over, made in memory. Nothing is shared between objects, as if each
-//! had been parsed.
+//! Services and endpoints as a source hands them over, made in memory: shared between objects is what a source shares.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
+use lb_agent::intern;
 use lb_agent::model::{
-    Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectKey, Protocol, Service, ServicePort, ServiceType,
-    TrafficPolicy,
+    Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectKey, Place, Protocol, Service, ServicePort,
+    ServiceType, TrafficPolicy,
 };
 
 /// Services per namespace.
@@ -33,13 +33,13 @@ pub(crate) fn service(number: u32) -> Change {
         key: key(number, ""),
         created: Some(1_700_000_000 + i64::from(number)),
         service_type: ServiceType::ClusterIp,
-        cluster_ips: vec![address([10, 96, 0, 1], number)],
-        ports: vec![ServicePort {
-            name: "http".into(),
+        cluster_ips: Box::new([address([10, 96, 0, 1], number)]),
+        ports: Box::new([ServicePort {
+            name: intern::text("http"),
             protocol: Protocol::Tcp,
             port: 80,
             node_port: None,
-        }],
+        }]),
         affinity_timeout: None,
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
@@ -61,7 +61,7 @@ pub(crate) fn slice(number: u32, endpoints: u32, moved: Option<u32>) -> Change {
             ready: true,
             serving: true,
             terminating: false,
-            node: Some(format!("node-{}", (number + i) % NODES).into()),
+            place: intern::place(Place::on(&format!("node-{}", (number + i) % NODES))),
         }
     };
     Change::Set(Object::EndpointSlice(Arc::new(EndpointSlice {
@@ -69,10 +69,10 @@ pub(crate) fn slice(number: u32, endpoints: u32, moved: Option<u32>) -> Change {
         service: format!("service-{number}").into(),
         ipv6: false,
         endpoints: (0..endpoints).map(endpoint).collect(),
-        ports: vec![EndpointPort {
-            name: "http".into(),
+        ports: Box::new([EndpointPort {
+            name: intern::text("http"),
             protocol: Protocol::Tcp,
             port: Some(8080),
-        }],
+        }]),
     })))
 }

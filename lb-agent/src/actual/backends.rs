@@ -1,0 +1,95 @@
+//! The backends of one service port.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use lb_common::abi::backend_flags;
+
+use crate::policy::Member;
+
+/// A backend that a service port has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ActualBackend {
+    pub(crate) id: u32,
+    pub(crate) generation: u32,
+    pub(crate) flags: u16,
+}
+
+/// Backends by address and port, while they change.
+pub(crate) type BackendMap = BTreeMap<(IpAddr, u16), ActualBackend>;
+
+/// Backends by address and port, in little memory: there are hundreds of thousands, of which few change.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Backends {
+    /// Sorted; nearly always those of a set, whose memory they share.
+    members: Arc<[Member]>,
+    /// As many, in the same order.
+    known: Box<[ActualBackend]>,
+}
+
+impl Backends {
+    /// From a map; shares the memory of one of `lists` where that has the same members.
+    pub(crate) fn of<'a>(map: &BackendMap, lists: impl IntoIterator<Item = &'a Arc<[Member]>>) -> Self {
+        let member = |(&(addr, port), backend): (&(IpAddr, u16), &ActualBackend)| Member {
+            addr,
+            port,
+            local: backend.flags & backend_flags::LOCAL != 0,
+        };
+        let mut lists = lists.into_iter();
+        let shared = lists.find(|list| list.iter().copied().eq(map.iter().map(member)));
+        Self {
+            members: shared.cloned().unwrap_or_else(|| map.iter().map(member).collect()),
+            known: map.values().copied().collect(),
+        }
+    }
+
+    /// The same to be changed.
+    pub(crate) fn to_map(&self) -> BackendMap {
+        self.iter().map(|(m, backend)| ((m.addr, m.port), *backend)).collect()
+    }
+
+    pub(crate) fn get(&self, addr: IpAddr, port: u16) -> Option<&ActualBackend> {
+        let at = self.members.binary_search_by(|m| (m.addr, m.port).cmp(&(addr, port)));
+        self.known.get(at.ok()?)
+    }
+
+    pub(crate) fn members(&self) -> &Arc<[Member]> {
+        &self.members
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&Member, &ActualBackend)> {
+        self.members.iter().zip(&self.known)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_goes_in_comes_out_and_memory_is_shared() {
+        let backend = |id, flags| ActualBackend {
+            id,
+            generation: 1,
+            flags,
+        };
+        let addr = |last| IpAddr::from([10, 0, 0, last]);
+        let map: BackendMap = [
+            ((addr(2), 80), backend(7, backend_flags::LOCAL)),
+            ((addr(1), 90), backend(8, 0)),
+            ((addr(1), 80), backend(9, 0)),
+        ]
+        .into();
+        let own = Backends::of(&map, []);
+        assert_eq!(own.to_map(), map);
+        assert_eq!(own.get(addr(1), 90), Some(&backend(8, 0)));
+        assert_eq!(own.get(addr(2), 90), None);
+
+        let other: Arc<[Member]> = own.members()[1..].into();
+        let same: Arc<[Member]> = own.members().iter().copied().collect();
+        let shared = Backends::of(&map, [&other, &same]);
+        assert!(Arc::ptr_eq(shared.members(), &same));
+        assert_eq!(shared.to_map(), map);
+    }
+}
