@@ -3,6 +3,7 @@
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use lb_common::abi::{Addr, Frontend, FrontendKey, FrontendKind, service_flags};
@@ -10,7 +11,7 @@ use lb_common::logic::connect::Set;
 
 use crate::index::Index;
 use crate::keyed::{ByKey, Keyed};
-use crate::model::{Change, EndpointSlice, ObjectKey, Problem, Protocol, Service, ServiceType};
+use crate::model::{Change, EndpointSlice, ObjectKey, Problem, Protocol, Service, ServicePort, ServiceType};
 use crate::policy::{self, Member, Wanted};
 
 /// What a service index stands for: one port of a Service in one family. Two with the same identity are the same, even
@@ -88,15 +89,12 @@ pub fn ports<'a>(
     }
     let mut all = Vec::new();
     for ipv6 in [false, true] {
-        let addresses: Vec<Addr> = service
-            .cluster_ips
-            .iter()
-            .filter(|ip| ip.is_ipv6() == ipv6)
-            .map(|ip| Addr::from(*ip))
-            .collect();
+        if !service.cluster_ips.iter().any(|ip| ip.is_ipv6() == ipv6) {
+            continue;
+        }
         for port in &service.ports {
             // The data plane has no hooks yet for SCTP.
-            if addresses.is_empty() || port.protocol == Protocol::Sctp {
+            if port.protocol == Protocol::Sctp {
                 continue;
             }
             let wanted = Wanted {
@@ -119,18 +117,6 @@ pub fn ports<'a>(
                 set(crate::model::TrafficPolicy::Cluster),
             ];
             share(&mut sets);
-            let mut frontends: Vec<_> = addresses
-                .iter()
-                .flat_map(|addr| {
-                    let key = FrontendKey::new(*addr, port.port, port.protocol as u8);
-                    [
-                        (key, FrontendKind::ClusterIp),
-                        (FrontendKey::address_mark(*addr), FrontendKind::Address),
-                    ]
-                })
-                .collect();
-            frontends.sort_unstable();
-            frontends.dedup();
             let id = PortId {
                 service: service.key.clone(),
                 port_name: Arc::clone(&port.name),
@@ -140,16 +126,51 @@ pub fn ports<'a>(
             let desired = DesiredPort {
                 port: port.port,
                 created: service.created,
-                flags: service.affinity_timeout.map_or(0, |_| service_flags::AFFINITY),
+                flags: flags(service, ipv6),
                 affinity_timeout: service.affinity_timeout.unwrap_or(0),
                 sets,
                 draining: Arc::clone(&endpoints.draining),
-                frontends: frontends.into(),
+                frontends: frontends(service, port, ipv6),
             };
             all.push((id, desired));
         }
     }
     all
+}
+
+/// [`service_flags`] of a Service in one family.
+fn flags(service: &Service, ipv6: bool) -> u32 {
+    // As kube-proxy has it, ranges of the other family are no restriction.
+    let restricted = service.source_ranges.iter().any(|range| range.contains(':') == ipv6);
+    let affinity = service.affinity_timeout.map_or(0, |_| service_flags::AFFINITY);
+    affinity | if restricted { service_flags::SOURCE_RANGES } else { 0 }
+}
+
+/// The destinations that lead to a port of a Service in one family; sorted, none twice.
+fn frontends(service: &Service, port: &ServicePort, ipv6: bool) -> Box<[(FrontendKey, FrontendKind)]> {
+    let key = |addr, number| FrontendKey::new(addr, number, port.protocol as u8);
+    let of_family = |ips: &[IpAddr], kind| -> Vec<_> {
+        let ips = ips.iter().filter(|ip| ip.is_ipv6() == ipv6);
+        ips.map(|ip| (key(Addr::from(*ip), port.port), kind)).collect()
+    };
+    let mut all = of_family(&service.cluster_ips, FrontendKind::ClusterIp);
+    let marks = all
+        .iter()
+        .map(|(key, _)| (FrontendKey::address_mark(key.addr), FrontendKind::Address));
+    all.extend(marks.collect::<Vec<_>>());
+    all.extend(of_family(&service.external_ips, FrontendKind::ExternalIp));
+    all.extend(of_family(&service.load_balancer_ips, FrontendKind::LoadBalancer));
+    let unspecified = if ipv6 {
+        IpAddr::from(Ipv6Addr::UNSPECIFIED)
+    } else {
+        IpAddr::from(Ipv4Addr::UNSPECIFIED)
+    };
+    let node_port = port.node_port.map(|number| key(Addr::from(unspecified), number));
+    all.extend(node_port.map(|key| (key, FrontendKind::NodePort)));
+    all.sort_unstable();
+    // An address that is given in two ways is what it is first: a cluster IP, then external, then a load balancer's.
+    all.dedup_by_key(|(key, _)| *key);
+    all.into()
 }
 
 /// Sets with the same members share their memory here, and their slots in the map.
@@ -373,7 +394,6 @@ impl Desired {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::IpAddr;
 
     fn id(name: &str) -> PortId {
         PortId {

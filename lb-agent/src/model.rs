@@ -95,7 +95,7 @@ pub struct ServicePort {
     pub protocol: Protocol,
     /// `port`, host byte order.
     pub port: u16,
-    /// `nodePort`, host byte order.
+    /// `nodePort`, host byte order, of types NodePort and LoadBalancer.
     pub node_port: Option<u16>,
 }
 
@@ -110,6 +110,12 @@ pub struct Service {
     pub service_type: ServiceType,
     /// `spec.clusterIPs` (or `clusterIP`); empty where the Service is headless.
     pub cluster_ips: Box<[IpAddr]>,
+    /// `spec.externalIPs`.
+    pub external_ips: Box<[IpAddr]>,
+    /// `status.loadBalancer.ingress[].ip` of type LoadBalancer, those with `ipMode: Proxy` left out.
+    pub load_balancer_ips: Box<[IpAddr]>,
+    /// `spec.loadBalancerSourceRanges` as written, of type LoadBalancer.
+    pub source_ranges: Box<[Arc<str>]>,
     /// `spec.ports`, in the order of the object. Names are distinct, and so are (protocol, port) pairs.
     pub ports: Box<[ServicePort]>,
     /// `spec.sessionAffinity: ClientIP` with its timeout in seconds (1..=86400).

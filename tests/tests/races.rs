@@ -11,7 +11,7 @@ use lb_agent::loader::{self, Cgroup, Lock, OBJECT, PinPath};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_agent::maps::{Capacities, Maps as _};
 use lb_agent::model::{
-    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Kind, Object, ObjectId, ObjectKey, Protocol, Service,
+    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Kind, Object, ObjectId, ObjectKey, Place, Protocol, Service,
     ServicePort, ServiceType, TrafficPolicy,
 };
 use lb_agent::reconcile::Reconciler;
@@ -79,7 +79,7 @@ impl Bed {
         let listen: Vec<_> = listen.iter().map(String::as_str).collect();
         let serving = testbed.serve(&server, &listen)?;
         let lock = Lock::take(&PinPath::new(cluster.pin_path(NODE)))?;
-        let maps = loader::load(OBJECT, &lock, &CAPACITIES)?;
+        let maps = loader::load(OBJECT, &lock, &CAPACITIES, SocketLb::All)?;
         let cgroup = Cgroup::open(Some(cluster.node(NODE).cgroup()))?;
         loader::attach(maps.programs(), lock.pins(), &cgroup)?;
         Ok(Self {
@@ -176,7 +176,10 @@ fn service(name: &str, address: Ipv4Addr, ports: &[(&str, u16)], created: i64) -
         key: key(name),
         created: Some(created),
         service_type: ServiceType::ClusterIp,
-        cluster_ips: vec![IpAddr::V4(address)],
+        cluster_ips: Box::new([IpAddr::V4(address)]),
+        external_ips: Box::default(),
+        load_balancer_ips: Box::default(),
+        source_ranges: Box::default(),
         ports: ports.iter().map(port).collect(),
         affinity_timeout: None,
         internal_policy: TrafficPolicy::Cluster,
@@ -194,7 +197,7 @@ fn endpoints<'a>(service: &str, ports: &[&str], backends: impl IntoIterator<Item
         ready: true,
         serving: true,
         terminating: false,
-        node: Some(NODE.into()),
+        place: Arc::new(Place::on(NODE)),
     };
     let port = |name: &&str| EndpointPort {
         name: (*name).into(),

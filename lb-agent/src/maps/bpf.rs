@@ -11,7 +11,7 @@ use aya::maps::{HashMap, MapData, MapError as AyaMapError, PerCpuArray, PerCpuVa
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use lb_common::abi::{
     Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, DropReason, Frontend, FrontendKey, FrontendSwap, Name,
-    Notice, Service, ServiceStats, SetWord, SocketRecord, State, UdpFlows, map_name, program_name,
+    Notice, Service, ServiceStats, SetWord, SocketRecord, State, UdpFlows, map_name, program_name, service_flags,
 };
 use lb_common::logic::connect::Set;
 use lb_common::logic::{generation, record};
@@ -450,6 +450,20 @@ impl BpfMaps {
         written.map_err(call(map_name::STATS, "BPF_MAP_UPDATE_ELEM"))
     }
 
+    /// Forgets all clients of a service whose affinity is switched off: switched on again, it begins anew.
+    fn forget_clients(&mut self, index: u32) -> Result<(), MapError> {
+        let map = map_name::AFFINITY;
+        for key in self.pinned.affinity()?.into_keys().filter(|key| key.service == index) {
+            let key: [u8; CLIENT] = zerocopy::transmute!(key);
+            self.pinned
+                .affinity
+                .remove(&key)
+                .or_else(|e| if is_missing(&e) { Ok(()) } else { Err(e) })
+                .map_err(call(map, "BPF_MAP_DELETE_ELEM"))?;
+        }
+        Ok(())
+    }
+
     /// Changes the word of a backend that `offset` is in, by one 8-byte store.
     fn change_backend(&mut self, id: u32, offset: usize, change: impl FnOnce(&mut Backend)) -> Result<(), MapError> {
         let backends = &self.pinned.backends;
@@ -469,6 +483,10 @@ impl BpfMaps {
         self.written += bytes as u64;
         Ok(())
     }
+}
+
+fn has_affinity(service: &Service) -> bool {
+    service.flags & service_flags::AFFINITY != 0
 }
 
 /// The words of `Service` that are not set words.
@@ -554,6 +572,7 @@ impl Maps for BpfMaps {
     }
 
     fn write_service_settings(&mut self, index: u32, value: Service) -> Result<(), MapError> {
+        let had_affinity = self.pinned.services.read(index).is_some_and(|old| has_affinity(&old));
         let ok = self.pinned.services.write_words(index, &value, SERVICE_SETTINGS);
         self.stored(
             ok,
@@ -561,7 +580,11 @@ impl Maps for BpfMaps {
             map_name::SERVICES,
             index,
             self.pinned.services.len(),
-        )
+        )?;
+        if had_affinity && !has_affinity(&value) {
+            self.forget_clients(index)?;
+        }
+        Ok(())
     }
 
     fn publish_set(&mut self, index: u32, set: Set, word: SetWord) -> Result<(), MapError> {

@@ -71,6 +71,9 @@ impl Rendering<'_> {
         if service.flags & service_flags::AFFINITY != 0 {
             write!(f, ", affinity {} s", service.affinity_timeout)?;
         }
+        if service.flags & service_flags::SOURCE_RANGES != 0 {
+            f.write_str(", load-balancer addresses for some sources only")?;
+        }
         if !generation::is_live(service.generation) {
             write!(f, " (not in use)")?;
         }

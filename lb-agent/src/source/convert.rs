@@ -164,7 +164,11 @@ pub fn service(object: &v1::Service) -> Result<Service> {
         }
     };
     let (cluster_ips, headless) = cluster_ips(spec)?;
-    let ports = service_ports(spec.ports.as_deref().unwrap_or_default())?;
+    let mut ports = service_ports(spec.ports.as_deref().unwrap_or_default())?;
+    if !matches!(service_type, ServiceType::NodePort | ServiceType::LoadBalancer) {
+        ports.iter_mut().for_each(|port| port.node_port = None);
+    }
+    let is_balanced = service_type == ServiceType::LoadBalancer;
     if ports.is_empty() && !headless && service_type != ServiceType::ExternalName {
         return Err(missing("spec.ports"));
     }
@@ -172,6 +176,17 @@ pub fn service(object: &v1::Service) -> Result<Service> {
         created: meta.creation_timestamp.as_ref().map(|time| time.0.as_second()),
         service_type,
         cluster_ips: cluster_ips.into(),
+        external_ips: external_ips(spec)?,
+        load_balancer_ips: if is_balanced {
+            load_balancer_ips(object)?
+        } else {
+            Box::default()
+        },
+        source_ranges: if is_balanced {
+            source_ranges(spec)?
+        } else {
+            Box::default()
+        },
         ports,
         affinity_timeout: affinity_timeout(spec)?,
         internal_policy: traffic_policy("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref())?,
@@ -309,26 +324,71 @@ fn cluster_ips(spec: &v1::ServiceSpec) -> Result<(Vec<IpAddr>, bool)> {
     let mut ips: Vec<IpAddr> = Vec::with_capacity(given.len());
     for (i, text) in given.iter().enumerate() {
         let ip = address(text, || field(i))?;
-        let class = if ip.is_unspecified() {
-            Some("the unspecified address")
-        } else if ip.is_loopback() {
-            Some("a loopback address")
-        } else if ip.is_multicast() {
-            Some("a multicast address")
-        } else if ip == IpAddr::V4(std::net::Ipv4Addr::BROADCAST) {
-            Some("the broadcast address")
-        } else {
-            None
-        };
-        if let Some(class) = class {
-            return Err(error(field(i), Reason::AddressClass { address: ip, class }));
-        }
+        check_class(ip, || field(i))?;
         if ips.iter().any(|other| other.is_ipv6() == ip.is_ipv6()) {
             return Err(error(field(i), Reason::SameFamily(ip)));
         }
         ips.push(ip);
     }
     Ok((ips, false))
+}
+
+/// An address that packets can be sent to, from anywhere.
+fn check_class(address: IpAddr, field: impl FnOnce() -> String) -> Result<()> {
+    let class = if address.is_unspecified() {
+        "the unspecified address"
+    } else if address.is_loopback() {
+        "a loopback address"
+    } else if address.is_multicast() {
+        "a multicast address"
+    } else if address == IpAddr::V4(std::net::Ipv4Addr::BROADCAST) {
+        "the broadcast address"
+    } else {
+        return Ok(());
+    };
+    Err(error(field(), Reason::AddressClass { address, class }))
+}
+
+/// `spec.externalIPs`.
+fn external_ips(spec: &v1::ServiceSpec) -> Result<Box<[IpAddr]>> {
+    let given = spec.external_ips.iter().flatten().enumerate();
+    given
+        .map(|(i, text)| {
+            let field = || format!("spec.externalIPs[{i}]");
+            let ip = address(text, field)?;
+            check_class(ip, field)?;
+            Ok(ip)
+        })
+        .collect()
+}
+
+/// The addresses in `status.loadBalancer.ingress` that a proxy is to serve: where `ipMode` is `Proxy`, the load balancer
+/// sends to node ports, and its own address must not be short-circuited (KEP-1860).
+fn load_balancer_ips(object: &v1::Service) -> Result<Box<[IpAddr]>> {
+    let status = object.status.as_ref();
+    let ingress = status
+        .and_then(|status| status.load_balancer.as_ref()?.ingress.as_deref())
+        .unwrap_or_default();
+    ingress
+        .iter()
+        .enumerate()
+        .filter(|(_, ingress)| ingress.ip_mode.as_deref().is_none_or(|mode| mode == "VIP"))
+        .filter_map(|(i, ingress)| Some((i, set(ingress.ip.as_deref())?)))
+        .map(|(i, text)| {
+            let field = || format!("status.loadBalancer.ingress[{i}].ip");
+            let ip = address(text, field)?;
+            check_class(ip, field)?;
+            Ok(ip)
+        })
+        .collect()
+}
+
+/// `spec.loadBalancerSourceRanges`. The API server lets blanks pass around them.
+fn source_ranges(spec: &v1::ServiceSpec) -> Result<Box<[Arc<str>]>> {
+    let given = spec.load_balancer_source_ranges.iter().flatten().enumerate();
+    given
+        .map(|(i, text)| cidr(text.trim(), || format!("spec.loadBalancerSourceRanges[{i}]")))
+        .collect()
 }
 
 fn service_ports(given: &[v1::ServicePort]) -> Result<Box<[ServicePort]>> {
