@@ -236,7 +236,10 @@ impl Actual {
                     continue;
                 };
                 if word.len != 0 {
-                    let range = Range::holding(word.base, word.len);
+                    let range = Range {
+                        base: word.base,
+                        len: word.len,
+                    };
                     let shared = port.sets.iter().any(|set| set.range == Some(range));
                     if !shared && !self.slots.claim(range) {
                         unknown.push(word);
@@ -250,7 +253,7 @@ impl Actual {
         // Nobody writes to where these lead until they lead elsewhere.
         for word in unknown {
             for base in word.base..word.base.saturating_add(word.len.into()) {
-                let slot = Range { base, order: 0 };
+                let slot = Range { base, len: 1 };
                 if self.slots.claim(slot) {
                     strays.slots.insert(slot);
                 }
