@@ -3,7 +3,7 @@
 
 mod backends;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -133,7 +133,8 @@ pub(crate) struct Strays {
 pub(crate) struct Actual {
     /// Boxed, since a good part of a hash table is empty.
     pub(crate) ports: HashMap<Arc<PortId>, Box<ActualPort>>,
-    pub(crate) frontends: HashMap<FrontendKey, Frontend>,
+    /// A tree: a hash table of small entries may be twice as large.
+    pub(crate) frontends: BTreeMap<FrontendKey, Frontend>,
     /// How many frontends lead to a service index.
     pub(crate) references: HashMap<u32, u32>,
     pub(crate) slots: SlotRanges,
@@ -153,7 +154,7 @@ impl Actual {
     pub(crate) fn adopt(dump: &Dump, capacities: Capacities) -> (Self, Strays) {
         let mut actual = Self {
             ports: HashMap::new(),
-            frontends: dump.frontends.iter().map(|(key, value)| (*key, *value)).collect(),
+            frontends: dump.frontends.clone(),
             references: HashMap::new(),
             slots: SlotRanges::new(capacities.backend_slots),
             indexes: Indexes::new(capacities.services),
@@ -236,7 +237,10 @@ impl Actual {
                     continue;
                 };
                 if word.len != 0 {
-                    let range = Range::holding(word.base, word.len);
+                    let range = Range {
+                        base: word.base,
+                        len: word.len,
+                    };
                     let shared = port.sets.iter().any(|set| set.range == Some(range));
                     if !shared && !self.slots.claim(range) {
                         unknown.push(word);
@@ -250,7 +254,7 @@ impl Actual {
         // Nobody writes to where these lead until they lead elsewhere.
         for word in unknown {
             for base in word.base..word.base.saturating_add(word.len.into()) {
-                let slot = Range { base, order: 0 };
+                let slot = Range { base, len: 1 };
                 if self.slots.claim(slot) {
                     strays.slots.insert(slot);
                 }

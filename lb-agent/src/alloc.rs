@@ -1,79 +1,48 @@
 //! Who owns which part of the arrays: slot ranges, and indexes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A contiguous range of slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Range {
-    /// First slot; a multiple of the range's size.
+    /// First slot.
     pub(crate) base: u32,
-    /// Size class: the range has `1 << order` slots.
-    pub(crate) order: u8,
+    /// Number of slots, at least one.
+    pub(crate) len: u16,
 }
 
 impl Range {
-    /// The smallest range that holds `len` slots (at least one) at `base`.
-    #[must_use]
-    pub(crate) fn holding(base: u32, len: u16) -> Self {
-        Self {
-            base,
-            order: order_of(len),
-        }
-    }
-
-    /// Number of slots.
-    #[must_use]
-    pub(crate) fn size(self) -> u32 {
-        1 << self.order
-    }
-
-    /// The other half of the range that this one is a half of.
-    fn buddy(self) -> Self {
-        Self {
-            base: self.base ^ self.size(),
-            ..self
-        }
+    fn size(self) -> u32 {
+        self.len.into()
     }
 }
 
-fn order_of(len: u16) -> u8 {
-    u32::from(len).next_power_of_two().trailing_zeros() as u8
-}
-
-/// Allocator of slot ranges: a buddy allocator, so a range is a power of two long and aligned to its length, and free
-/// halves join again. Always the lowest place that fits, so that the used part stays compact.
+/// Allocator of slot ranges: the shortest free range that fits, of these the lowest, and of that the lower end. Free
+/// neighbours join.
+///
+/// Sets of one length, of which a cluster has many, fill each other's holes; a buddy allocator would leave a fourth of the
+/// slots unused.
 #[derive(Debug, Clone)]
 pub(crate) struct SlotRanges {
-    /// Free ranges by order.
-    free: Vec<BTreeSet<u32>>,
+    /// Length of each free range by its base; no two touch.
+    by_base: BTreeMap<u32, u32>,
+    /// The same as pairs of length and base.
+    by_len: BTreeSet<(u32, u32)>,
     capacity: u32,
     used: u32,
 }
-
-const ORDERS: u8 = 32;
 
 impl SlotRanges {
     /// All of `0..capacity` is free.
     #[must_use]
     pub(crate) fn new(capacity: u32) -> Self {
         let mut new = Self {
-            free: vec![BTreeSet::new(); ORDERS as usize],
+            by_base: BTreeMap::new(),
+            by_len: BTreeSet::new(),
             capacity,
             used: 0,
         };
-        let mut base = 0;
-        while base < capacity {
-            // The largest aligned range that ends in bounds.
-            let aligned = if base == 0 {
-                ORDERS - 1
-            } else {
-                base.trailing_zeros() as u8
-            };
-            let fits = (capacity - base).ilog2() as u8;
-            let order = aligned.min(fits);
-            new.free[order as usize].insert(base);
-            base += 1 << order;
-        }
+        new.insert(0, capacity);
         new
     }
 
@@ -89,71 +58,65 @@ impl SlotRanges {
         self.used
     }
 
-    /// A range for `len` slots, if there is room.
+    /// A range of `len` slots (at least one), if there is room.
     pub(crate) fn alloc(&mut self, len: u16) -> Option<Range> {
-        let order = order_of(len);
-        let (from, base) = (order..ORDERS)
-            .filter_map(|o| self.free[o as usize].first().map(|base| (o, *base)))
-            .min_by_key(|(_, base)| *base)?;
-        self.take(Range { base, order: from }, Range { base, order });
-        Some(Range { base, order })
+        let (_, base) = *self.by_len.range((u32::from(len), 0)..).next()?;
+        let range = Range { base, len };
+        self.claim(range).then_some(range)
     }
 
-    /// Takes a range that is known to be in use. False where it is not wholly free, not aligned, or out of bounds.
+    /// Takes a range that is known to be in use. False where it is not wholly free, or out of bounds.
     pub(crate) fn claim(&mut self, range: Range) -> bool {
-        if range.order >= ORDERS || !range.base.is_multiple_of(range.size()) {
-            return false;
-        }
-        let holder = (range.order..ORDERS).map(|order| Range {
-            base: range.base & !((1_u64 << order) as u32).wrapping_sub(1),
-            order,
-        });
-        let Some(holder) = holder
-            .into_iter()
-            .find(|r| self.free[r.order as usize].contains(&r.base))
-        else {
+        let Some((&base, &len)) = self.by_base.range(..=range.base).next_back() else {
             return false;
         };
-        self.take(holder, range);
+        let before = range.base - base;
+        let Some(after) = len.checked_sub(before).and_then(|rest| rest.checked_sub(range.size())) else {
+            return false;
+        };
+        self.remove(base, len);
+        self.insert(base, before);
+        self.insert(range.base + range.size(), after);
+        self.used += range.size();
         true
     }
 
     /// Gives a range back.
     ///
     /// # Panics
-    /// In debug builds, where the range is free already.
-    pub(crate) fn free(&mut self, mut range: Range) {
+    /// In debug builds, where a part of it is free already.
+    pub(crate) fn free(&mut self, range: Range) {
         self.used -= range.size();
-        while range.order + 1 < ORDERS {
-            let buddy = range.buddy();
-            if !self.free[range.order as usize].remove(&buddy.base) {
-                break;
+        let (mut base, mut len) = (range.base, range.size());
+        if let Some((&before, &size)) = self.by_base.range(..base).next_back() {
+            debug_assert!(before + size <= base, "{range:?} was free already");
+            if before + size == base {
+                self.remove(before, size);
+                (base, len) = (before, size + len);
             }
-            range = Range {
-                base: range.base.min(buddy.base),
-                order: range.order + 1,
-            };
         }
-        debug_assert!(range.base + range.size() <= self.capacity);
-        let new = self.free[range.order as usize].insert(range.base);
-        debug_assert!(new, "{range:?} was free already");
+        if let Some((&after, &size)) = self.by_base.range(base..).next() {
+            debug_assert!(base + len <= after, "{range:?} was free already");
+            if base + len == after {
+                self.remove(after, size);
+                len += size;
+            }
+        }
+        debug_assert!(base + len <= self.capacity);
+        self.insert(base, len);
     }
 
-    /// Takes `wanted` out of the free range `holder` that contains it; what is left of it stays free.
-    fn take(&mut self, holder: Range, wanted: Range) {
-        self.free[holder.order as usize].remove(&holder.base);
-        let mut rest = holder;
-        while rest.order > wanted.order {
-            rest.order -= 1;
-            let upper = rest.base + rest.size();
-            let free = if wanted.base >= upper {
-                std::mem::replace(&mut rest.base, upper)
-            } else {
-                upper
-            };
-            self.free[rest.order as usize].insert(free);
+    /// Adds a free range that touches no other; nothing where it is empty.
+    fn insert(&mut self, base: u32, len: u32) {
+        if len > 0 {
+            self.by_base.insert(base, len);
+            self.by_len.insert((len, base));
         }
-        self.used += wanted.size();
+    }
+
+    fn remove(&mut self, base: u32, len: u32) {
+        self.by_base.remove(&base);
+        self.by_len.remove(&(len, base));
     }
 }
 
@@ -225,13 +188,14 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn ranges_are_powers_of_two_and_aligned() {
+    fn the_hole_that_fits_best_is_taken() {
         let mut ranges = SlotRanges::new(64);
-        for (len, size) in [(1, 1), (2, 2), (3, 4), (5, 8), (10, 16)] {
-            let range = ranges.alloc(len).unwrap();
-            assert_eq!(range.size(), size);
-            assert_eq!(range.base % size, 0);
-        }
+        let [_, b, _, d, _] = [8, 6, 1, 3, 2].map(|len| ranges.alloc(len).unwrap());
+        ranges.free(b);
+        ranges.free(d);
+        assert_eq!(ranges.alloc(3), Some(d));
+        assert_eq!(ranges.alloc(4), Some(Range { len: 4, ..b }));
+        assert_eq!(ranges.alloc(3), Some(Range { base: 20, len: 3 }), "behind all");
     }
 
     #[test]
@@ -243,7 +207,7 @@ mod tests {
         ranges.free(a);
         assert_eq!(ranges.alloc(8), None);
         ranges.free(b);
-        assert_eq!(ranges.alloc(8), Some(Range { base: 0, order: 3 }));
+        assert_eq!(ranges.alloc(8), Some(Range { base: 0, len: 8 }));
     }
 
     #[test]
@@ -263,18 +227,17 @@ mod tests {
     #[test]
     fn claims_are_exclusive_and_in_bounds() {
         let mut ranges = SlotRanges::new(100);
-        assert!(ranges.claim(Range { base: 8, order: 2 }));
-        assert!(!ranges.claim(Range { base: 8, order: 2 }));
-        assert!(!ranges.claim(Range { base: 8, order: 3 }));
-        assert!(!ranges.claim(Range { base: 10, order: 0 }));
-        assert!(!ranges.claim(Range { base: 13, order: 1 }), "not aligned");
-        assert!(!ranges.claim(Range { base: 96, order: 3 }), "out of bounds");
-        assert!(!ranges.claim(Range {
-            base: u32::MAX,
-            order: 0
-        }));
-        assert!(ranges.claim(Range { base: 96, order: 2 }));
-        assert!(ranges.claim(Range { base: 12, order: 2 }));
+        assert!(ranges.claim(Range { base: 8, len: 4 }));
+        assert!(!ranges.claim(Range { base: 8, len: 4 }));
+        assert!(!ranges.claim(Range { base: 8, len: 8 }));
+        assert!(!ranges.claim(Range { base: 10, len: 1 }));
+        assert!(!ranges.claim(Range { base: 4, len: 5 }));
+        assert!(!ranges.claim(Range { base: 96, len: 8 }), "out of bounds");
+        let base = u32::MAX;
+        assert!(!ranges.claim(Range { base, len: 1 }));
+        assert!(ranges.claim(Range { base: 96, len: 4 }));
+        assert!(ranges.claim(Range { base: 12, len: 2 }));
+        assert!(ranges.claim(Range { base: 7, len: 1 }));
     }
 
     proptest! {
@@ -285,7 +248,7 @@ mod tests {
             for (alloc, len, which) in ops {
                 if alloc {
                     if let Some(range) = ranges.alloc(len) {
-                        prop_assert!(range.size() >= u32::from(len) && range.base + range.size() <= capacity);
+                        prop_assert!(range.len == len && range.base + range.size() <= capacity);
                         for other in &held {
                             prop_assert!(range.base + range.size() <= other.base || other.base + other.size() <= range.base);
                         }
@@ -300,12 +263,12 @@ mod tests {
                 for range in &held {
                     prop_assert!(adopted.claim(*range));
                 }
-                prop_assert_eq!(&adopted.free, &ranges.free);
+                prop_assert_eq!((&adopted.by_base, &adopted.by_len), (&ranges.by_base, &ranges.by_len));
             }
             for range in held.drain(..) {
                 ranges.free(range);
             }
-            prop_assert_eq!(&ranges.free, &SlotRanges::new(capacity).free);
+            prop_assert_eq!(&ranges.by_base, &SlotRanges::new(capacity).by_base);
         }
     }
 

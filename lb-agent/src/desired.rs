@@ -201,16 +201,22 @@ pub struct Touched {
     pub frontends: BTreeSet<FrontendKey>,
 }
 
-/// The ports of one Service.
+/// The ports of one Service, at least one.
 #[derive(Debug)]
 struct ServicePorts {
-    key: ObjectKey,
-    ports: Box<[(Arc<PortId>, DesiredPort)]>,
+    first: (Arc<PortId>, DesiredPort),
+    more: Box<[(Arc<PortId>, DesiredPort)]>,
 }
 
 impl Keyed for ServicePorts {
     fn key(&self) -> &ObjectKey {
-        &self.key
+        &self.first.0.service
+    }
+}
+
+impl ServicePorts {
+    fn all(&self) -> impl Iterator<Item = &(Arc<PortId>, DesiredPort)> {
+        std::iter::once(&self.first).chain(&self.more)
     }
 }
 
@@ -243,8 +249,11 @@ impl Desired {
 
     /// Replaces the ports of a Service, and adds what that changes to `touched`.
     pub fn update(&mut self, service: &ObjectKey, ports: Vec<(PortId, DesiredPort)>, touched: &mut Touched) {
-        let before = self.services.take(service).map(|known| known.0.ports);
-        let mut before = before.unwrap_or_default().into_vec();
+        let mut before = Vec::new();
+        if let Some(ByKey(known)) = self.services.take(service) {
+            before.push(known.first);
+            before.extend(known.more);
+        }
         let mut now = Vec::with_capacity(ports.len());
         for (id, new) in ports {
             let (id, old) = match before.iter().position(|(known, _)| **known == id) {
@@ -270,9 +279,10 @@ impl Desired {
             self.unclaim(&id, &old.frontends, touched);
             touched.ports.insert(id);
         }
-        if !now.is_empty() {
-            let (key, ports) = (service.clone(), now.into());
-            self.services.insert(ByKey(Box::new(ServicePorts { key, ports })));
+        let mut now = now.into_iter();
+        if let Some(first) = now.next() {
+            let more = now.collect();
+            self.services.insert(ByKey(Box::new(ServicePorts { first, more })));
         }
     }
 
@@ -332,8 +342,8 @@ impl Desired {
     }
 
     fn entry(&self, id: &PortId) -> Option<&(Arc<PortId>, DesiredPort)> {
-        let ports = &self.services.get(&id.service)?.0.ports;
-        ports.iter().find(|(known, _)| **known == *id)
+        let mut all = self.services.get(&id.service)?.0.all();
+        all.find(|(known, _)| **known == *id)
     }
 
     /// The shared form of an identity, if the service port is known.
@@ -344,7 +354,7 @@ impl Desired {
 
     /// All service ports.
     pub fn ports(&self) -> impl Iterator<Item = (&Arc<PortId>, &DesiredPort)> {
-        let all = self.services.iter().flat_map(|service| &service.0.ports);
+        let all = self.services.iter().flat_map(|service| service.0.all());
         all.map(|(id, port)| (id, port))
     }
 

@@ -18,6 +18,7 @@ pub mod intern;
 mod keyed;
 pub mod loader;
 pub mod maps;
+mod memory;
 pub mod model;
 pub mod policy;
 pub mod reconcile;

@@ -19,7 +19,11 @@ use crate::desired::{self, Desired, DesiredPort, PortId, SETS, Touched};
 use crate::diff::{self, Plan, Step};
 use crate::index::Index;
 use crate::maps::{Capacities, Epoch, MapError, Maps};
+use crate::memory;
 use crate::model::{Batch, Problem};
+
+/// Number of changes in one batch after which memory is given back.
+const LARGE: usize = 1000;
 
 /// What is out of use, but may still be seen by a program that runs.
 #[derive(Debug)]
@@ -99,6 +103,7 @@ impl<M: Maps> Reconciler<M> {
 
     /// Applies a batch of changes as a whole.
     pub fn apply(&mut self, batch: Batch) {
+        let is_large = batch.changes.len() >= LARGE;
         let dirty = self.index.apply(batch.changes);
         let mut touched = Touched::default();
         for key in dirty {
@@ -126,6 +131,9 @@ impl<M: Maps> Reconciler<M> {
         }
         self.problems = batch.problems;
         self.reconcile(touched);
+        if is_large {
+            memory::give_back();
+        }
     }
 
     /// Uses grace periods that have passed: clears what is gone, frees what was in use, and tries again what failed.

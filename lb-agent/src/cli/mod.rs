@@ -125,7 +125,7 @@ struct CapacityArgs {
     /// Backends, over all service ports
     #[arg(long, value_name = "N", default_value_t = capacity::BACKENDS, value_parser = clap::value_parser!(u32).range(2..=1 << 26))]
     max_backends: u32,
-    /// Slots of backend sets: per set, the next power of two
+    /// Slots of backend sets: per set, the number of its endpoints
     #[arg(long, value_name = "N", default_value_t = capacity::BACKEND_SLOTS, value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
     max_backend_slots: u32,
     /// Socket records in the direct-mapped array; rounded up to a power of two

@@ -76,12 +76,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 /// Room for all, and for what is not freed yet.
 fn capacities(options: &Options) -> Capacities {
     let backends = options.services * options.endpoints;
-    let slots = options.services * options.endpoints.next_power_of_two();
     Capacities {
         services: options.services + 16,
         frontends: 2 * options.services + 16,
-        backends: backends + 4096,
-        backend_slots: slots + 4096 * options.endpoints.next_power_of_two(),
+        backends: backends + 256,
+        backend_slots: backends + 256 * options.endpoints,
         sockets: 1024,
         sockets_more: 1024,
         udp_flows: 64,
