@@ -7,7 +7,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use lb_agent::loader::{self, Cgroup, Lock, OBJECT, PinPath};
+use lb_agent::loader::{self, Cgroup, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_agent::maps::{Capacities, Maps as _};
 use lb_agent::model::{
