@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -242,8 +242,10 @@ impl Cluster {
         pod.ip_batch(&[
             "link set lo up".to_owned(),
             format!("address add {}/24 dev eth0", pod.address),
+            format!("address add {}/64 dev eth0 nodad", pod.address6()),
             "link set eth0 up".to_owned(),
             format!("route add default via {}", node.gateway()),
+            format!("route add ::/0 via {}", node.gateway6()),
         ])?;
         pod.wait_for_link("eth0")?;
         node.wait_for_link(&device)?;
@@ -269,8 +271,10 @@ impl Cluster {
             client.ip_batch(&[
                 "link set lo up".to_owned(),
                 format!("address add {}/24 dev eth0", client.address),
+                format!("address add {}/64 dev eth0 nodad", client.address6()),
                 "link set eth0 up".to_owned(),
                 "route add 192.168.77.0/24 dev eth0".to_owned(),
+                "route add fd00:192:168:77::/64 dev eth0".to_owned(),
             ])?;
         }
         let nodes = self.nodes.iter().map(|node| &node.place);
@@ -303,6 +307,7 @@ impl Cluster {
 
     fn configure_node(&self, node: &Node) -> Result<()> {
         node.sysctl("net.ipv4.ip_forward", "1")?;
+        node.sysctl("net.ipv6.conf.all.forwarding", "1")?;
         // What systemd sets on most distributions.
         node.sysctl("net.ipv4.conf.all.rp_filter", "2")?;
         node.sysctl("net.ipv4.conf.default.rp_filter", "2")?;
@@ -312,15 +317,26 @@ impl Cluster {
             format!("address add {}/24 dev eth0", node.address),
             "link set eth0 up".to_owned(),
             "route add 172.30.99.0/24 dev eth0".to_owned(),
+            format!("address add {}/64 dev eth0 nodad", node.address6()),
+            "route add fd00:172:30:99::/64 dev eth0".to_owned(),
             // A fixed address, or the bridge takes on that of its lowest port, and its neighbours' entries go stale.
             format!(
                 "link add cni0 address {} mtu {mtu} type bridge",
                 node.hardware_address(0xc0)
             ),
             format!("address add {}/24 dev cni0", node.gateway()),
+            format!("address add {}/64 dev cni0 nodad", node.gateway6()),
             "link set cni0 up".to_owned(),
         ];
         let others = || self.nodes.iter().filter(|other| other.number != node.number);
+        // IPv6 goes by plain routes, whatever IPv4 does.
+        for other in others() {
+            commands.push(format!(
+                "route add {}/64 via {} dev eth0",
+                pod_address6(other.number, 0),
+                other.address6()
+            ));
+        }
         match self.underlay {
             Underlay::Vxlan => {
                 commands.extend([
@@ -413,6 +429,18 @@ impl Node {
         SocketAddr::new(IpAddr::V4(self.address), port)
     }
 
+    /// The node's IPv6 address on the network between nodes.
+    #[must_use]
+    pub fn address6(&self) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd00, 0x192, 0x168, 0x77, 0, 0, 0, self.number.into())
+    }
+
+    /// The IPv6 address of `cni0`.
+    #[must_use]
+    pub fn gateway6(&self) -> Ipv6Addr {
+        pod_address6(self.number, 1)
+    }
+
     /// The address of `cni0`.
     #[must_use]
     pub fn gateway(&self) -> Ipv4Addr {
@@ -489,6 +517,19 @@ impl Pod {
         SocketAddr::new(IpAddr::V4(self.address), port)
     }
 
+    /// The pod's IPv6 address.
+    #[must_use]
+    pub fn address6(&self) -> Ipv6Addr {
+        let [_, _, node, octet] = self.address.octets();
+        pod_address6(node, octet)
+    }
+
+    /// A port of [`Self::address6`].
+    #[must_use]
+    pub fn socket6(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(IpAddr::V6(self.address6()), port)
+    }
+
     /// The name of its node.
     #[must_use]
     pub fn node(&self) -> &str {
@@ -534,6 +575,13 @@ impl Client {
     pub fn address(&self) -> Ipv4Addr {
         self.address
     }
+
+    /// The client's IPv6 address.
+    #[must_use]
+    pub fn address6(&self) -> Ipv6Addr {
+        let [.., octet] = self.address.octets();
+        Ipv6Addr::new(0xfd00, 0x172, 0x30, 0x99, 0, 0, 0, octet.into())
+    }
 }
 
 impl Deref for Client {
@@ -542,6 +590,11 @@ impl Deref for Client {
     fn deref(&self) -> &Place {
         &self.place
     }
+}
+
+/// An IPv6 address of the pods of a node.
+fn pod_address6(node: u8, last: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 0x10, 0x10, node.into(), 0, 0, 0, last.into())
 }
 
 /// Makes the namespace and the cgroup of a place.

@@ -36,6 +36,7 @@ mod statistics;
 pub mod demo;
 pub mod load;
 pub mod manifests;
+pub mod puppet;
 
 pub use absences::Absences;
 pub use agent::{Agent, Problem, Running, Status};
@@ -46,6 +47,7 @@ pub use mounts::{BPFFS, cgroup2_root, ensure_bpffs};
 pub use pace::{patience, scaled};
 pub use place::{Place, in_netns};
 pub use process::Process;
+pub use puppet::{Answer, Call, Kind, Puppet};
 pub use random::Random;
 pub use ruleset::Ruleset;
 pub use statistics::chi_squared_p;

@@ -7,43 +7,102 @@ use std::path::{Path, PathBuf};
 use crate::{Agent, Cluster, Running};
 use anyhow::{Context as _, Result};
 
-/// A port of a Service of the tests.
+/// A port of a Service of the tests, or of its endpoints.
 #[derive(Debug, Clone, Copy)]
 pub struct Port<'a> {
     /// Its name.
     pub name: &'a str,
     /// Its number.
     pub port: u16,
+    /// `TCP`, `UDP` or `SCTP`.
+    pub protocol: &'a str,
+    /// Of a Service only.
+    pub node_port: Option<u16>,
 }
 
-/// A Service with TCP ports, as YAML; `more` is added to its spec.
+impl<'a> Port<'a> {
+    /// A TCP port.
+    #[must_use]
+    pub const fn tcp(name: &'a str, port: u16) -> Self {
+        Self {
+            name,
+            port,
+            protocol: "TCP",
+            node_port: None,
+        }
+    }
+
+    /// A UDP port.
+    #[must_use]
+    pub const fn udp(name: &'a str, port: u16) -> Self {
+        Self {
+            protocol: "UDP",
+            ..Self::tcp(name, port)
+        }
+    }
+
+    /// The same, also on a port of every node.
+    #[must_use]
+    pub const fn on_nodes(self, port: u16) -> Self {
+        Self {
+            node_port: Some(port),
+            ..self
+        }
+    }
+}
+
+/// A Service at `ips` (one address, or one of each family with a comma between), as YAML; `more` is added to its spec.
 #[must_use]
-pub fn service(name: &str, ip: &str, ports: &[Port<'_>], more: &str) -> String {
+pub fn service(name: &str, ips: &str, ports: &[Port<'_>], more: &str) -> String {
+    let first = ips.split(',').next().unwrap_or_default();
+    let all: Vec<_> = ips.split(',').map(|ip| format!("\"{ip}\"")).collect();
     let mut text = format!(
-        "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: default}}\nspec:\n  clusterIP: {ip}\n"
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: default}}\nspec:\n  clusterIP: \"{first}\"\n  \
+         clusterIPs: [{}]\n",
+        all.join(", ")
     );
+    if ports.iter().any(|port| port.node_port.is_some()) && !more.contains("type:") {
+        text.push_str("  type: NodePort\n");
+    }
     if !more.is_empty() {
         text.push_str(&format!("  {more}\n"));
     }
     text.push_str("  ports:\n");
-    for Port { name, port } in ports {
-        text.push_str(&format!("  - {{name: {name}, port: {port}}}\n"));
+    for Port {
+        name,
+        port,
+        protocol,
+        node_port,
+    } in ports
+    {
+        let node_port = node_port.map_or(String::new(), |port| format!(", nodePort: {port}"));
+        text.push_str(&format!(
+            "  - {{name: {name}, port: {port}, protocol: {protocol}{node_port}}}\n"
+        ));
     }
     text.push_str("---\n");
     text
 }
 
-/// The endpoints of one port of a Service, as YAML: addresses with the names of their nodes.
+/// The endpoints of one port of a Service, all of one family, as YAML: addresses with the names of their nodes. Without
+/// endpoints the slice is one of IPv4.
 #[must_use]
 pub fn slice(service: &str, port: Port<'_>, endpoints: &[(IpAddr, &str)]) -> String {
-    let Port { name, port } = port;
+    let Port {
+        name, port, protocol, ..
+    } = port;
+    let family = match endpoints.first() {
+        Some((IpAddr::V6(_), _)) => "IPv6",
+        _ => "IPv4",
+    };
     let mut text = format!(
-        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {service}-{name}\n  namespace: \
-         default\n  labels: {{kubernetes.io/service-name: {service}}}\naddressType: IPv4\nports:\n- {{name: {name}, \
-         port: {port}}}\nendpoints:\n"
+        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {service}-{name}-{}\n  namespace: \
+         default\n  labels: {{kubernetes.io/service-name: {service}}}\naddressType: {family}\nports:\n- {{name: {name}, \
+         port: {port}, protocol: {protocol}}}\nendpoints:\n",
+        family.to_lowercase()
     );
     for (address, node) in endpoints {
-        text.push_str(&format!("- {{addresses: [{address}], nodeName: {node}}}\n"));
+        text.push_str(&format!("- {{addresses: [\"{address}\"], nodeName: {node}}}\n"));
     }
     if endpoints.is_empty() {
         text.truncate(text.len() - "endpoints:\n".len());

@@ -26,11 +26,8 @@ fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
-const HTTP: Port<'static> = Port { name: "http", port: 80 };
-const TARGET: Port<'static> = Port {
-    name: "http",
-    port: 8080,
-};
+const HTTP: Port<'static> = Port::tcp("http", 80);
+const TARGET: Port<'static> = Port::tcp("http", 8080);
 
 struct Setup {
     agent: Running,

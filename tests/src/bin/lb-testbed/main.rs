@@ -1,7 +1,9 @@
 //! Servers and clients for pods, nodes and outside clients of the test bed. Answers are JSON; see `lb_tests::load`.
 
 mod connect;
+mod datagrams;
 mod hold;
+mod puppet;
 mod serve;
 
 use std::env::current_exe;
@@ -26,6 +28,10 @@ struct Arguments {
 enum Command {
     /// TCP servers that write their name on each connection; prints `ready` when all of them listen
     Serve(serve::Options),
+    /// UDP servers that send back what they get, after their name; prints `ready` when all of them listen
+    ServeDatagrams(datagrams::Options),
+    /// A socket that makes the calls that standard input says, a line of JSON each; answers are lines of JSON
+    Puppet(puppet::Options),
     /// Opens connections and tells as JSON how they went
     Connect(connect::Options),
     /// Builds a cluster, prints its name prefix, and removes it when standard input ends
@@ -64,6 +70,8 @@ fn main() -> Result<ExitCode> {
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raising the limit of open files")?;
     match arguments.command {
         Command::Serve(options) => serve::run(&options)?,
+        Command::ServeDatagrams(options) => datagrams::run(&options)?,
+        Command::Puppet(options) => puppet::run(&options)?,
         Command::Connect(options) => connect::run(&options)?,
         Command::Cluster { nodes, routes, pods } => {
             let underlay = if routes { Underlay::Routes } else { Underlay::Vxlan };

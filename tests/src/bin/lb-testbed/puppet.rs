@@ -1,0 +1,156 @@
+//! A socket that does what standard input says; see `lb_tests::puppet`.
+
+use std::io::stdin;
+use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use lb_tests::puppet::{Answer, Call, Kind};
+use nix::errno::Errno;
+use nix::sys::socket::{self, AddressFamily, MsgFlags, SockaddrStorage, setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike as _};
+
+use crate::say;
+
+/// The longest datagram.
+const LONGEST: usize = 65_536;
+
+/// Flags of `lb-testbed puppet`.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Kind of socket
+    #[arg(long, value_parser = kind)]
+    kind: Kind,
+    /// Patience with receiving
+    #[arg(long, default_value_t = 2000)]
+    timeout_ms: i64,
+}
+
+fn kind(text: &str) -> Result<Kind, String> {
+    serde_json::from_value(text.into()).map_err(|error| error.to_string())
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let kind = options.kind;
+    let family = match kind {
+        Kind::Tcp4 | Kind::Udp4 | Kind::Mptcp4 => AddressFamily::Inet,
+        Kind::Tcp6 | Kind::Udp6 | Kind::Mptcp6 => AddressFamily::Inet6,
+    };
+    let (socket_type, protocol) = match kind {
+        Kind::Tcp4 | Kind::Tcp6 => (libc::SOCK_STREAM, 0),
+        Kind::Udp4 | Kind::Udp6 => (libc::SOCK_DGRAM, 0),
+        Kind::Mptcp4 | Kind::Mptcp6 => (libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
+    };
+    // SAFETY: numbers only.
+    let fd = Errno::result(unsafe { libc::socket(family as i32, socket_type | libc::SOCK_CLOEXEC, protocol) })
+        .context("making a socket")?;
+    // SAFETY: the kernel returned a new descriptor, which nobody else owns.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    if family == AddressFamily::Inet6 {
+        setsockopt(&socket, sockopt::Ipv6V6Only, &false).context("IPV6_V6ONLY")?;
+    }
+    let timeout = TimeVal::milliseconds(options.timeout_ms);
+    setsockopt(&socket, sockopt::ReceiveTimeout, &timeout).context("SO_RCVTIMEO")?;
+    setsockopt(&socket, sockopt::SendTimeout, &timeout).context("SO_SNDTIMEO")?;
+    say("ready")?;
+    for line in stdin().lines() {
+        let line = line.context("reading standard input")?;
+        let call = serde_json::from_str(&line).with_context(|| format!("not a call: {line}"))?;
+        let answer = match make(&socket, family, &call) {
+            Ok(answer) => answer,
+            Err(error) => match error.downcast_ref::<Errno>() {
+                Some(errno) => Answer::Failed(*errno as i32),
+                None => return Err(error),
+            },
+        };
+        say(&serde_json::to_string(&answer)?)?;
+    }
+    Ok(())
+}
+
+fn make(socket: &OwnedFd, family: AddressFamily, call: &Call) -> Result<Answer> {
+    let fd = socket.as_raw_fd();
+    Ok(match call {
+        Call::Bind(to) => {
+            socket::bind(fd, &mapped(*to, family))?;
+            Answer::Done
+        }
+        Call::Connect(to) => {
+            socket::connect(fd, &SockaddrStorage::from(*to))?;
+            Answer::Done
+        }
+        Call::Disconnect => {
+            disconnect(socket)?;
+            Answer::Done
+        }
+        Call::Send(text) => {
+            socket::send(fd, text.as_bytes(), MsgFlags::empty())?;
+            Answer::Done
+        }
+        Call::SendTo(to, text) => {
+            socket::sendto(fd, text.as_bytes(), &mapped(*to, family), MsgFlags::empty())?;
+            Answer::Done
+        }
+        Call::Receive => {
+            let mut buffer = vec![0; LONGEST];
+            let (length, from) = socket::recvfrom::<SockaddrStorage>(fd, &mut buffer)?;
+            let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            Answer::Received(from.and_then(|from| address(&from)), text)
+        }
+        Call::PeerName => named(&socket::getpeername(fd)?)?,
+        Call::Name => named(&socket::getsockname(fd)?)?,
+        Call::Cookie => Answer::Number(cookie(socket)?),
+    })
+}
+
+/// On an AF_INET6 socket, an IPv4 address v4-mapped.
+fn mapped(to: SocketAddr, family: AddressFamily) -> SockaddrStorage {
+    match to {
+        SocketAddr::V4(v4) if family == AddressFamily::Inet6 => {
+            let ip: Ipv6Addr = v4.ip().to_ipv6_mapped();
+            SocketAddrV6::new(ip, v4.port(), 0, 0).into()
+        }
+        to => to.into(),
+    }
+}
+
+fn address(from: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = from.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
+    v4.or_else(|| from.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))
+}
+
+fn named(from: &SockaddrStorage) -> Result<Answer> {
+    match address(from) {
+        Some(address) => Ok(Answer::Address(address)),
+        None => bail!("{from:?} is no IP address"),
+    }
+}
+
+/// `connect` with AF_UNSPEC, which the wrappers do not know.
+fn disconnect(socket: &OwnedFd) -> Result<()> {
+    // SAFETY: plain data, and all zero is a value of it.
+    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
+    nowhere.sa_family = libc::AF_UNSPEC as u16;
+    let length = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: address and length are those of a value that lives as long as the call.
+    Errno::result(unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, length) })?;
+    Ok(())
+}
+
+fn cookie(socket: &OwnedFd) -> Result<u64> {
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: value and length are valid for writes of the length that is given.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    Errno::result(result)?;
+    Ok(cookie)
+}

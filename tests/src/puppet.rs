@@ -1,0 +1,221 @@
+//! A socket somewhere in a cluster that does what a test says, call by call.
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::process::{ChildStdin, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::{Place, Process, Testbed, patience};
+
+/// How long a puppet may take to start, or for one call.
+const CALL: Duration = Duration::from_secs(10);
+
+/// What kind of socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// AF_INET, SOCK_STREAM.
+    Tcp4,
+    /// AF_INET6, SOCK_STREAM; not IPv6 only.
+    Tcp6,
+    /// AF_INET, SOCK_DGRAM.
+    Udp4,
+    /// AF_INET6, SOCK_DGRAM; not IPv6 only.
+    Udp6,
+    /// AF_INET, SOCK_STREAM, IPPROTO_MPTCP.
+    Mptcp4,
+    /// AF_INET6, SOCK_STREAM, IPPROTO_MPTCP.
+    Mptcp6,
+}
+
+/// A call on the socket.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Call {
+    /// `bind`.
+    Bind(SocketAddr),
+    /// `connect`: the address of an IPv4 destination is of AF_INET, whatever the socket is.
+    Connect(SocketAddr),
+    /// `connect` with AF_UNSPEC.
+    Disconnect,
+    /// `send`.
+    Send(String),
+    /// `sendto`: to an IPv4 destination on an AF_INET6 socket with a v4-mapped address.
+    SendTo(SocketAddr, String),
+    /// `recvfrom` with a time limit.
+    Receive,
+    /// `getpeername`.
+    PeerName,
+    /// `getsockname`.
+    Name,
+    /// `SO_COOKIE`.
+    Cookie,
+}
+
+/// What a call returned.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// It succeeded.
+    Done,
+    /// It failed, with this error number.
+    Failed(i32),
+    /// What was received, and from whom (v4-mapped addresses as they are).
+    Received(Option<SocketAddr>, String),
+    /// An address.
+    Address(SocketAddr),
+    /// A number.
+    Number(u64),
+}
+
+/// A socket of a process of its own.
+#[derive(Debug)]
+pub struct Puppet {
+    process: Process,
+    stdin: ChildStdin,
+}
+
+impl Testbed {
+    /// Makes a socket in `place`.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn puppet(&self, place: &Place, kind: Kind) -> Result<Puppet> {
+        let mut command = place.command(self.program())?;
+        command
+            .args(["puppet", "--kind", &format!("{kind:?}")])
+            .stdin(Stdio::piped());
+        let mut process = Process::spawn_ready(&mut command, patience(CALL))?;
+        let stdin = process.take_stdin().context("no standard input")?;
+        Ok(Puppet { process, stdin })
+    }
+
+    /// Starts a server of datagrams in `place`; `listen` has entries `ADDR:PORT=NAME`. It answers each datagram with its
+    /// name, a blank and what it got.
+    ///
+    /// # Errors
+    /// When it is not ready in time.
+    pub fn serve_datagrams(&self, place: &Place, listen: &[&str]) -> Result<Process> {
+        let mut command = place.command(self.program())?;
+        command.arg("serve-datagrams").stdin(Stdio::null());
+        for listen in listen {
+            command.arg(format!("--listen={listen}"));
+        }
+        Process::spawn_ready(&mut command, patience(CALL))
+            .with_context(|| format!("serving {listen:?} in {}", place.name()))
+    }
+}
+
+impl Puppet {
+    /// Makes one call.
+    ///
+    /// # Errors
+    /// When the process is gone; an error of the call is an [`Answer`].
+    pub fn call(&mut self, call: &Call) -> Result<Answer> {
+        writeln!(self.stdin, "{}", serde_json::to_string(call)?).context("writing to a puppet")?;
+        let line = self.process.line(patience(CALL))?;
+        serde_json::from_str(&line).with_context(|| format!("not an answer: {line}"))
+    }
+
+    /// The id of its process.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    fn done(&mut self, call: &Call) -> Result<()> {
+        match self.call(call)? {
+            Answer::Done => Ok(()),
+            other => bail!("{call:?}: {other:?}"),
+        }
+    }
+
+    /// `connect` that must succeed.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn connect(&mut self, to: SocketAddr) -> Result<()> {
+        self.done(&Call::Connect(to))
+    }
+
+    /// `sendto` that must succeed.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn send_to(&mut self, to: SocketAddr, text: &str) -> Result<()> {
+        self.done(&Call::SendTo(to, text.to_owned()))
+    }
+
+    /// `send` that must succeed.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn send(&mut self, text: &str) -> Result<()> {
+        self.done(&Call::Send(text.to_owned()))
+    }
+
+    /// `recvfrom` that must succeed: the source, with v4-mapped addresses made plain, and the text.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn receive(&mut self) -> Result<(Option<SocketAddr>, String)> {
+        match self.call(&Call::Receive)? {
+            Answer::Received(from, text) => Ok((from.map(plain), text)),
+            other => bail!("receiving: {other:?}"),
+        }
+    }
+
+    /// `getpeername`, with v4-mapped addresses made plain.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn peer(&mut self) -> Result<SocketAddr> {
+        match self.call(&Call::PeerName)? {
+            Answer::Address(address) => Ok(plain(address)),
+            other => bail!("getpeername: {other:?}"),
+        }
+    }
+
+    /// Sends a question to a datagram server by `sendto`, and returns the name of the server; the answer must come from
+    /// `to`.
+    ///
+    /// # Errors
+    /// When there is no answer, or it is another's.
+    pub fn ask(&mut self, to: SocketAddr, question: &str) -> Result<String> {
+        self.send_to(to, question)?;
+        self.answered(to, question)
+    }
+
+    /// Waits for the answer to a question; see [`Self::ask`].
+    ///
+    /// # Errors
+    /// When there is no answer, or it is another's.
+    pub fn answered(&mut self, by: SocketAddr, question: &str) -> Result<String> {
+        let (from, text) = self.receive()?;
+        ensure!(
+            from == Some(by),
+            "{question:?} was answered by {from:?}, not {by}: {text:?}"
+        );
+        match text.split_once(' ') {
+            Some((name, rest)) if rest == question => Ok(name.to_owned()),
+            _ => bail!("{question:?} was answered with {text:?}"),
+        }
+    }
+
+    /// The error number of a call that must fail.
+    ///
+    /// # Errors
+    /// When it succeeds.
+    pub fn errno(&mut self, call: &Call) -> Result<i32> {
+        match self.call(call)? {
+            Answer::Failed(errno) => Ok(errno),
+            other => bail!("{call:?}: {other:?}, not an error"),
+        }
+    }
+}
+
+/// A v4-mapped address as the IPv4 address that it is.
+#[must_use]
+pub fn plain(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

@@ -1,0 +1,326 @@
+//! UDP through services, IPv6, v4-mapped addresses and MPTCP, by single sockets that make one call after another.
+
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+use anyhow::{Result, ensure};
+use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::{Call, Cluster, Kind, Pod, Process, Running, Testbed};
+use serde_json::Value;
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const ECONNREFUSED: i32 = 111;
+const EHOSTUNREACH: i32 = 113;
+
+fn bed() -> Testbed {
+    Testbed::new(BED)
+}
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+/// A node, a client pod, three servers of datagrams and of streams, and services in both families.
+struct Setup {
+    agent: Running,
+    manifests: Manifests,
+    client: Pod,
+    servers: [Pod; 3],
+    _processes: Vec<Process>,
+    cluster: Cluster,
+}
+
+const DNS: Port<'static> = Port::udp("dns", 53);
+const WEB: Port<'static> = Port::tcp("web", 80);
+
+/// `both`: all servers, UDP and TCP, in both families. `one` and `uno`: the first server only. `two`: the second only.
+fn manifests(servers: &[Pod]) -> String {
+    let all: Vec<_> = servers.iter().collect();
+    [
+        ("both", "10.96.0.10,fd00:96::10", all.as_slice()),
+        ("one", "10.96.0.11,fd00:96::11", &all[..1]),
+        ("uno", "10.96.0.12,fd00:96::12", &all[..1]),
+        ("two", "10.96.0.13,fd00:96::13", &all[1..2]),
+        ("empty", "10.96.0.14,fd00:96::14", &[]),
+    ]
+    .map(|(name, ips, pods)| served(name, ips, pods, ""))
+    .concat()
+}
+
+fn served(name: &str, ips: &str, pods: &[&Pod], more: &str) -> String {
+    let mut text = service(name, ips, &[DNS, WEB], more);
+    for port in [Port::udp("dns", 5353), Port::tcp("web", 8080)] {
+        let v4: Vec<(IpAddr, &str)> = pods.iter().map(|pod| (pod.address().into(), "n1")).collect();
+        let v6: Vec<(IpAddr, &str)> = pods.iter().map(|pod| (pod.address6().into(), "n1")).collect();
+        if !pods.is_empty() {
+            text += &slice(name, port, &v4);
+            text += &slice(name, port, &v6);
+        }
+    }
+    text
+}
+
+fn setup(flags: &[&str]) -> Result<Setup> {
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let client = cluster.add_pod("n1", "client")?;
+    let servers = [
+        cluster.add_pod("n1", "a")?,
+        cluster.add_pod("n1", "b")?,
+        cluster.add_pod("n1", "c")?,
+    ];
+    let mut processes = Vec::new();
+    for pod in &servers {
+        let name = pod.name();
+        processes.push(bed().serve_datagrams(
+            pod,
+            &[
+                &format!("{}={name}", pod.socket(5353)),
+                &format!("{}={name}", pod.socket6(5353)),
+            ],
+        )?);
+        processes.push(bed().serve_with(pod, &[&format!("[::]:8080={name}")], &["--echo"])?);
+    }
+    let folder = Manifests::new(&cluster)?;
+    folder.write("services.yaml", &manifests(&servers))?;
+    let agent = folder.serve(&cluster, "n1", BED.as_ref(), flags)?;
+    Ok(Setup {
+        agent,
+        manifests: folder,
+        client,
+        servers,
+        _processes: processes,
+        cluster,
+    })
+}
+
+/// The two families: socket kinds, and the addresses of a service by its last number.
+fn families() -> [(Kind, fn(u16, u16) -> SocketAddr); 3] {
+    fn v4(last: u16, port: u16) -> SocketAddr {
+        SocketAddr::new(IpAddr::from([10, 96, 0, last as u8]), port)
+    }
+    fn v6(last: u16, port: u16) -> SocketAddr {
+        // The last number as it is written.
+        let last = u16::from_str_radix(&last.to_string(), 16).unwrap();
+        SocketAddr::new(Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, last).into(), port)
+    }
+    // The third: v4-mapped.
+    [(Kind::Udp4, v4), (Kind::Udp6, v6), (Kind::Udp6, v4)]
+}
+
+#[test]
+fn connected_sockets_see_the_vip() -> Result<()> {
+    let setup = setup(&[])?;
+    for (kind, vip) in families() {
+        let to = vip(10, 53);
+        let mut names = std::collections::BTreeSet::new();
+        for _ in 0..12 {
+            let mut socket = bed().puppet(&setup.client, kind)?;
+            socket.connect(to)?;
+            ensure!(socket.peer()? == to, "{kind:?} {to}: getpeername {}", socket.peer()?);
+            socket.send("hello")?;
+            let name = socket.answered(to, "hello")?;
+            // It keeps its backend, also where it names the destination that it is connected to.
+            socket.send("again")?;
+            assert_eq!(socket.answered(to, "again")?, name);
+            assert_eq!(socket.ask(to, "named")?, name, "{kind:?} {to}");
+            names.insert(name);
+        }
+        assert!(names.len() > 1, "{kind:?} {to}: all of 12 sockets went to {names:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn unconnected_sockets_see_the_vip_and_stay_with_their_backend() -> Result<()> {
+    let setup = setup(&[])?;
+    for (kind, vip) in families() {
+        let mut socket = bed().puppet(&setup.client, kind)?;
+        let to = vip(10, 53);
+        let first = socket.ask(to, "0")?;
+        for i in 1..10 {
+            assert_eq!(socket.ask(to, &i.to_string())?, first, "{kind:?} {to}");
+        }
+        // Another service on the same socket, another backend, questions at once: musl's resolver asks like that.
+        let other = vip(if first == "b" { 11 } else { 13 }, 53);
+        socket.send_to(to, "x")?;
+        socket.send_to(other, "y")?;
+        let mut answers = [socket.receive()?, socket.receive()?];
+        answers.sort_by_key(|(_, text)| text.split(' ').nth(1).map(str::to_owned));
+        assert_eq!(
+            answers.each_ref().map(|(from, _)| *from),
+            [Some(to), Some(other)],
+            "{kind:?}: {answers:?}"
+        );
+        assert_eq!(socket.ask(to, "still")?, first);
+    }
+    let services: Vec<Value> = setup.agent.json(&["service", "list"])?;
+    let flows: u64 = services
+        .iter()
+        .filter(|s| s["name"] == "both" && s["protocol"] == "UDP")
+        .filter_map(|s| s["connections"].as_u64())
+        .sum();
+    assert_eq!(flows, 3, "one for each socket and service: {services:#?}");
+    Ok(())
+}
+
+#[test]
+fn two_services_with_the_same_backend_on_one_socket() -> Result<()> {
+    let setup = setup(&[])?;
+    for (kind, vip) in families() {
+        let (one, uno) = (vip(11, 53), vip(12, 53));
+        let mut socket = bed().puppet(&setup.client, kind)?;
+        for i in 0..5 {
+            socket.ask(one, &format!("one {i}"))?;
+            socket.ask(uno, &format!("uno {i}"))?;
+        }
+        for (first, second) in [(one, uno), (uno, one), (one, one)] {
+            socket.send_to(first, "first")?;
+            socket.send_to(second, "second")?;
+            socket.answered(first, "first")?;
+            socket.answered(second, "second")?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_fifth_service_replaces_the_least_recently_used() -> Result<()> {
+    let setup = setup(&[])?;
+    let more: String = (20..26)
+        .map(|i| served(&format!("s{i}"), &format!("10.96.0.{i}"), &[&setup.servers[0]], ""))
+        .collect();
+    setup.manifests.write("more.yaml", &more)?;
+    let mut agent = setup.agent;
+    agent.wait_ready(&|| false)?;
+    let mut socket = bed().puppet(&setup.client, Kind::Udp4)?;
+    let vip = |i: u16| addr(&format!("10.96.0.{i}:53"));
+    for i in 20..24 {
+        socket.ask(vip(i), "x")?;
+    }
+    assert_eq!(agent.status()?.dropped("udp_flow_replaced").unwrap_or(0), 0);
+    socket.ask(vip(20), "used again")?;
+    socket.ask(vip(24), "the fifth, in place of 21")?;
+    assert_eq!(agent.status()?.dropped("udp_flow_replaced")?, 1);
+    for i in [20, 22, 23, 24] {
+        socket.ask(vip(i), "x")?;
+    }
+    assert_eq!(agent.status()?.dropped("udp_flow_replaced")?, 1);
+    Ok(())
+}
+
+#[test]
+fn sockets_that_connect_again_or_elsewhere() -> Result<()> {
+    let setup = setup(&[])?;
+    let direct = setup.servers[0].socket(5353);
+    let one = addr("10.96.0.11:53");
+    let two = addr("10.96.0.13:53");
+    let mut socket = bed().puppet(&setup.client, Kind::Udp4)?;
+    socket.connect(one)?;
+    socket.send("x")?;
+    assert_eq!(socket.answered(one, "x")?, "a");
+    // Straight to the same backend: nothing is translated any more.
+    socket.connect(direct)?;
+    assert_eq!(socket.peer()?, direct);
+    socket.send("y")?;
+    socket.answered(direct, "y")?;
+    socket.connect(two)?;
+    assert_eq!(socket.peer()?, two);
+    socket.send("z")?;
+    assert_eq!(socket.answered(two, "z")?, "b");
+    // A connected socket may send elsewhere; the answer is not for it, but goes there it does.
+    socket.send_to(one, "elsewhere")?;
+    socket.send("w")?;
+    assert_eq!(socket.answered(two, "w")?, "b");
+    // Unconnected again.
+    assert_eq!(socket.call(&Call::Disconnect)?, lb_tests::Answer::Done);
+    assert_eq!(socket.ask(one, "v")?, "a");
+    assert_eq!(socket.ask(two, "u")?, "b");
+    // An IPv6 socket that connects to an address of AF_INET runs the IPv4 hook.
+    let mut socket = bed().puppet(&setup.client, Kind::Udp6)?;
+    socket.connect(one)?;
+    assert_eq!(socket.peer()?, one);
+    socket.send("t")?;
+    assert_eq!(socket.answered(one, "t")?, "a");
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_served_is_refused_at_the_call() -> Result<()> {
+    let setup = setup(&[])?;
+    let local = service(
+        "local",
+        "10.96.0.15,fd00:96::15",
+        &[DNS, WEB],
+        "internalTrafficPolicy: Local",
+    ) + &slice("local", Port::udp("dns", 5353), &[("10.10.9.9".parse()?, "n9")])
+        + &slice("local", Port::udp("dns", 5353), &[("fd00:10:10:9::9".parse()?, "n9")]);
+    setup.manifests.write("local.yaml", &local)?;
+    let mut agent = setup.agent;
+    agent.wait_ready(&|| false)?;
+    for (kind, vip) in families() {
+        let cases = [
+            (vip(14, 53), ECONNREFUSED),
+            (vip(10, 54), ECONNREFUSED),
+            (vip(15, 53), EHOSTUNREACH),
+        ];
+        for (to, errno) in cases {
+            let mut socket = bed().puppet(&setup.client, kind)?;
+            let text = "x".to_owned();
+            assert_eq!(
+                socket.errno(&Call::SendTo(to, text.clone()))?,
+                errno,
+                "{kind:?} sends to {to}"
+            );
+            assert_eq!(socket.errno(&Call::Connect(to))?, errno, "{kind:?} connects to {to}");
+            // The socket is as good as new.
+            socket.ask(vip(10, 53), "well")?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn streams_of_both_families_and_mptcp() -> Result<()> {
+    let setup = setup(&[])?;
+    let four = addr("10.96.0.10:80");
+    let six = addr("[fd00:96::10]:80");
+    let mapped = addr("[::ffff:10.96.0.10]:80");
+    let cases = [
+        (Kind::Tcp4, four, four),
+        (Kind::Tcp6, six, six),
+        (Kind::Tcp6, mapped, four),
+        (Kind::Mptcp4, four, four),
+        (Kind::Mptcp6, six, six),
+        (Kind::Mptcp6, mapped, four),
+    ];
+    for (kind, to, seen) in cases {
+        let mut socket = bed().puppet(&setup.client, kind)?;
+        socket.connect(to)?;
+        assert_eq!(socket.peer()?, seen, "{kind:?} to {to}");
+        let (_, name) = socket.receive()?;
+        assert!(["a\n", "b\n", "c\n"].contains(&&*name), "{kind:?} to {to}: {name:?}");
+        let rows: Vec<Value> = setup.agent.json(&["socket", "list"])?;
+        assert_eq!(rows.len(), 1, "{kind:?} to {to}: {rows:?}");
+        drop(socket);
+        let deadline = std::time::Instant::now() + lb_tests::patience(std::time::Duration::from_secs(5));
+        loop {
+            let rows: Vec<Value> = setup.agent.json(&["socket", "list"])?;
+            if rows.is_empty() {
+                break;
+            }
+            ensure!(
+                std::time::Instant::now() < deadline,
+                "{kind:?} to {to} is closed, but: {rows:?}"
+            );
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        let refused = SocketAddr::new(to.ip(), 81);
+        let mut socket = bed().puppet(&setup.client, kind)?;
+        assert_eq!(
+            socket.errno(&Call::Connect(refused))?,
+            ECONNREFUSED,
+            "{kind:?} to {refused}"
+        );
+    }
+    ensure!(setup.cluster.nodes().len() == 1, "one node");
+    Ok(())
+}
