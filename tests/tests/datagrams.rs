@@ -92,8 +92,11 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     })
 }
 
-/// The two families: socket kinds, and the addresses of a service by its last number.
-fn families() -> [(Kind, fn(u16, u16) -> SocketAddr); 3] {
+/// The address of a service, by its last number, and a port.
+type Vip = fn(u16, u16) -> SocketAddr;
+
+/// The two families, and IPv4 on IPv6 sockets.
+fn families() -> [(Kind, Vip); 3] {
     fn v4(last: u16, port: u16) -> SocketAddr {
         SocketAddr::new(IpAddr::from([10, 96, 0, last as u8]), port)
     }

@@ -1,0 +1,178 @@
+//! sessionAffinity ClientIP.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::{Cluster, Connect, Kind, Place, Pod, Process, Running, Testbed};
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const VIP: &str = "10.96.0.10:80";
+const VIP6: &str = "[fd00:96::10]:80";
+/// Connections of one client to see whether they all go to one of four backends: by chance, once in 4^23 tries.
+const ENOUGH: u64 = 24;
+
+fn bed() -> Testbed {
+    Testbed::new(BED)
+}
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+struct Setup {
+    agent: Running,
+    manifests: Manifests,
+    clients: [Pod; 2],
+    servers: Vec<Pod>,
+    _processes: Vec<Process>,
+    cluster: Cluster,
+}
+
+impl Setup {
+    fn new() -> Result<Self> {
+        let cluster = Cluster::builder().nodes(1).build()?;
+        let clients = [cluster.add_pod("n1", "client")?, cluster.add_pod("n1", "other")?];
+        let mut servers = Vec::new();
+        let mut processes = Vec::new();
+        for name in ["a", "b", "c", "d"] {
+            let pod = cluster.add_pod("n1", name)?;
+            processes.push(bed().serve_with(&pod, &[&format!("[::]:8080={name}")], &[])?);
+            processes.push(bed().serve_datagrams(&pod, &[&format!("{}={name}", pod.socket(5353))])?);
+            servers.push(pod);
+        }
+        let manifests = Manifests::new(&cluster)?;
+        write(&manifests, &servers, affinity(3600))?;
+        let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
+        Ok(Self {
+            agent,
+            manifests,
+            clients,
+            servers,
+            _processes: processes,
+            cluster,
+        })
+    }
+
+    fn change(&mut self, servers: &[Pod], more: String) -> Result<()> {
+        write(&self.manifests, servers, more)?;
+        self.agent.wait_ready(&|| false)
+    }
+
+    /// The backends that a client's connections reach.
+    fn reached(&self, client: &Place, to: &str) -> Result<BTreeSet<String>> {
+        let summary = bed().connect(client, &Connect::to(&[addr(to)]).count(ENOUGH).threads(4))?;
+        summary.all_well()?;
+        Ok(summary.per_backend.into_keys().collect())
+    }
+}
+
+fn affinity(seconds: u32) -> String {
+    format!("sessionAffinity: ClientIP\n  sessionAffinityConfig: {{clientIP: {{timeoutSeconds: {seconds}}}}}")
+}
+
+fn write(manifests: &Manifests, servers: &[Pod], more: String) -> Result<()> {
+    let ports = [Port::tcp("web", 80), Port::udp("dns", 53)];
+    let v4: Vec<(IpAddr, &str)> = servers.iter().map(|pod| (pod.address().into(), "n1")).collect();
+    let v6: Vec<(IpAddr, &str)> = servers.iter().map(|pod| (pod.address6().into(), "n1")).collect();
+    let text = service("web", "10.96.0.10,fd00:96::10", &ports, &more)
+        + &slice("web", Port::tcp("web", 8080), &v4)
+        + &slice("web", Port::udp("dns", 5353), &v4)
+        + &slice("web", Port::tcp("web", 8080), &v6);
+    manifests.write("web.yaml", &text)
+}
+
+#[test]
+fn a_client_stays_with_its_backend_until_that_leaves() -> Result<()> {
+    let mut setup = Setup::new()?;
+    let clients: [&Place; 3] = [&setup.clients[0], &setup.clients[1], setup.cluster.node("n1")];
+    let mut first = Vec::new();
+    for client in clients {
+        let reached = setup.reached(client, VIP)?;
+        assert_eq!(reached.len(), 1, "of {}: {reached:?}", client.name());
+        assert_eq!(setup.reached(client, VIP)?, reached, "the same again");
+        first.extend(reached);
+        assert_eq!(setup.reached(client, VIP6)?.len(), 1);
+    }
+    // The backend leaves, and is forgotten at once; the new one is kept likewise.
+    let client = setup.clients[0].clone();
+    let rest: Vec<Pod> = setup
+        .servers
+        .iter()
+        .filter(|pod| pod.name() != first[0])
+        .cloned()
+        .collect();
+    setup.change(&rest, affinity(3600))?;
+    let second = setup.reached(&client, VIP)?;
+    ensure!(
+        second.len() == 1 && !second.contains(&first[0]),
+        "{first:?}, then {second:?}"
+    );
+    // It comes back, as another backend with the same address: the client stays where it is.
+    let all = setup.servers.clone();
+    setup.change(&all, affinity(3600))?;
+    assert_eq!(setup.reached(&client, VIP)?, second);
+    Ok(())
+}
+
+#[test]
+fn datagrams_of_a_client_stay_with_its_backend() -> Result<()> {
+    let setup = Setup::new()?;
+    let mut names = BTreeSet::new();
+    for i in 0..ENOUGH {
+        let mut socket = bed().puppet(&setup.clients[0], Kind::Udp4)?;
+        let to = addr("10.96.0.10:53");
+        if i % 2 == 0 {
+            socket.connect(to)?;
+            socket.send("x")?;
+            names.insert(socket.answered(to, "x")?);
+        } else {
+            names.insert(socket.ask(to, "x")?);
+        }
+    }
+    assert_eq!(names.len(), 1, "{names:?}");
+    Ok(())
+}
+
+#[test]
+fn affinity_is_switched_off_and_on_live() -> Result<()> {
+    let mut setup = Setup::new()?;
+    let client = setup.clients[0].clone();
+    let servers = setup.servers.clone();
+    assert_eq!(setup.reached(&client, VIP)?.len(), 1);
+    setup.change(&servers, String::new())?;
+    assert!(setup.reached(&client, VIP)?.len() > 1, "switched off");
+    setup.change(&servers, affinity(3600))?;
+    assert_eq!(setup.reached(&client, VIP)?.len(), 1, "switched on again");
+    Ok(())
+}
+
+#[test]
+fn a_timeout_ends_it_and_use_prolongs_it() -> Result<()> {
+    let mut setup = Setup::new()?;
+    let servers = setup.servers.clone();
+    let client = setup.clients[0].clone();
+    setup.change(&servers, affinity(3))?;
+    let one = || -> Result<String> {
+        let summary = bed().connect(&client, &Connect::to(&[addr(VIP)]).count(1))?;
+        summary.all_well()?;
+        Ok(summary.per_backend.into_keys().collect())
+    };
+    // Used every two seconds, it outlives its three seconds several times.
+    let first = one()?;
+    for _ in 0..4 {
+        sleep(Duration::from_secs(2));
+        assert_eq!(one()?, first);
+    }
+    // Unused for longer, it is forgotten: of so many new picks, one is another. (By chance none: 4^-8 = 1.5e-5.)
+    for _ in 0..8 {
+        sleep(Duration::from_millis(3100));
+        if one()? != first {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("always {first}, though the timeout is over each time")
+}

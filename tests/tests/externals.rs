@@ -1,0 +1,123 @@
+//! External and load-balancer addresses at connect time, and which sockets are served at all.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::Result;
+use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::{Call, Cluster, Connect, Kind, Place, Pod, Process, Running, Testbed};
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TARGET: Port<'static> = Port::tcp("web", 8080);
+
+fn bed() -> Testbed {
+    Testbed::new(BED)
+}
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+struct Setup {
+    _agent: Running,
+    client: Pod,
+    _server: Process,
+    cluster: Cluster,
+}
+
+fn setup(flags: &[&str]) -> Result<Setup> {
+    let cluster = Cluster::builder().nodes(2).build()?;
+    let client = cluster.add_pod("n1", "client")?;
+    let remote = cluster.add_pod("n2", "remote")?;
+    let server = bed().serve(&remote, &["[::]:8080=remote"])?;
+    let manifests = Manifests::new(&cluster)?;
+    let port = [Port::tcp("web", 80)];
+    let balanced = |name: &str, ip: &str, vip: &str, more: &str| {
+        service(name, ip, &port, &format!("type: LoadBalancer\n  {more}"))
+            .trim_end_matches("---\n")
+            .to_owned()
+            + &format!("status: {{loadBalancer: {{ingress: [{vip}]}}}}\n---\n")
+            + &slice(name, TARGET, &[(remote.address().into(), "n2")])
+    };
+    let text = service(
+        "external",
+        "10.96.0.20,fd00:96::20",
+        &port,
+        // No endpoint is on n1: clients inside the cluster are served by all the same.
+        "type: NodePort\n  externalTrafficPolicy: Local\n  externalIPs: [198.51.100.7, \"2001:db8::7\"]",
+    ) + &slice("external", TARGET, &[(remote.address().into(), "n2")])
+        + &slice("external", TARGET, &[(remote.address6().into(), "n2")])
+        + &balanced(
+            "balanced",
+            "10.96.0.21",
+            "{ip: 192.0.2.1, ipMode: VIP}",
+            "externalTrafficPolicy: Local",
+        )
+        + &balanced("proxied", "10.96.0.22", "{ip: 192.0.2.2, ipMode: Proxy}", "")
+        + &balanced(
+            "restricted",
+            "10.96.0.23",
+            "{ip: 192.0.2.3}",
+            "loadBalancerSourceRanges: [203.0.113.0/24]",
+        );
+    manifests.write("web.yaml", &text)?;
+    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), flags)?;
+    Ok(Setup {
+        _agent: agent,
+        client,
+        _server: server,
+        cluster,
+    })
+}
+
+fn is_served(from: &Place, to: &str) -> Result<bool> {
+    let load = Connect::to(&[addr(to)])
+        .count(4)
+        .peer_check()
+        .timeout(Duration::from_millis(500));
+    let summary = bed().connect(from, &load)?;
+    anyhow::ensure!(
+        summary.failure_count == 0 || summary.failure_count == 4,
+        "{to}: {summary:?}"
+    );
+    Ok(summary.failure_count == 0)
+}
+
+#[test]
+fn addresses_from_outside_are_served_inside_with_cluster_semantics() -> Result<()> {
+    let setup = setup(&[])?;
+    for place in [&*setup.client, &**setup.cluster.node("n1")] {
+        for (to, served) in [
+            ("198.51.100.7:80", true),
+            ("[2001:db8::7]:80", true),
+            ("192.0.2.1:80", true),
+            // The load balancer proxies: its address is its own.
+            ("192.0.2.2:80", false),
+            // Who may come by it is for the packet path to say; a socket hook does not know the source.
+            ("192.0.2.3:80", false),
+            ("10.96.0.22:80", true),
+            ("10.96.0.23:80", true),
+            // Ports that an external address does not have are not lb's business.
+            ("198.51.100.7:81", false),
+        ] {
+            assert_eq!(is_served(place, to)?, served, "{to} from {}", place.name());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn only_the_nodes_own_sockets_are_served_where_the_flag_says_so() -> Result<()> {
+    let setup = setup(&["--socket-lb", "node"])?;
+    assert!(is_served(setup.cluster.node("n1"), "10.96.0.20:80")?);
+    assert!(is_served(setup.cluster.node("n1"), "[fd00:96::20]:80")?);
+    assert!(!is_served(&setup.client, "10.96.0.20:80")?);
+    // Datagrams neither: the send is not refused, though the port is none of the service's.
+    let text = "x".to_owned();
+    let to = addr("10.96.0.20:53");
+    let mut pod = bed().puppet(&setup.client, Kind::Udp4)?;
+    assert_eq!(pod.call(&Call::SendTo(to, text.clone()))?, lb_tests::Answer::Done);
+    let mut node = bed().puppet(setup.cluster.node("n1"), Kind::Udp4)?;
+    assert_eq!(node.errno(&Call::SendTo(to, text))?, 111);
+    Ok(())
+}
