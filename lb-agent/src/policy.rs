@@ -116,7 +116,11 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
         };
         let mut kept = kept.map(member).peekable();
         // All that are empty share one allocation.
-        kept.peek().is_some().then(|| kept.collect()).unwrap_or_default()
+        if kept.peek().is_some() {
+            kept.collect()
+        } else {
+            Arc::default()
+        }
     };
     let in_cluster = |rank: Rank| Some(rank) == best_anywhere;
     let in_local = |rank: Rank, local: bool| local && Some(rank) == best_here;
