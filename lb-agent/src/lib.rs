@@ -13,6 +13,8 @@ mod alloc;
 pub mod cli;
 pub mod desired;
 mod diff;
+#[cfg(test)]
+mod fuzz;
 mod index;
 pub mod intern;
 mod keyed;

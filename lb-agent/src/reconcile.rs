@@ -605,4 +605,6 @@ impl<M: Maps> Reconciler<M> {
 }
 
 #[cfg(test)]
+pub(crate) mod random;
+#[cfg(test)]
 mod tests;

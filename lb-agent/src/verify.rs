@@ -273,7 +273,12 @@ impl<'a> Check<'a> {
             other(slot, member) && (slot.addr != Addr::from(member.addr) || slot.port != member.port)
         };
         let mut pairs = slots.iter().zip(members);
+        // Another backend of this service in all its fields: the set is moved, not the slot changed.
+        let moved = |slot: &BackendSlot, member: &Member| {
+            other(slot, member) && ids.get(&(slot.addr, slot.port)) == Some(&slot.backend)
+        };
         if pairs.clone().all(|(slot, member)| elsewhere(slot, member))
+            || pairs.clone().any(|(slot, member)| moved(slot, member))
             || pairs.any(|(slot, member)| other(slot, member)) && self.leads_there_too(index, word)
         {
             return self.drift(

@@ -1,9 +1,10 @@
-//! Everything a person types while working on lb: `cargo xtask setup | test | bless | run | bench | clean`.
+//! Everything a person types while working on lb: `cargo xtask setup | test | bless | run | bench | fuzz | clean`.
 
 mod artifacts;
 mod bed;
 mod bench;
 mod command;
+mod fuzz;
 mod libtest;
 mod plan;
 mod privilege;
@@ -37,6 +38,8 @@ enum Command {
     Run(run::Args),
     /// Measure lb on this machine
     Bench(bench::Args),
+    /// Look for input that breaks lb
+    Fuzz(fuzz::Args),
     /// Remove what interrupted tests left on this machine
     Clean,
 }
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Bless => test::bless(),
         Command::Run(args) => run::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Clean => run::clean(),
     };
     done.unwrap_or_else(|error| {

@@ -90,8 +90,8 @@ fn from_nothing() {
             "fill 1 10.0.0.1:8080 flags 15",
             "fill 2 10.0.0.2:8080 flags 4",
             "slots 0 = 1",
-            "slots 2 = 1 2",
-            "service 0..1 | 0..1 | 2..4 affinity 0 generation 1",
+            "slots 1 = 1 2",
+            "service 0..1 | 0..1 | 1..3 affinity 0 generation 1",
         ]
     );
 }
@@ -105,10 +105,10 @@ fn a_change_has_only_the_steps_that_it_needs() {
             (web(), on(&["10.0.0.1", "10.0.0.2", "10.0.0.3"])),
             &[
                 "fill 3 10.0.0.3:8080 flags 7",
-                "slots 4 = 1 2 3",
-                "publish Internal 4..7",
-                "publish External 4..7",
-                "publish Cluster 4..7",
+                "slots 2 = 1 2 3",
+                "publish Internal 2..5",
+                "publish External 2..5",
+                "publish Cluster 2..5",
             ],
         ),
         (

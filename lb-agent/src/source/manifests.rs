@@ -5,6 +5,7 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::parse::{self, Found, Position};
@@ -32,11 +33,19 @@ const STAMP_RESOLUTION: Duration = Duration::from_millis(50);
 pub struct ManifestSource {
     roots: Vec<Root>,
     files: BTreeMap<FileId, FileState>,
-    /// Who defines an object, in the order of precedence.
-    claims: HashMap<ObjectId, Vec<Claim>>,
+    /// Boxed, since a good part of a hash table is empty.
+    known: HashMap<ObjectId, Box<Known>>,
     /// Objects with several claims.
     contested: BTreeSet<ObjectId>,
-    delivered: HashMap<ObjectId, Object>,
+}
+
+/// An object that a file defines, or did when it was last told of.
+#[derive(Debug, Default)]
+struct Known {
+    /// Who defines it, in the order of precedence.
+    claims: Vec<Claim>,
+    /// What was last told.
+    delivered: Option<Object>,
 }
 
 #[derive(Debug)]
@@ -46,7 +55,7 @@ struct Root {
 }
 
 /// A file: which root it belongs to, and its path. The order is that of precedence.
-type FileId = (usize, PathBuf);
+type FileId = (usize, Arc<Path>);
 
 #[derive(Debug, Clone)]
 struct Claim {
@@ -107,9 +116,8 @@ impl ManifestSource {
         Self {
             roots: paths.into_iter().map(root).collect(),
             files: BTreeMap::new(),
-            claims: HashMap::new(),
+            known: HashMap::new(),
             contested: BTreeSet::new(),
-            delivered: HashMap::new(),
         }
     }
 
@@ -167,13 +175,13 @@ impl ManifestSource {
                 Ok(meta) if meta.is_dir() => match folder(&root.path) {
                     Ok(files) => {
                         root.was_folder = true;
-                        scan.present.extend(files.into_iter().map(|path| (index, path)));
+                        scan.present.extend(files.into_iter().map(|path| (index, path.into())));
                     }
                     Err(error) => keep(&error),
                 },
                 Ok(_) => {
                     root.was_folder = false;
-                    scan.present.insert((index, root.path.clone()));
+                    scan.present.insert((index, root.path.as_path().into()));
                 }
                 // A link to nowhere is still there.
                 Err(error)
@@ -267,8 +275,10 @@ impl ManifestSource {
                 position: found.position,
                 object: found.object,
             };
-            let claims = self.claims.entry(object.clone()).or_default();
+            let claims = &mut self.known.entry(object.clone()).or_default().claims;
             let place = claims.partition_point(|other| other.file < claim.file);
+            // Nearly all have one: the usual growth makes room for four.
+            claims.reserve_exact(1);
             claims.insert(place, claim);
             if claims.len() > 1 {
                 self.contested.insert(object.clone());
@@ -280,13 +290,10 @@ impl ManifestSource {
     /// Takes back a file's claims.
     fn withdraw(&mut self, file: &FileId, objects: Vec<ObjectId>, touched: &mut BTreeSet<ObjectId>) {
         for object in objects {
-            if let Some(claims) = self.claims.get_mut(&object) {
-                claims.retain(|claim| claim.file != *file);
-                if claims.len() < 2 {
+            if let Some(known) = self.known.get_mut(&object) {
+                known.claims.retain(|claim| claim.file != *file);
+                if known.claims.len() < 2 {
                     self.contested.remove(&object);
-                }
-                if claims.is_empty() {
-                    self.claims.remove(&object);
                 }
             }
             touched.insert(object);
@@ -295,20 +302,22 @@ impl ManifestSource {
 
     /// The change that makes an object what its first claim says, if any is needed.
     fn settle(&mut self, id: &ObjectId) -> Option<Change> {
-        let Some(claim) = self.claims.get(id).and_then(|claims| claims.first()) else {
-            return self.delivered.remove(id).map(|_| Change::Remove(id.clone()));
+        let known = self.known.get_mut(id)?;
+        let Some(claim) = known.claims.first() else {
+            let told = self.known.remove(id)?.delivered;
+            return told.map(|_| Change::Remove(id.clone()));
         };
-        if self.delivered.get(id) == Some(&claim.object) {
+        if known.delivered.as_ref() == Some(&claim.object) {
             return None;
         }
-        self.delivered.insert(id.clone(), claim.object.clone());
+        known.delivered = Some(claim.object.clone());
         Some(Change::Set(claim.object.clone()))
     }
 
     /// Objects that several files define.
     fn contests(&self) -> impl Iterator<Item = Problem> {
         self.contested.iter().flat_map(|id| {
-            let claims = self.claims.get(id).map(Vec::as_slice).unwrap_or_default();
+            let claims = self.known.get(id).map(|known| &*known.claims).unwrap_or_default();
             let winner = claims
                 .first()
                 .map(|claim| claim.position.place(&display(&claim.file.1)));

@@ -5,7 +5,7 @@
 
 pub mod convert;
 pub mod manifests;
-mod parse;
+pub(crate) mod parse;
 pub mod watch;
 
 #[cfg(test)]

@@ -59,23 +59,23 @@ const V1_KINDS: &[&str] = &[
 
 /// What a file holds.
 #[derive(Debug, Default)]
-pub(super) struct Parsed {
+pub(crate) struct Parsed {
     /// The objects of the kinds that lb reads, in the order of the file.
-    pub(super) objects: Vec<Found>,
+    pub(crate) objects: Vec<Found>,
     /// Everything that is wrong.
-    pub(super) problems: Vec<Problem>,
+    pub(crate) problems: Vec<Problem>,
 }
 
 /// An object and where it was found.
 #[derive(Debug, Clone)]
-pub(super) struct Found {
-    pub(super) object: Object,
-    pub(super) position: Position,
+pub(crate) struct Found {
+    pub(crate) object: Object,
+    pub(crate) position: Position,
 }
 
 /// Where an object stands in its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Position {
+pub(crate) struct Position {
     /// Number of the document, from 1; documents without content do not count.
     document: usize,
     /// Line of the document's first content, from 1.
@@ -101,7 +101,7 @@ fn place(file: &str, document: usize, line: usize) -> String {
 }
 
 /// Parses a file. `name` is only for [`Problem::place`]; `json` says that its name ends in `.json`.
-pub(super) fn parse(name: &str, bytes: &[u8], json: bool) -> Parsed {
+pub(crate) fn parse(name: &str, bytes: &[u8], json: bool) -> Parsed {
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let mut parsed = Parsed::default();
     let mut documents = 0;

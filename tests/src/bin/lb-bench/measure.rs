@@ -10,6 +10,7 @@ use lb_agent::maps::bpf::BpfMaps;
 use lb_agent::maps::{Capacities, Maps as _};
 use lb_agent::model::Batch;
 use lb_agent::reconcile::Reconciler;
+use lb_agent::source::manifests::ManifestSource;
 use lb_tests::Cluster;
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +28,18 @@ pub(crate) struct Options {
     /// Measured changes of one endpoint
     #[arg(long)]
     pub(crate) changes: u32,
+    /// The objects come from files, read as `lb-agent run` reads them
+    #[arg(long)]
+    pub(crate) manifests: bool,
+}
+
+/// What parsing takes.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Parsed {
+    /// Size of all files.
+    pub(crate) bytes: u64,
+    /// From files to objects, in seconds.
+    pub(crate) seconds: f64,
 }
 
 /// What one size takes.
@@ -36,6 +49,8 @@ pub(crate) struct Measured {
     pub(crate) services: u32,
     /// Endpoints of each.
     pub(crate) endpoints: u32,
+    /// Parsing of all objects from files; absent where they are made in memory.
+    pub(crate) parsed: Option<Parsed>,
     /// The first batch, from objects to maps, in seconds.
     pub(crate) first_seconds: f64,
     /// Bytes that it wrote to maps.
@@ -46,13 +61,15 @@ pub(crate) struct Measured {
     pub(crate) change_p99_seconds: f64,
     /// Bytes that a change wrote, on average.
     pub(crate) change_bytes: f64,
-    /// Resident memory of the process, mapped arrays and all objects included.
+    /// Resident memory of the process (`VmRSS`), mapped arrays and all objects included.
     pub(crate) resident_bytes: u64,
-    /// Of this, what is not mapped from maps or files.
+    /// Of this, the heap and stacks (`RssAnon`).
     pub(crate) anonymous_bytes: u64,
+    /// Of this, mapped arrays, the program and its libraries (`RssFile` and `RssShmem`).
+    pub(crate) mapped_bytes: u64,
     /// The most that was ever resident.
     pub(crate) peak_bytes: u64,
-    /// Kernel memory of all maps.
+    /// Kernel memory of all maps (`memlock` in their `fdinfo`), the mapped ones included.
     pub(crate) map_bytes: u64,
 }
 
@@ -90,12 +107,26 @@ fn capacities(options: &Options) -> Capacities {
 
 fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
     let mut reconciler = Reconciler::adopt(maps, NODE)?;
-    let numbers = 0..options.services;
-    let all = numbers.flat_map(|i| [objects::service(i), objects::slice(i, options.endpoints, None)]);
-    let batch = Batch {
-        changes: all.collect(),
-        complete: true,
-        problems: Vec::new(),
+    // It lives as long as the agent does.
+    let mut source = None;
+    let (batch, parsed) = if options.manifests {
+        let folder = tempfile::tempdir().context("making a folder for manifests")?;
+        let bytes = objects::write_manifests(folder.path(), options.services, options.endpoints)?;
+        let start = Instant::now();
+        let batch = source
+            .insert(ManifestSource::new(vec![folder.path().to_owned()]))
+            .rescan();
+        let seconds = start.elapsed().as_secs_f64();
+        (batch, Some(Parsed { bytes, seconds }))
+    } else {
+        let numbers = 0..options.services;
+        let all = numbers.flat_map(|i| [objects::service(i), objects::slice(i, options.endpoints, None)]);
+        let batch = Batch {
+            changes: all.collect(),
+            complete: true,
+            problems: Vec::new(),
+        };
+        (batch, None)
     };
     let before = reconciler.maps().written();
     let start = Instant::now();
@@ -129,9 +160,10 @@ fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
     }
     ensure!(reconciler.problems().is_empty(), "{:?}", reconciler.problems().first());
     times.sort_unstable();
-    Ok(Measured {
+    let measured = Measured {
         services: options.services,
         endpoints: options.endpoints,
+        parsed,
         first_seconds: first.as_secs_f64(),
         first_bytes,
         change_p50_seconds: percentile(&times, 50).as_secs_f64(),
@@ -139,9 +171,12 @@ fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
         change_bytes: written as f64 / f64::from(options.changes),
         resident_bytes: process::status_bytes("VmRSS")?,
         anonymous_bytes: process::status_bytes("RssAnon")?,
+        mapped_bytes: process::status_bytes("RssFile")? + process::status_bytes("RssShmem")?,
         peak_bytes: process::status_bytes("VmHWM")?,
         map_bytes: process::map_bytes()?,
-    })
+    };
+    drop(source);
+    Ok(measured)
 }
 
 /// The smallest value that so many percent of the sorted ones do not exceed; zero where there is none.

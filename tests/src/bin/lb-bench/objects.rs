@@ -1,8 +1,13 @@
-//! Services and endpoints as a source hands them over, made in memory: shared between objects is what a source shares.
+//! Services and endpoints: as a source hands them over, made in memory (shared between objects is what a source shares),
+//! and the same as manifests.
 
+use std::fmt::Write as _;
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
 use std::sync::Arc;
 
+use anyhow::{Context as _, Result};
 use lb_agent::intern;
 use lb_agent::model::{
     Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectKey, Place, Protocol, Service, ServicePort,
@@ -75,4 +80,66 @@ pub(crate) fn slice(number: u32, endpoints: u32, moved: Option<u32>) -> Change {
             port: Some(8080),
         }]),
     })))
+}
+
+/// Writes all as manifests into a folder, a file per namespace; the bytes that it wrote.
+pub(crate) fn write_manifests(folder: &Path, services: u32, endpoints: u32) -> Result<u64> {
+    let mut bytes = 0;
+    for first in (0..services).step_by(NAMESPACE as usize) {
+        let numbers = first..services.min(first + NAMESPACE);
+        let text: String = numbers.map(|number| manifest(number, endpoints)).collect();
+        let path = folder.join(format!("namespace-{}.yaml", first / NAMESPACE));
+        fs::write(&path, &text).with_context(|| format!("writing {}", path.display()))?;
+        bytes += text.len() as u64;
+    }
+    Ok(bytes)
+}
+
+/// A Service and its slice as YAML.
+fn manifest(number: u32, endpoints: u32) -> String {
+    let namespace = number / NAMESPACE;
+    let cluster_ip = address([10, 96, 0, 1], number);
+    let mut text = format!(
+        "\
+apiVersion: v1
+kind: Service
+metadata:
+  name: service-{number}
+  namespace: namespace-{namespace}
+  creationTimestamp: \"2024-01-01T00:00:00Z\"
+spec:
+  clusterIP: {cluster_ip}
+  selector:
+    app: service-{number}
+  ports:
+  - name: http
+    port: 80
+    targetPort: http
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata:
+  name: service-{number}-x7k2p
+  namespace: namespace-{namespace}
+  labels:
+    kubernetes.io/service-name: service-{number}
+addressType: IPv4
+ports:
+- name: http
+  protocol: TCP
+  port: 8080
+endpoints:
+"
+    );
+    for i in 0..endpoints {
+        let address = address([12, 0, 0, 0], number * endpoints + i);
+        let node = (number + i) % NODES;
+        // Writing to a string does not fail.
+        let _ = writeln!(
+            text,
+            "- addresses: [{address}]\n  conditions: {{ready: true, serving: true, terminating: false}}\n  nodeName: node-{node}"
+        );
+    }
+    text.push_str("---\n");
+    text
 }

@@ -50,7 +50,10 @@ struct Check {
 #[derive(Debug, Serialize)]
 struct Report {
     kernel: String,
+    /// Objects made in memory.
     sizes: Vec<Measured>,
+    /// The same from files.
+    from_manifests: Vec<Measured>,
     checks: Vec<Check>,
 }
 
@@ -60,12 +63,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     numbers.sort_unstable();
     numbers.dedup();
     ensure!(numbers[0] > 0, "there is nothing to measure without Services");
-    let sizes = numbers
-        .into_iter()
-        .map(|services| measure(services, options))
-        .collect::<Result<Vec<_>>>()?;
+    let measure_all = |manifests| {
+        let each = numbers.iter().map(|services| measure(*services, options, manifests));
+        each.collect::<Result<Vec<_>>>()
+    };
+    let (sizes, from_manifests) = (measure_all(false)?, measure_all(true)?);
     let checks = checks(&sizes);
-    print(&sizes, &checks)?;
+    print(&sizes, &from_manifests, &checks)?;
     let well = checks.iter().all(|check| check.met);
     ensure!(
         !options.check || !checks.is_empty(),
@@ -75,6 +79,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let report = Report {
         kernel: kernel.trim().into(),
         sizes,
+        from_manifests,
         checks,
     };
     fs::create_dir_all(&options.out).with_context(|| format!("making {}", options.out.display()))?;
@@ -89,13 +94,14 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 }
 
 /// One size, in a process of its own.
-fn measure(services: u32, options: &Options) -> Result<Measured> {
+fn measure(services: u32, options: &Options, manifests: bool) -> Result<Measured> {
     let program = current_exe().context("finding this program")?;
     let output = Command::new(program)
         .arg("sync-one")
         .args(["--services", &services.to_string()])
         .args(["--endpoints", &options.endpoints.to_string()])
         .args(["--changes", &options.changes.to_string()])
+        .args(manifests.then_some("--manifests"))
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
@@ -143,7 +149,7 @@ fn megabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-fn print(sizes: &[Measured], checks: &[Check]) -> Result<()> {
+fn print(sizes: &[Measured], from_manifests: &[Measured], checks: &[Check]) -> Result<()> {
     let header = [
         "Services x endpoints",
         "first (ms)",
@@ -153,6 +159,7 @@ fn print(sizes: &[Measured], checks: &[Check]) -> Result<()> {
         "written (B)",
         "resident (MB)",
         "anonymous",
+        "mapped",
         "peak",
         "maps (MB)",
     ];
@@ -168,11 +175,34 @@ fn print(sizes: &[Measured], checks: &[Check]) -> Result<()> {
             format!("{:.0}", m.change_bytes),
             format!("{:.1}", megabytes(m.resident_bytes)),
             format!("{:.1}", megabytes(m.anonymous_bytes)),
+            format!("{:.1}", megabytes(m.mapped_bytes)),
             format!("{:.1}", megabytes(m.peak_bytes)),
             format!("{:.1}", megabytes(m.map_bytes)),
         ]);
     }
     right_aligned(&mut table);
+    let mut files = Table::new();
+    let header = [
+        "from manifests",
+        "size (MB)",
+        "parse (ms)",
+        "apply (ms)",
+        "resident (MB)",
+        "peak",
+    ];
+    files.load_style(presets::NOTHING).set_header(header);
+    for m in from_manifests {
+        let (bytes, seconds) = m.parsed.map_or((0, 0.0), |parsed| (parsed.bytes, parsed.seconds));
+        files.add_row([
+            format!("{} x {}", m.services, m.endpoints),
+            format!("{:.1}", megabytes(bytes)),
+            format!("{:.1}", seconds * 1e3),
+            format!("{:.1}", m.first_seconds * 1e3),
+            format!("{:.1}", megabytes(m.resident_bytes)),
+            format!("{:.1}", megabytes(m.peak_bytes)),
+        ]);
+    }
+    right_aligned(&mut files);
     let mut limits = Table::new();
     limits
         .load_style(presets::NOTHING)
@@ -191,7 +221,7 @@ fn print(sizes: &[Measured], checks: &[Check]) -> Result<()> {
     } else {
         format!("\n{limits}\n")
     };
-    writeln!(stdout(), "{table}\n{limits}").context("writing to standard output")
+    writeln!(stdout(), "{table}\n\n{files}\n{limits}").context("writing to standard output")
 }
 
 fn right_aligned(table: &mut Table) {

@@ -1,0 +1,167 @@
+//! The corpus, the regressions, and random bytes: few and always the same, or as `cargo xtask fuzz` wants it.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use proptest::sample::Index;
+use proptest::test_runner::TestError;
+
+use super::*;
+
+/// Seconds of random bytes, in place of a few that are always the same.
+const SECONDS: &str = "LB_FUZZ_SECONDS";
+
+/// `tests/fuzz/KIND/TARGET`.
+fn folder(kind: &str, target: &str) -> PathBuf {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    package.with_file_name("tests").join("fuzz").join(kind).join(target)
+}
+
+/// The files of a folder, sorted; hidden ones are left out.
+fn inputs(kind: &str, target: &str) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut paths: Vec<_> = fs::read_dir(folder(kind, target))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| !path.file_name().unwrap().as_encoded_bytes().starts_with(b"."))
+        .collect();
+    paths.sort();
+    paths
+        .into_iter()
+        .map(|path| (path.clone(), fs::read(path).unwrap()))
+        .collect()
+}
+
+fn corpus(target: &str) -> Vec<Vec<u8>> {
+    let all = inputs("corpus", target);
+    assert!(!all.is_empty(), "there is no corpus for {target}");
+    all.into_iter().map(|(_, bytes)| bytes).collect()
+}
+
+fn replay(target: &str, check: fn(&[u8])) {
+    for (path, bytes) in inputs("corpus", target)
+        .into_iter()
+        .chain(inputs("regressions", target))
+    {
+        println!("{}", path.display());
+        check(&bytes);
+    }
+}
+
+/// Runs a target with what a strategy makes. What fails is made small and kept as a regression.
+fn fuzz(target: &str, check: fn(&[u8]), cases: u32, strategy: impl Strategy<Value = Vec<u8>>) {
+    let seconds: Option<u64> = env::var(SECONDS).ok().map(|text| text.parse().unwrap());
+    let config = |cases| Config {
+        cases,
+        failure_persistence: None,
+        ..Config::default()
+    };
+    let mut runner = match seconds {
+        None => TestRunner::new_with_rng(config(cases), TestRng::deterministic_rng(RngAlgorithm::ChaCha)),
+        Some(_) => TestRunner::new(config(50)),
+    };
+    let end = Instant::now() + Duration::from_secs(seconds.unwrap_or(0));
+    let mut rounds = 0_u64;
+    loop {
+        let result = runner.run(&strategy, |bytes| {
+            check(&bytes);
+            Ok(())
+        });
+        if let Err(TestError::Fail(why, bytes)) = result {
+            let hash = bytes.iter().fold(0_u64, |hash, byte| {
+                (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+            });
+            let path = folder("regressions", target).join(format!("{hash:016x}"));
+            fs::write(&path, bytes).unwrap();
+            panic!("{why}\nkept as {}", path.display());
+        }
+        result.unwrap();
+        rounds += 1;
+        if Instant::now() >= end {
+            break;
+        }
+    }
+    if seconds.is_some() {
+        println!("{target}: {} inputs", rounds * 50);
+    }
+}
+
+/// A piece of a manifest that is put somewhere else, or a token.
+fn damaged(corpus: Vec<Vec<u8>>) -> impl Strategy<Value = Vec<u8>> {
+    const TOKENS: &[&str] = &[
+        "---\n",
+        "\n",
+        "  ",
+        "- ",
+        ": ",
+        "{",
+        "}",
+        "[",
+        "]",
+        "\"",
+        "'",
+        "&a ",
+        "*a",
+        "<<: ",
+        "|",
+        "!!str ",
+        "null",
+        "-1",
+        "65536",
+        "1e9",
+        "true",
+        "~",
+        "\u{feff}",
+        "\0",
+        "\t",
+        "#",
+        "None",
+        "::1",
+        "::ffff:1.2.3.4",
+        "0.0.0.0",
+        "TCP",
+        "kind",
+        "items",
+        "List",
+    ];
+    let token = prop::sample::select(TOKENS).prop_map(|token| token.as_bytes().to_vec());
+    let bytes = prop::collection::vec(any::<u8>(), 0..4);
+    let piece = (prop::sample::select(corpus.clone()), any::<Index>(), 0..80_usize).prop_map(|(text, at, len)| {
+        let at = at.index(text.len());
+        text[at..(at + len).min(text.len())].to_vec()
+    });
+    let edit = (
+        any::<Index>(),
+        0..40_usize,
+        prop_oneof![4 => token, 1 => bytes, 3 => piece],
+    );
+    (prop::sample::select(corpus), prop::collection::vec(edit, 0..8)).prop_map(|(mut text, edits)| {
+        for (at, cut, new) in edits {
+            let at = at.index(text.len() + 1);
+            let end = (at + cut).min(text.len());
+            text.splice(at..end, new);
+        }
+        text
+    })
+}
+
+#[test]
+fn manifests_of_the_corpus_and_of_regressions() {
+    replay("manifests", manifests);
+}
+
+#[test]
+fn runs_of_the_corpus_and_of_regressions() {
+    replay("apply", apply);
+}
+
+#[test]
+fn damaged_manifests() {
+    fuzz("manifests", manifests, 200, damaged(corpus("manifests")));
+}
+
+#[test]
+fn random_runs() {
+    fuzz("apply", apply, 50, prop::collection::vec(any::<u8>(), 32));
+}
