@@ -12,6 +12,7 @@ use lb_agent::maps::{Capacities, Maps as _};
 use lb_agent::reconcile::Reconciler;
 use lb_agent::source::manifests::ManifestSource;
 use lb_agent::verify::{Drift, verify};
+use lb_common::abi::VERSION;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{Agent, Cluster, Connect, Pod, Process, Running, Testbed, patience};
 use serde_json::Value;
@@ -61,7 +62,7 @@ fn setup(more: &[&str]) -> Result<Setup> {
 impl Setup {
     /// What `bpftool -j map dump` says of a pinned map: the formatted entries.
     fn dump(&self, name: &str) -> Result<Vec<Value>> {
-        let path = self.agent.pin_path().join("v1/maps").join(name);
+        let path = self.agent.pin_path().join(format!("v{VERSION}/maps")).join(name);
         let output = Command::new("bpftool")
             .args(["-j", "map", "dump", "pinned"])
             .arg(path)
@@ -288,7 +289,7 @@ fn every_corrupted_field_is_named_and_put_right_by_a_restart() -> Result<()> {
 fn verify_tells_drift_by_its_exit_code_and_a_restart_mends_it() -> Result<()> {
     let mut setup = setup(&[])?;
     setup.agent.kill()?;
-    let maps = setup.agent.pin_path().join("v1/maps");
+    let maps = setup.agent.pin_path().join(format!("v{VERSION}/maps"));
     let place = corruption("SERVICES", "flags", 24).apply(&maps)?;
     let told = setup.agent.verify().err().context("verify finds nothing")?.to_string();
     ensure!(told.contains(&place), "{told}");
@@ -476,7 +477,7 @@ fn the_bpf_file_system_is_mounted_where_it_is_not() -> Result<()> {
     loop {
         let mounts = std::fs::read_to_string(format!("/proc/{}/mounts", process.id()))?;
         let link = format!(
-            "/proc/{}/root{}/v1/links/lb_connect4",
+            "/proc/{}/root{}/v{VERSION}/links/lb_connect4",
             process.id(),
             setup.agent.pin_path().display()
         );

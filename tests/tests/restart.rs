@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use lb_agent::loader::OBJECT;
+use lb_common::abi::VERSION;
 use lb_tests::load::{Load, Summary};
 use lb_tests::{Agent, Cluster, Connect, Node, Process, Random, Testbed, patience};
 use object::{Object as _, ObjectSection as _};
@@ -18,6 +19,8 @@ use serde_json::{Value, json};
 const NODE: &str = "n1";
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const BACKEND_PORT: u16 = 8080;
+/// Programs at hooks.
+const HOOKS: usize = 11;
 
 /// A Service with its endpoints, as a manifest tells of them.
 #[derive(Debug, Clone)]
@@ -242,7 +245,7 @@ impl Bed {
     /// The inodes of the pinned maps: another map would have another.
     fn maps(&self) -> Result<BTreeMap<String, u64>> {
         use std::os::unix::fs::MetadataExt as _;
-        let folder = self.agent.pin_path().join("v1/maps");
+        let folder = self.agent.pin_path().join(format!("v{VERSION}/maps"));
         let mut all = BTreeMap::new();
         for entry in fs::read_dir(&folder).with_context(|| format!("listing {}", folder.display()))? {
             let entry = entry?;
@@ -402,7 +405,7 @@ fn killed_twenty_times_at_any_moment_and_no_connection_fails() -> Result<()> {
     bed.agent.verify()?;
     bed.write(&random_services(&mut random))?;
     eventually(|| bed.agent.verify())?;
-    ensure!(bed.attached()?.len() == 3, "{:?}", bed.attached()?);
+    ensure!(bed.attached()?.len() == HOOKS, "{:?}", bed.attached()?);
     ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
     Ok(())
 }
@@ -431,11 +434,11 @@ fn killed_in_its_first_start_and_the_next_one_serves() -> Result<()> {
         let process = bed.agent.start_ready(&[])?;
         bed.agent.verify()?;
         bed.check_serving(&web)?;
-        ensure!(bed.attached()?.len() == 3, "{:?}", bed.attached()?);
+        ensure!(bed.attached()?.len() == HOOKS, "{:?}", bed.attached()?);
         process.kill()?;
     }
     // Killed when it had pinned a link for another cgroup, but had not yet put it in place.
-    let links = bed.agent.pin_path().join("v1/links");
+    let links = bed.agent.pin_path().join(format!("v{VERSION}/links"));
     let pin = links.join("lb_connect4");
     let new = links.join("lb_connect4-new");
     let [from, to] = [&pin, &new].map(|path| path.to_string_lossy());
@@ -726,14 +729,14 @@ fn maps_of_another_layout_are_refused_and_go_on_serving() -> Result<()> {
         check_backends(&summary, &[(web.vip(), &web.backends)])
     };
 
-    for version in ["v0", "v2"] {
-        let folder = bed.agent.pin_path().join(version);
+    for version in [VERSION - 1, VERSION + 1].map(|version| format!("v{version}")) {
+        let folder = bed.agent.pin_path().join(&version);
         fs::create_dir(&folder).with_context(|| format!("making {}", folder.display()))?;
-        refused(&format!("{version}: belongs to another layout than v1"))?;
+        refused(&format!("{version}: belongs to another layout than v{VERSION}"))?;
         fs::remove_dir(&folder).with_context(|| format!("removing {}", folder.display()))?;
     }
 
-    let maps = bed.agent.pin_path().join("v1/maps");
+    let maps = bed.agent.pin_path().join(format!("v{VERSION}/maps"));
     let (pin, aside) = (maps.join("FRONTENDS"), maps.join("FRONTENDS-aside"));
     fs::rename(&pin, &aside).context("putting FRONTENDS aside")?;
     let path = pin.to_str().context("path")?;
