@@ -5,13 +5,14 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, bail};
 
-use crate::artifacts::{Built, TestProgram, build_tests};
+use crate::artifacts::{Built, TestProgram, build_release, build_tests};
 use crate::command::{cargo, clean_command};
 use crate::libtest::{self, Tally};
 use crate::privilege::{as_root, search_path};
+use crate::probe;
 use crate::run;
-use crate::setup;
-use crate::vm;
+use crate::setup::{self, Scope};
+use crate::vm::{self, Job};
 
 /// Whole-system tests at a time in one test program: each builds a cluster of its own.
 const SYSTEM_TESTS: &str = "--test-threads=2";
@@ -30,58 +31,134 @@ pub(crate) struct Args {
     /// Check at the end that the demo works (as `cargo xtask run --check` does)
     #[arg(long)]
     demo: bool,
-    /// Instead of all that, run the tests that need a kernel on Debian's kernel of this version, in a virtual machine;
-    /// may be given several times
+    /// Then also run the tests that need a kernel on Debian's kernel of this version, in a virtual machine; may be given
+    /// several times
     #[arg(long, value_name = "VERSION")]
     vm: Vec<String>,
+    /// Run nothing but the tests in virtual machines
+    #[arg(long, requires = "vm", conflicts_with = "demo")]
+    only_vm: bool,
+    /// Take the kernel of this machine for one that cannot run lb, to see what is done then
+    #[arg(long, hide = true)]
+    no_kernel: bool,
 }
 
 /// Runs every check; the last line tells how many passed.
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let mut sum = Tally::default();
-    let scope = if args.vm.is_empty() {
-        setup::Scope::All
-    } else {
-        setup::Scope::Machines
-    };
-    let ready = step("setup", || match setup::run(scope)? {
-        ExitCode::SUCCESS => Ok(()),
-        _ => bail!("the setup is not complete"),
-    });
-    sum += ready;
-    if ready.failed > 0 {
+    let mut sum = set_up(Scope::of(&args.vm));
+    if sum.failed > 0 {
         return Ok(conclude(sum));
     }
-    if !args.vm.is_empty() {
-        return Ok(conclude(on_kernels(&args.vm, args.filter.as_deref())));
+    let filter = args.filter.as_deref();
+    if args.only_vm {
+        let mut built = Built::default();
+        sum += build(&mut built);
+        if !built.tests.is_empty() {
+            sum += on_kernels(&args.vm, |release| Job::tests(&built, release, filter));
+        }
+        return Ok(conclude(sum));
     }
-    sum += step("leftovers", run::clean_as_root);
+    let mut kernel = Kernel::Native;
+    sum += step("kernel", || {
+        kernel = Kernel::look(args.no_kernel)?;
+        Ok(())
+    });
+    let mut versions = args.vm.clone();
+    if kernel == Kernel::Foreign && versions.is_empty() {
+        versions.push(vm::DEFAULT.to_owned());
+        sum += set_up(Scope::Machines);
+        if sum.failed > 0 {
+            return Ok(conclude(sum));
+        }
+    }
+    if kernel == Kernel::Native {
+        sum += step("leftovers", run::clean_as_root);
+    }
     if !args.no_lint {
-        sum += step("format", || call(cargo().args(["fmt", "--all", "--check"])));
-        sum += step("lints", || {
-            call(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
-        });
-        sum += step("documentation", || {
-            call(
-                cargo()
-                    .args(["doc", "--workspace", "--no-deps"])
-                    .env("RUSTDOCFLAGS", "-D warnings"),
-            )
-        });
+        sum += lints();
     }
-    sum += tests(&Selection::Filter(args.filter.as_deref()));
-    if args.demo {
+    let mut built = Built::default();
+    sum += build(&mut built);
+    if built.tests.is_empty() {
+        return Ok(conclude(sum));
+    }
+    sum += tests(&built, &Selection::Filter(filter), kernel);
+    if args.demo && kernel == Kernel::Native {
         sum += step("demo", run::check_demo);
+    }
+    if !versions.is_empty() {
+        sum += on_kernels(&versions, |release| Job::tests(&built, release, filter));
+    }
+    if args.demo && kernel == Kernel::Foreign {
+        sum += on_kernels(&versions[..1], |release| Job::demo(&release.programs()?));
     }
     Ok(conclude(sum))
 }
 
+/// Where the tests that need a kernel run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    /// On this machine's own, and on others if so wanted.
+    Native,
+    /// On others alone: this machine's own cannot run them.
+    Foreign,
+}
+
+impl Kernel {
+    /// Looks at this machine's kernel, unless it is `refused` from the beginning, and tells what follows.
+    fn look(refused: bool) -> anyhow::Result<Self> {
+        let why = if refused {
+            Some("this is what --no-kernel asks for".to_owned())
+        } else {
+            probe::shortcoming()?
+        };
+        Ok(why.map_or(Self::Native, |why| {
+            println!("this machine's kernel cannot run lb ({why}): the tests that need one run in a virtual machine");
+            Self::Foreign
+        }))
+    }
+}
+
+fn set_up(scope: Scope) -> Tally {
+    step("setup", || match setup::run(scope)? {
+        ExitCode::SUCCESS => Ok(()),
+        _ => bail!("the setup is not complete"),
+    })
+}
+
+fn lints() -> Tally {
+    let mut sum = step("format", || call(cargo().args(["fmt", "--all", "--check"])));
+    sum += step("lints", || {
+        call(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+    });
+    sum += step("documentation", || {
+        call(
+            cargo()
+                .args(["doc", "--workspace", "--no-deps"])
+                .env("RUSTDOCFLAGS", "-D warnings"),
+        )
+    });
+    sum
+}
+
+fn build(built: &mut Built) -> Tally {
+    step("build", || {
+        *built = build_tests()?;
+        Ok(())
+    })
+}
+
 /// Has the golden tests accept what they see.
 pub(crate) fn bless() -> anyhow::Result<ExitCode> {
-    if setup::run(setup::Scope::All)? != ExitCode::SUCCESS {
+    if setup::run(Scope::All)? != ExitCode::SUCCESS {
         bail!("the setup is not complete");
     }
-    Ok(conclude(tests(&Selection::Golden)))
+    let mut built = Built::default();
+    let mut sum = build(&mut built);
+    if !built.tests.is_empty() {
+        sum += tests(&built, &Selection::Golden, Kernel::Native);
+    }
+    Ok(conclude(sum))
 }
 
 /// Which tests to run.
@@ -103,18 +180,16 @@ impl Selection<'_> {
     }
 }
 
-/// Builds tests and runs those that need a kernel on several.
-fn on_kernels(versions: &[String], filter: Option<&str>) -> Tally {
-    let mut built = Built::default();
-    let mut sum = step("build", || {
-        built = build_tests()?;
+/// Runs on these kernels what `job` makes of the programs as they are delivered.
+fn on_kernels(versions: &[String], job: impl FnOnce(&Built) -> anyhow::Result<Job>) -> Tally {
+    let mut made = None;
+    let mut sum = step("build for virtual machines", || {
+        made = Some(job(&build_release()?)?);
         Ok(())
     });
-    if sum.failed > 0 {
-        return sum;
-    }
+    let Some(job) = made else { return sum };
     println!("== virtual machines");
-    for (version, result) in vm::run(versions, &built, filter) {
+    for (version, result) in vm::run(versions, &job) {
         let tally = counted(&format!("Linux {version}"), || match result? {
             none if none == Tally::default() => bail!("no test matches"),
             some => Ok(some),
@@ -125,16 +200,9 @@ fn on_kernels(versions: &[String], filter: Option<&str>) -> Tally {
     sum
 }
 
-/// Builds and runs tests.
-fn tests(selection: &Selection<'_>) -> Tally {
-    let mut built = Built::default();
-    let mut sum = step("build", || {
-        built = build_tests()?;
-        Ok(())
-    });
-    if sum.failed > 0 {
-        return sum;
-    }
+/// Runs tests; those that need a kernel only on this machine's own.
+fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel) -> Tally {
+    let mut sum = Tally::default();
     let mut env = vec![("PATH", search_path())];
     match built.programs() {
         Ok(programs) => {
@@ -149,7 +217,8 @@ fn tests(selection: &Selection<'_>) -> Tally {
         env.push(("LB_BLESS", "1".into()));
     }
     let mut ran = Tally::default();
-    for program in &built.tests {
+    let here = |program: &&TestProgram| kernel == Kernel::Native || !program.needs_root();
+    for program in built.tests.iter().filter(here) {
         let title = format!("tests of {} ({})", program.package, program.target);
         ran += counted(&title, || {
             let mut command = test_command(program, &env)?;
@@ -166,7 +235,7 @@ fn tests(selection: &Selection<'_>) -> Tally {
             libtest::run(&mut command)
         });
     }
-    if ran == Tally::default() {
+    if ran == Tally::default() && kernel == Kernel::Native {
         sum += step("selection", || bail!("no test matches"));
     }
     sum += ran;
