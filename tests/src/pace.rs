@@ -10,16 +10,7 @@ const VARIABLE: &str = "LB_SLOW";
 /// Waiting longer than this many times would hide a hang.
 const MOST_PATIENCE: u32 = 5;
 
-static SLOW: LazyLock<u32> = LazyLock::new(|| {
-    let slow = factor(env::var(VARIABLE).ok().as_deref());
-    if slow > 1 {
-        println!(
-            "{VARIABLE}={slow}: repetitions / {slow}, timeouts * {}",
-            patience_factor(slow)
-        );
-    }
-    slow
-});
+static SLOW: LazyLock<u32> = LazyLock::new(|| factor(env::var(VARIABLE).ok().as_deref()));
 
 /// What a value of the variable means.
 fn factor(value: Option<&str>) -> u32 {
@@ -30,7 +21,9 @@ fn factor(value: Option<&str>) -> u32 {
     }
 }
 
-fn patience_factor(slow: u32) -> u32 {
+/// How many times longer than elsewhere tests wait on a machine that `LB_SLOW` calls `slow` times slower.
+#[must_use]
+pub fn patience_factor(slow: u32) -> u32 {
     slow.min(MOST_PATIENCE)
 }
 

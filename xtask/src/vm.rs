@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use anyhow::{Context as _, Result};
+use lb_tests::patience_factor;
 
 pub(crate) use self::job::Job;
 use self::job::{PROGRAM_LIMIT, Step};
@@ -23,7 +24,7 @@ use crate::libtest::{self, Tally};
 pub(crate) const DEFAULT: &str = "6.12";
 
 /// How long a virtual machine may run, as `timeout` reads it.
-const LIMIT: &str = "60m";
+const LIMIT: &str = "40m";
 /// How long a kernel may take to find that it has no file system.
 const PROBE_LIMIT: &str = "10s";
 /// Memory of each.
@@ -32,7 +33,7 @@ const MEMORY: &str = "2G";
 /// the kernel patches its own code with such instructions, and may have been seen half patched.
 const EMULATION: &str = "tcg,thread=single";
 /// How many times slower than the machine itself an emulated one is taken to be.
-const SLOW: u32 = 20;
+const SLOW: u32 = 10;
 /// Exit code of libtest when tests have failed, of which it has told.
 const TESTS_FAILED: i32 = 101;
 /// Exit code in a shell of what was killed by SIGKILL.
@@ -71,7 +72,11 @@ fn on(version: &str, job: &Job) -> Result<Tally> {
     } else {
         (EMULATION, SLOW)
     };
-    println!("{version}: {} on {accelerator}", kernel.package);
+    println!(
+        "{version}: {} on {accelerator}, repetitions / {slow}, timeouts * {}",
+        kernel.package,
+        patience_factor(slow)
+    );
     let archive = kernel::cache().join(format!("{version}-{}.cpio", std::process::id()));
     image::write(&archive, &kernel, job, slow).context("cannot make the first file system")?;
     let screen = Screen::new(version);
@@ -184,7 +189,7 @@ mod tests {
             judge(&steps, &ended(0, 101), true),
             (0, vec!["demo ended with 101".to_owned()])
         );
-        let killed = "tests was killed (it may run 1200 s)".to_owned();
+        let killed = "tests was killed (it may run 900 s)".to_owned();
         assert_eq!(judge(&steps, &ended(137, 0), false), (1, vec![killed]));
     }
 
@@ -204,6 +209,6 @@ mod tests {
             ]
         );
         let (_, troubles) = judge(&steps[1..], &outcome(&[], None), false);
-        assert_eq!(troubles, ["b did not end (all together may take 60m)", "c was not run"]);
+        assert_eq!(troubles, ["b did not end (all together may take 40m)", "c was not run"]);
     }
 }

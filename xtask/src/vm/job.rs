@@ -13,7 +13,7 @@ use crate::root;
 const KNOWN: [&str; 6] = ["programs", "sockets", "inspection", "races", "restart", "bed"];
 
 /// How long one program may run, in seconds. One that hangs keeps the others from running no longer.
-pub(super) const PROGRAM_LIMIT: u32 = 20 * 60;
+pub(super) const PROGRAM_LIMIT: u32 = 15 * 60;
 
 /// Programs to run, and files that they need besides those of every machine.
 #[derive(Debug)]
