@@ -50,31 +50,26 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         return Ok(conclude(sum));
     }
     let filter = args.filter.as_deref();
-    if args.only_vm {
-        let mut built = Built::default();
-        sum += build(&mut built);
-        if !built.tests.is_empty() {
-            sum += on_kernels(&args.vm, |release| Job::tests(&built, release, filter));
-        }
-        return Ok(conclude(sum));
-    }
     let mut kernel = Kernel::Native;
-    sum += step("kernel", || {
-        kernel = Kernel::look(args.no_kernel)?;
-        Ok(())
-    });
     let mut versions = args.vm.clone();
+    if !args.only_vm {
+        sum += step("kernel", || {
+            kernel = Kernel::look(args.no_kernel)?;
+            Ok(())
+        });
+    }
     if kernel == Kernel::Foreign && versions.is_empty() {
         versions.push(vm::DEFAULT.to_owned());
-        sum += set_up(Scope::Machines);
-        if sum.failed > 0 {
+        let ready = set_up(Scope::Machines);
+        sum += ready;
+        if ready.failed > 0 {
             return Ok(conclude(sum));
         }
     }
-    if kernel == Kernel::Native {
+    if kernel == Kernel::Native && !args.only_vm {
         sum += step("leftovers", run::clean_as_root);
     }
-    if !args.no_lint {
+    if !args.no_lint && !args.only_vm {
         sum += lints();
     }
     let mut built = Built::default();
@@ -82,17 +77,30 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if built.tests.is_empty() {
         return Ok(conclude(sum));
     }
-    sum += tests(&built, &Selection::Filter(filter), kernel);
+    let mut ran = Tally::default();
+    if !args.only_vm {
+        ran += tests(&built, &Selection::Filter(filter), kernel);
+    }
     if args.demo && kernel == Kernel::Native {
         sum += step("demo", run::check_demo);
     }
+    // After the tests on this machine's own kernel: those keep all of its processors busy themselves.
     if !versions.is_empty() {
-        sum += on_kernels(&versions, |release| Job::tests(&built, release, filter));
+        ran += in_machines(&versions, |release| Job::tests(&built, release, filter));
     }
     if args.demo && kernel == Kernel::Foreign {
-        sum += on_kernels(&versions[..1], |release| Job::demo(&release.programs()?));
+        sum += in_machines(&versions[..1], |release| Job::demo(&release.programs()?));
     }
+    sum += some(ran);
     Ok(conclude(sum))
+}
+
+/// What ran, or a failure if nothing did.
+fn some(ran: Tally) -> Tally {
+    if ran == Tally::default() {
+        return step("selection", || bail!("no test matches"));
+    }
+    ran
 }
 
 /// Where the tests that need a kernel run.
@@ -156,7 +164,7 @@ pub(crate) fn bless() -> anyhow::Result<ExitCode> {
     let mut built = Built::default();
     let mut sum = build(&mut built);
     if !built.tests.is_empty() {
-        sum += tests(&built, &Selection::Golden, Kernel::Native);
+        sum += some(tests(&built, &Selection::Golden, Kernel::Native));
     }
     Ok(conclude(sum))
 }
@@ -180,20 +188,20 @@ impl Selection<'_> {
     }
 }
 
-/// Runs on these kernels what `job` makes of the programs as they are delivered.
-fn on_kernels(versions: &[String], job: impl FnOnce(&Built) -> anyhow::Result<Job>) -> Tally {
-    let mut made = None;
-    let mut sum = step("build for virtual machines", || {
-        made = Some(job(&build_release()?)?);
-        Ok(())
-    });
-    let Some(job) = made else { return sum };
-    println!("== virtual machines");
+/// Does on these kernels what `job` makes of the programs as they are delivered.
+fn in_machines(versions: &[String], job: impl FnOnce(&Built) -> anyhow::Result<Job>) -> Tally {
+    println!("== build for virtual machines");
+    let job = match build_release().and_then(|release| job(&release)) {
+        Ok(job) => job,
+        Err(error) => {
+            println!("build for virtual machines: {error:#}");
+            return Tally::one(false);
+        }
+    };
+    println!("== virtual machines, {} at a time", vm::at_a_time());
+    let mut sum = Tally::default();
     for (version, result) in vm::run(versions, &job) {
-        let tally = counted(&format!("Linux {version}"), || match result? {
-            none if none == Tally::default() => bail!("no test matches"),
-            some => Ok(some),
-        });
+        let tally = counted(&format!("Linux {version}"), || result);
         println!("{} passed, {} failed", tally.passed, tally.failed);
         sum += tally;
     }
@@ -202,7 +210,7 @@ fn on_kernels(versions: &[String], job: impl FnOnce(&Built) -> anyhow::Result<Jo
 
 /// Runs tests; those that need a kernel only on this machine's own.
 fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel) -> Tally {
-    let mut sum = Tally::default();
+    let mut ran = Tally::default();
     let mut env = vec![("PATH", search_path())];
     match built.programs() {
         Ok(programs) => {
@@ -210,13 +218,12 @@ fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel) -> Tally {
             env.push(("LB_TESTBED", programs.testbed.into()));
         }
         Err(error) => {
-            sum += step("programs", || Err(error));
+            ran += step("programs", || Err(error));
         }
     }
     if matches!(selection, Selection::Golden) {
         env.push(("LB_BLESS", "1".into()));
     }
-    let mut ran = Tally::default();
     let here = |program: &&TestProgram| kernel == Kernel::Native || !program.needs_root();
     for program in built.tests.iter().filter(here) {
         let title = format!("tests of {} ({})", program.package, program.target);
@@ -235,11 +242,7 @@ fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel) -> Tally {
             libtest::run(&mut command)
         });
     }
-    if ran == Tally::default() && kernel == Kernel::Native {
-        sum += step("selection", || bail!("no test matches"));
-    }
-    sum += ran;
-    sum
+    ran
 }
 
 /// The command that runs `program` as `cargo test` would, as root where that is needed.

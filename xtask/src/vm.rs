@@ -6,7 +6,7 @@ mod job;
 mod kernel;
 mod screen;
 
-use std::fs;
+use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -44,9 +44,14 @@ pub(crate) fn get_kernels(versions: &[String]) -> Result<()> {
     versions.iter().try_for_each(|version| Kernel::get(version).map(drop))
 }
 
-/// Does `job` on each of these kernels: side by side, as many as this machine has processors.
+/// How many virtual machines run side by side: as many as this machine has processors, since an emulated one keeps one
+/// of them busy.
+pub(crate) fn at_a_time() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Does `job` on each of these kernels, [`at_a_time`].
 pub(crate) fn run(versions: &[String], job: &Job) -> Vec<(String, Result<Tally>)> {
-    let processors = thread::available_parallelism().map_or(1, usize::from);
     let run_some = |versions: &[String]| {
         thread::scope(|scope| {
             let machines: Vec<_> = versions
@@ -62,7 +67,7 @@ pub(crate) fn run(versions: &[String], job: &Job) -> Vec<(String, Result<Tally>)
             results.collect::<Vec<_>>()
         })
     };
-    versions.chunks(processors).flat_map(run_some).collect()
+    versions.chunks(at_a_time()).flat_map(run_some).collect()
 }
 
 fn on(version: &str, job: &Job) -> Result<Tally> {
@@ -77,16 +82,13 @@ fn on(version: &str, job: &Job) -> Result<Tally> {
         kernel.package,
         patience_factor(slow)
     );
-    let archive = kernel::cache().join(format!("{version}-{}.cpio", std::process::id()));
-    image::write(&archive, &kernel, job, slow).context("cannot make the first file system")?;
+    let archive = image::write(&kernel, job, slow).context("cannot make the first file system")?;
     let screen = Screen::new(version);
     let outcome = screen.outcome();
     let mut command = machine(&kernel, accelerator, LIMIT);
-    command.args(["-smp", "2", "-m", MEMORY, "-initrd"]).arg(&archive);
-    let ran = libtest::run_showing(&mut command, screen);
-    // A hundred megabytes that nobody needs again.
-    let _ = fs::remove_file(&archive);
-    let mut sum = ran?;
+    let initrd = format!("/proc/{}/fd/{}", std::process::id(), archive.as_raw_fd());
+    command.args(["-smp", "2", "-m", MEMORY, "-initrd", &initrd]);
+    let mut sum = libtest::run_showing(&mut command, screen)?;
     let (passed, troubles) = judge(&job.steps, &screen::lock(&outcome), sum.failed > 0);
     for trouble in &troubles {
         println!("{version}: {trouble}");

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::cpio::Archive;
 use super::job::{Job, PROGRAM_LIMIT};
-use super::kernel::Kernel;
+use super::kernel::{self, Kernel};
 use crate::privilege::search_path;
 use crate::root;
 
@@ -47,9 +47,11 @@ const CONFIGURATION: [&str; 4] = ["/etc/iproute2", "/etc/passwd", "/etc/group", 
 /// What a line about the end of a test program begins with.
 pub(super) const ENDED: &str = "lb-vm: ended ";
 
-/// Writes the archive to boot `kernel` with, on a machine that is `slow` times slower than others.
-pub(super) fn write(path: &Path, kernel: &Kernel, job: &Job, slow: u32) -> Result<()> {
-    let mut image = Archive::create(path)?;
+/// Writes the archive to boot `kernel` with, on a machine that is `slow` times slower than others. It is in no folder, so
+/// that it goes with the process, however that ends.
+pub(super) fn write(kernel: &Kernel, job: &Job, slow: u32) -> Result<File> {
+    let file = tempfile::tempfile_in(kernel::cache()).context("cannot create a file")?;
+    let mut image = Archive::new(BufWriter::new(file));
     for dir in ["bin", "sbin", "lib", "lib32", "lib64"] {
         let dir = Path::new("/").join(dir);
         if let Ok(target) = fs::read_link(&dir) {
@@ -102,7 +104,8 @@ pub(super) fn write(path: &Path, kernel: &Kernel, job: &Job, slow: u32) -> Resul
         modules.push(name);
     }
     image.content(Path::new("/init"), 0o755, init(&modules, job, slow)?.as_bytes())?;
-    image.finish().map(drop)
+    let written = image.finish()?.into_inner();
+    written.context("cannot write the archive")
 }
 
 /// The script that the kernel starts.

@@ -1,6 +1,7 @@
 //! Debian's kernels, from its packages.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::env::consts::ARCH;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -31,6 +32,10 @@ pub(crate) fn cache() -> PathBuf {
 impl Kernel {
     /// The newest of `version` (two numbers), which is fetched if it is not there.
     pub(crate) fn get(version: &str) -> Result<Self> {
+        ensure!(
+            ARCH == "x86_64",
+            "there are virtual machines for x86_64 only, not for {ARCH}"
+        );
         let package = newest(version)?;
         let dir = cache().join(&package);
         if !dir.is_dir() {
@@ -101,7 +106,7 @@ fn newest(version: &str) -> Result<String> {
     }
     update_lists()?;
     newest_name(version, known()?)
-        .with_context(|| format!("apt knows no linux-image-{version}.*-cloud-amd64-unsigned: Debian has it"))
+        .with_context(|| format!("apt knows no linux-image-{version}.*-cloud-amd64-unsigned: Debian 12 has it"))
 }
 
 /// Names of the packages of kernels that apt knows.
