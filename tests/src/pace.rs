@@ -10,16 +10,7 @@ const VARIABLE: &str = "LB_SLOW";
 /// Waiting longer than this many times would hide a hang.
 const MOST_PATIENCE: u32 = 5;
 
-static SLOW: LazyLock<u32> = LazyLock::new(|| {
-    let slow = factor(env::var(VARIABLE).ok().as_deref());
-    if slow > 1 {
-        println!(
-            "{VARIABLE}={slow}: repetitions / {slow}, timeouts * {}",
-            patience_factor(slow)
-        );
-    }
-    slow
-});
+static SLOW: LazyLock<u32> = LazyLock::new(|| factor(env::var(VARIABLE).ok().as_deref()));
 
 /// What a value of the variable means.
 fn factor(value: Option<&str>) -> u32 {
@@ -30,12 +21,14 @@ fn factor(value: Option<&str>) -> u32 {
     }
 }
 
-fn patience_factor(slow: u32) -> u32 {
+/// How many times longer than elsewhere tests wait on a machine that `LB_SLOW` calls `slow` times slower.
+#[must_use]
+pub fn patience_factor(slow: u32) -> u32 {
     slow.min(MOST_PATIENCE)
 }
 
 /// How many repetitions of `count` this machine shall make: all, or on one that `LB_SLOW` calls so many times slower,
-/// fewer by that factor. Only for numbers that are large to find what is rare.
+/// fewer by that factor; which is told on standard output. Only for numbers that are large to find what is rare.
 ///
 /// # Panics
 /// When `LB_SLOW` is not a number from 1.
@@ -45,7 +38,24 @@ fn patience_factor(slow: u32) -> u32 {
 /// ```
 #[must_use]
 pub fn scaled(count: u64) -> u64 {
-    (count / u64::from(*SLOW)).max(1)
+    scaled_above(count, 1)
+}
+
+/// The same, but not fewer than `least`: what the statistic needs that is made of them.
+///
+/// # Panics
+/// As [`scaled`].
+#[must_use]
+pub fn scaled_above(count: u64, least: u64) -> u64 {
+    let few = fewer(count, least, *SLOW);
+    if few < count {
+        println!("{few} repetitions of {count} ({VARIABLE}={})", *SLOW);
+    }
+    few
+}
+
+fn fewer(count: u64, least: u64, slow: u32) -> u64 {
+    (count / u64::from(slow)).max(least).min(count)
 }
 
 /// How long to wait for what takes `time` at most on this machine, unless `LB_SLOW` calls it slow.
@@ -65,6 +75,14 @@ mod tests {
     fn factors() {
         assert_eq!([factor(None), factor(Some("1")), factor(Some("20"))], [1, 1, 20]);
         assert_eq!([1, 3, 20].map(patience_factor), [1, 3, 5]);
+    }
+
+    #[test]
+    fn repetitions() {
+        assert_eq!(fewer(1000, 1, 1), 1000);
+        assert_eq!(fewer(1000, 1, 20), 50);
+        assert_eq!(fewer(1000, 80, 20), 80);
+        assert_eq!([fewer(7, 1, 20), fewer(7, 10, 20)], [1, 7]);
     }
 
     #[test]

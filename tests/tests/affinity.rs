@@ -45,7 +45,7 @@ impl Setup {
             servers.push(pod);
         }
         let manifests = Manifests::new(&cluster)?;
-        write(&manifests, &servers, affinity(3600))?;
+        write(&manifests, &servers, &affinity(3600))?;
         let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
         Ok(Self {
             agent,
@@ -57,28 +57,28 @@ impl Setup {
         })
     }
 
-    fn change(&mut self, servers: &[Pod], more: String) -> Result<()> {
+    fn change(&mut self, servers: &[Pod], more: &str) -> Result<()> {
         write(&self.manifests, servers, more)?;
         self.agent.wait_ready(&|| false)
     }
+}
 
-    /// The backends that a client's connections reach.
-    fn reached(&self, client: &Place, to: &str) -> Result<BTreeSet<String>> {
-        let summary = bed().connect(client, &Connect::to(&[addr(to)]).count(ENOUGH).threads(4))?;
-        summary.all_well()?;
-        Ok(summary.per_backend.into_keys().collect())
-    }
+/// The backends that a client's connections reach.
+fn reached(client: &Place, to: &str) -> Result<BTreeSet<String>> {
+    let summary = bed().connect(client, &Connect::to(&[addr(to)]).count(ENOUGH).threads(4))?;
+    summary.all_well()?;
+    Ok(summary.per_backend.into_keys().collect())
 }
 
 fn affinity(seconds: u32) -> String {
     format!("sessionAffinity: ClientIP\n  sessionAffinityConfig: {{clientIP: {{timeoutSeconds: {seconds}}}}}")
 }
 
-fn write(manifests: &Manifests, servers: &[Pod], more: String) -> Result<()> {
+fn write(manifests: &Manifests, servers: &[Pod], more: &str) -> Result<()> {
     let ports = [Port::tcp("web", 80), Port::udp("dns", 53)];
     let v4: Vec<(IpAddr, &str)> = servers.iter().map(|pod| (pod.address().into(), "n1")).collect();
     let v6: Vec<(IpAddr, &str)> = servers.iter().map(|pod| (pod.address6().into(), "n1")).collect();
-    let text = service("web", "10.96.0.10,fd00:96::10", &ports, &more)
+    let text = service("web", "10.96.0.10,fd00:96::10", &ports, more)
         + &slice("web", Port::tcp("web", 8080), &v4)
         + &slice("web", Port::udp("dns", 5353), &v4)
         + &slice("web", Port::tcp("web", 8080), &v6);
@@ -91,11 +91,11 @@ fn a_client_stays_with_its_backend_until_that_leaves() -> Result<()> {
     let clients: [&Place; 3] = [&setup.clients[0], &setup.clients[1], setup.cluster.node("n1")];
     let mut first = Vec::new();
     for client in clients {
-        let reached = setup.reached(client, VIP)?;
+        let reached = reached(client, VIP)?;
         assert_eq!(reached.len(), 1, "of {}: {reached:?}", client.name());
-        assert_eq!(setup.reached(client, VIP)?, reached, "the same again");
+        assert_eq!(reached(client, VIP)?, reached, "the same again");
         first.extend(reached);
-        assert_eq!(setup.reached(client, VIP6)?.len(), 1);
+        assert_eq!(reached(client, VIP6)?.len(), 1);
     }
     // The backend leaves, and is forgotten at once; the new one is kept likewise.
     let client = setup.clients[0].clone();
@@ -105,16 +105,16 @@ fn a_client_stays_with_its_backend_until_that_leaves() -> Result<()> {
         .filter(|pod| pod.name() != first[0])
         .cloned()
         .collect();
-    setup.change(&rest, affinity(3600))?;
-    let second = setup.reached(&client, VIP)?;
+    setup.change(&rest, &affinity(3600))?;
+    let second = reached(&client, VIP)?;
     ensure!(
         second.len() == 1 && !second.contains(&first[0]),
         "{first:?}, then {second:?}"
     );
     // It comes back, as another backend with the same address: the client stays where it is.
     let all = setup.servers.clone();
-    setup.change(&all, affinity(3600))?;
-    assert_eq!(setup.reached(&client, VIP)?, second);
+    setup.change(&all, &affinity(3600))?;
+    assert_eq!(reached(&client, VIP)?, second);
     Ok(())
 }
 
@@ -142,11 +142,11 @@ fn affinity_is_switched_off_and_on_live() -> Result<()> {
     let mut setup = Setup::new()?;
     let client = setup.clients[0].clone();
     let servers = setup.servers.clone();
-    assert_eq!(setup.reached(&client, VIP)?.len(), 1);
-    setup.change(&servers, String::new())?;
-    assert!(setup.reached(&client, VIP)?.len() > 1, "switched off");
-    setup.change(&servers, affinity(3600))?;
-    assert_eq!(setup.reached(&client, VIP)?.len(), 1, "switched on again");
+    assert_eq!(reached(&client, VIP)?.len(), 1);
+    setup.change(&servers, "")?;
+    assert!(reached(&client, VIP)?.len() > 1, "switched off");
+    setup.change(&servers, &affinity(3600))?;
+    assert_eq!(reached(&client, VIP)?.len(), 1, "switched on again");
     Ok(())
 }
 
@@ -155,7 +155,7 @@ fn a_timeout_ends_it_and_use_prolongs_it() -> Result<()> {
     let mut setup = Setup::new()?;
     let servers = setup.servers.clone();
     let client = setup.clients[0].clone();
-    setup.change(&servers, affinity(3))?;
+    setup.change(&servers, &affinity(3))?;
     let one = || -> Result<String> {
         let summary = bed().connect(&client, &Connect::to(&[addr(VIP)]).count(1))?;
         summary.all_well()?;

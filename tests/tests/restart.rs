@@ -568,12 +568,11 @@ fn manifests_break_while_the_agent_is_down_and_what_was_served_still_is() -> Res
             identities == bed.identities()?,
             "{broken:?}: indexes or ids have changed"
         );
-        // And when they are whole again.
-        fs::remove_file(bed.folder.join("all.json"))?;
+        // And when they are whole again. At no moment are they gone: that would be an end of the Service.
+        bed.write([&web])?;
         if broken == Broken::Endpoints {
             fs::remove_file(bed.folder.join("service.json"))?;
         }
-        bed.write([&web])?;
         bed.agent.wait_ready(&mut process)?;
         let summary = load.stop()?;
         println!("{} connections", summary.connections);

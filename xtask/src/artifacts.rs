@@ -50,6 +50,11 @@ impl Built {
         })
     }
 
+    /// All programs, by name.
+    pub(crate) fn all_programs(&self) -> impl Iterator<Item = (&str, &PathBuf)> {
+        self.programs.iter().map(|(name, path)| (name.as_str(), path))
+    }
+
     /// A program.
     pub(crate) fn program(&self, name: &str) -> anyhow::Result<PathBuf> {
         let made = self.programs.get(name);

@@ -8,6 +8,7 @@ mod fuzz;
 mod libtest;
 mod plan;
 mod privilege;
+mod probe;
 mod road;
 mod run;
 mod setup;
@@ -29,7 +30,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Install what is missing to build and test; does nothing when all is there
-    Setup,
+    Setup(setup::Args),
     /// Check format, lints and documentation, then run all tests (those that need the kernel as root)
     Test(test::Args),
     /// Accept the present output of the golden tests as right
@@ -46,7 +47,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
-        Command::Setup => setup::run(setup::Scope::All),
+        Command::Setup(args) => setup::install(&args),
         Command::Test(args) => test::run(&args),
         Command::Bless => test::bless(),
         Command::Run(args) => run::run(&args),

@@ -12,6 +12,7 @@ use crate::artifacts::build_release;
 use crate::bed::{self, Programs};
 use crate::privilege::{as_root, is_root, search_path};
 use crate::setup::{self, Scope};
+use crate::vm::{self, Job};
 
 /// Arguments of `run`.
 #[derive(Debug, clap::Args)]
@@ -19,6 +20,9 @@ pub(crate) struct Args {
     /// Run the demo without waiting for a person; fail if anything is not as it should be
     #[arg(long, conflicts_with = "agent_arguments")]
     check: bool,
+    /// The same on Debian's kernel of this version, in a virtual machine; may be given several times
+    #[arg(long, value_name = "VERSION", conflicts_with = "agent_arguments")]
+    vm: Vec<String>,
     /// An agent that is built already, for the call of this command by itself as root
     #[arg(long, hide = true, value_name = "PATH", requires = "testbed")]
     agent: Option<PathBuf>,
@@ -40,6 +44,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         bed::demo(&programs, args.check)?;
         return Ok(ExitCode::SUCCESS);
     }
+    if !args.vm.is_empty() {
+        return in_machines(&args.vm);
+    }
     let scope = if args.agent_arguments.is_empty() {
         Scope::All
     } else {
@@ -60,6 +67,23 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     // In place of this process: signals and the exit code are the program's own.
     let error = command.exec();
     Err(error).with_context(|| format!("cannot run {}", command.get_program().display()))
+}
+
+/// The demo on these kernels; it fails if one of them does.
+fn in_machines(versions: &[String]) -> anyhow::Result<ExitCode> {
+    let ready = setup::run(Scope::Machines)?;
+    if ready != ExitCode::SUCCESS {
+        return Ok(ready);
+    }
+    let job = Job::demo(&build_release()?.programs()?)?;
+    let mut well = true;
+    for (version, result) in vm::run(versions, &job) {
+        let tally = result.with_context(|| format!("the demo on Linux {version}"))?;
+        let word = if tally.failed == 0 { "works" } else { "failed" };
+        println!("the demo on Linux {version} {word}");
+        well &= tally.failed == 0;
+    }
+    Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// The demo as a check among others.
@@ -87,7 +111,7 @@ fn myself_as_root(what: &str) -> anyhow::Result<Command> {
 }
 
 /// The path of this program. The build of all tests may have put a new one there, and the kernel marks the old one.
-fn myself() -> anyhow::Result<PathBuf> {
+pub(crate) fn myself() -> anyhow::Result<PathBuf> {
     let path = env::current_exe().context("cannot tell where this program is")?;
     let replaced = path.to_str().and_then(|path| path.strip_suffix(" (deleted)"));
     Ok(replaced.map_or_else(|| path.clone(), PathBuf::from))

@@ -14,6 +14,15 @@ use crate::plan::{Action, Host, MACHINE_TOOLS, NIGHTLY, TOOLS, plan};
 use crate::privilege::{is_root, search_path};
 use crate::road::{self, Road};
 use crate::root;
+use crate::vm;
+
+/// Arguments of `setup`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Also what virtual machines need, and Debian's kernel of this version; may be given several times
+    #[arg(long, value_name = "VERSION")]
+    vm: Vec<String>,
+}
 
 /// What setup is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,8 +35,24 @@ pub(crate) enum Scope {
     Machines,
 }
 
+impl Scope {
+    /// For tests, and virtual machines with these kernels.
+    pub(crate) fn of(machines: &[String]) -> Self {
+        if machines.is_empty() { Self::All } else { Self::Machines }
+    }
+}
+
 /// Exit code when a person has to act first.
 const BY_HAND: u8 = 2;
+
+/// What a person calls.
+pub(crate) fn install(args: &Args) -> anyhow::Result<ExitCode> {
+    let ready = run(Scope::of(&args.vm))?;
+    if ready == ExitCode::SUCCESS {
+        vm::get_kernels(&args.vm)?;
+    }
+    Ok(ready)
+}
 
 /// Does what is missing, a line for each action; nothing, and quickly, when all is there.
 pub(crate) fn run(scope: Scope) -> anyhow::Result<ExitCode> {

@@ -5,13 +5,14 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, bail};
 
-use crate::artifacts::{Built, TestProgram, build_tests};
+use crate::artifacts::{Built, TestProgram, build_release, build_tests};
 use crate::command::{cargo, clean_command};
 use crate::libtest::{self, Tally};
 use crate::privilege::{as_root, search_path};
+use crate::probe;
 use crate::run;
-use crate::setup;
-use crate::vm;
+use crate::setup::{self, Scope};
+use crate::vm::{self, Job};
 
 /// Whole-system tests at a time in one test program: each builds a cluster of its own.
 const SYSTEM_TESTS: &str = "--test-threads=2";
@@ -30,58 +31,142 @@ pub(crate) struct Args {
     /// Check at the end that the demo works (as `cargo xtask run --check` does)
     #[arg(long)]
     demo: bool,
-    /// Instead of all that, run the tests that need a kernel on Debian's kernel of this version, in a virtual machine;
-    /// may be given several times
+    /// Then also run the tests that need a kernel on Debian's kernel of this version, in a virtual machine; may be given
+    /// several times
     #[arg(long, value_name = "VERSION")]
     vm: Vec<String>,
+    /// Run nothing but the tests in virtual machines
+    #[arg(long, requires = "vm", conflicts_with = "demo")]
+    only_vm: bool,
+    /// Take the kernel of this machine for one that cannot run lb, to see what is done then
+    #[arg(long, hide = true)]
+    no_kernel: bool,
 }
 
 /// Runs every check; the last line tells how many passed.
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let mut sum = Tally::default();
-    let scope = if args.vm.is_empty() {
-        setup::Scope::All
-    } else {
-        setup::Scope::Machines
-    };
-    let ready = step("setup", || match setup::run(scope)? {
-        ExitCode::SUCCESS => Ok(()),
-        _ => bail!("the setup is not complete"),
-    });
-    sum += ready;
-    if ready.failed > 0 {
+    let mut sum = set_up(Scope::of(&args.vm));
+    if sum.failed > 0 {
         return Ok(conclude(sum));
     }
-    if !args.vm.is_empty() {
-        return Ok(conclude(on_kernels(&args.vm, args.filter.as_deref())));
-    }
-    sum += step("leftovers", run::clean_as_root);
-    if !args.no_lint {
-        sum += step("format", || call(cargo().args(["fmt", "--all", "--check"])));
-        sum += step("lints", || {
-            call(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
-        });
-        sum += step("documentation", || {
-            call(
-                cargo()
-                    .args(["doc", "--workspace", "--no-deps"])
-                    .env("RUSTDOCFLAGS", "-D warnings"),
-            )
+    let filter = args.filter.as_deref();
+    let mut kernel = Kernel::Native;
+    let mut versions = args.vm.clone();
+    if !args.only_vm {
+        sum += step("kernel", || {
+            kernel = Kernel::look(args.no_kernel)?;
+            Ok(())
         });
     }
-    sum += tests(&Selection::Filter(args.filter.as_deref()));
-    if args.demo {
+    if kernel == Kernel::Foreign && versions.is_empty() {
+        versions.push(vm::DEFAULT.to_owned());
+        let ready = set_up(Scope::Machines);
+        sum += ready;
+        if ready.failed > 0 {
+            return Ok(conclude(sum));
+        }
+    }
+    if kernel == Kernel::Native && !args.only_vm {
+        sum += step("leftovers", run::clean_as_root);
+    }
+    if !args.no_lint && !args.only_vm {
+        sum += lints();
+    }
+    let mut built = Built::default();
+    sum += build(&mut built);
+    if built.tests.is_empty() {
+        return Ok(conclude(sum));
+    }
+    let mut ran = Tally::default();
+    if !args.only_vm {
+        ran += tests(&built, &Selection::Filter(filter), kernel);
+    }
+    if args.demo && kernel == Kernel::Native {
         sum += step("demo", run::check_demo);
     }
+    // After the tests on this machine's own kernel: those keep all of its processors busy themselves.
+    if !versions.is_empty() {
+        ran += in_machines(&versions, |release| Job::tests(&built, release, filter));
+    }
+    if args.demo && kernel == Kernel::Foreign {
+        sum += in_machines(&versions[..1], |release| Job::demo(&release.programs()?));
+    }
+    sum += some(ran);
     Ok(conclude(sum))
+}
+
+/// What ran, or a failure if nothing did.
+fn some(ran: Tally) -> Tally {
+    if ran == Tally::default() {
+        return step("selection", || bail!("no test matches"));
+    }
+    ran
+}
+
+/// Where the tests that need a kernel run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    /// On this machine's own, and on others if so wanted.
+    Native,
+    /// On others alone: this machine's own cannot run them.
+    Foreign,
+}
+
+impl Kernel {
+    /// Looks at this machine's kernel, unless it is `refused` from the beginning, and tells what follows.
+    fn look(refused: bool) -> anyhow::Result<Self> {
+        let why = if refused {
+            Some("this is what --no-kernel asks for".to_owned())
+        } else {
+            probe::shortcoming()?
+        };
+        Ok(why.map_or(Self::Native, |why| {
+            println!("this machine's kernel cannot run lb ({why}): the tests that need one run in a virtual machine");
+            Self::Foreign
+        }))
+    }
+}
+
+fn set_up(scope: Scope) -> Tally {
+    step("setup", || match setup::run(scope)? {
+        ExitCode::SUCCESS => Ok(()),
+        _ => bail!("the setup is not complete"),
+    })
+}
+
+fn lints() -> Tally {
+    let mut sum = step("format", || call(cargo().args(["fmt", "--all", "--check"])));
+    sum += step("lints", || {
+        call(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+    });
+    sum += step("documentation", || {
+        call(
+            cargo()
+                .args(["doc", "--workspace", "--no-deps"])
+                .env("RUSTDOCFLAGS", "-D warnings"),
+        )
+    });
+    sum
+}
+
+fn build(built: &mut Built) -> Tally {
+    step("build", || {
+        *built = build_tests()?;
+        Ok(())
+    })
 }
 
 /// Has the golden tests accept what they see.
 pub(crate) fn bless() -> anyhow::Result<ExitCode> {
-    if setup::run(setup::Scope::All)? != ExitCode::SUCCESS {
+    if setup::run(Scope::All)? != ExitCode::SUCCESS {
         bail!("the setup is not complete");
     }
-    Ok(conclude(tests(&Selection::Golden)))
+    let mut built = Built::default();
+    let mut sum = build(&mut built);
+    if !built.tests.is_empty() {
+        sum += some(tests(&built, &Selection::Golden, Kernel::Native));
+    }
+    Ok(conclude(sum))
 }
 
 /// Which tests to run.
@@ -103,38 +188,29 @@ impl Selection<'_> {
     }
 }
 
-/// Builds tests and runs those that need a kernel on several.
-fn on_kernels(versions: &[String], filter: Option<&str>) -> Tally {
-    let mut built = Built::default();
-    let mut sum = step("build", || {
-        built = build_tests()?;
-        Ok(())
-    });
-    if sum.failed > 0 {
-        return sum;
-    }
-    println!("== virtual machines");
-    for (version, result) in vm::run(versions, &built, filter) {
-        let tally = counted(&format!("Linux {version}"), || match result? {
-            none if none == Tally::default() => bail!("no test matches"),
-            some => Ok(some),
-        });
+/// Does on these kernels what `job` makes of the programs as they are delivered.
+fn in_machines(versions: &[String], job: impl FnOnce(&Built) -> anyhow::Result<Job>) -> Tally {
+    println!("== build for virtual machines");
+    let job = match build_release().and_then(|release| job(&release)) {
+        Ok(job) => job,
+        Err(error) => {
+            println!("build for virtual machines: {error:#}");
+            return Tally::one(false);
+        }
+    };
+    println!("== virtual machines, {} at a time", vm::at_a_time());
+    let mut sum = Tally::default();
+    for (version, result) in vm::run(versions, &job) {
+        let tally = counted(&format!("Linux {version}"), || result);
         println!("{} passed, {} failed", tally.passed, tally.failed);
         sum += tally;
     }
     sum
 }
 
-/// Builds and runs tests.
-fn tests(selection: &Selection<'_>) -> Tally {
-    let mut built = Built::default();
-    let mut sum = step("build", || {
-        built = build_tests()?;
-        Ok(())
-    });
-    if sum.failed > 0 {
-        return sum;
-    }
+/// Runs tests; those that need a kernel only on this machine's own.
+fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel) -> Tally {
+    let mut ran = Tally::default();
     let mut env = vec![("PATH", search_path())];
     match built.programs() {
         Ok(programs) => {
@@ -142,14 +218,14 @@ fn tests(selection: &Selection<'_>) -> Tally {
             env.push(("LB_TESTBED", programs.testbed.into()));
         }
         Err(error) => {
-            sum += step("programs", || Err(error));
+            ran += step("programs", || Err(error));
         }
     }
     if matches!(selection, Selection::Golden) {
         env.push(("LB_BLESS", "1".into()));
     }
-    let mut ran = Tally::default();
-    for program in &built.tests {
+    let here = |program: &&TestProgram| kernel == Kernel::Native || !program.needs_root();
+    for program in built.tests.iter().filter(here) {
         let title = format!("tests of {} ({})", program.package, program.target);
         ran += counted(&title, || {
             let mut command = test_command(program, &env)?;
@@ -166,11 +242,7 @@ fn tests(selection: &Selection<'_>) -> Tally {
             libtest::run(&mut command)
         });
     }
-    if ran == Tally::default() {
-        sum += step("selection", || bail!("no test matches"));
-    }
-    sum += ran;
-    sum
+    ran
 }
 
 /// The command that runs `program` as `cargo test` would, as root where that is needed.

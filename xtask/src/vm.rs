@@ -1,26 +1,30 @@
-//! Tests on other kernels, in virtual machines.
+//! Tests and the demo on other kernels, in virtual machines.
 
 mod cpio;
 mod image;
+mod job;
 mod kernel;
+mod screen;
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::io::{self, Write, stdout};
+use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use anyhow::{Context as _, Result};
+use lb_tests::patience_factor;
 
-use self::image::{ENDED, Job};
+pub(crate) use self::job::Job;
+use self::job::{PROGRAM_LIMIT, Step};
 use self::kernel::Kernel;
-use crate::artifacts::{Built, TestProgram};
+use self::screen::{Outcome, Screen};
 use crate::libtest::{self, Tally};
 
+/// The version of the kernel that serves where the machine's own does not.
+pub(crate) const DEFAULT: &str = "6.12";
+
 /// How long a virtual machine may run, as `timeout` reads it.
-const LIMIT: &str = "60m";
+const LIMIT: &str = "40m";
 /// How long a kernel may take to find that it has no file system.
 const PROBE_LIMIT: &str = "10s";
 /// Memory of each.
@@ -29,80 +33,99 @@ const MEMORY: &str = "2G";
 /// the kernel patches its own code with such instructions, and may have been seen half patched.
 const EMULATION: &str = "tcg,thread=single";
 /// How many times slower than the machine itself an emulated one is taken to be.
-const SLOW: u32 = 20;
+const SLOW: u32 = 10;
 /// Exit code of libtest when tests have failed, of which it has told.
 const TESTS_FAILED: i32 = 101;
+/// Exit code in a shell of what was killed by SIGKILL.
+const KILLED: i32 = 128 + 9;
 
-/// The test programs that a kernel has a say in, in the order of what is best known first.
-const TARGETS: [&str; 6] = ["programs", "sockets", "inspection", "races", "restart", "bed"];
-
-/// Those of them that were built.
-fn concerned(built: &Built) -> Vec<&TestProgram> {
-    let tests = built.tests.iter().filter(|test| test.package == "lb-tests");
-    let place = |test: &TestProgram| TARGETS.iter().position(|target| *target == test.target);
-    let mut tests: Vec<_> = tests
-        .filter_map(|test| place(test).map(|place| (place, test)))
-        .collect();
-    tests.sort_by_key(|(place, _)| *place);
-    tests.into_iter().map(|(_, test)| test).collect()
+/// Gets the kernels of these versions, unless they are here.
+pub(crate) fn get_kernels(versions: &[String]) -> Result<()> {
+    versions.iter().try_for_each(|version| Kernel::get(version).map(drop))
 }
 
-/// Runs the tests that need a kernel on each of these, side by side.
-pub(crate) fn run(versions: &[String], built: &Built, filter: Option<&str>) -> Vec<(String, Result<Tally>)> {
-    thread::scope(|scope| {
-        let machines: Vec<_> = versions
-            .iter()
-            .map(|version| (version, scope.spawn(move || on(version, built, filter))))
-            .collect();
-        machines
-            .into_iter()
-            .map(|(version, machine)| {
+/// How many virtual machines run side by side: as many as this machine has processors, since an emulated one keeps one
+/// of them busy.
+pub(crate) fn at_a_time() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Does `job` on each of these kernels, [`at_a_time`].
+pub(crate) fn run(versions: &[String], job: &Job) -> Vec<(String, Result<Tally>)> {
+    let run_some = |versions: &[String]| {
+        thread::scope(|scope| {
+            let machines: Vec<_> = versions
+                .iter()
+                .map(|version| (version, scope.spawn(move || on(version, job))))
+                .collect();
+            let results = machines.into_iter().map(|(version, machine)| {
                 let result = machine
                     .join()
                     .unwrap_or_else(|_| Err(anyhow::anyhow!("xtask has panicked")));
                 (version.clone(), result)
-            })
-            .collect()
-    })
+            });
+            results.collect::<Vec<_>>()
+        })
+    };
+    versions.chunks(at_a_time()).flat_map(run_some).collect()
 }
 
-fn on(version: &str, built: &Built, filter: Option<&str>) -> Result<Tally> {
+fn on(version: &str, job: &Job) -> Result<Tally> {
     let kernel = Kernel::get(version)?;
-    let tests = concerned(built);
-    let programs = built.programs()?;
     let (accelerator, slow) = if kvm_works(&kernel) {
         ("kvm", 1)
     } else {
         (EMULATION, SLOW)
     };
-    println!("{version}: {} on {accelerator}", kernel.package);
-    let job = Job {
-        tests: &tests,
-        programs: &programs,
-        filter,
-        slow,
-    };
-    let archive = kernel::cache().join(format!("{version}.cpio"));
-    image::write(&archive, &kernel, &job).context("cannot make the first file system")?;
+    println!(
+        "{version}: {} on {accelerator}, repetitions / {slow}, timeouts * {}",
+        kernel.package,
+        patience_factor(slow)
+    );
+    let archive = image::write(&kernel, job, slow).context("cannot make the first file system")?;
     let screen = Screen::new(version);
-    let codes = Arc::clone(&screen.codes);
+    let outcome = screen.outcome();
     let mut command = machine(&kernel, accelerator, LIMIT);
-    command.args(["-smp", "2", "-m", MEMORY, "-initrd"]).arg(&archive);
-    let ran = libtest::run_showing(&mut command, screen);
-    // A hundred megabytes that nobody needs again.
-    let _ = fs::remove_file(&archive);
-    let mut sum = ran?;
-    let codes = codes.lock().unwrap_or_else(PoisonError::into_inner);
-    for test in &tests {
-        let trouble = match codes.get(&test.target).copied() {
-            Some(0 | TESTS_FAILED) => continue,
-            Some(code) => format!("ended with {code}"),
-            None => format!("did not end (all together may take {LIMIT})"),
-        };
-        println!("{version}: {} {trouble}", test.target);
-        sum.failed += 1;
+    let initrd = format!("/proc/{}/fd/{}", std::process::id(), archive.as_raw_fd());
+    command.args(["-smp", "2", "-m", MEMORY, "-initrd", &initrd]);
+    let mut sum = libtest::run_showing(&mut command, screen)?;
+    let (passed, troubles) = judge(&job.steps, &screen::lock(&outcome), sum.failed > 0);
+    for trouble in &troubles {
+        println!("{version}: {trouble}");
     }
+    sum += Tally {
+        passed,
+        failed: troubles.len() as u64,
+    };
     Ok(sum)
+}
+
+/// How many steps passed that do not tell of it themselves, and what is wrong with others; `failed`: some tests have
+/// failed, and told so.
+fn judge(steps: &[Step], outcome: &Outcome, failed: bool) -> (u64, Vec<String>) {
+    let mut passed = 0;
+    let mut troubles = Vec::new();
+    let mut ended = true;
+    for step in steps {
+        let name = &step.name;
+        match outcome.codes.get(name) {
+            Some(0) => passed += u64::from(!step.tells),
+            Some(&TESTS_FAILED) if step.tells && failed => {}
+            Some(&KILLED) => troubles.push(format!("{name} was killed (it may run {PROGRAM_LIMIT} s)")),
+            Some(code) => troubles.push(format!("{name} ended with {code}")),
+            None if ended => {
+                ended = false;
+                let why = outcome.complaint.as_ref();
+                let why = why.map_or_else(
+                    || format!("all together may take {LIMIT}"),
+                    |line| format!("the kernel says: {line}"),
+                );
+                troubles.push(format!("{name} did not end ({why})"));
+            }
+            None => troubles.push(format!("{name} was not run")),
+        }
+    }
+    (passed, troubles)
 }
 
 /// A virtual machine that ends after `limit` at the latest; its console is standard output.
@@ -113,7 +136,7 @@ fn machine(kernel: &Kernel, accelerator: &str, limit: &str) -> Command {
         .args(["--foreground", "--kill-after=5", limit])
         .args(["qemu-system-x86_64", "-accel", accelerator, "-cpu", "max"])
         .args(["-display", "none", "-monitor", "none", "-serial", "stdio", "-nic", "none"])
-        .args(["-no-reboot", "-append", "console=ttyS0 quiet panic=-1", "-kernel"])
+        .args(["-no-reboot", "-append", "console=ttyS0 quiet oops=panic panic=-1", "-kernel"])
         .arg(&kernel.image);
     command
 }
@@ -131,62 +154,63 @@ fn kvm_works(kernel: &Kernel) -> bool {
             .is_ok_and(|status| status.success())
 }
 
-/// Shows each line of a virtual machine with the version of its kernel before it, and notes how programs ended.
-#[derive(Debug)]
-struct Screen {
-    version: String,
-    codes: Arc<Mutex<BTreeMap<String, i32>>>,
-}
-
-impl Screen {
-    fn new(version: &str) -> Self {
-        Self {
-            version: version.to_owned(),
-            codes: Arc::default(),
-        }
-    }
-
-    fn note(&self, line: &str) {
-        if let Some((name, code)) = line.strip_prefix(ENDED).and_then(|end| end.split_once(' '))
-            && let Ok(code) = code.parse()
-        {
-            let mut codes = self.codes.lock().unwrap_or_else(PoisonError::into_inner);
-            codes.insert(name.to_owned(), code);
-        }
-    }
-}
-
-/// Gets whole lines.
-impl Write for Screen {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let text = String::from_utf8_lossy(bytes);
-        let line = text.trim_end();
-        self.note(line);
-        if !line.is_empty() {
-            writeln!(stdout(), "[{}] {line}", self.version)?;
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        stdout().flush()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn step(name: &str, tells: bool) -> Step {
+        Step {
+            name: name.to_owned(),
+            program: "/bin/true".into(),
+            arguments: Vec::new(),
+            env: Vec::new(),
+            dir: "/".into(),
+            tells,
+        }
+    }
+
+    fn outcome(codes: &[(&str, i32)], complaint: Option<&str>) -> Outcome {
+        Outcome {
+            codes: codes.iter().map(|&(name, code)| (name.to_owned(), code)).collect(),
+            complaint: complaint.map(str::to_owned),
+        }
+    }
+
     #[test]
-    fn ends_are_noted() {
-        let mut screen = Screen::new("6.1");
-        screen.write_all(b"lb-vm: ended races 101\r\n").unwrap();
-        screen.write_all(b"lb-vm: ended bed 0\r\n").unwrap();
-        screen.write_all(b"anything else\n").unwrap();
-        let codes = screen.codes.lock().unwrap();
+    fn every_step_must_end_well_or_tell_of_its_failures() {
+        let steps = [step("tests", true), step("demo", false)];
+        let ended = |tests, demo| outcome(&[("tests", tests), ("demo", demo)], None);
+        assert_eq!(judge(&steps, &ended(0, 0), false), (1, vec![]));
+        assert_eq!(judge(&steps, &ended(101, 0), true), (1, vec![]));
+        // It says that tests have failed, and no result of it came.
         assert_eq!(
-            *codes,
-            BTreeMap::from([("races".to_owned(), 101), ("bed".to_owned(), 0)])
+            judge(&steps, &ended(101, 0), false),
+            (1, vec!["tests ended with 101".to_owned()])
         );
+        assert_eq!(
+            judge(&steps, &ended(0, 101), true),
+            (0, vec!["demo ended with 101".to_owned()])
+        );
+        let killed = "tests was killed (it may run 900 s)".to_owned();
+        assert_eq!(judge(&steps, &ended(137, 0), false), (1, vec![killed]));
+    }
+
+    #[test]
+    fn a_machine_that_stops_fails_the_step_that_ran_and_all_after_it() {
+        let steps = [step("a", true), step("b", true), step("c", true)];
+        let (_, troubles) = judge(
+            &steps,
+            &outcome(&[("a", 0)], Some("Kernel panic - not syncing: x")),
+            false,
+        );
+        assert_eq!(
+            troubles,
+            [
+                "b did not end (the kernel says: Kernel panic - not syncing: x)",
+                "c was not run"
+            ]
+        );
+        let (_, troubles) = judge(&steps[1..], &outcome(&[], None), false);
+        assert_eq!(troubles, ["b did not end (all together may take 40m)", "c was not run"]);
     }
 }

@@ -2,13 +2,17 @@
 
 use std::net::SocketAddr;
 use std::process::Stdio;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-use crate::{Place, Process};
+use crate::{Place, Process, patience};
 
 /// Requests a second of one [`Caller`].
 const RATE: u32 = 5;
+
+/// How long one request may take.
+const LONGEST: Duration = Duration::from_secs(2);
 
 /// After an answer's body curl writes a line with its exit status and the peer's address; no name begins like that.
 const MARK: &str = "#curl ";
@@ -79,7 +83,7 @@ fn arguments() -> [String; 7] {
         "--noproxy".to_owned(),
         "*".to_owned(),
         "--max-time".to_owned(),
-        "2".to_owned(),
+        patience(LONGEST).as_secs().to_string(),
         "--write-out".to_owned(),
         format!("{MARK}%{{exitcode}} %{{http_code}} %{{remote_ip}}:%{{remote_port}} %{{errormsg}}\\n"),
     ]

@@ -1,6 +1,7 @@
 //! The demo's check: is every answer right, and is the spread even?
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 
@@ -10,7 +11,7 @@ use super::say;
 use super::signals::Signals;
 use super::stage::Stage;
 use crate::load::Summary;
-use crate::{Connect, chi_squared_p};
+use crate::{Connect, chi_squared_p, patience};
 
 /// Connections per Service and round, from all places together.
 const SAMPLES: u64 = 400;
@@ -19,9 +20,9 @@ const SAMPLES: u64 = 400;
 /// million.
 const LEAST_P: f64 = 0.001;
 
-/// Seconds that the connections from one place may take: far more than they need, and the check of a broken system has
+/// How long the connections from one place may take: far more than they need, and the check of a broken system has
 /// an end.
-const LONGEST: f64 = 5.0;
+const LONGEST: Duration = Duration::from_secs(5);
 
 /// What was found, printed as it comes.
 struct Findings {
@@ -93,7 +94,7 @@ fn spread(stage: &Stage, service: &ServicePort, signals: &Signals, findings: &mu
             }
             let connect = Connect::to(&[service.frontend])
                 .count(each)
-                .seconds(LONGEST)
+                .seconds(patience(LONGEST).as_secs_f64())
                 .threads(4)
                 .http()
                 .peer_check();
@@ -134,7 +135,7 @@ fn trouble(summary: &Summary, wanted: u64, backends: &BTreeMap<&str, u64>) -> Op
         return Some(format!("{error:#}"));
     }
     if summary.connections < wanted {
-        return Some(format!("{wanted} take more than {LONGEST} s"));
+        return Some(format!("{wanted} take more than {:?}", patience(LONGEST)));
     }
     let strangers: Vec<&str> = summary
         .per_backend

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::manifests::{Manifests, ServicePort};
 use super::signals::Signals;
 use super::{Options, say};
-use crate::{Agent, Cluster, Connect, Place, Pod, Process, Ruleset, Running, Testbed, Underlay};
+use crate::{Agent, Cluster, Connect, Place, Pod, Process, Ruleset, Running, Testbed, Underlay, patience};
 
 /// How long nginx may take to listen.
 const START: Duration = Duration::from_secs(10);
@@ -166,7 +166,7 @@ fn start_nginx(cluster: &Cluster, pod: &Pod, ports: &[u16], signals: &Signals) -
         .stdout(Stdio::null())
         .stderr(log);
     let mut process = Process::spawn(&mut command)?;
-    let deadline = Instant::now() + START;
+    let deadline = Instant::now() + patience(START);
     for &port in ports {
         while pod.within(|| TcpStream::connect(pod.socket(port)))?.is_err() {
             if signals.arrived() {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Component, Path, PathBuf};
@@ -24,16 +24,9 @@ pub(crate) struct Archive<W: Write> {
     known: BTreeSet<PathBuf>,
 }
 
-impl Archive<BufWriter<File>> {
-    /// A new file.
-    pub(crate) fn create(path: &Path) -> Result<Self> {
-        let file = File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
-        Ok(Self::new(BufWriter::new(file)))
-    }
-}
-
 impl<W: Write> Archive<W> {
-    fn new(out: W) -> Self {
+    /// An empty one.
+    pub(crate) fn new(out: W) -> Self {
         Self {
             out,
             written: 0,

@@ -4,15 +4,15 @@ use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::BufWriter;
+use std::iter;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
 use super::cpio::Archive;
-use super::kernel::Kernel;
-use crate::artifacts::TestProgram;
-use crate::bed::Programs;
+use super::job::{Job, PROGRAM_LIMIT};
+use super::kernel::{self, Kernel};
 use crate::privilege::search_path;
 use crate::root;
 
@@ -45,24 +45,13 @@ const MODULES: [&str; 8] = [
 const CONFIGURATION: [&str; 4] = ["/etc/iproute2", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"];
 
 /// What a line about the end of a test program begins with.
-pub(crate) const ENDED: &str = "lb-vm: ended ";
+pub(super) const ENDED: &str = "lb-vm: ended ";
 
-/// What is to be run.
-#[derive(Debug)]
-pub(crate) struct Job<'a> {
-    /// Programs with tests, in order.
-    pub(crate) tests: &'a [&'a TestProgram],
-    /// Programs that they start.
-    pub(crate) programs: &'a Programs,
-    /// Only tests whose name contains this.
-    pub(crate) filter: Option<&'a str>,
-    /// How many times slower than a machine of its own.
-    pub(crate) slow: u32,
-}
-
-/// Writes the archive to boot `kernel` with.
-pub(crate) fn write(path: &Path, kernel: &Kernel, job: &Job<'_>) -> Result<()> {
-    let mut image = Archive::create(path)?;
+/// Writes the archive to boot `kernel` with, on a machine that is `slow` times slower than others. It is in no folder, so
+/// that it goes with the process, however that ends.
+pub(super) fn write(kernel: &Kernel, job: &Job, slow: u32) -> Result<File> {
+    let file = tempfile::tempfile_in(kernel::cache()).context("cannot create a file")?;
+    let mut image = Archive::new(BufWriter::new(file));
     for dir in ["bin", "sbin", "lib", "lib32", "lib64"] {
         let dir = Path::new("/").join(dir);
         if let Ok(target) = fs::read_link(&dir) {
@@ -102,25 +91,25 @@ pub(crate) fn write(path: &Path, kernel: &Kernel, job: &Job<'_>) -> Result<()> {
     for dir in ["deploy", "examples"] {
         image.tree(&root().join(dir))?;
     }
-    let own = job.tests.iter().map(|test| &test.path);
-    for program in own.chain([&job.programs.agent, &job.programs.testbed]) {
-        image.file(program, program)?;
-        add_libraries(&mut image, program)?;
+    for (at, from) in &job.files {
+        image.file(at, from)?;
+        add_libraries(&mut image, from)?;
     }
-    for test in job.tests {
-        image.directory(&test.dir)?;
+    for step in &job.steps {
+        image.directory(&step.dir)?;
     }
     let mut modules = Vec::new();
     for (name, content) in kernel.modules(&MODULES)? {
         image.content(&Path::new("/modules").join(&name), 0o644, &content)?;
         modules.push(name);
     }
-    image.content(Path::new("/init"), 0o755, init(&modules, job)?.as_bytes())?;
-    image.finish().map(drop)
+    image.content(Path::new("/init"), 0o755, init(&modules, job, slow)?.as_bytes())?;
+    let written = image.finish()?.into_inner();
+    written.context("cannot write the archive")
 }
 
 /// The script that the kernel starts.
-fn init(modules: &[String], job: &Job<'_>) -> Result<String> {
+fn init(modules: &[String], job: &Job, slow: u32) -> Result<String> {
     let mut script = String::from(
         "#!/busybox/sh\n\
          /busybox/busybox --install -s /busybox\n\
@@ -136,33 +125,26 @@ fn init(modules: &[String], job: &Job<'_>) -> Result<String> {
          ip link set lo up\n\
          uname -rv\n",
     );
-    writeln!(script, "echo LB_SLOW={}", job.slow)?;
     for module in modules {
         writeln!(script, "insmod /modules/{module}")?;
     }
-    for (name, value) in [
-        ("LB_AGENT", job.programs.agent.as_os_str()),
-        ("LB_TESTBED", job.programs.testbed.as_os_str()),
-        ("LB_SLOW", OsStr::new(&job.slow.to_string())),
-        ("RUST_BACKTRACE", OsStr::new("0")),
-    ] {
+    let slow = ("LB_SLOW", OsString::from(slow.to_string()));
+    let backtrace = ("RUST_BACKTRACE", OsString::from("0"));
+    for (name, value) in job.env.iter().chain([&slow, &backtrace]) {
         writeln!(script, "export {name}={}", quoted(value)?)?;
     }
-    for test in job.tests {
-        writeln!(script, "echo '== tests of {} ({})'", test.package, test.target)?;
-        writeln!(script, "cd {}", quoted(test.dir.as_os_str())?)?;
-        write!(
-            script,
-            "CARGO_MANIFEST_DIR={} CARGO_PKG_NAME={} {} --test-threads=1",
-            quoted(test.dir.as_os_str())?,
-            test.package,
-            quoted(test.path.as_os_str())?
-        )?;
-        if let Some(filter) = job.filter {
-            write!(script, " {}", quoted(OsStr::new(filter))?)?;
+    for step in &job.steps {
+        writeln!(script, "echo '== {}'", step.name)?;
+        write!(script, "cd {}; ", quoted(step.dir.as_os_str())?)?;
+        for (name, value) in &step.env {
+            write!(script, "{name}={} ", quoted(value)?)?;
+        }
+        write!(script, "timeout -s KILL {PROGRAM_LIMIT}")?;
+        for word in iter::once(step.program.as_os_str()).chain(step.arguments.iter().map(OsString::as_os_str)) {
+            write!(script, " {}", quoted(word)?)?;
         }
         // On a line of its own, also after a program that broke off within one.
-        writeln!(script, "; code=$?; echo; echo \"{ENDED}{} $code\"", test.target)?;
+        writeln!(script, "; code=$?; echo; echo \"{ENDED}{} $code\"", step.name)?;
     }
     script.push_str("cd /; sync; poweroff -f\n");
     Ok(script)

@@ -1,12 +1,14 @@
 //! Debian's kernels, from its packages.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::env::consts::ARCH;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use crate::privilege::as_root;
 use crate::root;
 
 /// A kernel's files.
@@ -30,6 +32,10 @@ pub(crate) fn cache() -> PathBuf {
 impl Kernel {
     /// The newest of `version` (two numbers), which is fetched if it is not there.
     pub(crate) fn get(version: &str) -> Result<Self> {
+        ensure!(
+            ARCH == "x86_64",
+            "there are virtual machines for x86_64 only, not for {ARCH}"
+        );
         let package = newest(version)?;
         let dir = cache().join(&package);
         if !dir.is_dir() {
@@ -83,25 +89,41 @@ impl Kernel {
     }
 }
 
-/// Name of the newest package that apt knows, or else of the newest one that is there.
+/// Name of the newest package that apt knows, or else of the newest one that is here.
 fn newest(version: &str) -> Result<String> {
     let numbers: Vec<_> = version.split('.').collect();
     ensure!(
         numbers.len() == 2 && numbers.iter().all(|number| number.parse::<u32>().is_ok()),
         "{version:?} is no version of a kernel: say two numbers, as in 6.12"
     );
+    if let Some(name) = newest_name(version, known()?) {
+        return Ok(name);
+    }
+    let present = entries(&cache()).unwrap_or_default();
+    let present = present.iter().filter(|path| path.is_dir()).map(|path| name(path));
+    if let Some(name) = newest_name(version, present.collect()) {
+        return Ok(name);
+    }
+    update_lists()?;
+    newest_name(version, known()?)
+        .with_context(|| format!("apt knows no linux-image-{version}.*-cloud-amd64-unsigned: Debian 12 has it"))
+}
+
+/// Names of the packages of kernels that apt knows.
+fn known() -> Result<Vec<String>> {
     let output = Command::new("apt-cache")
         .args(["search", "--names-only", "^linux-image-.*-cloud-amd64-unsigned$"])
         .output()
         .context("cannot run apt-cache")?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let known = text.lines().filter_map(|line| line.split_whitespace().next());
-    let present = entries(&cache()).unwrap_or_default();
-    let present = present.iter().filter(|path| path.is_dir()).map(|path| name(path));
-    let newest_of = |names: Vec<String>| newest_name(version, names);
-    newest_of(known.map(str::to_owned).collect())
-        .or_else(|| newest_of(present.collect()))
-        .with_context(|| format!("apt knows no linux-image-{version}.*-cloud-amd64-unsigned"))
+    let names = text.lines().filter_map(|line| line.split_whitespace().next());
+    Ok(names.map(str::to_owned).collect())
+}
+
+/// Has apt fetch its lists of packages.
+fn update_lists() -> Result<()> {
+    println!("fetching the lists of packages");
+    run(as_root(Path::new("apt-get"), &[], "fetching the lists of packages")?.args(["update", "--quiet"]))
 }
 
 fn newest_name(version: &str, names: Vec<String>) -> Option<String> {
@@ -129,7 +151,7 @@ fn fetch(package: &str, dir: &Path) -> Result<()> {
     fs::create_dir_all(&scratch)?;
     let done = download(package, &scratch).or_else(|_| {
         // The lists of packages may be old.
-        run(Command::new("apt-get").args(["update", "--quiet"]))?;
+        update_lists()?;
         download(package, &scratch)
     });
     done?;

@@ -1,0 +1,113 @@
+//! What is run in a virtual machine.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::artifacts::{Built, TestProgram};
+use crate::bed::Programs;
+use crate::root;
+
+/// Test programs in the order of what is best known first; all others follow.
+const KNOWN: [&str; 6] = ["programs", "sockets", "inspection", "races", "restart", "bed"];
+
+/// How long one program may run, in seconds. One that hangs keeps the others from running no longer.
+pub(super) const PROGRAM_LIMIT: u32 = 15 * 60;
+
+/// Programs to run, and files that they need besides those of every machine.
+#[derive(Debug)]
+pub(crate) struct Job {
+    /// One after the other.
+    pub(super) steps: Vec<Step>,
+    /// Files: where the programs look for them, and where they are on this machine.
+    pub(super) files: Vec<(PathBuf, PathBuf)>,
+    /// For all programs.
+    pub(super) env: Vec<(&'static str, OsString)>,
+}
+
+/// A program to run.
+#[derive(Debug)]
+pub(crate) struct Step {
+    /// A word that is no other step's.
+    pub(super) name: String,
+    /// The program, which is among the files.
+    pub(super) program: PathBuf,
+    /// Its arguments.
+    pub(super) arguments: Vec<OsString>,
+    /// Variables for it alone.
+    pub(super) env: Vec<(&'static str, OsString)>,
+    /// Where it runs.
+    pub(super) dir: PathBuf,
+    /// It is a program of tests, which tells its own results.
+    pub(super) tells: bool,
+}
+
+impl Job {
+    /// The tests that need a kernel, or those of them whose name contains `filter`. They are as `built`; the programs that
+    /// they start are those in `release` where that has them: emulation is slow enough.
+    pub(crate) fn tests(built: &Built, release: &Built, filter: Option<&str>) -> Result<Self> {
+        let mut tests: Vec<_> = built.tests.iter().filter(|test| test.needs_root()).collect();
+        tests.sort_by_key(|test| {
+            KNOWN
+                .iter()
+                .position(|known| *known == test.target)
+                .unwrap_or(KNOWN.len())
+        });
+        let mut files: Vec<_> = built
+            .all_programs()
+            // Of no use there, and large.
+            .filter(|(name, _)| *name != env!("CARGO_PKG_NAME"))
+            .map(|(name, path)| (path.clone(), release.program(name).unwrap_or_else(|_| path.clone())))
+            .collect();
+        files.extend(tests.iter().map(|test| (test.path.clone(), test.path.clone())));
+        let programs = built.programs()?;
+        Ok(Self {
+            steps: tests.into_iter().map(|test| Step::tests(test, filter)).collect(),
+            files,
+            env: vec![
+                ("LB_AGENT", programs.agent.into()),
+                ("LB_TESTBED", programs.testbed.into()),
+            ],
+        })
+    }
+
+    /// The check of the demo.
+    pub(crate) fn demo(programs: &Programs) -> Result<Self> {
+        let myself = crate::run::myself()?;
+        let files = [&myself, &programs.agent, &programs.testbed].map(|path| (path.clone(), path.clone()));
+        let (agent, testbed) = (&programs.agent, &programs.testbed);
+        let arguments = ["run", "--check", "--agent"].map(OsString::from).into_iter();
+        let arguments = arguments.chain([agent.into(), "--testbed".into(), testbed.into()]);
+        Ok(Self {
+            steps: vec![Step {
+                name: "demo".to_owned(),
+                program: myself,
+                arguments: arguments.collect(),
+                env: Vec::new(),
+                dir: root(),
+                tells: false,
+            }],
+            files: files.into(),
+            env: Vec::new(),
+        })
+    }
+}
+
+impl Step {
+    fn tests(test: &TestProgram, filter: Option<&str>) -> Self {
+        // One at a time, and each says at once what it has to say: whoever waits sees where it is.
+        let arguments = ["--test-threads=1", "--nocapture"].into_iter().chain(filter);
+        Self {
+            name: format!("{}/{}", test.package, test.target),
+            program: test.path.clone(),
+            arguments: arguments.map(OsString::from).collect(),
+            env: vec![
+                ("CARGO_MANIFEST_DIR", test.dir.clone().into()),
+                ("CARGO_PKG_NAME", test.package.clone().into()),
+            ],
+            dir: test.dir.clone(),
+            tells: true,
+        }
+    }
+}
