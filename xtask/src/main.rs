@@ -1,4 +1,4 @@
-//! Everything a person types while working on lb: `cargo xtask setup | test | bless | run | bench | clean`.
+//! Everything a person types while working on lb: `cargo xtask setup | test | bless | run | bench | stress | clean`.
 
 mod artifacts;
 mod bed;
@@ -10,6 +10,7 @@ mod privilege;
 mod road;
 mod run;
 mod setup;
+mod stress;
 mod test;
 mod vm;
 
@@ -37,6 +38,8 @@ enum Command {
     Run(run::Args),
     /// Measure lb on this machine
     Bench(bench::Args),
+    /// Look frontends up from every CPU while the maps change; fail if one lookup misses
+    Stress(stress::Args),
     /// Remove what interrupted tests left on this machine
     Clean,
 }
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Bless => test::bless(),
         Command::Run(args) => run::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Stress(args) => stress::run(&args),
         Command::Clean => run::clean(),
     };
     done.unwrap_or_else(|error| {

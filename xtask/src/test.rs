@@ -161,7 +161,16 @@ fn tests(selection: &Selection<'_>) -> Tally {
         ran += counted("examples in the documentation", || {
             let mut command = cargo();
             command
-                .args(["test", "--doc", "--workspace", "--exclude", "lb-ebpf", "--"])
+                .args([
+                    "test",
+                    "--doc",
+                    "--workspace",
+                    "--exclude",
+                    "lb-ebpf",
+                    "--exclude",
+                    "lb-probe",
+                    "--",
+                ])
                 .args(*filter);
             libtest::run(&mut command)
         });

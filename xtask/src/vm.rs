@@ -34,7 +34,16 @@ const SLOW: u32 = 20;
 const TESTS_FAILED: i32 = 101;
 
 /// The test programs that a kernel has a say in, in the order of what is best known first.
-const TARGETS: [&str; 6] = ["programs", "sockets", "inspection", "races", "restart", "bed"];
+const TARGETS: [&str; 8] = [
+    "programs",
+    "sockets",
+    "inspection",
+    "races",
+    "stress",
+    "faults",
+    "restart",
+    "bed",
+];
 
 /// Those of them that were built.
 fn concerned(built: &Built) -> Vec<&TestProgram> {
