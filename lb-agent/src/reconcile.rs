@@ -280,6 +280,7 @@ impl<M: Maps> Reconciler<M> {
 
     fn reconcile(&mut self, mut touched: Touched) {
         self.free_retired();
+        let mut no_room = BTreeSet::new();
         touched.ports.extend(std::mem::take(&mut self.failed_ports).into_keys());
         touched
             .frontends
@@ -300,12 +301,13 @@ impl<M: Maps> Reconciler<M> {
                 self.failed_ports.insert(Arc::clone(id), error.to_string());
                 if matches!(error, MapError::Full { .. }) {
                     self.close_unknown(id);
+                    no_room.insert(Arc::clone(id));
                 }
             }
             // They may lead here from now on, or elsewhere where this failed.
             touched.frontends.extend(want.frontends.iter().map(|(key, _)| *key));
         }
-        self.sync_frontends(&touched.frontends);
+        self.sync_frontends(&touched.frontends, &no_room);
         self.remove_ports(&touched.ports);
         self.withdraw_strays();
     }
@@ -485,8 +487,9 @@ impl<M: Maps> Reconciler<M> {
     }
 
     /// Makes frontends lead where they should: in-place stores first, then insertions, then deletions, so that what
-    /// moves is never away and what is new comes before what is gone.
-    fn sync_frontends(&mut self, keys: &BTreeSet<FrontendKey>) {
+    /// moves is never away and what is new comes before what is gone. `no_room`: service ports that the maps have no
+    /// room for.
+    fn sync_frontends(&mut self, keys: &BTreeSet<FrontendKey>, no_room: &BTreeSet<Arc<PortId>>) {
         let mut stores = Vec::new();
         let mut inserts = Vec::new();
         let mut deletes = Vec::new();
@@ -512,6 +515,7 @@ impl<M: Maps> Reconciler<M> {
             match (have, want) {
                 (have, want) if have == want => {}
                 (Some(old), _) if self.is_kept(*key, old, &kept) => {}
+                (Some(old), None) if self.is_awaited(*key, old, no_room) => {}
                 (None, Some(new)) => inserts.push((*key, new)),
                 (Some(_), Some(new)) => stores.push((*key, new)),
                 (_, None) => deletes.push(*key),
@@ -556,6 +560,16 @@ impl<M: Maps> Reconciler<M> {
             Some(_) => kept.contains(&value.service),
             None => false,
         }
+    }
+
+    /// Whether a frontend stays with whom it has because the service port that it passes to could not be written, and
+    /// will be at the next try: until then it is no miss. Where there is no room it goes: what it leads to may be what
+    /// takes the room.
+    fn is_awaited(&self, key: FrontendKey, value: Frontend, no_room: &BTreeSet<Arc<PortId>>) -> bool {
+        let claimant = self.desired.frontend(&key, |id| (!no_room.contains(id)).then_some(0));
+        let serves = |port: &ActualPort| port.index == value.service && port.is_written();
+        claimant.is_some()
+            && (value.kind == FrontendKind::Address as u8 || self.actual.ports.values().any(|port| serves(port)))
     }
 
     fn insert(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {

@@ -91,10 +91,10 @@ fn a_client_stays_with_its_backend_until_that_leaves() -> Result<()> {
     let clients: [&Place; 3] = [&setup.clients[0], &setup.clients[1], setup.cluster.node("n1")];
     let mut first = Vec::new();
     for client in clients {
-        let reached = reached(client, VIP)?;
-        assert_eq!(reached.len(), 1, "of {}: {reached:?}", client.name());
-        assert_eq!(reached(client, VIP)?, reached, "the same again");
-        first.extend(reached);
+        let kept = reached(client, VIP)?;
+        assert_eq!(kept.len(), 1, "of {}: {kept:?}", client.name());
+        assert_eq!(reached(client, VIP)?, kept, "the same again");
+        first.extend(kept);
         assert_eq!(reached(client, VIP6)?.len(), 1);
     }
     // The backend leaves, and is forgotten at once; the new one is kept likewise.

@@ -64,7 +64,15 @@ impl Built {
 
 /// Builds all tests and programs. One call: the features of dependencies are those of the whole workspace.
 pub(crate) fn build_tests() -> anyhow::Result<Built> {
-    build(&["build", "--workspace", "--exclude", "lb-ebpf", "--all-targets"])
+    build(&[
+        "build",
+        "--workspace",
+        "--exclude",
+        "lb-ebpf",
+        "--exclude",
+        "lb-probe",
+        "--all-targets",
+    ])
 }
 
 /// Builds the programs as they are delivered.
@@ -85,6 +93,20 @@ pub(crate) fn build_bench() -> anyhow::Result<Built> {
         "lb-bench",
         "--features",
         "lb-tests/bench",
+    ])
+}
+
+/// Builds the stress test, optimised too: the more changes, the more it finds.
+pub(crate) fn build_stress() -> anyhow::Result<Built> {
+    build(&[
+        "build",
+        "--release",
+        "-p",
+        "lb-tests",
+        "--bin",
+        "lb-stress",
+        "--features",
+        "lb-tests/stress",
     ])
 }
 

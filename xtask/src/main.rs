@@ -1,4 +1,4 @@
-//! Everything a person types while working on lb: `cargo xtask setup | test | bless | run | bench | fuzz | clean`.
+//! Everything a person types while working on lb: `cargo xtask setup | test | bless | run | bench | fuzz | stress | clean`.
 
 mod artifacts;
 mod bed;
@@ -12,6 +12,7 @@ mod probe;
 mod road;
 mod run;
 mod setup;
+mod stress;
 mod test;
 mod vm;
 
@@ -41,6 +42,8 @@ enum Command {
     Bench(bench::Args),
     /// Look for input that breaks lb
     Fuzz(fuzz::Args),
+    /// Look frontends up from every CPU while the maps change; fail if one lookup misses
+    Stress(stress::Args),
     /// Remove what interrupted tests left on this machine
     Clean,
 }
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
+        Command::Stress(args) => stress::run(&args),
         Command::Clean => run::clean(),
     };
     done.unwrap_or_else(|error| {

@@ -237,7 +237,16 @@ fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel) -> Tally {
         ran += counted("examples in the documentation", || {
             let mut command = cargo();
             command
-                .args(["test", "--doc", "--workspace", "--exclude", "lb-ebpf", "--"])
+                .args([
+                    "test",
+                    "--doc",
+                    "--workspace",
+                    "--exclude",
+                    "lb-ebpf",
+                    "--exclude",
+                    "lb-probe",
+                    "--",
+                ])
                 .args(*filter);
             libtest::run(&mut command)
         });

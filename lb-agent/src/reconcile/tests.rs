@@ -675,6 +675,38 @@ fn a_failure_is_tried_again_also_without_a_change() {
     assert_clean(&lb);
 }
 
+/// The service port that has it next cannot be written at first.
+#[test]
+fn a_frontend_that_passes_to_a_new_service_port_is_never_away() {
+    let failed_at = |at: u64| {
+        let (mut lb, mut cluster) = (start(FaultyMaps::new(maps(), 0, Fault::None)), Cluster::default());
+        cluster.set(service("web", "10.96.0.1").ports([port("a", 80)]));
+        cluster.set(named_slice("web-0", "web", &[("a", 8080), ("b", 8081)], &["10.0.0.1"]));
+        apply(&mut lb, &mut cluster);
+        let before = lb.maps().inner.contents.frontends.clone();
+        cluster.set(service("web", "10.96.0.1").ports([port("b", 80)]));
+        let operations = lb.maps().operations();
+        lb.maps_mut().arm(at, Fault::Fail);
+        lb.apply(cluster.batch());
+        let keys = |frontends: &BTreeMap<_, Frontend>| frontends.keys().copied().collect::<Vec<_>>();
+        let after = &lb.maps().inner.contents.frontends;
+        assert_eq!(keys(after), keys(&before), "failed at {at}");
+        let failed = lb.maps().operations() - operations > at;
+        lb.maps_mut().arm(0, Fault::None);
+        lb.reclaim();
+        lb.settle().unwrap();
+        assert_clean(&lb);
+        assert_eq!(
+            served(&lb.maps().inner, "10.96.0.1", 80),
+            Some(vec!["10.0.0.1:8081".to_owned()])
+        );
+        assert_eq!(lb.problems(), []);
+        failed
+    };
+    let tried = (0..).take_while(|at| failed_at(*at)).count();
+    assert!(tried >= 5, "{tried} operations");
+}
+
 /// Somebody has written to a set, and putting it right fails: frontends stay, and nothing that the set leads to is used
 /// for anything else.
 #[test]

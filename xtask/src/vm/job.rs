@@ -10,7 +10,15 @@ use crate::bed::Programs;
 use crate::root;
 
 /// Test programs in the order of what is best known first; all others follow.
-const KNOWN: [&str; 6] = ["programs", "sockets", "inspection", "races", "restart", "bed"];
+const KNOWN: [&str; 7] = [
+    "programs",
+    "sockets",
+    "datagrams",
+    "inspection",
+    "races",
+    "restart",
+    "bed",
+];
 
 /// How long one program may run, in seconds. One that hangs keeps the others from running no longer.
 pub(super) const PROGRAM_LIMIT: u32 = 15 * 60;

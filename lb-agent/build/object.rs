@@ -1,4 +1,4 @@
-//! Compiles `lb-ebpf` for the kernel; the object is `$OUT_DIR/lb-ebpf`.
+//! Compiles a package for the kernel: shared by the build scripts that do.
 
 use std::env;
 use std::ffi::OsStr;
@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Context as _;
 use aya_build::{Package, Toolchain, build_ebpf};
 
-#[path = "../xtask/src/road.rs"]
+#[path = "../../xtask/src/road.rs"]
 mod road;
 
 use road::Road;
@@ -15,8 +15,8 @@ use road::Road;
 /// The one thing that goes wrong in a fresh clone.
 const MISSING: &str = "the eBPF toolchain is missing: run `cargo xtask setup`";
 
-fn main() -> anyhow::Result<()> {
-    println!("cargo::rerun-if-changed=build.rs");
+/// Compiles the programs of a package in a folder; the objects are `$OUT_DIR/PROGRAM`.
+pub(crate) fn build(name: &str, root_dir: &str) -> anyhow::Result<()> {
     println!("cargo::rerun-if-env-changed=RUSTUP_HOME");
     let road = road::rustup_home().and_then(|home| road::choose(&home));
     let (Some(road), Some(linker)) = (road, road::linker()) else {
@@ -47,8 +47,8 @@ fn main() -> anyhow::Result<()> {
     set_env("CARGO_TERM_QUIET", "true");
     build_ebpf(
         [Package {
-            name: "lb-ebpf",
-            root_dir: concat!(env!("CARGO_MANIFEST_DIR"), "/../lb-ebpf"),
+            name,
+            root_dir,
             ..Package::default()
         }],
         toolchain,

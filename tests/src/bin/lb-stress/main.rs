@@ -1,0 +1,62 @@
+//! Lookups from every CPU while lb's maps change, for `cargo xtask stress`: the long run of the test `stress`.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use indicatif::{HumanCount, ProgressBar, ProgressStyle};
+use lb_agent::loader::PinPath;
+use lb_stress::{NODE, Options};
+use lb_tests::{Cluster, monotonic_ns};
+
+/// Looks frontends up on every CPU while the maps change, and fails if one lookup misses or ends at a stranger's backend.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Lookups to make
+    #[arg(long, default_value_t = 100_000_000)]
+    lookups: u64,
+    /// Changes to make, at least
+    #[arg(long, default_value_t = 10_000)]
+    changes: u64,
+    /// The same seed makes the same choices [default: by the clock]
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let options = Options {
+        lookups: arguments.lookups,
+        changes: arguments.changes,
+        seed: arguments.seed.unwrap_or_else(monotonic_ns),
+    };
+    println!("choices as with --seed {}", options.seed);
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let pins = PinPath::new(cluster.pin_path(NODE));
+    let bar = ProgressBar::new(options.lookups);
+    let style = "{elapsed_precise} {bar:40} {human_pos}/{human_len} lookups, {eta} left\n{msg}";
+    bar.set_style(ProgressStyle::with_template(style).context("the progress bar's template")?);
+    let (began, mut told) = (Instant::now(), Instant::now());
+    let outcome = lb_stress::run(&pins, &options, |progress| {
+        bar.set_position(progress.lookups);
+        if told.elapsed() > Duration::from_millis(200) {
+            told = Instant::now();
+            bar.set_message(progress.to_string());
+        }
+    });
+    bar.finish_and_clear();
+    let outcome = outcome?;
+    let seconds = began.elapsed().as_secs_f64();
+    println!("{outcome}");
+    let rate = outcome.answers.lookups() as f64 / seconds;
+    println!("{seconds:.1} s, {} lookups a second", HumanCount(rate as u64));
+    Ok(if outcome.answers.bad() == 0 {
+        println!("no lookup missed, none ended at a stranger's backend");
+        ExitCode::SUCCESS
+    } else {
+        println!("FAILED");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,161 @@
+//! The program that looks frontends up, beside those of the product and on the same maps.
+
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use aya::maps::{MapData, PerCpuArray};
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use aya::{Ebpf, EbpfLoader};
+use lb_agent::maps::Capacities;
+use lb_common::abi::{FrontendKey, map_name};
+use lb_probe::{PROGRAM, Question, TALLY, Tally, Verdict};
+use zerocopy::{FromZeros as _, IntoBytes as _};
+
+/// The kernel program, as the build script made it.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-probe"));
+
+/// One of so many lookups lingers.
+const SELDOM: u32 = 8192;
+
+const TALLY_SIZE: usize = size_of::<Tally>();
+
+/// The loaded program.
+pub struct Probe {
+    programs: Ebpf,
+    tally: PerCpuArray<MapData, [u8; TALLY_SIZE]>,
+}
+
+impl Probe {
+    /// Loads it with the maps that are pinned in a folder, of these sizes.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn load(maps: &Path, capacities: &Capacities) -> Result<Self> {
+        let mut loader = EbpfLoader::new();
+        for (name, size) in [
+            (map_name::FRONTENDS, capacities.frontends),
+            (map_name::SERVICES, capacities.services),
+            (map_name::BACKEND_SLOTS, capacities.backend_slots),
+            (map_name::BACKENDS, capacities.backends),
+        ] {
+            let pin = maps.join(name);
+            // Where there is none, the loader would make one that nobody else writes.
+            ensure!(pin.exists(), "{} is not pinned", pin.display());
+            loader.map_max_entries(name, size).map_pin_path(name, pin);
+        }
+        let mut programs = loader.load(OBJECT).context("loading the probe")?;
+        let program: &mut SchedClassifier = programs
+            .program_mut(PROGRAM)
+            .context("the object has no such program")?
+            .try_into()?;
+        program.load().context("loading the probe")?;
+        let tally = programs.take_map(TALLY).context("the object has no such map")?;
+        Ok(Self {
+            programs,
+            tally: tally.try_into()?,
+        })
+    }
+
+    /// Looks a frontend up so many times, on the CPU of the calling thread. Its backends are those whose address has
+    /// this second byte.
+    ///
+    /// # Errors
+    /// When the program cannot be run.
+    pub fn ask(&self, key: FrontendKey, owner: u8, times: u32) -> Result<()> {
+        let mut question = Question::new_zeroed();
+        question.key = key;
+        question.owner = u32::from_ne_bytes([0, owner, 0, 0]);
+        question.mask = u32::from_ne_bytes([0, 0xff, 0, 0]);
+        question.seldom = SELDOM - 1;
+        let program: &SchedClassifier = self
+            .programs
+            .program(PROGRAM)
+            .context("the object has no such program")?
+            .try_into()?;
+        let result = program
+            .test_run(TestRunOptions {
+                data_in: Some(question.as_bytes()),
+                repeat: times,
+                ..TestRunOptions::new()
+            })
+            .context("BPF_PROG_TEST_RUN of the probe")?;
+        ensure!(result.return_value == 0, "the probe does not understand the question");
+        Ok(())
+    }
+
+    /// What was found so far, on all CPUs.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn answers(&self) -> Result<Answers> {
+        let mut answers = Answers::default();
+        for bytes in self.tally.get(&0, 0).context("reading the tally")?.iter() {
+            let tally: Tally = zerocopy::transmute!(*bytes);
+            for (sum, count) in answers.counts.iter_mut().zip(tally.counts) {
+                *sum += count;
+            }
+            if tally.verdict != Verdict::Good as u32 {
+                answers.newest = Some(tally);
+            }
+        }
+        Ok(answers)
+    }
+}
+
+/// What a probe has found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Answers {
+    /// Lookups, in the order of [`Verdict::ALL`].
+    counts: [u64; Verdict::COUNT],
+    /// What the newest that was not good has read, on one of the CPUs that had such.
+    newest: Option<Tally>,
+}
+
+impl Answers {
+    /// Lookups that ended so.
+    #[must_use]
+    pub fn count(&self, verdict: Verdict) -> u64 {
+        self.counts[verdict as usize]
+    }
+
+    /// All lookups.
+    #[must_use]
+    pub fn lookups(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// Those that were not good.
+    #[must_use]
+    pub fn bad(&self) -> u64 {
+        self.lookups() - self.count(Verdict::Good)
+    }
+}
+
+impl fmt::Display for Answers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} lookups, {} of them bad", self.lookups(), self.bad())?;
+        for verdict in Verdict::ALL.into_iter().filter(|verdict| *verdict != Verdict::Good) {
+            if self.count(verdict) > 0 {
+                write!(f, "; {}: {}", verdict.text(), self.count(verdict))?;
+            }
+        }
+        if let Some(tally) = &self.newest {
+            let verdict = Verdict::ALL
+                .get(tally.verdict as usize)
+                .map_or("", |verdict| verdict.text());
+            write!(
+                f,
+                "; such as {verdict}: service {}, slot {}, {}, backend {} of generation {}, which is {} now",
+                tally.service,
+                tally.slot,
+                Ipv4Addr::from(tally.addr.to_ne_bytes()),
+                tally.backend,
+                tally.slot_generation,
+                tally.backend_generation
+            )?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,154 @@
+//! Faults at the operations of the real maps, in this process.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use lb_agent::loader::PinPath;
+use lb_agent::maps::faulty::Fault;
+use lb_agent::model::{Change, Object, ObjectId};
+use lb_agent::reconcile::Usage;
+use lb_common::abi::FrontendKey;
+use lb_stress::objects::{of_service, of_slice, service, slice};
+use lb_stress::{NODE, Site};
+use lb_tests::{Cluster, scaled};
+
+use crate::reader::{Always, Reader};
+
+const WEB: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 96, 0, 1), 1);
+const PASSING: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 96, 0, 2), 2);
+const TCP: u8 = 6;
+
+/// The objects in one of two states; from each to the other is a change of every kind: endpoints come and go, settings
+/// and policies change, a key passes to another Service, another to a new port of the same, Services come and go.
+fn state(second: bool) -> BTreeMap<ObjectId, Object> {
+    let addresses = |owner: u8, numbers: &[u8]| -> Vec<_> {
+        numbers
+            .iter()
+            .map(|number| Ipv4Addr::new(10, owner, 0, *number))
+            .collect()
+    };
+    let mut objects = Vec::new();
+    // Always there, at port 80.
+    let mut web = service("web", WEB.0, &[("", 80)], 0);
+    web.affinity_timeout = second.then_some(30);
+    objects.push(of_service(web));
+    let numbers: &[u8] = if second { &[2, 3, 4] } else { &[1, 2] };
+    objects.push(of_slice(slice("web", &[""], NODE, &addresses(WEB.1, numbers))));
+    // Port 80 passes between these two, and port 81 between two ports of the first.
+    let first: &[_] = if second {
+        &[("new", 81)]
+    } else {
+        &[("shared", 80), ("old", 81)]
+    };
+    let other: &[_] = if second {
+        &[("shared", 80), ("own", 82)]
+    } else {
+        &[("own", 82)]
+    };
+    for (name, ports, number) in [("left", first, 1), ("right", other, 2)] {
+        objects.push(of_service(service(name, PASSING.0, ports, 0)));
+        let names = ["shared", "old", "new", "own"];
+        objects.push(of_slice(slice(name, &names, NODE, &addresses(PASSING.1, &[number]))));
+    }
+    // One of two is there.
+    let (name, number) = if second { ("after", 4) } else { ("before", 3) };
+    let address = Ipv4Addr::new(10, 96, 0, number);
+    objects.push(of_service(service(name, address, &[("", 80)], 0)));
+    objects.push(of_slice(slice(name, &[""], NODE, &addresses(number, &[1, 2]))));
+    objects.into_iter().map(|object| (object.id(), object)).collect()
+}
+
+fn always() -> Vec<Always> {
+    let ports = [(WEB, 80), (PASSING, 80), (PASSING, 81), (PASSING, 82)];
+    ports
+        .map(|((address, owner), port)| Always {
+            key: FrontendKey::new(address.into(), port, TCP),
+            owner,
+        })
+        .into()
+}
+
+/// From one state to another, as the source tells of it.
+fn changes(from: &BTreeMap<ObjectId, Object>, to: &BTreeMap<ObjectId, Object>) -> Vec<Change> {
+    let set = to.iter().filter(|(id, object)| from.get(*id) != Some(*object));
+    let gone = from.keys().filter(|id| !to.contains_key(*id));
+    set.map(|(_, object)| Change::Set(object.clone()))
+        .chain(gone.cloned().map(Change::Remove))
+        .collect()
+}
+
+fn all(state: &BTreeMap<ObjectId, Object>) -> Vec<Change> {
+    changes(&BTreeMap::new(), state)
+}
+
+/// A change in which the operation number `at` meets with a fault, and what puts it right. False where there are not so
+/// many.
+fn trial(site: &mut Site, second: bool, at: u64, fault: Fault) -> Result<bool> {
+    let (from, to) = (state(!second), state(second));
+    let maps = site.reconciler()?.maps_mut();
+    let before = maps.operations();
+    maps.arm(at, fault);
+    site.apply(changes(&from, &to))?;
+    // Clearing what is gone may be what fails.
+    let settled = site.reconciler()?.settle();
+    let reached = site.reconciler()?.maps().operations() - before > at;
+    ensure!(fault == Fault::Fail || settled.is_ok(), "{settled:?}");
+    if fault == Fault::Fail {
+        let reconciler = site.reconciler()?;
+        reconciler.maps_mut().arm(0, Fault::None);
+        reconciler.reclaim();
+    } else {
+        site.restart()?;
+        site.apply(all(&to))?;
+    }
+    site.check()?;
+    Ok(reached)
+}
+
+#[test]
+fn after_a_fault_at_any_operation_all_is_put_right_and_no_reader_sees_it() -> Result<()> {
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let mut site = Site::new(&PinPath::new(cluster.pin_path(NODE)))?;
+    let mut second = false;
+    site.apply(all(&state(second)))?;
+    site.check()?;
+    let reader = Reader::start(site.open()?, always());
+    // What each state takes: nothing is ever lost.
+    let mut usages: [Option<Usage>; 2] = [None; 2];
+    // Where the machine is slow, every so many operations; those of each fault are others.
+    let stride = 100 / scaled(100);
+    let mut tried = [0; 2];
+    // To the second state and back. What is not torn is a death before the operation, so that is tried both ways.
+    for (first, faults) in [[Fault::Fail; 2], [Fault::Die, Fault::Tear]].into_iter().enumerate() {
+        let mut at = first as u64 % stride;
+        loop {
+            let mut reached = false;
+            for fault in faults {
+                second = !second;
+                let what = || format!("{fault:?} at operation {at}, to the second state: {second}");
+                reached |= trial(&mut site, second, at, fault).with_context(what)?;
+                let usage = site.reconciler()?.usage().0;
+                let expected = *usages[usize::from(second)].get_or_insert(usage);
+                ensure!(usage == expected, "{}: {usage:?} in use, not {expected:?}", what());
+                if reader.has_ended() {
+                    let seen = reader.stop().with_context(what)?;
+                    bail!("the reader has ended without a reason: {seen:?}");
+                }
+            }
+            if !reached {
+                break;
+            }
+            tried[first] += 1;
+            at += stride;
+        }
+    }
+    let seen = reader.stop()?;
+    println!("{tried:?} operations in two directions; {seen:?}");
+    ensure!(
+        tried.iter().all(|tried| tried * stride >= 30),
+        "too few operations: {tried:?}"
+    );
+    ensure!(seen.chains > 0, "the reader has concluded nothing");
+    Ok(())
+}

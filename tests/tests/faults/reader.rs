@@ -1,0 +1,184 @@
+//! A reader of the pinned maps that needs no lock, and what it may conclude.
+//!
+//! A dump is not atomic: what it says of one entry may be older than what it says of another. So a reader takes dump
+//! after dump, and concludes only from what two of them in a row agree on. Where both have the same frontend, leading to
+//! the same service entry and name, with the same slots and the same backends, all of these stood so at the instant
+//! between the two: none of them comes back once it was changed, since generations move (and a range is used again only
+//! after a grace period, which is longer than two dumps). That chain must then be sound. From one dump alone it follows
+//! that a frontend that is always there is in it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use lb_agent::maps::Dump;
+use lb_agent::maps::bpf::PinnedMaps;
+use lb_common::abi::{Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord};
+use lb_common::logic::generation;
+
+/// A frontend that is there all the time, served by backends whose address has this second byte.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Always {
+    pub(crate) key: FrontendKey,
+    pub(crate) owner: u8,
+}
+
+/// A thread that dumps the maps until it is stopped.
+pub(crate) struct Reader {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Result<Seen>>,
+}
+
+/// What a reader has concluded from.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    /// Dumps that were taken.
+    pub(crate) dumps: u64,
+    /// Chains that two dumps agreed on.
+    pub(crate) chains: u64,
+}
+
+impl Reader {
+    pub(crate) fn start(maps: PinnedMaps, always: Vec<Always>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            let mut seen = Seen::default();
+            let mut before: Option<Dump> = None;
+            while !stopped.load(Ordering::Relaxed) {
+                let now = maps.dump()?;
+                look(before.as_ref(), &now, &always, &mut seen)?;
+                before = Some(now);
+                // There are others who want to work.
+                thread::sleep(Duration::from_micros(200));
+            }
+            Ok(seen)
+        });
+        Self { stop, thread }
+    }
+
+    /// Whether it has seen what may not be; [`Self::stop`] tells.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    pub(crate) fn stop(self) -> Result<Seen> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow!("the reader has panicked"))?
+    }
+}
+
+/// All that a frontend leads to.
+#[derive(Debug, PartialEq)]
+struct Chain {
+    frontend: Frontend,
+    service: Option<Service>,
+    name: Option<Name>,
+    /// Of the three sets, each slot with its backend; `None` where one is out of range.
+    sets: [Vec<(Option<BackendSlot>, Option<Backend>)>; 3],
+}
+
+impl Chain {
+    fn of(dump: &Dump, frontend: Frontend) -> Self {
+        let service = dump.services.get(frontend.service as usize).copied();
+        let words = service.map_or_else(Default::default, |service| {
+            [service.internal, service.external, service.cluster]
+        });
+        let member = |slot: u32| {
+            let slot = dump.slots.get(slot as usize).copied();
+            let backend = slot.and_then(|slot| dump.backends.get(slot.backend as usize).copied());
+            (slot, backend)
+        };
+        let set = |word: SetWord| {
+            (word.base..word.base.saturating_add(word.len.into()))
+                .map(member)
+                .collect()
+        };
+        Self {
+            frontend,
+            service,
+            name: dump.names.get(&frontend.service).copied(),
+            sets: words.map(set),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let Frontend {
+            service: index,
+            kind,
+            pad,
+        } = self.frontend;
+        ensure!(pad == [0; 3], "bytes in the padding");
+        let kind = FrontendKind::from_u8(kind).context("of no kind")?;
+        if kind == FrontendKind::Address {
+            ensure!(index == 0, "a mark leads to a service");
+            return Ok(());
+        }
+        let service = self.service.context("the service is out of range")?;
+        ensure!(
+            index != 0 && generation::is_live(service.generation),
+            "the service is not live"
+        );
+        let name = self.name.context("the service has no name")?;
+        ensure!(name.generation == service.generation, "the name is another's");
+        for (slot, backend) in self.sets.iter().flatten() {
+            let (Some(slot), Some(backend)) = (slot, backend) else {
+                bail!("a slot or a backend is out of range");
+            };
+            ensure!(
+                generation::is_current(backend.generation, slot.generation),
+                "{slot:?} leads to a backend that is gone: {backend:?}"
+            );
+            ensure!(generation::is_sealed(backend), "{backend:?} was not written as a whole");
+            ensure!(
+                (slot.addr, slot.port) == (backend.addr, backend.port),
+                "{slot:?} leads to another backend: {backend:?}"
+            );
+            ensure!(
+                backend.service == index,
+                "{slot:?} leads to a stranger's backend: {backend:?}"
+            );
+        }
+        Ok(())
+    }
+
+    fn check_owner(&self, owner: u8) -> Result<()> {
+        let [internal, ..] = &self.sets;
+        ensure!(!internal.is_empty(), "the set is empty");
+        let is_owners = |addr: Addr| addr.to_v4().is_some_and(|bytes| bytes[1] == owner);
+        let strangers: Vec<_> = internal
+            .iter()
+            .filter(|(slot, _)| slot.is_none_or(|slot| !is_owners(slot.addr)))
+            .collect();
+        ensure!(strangers.is_empty(), "it leads to strangers: {strangers:?}");
+        Ok(())
+    }
+}
+
+/// What follows from a dump, and from it and the one before.
+fn look(before: Option<&Dump>, now: &Dump, always: &[Always], seen: &mut Seen) -> Result<()> {
+    seen.dumps += 1;
+    for Always { key, .. } in always {
+        ensure!(now.frontends.contains_key(key), "{key:?} is missing");
+    }
+    let Some(before) = before else { return Ok(()) };
+    for (key, frontend) in &now.frontends {
+        let Some(frontend_before) = before.frontends.get(key) else {
+            continue;
+        };
+        let chain = Chain::of(now, *frontend);
+        if chain != Chain::of(before, *frontend_before) {
+            continue;
+        }
+        seen.chains += 1;
+        chain.check().with_context(|| format!("{key:?} -> {chain:?}"))?;
+        if let Some(Always { owner, .. }) = always.iter().find(|always| always.key == *key) {
+            chain
+                .check_owner(*owner)
+                .with_context(|| format!("{key:?} -> {chain:?}"))?;
+        }
+    }
+    Ok(())
+}

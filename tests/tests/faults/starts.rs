@@ -1,0 +1,219 @@
+//! Faults at the system calls of the real agent's start: it makes pins, fills maps and puts programs at hooks.
+
+use std::fs::{self, OpenOptions};
+use std::process::Stdio;
+
+use anyhow::{Context as _, Result, ensure};
+use lb_agent::loader::{self, Cgroup, PinPath};
+use lb_agent::maps::bpf::PinnedMaps;
+use lb_common::abi::FrontendKey;
+use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::{Agent, Cluster, Running, scaled};
+
+use crate::reader::{Always, Reader};
+use crate::trace::{self, Act, Call, Chosen, Ended};
+
+const NODE: &str = "n1";
+
+/// Small maps: the reader reads all of them.
+const FLAGS: [&str; 12] = [
+    "--max-services",
+    "16",
+    "--max-frontends",
+    "32",
+    "--max-backends",
+    "32",
+    "--max-backend-slots",
+    "64",
+    "--max-sockets",
+    "16",
+    "--max-sockets-more",
+    "16",
+];
+
+/// Commands of bpf(2) that change what others can see: elements of maps, pins and links. (`bpf_cmd` of the kernel's
+/// header: MAP_UPDATE_ELEM, MAP_DELETE_ELEM, OBJ_PIN, PROG_TEST_RUN, LINK_CREATE, LINK_UPDATE.) Between two of them, or
+/// of the calls that change folders, there is nothing that a death could leave otherwise.
+const CHANGING: [u64; 6] = [2, 3, 6, 10, 28, 29];
+
+fn changes_something(call: Call) -> bool {
+    match call.number {
+        libc::SYS_bpf => CHANGING.contains(&call.first),
+        libc::SYS_mkdir | libc::SYS_mkdirat => true,
+        libc::SYS_rename | libc::SYS_renameat | libc::SYS_renameat2 => true,
+        libc::SYS_unlink | libc::SYS_unlinkat => true,
+        _ => false,
+    }
+}
+
+struct Bed {
+    agent: Agent,
+    manifests: Manifests,
+    pins: PinPath,
+    cluster: Cluster,
+}
+
+impl Bed {
+    fn new() -> Result<Self> {
+        let cluster = Cluster::builder().nodes(1).build()?;
+        let manifests = Manifests::new(&cluster)?;
+        let program = Agent::find(env!("CARGO_BIN_EXE_lb-testbed").as_ref())?;
+        Ok(Self {
+            agent: Agent::new(&cluster, cluster.node(NODE), &program, manifests.path()),
+            manifests,
+            pins: PinPath::new(cluster.pin_path(NODE)),
+            cluster,
+        })
+    }
+
+    /// One of two states; a Service is in both.
+    fn write(&self, second: bool) -> Result<()> {
+        let (port, target) = (
+            Port { name: "http", port: 80 },
+            Port {
+                name: "http",
+                port: 8080,
+            },
+        );
+        let web: &[_] = if second {
+            &["10.1.0.2", "10.1.0.3"]
+        } else {
+            &["10.1.0.1"]
+        };
+        let (other, ip) = if second {
+            ("after", "10.96.0.4")
+        } else {
+            ("before", "10.96.0.3")
+        };
+        let mut text = String::new();
+        for (name, ip, backends) in [("web", "10.96.0.1", web), (other, ip, &["10.3.0.1"])] {
+            let mut endpoints = Vec::new();
+            for backend in backends {
+                endpoints.push((backend.parse()?, NODE));
+            }
+            text += &(service(name, ip, &[port], "") + &slice(name, target, &endpoints));
+        }
+        self.manifests.write("all.yaml", &text)
+    }
+
+    /// Starts the agent with a fault, and kills it when it serves.
+    fn start(&self, chosen: Chosen) -> Result<(Ended, bool)> {
+        let log = self.cluster.scratch().join("traced.log");
+        let file = OpenOptions::new().create(true).write(true).truncate(true).open(&log)?;
+        let node = self.cluster.node(NODE);
+        let mut command = node.command(Agent::find(env!("CARGO_BIN_EXE_lb-testbed").as_ref())?)?;
+        command
+            .args(["run", "--node-name", NODE, "--manifests"])
+            .arg(self.manifests.path())
+            .arg("--cgroup")
+            .arg(node.cgroup())
+            .arg("--pin-path")
+            .arg(self.pins.root())
+            .args(FLAGS)
+            .env("RUST_LOG", "info")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(file);
+        let serves = |call: Call| Ok(call.number == libc::SYS_write && fs::read_to_string(&log)?.contains("serving"));
+        trace::run(&mut command, chosen, changes_something, serves)
+            .with_context(|| fs::read_to_string(&log).unwrap_or_default())
+    }
+
+    /// A start without a fault, after which all is as it should be. It is killed then.
+    fn start_well(&self) -> Result<()> {
+        let mut running = Running::start(self.agent.clone(), &FLAGS)?;
+        running.wait_ready(&|| false)?;
+        running.kill()?;
+        let cgroup = Cgroup::open(Some(self.cluster.node(NODE).cgroup()))?.id();
+        for (name, attached) in loader::attached(&self.pins)? {
+            let attached = attached.with_context(|| format!("{name} is not attached"))?;
+            ensure!(attached.cgroup == cgroup, "{name} is attached elsewhere: {attached:?}");
+        }
+        let links = fs::read_dir(self.pins.links())?.count();
+        ensure!(links == loader::attached(&self.pins)?.len(), "{links} links");
+        Ok(())
+    }
+}
+
+/// Tries one fault at each call of a start in turn, and after each a start without; `before` each there is what it does.
+/// How many calls were tried.
+fn try_all(bed: &Bed, act: Act, first: u64, mut before: impl FnMut() -> Result<()>) -> Result<u64> {
+    let stride = 100 / scaled(100);
+    let mut tried = 0;
+    let mut at = first % stride;
+    loop {
+        before()?;
+        let what = || format!("{act:?} at call {at}");
+        let (ended, reached) = bed.start(Chosen { at, act }).with_context(what)?;
+        let expected = match (act, reached) {
+            (_, false) => ended == Ended::Done,
+            // The thread that waits for grace periods may still be in its call when the agent serves.
+            (Act::Die, true) => matches!(ended, Ended::Died | Ended::Done),
+            // What can be done without, or is tried again, does not end it.
+            (Act::Fail, true) => matches!(ended, Ended::Done | Ended::Exited(1)),
+        };
+        ensure!(expected, "{}: {ended:?}", what());
+        bed.start_well().with_context(what)?;
+        if !reached {
+            return Ok(tried);
+        }
+        tried += 1;
+        at += stride;
+    }
+}
+
+fn faults_at_a_first_start(act: Act) -> Result<()> {
+    let bed = Bed::new()?;
+    bed.write(false)?;
+    let tried = try_all(&bed, act, 0, || Ok(loader::cleanup(&bed.pins).map(drop)?))?;
+    println!("{act:?} at {tried} calls of a first start");
+    // Pins of maps and links, and entries of two Services.
+    ensure!(tried >= scaled(25), "too few calls");
+    loader::cleanup(&bed.pins)?;
+    Ok(())
+}
+
+fn faults_at_the_next_start(act: Act) -> Result<()> {
+    let bed = Bed::new()?;
+    let mut second = false;
+    bed.write(second)?;
+    bed.start_well()?;
+    let web: std::net::Ipv4Addr = "10.96.0.1".parse()?;
+    let always = Always {
+        key: FrontendKey::new(web.into(), 80, 6),
+        owner: 1,
+    };
+    let reader = Reader::start(PinnedMaps::open(&bed.pins.maps())?, vec![always]);
+    let tried = try_all(&bed, act, 3, || {
+        ensure!(!reader.has_ended(), "the reader has ended");
+        second = !second;
+        bed.write(second)
+    });
+    // What it has seen comes first.
+    let seen = reader.stop()?;
+    let tried = tried?;
+    println!("{act:?} at {tried} calls of the next start; {seen:?}");
+    ensure!(tried >= scaled(8), "too few calls");
+    ensure!(seen.chains > 0, "the reader has concluded nothing");
+    Ok(())
+}
+
+#[test]
+fn a_first_start_that_dies_at_any_call_is_completed_by_the_next() -> Result<()> {
+    faults_at_a_first_start(Act::Die)
+}
+
+#[test]
+fn a_first_start_of_which_any_call_fails_is_completed_by_the_next() -> Result<()> {
+    faults_at_a_first_start(Act::Fail)
+}
+
+#[test]
+fn a_next_start_that_dies_at_any_call_is_completed_by_another() -> Result<()> {
+    faults_at_the_next_start(Act::Die)
+}
+
+#[test]
+fn a_next_start_of_which_any_call_fails_is_completed_by_another() -> Result<()> {
+    faults_at_the_next_start(Act::Fail)
+}

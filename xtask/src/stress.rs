@@ -1,0 +1,31 @@
+//! `stress`: the long run of the test of that name, optimised, as root.
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+
+use crate::artifacts::build_stress;
+use crate::privilege::{as_root, search_path};
+use crate::root;
+use crate::setup::{self, Scope};
+
+/// Arguments of `stress`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// What `lb-stress` is called with; `--help` tells
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<String>,
+}
+
+/// Builds and runs it; its exit code is that of this command.
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let ready = setup::run(Scope::All)?;
+    if ready != ExitCode::SUCCESS {
+        return Ok(ready);
+    }
+    let program = build_stress()?.program("lb-stress")?;
+    let mut command = as_root(&program, &[("PATH", search_path())], "the stress test")?;
+    command.current_dir(root()).args(&args.arguments);
+    let well = command.status().context("cannot run the stress test")?.success();
+    Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
