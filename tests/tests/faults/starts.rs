@@ -68,13 +68,7 @@ impl Bed {
 
     /// One of two states; a Service is in both.
     fn write(&self, second: bool) -> Result<()> {
-        let (port, target) = (
-            Port { name: "http", port: 80 },
-            Port {
-                name: "http",
-                port: 8080,
-            },
-        );
+        let (port, target) = (Port::tcp("http", 80), Port::tcp("http", 8080));
         let web: &[_] = if second {
             &["10.1.0.2", "10.1.0.3"]
         } else {
