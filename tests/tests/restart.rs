@@ -681,7 +681,7 @@ fn stopped_for_good_it_serves_until_the_cleanup() -> Result<()> {
     bed.check_serving(&web)?;
     let names = bed.attached()?;
     ensure!(
-        names.len() == 3 && names.iter().all(|name| name.starts_with("lb_")),
+        names.len() == HOOKS && names.iter().all(|name| name.starts_with("lb_")),
         "{names:?}"
     );
 
