@@ -43,7 +43,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
-        Command::Setup => setup::run(setup::Scope::All),
+        Command::Setup => setup::run(setup::Scope::All).inspect(|_| setup::name_optional()),
         Command::Test(args) => test::run(&args),
         Command::Bless => test::bless(),
         Command::Run(args) => run::run(&args),

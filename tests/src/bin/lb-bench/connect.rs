@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
+use lb_tests::Random;
 use serde::Serialize;
 
 use bed::Bed;
@@ -38,7 +39,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100))]
     endpoints: u32,
     /// Rounds of each comparison
-    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     rounds: u32,
     /// Folder for the results as JSON, and plots
     #[arg(long)]
@@ -146,9 +147,11 @@ impl Scenario {
     }
 }
 
-/// The numbers below `len`, another one first each round.
-fn rotated(len: usize, round: u32) -> impl Iterator<Item = usize> {
-    (0..len).map(move |i| (i + round as usize) % len)
+/// The numbers below `len` in any order: in one that is fixed, or that rotates, each would always come after the same
+/// other, and find in the caches what that one left.
+fn shuffled(len: usize, random: &mut Random) -> Vec<usize> {
+    let mut left: Vec<_> = (0..len).collect();
+    (0..len).map(|_| random.take(&mut left)).collect()
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -194,10 +197,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 fn measure(services: Services, object: Option<&[u8]>, rounds: u32, report: &mut Report) -> Result<()> {
     let bar = progress(services.number)?;
     bar.set_message("rules and maps");
-    let bed = Bed::new(services, object)?;
+    let mut bed = Bed::new(services, object)?;
     bar.set_length(cost::ticks(rounds) + latency::ticks(&bed, rounds));
     bar.set_message("programs");
-    report.costs.extend(cost::measure(&bed, rounds, || bar.inc(1))?);
+    report.costs.extend(cost::measure(&mut bed, rounds, || bar.inc(1))?);
     bar.set_message("connections");
     report.latencies.extend(latency::measure(&bed, rounds, || bar.inc(1))?);
     report.loading.push(bed.take_down()?);
@@ -219,9 +222,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_place_in_a_round_is_everyones_in_turn() {
-        let rounds: Vec<Vec<_>> = (0..3).map(|round| rotated(3, round).collect()).collect();
-        assert_eq!(rounds, [[0, 1, 2], [1, 2, 0], [2, 0, 1]]);
+    fn everyone_has_a_turn_at_any_place() {
+        let mut random = Random::new(1);
+        let mut first = [0; 3];
+        for _ in 0..300 {
+            let mut round = shuffled(3, &mut random);
+            first[round[0]] += 1;
+            round.sort_unstable();
+            assert_eq!(round, [0, 1, 2]);
+        }
+        assert!(first.iter().all(|times| (60..140).contains(times)), "{first:?}");
     }
 
     #[test]

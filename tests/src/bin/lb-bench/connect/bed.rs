@@ -81,10 +81,13 @@ pub(crate) struct Loading {
 /// lb and the C programs on the same maps, each at a pod of its own, and pods for the other ways.
 pub(crate) struct Bed {
     pub(crate) services: Services,
-    pub(crate) lb: Reconciler<BpfMaps>,
-    /// The C programs, where there is a compiler.
-    pub(crate) c: Option<Ebpf>,
-    pub(crate) loading: Loading,
+    /// Fills the maps; the programs that came with it are not attached.
+    reconciler: Reconciler<BpfMaps>,
+    /// lb's programs.
+    lb: BpfMaps,
+    /// The C programs, where there is a compiler, and their object.
+    c: Option<(Ebpf, Vec<u8>)>,
+    loading: Loading,
     pods: Vec<(Way, Pod)>,
     empty: Pod,
     pins: PinPath,
@@ -109,29 +112,21 @@ impl Bed {
             }
         }
         empty.ip("route delete default")?;
-        let pod = |way| {
-            let found = pods.iter().find(|(w, _)| *w == way);
-            found.map(|(_, pod)| pod).context("no such pod")
-        };
-        let nftables = kube_proxy::load_nftables(pod(Way::KubeProxyNftables)?, services, cluster.scratch())?;
+        let rules = |way| find(&pods, way).context("no such pod");
+        let nftables = kube_proxy::load_nftables(rules(Way::KubeProxyNftables)?, services, cluster.scratch())?;
         let (iptables, iptables_program) =
-            kube_proxy::load_iptables(pod(Way::KubeProxyIptables)?, services, cluster.scratch())?;
+            kube_proxy::load_iptables(rules(Way::KubeProxyIptables)?, services, cluster.scratch())?;
 
         let pins = PinPath::new(cluster.pin_path("n1"));
         let lock = Lock::take(&pins)?;
-        let lb = fill(loader::load(OBJECT, &lock, &capacities(services))?, services)?;
-        let cgroup = Cgroup::open(pod(Way::Lb)?.process_cgroup())?;
-        loader::attach(lb.maps().programs(), &pins, &cgroup)?;
+        let reconciler = fill(loader::load(OBJECT, &lock, &capacities(services))?, services)?;
+        let lb = load_lb(&lock, services, &pods)?;
         let c = object
-            .map(|object| {
-                let mut c = programs::load(object, &pins, capacity::SOCKETS)?;
-                programs::attach(&mut c, Maker::C, pod(Way::C)?)?;
-                programs::attach(&mut c, Maker::Empty, &empty)?;
-                anyhow::Ok(c)
-            })
+            .map(|object| anyhow::Ok((load_c(object, &pins, &pods, &empty)?, object.to_vec())))
             .transpose()?;
         Ok(Self {
             services,
+            reconciler,
             lb,
             c,
             loading: Loading {
@@ -148,12 +143,22 @@ impl Bed {
         })
     }
 
+    /// Loads and attaches every program anew. Where a program comes to lie decides which of its loads and branches the
+    /// processor confuses with others: a fifth more or less for a short program, by chance, as long as it lies there.
+    pub(crate) fn reload(&mut self) -> Result<()> {
+        self.lb = load_lb(&self.lock, self.services, &self.pods)?;
+        if let Some((programs, object)) = &mut self.c {
+            *programs = load_c(object, &self.pins, &self.pods, &self.empty)?;
+        }
+        Ok(())
+    }
+
     /// A process at each pod that has programs.
     pub(crate) fn program_workers(&self) -> Result<Vec<(Maker, Worker)>> {
         let pod = |maker| match maker {
             Maker::Empty => self.c.is_some().then_some(&self.empty),
-            Maker::Lb => self.pod(Way::Lb),
-            Maker::C => self.pod(Way::C),
+            Maker::Lb => find(&self.pods, Way::Lb),
+            Maker::C => find(&self.pods, Way::C),
         };
         [Maker::Lb, Maker::C, Maker::Empty]
             .into_iter()
@@ -168,10 +173,6 @@ impl Bed {
         self.pods.iter().map(start).collect()
     }
 
-    fn pod(&self, way: Way) -> Option<&Pod> {
-        self.pods.iter().find(|(w, _)| *w == way).map(|(_, pod)| pod)
-    }
-
     /// From now on every backend's address is one of the pod itself.
     pub(crate) fn bring_up_backends(&self) -> Result<()> {
         let route = format!("route add local {}/8 dev lo", objects::backend(0));
@@ -183,15 +184,15 @@ impl Bed {
 
     /// Connections that the programs of lb and C counted so far, over all Services.
     pub(crate) fn connections(&self) -> Result<u64> {
-        let maps = self.lb.maps().pinned();
+        let maps = self.reconciler.maps().pinned();
         // The index of no Service is zero.
         (0..=self.services.number).try_fold(0, |sum, service| Ok(sum + maps.stats(service)?.connections))
     }
 
     pub(crate) fn runs(&self, maker: Maker, hook: programs::Hook) -> Result<programs::Runs> {
         let programs = match maker {
-            Maker::Lb => self.lb.maps().programs(),
-            Maker::C | Maker::Empty => self.c.as_ref().context("the C programs are not loaded")?,
+            Maker::Lb => self.lb.programs(),
+            Maker::C | Maker::Empty => &self.c.as_ref().context("the C programs are not loaded")?.0,
         };
         programs::runs(programs, maker, hook)
     }
@@ -199,6 +200,7 @@ impl Bed {
     /// Removes it all.
     pub(crate) fn take_down(self) -> Result<Loading> {
         let Self {
+            reconciler,
             lb,
             c,
             loading,
@@ -206,10 +208,30 @@ impl Bed {
             lock,
             ..
         } = self;
-        drop((lb, c, lock));
+        drop((reconciler, lb, c, lock));
         loader::cleanup(&pins)?;
         Ok(loading)
     }
+}
+
+fn find(pods: &[(Way, Pod)], way: Way) -> Option<&Pod> {
+    pods.iter().find(|(w, _)| *w == way).map(|(_, pod)| pod)
+}
+
+/// Loads lb's programs, on the maps that are pinned if they are, and puts them at the hooks of their pod.
+fn load_lb(lock: &Lock, services: Services, pods: &[(Way, Pod)]) -> Result<BpfMaps> {
+    let lb = loader::load(OBJECT, lock, &capacities(services))?;
+    let pod = find(pods, Way::Lb).context("no such pod")?;
+    loader::attach(lb.programs(), lock.pins(), &Cgroup::open(pod.process_cgroup())?)?;
+    Ok(lb)
+}
+
+/// Loads the C programs, and puts them at the hooks of their pods.
+fn load_c(object: &[u8], pins: &PinPath, pods: &[(Way, Pod)], empty: &Pod) -> Result<Ebpf> {
+    let mut c = programs::load(object, pins, capacity::SOCKETS)?;
+    programs::attach(&mut c, Maker::C, find(pods, Way::C).context("no such pod")?)?;
+    programs::attach(&mut c, Maker::Empty, empty)?;
+    Ok(c)
 }
 
 fn capacities(services: Services) -> Capacities {

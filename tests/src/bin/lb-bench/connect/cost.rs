@@ -6,18 +6,22 @@
 
 use anyhow::{Result, ensure};
 use aya::sys::{Stats, enable_stats};
+use lb_tests::Random;
 use serde::Serialize;
 
 use super::bed::Bed;
 use super::numbers::Quartiles;
 use super::programs::{Hook, Maker};
 use super::worker::{Order, Task, Worker};
-use super::{Outcome, Scenario, rotated};
+use super::{Outcome, Scenario, shuffled};
 
 /// Sockets of one maker in one round.
-const SOCKETS: u32 = 2000;
+const SOCKETS: u32 = 1000;
 /// Questions for the peer of one maker in one round.
-const PEERS: u32 = 2000;
+const PEERS: u32 = 1000;
+
+/// Rounds between loadings of the programs.
+const RELOAD: u32 = 10;
 
 /// What one program costs in one scenario.
 #[derive(Debug, Clone, Serialize)]
@@ -67,9 +71,10 @@ impl Rounds {
 }
 
 /// The programs at one size. Backends must not be up when this begins, and are when it ends.
-pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Cost>> {
+pub(crate) fn measure(bed: &mut Bed, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Cost>> {
     let _statistics = enable_stats(Stats::RunTime)?;
     let mut workers = bed.program_workers()?;
+    let mut random = Random::new(bed.services.number.into());
     let scenarios = Scenario::all(bed.services);
     let mut asked: Vec<_> = scenarios
         .iter()
@@ -78,10 +83,13 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
     let before = bed.connections()?;
     // The first round is not counted.
     for round in 0..=rounds {
+        if round % RELOAD == 0 {
+            bed.reload()?;
+        }
         for (scenario, [connect, release]) in scenarios.iter().zip(&mut asked) {
-            for at in rotated(workers.len(), round) {
+            for at in shuffled(workers.len(), &mut random) {
                 let (maker, worker) = &mut workers[at];
-                let order = scenario.order(Task::Ask, SOCKETS, seed(round, at));
+                let order = scenario.order(Task::Ask, SOCKETS, random.number());
                 let [connected, released] = runs(bed, *maker, worker, &order, [Hook::Connect4, Hook::SockRelease])?;
                 if round > 0 {
                     connect.add(*maker, connected);
@@ -105,7 +113,10 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
     for scenario in scenarios.iter().filter(|s| s.is_hot()) {
         let mut found = Rounds::default();
         for round in 0..=rounds {
-            for at in rotated(workers.len(), round) {
+            if round % RELOAD == 0 {
+                bed.reload()?;
+            }
+            for at in shuffled(workers.len(), &mut random) {
                 let (maker, worker) = &mut workers[at];
                 // Where nothing is rewritten, only backends can be reached.
                 let from = if *maker == Maker::Empty {
@@ -113,7 +124,7 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
                 } else {
                     *scenario
                 };
-                let order = from.order(Task::Peer, PEERS, seed(round, at));
+                let order = from.order(Task::Peer, PEERS, random.number());
                 let [cost] = runs(bed, *maker, worker, &order, [Hook::Getpeername4])?;
                 if round > 0 {
                     found.add(*maker, cost);
@@ -138,10 +149,6 @@ pub(crate) fn ticks(rounds: u32) -> u64 {
     3 * (u64::from(rounds) + 1)
 }
 
-fn seed(round: u32, at: usize) -> u64 {
-    u64::from(round) << 8 | at as u64
-}
-
 /// Gives an order; the cost of a run at each of the hooks meanwhile.
 fn runs<const N: usize>(
     bed: &Bed,
@@ -159,11 +166,10 @@ fn runs<const N: usize>(
     for ((cost, hook), before) in costs.iter_mut().zip(hooks).zip(before) {
         let runs = bed.runs(maker, hook)?.since(before);
         ensure!(
-            runs.number == u64::from(order.count),
-            "{maker:?}'s {} ran {} times for {} sockets",
+            runs.number == order.runs(),
+            "{maker:?}'s {} ran {} times in {order:?}",
             hook.label(),
-            runs.number,
-            order.count
+            runs.number
         );
         *cost = runs.cost();
     }

@@ -1,15 +1,16 @@
 //! How long `connect()` takes: every way in turn, in short rounds.
 
 use anyhow::Result;
+use lb_tests::Random;
 use serde::Serialize;
 
 use super::bed::{Bed, Way};
 use super::numbers::{Quartiles, percentile};
 use super::worker::Task;
-use super::{Scenario, rotated};
+use super::{Scenario, shuffled};
 
 /// Connections on one way in one round.
-const CONNECTIONS: u32 = 200;
+const CONNECTIONS: u32 = 100;
 
 /// How long connections take on one way.
 #[derive(Debug, Clone, Serialize)]
@@ -38,18 +39,19 @@ struct Rounds {
 /// All ways at one size. Backends must be up.
 pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Latency>> {
     let mut workers = bed.way_workers()?;
+    let mut random = Random::new(bed.services.number.into());
     let mut all = Vec::new();
     for scenario in Scenario::all(bed.services) {
         let mut ways: Vec<_> = workers.iter().map(|_| Rounds::default()).collect();
         // The first round is not counted.
         for round in 0..=rounds {
-            for at in rotated(workers.len(), round) {
+            for at in shuffled(workers.len(), &mut random) {
                 let (way, worker) = &mut workers[at];
                 let from = match way {
                     Way::Direct | Way::DirectAgain => scenario.missed(),
                     _ => scenario,
                 };
-                let mut done = worker.order(&from.order(Task::Connect, CONNECTIONS, round.into()))?;
+                let mut done = worker.order(&from.order(Task::Connect, CONNECTIONS, random.number()))?;
                 if round == 0 {
                     continue;
                 }

@@ -10,9 +10,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use lb_tests::{Place, Process, Random, monotonic_ns};
 use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::socket::sockopt::{Linger, SendTimeout};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, connect, getpeername, setsockopt, socket};
 use nix::sys::time::TimeVal;
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::objects::BACKEND_PORT;
@@ -63,6 +65,17 @@ pub(crate) struct Order {
     pub(crate) seed: u64,
 }
 
+impl Order {
+    /// How often the order makes each program of its task run.
+    pub(crate) fn runs(&self) -> u64 {
+        match self.task {
+            Task::Ask | Task::Connect => self.count.into(),
+            // `accept()` asks for the peer's name as well.
+            Task::Peer => u64::from(self.count) + 1,
+        }
+    }
+}
+
 /// What came of it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Done {
@@ -97,6 +110,7 @@ impl Worker {
 
 /// A worker as itself: until its master has no more to say.
 pub(crate) fn run() -> Result<ExitCode> {
+    stay_on_one_processor()?;
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, BACKEND_PORT)).context("listening")?;
     for line in stdin().lines() {
         let order: Order = serde_json::from_str(&line.context("reading orders")?).context("reading an order")?;
@@ -115,6 +129,20 @@ pub(crate) fn run() -> Result<ExitCode> {
         writeln!(stdout(), "{line}").context("writing to standard output")?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The last one that this process may use: the same for all workers. Elsewhere each would have the records of sockets
+/// that its own processor handed out cookies for, in the caches of that processor.
+fn stay_on_one_processor() -> Result<()> {
+    let this = Pid::from_raw(0);
+    let allowed = sched_getaffinity(this).context("sched_getaffinity")?;
+    let last = (0..CpuSet::count())
+        .rev()
+        .find(|cpu| allowed.is_set(*cpu).unwrap_or(false))
+        .context("no processor")?;
+    let mut only = CpuSet::new();
+    only.set(last).context("CPU_SET")?;
+    sched_setaffinity(this, &only).context("sched_setaffinity")
 }
 
 fn tcp() -> Result<OwnedFd> {
