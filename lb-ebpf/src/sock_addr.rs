@@ -54,9 +54,10 @@ pub(crate) fn lb_getpeername4(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn try_connect4(ctx: &SockAddrContext) -> Result<(), Refusal> {
     let to = destination4(ctx);
-    let key = Key::of(to);
+    let mut key = Key::of(to);
     let Some(frontend) = frontend(&key) else {
-        return match frontend(&key.address_mark()) {
+        key.become_address_mark();
+        return match frontend(&key) {
             None => Ok(()),
             Some(_) => Err(Refusal {
                 to,

@@ -54,11 +54,10 @@ impl Key {
         Self([a, b, c, d, u32::from_ne_bytes([p, q, to.proto, 0])])
     }
 
-    /// The key that marks the address of this one as a service address.
+    /// Makes this the key that marks its address as a service address: one store, the rest is where it was.
     #[inline(always)]
-    pub(crate) fn address_mark(self) -> Self {
-        let [a, b, c, d, _] = self.0;
-        Self([a, b, c, d, 0])
+    pub(crate) fn become_address_mark(&mut self) {
+        self.0[4] = 0;
     }
 
     #[inline(always)]
