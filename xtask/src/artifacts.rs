@@ -59,7 +59,15 @@ impl Built {
 
 /// Builds all tests and programs. One call: the features of dependencies are those of the whole workspace.
 pub(crate) fn build_tests() -> anyhow::Result<Built> {
-    build(&["build", "--workspace", "--exclude", "lb-ebpf", "--all-targets"])
+    build(&[
+        "build",
+        "--workspace",
+        "--exclude",
+        "lb-ebpf",
+        "--all-targets",
+        "--features",
+        "lb-tests/bench",
+    ])
 }
 
 /// Builds the programs as they are delivered.

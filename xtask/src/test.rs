@@ -59,7 +59,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if !args.no_lint {
         sum += step("format", || call(cargo().args(["fmt", "--all", "--check"])));
         sum += step("lints", || {
-            call(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+            call(cargo().args([
+                "clippy",
+                "--workspace",
+                "--all-targets",
+                "--features",
+                "lb-tests/bench",
+                "--",
+                "-D",
+                "warnings",
+            ]))
         });
         sum += step("documentation", || {
             call(

@@ -22,7 +22,7 @@ pub(crate) struct Latency {
     pub(crate) p50: f64,
     /// The same: 99th percentile.
     pub(crate) p99: f64,
-    /// Connections that one thread makes, accepts and closes in a second.
+    /// Connections that one thread makes, accepts and closes in a second, median of the rounds.
     pub(crate) rate: f64,
     /// Microseconds that the median of a round is above that of [`Way::Direct`] in the same round.
     pub(crate) above_direct: Quartiles,
@@ -33,7 +33,8 @@ struct Rounds {
     /// Nanoseconds.
     times: Vec<u32>,
     medians: Vec<f64>,
-    seconds: f64,
+    /// Connections per second.
+    rates: Vec<f64>,
 }
 
 /// All ways at one size. Backends must be up.
@@ -59,7 +60,7 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
                 let found = &mut ways[at];
                 found.medians.push(f64::from(percentile(&done.times, 50)));
                 found.times.append(&mut done.times);
-                found.seconds += done.seconds;
+                found.rates.push(f64::from(CONNECTIONS) / done.seconds);
             }
             tick();
         }
@@ -76,7 +77,7 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
                 scenario,
                 p50: f64::from(percentile(&found.times, 50)) / 1e3,
                 p99: f64::from(percentile(&found.times, 99)) / 1e3,
-                rate: found.times.len() as f64 / found.seconds,
+                rate: Quartiles::of(found.rates).median,
                 above_direct: Quartiles::of(above),
             });
         }

@@ -7,19 +7,26 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
+use super::bed::Way;
 use super::programs::Hook;
 use super::report::Report;
 use super::{Outcome, Scenario, Spread};
 
 const SIZE: (u32, u32) = (900, 480);
-const COLOURS: [RGBColor; 6] = [
-    RGBColor(0x55, 0x55, 0x55),
-    RGBColor(0xaa, 0xaa, 0xaa),
-    RGBColor(0xd6, 0x27, 0x28),
-    RGBColor(0x1f, 0x77, 0xb4),
-    RGBColor(0x2c, 0xa0, 0x2c),
-    RGBColor(0xff, 0x7f, 0x0e),
-];
+/// The colour of a line: that of the same maker or way in both plots.
+fn colour(name: &str) -> RGBColor {
+    match name {
+        LB => RGBColor(0xd6, 0x27, 0x28),
+        C => RGBColor(0x1f, 0x77, 0xb4),
+        _ if name == Way::KubeProxyNftables.label() => RGBColor(0x2c, 0xa0, 0x2c),
+        _ if name == Way::KubeProxyIptables.label() => RGBColor(0xff, 0x7f, 0x0e),
+        _ if name == Way::DirectAgain.label() => RGBColor(0xaa, 0xaa, 0xaa),
+        _ => RGBColor(0x55, 0x55, 0x55),
+    }
+}
+
+const LB: &str = "lb";
+const C: &str = "C";
 
 /// A line: its name, and what was measured at each number of Services.
 struct Line {
@@ -43,8 +50,8 @@ pub(crate) fn draw(report: &Report, folder: &Path) -> Result<()> {
         .iter()
         .filter(|c| c.hook == Hook::Connect4 && shown(&c.scenario))
     {
-        add(&mut makers, "lb", cost.scenario.services, cost.lb);
-        for (name, value) in [("C", cost.c), ("empty program", cost.empty)] {
+        add(&mut makers, LB, cost.scenario.services, cost.lb);
+        for (name, value) in [(C, cost.c), ("empty program", cost.empty)] {
             if let Some(value) = value {
                 add(&mut makers, name, cost.scenario.services, value);
             }
@@ -98,7 +105,8 @@ fn chart(path: &Path, title: &str, unit: &str, lines: &[Line]) -> Result<()> {
         .x_label_formatter(&|x| format!("{x:.0}"))
         .draw()
         .map_err(|e| failed(&e))?;
-    for (line, colour) in lines.iter().zip(COLOURS.iter().cycle()) {
+    for line in lines {
+        let colour = colour(&line.name);
         let points = || {
             line.points
                 .iter()
@@ -108,7 +116,7 @@ fn chart(path: &Path, title: &str, unit: &str, lines: &[Line]) -> Result<()> {
             .draw_series(LineSeries::new(points(), colour.stroke_width(2)))
             .map_err(|e| failed(&e))?
             .label(&line.name)
-            .legend(|(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(2)));
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(2)));
         chart
             .draw_series(points().map(|point| Circle::new(point, 3, colour.filled())))
             .map_err(|e| failed(&e))?;

@@ -125,7 +125,7 @@ impl Report {
                 format!("{:.2}", l.p50),
                 format!("{:.2}", l.p99),
                 above(l.above_direct.median),
-                range(above(l.above_direct.low), above(l.above_direct.high)),
+                range(&above(l.above_direct.low), &above(l.above_direct.high)),
                 format!("{:.0}", l.rate),
             ]);
         }
@@ -161,7 +161,7 @@ impl Report {
                 above(Some(cost.lb)),
                 above(cost.c),
                 ratio(|r| r.median),
-                range(ratio(|r| r.low), ratio(|r| r.high)),
+                range(&ratio(|r| r.low), &ratio(|r| r.high)),
             ]);
         }
         table
@@ -220,8 +220,12 @@ fn table(header: &[&str]) -> Table {
     table
 }
 
-fn range(low: String, high: String) -> String {
-    if low.is_empty() { low } else { low + ".." + &high }
+fn range(low: &str, high: &str) -> String {
+    if low.is_empty() {
+        String::new()
+    } else {
+        format!("{low}..{high}")
+    }
 }
 
 #[cfg(test)]
