@@ -1,7 +1,7 @@
 //! The rules of kube-proxy for the benchmark's Services, laid out as version 1.36 does it (`pkg/proxy/nftables/proxier.go`,
 //! `pkg/proxy/iptables/proxier.go`): base chains, dispatch, one chain for each Service, and with iptables one for each
-//! endpoint. Only what other kinds of Service would add is left out. Nothing here writes a rule outside a namespace of
-//! the test bed.
+//! endpoint. What other kinds of Service would add is left out, and comments where they cost nothing. Nothing here
+//! writes a rule outside a namespace of the test bed.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -87,7 +87,7 @@ fn nftables(services: Services) -> Result<String> {
             services.endpoints,
             members.join(", "),
         )?;
-        // Pods on other nodes have no hairpin here: as in a large cluster, one endpoint of each Service is local.
+        // Only endpoints on the node itself are in this set: one of each Service, say.
         if let Some(local) = services.backends(service).next() {
             let local = objects::backend(local);
             writeln!(
