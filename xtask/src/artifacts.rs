@@ -72,6 +72,8 @@ pub(crate) fn build_tests() -> anyhow::Result<Built> {
         "--exclude",
         "lb-probe",
         "--all-targets",
+        "--features",
+        "lb-tests/bench",
     ])
 }
 

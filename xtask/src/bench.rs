@@ -37,25 +37,43 @@ enum Which {
         #[arg(long, default_value_t = 10)]
         endpoints: u32,
     },
+    /// Connections to a Service against direct ones, kube-proxy's rules, and the same work in C
+    Connect {
+        /// Numbers of Services
+        #[arg(long, value_delimiter = ',', default_values_t = [1, 1_000, 10_000])]
+        services: Vec<u32>,
+        /// Endpoints of each Service
+        #[arg(long, default_value_t = 10)]
+        endpoints: u32,
+        /// Rounds of each comparison
+        #[arg(long, default_value_t = 200)]
+        rounds: u32,
+    },
 }
 
 impl Which {
     /// What `lb-bench` is called with.
     fn words(&self) -> Vec<OsString> {
-        match self {
-            Self::Sync { services, endpoints } => {
-                let services: Vec<_> = services.iter().map(u32::to_string).collect();
-                [
-                    "sync",
-                    "--services",
-                    &services.join(","),
-                    "--endpoints",
-                    &endpoints.to_string(),
-                ]
-                .map(OsString::from)
-                .into()
-            }
-        }
+        let (name, services, numbers) = match self {
+            Self::Sync { services, endpoints } => ("sync", services, vec![("--endpoints", endpoints)]),
+            Self::Connect {
+                services,
+                endpoints,
+                rounds,
+            } => (
+                "connect",
+                services,
+                vec![("--endpoints", endpoints), ("--rounds", rounds)],
+            ),
+        };
+        let services: Vec<_> = services.iter().map(u32::to_string).collect();
+        let mut words = vec![name.to_owned(), "--services".to_owned(), services.join(",")];
+        words.extend(
+            numbers
+                .into_iter()
+                .flat_map(|(flag, number)| [flag.to_owned(), number.to_string()]),
+        );
+        words.into_iter().map(OsString::from).collect()
     }
 }
 
@@ -66,7 +84,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         return Ok(ready);
     }
     let program = build_bench()?.program("lb-bench")?;
-    let all = [["sync"].map(OsString::from).to_vec()];
+    let all = ["sync", "connect"].map(|name| vec![OsString::from(name)]);
     let benches = match &args.which {
         Some(which) => vec![which.words()],
         None => all.into(),

@@ -81,6 +81,12 @@ pub(crate) const MACHINE_TOOLS: [Tool; 3] = [
     },
 ];
 
+/// What `bench connect` compares with C by. Nothing else needs it, so it is named and not installed.
+pub(crate) const COMPILER_OF_C: Tool = Tool {
+    program: "clang",
+    package: "clang",
+};
+
 /// A machine.
 #[derive(Debug, Clone)]
 pub(crate) struct Host {

@@ -10,7 +10,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use anyhow::{Context as _, bail};
 
 use crate::command::{Line, clean_command};
-use crate::plan::{Action, Host, MACHINE_TOOLS, NIGHTLY, TOOLS, plan};
+use crate::plan::{Action, COMPILER_OF_C, Host, MACHINE_TOOLS, NIGHTLY, TOOLS, Tool, plan};
 use crate::privilege::{is_root, search_path};
 use crate::road::{self, Road};
 use crate::root;
@@ -50,6 +50,7 @@ pub(crate) fn install(args: &Args) -> anyhow::Result<ExitCode> {
     let ready = run(Scope::of(&args.vm))?;
     if ready == ExitCode::SUCCESS {
         vm::get_kernels(&args.vm)?;
+        name_optional();
     }
     Ok(ready)
 }
@@ -90,6 +91,19 @@ pub(crate) fn run(scope: Scope) -> anyhow::Result<ExitCode> {
     bail!("setup did its work, and this is still missing: {left:?}");
 }
 
+/// Names what is of use and not there, and what for.
+pub(crate) fn name_optional() {
+    let Tool { program, package } = COMPILER_OF_C;
+    if !has(program) {
+        println!("setup: `cargo xtask bench connect` compares with C where there is {program} (package {package})");
+    }
+}
+
+/// There is a program of that name.
+fn has(program: &str) -> bool {
+    env::split_paths(&search_path()).any(|dir| dir.join(program).is_file())
+}
+
 /// Tells what to do by hand.
 fn ask(lines: &[String]) -> ExitCode {
     eprintln!("setup: something is missing that only you can install. In this order:");
@@ -122,8 +136,6 @@ fn look(scope: Scope) -> Host {
         (Some(Road::Linked(toolchain)), Some(linker)) => links(toolchain, &linker),
         (Some(Road::Nightly(_)) | None, Some(_)) => true,
     };
-    let path = search_path();
-    let has = |program: &str| env::split_paths(&path).any(|dir| dir.join(program).is_file());
     let (tools, machine_tools) = match scope {
         Scope::Build => (&[][..], &[][..]),
         Scope::All => (&TOOLS[..], &[][..]),

@@ -137,7 +137,17 @@ fn set_up(scope: Scope) -> Tally {
 fn lints() -> Tally {
     let mut sum = step("format", || call(cargo().args(["fmt", "--all", "--check"])));
     sum += step("lints", || {
-        call(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+        let features = "lb-tests/bench,lb-tests/stress";
+        call(cargo().args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--features",
+            features,
+            "--",
+            "-D",
+            "warnings",
+        ]))
     });
     sum += step("documentation", || {
         call(

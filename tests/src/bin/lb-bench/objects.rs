@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -22,14 +22,34 @@ const NODES: u32 = 50;
 /// Name of the node that the agent is on.
 pub(crate) const NODE: &str = "node-0";
 
+/// The port of every Service.
+pub(crate) const SERVICE_PORT: u16 = 80;
+/// The port of every endpoint.
+pub(crate) const BACKEND_PORT: u16 = 8080;
+
 fn key(service: u32, suffix: &str) -> ObjectKey {
     let namespace = format!("namespace-{}", service / NAMESPACE);
     ObjectKey::new(&namespace, &format!("service-{service}{suffix}"))
 }
 
+/// `namespace/name` of a Service.
+pub(crate) fn name(service: u32) -> String {
+    format!("namespace-{}/service-{service}", service / NAMESPACE)
+}
+
+/// The cluster IP of a Service.
+pub(crate) fn vip(service: u32) -> Ipv4Addr {
+    above([10, 96, 0, 1], service)
+}
+
+/// The address of an endpoint, by its number among all: those of one Service follow each other.
+pub(crate) fn backend(number: u32) -> Ipv4Addr {
+    above([12, 0, 0, 0], number)
+}
+
 /// An address that counts up from a network.
-fn address(network: [u8; 4], number: u32) -> IpAddr {
-    Ipv4Addr::from_bits(Ipv4Addr::from(network).to_bits() + number).into()
+fn above(network: [u8; 4], number: u32) -> Ipv4Addr {
+    Ipv4Addr::from_bits(Ipv4Addr::from(network).to_bits() + number)
 }
 
 /// A Service with one port.
@@ -38,11 +58,14 @@ pub(crate) fn service(number: u32) -> Change {
         key: key(number, ""),
         created: Some(1_700_000_000 + i64::from(number)),
         service_type: ServiceType::ClusterIp,
-        cluster_ips: Box::new([address([10, 96, 0, 1], number)]),
+        cluster_ips: Box::new([vip(number).into()]),
+        external_ips: Box::default(),
+        load_balancer_ips: Box::default(),
+        source_ranges: Box::default(),
         ports: Box::new([ServicePort {
             name: intern::text("http"),
             protocol: Protocol::Tcp,
-            port: 80,
+            port: SERVICE_PORT,
             node_port: None,
         }]),
         affinity_timeout: None,
@@ -58,8 +81,8 @@ pub(crate) fn service(number: u32) -> Change {
 pub(crate) fn slice(number: u32, endpoints: u32, moved: Option<u32>) -> Change {
     let endpoint = |i: u32| {
         let address = match moved.filter(|_| i == 0) {
-            Some(moved) => address([11, 0, 0, 0], moved),
-            None => address([12, 0, 0, 0], number * endpoints + i),
+            Some(moved) => above([11, 0, 0, 0], moved).into(),
+            None => backend(number * endpoints + i).into(),
         };
         Endpoint {
             address,
@@ -77,7 +100,7 @@ pub(crate) fn slice(number: u32, endpoints: u32, moved: Option<u32>) -> Change {
         ports: Box::new([EndpointPort {
             name: intern::text("http"),
             protocol: Protocol::Tcp,
-            port: Some(8080),
+            port: Some(BACKEND_PORT),
         }]),
     })))
 }
@@ -98,7 +121,7 @@ pub(crate) fn write_manifests(folder: &Path, services: u32, endpoints: u32) -> R
 /// A Service and its slice as YAML.
 fn manifest(number: u32, endpoints: u32) -> String {
     let namespace = number / NAMESPACE;
-    let cluster_ip = address([10, 96, 0, 1], number);
+    let cluster_ip = vip(number);
     let mut text = format!(
         "\
 apiVersion: v1
@@ -132,7 +155,7 @@ endpoints:
 "
     );
     for i in 0..endpoints {
-        let address = address([12, 0, 0, 0], number * endpoints + i);
+        let address = backend(number * endpoints + i);
         let node = (number + i) % NODES;
         // Writing to a string does not fail.
         let _ = writeln!(

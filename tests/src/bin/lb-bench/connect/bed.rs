@@ -1,0 +1,267 @@
+//! The namespaces of one size, and the maps and rules in them.
+
+use anyhow::{Context as _, Result, ensure};
+use aya::Ebpf;
+use lb_agent::loader::{self, Cgroup, Lock, OBJECT, PinPath, SocketLb};
+use lb_agent::maps::Capacities;
+use lb_agent::maps::bpf::BpfMaps;
+use lb_agent::model::Batch;
+use lb_agent::reconcile::Reconciler;
+use lb_common::abi::capacity;
+use lb_tests::{Cluster, Pod};
+use serde::Serialize;
+
+use super::kube_proxy::{self, Services};
+use super::programs::{self, Maker};
+use super::worker::Worker;
+use crate::objects::{self, NODE};
+
+/// A way to a backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Way {
+    /// The backend's own address.
+    Direct,
+    /// The same once more: what differs from the first is noise.
+    DirectAgain,
+    Lb,
+    C,
+    KubeProxyNftables,
+    KubeProxyIptables,
+}
+
+impl Way {
+    const ALL: [Self; 6] = [
+        Self::Direct,
+        Self::DirectAgain,
+        Self::Lb,
+        Self::C,
+        Self::KubeProxyNftables,
+        Self::KubeProxyIptables,
+    ];
+
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::DirectAgain => "direct again",
+            Self::Lb => "lb",
+            Self::C => "C",
+            Self::KubeProxyNftables => "kube-proxy nftables",
+            Self::KubeProxyIptables => "kube-proxy iptables",
+        }
+    }
+
+    /// Name of its pod.
+    fn pod(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::DirectAgain => "again",
+            Self::Lb => "lb",
+            Self::C => "c",
+            Self::KubeProxyNftables => "nftables",
+            Self::KubeProxyIptables => "iptables",
+        }
+    }
+
+    fn has_rules(self) -> bool {
+        matches!(self, Self::KubeProxyNftables | Self::KubeProxyIptables)
+    }
+}
+
+/// How long rules took to load.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Loading {
+    pub(crate) services: u32,
+    pub(crate) nftables_seconds: f64,
+    pub(crate) iptables_seconds: f64,
+    /// What loaded the latter.
+    pub(crate) iptables_program: &'static str,
+}
+
+/// lb and the C programs on the same maps, each at a pod of its own, and pods for the other ways.
+pub(crate) struct Bed {
+    pub(crate) services: Services,
+    /// Fills the maps; the programs that came with it are not attached.
+    reconciler: Reconciler<BpfMaps>,
+    /// lb's programs.
+    lb: BpfMaps,
+    /// The C programs, where there is a compiler, and their object.
+    c: Option<(Ebpf, Vec<u8>)>,
+    loading: Loading,
+    pods: Vec<(Way, Pod)>,
+    empty: Pod,
+    pins: PinPath,
+    lock: Lock,
+    /// Last, so that what is in it goes before it does.
+    _cluster: Cluster,
+}
+
+impl Bed {
+    /// `object`: the C programs, compiled.
+    pub(crate) fn new(services: Services, object: Option<&[u8]>) -> Result<Self> {
+        let cluster = Cluster::builder().nodes(1).build()?;
+        let ways = Way::ALL.into_iter().filter(|way| *way != Way::C || object.is_some());
+        let pods = ways
+            .map(|way| Ok((way, cluster.add_pod("n1", way.pod())?)))
+            .collect::<Result<Vec<_>>>()?;
+        let empty = cluster.add_pod("n1", "empty")?;
+        for (way, pod) in &pods {
+            // An address of a Service has a route only where packets to it are rewritten.
+            if !way.has_rules() {
+                pod.ip("route delete default")?;
+            }
+        }
+        empty.ip("route delete default")?;
+        let rules = |way| find(&pods, way).context("no such pod");
+        let nftables = kube_proxy::load_nftables(rules(Way::KubeProxyNftables)?, services, cluster.scratch())?;
+        let (iptables, iptables_program) =
+            kube_proxy::load_iptables(rules(Way::KubeProxyIptables)?, services, cluster.scratch())?;
+
+        let pins = PinPath::new(cluster.pin_path("n1"));
+        let lock = Lock::take(&pins)?;
+        let reconciler = fill(
+            loader::load(OBJECT, &lock, &capacities(services), SocketLb::All)?,
+            services,
+        )?;
+        let lb = load_lb(&lock, services, &pods)?;
+        let c = object
+            .map(|object| anyhow::Ok((load_c(object, &pins, &pods, &empty)?, object.to_vec())))
+            .transpose()?;
+        Ok(Self {
+            services,
+            reconciler,
+            lb,
+            c,
+            loading: Loading {
+                services: services.number,
+                nftables_seconds: nftables.as_secs_f64(),
+                iptables_seconds: iptables.as_secs_f64(),
+                iptables_program,
+            },
+            pods,
+            empty,
+            pins,
+            lock,
+            _cluster: cluster,
+        })
+    }
+
+    /// Loads and attaches every program anew. Where a program comes to lie decides which of its loads and branches the
+    /// processor confuses with others: a fifth more or less for a short program, by chance, as long as it lies there.
+    pub(crate) fn reload(&mut self) -> Result<()> {
+        self.lb = load_lb(&self.lock, self.services, &self.pods)?;
+        if let Some((programs, object)) = &mut self.c {
+            *programs = load_c(object, &self.pins, &self.pods, &self.empty)?;
+        }
+        Ok(())
+    }
+
+    /// A process at each pod that has programs.
+    pub(crate) fn program_workers(&self) -> Result<Vec<(Maker, Worker)>> {
+        let pod = |maker| match maker {
+            Maker::Empty => self.c.is_some().then_some(&self.empty),
+            Maker::Lb => find(&self.pods, Way::Lb),
+            Maker::C => find(&self.pods, Way::C),
+        };
+        [Maker::Lb, Maker::C, Maker::Empty]
+            .into_iter()
+            .filter_map(|maker| Some((maker, pod(maker)?)))
+            .map(|(maker, pod)| Ok((maker, Worker::start(pod)?)))
+            .collect()
+    }
+
+    /// A process on each way.
+    pub(crate) fn way_workers(&self) -> Result<Vec<(Way, Worker)>> {
+        let start = |(way, pod): &(Way, Pod)| Ok((*way, Worker::start(pod)?));
+        self.pods.iter().map(start).collect()
+    }
+
+    /// From now on every backend's address is one of the pod itself.
+    pub(crate) fn bring_up_backends(&self) -> Result<()> {
+        let route = format!("route add local {}/8 dev lo", objects::backend(0));
+        for pod in self.pods.iter().map(|(_, pod)| pod).chain([&self.empty]) {
+            pod.ip(&route)?;
+        }
+        Ok(())
+    }
+
+    /// Connections that the programs of lb and C counted so far, over all Services.
+    pub(crate) fn connections(&self) -> Result<u64> {
+        let maps = self.reconciler.maps().pinned();
+        // The index of no Service is zero.
+        (0..=self.services.number).try_fold(0, |sum, service| Ok(sum + maps.stats(service)?.connections))
+    }
+
+    pub(crate) fn runs(&self, maker: Maker, hook: programs::Hook) -> Result<programs::Runs> {
+        let programs = match maker {
+            Maker::Lb => self.lb.programs(),
+            Maker::C | Maker::Empty => &self.c.as_ref().context("the C programs are not loaded")?.0,
+        };
+        programs::runs(programs, maker, hook)
+    }
+
+    /// Removes it all.
+    pub(crate) fn take_down(self) -> Result<Loading> {
+        let Self {
+            reconciler,
+            lb,
+            c,
+            loading,
+            pins,
+            lock,
+            ..
+        } = self;
+        drop((reconciler, lb, c, lock));
+        loader::cleanup(&pins)?;
+        Ok(loading)
+    }
+}
+
+fn find(pods: &[(Way, Pod)], way: Way) -> Option<&Pod> {
+    pods.iter().find(|(w, _)| *w == way).map(|(_, pod)| pod)
+}
+
+/// Loads lb's programs, on the maps that are pinned if they are, and puts them at the hooks of their pod.
+fn load_lb(lock: &Lock, services: Services, pods: &[(Way, Pod)]) -> Result<BpfMaps> {
+    let lb = loader::load(OBJECT, lock, &capacities(services), SocketLb::All)?;
+    let pod = find(pods, Way::Lb).context("no such pod")?;
+    loader::attach(lb.programs(), lock.pins(), &Cgroup::open(pod.process_cgroup())?)?;
+    Ok(lb)
+}
+
+/// Loads the C programs, and puts them at the hooks of their pods.
+fn load_c(object: &[u8], pins: &PinPath, pods: &[(Way, Pod)], empty: &Pod) -> Result<Ebpf> {
+    let mut c = programs::load(object, pins, capacity::SOCKETS)?;
+    programs::attach(&mut c, Maker::C, find(pods, Way::C).context("no such pod")?)?;
+    programs::attach(&mut c, Maker::Empty, empty)?;
+    Ok(c)
+}
+
+fn capacities(services: Services) -> Capacities {
+    let set = services.endpoints.next_power_of_two();
+    Capacities {
+        services: services.number + 16,
+        frontends: 2 * services.number + 16,
+        backends: services.number * services.endpoints + 16,
+        backend_slots: (services.number + 16) * set,
+        sockets: capacity::SOCKETS,
+        sockets_more: capacity::SOCKETS_MORE,
+        udp_flows: capacity::UDP_FLOWS,
+        affinity: capacity::AFFINITY,
+    }
+}
+
+/// Fills the maps as the agent does.
+fn fill(maps: BpfMaps, services: Services) -> Result<Reconciler<BpfMaps>> {
+    let mut lb = Reconciler::adopt(maps, NODE)?;
+    let numbers = 0..services.number;
+    lb.apply(Batch {
+        changes: numbers
+            .flat_map(|i| [objects::service(i), objects::slice(i, services.endpoints, None)])
+            .collect(),
+        complete: true,
+        problems: Vec::new(),
+    });
+    ensure!(lb.problems().is_empty(), "{:?}", lb.problems().first());
+    Ok(lb)
+}

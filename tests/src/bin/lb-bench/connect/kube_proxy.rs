@@ -1,0 +1,295 @@
+//! The rules of kube-proxy for the benchmark's Services, laid out as version 1.36 does it (`pkg/proxy/nftables/proxier.go`,
+//! `pkg/proxy/iptables/proxier.go`): base chains, dispatch, one chain for each Service, and with iptables one for each
+//! endpoint. What other kinds of Service would add is left out, and comments where they cost nothing. Nothing here
+//! writes a rule outside a namespace of the test bed.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use lb_tests::{Place, Process};
+use which::which;
+
+use crate::objects::{self, BACKEND_PORT, SERVICE_PORT};
+
+/// The pods' network in the test bed: other sources are masqueraded.
+const CLUSTER_CIDR: &str = "10.10.0.0/16";
+/// kube-proxy's mark for packets to be masqueraded.
+const MARK: &str = "0x4000";
+/// From so many endpoints on, iptables mode writes fewer comments.
+const LARGE_CLUSTER: u32 = 1000;
+/// The most that loading rules may take.
+const LOADING: Duration = Duration::from_secs(300);
+
+/// The Services that rules are made for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Services {
+    pub(crate) number: u32,
+    pub(crate) endpoints: u32,
+}
+
+impl Services {
+    fn numbers(self) -> impl Iterator<Item = u32> {
+        0..self.number
+    }
+
+    fn backends(self, service: u32) -> impl Iterator<Item = u32> {
+        (0..self.endpoints).map(move |i| service * self.endpoints + i)
+    }
+}
+
+/// Loads the rules of nftables mode; how long that took.
+pub(crate) fn load_nftables(place: &Place, services: Services, scratch: &Path) -> Result<Duration> {
+    load(place, "nft", &["-f"], &nftables(services)?, &scratch.join("rules.nft"))
+}
+
+/// Loads the rules of iptables mode; how long that took, and by which program.
+///
+/// iptables-legacy, where there is one: it takes seconds where iptables-nft takes minutes, and the kernel gets through
+/// its rules faster, so the comparison errs in kube-proxy's favour.
+pub(crate) fn load_iptables(place: &Place, services: Services, scratch: &Path) -> Result<(Duration, &'static str)> {
+    let program = ["iptables-legacy-restore", "iptables-restore"]
+        .into_iter()
+        .find(|program| which(program).is_ok())
+        .context("no iptables-restore: install iptables")?;
+    let text = iptables(services)?;
+    let time = load(place, program, &["--noflush"], &text, &scratch.join("rules.iptables"))?;
+    Ok((time, program))
+}
+
+fn load(place: &Place, program: &str, arguments: &[&str], rules: &str, file: &Path) -> Result<Duration> {
+    fs::write(file, rules).with_context(|| format!("writing {}", file.display()))?;
+    let start = Instant::now();
+    let mut process = Process::spawn(place.command(program)?.args(arguments).arg(file))?;
+    let status = process.wait(LOADING)?;
+    anyhow::ensure!(status.success(), "{program} {}: {status}", file.display());
+    Ok(start.elapsed())
+}
+
+fn nftables(services: Services) -> Result<String> {
+    let mut text = NFTABLES.replace("CLUSTER", CLUSTER_CIDR).replace("MARK", MARK);
+    for service in services.numbers() {
+        let vip = objects::vip(service);
+        let chain = format!("service-{service:08X}-{}/tcp/http", objects::name(service));
+        let members: Vec<_> = services
+            .backends(service)
+            .enumerate()
+            .map(|(i, backend)| format!("{i} : {} . {BACKEND_PORT}", objects::backend(backend)))
+            .collect();
+        writeln!(
+            text,
+            "add chain ip kube-proxy {chain}\n\
+             add rule ip kube-proxy {chain} meta l4proto tcp dnat ip addr . port to numgen random mod {} map {{ {} }}\n\
+             add element ip kube-proxy cluster-ips {{ {vip} }}\n\
+             add element ip kube-proxy service-ips {{ {vip} . tcp . {SERVICE_PORT} : goto {chain} }}",
+            services.endpoints,
+            members.join(", "),
+        )?;
+        // Only endpoints on the node itself are in this set: one of each Service, say.
+        if let Some(local) = services.backends(service).next() {
+            let local = objects::backend(local);
+            writeln!(
+                text,
+                "add element ip kube-proxy hairpin-connections {{ {local} . {local} . tcp . {BACKEND_PORT} }}"
+            )?;
+        }
+    }
+    Ok(text)
+}
+
+/// All but what Services bring.
+const NFTABLES: &str = "\
+add table ip kube-proxy
+add set ip kube-proxy cluster-ips { type ipv4_addr ; }
+add set ip kube-proxy nodeport-ips { type ipv4_addr ; }
+add set ip kube-proxy hairpin-connections { type ipv4_addr . ipv4_addr . inet_proto . inet_service ; }
+add map ip kube-proxy firewall-ips { type ipv4_addr . inet_proto . inet_service : verdict ; }
+add map ip kube-proxy no-endpoint-nodeports { type inet_proto . inet_service : verdict ; }
+add map ip kube-proxy no-endpoint-services { type ipv4_addr . inet_proto . inet_service : verdict ; }
+add map ip kube-proxy service-ips { type ipv4_addr . inet_proto . inet_service : verdict ; }
+add map ip kube-proxy service-nodeports { type inet_proto . inet_service : verdict ; }
+add chain ip kube-proxy filter-prerouting-pre-dnat { type filter hook prerouting priority -110 ; }
+add chain ip kube-proxy filter-output-pre-dnat { type filter hook output priority -110 ; }
+add chain ip kube-proxy filter-input { type filter hook input priority 0 ; }
+add chain ip kube-proxy filter-forward { type filter hook forward priority 0 ; }
+add chain ip kube-proxy filter-output { type filter hook output priority 0 ; }
+add chain ip kube-proxy nat-prerouting { type nat hook prerouting priority -100 ; }
+add chain ip kube-proxy nat-output { type nat hook output priority -100 ; }
+add chain ip kube-proxy nat-postrouting { type nat hook postrouting priority 100 ; }
+add chain ip kube-proxy cluster-ips-check
+add chain ip kube-proxy firewall-check
+add chain ip kube-proxy masquerading
+add chain ip kube-proxy nodeport-endpoints-check
+add chain ip kube-proxy reject-chain
+add chain ip kube-proxy services
+add chain ip kube-proxy service-endpoints-check
+add rule ip kube-proxy filter-prerouting-pre-dnat ct state new jump firewall-check
+add rule ip kube-proxy filter-output-pre-dnat ct state new jump firewall-check
+add rule ip kube-proxy filter-input ct state new jump nodeport-endpoints-check
+add rule ip kube-proxy filter-input ct state new jump service-endpoints-check
+add rule ip kube-proxy filter-forward ct state new jump service-endpoints-check
+add rule ip kube-proxy filter-forward ct state new jump cluster-ips-check
+add rule ip kube-proxy filter-output ct state new jump service-endpoints-check
+add rule ip kube-proxy filter-output ct state new jump cluster-ips-check
+add rule ip kube-proxy nat-prerouting jump services
+add rule ip kube-proxy nat-output jump services
+add rule ip kube-proxy nat-postrouting jump masquerading
+add rule ip kube-proxy cluster-ips-check ip daddr @cluster-ips reject
+add rule ip kube-proxy firewall-check ip daddr . meta l4proto . th dport vmap @firewall-ips
+add rule ip kube-proxy masquerading mark and MARK != 0 mark set mark xor MARK masquerade fully-random
+add rule ip kube-proxy masquerading ct status dnat ip saddr . ip daddr . meta l4proto . th dport @hairpin-connections masquerade fully-random
+add rule ip kube-proxy nodeport-endpoints-check ip daddr @nodeport-ips meta l4proto . th dport vmap @no-endpoint-nodeports
+add rule ip kube-proxy service-endpoints-check ip daddr . meta l4proto . th dport vmap @no-endpoint-services
+add rule ip kube-proxy reject-chain reject
+add rule ip kube-proxy services ip daddr @cluster-ips ip saddr != CLUSTER mark set mark or MARK
+add rule ip kube-proxy services ip daddr . meta l4proto . th dport vmap @service-ips
+add rule ip kube-proxy services ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports
+";
+
+fn iptables(services: Services) -> Result<String> {
+    let large = services.number * services.endpoints > LARGE_CLUSTER;
+    let comment = |text: &str| {
+        if large {
+            String::new()
+        } else {
+            format!("-m comment --comment \"{text}\" ")
+        }
+    };
+    let (mut chains, mut rules) = (String::new(), String::new());
+    for service in services.numbers() {
+        let (vip, name) = (objects::vip(service), objects::name(service) + ":http");
+        let chain = format!("KUBE-SVC-{service:016X}");
+        let captured =
+            format!("-m comment --comment \"{name} cluster IP\" -m tcp -p tcp -d {vip} --dport {SERVICE_PORT}");
+        writeln!(chains, ":{chain} - [0:0]")?;
+        writeln!(
+            rules,
+            "-A KUBE-SERVICES {captured} -j {chain}\n-A {chain} {captured} ! -s {CLUSTER_CIDR} -j KUBE-MARK-MASQ"
+        )?;
+        for (i, backend) in (0..).zip(services.backends(service)) {
+            let (address, endpoint) = (objects::backend(backend), format!("KUBE-SEP-{backend:016X}"));
+            let left = services.endpoints - i;
+            let random = if left == 1 {
+                String::new()
+            } else {
+                format!(
+                    "-m statistic --mode random --probability {:.10} ",
+                    1.0 / f64::from(left)
+                )
+            };
+            writeln!(chains, ":{endpoint} - [0:0]")?;
+            writeln!(
+                rules,
+                "-A {chain} {}{random}-j {endpoint}\n\
+                 -A {endpoint} {which}-s {address} -j KUBE-MARK-MASQ\n\
+                 -A {endpoint} {which}-m tcp -p tcp -j DNAT --to-destination {address}:{BACKEND_PORT}",
+                comment(&format!("{name} -> {address}:{BACKEND_PORT}")),
+                which = comment(&name),
+            )?;
+        }
+    }
+    Ok(IPTABLES
+        .replace("MARK_VALUE", MARK)
+        .replace("SERVICE_CHAINS\n", &chains)
+        .replace("SERVICE_RULES\n", &rules))
+}
+
+/// All but what Services bring, and where that goes.
+const IPTABLES: &str = "\
+*filter
+:KUBE-NODEPORTS - [0:0]
+:KUBE-SERVICES - [0:0]
+:KUBE-EXTERNAL-SERVICES - [0:0]
+:KUBE-FIREWALL - [0:0]
+:KUBE-FORWARD - [0:0]
+:KUBE-PROXY-FIREWALL - [0:0]
+-A INPUT -m conntrack --ctstate NEW -m comment --comment \"load balancer firewall\" -j KUBE-PROXY-FIREWALL
+-A INPUT -m comment --comment \"health check ports\" -j KUBE-NODEPORTS
+-A INPUT -m conntrack --ctstate NEW -m comment --comment \"externally visible portals\" -j KUBE-EXTERNAL-SERVICES
+-A INPUT -j KUBE-FIREWALL
+-A FORWARD -m conntrack --ctstate NEW -m comment --comment \"load balancer firewall\" -j KUBE-PROXY-FIREWALL
+-A FORWARD -m comment --comment \"forwarding rules\" -j KUBE-FORWARD
+-A FORWARD -m conntrack --ctstate NEW -m comment --comment \"service portals\" -j KUBE-SERVICES
+-A FORWARD -m conntrack --ctstate NEW -m comment --comment \"externally visible portals\" -j KUBE-EXTERNAL-SERVICES
+-A OUTPUT -m conntrack --ctstate NEW -m comment --comment \"load balancer firewall\" -j KUBE-PROXY-FIREWALL
+-A OUTPUT -m conntrack --ctstate NEW -m comment --comment \"service portals\" -j KUBE-SERVICES
+-A OUTPUT -j KUBE-FIREWALL
+-A KUBE-FIREWALL -m comment --comment \"block incoming localnet connections\" -d 127.0.0.0/8 ! -s 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP
+-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+-A KUBE-FORWARD -m comment --comment \"forwarding rules\" -m mark --mark MARK_VALUE/MARK_VALUE -j ACCEPT
+-A KUBE-FORWARD -m comment --comment \"forwarding conntrack rule\" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+COMMIT
+*nat
+:KUBE-NODEPORTS - [0:0]
+:KUBE-SERVICES - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-POSTROUTING - [0:0]
+SERVICE_CHAINS
+-A PREROUTING -m comment --comment \"service portals\" -j KUBE-SERVICES
+-A OUTPUT -m comment --comment \"service portals\" -j KUBE-SERVICES
+-A POSTROUTING -m comment --comment \"postrouting rules\" -j KUBE-POSTROUTING
+-A KUBE-MARK-MASQ -j MARK --or-mark MARK_VALUE
+-A KUBE-POSTROUTING -m mark ! --mark MARK_VALUE/MARK_VALUE -j RETURN
+-A KUBE-POSTROUTING -j MARK --xor-mark MARK_VALUE
+-A KUBE-POSTROUTING -m comment --comment \"service traffic requiring SNAT\" -j MASQUERADE --random-fully
+SERVICE_RULES
+-A KUBE-SERVICES -m comment --comment \"node ports, always the last rule\" -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+COMMIT
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: Services = Services {
+        number: 2,
+        endpoints: 3,
+    };
+
+    #[test]
+    fn nftables_sends_each_address_to_its_chain_and_that_to_its_endpoints() -> Result<()> {
+        let text = nftables(SMALL)?;
+        let chain = "service-00000001-namespace-0/service-1/tcp/http";
+        for line in [
+            format!("add element ip kube-proxy service-ips {{ 10.96.0.2 . tcp . 80 : goto {chain} }}"),
+            format!(
+                "add rule ip kube-proxy {chain} meta l4proto tcp dnat ip addr . port to numgen random mod 3 map \
+                 {{ 0 : 12.0.0.3 . 8080, 1 : 12.0.0.4 . 8080, 2 : 12.0.0.5 . 8080 }}"
+            ),
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line}\nis not in\n{text}");
+        }
+        assert_eq!(text.matches("add chain ip kube-proxy service-0").count(), 2);
+        Ok(())
+    }
+
+    #[test]
+    fn iptables_picks_each_endpoint_with_equal_chances() -> Result<()> {
+        let text = iptables(SMALL)?;
+        let chances: Vec<_> = text
+            .lines()
+            .filter(|line| line.starts_with("-A KUBE-SVC-0000000000000001") && line.contains("KUBE-SEP"))
+            .map(|line| {
+                line.split_once("--probability ")
+                    .map(|(_, rest)| rest.split(' ').next())
+            })
+            .collect();
+        assert_eq!(chances, [Some(Some("0.3333333333")), Some(Some("0.5000000000")), None]);
+        assert!(text.contains("-A KUBE-SERVICES -m comment --comment \"namespace-0/service-1:http cluster IP\" -m tcp -p tcp -d 10.96.0.2 --dport 80 -j KUBE-SVC-0000000000000001\n"));
+        assert!(!text.contains("SERVICE_") && !text.contains("MARK_VALUE"));
+        Ok(())
+    }
+
+    #[test]
+    fn a_large_cluster_has_fewer_comments() -> Result<()> {
+        let large = Services {
+            number: 101,
+            endpoints: 10,
+        };
+        assert!(iptables(SMALL)?.contains(" -> 12.0.0.3:8080"));
+        assert!(!iptables(large)?.contains(" -> "));
+        Ok(())
+    }
+}

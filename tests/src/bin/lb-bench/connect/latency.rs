@@ -1,0 +1,91 @@
+//! How long `connect()` takes: every way in turn, in short rounds.
+
+use anyhow::Result;
+use lb_tests::Random;
+use serde::Serialize;
+
+use super::bed::{Bed, Way};
+use super::numbers::{Quartiles, percentile};
+use super::worker::Task;
+use super::{Scenario, shuffled};
+
+/// Connections on one way in one round.
+const CONNECTIONS: u32 = 100;
+
+/// How long connections take on one way.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Latency {
+    pub(crate) way: Way,
+    #[serde(flatten)]
+    pub(crate) scenario: Scenario,
+    /// Microseconds of `connect()`: median.
+    pub(crate) p50: f64,
+    /// The same: 99th percentile.
+    pub(crate) p99: f64,
+    /// Connections that one thread makes, accepts and closes in a second, median of the rounds.
+    pub(crate) rate: f64,
+    /// Microseconds that the median of a round is above that of [`Way::Direct`] in the same round.
+    pub(crate) above_direct: Quartiles,
+}
+
+#[derive(Debug, Default)]
+struct Rounds {
+    /// Nanoseconds.
+    times: Vec<u32>,
+    medians: Vec<f64>,
+    /// Connections per second.
+    rates: Vec<f64>,
+}
+
+/// All ways at one size. Backends must be up.
+pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Latency>> {
+    let mut workers = bed.way_workers()?;
+    let mut random = Random::new(bed.services.number.into());
+    let mut all = Vec::new();
+    for scenario in Scenario::all(bed.services) {
+        let mut ways: Vec<_> = workers.iter().map(|_| Rounds::default()).collect();
+        // The first round is not counted.
+        for round in 0..=rounds {
+            for at in shuffled(workers.len(), &mut random) {
+                let (way, worker) = &mut workers[at];
+                let from = match way {
+                    Way::Direct | Way::DirectAgain => scenario.missed(),
+                    _ => scenario,
+                };
+                let mut done = worker.order(&from.order(Task::Connect, CONNECTIONS, random.number()))?;
+                if round == 0 {
+                    continue;
+                }
+                done.times.sort_unstable();
+                let found = &mut ways[at];
+                found.medians.push(f64::from(percentile(&done.times, 50)));
+                found.times.append(&mut done.times);
+                found.rates.push(f64::from(CONNECTIONS) / done.seconds);
+            }
+            tick();
+        }
+        let direct = ways.first().map(|direct| direct.medians.clone()).unwrap_or_default();
+        for ((way, _), mut found) in workers.iter().zip(ways) {
+            found.times.sort_unstable();
+            let above = found
+                .medians
+                .iter()
+                .zip(&direct)
+                .map(|(own, direct)| (own - direct) / 1e3);
+            all.push(Latency {
+                way: *way,
+                scenario,
+                p50: f64::from(percentile(&found.times, 50)) / 1e3,
+                p99: f64::from(percentile(&found.times, 99)) / 1e3,
+                rate: Quartiles::of(found.rates).median,
+                above_direct: Quartiles::of(above),
+            });
+        }
+    }
+    Ok(all)
+}
+
+/// How often [`measure`] ticks.
+pub(crate) fn ticks(bed: &Bed, rounds: u32) -> u64 {
+    Scenario::all(bed.services).len() as u64 * (u64::from(rounds) + 1)
+}

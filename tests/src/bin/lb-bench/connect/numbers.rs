@@ -1,0 +1,48 @@
+//! Medians and the like.
+
+use serde::Serialize;
+
+/// The value that so many percent of the sorted ones do not exceed; zero where there is none.
+pub(crate) fn percentile<T: Copy + Default>(sorted: &[T], percent: usize) -> T {
+    let rank = (sorted.len() * percent).div_ceil(100);
+    sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
+}
+
+/// Median and quartiles.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub(crate) struct Quartiles {
+    pub(crate) low: f64,
+    pub(crate) median: f64,
+    pub(crate) high: f64,
+}
+
+impl Quartiles {
+    pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Self {
+        let mut sorted: Vec<_> = values.into_iter().collect();
+        sorted.sort_unstable_by(f64::total_cmp);
+        Self {
+            low: percentile(&sorted, 25),
+            median: percentile(&sorted, 50),
+            high: percentile(&sorted, 75),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quartiles_of_what_is_not_sorted() {
+        let quartiles = Quartiles::of([4.0, 1.0, 3.0, 2.0]);
+        assert_eq!((quartiles.low, quartiles.median, quartiles.high), (1.0, 2.0, 3.0));
+        assert_eq!(Quartiles::of([]), Quartiles::default());
+    }
+
+    #[test]
+    fn percentiles_are_values_that_were_measured() {
+        let sorted: Vec<u32> = (1..=200).collect();
+        assert_eq!((percentile(&sorted, 50), percentile(&sorted, 99)), (100, 198));
+        assert_eq!(percentile::<u32>(&[], 99), 0);
+    }
+}

@@ -1,0 +1,190 @@
+//! The programs that are compared: lb's, those written in C, and those that do nothing; and what the kernel counts of
+//! their runs.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::{fs, io::Write as _};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use aya::programs::{CgroupAttachMode, Program, ProgramInfo};
+use aya::{Ebpf, EbpfLoader};
+use lb_agent::loader::PinPath;
+use lb_common::abi::{SOCKETS_MASK_GLOBAL, map_name, program_name};
+use lb_tests::Place;
+use serde::Serialize;
+
+/// The source of all but lb's.
+const SOURCE: &str = include_str!("../../../../bench/connect4.bpf.c");
+
+/// The compiler.
+pub(crate) const CLANG: &str = "clang";
+
+/// The maps of lb that the C programs work on.
+const SHARED: [&str; 7] = [
+    map_name::FRONTENDS,
+    map_name::SERVICES,
+    map_name::BACKEND_SLOTS,
+    map_name::SOCKETS,
+    map_name::SOCKETS_MORE,
+    map_name::STATS,
+    map_name::DROPS,
+];
+
+/// Whose programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Maker {
+    Lb,
+    C,
+    Empty,
+}
+
+/// A hook.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Hook {
+    Connect4,
+    Getpeername4,
+    SockRelease,
+}
+
+impl Hook {
+    pub(crate) const ALL: [Self; 3] = [Self::Connect4, Self::Getpeername4, Self::SockRelease];
+
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Connect4 => "connect4",
+            Self::Getpeername4 => "getpeername4",
+            Self::SockRelease => "sock_release",
+        }
+    }
+
+    fn program(self, maker: Maker) -> String {
+        match maker {
+            Maker::Lb => match self {
+                Self::Connect4 => program_name::CONNECT4,
+                Self::Getpeername4 => program_name::GETPEERNAME4,
+                Self::SockRelease => program_name::SOCK_RELEASE,
+            }
+            .to_owned(),
+            Maker::C => format!("c_{}", self.label()),
+            Maker::Empty => format!("empty_{}", self.label()),
+        }
+    }
+}
+
+/// Compiles the C programs.
+pub(crate) fn compile(scratch: &Path) -> Result<Vec<u8>> {
+    let object = scratch.join("connect4.bpf.o");
+    let mut clang = Command::new(CLANG)
+        .args(["-target", "bpf", "-O2", "-g", "-mcpu=v3", "-x", "c", "-c", "-", "-o"])
+        .arg(&object)
+        .stdin(Stdio::piped())
+        .spawn()
+        .context("starting clang")?;
+    let written = clang.stdin.take().map(|mut stdin| stdin.write_all(SOURCE.as_bytes()));
+    let status = clang.wait().context("waiting for clang")?;
+    ensure!(status.success(), "clang: {status}");
+    written.transpose().context("writing to clang")?;
+    fs::read(&object).with_context(|| format!("reading {}", object.display()))
+}
+
+/// Loads the C programs, on the maps that are pinned. `sockets` is the number of slots in SOCKETS.
+pub(crate) fn load(object: &[u8], pins: &PinPath, sockets: u32) -> Result<Ebpf> {
+    let mut loader = EbpfLoader::new();
+    for name in SHARED {
+        loader.map_pin_path(name, pins.maps().join(name));
+    }
+    let mask = sockets - 1;
+    loader
+        .override_global(SOCKETS_MASK_GLOBAL, &mask, true)
+        .load(object)
+        .context("loading the C programs")
+}
+
+/// Attaches the C programs of one maker to a place, for as long as `programs` lives.
+pub(crate) fn attach(programs: &mut Ebpf, maker: Maker, place: &Place) -> Result<()> {
+    let path = place.process_cgroup().context("the place has no cgroup")?;
+    let cgroup = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    for hook in Hook::ALL {
+        let name = hook.program(maker);
+        let program = programs
+            .program_mut(&name)
+            .with_context(|| format!("no program {name}"))?;
+        match program {
+            Program::CgroupSockAddr(program) => {
+                program.load()?;
+                program.attach(&cgroup, CgroupAttachMode::Single)?;
+            }
+            Program::CgroupSock(program) => {
+                program.load()?;
+                program.attach(&cgroup, CgroupAttachMode::Single)?;
+            }
+            _ => bail!("{name} is of another type"),
+        }
+    }
+    Ok(())
+}
+
+/// What the kernel counted of a program's runs so far, while statistics were on.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Runs {
+    pub(crate) number: u64,
+    pub(crate) nanoseconds: u64,
+}
+
+impl Runs {
+    pub(crate) fn since(self, before: Self) -> Self {
+        Self {
+            number: self.number - before.number,
+            nanoseconds: self.nanoseconds - before.nanoseconds,
+        }
+    }
+
+    /// Nanoseconds per run.
+    pub(crate) fn cost(self) -> f64 {
+        self.nanoseconds as f64 / self.number as f64
+    }
+}
+
+/// A loaded program's runs.
+pub(crate) fn runs(programs: &Ebpf, maker: Maker, hook: Hook) -> Result<Runs> {
+    let name = hook.program(maker);
+    let info = info(programs, &name)?;
+    Ok(Runs {
+        number: info.run_count(),
+        nanoseconds: u64::try_from(info.run_time().as_nanos())?,
+    })
+}
+
+fn info(programs: &Ebpf, name: &str) -> Result<ProgramInfo> {
+    let program = programs.program(name).with_context(|| format!("no program {name}"))?;
+    program.info().with_context(|| format!("asking about {name}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_c_source_has_every_program_and_map() {
+        for hook in Hook::ALL {
+            for maker in [Maker::C, Maker::Empty] {
+                assert!(
+                    SOURCE.contains(&format!(" {}(", hook.program(maker))),
+                    "{hook:?} {maker:?}"
+                );
+            }
+        }
+        for map in SHARED {
+            assert!(SOURCE.contains(&format!("}} {map} SEC(\".maps\");")), "{map}");
+        }
+    }
+
+    #[test]
+    fn cost_of_runs() {
+        let runs = |number, nanoseconds| Runs { number, nanoseconds };
+        assert!((runs(30, 900).since(runs(10, 100)).cost() - 40.0).abs() < 1e-9);
+    }
+}
