@@ -4,6 +4,8 @@
 //! Threads of their own do this work, with maps that they opened themselves: applying what the source says never waits
 //! for it.
 
+pub mod destroy;
+mod judge;
 mod netlink;
 pub(crate) mod netns;
 pub(crate) mod sockdiag;

@@ -3,7 +3,9 @@
 use std::io;
 use std::net::SocketAddr;
 
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP, TCP_ESTABLISHED};
+use netlink_packet_sock_diag::constants::{
+    AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP, TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN, TCP_TIME_WAIT,
+};
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags};
 use netlink_packet_sock_diag::{SockDiagDestroy, SockDiagMessage};
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
@@ -44,6 +46,11 @@ impl Socket {
     /// Whether connect() gave a UDP socket its peer.
     pub(crate) fn is_connected(&self) -> bool {
         self.state == TCP_ESTABLISHED
+    }
+
+    /// Whether a TCP socket has a connection, or is about to have one.
+    pub(crate) fn has_peer(&self) -> bool {
+        !matches!(self.state, TCP_CLOSE | TCP_LISTEN | TCP_TIME_WAIT)
     }
 
     fn new(protocol: Protocol, header: &InetResponseHeader) -> Self {
