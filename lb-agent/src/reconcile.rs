@@ -20,7 +20,7 @@ use crate::diff::{self, Plan, Step};
 use crate::index::Index;
 use crate::maps::{Capacities, Epoch, MapError, Maps};
 use crate::memory;
-use crate::model::{Batch, Problem};
+use crate::model::{Batch, Node, Problem};
 
 /// Number of changes in one batch after which memory is given back.
 const LARGE: usize = 1000;
@@ -194,6 +194,12 @@ impl<M: Maps> Reconciler<M> {
     #[must_use]
     pub fn withdrawals(&self) -> u64 {
         self.withdrawals
+    }
+
+    /// The Node object of this node, if the source has one.
+    #[must_use]
+    pub fn node(&self) -> Option<&Node> {
+        self.index.node(&self.node)
     }
 
     /// What is desired.

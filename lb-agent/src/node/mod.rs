@@ -4,6 +4,7 @@
 //! Threads of their own do this work, with maps that they opened themselves: applying what the source says never waits
 //! for it.
 
+pub mod addrs;
 pub mod destroy;
 mod judge;
 mod netlink;

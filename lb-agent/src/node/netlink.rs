@@ -123,6 +123,41 @@ impl Netlink {
     }
 }
 
+/// A socket that is told of changes.
+pub(super) struct Subscription(Socket);
+
+impl Subscription {
+    /// Subscribes to groups (bits `RTMGRP_*`) of a family.
+    pub(super) fn open(family: isize, groups: u32) -> io::Result<Self> {
+        let mut socket = Socket::new(family)?;
+        socket.bind(&SocketAddr::new(0, groups))?;
+        Ok(Self(socket))
+    }
+
+    /// Waits until something may have changed, be it told or lost, and takes everything else that was told until then.
+    pub(super) fn wait(&self) -> io::Result<()> {
+        self.take(0)?;
+        loop {
+            match self.take(libc::MSG_DONTWAIT) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Takes one message, whatever it says: what there is now is listed afterwards.
+    fn take(&self, flags: libc::c_int) -> io::Result<()> {
+        let mut start = Vec::with_capacity(64);
+        match self.0.recv(&mut start, flags) {
+            // More was told than the socket could keep.
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            result => result.map(drop),
+        }
+    }
+}
+
 fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("netlink: {what}"))
 }
