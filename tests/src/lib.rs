@@ -31,6 +31,7 @@ mod place;
 mod process;
 mod random;
 mod ruleset;
+mod sockets;
 mod statistics;
 
 pub mod demo;
@@ -48,6 +49,7 @@ pub use place::{Place, in_netns};
 pub use process::Process;
 pub use random::Random;
 pub use ruleset::Ruleset;
+pub use sockets::{Called, Sockets};
 pub use statistics::chi_squared_p;
 
 use anyhow::ensure;

@@ -3,6 +3,7 @@
 mod connect;
 mod hold;
 mod serve;
+mod sockets;
 
 use std::env::current_exe;
 use std::io::{Read as _, Write as _, stdin, stdout};
@@ -28,6 +29,8 @@ enum Command {
     Serve(serve::Options),
     /// Opens connections and tells as JSON how they went
     Connect(connect::Options),
+    /// Opens, uses and closes sockets as the lines of standard input say
+    Sockets,
     /// Builds a cluster, prints its name prefix, and removes it when standard input ends
     Cluster {
         /// Number of nodes
@@ -65,6 +68,7 @@ fn main() -> Result<ExitCode> {
     match arguments.command {
         Command::Serve(options) => serve::run(&options)?,
         Command::Connect(options) => connect::run(&options)?,
+        Command::Sockets => sockets::run()?,
         Command::Cluster { nodes, routes, pods } => {
             let underlay = if routes { Underlay::Routes } else { Underlay::Vxlan };
             cluster(nodes, underlay, pods)?;
