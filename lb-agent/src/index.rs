@@ -119,6 +119,12 @@ impl Index {
         self.related.get(key)?.0.service.as_deref()
     }
 
+    /// A Node.
+    #[must_use]
+    pub(crate) fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.get(name).map(Arc::as_ref)
+    }
+
     /// The slices of a Service, in the order of their names.
     pub(crate) fn slices(&self, service: &ObjectKey) -> impl Iterator<Item = &EndpointSlice> + Clone {
         let related = self.related.get(service).into_iter();

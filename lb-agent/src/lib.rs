@@ -22,6 +22,7 @@ pub mod loader;
 pub mod maps;
 mod memory;
 pub mod model;
+pub mod node;
 pub mod policy;
 pub mod reconcile;
 pub mod source;

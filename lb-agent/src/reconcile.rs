@@ -20,7 +20,7 @@ use crate::diff::{self, Plan, Step};
 use crate::index::Index;
 use crate::maps::{Capacities, Epoch, MapError, Maps};
 use crate::memory;
-use crate::model::{Batch, Problem};
+use crate::model::{Batch, Node, Problem};
 
 /// Number of changes in one batch after which memory is given back.
 const LARGE: usize = 1000;
@@ -71,6 +71,7 @@ pub struct Reconciler<M> {
     fresh: bool,
     complete: bool,
     problems: Vec<Problem>,
+    withdrawals: u64,
 }
 
 impl<M: Maps> Reconciler<M> {
@@ -98,6 +99,7 @@ impl<M: Maps> Reconciler<M> {
             fresh: true,
             complete: false,
             problems: Vec::new(),
+            withdrawals: 0,
         })
     }
 
@@ -188,6 +190,18 @@ impl<M: Maps> Reconciler<M> {
         self.complete
     }
 
+    /// How many backends were withdrawn so far: sockets that chose one have to go.
+    #[must_use]
+    pub fn withdrawals(&self) -> u64 {
+        self.withdrawals
+    }
+
+    /// The Node object of this node, if the source has one.
+    #[must_use]
+    pub fn node(&self) -> Option<&Node> {
+        self.index.node(&self.node)
+    }
+
     /// What is desired.
     #[must_use]
     pub fn desired(&self) -> &Desired {
@@ -246,6 +260,7 @@ impl<M: Maps> Reconciler<M> {
         let next = generation::withdrawn(self.actual.backend_generations[id as usize]);
         self.maps.withdraw_backend(id, next)?;
         self.actual.backend_generations[id as usize] = next;
+        self.withdrawals += 1;
         if id != 0 {
             self.retire(Retired::Backend(id));
         }

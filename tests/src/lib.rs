@@ -31,6 +31,7 @@ mod place;
 mod process;
 mod random;
 mod ruleset;
+mod sockets;
 mod statistics;
 
 pub mod demo;
@@ -50,6 +51,7 @@ pub use process::Process;
 pub use puppet::{Answer, Call, Kind, Puppet};
 pub use random::Random;
 pub use ruleset::Ruleset;
+pub use sockets::{Called, Sockets};
 pub use statistics::chi_squared_p;
 
 use anyhow::ensure;

@@ -11,6 +11,7 @@ use aya::maps::{Map, MapData, RingBuf};
 use clap::{Args, ValueEnum};
 use lb_common::abi::{Config, DropReason, Event, EventKind, Notice, State, map_name};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tracing::{debug, error, info, warn};
 use zerocopy::FromBytes as _;
@@ -22,6 +23,8 @@ use crate::maps::Maps as _;
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
 use crate::model::{Batch, Problem};
+use crate::node::addrs::{self, Selection, Snapshot, Wanted};
+use crate::node::destroy::{self, Destroyer};
 use crate::reconcile::Reconciler;
 use crate::source::manifests::ManifestSource;
 use crate::source::watch::Watcher;
@@ -40,6 +43,14 @@ pub(super) struct RunArgs {
     #[arg(long, value_enum, default_value_t = SocketLbArg::All)]
     socket_lb: SocketLbArg,
     #[command(flatten)]
+    node_ports: NodePortArgs,
+    /// Destroy TCP sockets of removed backends too, not only connected UDP sockets
+    #[arg(long)]
+    destroy_tcp: bool,
+    /// Milliseconds after which a socket record may be swept, and between two sweeps; for tests
+    #[arg(long, value_name = "MS", default_value_t = 60_000, hide = true)]
+    sweep_age: u64,
+    #[command(flatten)]
     capacities: CapacityArgs,
     /// Format of the log, on the error output; what it contains is set by RUST_LOG
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
@@ -47,6 +58,31 @@ pub(super) struct RunArgs {
     /// Load this eBPF object in place of the one that is part of the program; for developers
     #[arg(long, value_name = "FILE", hide = true)]
     ebpf_object: Option<PathBuf>,
+}
+
+/// Which addresses serve node ports.
+#[derive(Debug, Args)]
+struct NodePortArgs {
+    /// Devices whose addresses serve node ports [default: all]
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    devices: Vec<String>,
+    /// Which of the node's addresses serve node ports: those in the networks named (all of a family that none is named
+    /// of), or `primary`: the first address of each family in this node's Node object
+    #[arg(long, value_name = "CIDR,...|primary", default_value = "0.0.0.0/0,::/0")]
+    nodeport_addresses: Wanted,
+}
+
+impl NodePortArgs {
+    fn selection(&self) -> Selection {
+        let Self {
+            devices,
+            nodeport_addresses,
+        } = self;
+        Selection {
+            devices: devices.iter().cloned().collect(),
+            wanted: nodeport_addresses.clone(),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -111,8 +147,14 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     let (batch, back) = spawn_blocking(move || (source.rescan(), source)).await?;
     source = back;
 
+    let mut addresses = addrs::follow().context("listing the node's addresses")?;
     let reconciler = Reconciler::adopt(maps, &node)?;
-    let mut agent = Agent::new(reconciler, &node, &cgroup, socket_lb)?;
+    let node_ports = NodePorts {
+        selection: args.node_ports.selection(),
+        addresses: addresses.clone(),
+        problem: None,
+    };
+    let mut agent = Agent::new(reconciler, &node, &cgroup, socket_lb, node_ports)?;
     agent.apply(batch);
     // The maps are filled before programs look at them, and before programs of an earlier build are replaced.
     loader::attach(agent.reconciler.maps().programs(), lock.pins(), &cgroup)?;
@@ -122,6 +164,13 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
         node, cgroup = %cgroup.path().display(), pins = %lock.pins().root().display(),
         services = usage.services, backends = usage.backends, "serving"
     );
+    let settings = destroy::Settings {
+        tcp: args.destroy_tcp,
+        sweep: Duration::from_millis(args.sweep_age),
+    };
+    let destroyer = Destroyer::start(&lock.pins().maps(), settings).context("looking after sockets")?;
+    let mut trouble = destroyer.problems();
+    let mut withdrawals = agent.reconciler.withdrawals();
     let mut events = Events::open(&lock, agent.reconciler.maps().pinned())?;
 
     loop {
@@ -132,19 +181,36 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
                 agent.apply(batch);
             }
             Ok(()) = grace.changed() => agent.reconciler.reclaim(),
+            Ok(()) = addresses.changed() => agent.follow_addresses(),
+            Ok(()) = trouble.changed() => agent.note_sockets(trouble.borrow_and_update().clone()),
             () = async { match &mut events { Some(events) => events.log_next().await, None => pending().await } } => {}
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
+        }
+        if agent.reconciler.withdrawals() != withdrawals {
+            withdrawals = agent.reconciler.withdrawals();
+            destroyer.wake();
         }
     }
     info!("stopped; what is pinned goes on serving (`lb-agent cleanup` ends it)");
     Ok(())
 }
 
+/// Where node ports are served.
+struct NodePorts {
+    selection: Selection,
+    addresses: watch::Receiver<Snapshot>,
+    /// What could not be written.
+    problem: Option<Problem>,
+}
+
 /// The reconciler, and what the command line is told about it.
 struct Agent {
     reconciler: Reconciler<BpfMaps>,
+    node_ports: NodePorts,
     state: State,
+    /// What could not be done to sockets.
+    trouble: Vec<Problem>,
     /// What was last logged and told.
     problems: Vec<Problem>,
 }
@@ -156,7 +222,13 @@ fn seconds_since_1970() -> u64 {
 }
 
 impl Agent {
-    fn new(reconciler: Reconciler<BpfMaps>, node: &str, cgroup: &Cgroup, socket_lb: SocketLb) -> anyhow::Result<Self> {
+    fn new(
+        reconciler: Reconciler<BpfMaps>,
+        node: &str,
+        cgroup: &Cgroup,
+        socket_lb: SocketLb,
+        node_ports: NodePorts,
+    ) -> anyhow::Result<Self> {
         let state = State {
             pid: std::process::id(),
             complete: 0,
@@ -172,7 +244,9 @@ impl Agent {
         };
         Ok(Self {
             reconciler,
+            node_ports,
             state,
+            trouble: Vec::new(),
             problems: Vec::new(),
         })
     }
@@ -191,11 +265,45 @@ impl Agent {
         self.state.applies += 1;
         self.state.applied = seconds_since_1970();
         self.state.complete = self.reconciler.is_complete().into();
+        // The Node object may name others.
+        self.write_addresses();
         self.publish_problems();
         // Before the first attachment nobody is served, so the command line is told after it.
         if self.state.applies > 1 {
             self.publish_state();
         }
+    }
+
+    /// Makes NODE_ADDRS say which addresses serve node ports now.
+    fn write_addresses(&mut self) {
+        let NodePorts {
+            selection, addresses, ..
+        } = &self.node_ports;
+        let node = self.reconciler.node().map(|node| node.addresses.as_slice());
+        let selected = addresses.borrow().select(selection, node);
+        let message = match self.reconciler.maps_mut().pinned_mut().write_node_addrs(&selected) {
+            Ok(0) => None,
+            Ok(missing) => Some(format!(
+                "{missing} addresses of this node do not fit: no node ports there"
+            )),
+            Err(error) => Some(error.to_string()),
+        };
+        let place = map_name::NODE_ADDRS.to_owned();
+        self.node_ports.problem = message.map(|message| Problem { place, message });
+    }
+
+    /// The node's addresses have changed.
+    fn follow_addresses(&mut self) {
+        self.write_addresses();
+        self.publish_problems();
+        self.publish_state();
+    }
+
+    /// What cannot be done to sockets has changed.
+    fn note_sockets(&mut self, trouble: Vec<Problem>) {
+        self.trouble = trouble;
+        self.publish_problems();
+        self.publish_state();
     }
 
     fn publish_state(&self) {
@@ -204,7 +312,8 @@ impl Agent {
 
     /// Logs problems that are new and those that are gone, and tells all to the command line.
     fn publish_problems(&mut self) {
-        let problems = self.reconciler.problems();
+        let mut problems = self.reconciler.problems();
+        problems.extend(self.node_ports.problem.iter().chain(&self.trouble).cloned());
         for problem in problems.iter().filter(|p| !self.problems.contains(p)) {
             warn!(place = problem.place, "{}", problem.message);
         }

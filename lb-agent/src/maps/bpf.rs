@@ -22,7 +22,7 @@ use super::grace::GraceThread;
 use super::sys::{MappedArray, word_of};
 use super::{Capacities, Dump, Epoch, MapError, Maps, capacity_flag};
 
-type Hash<const K: usize, const V: usize> = HashMap<MapData, [u8; K], [u8; V]>;
+pub(super) type Hash<const K: usize, const V: usize> = HashMap<MapData, [u8; K], [u8; V]>;
 
 const KEY: usize = size_of::<FrontendKey>();
 const NAME: usize = size_of::<Name>();
@@ -53,7 +53,7 @@ pub struct PinnedMaps {
     capacities: Capacities,
 }
 
-fn call<'a>(map: &'static str, call: &'static str) -> impl FnOnce(AyaMapError) -> MapError + 'a {
+pub(super) fn call<'a>(map: &'static str, call: &'static str) -> impl FnOnce(AyaMapError) -> MapError + 'a {
     move |error| MapError::Call {
         map,
         call,
@@ -72,7 +72,7 @@ fn errno(error: &AyaMapError) -> Option<i32> {
     }
 }
 
-fn is_missing(error: &AyaMapError) -> bool {
+pub(super) fn is_missing(error: &AyaMapError) -> bool {
     matches!(error, AyaMapError::KeyNotFound) || errno(error) == Some(libc::ENOENT)
 }
 
@@ -273,13 +273,7 @@ impl PinnedMaps {
 
     /// The record in a slot of SOCKETS, if there is a complete one.
     fn socket(&self, slot: u32) -> Option<SocketRecord> {
-        // A writer changes the sequence before and after it; three tries, since sockets are short-lived, not slots.
-        (0..3).find_map(|_| {
-            let first = self.sockets.read(slot)?;
-            let again = self.sockets.read(slot)?;
-            let whole = record::is_complete(first.sequence) && first == again;
-            (whole && first.cookie != 0).then_some(first)
-        })
+        read_socket(&self.sockets, slot)
     }
 
     /// Counters of a service, over all CPUs.
@@ -367,9 +361,23 @@ impl PinnedMaps {
     }
 }
 
+/// The record in a slot of SOCKETS, if there is a complete one.
+pub(super) fn read_socket(sockets: &MappedArray<SocketRecord>, slot: u32) -> Option<SocketRecord> {
+    if sockets.read_word(slot, 0)? == 0 {
+        return None;
+    }
+    // A writer changes the sequence before and after it; three tries, since sockets are short-lived, not slots.
+    (0..3).find_map(|_| {
+        let first = sockets.read(slot)?;
+        let again = sockets.read(slot)?;
+        let whole = record::is_complete(first.sequence) && first == again;
+        (whole && first.cookie != 0 && first.cookie != record::LEAVING).then_some(first)
+    })
+}
+
 /// All entries of a hash; none twice, and none missed that was there all the time (nobody but the reconciler inserts
 /// or deletes).
-fn read_hash<K: FromBytes + Ord, V: FromBytes, const KS: usize, const VS: usize>(
+pub(super) fn read_hash<K: FromBytes + Ord, V: FromBytes, const KS: usize, const VS: usize>(
     name: &'static str,
     map: &Hash<KS, VS>,
 ) -> Result<BTreeMap<K, V>, MapError> {

@@ -6,6 +6,7 @@ pub mod dump;
 pub mod fake;
 pub mod faulty;
 pub mod grace;
+pub(crate) mod records;
 pub(crate) mod sys;
 
 use std::io;

@@ -9,6 +9,7 @@ use std::mem::{offset_of, zeroed};
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
 use memmap2::{MmapOptions, MmapRaw};
@@ -84,6 +85,21 @@ pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     .map(drop)
 }
 
+/// `BPF_MAP_LOOKUP_AND_DELETE_ELEM` of a hash: what was removed, in one step with its removal. False where there is no
+/// such key.
+pub(crate) fn lookup_and_delete(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    let result = bpf(bpf_cmd::BPF_MAP_LOOKUP_AND_DELETE_ELEM, |attr| {
+        attr.__bindgen_anon_2.map_fd = map.as_raw_fd() as u32;
+        attr.__bindgen_anon_2.key = key.as_ptr() as u64;
+        attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_mut_ptr() as u64;
+    });
+    match result {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// What a link of a cgroup program is attached to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct CgroupLink {
@@ -153,7 +169,9 @@ fn create(map_type: bpf_map_type, inner: u32) -> io::Result<OwnedFd> {
 
 /// Cookie of the network namespace of the calling thread: `SO_NETNS_COOKIE`, what `bpf_get_netns_cookie` returns.
 pub(crate) fn netns_cookie() -> io::Result<u64> {
-    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    // Not bound: that could be refused.
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     let mut cookie = 0_u64;
     let mut len = size_of::<u64>() as libc::socklen_t;
     // SAFETY: value and length are valid for writes of the length that is given.
@@ -215,6 +233,13 @@ impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
         Some(unsafe { at.add(index as usize * Self::WORDS + word) })
     }
 
+    /// One word of a value.
+    pub(crate) fn read_word(&self, index: u32, word: usize) -> Option<u64> {
+        let at = self.word(index, word)?;
+        // SAFETY: a valid, aligned address in the mapping.
+        Some(unsafe { at.read_volatile() })
+    }
+
     /// A value, word by word: each word is consistent, the value as a whole only where nobody writes.
     pub(crate) fn read(&self, index: u32) -> Option<T> {
         let mut value = T::new_zeroed();
@@ -235,11 +260,31 @@ impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
             };
             let word = u64::from_ne_bytes(word.try_into().unwrap_or_default());
             // All stores before this one, here or in another array, are visible to every CPU before it is.
-            std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
+            std::sync::atomic::fence(Ordering::Release);
             // SAFETY: a valid, aligned address in the mapping.
             unsafe { at.write_volatile(word) };
         }
         true
+    }
+
+    /// Changes a word of a value by one atomic exchange, if it is `old`. False where it is not, or out of range.
+    pub(crate) fn compare_exchange(&self, index: u32, word: usize, old: u64, new: u64) -> bool {
+        let Some(at) = self.word(index, word) else {
+            return false;
+        };
+        // SAFETY: a valid, aligned address in the mapping, which programs change by atomic operations too.
+        let word = unsafe { AtomicU64::from_ptr(at) };
+        word.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
+    }
+
+    /// Changes the u32 at a byte offset (a multiple of 4) of a value by an atomic operation, and returns what it was.
+    /// `None` where out of range, or where `change` wants none.
+    pub(crate) fn update_u32(&self, index: u32, offset: usize, change: impl Fn(u32) -> Option<u32>) -> Option<u32> {
+        let at = self.word(index, word_of(offset))?.cast::<u32>();
+        // SAFETY: as above; a word has two of them.
+        let field = unsafe { AtomicU32::from_ptr(at.add(offset % 8 / 4)) };
+        field.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).ok()
     }
 
     /// Stores all of `value`, first word first.

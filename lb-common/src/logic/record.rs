@@ -2,6 +2,10 @@
 
 use super::words::Words;
 
+/// In place of the cookie in a slot that the agent is about to free: no socket has it, and no socket finds the slot free,
+/// so nobody writes there who does not do so already. Readers pass it over.
+pub const LEAVING: u64 = u64::MAX;
+
 /// Whether a record with this sequence may be read: a writer has finished it.
 #[inline(always)]
 #[must_use]

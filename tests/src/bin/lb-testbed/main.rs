@@ -5,6 +5,7 @@ mod datagrams;
 mod hold;
 mod puppet;
 mod serve;
+mod sockets;
 
 use std::env::current_exe;
 use std::io::{Read as _, Write as _, stdin, stdout};
@@ -34,6 +35,8 @@ enum Command {
     Puppet(puppet::Options),
     /// Opens connections and tells as JSON how they went
     Connect(connect::Options),
+    /// Opens, uses and closes sockets as the lines of standard input say
+    Sockets,
     /// Builds a cluster, prints its name prefix, and removes it when standard input ends
     Cluster {
         /// Number of nodes
@@ -73,6 +76,7 @@ fn main() -> Result<ExitCode> {
         Command::ServeDatagrams(options) => datagrams::run(&options)?,
         Command::Puppet(options) => puppet::run(&options)?,
         Command::Connect(options) => connect::run(&options)?,
+        Command::Sockets => sockets::run()?,
         Command::Cluster { nodes, routes, pods } => {
             let underlay = if routes { Underlay::Routes } else { Underlay::Vxlan };
             cluster(nodes, underlay, pods)?;

@@ -1,0 +1,409 @@
+//! Sockets whose backend was removed are destroyed, and records without a socket are swept: one thread, beside the
+//! reconciler.
+//!
+//! A backend is removed when its generation moves. From then on no connect() chooses it, but one that did so before may
+//! still be under way. So what names a generation that is not current is looked at in passes, until one that began a
+//! second after the removal finds no socket connected. The records tell what is to be done, so nothing is lost when the
+//! agent dies: the next one begins with a pass.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::Path;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lb_common::abi::{SocketRecord, UdpFlows};
+use nix::time::{ClockId, clock_gettime};
+use tokio::sync::watch;
+use tracing::{debug, info};
+
+use super::judge::{self, CONNECTING, Listing, Suspects, Trace, Verdict};
+use super::netns::{Namespaces, Visit};
+use super::sockdiag::{Destroyed, Protocol, SockDiag, Socket};
+use crate::maps::MapError;
+use crate::maps::records::{Found, Records};
+use crate::model::Problem;
+
+/// Time between two passes while a connect() may be under way.
+const STEP: Duration = Duration::from_millis(100);
+/// Least time between two passes, however many backends are removed.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Place of a problem of one namespace; its cookie follows.
+const NAMESPACE: &str = "network namespace";
+
+/// What is done to sockets.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// TCP sockets of removed backends are destroyed too.
+    pub tcp: bool,
+    /// Age at which a record without a socket may be swept, and time between two sweeps.
+    pub sweep: Duration,
+}
+
+/// The thread that destroys and sweeps. It ends when this is dropped.
+#[derive(Debug)]
+pub struct Destroyer {
+    wake: Sender<()>,
+    problems: watch::Receiver<Vec<Problem>>,
+}
+
+impl Destroyer {
+    /// Starts the thread, on the maps that are pinned in a folder. The calling thread's network namespace is the node's.
+    ///
+    /// # Errors
+    /// Where the maps cannot be opened, or /proc cannot be read.
+    pub fn start(maps: &Path, settings: Settings) -> Result<Self, DestroyError> {
+        let records = Records::open(maps)?;
+        let namespaces = Namespaces::new().map_err(DestroyError::Proc)?;
+        let (told, problems) = watch::channel(Vec::new());
+        let (wake, woken) = mpsc::channel();
+        let worker = Worker {
+            settings,
+            records,
+            namespaces,
+            suspects: Suspects::default(),
+            problems: BTreeMap::new(),
+            told,
+        };
+        thread::Builder::new()
+            .name("lb-destroy".into())
+            .spawn(move || worker.run(&woken))
+            .map_err(DestroyError::Thread)?;
+        Ok(Self { wake, problems })
+    }
+
+    /// Says that backends were removed; returns at once.
+    pub fn wake(&self) {
+        // Where the thread has ended, it has said why.
+        self.wake.send(()).ok();
+    }
+
+    /// What could not be done.
+    #[must_use]
+    pub fn problems(&self) -> watch::Receiver<Vec<Problem>> {
+        self.problems.clone()
+    }
+}
+
+/// Why sockets cannot be looked after.
+#[derive(Debug, thiserror::Error)]
+pub enum DestroyError {
+    /// The maps cannot be opened.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// Processes cannot be looked at.
+    #[error("/proc: {0}")]
+    Proc(io::Error),
+    /// No thread.
+    #[error("starting a thread: {0}")]
+    Thread(io::Error),
+}
+
+struct Worker {
+    settings: Settings,
+    records: Records,
+    namespaces: Namespaces,
+    suspects: Suspects,
+    /// What is told, by place.
+    problems: BTreeMap<String, String>,
+    told: watch::Sender<Vec<Problem>>,
+}
+
+/// What a pass did in one namespace.
+#[derive(Default)]
+struct Done {
+    destroyed: Vec<(Found, Socket)>,
+    /// Records of sockets that are gone or elsewhere.
+    stale: Vec<Found>,
+    /// Sockets that may still be connected.
+    open: usize,
+    failed: Option<io::Error>,
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC, as the programs write them.
+fn now() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| {
+        now.tv_sec().unsigned_abs() * 1_000_000_000 + now.tv_nsec().unsigned_abs()
+    })
+}
+
+impl Worker {
+    fn run(mut self, woken: &Receiver<()>) {
+        self.probe();
+        let mut removed = Instant::now();
+        let mut next = removed;
+        let mut sweep = removed + self.settings.sweep;
+        let mut wait = STEP;
+        loop {
+            match woken.recv_timeout(next.saturating_duration_since(Instant::now())) {
+                Ok(()) => {
+                    thread::sleep(PAUSE);
+                    while woken.try_recv().is_ok() {}
+                    removed = Instant::now();
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            let begun = Instant::now();
+            let open = self.pass();
+            let settling = begun < removed + Duration::from_nanos(CONNECTING);
+            wait = match open {
+                _ if settling => STEP,
+                0 => self.settings.sweep,
+                _ => (wait * 2).min(self.settings.sweep),
+            };
+            if begun >= sweep {
+                let result = self.sweep();
+                self.note("sweeping socket records", result.err().map(|error| error.to_string()));
+                sweep = begun + self.settings.sweep;
+            }
+            next = sweep.min(begun + wait);
+            self.tell();
+        }
+    }
+
+    /// Whether this kernel can destroy sockets: said before any has to be.
+    fn probe(&mut self) {
+        let tcp = self.settings.tcp;
+        for protocol in Protocol::ALL.into_iter().filter(|p| *p == Protocol::Udp || tcp) {
+            let result = SockDiag::open().and_then(|mut diag| diag.probe(protocol));
+            let why = result.err().map(|error| match error.raw_os_error() {
+                Some(libc::EOPNOTSUPP) => {
+                    "this kernel is built without CONFIG_INET_DIAG_DESTROY: sockets of removed backends live on".into()
+                }
+                _ => format!("sockets of removed backends live on: {error}"),
+            });
+            self.note(&format!("destroying {protocol:?} sockets"), why);
+        }
+        if !self.namespaces.sees_all() {
+            let why = "not in the machine's process namespace (hostPID): sockets of pods may not be found";
+            self.note("processes", Some(why.into()));
+        }
+        self.tell();
+    }
+
+    /// Destroys what is connected to removed backends, and forgets what no longer is. Returns how many sockets may still
+    /// be connected to one.
+    fn pass(&mut self) -> usize {
+        let result = self.try_pass();
+        let (open, why) = match result {
+            Ok(open) => (open, None),
+            Err(error) => (1, Some(error.to_string())),
+        };
+        self.note("destroying sockets", why);
+        open
+    }
+
+    fn try_pass(&mut self) -> Result<usize, MapError> {
+        self.problems.retain(|place, _| !place.starts_with(NAMESPACE));
+        let begun = now();
+        let mut dead: BTreeMap<u64, Vec<Found>> = BTreeMap::new();
+        for found in self.records.all()? {
+            let concerned = found.record.proto == Protocol::Udp as u8 || self.settings.tcp;
+            if concerned && !self.records.is_current(&found.record) {
+                dead.entry(found.record.netns).or_default().push(found);
+            }
+        }
+        if dead.is_empty() {
+            return Ok(0);
+        }
+        let wanted = dead.keys().copied().collect();
+        let records = &self.records;
+        let nothing = Vec::new();
+        let visit = self.namespaces.visit(&wanted, |netns| {
+            let dead = dead.get(&netns).unwrap_or(&nothing);
+            destroy(records, dead, begun)
+        });
+        self.refusals(&visit);
+        let (mut open, mut stale) = (0, Vec::new());
+        for (netns, done) in visit.visited {
+            let Done {
+                destroyed,
+                stale: left,
+                open: still,
+                failed,
+            } = done;
+            open += still;
+            for (found, socket) in &destroyed {
+                told_of_destroyed(&found.record, socket);
+            }
+            stale.extend(destroyed.into_iter().map(|(found, _)| found).chain(left));
+            let why = failed.map(|error| error.to_string());
+            self.note(&format!("{NAMESPACE} {netns}"), why);
+        }
+        self.records.forget(&stale)?;
+        Ok(open)
+    }
+
+    /// Forgets what had no socket in two listings of its namespace.
+    fn sweep(&mut self) -> Result<(), MapError> {
+        self.records.free_left_over()?;
+        let oldest = now().saturating_sub(self.settings.sweep.as_nanos() as u64);
+        let records: Vec<_> = self
+            .records
+            .all()?
+            .into_iter()
+            .filter(|f| f.record.time <= oldest)
+            .collect();
+        let flows: Vec<_> = self
+            .records
+            .flows()?
+            .into_iter()
+            .filter(|(_, f)| last_use(f) <= oldest)
+            .collect();
+        let wanted: BTreeSet<u64> = records
+            .iter()
+            .map(|f| f.record.netns)
+            .chain(flows.iter().map(|(_, f)| f.netns))
+            .collect();
+        let visit = self.namespaces.visit(&wanted, |_| list(&Protocol::ALL));
+        self.refusals(&visit);
+        // Where a namespace could not be listed, nothing is known to be gone.
+        let is_gone = |netns: u64, cookie: u64| match visit.visited.get(&netns) {
+            Some(Ok(listing)) => !listing.contains_key(&cookie),
+            Some(Err(_)) => false,
+            None => visit.missing.contains(&netns),
+        };
+        let mut gone = BTreeSet::new();
+        gone.extend(
+            records
+                .iter()
+                .filter(|f| is_gone(f.record.netns, f.record.socket))
+                .map(trace_of),
+        );
+        gone.extend(
+            flows
+                .iter()
+                .filter(|(cookie, f)| is_gone(f.netns, *cookie))
+                .map(|(cookie, f)| trace_of_flows(*cookie, f)),
+        );
+        let twice = self.suspects.without_socket(gone);
+        let stale: Vec<_> = records
+            .into_iter()
+            .filter(|found| twice.contains(&trace_of(found)))
+            .collect();
+        let mut swept = self.records.forget(&stale)?;
+        for (cookie, read) in flows
+            .iter()
+            .filter(|(cookie, f)| twice.contains(&trace_of_flows(*cookie, f)))
+        {
+            swept += usize::from(self.records.forget_flows(*cookie, read)?);
+        }
+        if swept > 0 {
+            info!(swept, "forgot sockets that are gone");
+        }
+        Ok(())
+    }
+
+    /// Tells of namespaces that cannot be looked into.
+    fn refusals<T>(&mut self, visit: &Visit<T>) {
+        let why = visit.refused.first().map(|(path, error)| {
+            format!(
+                "{}: {error} ({} in all): sockets there are left alone",
+                path.display(),
+                visit.refused.len()
+            )
+        });
+        self.note("other network namespaces", why);
+    }
+
+    /// Notes what is wrong in a place, or that nothing is.
+    fn note(&mut self, place: &str, why: Option<String>) {
+        match why {
+            Some(why) => self.problems.insert(place.into(), why),
+            None => self.problems.remove(place),
+        };
+    }
+
+    /// Tells problems, where they are others than before.
+    fn tell(&self) {
+        let problems: Vec<_> = self
+            .problems
+            .iter()
+            .map(|(place, message)| Problem {
+                place: place.clone(),
+                message: message.clone(),
+            })
+            .collect();
+        self.told.send_if_modified(|told| {
+            let news = *told != problems;
+            *told = problems;
+            news
+        });
+    }
+}
+
+/// The one place that tells of a destroyed socket.
+fn told_of_destroyed(record: &SocketRecord, socket: &Socket) {
+    let original = format_args!("{}:{}", record.original_addr, record.original_port);
+    debug!(
+        %original, backend = %socket.remote, local = %socket.local, protocol = ?socket.protocol,
+        service = record.service, cookie = socket.cookie, netns = record.netns,
+        "socket destroyed: its backend was removed"
+    );
+}
+
+/// Destroys the sockets of some records in the network namespace of the calling thread.
+fn destroy(records: &Records, dead: &[Found], begun: u64) -> Done {
+    let mut done = Done::default();
+    if let Err(error) = try_destroy(records, dead, begun, &mut done) {
+        done.open += 1;
+        done.failed = Some(error);
+    }
+    done
+}
+
+fn try_destroy(records: &Records, dead: &[Found], begun: u64, done: &mut Done) -> io::Result<()> {
+    let is_there = |protocol: &Protocol| dead.iter().any(|found| found.record.proto == *protocol as u8);
+    let protocols: Vec<_> = Protocol::ALL.into_iter().filter(is_there).collect();
+    let listing = list(&protocols)?;
+    let mut diag = SockDiag::open()?;
+    for found in dead {
+        match judge::of_removed(&found.record, &listing, begun) {
+            Verdict::Forget => done.stale.push(*found),
+            Verdict::Wait => done.open += 1,
+            // It has connected once more since: there is another record, to be judged by itself.
+            Verdict::Destroy(_) if !records.is_unchanged(found).map_err(io::Error::other)? => done.open += 1,
+            Verdict::Destroy(socket) => match diag.destroy(&socket) {
+                Ok(Destroyed::Yes) => done.destroyed.push((*found, socket)),
+                Ok(Destroyed::Gone) => done.open += 1,
+                Err(error) => {
+                    done.open += 1;
+                    done.failed = Some(error);
+                }
+            },
+        }
+    }
+    Ok(())
+}
+
+/// The sockets of the network namespace of the calling thread.
+fn list(protocols: &[Protocol]) -> io::Result<Listing> {
+    let mut diag = SockDiag::open()?;
+    let mut listing = Listing::new();
+    for protocol in protocols {
+        listing.extend(diag.list(*protocol)?.into_iter().map(|socket| (socket.cookie, socket)));
+    }
+    Ok(listing)
+}
+
+/// When an unconnected socket last sent something to a service.
+fn last_use(flows: &UdpFlows) -> u64 {
+    flows.flows.iter().map(|flow| flow.asked).max().unwrap_or(0)
+}
+
+fn trace_of(found: &Found) -> Trace {
+    Trace::Record {
+        key: found.record.cookie,
+        time: found.record.time,
+    }
+}
+
+fn trace_of_flows(cookie: u64, flows: &UdpFlows) -> Trace {
+    Trace::Flows {
+        cookie,
+        time: last_use(flows),
+    }
+}

@@ -1,0 +1,205 @@
+//! Which sockets are to be destroyed, and which records are nobody's any more: decided from a record and a listing of the
+//! sockets of its network namespace.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use lb_common::abi::SocketRecord;
+
+use super::sockdiag::{Protocol, Socket};
+
+/// How long connect() may take from the record of a choice to the socket's having that destination, in nanoseconds.
+pub(super) const CONNECTING: u64 = 1_000_000_000;
+
+/// Sockets of one network namespace, by cookie.
+pub(super) type Listing = BTreeMap<u64, Socket>;
+
+/// What to do about a record whose backend was removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// The socket is connected to the backend that was removed.
+    Destroy(Socket),
+    /// The socket is gone, or connected elsewhere: the record is to be forgotten.
+    Forget,
+    /// The call of connect() that left the record may not have ended yet.
+    Wait,
+}
+
+/// Judges a record whose backend was removed, by a listing that was begun at `begun` (nanoseconds of CLOCK_MONOTONIC).
+///
+/// A socket is destroyed only if cookie and destination are those of the record, and only if it is connected: one that
+/// was connected elsewhere since, or to nothing, is not the removed backend's.
+pub(super) fn of_removed(record: &SocketRecord, listing: &Listing, begun: u64) -> Verdict {
+    let backend = SocketAddr::new(IpAddr::from(record.backend_addr), record.backend_port);
+    let socket = listing.get(&record.socket).filter(|socket| {
+        socket.protocol as u8 == record.proto && is_connected(socket) && canonical(socket.remote) == canonical(backend)
+    });
+    match socket {
+        Some(socket) => Verdict::Destroy(*socket),
+        None if begun.saturating_sub(record.time) < CONNECTING => Verdict::Wait,
+        None => Verdict::Forget,
+    }
+}
+
+/// Whether a socket has a peer that it may send to.
+fn is_connected(socket: &Socket) -> bool {
+    match socket.protocol {
+        Protocol::Udp => socket.is_connected(),
+        // From connect() on, until the connection is over for both sides.
+        Protocol::Tcp => socket.has_peer(),
+    }
+}
+
+fn canonical(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_canonical(), addr.port())
+}
+
+/// What is swept, by what it stands under and when it was last written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Trace {
+    /// A record of a connected socket.
+    Record {
+        /// Key of the record.
+        key: u64,
+        /// When it was connected.
+        time: u64,
+    },
+    /// An unconnected socket's destinations.
+    Flows {
+        /// Cookie of the socket.
+        cookie: u64,
+        /// When it last sent something.
+        time: u64,
+    },
+}
+
+/// Traces without a socket at the last sweep.
+#[derive(Debug, Default)]
+pub(super) struct Suspects(BTreeSet<Trace>);
+
+impl Suspects {
+    /// Notes the traces that have no socket now; those that had none at the last sweep either are to be forgotten.
+    pub(super) fn without_socket(&mut self, now: BTreeSet<Trace>) -> BTreeSet<Trace> {
+        let twice = now.intersection(&self.0).copied().collect();
+        self.0 = now;
+        twice
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lb_common::abi::Addr;
+
+    const ESTABLISHED: u8 = 1;
+    const CLOSED: u8 = 7;
+    const LISTEN: u8 = 10;
+    const LATE: u64 = 5 * CONNECTING;
+
+    fn record(proto: u8) -> SocketRecord {
+        SocketRecord {
+            cookie: 7,
+            socket: 7,
+            proto,
+            time: LATE - CONNECTING,
+            backend_addr: Addr::from_v4([10, 10, 1, 2]),
+            backend_port: 53,
+            ..SocketRecord::default()
+        }
+    }
+
+    fn socket(protocol: Protocol, state: u8, remote: &str) -> Socket {
+        Socket {
+            cookie: 7,
+            protocol,
+            family: 2,
+            state,
+            local: "10.10.1.9:4000".parse().unwrap(),
+            remote: remote.parse().unwrap(),
+            interface: 0,
+        }
+    }
+
+    fn judge(record: &SocketRecord, socket: Option<Socket>, begun: u64) -> Verdict {
+        let listing = socket.into_iter().map(|socket| (socket.cookie, socket)).collect();
+        of_removed(record, &listing, begun)
+    }
+
+    #[test]
+    fn only_sockets_that_are_connected_to_the_backend_are_destroyed() {
+        use Protocol::{Tcp, Udp};
+        // Protocol of the record, socket, whether it is destroyed.
+        let cases = [
+            (17, socket(Udp, ESTABLISHED, "10.10.1.2:53"), true),
+            (17, socket(Udp, ESTABLISHED, "[::ffff:10.10.1.2]:53"), true),
+            (17, socket(Udp, ESTABLISHED, "10.10.1.2:54"), false),
+            (17, socket(Udp, ESTABLISHED, "10.10.1.3:53"), false),
+            (17, socket(Udp, CLOSED, "0.0.0.0:0"), false),
+            (17, socket(Udp, CLOSED, "10.10.1.2:53"), false),
+            (17, socket(Tcp, ESTABLISHED, "10.10.1.2:53"), false),
+            (6, socket(Tcp, ESTABLISHED, "10.10.1.2:53"), true),
+            (6, socket(Tcp, 2, "10.10.1.2:53"), true),
+            (6, socket(Tcp, LISTEN, "10.10.1.2:53"), false),
+            (6, socket(Tcp, 6, "10.10.1.2:53"), false),
+        ];
+        for (proto, socket, destroyed) in cases {
+            let expected = if destroyed {
+                Verdict::Destroy(socket)
+            } else {
+                Verdict::Forget
+            };
+            assert_eq!(
+                judge(&record(proto), Some(socket), LATE),
+                expected,
+                "{proto} {socket:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_socket_with_another_cookie_is_left_alone() {
+        let other = Socket {
+            cookie: 8,
+            ..socket(Protocol::Udp, ESTABLISHED, "10.10.1.2:53")
+        };
+        assert_eq!(judge(&record(17), Some(other), LATE), Verdict::Forget);
+    }
+
+    #[test]
+    fn the_subflow_of_an_mptcp_socket_is_what_is_destroyed() {
+        let record = SocketRecord {
+            cookie: 0xffff_8880_0000_1000,
+            ..record(6)
+        };
+        let subflow = socket(Protocol::Tcp, ESTABLISHED, "10.10.1.2:53");
+        assert_eq!(judge(&record, Some(subflow), LATE), Verdict::Destroy(subflow));
+    }
+
+    #[test]
+    fn a_connect_that_may_still_run_is_waited_for() {
+        let record = record(17);
+        let unconnected = socket(Protocol::Udp, CLOSED, "0.0.0.0:0");
+        assert_eq!(judge(&record, Some(unconnected), LATE - 1), Verdict::Wait);
+        assert_eq!(judge(&record, None, LATE - 1), Verdict::Wait);
+        assert_eq!(judge(&record, None, record.time - 1), Verdict::Wait);
+        let connected = socket(Protocol::Udp, ESTABLISHED, "10.10.1.2:53");
+        assert_eq!(
+            judge(&record, Some(connected), record.time),
+            Verdict::Destroy(connected)
+        );
+    }
+
+    #[test]
+    fn two_sweeps_in_a_row_forget() {
+        let old = Trace::Record { key: 1, time: 5 };
+        let flows = Trace::Flows { cookie: 1, time: 5 };
+        let rewritten = Trace::Record { key: 1, time: 6 };
+        let mut suspects = Suspects::default();
+        let set = |traces: &[Trace]| traces.iter().copied().collect::<BTreeSet<_>>();
+        assert_eq!(suspects.without_socket(set(&[old])), set(&[]));
+        assert_eq!(suspects.without_socket(set(&[rewritten, flows])), set(&[]));
+        assert_eq!(suspects.without_socket(set(&[rewritten])), set(&[rewritten]));
+        assert_eq!(suspects.without_socket(set(&[])), set(&[]));
+        assert_eq!(suspects.without_socket(set(&[rewritten])), set(&[]));
+    }
+}
