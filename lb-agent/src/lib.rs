@@ -21,6 +21,7 @@ pub mod loader;
 pub mod maps;
 mod memory;
 pub mod model;
+pub mod node;
 mod owner;
 pub mod policy;
 pub mod reconcile;

@@ -153,7 +153,9 @@ fn create(map_type: bpf_map_type, inner: u32) -> io::Result<OwnedFd> {
 
 /// Cookie of the network namespace of the calling thread: `SO_NETNS_COOKIE`, what `bpf_get_netns_cookie` returns.
 pub(crate) fn netns_cookie() -> io::Result<u64> {
-    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    // Not bound: that could be refused.
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     let mut cookie = 0_u64;
     let mut len = size_of::<u64>() as libc::socklen_t;
     // SAFETY: value and length are valid for writes of the length that is given.
