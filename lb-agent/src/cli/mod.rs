@@ -7,6 +7,7 @@ mod output;
 mod process;
 mod run;
 mod status;
+mod trace;
 mod verify;
 
 use std::path::PathBuf;
@@ -48,6 +49,8 @@ enum Command {
     Affinity(List),
     /// What connect() would do, and why
     Explain(explain::ExplainArgs),
+    /// Connects, sends, refusals and destroyed sockets, as they happen
+    Trace(trace::TraceArgs),
     /// Compare the maps with what the source says, afresh; exit 1 and a diff where they differ
     Verify(verify::VerifyArgs),
     /// Detach every program and remove every pin
@@ -193,6 +196,7 @@ pub fn main() -> ExitCode {
         Command::Socket(List::List(args)) => list::sockets(&args).map(|()| ExitCode::SUCCESS),
         Command::Affinity(List::List(args)) => affinity::list(&args).map(|()| ExitCode::SUCCESS),
         Command::Explain(args) => explain::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::verify(&args),
         Command::Cleanup(args) => cleanup(&args).map(|()| ExitCode::SUCCESS),
     };

@@ -4,13 +4,12 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path};
-use std::thread;
 
 use anyhow::Context as _;
-use nix::sched::{CloneFlags, setns};
 
 use crate::loader;
 use crate::maps::sys;
+use crate::node::netns;
 
 /// Cookie of the network namespace of a process.
 pub(super) fn netns_cookie(pid: u32) -> anyhow::Result<u64> {
@@ -20,27 +19,15 @@ pub(super) fn netns_cookie(pid: u32) -> anyhow::Result<u64> {
         io::ErrorKind::PermissionDenied => anyhow::anyhow!("{path} may not be opened: that needs CAP_SYS_PTRACE"),
         _ => anyhow::Error::new(error).context(format!("opening {path}")),
     })?;
-    let cookie = || sys::netns_cookie().context("SO_NETNS_COOKIE");
     let ours = fs::metadata("/proc/self/ns/net").context("opening /proc/self/ns/net")?;
     let there = theirs.metadata().with_context(|| format!("looking at {path}"))?;
     if (ours.dev(), ours.ino()) == (there.dev(), there.ino()) {
-        return cookie();
+        return sys::netns_cookie().context("SO_NETNS_COOKIE");
     }
-    // Only this thread goes there, and it ends there.
-    let entered = thread::scope(|scope| {
-        let visit = scope.spawn(|| {
-            setns(&theirs, CloneFlags::CLONE_NEWNET).with_context(|| {
-                format!("entering the network namespace of process {pid} (that needs CAP_SYS_ADMIN)")
-            })?;
-            cookie()
-        });
-        visit.join()
-    });
-    entered.unwrap_or_else(|_| {
-        Err(anyhow::anyhow!(
-            "the thread in the namespace of process {pid} has failed"
-        ))
-    })
+    let entered = netns::within(&theirs, sys::netns_cookie);
+    entered
+        .with_context(|| format!("entering the network namespace of process {pid} (that needs CAP_SYS_ADMIN)"))?
+        .context("SO_NETNS_COOKIE")
 }
 
 /// What a process calls itself; `?` where it is gone.

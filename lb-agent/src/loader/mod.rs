@@ -24,7 +24,7 @@ use crate::maps::{Capacities, MapError, capacity_flag, sys};
 
 pub use attach::{Attached, Cgroup, Hook, attach, attached};
 pub(crate) use attach::{is_root as is_root_cgroup, root as cgroup_root};
-pub use pins::{Lock, PinPath};
+pub use pins::{Lock, PinPath, TraceLock};
 
 /// The kernel programs, as the build script made them.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf"));
