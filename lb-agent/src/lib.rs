@@ -13,6 +13,7 @@ mod alloc;
 pub mod cli;
 pub mod desired;
 mod diff;
+mod explain;
 #[cfg(test)]
 mod fuzz;
 mod index;
@@ -23,6 +24,7 @@ pub mod maps;
 mod memory;
 pub mod model;
 pub mod node;
+mod owner;
 pub mod policy;
 pub mod reconcile;
 pub mod source;

@@ -3,10 +3,11 @@
 use aya_ebpf::bindings::xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS};
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
-use lb_common::abi::FrontendSwap;
+use lb_common::abi::{DropReason, Event, FrontendSwap};
 
 use crate::atomic::Shared;
-use crate::maps::FRONTENDS;
+use crate::count;
+use crate::maps::{EVENTS, FRONTENDS};
 
 /// Stores a new value in an existing entry of FRONTENDS, in place and by one 8-byte store. Never attached: the agent
 /// runs it by `BPF_PROG_TEST_RUN` with a [`FrontendSwap`] for a packet.
@@ -27,5 +28,28 @@ pub(crate) fn lb_frontend_swap(ctx: XdpContext) -> u32 {
     // SAFETY: the pointer is to a value of the map, 8 bytes and aligned so.
     let value = unsafe { Shared::new(value.cast::<u64>()) };
     value.exchange(request.value);
+    XDP_PASS
+}
+
+/// Writes an event of the agent's own to EVENTS. Never attached: the agent runs it by `BPF_PROG_TEST_RUN` with an
+/// [`Event`] for a packet, since user space cannot write to a ring buffer.
+///
+/// `XDP_PASS`: written. `XDP_DROP`: no room, which is counted. `XDP_ABORTED`: not an [`Event`].
+#[xdp]
+pub(crate) fn lb_event(ctx: XdpContext) -> u32 {
+    let at = ctx.data();
+    if at + size_of::<Event>() > ctx.data_end() {
+        return XDP_ABORTED;
+    }
+    let Some(mut entry) = EVENTS.reserve(0) else {
+        count::dropped(DropReason::EventLost);
+        return XDP_DROP;
+    };
+    // SAFETY: the bounds were checked, and every bit pattern is an `Event`; packet data is not aligned.
+    unsafe {
+        let event = (at as *const Event).read_unaligned();
+        entry.as_mut_ptr().write(event);
+    }
+    entry.submit(0);
     XDP_PASS
 }

@@ -437,25 +437,6 @@ fn the_capabilities_of_the_systemd_unit_are_enough() -> Result<()> {
 }
 
 #[test]
-fn refusals_are_logged_where_the_log_wants_them() -> Result<()> {
-    let mut setup = setup(&[])?;
-    setup.agent.kill()?;
-    let agent = setup.agent.with_env("RUST_LOG", "lb_agent=debug");
-    setup.agent = Running::start(agent, &[])?;
-    setup.agent.wait_ready(&|| false)?;
-    let summary = bed().connect(&setup.client, &Connect::to(&[addr("10.96.0.10:81")]).count(3))?;
-    assert_eq!(summary.failure_count, 3);
-    setup.agent.wait("logging three refusals", |agent| {
-        let log = agent.log_tail();
-        let refused = "connection refused: the service address has no such port to=10.96.0.10:81";
-        ensure!(log.matches(refused).count() == 3, "{log}");
-        Ok(())
-    })?;
-    assert_eq!(setup.agent.status()?.dropped("event_lost")?, 0);
-    Ok(())
-}
-
-#[test]
 fn the_bpf_file_system_is_mounted_where_it_is_not() -> Result<()> {
     let setup = setup(&[])?;
     let node = setup.cluster.node("n1");

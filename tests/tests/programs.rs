@@ -50,6 +50,7 @@ fn the_verifier_accepts_every_program_and_maps_are_laid_out_as_the_loader_expect
         [
             "lb_connect4",
             "lb_connect6",
+            "lb_event",
             "lb_frontend_swap",
             "lb_getpeername4",
             "lb_getpeername6",

@@ -3,58 +3,13 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
-use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Name, backend_flags};
+use lb_common::abi::{Frontend, FrontendKey, FrontendKind, backend_flags};
 use lb_common::logic::generation;
 use serde::Serialize;
 
 use super::{ReadArgs, output};
-use crate::actual::port_id;
 use crate::maps::Dump;
-
-/// Whose something is.
-#[derive(Debug, Clone, Serialize)]
-struct Owner {
-    namespace: String,
-    name: String,
-    port_name: String,
-    protocol: String,
-    port: u16,
-    family: u8,
-}
-
-impl Owner {
-    fn of(name: Option<&Name>) -> Self {
-        let unknown = || "?".to_owned();
-        match name.and_then(|name| Some((name, port_id(name)?))) {
-            Some((name, id)) => Self {
-                namespace: id.service.namespace.to_string(),
-                name: id.service.name.to_string(),
-                port_name: id.port_name.to_string(),
-                protocol: id.protocol.to_string(),
-                port: name.port,
-                family: name.family,
-            },
-            None => Self {
-                namespace: unknown(),
-                name: unknown(),
-                port_name: unknown(),
-                protocol: unknown(),
-                port: 0,
-                family: 0,
-            },
-        }
-    }
-
-    /// `namespace/name:port-name`.
-    fn short(&self) -> String {
-        let port = if self.port_name.is_empty() {
-            self.port.to_string()
-        } else {
-            self.port_name.clone()
-        };
-        format!("{}/{}:{port}", self.namespace, self.name)
-    }
-}
+use crate::owner::Owner;
 
 #[derive(Debug, Clone, Serialize)]
 struct FrontendRow {
@@ -121,7 +76,7 @@ pub(super) fn services(args: &ReadArgs) -> anyhow::Result<()> {
             refused: stats.refused,
         });
     }
-    rows.sort_by_key(|row| row.owner.short());
+    rows.sort_by_key(|row| row.owner.to_string());
     let header = ["SERVICE", "PROTOCOL", "FRONTENDS", "BACKENDS", "CONNECTIONS", "REFUSED"];
     output::rows(args.output, header, &rows, |row| {
         let frontends: Vec<_> = row
@@ -130,7 +85,7 @@ pub(super) fn services(args: &ReadArgs) -> anyhow::Result<()> {
             .map(|f| format!("{}:{} ({})", f.address, f.port, f.kind))
             .collect();
         [
-            row.owner.short(),
+            row.owner.to_string(),
             row.owner.protocol.clone(),
             frontends.join(", "),
             row.backends.to_string(),
@@ -192,11 +147,11 @@ pub(super) fn backends(args: &ReadArgs) -> anyhow::Result<()> {
             }
         })
         .collect();
-    rows.sort_by_key(|row| (row.owner.short(), row.address, row.backend_port));
+    rows.sort_by_key(|row| (row.owner.to_string(), row.address, row.backend_port));
     let header = ["SERVICE", "BACKEND", "ID", "NODE", "STATE", "SOCKETS"];
     output::rows(args.output, header, &rows, |row| {
         [
-            row.owner.short(),
+            row.owner.to_string(),
             std::net::SocketAddr::new(row.address, row.backend_port).to_string(),
             row.id.to_string(),
             if row.local { "this" } else { "other" }.into(),
@@ -227,9 +182,7 @@ struct SocketRow {
 pub(super) fn sockets(args: &ReadArgs) -> anyhow::Result<()> {
     let maps = args.pin.open()?;
     let dump = maps.dump()?;
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?
-        .tv_sec()
-        .unsigned_abs();
+    let now = super::monotonic_ns()?;
     let mut rows: Vec<_> = maps
         .sockets()?
         .into_iter()
@@ -244,15 +197,15 @@ pub(super) fn sockets(args: &ReadArgs) -> anyhow::Result<()> {
                 backend_id: record.backend,
                 backend_generation: record.generation,
                 current: generation::is_current(entry, record.generation),
-                age: now.saturating_sub(record.time / 1_000_000_000),
+                age: now.saturating_sub(record.time) / 1_000_000_000,
             }
         })
         .collect();
-    rows.sort_by_key(|row| (row.owner.short(), row.cookie));
+    rows.sort_by_key(|row| (row.owner.to_string(), row.cookie));
     let header = ["SERVICE", "ASKED FOR", "BACKEND", "STATE", "AGE", "COOKIE", "NETNS"];
     output::rows(args.output, header, &rows, |row| {
         [
-            row.owner.short(),
+            row.owner.to_string(),
             row.original.to_string(),
             row.backend.to_string(),
             if row.current { "current" } else { "gone" }.into(),

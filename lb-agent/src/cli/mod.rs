@@ -1,9 +1,13 @@
 //! The command line.
 
+mod affinity;
+mod explain;
 mod list;
 mod output;
+mod process;
 mod run;
 mod status;
+mod trace;
 mod verify;
 
 use std::path::PathBuf;
@@ -11,6 +15,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use lb_common::abi::capacity;
+use nix::time::{ClockId, clock_gettime};
 
 use crate::loader::{self, PinPath};
 use crate::maps::Capacities;
@@ -39,6 +44,13 @@ enum Command {
     /// Sockets that were connected to a service
     #[command(subcommand)]
     Socket(List),
+    /// Clients of services with session affinity, and the backends that they keep
+    #[command(subcommand)]
+    Affinity(List),
+    /// What connect() would do, and why
+    Explain(explain::ExplainArgs),
+    /// Connects, sends, refusals and destroyed sockets, as they happen
+    Trace(trace::TraceArgs),
     /// Compare the maps with what the source says, afresh; exit 1 and a diff where they differ
     Verify(verify::VerifyArgs),
     /// Detach every program and remove every pin
@@ -167,6 +179,12 @@ impl From<CapacityArgs> for Capacities {
     }
 }
 
+/// The clock of the programs' time stamps.
+fn monotonic_ns() -> anyhow::Result<u64> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
+    Ok(now.tv_sec().unsigned_abs() * 1_000_000_000 + now.tv_nsec().unsigned_abs())
+}
+
 /// The whole program.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -176,6 +194,9 @@ pub fn main() -> ExitCode {
         Command::Service(List::List(args)) => list::services(&args).map(|()| ExitCode::SUCCESS),
         Command::Backend(List::List(args)) => list::backends(&args).map(|()| ExitCode::SUCCESS),
         Command::Socket(List::List(args)) => list::sockets(&args).map(|()| ExitCode::SUCCESS),
+        Command::Affinity(List::List(args)) => affinity::list(&args).map(|()| ExitCode::SUCCESS),
+        Command::Explain(args) => explain::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::verify(&args),
         Command::Cleanup(args) => cleanup(&args).map(|()| ExitCode::SUCCESS),
     };

@@ -1,26 +1,23 @@
 //! `run`: from changes of the source to changes of the maps, until a signal says stop.
 
 use std::fs;
-use std::future::pending;
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use aya::maps::{Map, MapData, RingBuf};
 use clap::{Args, ValueEnum};
-use lb_common::abi::{Config, DropReason, Event, EventKind, Notice, State, map_name};
+use lb_common::abi::{Notice, State, map_name};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tracing::{debug, error, info, warn};
-use zerocopy::FromBytes as _;
 
 use super::{CapacityArgs, PinArgs, SourceArgs};
 use crate::actual::pad;
-use crate::loader::{self, Cgroup, Lock, OBJECT, SocketLb};
+use crate::loader::{self, Cgroup, Lock, OBJECT, SocketLb, TraceLock};
 use crate::maps::Maps as _;
-use crate::maps::bpf::{BpfMaps, PinnedMaps};
+use crate::maps::bpf::BpfMaps;
 use crate::maps::sys;
 use crate::model::{Batch, Problem};
 use crate::node::addrs::{self, Selection, Snapshot, Wanted};
@@ -136,6 +133,10 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     let socket_lb = SocketLb::from(args.socket_lb);
     let object = other.as_deref().unwrap_or(OBJECT);
     let maps = loader::load(object, &lock, &args.capacities.into(), socket_lb)?;
+    if TraceLock::take(lock.pins())?.is_some() {
+        // Nobody traces: what one that was killed asked for is not wanted any more.
+        maps.pinned().write_events(0);
+    }
     let mut grace = maps.grace_watch();
 
     // Watching begins before the first look, so that no change falls in between.
@@ -171,7 +172,6 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     let destroyer = Destroyer::start(&lock.pins().maps(), settings).context("looking after sockets")?;
     let mut trouble = destroyer.problems();
     let mut withdrawals = agent.reconciler.withdrawals();
-    let mut events = Events::open(&lock, agent.reconciler.maps().pinned())?;
 
     loop {
         tokio::select! {
@@ -183,7 +183,6 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
             Ok(()) = grace.changed() => agent.reconciler.reclaim(),
             Ok(()) = addresses.changed() => agent.follow_addresses(),
             Ok(()) = trouble.changed() => agent.note_sockets(trouble.borrow_and_update().clone()),
-            () = async { match &mut events { Some(events) => events.log_next().await, None => pending().await } } => {}
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
@@ -332,46 +331,5 @@ impl Agent {
             Err(error) => error!(%error, "cannot tell problems to `lb-agent status`"),
         }
         self.problems = problems;
-    }
-}
-
-/// Events of the data plane, logged where the log wants them (`RUST_LOG=debug`).
-struct Events {
-    ring: RingBuf<MapData>,
-    look: tokio::time::Interval,
-}
-
-impl Events {
-    /// Tells the programs whether events are wanted; `None` where they are not.
-    fn open(lock: &Lock, maps: &PinnedMaps) -> anyhow::Result<Option<Self>> {
-        let wanted = tracing::enabled!(tracing::Level::DEBUG);
-        maps.write_config(&Config {
-            events: if wanted { EventKind::Refused.bit() } else { 0 },
-            pad: 0,
-        });
-        if !wanted {
-            return Ok(None);
-        }
-        let map = MapData::from_pin(lock.pins().maps().join(map_name::EVENTS))?;
-        Ok(Some(Self {
-            ring: RingBuf::try_from(Map::RingBuf(map))?,
-            look: tokio::time::interval(Duration::from_millis(200)),
-        }))
-    }
-
-    /// Waits for the next look at the ring and logs what is there.
-    async fn log_next(&mut self) {
-        self.look.tick().await;
-        while let Some(bytes) = self.ring.next() {
-            let Ok((event, _)) = Event::read_from_prefix(&bytes) else {
-                continue;
-            };
-            let reason = DropReason::from_u32(event.reason).map_or("unknown reason", DropReason::text);
-            debug!(
-                to = %format_args!("{}:{}", event.addr, event.port),
-                service = event.service, pid = event.pid, cookie = event.cookie, netns = event.netns,
-                "connection refused: {reason}"
-            );
-        }
     }
 }

@@ -68,8 +68,8 @@ pub(crate) fn is_root(id: u64) -> bool {
     id == 1
 }
 
-/// The cgroup2 mount.
-fn root() -> Result<PathBuf, LoadError> {
+/// The cgroup2 mount that /proc/mounts names.
+pub(crate) fn root() -> Result<PathBuf, LoadError> {
     let mounts = Path::new("/proc/mounts");
     let text = fs::read_to_string(mounts).map_err(failed(mounts, "read"))?;
     mount_point(&text).ok_or_else(|| LoadError::PinPath {

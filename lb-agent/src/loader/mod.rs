@@ -22,9 +22,9 @@ use tracing::{info, warn};
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::{Capacities, MapError, capacity_flag, sys};
 
-pub(crate) use attach::is_root as is_root_cgroup;
 pub use attach::{Attached, Cgroup, Hook, attach, attached};
-pub use pins::{Lock, PinPath};
+pub(crate) use attach::{is_root as is_root_cgroup, root as cgroup_root};
+pub use pins::{Lock, PinPath, TraceLock};
 
 /// The kernel programs, as the build script made them.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf"));

@@ -157,6 +157,24 @@ impl Lock {
     }
 }
 
+/// The right to say which events are written, and to read them: one process has it, and loses it when it ends.
+#[derive(Debug)]
+pub struct TraceLock {
+    /// Held open: the folder of the maps, since the root's lock is the agent's.
+    _file: Flock<fs::File>,
+}
+
+impl TraceLock {
+    /// Takes the lock; `None` where another process has it.
+    ///
+    /// # Errors
+    /// The system call's, also where nothing is pinned.
+    pub fn take(pins: &PinPath) -> Result<Option<Self>, LoadError> {
+        let file = try_lock(&pins.maps(), FlockArg::LockExclusiveNonblock)?;
+        Ok(file.map(|file| Self { _file: file }))
+    }
+}
+
 /// The locked folder; `None` where somebody else holds a lock that excludes this one.
 fn try_lock(path: &Path, how: FlockArg) -> Result<Option<Flock<fs::File>>, LoadError> {
     let dir = open(

@@ -10,8 +10,9 @@ use aya::Ebpf;
 use aya::maps::{HashMap, MapData, MapError as AyaMapError, PerCpuArray, PerCpuValues};
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, DropReason, Frontend, FrontendKey, FrontendSwap, Name,
-    Notice, Service, ServiceStats, SetWord, SocketRecord, State, UdpFlows, map_name, program_name, service_flags,
+    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, DropReason, Event, EventKind, Frontend, FrontendKey,
+    FrontendSwap, Name, Notice, Service, ServiceStats, SetWord, SocketRecord, State, UdpFlows, map_name, program_name,
+    service_flags,
 };
 use lb_common::logic::connect::Set;
 use lb_common::logic::{generation, record};
@@ -175,7 +176,7 @@ impl PinnedMaps {
     pub fn dump(&self) -> Result<Dump, MapError> {
         let all = |len: u32| 0..len;
         Ok(Dump {
-            frontends: read_hash(map_name::FRONTENDS, &self.frontends)?,
+            frontends: self.frontends()?,
             services: all(self.services.len()).filter_map(|i| self.services.read(i)).collect(),
             slots: all(self.slots.len()).filter_map(|i| self.slots.read(i)).collect(),
             backends: all(self.backends.len()).filter_map(|i| self.backends.read(i)).collect(),
@@ -189,6 +190,26 @@ impl PinnedMaps {
     /// The system call's.
     pub fn names(&self) -> Result<BTreeMap<u32, Name>, MapError> {
         read_hash(map_name::NAMES, &self.names)
+    }
+
+    /// Whose a service index is; `None` where it is nobody's.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn name(&self, service: u32) -> Result<Option<Name>, MapError> {
+        match self.names.get(&service.to_ne_bytes(), 0) {
+            Ok(name) => Ok(Name::read_from_bytes(&name).ok()),
+            Err(error) if is_missing(&error) => Ok(None),
+            Err(error) => Err(call(map_name::NAMES, "BPF_MAP_LOOKUP_ELEM")(error)),
+        }
+    }
+
+    /// FRONTENDS.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn frontends(&self) -> Result<BTreeMap<FrontendKey, Frontend>, MapError> {
+        read_hash(map_name::FRONTENDS, &self.frontends)
     }
 
     /// Records of connected sockets, in SOCKETS and SOCKETS_MORE.
@@ -317,9 +338,20 @@ impl PinnedMaps {
         self.state.write(0, state);
     }
 
-    /// Tells the programs what to do.
-    pub fn write_config(&self, config: &Config) {
-        self.config.write(0, config);
+    /// What the programs are told.
+    #[must_use]
+    pub fn config(&self) -> Config {
+        self.config.read(0).unwrap_or_default()
+    }
+
+    /// Tells the programs which events to write: bits of kinds, see [`EventKind::bit`]. To be called by who has the
+    /// [`crate::loader::TraceLock`].
+    pub fn write_events(&self, events: u32) {
+        let config = Config {
+            events,
+            ..self.config()
+        };
+        self.config.write(0, &config);
     }
 
     /// What the agent could not use.
@@ -445,6 +477,40 @@ impl BpfMaps {
         self.grace.watch()
     }
 
+    /// Runs a program that is never attached, with a "packet"; whether it could do what that asks for.
+    fn run(&self, name: &str, packet: &[u8]) -> io::Result<bool> {
+        const XDP_PASS: u32 = 2;
+        let program = self.programs.program(name);
+        let program: &Xdp = program
+            .and_then(|program| program.try_into().ok())
+            .ok_or(io::ErrorKind::NotFound)?;
+        let options = TestRunOptions {
+            data_in: Some(packet),
+            ..TestRunOptions::new()
+        };
+        let result = program.test_run(options).map_err(io::Error::other)?;
+        Ok(result.return_value == XDP_PASS)
+    }
+
+    /// Writes an event beside those of the programs, where somebody asks for its kind; one that finds no room is
+    /// counted, as theirs are.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn tell(&self, event: &Event) -> Result<(), MapError> {
+        let asked = EventKind::from_u8(event.kind).is_some_and(|kind| self.pinned.config().events & kind.bit() != 0);
+        if !asked {
+            return Ok(());
+        }
+        // Where there was no room, the program has counted it.
+        let told = self.run(program_name::EVENT, event.as_bytes()).map(drop);
+        told.map_err(|source| MapError::Call {
+            map: map_name::EVENTS,
+            call: "BPF_PROG_TEST_RUN of lb_event",
+            source,
+        })
+    }
+
     /// Sets the counters of a service to zero, on every CPU.
     fn reset_stats(&mut self, index: u32) -> Result<(), MapError> {
         let failed = |source| MapError::Call {
@@ -525,31 +591,17 @@ impl Maps for BpfMaps {
     }
 
     fn store_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
-        const XDP_PASS: u32 = 2;
         let map = map_name::FRONTENDS;
-        let failed = |source: io::Error| MapError::Call {
-            map,
-            call: "BPF_PROG_TEST_RUN of lb_frontend_swap",
-            source,
-        };
-        let program: &Xdp = self
-            .programs
-            .program(program_name::FRONTEND_SWAP)
-            .and_then(|program| program.try_into().ok())
-            .ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
         let request = FrontendSwap {
             key,
             pad: 0,
             value: value.to_word(),
         };
-        let options = TestRunOptions {
-            data_in: Some(request.as_bytes()),
-            ..TestRunOptions::new()
-        };
-        let result = program
-            .test_run(options)
-            .map_err(|error| failed(io::Error::other(error)))?;
-        if result.return_value != XDP_PASS {
+        let call = "BPF_PROG_TEST_RUN of lb_frontend_swap";
+        let done = self
+            .run(program_name::FRONTEND_SWAP, request.as_bytes())
+            .map_err(|source| MapError::Call { map, call, source })?;
+        if !done {
             return Err(MapError::Unexpected {
                 map,
                 what: format!("{key:?} is not there, so it cannot be changed in place"),

@@ -1,4 +1,5 @@
-//! The calls of bpf(2) that aya 0.14 does not make, and memory-mapped arrays. The only unsafe code of the agent.
+//! The calls of bpf(2) that aya 0.14 does not make, and memory-mapped arrays. The only unsafe code of the agent, but for
+//! a call of the C library in `memory`.
 #![expect(unsafe_code, reason = "system calls and shared memory")]
 
 use std::ffi::CString;
@@ -11,8 +12,10 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use aya::maps::{MapData, RingBuf};
 use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
 use memmap2::{MmapOptions, MmapRaw};
+use tokio::io::unix::AsyncFd;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// bpf(2) with an attribute that was made by `fill` from zero bytes.
@@ -33,6 +36,12 @@ fn bpf(cmd: bpf_cmd, fill: impl FnOnce(&mut bpf_attr)) -> io::Result<libc::c_lon
 fn owned(result: libc::c_long) -> OwnedFd {
     // SAFETY: the kernel returned a new descriptor, which nobody else owns.
     unsafe { OwnedFd::from_raw_fd(result as i32) }
+}
+
+/// A ring that can be waited for. To be called in the context of a runtime.
+pub(crate) fn watched(ring: RingBuf<MapData>) -> io::Result<AsyncFd<RingBuf<MapData>>> {
+    // SAFETY: the ring owns its map and so its one descriptor, for as long as it lives.
+    unsafe { AsyncFd::register(ring) }.map_err(io::Error::from)
 }
 
 /// `BPF_OBJ_GET`: opens a pinned object.

@@ -33,6 +33,27 @@ const _: () = {
     assert!(offset_of!(AffinityKey, kind) == 20);
 };
 
+impl AffinityKey {
+    /// A network namespace, by its cookie, as client of a service.
+    #[must_use]
+    pub fn of_netns(cookie: u64, service: u32) -> Self {
+        let mut client = Addr::UNSPECIFIED;
+        client.bytes[8..].copy_from_slice(&cookie.to_ne_bytes());
+        Self {
+            client,
+            service,
+            kind: client_kind::NETNS,
+        }
+    }
+
+    /// The cookie of the network namespace that the client is, if it is one.
+    #[must_use]
+    pub fn netns(&self) -> Option<u64> {
+        let [.., a, b, c, d, e, f, g, h] = self.client.bytes;
+        (self.kind == client_kind::NETNS).then_some(u64::from_ne_bytes([a, b, c, d, e, f, g, h]))
+    }
+}
+
 /// Value of AFFINITY. `backend` and `generation` are one aligned 8-byte word: read by one load, changed in place by one
 /// compare-and-exchange.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -69,5 +90,21 @@ impl Affinity {
     pub const fn to_word(backend: u32, generation: u32) -> u64 {
         let (b, g) = (backend.to_ne_bytes(), generation.to_ne_bytes());
         u64::from_ne_bytes([b[0], b[1], b[2], b[3], g[0], g[1], g[2], g[3]])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_is_told_by_its_cookie() {
+        let key = AffinityKey::of_netns(0x1234_5678_9abc, 7);
+        assert_eq!((key.netns(), key.service), (Some(0x1234_5678_9abc), 7));
+        let address = AffinityKey {
+            kind: client_kind::ADDRESS,
+            ..key
+        };
+        assert_eq!(address.netns(), None);
     }
 }

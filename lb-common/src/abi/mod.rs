@@ -104,6 +104,8 @@ pub mod program_name {
     pub const SOCK_RELEASE: &str = "lb_sock_release";
     /// XDP, never attached: run by the agent to store one word in place. See [`super::FrontendSwap`].
     pub const FRONTEND_SWAP: &str = "lb_frontend_swap";
+    /// XDP, never attached: run by the agent to write a [`super::Event`] of its own.
+    pub const EVENT: &str = "lb_event";
 }
 
 /// Name of the read-only global that holds the number of slots in SOCKETS, less one.

@@ -88,6 +88,16 @@ impl From<Addr> for Words {
     }
 }
 
+impl From<Words> for Addr {
+    fn from(Words([a, b, c, d]): Words) -> Self {
+        let mut bytes = [0; 16];
+        for (to, word) in bytes.chunks_exact_mut(4).zip([a, b, c, d]) {
+            to.copy_from_slice(&word.to_ne_bytes());
+        }
+        Self { bytes }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,6 +127,7 @@ mod tests {
             prop_assert_eq!(Words::from(mapped).to_v4(), Some(u32::from_ne_bytes(v4)));
             prop_assert_eq!(Words::from(addr).same(Words::from(mapped)), addr == mapped);
             prop_assert!(Words::from(addr).same(Words::from(addr)));
+            prop_assert_eq!(Addr::from(Words::from(addr)), addr);
             for addr in [addr, mapped] {
                 let (ip, words) = (IpAddr::from(addr), Words::from(addr));
                 prop_assert_eq!(words.is_v4(), ip.is_ipv4());

@@ -1,0 +1,160 @@
+//! `affinity list`: which client has which backend, and for how long.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use lb_common::abi::{Affinity, AffinityKey, service_flags};
+use lb_common::logic::connect::{Set, is_usable};
+use lb_common::logic::{affinity, generation};
+use serde::Serialize;
+
+use super::{ReadArgs, output};
+use crate::explain::{age, remaining};
+use crate::maps::Dump;
+use crate::owner::Owner;
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Row {
+    #[serde(flatten)]
+    owner: Owner,
+    /// Cookie of the client's network namespace, where that is what it is known by.
+    netns: Option<u64>,
+    /// The client's address, likewise.
+    client: Option<IpAddr>,
+    /// `None` where it is gone.
+    backend: Option<SocketAddr>,
+    backend_id: u32,
+    backend_generation: u32,
+    /// Seconds since the last use.
+    age: u64,
+    /// Seconds until it is forgotten; zero where it does not hold.
+    remaining: u64,
+    /// The next connection gets this backend.
+    holds: bool,
+    state: &'static str,
+}
+
+fn row(dump: &Dump, now: u64, key: &AffinityKey, entry: Affinity) -> Row {
+    let Affinity {
+        backend: id,
+        generation,
+        used,
+    } = entry;
+    let service = dump.services.get(key.service as usize).copied().unwrap_or_default();
+    let backend = dump
+        .backends
+        .get(id as usize)
+        .filter(|backend| generation::is_current(backend.generation, generation));
+    // Cluster IPs have the internal set, all else the whole cluster: which of them the client asked for is not known.
+    let usable =
+        |set| backend.is_some_and(|b| is_usable(b.generation, b.service, b.flags, (key.service, generation), set));
+    let state = if service.flags & service_flags::AFFINITY == 0 {
+        "the service has no affinity"
+    } else if !affinity::holds(used, now, service.affinity_timeout) {
+        "expired"
+    } else if backend.is_none() {
+        "backend gone"
+    } else {
+        match (usable(Set::Internal), usable(Set::Cluster)) {
+            (false, false) => "backend drains",
+            (false, true) => "holds, not for cluster IPs",
+            (true, false) => "holds, for cluster IPs only",
+            (true, true) => "holds",
+        }
+    };
+    let holds = state.starts_with("holds");
+    let age = age(used, now);
+    Row {
+        owner: Owner::of(dump.names.get(&key.service)),
+        netns: key.netns(),
+        client: key.netns().is_none().then(|| key.client.into()),
+        backend: backend.map(|backend| (IpAddr::from(backend.addr), backend.port).into()),
+        backend_id: id,
+        backend_generation: generation,
+        age: age.as_secs(),
+        remaining: if holds {
+            remaining(age, service.affinity_timeout)
+        } else {
+            0
+        },
+        holds,
+        state,
+    }
+}
+
+fn rows(dump: &Dump, entries: &BTreeMap<AffinityKey, Affinity>, now: u64) -> Vec<Row> {
+    let mut rows: Vec<_> = entries.iter().map(|(key, entry)| row(dump, now, key, *entry)).collect();
+    rows.sort_by_key(|row| (row.owner.to_string(), row.netns, row.client));
+    rows
+}
+
+pub(super) fn list(args: &ReadArgs) -> anyhow::Result<()> {
+    let maps = args.pin.open()?;
+    let entries = maps.affinity()?;
+    let rows = rows(&maps.dump()?, &entries, super::monotonic_ns()?);
+    let header = ["SERVICE", "CLIENT", "BACKEND", "LAST USED", "REMAINING", "STATE"];
+    output::rows(args.output, header, &rows, |row| {
+        let client = match (row.netns, row.client) {
+            (Some(netns), _) => format!("netns {netns}"),
+            (None, Some(client)) => client.to_string(),
+            (None, None) => "?".into(),
+        };
+        [
+            row.owner.to_string(),
+            client,
+            row.backend.map_or_else(|| "-".into(), |backend| backend.to_string()),
+            format!("{}s ago", row.age),
+            format!("{}s", row.remaining),
+            row.state.into(),
+        ]
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::maps::Maps as _;
+    use crate::testing::{Builder as _, Cluster, apply, maps, service, slice, start};
+    use lb_common::abi::client_kind;
+
+    #[test]
+    fn a_row_says_whether_it_holds() {
+        const SECOND: u64 = 1_000_000_000;
+        let endpoints = ["10.10.1.2 @n1", "10.10.2.2 @n2"];
+        let mut lb = start(maps());
+        let mut cluster = Cluster::of([
+            service("web", "10.96.0.10").affinity(60).local().into(),
+            slice("web", &endpoints).into(),
+        ]);
+        apply(&mut lb, &mut cluster);
+        let mut dump = lb.maps().dump().unwrap();
+        let of = |dump: &Dump, backend, generation, used: u64| {
+            let entry = Affinity {
+                backend,
+                generation,
+                used: used * SECOND,
+            };
+            let key = AffinityKey::of_netns(7, 1);
+            let row = row(dump, 100 * SECOND + 1, &key, entry);
+            assert_eq!((row.netns, row.client), (Some(7), None));
+            (row.state, row.holds, row.age, row.remaining)
+        };
+        assert_eq!(of(&dump, 1, 1, 90), ("holds", true, 10, 50));
+        assert_eq!(of(&dump, 2, 1, 90), ("holds, not for cluster IPs", true, 10, 50));
+        assert_eq!(of(&dump, 1, 1, 40), ("expired", false, 60, 0));
+        assert_eq!(of(&dump, 1, 3, 90), ("backend gone", false, 10, 0));
+        dump.backends[2].flags = 0;
+        assert_eq!(of(&dump, 2, 1, 90), ("backend drains", false, 10, 0));
+        dump.services[1].flags = 0;
+        assert_eq!(of(&dump, 1, 1, 90), ("the service has no affinity", false, 10, 0));
+
+        let by_address = AffinityKey {
+            client: IpAddr::from([192, 0, 2, 1]).into(),
+            service: 1,
+            kind: client_kind::ADDRESS,
+        };
+        let all = rows(&dump, &[(by_address, Affinity::default())].into(), 0);
+        assert_eq!((all[0].netns, all[0].client), (None, Some([192, 0, 2, 1].into())));
+        assert_eq!(all[0].backend, None);
+    }
+}

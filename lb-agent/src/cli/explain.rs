@@ -1,0 +1,239 @@
+//! `explain`: what `connect()` would do, and why.
+
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+
+use anyhow::Context as _;
+use clap::Args;
+use lb_common::abi::{Addr, State, program_name};
+use lb_common::logic::route::Destination;
+use serde::Serialize;
+
+use super::process::{self, Below};
+use super::{Format, ReadArgs, output};
+use crate::explain::{Asker, Explanation, Snapshot, explain};
+use crate::loader;
+use crate::maps::bpf::PinnedMaps;
+
+#[derive(Debug, Args)]
+pub(super) struct ExplainArgs {
+    /// Who connects: the id of a process, or an address (of this node, or of a client outside)
+    #[arg(long, value_name = "PID|ADDR")]
+    from: From,
+    /// Where to: address, port and protocol (tcp where nothing is said)
+    #[arg(long, value_name = "ADDR:PORT[/tcp|udp]")]
+    to: To,
+    #[command(flatten)]
+    read: ReadArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum From {
+    Process(u32),
+    Address(IpAddr),
+}
+
+impl FromStr for From {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let process = text.parse().map(Self::Process);
+        process
+            .or_else(|_| text.parse().map(Self::Address))
+            .map_err(|_| "neither a process id nor an address")
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct To {
+    at: SocketAddr,
+    /// IANA number.
+    proto: u8,
+}
+
+impl FromStr for To {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (at, proto) = text.split_once('/').unwrap_or((text, "tcp"));
+        let proto = match proto.to_ascii_lowercase().as_str() {
+            "tcp" => 6,
+            "udp" => 17,
+            _ => return Err("the protocol is tcp or udp"),
+        };
+        let at = at.parse().map_err(|_| "not ADDR:PORT (IPv6: [ADDR]:PORT)")?;
+        Ok(Self { at, proto })
+    }
+}
+
+impl To {
+    /// As the programs see it; an IPv4 address that is written v4-mapped is the same.
+    fn destination(self) -> Destination {
+        Destination {
+            addr: Addr::from(self.at.ip()).into(),
+            port: self.at.port(),
+            proto: self.proto,
+        }
+    }
+
+    /// The hook that sees it.
+    fn hook(self) -> &'static str {
+        if self.at.is_ipv4() {
+            program_name::CONNECT4
+        } else {
+            program_name::CONNECT6
+        }
+    }
+}
+
+/// Who connects.
+#[derive(Debug, Serialize)]
+struct Client {
+    /// For people.
+    name: String,
+    pid: Option<u32>,
+    /// Cookie of the network namespace; `None` for a client outside.
+    netns: Option<u64>,
+    /// That is the node's.
+    on_node: bool,
+    /// Below the cgroup that is served; `None` where that cannot be seen.
+    below_cgroup: Option<bool>,
+}
+
+#[derive(Debug, Serialize)]
+struct Answer {
+    client: Client,
+    #[serde(flatten)]
+    explanation: Explanation,
+}
+
+pub(super) fn run(args: &ExplainArgs) -> anyhow::Result<()> {
+    let maps = args.read.pin.open()?;
+    let state = maps
+        .state()
+        .context("no agent has served here yet: which network namespace is the node's is not known")?;
+    let attached = loader::attached(&args.read.pin.pins())?;
+    let hook = args.to.hook();
+    let cgroup = attached
+        .into_iter()
+        .find(|(name, _)| *name == hook)
+        .and_then(|(_, at)| at)
+        .map_or(0, |at| at.cgroup);
+    let answer = answer(args, &maps, &state, cgroup)?;
+    match args.read.output {
+        Format::Json => output::json(&answer),
+        Format::Table => {
+            output::say(&format!("from       {}", answer.client.name))?;
+            output::say(&answer.explanation.to_string())
+        }
+    }
+}
+
+/// `cgroup`: what the hook is attached to; zero where it is not.
+fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> anyhow::Result<Answer> {
+    let to = args.to.destination();
+    let snapshot = snapshot(maps)?;
+    let client = client(args.from, &snapshot, state, cgroup)?;
+    let explanation = match (&client, cgroup) {
+        (Client { netns: None, .. }, _) => Explanation::untouched(
+            to,
+            "a client outside of this node is served by the packet path, and there is none yet",
+        ),
+        (_, 0) => Explanation::untouched(to, format!("the program {} is not attached", args.to.hook())),
+        (
+            Client {
+                below_cgroup: Some(false),
+                ..
+            },
+            _,
+        ) => Explanation::untouched(
+            to,
+            format!("the process is not below the cgroup that is served (id {cgroup})"),
+        ),
+        (Client { netns: Some(netns), .. }, _) => {
+            let asker = Asker {
+                netns: *netns,
+                on_node: client.on_node,
+                node_only: state.node_only != 0,
+            };
+            let mut explanation = explain(&snapshot, asker, to);
+            if client.below_cgroup.is_none() {
+                explanation.notes.push(format!(
+                    "whether the process is below the cgroup that is served (id {cgroup}) cannot be seen from here; \
+                     where it is not, the destination stays as it is"
+                ));
+            }
+            explanation
+        }
+    };
+    Ok(Answer { client, explanation })
+}
+
+fn snapshot(maps: &PinnedMaps) -> anyhow::Result<Snapshot> {
+    Ok(Snapshot {
+        affinity: maps.affinity()?,
+        node_addrs: maps.node_addrs()?,
+        dump: maps.dump()?,
+        now: super::monotonic_ns()?,
+    })
+}
+
+fn client(from: From, maps: &Snapshot, state: &State, cgroup: u64) -> anyhow::Result<Client> {
+    let place = |on_node| if on_node { "the node's" } else { "not the node's" };
+    match from {
+        From::Process(pid) => {
+            let netns = process::netns_cookie(pid)?;
+            let on_node = netns == state.netns;
+            let below = process::is_below(pid, cgroup)?;
+            Ok(Client {
+                name: format!(
+                    "process {pid} ({}), network namespace {netns} ({})",
+                    process::command(pid),
+                    place(on_node)
+                ),
+                pid: Some(pid),
+                netns: Some(netns),
+                on_node,
+                below_cgroup: match below {
+                    Below::Yes => Some(true),
+                    Below::No => Some(false),
+                    Below::Unknown => None,
+                },
+            })
+        }
+        From::Address(ip) if ip.is_loopback() || maps.node_addrs.contains(&ip.into()) => Ok(Client {
+            name: format!(
+                "{ip}, this node: a process in network namespace {} below the cgroup",
+                state.netns
+            ),
+            pid: None,
+            netns: Some(state.netns),
+            on_node: true,
+            below_cgroup: Some(true),
+        }),
+        From::Address(ip) => Ok(Client {
+            name: format!("{ip}, outside of this node"),
+            pid: None,
+            netns: None,
+            on_node: false,
+            below_cgroup: None,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_and_where_to() {
+        assert_eq!("17".parse(), Ok(From::Process(17)));
+        assert_eq!("10.0.0.1".parse(), Ok(From::Address([10, 0, 0, 1].into())));
+        assert!("eth0".parse::<From>().is_err());
+        let to = |text: &str| text.parse::<To>().map(|to| (to.at.to_string(), to.proto));
+        assert_eq!(to("10.96.0.10:53"), Ok(("10.96.0.10:53".into(), 6)));
+        assert_eq!(to("[fd00::1]:53/UDP"), Ok(("[fd00::1]:53".into(), 17)));
+        assert!(to("10.96.0.10").is_err());
+        assert!(to("10.96.0.10:53/sctp").is_err());
+    }
+}

@@ -1,0 +1,399 @@
+//! `trace`: what the programs do, as it happens.
+
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use aya::maps::{Map, MapData, RingBuf};
+use clap::Args;
+use lb_common::abi::{Addr, DropReason, Event, EventKind, map_name};
+use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
+use zerocopy::FromBytes as _;
+
+use super::{Format, ReadArgs, output, process};
+use crate::explain::protocol;
+use crate::loader::TraceLock;
+use crate::maps::bpf::PinnedMaps;
+use crate::maps::sys;
+use crate::owner::Owner;
+
+#[derive(Debug, Args)]
+pub(super) struct TraceArgs {
+    /// Only what concerns this Service
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    service: Option<ServiceName>,
+    /// End after so many events
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    count: Option<u64>,
+    #[command(flatten)]
+    read: ReadArgs,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct ServiceName {
+    namespace: String,
+    name: String,
+}
+
+impl FromStr for ServiceName {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('/') {
+            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => Ok(Self {
+                namespace: namespace.into(),
+                name: name.into(),
+            }),
+            _ => Err("not NAMESPACE/NAME"),
+        }
+    }
+}
+
+impl ServiceName {
+    fn is(&self, owner: &Owner) -> bool {
+        (&self.namespace, &self.name) == (&owner.namespace, &owner.name)
+    }
+}
+
+/// Every kind of event.
+const ALL: u32 =
+    EventKind::Connected.bit() | EventKind::Sent.bit() | EventKind::Refused.bit() | EventKind::Destroyed.bit();
+
+/// How many events are shown before signals are looked at.
+const TURN: usize = 256;
+
+/// How often the counter of lost events is looked at.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// One event, for people and programs.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Row {
+    event: &'static str,
+    /// Nanoseconds since 1970.
+    time_ns: u64,
+    /// `None` where no service was found.
+    service: Option<Owner>,
+    /// What the process asked for.
+    to: SocketAddr,
+    protocol: &'static str,
+    /// What it got; `None` where it got none.
+    backend: Option<SocketAddr>,
+    /// Why it was refused: label of the counter.
+    reason: Option<&'static str>,
+    /// Zero for what no process did.
+    pid: u32,
+    command: String,
+    netns: u64,
+    cookie: u64,
+}
+
+impl Row {
+    /// `boot`: the time of day at which CLOCK_MONOTONIC was zero.
+    fn new(event: &Event, service: Option<Owner>, boot: u64, command: String) -> Self {
+        let kind = EventKind::from_u8(event.kind);
+        let refused = kind == Some(EventKind::Refused);
+        Self {
+            event: kind.map_or("(unknown)", EventKind::label),
+            time_ns: boot + event.time,
+            service,
+            to: (IpAddr::from(event.addr), event.port).into(),
+            protocol: protocol(event.proto),
+            backend: (event.backend_addr != Addr::UNSPECIFIED)
+                .then(|| (IpAddr::from(event.backend_addr), event.backend_port).into()),
+            reason: refused.then(|| DropReason::from_u32(event.reason).map_or("unknown", DropReason::label)),
+            pid: event.pid,
+            command,
+            netns: event.netns,
+            cookie: event.cookie,
+        }
+    }
+
+    fn line(&self) -> String {
+        let dash = || "-".to_owned();
+        let result = match (self.reason, self.backend) {
+            (Some(reason), _) => reason.to_owned(),
+            (None, backend) => backend.map_or_else(dash, |backend| backend.to_string()),
+        };
+        let process = if self.pid == 0 {
+            dash()
+        } else {
+            format!("{} ({})", self.pid, self.command)
+        };
+        columns([
+            &time_of_day(self.time_ns),
+            self.event,
+            &self.service.as_ref().map_or_else(dash, ToString::to_string),
+            &format!("{}/{}", self.to, self.protocol),
+            &result,
+            &process,
+            &self.netns.to_string(),
+        ])
+    }
+}
+
+/// Columns as wide as they mostly are: what comes later is not known.
+fn columns([time, event, service, to, result, process, netns]: [&str; 7]) -> String {
+    format!("{time:<12}  {event:<9}  {service:<24}  {to:<22}  {result:<21}  {process:<22}  {netns}")
+}
+
+/// Hours, minutes, seconds and milliseconds, UTC.
+fn time_of_day(time_ns: u64) -> String {
+    let ms = time_ns / 1_000_000;
+    let (s, ms) = (ms / 1000, ms % 1000);
+    format!("{:02}:{:02}:{:02}.{ms:03}", s / 3600 % 24, s / 60 % 60, s % 60)
+}
+
+/// Lost events, in JSON.
+#[derive(Debug, Serialize)]
+struct Lost {
+    event: &'static str,
+    count: u64,
+}
+
+/// As long as it lives, the programs write events.
+struct Asked<'a>(&'a PinnedMaps);
+
+impl<'a> Asked<'a> {
+    fn all(maps: &'a PinnedMaps) -> Self {
+        maps.write_events(ALL);
+        Self(maps)
+    }
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        self.0.write_events(0);
+    }
+}
+
+struct Tracer<'a> {
+    args: &'a TraceArgs,
+    maps: &'a PinnedMaps,
+    boot: u64,
+    shown: u64,
+    /// The counter of lost events, when it was last looked at.
+    lost: u64,
+    lost_before: u64,
+}
+
+impl<'a> Tracer<'a> {
+    fn new(args: &'a TraceArgs, maps: &'a PinnedMaps) -> anyhow::Result<Self> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock")?;
+        let boot = u64::try_from(now.as_nanos())?.saturating_sub(super::monotonic_ns()?);
+        let lost = maps.drops(DropReason::EventLost)?;
+        Ok(Self {
+            args,
+            maps,
+            boot,
+            shown: 0,
+            lost,
+            lost_before: lost,
+        })
+    }
+
+    fn is_done(&self) -> bool {
+        self.args.count.is_some_and(|count| self.shown >= count)
+    }
+
+    /// Shows an event, if it is wanted.
+    fn show(&mut self, event: &Event) -> anyhow::Result<()> {
+        let service = match event.service {
+            0 => None,
+            index => Some(Owner::of(self.maps.name(index)?.as_ref())),
+        };
+        if let Some(wanted) = &self.args.service {
+            let concerned = match &service {
+                Some(owner) => wanted.is(owner),
+                None => self.has_address(wanted, event.addr)?,
+            };
+            if !concerned {
+                return Ok(());
+            }
+        }
+        let command = if event.pid == 0 {
+            String::new()
+        } else {
+            process::command(event.pid)
+        };
+        let row = Row::new(event, service, self.boot, command);
+        self.shown += 1;
+        match self.args.read.output {
+            Format::Json => output::say(&serde_json::to_string(&row)?),
+            Format::Table => output::say(&row.line()),
+        }
+    }
+
+    /// Whether an address is the Service's: a port that it does not have leads to no service.
+    fn has_address(&self, service: &ServiceName, addr: Addr) -> anyhow::Result<bool> {
+        for (key, value) in self.maps.frontends()? {
+            if key.addr == addr && value.service != 0 {
+                let name = self.maps.name(value.service)?;
+                if service.is(&Owner::of(name.as_ref())) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Says how many events were lost since the last look.
+    fn look_for_lost(&mut self) -> anyhow::Result<()> {
+        let lost = self.maps.drops(DropReason::EventLost)?;
+        let count = lost.saturating_sub(self.lost);
+        self.lost = lost;
+        match self.args.read.output {
+            _ if count == 0 => Ok(()),
+            Format::Json => output::say(&serde_json::to_string(&Lost { event: "lost", count })?),
+            Format::Table => output::say(&format!("({count} events were lost: the ring buffer was full)")),
+        }
+    }
+}
+
+pub(super) fn run(args: &TraceArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(trace(args))
+}
+
+async fn trace(args: &TraceArgs) -> anyhow::Result<()> {
+    let pins = args.read.pin.pins();
+    let maps = args.read.pin.open()?;
+    let _lock = TraceLock::take(&pins)?.with_context(|| {
+        format!(
+            "somebody else traces what is pinned below {}: one can at a time",
+            pins.root().display()
+        )
+    })?;
+    // From here on a signal ends the loop below, not the process: the programs are told to stop.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let ring = MapData::from_pin(pins.maps().join(map_name::EVENTS))?;
+    let mut ring = RingBuf::try_from(Map::RingBuf(ring))?;
+    // What an earlier one asked for, and did not read.
+    maps.write_events(0);
+    while ring.next().is_some() {}
+    let mut ring = sys::watched(ring)?;
+    let mut tracer = Tracer::new(args, &maps)?;
+    let asked = Asked::all(&maps);
+    if args.read.output == Format::Table {
+        let header = [
+            "TIME (UTC)",
+            "EVENT",
+            "SERVICE",
+            "TO",
+            "BACKEND OR REASON",
+            "PROCESS",
+            "NETNS",
+        ];
+        output::say(&columns(header))?;
+    }
+    let mut look = tokio::time::interval(LOOK);
+    while !tracer.is_done() {
+        tokio::select! {
+            ready = ring.readable_mut() => {
+                let mut ready = ready?;
+                for _ in 0..TURN {
+                    if tracer.is_done() {
+                        break;
+                    }
+                    let Some(bytes) = ready.get_inner_mut().next() else {
+                        ready.clear_ready();
+                        break;
+                    };
+                    if let Ok((event, _)) = Event::read_from_prefix(&bytes) {
+                        tracer.show(&event)?;
+                    }
+                }
+            }
+            _ = look.tick() => tracer.look_for_lost()?,
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    drop(asked);
+    tracer.look_for_lost()?;
+    let lost = tracer.lost - tracer.lost_before;
+    output::complain(&format!("{} events, {lost} lost", tracer.shown));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(kind: EventKind) -> Event {
+        Event {
+            time: 1_500_000_000,
+            cookie: 9,
+            netns: 4711,
+            addr: Addr::from_v4([10, 96, 0, 10]),
+            port: 53,
+            proto: 17,
+            kind: kind as u8,
+            pid: 17,
+            ..Event::default()
+        }
+    }
+
+    fn owner() -> Owner {
+        Owner {
+            namespace: "kube-system".into(),
+            name: "kube-dns".into(),
+            port_name: "dns".into(),
+            protocol: "UDP".into(),
+            port: 53,
+            family: 4,
+        }
+    }
+
+    /// 2026-01-01, an hour and a minute after midnight.
+    const BOOT: u64 = 1_767_229_260_000_000_000;
+
+    #[test]
+    fn a_line_each() {
+        let sent = Event {
+            backend_addr: Addr::from_v4([10, 10, 1, 2]),
+            backend_port: 5353,
+            service: 3,
+            ..event(EventKind::Sent)
+        };
+        let line = Row::new(&sent, Some(owner()), BOOT, "dig".into()).line();
+        let words: Vec<_> = line.split_whitespace().collect();
+        let expected = [
+            "01:01:01.500",
+            "sent",
+            "kube-system/kube-dns:dns",
+            "10.96.0.10:53/UDP",
+            "10.10.1.2:5353",
+            "17",
+            "(dig)",
+            "4711",
+        ];
+        assert_eq!(words, expected);
+
+        let refused = Event {
+            reason: DropReason::NoSuchPort as u32,
+            ..event(EventKind::Refused)
+        };
+        let row = Row::new(&refused, None, BOOT, "?".into());
+        assert_eq!((row.backend, row.reason), (None, Some("no_such_port")));
+        assert!(row.line().contains("no_such_port"), "{}", row.line());
+
+        let destroyed = Event {
+            pid: 0,
+            ..event(EventKind::Destroyed)
+        };
+        let line = Row::new(&destroyed, None, BOOT, String::new()).line();
+        assert!(!line.contains("()"), "{line}");
+    }
+
+    #[test]
+    fn a_service_is_named_with_its_namespace() {
+        let name: ServiceName = "kube-system/kube-dns".parse().unwrap();
+        assert!(name.is(&owner()));
+        assert!(!"default/kube-dns".parse::<ServiceName>().unwrap().is(&owner()));
+        assert!("kube-dns".parse::<ServiceName>().is_err());
+        assert!("/kube-dns".parse::<ServiceName>().is_err());
+    }
+}

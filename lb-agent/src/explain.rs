@@ -1,0 +1,481 @@
+//! What `connect()` would do, and why: the decision of the data plane, made from a copy of the maps by the same
+//! `lb_common::logic`.
+
+mod text;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use lb_common::abi::{
+    Addr, Affinity, AffinityKey, Backend, DropReason, Frontend, FrontendKey, FrontendKind, Service, SetWord,
+    backend_flags, service_flags,
+};
+use lb_common::logic::connect::{self, Set};
+use lb_common::logic::route::{self, Destination, Tables};
+use lb_common::logic::words::Words;
+use lb_common::logic::{affinity, generation};
+use nix::errno::Errno;
+use serde::Serialize;
+
+use crate::actual::set_words;
+use crate::maps::Dump;
+use crate::owner::Owner;
+
+pub(crate) use text::protocol;
+
+/// The maps that decide, as they were at one time.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Snapshot {
+    pub(crate) dump: Dump,
+    pub(crate) node_addrs: BTreeSet<Addr>,
+    pub(crate) affinity: BTreeMap<AffinityKey, Affinity>,
+    /// When: nanoseconds of CLOCK_MONOTONIC.
+    pub(crate) now: u64,
+}
+
+/// The socket that asks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asker {
+    /// Cookie of its network namespace.
+    pub(crate) netns: u64,
+    /// That is the node's.
+    pub(crate) on_node: bool,
+    /// Only sockets of the node's namespace are served.
+    pub(crate) node_only: bool,
+}
+
+/// The whole answer, step by step; a step that was not reached is `None`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Explanation {
+    pub(crate) to: SocketAddr,
+    pub(crate) protocol: &'static str,
+    pub(crate) frontend: Option<Found>,
+    pub(crate) set: Option<Serving>,
+    pub(crate) affinity: Option<Remembered>,
+    /// Every backend of the service port, those that may be chosen first.
+    pub(crate) candidates: Vec<Candidate>,
+    pub(crate) outcome: Outcome,
+    /// What else is worth knowing.
+    pub(crate) notes: Vec<String>,
+}
+
+/// The frontend that the destination is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Found {
+    pub(crate) kind: &'static str,
+    pub(crate) service: Owner,
+    /// Index into SERVICES.
+    pub(crate) index: u32,
+}
+
+/// The set of the service that serves it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Serving {
+    pub(crate) name: &'static str,
+    pub(crate) why: &'static str,
+    pub(crate) members: u16,
+}
+
+/// What AFFINITY remembers of the client.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Remembered {
+    /// Seconds.
+    pub(crate) timeout: u32,
+    /// Address of the backend; `None` where the client is new, or the backend is gone.
+    pub(crate) backend: Option<SocketAddr>,
+    /// Seconds since the last use; `None` where the client is new.
+    pub(crate) age: Option<u64>,
+    /// Seconds until it is forgotten, while it holds.
+    pub(crate) remaining: Option<u64>,
+    /// It decides.
+    pub(crate) holds: bool,
+    pub(crate) why: &'static str,
+}
+
+/// A backend of the service port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Candidate {
+    pub(crate) address: SocketAddr,
+    /// Index into BACKENDS.
+    pub(crate) id: u32,
+    pub(crate) generation: u32,
+    /// It runs on this node.
+    pub(crate) local: bool,
+    /// The connection may get it.
+    pub(crate) eligible: bool,
+    pub(crate) why: String,
+}
+
+/// What `connect()` does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "result", rename_all = "snake_case")]
+pub(crate) enum Outcome {
+    /// lb leaves the destination as it is.
+    Untouched { why: String },
+    /// It goes to one of these; all are as likely.
+    Connects { backends: Vec<SocketAddr> },
+    /// It fails at once.
+    Refused {
+        /// Name of the error number.
+        errno: String,
+        number: i32,
+        /// Label of the counter.
+        reason: &'static str,
+        why: &'static str,
+    },
+}
+
+impl Outcome {
+    fn refused(reason: DropReason) -> Self {
+        let number = connect::errno(reason);
+        Self::Refused {
+            errno: format!("{:?}", Errno::from_raw(number)),
+            number,
+            reason: reason.label(),
+            why: reason.text(),
+        }
+    }
+
+    fn untouched(why: impl Into<String>) -> Self {
+        Self::Untouched { why: why.into() }
+    }
+}
+
+/// The maps as the decision looks at them.
+struct View<'a> {
+    maps: &'a Snapshot,
+    on_node: bool,
+}
+
+impl Tables for View<'_> {
+    fn frontend(&self, key: Destination) -> Option<Frontend> {
+        let key = FrontendKey::new(key.addr.into(), key.port, key.proto);
+        self.maps.dump.frontends.get(&key).copied()
+    }
+
+    fn is_node_address(&self, addr: Words) -> bool {
+        self.maps.node_addrs.contains(&addr.into())
+    }
+
+    fn is_on_node(&self) -> bool {
+        self.on_node
+    }
+}
+
+impl Explanation {
+    /// An answer for a destination that no map was looked at for.
+    pub(crate) fn untouched(to: Destination, why: impl Into<String>) -> Self {
+        Self {
+            to: socket(to.addr.into(), to.port),
+            protocol: protocol(to.proto),
+            frontend: None,
+            set: None,
+            affinity: None,
+            candidates: Vec::new(),
+            outcome: Outcome::untouched(why),
+            notes: Vec::new(),
+        }
+    }
+}
+
+fn socket(addr: Addr, port: u16) -> SocketAddr {
+    SocketAddr::new(addr.into(), port)
+}
+
+/// What `connect()` to a destination does for a socket that the programs see. The steps are those of `lb-ebpf`.
+pub(crate) fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explanation {
+    let view = View {
+        maps,
+        on_node: asker.on_node,
+    };
+    let mut answer = Explanation::untouched(to, "");
+    if asker.node_only && !asker.on_node {
+        answer.outcome = Outcome::untouched(
+            "only sockets of the node's network namespace are served (--socket-lb node); no packet path serves the \
+             others yet",
+        );
+        return answer;
+    }
+    let frontend = match route::frontend(&view, to) {
+        Ok(Some(frontend)) => frontend,
+        Ok(None) => {
+            answer.outcome = Outcome::untouched(why_no_frontend(&view, to));
+            return answer;
+        }
+        Err(reason) => {
+            answer.outcome = Outcome::refused(reason);
+            answer.notes.push(ports_of(maps, to));
+            return answer;
+        }
+    };
+    answer.frontend = Some(Found {
+        kind: FrontendKind::from_u8(frontend.kind).map_or("(unknown kind)", FrontendKind::label),
+        service: Owner::of(maps.dump.names.get(&frontend.service)),
+        index: frontend.service,
+    });
+    let set = connect::set_for_socket(frontend);
+    let service = maps.dump.services.get(frontend.service as usize);
+    let (set, service) = match (set, service) {
+        (Ok(set), Some(service)) => (set, service),
+        (Err(reason), _) => {
+            answer.outcome = Outcome::refused(reason);
+            return answer;
+        }
+        (_, None) => {
+            answer.outcome = Outcome::refused(DropReason::BadServiceIndex);
+            return answer;
+        }
+    };
+    if !route::is_for_sockets(frontend, service.flags) {
+        answer.outcome = Outcome::untouched(
+            "the load-balancer address is for some sources only (loadBalancerSourceRanges), and a socket's source is \
+             not known when it connects; no packet path decides yet",
+        );
+        return answer;
+    }
+    choose(maps, asker, Chosen::new(frontend.service, set, service), &mut answer);
+    if to.proto == UDP {
+        answer.notes.push(
+            "this is a new connect(), or a first datagram: an unconnected socket stays with the backend that it has \
+             for this address while that is usable"
+                .into(),
+        );
+    }
+    answer
+}
+
+/// IPPROTO_UDP.
+const UDP: u8 = 17;
+
+/// A service, and the set of it that serves.
+#[derive(Clone, Copy)]
+struct Chosen<'a> {
+    index: u32,
+    set: Set,
+    service: &'a Service,
+    word: SetWord,
+}
+
+impl<'a> Chosen<'a> {
+    fn new(index: u32, set: Set, service: &'a Service) -> Self {
+        let [internal, external, cluster] = set_words(service);
+        let word = match set {
+            Set::Internal => internal,
+            Set::External => external,
+            Set::Cluster => cluster,
+        };
+        Self {
+            index,
+            set,
+            service,
+            word,
+        }
+    }
+
+    fn describe(&self) -> Serving {
+        let (name, why) = match self.set {
+            Set::Internal => ("internal", "cluster IPs: internalTrafficPolicy applies"),
+            Set::External => ("external", "clients outside: externalTrafficPolicy applies"),
+            Set::Cluster => (
+                "cluster",
+                "a client inside the cluster: external addresses have policy Cluster",
+            ),
+        };
+        Serving {
+            name,
+            why,
+            members: self.word.len,
+        }
+    }
+
+    /// The entry of BACKENDS, if it may serve once more.
+    fn again(&self, dump: &'a Dump, id: u32, generation: u32) -> Option<&'a Backend> {
+        let reference = (self.index, generation);
+        let entry = dump.backends.get(id as usize)?;
+        connect::is_usable(entry.generation, entry.service, entry.flags, reference, self.set).then_some(entry)
+    }
+}
+
+/// The backend: the one that the client had last, where the service wants that, or any of the set.
+fn choose(maps: &Snapshot, asker: Asker, chosen: Chosen<'_>, answer: &mut Explanation) {
+    answer.set = Some(chosen.describe());
+    let mut kept = None;
+    if chosen.service.flags & service_flags::AFFINITY != 0 {
+        let (remembered, backend) = remembered(maps, asker, chosen);
+        kept = backend.map(|backend| (backend, remembered.remaining.unwrap_or(0)));
+        answer.affinity = Some(remembered);
+    }
+    answer.candidates = candidates(&maps.dump, chosen, kept);
+    let eligible = || answer.candidates.iter().filter(|candidate| candidate.eligible);
+    answer.outcome = match connect::slot(chosen.word, 0) {
+        Err(reason) if kept.is_none() => Outcome::refused(reason),
+        _ if eligible().next().is_none() => Outcome::refused(DropReason::BadSlot),
+        _ => Outcome::Connects {
+            backends: eligible().map(|candidate| candidate.address).collect(),
+        },
+    };
+}
+
+/// What AFFINITY says of the client, and the backend that it keeps.
+fn remembered(maps: &Snapshot, asker: Asker, chosen: Chosen<'_>) -> (Remembered, Option<u32>) {
+    let timeout = chosen.service.affinity_timeout;
+    let mut remembered = Remembered {
+        timeout,
+        backend: None,
+        age: None,
+        remaining: None,
+        holds: false,
+        why: "the client is new to this service",
+    };
+    let Some(entry) = maps.affinity.get(&AffinityKey::of_netns(asker.netns, chosen.index)) else {
+        return (remembered, None);
+    };
+    let age = age(entry.used, maps.now);
+    remembered.age = Some(age.as_secs());
+    let backend = maps.dump.backends.get(entry.backend as usize);
+    remembered.backend = backend
+        .filter(|backend| generation::is_current(backend.generation, entry.generation))
+        .map(|backend| socket(backend.addr, backend.port));
+    if !affinity::holds(entry.used, maps.now, timeout) {
+        remembered.why = "it was last used longer ago than the timeout";
+    } else if chosen.again(&maps.dump, entry.backend, entry.generation).is_none() {
+        remembered.why = "the backend is gone, or is no member of the set any more";
+    } else {
+        remembered.holds = true;
+        remembered.remaining = Some(remaining(age, timeout));
+        remembered.why = "used within the timeout, and the backend is usable";
+        return (remembered, Some(entry.backend));
+    }
+    (remembered, None)
+}
+
+/// How long ago something was.
+pub(crate) fn age(used: u64, now: u64) -> Duration {
+    Duration::from_nanos(now.saturating_sub(used))
+}
+
+/// Whole seconds until something of that age is forgotten, rounded up; zero where it is.
+pub(crate) fn remaining(age: Duration, timeout: u32) -> u64 {
+    let left = Duration::from_secs(timeout.into()).saturating_sub(age);
+    left.as_secs() + u64::from(left.subsec_nanos() > 0)
+}
+
+/// Every backend of the service port: the members of the set as its slots have them, then the others. `kept`: the one
+/// that affinity decides for, and for how many seconds more.
+fn candidates(dump: &Dump, chosen: Chosen<'_>, kept: Option<(u32, u64)>) -> Vec<Candidate> {
+    let slots =
+        connect::slot(chosen.word, 0).map_or(0..0, |base| base as usize..base as usize + usize::from(chosen.word.len));
+    let members = dump.slots.get(slots).unwrap_or_default();
+    let mut all: Vec<_> = members
+        .iter()
+        .map(|slot| {
+            let (eligible, why) = match kept {
+                None => (
+                    true,
+                    format!("one of {} in the {}", members.len(), set_name(chosen.set)),
+                ),
+                Some((id, left)) if id == slot.backend => (true, format!("affinity, for {left} s more")),
+                Some(_) => (false, "the client has affinity to another backend".into()),
+            };
+            Candidate {
+                address: socket(slot.addr, slot.port),
+                id: slot.backend,
+                generation: slot.generation,
+                local: slot.flags & backend_flags::LOCAL != 0,
+                eligible,
+                why,
+            }
+        })
+        .collect();
+    let in_set: BTreeSet<u32> = members.iter().map(|slot| slot.backend).collect();
+    let others = (0_u32..).zip(&dump.backends).filter(|(id, backend)| {
+        generation::is_live(backend.generation) && backend.service == chosen.index && !in_set.contains(id)
+    });
+    all.extend(others.map(|(id, backend)| {
+        // A backend that joins or leaves right now is a member by its flags before or after it is one by the slots.
+        let eligible = kept.is_some_and(|(kept, _)| kept == id);
+        Candidate {
+            address: socket(backend.addr, backend.port),
+            id,
+            generation: backend.generation,
+            local: backend.flags & backend_flags::LOCAL != 0,
+            eligible,
+            why: if eligible {
+                "affinity".into()
+            } else {
+                why_no_member(backend, chosen.set)
+            },
+        }
+    }));
+    all.sort_by_key(|candidate| (!candidate.eligible, candidate.address));
+    all
+}
+
+fn set_name(set: Set) -> &'static str {
+    match set {
+        Set::Internal => "internal set",
+        Set::External => "external set",
+        Set::Cluster => "whole-cluster set",
+    }
+}
+
+fn why_no_member(backend: &Backend, set: Set) -> String {
+    const SETS: u16 = backend_flags::INTERNAL | backend_flags::EXTERNAL | backend_flags::CLUSTER;
+    if backend.flags & SETS == 0 {
+        return "drains: it serves what it has, and gets nothing new".into();
+    }
+    let name = set_name(set);
+    if set == Set::Internal && backend.flags & backend_flags::LOCAL == 0 {
+        format!("not in the {name}: internalTrafficPolicy is Local, and it is on another node")
+    } else {
+        format!("not in the {name}")
+    }
+}
+
+/// Why a destination is no frontend.
+fn why_no_frontend(view: &View<'_>, to: Destination) -> String {
+    let addr = to.addr.or_loopback();
+    let proto = protocol(to.proto);
+    let port = to.port;
+    if addr.is_loopback() {
+        return if view.on_node {
+            format!("loopback of the node, and {port}/{proto} is no node port")
+        } else {
+            "loopback of another network namespace than the node's: node ports are not served there".into()
+        };
+    }
+    let ip: IpAddr = Addr::from(addr).into();
+    if view.is_node_address(addr) {
+        format!("{ip} is an address of this node, and {port}/{proto} is no node port")
+    } else {
+        format!(
+            "no Service has {}/{proto}, and {ip} is no address of this node",
+            SocketAddr::new(ip, port)
+        )
+    }
+}
+
+/// The ports that a service address has.
+fn ports_of(maps: &Snapshot, to: Destination) -> String {
+    let addr = Addr::from(to.addr);
+    let ports: Vec<_> = maps
+        .dump
+        .frontends
+        .iter()
+        .filter(|(key, value)| key.addr == addr && value.kind != FrontendKind::Address as u8)
+        .map(|(key, value)| {
+            let owner = Owner::of(maps.dump.names.get(&value.service));
+            format!("{}/{} ({owner})", key.port, protocol(key.proto))
+        })
+        .collect();
+    let ip = IpAddr::from(addr);
+    if ports.is_empty() {
+        format!("{ip} is the address of a Service that has no port here")
+    } else {
+        format!("{ip} has {}", ports.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests;

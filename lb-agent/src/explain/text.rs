@@ -1,0 +1,88 @@
+//! An explanation for people.
+
+use std::fmt;
+
+use super::{Explanation, Outcome, Remembered};
+
+/// Name of an IANA protocol number that Services know.
+pub(crate) fn protocol(number: u8) -> &'static str {
+    match number {
+        6 => "TCP",
+        17 => "UDP",
+        132 => "SCTP",
+        _ => "?",
+    }
+}
+
+/// One line per step, its name in the first column.
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            to,
+            protocol,
+            frontend,
+            set,
+            affinity,
+            candidates,
+            outcome,
+            notes,
+        } = self;
+        writeln!(f, "to         {to}/{protocol}")?;
+        if let Some(found) = frontend {
+            writeln!(
+                f,
+                "frontend   {} of {} (service {})",
+                found.kind, found.service, found.index
+            )?;
+        }
+        if let Some(set) = set {
+            writeln!(f, "policy     {} set, members: {} ({})", set.name, set.members, set.why)?;
+        }
+        if let Some(affinity) = affinity {
+            writeln!(f, "affinity   {affinity}")?;
+        }
+        for candidate in candidates {
+            let sign = if candidate.eligible { "yes" } else { "no " };
+            let node = if candidate.local { "this node" } else { "other node" };
+            writeln!(
+                f,
+                "candidate  {sign} {} (backend {}, {node}): {}",
+                candidate.address, candidate.id, candidate.why
+            )?;
+        }
+        for note in notes {
+            writeln!(f, "note       {note}")?;
+        }
+        write!(f, "connect()  {outcome}")
+    }
+}
+
+impl fmt::Display for Remembered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "timeout {} s: ", self.timeout)?;
+        match (self.backend, self.age) {
+            (Some(backend), Some(age)) => write!(f, "{backend}, last used {age} s ago; ")?,
+            (None, Some(age)) => write!(f, "a backend that is gone, last used {age} s ago; ")?,
+            (_, None) => {}
+        }
+        f.write_str(self.why)?;
+        match self.remaining {
+            Some(left) => write!(f, "; {left} s remain"),
+            None => f.write_str("; a new backend is chosen"),
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Untouched { why } => write!(f, "goes to the destination as it is: {why}"),
+            Self::Connects { backends } if backends.len() == 1 => write!(f, "goes to {}", backends[0]),
+            Self::Connects { backends } => {
+                let backends: Vec<_> = backends.iter().map(ToString::to_string).collect();
+                write!(f, "goes to one of these, at random: {}", backends.join(", "))
+            }
+            Self::Refused { errno, reason, why, .. } => write!(f, "fails with {errno}: {why} (counted as {reason})"),
+        }
+    }
+}

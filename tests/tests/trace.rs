@@ -1,0 +1,293 @@
+//! `lb-agent trace`: events as they happen, of one reader, counted where they are lost.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::Stdio;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use lb_agent::loader::{self, Lock, PinPath, SocketLb};
+use lb_agent::maps::Capacities;
+use lb_agent::maps::bpf::PinnedMaps;
+use lb_common::abi::{Addr, Event, EventKind};
+use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::{Agent, Cluster, Connect, Place, Pod, Process, Running, Testbed, patience};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+
+fn bed() -> Testbed {
+    Testbed::new(BED)
+}
+
+const PATIENCE: Duration = Duration::from_secs(10);
+const HTTP: Port<'static> = Port { name: "http", port: 80 };
+const TARGET: Port<'static> = Port {
+    name: "http",
+    port: 8080,
+};
+
+struct Setup {
+    agent: Running,
+    client: Pod,
+    pod: Pod,
+    _server: Process,
+    cluster: Cluster,
+}
+
+/// A node with Services `web` and `db`, of which a pod serves both.
+fn setup() -> Result<Setup> {
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let (client, pod) = (cluster.add_pod("n1", "client")?, cluster.add_pod("n1", "a")?);
+    let server = bed().serve(&pod, &["0.0.0.0:8080=a"])?;
+    let manifests = Manifests::new(&cluster)?;
+    let endpoints = [(pod.address().into(), "n1")];
+    let web = service("web", "10.96.0.10", &[HTTP], "") + &slice("web", TARGET, &endpoints);
+    let db = service("db", "10.96.0.20", &[HTTP], "") + &slice("db", TARGET, &endpoints);
+    manifests.write("all.yaml", &(web + &db))?;
+    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
+    Ok(Setup {
+        agent,
+        client,
+        pod,
+        _server: server,
+        cluster,
+    })
+}
+
+/// The bits that say which events are written.
+fn asked(pin_path: &Path) -> Result<u32> {
+    Ok(PinnedMaps::open(&PinPath::new(pin_path).maps())?.config().events)
+}
+
+/// Starts `lb-agent trace -o json`, and waits until it is told of events.
+fn trace(place: &Place, pin_path: &Path, flags: &[&str]) -> Result<Process> {
+    let mut command = place.command(Agent::find(BED.as_ref())?)?;
+    command
+        .args(["trace", "-o", "json", "--pin-path"])
+        .arg(pin_path)
+        .args(flags);
+    let mut process = Process::spawn_reading(command.stdin(Stdio::null()))?;
+    let deadline = Instant::now() + patience(PATIENCE);
+    while asked(pin_path)? == 0 {
+        ensure!(process.is_running()?, "the tracer has ended");
+        ensure!(Instant::now() < deadline, "the tracer does not ask for events");
+        sleep(Duration::from_millis(10));
+    }
+    Ok(process)
+}
+
+fn event(tracer: &mut Process) -> Result<Value> {
+    let line = tracer.line(patience(PATIENCE))?;
+    serde_json::from_str(&line).with_context(|| line.clone())
+}
+
+/// Connects, and expects all to succeed or all to fail.
+fn connect(setup: &Setup, to: &str, count: u64, well: bool) -> Result<()> {
+    let to: SocketAddr = to.parse()?;
+    let summary = bed().connect(&setup.client, &Connect::to(&[to]).count(count))?;
+    ensure!(summary.failure_count == if well { 0 } else { count }, "{summary:?}");
+    Ok(())
+}
+
+impl Setup {
+    fn trace(&self, flags: &[&str]) -> Result<Process> {
+        trace(self.cluster.node("n1"), self.agent.pin_path(), flags)
+    }
+
+    fn asked(&self) -> Result<u32> {
+        asked(self.agent.pin_path())
+    }
+}
+
+#[test]
+fn connects_and_refusals_are_told_as_they_happen() -> Result<()> {
+    let setup = setup()?;
+    // Of what happens before, nothing is told.
+    connect(&setup, "10.96.0.10:80", 3, true)?;
+    let mut tracer = setup.trace(&[])?;
+    connect(&setup, "10.96.0.10:80", 2, true)?;
+    for _ in 0..2 {
+        let row = event(&mut tracer)?;
+        let (service, command) = (&row["service"], &row["command"]);
+        assert_eq!(
+            (&row["event"], &row["to"]),
+            (&"connected".into(), &"10.96.0.10:80".into())
+        );
+        assert_eq!(
+            (&service["name"], &service["namespace"]),
+            (&"web".into(), &"default".into())
+        );
+        assert_eq!(row["backend"], setup.pod.socket(8080).to_string());
+        assert_eq!((&row["protocol"], &row["reason"]), (&"TCP".into(), &Value::Null));
+        // The client may have ended before it is looked at.
+        assert!(command == "lb-testbed" || command == "?", "{row:#}");
+        assert!(row["pid"].as_u64().is_some_and(|pid| pid > 1), "{row:#}");
+    }
+    connect(&setup, "10.96.0.10:81", 1, false)?;
+    let row = event(&mut tracer)?;
+    assert_eq!(
+        (&row["event"], &row["reason"]),
+        (&"refused".into(), &"no_such_port".into())
+    );
+    assert_eq!((&row["service"], &row["backend"]), (&Value::Null, &Value::Null));
+
+    // One can at a time.
+    let second = setup.agent.ask(&["trace", "--count", "1"]);
+    assert!(second.is_err_and(|error| error.to_string().contains("one can at a time")));
+
+    assert_ne!(setup.asked()?, 0);
+    assert!(tracer.stop(patience(PATIENCE))?.success());
+    assert_eq!(setup.asked()?, 0, "SIGTERM ends it, and the events");
+    Ok(())
+}
+
+#[test]
+fn only_one_service_where_that_is_asked() -> Result<()> {
+    let setup = setup()?;
+    let mut tracer = setup.trace(&["--service", "default/db", "--count", "3"])?;
+    for (to, well) in [
+        ("10.96.0.10:80", true),
+        ("10.96.0.10:81", false),
+        ("10.96.0.20:80", true),
+        ("10.96.0.20:81", false),
+        ("10.96.0.10:80", true),
+        ("10.96.0.20:80", true),
+        ("10.96.0.20:80", true),
+    ] {
+        connect(&setup, to, 1, well)?;
+    }
+    // A port that the address does not have is the Service's too.
+    let rows = [event(&mut tracer)?, event(&mut tracer)?, event(&mut tracer)?];
+    let to = rows
+        .each_ref()
+        .map(|row| row["to"].as_str().unwrap_or_default().to_owned());
+    assert_eq!(to, ["10.96.0.20:80", "10.96.0.20:81", "10.96.0.20:80"]);
+    assert!(tracer.wait(patience(PATIENCE))?.success(), "it ends after three");
+    assert_eq!(setup.asked()?, 0);
+    Ok(())
+}
+
+#[test]
+fn what_a_killed_tracer_asked_for_is_taken_back() -> Result<()> {
+    let mut setup = setup()?;
+    setup.trace(&[])?.kill()?;
+    assert_ne!(setup.asked()?, 0, "nobody could");
+    connect(&setup, "10.96.0.20:80", 1, true)?;
+    // What nobody read is not told to the next, which shows a table.
+    let mut command = setup.cluster.node("n1").command(Agent::find(BED.as_ref())?)?;
+    command
+        .args(["trace", "--count", "1", "--pin-path"])
+        .arg(setup.agent.pin_path());
+    let mut tracer = Process::spawn_reading(command.stdin(Stdio::null()))?;
+    let header = tracer.line(patience(PATIENCE))?;
+    assert!(header.starts_with("TIME (UTC)"), "{header}");
+    connect(&setup, "10.96.0.10:80", 1, true)?;
+    let line = tracer.line(patience(PATIENCE))?;
+    assert!(
+        line.contains("connected") && line.contains("default/web:http"),
+        "{line}"
+    );
+    assert!(
+        line.contains("10.96.0.10:80/TCP") && line.contains(&setup.pod.socket(8080).to_string()),
+        "{line}"
+    );
+    assert!(tracer.wait(patience(PATIENCE))?.success());
+    assert_eq!(setup.asked()?, 0);
+
+    setup.trace(&[])?.kill()?;
+    assert_ne!(setup.asked()?, 0);
+    setup.agent.kill()?;
+    setup.agent.start_again()?;
+    setup.agent.wait_ready(&|| false)?;
+    assert_eq!(setup.asked()?, 0, "a start of the agent takes it back");
+
+    // But not from a tracer that lives.
+    let mut tracer = setup.trace(&[])?;
+    setup.agent.kill()?;
+    setup.agent.start_again()?;
+    setup.agent.wait_ready(&|| false)?;
+    connect(&setup, "10.96.0.10:80", 1, true)?;
+    assert_eq!(event(&mut tracer)?["event"], "connected");
+    Ok(())
+}
+
+#[test]
+fn lost_events_are_counted_and_told() -> Result<()> {
+    const COUNT: u64 = 20_000;
+    let setup = setup()?;
+    let mut tracer = setup.trace(&[])?;
+    // It does not read while the ring buffer runs over.
+    tracer.signal(Signal::SIGSTOP)?;
+    let refused = Connect::to(&["10.96.0.10:81".parse()?]).refused().count(COUNT);
+    let summary = bed().connect(&setup.client, &refused)?;
+    assert_eq!(summary.connections, COUNT);
+    let lost = setup.agent.status()?.dropped("event_lost")?;
+    assert!(lost > 0 && lost < COUNT, "{lost}");
+    tracer.signal(Signal::SIGCONT)?;
+    let (mut told, mut said) = (0, 0);
+    while told + said < COUNT {
+        let row = event(&mut tracer)?;
+        match row["event"].as_str() {
+            Some("lost") => said += row["count"].as_u64().context("count")?,
+            Some("refused") => told += 1,
+            _ => anyhow::bail!("{row:#}"),
+        }
+    }
+    assert_eq!((told + said, said), (COUNT, lost));
+    Ok(())
+}
+
+#[test]
+fn the_agents_own_events_are_told_where_somebody_asks() -> Result<()> {
+    const SMALL: Capacities = Capacities {
+        services: 16,
+        frontends: 16,
+        backends: 16,
+        backend_slots: 16,
+        sockets: 16,
+        sockets_more: 16,
+        udp_flows: 16,
+        affinity: 16,
+    };
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let pins = PinPath::new(cluster.pin_path("n1"));
+    let lock = Lock::take(&pins)?;
+    let maps = loader::load(loader::OBJECT, &lock, &SMALL, SocketLb::All)?;
+    let destroyed = |port| Event {
+        time: lb_tests::monotonic_ns(),
+        cookie: 0x1234_5678_9abc,
+        netns: 77,
+        addr: Addr::from_v4([10, 96, 0, 10]),
+        backend_addr: Addr::from_v4([10, 10, 1, 2]),
+        port,
+        backend_port: 5353,
+        proto: 17,
+        kind: EventKind::Destroyed as u8,
+        ..Event::default()
+    };
+    // Nobody asks.
+    maps.tell(&destroyed(1))?;
+    let mut tracer = trace(cluster.node("n1"), pins.root(), &["--count", "2"])?;
+    for port in [53, 54] {
+        maps.tell(&destroyed(port))?;
+        let row = event(&mut tracer)?;
+        assert_eq!(
+            (&row["event"], &row["to"]),
+            (&"destroyed".into(), &format!("10.96.0.10:{port}").into())
+        );
+        assert_eq!(
+            (&row["backend"], &row["protocol"]),
+            (&"10.10.1.2:5353".into(), &"UDP".into())
+        );
+        assert_eq!(
+            (&row["netns"], &row["cookie"]),
+            (&77.into(), &0x1234_5678_9abc_u64.into())
+        );
+        assert_eq!((&row["pid"], &row["reason"]), (&0.into(), &Value::Null));
+    }
+    assert!(tracer.wait(patience(PATIENCE))?.success());
+    Ok(())
+}
