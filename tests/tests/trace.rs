@@ -23,11 +23,8 @@ fn bed() -> Testbed {
 }
 
 const PATIENCE: Duration = Duration::from_secs(10);
-const HTTP: Port<'static> = Port { name: "http", port: 80 };
-const TARGET: Port<'static> = Port {
-    name: "http",
-    port: 8080,
-};
+const HTTP: Port<'static> = Port::tcp("http", 80);
+const TARGET: Port<'static> = Port::tcp("http", 8080);
 
 struct Setup {
     agent: Running,

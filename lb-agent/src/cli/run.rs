@@ -7,17 +7,17 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use lb_common::abi::{Notice, State, map_name};
+use lb_common::abi::{Event, Notice, State, map_name};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{mpsc::unbounded_channel, watch};
 use tokio::task::spawn_blocking;
 use tracing::{debug, error, info, warn};
 
 use super::{CapacityArgs, PinArgs, SourceArgs};
 use crate::actual::pad;
-use crate::loader::{self, Cgroup, Lock, OBJECT, SocketLb, TraceLock};
+use crate::loader::{self, Cgroup, LoadError, Lock, OBJECT, PinPath, SocketLb, TraceLock};
 use crate::maps::Maps as _;
-use crate::maps::bpf::BpfMaps;
+use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
 use crate::model::{Batch, Problem};
 use crate::node::addrs::{self, Selection, Snapshot, Wanted};
@@ -103,6 +103,9 @@ enum LogFormat {
     Json,
 }
 
+/// Time between two looks for a trace that was killed.
+const LOOK: Duration = Duration::from_secs(5);
+
 pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
@@ -133,10 +136,7 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     let socket_lb = SocketLb::from(args.socket_lb);
     let object = other.as_deref().unwrap_or(OBJECT);
     let maps = loader::load(object, &lock, &args.capacities.into(), socket_lb)?;
-    if TraceLock::take(lock.pins())?.is_some() {
-        // Nobody traces: what one that was killed asked for is not wanted any more.
-        maps.pinned().write_events(0);
-    }
+    end_orphaned_trace(maps.pinned(), lock.pins())?;
     let mut grace = maps.grace_watch();
 
     // Watching begins before the first look, so that no change falls in between.
@@ -169,9 +169,11 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
         tcp: args.destroy_tcp,
         sweep: Duration::from_millis(args.sweep_age),
     };
-    let destroyer = Destroyer::start(&lock.pins().maps(), settings).context("looking after sockets")?;
+    let (tell, mut destroyed) = unbounded_channel();
+    let destroyer = Destroyer::start(&lock.pins().maps(), settings, tell).context("looking after sockets")?;
     let mut trouble = destroyer.problems();
     let mut withdrawals = agent.reconciler.withdrawals();
+    let mut look = tokio::time::interval(LOOK);
 
     loop {
         tokio::select! {
@@ -183,6 +185,8 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
             Ok(()) = grace.changed() => agent.reconciler.reclaim(),
             Ok(()) = addresses.changed() => agent.follow_addresses(),
             Ok(()) = trouble.changed() => agent.note_sockets(trouble.borrow_and_update().clone()),
+            Some(event) = destroyed.recv() => agent.tell(&event),
+            _ = look.tick() => end_orphaned_trace(agent.reconciler.maps().pinned(), lock.pins())?,
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
@@ -192,6 +196,16 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
         }
     }
     info!("stopped; what is pinned goes on serving (`lb-agent cleanup` ends it)");
+    Ok(())
+}
+
+/// Makes the programs write no events where whoever asked for them was killed.
+fn end_orphaned_trace(maps: &PinnedMaps, pins: &PinPath) -> Result<(), LoadError> {
+    if maps.config().events != 0
+        && let Some(_lock) = TraceLock::take(pins)?
+    {
+        maps.write_events(0);
+    }
     Ok(())
 }
 
@@ -289,6 +303,13 @@ impl Agent {
         };
         let place = map_name::NODE_ADDRS.to_owned();
         self.node_ports.problem = message.map(|message| Problem { place, message });
+    }
+
+    /// Tells whoever traces.
+    fn tell(&self, event: &Event) {
+        if let Err(error) = self.reconciler.maps().tell(event) {
+            warn!(%error, "an event is lost");
+        }
     }
 
     /// The node's addresses have changed.

@@ -13,8 +13,9 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lb_common::abi::{SocketRecord, UdpFlows};
+use lb_common::abi::{Event, EventKind, SocketRecord, UdpFlows};
 use nix::time::{ClockId, clock_gettime};
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 use tracing::{debug, info};
 
@@ -51,10 +52,11 @@ pub struct Destroyer {
 
 impl Destroyer {
     /// Starts the thread, on the maps that are pinned in a folder. The calling thread's network namespace is the node's.
+    /// What is destroyed is told to `destroyed`.
     ///
     /// # Errors
     /// Where the maps cannot be opened, or /proc cannot be read.
-    pub fn start(maps: &Path, settings: Settings) -> Result<Self, DestroyError> {
+    pub fn start(maps: &Path, settings: Settings, destroyed: UnboundedSender<Event>) -> Result<Self, DestroyError> {
         let records = Records::open(maps)?;
         let namespaces = Namespaces::new().map_err(DestroyError::Proc)?;
         let (told, problems) = watch::channel(Vec::new());
@@ -66,6 +68,7 @@ impl Destroyer {
             suspects: Suspects::default(),
             problems: BTreeMap::new(),
             told,
+            destroyed,
         };
         thread::Builder::new()
             .name("lb-destroy".into())
@@ -109,6 +112,7 @@ struct Worker {
     /// What is told, by place.
     problems: BTreeMap<String, String>,
     told: watch::Sender<Vec<Problem>>,
+    destroyed: UnboundedSender<Event>,
 }
 
 /// What a pass did in one namespace.
@@ -227,7 +231,7 @@ impl Worker {
             } = done;
             open += still;
             for (found, socket) in &destroyed {
-                told_of_destroyed(&found.record, socket);
+                self.tell_of_destroyed(&found.record, socket);
             }
             stale.extend(destroyed.into_iter().map(|(found, _)| found).chain(left));
             let why = failed.map(|error| error.to_string());
@@ -258,7 +262,7 @@ impl Worker {
             .map(|f| f.record.netns)
             .chain(flows.iter().map(|(_, f)| f.netns))
             .collect();
-        let visit = self.namespaces.visit(&wanted, |_| list(&Protocol::ALL));
+        let visit = self.namespaces.visit(&wanted, |_| list_sockets(&Protocol::ALL));
         self.refusals(&visit);
         // Where a namespace could not be listed, nothing is known to be gone.
         let is_gone = |netns: u64, cookie: u64| match visit.visited.get(&netns) {
@@ -317,6 +321,31 @@ impl Worker {
         };
     }
 
+    /// The one place that tells of a destroyed socket.
+    fn tell_of_destroyed(&self, record: &SocketRecord, socket: &Socket) {
+        let original = format_args!("{}:{}", record.original_addr, record.original_port);
+        debug!(
+            %original, backend = %socket.remote, local = %socket.local, protocol = ?socket.protocol,
+            service = record.service, cookie = socket.cookie, netns = record.netns,
+            "socket destroyed: its backend was removed"
+        );
+        let event = Event {
+            time: now(),
+            cookie: socket.cookie,
+            netns: record.netns,
+            addr: record.original_addr,
+            backend_addr: record.backend_addr,
+            port: record.original_port,
+            backend_port: record.backend_port,
+            proto: record.proto,
+            kind: EventKind::Destroyed as u8,
+            service: record.service,
+            ..Event::default()
+        };
+        // Where nobody listens, the agent is about to end.
+        self.destroyed.send(event).ok();
+    }
+
     /// Tells problems, where they are others than before.
     fn tell(&self) {
         let problems: Vec<_> = self
@@ -335,16 +364,6 @@ impl Worker {
     }
 }
 
-/// The one place that tells of a destroyed socket.
-fn told_of_destroyed(record: &SocketRecord, socket: &Socket) {
-    let original = format_args!("{}:{}", record.original_addr, record.original_port);
-    debug!(
-        %original, backend = %socket.remote, local = %socket.local, protocol = ?socket.protocol,
-        service = record.service, cookie = socket.cookie, netns = record.netns,
-        "socket destroyed: its backend was removed"
-    );
-}
-
 /// Destroys the sockets of some records in the network namespace of the calling thread.
 fn destroy(records: &Records, dead: &[Found], begun: u64) -> Done {
     let mut done = Done::default();
@@ -358,7 +377,7 @@ fn destroy(records: &Records, dead: &[Found], begun: u64) -> Done {
 fn try_destroy(records: &Records, dead: &[Found], begun: u64, done: &mut Done) -> io::Result<()> {
     let is_there = |protocol: &Protocol| dead.iter().any(|found| found.record.proto == *protocol as u8);
     let protocols: Vec<_> = Protocol::ALL.into_iter().filter(is_there).collect();
-    let listing = list(&protocols)?;
+    let listing = list_sockets(&protocols)?;
     let mut diag = SockDiag::open()?;
     for found in dead {
         match judge::of_removed(&found.record, &listing, begun) {
@@ -380,7 +399,7 @@ fn try_destroy(records: &Records, dead: &[Found], begun: u64, done: &mut Done) -
 }
 
 /// The sockets of the network namespace of the calling thread.
-fn list(protocols: &[Protocol]) -> io::Result<Listing> {
+pub(crate) fn list_sockets(protocols: &[Protocol]) -> io::Result<Listing> {
     let mut diag = SockDiag::open()?;
     let mut listing = Listing::new();
     for protocol in protocols {
