@@ -124,6 +124,13 @@ fn eventually(what: &str, mut check: impl FnMut() -> Result<bool>) -> Result<()>
     Ok(())
 }
 
+/// What `socket list` says of connected sockets.
+fn connected_rows(setup: &Setup) -> Result<Vec<Value>> {
+    let mut rows: Vec<Value> = setup.agent.json(&["socket", "list"])?;
+    rows.retain(|row| row["kind"] == "connected");
+    Ok(rows)
+}
+
 /// How many sockets of a namespace the kernel has connected to an address: `kind` is `-u` or `-t`.
 fn connected(place: &Place, kind: &str, to: SocketAddr) -> Result<usize> {
     let text = place.run("ss", &["-Hn", kind, "state", "established"])?;
@@ -197,7 +204,7 @@ fn connected_udp_sockets_of_a_removed_backend_are_destroyed_and_no_others() -> R
     assert!(pod.ask("tcp", "hello")?.is_ok(), "TCP lives on");
     assert_eq!(connected(&setup.client, "-t", a.socket(5353))?, 1);
     eventually("only the records of live sockets are left", || {
-        let rows: Vec<Value> = setup.agent.json(&["socket", "list"])?;
+        let rows = connected_rows(&setup)?;
         let gone = rows.iter().filter(|row| row["current"] == false).count();
         // Two that connected again, and the TCP socket, whose backend is gone.
         Ok((rows.len(), gone) == (3, 1))
@@ -314,10 +321,7 @@ fn records_without_a_socket_are_swept_and_others_stay() -> Result<()> {
     let doomed = setup.cluster.add_pod("n1", "doomed")?;
     let mut lost = setup.sockets(&doomed)?;
     connect(&mut lost, "lost", "0.0.0.0:0", vip(), "a")?;
-    let count = |setup: &Setup| -> Result<usize> {
-        let rows: Vec<Value> = setup.agent.json(&["socket", "list"])?;
-        Ok(rows.len())
-    };
+    let count = |setup: &Setup| -> Result<usize> { Ok(connected_rows(setup)?.len()) };
     assert_eq!(count(&setup)?, 2);
     // Without a program at the release of sockets, as for the sockets that the kernel itself opens.
     setup.agent.kill()?;

@@ -47,14 +47,15 @@ pub(super) struct RunArgs {
     /// Milliseconds after which a socket record may be swept, and between two sweeps; for tests
     #[arg(long, value_name = "MS", default_value_t = 60_000, hide = true)]
     sweep_age: u64,
-    #[command(flatten)]
-    capacities: CapacityArgs,
     /// Format of the log, on the error output; what it contains is set by RUST_LOG
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
     /// Load this eBPF object in place of the one that is part of the program; for developers
     #[arg(long, value_name = "FILE", hide = true)]
     ebpf_object: Option<PathBuf>,
+    // Last: its heading is that of all that follows.
+    #[command(flatten)]
+    capacities: CapacityArgs,
 }
 
 /// Which addresses serve node ports.
