@@ -217,7 +217,7 @@ fn connect_tcp(from: &Place, to: SocketAddr) -> Result<Tried> {
         .filter(|failure| failure.stage == Stage::Connect);
     Ok(Tried {
         reached: summary.per_backend.keys().cloned().collect(),
-        errnos: at_connect.filter_map(|failure| failure.errno).collect(),
+        errnos: at_connect.map(|failure| failure.errno).collect(),
         failed: summary.failure_count,
     })
 }
@@ -392,7 +392,10 @@ const SERVICES: [(&str, &[(&str, &str)]); 6] = [
         &[("b", "n2")],
     ),
     ("", &[]),
-    ("\n  loadBalancerSourceRanges: [203.0.113.0/24]", &[("a", "n1")]),
+    (
+        "\n  loadBalancerSourceRanges: [203.0.113.0/24, \"2001:db8:ffff::/48\"]",
+        &[("a", "n1")],
+    ),
     (
         "\n  sessionAffinity: ClientIP",
         &[("a", "n1"), ("b", "n2"), ("c", "n1")],

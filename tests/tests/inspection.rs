@@ -572,7 +572,11 @@ fn sockets_are_listed_by_service_and_backend_and_the_dead_are_marked() -> Result
     // Without a program at the release of sockets, as for those that the kernel itself opens, records are left over.
     setup.agent.kill()?;
     let link = setup.agent.pin_path().join(format!("v{VERSION}/links/lb_sock_release"));
-    std::fs::remove_file(&link).with_context(|| format!("removing {}", link.display()))?;
+    let output = Command::new("bpftool")
+        .args(["link", "detach", "pinned"])
+        .arg(&link)
+        .output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let (left, closed) = sockets
         .into_iter()
         .enumerate()

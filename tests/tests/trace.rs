@@ -314,7 +314,7 @@ fn what_a_killed_tracer_asked_for_is_taken_back() -> Result<()> {
 
 #[test]
 fn lost_events_are_counted_and_told() -> Result<()> {
-    const COUNT: u64 = 20_000;
+    const COUNT: u64 = 6_000;
     let setup = setup()?;
     let mut tracer = setup.trace(&[])?;
     // It does not read while the ring buffer runs over.
