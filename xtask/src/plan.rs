@@ -63,6 +63,22 @@ pub(crate) const TOOLS: [Tool; 7] = [
         program: "iptables",
         package: "iptables",
     },
+    Tool {
+        program: "dnsmasq",
+        package: "dnsmasq-base",
+    },
+    Tool {
+        program: "dig",
+        package: "bind9-dnsutils",
+    },
+    Tool {
+        program: "python3",
+        package: "python3",
+    },
+    Tool {
+        program: "musl-gcc",
+        package: "musl-tools",
+    },
 ];
 
 /// What tests in virtual machines start besides.
