@@ -34,7 +34,7 @@ pub(crate) struct Tool {
 }
 
 /// Everything that tests and the demo start.
-pub(crate) const TOOLS: [Tool; 7] = [
+pub(crate) const TOOLS: [Tool; 11] = [
     Tool {
         program: "ip",
         package: "iproute2",
