@@ -155,8 +155,11 @@ impl Setup {
         })
     }
 
+    /// What is remembered of connected sockets.
     fn records(&self) -> Result<Vec<Value>> {
-        self.agent.json(&["socket", "list"])
+        let mut rows: Vec<Value> = self.agent.json(&["socket", "list"])?;
+        rows.retain(|row| row["kind"] == "connected");
+        Ok(rows)
     }
 
     /// How many unconnected sockets are remembered.

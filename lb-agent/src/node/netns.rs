@@ -88,7 +88,7 @@ impl Namespaces {
     ///
     /// # Errors
     /// Where that is not allowed.
-    pub(crate) fn probe(&self) -> io::Result<()> {
+    pub(crate) fn probe() -> io::Result<()> {
         within(&File::open("/proc/1/ns/net")?, || ())
     }
 
