@@ -31,7 +31,6 @@ mod place;
 mod process;
 mod random;
 mod ruleset;
-mod sockets;
 mod statistics;
 
 pub mod demo;
@@ -48,10 +47,9 @@ pub use mounts::{BPFFS, cgroup2_root, ensure_bpffs};
 pub use pace::{patience, patience_factor, scaled, scaled_above};
 pub use place::{Place, in_netns};
 pub use process::Process;
-pub use puppet::{Answer, Call, Kind, Puppet};
+pub use puppet::{Answer, Call, Churn, Kind, Puppet};
 pub use random::Random;
 pub use ruleset::Ruleset;
-pub use sockets::{Called, Sockets};
 pub use statistics::chi_squared_p;
 
 use anyhow::ensure;

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use lb_common::abi::{Event, Notice, State, map_name};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc::unbounded_channel, watch};
+use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tracing::{debug, error, info, warn};
 
@@ -41,7 +41,10 @@ pub(super) struct RunArgs {
     socket_lb: SocketLbArg,
     #[command(flatten)]
     node_ports: NodePortArgs,
-    /// Destroy TCP sockets of removed backends too, not only connected UDP sockets
+    /// Destroy TCP sockets of removed backends too, not only connected UDP sockets: a terminating backend keeps them
+    /// until its endpoint is gone. Both need CAP_NET_ADMIN and a kernel with CONFIG_INET_DIAG_DESTROY; sockets of pods need
+    /// CAP_SYS_PTRACE and CAP_SYS_ADMIN as well, and the machine's process namespace (hostPID). `status` says what is
+    /// missing; sockets that cannot be reached live on
     #[arg(long)]
     destroy_tcp: bool,
     /// Milliseconds after which a socket record may be swept, and between two sweeps; for tests
@@ -61,11 +64,12 @@ pub(super) struct RunArgs {
 /// Which addresses serve node ports.
 #[derive(Debug, Args)]
 struct NodePortArgs {
-    /// Devices whose addresses serve node ports [default: all]
+    /// Devices whose addresses serve node ports, there now or later [default: all]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     devices: Vec<String>,
     /// Which of the node's addresses serve node ports: those in the networks named (all of a family that none is named
-    /// of), or `primary`: the first address of each family in this node's Node object
+    /// of), or `primary`: the first address of each family in this node's Node object, without one the addresses of the
+    /// devices with a default route. Loopback serves the node's own sockets in any case
     #[arg(long, value_name = "CIDR,...|primary", default_value = "0.0.0.0/0,::/0")]
     nodeport_addresses: Wanted,
 }
@@ -149,10 +153,11 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     let (batch, back) = spawn_blocking(move || (source.rescan(), source)).await?;
     source = back;
 
-    let mut addresses = addrs::follow().context("listing the node's addresses")?;
+    let selection = args.node_ports.selection();
+    let mut addresses = addrs::follow(&selection).context("listing the node's addresses")?;
     let reconciler = Reconciler::adopt(maps, &node)?;
     let node_ports = NodePorts {
-        selection: args.node_ports.selection(),
+        selection,
         addresses: addresses.clone(),
         problem: None,
     };
@@ -170,8 +175,7 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
         tcp: args.destroy_tcp,
         sweep: Duration::from_millis(args.sweep_age),
     };
-    let (tell, mut destroyed) = unbounded_channel();
-    let destroyer = Destroyer::start(&lock.pins().maps(), settings, tell).context("looking after sockets")?;
+    let mut destroyer = Destroyer::start(&lock.pins().maps(), settings).context("looking after sockets")?;
     let mut trouble = destroyer.problems();
     let mut withdrawals = agent.reconciler.withdrawals();
     let mut look = tokio::time::interval(LOOK);
@@ -185,8 +189,8 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
             }
             Ok(()) = grace.changed() => agent.reconciler.reclaim(),
             Ok(()) = addresses.changed() => agent.follow_addresses(),
+            Some(event) = destroyer.destroyed() => agent.tell(&event),
             Ok(()) = trouble.changed() => agent.note_sockets(trouble.borrow_and_update().clone()),
-            Some(event) = destroyed.recv() => agent.tell(&event),
             _ = look.tick() => end_orphaned_trace(agent.reconciler.maps().pinned(), lock.pins())?,
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,

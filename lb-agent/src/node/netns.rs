@@ -84,6 +84,14 @@ impl Namespaces {
         self.sees_all
     }
 
+    /// Looks for the first process's namespace and enters it: what is needed for that is needed for all others.
+    ///
+    /// # Errors
+    /// Where that is not allowed.
+    pub(crate) fn probe() -> io::Result<()> {
+        within(&File::open("/proc/1/ns/net")?, || ())
+    }
+
     /// Runs `work` in those of the wanted namespaces (by cookie) that can be found; it gets the cookie. To be called on
     /// a thread that is in the node's namespace.
     pub(crate) fn visit<T: Send>(&mut self, wanted: &BTreeSet<u64>, work: impl Fn(u64) -> T + Sync) -> Visit<T> {
