@@ -250,24 +250,29 @@ pub(super) fn list(args: &ReadArgs) -> anyhow::Result<()> {
         "NETNS",
     ];
     output::rows(args.output, header, &rows, Row::cells)?;
-    for why in unseen(&sockets) {
-        output::complain(&format!("sockets are not all known: {why}"));
+    if let Some(why) = unseen(&wanted, &sockets) {
+        output::complain(&format!("not all sockets could be looked at: {why}"));
     }
     Ok(())
 }
 
-/// Namespaces that could not be looked into, and why.
-fn unseen(sockets: &Sockets) -> Vec<String> {
-    let refused = sockets.refused.iter();
-    let mut all: Vec<_> = refused
-        .map(|(path, error)| format!("{}: {error}", path.display()))
-        .collect();
+/// Why some of the wanted namespaces could not be looked into.
+fn unseen(wanted: &BTreeSet<u64>, sockets: &Sockets) -> Option<String> {
     let failed = sockets
         .visited
         .iter()
-        .filter_map(|(netns, it)| Some((netns, it.as_ref().err()?)));
-    all.extend(failed.map(|(netns, error)| format!("network namespace {netns}: {error}")));
-    all
+        .find_map(|(netns, it)| Some((netns, it.as_ref().err()?)));
+    if let Some((netns, error)) = failed {
+        return Some(format!("network namespace {netns}: {error}"));
+    }
+    let is_known = |netns| sockets.visited.contains_key(netns) || sockets.missing.contains(netns);
+    if wanted.iter().all(is_known) {
+        return None;
+    }
+    Some(match sockets.refused.first() {
+        Some((path, error)) => format!("{}: {error} ({} in all)", path.display(), sockets.refused.len()),
+        None => "network namespaces of other process namespaces are not found (hostPID)".into(),
+    })
 }
 
 #[cfg(test)]
@@ -368,7 +373,11 @@ mod tests {
             ..of_another(&[])
         };
         assert_eq!(state(&given(), &failed), State::Unknown);
-        assert_eq!(unseen(&failed).len(), 1);
+        let wanted = [7].into();
+        assert!(unseen(&wanted, &failed).is_some_and(|why| why.starts_with("network namespace 7: ")));
+        assert!(unseen(&wanted, &of_another(&[])).is_some());
+        assert_eq!(unseen(&wanted, &of_another(&[7])), None);
+        assert_eq!(unseen(&wanted, &there), None);
     }
 
     #[test]
