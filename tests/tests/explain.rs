@@ -11,6 +11,7 @@ use lb_agent::maps::bpf::PinnedMaps;
 use lb_common::abi::DropReason;
 use lb_tests::load::Stage;
 use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::puppet::plain;
 use lb_tests::{
     Agent, Answer, Call, Cluster, Connect, Kind, Node, Place, Pod, Process, Random, Running, Testbed, patience,
 };
@@ -235,7 +236,7 @@ fn connect_udp(from: &Place, to: SocketAddr, served: bool) -> Result<Tried> {
             }
             _ if served => {
                 socket.send("hello")?;
-                tried.reached.insert(socket.answered(to, "hello")?);
+                tried.reached.insert(socket.answered(plain(to), "hello")?);
             }
             _ => {}
         }
@@ -481,13 +482,30 @@ fn in_short(answer: &Value) -> String {
     }
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    V4,
+    V6,
+    /// IPv4 as an IPv6 socket names it.
+    Mapped,
+}
+
+impl Family {
+    fn write(self, address: IpAddr) -> IpAddr {
+        match (self, address) {
+            (Self::Mapped, IpAddr::V4(v4)) => v4.to_ipv6_mapped().into(),
+            _ => address,
+        }
+    }
+}
+
 /// All rows, from the client pod and from the node.
-fn every_row(proto: Protocol, v6: bool) -> Result<()> {
+fn every_row(proto: Protocol, family: Family) -> Result<()> {
     let setup = setup(|pods| Ok(services(pods)), &[])?;
     let maps = setup.maps()?;
     let (pod, node) = (Client::new(&setup.client)?, Client::new(setup.node())?);
     for (to, n, port, of_pod, of_node) in ROWS {
-        let at = SocketAddr::new(to.address(*n, v6, setup.node()), *port);
+        let at = SocketAddr::new(family.write(to.address(*n, family == Family::V6, setup.node())), *port);
         for (client, expected) in [(&pod, of_pod), (&node, of_node)] {
             let answer = compare(&setup, &maps, client, proto, at)?;
             assert_eq!(
@@ -510,22 +528,32 @@ fn every_row(proto: Protocol, v6: bool) -> Result<()> {
 
 #[test]
 fn every_row_by_tcp_on_ipv4() -> Result<()> {
-    every_row(Protocol::Tcp, false)
-}
-
-#[test]
-fn every_row_by_tcp_on_ipv6() -> Result<()> {
-    every_row(Protocol::Tcp, true)
+    every_row(Protocol::Tcp, Family::V4)
 }
 
 #[test]
 fn every_row_by_udp_on_ipv4() -> Result<()> {
-    every_row(Protocol::Udp, false)
+    every_row(Protocol::Udp, Family::V4)
+}
+
+#[test]
+fn every_row_by_tcp_on_ipv6() -> Result<()> {
+    every_row(Protocol::Tcp, Family::V6)
 }
 
 #[test]
 fn every_row_by_udp_on_ipv6() -> Result<()> {
-    every_row(Protocol::Udp, true)
+    every_row(Protocol::Udp, Family::V6)
+}
+
+#[test]
+fn every_row_by_tcp_on_ipv6_sockets_to_ipv4() -> Result<()> {
+    every_row(Protocol::Tcp, Family::Mapped)
+}
+
+#[test]
+fn every_row_by_udp_on_ipv6_sockets_to_ipv4() -> Result<()> {
+    every_row(Protocol::Udp, Family::Mapped)
 }
 
 #[test]

@@ -191,7 +191,11 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
             Ok(()) = addresses.changed() => agent.follow_addresses(),
             Some(event) = destroyer.destroyed() => agent.tell(&event),
             Ok(()) = trouble.changed() => agent.note_sockets(trouble.borrow_and_update().clone()),
-            _ = look.tick() => end_orphaned_trace(agent.reconciler.maps().pinned(), lock.pins())?,
+            _ = look.tick() => {
+                if let Err(error) = end_orphaned_trace(agent.reconciler.maps().pinned(), lock.pins()) {
+                    warn!(%error, "looking for a trace that was killed");
+                }
+            }
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }

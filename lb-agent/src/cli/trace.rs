@@ -1,8 +1,9 @@
 //! `trace`: what the programs do, as it happens.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use aya::maps::{Map, MapData, RingBuf};
@@ -64,7 +65,7 @@ const ALL: u32 =
 /// How many events are shown before signals are looked at.
 const TURN: usize = 256;
 
-/// How often the counter of lost events is looked at.
+/// How often the counter of lost events is looked at, and the addresses of the Service that is asked for.
 const LOOK: Duration = Duration::from_millis(500);
 
 /// One event, for people and programs.
@@ -176,6 +177,10 @@ struct Tracer<'a> {
     /// The counter of lost events, when it was last looked at.
     lost: u64,
     lost_before: u64,
+    /// Addresses of the Service that is asked for.
+    addresses: BTreeSet<Addr>,
+    /// When they were read.
+    addresses_read: Option<Instant>,
 }
 
 impl<'a> Tracer<'a> {
@@ -190,6 +195,8 @@ impl<'a> Tracer<'a> {
             shown: 0,
             lost,
             lost_before: lost,
+            addresses: BTreeSet::new(),
+            addresses_read: None,
         })
     }
 
@@ -226,16 +233,22 @@ impl<'a> Tracer<'a> {
     }
 
     /// Whether an address is the Service's: a port that it does not have leads to no service.
-    fn has_address(&self, service: &ServiceName, addr: Addr) -> anyhow::Result<bool> {
-        for (key, value) in self.maps.frontends()? {
-            if key.addr == addr && value.service != 0 {
-                let name = self.maps.name(value.service)?;
-                if service.is(&Owner::of(name.as_ref())) {
-                    return Ok(true);
-                }
-            }
+    fn has_address(&mut self, service: &ServiceName, addr: Addr) -> anyhow::Result<bool> {
+        if self.addresses_read.is_none_or(|at| at.elapsed() >= LOOK) {
+            let names = self.maps.names()?;
+            let its: BTreeSet<u32> = names
+                .iter()
+                .filter(|(_, name)| service.is(&Owner::of(Some(name))))
+                .map(|(index, _)| *index)
+                .collect();
+            let frontends = self.maps.frontends()?.into_iter();
+            self.addresses = frontends
+                .filter(|(_, value)| its.contains(&value.service))
+                .map(|(key, _)| key.addr)
+                .collect();
+            self.addresses_read = Some(Instant::now());
         }
-        Ok(false)
+        Ok(self.addresses.contains(&addr))
     }
 
     /// Says how many events were lost since the last look.
