@@ -288,31 +288,45 @@ fn any_service(n: u8) -> impl Strategy<Value = [crate::model::Object; 2]> {
 
 /// What three Services make of the maps, then clients that were seen, and changes that an update is in the middle of.
 fn any_maps() -> impl Strategy<Value = Snapshot> {
+    const SETS: u16 = backend_flags::INTERNAL | backend_flags::EXTERNAL | backend_flags::CLUSTER;
     let services = (any_service(1), any_service(2), any_service(3));
-    let client = (prop::sample::select(vec![1_u64, 7]), 1..4_u32);
-    let entry = (0..13_u32, prop::sample::select(vec![1_u32, 2, 3]), 0..100_u64);
-    let clients = prop::collection::vec((client, entry), 0..6);
-    let flags = prop::collection::vec((0..13_usize, 0..16_u16, any::<bool>()), 0..4);
-    let ranges = prop::option::of(1..4_usize);
-    (services, clients, flags, ranges).prop_map(|(([a, b], [c, d], [e, f]), clients, changes, ranges)| {
+    // A network namespace, a backend, whether it is the one that was meant, and when.
+    let client = (
+        prop::sample::select(vec![1, 7]),
+        0..13_u32,
+        prop::bool::weighted(0.8),
+        0..100_u64,
+    );
+    let clients = prop::collection::vec(client, 0..6);
+    let flags = prop::sample::select(vec![0, backend_flags::LOCAL, SETS]);
+    let backends = prop::collection::vec((0..13_usize, flags, prop::bool::weighted(0.2)), 0..4);
+    let (ranges, emptied) = (prop::option::of(1..4_usize), prop::option::of(1..4_usize));
+    let changes = (clients, backends, ranges, emptied);
+    (services, changes).prop_map(|(([a, b], [c, d], [e, f]), (clients, backends, ranges, emptied))| {
         let mut maps = snapshot([a, b, c, d, e, f]);
-        for ((netns, service), (backend, generation, used)) in clients {
-            let used = used * SECOND;
-            let entry = Affinity {
-                backend,
-                generation,
-                used,
-            };
-            maps.affinity.insert(AffinityKey::of_netns(netns, service), entry);
-        }
-        for (id, flags, withdrawn) in changes {
+        for (id, flags, withdrawn) in backends {
             if let Some(backend) = maps.dump.backends.get_mut(id) {
                 backend.flags = flags;
                 backend.generation += u32::from(withdrawn);
             }
         }
+        for (netns, id, is_meant, used) in clients {
+            if let Some(backend) = maps.dump.backends.get(id as usize) {
+                let entry = Affinity {
+                    backend: id,
+                    generation: backend.generation + if is_meant { 0 } else { 2 },
+                    used: used * SECOND,
+                };
+                maps.affinity
+                    .insert(AffinityKey::of_netns(netns, backend.service), entry);
+            }
+        }
         if let Some(index) = ranges {
             maps.dump.services[index].flags |= service_flags::SOURCE_RANGES;
+        }
+        if let Some(index) = emptied {
+            let service = &mut maps.dump.services[index];
+            (service.internal.len, service.cluster.len) = (0, 0);
         }
         maps
     })
