@@ -170,7 +170,9 @@ fn served(
     for port in [Port::tcp("web", target[0]), Port::udp("dns", target[1])] {
         for v6 in [false, true] {
             let family: Vec<_> = endpoints.iter().filter(|(ip, _)| ip.is_ipv6() == v6).copied().collect();
-            text += &slice(name, port, &family);
+            if !family.is_empty() {
+                text += &slice(name, port, &family);
+            }
         }
     }
     text
