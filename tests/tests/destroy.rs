@@ -14,6 +14,7 @@ use lb_tests::manifests::{Manifests, Port, service, slice_with_conditions};
 use lb_tests::puppet::plain;
 use lb_tests::{
     Agent, Answer, Call, Cluster, Kind, Place, Pod, Process, Puppet, Running, Testbed, patience, scaled_above,
+    unit_capabilities,
 };
 use serde_json::Value;
 
@@ -421,6 +422,28 @@ fn an_agent_that_dies_after_the_removal_leaves_the_rest_to_the_next() -> Result<
     setup.agent.start_again()?;
     setup.agent.wait_ready(&|| false)?;
     setup.only(0, &setup.client, &a, AT_MOST)?;
+    sockets.iter_mut().try_for_each(is_destroyed)?;
+    let problems = setup.agent.status()?.problems;
+    ensure!(problems.iter().all(|p| p.place.starts_with("cgroup")), "{problems:?}");
+    Ok(())
+}
+
+#[test]
+fn the_capabilities_of_the_systemd_unit_reach_pods() -> Result<()> {
+    let mut setup = setup(&[])?;
+    let [a, b] = setup.servers.clone();
+    setup.agent.kill()?;
+    let _agent = restricted(&setup, &unit_capabilities()?)?;
+    let mut sockets = Vec::new();
+    for place in setup.places() {
+        for way in dns() {
+            sockets.push(connect(place, way, &a)?);
+        }
+    }
+    setup.manifests.write("dns.yaml", &dns_with(&[(&b, READY)]))?;
+    for place in setup.places() {
+        eventually("no socket is left", || Ok(connected(place, "--udp", &a)? == 0))?;
+    }
     sockets.iter_mut().try_for_each(is_destroyed)?;
     let problems = setup.agent.status()?.problems;
     ensure!(problems.iter().all(|p| p.place.starts_with("cgroup")), "{problems:?}");
