@@ -39,7 +39,7 @@ pub mod manifests;
 pub mod puppet;
 
 pub use absences::Absences;
-pub use agent::{Agent, Problem, Running, Status};
+pub use agent::{Agent, Problem, Running, Status, unit_capabilities};
 pub use cleanup::remove_leftovers;
 pub use cluster::{Client, Cluster, ClusterBuilder, Node, Pod, Underlay};
 pub use load::{Connect, Holding, Load, Testbed};

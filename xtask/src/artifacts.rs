@@ -12,8 +12,12 @@ use crate::bed::Programs;
 use crate::command::cargo;
 use crate::root;
 
-/// C compilers, and the names of what they make of the client that looks names up.
-const RESOLVERS: [(&str, &str); 2] = [("cc", "lb-resolve-glibc"), ("musl-gcc", "lb-resolve-musl")];
+/// C compilers, how they link, and the names of what they make of the client that looks names up. Static with musl: its
+/// loader is not where tests run.
+const RESOLVERS: [(&str, &str, &str); 2] = [
+    ("cc", "-pie", "lb-resolve-glibc"),
+    ("musl-gcc", "-static", "lb-resolve-musl"),
+];
 
 /// An executable with tests.
 #[derive(Debug)]
@@ -62,10 +66,13 @@ impl Built {
     fn add_resolvers(&mut self) -> anyhow::Result<()> {
         let source = root().join("tests/clients/resolve.c");
         let beside = self.program("lb-testbed")?;
-        for (compiler, name) in RESOLVERS {
+        for (compiler, linked, name) in RESOLVERS {
             let made = beside.with_file_name(name);
             let mut command = Command::new(compiler);
-            command.args(["-O2", "-Wall", "-Werror", "-o"]).arg(&made).arg(&source);
+            command
+                .args(["-O2", "-Wall", "-Werror", linked, "-o"])
+                .arg(&made)
+                .arg(&source);
             let done = command.status().with_context(|| format!("cannot run {compiler}"))?;
             ensure!(done.success(), "{compiler} does not build {}", source.display());
             self.programs.insert(name.to_owned(), made);

@@ -190,7 +190,7 @@ impl Worker {
         }
         let why = Namespaces::probe().err();
         let why =
-            why.map(|error| format!("{error}: sockets of pods are left alone (CAP_SYS_PTRACE and CAP_SYS_ADMIN)"));
+            why.map(|error| format!("{error}: sockets of pods are left alone (CAP_SYS_ADMIN and CAP_SYS_PTRACE)"));
         self.note("entering network namespaces", why);
         if !self.namespaces.sees_all() {
             let why = "not in the machine's process namespace (hostPID): sockets of pods may not be found";
@@ -340,11 +340,8 @@ impl Worker {
     /// Tells of namespaces that cannot be looked into.
     fn refusals<T>(&mut self, visit: &Visit<T>) {
         let why = visit.refused.first().map(|(path, error)| {
-            format!(
-                "{}: {error} ({} in all): sockets there are left alone",
-                path.display(),
-                visit.refused.len()
-            )
+            let path = path.display();
+            format!("some cannot be found, and their sockets are left alone: {path}: {error}")
         });
         self.note("other network namespaces", why);
     }

@@ -144,7 +144,7 @@ mod tests {
             (6, socket(Tcp, ESTABLISHED, "10.10.1.2:53"), true),
             (6, socket(Tcp, 2, "10.10.1.2:53"), true),
             (6, socket(Tcp, LISTEN, "10.10.1.2:53"), false),
-            (6, socket(Tcp, 6, "10.10.1.2:53"), false),
+            (6, socket(Tcp, CLOSED, "10.10.1.2:53"), false),
         ];
         for (proto, socket, destroyed) in cases {
             let expected = if destroyed {
