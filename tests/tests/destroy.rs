@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use aya::maps::{HashMap, Map, MapData};
 use lb_agent::loader::PinPath;
 use lb_agent::maps::bpf::PinnedMaps;
@@ -382,39 +382,40 @@ fn a_connect_that_ends_after_its_backend_was_removed_is_caught() -> Result<()> {
     let maps = PinnedMaps::open(&folder)?;
     let more = Map::HashMap(MapData::from_pin(folder.join(map_name::SOCKETS_MORE))?);
     let mut more: HashMap<_, u64, [u8; size_of::<SocketRecord>()]> = more.try_into()?;
-    let mut sockets = Vec::new();
+    // As if the call lasted as long as this test may, on a slow machine too.
+    let time = lb_tests::monotonic_ns() + patience(Duration::from_secs(20)).as_nanos() as u64;
+    let (mut late, mut elsewhere) = (Vec::new(), Vec::new());
     for way in 0..dns().len() {
-        let mut example = connect(&setup.client, dns()[way], a)?;
-        let Answer::Number(cookie) = example.call(&Call::Cookie)? else {
-            bail!("no cookie");
-        };
+        let mut socket = connect(&setup.client, dns()[way], a)?;
+        let cookie = socket.cookie()?;
         let records = maps.sockets()?;
-        let record = records.iter().find(|record| record.cookie == cookie);
-        let (kind, to) = direct(a)[way];
-        let mut late = bed().puppet(&setup.client, kind)?;
-        let Answer::Number(cookie) = late.call(&Call::Cookie)? else {
-            bail!("no cookie");
-        };
-        let record = SocketRecord {
-            cookie,
-            socket: cookie,
-            spilled: 0,
-            // The call lasts as long as this test may, on a slow machine too.
-            time: lb_tests::monotonic_ns() + patience(Duration::from_secs(20)).as_nanos() as u64,
-            ..*record.context("no record")?
-        };
-        let bytes: [u8; size_of::<SocketRecord>()] = zerocopy::transmute!(record);
-        more.insert(cookie, bytes, 0)?;
-        sockets.push((late, to));
+        let example = records.iter().find(|record| record.cookie == cookie);
+        for (server, sockets) in [(a, &mut late), (b, &mut elsewhere)] {
+            let (kind, to) = direct(server)[way];
+            let mut socket = bed().puppet(&setup.client, kind)?;
+            let cookie = socket.cookie()?;
+            let record = SocketRecord {
+                cookie,
+                socket: cookie,
+                spilled: 0,
+                time,
+                ..*example.context("no record")?
+            };
+            let bytes: [u8; size_of::<SocketRecord>()] = zerocopy::transmute!(record);
+            more.insert(cookie, bytes, 0)?;
+            sockets.push((socket, (kind, to)));
+        }
     }
     setup.publish(&[(b, READY)])?;
     sleep(patience(AT_MOST));
     assert_eq!(connected(&setup.client, "--udp", a)?, 0);
-    for (late, to) in &mut sockets {
-        late.connect(*to)?;
+    // The second half has called connect() once more meanwhile, for another peer.
+    for (socket, (_, to)) in late.iter_mut().chain(&mut elsewhere) {
+        socket.connect(*to)?;
     }
     eventually("no socket is left", || Ok(connected(&setup.client, "--udp", a)? == 0))?;
-    sockets.iter_mut().try_for_each(|(late, _)| is_destroyed(late))
+    late.iter_mut().try_for_each(|(socket, _)| is_destroyed(socket))?;
+    elsewhere.iter_mut().try_for_each(|(socket, way)| talk(socket, *way, b))
 }
 
 #[test]
@@ -614,9 +615,7 @@ fn destroyed_sockets_are_told_to_who_traces() -> Result<()> {
     let [a, b] = &setup.servers;
     let (kind, vip) = dns()[1];
     let mut socket = connect(&setup.client, (kind, vip), a)?;
-    let Answer::Number(cookie) = socket.call(&Call::Cookie)? else {
-        bail!("no cookie");
-    };
+    let cookie = socket.cookie()?;
     let mut command = setup.cluster.node("n1").command(Agent::find(BED.as_ref())?)?;
     command
         .args(["trace", "-o", "json", "--count", "1", "--pin-path"])
