@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use tracing::{debug, info};
 
 use super::judge::{self, CONNECTING, Listing, Suspects, Trace, Verdict};
-use super::netns::{Namespaces, Visit};
+use super::netns::{self, Namespaces, Visit};
 use super::sockdiag::{Destroyed, Protocol, SockDiag, Socket};
 use crate::maps::MapError;
 use crate::maps::records::{Found, Records};
@@ -188,7 +188,7 @@ impl Worker {
             let why = result.err().map(|error| why_not_destroyed(&error));
             self.note(&format!("destroying {protocol:?} sockets"), why);
         }
-        let why = self.namespaces.probe().err();
+        let why = netns::probe().err();
         let why =
             why.map(|error| format!("{error}: sockets of pods are left alone (CAP_SYS_ADMIN and CAP_SYS_PTRACE)"));
         self.note("entering network namespaces", why);
