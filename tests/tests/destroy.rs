@@ -129,6 +129,19 @@ fn dns_with(endpoints: &[(&Pod, &str)]) -> String {
     manifest("dns", "10.96.0.10,fd00:96::10", endpoints)
 }
 
+/// Waits until no more than `count` UDP sockets of a place are connected to a server.
+fn only(count: usize, place: &Place, server: &Pod, within: Duration) -> Result<()> {
+    in_time(within, "removed backend's sockets are destroyed", || {
+        let connected = connected(place, "--udp", server)?;
+        ensure!(
+            connected >= count,
+            "{connected} of {count} are left in {}",
+            place.name()
+        );
+        Ok(connected == count)
+    })
+}
+
 impl Setup {
     /// A pod's sockets and the node's.
     fn places(&self) -> [&Place; 2] {
@@ -144,21 +157,11 @@ impl Setup {
         })
     }
 
-    /// Waits until no more than `count` UDP sockets of a place are connected to a server.
-    fn only(&self, count: usize, place: &Place, server: &Pod, within: Duration) -> Result<()> {
-        in_time(within, "removed backend's sockets are destroyed", || {
-            let connected = connected(place, "--udp", server)?;
-            ensure!(
-                connected >= count,
-                "{connected} of {count} are left in {}",
-                place.name()
-            );
-            Ok(connected == count)
-        })
-    }
-
+    /// What is remembered of connected sockets.
     fn records(&self) -> Result<Vec<Value>> {
-        self.agent.json(&["socket", "list"])
+        let mut rows: Vec<Value> = self.agent.json(&["socket", "list"])?;
+        rows.retain(|row| row["kind"] == "connected");
+        Ok(rows)
     }
 
     /// How many unconnected sockets are remembered.
@@ -304,7 +307,7 @@ fn connected_udp_sockets_of_a_removed_backend_are_destroyed_and_no_others() -> R
     for place in setup.places() {
         // What is left goes there directly, or through the other Service.
         let left = AT_MOST.saturating_sub(published.elapsed());
-        setup.only(2 * dns().len(), place, a, left)?;
+        only(2 * dns().len(), place, a, left)?;
     }
     for (way, sockets) in &mut sockets {
         sockets.check(*way, &setup.servers)?;
@@ -336,7 +339,7 @@ fn a_terminating_backend_keeps_its_sockets_until_it_is_gone() -> Result<()> {
         talk(socket, *way, a)?;
     }
     setup.publish(&[(b, READY)])?;
-    setup.only(0, &setup.client, a, AT_MOST)?;
+    only(0, &setup.client, a, AT_MOST)?;
     for (_, socket) in &mut old {
         is_destroyed(socket)?;
     }
@@ -436,7 +439,7 @@ fn sockets_whose_backend_went_while_no_agent_ran_are_destroyed_at_the_next_start
     setup.agent.start_again()?;
     setup.agent.wait_ready(&|| false)?;
     for place in setup.places() {
-        setup.only(0, place, &a, AT_MOST)?;
+        only(0, place, &a, AT_MOST)?;
     }
     sockets.iter_mut().try_for_each(|(_, socket)| is_destroyed(socket))
 }
@@ -468,7 +471,7 @@ fn an_agent_that_dies_after_the_removal_leaves_the_rest_to_the_next() -> Result<
     bound.kill()?;
     setup.agent.start_again()?;
     setup.agent.wait_ready(&|| false)?;
-    setup.only(0, &setup.client, &a, AT_MOST)?;
+    only(0, &setup.client, &a, AT_MOST)?;
     sockets.iter_mut().try_for_each(is_destroyed)?;
     let problems = setup.agent.status()?.problems;
     ensure!(problems.iter().all(|p| p.place.starts_with("cgroup")), "{problems:?}");
@@ -559,7 +562,7 @@ fn records_without_a_socket_are_swept_and_others_stay() -> Result<()> {
     let doomed = setup.cluster.add_pod("n1", "doomed")?;
     let old = connect(&doomed, dns()[0], a)?;
     setup.publish(&[(b, READY)])?;
-    setup.only(0, &doomed, a, AT_MOST)?;
+    only(0, &doomed, a, AT_MOST)?;
     drop(old);
     eventually("it is forgotten", || Ok(setup.records()?.is_empty()))?;
 

@@ -15,9 +15,9 @@ use tracing::{debug, error, info, warn};
 
 use super::{CapacityArgs, PinArgs, SourceArgs};
 use crate::actual::pad;
-use crate::loader::{self, Cgroup, Lock, OBJECT, SocketLb, TraceLock};
+use crate::loader::{self, Cgroup, LoadError, Lock, OBJECT, PinPath, SocketLb, TraceLock};
 use crate::maps::Maps as _;
-use crate::maps::bpf::BpfMaps;
+use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
 use crate::model::{Batch, Problem};
 use crate::node::addrs::{self, Selection, Snapshot, Wanted};
@@ -50,14 +50,15 @@ pub(super) struct RunArgs {
     /// Milliseconds after which a socket record may be swept, and between two sweeps; for tests
     #[arg(long, value_name = "MS", default_value_t = 60_000, hide = true)]
     sweep_age: u64,
-    #[command(flatten)]
-    capacities: CapacityArgs,
     /// Format of the log, on the error output; what it contains is set by RUST_LOG
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
     /// Load this eBPF object in place of the one that is part of the program; for developers
     #[arg(long, value_name = "FILE", hide = true)]
     ebpf_object: Option<PathBuf>,
+    // Last: its heading is that of all that follows.
+    #[command(flatten)]
+    capacities: CapacityArgs,
 }
 
 /// Which addresses serve node ports.
@@ -107,6 +108,9 @@ enum LogFormat {
     Json,
 }
 
+/// Time between two looks for a trace that was killed.
+const LOOK: Duration = Duration::from_secs(5);
+
 pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
@@ -137,10 +141,7 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     let socket_lb = SocketLb::from(args.socket_lb);
     let object = other.as_deref().unwrap_or(OBJECT);
     let maps = loader::load(object, &lock, &args.capacities.into(), socket_lb)?;
-    if TraceLock::take(lock.pins())?.is_some() {
-        // Nobody traces: what one that was killed asked for is not wanted any more.
-        maps.pinned().write_events(0);
-    }
+    end_orphaned_trace(maps.pinned(), lock.pins())?;
     let mut grace = maps.grace_watch();
 
     // Watching begins before the first look, so that no change falls in between.
@@ -177,6 +178,7 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     let mut destroyer = Destroyer::start(&lock.pins().maps(), settings).context("looking after sockets")?;
     let mut trouble = destroyer.problems();
     let mut withdrawals = agent.reconciler.withdrawals();
+    let mut look = tokio::time::interval(LOOK);
 
     loop {
         tokio::select! {
@@ -189,6 +191,7 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
             Ok(()) = addresses.changed() => agent.follow_addresses(),
             Some(event) = destroyer.destroyed() => agent.tell(&event),
             Ok(()) = trouble.changed() => agent.note_sockets(trouble.borrow_and_update().clone()),
+            _ = look.tick() => end_orphaned_trace(agent.reconciler.maps().pinned(), lock.pins())?,
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
@@ -198,6 +201,16 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
         }
     }
     info!("stopped; what is pinned goes on serving (`lb-agent cleanup` ends it)");
+    Ok(())
+}
+
+/// Makes the programs write no events where whoever asked for them was killed.
+fn end_orphaned_trace(maps: &PinnedMaps, pins: &PinPath) -> Result<(), LoadError> {
+    if maps.config().events != 0
+        && let Some(_lock) = TraceLock::take(pins)?
+    {
+        maps.write_events(0);
+    }
     Ok(())
 }
 
@@ -297,6 +310,13 @@ impl Agent {
         self.node_ports.problem = message.map(|message| Problem { place, message });
     }
 
+    /// Tells whoever traces.
+    fn tell(&self, event: &Event) {
+        if let Err(error) = self.reconciler.maps().tell(event) {
+            warn!(%error, "an event is lost");
+        }
+    }
+
     /// The node's addresses have changed.
     fn follow_addresses(&mut self) {
         self.write_addresses();
@@ -309,13 +329,6 @@ impl Agent {
         self.trouble = trouble;
         self.publish_problems();
         self.publish_state();
-    }
-
-    /// A socket was destroyed.
-    fn tell(&self, event: &Event) {
-        if let Err(error) = self.reconciler.maps().tell(event) {
-            error!(%error, "cannot tell `lb-agent trace` of a destroyed socket");
-        }
     }
 
     fn publish_state(&self) {

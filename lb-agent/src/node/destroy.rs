@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use tracing::{debug, info};
 
 use super::judge::{self, CONNECTING, Listing, Suspects, Trace, Verdict};
-use super::netns::{self, Namespaces, Visit};
+use super::netns::{Namespaces, Visit};
 use super::sockdiag::{Destroyed, Protocol, SockDiag, Socket};
 use crate::maps::MapError;
 use crate::maps::records::{Found, Records};
@@ -188,7 +188,7 @@ impl Worker {
             let why = result.err().map(|error| why_not_destroyed(&error));
             self.note(&format!("destroying {protocol:?} sockets"), why);
         }
-        let why = netns::probe().err();
+        let why = Namespaces::probe().err();
         let why =
             why.map(|error| format!("{error}: sockets of pods are left alone (CAP_SYS_ADMIN and CAP_SYS_PTRACE)"));
         self.note("entering network namespaces", why);
@@ -272,7 +272,7 @@ impl Worker {
             .map(|f| f.record.netns)
             .chain(flows.iter().map(|(_, f)| f.netns))
             .collect();
-        let visit = self.namespaces.visit(&wanted, |_| list(&Protocol::ALL));
+        let visit = self.namespaces.visit(&wanted, |_| list_sockets(&Protocol::ALL));
         self.refusals(&visit);
         // Where a namespace could not be listed, nothing is known to be gone.
         let is_gone = |netns: u64, cookie: u64| match visit.visited.get(&netns) {
@@ -395,7 +395,7 @@ fn destroy(records: &Records, dead: &[Found], begun: u64) -> Done {
 fn try_destroy(records: &Records, dead: &[Found], begun: u64, done: &mut Done) -> io::Result<()> {
     let is_there = |protocol: &Protocol| dead.iter().any(|found| found.record.proto == *protocol as u8);
     let protocols: Vec<_> = Protocol::ALL.into_iter().filter(is_there).collect();
-    let listing = list(&protocols)?;
+    let listing = list_sockets(&protocols)?;
     let mut diag = SockDiag::open()?;
     for found in dead {
         match judge::of_removed(&found.record, &listing, begun) {
@@ -418,7 +418,7 @@ fn try_destroy(records: &Records, dead: &[Found], begun: u64, done: &mut Done) -
 }
 
 /// The sockets of the network namespace of the calling thread.
-fn list(protocols: &[Protocol]) -> io::Result<Listing> {
+pub(crate) fn list_sockets(protocols: &[Protocol]) -> io::Result<Listing> {
     let mut diag = SockDiag::open()?;
     let mut listing = Listing::new();
     for protocol in protocols {

@@ -9,10 +9,10 @@ use lb_common::abi::SocketRecord;
 use super::sockdiag::{Protocol, Socket};
 
 /// How long connect() may take from the record of a choice to the socket's having that destination, in nanoseconds.
-pub(super) const CONNECTING: u64 = 1_000_000_000;
+pub(crate) const CONNECTING: u64 = 1_000_000_000;
 
 /// Sockets of one network namespace, by cookie.
-pub(super) type Listing = BTreeMap<u64, Socket>;
+pub(crate) type Listing = BTreeMap<u64, Socket>;
 
 /// What to do about a record whose backend was removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

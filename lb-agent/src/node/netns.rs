@@ -34,14 +34,6 @@ pub(crate) fn within<T: Send>(netns: &File, work: impl FnOnce() -> T + Send) -> 
     })
 }
 
-/// Enters the namespace of the calling thread once more: what is needed for that is needed for others.
-///
-/// # Errors
-/// Where that is not allowed.
-pub(crate) fn probe() -> io::Result<()> {
-    within(&File::open("/proc/thread-self/ns/net")?, || ())
-}
-
 /// What became of the wish to visit some namespaces.
 #[derive(Debug)]
 pub(crate) struct Visit<T> {
@@ -90,6 +82,14 @@ impl Namespaces {
     /// Whether processes of other process namespaces can be seen.
     pub(crate) fn sees_all(&self) -> bool {
         self.sees_all
+    }
+
+    /// Enters the namespace that it is in already: what is needed for that is needed for others.
+    ///
+    /// # Errors
+    /// Where that is not allowed.
+    pub(crate) fn probe() -> io::Result<()> {
+        within(&File::open("/proc/thread-self/ns/net")?, || ())
     }
 
     /// Runs `work` in those of the wanted namespaces (by cookie) that can be found; it gets the cookie. To be called on
