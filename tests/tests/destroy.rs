@@ -60,13 +60,14 @@ fn direct(pod: &Pod) -> [Way; 4] {
 }
 
 /// TCP, and MPTCP, to the Service.
-fn streams() -> [Way; 4] {
+fn streams() -> [Way; 5] {
     let [(_, v4), (_, v6), (_, mapped), _] = dns();
     [
         (Kind::Tcp4, v4),
         (Kind::Tcp6, v6),
         (Kind::Tcp6, mapped),
         (Kind::Mptcp4, v4),
+        (Kind::Mptcp6, v6),
     ]
 }
 
@@ -445,14 +446,16 @@ fn sockets_whose_backend_went_while_no_agent_ran_are_destroyed_at_the_next_start
 }
 
 #[test]
-fn an_agent_that_dies_after_the_removal_leaves_the_rest_to_the_next() -> Result<()> {
+fn what_an_agent_may_not_reach_is_named_and_left_to_the_next() -> Result<()> {
     let mut setup = setup(&[])?;
     let [a, b] = setup.servers.clone();
-    let mut sockets = Vec::new();
+    let node = setup.cluster.node("n1");
+    let (mut sockets, mut nodes) = (Vec::new(), Vec::new());
     for way in dns() {
         sockets.push(connect(&setup.client, way, &a)?);
+        nodes.push(connect(node, way, &a)?);
     }
-    // It publishes, but cannot destroy.
+    // It publishes, and reaches sockets of the node only.
     setup.agent.kill()?;
     setup.manifests.write("dns.yaml", &dns_with(&[(&b, READY)]))?;
     let mut bound = restricted(&setup, "-all,+bpf,+perfmon,+net_admin")?;
@@ -466,6 +469,10 @@ fn an_agent_that_dies_after_the_removal_leaves_the_rest_to_the_next() -> Result<
             .iter()
             .any(|problem| problem.place == "entering network namespaces" && problem.message.contains("CAP_SYS_ADMIN")))
     })?;
+    eventually("sockets of the node are destroyed", || {
+        Ok(connected(node, "--udp", &a)? == 0)
+    })?;
+    nodes.iter_mut().try_for_each(is_destroyed)?;
     sleep(patience(AT_MOST) + AT_MOST / 2);
     assert_eq!(connected(&setup.client, "--udp", &a)?, sockets.len());
     bound.kill()?;
