@@ -190,6 +190,17 @@ impl Puppet {
         }
     }
 
+    /// `SO_COOKIE`.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn cookie(&mut self) -> Result<u64> {
+        match self.call(&Call::Cookie)? {
+            Answer::Number(cookie) => Ok(cookie),
+            other => bail!("SO_COOKIE: {other:?}"),
+        }
+    }
+
     /// Sends a question to a datagram server by `sendto`, and returns the name of the server; the answer must come from
     /// `to`.
     ///

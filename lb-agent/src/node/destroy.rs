@@ -224,7 +224,7 @@ impl Worker {
         if dead.is_empty() {
             return Ok(0);
         }
-        let wanted = dead.keys().copied().collect();
+        let wanted: BTreeSet<u64> = dead.keys().copied().collect();
         let records = &self.records;
         let nothing = Vec::new();
         let visit = self.namespaces.visit(&wanted, |netns| {
@@ -232,7 +232,10 @@ impl Worker {
             destroy(records, dead, begun)
         });
         self.refusals(&visit);
-        let (mut open, mut stale, mut missing) = (0, Vec::new(), Vec::new());
+        // Who is in a namespace that could not be looked into is not known.
+        let is_seen = |netns: &&u64| visit.visited.contains_key(netns) || visit.missing.contains(netns);
+        let mut open = wanted.len() - wanted.iter().filter(is_seen).count();
+        let (mut stale, mut missing) = (Vec::new(), Vec::new());
         for (netns, done) in visit.visited {
             for (found, socket) in &done.destroyed {
                 self.tell_of_destroyed(found, socket);
