@@ -82,7 +82,7 @@ pub(crate) const TOOLS: [Tool; 11] = [
 ];
 
 /// What tests in virtual machines start besides.
-pub(crate) const MACHINE_TOOLS: [Tool; 3] = [
+pub(crate) const MACHINE_TOOLS: [Tool; 4] = [
     Tool {
         program: "qemu-system-x86_64",
         package: "qemu-system-x86",
@@ -94,6 +94,10 @@ pub(crate) const MACHINE_TOOLS: [Tool; 3] = [
     Tool {
         program: "xz",
         package: "xz-utils",
+    },
+    Tool {
+        program: "strip",
+        package: "binutils",
     },
 ];
 

@@ -99,7 +99,13 @@ pub(super) fn write(kernel: &Kernel, job: &Job, slow: u32) -> Result<File> {
         image.tree(&root().join(dir))?;
     }
     for (at, from) in &job.files {
-        image.file(at, from)?;
+        // Half of a program is what a debugger wants, and the archive has to fit into memory.
+        let small = tempfile::NamedTempFile::new_in(kernel::cache()).context("cannot create a file")?;
+        let mut strip = Command::new("strip");
+        strip.arg("--strip-debug").arg("-o").arg(small.path()).arg(from);
+        let done = strip.status().context("cannot run strip")?;
+        ensure!(done.success(), "strip cannot read {}", from.display());
+        image.file(at, small.path())?;
         add_libraries(&mut image, from)?;
     }
     for step in &job.steps {
