@@ -381,6 +381,9 @@ fn why_not_destroyed(error: &io::Error) -> String {
         Some(libc::EOPNOTSUPP) => {
             "this kernel is built without CONFIG_INET_DIAG_DESTROY: sockets of removed backends live on".into()
         }
+        Some(libc::ENOENT) => {
+            "this kernel lacks the modules tcp_diag and udp_diag: sockets of removed backends live on".into()
+        }
         _ => format!("sockets of removed backends live on: {error}"),
     }
 }

@@ -31,7 +31,7 @@ const PRINTERS: [&str; 4] = [
 ];
 
 /// Modules that the bed needs.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 10] = [
     "veth",
     "bridge",
     "vxlan",
@@ -40,6 +40,9 @@ const MODULES: [&str; 8] = [
     "nft_chain_nat",
     "iptable_filter",
     "ip6table_filter",
+    // Listing and destroying sockets.
+    "tcp_diag",
+    "udp_diag",
 ];
 
 /// Folders and files of this machine that tools read.
