@@ -28,7 +28,7 @@ const LIMIT: &str = "40m";
 /// How long a kernel may take to find that it has no file system.
 const PROBE_LIMIT: &str = "10s";
 /// Memory of each.
-const MEMORY: &str = "4G";
+const MEMORY: &str = "3G";
 /// QEMU's emulation, its processors in turn on one thread. With a thread each, one of four boots ended in `Oops: int3`;
 /// the kernel patches its own code with such instructions, and may have been seen half patched.
 const EMULATION: &str = "tcg,thread=single";
