@@ -15,20 +15,25 @@ use lb_tests::Place;
 use serde::Serialize;
 
 /// The source of all but lb's.
-const SOURCE: &str = include_str!("../../../../bench/connect4.bpf.c");
+const SOURCE: &str = include_str!("../../../../bench/sockets.bpf.c");
 
 /// The compiler.
 pub(crate) const CLANG: &str = "clang";
 
 /// The maps of lb that the C programs work on.
-const SHARED: [&str; 7] = [
+const SHARED: [&str; 12] = [
     map_name::FRONTENDS,
     map_name::SERVICES,
     map_name::BACKEND_SLOTS,
+    map_name::BACKENDS,
+    map_name::NODE_ADDRS,
     map_name::SOCKETS,
     map_name::SOCKETS_MORE,
+    map_name::UDP_FLOWS,
+    map_name::AFFINITY,
     map_name::STATS,
     map_name::DROPS,
+    map_name::CONFIG,
 ];
 
 /// Whose programs.
@@ -76,7 +81,7 @@ impl Hook {
 
 /// Compiles the C programs.
 pub(crate) fn compile(scratch: &Path) -> Result<Vec<u8>> {
-    let object = scratch.join("connect4.bpf.o");
+    let object = scratch.join("sockets.bpf.o");
     let mut clang = Command::new(CLANG)
         .args(["-target", "bpf", "-O2", "-g", "-mcpu=v3", "-x", "c", "-c", "-", "-o"])
         .arg(&object)
