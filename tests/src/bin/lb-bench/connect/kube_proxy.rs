@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result};
 use lb_tests::{Place, Process};
 use which::which;
 
-use crate::objects::{self, BACKEND_PORT, SERVICE_PORT};
+use crate::objects::{self, BACKEND_PORT, Family, SERVICE_PORT, Services};
 
 /// The pods' network in the test bed: other sources are masqueraded.
 const CLUSTER_CIDR: &str = "10.10.0.0/16";
@@ -23,21 +23,9 @@ const LARGE_CLUSTER: u32 = 1000;
 /// The most that loading rules may take.
 const LOADING: Duration = Duration::from_secs(300);
 
-/// The Services that rules are made for.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Services {
-    pub(crate) number: u32,
-    pub(crate) endpoints: u32,
-}
-
-impl Services {
-    fn numbers(self) -> impl Iterator<Item = u32> {
-        0..self.number
-    }
-
-    fn backends(self, service: u32) -> impl Iterator<Item = u32> {
-        (0..self.endpoints).map(move |i| service * self.endpoints + i)
-    }
+/// The numbers of a Service's backends.
+fn backends(services: Services, service: u32) -> impl Iterator<Item = u32> {
+    (0..services.endpoints).map(move |i| service * services.endpoints + i)
 }
 
 /// Loads the rules of nftables mode; how long that took.
@@ -70,13 +58,12 @@ fn load(place: &Place, program: &str, arguments: &[&str], rules: &str, file: &Pa
 
 fn nftables(services: Services) -> Result<String> {
     let mut text = NFTABLES.replace("CLUSTER", CLUSTER_CIDR).replace("MARK", MARK);
-    for service in services.numbers() {
-        let vip = objects::vip(service);
+    for service in 0..services.number {
+        let vip = services.vip(service);
         let chain = format!("service-{service:08X}-{}/tcp/http", objects::name(service));
-        let members: Vec<_> = services
-            .backends(service)
+        let members: Vec<_> = backends(services, service)
             .enumerate()
-            .map(|(i, backend)| format!("{i} : {} . {BACKEND_PORT}", objects::backend(backend)))
+            .map(|(i, backend)| format!("{i} : {} . {BACKEND_PORT}", services.backend(backend)))
             .collect();
         writeln!(
             text,
@@ -88,8 +75,8 @@ fn nftables(services: Services) -> Result<String> {
             members.join(", "),
         )?;
         // Only endpoints on the node itself are in this set: one of each Service, say.
-        if let Some(local) = services.backends(service).next() {
-            let local = objects::backend(local);
+        if let Some(local) = backends(services, service).next() {
+            let local = services.backend(local);
             writeln!(
                 text,
                 "add element ip kube-proxy hairpin-connections {{ {local} . {local} . tcp . {BACKEND_PORT} }}"
@@ -158,8 +145,8 @@ fn iptables(services: Services) -> Result<String> {
         }
     };
     let (mut chains, mut rules) = (String::new(), String::new());
-    for service in services.numbers() {
-        let (vip, name) = (objects::vip(service), objects::name(service) + ":http");
+    for service in 0..services.number {
+        let (vip, name) = (services.vip(service), objects::name(service) + ":http");
         let chain = format!("KUBE-SVC-{service:016X}");
         let captured =
             format!("-m comment --comment \"{name} cluster IP\" -m tcp -p tcp -d {vip} --dport {SERVICE_PORT}");
@@ -168,8 +155,8 @@ fn iptables(services: Services) -> Result<String> {
             rules,
             "-A KUBE-SERVICES {captured} -j {chain}\n-A {chain} {captured} ! -s {CLUSTER_CIDR} -j KUBE-MARK-MASQ"
         )?;
-        for (i, backend) in (0..).zip(services.backends(service)) {
-            let (address, endpoint) = (objects::backend(backend), format!("KUBE-SEP-{backend:016X}"));
+        for (i, backend) in (0..).zip(backends(services, service)) {
+            let (address, endpoint) = (services.backend(backend), format!("KUBE-SEP-{backend:016X}"));
             let left = services.endpoints - i;
             let random = if left == 1 {
                 String::new()

@@ -15,7 +15,7 @@ use lb_tests::Place;
 use serde::Serialize;
 
 /// The source of all but lb's.
-const SOURCE: &str = include_str!("../../../../bench/sockets.bpf.c");
+const SOURCE: &str = include_str!("../../../bench/sockets.bpf.c");
 
 /// The compiler.
 pub(crate) const CLANG: &str = "clang";
@@ -50,17 +50,39 @@ pub(crate) enum Maker {
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Hook {
     Connect4,
+    Connect6,
+    Sendmsg4,
+    Sendmsg6,
+    Recvmsg4,
+    Recvmsg6,
     Getpeername4,
+    Getpeername6,
     SockRelease,
 }
 
 impl Hook {
-    pub(crate) const ALL: [Self; 3] = [Self::Connect4, Self::Getpeername4, Self::SockRelease];
+    const ALL: [Self; 9] = [
+        Self::Connect4,
+        Self::Connect6,
+        Self::Sendmsg4,
+        Self::Sendmsg6,
+        Self::Recvmsg4,
+        Self::Recvmsg6,
+        Self::Getpeername4,
+        Self::Getpeername6,
+        Self::SockRelease,
+    ];
 
     pub(crate) fn label(self) -> &'static str {
         match self {
             Self::Connect4 => "connect4",
+            Self::Connect6 => "connect6",
+            Self::Sendmsg4 => "sendmsg4",
+            Self::Sendmsg6 => "sendmsg6",
+            Self::Recvmsg4 => "recvmsg4",
+            Self::Recvmsg6 => "recvmsg6",
             Self::Getpeername4 => "getpeername4",
+            Self::Getpeername6 => "getpeername6",
             Self::SockRelease => "sock_release",
         }
     }
@@ -69,7 +91,13 @@ impl Hook {
         match maker {
             Maker::Lb => match self {
                 Self::Connect4 => program_name::CONNECT4,
+                Self::Connect6 => program_name::CONNECT6,
+                Self::Sendmsg4 => program_name::SENDMSG4,
+                Self::Sendmsg6 => program_name::SENDMSG6,
+                Self::Recvmsg4 => program_name::RECVMSG4,
+                Self::Recvmsg6 => program_name::RECVMSG6,
                 Self::Getpeername4 => program_name::GETPEERNAME4,
+                Self::Getpeername6 => program_name::GETPEERNAME6,
                 Self::SockRelease => program_name::SOCK_RELEASE,
             }
             .to_owned(),
