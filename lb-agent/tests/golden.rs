@@ -1,9 +1,12 @@
 //! Manifests in, a text dump of the maps out: every `golden/NAME.yaml` against its `golden/NAME.maps.txt`.
 //!
+//! Beside it, what `lb-agent COMMAND --help` says, against `help.txt`: the command line is a contract.
+//!
 //! `LB_BLESS=1 cargo test -p lb-agent --test golden` writes the texts anew; the diff is then for a person to judge.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use lb_agent::maps::fake::FakeMaps;
 use lb_agent::maps::{Capacities, Maps as _, dump};
@@ -21,6 +24,11 @@ const CAPACITIES: Capacities = Capacities {
     udp_flows: 64,
     affinity: 64,
 };
+
+/// Whether texts are to be written anew.
+fn blesses() -> bool {
+    std::env::var_os("LB_BLESS").is_some_and(|value| value == "1")
+}
 
 /// What node n1 makes of a manifest.
 fn maps_of(manifest: &Path) -> String {
@@ -42,7 +50,6 @@ fn maps_of(manifest: &Path) -> String {
 #[test]
 fn manifests_give_the_blessed_maps() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let bless = std::env::var_os("LB_BLESS").is_some_and(|value| value == "1");
     let entries = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
     let (mut manifests, texts): (Vec<PathBuf>, Vec<PathBuf>) =
         entries.partition(|path| path.extension().is_some_and(|e| e == "yaml"));
@@ -52,7 +59,7 @@ fn manifests_give_the_blessed_maps() {
     for manifest in &manifests {
         let text = manifest.with_extension("maps.txt");
         let is = maps_of(manifest);
-        if bless {
+        if blesses() {
             fs::write(&text, &is).unwrap();
         }
         let blessed = fs::read_to_string(&text).unwrap_or_default();
@@ -72,5 +79,49 @@ fn manifests_give_the_blessed_maps() {
         failures.is_empty(),
         "{}\nIf that is right: LB_BLESS=1",
         failures.join("\n")
+    );
+}
+
+/// The commands, as one types them.
+const COMMANDS: [&str; 11] = [
+    "",
+    "run",
+    "status",
+    "service list",
+    "backend list",
+    "socket list",
+    "affinity list",
+    "explain",
+    "trace",
+    "verify",
+    "cleanup",
+];
+
+/// What the program says of a command.
+fn help(command: &str) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_lb-agent"))
+        .args(command.split_whitespace())
+        .arg("--help")
+        .env_remove("NODE_NAME")
+        .output()
+        .expect("lb-agent");
+    assert!(output.status.success(), "{command}: {output:?}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+#[test]
+fn the_command_line_is_as_blessed() {
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/help.txt");
+    let is: String = COMMANDS
+        .iter()
+        .map(|command| format!("$ lb-agent {command} --help\n{}\n", help(command)).replace("agent  --", "agent --"))
+        .collect();
+    if blesses() {
+        fs::write(&text, &is).unwrap();
+    }
+    let blessed = fs::read_to_string(&text).unwrap_or_default();
+    assert!(
+        is == blessed,
+        "--- blessed\n{blessed}--- now\n{is}\nIf that is right: LB_BLESS=1"
     );
 }

@@ -112,6 +112,21 @@ impl Status {
     }
 }
 
+/// The capabilities that the systemd unit grants, as setpriv(1) has a bounding set: `-all,+bpf,+net_admin`.
+///
+/// # Errors
+/// Where the unit cannot be read, or says nothing of them.
+pub fn unit_capabilities() -> Result<String> {
+    let unit = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/lb-agent.service");
+    let text = fs::read_to_string(unit).with_context(|| format!("reading {unit}"))?;
+    let granted = text
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="))
+        .with_context(|| format!("no capabilities in {unit}"))?;
+    let names = granted.split_whitespace().map(|name| name.trim_start_matches("CAP_"));
+    Ok(names.fold("-all".to_owned(), |set, name| format!("{set},+{}", name.to_lowercase())))
+}
+
 /// How the agent of a node is started, and asked: binary, manifests and pins. Several processes of it may be started,
 /// one after the other or at once.
 #[derive(Debug, Clone)]

@@ -31,7 +31,6 @@ mod place;
 mod process;
 mod random;
 mod ruleset;
-mod sockets;
 mod statistics;
 
 pub mod demo;
@@ -40,7 +39,7 @@ pub mod manifests;
 pub mod puppet;
 
 pub use absences::Absences;
-pub use agent::{Agent, Problem, Running, Status};
+pub use agent::{Agent, Problem, Running, Status, unit_capabilities};
 pub use cleanup::remove_leftovers;
 pub use cluster::{Client, Cluster, ClusterBuilder, Node, Pod, Underlay};
 pub use load::{Connect, Holding, Load, Testbed};
@@ -48,10 +47,9 @@ pub use mounts::{BPFFS, cgroup2_root, ensure_bpffs};
 pub use pace::{patience, patience_factor, scaled, scaled_above};
 pub use place::{Place, in_netns};
 pub use process::Process;
-pub use puppet::{Answer, Call, Kind, Puppet};
+pub use puppet::{Answer, Call, Churn, Kind, Puppet};
 pub use random::Random;
 pub use ruleset::Ruleset;
-pub use sockets::{Called, Sockets};
 pub use statistics::chi_squared_p;
 
 use anyhow::ensure;

@@ -88,11 +88,18 @@ pub fn service(name: &str, ips: &str, ports: &[Port<'_>], more: &str) -> String 
 /// endpoints the slice is one of IPv4.
 #[must_use]
 pub fn slice(service: &str, port: Port<'_>, endpoints: &[(IpAddr, &str)]) -> String {
+    let endpoints: Vec<_> = endpoints.iter().map(|&(ip, node)| (ip, node, "")).collect();
+    slice_with_conditions(service, port, &endpoints)
+}
+
+/// The same, with what stands in the braces of `conditions`.
+#[must_use]
+pub fn slice_with_conditions(service: &str, port: Port<'_>, endpoints: &[(IpAddr, &str, &str)]) -> String {
     let Port {
         name, port, protocol, ..
     } = port;
     let family = match endpoints.first() {
-        Some((IpAddr::V6(_), _)) => "IPv6",
+        Some((IpAddr::V6(_), ..)) => "IPv6",
         _ => "IPv4",
     };
     let mut text = format!(
@@ -101,8 +108,10 @@ pub fn slice(service: &str, port: Port<'_>, endpoints: &[(IpAddr, &str)]) -> Str
          port: {port}, protocol: {protocol}}}\nendpoints:\n",
         family.to_lowercase()
     );
-    for (address, node) in endpoints {
-        text.push_str(&format!("- {{addresses: [\"{address}\"], nodeName: {node}}}\n"));
+    for (address, node, conditions) in endpoints {
+        text.push_str(&format!(
+            "- {{addresses: [\"{address}\"], nodeName: {node}, conditions: {{{conditions}}}}}\n"
+        ));
     }
     if endpoints.is_empty() {
         text.truncate(text.len() - "endpoints:\n".len());

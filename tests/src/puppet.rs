@@ -1,4 +1,4 @@
-//! A socket somewhere in a cluster that does what a test says, call by call.
+//! A socket somewhere in a cluster that does what a test says, call by call; and one that is made anew all the while.
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -88,6 +88,20 @@ impl Testbed {
         let mut process = Process::spawn_ready(&mut command, patience(CALL))?;
         let stdin = process.take_stdin().context("no standard input")?;
         Ok(Puppet { process, stdin })
+    }
+
+    /// Connects one socket after the other in `place`, as fast as it can; the last 2000 stay open.
+    ///
+    /// # Errors
+    /// When the process cannot be started.
+    pub fn churn(&self, place: &Place, kind: Kind, to: SocketAddr) -> Result<Churn> {
+        let mut command = place.command(self.program())?;
+        command
+            .args(["churn", "--kind", &format!("{kind:?}"), "--to", &to.to_string()])
+            .stdin(Stdio::piped());
+        let mut process = Process::spawn_ready(&mut command, patience(CALL))?;
+        let stdin = process.take_stdin().context("no standard input")?;
+        Ok(Churn { process, stdin })
     }
 
     /// Starts a server of datagrams in `place`; `listen` has entries `ADDR:PORT=NAME`. It answers each datagram with its
@@ -211,6 +225,26 @@ impl Puppet {
             Answer::Failed(errno) => Ok(errno),
             other => bail!("{call:?}: {other:?}, not an error"),
         }
+    }
+}
+
+/// A process that connects one socket after the other. Its last sockets are closed when this is dropped.
+#[derive(Debug)]
+pub struct Churn {
+    process: Process,
+    stdin: ChildStdin,
+}
+
+impl Churn {
+    /// Makes no more, and returns how many there were.
+    ///
+    /// # Errors
+    /// When one could not be connected.
+    pub fn enough(&mut self) -> Result<u64> {
+        // Where it has ended, that shows in the next line.
+        let _ = self.stdin.write_all(b"\n");
+        let line = self.process.line(patience(CALL))?;
+        line.parse().with_context(|| format!("no number: {line}"))
     }
 }
 

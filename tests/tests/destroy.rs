@@ -1,67 +1,92 @@
 //! Sockets whose backend was removed are destroyed, and only those; records without a socket are swept.
 
-use std::net::SocketAddr;
+use std::fs::remove_file;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use lb_tests::manifests::Manifests;
-use lb_tests::{Cluster, Place, Pod, Process, Running, Sockets, Testbed, patience};
-use nix::errno::Errno;
+use lb_agent::loader::PinPath;
+use lb_agent::maps::bpf::PinnedMaps;
+use lb_common::abi::VERSION;
+use lb_tests::manifests::{Manifests, Port, service, slice_with_conditions};
+use lb_tests::puppet::plain;
+use lb_tests::{
+    Agent, Answer, Call, Cluster, Kind, Place, Pod, Process, Puppet, Running, Testbed, patience, scaled_above,
+    unit_capabilities,
+};
 use serde_json::Value;
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-const VIP: &str = "10.96.0.10";
-const DNS: u16 = 53;
+const ECONNABORTED: i32 = 103;
+/// Where servers listen, for datagrams and streams.
+const TARGET: u16 = 5353;
+/// How soon after its publication the removal of a backend must have reached its sockets.
+const AT_MOST: Duration = Duration::from_secs(1);
 
 fn bed() -> Testbed {
     Testbed::new(BED)
 }
 
-fn vip() -> SocketAddr {
-    format!("{VIP}:{DNS}").parse().unwrap()
+/// What a socket is, and where it connects to.
+type Way = (Kind, SocketAddr);
+
+/// All ways in which a UDP socket names a port of two addresses: IPv4, IPv6, and IPv4 on an IPv6 socket, v4-mapped or as
+/// it is.
+fn ways(v4: Ipv4Addr, v6: Ipv6Addr, port: u16) -> [Way; 4] {
+    let mapped = v4.to_ipv6_mapped();
+    [
+        (Kind::Udp4, (v4, port).into()),
+        (Kind::Udp6, (v6, port).into()),
+        (Kind::Udp6, (mapped, port).into()),
+        (Kind::Udp6, (v4, port).into()),
+    ]
 }
 
-/// The address as an IPv6 socket names it.
-fn mapped() -> SocketAddr {
-    format!("[::ffff:{VIP}]:{DNS}").parse().unwrap()
+/// The Service whose backends change.
+fn dns() -> [Way; 4] {
+    ways(Ipv4Addr::new(10, 96, 0, 10), "fd00:96::10".parse().unwrap(), 53)
 }
 
-/// A Service with one port in UDP and TCP, and its endpoints with their conditions.
-fn manifest(endpoints: &[(&Pod, &str)]) -> String {
-    let endpoints: String = endpoints
-        .iter()
-        .map(|(pod, conditions)| {
-            format!(
-                "- {{addresses: [{}], nodeName: n1, conditions: {{{conditions}}}}}\n",
-                pod.address()
-            )
-        })
-        .collect();
-    format!(
-        "apiVersion: v1
-kind: Service
-metadata: {{name: dns, namespace: default}}
-spec:
-  clusterIP: {VIP}
-  ports:
-  - {{name: dns, port: {DNS}, protocol: UDP}}
-  - {{name: dns-tcp, port: {DNS}, protocol: TCP}}
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {{name: dns-1, namespace: default, labels: {{kubernetes.io/service-name: dns}}}}
-addressType: IPv4
-ports:
-- {{name: dns, port: 5353, protocol: UDP}}
-- {{name: dns-tcp, port: 5353, protocol: TCP}}
-endpoints:{}\n{endpoints}",
-        if endpoints.is_empty() { " []" } else { "" }
-    )
+/// Another, whose backend is the first server at all times.
+fn other() -> [Way; 4] {
+    ways(Ipv4Addr::new(10, 96, 0, 11), "fd00:96::11".parse().unwrap(), 53)
+}
+
+fn direct(pod: &Pod) -> [Way; 4] {
+    ways(pod.address(), pod.address6(), TARGET)
+}
+
+/// TCP, and MPTCP, to the Service.
+fn streams() -> [Way; 4] {
+    let [(_, v4), (_, v6), (_, mapped), _] = dns();
+    [
+        (Kind::Tcp4, v4),
+        (Kind::Tcp6, v6),
+        (Kind::Tcp6, mapped),
+        (Kind::Mptcp4, v4),
+    ]
 }
 
 const READY: &str = "ready: true";
 const TERMINATING: &str = "ready: false, serving: true, terminating: true";
+
+/// A Service in both families, UDP and TCP, and its endpoints with their conditions.
+fn manifest(name: &str, ips: &str, endpoints: &[(&Pod, &str)]) -> String {
+    let mut text = service(name, ips, &[Port::udp("dns", 53), Port::tcp("dns-tcp", 53)], "");
+    for port in [Port::udp("dns", TARGET), Port::tcp("dns-tcp", TARGET)] {
+        let all = |address: fn(&Pod) -> IpAddr| -> Vec<_> {
+            let endpoints = endpoints.iter();
+            endpoints
+                .map(|(pod, conditions)| (address(pod), "n1", *conditions))
+                .collect()
+        };
+        text += &slice_with_conditions(name, port, &all(|pod| pod.address().into()));
+        text += &slice_with_conditions(name, port, &all(|pod| pod.address6().into()));
+    }
+    text
+}
 
 /// One node with a client pod, two servers, and an agent.
 struct Setup {
@@ -69,8 +94,7 @@ struct Setup {
     manifests: Manifests,
     client: Pod,
     servers: [Pod; 2],
-    _udp: Vec<Sockets>,
-    _tcp: Vec<Process>,
+    _processes: Vec<Process>,
     cluster: Cluster,
 }
 
@@ -78,129 +102,224 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let client = cluster.add_pod("n1", "client")?;
     let servers = [cluster.add_pod("n1", "a")?, cluster.add_pod("n1", "b")?];
-    let (mut udp, mut tcp) = (Vec::new(), Vec::new());
-    for (pod, name) in servers.iter().zip(["a", "b"]) {
-        let mut server = Sockets::start(&bed(), pod)?;
-        server.serve(name, pod.socket(5353))?.context("serving UDP")?;
-        udp.push(server);
-        tcp.push(bed().serve_with(pod, &[&format!("0.0.0.0:5353={name}")], &["--echo"])?);
+    let mut processes = Vec::new();
+    for pod in &servers {
+        let name = pod.name();
+        let listen = [pod.socket(TARGET), pod.socket6(TARGET)].map(|at| format!("{at}={name}"));
+        processes.push(bed().serve_datagrams(pod, &listen.each_ref().map(String::as_str))?);
+        processes.push(bed().serve_with(pod, &[&format!("[::]:{TARGET}={name}")], &["--echo"])?);
     }
     let manifests = Manifests::new(&cluster)?;
-    manifests.write("dns.yaml", &manifest(&[(&servers[0], READY)]))?;
+    manifests.write("dns.yaml", &dns_with(&[(&servers[0], READY)]))?;
+    let other = manifest("other", "10.96.0.11,fd00:96::11", &[(&servers[0], READY)]);
+    manifests.write("other.yaml", &other)?;
     let agent = manifests.serve(&cluster, "n1", BED.as_ref(), flags)?;
     Ok(Setup {
         agent,
         manifests,
         client,
         servers,
-        _udp: udp,
-        _tcp: tcp,
+        _processes: processes,
         cluster,
     })
 }
 
+fn dns_with(endpoints: &[(&Pod, &str)]) -> String {
+    manifest("dns", "10.96.0.10,fd00:96::10", endpoints)
+}
+
+/// Waits until no more than `count` UDP sockets of a place are connected to a server.
+fn only(count: usize, place: &Place, server: &Pod, within: Duration) -> Result<()> {
+    in_time(within, "removed backend's sockets are destroyed", || {
+        let connected = connected(place, "--udp", server)?;
+        ensure!(
+            connected >= count,
+            "{connected} of {count} are left in {}",
+            place.name()
+        );
+        Ok(connected == count)
+    })
+}
+
 impl Setup {
-    /// Replaces the endpoints, and waits until the agent has applied them.
+    /// A pod's sockets and the node's.
+    fn places(&self) -> [&Place; 2] {
+        [&self.client, self.cluster.node("n1")]
+    }
+
+    /// Replaces the endpoints of the Service, and waits until the agent has published them.
     fn publish(&self, endpoints: &[(&Pod, &str)]) -> Result<()> {
         let before = self.agent.status()?.agent.applies;
-        self.manifests.write("dns.yaml", &manifest(endpoints))?;
+        self.manifests.write("dns.yaml", &dns_with(endpoints))?;
         eventually("the change is applied", || {
             Ok(self.agent.status()?.agent.applies > before)
         })
     }
 
-    fn sockets(&self, place: &Place) -> Result<Sockets> {
-        Sockets::start(&bed(), place)
+    /// What is remembered of connected sockets.
+    fn records(&self) -> Result<Vec<Value>> {
+        let mut rows: Vec<Value> = self.agent.json(&["socket", "list"])?;
+        rows.retain(|row| row["kind"] == "connected");
+        Ok(rows)
+    }
+
+    /// How many unconnected sockets are remembered.
+    fn flows(&self) -> Result<usize> {
+        let maps = PinnedMaps::open(&PinPath::new(self.agent.pin_path()).maps())?;
+        Ok(maps.udp_flows()?.len())
     }
 }
 
 /// Waits until something is true.
-fn eventually(what: &str, mut check: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + patience(Duration::from_secs(10));
-    while !check()? {
-        ensure!(Instant::now() < deadline, "not in time: {what}");
+fn eventually(what: &str, check: impl FnMut() -> Result<bool>) -> Result<()> {
+    in_time(Duration::from_secs(10), what, check)
+}
+
+fn in_time(time: Duration, what: &str, mut check: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + patience(time);
+    loop {
+        // What was looked at in time counts, however long that took.
+        let late = Instant::now() >= deadline;
+        if check()? {
+            return Ok(());
+        }
+        ensure!(!late, "not within {time:?}: {what}");
         sleep(Duration::from_millis(20));
+    }
+}
+
+/// How many sockets of a namespace the kernel has connected to a server: `kind` is `--udp` or `--tcp`.
+fn connected(place: &Place, kind: &str, server: &Pod) -> Result<usize> {
+    let to = [server.socket(TARGET), server.socket6(TARGET)];
+    let mut count = 0;
+    for line in place.run("ss", &["-Hn", kind, "state", "established"])?.lines() {
+        let peer = line.split_whitespace().nth(3).and_then(|peer| peer.parse().ok());
+        let peer: SocketAddr = peer.with_context(|| format!("no peer: {line}"))?;
+        count += usize::from(to.contains(&plain(peer)));
+    }
+    Ok(count)
+}
+
+/// A socket that is connected, and was answered by a server.
+fn connect(place: &Place, (kind, to): Way, server: &Pod) -> Result<Puppet> {
+    let mut socket = bed().puppet(place, kind)?;
+    socket.connect(to).with_context(|| format!("{kind:?} to {to}"))?;
+    talk(&mut socket, (kind, to), server)?;
+    Ok(socket)
+}
+
+/// Says something on a connected socket, which the server must answer; its answer comes from the address that was asked.
+fn talk(socket: &mut Puppet, (kind, to): Way, server: &Pod) -> Result<()> {
+    let context = || format!("{kind:?} to {to}");
+    if matches!(kind, Kind::Udp4 | Kind::Udp6) {
+        socket.send("hello").with_context(context)?;
+        let name = socket.answered(plain(to), "hello").with_context(context)?;
+        ensure!(name == server.name(), "{kind:?} to {to}: {name}");
+    } else {
+        socket.send("hello").with_context(context)?;
+        // The greeting and the echo, in as many pieces as they come.
+        let mut heard = String::new();
+        while !heard.ends_with("hello") {
+            let (_, more) = socket.receive().with_context(context)?;
+            ensure!(!more.is_empty(), "{kind:?} to {to}: closed");
+            heard += &more;
+        }
+        let name = heard.lines().next().filter(|line| *line != "hello");
+        ensure!(
+            name.is_none_or(|name| name == server.name()),
+            "{kind:?} to {to}: {heard}"
+        );
     }
     Ok(())
 }
 
-/// How many sockets of a namespace the kernel has connected to an address: `kind` is `-u` or `-t`.
-fn connected(place: &Place, kind: &str, to: SocketAddr) -> Result<usize> {
-    let text = place.run("ss", &["-Hn", kind, "state", "established"])?;
-    let (plain, mapped) = (to.to_string(), format!("[::ffff:{}]:{}", to.ip(), to.port()));
-    let ends = |line: &&str| line.split_whitespace().any(|word| word == plain || word == mapped);
-    Ok(text.lines().filter(ends).count())
-}
-
-/// Opens a UDP socket that is connected to the Service, and asks it once.
-fn connect(sockets: &mut Sockets, name: &str, local: &str, to: SocketAddr, server: &str) -> Result<()> {
-    sockets.udp(name, local)?.context("binding")?;
-    sockets.connect(name, to)?.context("connecting")?;
-    let answer = sockets.ask(name, "hello")?.context("asking")?;
-    assert_eq!(
-        answer,
-        format!("{to} {server} hello"),
-        "from the address that was asked"
-    );
+/// A socket whose backend was removed tells so once, and has no peer after that.
+fn is_destroyed(socket: &mut Puppet) -> Result<()> {
+    assert_eq!(socket.errno(&Call::Receive)?, ECONNABORTED);
+    let peer = socket.call(&Call::PeerName)?;
+    ensure!(matches!(peer, Answer::Failed(_)), "{peer:?}");
     Ok(())
 }
 
-/// What a socket says whose backend was removed: ECONNABORTED once, and then it has no peer.
-fn is_destroyed(result: &std::result::Result<String, Errno>) -> bool {
-    matches!(result, Err(Errno::ECONNABORTED | Errno::ECONNREFUSED))
+/// Sockets of one kind in one place.
+struct Sockets {
+    dns: Puppet,
+    /// To the same server through another Service.
+    other: Puppet,
+    /// To the same server without a Service.
+    direct: Puppet,
+    /// Through the Service once, and elsewhere since.
+    moved: Puppet,
+    unconnected: Puppet,
+}
+
+impl Sockets {
+    fn open(place: &Place, way: usize, [a, b]: &[Pod; 2]) -> Result<Self> {
+        let (kind, vip) = dns()[way];
+        let mut moved = connect(place, dns()[way], a)?;
+        moved.connect(direct(b)[way].1)?;
+        let mut unconnected = bed().puppet(place, kind)?;
+        assert_eq!(unconnected.ask(plain(vip), "first")?, "a");
+        Ok(Self {
+            dns: connect(place, dns()[way], a)?,
+            other: connect(place, other()[way], a)?,
+            direct: connect(place, direct(a)[way], a)?,
+            moved,
+            unconnected,
+        })
+    }
+
+    /// The first server was replaced by the second.
+    fn check(&mut self, way: usize, [a, b]: &[Pod; 2]) -> Result<()> {
+        let vip = dns()[way].1;
+        is_destroyed(&mut self.dns).with_context(|| format!("way {way}"))?;
+        talk(&mut self.other, other()[way], a)?;
+        talk(&mut self.direct, direct(a)[way], a)?;
+        talk(&mut self.moved, direct(b)[way], b)?;
+        // An unconnected socket picks anew, and so does one that was destroyed, when it connects again.
+        assert_eq!(self.unconnected.ask(plain(vip), "second")?, "b");
+        self.dns.connect(vip)?;
+        talk(&mut self.dns, dns()[way], b)
+    }
 }
 
 #[test]
 fn connected_udp_sockets_of_a_removed_backend_are_destroyed_and_no_others() -> Result<()> {
     let setup = setup(&[])?;
     let [a, b] = &setup.servers;
-    let node = setup.cluster.node("n1");
-    let (mut pod, mut host) = (setup.sockets(&setup.client)?, setup.sockets(node)?);
-    for sockets in [&mut pod, &mut host] {
-        connect(sockets, "v4", "0.0.0.0:0", vip(), "a")?;
-        connect(sockets, "v6", "[::]:0", mapped(), "a")?;
-        sockets.udp("free", "0.0.0.0:0")?.context("binding")?;
-        let answer = sockets.ask_at("free", "hello", vip())?.context("asking")?;
-        assert_eq!(answer, format!("{} a hello", vip()));
-        // To the same backend, but not through the Service.
-        connect(sockets, "direct", "0.0.0.0:0", a.socket(5353), "a")?;
-        // Through the Service once, and elsewhere since.
-        connect(sockets, "moved", "0.0.0.0:0", vip(), "a")?;
-        sockets
-            .connect("moved", b.socket(5353))?
-            .context("connecting elsewhere")?;
+    let mut sockets = Vec::new();
+    for place in setup.places() {
+        for way in 0..dns().len() {
+            sockets.push((way, Sockets::open(place, way, &setup.servers)?));
+        }
     }
-    pod.tcp("tcp", vip())?.context("connecting by TCP")?;
+    let mut streams: Vec<_> = streams()
+        .into_iter()
+        .map(|way| Ok((way, connect(&setup.client, way, a)?)))
+        .collect::<Result<_>>()?;
+    for place in setup.places() {
+        assert_eq!(connected(place, "--udp", a)?, 3 * dns().len(), "{}", place.name());
+    }
 
     setup.publish(&[(b, READY)])?;
-    for (name, place) in [("pod", &*setup.client), ("node", &**node)] {
-        // What is left is the socket that is connected to the address of the backend itself.
-        eventually(name, || Ok(connected(place, "-u", a.socket(5353))? == 1))?;
+    let published = Instant::now();
+    for place in setup.places() {
+        // What is left goes there directly, or through the other Service.
+        let left = AT_MOST.saturating_sub(published.elapsed());
+        only(2 * dns().len(), place, a, left)?;
     }
-    for sockets in [&mut pod, &mut host] {
-        for name in ["v4", "v6"] {
-            let result = sockets.ask(name, "again")?;
-            assert!(is_destroyed(&result), "{name}: {result:?}");
-        }
-        let answer = sockets.ask("direct", "again")?.context("asking directly")?;
-        assert_eq!(answer, format!("{} a again", a.socket(5353)));
-        let answer = sockets.ask("moved", "again")?.context("asking elsewhere")?;
-        assert_eq!(answer, format!("{} b again", b.socket(5353)));
-        // An unconnected socket picks anew.
-        let answer = sockets.ask_at("free", "again", vip())?.context("asking again")?;
-        assert_eq!(answer, format!("{} b again", vip()));
-        // And so does one that was destroyed, when it connects again.
-        sockets.connect("v4", vip())?.context("connecting again")?;
-        let answer = sockets.ask("v4", "anew")?.context("asking anew")?;
-        assert_eq!(answer, format!("{} b anew", vip()));
+    for (way, sockets) in &mut sockets {
+        sockets.check(*way, &setup.servers)?;
     }
-    assert!(pod.ask("tcp", "hello")?.is_ok(), "TCP lives on");
-    assert_eq!(connected(&setup.client, "-t", a.socket(5353))?, 1);
-    eventually("only the records of live sockets are left", || {
-        let rows: Vec<Value> = setup.agent.json(&["socket", "list"])?;
-        let gone = rows.iter().filter(|row| row["current"] == false).count();
-        // Two that connected again, and the TCP socket, whose backend is gone.
-        Ok((rows.len(), gone) == (3, 1))
+    for (way, stream) in &mut streams {
+        talk(stream, *way, a).context("TCP lives on")?;
+    }
+    assert_eq!(connected(&setup.client, "--tcp", a)?, streams.len());
+    eventually("only the records of connected sockets are left", || {
+        let records = setup.records()?;
+        let gone = records.iter().filter(|row| row["current"] == false).count();
+        // Of each kind, the one to the other Service and the one that connected again.
+        Ok((records.len(), gone) == (2 * sockets.len() + streams.len(), streams.len()))
     })?;
     setup.agent.verify()
 }
@@ -209,52 +328,48 @@ fn connected_udp_sockets_of_a_removed_backend_are_destroyed_and_no_others() -> R
 fn a_terminating_backend_keeps_its_sockets_until_it_is_gone() -> Result<()> {
     let setup = setup(&[])?;
     let [a, b] = &setup.servers;
-    let mut pod = setup.sockets(&setup.client)?;
-    connect(&mut pod, "old", "0.0.0.0:0", vip(), "a")?;
+    let open = |way: Way, server| Ok((way, connect(&setup.client, way, server)?));
+    let mut old: Vec<_> = dns().into_iter().map(|way| open(way, a)).collect::<Result<_>>()?;
     setup.publish(&[(a, TERMINATING), (b, READY)])?;
-    connect(&mut pod, "new", "0.0.0.0:0", vip(), "b")?;
-    // Longer than a removed backend's sockets live.
-    sleep(Duration::from_millis(1500));
-    let answer = pod.ask("old", "still")?.context("asking a terminating backend")?;
-    assert_eq!(answer, format!("{} a still", vip()));
+    let mut new: Vec<_> = dns().into_iter().map(|way| open(way, b)).collect::<Result<_>>()?;
+    // Longer than the sockets of a removed backend live.
+    sleep(patience(AT_MOST) + AT_MOST / 2);
+    for (way, socket) in &mut old {
+        talk(socket, *way, a)?;
+    }
     setup.publish(&[(b, READY)])?;
-    eventually(
-        "it is gone",
-        || Ok(connected(&setup.client, "-u", a.socket(5353))? == 0),
-    )?;
-    assert!(is_destroyed(&pod.ask("old", "again")?));
-    assert!(pod.ask("new", "again")?.is_ok());
+    only(0, &setup.client, a, AT_MOST)?;
+    for (_, socket) in &mut old {
+        is_destroyed(socket)?;
+    }
+    for (way, socket) in &mut new {
+        talk(socket, *way, b)?;
+    }
     Ok(())
 }
 
 #[test]
 fn no_socket_that_connects_while_its_backend_is_removed_stays() -> Result<()> {
-    const ROUNDS: usize = 6;
     let setup = setup(&[])?;
     let [a, b] = &setup.servers;
-    let node = setup.cluster.node("n1");
-    for round in 0..ROUNDS {
+    for round in 0..scaled_above(10, 3) {
         let (old, new) = if round % 2 == 0 { (a, b) } else { (b, a) };
-        let mut clients = [setup.sockets(&setup.client)?, setup.sockets(node)?];
-        for client in &mut clients {
-            client.churn(vip(), Duration::from_millis(600))?;
+        let mut churns = Vec::new();
+        for place in setup.places() {
+            for (kind, to) in &dns()[..3] {
+                churns.push(bed().churn(place, *kind, *to)?);
+            }
         }
-        sleep(Duration::from_millis(150));
         setup.publish(&[(new, READY)])?;
         let mut count = 0;
-        for client in &mut clients {
-            count += client.churned()?.context("connecting")?;
+        for churn in &mut churns {
+            count += churn.enough()?;
         }
         ensure!(count > 100, "only {count} sockets");
-        for place in [&*setup.client, &**node] {
-            eventually("no socket is left", || {
-                Ok(connected(place, "-u", old.socket(5353))? == 0)
-            })?;
-            ensure!(connected(place, "-u", new.socket(5353))? > 0, "others live");
+        for place in setup.places() {
+            eventually("no socket is left", || Ok(connected(place, "--udp", old)? == 0))?;
+            ensure!(connected(place, "--udp", new)? > 0, "others live");
         }
-        // None is connected later either.
-        sleep(Duration::from_millis(300));
-        assert_eq!(connected(&setup.client, "-u", old.socket(5353))?, 0);
     }
     setup.agent.verify()
 }
@@ -263,74 +378,216 @@ fn no_socket_that_connects_while_its_backend_is_removed_stays() -> Result<()> {
 fn sockets_whose_backend_went_while_no_agent_ran_are_destroyed_at_the_next_start() -> Result<()> {
     let mut setup = setup(&[])?;
     let [a, b] = setup.servers.clone();
-    let mut pod = setup.sockets(&setup.client)?;
-    connect(&mut pod, "old", "0.0.0.0:0", vip(), "a")?;
+    let mut sockets = Vec::new();
+    for place in setup.places() {
+        for way in dns() {
+            sockets.push((way, connect(place, way, &a)?));
+        }
+    }
     setup.agent.kill()?;
-    setup.manifests.write("dns.yaml", &manifest(&[(&b, READY)]))?;
-    assert!(pod.ask("old", "still")?.is_ok());
+    setup.manifests.write("dns.yaml", &dns_with(&[(&b, READY)]))?;
+    for (way, socket) in &mut sockets {
+        talk(socket, *way, &a)?;
+    }
     setup.agent.start_again()?;
     setup.agent.wait_ready(&|| false)?;
-    eventually("it is destroyed", || {
-        Ok(connected(&setup.client, "-u", a.socket(5353))? == 0)
+    for place in setup.places() {
+        only(0, place, &a, AT_MOST)?;
+    }
+    sockets.iter_mut().try_for_each(|(_, socket)| is_destroyed(socket))
+}
+
+#[test]
+fn an_agent_that_dies_after_the_removal_leaves_the_rest_to_the_next() -> Result<()> {
+    let mut setup = setup(&[])?;
+    let [a, b] = setup.servers.clone();
+    let mut sockets = Vec::new();
+    for way in dns() {
+        sockets.push(connect(&setup.client, way, &a)?);
+    }
+    // It publishes, but cannot destroy.
+    setup.agent.kill()?;
+    setup.manifests.write("dns.yaml", &dns_with(&[(&b, READY)]))?;
+    let mut bound = restricted(&setup, "-all,+bpf,+perfmon,+net_admin")?;
+    eventually("the change is applied", || {
+        ensure!(bound.is_running()?, "{}", setup.agent.log_tail());
+        Ok(setup.agent.verify().is_ok())
     })?;
-    assert!(is_destroyed(&pod.ask("old", "again")?));
+    eventually("status says what it cannot do", || {
+        let problems = setup.agent.status()?.problems;
+        Ok(problems
+            .iter()
+            .any(|problem| problem.place == "entering network namespaces" && problem.message.contains("CAP_SYS_ADMIN")))
+    })?;
+    sleep(patience(AT_MOST) + AT_MOST / 2);
+    assert_eq!(connected(&setup.client, "--udp", &a)?, sockets.len());
+    bound.kill()?;
+    setup.agent.start_again()?;
+    setup.agent.wait_ready(&|| false)?;
+    only(0, &setup.client, &a, AT_MOST)?;
+    sockets.iter_mut().try_for_each(is_destroyed)?;
+    let problems = setup.agent.status()?.problems;
+    ensure!(problems.iter().all(|p| p.place.starts_with("cgroup")), "{problems:?}");
     Ok(())
+}
+
+#[test]
+fn the_capabilities_of_the_systemd_unit_reach_pods() -> Result<()> {
+    let mut setup = setup(&[])?;
+    let [a, b] = setup.servers.clone();
+    setup.agent.kill()?;
+    let _agent = restricted(&setup, &unit_capabilities()?)?;
+    let mut sockets = Vec::new();
+    for place in setup.places() {
+        for way in dns() {
+            sockets.push(connect(place, way, &a)?);
+        }
+    }
+    setup.manifests.write("dns.yaml", &dns_with(&[(&b, READY)]))?;
+    for place in setup.places() {
+        eventually("no socket is left", || Ok(connected(place, "--udp", &a)? == 0))?;
+    }
+    sockets.iter_mut().try_for_each(is_destroyed)?;
+    let problems = setup.agent.status()?.problems;
+    ensure!(problems.iter().all(|p| p.place.starts_with("cgroup")), "{problems:?}");
+    Ok(())
+}
+
+/// An agent with some capabilities only.
+fn restricted(setup: &Setup, bounding_set: &str) -> Result<Process> {
+    let node = setup.cluster.node("n1");
+    let mut command = node.command("setpriv")?;
+    command
+        .arg(format!("--bounding-set={bounding_set}"))
+        .args(["--inh-caps=-all", "--no-new-privs"])
+        .arg(Agent::find(BED.as_ref())?)
+        .args(["run", "--node-name", "n1", "--manifests"])
+        .arg(setup.manifests.path())
+        .arg("--cgroup")
+        .arg(node.cgroup())
+        .arg("--pin-path")
+        .arg(setup.agent.pin_path());
+    Process::spawn(&mut command)
 }
 
 #[test]
 fn tcp_sockets_are_destroyed_where_that_is_asked_for() -> Result<()> {
     let setup = setup(&["--destroy-tcp"])?;
     let [a, b] = &setup.servers;
-    let mut pod = setup.sockets(&setup.client)?;
-    pod.tcp("old", vip())?.context("connecting by TCP")?;
-    ensure!(pod.ask("old", "hello")?.is_ok());
+    let mut old = Vec::new();
+    for place in setup.places() {
+        for way in streams() {
+            old.push((way, connect(place, way, a)?));
+        }
+    }
     setup.publish(&[(a, TERMINATING), (b, READY)])?;
-    sleep(Duration::from_millis(500));
-    ensure!(pod.ask("old", "still")?.is_ok(), "the termination grace");
-    pod.tcp("new", vip())?.context("connecting by TCP")?;
+    sleep(patience(AT_MOST) + AT_MOST / 2);
+    for (way, stream) in &mut old {
+        talk(stream, *way, a).context("the termination grace")?;
+    }
+    let mut new = Vec::new();
+    for way in streams() {
+        new.push((way, connect(&setup.client, way, b)?));
+    }
     setup.publish(&[(b, READY)])?;
-    eventually(
-        "it is gone",
-        || Ok(connected(&setup.client, "-t", a.socket(5353))? == 0),
-    )?;
-    let result = pod.ask("old", "again")?;
-    assert!(
-        matches!(result, Err(Errno::ECONNABORTED | Errno::EPIPE | Errno::ECONNRESET)),
-        "{result:?}"
-    );
-    ensure!(pod.ask("new", "again")?.is_ok());
+    for place in setup.places() {
+        eventually("it is gone", || Ok(connected(place, "--tcp", a)? == 0))?;
+    }
+    for ((kind, to), stream) in &mut old {
+        let answer = stream.call(&Call::Receive)?;
+        let closed = Answer::Received(None, String::new());
+        // MPTCP takes the end of its subflow for that of the connection.
+        let ended = matches!(answer, Answer::Failed(_)) || answer == closed;
+        ensure!(ended, "{kind:?} to {to}: {answer:?}");
+    }
+    for (way, stream) in &mut new {
+        talk(stream, *way, b)?;
+    }
     Ok(())
 }
 
 #[test]
 fn records_without_a_socket_are_swept_and_others_stay() -> Result<()> {
-    let mut setup = setup(&["--sweep-age", "1000"])?;
-    let node = setup.cluster.node("n1");
-    let (mut pod, mut host) = (setup.sockets(&setup.client)?, setup.sockets(node)?);
-    connect(&mut pod, "live", "0.0.0.0:0", vip(), "a")?;
-    host.udp("free", "0.0.0.0:0")?.context("binding")?;
-    host.ask_at("free", "hello", vip())?.context("asking")?;
-    // A pod that goes, with its namespace, while sockets of it are remembered: nothing detached may forget them.
+    let setup = setup(&["--sweep-age", "1000"])?;
+    let [a, b] = &setup.servers;
+    let all = || dns().into_iter().chain(streams());
+    // A pod that goes, with its namespace, while sockets of it are remembered; the agent knows that namespace.
     let doomed = setup.cluster.add_pod("n1", "doomed")?;
-    let mut lost = setup.sockets(&doomed)?;
-    connect(&mut lost, "lost", "0.0.0.0:0", vip(), "a")?;
-    let count = |setup: &Setup| -> Result<usize> {
-        let rows: Vec<Value> = setup.agent.json(&["socket", "list"])?;
-        Ok(rows.len())
+    let old = connect(&doomed, dns()[0], a)?;
+    setup.publish(&[(b, READY)])?;
+    only(0, &doomed, a, AT_MOST)?;
+    drop(old);
+    eventually("it is forgotten", || Ok(setup.records()?.is_empty()))?;
+
+    let (mut live, mut lost) = (Vec::new(), Vec::new());
+    for place in setup.places() {
+        for way in all() {
+            live.push((way, connect(place, way, b)?));
+        }
+    }
+    for place in [&*doomed, &*setup.client] {
+        for way in all() {
+            lost.push(connect(place, way, b)?);
+        }
+    }
+    let unconnected = |place| -> Result<Puppet> {
+        let mut socket = bed().puppet(place, Kind::Udp4)?;
+        socket.ask(dns()[0].1, "hello")?;
+        Ok(socket)
     };
-    assert_eq!(count(&setup)?, 2);
-    // Without a program at the release of sockets, as for the sockets that the kernel itself opens.
-    setup.agent.kill()?;
-    let link = setup.agent.pin_path().join("v2/links/lb_sock_release");
-    std::fs::remove_file(&link).with_context(|| format!("removing {}", link.display()))?;
-    drop(lost);
+    let mut live_flows = unconnected(&setup.client)?;
+    let lost_flows = [unconnected(&setup.client)?, unconnected(&doomed)?];
+    assert_eq!(setup.records()?.len(), live.len() + lost.len());
+    assert_eq!(setup.flows()?, 3);
+    // Nothing tells of the end of these sockets, as it is with those that the kernel opens for itself.
+    let link = format!("v{VERSION}/links/lb_sock_release");
+    let link = setup.agent.pin_path().join(link);
+    remove_file(&link).with_context(|| format!("removing {}", link.display()))?;
+    // The kernel detaches a program some time after its link has gone.
+    eventually("the end of a socket is not told", || {
+        let before = setup.records()?.len();
+        drop(connect(&setup.client, dns()[0], b)?);
+        Ok(setup.records()?.len() > before)
+    })?;
+    drop((lost, lost_flows));
     setup.cluster.remove_pod(&doomed)?;
-    assert_eq!(count(&setup)?, 2);
-    let _agent = setup.agent.start(&["--sweep-age", "1000"])?;
-    eventually("the lost record is swept", || Ok(count(&setup)? == 1))?;
+    eventually("what has no socket is swept", || {
+        Ok((setup.records()?.len(), setup.flows()?) == (live.len(), 1))
+    })?;
+    // Some more sweeps.
     sleep(Duration::from_secs(3));
-    assert_eq!(count(&setup)?, 1, "that of a live socket stays");
-    let answer = pod.ask("live", "still")?.context("asking")?;
-    assert_eq!(answer, format!("{} a still", vip()), "and is translated");
+    assert_eq!((setup.records()?.len(), setup.flows()?), (live.len(), 1));
+    for (way, socket) in &mut live {
+        talk(socket, *way, b)?;
+        assert_eq!(socket.peer()?, plain(way.1), "it is still translated");
+    }
+    assert_eq!(live_flows.ask(dns()[0].1, "hello")?, "b");
     Ok(())
+}
+
+#[test]
+fn destroyed_sockets_are_told_to_who_traces() -> Result<()> {
+    let setup = setup(&[])?;
+    let [a, b] = &setup.servers;
+    let (kind, vip) = dns()[1];
+    let mut socket = connect(&setup.client, (kind, vip), a)?;
+    let Answer::Number(cookie) = socket.call(&Call::Cookie)? else {
+        anyhow::bail!("no cookie");
+    };
+    let mut command = setup.cluster.node("n1").command(Agent::find(BED.as_ref())?)?;
+    command
+        .args(["trace", "-o", "json", "--count", "1", "--pin-path"])
+        .arg(setup.agent.pin_path())
+        .stdin(Stdio::null());
+    let mut tracer = Process::spawn_reading(&mut command)?;
+    let maps = PinnedMaps::open(&PinPath::new(setup.agent.pin_path()).maps())?;
+    eventually("somebody traces", || Ok(maps.config().events != 0))?;
+    setup.publish(&[(b, READY)])?;
+    let line = tracer.line(patience(Duration::from_secs(10)))?;
+    let row: Value = serde_json::from_str(&line)?;
+    assert_eq!(row["event"], "destroyed", "{line}");
+    assert_eq!(row["cookie"], cookie, "{line}");
+    assert_eq!(row["to"], vip.to_string(), "{line}");
+    assert_eq!(row["backend"], a.socket6(TARGET).to_string(), "{line}");
+    is_destroyed(&mut socket)
 }

@@ -12,7 +12,7 @@ use lb_agent::maps::Capacities;
 use lb_agent::maps::bpf::PinnedMaps;
 use lb_common::abi::{Addr, Event, EventKind};
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Agent, Cluster, Connect, Place, Pod, Process, Running, Testbed, patience};
+use lb_tests::{Agent, Answer, Call, Cluster, Connect, Kind, Place, Pod, Process, Running, Testbed, patience};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -23,36 +23,50 @@ fn bed() -> Testbed {
 }
 
 const PATIENCE: Duration = Duration::from_secs(10);
-const HTTP: Port<'static> = Port { name: "http", port: 80 };
-const TARGET: Port<'static> = Port {
-    name: "http",
-    port: 8080,
-};
+const HTTP: Port<'static> = Port::tcp("http", 80);
+const DNS: Port<'static> = Port::udp("dns", 53);
+const TARGET: Port<'static> = Port::tcp("http", 8080);
+const DNS_TARGET: Port<'static> = Port::udp("dns", 5353);
 
 struct Setup {
     agent: Running,
+    manifests: Manifests,
     client: Pod,
     pod: Pod,
-    _server: Process,
+    _servers: [Process; 2],
     cluster: Cluster,
 }
 
-/// A node with Services `web` and `db`, of which a pod serves both.
+/// Services `web` and `db`, of which a pod serves both, by TCP and UDP, IPv4 and IPv6.
+fn manifest(pod: &Pod) -> String {
+    let (v4, v6) = ([(pod.address().into(), "n1")], [(pod.address6().into(), "n1")]);
+    let mut text = String::new();
+    for (name, ips) in [("web", "10.96.0.10,fd00:96::10"), ("db", "10.96.0.20,fd00:96::20")] {
+        text += &service(name, ips, &[HTTP, DNS], "");
+        for port in [TARGET, DNS_TARGET] {
+            text += &(slice(name, port, &v4) + &slice(name, port, &v6));
+        }
+    }
+    text
+}
+
 fn setup() -> Result<Setup> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let (client, pod) = (cluster.add_pod("n1", "client")?, cluster.add_pod("n1", "a")?);
-    let server = bed().serve(&pod, &["0.0.0.0:8080=a"])?;
+    let both = [pod.socket(5353), pod.socket6(5353)].map(|at| format!("{at}=a"));
+    let servers = [
+        bed().serve(&pod, &["[::]:8080=a"])?,
+        bed().serve_datagrams(&pod, &both.each_ref().map(String::as_str))?,
+    ];
     let manifests = Manifests::new(&cluster)?;
-    let endpoints = [(pod.address().into(), "n1")];
-    let web = service("web", "10.96.0.10", &[HTTP], "") + &slice("web", TARGET, &endpoints);
-    let db = service("db", "10.96.0.20", &[HTTP], "") + &slice("db", TARGET, &endpoints);
-    manifests.write("all.yaml", &(web + &db))?;
+    manifests.write("all.yaml", &manifest(&pod))?;
     let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
     Ok(Setup {
         agent,
+        manifests,
         client,
         pod,
-        _server: server,
+        _servers: servers,
         cluster,
     })
 }
@@ -77,6 +91,16 @@ fn trace(place: &Place, pin_path: &Path, flags: &[&str]) -> Result<Process> {
         sleep(Duration::from_millis(10));
     }
     Ok(process)
+}
+
+/// Waits until nobody asks for events any more.
+fn wait_for_nobody(setup: &Setup) -> Result<()> {
+    let deadline = Instant::now() + patience(2 * PATIENCE);
+    while setup.asked()? != 0 {
+        ensure!(Instant::now() < deadline, "events are still asked for");
+        sleep(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 fn event(tracer: &mut Process) -> Result<Value> {
@@ -145,6 +169,76 @@ fn connects_and_refusals_are_told_as_they_happen() -> Result<()> {
 }
 
 #[test]
+fn datagrams_are_told_on_both_families() -> Result<()> {
+    let setup = setup()?;
+    let mut tracer = setup.trace(&["--service", "default/web"])?;
+    for (kind, to, backend) in [
+        (Kind::Udp4, "10.96.0.10:53", setup.pod.socket(5353)),
+        (Kind::Udp6, "[fd00:96::10]:53", setup.pod.socket6(5353)),
+        // By a v4-mapped address.
+        (Kind::Udp6, "10.96.0.10:53", setup.pod.socket(5353)),
+    ] {
+        let mut socket = bed().puppet(&setup.client, kind)?;
+        let Answer::Number(cookie) = socket.call(&Call::Cookie)? else {
+            anyhow::bail!("no cookie");
+        };
+        let at: SocketAddr = to.parse()?;
+        socket.ask(at, "x")?;
+        socket.connect(at)?;
+        let refused = SocketAddr::new(at.ip(), 54);
+        socket.errno(&Call::SendTo(refused, "x".into()))?;
+        let rows = [event(&mut tracer)?, event(&mut tracer)?, event(&mut tracer)?];
+        let events = rows.each_ref().map(|row| row["event"].as_str().unwrap_or_default());
+        assert_eq!(events, ["sent", "connected", "refused"], "{kind:?} {to}");
+        for row in &rows {
+            assert_eq!(
+                (&row["protocol"], &row["pid"], &row["cookie"], &row["command"]),
+                (&"UDP".into(), &socket.id().into(), &cookie.into(), &"lb-testbed".into())
+            );
+        }
+        for row in &rows[..2] {
+            assert_eq!((&row["to"], &row["service"]["port_name"]), (&to.into(), &"dns".into()));
+            assert_eq!(row["backend"], backend.to_string());
+        }
+        assert_eq!(
+            (&rows[2]["to"], &rows[2]["reason"]),
+            (&refused.to_string().into(), &"no_such_port".into())
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_destroyed_socket_is_told() -> Result<()> {
+    let setup = setup()?;
+    let mut tracer = setup.trace(&["--service", "default/web"])?;
+    let mut sockets = Vec::new();
+    for (kind, to) in [(Kind::Udp4, "10.96.0.10:53"), (Kind::Udp6, "[fd00:96::10]:53")] {
+        let mut socket = bed().puppet(&setup.client, kind)?;
+        socket.connect(to.parse()?)?;
+        let row = event(&mut tracer)?;
+        assert_eq!((&row["event"], &row["to"]), (&"connected".into(), &to.into()));
+        sockets.push((socket, row));
+    }
+    // Its endpoints leave.
+    let without = service("web", "10.96.0.10,fd00:96::10", &[HTTP, DNS], "");
+    setup.manifests.write("all.yaml", &without)?;
+    let mut destroyed = [event(&mut tracer)?, event(&mut tracer)?];
+    destroyed.sort_by_key(|row| row["to"].as_str().map(str::to_owned));
+    for (row, (_, connected)) in destroyed.iter().zip(&sockets) {
+        assert_eq!(
+            (&row["event"], &row["pid"]),
+            (&"destroyed".into(), &0.into()),
+            "{row:#}"
+        );
+        for field in ["to", "backend", "cookie", "netns", "protocol", "service"] {
+            assert_eq!(row[field], connected[field], "{field}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn only_one_service_where_that_is_asked() -> Result<()> {
     let setup = setup()?;
     let mut tracer = setup.trace(&["--service", "default/db", "--count", "3"])?;
@@ -173,8 +267,10 @@ fn only_one_service_where_that_is_asked() -> Result<()> {
 #[test]
 fn what_a_killed_tracer_asked_for_is_taken_back() -> Result<()> {
     let mut setup = setup()?;
+    // No agent runs that could.
+    setup.agent.kill()?;
     setup.trace(&[])?.kill()?;
-    assert_ne!(setup.asked()?, 0, "nobody could");
+    assert_ne!(setup.asked()?, 0);
     connect(&setup, "10.96.0.20:80", 1, true)?;
     // What nobody read is not told to the next, which shows a table.
     let mut command = setup.cluster.node("n1").command(Agent::find(BED.as_ref())?)?;
@@ -199,10 +295,12 @@ fn what_a_killed_tracer_asked_for_is_taken_back() -> Result<()> {
 
     setup.trace(&[])?.kill()?;
     assert_ne!(setup.asked()?, 0);
-    setup.agent.kill()?;
     setup.agent.start_again()?;
     setup.agent.wait_ready(&|| false)?;
     assert_eq!(setup.asked()?, 0, "a start of the agent takes it back");
+
+    setup.trace(&[])?.kill()?;
+    wait_for_nobody(&setup).context("an agent that runs takes it back")?;
 
     // But not from a tracer that lives.
     let mut tracer = setup.trace(&[])?;
@@ -216,7 +314,7 @@ fn what_a_killed_tracer_asked_for_is_taken_back() -> Result<()> {
 
 #[test]
 fn lost_events_are_counted_and_told() -> Result<()> {
-    const COUNT: u64 = 20_000;
+    const COUNT: u64 = 6_000;
     let setup = setup()?;
     let mut tracer = setup.trace(&[])?;
     // It does not read while the ring buffer runs over.

@@ -3,14 +3,21 @@
 use std::collections::HashMap;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use cargo_metadata::{Message, MetadataCommand, PackageId, TargetKind};
 
 use crate::bed::Programs;
 use crate::command::cargo;
 use crate::root;
+
+/// C compilers, how they link, and the names of what they make of the client that looks names up. Static with musl: its
+/// loader is not where tests run.
+const RESOLVERS: [(&str, &str, &str); 2] = [
+    ("cc", "-pie", "lb-resolve-glibc"),
+    ("musl-gcc", "-static", "lb-resolve-musl"),
+];
 
 /// An executable with tests.
 #[derive(Debug)]
@@ -55,6 +62,24 @@ impl Built {
         self.programs.iter().map(|(name, path)| (name.as_str(), path))
     }
 
+    /// Builds what asks the resolver of a C library, for each library, beside the test bed.
+    fn add_resolvers(&mut self) -> anyhow::Result<()> {
+        let source = root().join("tests/clients/resolve.c");
+        let beside = self.program("lb-testbed")?;
+        for (compiler, linked, name) in RESOLVERS {
+            let made = beside.with_file_name(name);
+            let mut command = Command::new(compiler);
+            command
+                .args(["-O2", "-Wall", "-Werror", linked, "-o"])
+                .arg(&made)
+                .arg(&source);
+            let done = command.status().with_context(|| format!("cannot run {compiler}"))?;
+            ensure!(done.success(), "{compiler} does not build {}", source.display());
+            self.programs.insert(name.to_owned(), made);
+        }
+        Ok(())
+    }
+
     /// A program.
     pub(crate) fn program(&self, name: &str) -> anyhow::Result<PathBuf> {
         let made = self.programs.get(name);
@@ -64,7 +89,7 @@ impl Built {
 
 /// Builds all tests and programs. One call: the features of dependencies are those of the whole workspace.
 pub(crate) fn build_tests() -> anyhow::Result<Built> {
-    build(&[
+    let mut built = build(&[
         "build",
         "--workspace",
         "--exclude",
@@ -74,7 +99,9 @@ pub(crate) fn build_tests() -> anyhow::Result<Built> {
         "--all-targets",
         "--features",
         "lb-tests/bench",
-    ])
+    ])?;
+    built.add_resolvers()?;
+    Ok(built)
 }
 
 /// Builds the programs as they are delivered.

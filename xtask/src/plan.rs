@@ -34,7 +34,7 @@ pub(crate) struct Tool {
 }
 
 /// Everything that tests and the demo start.
-pub(crate) const TOOLS: [Tool; 7] = [
+pub(crate) const TOOLS: [Tool; 11] = [
     Tool {
         program: "ip",
         package: "iproute2",
@@ -62,6 +62,22 @@ pub(crate) const TOOLS: [Tool; 7] = [
     Tool {
         program: "iptables",
         package: "iptables",
+    },
+    Tool {
+        program: "dnsmasq",
+        package: "dnsmasq-base",
+    },
+    Tool {
+        program: "dig",
+        package: "bind9-dnsutils",
+    },
+    Tool {
+        program: "python3",
+        package: "python3",
+    },
+    Tool {
+        program: "musl-gcc",
+        package: "musl-tools",
     },
 ];
 

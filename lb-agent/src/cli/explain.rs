@@ -17,7 +17,7 @@ use crate::maps::bpf::PinnedMaps;
 
 #[derive(Debug, Args)]
 pub(super) struct ExplainArgs {
-    /// Who connects: the id of a process, or an address (of this node, or of a client outside)
+    /// Who connects: the id of a process (also one in a pod), or an address (of this node, or of a client outside)
     #[arg(long, value_name = "PID|ADDR")]
     from: From,
     /// Where to: address, port and protocol (tcp where nothing is said)
@@ -137,7 +137,8 @@ fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> 
     let explanation = match (&client, cgroup) {
         (Client { netns: None, .. }, _) => Explanation::untouched(
             to,
-            "a client outside of this node is served by the packet path, and there is none yet",
+            "a client outside of this node is served by the packet path, and there is none yet (a pod of this node is \
+             named by the id of one of its processes)",
         ),
         (_, 0) => Explanation::untouched(to, format!("the program {} is not attached", args.to.hook())),
         (
@@ -212,7 +213,7 @@ fn client(from: From, maps: &Snapshot, state: &State, cgroup: u64) -> anyhow::Re
             below_cgroup: Some(true),
         }),
         From::Address(ip) => Ok(Client {
-            name: format!("{ip}, outside of this node"),
+            name: format!("{ip}, no address of this node"),
             pid: None,
             netns: None,
             on_node: false,

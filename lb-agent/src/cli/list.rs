@@ -1,4 +1,4 @@
-//! `service list`, `backend list`, `socket list`: the pinned maps, joined.
+//! `service list` and `backend list`: the pinned maps, joined.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -157,61 +157,6 @@ pub(super) fn backends(args: &ReadArgs) -> anyhow::Result<()> {
             if row.local { "this" } else { "other" }.into(),
             if row.draining { "draining" } else { "used" }.into(),
             row.sockets.to_string(),
-        ]
-    })
-}
-
-#[derive(Debug, Serialize)]
-struct SocketRow {
-    #[serde(flatten)]
-    owner: Owner,
-    cookie: u64,
-    netns: u64,
-    /// What the process asked for.
-    original: std::net::SocketAddr,
-    /// What it got.
-    backend: std::net::SocketAddr,
-    backend_id: u32,
-    backend_generation: u32,
-    /// The backend is still in use.
-    current: bool,
-    /// Seconds since it was connected.
-    age: u64,
-}
-
-pub(super) fn sockets(args: &ReadArgs) -> anyhow::Result<()> {
-    let maps = args.pin.open()?;
-    let dump = maps.dump()?;
-    let now = super::monotonic_ns()?;
-    let mut rows: Vec<_> = maps
-        .sockets()?
-        .into_iter()
-        .map(|record| {
-            let entry = dump.backends.get(record.backend as usize).map_or(0, |b| b.generation);
-            SocketRow {
-                owner: Owner::of(dump.names.get(&record.service)),
-                cookie: record.cookie,
-                netns: record.netns,
-                original: (IpAddr::from(record.original_addr), record.original_port).into(),
-                backend: (IpAddr::from(record.backend_addr), record.backend_port).into(),
-                backend_id: record.backend,
-                backend_generation: record.generation,
-                current: generation::is_current(entry, record.generation),
-                age: now.saturating_sub(record.time) / 1_000_000_000,
-            }
-        })
-        .collect();
-    rows.sort_by_key(|row| (row.owner.to_string(), row.cookie));
-    let header = ["SERVICE", "ASKED FOR", "BACKEND", "STATE", "AGE", "COOKIE", "NETNS"];
-    output::rows(args.output, header, &rows, |row| {
-        [
-            row.owner.to_string(),
-            row.original.to_string(),
-            row.backend.to_string(),
-            if row.current { "current" } else { "gone" }.into(),
-            format!("{}s", row.age),
-            row.cookie.to_string(),
-            row.netns.to_string(),
         ]
     })
 }

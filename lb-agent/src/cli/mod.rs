@@ -6,6 +6,7 @@ mod list;
 mod output;
 mod process;
 mod run;
+mod sockets;
 mod status;
 mod trace;
 mod verify;
@@ -41,7 +42,7 @@ enum Command {
     /// Backends
     #[command(subcommand)]
     Backend(List),
-    /// Sockets that were connected to a service
+    /// Sockets that were given a backend of a service, and what the kernel has of them
     #[command(subcommand)]
     Socket(List),
     /// Clients of services with session affinity, and the backends that they keep
@@ -193,7 +194,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::status(&args).map(|()| ExitCode::SUCCESS),
         Command::Service(List::List(args)) => list::services(&args).map(|()| ExitCode::SUCCESS),
         Command::Backend(List::List(args)) => list::backends(&args).map(|()| ExitCode::SUCCESS),
-        Command::Socket(List::List(args)) => list::sockets(&args).map(|()| ExitCode::SUCCESS),
+        Command::Socket(List::List(args)) => sockets::list(&args).map(|()| ExitCode::SUCCESS),
         Command::Affinity(List::List(args)) => affinity::list(&args).map(|()| ExitCode::SUCCESS),
         Command::Explain(args) => explain::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use lb_common::abi::{Notice, State, map_name};
+use lb_common::abi::{Event, Notice, State, map_name};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
@@ -15,9 +15,9 @@ use tracing::{debug, error, info, warn};
 
 use super::{CapacityArgs, PinArgs, SourceArgs};
 use crate::actual::pad;
-use crate::loader::{self, Cgroup, Lock, OBJECT, SocketLb, TraceLock};
+use crate::loader::{self, Cgroup, LoadError, Lock, OBJECT, PinPath, SocketLb, TraceLock};
 use crate::maps::Maps as _;
-use crate::maps::bpf::BpfMaps;
+use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
 use crate::model::{Batch, Problem};
 use crate::node::addrs::{self, Selection, Snapshot, Wanted};
@@ -41,30 +41,35 @@ pub(super) struct RunArgs {
     socket_lb: SocketLbArg,
     #[command(flatten)]
     node_ports: NodePortArgs,
-    /// Destroy TCP sockets of removed backends too, not only connected UDP sockets
+    /// Destroy TCP sockets of removed backends too, not only connected UDP sockets: a terminating backend keeps them
+    /// until its endpoint is gone. Both need CAP_NET_ADMIN and a kernel with CONFIG_INET_DIAG_DESTROY; sockets of pods need
+    /// CAP_SYS_PTRACE and CAP_SYS_ADMIN as well, and the machine's process namespace (hostPID). `status` says what is
+    /// missing; sockets that cannot be reached live on
     #[arg(long)]
     destroy_tcp: bool,
     /// Milliseconds after which a socket record may be swept, and between two sweeps; for tests
     #[arg(long, value_name = "MS", default_value_t = 60_000, hide = true)]
     sweep_age: u64,
-    #[command(flatten)]
-    capacities: CapacityArgs,
     /// Format of the log, on the error output; what it contains is set by RUST_LOG
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
     /// Load this eBPF object in place of the one that is part of the program; for developers
     #[arg(long, value_name = "FILE", hide = true)]
     ebpf_object: Option<PathBuf>,
+    // Last: its heading is that of all that follows.
+    #[command(flatten)]
+    capacities: CapacityArgs,
 }
 
 /// Which addresses serve node ports.
 #[derive(Debug, Args)]
 struct NodePortArgs {
-    /// Devices whose addresses serve node ports [default: all]
+    /// Devices whose addresses serve node ports, there now or later [default: all]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     devices: Vec<String>,
     /// Which of the node's addresses serve node ports: those in the networks named (all of a family that none is named
-    /// of), or `primary`: the first address of each family in this node's Node object
+    /// of), or `primary`: the first address of each family in this node's Node object, without one the addresses of the
+    /// devices with a default route. Loopback serves the node's own sockets in any case
     #[arg(long, value_name = "CIDR,...|primary", default_value = "0.0.0.0/0,::/0")]
     nodeport_addresses: Wanted,
 }
@@ -103,6 +108,9 @@ enum LogFormat {
     Json,
 }
 
+/// Time between two looks for a trace that was killed.
+const LOOK: Duration = Duration::from_secs(5);
+
 pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
@@ -133,10 +141,7 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     let socket_lb = SocketLb::from(args.socket_lb);
     let object = other.as_deref().unwrap_or(OBJECT);
     let maps = loader::load(object, &lock, &args.capacities.into(), socket_lb)?;
-    if TraceLock::take(lock.pins())?.is_some() {
-        // Nobody traces: what one that was killed asked for is not wanted any more.
-        maps.pinned().write_events(0);
-    }
+    end_orphaned_trace(maps.pinned(), lock.pins())?;
     let mut grace = maps.grace_watch();
 
     // Watching begins before the first look, so that no change falls in between.
@@ -148,10 +153,11 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     let (batch, back) = spawn_blocking(move || (source.rescan(), source)).await?;
     source = back;
 
-    let mut addresses = addrs::follow().context("listing the node's addresses")?;
+    let selection = args.node_ports.selection();
+    let mut addresses = addrs::follow(&selection).context("listing the node's addresses")?;
     let reconciler = Reconciler::adopt(maps, &node)?;
     let node_ports = NodePorts {
-        selection: args.node_ports.selection(),
+        selection,
         addresses: addresses.clone(),
         problem: None,
     };
@@ -169,9 +175,10 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
         tcp: args.destroy_tcp,
         sweep: Duration::from_millis(args.sweep_age),
     };
-    let destroyer = Destroyer::start(&lock.pins().maps(), settings).context("looking after sockets")?;
+    let mut destroyer = Destroyer::start(&lock.pins().maps(), settings).context("looking after sockets")?;
     let mut trouble = destroyer.problems();
     let mut withdrawals = agent.reconciler.withdrawals();
+    let mut look = tokio::time::interval(LOOK);
 
     loop {
         tokio::select! {
@@ -182,7 +189,9 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
             }
             Ok(()) = grace.changed() => agent.reconciler.reclaim(),
             Ok(()) = addresses.changed() => agent.follow_addresses(),
+            Some(event) = destroyer.destroyed() => agent.tell(&event),
             Ok(()) = trouble.changed() => agent.note_sockets(trouble.borrow_and_update().clone()),
+            _ = look.tick() => end_orphaned_trace(agent.reconciler.maps().pinned(), lock.pins())?,
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
@@ -192,6 +201,16 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
         }
     }
     info!("stopped; what is pinned goes on serving (`lb-agent cleanup` ends it)");
+    Ok(())
+}
+
+/// Makes the programs write no events where whoever asked for them was killed.
+fn end_orphaned_trace(maps: &PinnedMaps, pins: &PinPath) -> Result<(), LoadError> {
+    if maps.config().events != 0
+        && let Some(_lock) = TraceLock::take(pins)?
+    {
+        maps.write_events(0);
+    }
     Ok(())
 }
 
@@ -289,6 +308,13 @@ impl Agent {
         };
         let place = map_name::NODE_ADDRS.to_owned();
         self.node_ports.problem = message.map(|message| Problem { place, message });
+    }
+
+    /// Tells whoever traces.
+    fn tell(&self, event: &Event) {
+        if let Err(error) = self.reconciler.maps().tell(event) {
+            warn!(%error, "an event is lost");
+        }
     }
 
     /// The node's addresses have changed.

@@ -1,3 +1,6 @@
+use lb_common::abi::DropReason;
+use proptest::prelude::*;
+
 use super::*;
 use crate::maps::Maps as _;
 use crate::model::Service as Object;
@@ -209,4 +212,146 @@ fn broken_maps_give_what_the_programs_give() {
     maps.dump.services.truncate(1);
     let answer = explain(&maps, POD, to("10.96.0.10:80"));
     assert!(answer.to_string().contains("bad_service_index"), "{answer}");
+}
+
+/// What the programs do with a new TCP connection, by a random number: the steps of `lb-ebpf/src/{sock_addr,backend}.rs`
+/// one after another, on the same `lb_common::logic`. `None`: the destination stays.
+fn connected(maps: &Snapshot, asker: Asker, to: Destination, random: u32) -> Result<Option<SocketAddr>, DropReason> {
+    let view = View {
+        maps,
+        on_node: asker.on_node,
+    };
+    if asker.node_only && !asker.on_node {
+        return Ok(None);
+    }
+    let Some(frontend) = route::frontend(&view, to)? else {
+        return Ok(None);
+    };
+    let set = connect::set_for_socket(frontend)?;
+    let services = &maps.dump.services;
+    let service = services
+        .get(frontend.service as usize)
+        .ok_or(DropReason::BadServiceIndex)?;
+    if !route::is_for_sockets(frontend, service.flags) {
+        return Ok(None);
+    }
+    let again = |entry: &Affinity| {
+        let backend = maps.dump.backends.get(entry.backend as usize)?;
+        let reference = (frontend.service, entry.generation);
+        connect::is_usable(backend.generation, backend.service, backend.flags, reference, set)
+            .then(|| socket(backend.addr, backend.port))
+    };
+    let key = AffinityKey::of_netns(asker.netns, frontend.service);
+    if service.flags & service_flags::AFFINITY != 0
+        && let Some(entry) = maps.affinity.get(&key)
+        && affinity::holds(entry.used, maps.now, service.affinity_timeout)
+        && let Some(backend) = again(entry)
+    {
+        return Ok(Some(backend));
+    }
+    let word = match set {
+        Set::Internal => service.internal,
+        Set::External => service.external,
+        Set::Cluster => service.cluster,
+    };
+    let slot = connect::slot(word, random)?;
+    let slot = maps.dump.slots.get(slot as usize).ok_or(DropReason::BadSlot)?;
+    Ok(Some(socket(slot.addr, slot.port)))
+}
+
+/// Random numbers that take every member of a small set.
+fn numbers() -> impl Iterator<Item = u32> {
+    (0..64).map(|n| n << 26)
+}
+
+/// One Service of which all is left to chance: it is the `n`th.
+fn any_service(n: u8) -> impl Strategy<Value = [crate::model::Object; 2]> {
+    let condition = prop::sample::select(vec![None, Some(""), Some(" terminating"), Some(" unready")]);
+    let endpoints = prop::collection::vec(condition, 4);
+    let affinity = prop::option::of(1..100_u32);
+    (endpoints, affinity, any::<bool>()).prop_map(move |(conditions, affinity, local)| {
+        let mut web = service(&format!("s{n}"), &format!("10.96.0.{n}"));
+        web.service_type = crate::model::ServiceType::LoadBalancer;
+        web.external_ips = Box::new([[198, 51, 100, n].into()]);
+        web.load_balancer_ips = Box::new([[192, 0, 2, n].into()]);
+        web.affinity_timeout = affinity;
+        let web = with_node_port(if local { web.local() } else { web }, 30000 + u16::from(n));
+        let endpoints = conditions
+            .into_iter()
+            .enumerate()
+            .filter_map(|(i, condition)| Some(format!("10.10.{n}.{i} @n{}{}", 1 + i % 2, condition?)));
+        let endpoints: Vec<_> = endpoints.collect();
+        let endpoints: Vec<_> = endpoints.iter().map(String::as_str).collect();
+        [web.into(), slice(&format!("s{n}"), &endpoints).into()]
+    })
+}
+
+/// What three Services make of the maps, then clients that were seen, and changes that an update is in the middle of.
+fn any_maps() -> impl Strategy<Value = Snapshot> {
+    let services = (any_service(1), any_service(2), any_service(3));
+    let client = (prop::sample::select(vec![1_u64, 7]), 1..4_u32);
+    let entry = (0..13_u32, prop::sample::select(vec![1_u32, 2, 3]), 0..100_u64);
+    let clients = prop::collection::vec((client, entry), 0..6);
+    let flags = prop::collection::vec((0..13_usize, 0..16_u16, any::<bool>()), 0..4);
+    let ranges = prop::option::of(1..4_usize);
+    (services, clients, flags, ranges).prop_map(|(([a, b], [c, d], [e, f]), clients, changes, ranges)| {
+        let mut maps = snapshot([a, b, c, d, e, f]);
+        for ((netns, service), (backend, generation, used)) in clients {
+            let used = used * SECOND;
+            let entry = Affinity {
+                backend,
+                generation,
+                used,
+            };
+            maps.affinity.insert(AffinityKey::of_netns(netns, service), entry);
+        }
+        for (id, flags, withdrawn) in changes {
+            if let Some(backend) = maps.dump.backends.get_mut(id) {
+                backend.flags = flags;
+                backend.generation += u32::from(withdrawn);
+            }
+        }
+        if let Some(index) = ranges {
+            maps.dump.services[index].flags |= service_flags::SOURCE_RANGES;
+        }
+        maps
+    })
+}
+
+fn all_destinations() -> Vec<Destination> {
+    let of_services = (1..4).flat_map(|n| {
+        [
+            format!("10.96.0.{n}:80"),
+            format!("10.96.0.{n}:81"),
+            format!("198.51.100.{n}:80"),
+            format!("192.0.2.{n}:80"),
+            format!("192.168.77.1:3000{n}"),
+            format!("192.168.77.2:3000{n}"),
+            format!("127.0.0.1:3000{n}"),
+            format!("0.0.0.0:3000{n}"),
+            format!("[::1]:3000{n}"),
+        ]
+    });
+    of_services.map(|text| to(&text)).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_is_explained_is_what_the_programs_do(maps in any_maps()) {
+        let node_only = Asker { node_only: true, ..POD };
+        for asker in [POD, NODE, node_only] {
+            for dest in all_destinations() {
+                let done: Result<BTreeSet<_>, _> = numbers().map(|n| connected(&maps, asker, dest, n)).collect();
+                let answer = explain(&maps, asker, dest);
+                let said = match &answer.outcome {
+                    Outcome::Untouched { .. } => Ok([None].into()),
+                    Outcome::Connects { backends } => Ok(backends.iter().copied().map(Some).collect()),
+                    Outcome::Refused { reason, .. } => Err(*reason),
+                };
+                prop_assert_eq!(done.map_err(DropReason::label), said, "{:?}\n{}", asker, answer);
+            }
+        }
+    }
 }

@@ -71,14 +71,22 @@ pub struct Snapshot {
     defaults: BTreeSet<(bool, String)>,
 }
 
+impl Selection {
+    /// Whether the selection depends on default routes. A node may have very many routes: they are not looked at without
+    /// need.
+    fn looks_at_routes(&self) -> bool {
+        self.wanted == Wanted::Primary
+    }
+}
+
 impl Snapshot {
-    /// What the kernel says now, in the network namespace of the calling thread.
+    /// What the kernel says now, in the network namespace of the calling thread; default routes only if wanted.
     ///
     /// # Errors
     /// The system call's.
-    pub fn take() -> io::Result<Self> {
+    fn take(routes: bool) -> io::Result<Self> {
         for _ in 0..TRIES {
-            if let Some(snapshot) = Self::try_take()? {
+            if let Some(snapshot) = Self::try_take(routes)? {
                 return Ok(snapshot);
             }
         }
@@ -86,7 +94,7 @@ impl Snapshot {
     }
 
     /// `None` where something changed meanwhile.
-    fn try_take() -> io::Result<Option<Self>> {
+    fn try_take(routes: bool) -> io::Result<Option<Self>> {
         let mut netlink = Netlink::open(NETLINK_ROUTE)?;
         let mut names = BTreeMap::new();
         let mut whole = netlink.list(RouteNetlinkMessage::GetLink(LinkMessage::default()), |message| {
@@ -106,6 +114,9 @@ impl Snapshot {
                 snapshot.addresses.insert((name.clone(), ip));
             }
         })? == Listing::Whole;
+        if !routes {
+            return Ok(whole.then_some(snapshot));
+        }
         whole &= netlink.list(RouteNetlinkMessage::GetRoute(RouteMessage::default()), |message| {
             if let RouteNetlinkMessage::NewRoute(route) = message {
                 let v6 = route.header.address_family == AddressFamily::Inet6;
@@ -185,20 +196,19 @@ fn default_devices(route: &RouteMessage) -> Vec<u32> {
     devices.collect()
 }
 
-/// Follows the addresses of the network namespace of the calling thread, on a thread of its own that ends when nobody
-/// listens. What there is when this returns is there already.
+/// Follows what a selection looks at in the network namespace of the calling thread, on a thread of its own. What there
+/// is when this returns is there already.
 ///
 /// # Errors
 /// Where the kernel cannot be asked.
-pub fn follow() -> io::Result<watch::Receiver<Snapshot>> {
-    const GROUPS: i32 = libc::RTMGRP_LINK
-        | libc::RTMGRP_IPV4_IFADDR
-        | libc::RTMGRP_IPV6_IFADDR
-        | libc::RTMGRP_IPV4_ROUTE
-        | libc::RTMGRP_IPV6_ROUTE;
+pub fn follow(selection: &Selection) -> io::Result<watch::Receiver<Snapshot>> {
+    const ADDRESSES: i32 = libc::RTMGRP_LINK | libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR;
+    const ROUTES: i32 = libc::RTMGRP_IPV4_ROUTE | libc::RTMGRP_IPV6_ROUTE;
+    let routes = selection.looks_at_routes();
+    let groups = if routes { ADDRESSES | ROUTES } else { ADDRESSES };
     // First, so that no change falls in between.
-    let subscription = Subscription::open(NETLINK_ROUTE, GROUPS as u32)?;
-    let (told, snapshots) = watch::channel(Snapshot::take()?);
+    let subscription = Subscription::open(NETLINK_ROUTE, groups as u32)?;
+    let (told, snapshots) = watch::channel(Snapshot::take(routes)?);
     thread::Builder::new().name("lb-addresses".into()).spawn(move || {
         while !told.is_closed() {
             // Waits for a change; a failure is no reason not to look.
@@ -207,19 +217,18 @@ pub fn follow() -> io::Result<watch::Receiver<Snapshot>> {
                 thread::sleep(AGAIN);
             }
             thread::sleep(BURST);
-            let mut taken = Snapshot::take();
-            while let Err(error) = &taken {
-                warn!(%error, "cannot list the node's addresses; trying again");
+            let snapshot = loop {
+                match Snapshot::take(routes) {
+                    Ok(snapshot) => break snapshot,
+                    Err(error) => warn!(%error, "cannot list the node's addresses; trying again"),
+                }
                 thread::sleep(AGAIN);
-                taken = Snapshot::take();
-            }
-            if let Ok(snapshot) = taken {
-                told.send_if_modified(|known| {
-                    let news = *known != snapshot;
-                    *known = snapshot;
-                    news
-                });
-            }
+            };
+            told.send_if_modified(|known| {
+                let news = *known != snapshot;
+                *known = snapshot;
+                news
+            });
         }
     })?;
     Ok(snapshots)

@@ -13,8 +13,9 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lb_common::abi::{SocketRecord, UdpFlows};
+use lb_common::abi::{Event, EventKind, UdpFlows};
 use nix::time::{ClockId, clock_gettime};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 use tracing::{debug, info};
 
@@ -47,6 +48,7 @@ pub struct Settings {
 pub struct Destroyer {
     wake: Sender<()>,
     problems: watch::Receiver<Vec<Problem>>,
+    events: UnboundedReceiver<Event>,
 }
 
 impl Destroyer {
@@ -58,20 +60,23 @@ impl Destroyer {
         let records = Records::open(maps)?;
         let namespaces = Namespaces::new().map_err(DestroyError::Proc)?;
         let (told, problems) = watch::channel(Vec::new());
+        let (destroyed, events) = unbounded_channel();
         let (wake, woken) = mpsc::channel();
         let worker = Worker {
             settings,
             records,
             namespaces,
             suspects: Suspects::default(),
+            missing: Suspects::default(),
             problems: BTreeMap::new(),
             told,
+            destroyed,
         };
         thread::Builder::new()
             .name("lb-destroy".into())
             .spawn(move || worker.run(&woken))
             .map_err(DestroyError::Thread)?;
-        Ok(Self { wake, problems })
+        Ok(Self { wake, problems, events })
     }
 
     /// Says that backends were removed; returns at once.
@@ -84,6 +89,11 @@ impl Destroyer {
     #[must_use]
     pub fn problems(&self) -> watch::Receiver<Vec<Problem>> {
         self.problems.clone()
+    }
+
+    /// Waits for the next socket that was destroyed; `None` where the thread has ended.
+    pub async fn destroyed(&mut self) -> Option<Event> {
+        self.events.recv().await
     }
 }
 
@@ -105,18 +115,24 @@ struct Worker {
     settings: Settings,
     records: Records,
     namespaces: Namespaces,
+    /// What the last sweep found no socket for.
     suspects: Suspects,
+    /// The same of the last pass, with removed backends.
+    missing: Suspects,
     /// What is told, by place.
     problems: BTreeMap<String, String>,
     told: watch::Sender<Vec<Problem>>,
+    destroyed: UnboundedSender<Event>,
 }
 
 /// What a pass did in one namespace.
 #[derive(Default)]
 struct Done {
     destroyed: Vec<(Found, Socket)>,
-    /// Records of sockets that are gone or elsewhere.
+    /// Records of sockets that are connected elsewhere, or no more.
     stale: Vec<Found>,
+    /// Records of sockets that were not listed.
+    missing: Vec<Found>,
     /// Sockets that may still be connected.
     open: usize,
     failed: Option<io::Error>,
@@ -169,14 +185,13 @@ impl Worker {
         let tcp = self.settings.tcp;
         for protocol in Protocol::ALL.into_iter().filter(|p| *p == Protocol::Udp || tcp) {
             let result = SockDiag::open().and_then(|mut diag| diag.probe(protocol));
-            let why = result.err().map(|error| match error.raw_os_error() {
-                Some(libc::EOPNOTSUPP) => {
-                    "this kernel is built without CONFIG_INET_DIAG_DESTROY: sockets of removed backends live on".into()
-                }
-                _ => format!("sockets of removed backends live on: {error}"),
-            });
+            let why = result.err().map(|error| why_not_destroyed(&error));
             self.note(&format!("destroying {protocol:?} sockets"), why);
         }
+        let why = Namespaces::probe().err();
+        let why =
+            why.map(|error| format!("{error}: sockets of pods are left alone (CAP_SYS_ADMIN and CAP_SYS_PTRACE)"));
+        self.note("entering network namespaces", why);
         if !self.namespaces.sees_all() {
             let why = "not in the machine's process namespace (hostPID): sockets of pods may not be found";
             self.note("processes", Some(why.into()));
@@ -217,22 +232,21 @@ impl Worker {
             destroy(records, dead, begun)
         });
         self.refusals(&visit);
-        let (mut open, mut stale) = (0, Vec::new());
+        let (mut open, mut stale, mut missing) = (0, Vec::new(), Vec::new());
         for (netns, done) in visit.visited {
-            let Done {
-                destroyed,
-                stale: left,
-                open: still,
-                failed,
-            } = done;
-            open += still;
-            for (found, socket) in &destroyed {
-                told_of_destroyed(&found.record, socket);
+            for (found, socket) in &done.destroyed {
+                self.tell_of_destroyed(found, socket);
             }
-            stale.extend(destroyed.into_iter().map(|(found, _)| found).chain(left));
-            let why = failed.map(|error| error.to_string());
+            open += done.open;
+            stale.extend(done.destroyed.into_iter().map(|(found, _)| found));
+            stale.extend(done.stale);
+            missing.extend(done.missing);
+            let why = done.failed.map(|error| error.to_string());
             self.note(&format!("{NAMESPACE} {netns}"), why);
         }
+        let gone = self.missing.without_socket(missing.iter().map(trace_of).collect());
+        open += missing.len() - gone.len();
+        stale.extend(missing.into_iter().filter(|found| gone.contains(&trace_of(found))));
         self.records.forget(&stale)?;
         Ok(open)
     }
@@ -258,7 +272,7 @@ impl Worker {
             .map(|f| f.record.netns)
             .chain(flows.iter().map(|(_, f)| f.netns))
             .collect();
-        let visit = self.namespaces.visit(&wanted, |_| list(&Protocol::ALL));
+        let visit = self.namespaces.visit(&wanted, |_| list_sockets(&Protocol::ALL));
         self.refusals(&visit);
         // Where a namespace could not be listed, nothing is known to be gone.
         let is_gone = |netns: u64, cookie: u64| match visit.visited.get(&netns) {
@@ -297,14 +311,37 @@ impl Worker {
         Ok(())
     }
 
+    /// Logs a socket that was destroyed, and says so to whoever traces.
+    fn tell_of_destroyed(&self, found: &Found, socket: &Socket) {
+        let record = &found.record;
+        debug!(
+            original = %format_args!("{}:{}", record.original_addr, record.original_port),
+            backend = %socket.remote, local = %socket.local, protocol = ?socket.protocol,
+            service = record.service, cookie = socket.cookie, netns = record.netns,
+            "socket destroyed: its backend was removed"
+        );
+        let event = Event {
+            time: now(),
+            cookie: record.socket,
+            netns: record.netns,
+            addr: record.original_addr,
+            backend_addr: record.backend_addr,
+            port: record.original_port,
+            backend_port: record.backend_port,
+            proto: record.proto,
+            kind: EventKind::Destroyed as u8,
+            service: record.service,
+            ..Event::default()
+        };
+        // Where nobody listens, the agent ends.
+        self.destroyed.send(event).ok();
+    }
+
     /// Tells of namespaces that cannot be looked into.
     fn refusals<T>(&mut self, visit: &Visit<T>) {
         let why = visit.refused.first().map(|(path, error)| {
-            format!(
-                "{}: {error} ({} in all): sockets there are left alone",
-                path.display(),
-                visit.refused.len()
-            )
+            let path = path.display();
+            format!("some cannot be found, and their sockets are left alone: {path}: {error}")
         });
         self.note("other network namespaces", why);
     }
@@ -335,14 +372,14 @@ impl Worker {
     }
 }
 
-/// The one place that tells of a destroyed socket.
-fn told_of_destroyed(record: &SocketRecord, socket: &Socket) {
-    let original = format_args!("{}:{}", record.original_addr, record.original_port);
-    debug!(
-        %original, backend = %socket.remote, local = %socket.local, protocol = ?socket.protocol,
-        service = record.service, cookie = socket.cookie, netns = record.netns,
-        "socket destroyed: its backend was removed"
-    );
+/// What a kernel's refusal to destroy sockets means.
+fn why_not_destroyed(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::EOPNOTSUPP) => {
+            "this kernel is built without CONFIG_INET_DIAG_DESTROY: sockets of removed backends live on".into()
+        }
+        _ => format!("sockets of removed backends live on: {error}"),
+    }
 }
 
 /// Destroys the sockets of some records in the network namespace of the calling thread.
@@ -358,11 +395,12 @@ fn destroy(records: &Records, dead: &[Found], begun: u64) -> Done {
 fn try_destroy(records: &Records, dead: &[Found], begun: u64, done: &mut Done) -> io::Result<()> {
     let is_there = |protocol: &Protocol| dead.iter().any(|found| found.record.proto == *protocol as u8);
     let protocols: Vec<_> = Protocol::ALL.into_iter().filter(is_there).collect();
-    let listing = list(&protocols)?;
+    let listing = list_sockets(&protocols)?;
     let mut diag = SockDiag::open()?;
     for found in dead {
         match judge::of_removed(&found.record, &listing, begun) {
             Verdict::Forget => done.stale.push(*found),
+            Verdict::Missing => done.missing.push(*found),
             Verdict::Wait => done.open += 1,
             // It has connected once more since: there is another record, to be judged by itself.
             Verdict::Destroy(_) if !records.is_unchanged(found).map_err(io::Error::other)? => done.open += 1,
@@ -380,7 +418,7 @@ fn try_destroy(records: &Records, dead: &[Found], begun: u64, done: &mut Done) -
 }
 
 /// The sockets of the network namespace of the calling thread.
-fn list(protocols: &[Protocol]) -> io::Result<Listing> {
+pub(crate) fn list_sockets(protocols: &[Protocol]) -> io::Result<Listing> {
     let mut diag = SockDiag::open()?;
     let mut listing = Listing::new();
     for protocol in protocols {
@@ -405,5 +443,19 @@ fn trace_of_flows(cookie: u64, flows: &UdpFlows) -> Trace {
     Trace::Flows {
         cookie,
         time: last_use(flows),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_cannot_destroy_is_told_from_one_that_must_not() {
+        let why = |errno| why_not_destroyed(&io::Error::from_raw_os_error(errno));
+        let text = why(libc::EOPNOTSUPP);
+        assert!(text.contains("without CONFIG_INET_DIAG_DESTROY"), "{text}");
+        let text = why(libc::EPERM);
+        assert!(!text.contains("CONFIG") && text.contains("not permitted"), "{text}");
     }
 }

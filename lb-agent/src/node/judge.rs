@@ -9,18 +9,21 @@ use lb_common::abi::SocketRecord;
 use super::sockdiag::{Protocol, Socket};
 
 /// How long connect() may take from the record of a choice to the socket's having that destination, in nanoseconds.
-pub(super) const CONNECTING: u64 = 1_000_000_000;
+pub(crate) const CONNECTING: u64 = 1_000_000_000;
 
 /// Sockets of one network namespace, by cookie.
-pub(super) type Listing = BTreeMap<u64, Socket>;
+pub(crate) type Listing = BTreeMap<u64, Socket>;
 
 /// What to do about a record whose backend was removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// The socket is connected to the backend that was removed.
     Destroy(Socket),
-    /// The socket is gone, or connected elsewhere: the record is to be forgotten.
+    /// The socket is connected elsewhere, or no more: the record is to be forgotten.
     Forget,
+    /// The listing lacks the socket. A listing comes in parts, and what ends between two of them may hide another: only
+    /// what two listings lack is gone.
+    Missing,
     /// The call of connect() that left the record may not have ended yet.
     Wait,
 }
@@ -31,13 +34,14 @@ pub(super) enum Verdict {
 /// was connected elsewhere since, or to nothing, is not the removed backend's.
 pub(super) fn of_removed(record: &SocketRecord, listing: &Listing, begun: u64) -> Verdict {
     let backend = SocketAddr::new(IpAddr::from(record.backend_addr), record.backend_port);
-    let socket = listing.get(&record.socket).filter(|socket| {
+    let is_backends = |socket: &Socket| {
         socket.protocol as u8 == record.proto && is_connected(socket) && canonical(socket.remote) == canonical(backend)
-    });
-    match socket {
-        Some(socket) => Verdict::Destroy(*socket),
-        None if begun.saturating_sub(record.time) < CONNECTING => Verdict::Wait,
-        None => Verdict::Forget,
+    };
+    match listing.get(&record.socket) {
+        Some(socket) if is_backends(socket) => Verdict::Destroy(*socket),
+        _ if begun.saturating_sub(record.time) < CONNECTING => Verdict::Wait,
+        Some(_) => Verdict::Forget,
+        None => Verdict::Missing,
     }
 }
 
@@ -73,12 +77,12 @@ pub(super) enum Trace {
     },
 }
 
-/// Traces without a socket at the last sweep.
+/// Traces whose socket the last listing lacked.
 #[derive(Debug, Default)]
 pub(super) struct Suspects(BTreeSet<Trace>);
 
 impl Suspects {
-    /// Notes the traces that have no socket now; those that had none at the last sweep either are to be forgotten.
+    /// Notes the traces that have no socket now; those that had none the last time either are to be forgotten.
     pub(super) fn without_socket(&mut self, now: BTreeSet<Trace>) -> BTreeSet<Trace> {
         let twice = now.intersection(&self.0).copied().collect();
         self.0 = now;
@@ -140,7 +144,7 @@ mod tests {
             (6, socket(Tcp, ESTABLISHED, "10.10.1.2:53"), true),
             (6, socket(Tcp, 2, "10.10.1.2:53"), true),
             (6, socket(Tcp, LISTEN, "10.10.1.2:53"), false),
-            (6, socket(Tcp, 6, "10.10.1.2:53"), false),
+            (6, socket(Tcp, CLOSED, "10.10.1.2:53"), false),
         ];
         for (proto, socket, destroyed) in cases {
             let expected = if destroyed {
@@ -162,7 +166,7 @@ mod tests {
             cookie: 8,
             ..socket(Protocol::Udp, ESTABLISHED, "10.10.1.2:53")
         };
-        assert_eq!(judge(&record(17), Some(other), LATE), Verdict::Forget);
+        assert_eq!(judge(&record(17), Some(other), LATE), Verdict::Missing);
     }
 
     #[test]
@@ -190,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn two_sweeps_in_a_row_forget() {
+    fn what_two_listings_in_a_row_lack_is_forgotten() {
         let old = Trace::Record { key: 1, time: 5 };
         let flows = Trace::Flows { cookie: 1, time: 5 };
         let rewritten = Trace::Record { key: 1, time: 6 };

@@ -10,3 +10,5 @@ mod judge;
 mod netlink;
 pub(crate) mod netns;
 pub(crate) mod sockdiag;
+
+pub(crate) use judge::{CONNECTING, Listing};

@@ -41,8 +41,8 @@ pub(crate) struct Visit<T> {
     pub(crate) visited: BTreeMap<u64, T>,
     /// Cookies of namespaces that this walk would have found, if there were any.
     pub(crate) missing: BTreeSet<u64>,
-    /// Namespaces that cannot be entered or looked for, and why: those that were wanted and are in neither of the above
-    /// may be among them.
+    /// Where some that were wanted are in neither of the above: what cannot be entered or looked at, and why. They may be
+    /// there.
     pub(crate) refused: Vec<(PathBuf, io::Error)>,
 }
 
@@ -84,6 +84,14 @@ impl Namespaces {
         self.sees_all
     }
 
+    /// Enters the namespace that it is in already: what is needed for that is needed for others.
+    ///
+    /// # Errors
+    /// Where that is not allowed.
+    pub(crate) fn probe() -> io::Result<()> {
+        within(&File::open("/proc/thread-self/ns/net")?, || ())
+    }
+
     /// Runs `work` in those of the wanted namespaces (by cookie) that can be found; it gets the cookie. To be called on
     /// a thread that is in the node's namespace.
     pub(crate) fn visit<T: Send>(&mut self, wanted: &BTreeSet<u64>, work: impl Fn(u64) -> T + Sync) -> Visit<T> {
@@ -108,12 +116,20 @@ impl Namespaces {
             self.enter(&search.found, &mut tried, &mut visit, &work);
         }
         self.cookies.retain(|inode, _| search.found.contains_key(inode));
-        visit.refused.append(&mut search.refused);
-        // One that could not be looked for, or not be entered, may be any of them.
-        let (sure, sees_all, entered) = (visit.refused.is_empty(), self.sees_all, &self.entered);
+        let looked_for = visit.missing.len();
+        // One that could not be entered may be any of them. So may one that only processes hold that may not be looked
+        // at; but one that was entered before was held by others, and they are gone.
+        let denied = |(_, error): &(_, io::Error)| error.kind() == io::ErrorKind::PermissionDenied;
+        let sees_most = visit.refused.is_empty() && search.refused.iter().all(denied);
+        let sees_all = self.sees_all && search.refused.is_empty();
         visit
             .missing
-            .retain(|cookie| sure && (sees_all || entered.contains(cookie)));
+            .retain(|cookie| sees_most && (sees_all || self.entered.contains(cookie)));
+        if visit.missing.len() == looked_for {
+            visit.refused.clear();
+        } else {
+            visit.refused.append(&mut search.refused);
+        }
         visit
     }
 

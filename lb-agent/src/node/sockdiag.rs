@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 
 use netlink_packet_sock_diag::constants::{
-    AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP, TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN, TCP_TIME_WAIT,
+    AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP, TCP_CLOSE, TCP_ESTABLISHED, TCP_LISTEN,
 };
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags};
 use netlink_packet_sock_diag::{SockDiagDestroy, SockDiagMessage};
@@ -50,7 +50,7 @@ impl Socket {
 
     /// Whether a TCP socket has a connection, or is about to have one.
     pub(crate) fn has_peer(&self) -> bool {
-        !matches!(self.state, TCP_CLOSE | TCP_LISTEN | TCP_TIME_WAIT)
+        !matches!(self.state, TCP_CLOSE | TCP_LISTEN)
     }
 
     fn new(protocol: Protocol, header: &InetResponseHeader) -> Self {
@@ -111,7 +111,7 @@ impl SockDiag {
         Netlink::open(NETLINK_SOCK_DIAG).map(Self)
     }
 
-    /// All sockets of a protocol, IPv4 and IPv6, in any state.
+    /// All sockets of a protocol, IPv4 and IPv6; but not what is left of TCP sockets for a while after they were closed.
     ///
     /// # Errors
     /// The kernel's; where the listing may lack something, [`io::ErrorKind::Interrupted`].
@@ -172,7 +172,7 @@ fn request(family: u8, protocol: Protocol, socket_id: SocketId) -> SockDiagMessa
         family,
         protocol: protocol as u8,
         extensions: ExtensionFlags::empty(),
-        states: StateFlags::all(),
+        states: StateFlags::all().difference(StateFlags::TIME_WAIT),
         socket_id,
     })
 }

@@ -17,8 +17,9 @@ use crate::privilege::search_path;
 use crate::root;
 
 /// What the bed and the tests call, at its own path; all else is busybox.
-const TOOLS: [&str; 13] = [
-    "bpftool", "bridge", "cat", "curl", "ip", "nft", "nginx", "setpriv", "sh", "sleep", "stat", "umount", "unshare",
+const TOOLS: [&str; 18] = [
+    "bpftool", "bridge", "cat", "curl", "dig", "dnsmasq", "getent", "ip", "mount", "nft", "nginx", "setpriv", "sh",
+    "sleep", "ss", "stat", "umount", "unshare",
 ];
 
 /// Printers of rules: those that are there.
@@ -43,6 +44,9 @@ const MODULES: [&str; 8] = [
 
 /// Folders and files of this machine that tools read.
 const CONFIGURATION: [&str; 4] = ["/etc/iproute2", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"];
+
+/// Where machines find Python.
+const PYTHON: &str = "/usr/bin/python3";
 
 /// What a line about the end of a test program begins with.
 pub(super) const ENDED: &str = "lb-vm: ended ";
@@ -88,7 +92,10 @@ pub(super) fn write(kernel: &Kernel, job: &Job, slow: u32) -> Result<File> {
             image.file(file, file)?;
         }
     }
-    for dir in ["deploy", "examples"] {
+    // Tests lay files of their own over it.
+    image.content(Path::new("/etc/resolv.conf"), 0o644, b"")?;
+    add_python(&mut image)?;
+    for dir in ["deploy", "examples", "tests/clients"] {
         image.tree(&root().join(dir))?;
     }
     for (at, from) in &job.files {
@@ -170,6 +177,39 @@ type Image = Archive<BufWriter<File>>;
 fn add_program(image: &mut Image, path: &Path) -> Result<()> {
     add_links(image, path)?;
     add_libraries(image, path)
+}
+
+/// Python, with what the client of the tests needs of it.
+fn add_python(image: &mut Image) -> Result<()> {
+    let python = find("python3").context("there is no python3")?;
+    // What is found first may be a script that chooses one.
+    let program = output(&python, &["-I", "-c", "import sys; print(sys.executable)"])?;
+    let program = Path::new(program.trim_end());
+    add_program(image, program)?;
+    if program != Path::new(PYTHON) {
+        image.symlink(Path::new(PYTHON), program)?;
+    }
+    let client = root().join("tests/clients/client.py");
+    let client = client.to_str().context("a path is not UTF-8")?;
+    let files = output(program, &["-I", client, "--files"])?;
+    for file in files.lines().map(Path::new).filter(|file| *file != Path::new(client)) {
+        if file.extension() == Some(OsStr::new("so")) {
+            add_program(image, file)?;
+        } else {
+            add_links(image, file)?;
+        }
+    }
+    Ok(())
+}
+
+/// What a program prints.
+fn output(program: &Path, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program)
+        .args(arguments)
+        .output()
+        .with_context(|| format!("cannot run {}", program.display()))?;
+    ensure!(output.status.success(), "{} failed", program.display());
+    String::from_utf8(output.stdout).context("not UTF-8")
 }
 
 /// The shared libraries of a program.

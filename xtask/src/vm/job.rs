@@ -10,10 +10,11 @@ use crate::bed::Programs;
 use crate::root;
 
 /// Test programs in the order of what is best known first; all others follow.
-const KNOWN: [&str; 7] = [
+const KNOWN: [&str; 8] = [
     "programs",
     "sockets",
     "datagrams",
+    "resolvers",
     "inspection",
     "races",
     "restart",

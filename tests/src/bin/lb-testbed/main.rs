@@ -1,11 +1,11 @@
 //! Servers and clients for pods, nodes and outside clients of the test bed. Answers are JSON; see `lb_tests::load`.
 
+mod churn;
 mod connect;
 mod datagrams;
 mod hold;
 mod puppet;
 mod serve;
-mod sockets;
 
 use std::env::current_exe;
 use std::io::{Read as _, Write as _, stdin, stdout};
@@ -33,10 +33,10 @@ enum Command {
     ServeDatagrams(datagrams::Options),
     /// A socket that makes the calls that standard input says, a line of JSON each; answers are lines of JSON
     Puppet(puppet::Options),
+    /// Connects socket after socket until a byte comes on standard input, tells how many, and holds the last until it ends
+    Churn(churn::Options),
     /// Opens connections and tells as JSON how they went
     Connect(connect::Options),
-    /// Opens, uses and closes sockets as the lines of standard input say
-    Sockets,
     /// Builds a cluster, prints its name prefix, and removes it when standard input ends
     Cluster {
         /// Number of nodes
@@ -75,8 +75,8 @@ fn main() -> Result<ExitCode> {
         Command::Serve(options) => serve::run(&options)?,
         Command::ServeDatagrams(options) => datagrams::run(&options)?,
         Command::Puppet(options) => puppet::run(&options)?,
+        Command::Churn(options) => churn::run(&options)?,
         Command::Connect(options) => connect::run(&options)?,
-        Command::Sockets => sockets::run()?,
         Command::Cluster { nodes, routes, pods } => {
             let underlay = if routes { Underlay::Routes } else { Underlay::Vxlan };
             cluster(nodes, underlay, pods)?;

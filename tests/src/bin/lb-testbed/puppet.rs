@@ -27,16 +27,13 @@ pub(crate) struct Options {
     timeout_ms: i64,
 }
 
-fn kind(text: &str) -> Result<Kind, String> {
+pub(crate) fn kind(text: &str) -> Result<Kind, String> {
     serde_json::from_value(text.into()).map_err(|error| error.to_string())
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
-    let kind = options.kind;
-    let family = match kind {
-        Kind::Tcp4 | Kind::Udp4 | Kind::Mptcp4 => AddressFamily::Inet,
-        Kind::Tcp6 | Kind::Udp6 | Kind::Mptcp6 => AddressFamily::Inet6,
-    };
+/// Makes a socket, for IPv6 not only.
+pub(crate) fn open(kind: Kind) -> Result<OwnedFd> {
+    let family = family(kind);
     let (socket_type, protocol) = match kind {
         Kind::Tcp4 | Kind::Tcp6 => (libc::SOCK_STREAM, 0),
         Kind::Udp4 | Kind::Udp6 => (libc::SOCK_DGRAM, 0),
@@ -50,6 +47,19 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if family == AddressFamily::Inet6 {
         setsockopt(&socket, sockopt::Ipv6V6Only, &false).context("IPV6_V6ONLY")?;
     }
+    Ok(socket)
+}
+
+fn family(kind: Kind) -> AddressFamily {
+    match kind {
+        Kind::Tcp4 | Kind::Udp4 | Kind::Mptcp4 => AddressFamily::Inet,
+        Kind::Tcp6 | Kind::Udp6 | Kind::Mptcp6 => AddressFamily::Inet6,
+    }
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let family = family(options.kind);
+    let socket = open(options.kind)?;
     let timeout = TimeVal::milliseconds(options.timeout_ms);
     setsockopt(&socket, sockopt::ReceiveTimeout, &timeout).context("SO_RCVTIMEO")?;
     setsockopt(&socket, sockopt::SendTimeout, &timeout).context("SO_SNDTIMEO")?;

@@ -1,0 +1,475 @@
+//! Node ports at connect time and at bind(): on which addresses, of which nodes, for whose sockets.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::puppet::plain;
+use lb_tests::{Answer, Call, Cluster, Kind, Node, Place, Pod, Process, Running, Testbed, patience};
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const EADDRINUSE: i32 = 98;
+/// The node port of streams, and that of datagrams.
+const WEB: u16 = 30080;
+const DNS: u16 = 30053;
+
+fn bed() -> Testbed {
+    Testbed::new(BED)
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+/// Starts servers of streams and datagrams, which tell a name, on two ports of some addresses.
+fn serve(place: &Place, name: &str, addresses: &[IpAddr], [tcp, udp]: [u16; 2]) -> Result<[Process; 2]> {
+    let listen = |port| -> Vec<String> {
+        let at = addresses.iter().map(|ip| SocketAddr::new(*ip, port));
+        at.map(|at| format!("{at}={name}")).collect()
+    };
+    fn slices(texts: &[String]) -> Vec<&str> {
+        texts.iter().map(String::as_str).collect()
+    }
+    Ok([
+        bed().serve(place, &slices(&listen(tcp)))?,
+        bed().serve_datagrams(place, &slices(&listen(udp)))?,
+    ])
+}
+
+/// The ways to ask at an address: TCP and UDP, for IPv4 also by IPv6 sockets.
+fn ways(address: IpAddr, [tcp, udp]: [u16; 2]) -> Vec<(Kind, SocketAddr)> {
+    let at = |ip: IpAddr, port| SocketAddr::new(ip, port);
+    match address {
+        IpAddr::V4(v4) => {
+            let mapped = v4.to_ipv6_mapped().into();
+            vec![
+                (Kind::Tcp4, at(address, tcp)),
+                (Kind::Udp4, at(address, udp)),
+                (Kind::Tcp6, at(mapped, tcp)),
+                (Kind::Udp6, at(mapped, udp)),
+            ]
+        }
+        IpAddr::V6(_) => vec![(Kind::Tcp6, at(address, tcp)), (Kind::Udp6, at(address, udp))],
+    }
+}
+
+/// Who answers a new socket that connects somewhere, if anybody does.
+fn asked(from: &Place, kind: Kind, to: SocketAddr) -> Result<Option<String>> {
+    let mut socket = bed().puppet(from, kind)?;
+    if let Answer::Failed(_) = socket.call(&Call::Connect(to))? {
+        return Ok(None);
+    }
+    if matches!(kind, Kind::Udp4 | Kind::Udp6) {
+        socket.send("hello")?;
+    }
+    let (by, text) = match socket.call(&Call::Receive)? {
+        Answer::Received(by, text) => (by, text),
+        Answer::Failed(_) => return Ok(None),
+        other => bail!("{other:?}"),
+    };
+    ensure!(
+        by.is_none_or(|by| plain(by) == plain(to)),
+        "{to} was asked, {by:?} answered"
+    );
+    // Zero is loopback, and the kernel says so.
+    let peer = socket.peer()?;
+    ensure!(
+        to.ip().to_canonical().is_unspecified() || peer == plain(to),
+        "{to} was asked, the peer is {peer}"
+    );
+    Ok(text.split_whitespace().next().map(str::to_owned))
+}
+
+/// Who answers at two ports of an address; it must be the same in all ways.
+fn at(from: &Place, address: IpAddr, ports: [u16; 2]) -> Result<Option<String>> {
+    let mut names = BTreeSet::new();
+    for (kind, to) in ways(address, ports) {
+        names.insert(asked(from, kind, to)?);
+    }
+    ensure!(names.len() == 1, "{address} from {}: {names:?}", from.name());
+    Ok(names.pop_first().flatten())
+}
+
+/// The same, of the node ports.
+fn answers(from: &Place, address: IpAddr) -> Result<Option<String>> {
+    at(from, address, [WEB, DNS])
+}
+
+fn name(name: &str) -> Option<String> {
+    Some(name.to_owned())
+}
+
+/// Waits until an address is answered for as expected.
+fn eventually(from: &Place, address: IpAddr, expected: Option<&str>) -> Result<()> {
+    let deadline = Instant::now() + patience(Duration::from_secs(10));
+    loop {
+        let late = Instant::now() >= deadline;
+        // In the middle of a change, some ways are served and others not.
+        let last = match answers(from, address) {
+            Ok(name) if name.as_deref() == expected => return Ok(()),
+            last => last,
+        };
+        ensure!(!late, "{address} from {}: {last:?}, not {expected:?}", from.name());
+        sleep(Duration::from_millis(50));
+    }
+}
+
+/// Two nodes of which the first has an agent; what serves the node ports is a pod of the second.
+struct Setup {
+    agent: Running,
+    manifests: Manifests,
+    client: Pod,
+    far: Pod,
+    _servers: [Process; 2],
+    cluster: Cluster,
+}
+
+impl Setup {
+    fn node(&self) -> &Node {
+        self.cluster.node("n1")
+    }
+
+    /// Writes a manifest, and waits until it is applied.
+    fn write(&self, name: &str, text: &str) -> Result<()> {
+        let before = self.agent.status()?.agent.applies;
+        self.manifests.write(name, text)?;
+        let deadline = Instant::now() + patience(Duration::from_secs(10));
+        while self.agent.status()?.agent.applies == before {
+            ensure!(Instant::now() < deadline, "{name} is not applied");
+            sleep(Duration::from_millis(20));
+        }
+        self.agent.verify()
+    }
+
+    /// Starts the agent with other flags.
+    fn restart(&mut self, flags: &[&str]) -> Result<()> {
+        self.agent.kill()?;
+        *self.agent.process() = self.agent.start_ready(flags)?;
+        Ok(())
+    }
+}
+
+/// Ports and endpoints of a Service in both families.
+fn served(
+    name: &str,
+    last: u8,
+    node_ports: Option<[u16; 2]>,
+    more: &str,
+    endpoints: &[(IpAddr, &str)],
+    target: [u16; 2],
+) -> String {
+    let (web, dns) = (Port::tcp("web", 80), Port::udp("dns", 53));
+    let ports = match node_ports {
+        Some([tcp, udp]) => [web.on_nodes(tcp), dns.on_nodes(udp)],
+        None => [web, dns],
+    };
+    let mut text = service(name, &format!("10.96.0.{last},fd00:96::{last}"), &ports, more);
+    for port in [Port::tcp("web", target[0]), Port::udp("dns", target[1])] {
+        for v6 in [false, true] {
+            let family: Vec<_> = endpoints.iter().filter(|(ip, _)| ip.is_ipv6() == v6).copied().collect();
+            if !family.is_empty() {
+                text += &slice(name, port, &family);
+            }
+        }
+    }
+    text
+}
+
+const TARGET: [u16; 2] = [8080, 5353];
+
+fn setup(flags: &[&str]) -> Result<Setup> {
+    let cluster = Cluster::builder().nodes(2).build()?;
+    let client = cluster.add_pod("n1", "client")?;
+    let far = cluster.add_pod("n2", "far")?;
+    let addresses = [far.address().into(), far.address6().into()];
+    let servers = serve(&far, "far", &addresses, TARGET)?;
+    let manifests = Manifests::new(&cluster)?;
+    // No endpoint is on this node: clients inside the cluster are served by all the same.
+    let policy = "type: NodePort\n  externalTrafficPolicy: Local";
+    let endpoints = addresses.map(|ip| (ip, "n2"));
+    let text = served("web", 20, Some([WEB, DNS]), policy, &endpoints, TARGET);
+    manifests.write("web.yaml", &text)?;
+    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), flags)?;
+    Ok(Setup {
+        agent,
+        manifests,
+        client,
+        far,
+        _servers: servers,
+        cluster,
+    })
+}
+
+#[test]
+fn node_ports_are_served_on_this_nodes_addresses_and_on_its_loopback() -> Result<()> {
+    let setup = setup(&[])?;
+    let (n1, n2) = (setup.node(), setup.cluster.node("n2"));
+    let own: [IpAddr; 5] = [
+        n1.address().into(),
+        n1.address6().into(),
+        n1.gateway().into(),
+        n1.gateway6().into(),
+        n1.pod_network().into(),
+    ];
+    for place in [&*setup.client, &**n1] {
+        for address in own {
+            assert_eq!(answers(place, address)?, name("far"), "{address} from {}", place.name());
+            // A port that is no node port.
+            assert_eq!(
+                at(place, address, [30081, 30054])?,
+                None,
+                "{address} from {}",
+                place.name()
+            );
+        }
+        // Without connect().
+        let mut socket = bed().puppet(place, Kind::Udp6)?;
+        for address in own {
+            assert_eq!(socket.ask(SocketAddr::new(address, DNS), "hello")?, "far");
+        }
+    }
+    let loopback = ["127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "::"].map(ip);
+    for address in loopback {
+        assert_eq!(answers(n1, address)?, name("far"), "{address} on the node");
+        assert_eq!(answers(&setup.client, address)?, None, "{address} in a pod");
+    }
+    // A pod's loopback is its own, and another node's ports are that node's.
+    let _pod = serve(&setup.client, "pod", &[ip("127.0.0.1"), ip("::1")], [WEB, DNS])?;
+    let other: [IpAddr; 2] = [n2.address().into(), n2.address6().into()];
+    let _other = serve(n2, "n2", &other, [WEB, DNS])?;
+    for address in [ip("127.0.0.1"), ip("::1")] {
+        assert_eq!(answers(&setup.client, address)?, name("pod"), "{address}");
+        assert_eq!(answers(n1, address)?, name("far"), "{address}");
+    }
+    for place in [&*setup.client, &**n1] {
+        for address in other {
+            assert_eq!(answers(place, address)?, name("n2"), "{address} from {}", place.name());
+        }
+    }
+    setup.agent.verify()
+}
+
+#[test]
+fn the_client_keeps_its_address() -> Result<()> {
+    let setup = setup(&[])?;
+    let n1 = setup.node();
+    let _server = bed().serve_with(&setup.far, &["[::]:8081=far"], &["--tell-source"])?;
+    let endpoints = [(setup.far.address().into(), "n2"), (setup.far.address6().into(), "n2")];
+    let text = served("told", 21, Some([30081, 30054]), "", &endpoints, [8081, 5354]);
+    setup.write("told.yaml", &text)?;
+    let (v4, v6): (IpAddr, IpAddr) = (setup.client.address().into(), setup.client.address6().into());
+    for (to, port, source) in [
+        (ip("10.96.0.21"), 80, v4),
+        (n1.address().into(), 30081, v4),
+        (n1.gateway().into(), 30081, v4),
+        (ip("fd00:96::21"), 80, v6),
+        (n1.address6().into(), 30081, v6),
+    ] {
+        for (kind, to) in ways(to, [port, 0]).into_iter().filter(|(_, to)| to.port() != 0) {
+            let mut socket = bed().puppet(&setup.client, kind)?;
+            socket.connect(to)?;
+            assert_eq!(
+                socket.receive()?.1.trim_end(),
+                format!("far {source}"),
+                "{kind:?} to {to}"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn addresses_come_and_go() -> Result<()> {
+    let setup = setup(&[])?;
+    let n1 = setup.node();
+    n1.ip("link add extra0 type bridge")?;
+    n1.ip("link set extra0 up")?;
+    for (device, address) in [
+        ("lo", "198.51.100.9/32"),
+        ("lo", "2001:db8::9/128"),
+        ("extra0", "203.0.113.9/32"),
+        ("extra0", "2001:db8:1::9/128"),
+        // A secondary one.
+        ("eth0", "192.168.77.51/24"),
+    ] {
+        let ip = ip(address.split('/').next().unwrap_or_default());
+        n1.add_address(address, device)?;
+        eventually(n1, ip, Some("far"))?;
+        eventually(&setup.client, ip, Some("far"))?;
+        n1.remove_address(address, device)?;
+        eventually(n1, ip, None)?;
+    }
+    n1.add_address("203.0.113.9/32", "extra0")?;
+    eventually(n1, ip("203.0.113.9"), Some("far"))?;
+    n1.ip("link delete extra0")?;
+    eventually(n1, ip("203.0.113.9"), None)?;
+    assert_eq!(
+        answers(n1, n1.address().into())?,
+        name("far"),
+        "others are served all the while"
+    );
+    Ok(())
+}
+
+#[test]
+fn flags_say_which_addresses_serve() -> Result<()> {
+    let mut setup = setup(&["--nodeport-addresses", "192.168.77.0/24"])?;
+    let n1 = setup.cluster.node("n1");
+    let [eth4, cni4]: [IpAddr; 2] = [n1.address().into(), n1.gateway().into()];
+    let [eth6, cni6]: [IpAddr; 2] = [n1.address6().into(), n1.gateway6().into()];
+    let all = [eth4, eth6, cni4, cni6, ip("127.0.0.1"), ip("::1")];
+    let check = |setup: &Setup, expected: &[IpAddr]| -> Result<()> {
+        let n1 = setup.node();
+        let loopback = [ip("127.0.0.1"), ip("::1")];
+        for address in all {
+            let served = expected.contains(&address) || loopback.contains(&address);
+            let expected = served.then_some("far");
+            assert_eq!(answers(n1, address)?.as_deref(), expected, "{address}");
+        }
+        Ok(())
+    };
+    check(&setup, &[eth4, eth6, cni6])?;
+    // A port of an address that serves none is the node's own, as ever.
+    let own = serve(n1, "own", &[cni4], [WEB, DNS])?;
+    assert_eq!(answers(&setup.client, cni4)?, name("own"));
+    drop(own);
+    for (flags, expected) in [
+        (
+            ["--nodeport-addresses", "192.168.77.0/24,fd00:192:168:77::/64"],
+            &[eth4, eth6][..],
+        ),
+        (["--devices", "cni0"], &[cni4, cni6]),
+        // Without a Node object, and without a default route.
+        (["--nodeport-addresses", "primary"], &[]),
+    ] {
+        setup.restart(&flags)?;
+        check(&setup, expected)?;
+    }
+    // A default route, that leads nowhere.
+    let n1 = setup.cluster.node("n1");
+    n1.ip("link add extra0 type bridge")?;
+    n1.ip("link set extra0 up")?;
+    n1.add_address("203.0.113.9/32", "extra0")?;
+    n1.ip("route add default dev extra0")?;
+    eventually(n1, ip("203.0.113.9"), Some("far"))?;
+    check(&setup, &[])?;
+    n1.ip("route delete default dev extra0")?;
+    eventually(n1, ip("203.0.113.9"), None)?;
+    // The Node object, as soon as there is one.
+    let node = format!(
+        "apiVersion: v1\nkind: Node\nmetadata: {{name: n1}}\nstatus:\n  addresses:\n  \
+         - {{type: Hostname, address: n1}}\n  - {{type: InternalIP, address: {cni4}}}\n  \
+         - {{type: InternalIP, address: {eth4}}}\n  - {{type: InternalIP, address: \"{eth6}\"}}\n"
+    );
+    setup.manifests.write("node.yaml", &node)?;
+    eventually(n1, cni4, Some("far"))?;
+    check(&setup, &[cni4, eth6])
+}
+
+#[test]
+fn a_node_port_cannot_be_bound_on_the_node() -> Result<()> {
+    let setup = setup(&[])?;
+    let n1 = setup.node();
+    let kinds = [
+        (Kind::Tcp4, WEB, DNS),
+        (Kind::Tcp6, WEB, DNS),
+        (Kind::Mptcp4, WEB, DNS),
+        (Kind::Udp4, DNS, WEB),
+        (Kind::Udp6, DNS, WEB),
+    ];
+    let bind = |place: &Place, kind, ip, port| {
+        let mut socket = bed().puppet(place, kind)?;
+        match socket.call(&Call::Bind(SocketAddr::new(ip, port)))? {
+            Answer::Done => Ok(0),
+            Answer::Failed(errno) => Ok(errno),
+            other => bail!("{other:?}"),
+        }
+    };
+    let mut refused = 0;
+    for (kind, taken, free) in kinds {
+        let six = matches!(kind, Kind::Tcp6 | Kind::Udp6);
+        let mut addresses = vec![ip("0.0.0.0"), ip("127.0.0.1"), n1.address().into(), n1.gateway().into()];
+        if six {
+            // Those of IPv4 are v4-mapped then.
+            addresses.extend([Ipv6Addr::UNSPECIFIED.into(), ip("::1"), n1.address6().into()]);
+        }
+        for address in addresses {
+            let context = format!("{kind:?} {address}");
+            assert_eq!(bind(n1, kind, address, taken)?, EADDRINUSE, "{context}:{taken}");
+            refused += 1;
+            // The node port of the other protocol, another port, any port.
+            for port in [free, 30099, 0] {
+                assert_eq!(bind(n1, kind, address, port)?, 0, "{context}:{port}");
+            }
+        }
+        for address in [ip("0.0.0.0"), ip("127.0.0.1"), setup.client.address().into()] {
+            assert_eq!(
+                bind(&setup.client, kind, address, taken)?,
+                0,
+                "{kind:?} {address} in a pod"
+            );
+        }
+    }
+    assert_eq!(setup.agent.status()?.dropped("node_port_taken")?, refused);
+    setup.write("web.yaml", &served("web", 20, None, "", &[], TARGET))?;
+    for (kind, taken, _) in kinds {
+        assert_eq!(
+            bind(n1, kind, ip("0.0.0.0"), taken)?,
+            0,
+            "{kind:?}: no Service has it any more"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_backend_reaches_itself_and_a_node_may_be_one() -> Result<()> {
+    let setup = setup(&[])?;
+    let (n1, n2) = (setup.node(), setup.cluster.node("n2"));
+    let near = setup.cluster.add_pod("n1", "near")?;
+    let both = |v4, v6| [IpAddr::V4(v4), IpAddr::V6(v6)];
+    let near_addresses = both(near.address(), near.address6());
+    let _near = serve(&near, "near", &near_addresses, TARGET)?;
+    let mut text = served(
+        "near",
+        30,
+        Some([30082, 30055]),
+        "",
+        &near_addresses.map(|ip| (ip, "n1")),
+        TARGET,
+    );
+    let mut hosts = Vec::new();
+    for (node, service, last, ports) in [(n1, "host1", 31, [30083, 30056]), (n2, "host2", 32, [30084, 30057])] {
+        let addresses = both(node.address(), node.address6());
+        hosts.push(serve(node, service, &addresses, [9000, 9001])?);
+        let endpoints = addresses.map(|ip| (ip, node.name()));
+        text += &served(service, last, Some(ports), "", &endpoints, [9000, 9001]);
+    }
+    setup.write("more.yaml", &text)?;
+    for (service, last, ports) in [
+        ("near", 30, [30082, 30055]),
+        ("host1", 31, [30083, 30056]),
+        ("host2", 32, [30084, 30057]),
+    ] {
+        for place in [&*near, &*setup.client, &**n1] {
+            for vip in [format!("10.96.0.{last}"), format!("fd00:96::{last}")] {
+                let from = place.name();
+                assert_eq!(at(place, ip(&vip), [80, 53])?, name(service), "{vip} from {from}");
+            }
+            for address in both(n1.address(), n1.address6()) {
+                let from = place.name();
+                assert_eq!(
+                    at(place, address, ports)?,
+                    name(service),
+                    "{address} {ports:?} from {from}"
+                );
+            }
+        }
+        assert_eq!(at(n1, ip("127.0.0.1"), ports)?, name(service), "{ports:?} on loopback");
+        assert_eq!(at(n1, ip("::1"), ports)?, name(service), "{ports:?} on loopback");
+    }
+    Ok(())
+}

@@ -1,0 +1,468 @@
+//! Names and pages as programs of everyday use get them: a real DNS server and a web server behind services, asked by
+//! dig, the resolvers of glibc and musl, curl and Python.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::{Answer, Call, Cluster, Kind, Place, Pod, Process, Puppet, Running, Testbed, patience, scaled};
+use serde_json::{Value, json};
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+
+/// The name that is asked for, and its addresses: the service of the web server.
+const NAME: &str = "web.example.test";
+const WEB: [&str; 2] = ["10.96.0.20", "fd00:96::20"];
+/// The service of the DNS server.
+const DNS: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
+/// Another one, with a server of its own.
+const OTHER: [&str; 2] = ["10.96.0.11", "fd00:96::11"];
+/// One without a server.
+const NOBODY: &str = "10.96.0.12";
+
+fn bed() -> Testbed {
+    Testbed::new(BED)
+}
+
+/// dnsmasq in a pod, on port 5353, UDP and TCP.
+fn serve_names(pod: &Pod) -> Result<Process> {
+    let long = "long,".to_owned() + &["x".repeat(250).as_str(); 6].join(",");
+    let mut command = pod.command("sh")?;
+    command
+        .stdin(Stdio::null())
+        .args(["-c", "exec dnsmasq \"$@\" 2>&1", "dnsmasq"]);
+    command.args([
+        "--no-daemon",
+        "--conf-file=/dev/null",
+        "--no-resolv",
+        "--no-hosts",
+        "--user=root",
+        "--group=",
+        "--port=5353",
+        "--log-facility=-",
+        &format!("--host-record={NAME},{},{}", WEB[0], WEB[1]),
+        // Longer than an answer by UDP may be.
+        &format!("--txt-record={long}"),
+    ]);
+    let mut process = Process::spawn_reading(&mut command)?;
+    while !process.line(patience(Duration::from_secs(10)))?.contains("started") {}
+    Ok(process)
+}
+
+/// A service in both families.
+fn in_both(name: &str, ips: [&str; 2], ports: &[(Port<'_>, u16)], pods: &[&Pod]) -> String {
+    let frontends: Vec<_> = ports.iter().map(|(port, _)| *port).collect();
+    let mut text = service(name, &ips.join(","), &frontends, "");
+    for (port, target) in ports {
+        let port = Port { port: *target, ..*port };
+        let v4: Vec<(IpAddr, &str)> = pods.iter().map(|pod| (pod.address().into(), "n1")).collect();
+        let v6: Vec<(IpAddr, &str)> = pods.iter().map(|pod| (pod.address6().into(), "n1")).collect();
+        text += &slice(name, port, &v4);
+        text += &slice(name, port, &v6);
+    }
+    text
+}
+
+/// kube-dns: names by UDP and TCP, and metrics.
+fn names(name: &str, ips: [&str; 2], pods: &[&Pod]) -> String {
+    let ports = [
+        (Port::udp("dns", 53), 5353),
+        (Port::tcp("dns-tcp", 53), 5353),
+        (Port::tcp("metrics", 9153), 9153),
+    ];
+    in_both(name, ips, &ports, pods)
+}
+
+struct Setup {
+    agent: Running,
+    client: Pod,
+    _processes: Vec<Process>,
+    cluster: Cluster,
+}
+
+/// Two DNS servers, a service each, and a web server.
+fn setup() -> Result<Setup> {
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let [client, dns, other, web] = ["client", "dns", "other", "web"]
+        .map(|name| cluster.add_pod("n1", name).with_context(|| format!("pod {name}")));
+    let (client, dns, other, web) = (client?, dns?, other?, web?);
+    let processes = vec![
+        serve_names(&dns)?,
+        serve_names(&other)?,
+        bed().serve_with(&dns, &["[::]:9153=metrics"], &["--http"])?,
+        bed().serve_with(&web, &["[::]:8080=page"], &["--http"])?,
+    ];
+    let manifests = Manifests::new(&cluster)?;
+    let text = [
+        names("kube-dns", DNS, &[&dns]),
+        names("other-dns", OTHER, &[&other]),
+        service("nobody", NOBODY, &[Port::udp("dns", 53)], ""),
+        in_both("web", WEB, &[(Port::tcp("http", 80), 8080)], &[&web]),
+    ];
+    manifests.write("services.yaml", &text.concat())?;
+    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
+    Ok(Setup {
+        agent,
+        client,
+        _processes: processes,
+        cluster,
+    })
+}
+
+impl Setup {
+    /// A pod and the node.
+    fn clients(&self) -> [&Place; 2] {
+        [self.client.deref(), self.cluster.node("n1").deref()]
+    }
+
+    /// Connections and flows that a service has counted at a port.
+    fn counted(&self, name: &str, port_name: &str) -> Result<u64> {
+        let services: Vec<Value> = self.agent.json(&["service", "list"])?;
+        let rows = services
+            .iter()
+            .filter(|row| row["name"] == name && row["port_name"] == port_name);
+        Ok(rows.filter_map(|row| row["connections"].as_u64()).sum())
+    }
+
+    /// A `resolv.conf`.
+    fn servers(&self, servers: &[&str], options: &str) -> Result<PathBuf> {
+        let path = self.cluster.scratch().join("resolv.conf");
+        let lines: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
+        fs::write(&path, format!("{lines}options {options}\n"))?;
+        Ok(path)
+    }
+}
+
+/// A program with this `resolv.conf`, as a container has one of its own.
+fn resolving<'a>(conf: &'a Path, words: &[&'a str]) -> Result<Vec<&'a str>> {
+    let conf = conf.to_str().context("a path is not UTF-8")?;
+    let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
+    Ok([&["--mount", "sh", "-c", script, conf], words].concat())
+}
+
+fn run_resolving(place: &Place, conf: &Path, words: &[&str]) -> Result<String> {
+    place.run("unshare", &resolving(conf, words)?)
+}
+
+/// The program that asks the resolver of a C library: `glibc` or `musl`.
+fn resolver(library: &str) -> Result<String> {
+    let path = Path::new(BED).with_file_name(format!("lb-resolve-{library}"));
+    ensure!(
+        path.is_file(),
+        "there is no {}: cargo xtask test builds it",
+        path.display()
+    );
+    Ok(path.to_str().context("a path is not UTF-8")?.to_owned())
+}
+
+#[test]
+fn dig_asks_by_udp_and_tcp() -> Result<()> {
+    let setup = setup()?;
+    for place in setup.clients() {
+        let dig = |words: &[&str]| place.run("dig", &[&["+time=5", "+tries=1"], words].concat());
+        for server in DNS {
+            let at = format!("@{server}");
+            for how in ["+notcp", "+tcp"] {
+                let told = dig(&[&at, NAME, "A", "+short", how])?;
+                ensure!(told.trim() == WEB[0], "{} {at} {how}: {told}", place.name());
+            }
+            let told = dig(&[&at, NAME, "AAAA", "+short"])?;
+            ensure!(told.trim() == WEB[1], "{} {at}: {told}", place.name());
+            // Who answered, in its own words; it tells as well when an answer comes from elsewhere.
+            let told = dig(&[&at, NAME])?;
+            ensure!(told.contains(&format!("SERVER: {server}#53")), "{told}");
+            ensure!(!told.contains("unexpected source"), "{told}");
+            // Cut short by UDP, and asked for again by TCP.
+            let told = dig(&[&at, "long", "TXT", "+noedns", "+bufsize=512"])?;
+            ensure!(told.contains("Truncated, retrying in TCP mode"), "{told}");
+            ensure!(told.matches(&"x".repeat(250)).count() == 6, "{told}");
+        }
+    }
+    for (port, least) in [("dns", 16), ("dns-tcp", 8)] {
+        let counted = setup.counted("kube-dns", port)?;
+        ensure!(counted >= least, "{port}: {counted} of {least}");
+    }
+    ensure!(setup.counted("other-dns", "dns")? == 0);
+    Ok(())
+}
+
+#[test]
+fn glibc_resolves_and_curl_follows() -> Result<()> {
+    let setup = setup()?;
+    for place in setup.clients() {
+        for server in DNS {
+            let conf = setup.servers(&[server], "timeout:5 attempts:1")?;
+            for (database, address) in [("ahostsv4", WEB[0]), ("ahostsv6", WEB[1])] {
+                let told = run_resolving(place, &conf, &["getent", database, NAME])?;
+                ensure!(told.starts_with(address), "{} {server}: {told}", place.name());
+            }
+            for family in ["-4", "-6"] {
+                let url = format!("http://{NAME}/");
+                let page = run_resolving(place, &conf, &["curl", family, "-sS", "--max-time", "20", &url])?;
+                ensure!(page.trim_end() == "page", "{} {server} {family}: {page}", place.name());
+            }
+            // The third port of that address.
+            let host = if server.contains(':') {
+                format!("[{server}]")
+            } else {
+                server.to_owned()
+            };
+            let url = format!("http://{host}:9153/metrics");
+            let page = place.run("curl", &["-sS", "--max-time", "20", &url])?;
+            ensure!(page.trim_end() == "metrics", "{} {url}: {page}", place.name());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn musl_asks_all_servers_at_once_on_one_socket() -> Result<()> {
+    let setup = setup()?;
+    let program = resolver("musl")?;
+    let count = 20;
+    let lookups = count.to_string();
+    for place in setup.clients() {
+        for (servers, others) in [
+            // Of one family, of both (a socket of IPv6 that sends to v4-mapped addresses), and one that refuses.
+            (&[DNS[0], OTHER[0]][..], count),
+            (&[DNS[0], OTHER[1]][..], count),
+            (&[DNS[1], OTHER[1]][..], count),
+            (&[NOBODY, DNS[0]][..], 0),
+        ] {
+            let before = (setup.counted("kube-dns", "dns")?, setup.counted("other-dns", "dns")?);
+            let conf = setup.servers(servers, "timeout:5 attempts:1")?;
+            let told = run_resolving(place, &conf, &[&program, NAME, "0", &lookups])?;
+            ensure!(told.contains(&format!("asked {count} failed 0")), "{servers:?}: {told}");
+            let asked = setup.counted("kube-dns", "dns")? - before.0;
+            let asked_others = setup.counted("other-dns", "dns")? - before.1;
+            ensure!(
+                (asked, asked_others) == (count, others),
+                "{} {servers:?}: flows {asked} and {asked_others}, expected {count} and {others}",
+                place.name()
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn python_sees_the_services() -> Result<()> {
+    let setup = setup()?;
+    let client = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/client.py");
+    let client = client.to_str().context("a path is not UTF-8")?;
+    for place in setup.clients() {
+        for (dns, web) in DNS.into_iter().zip(WEB) {
+            let told = place.run("python3", &["-I", client, dns, web])?;
+            let told: Value = serde_json::from_str(&told).with_context(|| told.clone())?;
+            let server = json!([dns, 53]);
+            let expected = json!({
+                "unconnected": server, "connected": [server, server], "stream": server, "page": "page\n",
+            });
+            ensure!(told == expected, "{}: {told}", place.name());
+        }
+    }
+    Ok(())
+}
+
+/// A resolver at work until its standard input is closed.
+struct Lookups {
+    process: Process,
+    input: std::process::ChildStdin,
+}
+
+impl Lookups {
+    fn start(place: &Place, conf: &Path, program: &str) -> Result<Self> {
+        let mut command = place.command("unshare")?;
+        command
+            .args(resolving(conf, &[program, NAME, "0", "0"])?)
+            .stdin(Stdio::piped());
+        let mut process = Process::spawn_ready(&mut command, patience(Duration::from_secs(10)))?;
+        let input = process.take_stdin().context("no standard input")?;
+        Ok(Self { process, input })
+    }
+
+    /// How many lookups it made; none may have failed.
+    fn finish(mut self) -> Result<u64> {
+        drop(self.input);
+        let mut lines = Vec::new();
+        loop {
+            let line = self.process.line(patience(Duration::from_secs(20)))?;
+            if let Some(counts) = line.strip_prefix("asked ") {
+                println!("{line}");
+                let asked: u64 = counts.split(' ').next().context("no count")?.parse()?;
+                ensure!(counts.contains(" failed 0 "), "{lines:?} {line}");
+                return Ok(asked);
+            }
+            lines.push(line);
+        }
+    }
+}
+
+/// A client with one socket that is connected once, and anew when that is of no use any more.
+struct Patient<'a> {
+    place: &'a Place,
+    server: SocketAddr,
+    kind: Kind,
+    socket: Puppet,
+    /// Sockets that were closed under it.
+    closed: u64,
+}
+
+impl<'a> Patient<'a> {
+    fn new(place: &'a Place, kind: Kind, server: &str) -> Result<Self> {
+        let server = SocketAddr::new(server.parse()?, 53);
+        Ok(Self {
+            place,
+            server,
+            kind,
+            socket: Self::connected(place, kind, server)?,
+            closed: 0,
+        })
+    }
+
+    fn connected(place: &Place, kind: Kind, server: SocketAddr) -> Result<Puppet> {
+        let mut socket = bed().puppet(place, kind)?;
+        socket.connect(server)?;
+        Ok(socket)
+    }
+
+    fn attempt(socket: &mut Puppet) -> Result<Answer> {
+        // A question for the A record of a name that there is not.
+        let question = "\x01\x02\x01\0\0\x01\0\0\0\0\0\0\x04none\x04test\0\0\x01\0\x01";
+        match socket.call(&Call::Send(question.to_owned()))? {
+            Answer::Done => socket.call(&Call::Receive),
+            failed => Ok(failed),
+        }
+    }
+
+    /// Asks: a second attempt must be answered.
+    fn ask(&mut self) -> Result<()> {
+        let first = Self::attempt(&mut self.socket)?;
+        if matches!(first, Answer::Received(..)) {
+            return Ok(());
+        }
+        self.closed += 1;
+        self.socket = Self::connected(self.place, self.kind, self.server)?;
+        let second = Self::attempt(&mut self.socket)?;
+        ensure!(matches!(second, Answer::Received(..)), "{first:?}, then {second:?}");
+        Ok(())
+    }
+}
+
+/// Sockets of a network namespace that are connected to an address, as the kernel tells.
+fn connected_to(place: &Place, address: IpAddr) -> Result<Vec<String>> {
+    let address = match address {
+        IpAddr::V4(address) => address.to_string(),
+        IpAddr::V6(address) => format!("[{address}]"),
+    };
+    let text = place.run("ss", &["-H", "-n", "-u", "-a", "dst", &address])?;
+    Ok(text.lines().map(str::to_owned).collect())
+}
+
+#[test]
+fn names_resolve_while_the_server_is_replaced_100_times() -> Result<()> {
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let client = cluster.add_pod("n1", "client")?;
+    let pods: Vec<Pod> = (0..8)
+        .map(|i| cluster.add_pod("n1", &format!("dns-{i}")))
+        .collect::<Result<_>>()?;
+    let manifests = Manifests::new(&cluster)?;
+    let publish = |pod: &Pod| manifests.write("services.yaml", &names("kube-dns", DNS, &[pod]));
+    let mut server = serve_names(&pods[0])?;
+    publish(&pods[0])?;
+    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
+    let node: &Place = cluster.node("n1");
+    let places: [&Place; 2] = [&client, node];
+
+    // Each library takes a number of seconds to mean two attempts of one: glibc's is for an attempt, musl's for all.
+    let second = patience(Duration::from_secs(1));
+    let mut lookups = Vec::new();
+    let mut sockets = Vec::new();
+    for place in places {
+        for (library, server, all) in [
+            ("glibc", DNS[0], 1),
+            ("glibc", DNS[1], 1),
+            ("musl", DNS[0], 2),
+            ("musl", DNS[1], 2),
+        ] {
+            let conf = cluster.scratch().join(format!("resolv-{library}-{}", lookups.len()));
+            fs::write(
+                &conf,
+                format!(
+                    "nameserver {server}\noptions timeout:{} attempts:2\n",
+                    all * second.as_secs()
+                ),
+            )?;
+            lookups.push(Lookups::start(place, &conf, &resolver(library)?)?);
+        }
+        for (kind, server) in [(Kind::Udp4, DNS[0]), (Kind::Udp6, DNS[1]), (Kind::Udp6, DNS[0])] {
+            sockets.push(Patient::new(place, kind, server)?);
+        }
+    }
+
+    let is_in_force = |pod: &Pod| -> Result<bool> {
+        let backends: Vec<Value> = agent.json(&["backend", "list"])?;
+        let used = |address: IpAddr| {
+            let address = address.to_string();
+            backends
+                .iter()
+                .any(|row| row["address"] == address.as_str() && row["draining"] == false)
+        };
+        Ok(used(pod.address().into()) && used(pod.address6().into()))
+    };
+    // Those that left, and have not been looked at a second later.
+    let mut removed: Vec<Option<Instant>> = vec![None; pods.len()];
+    let mut looked = 0;
+    let mut check = |removed: &mut [Option<Instant>]| -> Result<()> {
+        for (pod, removed) in pods.iter().zip(removed) {
+            if removed.take_if(|removed| removed.elapsed() >= second).is_none() {
+                continue;
+            }
+            looked += 1;
+            for place in places {
+                for address in [IpAddr::from(pod.address()), pod.address6().into()] {
+                    let sockets = connected_to(place, address)?;
+                    ensure!(sockets.is_empty(), "{}: {address} is gone: {sockets:?}", place.name());
+                }
+            }
+        }
+        Ok(())
+    };
+    let replacements = usize::try_from(scaled(100))?;
+    for i in 1..=replacements {
+        let (old, new) = ((i - 1) % pods.len(), i % pods.len());
+        removed[new] = None;
+        let next = serve_names(&pods[new])?;
+        publish(&pods[new])?;
+        let deadline = Instant::now() + patience(Duration::from_secs(10));
+        while !is_in_force(&pods[new])? {
+            ensure!(Instant::now() < deadline, "{} is not in force", pods[new].name());
+            sleep(Duration::from_millis(5));
+        }
+        removed[old] = Some(Instant::now());
+        // It answers no more, and its port is closed.
+        server.kill()?;
+        server = next;
+        let turn = i % sockets.len();
+        sockets[turn].ask().with_context(|| format!("replacement {i}"))?;
+        check(&mut removed)?;
+        sleep(Duration::from_millis(100));
+    }
+    sleep(second);
+    check(&mut removed)?;
+    println!("{looked} times a second after a backend went, no socket is connected to it");
+    let mut asked = 0;
+    for lookups in lookups {
+        asked += lookups.finish()?;
+    }
+    let closed: u64 = sockets.iter().map(|socket| socket.closed).sum();
+    println!("{replacements} replacements: {asked} lookups answered; {closed} sockets closed under their clients");
+    ensure!(looked > 0 && asked > replacements as u64 && closed > 0);
+    agent.verify()
+}
