@@ -115,6 +115,7 @@ pub(crate) fn print<'a>(tables: impl IntoIterator<Item = (&'a str, Table)>) -> R
 pub(crate) fn cost_table(costs: &[Cost]) -> Table {
     let mut table = table(&[
         "Services",
+        "family",
         "to",
         "call",
         "program",
@@ -132,6 +133,7 @@ pub(crate) fn cost_table(costs: &[Cost]) -> Table {
         let ratio = |pick: fn(Quartiles) -> f64| cost.ratio.map(|r| format!("{:.2}", pick(r))).unwrap_or_default();
         table.add_row([
             cost.scenario.services.to_string(),
+            cost.scenario.family.label().to_owned(),
             cost.scenario.label(),
             cost.call.label().to_owned(),
             cost.hook.label().to_owned(),
