@@ -16,7 +16,7 @@ use crate::scenario::{Scenario, shuffled};
 use crate::worker::{Order, Task, Worker};
 
 /// Rounds between loadings of the programs.
-const RELOAD: u32 = 10;
+const RELOAD: u32 = 5;
 
 /// What makes a program run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
