@@ -247,6 +247,11 @@ impl Desired {
         new
     }
 
+    /// Holds the claims in as few nodes as they fit into: a tree that grew in ascending order is half empty.
+    pub(crate) fn compact(&mut self) {
+        self.claims = std::mem::take(&mut self.claims).into_iter().collect();
+    }
+
     /// Replaces the ports of a Service, and adds what that changes to `touched`.
     pub fn update(&mut self, service: &ObjectKey, ports: Vec<(PortId, DesiredPort)>, touched: &mut Touched) {
         let mut before = Vec::new();

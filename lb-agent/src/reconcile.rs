@@ -132,6 +132,10 @@ impl<M: Maps> Reconciler<M> {
             touched.frontends.extend(self.actual.frontends.keys().copied());
         }
         self.problems = batch.problems;
+        if is_large {
+            // Now, so that what is written down while the maps are written goes where it was.
+            self.desired.compact();
+        }
         self.reconcile(touched);
         if is_large {
             memory::give_back();

@@ -68,7 +68,7 @@ impl Happening {
         Self {
             kind: EventKind::Refused,
             to,
-            backend_addr: Words([0; 4]),
+            backend_addr: Words([0; 2]),
             backend_port: 0,
             service,
             reason: reason as u32,

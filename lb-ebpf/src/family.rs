@@ -9,7 +9,7 @@ use lb_common::logic::words::Words;
 
 /// The address fields of a hook's context.
 ///
-/// The verifier takes loads and stores of whole fields only, hence volatile ones.
+/// The verifier takes loads and stores of whole fields only (of IPv6 addresses, of halves as well), hence volatile ones.
 pub(crate) trait Family {
     /// The address that the context holds: destination, or, after the call, peer or source.
     fn address(at: *const bpf_sock_addr) -> Words;
@@ -43,22 +43,20 @@ pub(crate) struct V6;
 impl Family for V6 {
     #[inline(always)]
     fn address(at: *const bpf_sock_addr) -> Words {
-        let word = |i: usize| {
-            // SAFETY: the verifier checks loads from the context.
-            unsafe { ptr::read_volatile(&raw const (*at).user_ip6[i]) }
-        };
-        Words([word(0), word(1), word(2), word(3)])
+        // SAFETY: the verifier checks loads from the context.
+        unsafe {
+            let at = (&raw const (*at).user_ip6).cast::<u64>();
+            Words([at.read_volatile(), at.add(1).read_volatile()])
+        }
     }
 
     #[inline(always)]
-    fn set_address(at: *mut bpf_sock_addr, addr: Words) -> bool {
-        let [a, b, c, d] = addr.0;
+    fn set_address(at: *mut bpf_sock_addr, Words([first, last]): Words) -> bool {
         // SAFETY: the verifier checks stores to the context.
         unsafe {
-            ptr::write_volatile(&raw mut (*at).user_ip6[0], a);
-            ptr::write_volatile(&raw mut (*at).user_ip6[1], b);
-            ptr::write_volatile(&raw mut (*at).user_ip6[2], c);
-            ptr::write_volatile(&raw mut (*at).user_ip6[3], d);
+            let at = (&raw mut (*at).user_ip6).cast::<u64>();
+            at.write_volatile(first);
+            at.add(1).write_volatile(last);
         }
         true
     }

@@ -33,7 +33,7 @@ pub(crate) fn lb_post_bind6(ctx: SockContext) -> i32 {
         // SAFETY: the verifier checks loads from the context.
         unsafe { ptr::read_volatile(&raw const (*ctx.sock).src_ip6[i]) }
     };
-    post_bind(&ctx, Words([word(0), word(1), word(2), word(3)]))
+    post_bind(&ctx, Words::from_quarters([word(0), word(1), word(2), word(3)]))
 }
 
 #[inline(always)]

@@ -198,10 +198,13 @@ fn received<F: Family>(ctx: &SockAddrContext) {
     let source = destination::<F>(ctx);
     let cookie = cookie(ctx);
     let mut asked = Record::of(cookie).and_then(|record| record.original(source));
-    if asked.is_none() {
+    if asked.is_none()
+        && let Some(flows) = Flows::of(cookie)
+    {
+        // Not before: most sockets have no flows, and the clock is dearer than all else here.
         // SAFETY: the helper takes nothing.
         let now = unsafe { bpf_ktime_get_ns() };
-        asked = Flows::of(cookie).and_then(|flows| flows.answer(source, now));
+        asked = flows.answer(source, now);
     }
     if let Some((addr, port)) = asked {
         set_destination::<F>(ctx, addr, port);

@@ -7,55 +7,60 @@ use lb_common::logic::words::Words;
 /// Reads an address.
 ///
 /// # Safety
-/// `at` must be valid for reads and aligned.
+/// `at` must be valid for reads and aligned to 8 bytes, as all addresses in map values are.
 #[inline(always)]
 pub(crate) unsafe fn load(at: *const Addr) -> Words {
-    let at = at.cast::<u32>();
-    let word = |i: usize| {
-        // SAFETY: an `Addr` is four aligned words; see above.
-        unsafe { at.add(i).read_volatile() }
-    };
-    Words([word(0), word(1), word(2), word(3)])
+    let at = at.cast::<u64>();
+    // SAFETY: an `Addr` is two words; see above.
+    unsafe { Words([at.read_volatile(), at.add(1).read_volatile()]) }
 }
 
 /// Writes an address.
 ///
 /// # Safety
-/// `at` must be valid for writes and aligned.
+/// `at` must be valid for writes and aligned to 8 bytes.
 #[inline(always)]
-pub(crate) unsafe fn store(at: *mut Addr, words: Words) {
-    let at = at.cast::<u32>();
-    for (i, word) in words.0.into_iter().enumerate() {
-        // SAFETY: an `Addr` is four aligned words; see above.
-        unsafe { at.add(i).write_volatile(word) };
+pub(crate) unsafe fn store(at: *mut Addr, Words([first, last]): Words) {
+    let at = at.cast::<u64>();
+    // SAFETY: an `Addr` is two words; see above.
+    unsafe {
+        at.write_volatile(first);
+        at.add(1).write_volatile(last);
     }
 }
 
 /// A [`FrontendKey`] in memory, for a lookup.
 #[repr(C)]
-pub(crate) struct Key([u32; 5]);
+pub(crate) struct Key {
+    addr: [u64; 2],
+    /// Port, protocol, and zero.
+    rest: u32,
+}
 
-const _: () = assert!(size_of::<Key>() == size_of::<FrontendKey>());
+const _: () = assert!(size_of::<Key>() >= size_of::<FrontendKey>());
+const _: () = assert!(align_of::<Key>() >= align_of::<FrontendKey>());
 
 impl Key {
     /// The key of a destination.
     #[inline(always)]
     pub(crate) fn of(to: Destination) -> Self {
-        let Words([a, b, c, d]) = to.addr;
         let [p, q] = to.port.to_ne_bytes();
-        Self([a, b, c, d, u32::from_ne_bytes([p, q, to.proto, 0])])
+        Self {
+            addr: to.addr.0,
+            rest: u32::from_ne_bytes([p, q, to.proto, 0]),
+        }
     }
 
     #[inline(always)]
     pub(crate) fn as_key(&self) -> &FrontendKey {
-        // SAFETY: same size and alignment, and every bit pattern is a key.
+        // SAFETY: no smaller and no less aligned, the fields are where the key's are, and every bit pattern is a key.
         unsafe { &*core::ptr::from_ref(self).cast::<FrontendKey>() }
     }
 }
 
 /// An [`Addr`] in memory, for a lookup.
 #[repr(C)]
-pub(crate) struct AddrKey([u32; 4]);
+pub(crate) struct AddrKey([u64; 2]);
 
 impl AddrKey {
     #[inline(always)]
@@ -65,7 +70,7 @@ impl AddrKey {
 
     #[inline(always)]
     pub(crate) fn as_key(&self) -> &Addr {
-        // SAFETY: same size and alignment, and every bit pattern is an address.
+        // SAFETY: same size, no less aligned, and every bit pattern is an address.
         unsafe { &*core::ptr::from_ref(self).cast::<Addr>() }
     }
 }

@@ -17,7 +17,7 @@ use crate::setup::{self, Scope};
 pub(crate) struct Args {
     #[command(subcommand)]
     which: Option<Which>,
-    /// Folder for the results as JSON
+    /// Folder for the results as JSON, and plots
     #[arg(long, global = true, value_name = "DIR", default_value = "target/bench")]
     out: PathBuf,
     /// Fail where a limit is exceeded
@@ -38,17 +38,29 @@ enum Which {
         endpoints: u32,
     },
     /// Connections to a Service against direct ones, kube-proxy's rules, and the same work in C
-    Connect {
-        /// Numbers of Services
-        #[arg(long, value_delimiter = ',', default_values_t = [1, 1_000, 10_000])]
-        services: Vec<u32>,
-        /// Endpoints of each Service
-        #[arg(long, default_value_t = 10)]
-        endpoints: u32,
-        /// Rounds of each comparison
-        #[arg(long, default_value_t = 200)]
-        rounds: u32,
-    },
+    Connect(Sizes),
+    /// Datagrams to a Service against direct ones, and the same work in C
+    Udp(Sizes),
+}
+
+/// What `connect` and `udp` are measured with.
+#[derive(Debug, Clone, clap::Args)]
+struct Sizes {
+    /// Numbers of Services
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 1_000, 10_000])]
+    services: Vec<u32>,
+    /// Endpoints of each Service
+    #[arg(long, default_value_t = 10)]
+    endpoints: u32,
+    /// Rounds of each comparison
+    #[arg(long, default_value_t = 200)]
+    rounds: u32,
+}
+
+impl Sizes {
+    fn numbers(&self) -> Vec<(&'static str, &u32)> {
+        vec![("--endpoints", &self.endpoints), ("--rounds", &self.rounds)]
+    }
 }
 
 impl Which {
@@ -56,15 +68,8 @@ impl Which {
     fn words(&self) -> Vec<OsString> {
         let (name, services, numbers) = match self {
             Self::Sync { services, endpoints } => ("sync", services, vec![("--endpoints", endpoints)]),
-            Self::Connect {
-                services,
-                endpoints,
-                rounds,
-            } => (
-                "connect",
-                services,
-                vec![("--endpoints", endpoints), ("--rounds", rounds)],
-            ),
+            Self::Connect(sizes) => ("connect", &sizes.services, sizes.numbers()),
+            Self::Udp(sizes) => ("udp", &sizes.services, sizes.numbers()),
         };
         let services: Vec<_> = services.iter().map(u32::to_string).collect();
         let mut words = vec![name.to_owned(), "--services".to_owned(), services.join(",")];
@@ -84,7 +89,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         return Ok(ready);
     }
     let program = build_bench()?.program("lb-bench")?;
-    let all = ["sync", "connect"].map(|name| vec![OsString::from(name)]);
+    let all = ["sync", "connect", "udp"].map(|name| vec![OsString::from(name)]);
     let benches = match &args.which {
         Some(which) => vec![which.words()],
         None => all.into(),

@@ -2,47 +2,65 @@
 
 use crate::abi::Addr;
 
-/// An address as four words, each with the byte order of memory (so network order, read as a native integer).
+/// An address as two words, each with the byte order of memory (so network order, read as a native integer).
 ///
 /// [`Addr`] is what maps hold, readable byte by byte; handled by value it would be taken apart into sixteen registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Words(pub [u32; 4]);
+pub struct Words(pub [u64; 2]);
+
+/// A word that has these bytes in memory.
+const fn word(first: u32, last: u32) -> u64 {
+    let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), last.to_ne_bytes());
+    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+}
+
+/// The halves of a word, in the order of memory.
+const fn halves(word: u64) -> (u32, u32) {
+    let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
+    (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))
+}
 
 impl Words {
     const MAPPED: u32 = 0xffff_u32.to_be();
+    const LOOPBACK_V4: Self = Self::from_v4(0x7f00_0001_u32.to_be());
+    const LOOPBACK_V6: Self = Self([0, word(0, 1_u32.to_be())]);
 
     /// An IPv4 address, v4-mapped; `addr` as it is in memory, in network order.
     #[inline(always)]
     #[must_use]
     pub const fn from_v4(addr: u32) -> Self {
-        Self([0, 0, Self::MAPPED, addr])
+        Self([0, word(Self::MAPPED, addr)])
+    }
+
+    /// An address from four words of 32 bits, each as it is in memory.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_quarters([a, b, c, d]: [u32; 4]) -> Self {
+        Self([word(a, b), word(c, d)])
     }
 
     /// The IPv4 address that is mapped here, if one is; in network order.
     #[inline(always)]
     #[must_use]
     pub const fn to_v4(self) -> Option<u32> {
-        let [a, b, c, d] = self.0;
-        if a | b | (c ^ Self::MAPPED) == 0 { Some(d) } else { None }
+        if self.is_v4() { Some(halves(self.0[1]).1) } else { None }
     }
 
     /// Whether an IPv4 address is mapped here.
     #[inline(always)]
     #[must_use]
     pub const fn is_v4(self) -> bool {
-        let [a, b, c, _] = self.0;
-        a | b | (c ^ Self::MAPPED) == 0
+        let [high, low] = self.0;
+        high == 0 && halves(low).0 == Self::MAPPED
     }
 
     /// Whether this is in 127.0.0.0/8, or `::1`.
     #[inline(always)]
     #[must_use]
     pub const fn is_loopback(self) -> bool {
-        let [a, b, c, d] = self.0;
-        if self.is_v4() {
-            d & 0xff00_0000_u32.to_be() == 0x7f00_0000_u32.to_be()
-        } else {
-            a | b | c | (d ^ 1_u32.to_be()) == 0
+        match self.to_v4() {
+            Some(v4) => v4 & 0xff00_0000_u32.to_be() == 0x7f00_0000_u32.to_be(),
+            None => self.same(Self::LOOPBACK_V6),
         }
     }
 
@@ -50,20 +68,17 @@ impl Words {
     #[inline(always)]
     #[must_use]
     pub const fn unspecified(self) -> Self {
-        Self([0, 0, if self.is_v4() { Self::MAPPED } else { 0 }, 0])
+        if self.is_v4() { Self::from_v4(0) } else { Self([0, 0]) }
     }
 
     /// What the kernel takes the address for as a destination: zero is the loopback address.
     #[inline(always)]
     #[must_use]
     pub const fn or_loopback(self) -> Self {
-        let [a, b, c, d] = self.0;
-        if a | b | d != 0 {
-            self
-        } else if c == Self::MAPPED {
-            Self([0, 0, c, 0x7f00_0001_u32.to_be()])
-        } else if c == 0 {
-            Self([0, 0, 0, 1_u32.to_be()])
+        if self.same(Self::from_v4(0)) {
+            Self::LOOPBACK_V4
+        } else if self.same(Self([0, 0])) {
+            Self::LOOPBACK_V6
         } else {
             self
         }
@@ -73,25 +88,22 @@ impl Words {
     #[inline(always)]
     #[must_use]
     pub const fn same(self, other: Self) -> bool {
-        let ([a, b, c, d], [e, f, g, h]) = (self.0, other.0);
-        (a ^ e) | (b ^ f) | (c ^ g) | (d ^ h) == 0
+        let ([a, b], [c, d]) = (self.0, other.0);
+        (a ^ c) | (b ^ d) == 0
     }
 }
 
 impl From<Addr> for Words {
     fn from(addr: Addr) -> Self {
-        let word = |i: usize| {
-            let b = &addr.bytes[i..];
-            u32::from_ne_bytes([b[0], b[1], b[2], b[3]])
-        };
-        Self([word(0), word(4), word(8), word(12)])
+        let [a, b, c, d, e, f, g, h, rest @ ..] = addr.bytes;
+        Self([u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u64::from_ne_bytes(rest)])
     }
 }
 
 impl From<Words> for Addr {
-    fn from(Words([a, b, c, d]): Words) -> Self {
+    fn from(Words(words): Words) -> Self {
         let mut bytes = [0; 16];
-        for (to, word) in bytes.chunks_exact_mut(4).zip([a, b, c, d]) {
+        for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_ne_bytes());
         }
         Self { bytes }
@@ -113,8 +125,12 @@ mod tests {
         assert!(words(Ipv6Addr::LOCALHOST.into()).is_loopback());
         assert_eq!(any4.unspecified(), any4);
         assert_eq!(words(Ipv6Addr::LOCALHOST.into()).unspecified(), any6);
-        let odd = Words([0, 0, 7, 0]);
+        let odd = Words::from_quarters([0, 0, 7, 0]);
         assert_eq!(odd.or_loopback(), odd);
+        assert_eq!(
+            Words::from_quarters([1, 2, 3, 4]),
+            Addr::from(Words::from_quarters([1, 2, 3, 4])).into()
+        );
     }
 
     proptest! {

@@ -1,10 +1,19 @@
 //! Benchmarks of lb on the kernel that runs, for `cargo xtask bench`: a table for people, JSON for machines.
 
+mod bed;
 mod connect;
+mod cost;
 mod measure;
+mod numbers;
 mod objects;
 mod process;
+mod programs;
+mod report;
+mod scenario;
+mod sizes;
 mod sync;
+mod udp;
+mod worker;
 
 use std::process::ExitCode;
 
@@ -27,10 +36,12 @@ enum Command {
     #[command(hide = true)]
     SyncOne(measure::Options),
     /// What a connection to a Service costs, against direct ones, kube-proxy's rules, and the same work in C
-    Connect(connect::Options),
-    /// A process that connects, in the place that it was started in; takes orders and answers in JSON
+    Connect(sizes::Options),
+    /// What datagrams to a Service cost, against direct ones, and the same work in C
+    Udp(sizes::Options),
+    /// A process that connects and sends, in the place that it was started in; takes orders and answers in JSON
     #[command(hide = true)]
-    ConnectWorker,
+    Worker(worker::Options),
 }
 
 fn main() -> Result<ExitCode> {
@@ -38,6 +49,7 @@ fn main() -> Result<ExitCode> {
         Command::Sync(options) => sync::run(&options),
         Command::SyncOne(options) => measure::run(&options),
         Command::Connect(options) => connect::run(&options),
-        Command::ConnectWorker => connect::run_worker(),
+        Command::Udp(options) => udp::run(&options),
+        Command::Worker(options) => worker::run(&options),
     }
 }

@@ -2,19 +2,20 @@
 
 use std::io::{Write as _, stdout};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_agent::maps::{Capacities, Maps as _};
-use lb_agent::model::Batch;
+use lb_agent::model::{Batch, Protocol};
 use lb_agent::reconcile::Reconciler;
 use lb_agent::source::manifests::ManifestSource;
 use lb_tests::Cluster;
 use serde::{Deserialize, Serialize};
 
-use crate::objects::{self, NODE};
+use crate::numbers::percentile;
+use crate::objects::{Family, NODE, Services};
 use crate::process;
 
 #[derive(Debug, clap::Args)]
@@ -106,12 +107,18 @@ fn capacities(options: &Options) -> Capacities {
 }
 
 fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
+    let services = Services {
+        number: options.services,
+        endpoints: options.endpoints,
+        family: Family::Ipv4,
+        protocol: Protocol::Tcp,
+    };
     let mut reconciler = Reconciler::adopt(maps, NODE)?;
     // It lives as long as the agent does.
     let mut source = None;
     let (batch, parsed) = if options.manifests {
         let folder = tempfile::tempdir().context("making a folder for manifests")?;
-        let bytes = objects::write_manifests(folder.path(), options.services, options.endpoints)?;
+        let bytes = services.write_manifests(folder.path())?;
         let start = Instant::now();
         let batch = source
             .insert(ManifestSource::new(vec![folder.path().to_owned()]))
@@ -119,10 +126,8 @@ fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
         let seconds = start.elapsed().as_secs_f64();
         (batch, Some(Parsed { bytes, seconds }))
     } else {
-        let numbers = 0..options.services;
-        let all = numbers.flat_map(|i| [objects::service(i), objects::slice(i, options.endpoints, None)]);
         let batch = Batch {
-            changes: all.collect(),
+            changes: services.objects().collect(),
             complete: true,
             problems: Vec::new(),
         };
@@ -143,7 +148,7 @@ fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
         // A stride without a common factor with the number of Services spreads them well.
         let service = (u64::from(change) * 104_729 % u64::from(options.services)) as u32;
         let batch = Batch {
-            changes: vec![objects::slice(service, options.endpoints, Some(change))],
+            changes: vec![services.slice(service, Some(change))],
             complete: true,
             problems: Vec::new(),
         };
@@ -177,23 +182,4 @@ fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
     };
     drop(source);
     Ok(measured)
-}
-
-/// The smallest value that so many percent of the sorted ones do not exceed; zero where there is none.
-fn percentile(sorted: &[Duration], percent: usize) -> Duration {
-    let rank = (sorted.len() * percent).div_ceil(100);
-    sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn percentiles() {
-        let sorted: Vec<_> = (1..=300).map(Duration::from_micros).collect();
-        assert_eq!(percentile(&sorted, 50), Duration::from_micros(150));
-        assert_eq!(percentile(&sorted, 99), Duration::from_micros(297));
-        assert_eq!(percentile(&[], 99), Duration::ZERO);
-    }
 }

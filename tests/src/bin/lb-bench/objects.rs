@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use lb_agent::model::{
     Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectKey, Place, Protocol, Service, ServicePort,
     ServiceType, TrafficPolicy,
 };
+use serde::Serialize;
 
 /// Services per namespace.
 const NAMESPACE: u32 = 100;
@@ -37,93 +38,144 @@ pub(crate) fn name(service: u32) -> String {
     format!("namespace-{}/service-{service}", service / NAMESPACE)
 }
 
-/// The cluster IP of a Service.
-pub(crate) fn vip(service: u32) -> Ipv4Addr {
-    above([10, 96, 0, 1], service)
+/// An address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Family {
+    Ipv4,
+    Ipv6,
 }
 
-/// The address of an endpoint, by its number among all: those of one Service follow each other.
-pub(crate) fn backend(number: u32) -> Ipv4Addr {
-    above([12, 0, 0, 0], number)
-}
+impl Family {
+    pub(crate) const ALL: [Self; 2] = [Self::Ipv4, Self::Ipv6];
 
-/// An address that counts up from a network.
-fn above(network: [u8; 4], number: u32) -> Ipv4Addr {
-    Ipv4Addr::from_bits(Ipv4Addr::from(network).to_bits() + number)
-}
-
-/// A Service with one port.
-pub(crate) fn service(number: u32) -> Change {
-    Change::Set(Object::Service(Arc::new(Service {
-        key: key(number, ""),
-        created: Some(1_700_000_000 + i64::from(number)),
-        service_type: ServiceType::ClusterIp,
-        cluster_ips: Box::new([vip(number).into()]),
-        external_ips: Box::default(),
-        load_balancer_ips: Box::default(),
-        source_ranges: Box::default(),
-        ports: Box::new([ServicePort {
-            name: intern::text("http"),
-            protocol: Protocol::Tcp,
-            port: SERVICE_PORT,
-            node_port: None,
-        }]),
-        affinity_timeout: None,
-        internal_policy: TrafficPolicy::Cluster,
-        external_policy: TrafficPolicy::Cluster,
-        publish_not_ready: false,
-        other_proxy: false,
-        headless_label: false,
-    })))
-}
-
-/// The one slice of a Service; with `moved`, its first endpoint has another address.
-pub(crate) fn slice(number: u32, endpoints: u32, moved: Option<u32>) -> Change {
-    let endpoint = |i: u32| {
-        let address = match moved.filter(|_| i == 0) {
-            Some(moved) => above([11, 0, 0, 0], moved).into(),
-            None => backend(number * endpoints + i).into(),
-        };
-        Endpoint {
-            address,
-            ready: true,
-            serving: true,
-            terminating: false,
-            place: intern::place(Place::on(&format!("node-{}", (number + i) % NODES))),
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "IPv4",
+            Self::Ipv6 => "IPv6",
         }
-    };
-    Change::Set(Object::EndpointSlice(Arc::new(EndpointSlice {
-        key: key(number, "-x7k2p"),
-        service: format!("service-{number}").into(),
-        ipv6: false,
-        endpoints: (0..endpoints).map(endpoint).collect(),
-        ports: Box::new([EndpointPort {
-            name: intern::text("http"),
-            protocol: Protocol::Tcp,
-            port: Some(BACKEND_PORT),
-        }]),
-    })))
-}
-
-/// Writes all as manifests into a folder, a file per namespace; the bytes that it wrote.
-pub(crate) fn write_manifests(folder: &Path, services: u32, endpoints: u32) -> Result<u64> {
-    let mut bytes = 0;
-    for first in (0..services).step_by(NAMESPACE as usize) {
-        let numbers = first..services.min(first + NAMESPACE);
-        let text: String = numbers.map(|number| manifest(number, endpoints)).collect();
-        let path = folder.join(format!("namespace-{}.yaml", first / NAMESPACE));
-        fs::write(&path, &text).with_context(|| format!("writing {}", path.display()))?;
-        bytes += text.len() as u64;
     }
-    Ok(bytes)
 }
 
-/// A Service and its slice as YAML.
-fn manifest(number: u32, endpoints: u32) -> String {
-    let namespace = number / NAMESPACE;
-    let cluster_ip = vip(number);
-    let mut text = format!(
-        "\
+/// The Services of a benchmark: so many, alike, each with endpoints of its own.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Services {
+    pub(crate) number: u32,
+    /// Endpoints of each.
+    pub(crate) endpoints: u32,
+    pub(crate) family: Family,
+    pub(crate) protocol: Protocol,
+}
+
+impl Services {
+    /// All of them, each with its slice.
+    pub(crate) fn objects(self) -> impl Iterator<Item = Change> {
+        (0..self.number).flat_map(move |i| [self.service(i), self.slice(i, None)])
+    }
+
+    /// The cluster IP of a Service.
+    pub(crate) fn vip(self, service: u32) -> IpAddr {
+        self.above([10, 96, 0, 0], 0x96, service + 1)
+    }
+
+    /// The address of an endpoint, by its number among all: those of one Service follow each other.
+    pub(crate) fn backend(self, number: u32) -> IpAddr {
+        self.above([12, 0, 0, 0], 0x12, number)
+    }
+
+    /// The network that all backends are in.
+    pub(crate) fn backends(self) -> String {
+        let length = match self.family {
+            Family::Ipv4 => 8,
+            Family::Ipv6 => 64,
+        };
+        format!("{}/{length}", self.backend(0))
+    }
+
+    /// An address of a network.
+    fn above(self, v4: [u8; 4], v6: u16, number: u32) -> IpAddr {
+        match self.family {
+            Family::Ipv4 => Ipv4Addr::from_bits(Ipv4Addr::from(v4).to_bits() + number).into(),
+            Family::Ipv6 => {
+                let network = Ipv6Addr::new(0xfd00, v6, 0, 0, 0, 0, 0, 0);
+                Ipv6Addr::from_bits(network.to_bits() + u128::from(number)).into()
+            }
+        }
+    }
+
+    /// A Service with one port.
+    fn service(self, number: u32) -> Change {
+        Change::Set(Object::Service(Arc::new(Service {
+            key: key(number, ""),
+            created: Some(1_700_000_000 + i64::from(number)),
+            service_type: ServiceType::ClusterIp,
+            cluster_ips: Box::new([self.vip(number)]),
+            external_ips: Box::default(),
+            load_balancer_ips: Box::default(),
+            source_ranges: Box::default(),
+            ports: Box::new([ServicePort {
+                name: intern::text("http"),
+                protocol: self.protocol,
+                port: SERVICE_PORT,
+                node_port: None,
+            }]),
+            affinity_timeout: None,
+            internal_policy: TrafficPolicy::Cluster,
+            external_policy: TrafficPolicy::Cluster,
+            publish_not_ready: false,
+            other_proxy: false,
+            headless_label: false,
+        })))
+    }
+
+    /// The one slice of a Service; with `moved`, its first endpoint has another address.
+    pub(crate) fn slice(self, number: u32, moved: Option<u32>) -> Change {
+        let endpoint = |i: u32| {
+            let address = match moved.filter(|_| i == 0) {
+                Some(moved) => self.above([11, 0, 0, 0], 0x11, moved),
+                None => self.backend(number * self.endpoints + i),
+            };
+            Endpoint {
+                address,
+                ready: true,
+                serving: true,
+                terminating: false,
+                place: intern::place(Place::on(&format!("node-{}", (number + i) % NODES))),
+            }
+        };
+        Change::Set(Object::EndpointSlice(Arc::new(EndpointSlice {
+            key: key(number, "-x7k2p"),
+            service: format!("service-{number}").into(),
+            ipv6: self.family == Family::Ipv6,
+            endpoints: (0..self.endpoints).map(endpoint).collect(),
+            ports: Box::new([EndpointPort {
+                name: intern::text("http"),
+                protocol: self.protocol,
+                port: Some(BACKEND_PORT),
+            }]),
+        })))
+    }
+
+    /// Writes all as manifests into a folder, a file per namespace; the bytes that it wrote. (TCP only.)
+    pub(crate) fn write_manifests(self, folder: &Path) -> Result<u64> {
+        let mut bytes = 0;
+        for first in (0..self.number).step_by(NAMESPACE as usize) {
+            let numbers = first..self.number.min(first + NAMESPACE);
+            let text: String = numbers.map(|number| self.manifest(number)).collect();
+            let path = folder.join(format!("namespace-{}.yaml", first / NAMESPACE));
+            fs::write(&path, &text).with_context(|| format!("writing {}", path.display()))?;
+            bytes += text.len() as u64;
+        }
+        Ok(bytes)
+    }
+
+    /// A Service and its slice as YAML.
+    fn manifest(self, number: u32) -> String {
+        let namespace = number / NAMESPACE;
+        let address_type = self.family.label();
+        let cluster_ip = self.vip(number);
+        let mut text = format!(
+            "\
 apiVersion: v1
 kind: Service
 metadata:
@@ -146,23 +198,24 @@ metadata:
   namespace: namespace-{namespace}
   labels:
     kubernetes.io/service-name: service-{number}
-addressType: IPv4
+addressType: {address_type}
 ports:
 - name: http
   protocol: TCP
   port: 8080
 endpoints:
 "
-    );
-    for i in 0..endpoints {
-        let address = backend(number * endpoints + i);
-        let node = (number + i) % NODES;
-        // Writing to a string does not fail.
-        let _ = writeln!(
-            text,
-            "- addresses: [{address}]\n  conditions: {{ready: true, serving: true, terminating: false}}\n  nodeName: node-{node}"
         );
+        for i in 0..self.endpoints {
+            let address = self.backend(number * self.endpoints + i);
+            let node = (number + i) % NODES;
+            // Writing to a string does not fail.
+            let _ = writeln!(
+                text,
+                "- addresses: [{address}]\n  conditions: {{ready: true, serving: true, terminating: false}}\n  nodeName: node-{node}"
+            );
+        }
+        text.push_str("---\n");
+        text
     }
-    text.push_str("---\n");
-    text
 }

@@ -5,6 +5,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -12,10 +13,16 @@ use anyhow::{Context as _, Result};
 use lb_tests::{Place, Process};
 use which::which;
 
-use crate::objects::{self, BACKEND_PORT, SERVICE_PORT};
+use crate::objects::{self, BACKEND_PORT, Family, SERVICE_PORT, Services};
 
-/// The pods' network in the test bed: other sources are masqueraded.
-const CLUSTER_CIDR: &str = "10.10.0.0/16";
+/// The pods' networks in the test bed: other sources are masqueraded.
+fn cluster_cidr(family: Family) -> &'static str {
+    match family {
+        Family::Ipv4 => "10.10.0.0/16",
+        Family::Ipv6 => "fd00:10:10::/48",
+    }
+}
+
 /// kube-proxy's mark for packets to be masqueraded.
 const MARK: &str = "0x4000";
 /// From so many endpoints on, iptables mode writes fewer comments.
@@ -23,21 +30,9 @@ const LARGE_CLUSTER: u32 = 1000;
 /// The most that loading rules may take.
 const LOADING: Duration = Duration::from_secs(300);
 
-/// The Services that rules are made for.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Services {
-    pub(crate) number: u32,
-    pub(crate) endpoints: u32,
-}
-
-impl Services {
-    fn numbers(self) -> impl Iterator<Item = u32> {
-        0..self.number
-    }
-
-    fn backends(self, service: u32) -> impl Iterator<Item = u32> {
-        (0..self.endpoints).map(move |i| service * self.endpoints + i)
-    }
+/// The numbers of a Service's backends.
+fn backends(services: Services, service: u32) -> impl Iterator<Item = u32> {
+    (0..services.endpoints).map(move |i| service * services.endpoints + i)
 }
 
 /// Loads the rules of nftables mode; how long that took.
@@ -50,10 +45,14 @@ pub(crate) fn load_nftables(place: &Place, services: Services, scratch: &Path) -
 /// iptables-legacy, where there is one: it takes seconds where iptables-nft takes minutes, and the kernel gets through
 /// its rules faster, so the comparison errs in kube-proxy's favour.
 pub(crate) fn load_iptables(place: &Place, services: Services, scratch: &Path) -> Result<(Duration, &'static str)> {
-    let program = ["iptables-legacy-restore", "iptables-restore"]
+    let programs = match services.family {
+        Family::Ipv4 => ["iptables-legacy-restore", "iptables-restore"],
+        Family::Ipv6 => ["ip6tables-legacy-restore", "ip6tables-restore"],
+    };
+    let program = programs
         .into_iter()
         .find(|program| which(program).is_ok())
-        .context("no iptables-restore: install iptables")?;
+        .with_context(|| format!("no {}: install iptables", programs[1]))?;
     let text = iptables(services)?;
     let time = load(place, program, &["--noflush"], &text, &scratch.join("rules.iptables"))?;
     Ok((time, program))
@@ -69,14 +68,14 @@ fn load(place: &Place, program: &str, arguments: &[&str], rules: &str, file: &Pa
 }
 
 fn nftables(services: Services) -> Result<String> {
-    let mut text = NFTABLES.replace("CLUSTER", CLUSTER_CIDR).replace("MARK", MARK);
-    for service in services.numbers() {
-        let vip = objects::vip(service);
+    let cidr = cluster_cidr(services.family);
+    let mut text = NFTABLES.replace("CLUSTER", cidr).replace("MARK", MARK);
+    for service in 0..services.number {
+        let vip = services.vip(service);
         let chain = format!("service-{service:08X}-{}/tcp/http", objects::name(service));
-        let members: Vec<_> = services
-            .backends(service)
+        let members: Vec<_> = backends(services, service)
             .enumerate()
-            .map(|(i, backend)| format!("{i} : {} . {BACKEND_PORT}", objects::backend(backend)))
+            .map(|(i, backend)| format!("{i} : {} . {BACKEND_PORT}", services.backend(backend)))
             .collect();
         writeln!(
             text,
@@ -88,15 +87,18 @@ fn nftables(services: Services) -> Result<String> {
             members.join(", "),
         )?;
         // Only endpoints on the node itself are in this set: one of each Service, say.
-        if let Some(local) = services.backends(service).next() {
-            let local = objects::backend(local);
+        if let Some(local) = backends(services, service).next() {
+            let local = services.backend(local);
             writeln!(
                 text,
                 "add element ip kube-proxy hairpin-connections {{ {local} . {local} . tcp . {BACKEND_PORT} }}"
             )?;
         }
     }
-    Ok(text)
+    Ok(match services.family {
+        Family::Ipv4 => text,
+        Family::Ipv6 => text.replace(" ip ", " ip6 ").replace("ipv4_addr", "ipv6_addr"),
+    })
 }
 
 /// All but what Services bring.
@@ -157,19 +159,21 @@ fn iptables(services: Services) -> Result<String> {
             format!("-m comment --comment \"{text}\" ")
         }
     };
+    let cidr = cluster_cidr(services.family);
     let (mut chains, mut rules) = (String::new(), String::new());
-    for service in services.numbers() {
-        let (vip, name) = (objects::vip(service), objects::name(service) + ":http");
+    for service in 0..services.number {
+        let (vip, name) = (services.vip(service), objects::name(service) + ":http");
         let chain = format!("KUBE-SVC-{service:016X}");
         let captured =
             format!("-m comment --comment \"{name} cluster IP\" -m tcp -p tcp -d {vip} --dport {SERVICE_PORT}");
         writeln!(chains, ":{chain} - [0:0]")?;
         writeln!(
             rules,
-            "-A KUBE-SERVICES {captured} -j {chain}\n-A {chain} {captured} ! -s {CLUSTER_CIDR} -j KUBE-MARK-MASQ"
+            "-A KUBE-SERVICES {captured} -j {chain}\n-A {chain} {captured} ! -s {cidr} -j KUBE-MARK-MASQ"
         )?;
-        for (i, backend) in (0..).zip(services.backends(service)) {
-            let (address, endpoint) = (objects::backend(backend), format!("KUBE-SEP-{backend:016X}"));
+        for (i, backend) in (0..).zip(backends(services, service)) {
+            let (address, endpoint) = (services.backend(backend), format!("KUBE-SEP-{backend:016X}"));
+            let to = SocketAddr::new(address, BACKEND_PORT);
             let left = services.endpoints - i;
             let random = if left == 1 {
                 String::new()
@@ -184,13 +188,17 @@ fn iptables(services: Services) -> Result<String> {
                 rules,
                 "-A {chain} {}{random}-j {endpoint}\n\
                  -A {endpoint} {which}-s {address} -j KUBE-MARK-MASQ\n\
-                 -A {endpoint} {which}-m tcp -p tcp -j DNAT --to-destination {address}:{BACKEND_PORT}",
-                comment(&format!("{name} -> {address}:{BACKEND_PORT}")),
+                 -A {endpoint} {which}-m tcp -p tcp -j DNAT --to-destination {to}",
+                comment(&format!("{name} -> {to}")),
                 which = comment(&name),
             )?;
         }
     }
-    Ok(IPTABLES
+    let base = match services.family {
+        Family::Ipv4 => IPTABLES.replace("LOCALNET\n", LOCALNET),
+        Family::Ipv6 => IPTABLES.replace("LOCALNET\n", ""),
+    };
+    Ok(base
         .replace("MARK_VALUE", MARK)
         .replace("SERVICE_CHAINS\n", &chains)
         .replace("SERVICE_RULES\n", &rules))
@@ -216,7 +224,7 @@ const IPTABLES: &str = "\
 -A OUTPUT -m conntrack --ctstate NEW -m comment --comment \"load balancer firewall\" -j KUBE-PROXY-FIREWALL
 -A OUTPUT -m conntrack --ctstate NEW -m comment --comment \"service portals\" -j KUBE-SERVICES
 -A OUTPUT -j KUBE-FIREWALL
--A KUBE-FIREWALL -m comment --comment \"block incoming localnet connections\" -d 127.0.0.0/8 ! -s 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP
+LOCALNET
 -A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
 -A KUBE-FORWARD -m comment --comment \"forwarding rules\" -m mark --mark MARK_VALUE/MARK_VALUE -j ACCEPT
 -A KUBE-FORWARD -m comment --comment \"forwarding conntrack rule\" -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
@@ -239,13 +247,21 @@ SERVICE_RULES
 COMMIT
 ";
 
+/// Of IPv4 only.
+const LOCALNET: &str = "\
+-A KUBE-FIREWALL -m comment --comment \"block incoming localnet connections\" -d 127.0.0.0/8 ! -s 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP
+";
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lb_agent::model::Protocol;
 
     const SMALL: Services = Services {
         number: 2,
         endpoints: 3,
+        family: Family::Ipv4,
+        protocol: Protocol::Tcp,
     };
 
     #[test]
@@ -287,9 +303,28 @@ mod tests {
         let large = Services {
             number: 101,
             endpoints: 10,
+            ..SMALL
         };
         assert!(iptables(SMALL)?.contains(" -> 12.0.0.3:8080"));
         assert!(!iptables(large)?.contains(" -> "));
+        Ok(())
+    }
+
+    #[test]
+    fn rules_of_ipv6_have_no_address_of_ipv4() -> Result<()> {
+        let services = Services {
+            family: Family::Ipv6,
+            ..SMALL
+        };
+        let (nft, iptables) = (nftables(services)?, iptables(services)?);
+        assert!(nft.contains(
+            "add element ip6 kube-proxy service-ips { fd00:96::2 . tcp . 80 : goto \
+             service-00000001-namespace-0/service-1/tcp/http }"
+        ));
+        assert!(iptables.contains("-j DNAT --to-destination [fd00:12::3]:8080\n"));
+        for text in [nft, iptables] {
+            assert!(!text.contains("10.10.") && !text.contains("127.0.0") && !text.contains(" ip "));
+        }
         Ok(())
     }
 }

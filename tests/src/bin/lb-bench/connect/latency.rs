@@ -4,10 +4,10 @@ use anyhow::Result;
 use lb_tests::Random;
 use serde::Serialize;
 
-use super::bed::{Bed, Way};
-use super::numbers::{Quartiles, percentile};
-use super::worker::Task;
-use super::{Scenario, shuffled};
+use crate::bed::{Bed, Way};
+use crate::numbers::{Quartiles, percentile};
+use crate::scenario::{Scenario, shuffled};
+use crate::worker::Task;
 
 /// Connections on one way in one round.
 const CONNECTIONS: u32 = 100;
@@ -52,7 +52,7 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
                     Way::Direct | Way::DirectAgain => scenario.missed(),
                     _ => scenario,
                 };
-                let mut done = worker.order(&from.order(Task::Connect, CONNECTIONS, random.number()))?;
+                let mut done = worker.order(&from.order(bed.services, Task::Connect, CONNECTIONS, random.number()))?;
                 if round == 0 {
                     continue;
                 }

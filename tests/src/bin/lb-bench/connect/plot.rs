@@ -7,10 +7,11 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
-use super::bed::Way;
-use super::programs::Hook;
-use super::report::Report;
-use super::{Outcome, Scenario, Spread};
+use super::Report;
+use crate::bed::Way;
+use crate::objects::Family;
+use crate::programs::Hook;
+use crate::scenario::Scenario;
 
 const SIZE: (u32, u32) = (900, 480);
 /// The colour of a line: that of the same maker or way in both plots.
@@ -34,11 +35,11 @@ struct Line {
     points: Vec<(u32, f64)>,
 }
 
-/// Draws `connect-latency.svg` and `connect-cost.svg`: connections to Services at random, the same Service where there
+/// Draws `connect-latency.svg` and `connect-cost.svg`: IPv4 connections to Services at random, the same Service where there
 /// is but one.
 pub(crate) fn draw(report: &Report, folder: &Path) -> Result<()> {
     let shown = |scenario: &Scenario| {
-        scenario.outcome == Outcome::Hit && (scenario.spread == Spread::Random || scenario.services == 1)
+        scenario.is_hit() && scenario.family == Family::Ipv4 && (!scenario.is_hot() || scenario.services == 1)
     };
     let mut ways: Vec<Line> = Vec::new();
     for l in report.latencies.iter().filter(|l| shown(&l.scenario)) {

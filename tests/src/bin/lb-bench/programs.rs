@@ -15,20 +15,25 @@ use lb_tests::Place;
 use serde::Serialize;
 
 /// The source of all but lb's.
-const SOURCE: &str = include_str!("../../../../bench/connect4.bpf.c");
+const SOURCE: &str = include_str!("../../../bench/sockets.bpf.c");
 
 /// The compiler.
 pub(crate) const CLANG: &str = "clang";
 
 /// The maps of lb that the C programs work on.
-const SHARED: [&str; 7] = [
+const SHARED: [&str; 12] = [
     map_name::FRONTENDS,
     map_name::SERVICES,
     map_name::BACKEND_SLOTS,
+    map_name::BACKENDS,
+    map_name::NODE_ADDRS,
     map_name::SOCKETS,
     map_name::SOCKETS_MORE,
+    map_name::UDP_FLOWS,
+    map_name::AFFINITY,
     map_name::STATS,
     map_name::DROPS,
+    map_name::CONFIG,
 ];
 
 /// Whose programs.
@@ -45,17 +50,39 @@ pub(crate) enum Maker {
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Hook {
     Connect4,
+    Connect6,
+    Sendmsg4,
+    Sendmsg6,
+    Recvmsg4,
+    Recvmsg6,
     Getpeername4,
+    Getpeername6,
     SockRelease,
 }
 
 impl Hook {
-    pub(crate) const ALL: [Self; 3] = [Self::Connect4, Self::Getpeername4, Self::SockRelease];
+    const ALL: [Self; 9] = [
+        Self::Connect4,
+        Self::Connect6,
+        Self::Sendmsg4,
+        Self::Sendmsg6,
+        Self::Recvmsg4,
+        Self::Recvmsg6,
+        Self::Getpeername4,
+        Self::Getpeername6,
+        Self::SockRelease,
+    ];
 
     pub(crate) fn label(self) -> &'static str {
         match self {
             Self::Connect4 => "connect4",
+            Self::Connect6 => "connect6",
+            Self::Sendmsg4 => "sendmsg4",
+            Self::Sendmsg6 => "sendmsg6",
+            Self::Recvmsg4 => "recvmsg4",
+            Self::Recvmsg6 => "recvmsg6",
             Self::Getpeername4 => "getpeername4",
+            Self::Getpeername6 => "getpeername6",
             Self::SockRelease => "sock_release",
         }
     }
@@ -64,7 +91,13 @@ impl Hook {
         match maker {
             Maker::Lb => match self {
                 Self::Connect4 => program_name::CONNECT4,
+                Self::Connect6 => program_name::CONNECT6,
+                Self::Sendmsg4 => program_name::SENDMSG4,
+                Self::Sendmsg6 => program_name::SENDMSG6,
+                Self::Recvmsg4 => program_name::RECVMSG4,
+                Self::Recvmsg6 => program_name::RECVMSG6,
                 Self::Getpeername4 => program_name::GETPEERNAME4,
+                Self::Getpeername6 => program_name::GETPEERNAME6,
                 Self::SockRelease => program_name::SOCK_RELEASE,
             }
             .to_owned(),
@@ -76,7 +109,7 @@ impl Hook {
 
 /// Compiles the C programs.
 pub(crate) fn compile(scratch: &Path) -> Result<Vec<u8>> {
-    let object = scratch.join("connect4.bpf.o");
+    let object = scratch.join("sockets.bpf.o");
     let mut clang = Command::new(CLANG)
         .args(["-target", "bpf", "-O2", "-g", "-mcpu=v3", "-x", "c", "-c", "-", "-o"])
         .arg(&object)

@@ -11,10 +11,10 @@ use lb_common::abi::capacity;
 use lb_tests::{Cluster, Pod};
 use serde::Serialize;
 
-use super::kube_proxy::{self, Services};
-use super::programs::{self, Maker};
-use super::worker::Worker;
-use crate::objects::{self, NODE};
+use crate::connect::kube_proxy;
+use crate::objects::{Family, NODE, Services};
+use crate::programs::{self, Maker};
+use crate::worker::Worker;
 
 /// A way to a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -31,14 +31,8 @@ pub(crate) enum Way {
 }
 
 impl Way {
-    const ALL: [Self; 6] = [
-        Self::Direct,
-        Self::DirectAgain,
-        Self::Lb,
-        Self::C,
-        Self::KubeProxyNftables,
-        Self::KubeProxyIptables,
-    ];
+    /// The ways without rules.
+    pub(crate) const PLAIN: [Self; 4] = [Self::Direct, Self::DirectAgain, Self::Lb, Self::C];
 
     pub(crate) fn label(self) -> &'static str {
         match self {
@@ -72,6 +66,7 @@ impl Way {
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Loading {
     pub(crate) services: u32,
+    pub(crate) family: Family,
     pub(crate) nftables_seconds: f64,
     pub(crate) iptables_seconds: f64,
     /// What loaded the latter.
@@ -87,7 +82,7 @@ pub(crate) struct Bed {
     lb: BpfMaps,
     /// The C programs, where there is a compiler, and their object.
     c: Option<(Ebpf, Vec<u8>)>,
-    loading: Loading,
+    loading: Option<Loading>,
     pods: Vec<(Way, Pod)>,
     empty: Pod,
     pins: PinPath,
@@ -97,25 +92,26 @@ pub(crate) struct Bed {
 }
 
 impl Bed {
-    /// `object`: the C programs, compiled.
-    pub(crate) fn new(services: Services, object: Option<&[u8]>) -> Result<Self> {
+    /// `object`: the C programs, compiled. A way by rules has them loaded.
+    pub(crate) fn new(services: Services, object: Option<&[u8]>, ways: &[Way]) -> Result<Self> {
         let cluster = Cluster::builder().nodes(1).build()?;
-        let ways = Way::ALL.into_iter().filter(|way| *way != Way::C || object.is_some());
+        let ways = ways.iter().filter(|way| **way != Way::C || object.is_some());
         let pods = ways
-            .map(|way| Ok((way, cluster.add_pod("n1", way.pod())?)))
+            .map(|way| Ok((*way, cluster.add_pod("n1", way.pod())?)))
             .collect::<Result<Vec<_>>>()?;
         let empty = cluster.add_pod("n1", "empty")?;
+        for pod in pods.iter().map(|(_, pod)| pod).chain([&empty]) {
+            // Backends are at addresses that no interface has; see `bring_up_backends`.
+            pod.sysctl("net.ipv6.ip_nonlocal_bind", "1")?;
+        }
         for (way, pod) in &pods {
             // An address of a Service has a route only where packets to it are rewritten.
             if !way.has_rules() {
-                pod.ip("route delete default")?;
+                remove_routes(pod)?;
             }
         }
-        empty.ip("route delete default")?;
-        let rules = |way| find(&pods, way).context("no such pod");
-        let nftables = kube_proxy::load_nftables(rules(Way::KubeProxyNftables)?, services, cluster.scratch())?;
-        let (iptables, iptables_program) =
-            kube_proxy::load_iptables(rules(Way::KubeProxyIptables)?, services, cluster.scratch())?;
+        remove_routes(&empty)?;
+        let loading = load_rules(&pods, services, &cluster)?;
 
         let pins = PinPath::new(cluster.pin_path("n1"));
         let lock = Lock::take(&pins)?;
@@ -132,12 +128,7 @@ impl Bed {
             reconciler,
             lb,
             c,
-            loading: Loading {
-                services: services.number,
-                nftables_seconds: nftables.as_secs_f64(),
-                iptables_seconds: iptables.as_secs_f64(),
-                iptables_program,
-            },
+            loading,
             pods,
             empty,
             pins,
@@ -178,7 +169,12 @@ impl Bed {
 
     /// From now on every backend's address is one of the pod itself.
     pub(crate) fn bring_up_backends(&self) -> Result<()> {
-        let route = format!("route add local {}/8 dev lo", objects::backend(0));
+        let family = if self.services.family == Family::Ipv6 {
+            "-6 "
+        } else {
+            ""
+        };
+        let route = format!("{family}route add local {} dev lo", self.services.backends());
         for pod in self.pods.iter().map(|(_, pod)| pod).chain([&self.empty]) {
             pod.ip(&route)?;
         }
@@ -201,7 +197,7 @@ impl Bed {
     }
 
     /// Removes it all.
-    pub(crate) fn take_down(self) -> Result<Loading> {
+    pub(crate) fn take_down(self) -> Result<Option<Loading>> {
         let Self {
             reconciler,
             lb,
@@ -219,6 +215,30 @@ impl Bed {
 
 fn find(pods: &[(Way, Pod)], way: Way) -> Option<&Pod> {
     pods.iter().find(|(w, _)| *w == way).map(|(_, pod)| pod)
+}
+
+/// Leaves a pod with routes to its neighbours only.
+fn remove_routes(pod: &Pod) -> Result<()> {
+    pod.ip("route delete default")?;
+    pod.ip("-6 route delete default")?;
+    Ok(())
+}
+
+/// Loads the rules of kube-proxy into the pods that are there for them, if they are.
+fn load_rules(pods: &[(Way, Pod)], services: Services, cluster: &Cluster) -> Result<Option<Loading>> {
+    let (Some(nftables), Some(iptables)) = (find(pods, Way::KubeProxyNftables), find(pods, Way::KubeProxyIptables))
+    else {
+        return Ok(None);
+    };
+    let nftables = kube_proxy::load_nftables(nftables, services, cluster.scratch())?;
+    let (iptables, program) = kube_proxy::load_iptables(iptables, services, cluster.scratch())?;
+    Ok(Some(Loading {
+        services: services.number,
+        family: services.family,
+        nftables_seconds: nftables.as_secs_f64(),
+        iptables_seconds: iptables.as_secs_f64(),
+        iptables_program: program,
+    }))
 }
 
 /// Loads lb's programs, on the maps that are pinned if they are, and puts them at the hooks of their pod.
@@ -254,11 +274,8 @@ fn capacities(services: Services) -> Capacities {
 /// Fills the maps as the agent does.
 fn fill(maps: BpfMaps, services: Services) -> Result<Reconciler<BpfMaps>> {
     let mut lb = Reconciler::adopt(maps, NODE)?;
-    let numbers = 0..services.number;
     lb.apply(Batch {
-        changes: numbers
-            .flat_map(|i| [objects::service(i), objects::slice(i, services.endpoints, None)])
-            .collect(),
+        changes: services.objects().collect(),
         complete: true,
         problems: Vec::new(),
     });

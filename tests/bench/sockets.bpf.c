@@ -1,0 +1,985 @@
+// The yardstick of `cargo xtask bench`: the work of lb's programs on sockets, written by hand in C, on the very maps that
+// the agent made and filled. And a program that does nothing, for each hook.
+//
+// Layouts are those of lb-common/src/abi. Needs no header: what it takes from the kernel's (linux/bpf.h) is below.
+// Left out: writing events. Whether somebody asks for them is looked up; who does finds them counted as lost.
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "written for little-endian machines: addresses and ports are put together in words"
+#endif
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define SEC(name) __attribute__((section(name), used))
+#define __uint(name, value) int (*name)[value]
+#define __type(name, value) typeof(value) *name
+#define inline inline __attribute__((always_inline))
+#define unlikely(x) __builtin_expect(!!(x), 0)
+#define READ_ONCE(x) (*(const volatile typeof(x) *)&(x))
+#define WRITE_ONCE(x, value) (*(volatile typeof(x) *)&(x) = (value))
+
+enum { MAP_HASH = 1, MAP_ARRAY = 2, MAP_PERCPU_ARRAY = 6, MAP_LRU_HASH = 9, NO_PREALLOC = 1 << 0, MMAPABLE = 1 << 10 };
+enum { ANY = 0, NOEXIST = 1 };
+
+// UAPI: the context of cgroup programs on socket addresses.
+struct bpf_sock_addr {
+	u32 user_family;
+	u32 user_ip4;
+	u32 user_ip6[4];
+	u32 user_port;
+	u32 family;
+	u32 type;
+	u32 protocol;
+	u32 msg_src_ip4;
+	u32 msg_src_ip6[4];
+	void *sk __attribute__((aligned(8)));
+};
+
+// UAPI: the context of cgroup programs on sockets, as far as it is used.
+struct bpf_sock {
+	u32 bound_dev_if;
+	u32 family;
+	u32 type;
+	u32 protocol;
+};
+
+// UAPI, known to the kernel by its name.
+struct bpf_spin_lock {
+	u32 val;
+};
+
+static void *(*map_lookup)(void *map, const void *key) = (void *)1;
+static long (*map_update)(void *map, const void *key, const void *value, u64 flags) = (void *)2;
+static long (*map_delete)(void *map, const void *key) = (void *)3;
+static u64 (*ktime_get_ns)(void) = (void *)5;
+static u32 (*get_prandom_u32)(void) = (void *)7;
+static u64 (*get_socket_cookie)(void *ctx) = (void *)46;
+static long (*spin_lock)(struct bpf_spin_lock *lock) = (void *)93;
+static long (*spin_unlock)(struct bpf_spin_lock *lock) = (void *)94;
+static u64 (*get_netns_cookie)(void *ctx) = (void *)122;
+static u64 (*ktime_get_coarse_ns)(void) = (void *)160;
+static long (*set_retval)(int value) = (void *)187;
+static void *(*skc_to_mptcp_sock)(void *sk) = (void *)196;
+
+// IPv6, or IPv4 v4-mapped.
+struct addr {
+	u64 high, low;
+};
+
+// The last word: port, and the protocol above it. An address alone is the beginning of it.
+struct frontend_key {
+	u32 addr[4];
+	u32 port_proto;
+};
+
+struct service {
+	u64 internal, external, cluster;
+	u32 flags, affinity_timeout, generation, pad;
+};
+
+struct slot {
+	struct addr addr;
+	u16 port, flags;
+	u32 backend, generation, pad;
+};
+
+struct backend {
+	struct addr addr;
+	u16 port, flags;
+	u32 service, generation, seal;
+};
+
+struct record {
+	u64 cookie;
+	u32 sequence, spilled;
+	u64 netns, time;
+	struct addr original_addr, backend_addr;
+	u16 original_port, backend_port;
+	u32 backend, generation, service;
+	u64 socket;
+	u8 proto, pad[7];
+};
+
+enum { FLOWS = 4 };
+
+struct flow {
+	struct addr vip, backend_addr;
+	u16 vip_port, backend_port;
+	u32 backend, generation, service;
+	u64 asked;
+	u32 unanswered, pad;
+};
+
+struct flows {
+	struct bpf_spin_lock lock;
+	u32 pad;
+	u64 netns;
+	struct flow flows[FLOWS];
+};
+
+struct affinity_key {
+	u64 zero, netns;
+	u32 service, kind;
+};
+
+struct affinity {
+	u64 backend; // Its generation in the upper half.
+	u64 used;
+};
+
+struct stats {
+	u64 connections, refused;
+};
+
+struct config {
+	u32 events, pad;
+};
+
+// Sizes are those of the pinned maps.
+struct {
+	__uint(type, MAP_HASH);
+	__uint(max_entries, 1);
+	__type(key, struct frontend_key);
+	__type(value, u64);
+} FRONTENDS SEC(".maps");
+
+struct {
+	__uint(type, MAP_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, MMAPABLE);
+	__type(key, u32);
+	__type(value, struct service);
+} SERVICES SEC(".maps");
+
+struct {
+	__uint(type, MAP_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, MMAPABLE);
+	__type(key, u32);
+	__type(value, struct slot);
+} BACKEND_SLOTS SEC(".maps");
+
+struct {
+	__uint(type, MAP_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, MMAPABLE);
+	__type(key, u32);
+	__type(value, struct backend);
+} BACKENDS SEC(".maps");
+
+struct {
+	__uint(type, MAP_HASH);
+	__uint(max_entries, 1);
+	__type(key, struct addr);
+	__type(value, u32);
+} NODE_ADDRS SEC(".maps");
+
+struct {
+	__uint(type, MAP_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, MMAPABLE);
+	__type(key, u32);
+	__type(value, struct record);
+} SOCKETS SEC(".maps");
+
+struct {
+	__uint(type, MAP_HASH);
+	__uint(max_entries, 1);
+	__uint(map_flags, NO_PREALLOC);
+	__type(key, u64);
+	__type(value, struct record);
+} SOCKETS_MORE SEC(".maps");
+
+struct {
+	__uint(type, MAP_HASH);
+	__uint(max_entries, 1);
+	__uint(map_flags, NO_PREALLOC);
+	__type(key, u64);
+	__type(value, struct flows);
+} UDP_FLOWS SEC(".maps");
+
+struct {
+	__uint(type, MAP_LRU_HASH);
+	__uint(max_entries, 1);
+	__type(key, struct affinity_key);
+	__type(value, struct affinity);
+} AFFINITY SEC(".maps");
+
+struct {
+	__uint(type, MAP_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct stats);
+} STATS SEC(".maps");
+
+struct {
+	__uint(type, MAP_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, u64);
+} DROPS SEC(".maps");
+
+struct {
+	__uint(type, MAP_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, MMAPABLE);
+	__type(key, u32);
+	__type(value, struct config);
+} CONFIG SEC(".maps");
+
+// Set by the loader. Number of slots in SOCKETS, less one; cookie of the node's network namespace; whether only that is
+// served.
+const volatile u32 SOCKETS_MASK = 0;
+const volatile u64 NODE_NETNS = 0;
+const volatile u32 NODE_ONLY = 0;
+
+enum { DENY = 0, ALLOW = 1 };
+enum { TCP = 6, UDP = 17, MPTCP = 262 };
+enum {
+	NO_ENDPOINT,
+	NO_LOCAL_ENDPOINT,
+	NO_SUCH_PORT,
+	BAD_SERVICE_INDEX,
+	BAD_SLOT,
+	BAD_FAMILY,
+	BAD_KIND,
+	SOCKETS_FULL,
+	EVENT_LOST,
+	UDP_SOCKETS_FULL,
+	UDP_FLOWS_FULL,
+	UDP_FLOW_REPLACED,
+};
+enum { SERVED = -1, PASSED = -2 };
+enum { ADDRESS = 1, CLUSTER_IP, NODE_PORT, EXTERNAL_IP, LOAD_BALANCER };
+enum { EMPTY_DROPS = 1 };
+enum { HAS_AFFINITY = 1, HAS_SOURCE_RANGES = 2 };
+enum { IN_INTERNAL = 1, IN_CLUSTER = 4 };
+enum { CLIENT_NETNS = 1 };
+enum { CONNECTED = 1, SENT, REFUSED };
+
+#define SECOND 1000000000ull
+#define MAPPED __builtin_bswap32(0xffff)
+
+static inline struct addr mapped(u32 v4)
+{
+	return (struct addr){ 0, (u64)v4 << 32 | MAPPED };
+}
+
+static inline int is_v4(struct addr addr)
+{
+	return !addr.high && (u32)addr.low == MAPPED;
+}
+
+static inline int is_same(struct addr a, struct addr b)
+{
+	return !((a.high ^ b.high) | (a.low ^ b.low));
+}
+
+// Where the kernel sends what is sent to address zero.
+static inline struct addr or_loopback(struct addr to)
+{
+	if (unlikely(is_same(to, mapped(0))))
+		return mapped(__builtin_bswap32(0x7f000001));
+	if (unlikely(is_same(to, (struct addr){ 0, 0 })))
+		return (struct addr){ 0, 1ull << 56 };
+	return to;
+}
+
+static inline int is_loopback(struct addr to)
+{
+	return is_v4(to) ? (to.low >> 32 & 0xff) == 127 : is_same(to, (struct addr){ 0, 1ull << 56 });
+}
+
+// A destination, or a peer. Port in host byte order.
+struct end {
+	struct addr addr;
+	u16 port;
+	u8 proto;
+};
+
+static inline struct end end_of(struct bpf_sock_addr *ctx, int v6)
+{
+	struct end end = { .port = __builtin_bswap16(ctx->user_port), .proto = ctx->protocol };
+
+	if (v6) {
+		const volatile u64 *words = (const volatile u64 *)ctx->user_ip6;
+
+		end.addr.high = words[0];
+		end.addr.low = words[1];
+	} else {
+		end.addr = mapped(ctx->user_ip4);
+	}
+	return end;
+}
+
+static inline int set_end(struct bpf_sock_addr *ctx, struct addr addr, u16 port, int v6)
+{
+	if (v6) {
+		volatile u64 *words = (volatile u64 *)ctx->user_ip6;
+
+		words[0] = addr.high;
+		words[1] = addr.low;
+	} else {
+		if (unlikely(!is_v4(addr)))
+			return 0;
+		ctx->user_ip4 = addr.low >> 32;
+	}
+	ctx->user_port = __builtin_bswap16(port);
+	return 1;
+}
+
+static inline void drop(u32 reason)
+{
+	u64 *count = map_lookup(&DROPS, &reason);
+
+	if (count)
+		++*count;
+}
+
+static inline void count(u32 service, int connected)
+{
+	struct stats *stats = map_lookup(&STATS, &service);
+
+	if (!stats)
+		return;
+	if (connected)
+		++stats->connections;
+	else
+		++stats->refused;
+}
+
+static inline void event(u32 kind)
+{
+	u32 zero = 0;
+	struct config *config = map_lookup(&CONFIG, &zero);
+
+	if (config && unlikely(READ_ONCE(config->events) >> kind & 1))
+		drop(EVENT_LOST);
+}
+
+static inline int refuse(u32 service, int reason)
+{
+	drop(reason);
+	if (service)
+		count(service, 0);
+	event(REFUSED);
+	set_retval(reason == NO_LOCAL_ENDPOINT					  ? -113
+		   : reason == UDP_SOCKETS_FULL || reason == UDP_FLOWS_FULL ? -12
+									  : -111);
+	return DENY;
+}
+
+// The word of the frontend that a destination is, of kind ADDRESS for a port that a service address does not have; zero:
+// none.
+static inline u64 frontend(struct bpf_sock_addr *ctx, struct end to)
+{
+	struct addr addr = or_loopback(to.addr);
+	u32 port_proto = to.port | to.proto << 16;
+	struct frontend_key key = {
+		{ addr.high, addr.high >> 32, addr.low, addr.low >> 32 },
+		port_proto,
+	};
+	u64 *found;
+
+	if (unlikely(is_loopback(addr))) {
+		if (get_netns_cookie(ctx) != NODE_NETNS)
+			return 0;
+	} else {
+		found = map_lookup(&FRONTENDS, &key);
+		if (found)
+			return READ_ONCE(*found);
+		key.port_proto = 0;
+		if (map_lookup(&FRONTENDS, &key))
+			return (u64)ADDRESS << 32;
+		if (!map_lookup(&NODE_ADDRS, &key))
+			return 0;
+	}
+	// A node port stands under the zero address of its family.
+	key.port_proto = port_proto;
+	if (!is_v4(addr))
+		key.addr[0] = key.addr[1] = key.addr[2] = 0;
+	key.addr[3] = 0;
+	found = map_lookup(&FRONTENDS, &key);
+	return found ? READ_ONCE(*found) : 0;
+}
+
+// What serves a destination.
+struct serving {
+	u32 service, flags;
+	u16 member;
+	struct service *entry;
+	u64 *set;
+};
+
+// SERVED, PASSED, or why not.
+static inline int serve(struct bpf_sock_addr *ctx, struct end to, struct serving *serving)
+{
+	u64 word;
+
+	if (NODE_ONLY && get_netns_cookie(ctx) != NODE_NETNS)
+		return PASSED;
+	word = frontend(ctx, to);
+	if (!word)
+		return PASSED;
+	serving->service = word;
+	if ((u8)(word >> 32) == ADDRESS)
+		return NO_SUCH_PORT;
+	serving->entry = map_lookup(&SERVICES, &serving->service);
+	if (!serving->entry)
+		return BAD_SERVICE_INDEX;
+	serving->flags = READ_ONCE(serving->entry->flags);
+	switch ((u8)(word >> 32)) {
+	case CLUSTER_IP:
+		serving->set = &serving->entry->internal;
+		serving->member = IN_INTERNAL;
+		return SERVED;
+	case LOAD_BALANCER:
+		if (serving->flags & HAS_SOURCE_RANGES)
+			return PASSED;
+	case NODE_PORT:
+	case EXTERNAL_IP:
+		serving->set = &serving->entry->cluster;
+		serving->member = IN_CLUSTER;
+		return SERVED;
+	default:
+		return BAD_KIND;
+	}
+}
+
+// A backend.
+struct choice {
+	struct addr addr;
+	u16 port;
+	u32 backend, generation;
+};
+
+// The backend that is remembered, if it may serve once more.
+static inline int again(const struct serving *serving, u32 index, u32 generation, struct choice *choice)
+{
+	struct backend *backend = map_lookup(&BACKENDS, &index);
+
+	if (!backend || READ_ONCE(backend->generation) != generation || !(generation & 1) ||
+	    READ_ONCE(backend->service) != serving->service || !(READ_ONCE(backend->flags) & serving->member))
+		return 0;
+	*choice = (struct choice){ backend->addr, backend->port, index, generation };
+	return 1;
+}
+
+static inline int any(const struct serving *serving, struct choice *choice)
+{
+	u64 set = READ_ONCE(*serving->set);
+	u16 len = set >> 32;
+	struct slot *slot;
+	u32 index;
+
+	if (unlikely(!len))
+		return set >> 48 & EMPTY_DROPS ? NO_LOCAL_ENDPOINT : NO_ENDPOINT;
+	index = (u32)set + (u32)((u64)get_prandom_u32() * len >> 32);
+	slot = map_lookup(&BACKEND_SLOTS, &index);
+	if (!slot)
+		return BAD_SLOT;
+	*choice = (struct choice){ slot->addr, slot->port, slot->backend, slot->generation };
+	return SERVED;
+}
+
+static inline int choose_by_affinity(struct bpf_sock_addr *ctx, const struct serving *serving, struct choice *choice)
+{
+	u64 now = ktime_get_coarse_ns();
+	u64 patience = READ_ONCE(serving->entry->affinity_timeout) * SECOND;
+	struct affinity_key key = { 0, get_netns_cookie(ctx), serving->service, CLIENT_NETNS };
+	struct affinity *known = map_lookup(&AFFINITY, &key);
+	struct affinity new = { 0, now };
+	u64 seen = 0;
+	int result;
+
+	if (known) {
+		u64 used = READ_ONCE(known->used);
+		u64 age = now > used ? now - used : 0;
+
+		seen = READ_ONCE(known->backend);
+		if (age < patience && again(serving, seen, seen >> 32, choice)) {
+			if (age >= SECOND)
+				WRITE_ONCE(known->used, now);
+			return SERVED;
+		}
+	}
+	result = any(serving, choice);
+	if (result != SERVED)
+		return result;
+	new.backend = choice->backend | (u64)choice->generation << 32;
+	if (known) {
+		if (__sync_bool_compare_and_swap(&known->backend, seen, new.backend)) {
+			WRITE_ONCE(known->used, now);
+			return SERVED;
+		}
+	} else {
+		if (!map_update(&AFFINITY, &key, &new, NOEXIST))
+			return SERVED;
+		known = map_lookup(&AFFINITY, &key);
+		if (!known)
+			return SERVED;
+	}
+	// Another connection of the client was faster.
+	seen = READ_ONCE(known->backend);
+	again(serving, seen, seen >> 32, choice);
+	return SERVED;
+}
+
+static inline int choose(struct bpf_sock_addr *ctx, const struct serving *serving, struct choice *choice)
+{
+	if (unlikely(serving->flags & HAS_AFFINITY))
+		return choose_by_affinity(ctx, serving, choice);
+	return any(serving, choice);
+}
+
+static inline struct record *slot_of(u64 cookie)
+{
+	u32 index = (u32)cookie & SOCKETS_MASK;
+
+	return map_lookup(&SOCKETS, &index);
+}
+
+static inline struct record *record_of(u64 cookie)
+{
+	struct record *record = slot_of(cookie);
+
+	if (!record || READ_ONCE(record->cookie) == cookie)
+		return record;
+	return unlikely(READ_ONCE(record->spilled)) ? map_lookup(&SOCKETS_MORE, &cookie) : 0;
+}
+
+static inline u32 opened(u32 sequence)
+{
+	return sequence | 1;
+}
+
+static inline u32 closed(u32 sequence)
+{
+	u32 next = opened(sequence) + 1;
+
+	return next ? next : 2;
+}
+
+static inline void fill(struct record *record, struct bpf_sock_addr *ctx, u64 cookie, struct end to,
+			const struct choice *choice, u32 service)
+{
+	record->netns = get_netns_cookie(ctx);
+	record->time = ktime_get_coarse_ns();
+	record->original_addr = to.addr;
+	record->backend_addr = choice->addr;
+	record->original_port = to.port;
+	record->backend_port = choice->port;
+	record->backend = choice->backend;
+	record->generation = choice->generation;
+	record->service = service;
+	record->socket = cookie;
+	record->proto = to.proto;
+}
+
+static inline long remember_more(u64 key, struct bpf_sock_addr *ctx, u64 cookie, struct end to,
+				 const struct choice *choice, u32 service)
+{
+	struct record more = { .cookie = key, .sequence = 2 };
+
+	fill(&more, ctx, cookie, to, choice, service);
+	return map_update(&SOCKETS_MORE, &key, &more, ANY);
+}
+
+// Whether there was room.
+static inline int remember(struct bpf_sock_addr *ctx, struct end to, const struct choice *choice, u32 service)
+{
+	u64 cookie = get_socket_cookie(ctx);
+	void *mptcp = to.proto == TCP ? skc_to_mptcp_sock(ctx->sk) : 0;
+	struct record *record;
+	u64 holder;
+
+	if (unlikely(mptcp))
+		return !remember_more((u64)mptcp, ctx, cookie, to, choice, service);
+	record = slot_of(cookie);
+	if (!record)
+		return 0;
+	holder = READ_ONCE(record->cookie);
+	if (holder == cookie) {
+		__sync_lock_test_and_set(&record->sequence, opened(record->sequence));
+	} else if (unlikely(holder || READ_ONCE(record->spilled) ||
+			    __sync_val_compare_and_swap(&record->cookie, 0, cookie) != 0)) {
+		int known = map_lookup(&SOCKETS_MORE, &cookie) != 0;
+
+		if (!known)
+			__sync_fetch_and_add(&record->spilled, 1);
+		if (!remember_more(cookie, ctx, cookie, to, choice, service))
+			return 1;
+		if (!known)
+			__sync_fetch_and_add(&record->spilled, -1);
+		return 0;
+	}
+	fill(record, ctx, cookie, to, choice, service);
+	__sync_lock_test_and_set(&record->sequence, closed(record->sequence));
+	return 1;
+}
+
+static inline void forget(u64 cookie)
+{
+	struct record *record = slot_of(cookie);
+
+	if (!record)
+		return;
+	if (READ_ONCE(record->cookie) == cookie) {
+		WRITE_ONCE(record->sequence, opened(record->sequence));
+		__sync_lock_test_and_set(&record->cookie, 0);
+	} else if (unlikely(READ_ONCE(record->spilled)) && map_delete(&SOCKETS_MORE, &cookie) == 0) {
+		__sync_fetch_and_add(&record->spilled, -1);
+	}
+}
+
+static inline int connect(struct bpf_sock_addr *ctx, int v6)
+{
+	struct end to = end_of(ctx, v6);
+	struct serving serving = {};
+	struct choice choice = {};
+	int result = serve(ctx, to, &serving);
+
+	if (result == PASSED) {
+		if (to.proto == UDP)
+			forget(get_socket_cookie(ctx));
+		return ALLOW;
+	}
+	if (result != SERVED)
+		return refuse(serving.service, result);
+	result = choose(ctx, &serving, &choice);
+	if (result != SERVED)
+		return refuse(serving.service, result);
+	if (unlikely(!remember(ctx, to, &choice, serving.service))) {
+		if (to.proto == UDP)
+			return refuse(serving.service, UDP_SOCKETS_FULL);
+		drop(SOCKETS_FULL);
+	}
+	if (!set_end(ctx, choice.addr, choice.port, v6))
+		return refuse(serving.service, BAD_FAMILY);
+	count(serving.service, 1);
+	event(CONNECTED);
+	return ALLOW;
+}
+
+static const struct flows EMPTY;
+
+static inline int is_to(const struct flow *flow, struct end to)
+{
+	return flow->vip_port == to.port && is_same(flow->vip, to.addr);
+}
+
+static inline struct choice choice_of(const struct flow *flow)
+{
+	return (struct choice){ flow->backend_addr, flow->backend_port, flow->backend, flow->generation };
+}
+
+static inline u64 since(u64 before, u64 now)
+{
+	return now > before ? now - before : 0;
+}
+
+// Asks once more, where the socket has a backend for the destination.
+static inline int ask(struct flows *flows, struct end to, u64 now, struct choice *choice)
+{
+	int found = 0;
+
+	spin_lock(&flows->lock);
+#pragma unroll
+	for (int i = 0; i < FLOWS; i++) {
+		struct flow *flow = &flows->flows[i];
+
+		if (!is_to(flow, to))
+			continue;
+		*choice = choice_of(flow);
+		if (flow->unanswered && since(flow->asked, now) < SECOND) {
+			flow->unanswered += flow->unanswered != ~0u;
+		} else {
+			flow->asked = now;
+			flow->unanswered = 1;
+		}
+		found = 1;
+		break;
+	}
+	spin_unlock(&flows->lock);
+	return found;
+}
+
+// Gives the socket a backend for the destination, in place of `old`; what another thread has chosen meanwhile stands.
+static inline int claim(struct flows *flows, struct end to, const struct choice *old, struct choice *new, u32 service,
+			u64 netns, u64 now)
+{
+	struct flow *place = &flows->flows[0];
+	u64 oldest = ~0ull;
+	int known = 0, replaced;
+
+	spin_lock(&flows->lock);
+#pragma unroll
+	for (int i = 0; i < FLOWS; i++) {
+		struct flow *flow = &flows->flows[i];
+
+		if (is_to(flow, to)) {
+			place = flow;
+			known = 1;
+			break;
+		}
+		if (flow->asked < oldest) {
+			oldest = flow->asked;
+			place = flow;
+		}
+	}
+	if (known && !(old && old->backend == place->backend && old->generation == place->generation)) {
+		*new = choice_of(place);
+		spin_unlock(&flows->lock);
+		return 0;
+	}
+	replaced = !known && place->vip_port;
+	place->vip = to.addr;
+	place->backend_addr = new->addr;
+	place->vip_port = to.port;
+	place->backend_port = new->port;
+	place->backend = new->backend;
+	place->generation = new->generation;
+	place->service = service;
+	place->asked = now;
+	place->unanswered = 1;
+	flows->netns = netns;
+	spin_unlock(&flows->lock);
+	return replaced;
+}
+
+static inline int choose_for_flow(struct bpf_sock_addr *ctx, u64 cookie, struct end to, const struct serving *serving,
+				  struct choice *choice)
+{
+	u64 now = ktime_get_ns();
+	struct flows *flows = map_lookup(&UDP_FLOWS, &cookie);
+	struct choice old = {};
+	int known = flows && ask(flows, to, now, &old);
+	int result;
+
+	if (known && again(serving, old.backend, old.generation, choice))
+		return SERVED;
+	result = choose(ctx, serving, choice);
+	if (result != SERVED)
+		return result;
+	if (!flows) {
+		map_update(&UDP_FLOWS, &cookie, &EMPTY, NOEXIST);
+		flows = map_lookup(&UDP_FLOWS, &cookie);
+		if (!flows)
+			return UDP_FLOWS_FULL;
+	}
+	if (claim(flows, to, known ? &old : 0, choice, serving->service, get_netns_cookie(ctx), now))
+		drop(UDP_FLOW_REPLACED);
+	count(serving->service, 1);
+	return SERVED;
+}
+
+static inline int sendmsg(struct bpf_sock_addr *ctx, int v6)
+{
+	struct end to = end_of(ctx, v6);
+	struct serving serving = {};
+	struct choice choice = {};
+	struct record *record;
+	int result = serve(ctx, to, &serving);
+	u64 cookie;
+
+	if (result == PASSED)
+		return ALLOW;
+	if (result != SERVED)
+		return refuse(serving.service, result);
+	cookie = get_socket_cookie(ctx);
+	record = record_of(cookie);
+	if (!(record && record->original_port == to.port && is_same(record->original_addr, to.addr) &&
+	      again(&serving, record->backend, record->generation, &choice))) {
+		result = choose_for_flow(ctx, cookie, to, &serving, &choice);
+		if (result != SERVED)
+			return refuse(serving.service, result);
+	}
+	if (!set_end(ctx, choice.addr, choice.port, v6))
+		return refuse(serving.service, BAD_FAMILY);
+	event(SENT);
+	return ALLOW;
+}
+
+static inline int is_from(const struct record *record, struct end peer)
+{
+	return record->backend_port == peer.port && is_same(record->backend_addr, peer.addr);
+}
+
+// Puts the destination that a datagram answers in place of its source.
+static inline void answer(struct bpf_sock_addr *ctx, struct flows *flows, struct end from, int v6)
+{
+	u64 now = ktime_get_ns();
+	struct flow *best = 0;
+	u64 best_claim = 0;
+	struct addr vip;
+	u16 port;
+
+	spin_lock(&flows->lock);
+#pragma unroll
+	for (int i = 0; i < FLOWS; i++) {
+		struct flow *flow = &flows->flows[i];
+		u64 claim;
+
+		if (flow->backend_port != from.port || !is_same(flow->backend_addr, from.addr))
+			continue;
+		claim = flow->asked;
+		if (flow->unanswered && since(flow->asked, now) < SECOND)
+			claim = ~flow->asked;
+		if (claim >= best_claim) {
+			best_claim = claim;
+			best = flow;
+		}
+	}
+	if (!best) {
+		spin_unlock(&flows->lock);
+		return;
+	}
+	if (best->unanswered > 1)
+		best->asked = now;
+	best->unanswered -= best->unanswered != 0;
+	vip = best->vip;
+	port = best->vip_port;
+	spin_unlock(&flows->lock);
+	set_end(ctx, vip, port, v6);
+}
+
+static inline int recvmsg(struct bpf_sock_addr *ctx, int v6)
+{
+	struct end from = end_of(ctx, v6);
+	u64 cookie = get_socket_cookie(ctx);
+	struct record *record = record_of(cookie);
+	struct flows *flows;
+
+	if (record && is_from(record, from)) {
+		set_end(ctx, record->original_addr, record->original_port, v6);
+		return ALLOW;
+	}
+	flows = map_lookup(&UDP_FLOWS, &cookie);
+	if (flows)
+		answer(ctx, flows, from, v6);
+	return ALLOW;
+}
+
+static inline int getpeername(struct bpf_sock_addr *ctx, int v6)
+{
+	struct end peer = end_of(ctx, v6);
+	struct record *record;
+
+	if (unlikely(ctx->protocol == MPTCP)) {
+		u64 key = (u64)ctx->sk;
+
+		record = map_lookup(&SOCKETS_MORE, &key);
+	} else {
+		record = record_of(get_socket_cookie(ctx));
+	}
+	if (record && is_from(record, peer))
+		set_end(ctx, record->original_addr, record->original_port, v6);
+	return ALLOW;
+}
+
+SEC("cgroup/connect4") int c_connect4(struct bpf_sock_addr *ctx)
+{
+	return connect(ctx, 0);
+}
+
+SEC("cgroup/connect6") int c_connect6(struct bpf_sock_addr *ctx)
+{
+	return connect(ctx, 1);
+}
+
+SEC("cgroup/sendmsg4") int c_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return sendmsg(ctx, 0);
+}
+
+SEC("cgroup/sendmsg6") int c_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return sendmsg(ctx, 1);
+}
+
+SEC("cgroup/recvmsg4") int c_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	return recvmsg(ctx, 0);
+}
+
+SEC("cgroup/recvmsg6") int c_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	return recvmsg(ctx, 1);
+}
+
+SEC("cgroup/getpeername4") int c_getpeername4(struct bpf_sock_addr *ctx)
+{
+	return getpeername(ctx, 0);
+}
+
+SEC("cgroup/getpeername6") int c_getpeername6(struct bpf_sock_addr *ctx)
+{
+	return getpeername(ctx, 1);
+}
+
+SEC("cgroup/sock_release") int c_sock_release(struct bpf_sock *ctx)
+{
+	u64 cookie;
+
+	if (unlikely(ctx->protocol == MPTCP)) {
+		u64 key = (u64)ctx;
+
+		map_delete(&SOCKETS_MORE, &key);
+		return ALLOW;
+	}
+	cookie = get_socket_cookie(ctx);
+	forget(cookie);
+	if (ctx->protocol == UDP)
+		map_delete(&UDP_FLOWS, &cookie);
+	return ALLOW;
+}
+
+SEC("cgroup/connect4") int empty_connect4(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/connect6") int empty_connect6(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/sendmsg4") int empty_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/sendmsg6") int empty_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/recvmsg4") int empty_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/recvmsg6") int empty_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/getpeername4") int empty_getpeername4(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/getpeername6") int empty_getpeername6(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/sock_release") int empty_sock_release(struct bpf_sock *ctx)
+{
+	return ALLOW;
+}
+
+char LICENSE[] SEC("license") = "Dual MIT/GPL";

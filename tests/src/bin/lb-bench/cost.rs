@@ -1,0 +1,252 @@
+//! Nanoseconds per run of a program, as the kernel counts them (`BPF_ENABLE_STATS`): lb, C and nothing in turn, in many
+//! short rounds, so that what else the machine does falls on all of them alike.
+//!
+//! A run that is counted has the reading of a clock in it. That is why the cost of an empty program, measured in the
+//! same round, is taken off before lb and C are compared.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use lb_tests::Random;
+use serde::Serialize;
+
+use crate::bed::Bed;
+use crate::numbers::Quartiles;
+use crate::objects::Family;
+use crate::programs::{Hook, Maker};
+use crate::scenario::{Scenario, shuffled};
+use crate::worker::{Order, Task, Worker};
+
+/// Rounds between loadings of the programs.
+const RELOAD: u32 = 5;
+
+/// The most that a run may come after the call that made it.
+const LATE: Duration = Duration::from_secs(2);
+
+/// What makes a program run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Call {
+    Connect,
+    Getpeername,
+    /// The first datagram of an unconnected socket.
+    FirstSend,
+    /// The next one.
+    NextSend,
+    ReceiveUnconnected,
+    ReceiveConnected,
+    Close,
+}
+
+impl Call {
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::Getpeername => "getpeername",
+            Self::FirstSend => "first send",
+            Self::NextSend => "next send",
+            Self::ReceiveUnconnected => "receive",
+            Self::ReceiveConnected => "receive, connected",
+            Self::Close => "close",
+        }
+    }
+
+    pub(crate) fn hook(self, family: Family) -> Hook {
+        let (v4, v6) = match self {
+            Self::Connect => (Hook::Connect4, Hook::Connect6),
+            Self::Getpeername => (Hook::Getpeername4, Hook::Getpeername6),
+            Self::FirstSend | Self::NextSend => (Hook::Sendmsg4, Hook::Sendmsg6),
+            Self::ReceiveUnconnected | Self::ReceiveConnected => (Hook::Recvmsg4, Hook::Recvmsg6),
+            Self::Close => (Hook::SockRelease, Hook::SockRelease),
+        };
+        match family {
+            Family::Ipv4 => v4,
+            Family::Ipv6 => v6,
+        }
+    }
+}
+
+/// What one program costs in one scenario.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Cost {
+    pub(crate) call: Call,
+    pub(crate) hook: Hook,
+    #[serde(flatten)]
+    pub(crate) scenario: Scenario,
+    /// Nanoseconds per run, median of the rounds, with the reading of the clock.
+    pub(crate) lb: f64,
+    pub(crate) c: Option<f64>,
+    pub(crate) empty: Option<f64>,
+    /// lb above the empty program / C above it, of the same round.
+    pub(crate) ratio: Option<Quartiles>,
+}
+
+/// Nanoseconds per run of each maker's program, a round each.
+#[derive(Debug, Default)]
+struct Rounds {
+    lb: Vec<f64>,
+    c: Vec<f64>,
+    empty: Vec<f64>,
+}
+
+impl Rounds {
+    fn add(&mut self, maker: Maker, cost: f64) {
+        match maker {
+            Maker::Lb => &mut self.lb,
+            Maker::C => &mut self.c,
+            Maker::Empty => &mut self.empty,
+        }
+        .push(cost);
+    }
+
+    fn summary(&self, call: Call, scenario: Scenario) -> Cost {
+        let median = |rounds: &Vec<f64>| (!rounds.is_empty()).then(|| Quartiles::of(rounds.iter().copied()).median);
+        let ratio = |((lb, c), empty): ((&f64, &f64), &f64)| (lb - empty) / (c - empty);
+        let ratios = self.lb.iter().zip(&self.c).zip(&self.empty).map(ratio);
+        Cost {
+            call,
+            hook: call.hook(scenario.family),
+            scenario,
+            lb: median(&self.lb).unwrap_or_default(),
+            c: median(&self.c),
+            empty: median(&self.empty),
+            ratio: (!self.c.is_empty()).then(|| Quartiles::of(ratios)),
+        }
+    }
+}
+
+/// Something to do, and what is measured meanwhile.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Step {
+    pub(crate) task: Task,
+    /// How often it is done in one round. Each of `calls` is made so often.
+    pub(crate) count: u32,
+    pub(crate) calls: &'static [Call],
+}
+
+impl Step {
+    /// Whether only what can be reached will do: without rewriting, that is backends.
+    fn needs_answers(&self) -> bool {
+        matches!(self.task, Task::Connect | Task::Peer | Task::Exchange(_))
+    }
+}
+
+/// The programs in some scenarios. Each round takes all steps with one maker, then with the next.
+pub(crate) fn compare(
+    bed: &mut Bed,
+    scenarios: &[Scenario],
+    steps: &[Step],
+    rounds: u32,
+    mut tick: impl FnMut(),
+) -> Result<Vec<Cost>> {
+    let mut workers = bed.program_workers()?;
+    let mut random = Random::new(bed.services.number.into());
+    let calls: Vec<_> = steps.iter().flat_map(|step| step.calls).copied().collect();
+    let mut found: Vec<Vec<_>> = scenarios
+        .iter()
+        .map(|_| calls.iter().map(|_| Rounds::default()).collect())
+        .collect();
+    let before = bed.connections()?;
+    let mut expected = 0;
+    // The first round is not counted.
+    for round in 0..=rounds {
+        if round % RELOAD == 0 {
+            bed.reload()?;
+        }
+        for (scenario, found) in scenarios.iter().zip(&mut found) {
+            for at in shuffled(workers.len(), &mut random) {
+                let (maker, worker) = &mut workers[at];
+                let seed = random.number();
+                let mut costs = Vec::with_capacity(calls.len());
+                for step in steps {
+                    let from = match maker {
+                        Maker::Empty if step.needs_answers() => scenario.missed(),
+                        _ => *scenario,
+                    };
+                    let order = from.order(bed.services, step.task, step.count, seed);
+                    costs.extend(runs(bed, *maker, worker, &order, step.calls)?);
+                    if scenario.is_hit() && *maker != Maker::Empty {
+                        expected += u64::from(order.choices());
+                    }
+                }
+                if round > 0 {
+                    for (found, cost) in found.iter_mut().zip(costs) {
+                        found.add(*maker, cost);
+                    }
+                }
+            }
+        }
+        tick();
+    }
+    let counted = bed.connections()? - before;
+    ensure!(
+        counted == expected,
+        "{counted} destinations were rewritten instead of {expected}"
+    );
+    let summaries = scenarios.iter().zip(&found).flat_map(|(scenario, found)| {
+        let each = found.iter().zip(&calls);
+        each.map(|(rounds, call)| rounds.summary(*call, *scenario))
+    });
+    Ok(summaries.collect())
+}
+
+/// Gives an order; the cost of a run for each of the calls meanwhile.
+fn runs(bed: &Bed, maker: Maker, worker: &mut Worker, order: &Order, calls: &[Call]) -> Result<Vec<f64>> {
+    let now = || {
+        let hooks = calls.iter().map(|call| call.hook(bed.services.family));
+        hooks.map(|hook| bed.runs(maker, hook)).collect::<Result<Vec<_>>>()
+    };
+    let before = now()?;
+    worker.order(order)?;
+    let mut after = now()?;
+    let expected = u64::from(order.count);
+    let start = Instant::now();
+    // Whoever looks at /proc/*/fd while a socket is closed is the one that releases it, a moment later.
+    while after.iter().zip(&before).any(|(a, b)| a.since(*b).number < expected) && start.elapsed() < LATE {
+        thread::sleep(Duration::from_millis(1));
+        after = now()?;
+    }
+    let mut costs = Vec::with_capacity(calls.len());
+    for ((call, before), after) in calls.iter().zip(before).zip(after) {
+        let runs = after.since(before);
+        ensure!(
+            runs.number == expected,
+            "{maker:?}'s program for {} ran {} times in {order:?}",
+            call.label(),
+            runs.number
+        );
+        costs.push(runs.cost());
+    }
+    Ok(costs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_empty_program_is_taken_off() {
+        let mut rounds = Rounds::default();
+        for (lb, c, empty) in [(130.0, 110.0, 10.0), (240.0, 220.0, 20.0), (70.0, 60.0, 10.0)] {
+            rounds.add(Maker::Lb, lb);
+            rounds.add(Maker::C, c);
+            rounds.add(Maker::Empty, empty);
+        }
+        let scenario = Scenario::example();
+        let cost = rounds.summary(Call::Connect, scenario);
+        assert_eq!((cost.lb, cost.c, cost.empty), (130.0, Some(110.0), Some(10.0)));
+        assert!((cost.ratio.unwrap_or_default().median - 1.2).abs() < 1e-9);
+        let mut alone = Rounds::default();
+        alone.add(Maker::Lb, 100.0);
+        let cost = alone.summary(Call::Connect, scenario);
+        assert_eq!((cost.lb, cost.c, cost.ratio), (100.0, None, None));
+    }
+
+    #[test]
+    fn each_family_has_its_hooks() {
+        assert_eq!(Call::NextSend.hook(Family::Ipv4), Hook::Sendmsg4);
+        assert_eq!(Call::ReceiveConnected.hook(Family::Ipv6), Hook::Recvmsg6);
+        assert_eq!(Call::Close.hook(Family::Ipv6), Hook::SockRelease);
+    }
+}

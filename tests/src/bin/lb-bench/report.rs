@@ -1,0 +1,229 @@
+//! What `connect` and `udp` have in common of their reports: the machine, what programs cost, and the limits.
+
+use std::fs;
+use std::io::{Write as _, stdout};
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+
+use crate::cost::{Call, Cost};
+use crate::numbers::Quartiles;
+use crate::scenario::{Outcome, Scenario};
+
+/// The sizes that the limits are for.
+const LIMITED: [u32; 3] = [1, 1_000, 10_000];
+/// lb's program / that in C, both above an empty program: where the destination is a Service's, and where not.
+const HIT_LIMIT: f64 = 1.3;
+const MISS_LIMIT: f64 = 1.1;
+
+/// What was measured on.
+#[derive(Debug, Serialize)]
+pub(crate) struct Machine {
+    kernel: String,
+    processor: String,
+    processors: usize,
+    /// Processes that wanted to run, on average of the minute before.
+    load: f64,
+}
+
+impl Machine {
+    pub(crate) fn this() -> Result<Self> {
+        let read = |path| fs::read_to_string(path).with_context(|| format!("reading {path}"));
+        let text = read("/proc/cpuinfo")?;
+        let models: Vec<_> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("model name\t: "))
+            .collect();
+        let load = read("/proc/loadavg")?;
+        let load = load.split(' ').next().and_then(|first| first.parse().ok());
+        Ok(Self {
+            kernel: read("/proc/sys/kernel/osrelease")?.trim().into(),
+            processor: (*models.first().unwrap_or(&"unknown")).into(),
+            processors: models.len(),
+            load: load.context("no number in /proc/loadavg")?,
+        })
+    }
+}
+
+/// A limit, and how it was met.
+#[derive(Debug, Serialize)]
+pub(crate) struct Check {
+    call: Call,
+    #[serde(flatten)]
+    scenario: Scenario,
+    limit: f64,
+    measured: f64,
+    met: bool,
+}
+
+/// Compares with the limits what there are limits for.
+pub(crate) fn judge(costs: &[Cost]) -> Vec<Check> {
+    costs.iter().filter_map(check).collect()
+}
+
+pub(crate) fn is_well(checks: &[Check]) -> bool {
+    checks.iter().all(|check| check.met)
+}
+
+/// Fails unless every size that has limits was measured.
+pub(crate) fn is_complete(checks: &[Check]) -> Result<()> {
+    for services in LIMITED {
+        let measured = checks.iter().any(|check| check.scenario.services == services);
+        ensure!(
+            measured,
+            "the limits are ratios to C (install clang) and for {LIMITED:?} Services: measure those sizes"
+        );
+    }
+    Ok(())
+}
+
+/// Calls whose programs decide or translate have limits; those that only tidy up, or serve `getpeername`, have none.
+fn check(cost: &Cost) -> Option<Check> {
+    let limit = match cost.scenario.outcome {
+        Outcome::Hit => HIT_LIMIT,
+        Outcome::Miss => MISS_LIMIT,
+    };
+    let limited = !matches!(cost.call, Call::Getpeername | Call::Close) && LIMITED.contains(&cost.scenario.services);
+    let measured = cost.ratio.filter(|_| limited)?.median;
+    Some(Check {
+        call: cost.call,
+        scenario: cost.scenario,
+        limit,
+        measured,
+        met: measured <= limit,
+    })
+}
+
+/// Writes a report as JSON.
+pub(crate) fn write(folder: &Path, name: &str, report: &impl Serialize) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    let path = folder.join(name);
+    let json = serde_json::to_string_pretty(report).context("writing JSON")?;
+    fs::write(&path, json + "\n").with_context(|| format!("writing {}", path.display()))
+}
+
+/// Writes the tables that have rows to standard output.
+pub(crate) fn print<'a>(tables: impl IntoIterator<Item = (&'a str, Table)>) -> Result<()> {
+    for (title, table) in tables.into_iter().filter(|(_, table)| table.row_count() > 0) {
+        writeln!(stdout(), "{title}\n{table}\n").context("writing to standard output")?;
+    }
+    Ok(())
+}
+
+pub(crate) fn cost_table(costs: &[Cost]) -> Table {
+    let mut table = table(&[
+        "Services",
+        "family",
+        "to",
+        "call",
+        "program",
+        "lb (ns)",
+        "C (ns)",
+        "empty (ns)",
+        "lb - empty",
+        "C - empty",
+        "lb / C",
+        "quartiles",
+    ]);
+    for cost in costs {
+        let ns = |value: Option<f64>| value.map(|v| format!("{v:.1}")).unwrap_or_default();
+        let above = |value: Option<f64>| ns(value.zip(cost.empty).map(|(v, empty)| v - empty));
+        let ratio = |pick: fn(Quartiles) -> f64| cost.ratio.map(|r| format!("{:.2}", pick(r))).unwrap_or_default();
+        table.add_row([
+            cost.scenario.services.to_string(),
+            cost.scenario.family.label().to_owned(),
+            cost.scenario.label(),
+            cost.call.label().to_owned(),
+            cost.hook.label().to_owned(),
+            ns(Some(cost.lb)),
+            ns(cost.c),
+            ns(cost.empty),
+            above(Some(cost.lb)),
+            above(cost.c),
+            ratio(|r| r.median),
+            range(&ratio(|r| r.low), &ratio(|r| r.high)),
+        ]);
+    }
+    table
+}
+
+pub(crate) fn check_table(checks: &[Check]) -> Table {
+    let mut table = table(&["lb / C", "to", "Services", "at most", "measured", ""]);
+    for check in checks {
+        let verdict = if check.met { "met" } else { "EXCEEDED" };
+        table.add_row([
+            format!("{}, {}", check.call.label(), check.scenario.family.label()),
+            check.scenario.label(),
+            check.scenario.services.to_string(),
+            format!("{:.1}", check.limit),
+            format!("{:.3}", check.measured),
+            verdict.to_owned(),
+        ]);
+    }
+    table
+}
+
+/// A table without lines, its columns right-aligned.
+pub(crate) fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header);
+    for column in table.column_iter_mut() {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+pub(crate) fn range(low: &str, high: &str) -> String {
+    if low.is_empty() {
+        String::new()
+    } else {
+        format!("{low}..{high}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cost(outcome: Outcome, ratio: f64) -> Cost {
+        let scenario = Scenario {
+            outcome,
+            ..Scenario::example()
+        };
+        Cost {
+            call: Call::Connect,
+            hook: Call::Connect.hook(scenario.family),
+            scenario,
+            lb: 100.0,
+            c: Some(90.0),
+            empty: Some(10.0),
+            ratio: Some(Quartiles::of([ratio])),
+        }
+    }
+
+    #[test]
+    fn limits_are_judged_by_the_ratio() {
+        let met = |cost: &Cost| check(cost).map(|check| check.met);
+        assert_eq!(met(&cost(Outcome::Hit, 1.3)), Some(true));
+        assert_eq!(met(&cost(Outcome::Hit, 1.31)), Some(false));
+        assert_eq!(met(&cost(Outcome::Miss, 1.2)), Some(false));
+        let release = Cost {
+            call: Call::Close,
+            ..cost(Outcome::Hit, 9.0)
+        };
+        assert_eq!(met(&release), None);
+        let without = Cost {
+            ratio: None,
+            ..cost(Outcome::Hit, 1.0)
+        };
+        assert_eq!(met(&without), None);
+    }
+
+    #[test]
+    fn a_size_that_was_not_measured_is_missed() {
+        let checks = judge(&[cost(Outcome::Hit, 1.0)]);
+        assert!(is_well(&checks) && is_complete(&checks).is_err());
+    }
+}

@@ -1,0 +1,102 @@
+//! The sizes that `connect` and `udp` measure, one after the other, each in both families.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use lb_agent::model::Protocol;
+
+use crate::objects::{Family, Services};
+use crate::programs;
+use crate::report::{self, Check};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Numbers of Services
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 1_000, 10_000], value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    services: Vec<u32>,
+    /// Endpoints of each Service
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100))]
+    endpoints: u32,
+    /// Rounds of each comparison
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    rounds: u32,
+    /// Folder for the results as JSON, and plots
+    #[arg(long)]
+    out: PathBuf,
+    /// Fail where a limit is exceeded
+    #[arg(long)]
+    check: bool,
+}
+
+impl Options {
+    pub(crate) fn endpoints(&self) -> u32 {
+        self.endpoints
+    }
+
+    pub(crate) fn rounds(&self) -> u32 {
+        self.rounds
+    }
+
+    pub(crate) fn out(&self) -> &Path {
+        &self.out
+    }
+
+    /// Success, unless limits were to be kept and were not.
+    pub(crate) fn verdict(&self, checks: &[Check]) -> Result<ExitCode> {
+        if !self.check {
+            return Ok(ExitCode::SUCCESS);
+        }
+        report::is_complete(checks)?;
+        Ok(if report::is_well(checks) {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
+    }
+}
+
+/// Measures each size in each family. The C programs are given where there is a compiler.
+pub(crate) fn each(
+    options: &Options,
+    protocol: Protocol,
+    mut measure: impl FnMut(Services, Option<&[u8]>, &ProgressBar) -> Result<()>,
+) -> Result<()> {
+    let scratch = tempfile::tempdir().context("making a scratch directory")?;
+    let object = match which::which(programs::CLANG) {
+        Ok(_) => Some(programs::compile(scratch.path())?),
+        Err(_) => {
+            eprintln!("no clang, so nothing is compared with C; install clang for that");
+            None
+        }
+    };
+    let mut numbers = options.services.clone();
+    numbers.sort_unstable();
+    numbers.dedup();
+    for number in numbers {
+        for family in Family::ALL {
+            let bar = progress(number, family)?;
+            bar.set_message("rules and maps");
+            let services = Services {
+                number,
+                endpoints: options.endpoints,
+                family,
+                protocol,
+            };
+            measure(services, object.as_deref(), &bar)?;
+            bar.finish_and_clear();
+        }
+    }
+    Ok(())
+}
+
+/// A bar on standard error, where that is a terminal.
+fn progress(services: u32, family: Family) -> Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{prefix} [{bar:40}] {elapsed} {msg}").context("progress bar")?;
+    let bar = ProgressBar::no_length().with_style(style.progress_chars("=> "));
+    bar.set_prefix(format!("{services} Services, {}", family.label()));
+    bar.enable_steady_tick(Duration::from_millis(200));
+    Ok(bar)
+}

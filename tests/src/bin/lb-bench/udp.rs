@@ -1,0 +1,159 @@
+//! `udp`: what datagrams to a Service cost, against direct ones and the same work in C, on connected and unconnected
+//! sockets.
+//!
+//! Everything happens in network namespaces of the test bed, none of which has a way out. A client, and the server
+//! behind every backend's address, are one thread, so no switch between processes is measured.
+
+mod rate;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use aya::sys::{Stats, enable_stats};
+use comfy_table::Table;
+use indicatif::ProgressBar;
+use lb_agent::model::Protocol;
+use serde::Serialize;
+
+use crate::bed::{Bed, Way};
+use crate::cost::{self, Call, Cost, Step};
+use crate::objects::Services;
+use crate::report::{self, Check, Machine, range, table};
+use crate::scenario::Scenario;
+use crate::sizes::{self, Options};
+use crate::worker::{Manner, Task};
+use rate::{Rate, label};
+
+/// Sockets of one maker in one round; they are open at the same time.
+const SOCKETS: u32 = 500;
+/// Sockets that only ask to connect, one after the other. More, since what a miss costs is mostly memory of chance.
+const ASKED: u32 = 2000;
+
+/// Before there are backends: what the programs cost without a packet.
+const ASKING: [Step; 4] = [
+    Step {
+        task: Task::Ask,
+        count: ASKED,
+        calls: &[Call::Connect],
+    },
+    Step {
+        task: Task::FirstSend,
+        count: SOCKETS,
+        calls: &[Call::FirstSend],
+    },
+    Step {
+        task: Task::NextSend,
+        count: SOCKETS,
+        calls: &[Call::NextSend],
+    },
+    Step {
+        task: Task::Close,
+        count: SOCKETS,
+        calls: &[Call::Close],
+    },
+];
+
+/// With backends that answer.
+const RECEIVING: [Step; 2] = [
+    Step {
+        task: Task::Exchange(Manner {
+            connected: false,
+            fresh: true,
+        }),
+        count: SOCKETS,
+        calls: &[Call::ReceiveUnconnected],
+    },
+    Step {
+        task: Task::Exchange(Manner {
+            connected: true,
+            fresh: true,
+        }),
+        count: SOCKETS,
+        calls: &[Call::ReceiveConnected],
+    },
+];
+
+/// Everything, as the JSON file holds it.
+#[derive(Debug, Serialize)]
+struct Report {
+    machine: Machine,
+    endpoints: u32,
+    rounds: u32,
+    costs: Vec<Cost>,
+    rates: Vec<Rate>,
+    checks: Vec<Check>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let mut report = Report {
+        machine: Machine::this()?,
+        endpoints: options.endpoints(),
+        rounds: options.rounds(),
+        costs: Vec::new(),
+        rates: Vec::new(),
+        checks: Vec::new(),
+    };
+    sizes::each(options, Protocol::Udp, |services, object, bar| {
+        measure(services, object, bar, &mut report)
+    })?;
+    report.checks = report::judge(&report.costs);
+    report::print([
+        ("questions and answers", rate_table(&report.rates)),
+        ("runs of a program", report::cost_table(&report.costs)),
+        ("limits", report::check_table(&report.checks)),
+    ])?;
+    report::write(options.out(), "udp.json", &report)?;
+    options.verdict(&report.checks)
+}
+
+/// One size.
+fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, report: &mut Report) -> Result<()> {
+    let rounds = report.rounds;
+    let mut bed = Bed::new(services, object, &Way::PLAIN)?;
+    let scenarios = Scenario::all(services);
+    bar.set_length(2 * (u64::from(rounds) + 1) + rate::ticks(&bed, rounds));
+    bar.set_message("programs");
+    let statistics = enable_stats(Stats::RunTime)?;
+    let asked = cost::compare(&mut bed, &scenarios, &ASKING, rounds, || bar.inc(1))?;
+    bed.bring_up_backends()?;
+    let received = cost::compare(&mut bed, &scenarios, &RECEIVING, rounds, || bar.inc(1))?;
+    drop(statistics);
+    report.costs.extend(asked.into_iter().chain(received));
+    bar.set_message("datagrams");
+    report.rates.extend(rate::measure(&bed, rounds, || bar.inc(1))?);
+    bed.take_down()?;
+    Ok(())
+}
+
+fn rate_table(rates: &[Rate]) -> Table {
+    let mut table = table(&[
+        "Services",
+        "family",
+        "to",
+        "socket",
+        "by",
+        "per second",
+        "of direct (%)",
+        "quartiles",
+    ]);
+    for rate in rates {
+        let percent = |value: f64| {
+            if rate.way == Way::Direct {
+                String::new()
+            } else {
+                format!("{:.1}", value * 100.0)
+            }
+        };
+        table.add_row([
+            rate.scenario.services.to_string(),
+            rate.scenario.family.label().to_owned(),
+            rate.scenario.label(),
+            label(rate.manner).to_owned(),
+            rate.way.label().to_owned(),
+            format!("{:.0}", rate.rate),
+            percent(rate.of_direct.median),
+            range(&percent(rate.of_direct.low), &percent(rate.of_direct.high)),
+        ]);
+    }
+    table
+}

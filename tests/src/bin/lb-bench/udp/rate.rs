@@ -1,0 +1,109 @@
+//! How many questions are asked and answered in a second: every way in turn, in short rounds.
+
+use anyhow::Result;
+use lb_tests::Random;
+use serde::Serialize;
+
+use crate::bed::{Bed, Way};
+use crate::numbers::Quartiles;
+use crate::scenario::{Scenario, shuffled};
+use crate::worker::{Manner, Task};
+
+/// Questions on one way in one round.
+const QUESTIONS: u32 = 200;
+
+/// What a client does.
+const MANNERS: [Manner; 4] = [
+    Manner {
+        connected: false,
+        fresh: false,
+    },
+    Manner {
+        connected: true,
+        fresh: false,
+    },
+    Manner {
+        connected: false,
+        fresh: true,
+    },
+    Manner {
+        connected: true,
+        fresh: true,
+    },
+];
+
+pub(crate) fn label(manner: Manner) -> &'static str {
+    match (manner.connected, manner.fresh) {
+        (false, false) => "one, unconnected",
+        (true, false) => "one, connected",
+        (false, true) => "new each time, unconnected",
+        (true, true) => "new each time, connected",
+    }
+}
+
+/// How fast questions are answered on one way.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Rate {
+    pub(crate) way: Way,
+    #[serde(flatten)]
+    pub(crate) scenario: Scenario,
+    pub(crate) manner: Manner,
+    /// Datagrams that one thread sends, receives, answers, and whose answers it receives, in a second: median of the
+    /// rounds.
+    pub(crate) rate: f64,
+    /// The rate of a round, divided by that of [`Way::Direct`] in the same round.
+    pub(crate) of_direct: Quartiles,
+}
+
+/// The scenarios in which questions are answered: any Service, hit and miss.
+fn scenarios(bed: &Bed) -> impl Iterator<Item = Scenario> {
+    let one = bed.services.number == 1;
+    Scenario::all(bed.services)
+        .into_iter()
+        .filter(move |scenario| one || !scenario.is_hot())
+}
+
+/// All ways at one size. Backends must be up.
+pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Rate>> {
+    let mut workers = bed.way_workers()?;
+    let mut random = Random::new(bed.services.number.into());
+    let mut all = Vec::new();
+    for scenario in scenarios(bed) {
+        for manner in MANNERS {
+            let mut ways: Vec<Vec<f64>> = workers.iter().map(|_| Vec::new()).collect();
+            // The first round is not counted.
+            for round in 0..=rounds {
+                for at in shuffled(workers.len(), &mut random) {
+                    let (way, worker) = &mut workers[at];
+                    let from = match way {
+                        Way::Direct | Way::DirectAgain => scenario.missed(),
+                        _ => scenario,
+                    };
+                    let order = from.order(bed.services, Task::Exchange(manner), QUESTIONS, random.number());
+                    let done = worker.order(&order)?;
+                    if round > 0 {
+                        ways[at].push(f64::from(QUESTIONS) / done.seconds);
+                    }
+                }
+                tick();
+            }
+            let direct = ways.first().cloned().unwrap_or_default();
+            for ((way, _), rates) in workers.iter().zip(ways) {
+                let of_direct = rates.iter().zip(&direct).map(|(own, direct)| own / direct);
+                all.push(Rate {
+                    way: *way,
+                    scenario,
+                    manner,
+                    of_direct: Quartiles::of(of_direct),
+                    rate: Quartiles::of(rates).median,
+                });
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// How often [`measure`] ticks.
+pub(crate) fn ticks(bed: &Bed, rounds: u32) -> u64 {
+    (scenarios(bed).count() * MANNERS.len()) as u64 * (u64::from(rounds) + 1)
+}
