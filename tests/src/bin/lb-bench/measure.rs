@@ -64,14 +64,19 @@ pub(crate) struct Measured {
     pub(crate) change_bytes: f64,
     /// Resident memory of the process (`VmRSS`), mapped arrays and all objects included.
     pub(crate) resident_bytes: u64,
-    /// Of this, the heap and stacks (`RssAnon`).
-    pub(crate) anonymous_bytes: u64,
-    /// Of this, mapped arrays, the program and its libraries (`RssFile` and `RssShmem`).
-    pub(crate) mapped_bytes: u64,
+    /// Of this, the maps that it has mapped, which `map_bytes` has as well.
+    pub(crate) mapped_map_bytes: u64,
     /// The most that was ever resident.
     pub(crate) peak_bytes: u64,
     /// Kernel memory of all maps (`memlock` in their `fdinfo`), the mapped ones included.
     pub(crate) map_bytes: u64,
+}
+
+impl Measured {
+    /// Resident memory that is the agent's own.
+    pub(crate) fn own_bytes(&self) -> u64 {
+        self.resident_bytes.saturating_sub(self.mapped_map_bytes)
+    }
 }
 
 /// Changes before the measured ones.
@@ -175,8 +180,7 @@ fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
         change_p99_seconds: percentile(&times, 99).as_secs_f64(),
         change_bytes: written as f64 / f64::from(options.changes),
         resident_bytes: process::status_bytes("VmRSS")?,
-        anonymous_bytes: process::status_bytes("RssAnon")?,
-        mapped_bytes: process::status_bytes("RssFile")? + process::status_bytes("RssShmem")?,
+        mapped_map_bytes: process::mapped_map_bytes()?,
         peak_bytes: process::status_bytes("VmHWM")?,
         map_bytes: process::map_bytes()?,
     };

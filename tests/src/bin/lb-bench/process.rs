@@ -27,6 +27,26 @@ pub(crate) fn map_bytes() -> Result<u64> {
     Ok(maps.values().sum())
 }
 
+/// Bytes of BPF maps that this process has mapped into its memory: they count as resident here, and as the maps' there.
+pub(crate) fn mapped_map_bytes() -> Result<u64> {
+    let text = fs::read_to_string("/proc/self/smaps").context("reading /proc/self/smaps")?;
+    Ok(resident_of(&text, "bpf-map") * 1024)
+}
+
+/// The sum of `Rss` over the mappings whose first line ends with `name`; see proc_pid_smaps(5).
+fn resident_of(smaps: &str, name: &str) -> u64 {
+    let (mut sum, mut is_named) = (0, false);
+    for line in smaps.lines() {
+        let first = line.split_whitespace().next().unwrap_or_default();
+        if !first.ends_with(':') {
+            is_named = line.ends_with(name);
+        } else if is_named && first == "Rss:" {
+            sum += value(line, "Rss").unwrap_or(0);
+        }
+    }
+    sum
+}
+
 /// The number in the line `field: number`.
 fn value(text: &str, field: &str) -> Option<u64> {
     text.lines().find_map(|line| {
@@ -45,5 +65,14 @@ mod tests {
         assert_eq!(value(text, "VmRSS"), Some(123));
         assert_eq!(value(text, "map_id"), Some(7));
         assert_eq!(value(text, "memlock"), None);
+    }
+
+    #[test]
+    fn mapped_maps_are_told_by_their_name() {
+        let text = "7f00-7f01 rw-s 00000000 00:0e 9 anon_inode:bpf-map\nSize:  8 kB\nRss:   4 kB\n\
+                    7f02-7f03 rw-p 00000000 00:00 0 [heap]\nSize: 16 kB\nRss:  16 kB\n\
+                    7f04-7f05 rw-s 00000000 00:0e 9 anon_inode:bpf-map\nRss:  12 kB\n";
+        assert_eq!(resident_of(text, "bpf-map"), 16);
+        assert_eq!(resident_of(text, "[heap]"), 16);
     }
 }
