@@ -76,8 +76,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 }
 
 /// One size.
-fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, report: &mut Report) -> Result<()> {
-    let rounds = report.rounds;
+fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, whole: &mut Report) -> Result<()> {
+    let rounds = whole.rounds;
     let mut bed = Bed::new(services, object, &WAYS)?;
     let scenarios = Scenario::all(services);
     bar.set_length(2 * (u64::from(rounds) + 1) + latency::ticks(&bed, rounds));
@@ -88,7 +88,9 @@ fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, report:
         count: SOCKETS,
         calls: &[Call::Connect, Call::Close],
     };
-    let asked = cost::compare(&mut bed, &scenarios, &[ask], rounds, || bar.inc(1))?;
+    let asked = report::settled(bar, || {
+        cost::compare(&mut bed, &scenarios, &[ask], rounds, || bar.inc(1))
+    })?;
     bed.bring_up_backends()?;
     let peer = Step {
         task: Task::Peer,
@@ -98,10 +100,10 @@ fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, report:
     let hot: Vec<_> = scenarios.into_iter().filter(Scenario::is_hot).collect();
     let peers = cost::compare(&mut bed, &hot, &[peer], rounds, || bar.inc(1))?;
     drop(statistics);
-    report.costs.extend(asked.into_iter().chain(peers));
+    whole.costs.extend(asked.into_iter().chain(peers));
     bar.set_message("connections");
-    report.latencies.extend(latency::measure(&bed, rounds, || bar.inc(1))?);
-    report
+    whole.latencies.extend(latency::measure(&bed, rounds, || bar.inc(1))?);
+    whole
         .loading
         .push(bed.take_down()?.context("kube-proxy's rules were loaded")?);
     Ok(())

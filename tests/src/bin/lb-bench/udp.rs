@@ -107,20 +107,24 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 }
 
 /// One size.
-fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, report: &mut Report) -> Result<()> {
-    let rounds = report.rounds;
+fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, whole: &mut Report) -> Result<()> {
+    let rounds = whole.rounds;
     let mut bed = Bed::new(services, object, &Way::PLAIN)?;
     let scenarios = Scenario::all(services);
     bar.set_length(2 * (u64::from(rounds) + 1) + rate::ticks(&bed, rounds));
     bar.set_message("programs");
     let statistics = enable_stats(Stats::RunTime)?;
-    let asked = cost::compare(&mut bed, &scenarios, &ASKING, rounds, || bar.inc(1))?;
+    let asked = report::settled(bar, || {
+        cost::compare(&mut bed, &scenarios, &ASKING, rounds, || bar.inc(1))
+    })?;
     bed.bring_up_backends()?;
-    let received = cost::compare(&mut bed, &scenarios, &RECEIVING, rounds, || bar.inc(1))?;
+    let received = report::settled(bar, || {
+        cost::compare(&mut bed, &scenarios, &RECEIVING, rounds, || bar.inc(1))
+    })?;
     drop(statistics);
-    report.costs.extend(asked.into_iter().chain(received));
+    whole.costs.extend(asked.into_iter().chain(received));
     bar.set_message("datagrams");
-    report.rates.extend(rate::measure(&bed, rounds, || bar.inc(1))?);
+    whole.rates.extend(rate::measure(&bed, rounds, || bar.inc(1))?);
     bed.take_down()?;
     Ok(())
 }
