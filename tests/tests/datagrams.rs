@@ -327,3 +327,71 @@ fn streams_of_both_families_and_mptcp() -> Result<()> {
     ensure!(setup.cluster.nodes().len() == 1, "one node");
     Ok(())
 }
+
+#[test]
+fn families_in_either_order_and_one_alone() -> Result<()> {
+    let setup = setup(&[])?;
+    let all: Vec<_> = setup.servers.iter().collect();
+    let more = [
+        ("six-four", "fd00:96::30,10.96.0.30"),
+        ("four", "10.96.0.31"),
+        ("six", "fd00:96::31"),
+    ]
+    .map(|(name, ips)| served(name, ips, &all, ""))
+    .concat();
+    setup.manifests.write("more.yaml", &more)?;
+    let mut agent = setup.agent;
+    agent.wait_ready(&|| false)?;
+    for ip in ["10.96.0.30", "[fd00:96::30]", "10.96.0.31", "[fd00:96::31]"] {
+        let (datagrams, streams) = match ip.starts_with('[') {
+            true => (Kind::Udp6, Kind::Tcp6),
+            false => (Kind::Udp4, Kind::Tcp4),
+        };
+        bed()
+            .puppet(&setup.client, datagrams)?
+            .ask(addr(&format!("{ip}:53")), "x")?;
+        let mut socket = bed().puppet(&setup.client, streams)?;
+        socket.connect(addr(&format!("{ip}:80")))?;
+        socket.receive()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_node_without_ipv4() -> Result<()> {
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let (client, server) = (cluster.add_pod("n1", "client")?, cluster.add_pod("n1", "a")?);
+    let node = cluster.node("n1");
+    let places: [&lb_tests::Place; 3] = [&client, &server, node];
+    for place in places {
+        place.ip("-4 address flush scope global")?;
+        place.ip("-4 route flush table main")?;
+    }
+    let _datagrams = bed().serve_datagrams(&server, &[&format!("{}=a", server.socket6(5353))])?;
+    let _streams = bed().serve_with(&server, &["[::]:8080=a"], &["--echo"])?;
+    let manifests = Manifests::new(&cluster)?;
+    let ports = [DNS, WEB.on_nodes(30080)];
+    let mut text = service("six", "fd00:96::10", &ports, "");
+    for port in [Port::udp("dns", 5353), Port::tcp("web", 8080)] {
+        text += &slice("six", port, &[(server.address6().into(), "n1")]);
+    }
+    manifests.write("services.yaml", &text)?;
+    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
+    for place in [&*client, &**node] {
+        let to = addr("[fd00:96::10]:53");
+        let mut socket = bed().puppet(place, Kind::Udp6)?;
+        assert_eq!(socket.ask(to, "x")?, "a");
+        socket.connect(to)?;
+        assert_eq!(socket.peer()?, to);
+        for to in [
+            SocketAddr::new(to.ip(), 80),
+            SocketAddr::new(node.address6().into(), 30080),
+        ] {
+            let mut socket = bed().puppet(place, Kind::Tcp6)?;
+            socket.connect(to)?;
+            assert_eq!(socket.peer()?, to, "from {}", place.name());
+            assert_eq!(socket.receive()?.1, "a\n");
+        }
+    }
+    agent.verify()
+}
