@@ -134,7 +134,6 @@ fn init(modules: &[String], job: &Job, slow: u32) -> Result<String> {
          mount -t sysfs sysfs /sys\n\
          mount -t devtmpfs devtmpfs /dev\n\
          mount -t tmpfs tmpfs /run\n\
-         mount -t tmpfs tmpfs /tmp\n\
          mount -t cgroup2 cgroup2 /sys/fs/cgroup\n\
          mount -t bpf bpf /sys/fs/bpf\n\
          mkdir -p /dev/shm /run/netns\n\
