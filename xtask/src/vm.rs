@@ -128,10 +128,12 @@ fn judge(steps: &[Step], outcome: &Outcome, failed: bool) -> (u64, Vec<String>) 
     (passed, troubles)
 }
 
-/// A virtual machine that ends after `limit` at the latest; its console is standard output.
+/// A virtual machine that ends after `limit` at the latest, and with the thread that starts it; its console is standard
+/// output.
 fn machine(kernel: &Kernel, accelerator: &str, limit: &str) -> Command {
-    let mut command = Command::new("timeout");
+    let mut command = Command::new("setpriv");
     command
+        .args(["--pdeathsig", "TERM", "timeout"])
         // In the foreground: an interrupt from the keyboard reaches the virtual machine as well.
         .args(["--foreground", "--kill-after=5", limit])
         .args(["qemu-system-x86_64", "-accel", accelerator, "-cpu", "max"])

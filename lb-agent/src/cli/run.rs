@@ -211,7 +211,7 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
 /// Makes the programs write no events where whoever asked for them was killed.
 fn end_orphaned_trace(maps: &PinnedMaps, pins: &PinPath) -> Result<(), LoadError> {
     if maps.config().events != 0
-        && let Some(_lock) = TraceLock::take(pins)?
+        && let Some(_lock) = TraceLock::try_take(pins)?
     {
         maps.write_events(0);
     }

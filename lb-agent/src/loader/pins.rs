@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg, OFlag, open};
 use nix::mount::{MsFlags, mount};
@@ -15,6 +17,11 @@ use crate::maps::sys;
 
 /// Where the kernel's BPF file system is mounted by convention.
 const BPFFS: &str = "/sys/fs/bpf";
+
+/// How long a lock is tried for: `status` holds one for a moment, only to learn whether it can be had.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Time between two tries.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// The folder that an agent pins everything below.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -132,10 +139,10 @@ impl Lock {
     /// Makes the folder where it is not there, and takes the lock.
     ///
     /// # Errors
-    /// [`LoadError::Locked`] where another process has it.
+    /// [`LoadError::Locked`] where another process has it, and keeps it for a second.
     pub fn take(pins: &PinPath) -> Result<Self, LoadError> {
         pins.create()?;
-        match try_lock(pins.root(), FlockArg::LockExclusiveNonblock)? {
+        match lock(pins.root())? {
             Some(file) => Ok(Self {
                 pins: pins.clone(),
                 _file: file,
@@ -170,8 +177,28 @@ impl TraceLock {
     /// # Errors
     /// The system call's, also where nothing is pinned.
     pub fn take(pins: &PinPath) -> Result<Option<Self>, LoadError> {
+        Ok(lock(&pins.maps())?.map(|file| Self { _file: file }))
+    }
+
+    /// As [`Self::take`], but does not wait for who may have it for a moment only.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub fn try_take(pins: &PinPath) -> Result<Option<Self>, LoadError> {
         let file = try_lock(&pins.maps(), FlockArg::LockExclusiveNonblock)?;
         Ok(file.map(|file| Self { _file: file }))
+    }
+}
+
+/// The folder, locked for this process alone; `None` where somebody else has it, and keeps it.
+fn lock(path: &Path) -> Result<Option<Flock<fs::File>>, LoadError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let locked = try_lock(path, FlockArg::LockExclusiveNonblock)?;
+        if locked.is_some() || Instant::now() >= deadline {
+            return Ok(locked);
+        }
+        thread::sleep(PAUSE);
     }
 }
 
@@ -188,5 +215,29 @@ fn try_lock(path: &Path, how: FlockArg) -> Result<Option<Flock<fs::File>>, LoadE
         Ok(lock) => Ok(Some(lock)),
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
         Err((_, error)) => Err(failed(path, "flock")(error.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_only_looks_keeps_nobody_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let looks = try_lock(folder.path(), FlockArg::LockSharedNonblock).unwrap().unwrap();
+        assert!(
+            try_lock(folder.path(), FlockArg::LockExclusiveNonblock)
+                .unwrap()
+                .is_none()
+        );
+        let looking = thread::spawn(move || {
+            thread::sleep(10 * PAUSE);
+            drop(looks);
+        });
+        let kept = lock(folder.path()).unwrap().expect("who looked has gone");
+        looking.join().unwrap();
+        assert!(lock(folder.path()).unwrap().is_none(), "somebody has it for good");
+        drop(kept);
     }
 }
