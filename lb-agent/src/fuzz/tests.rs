@@ -1,5 +1,6 @@
 //! The corpus, the regressions, and random bytes: few and always the same, or as `cargo xtask fuzz` wants it.
 
+use std::cell::Cell;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -57,14 +58,16 @@ fn fuzz(target: &str, check: fn(&[u8]), cases: u32, strategy: impl Strategy<Valu
         failure_persistence: None,
         ..Config::default()
     };
-    let mut runner = match seconds {
-        None => TestRunner::new_with_rng(config(cases), TestRng::deterministic_rng(RngAlgorithm::ChaCha)),
-        Some(_) => TestRunner::new(config(50)),
-    };
     let end = Instant::now() + Duration::from_secs(seconds.unwrap_or(0));
-    let mut rounds = 0_u64;
+    let inputs = Cell::new(0_u64);
     loop {
+        // One for each round: a runner that has made its cases makes no more.
+        let mut runner = match seconds {
+            None => TestRunner::new_with_rng(config(cases), TestRng::deterministic_rng(RngAlgorithm::ChaCha)),
+            Some(_) => TestRunner::new(config(50)),
+        };
         let result = runner.run(&strategy, |bytes| {
+            inputs.set(inputs.get() + 1);
             check(&bytes);
             Ok(())
         });
@@ -77,14 +80,12 @@ fn fuzz(target: &str, check: fn(&[u8]), cases: u32, strategy: impl Strategy<Valu
             panic!("{why}\nkept as {}", path.display());
         }
         result.unwrap();
-        rounds += 1;
         if Instant::now() >= end {
             break;
         }
     }
-    if seconds.is_some() {
-        println!("{target}: {} inputs", rounds * 50);
-    }
+    println!("{target}: {} inputs", inputs.get());
+    assert!(inputs.get() >= u64::from(cases), "too few inputs for {target}");
 }
 
 /// A piece of a manifest that is put somewhere else, or a token.
