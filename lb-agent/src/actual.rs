@@ -356,12 +356,7 @@ pub(crate) fn pad<const N: usize>(text: &str) -> [u8; N] {
 /// The identity that an entry of NAMES gives.
 #[must_use]
 pub(crate) fn port_id(name: &Name) -> Option<PortId> {
-    let protocol = match name.proto {
-        6 => Protocol::Tcp,
-        17 => Protocol::Udp,
-        132 => Protocol::Sctp,
-        _ => return None,
-    };
+    let protocol = Protocol::from_number(name.proto)?;
     let (namespace, service, port_name) = (text(&name.namespace)?, text(&name.name)?, text(&name.port_name)?);
     if namespace.is_empty() || service.is_empty() || !matches!(name.family, 4 | 6) {
         return None;

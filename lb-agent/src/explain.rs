@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use lb_common::abi::{
     Addr, Affinity, AffinityKey, Backend, DropReason, Frontend, FrontendKey, FrontendKind, Service, SetWord,
-    backend_flags, service_flags,
+    backend_flags, ip_protocol, service_flags,
 };
 use lb_common::logic::connect::{self, Set};
 use lb_common::logic::route::{self, Destination, Tables};
@@ -20,9 +20,8 @@ use serde::Serialize;
 
 use crate::actual::set_words;
 use crate::maps::Dump;
+use crate::model::Protocol;
 use crate::owner::Owner;
-
-pub(crate) use text::protocol;
 
 /// The maps that decide, as they were at one time.
 #[derive(Debug, Clone, Default)]
@@ -167,8 +166,8 @@ impl Explanation {
     /// An answer for a destination that no map was looked at for.
     pub(crate) fn untouched(to: Destination, why: impl Into<String>) -> Self {
         Self {
-            to: socket(to.addr.into(), to.port),
-            protocol: protocol(to.proto),
+            to: Addr::from(to.addr).socket(to.port),
+            protocol: Protocol::name_of(to.proto),
             frontend: None,
             set: None,
             affinity: None,
@@ -177,10 +176,6 @@ impl Explanation {
             notes: Vec::new(),
         }
     }
-}
-
-fn socket(addr: Addr, port: u16) -> SocketAddr {
-    SocketAddr::new(addr.into(), port)
 }
 
 /// What `connect()` to a destination does for a socket that the programs see. The steps are those of `lb-ebpf`.
@@ -235,7 +230,7 @@ pub(crate) fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explana
         return answer;
     }
     choose(maps, asker, Chosen::new(frontend.service, set, service), &mut answer);
-    if to.proto == UDP {
+    if to.proto == ip_protocol::UDP {
         answer.notes.push(
             "this is a new connect(), or a first datagram: an unconnected socket stays with the backend that it has \
              for this address while that is usable"
@@ -244,9 +239,6 @@ pub(crate) fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explana
     }
     answer
 }
-
-/// IPPROTO_UDP.
-const UDP: u8 = 17;
 
 /// A service, and the set of it that serves.
 #[derive(Clone, Copy)]
@@ -336,7 +328,7 @@ fn remembered(maps: &Snapshot, asker: Asker, chosen: Chosen<'_>) -> (Remembered,
     let backend = maps.dump.backends.get(entry.backend as usize);
     remembered.backend = backend
         .filter(|backend| generation::is_current(backend.generation, entry.generation))
-        .map(|backend| socket(backend.addr, backend.port));
+        .map(|backend| backend.addr.socket(backend.port));
     if !affinity::holds(entry.used, maps.now, timeout) {
         remembered.why = "it was last used longer ago than the timeout";
     } else if chosen.again(&maps.dump, entry.backend, entry.generation).is_none() {
@@ -379,7 +371,7 @@ fn candidates(dump: &Dump, chosen: Chosen<'_>, kept: Option<(u32, u64)>) -> Vec<
                 Some(_) => (false, "the client has affinity to another backend".into()),
             };
             Candidate {
-                address: socket(slot.addr, slot.port),
+                address: slot.addr.socket(slot.port),
                 id: slot.backend,
                 generation: slot.generation,
                 local: slot.flags & backend_flags::LOCAL != 0,
@@ -396,7 +388,7 @@ fn candidates(dump: &Dump, chosen: Chosen<'_>, kept: Option<(u32, u64)>) -> Vec<
         // A backend that joins or leaves right now is a member by its flags before or after it is one by the slots.
         let eligible = kept.is_some_and(|(kept, _)| kept == id);
         Candidate {
-            address: socket(backend.addr, backend.port),
+            address: backend.addr.socket(backend.port),
             id,
             generation: backend.generation,
             local: backend.flags & backend_flags::LOCAL != 0,
@@ -436,7 +428,7 @@ fn why_no_member(backend: &Backend, set: Set) -> String {
 /// Why a destination is no frontend.
 fn why_no_frontend(view: &View<'_>, to: Destination) -> String {
     let addr = to.addr.or_loopback();
-    let proto = protocol(to.proto);
+    let proto = Protocol::name_of(to.proto);
     let port = to.port;
     if addr.is_loopback() {
         return if view.on_node {
@@ -466,7 +458,7 @@ fn ports_of(maps: &Snapshot, to: Destination) -> String {
         .filter(|(key, value)| key.addr == addr && value.kind != FrontendKind::Address as u8)
         .map(|(key, value)| {
             let owner = Owner::of(maps.dump.names.get(&value.service));
-            format!("{}/{} ({owner})", key.port, protocol(key.proto))
+            format!("{}/{} ({owner})", key.port, Protocol::name_of(key.proto))
         })
         .collect();
     let ip = IpAddr::from(addr);

@@ -9,6 +9,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use lb_common::abi::ip_protocol;
+
 use crate::intern;
 
 /// Namespace and name of an object.
@@ -45,21 +47,45 @@ impl fmt::Display for ObjectKey {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Protocol {
-    /// Transmission Control Protocol, 6.
-    Tcp = 6,
-    /// User Datagram Protocol, 17.
-    Udp = 17,
-    /// Stream Control Transmission Protocol, 132.
-    Sctp = 132,
+    /// Transmission Control Protocol.
+    Tcp = ip_protocol::TCP,
+    /// User Datagram Protocol.
+    Udp = ip_protocol::UDP,
+    /// Stream Control Transmission Protocol.
+    Sctp = ip_protocol::SCTP,
+}
+
+impl Protocol {
+    /// By its IANA number.
+    #[must_use]
+    pub const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            ip_protocol::TCP => Some(Self::Tcp),
+            ip_protocol::UDP => Some(Self::Udp),
+            ip_protocol::SCTP => Some(Self::Sctp),
+            _ => None,
+        }
+    }
+
+    /// As manifests name it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        }
+    }
+
+    /// The name of an IANA number; a question mark for one that Services do not have.
+    pub(crate) fn name_of(number: u8) -> &'static str {
+        Self::from_number(number).map_or("?", Self::name)
+    }
 }
 
 impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Tcp => "TCP",
-            Self::Udp => "UDP",
-            Self::Sctp => "SCTP",
-        })
+        f.write_str(self.name())
     }
 }
 

@@ -4,18 +4,17 @@
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::bpf_skc_to_mptcp_sock;
 use aya_ebpf::programs::{SockAddrContext, SockContext};
+use lb_common::abi::ip_protocol;
 
 use crate::family::protocol;
 
 /// IPPROTO_MPTCP.
 const MPTCP: u32 = 262;
-/// IPPROTO_TCP.
-const TCP: u32 = 6;
 
 /// In connect: the key of the MPTCP socket that this one is a subflow of.
 #[inline(always)]
 pub(crate) fn of_subflow(ctx: &SockAddrContext) -> Option<u64> {
-    if protocol(ctx) != TCP {
+    if protocol(ctx) != u32::from(ip_protocol::TCP) {
         return None;
     }
     // SAFETY: the verifier checks loads from the context.

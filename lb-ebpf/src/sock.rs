@@ -6,7 +6,7 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock;
 use aya_ebpf::programs::SockContext;
-use lb_common::abi::DropReason;
+use lb_common::abi::{DropReason, ip_protocol};
 use lb_common::logic::connect;
 use lb_common::logic::route::{self, Destination, Tables as _};
 use lb_common::logic::words::Words;
@@ -73,11 +73,8 @@ pub(crate) fn lb_sock_release(ctx: SockContext) -> i32 {
     sockets::forget(cookie);
     // SAFETY: the verifier checks loads from the context.
     let protocol = unsafe { ptr::read_volatile(&raw const (*ctx.sock).protocol) };
-    if protocol == UDP {
+    if protocol == u32::from(ip_protocol::UDP) {
         flows::forget(cookie);
     }
     ALLOW
 }
-
-/// IPPROTO_UDP.
-const UDP: u32 = 17;

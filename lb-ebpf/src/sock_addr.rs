@@ -4,7 +4,7 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::abi::{DropReason, EventKind};
+use lb_common::abi::{DropReason, EventKind, ip_protocol};
 use lb_common::logic::connect;
 use lb_common::logic::route::{self, Destination, Tables as _};
 
@@ -20,8 +20,6 @@ use crate::tables::Maps;
 /// Verdicts of `cgroup_sock_addr` programs.
 const DENY: i32 = 0;
 const ALLOW: i32 = 1;
-/// IPPROTO_UDP.
-const UDP: u8 = 17;
 
 /// A call that lb refuses.
 struct Refusal {
@@ -102,7 +100,7 @@ fn try_connect<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
     let to = destination::<F>(ctx);
     let maps = Maps { ctx: ctx.as_ptr() };
     let Some((service, serving)) = serving(&maps, to)? else {
-        if to.proto == UDP {
+        if to.proto == ip_protocol::UDP {
             // It may have been connected to a service before.
             sockets::forget(cookie(ctx));
         }
@@ -124,7 +122,7 @@ fn try_connect<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
         Some(key) => sockets::remember_as(key, &new),
     };
     if let Err(reason) = remembered {
-        if to.proto == UDP {
+        if to.proto == ip_protocol::UDP {
             return Err(refusal(DropReason::UdpSocketsFull));
         }
         count::dropped(reason);

@@ -68,7 +68,7 @@ fn row(dump: &Dump, now: u64, key: &AffinityKey, entry: Affinity) -> Row {
         owner: Owner::of(dump.names.get(&key.service)),
         netns: key.netns(),
         client: key.netns().is_none().then(|| key.client.into()),
-        backend: backend.map(|backend| (IpAddr::from(backend.addr), backend.port).into()),
+        backend: backend.map(|backend| backend.addr.socket(backend.port)),
         backend_id: id,
         backend_generation: generation,
         age: age.as_secs(),

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use anyhow::Context as _;
 use clap::Args;
-use lb_common::abi::{Addr, State, program_name};
+use lb_common::abi::{Addr, State, ip_protocol, program_name};
 use lb_common::logic::route::Destination;
 use serde::Serialize;
 
@@ -57,8 +57,8 @@ impl FromStr for To {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let (at, proto) = text.split_once('/').unwrap_or((text, "tcp"));
         let proto = match proto.to_ascii_lowercase().as_str() {
-            "tcp" => 6,
-            "udp" => 17,
+            "tcp" => ip_protocol::TCP,
+            "udp" => ip_protocol::UDP,
             _ => return Err("the protocol is tcp or udp"),
         };
         let at = at.parse().map_err(|_| "not ADDR:PORT (IPv6: [ADDR]:PORT)")?;

@@ -57,7 +57,7 @@ impl From<SocketRecord> for Given {
             netns: record.netns,
             proto: record.proto,
             original: (record.original_addr, record.original_port),
-            backend: socket_addr(record.backend_addr, record.backend_port),
+            backend: record.backend_addr.socket(record.backend_port),
             backend_id: record.backend,
             generation: record.generation,
             service: record.service,
@@ -75,7 +75,7 @@ impl Given {
             netns,
             proto: Protocol::Udp as u8,
             original: (flow.vip, flow.vip_port),
-            backend: socket_addr(flow.backend_addr, flow.backend_port),
+            backend: flow.backend_addr.socket(flow.backend_port),
             backend_id: flow.backend,
             generation: flow.generation,
             service: flow.service,
@@ -101,10 +101,6 @@ impl Given {
         let known = self.is_current(dump) || leads_there(addr) || leads_there(node_port);
         Owner::of(dump.names.get(&self.service).filter(|_| known))
     }
-}
-
-fn socket_addr(addr: Addr, port: u16) -> SocketAddr {
-    SocketAddr::new(addr.into(), port)
 }
 
 /// What the kernel has of a socket.
@@ -178,7 +174,7 @@ impl Row {
             kind: given.kind,
             cookie: given.cookie,
             netns: given.netns,
-            original: socket_addr(addr, port),
+            original: addr.socket(port),
             backend: given.backend,
             backend_id: given.backend_id,
             backend_generation: given.generation,

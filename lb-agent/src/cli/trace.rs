@@ -1,7 +1,7 @@
 //! `trace`: what the programs do, as it happens.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::str::FromStr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -14,10 +14,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use zerocopy::FromBytes as _;
 
 use super::{Format, ReadArgs, output, process};
-use crate::explain::protocol;
 use crate::loader::TraceLock;
 use crate::maps::bpf::PinnedMaps;
 use crate::maps::sys;
+use crate::model::Protocol;
 use crate::owner::Owner;
 
 #[derive(Debug, Args)]
@@ -99,10 +99,9 @@ impl Row {
             event: kind.map_or("(unknown)", EventKind::label),
             time_ns: boot + event.time,
             service,
-            to: (IpAddr::from(event.addr), event.port).into(),
-            protocol: protocol(event.proto),
-            backend: (event.backend_addr != Addr::UNSPECIFIED)
-                .then(|| (IpAddr::from(event.backend_addr), event.backend_port).into()),
+            to: event.addr.socket(event.port),
+            protocol: Protocol::name_of(event.proto),
+            backend: (event.backend_addr != Addr::UNSPECIFIED).then(|| event.backend_addr.socket(event.backend_port)),
             reason: refused.then(|| DropReason::from_u32(event.reason).map_or("unknown", DropReason::label)),
             pid: event.pid,
             command,

@@ -239,7 +239,7 @@ fn connected(maps: &Snapshot, asker: Asker, to: Destination, random: u32) -> Res
         let backend = maps.dump.backends.get(entry.backend as usize)?;
         let reference = (frontend.service, entry.generation);
         connect::is_usable(backend.generation, backend.service, backend.flags, reference, set)
-            .then(|| socket(backend.addr, backend.port))
+            .then(|| backend.addr.socket(backend.port))
     };
     let key = AffinityKey::of_netns(asker.netns, frontend.service);
     if service.flags & service_flags::AFFINITY != 0
@@ -256,7 +256,7 @@ fn connected(maps: &Snapshot, asker: Asker, to: Destination, random: u32) -> Res
     };
     let slot = connect::slot(word, random)?;
     let slot = maps.dump.slots.get(slot as usize).ok_or(DropReason::BadSlot)?;
-    Ok(Some(socket(slot.addr, slot.port)))
+    Ok(Some(slot.addr.socket(slot.port)))
 }
 
 /// Random numbers that take every member of a small set.

@@ -4,16 +4,6 @@ use std::fmt;
 
 use super::{Explanation, Outcome, Remembered};
 
-/// Name of an IANA protocol number that Services know.
-pub(crate) fn protocol(number: u8) -> &'static str {
-    match number {
-        6 => "TCP",
-        17 => "UDP",
-        132 => "SCTP",
-        _ => "?",
-    }
-}
-
 /// One line per step, its name in the first column.
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -2,15 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::SocketAddr;
 
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, backend_flags,
-    service_flags, set_flags,
+    Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, backend_flags, service_flags,
+    set_flags,
 };
 use lb_common::logic::generation;
 
 use crate::actual::port_id;
+use crate::model::Protocol;
 
 /// Everything that FRONTENDS, SERVICES, BACKEND_SLOTS, BACKENDS and NAMES hold.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -46,8 +46,8 @@ impl fmt::Display for Rendering<'_> {
                 _ => writeln!(
                     f,
                     "  {}/{} {kind} -> service {}",
-                    destination(key.addr, key.port),
-                    protocol(key.proto),
+                    key.addr.socket(key.port),
+                    Protocol::from_number(key.proto).map_or_else(|| key.proto.to_string(), |it| it.to_string()),
                     value.service
                 )?,
             }
@@ -99,7 +99,7 @@ impl Rendering<'_> {
             .zip(&self.0.backends)
             .filter(|(_, b)| generation::is_live(b.generation));
         for (id, backend) in live.filter(|(id, b)| b.service == index && !in_sets.contains(id)) {
-            let destination = destination(backend.addr, backend.port);
+            let destination = backend.addr.socket(backend.port);
             writeln!(f, "  draining: {destination}{} (backend {id})", local(backend.flags))?;
         }
         Ok(())
@@ -122,7 +122,7 @@ impl Rendering<'_> {
             writeln!(
                 f,
                 "    {}{} (backend {}{})",
-                destination(slot.addr, slot.port),
+                slot.addr.socket(slot.port),
                 local(slot.flags),
                 slot.backend,
                 if current { "" } else { ", which is gone" }
@@ -138,17 +138,4 @@ fn local(flags: u16) -> &'static str {
     } else {
         " on this node"
     }
-}
-
-fn protocol(number: u8) -> String {
-    match number {
-        6 => "TCP".into(),
-        17 => "UDP".into(),
-        132 => "SCTP".into(),
-        other => other.to_string(),
-    }
-}
-
-fn destination(addr: Addr, port: u16) -> SocketAddr {
-    SocketAddr::new(addr.into(), port)
 }

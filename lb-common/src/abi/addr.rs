@@ -1,7 +1,7 @@
 //! IP addresses as the maps hold them.
 
 use core::fmt;
-use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -39,6 +39,12 @@ impl Addr {
             [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] => Some([a, b, c, d]),
             _ => None,
         }
+    }
+
+    /// With a port in host byte order; a v4-mapped address is IPv4.
+    #[must_use]
+    pub fn socket(self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.into(), port)
     }
 }
 

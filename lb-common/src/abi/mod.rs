@@ -108,6 +108,16 @@ pub mod program_name {
     pub const EVENT: &str = "lb_event";
 }
 
+/// IANA numbers of the protocols that Services have.
+pub mod ip_protocol {
+    /// Transmission Control Protocol.
+    pub const TCP: u8 = 6;
+    /// User Datagram Protocol.
+    pub const UDP: u8 = 17;
+    /// Stream Control Transmission Protocol.
+    pub const SCTP: u8 = 132;
+}
+
 /// Name of the read-only global that holds the number of slots in SOCKETS, less one.
 pub const SOCKETS_MASK_GLOBAL: &str = "SOCKETS_MASK";
 /// Name of the read-only global that holds the `bpf_get_netns_cookie` of the node.
