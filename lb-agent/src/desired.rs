@@ -12,7 +12,7 @@ use lb_common::logic::connect::Set;
 use crate::index::Index;
 use crate::keyed::{ByKey, Keyed};
 use crate::model::{Change, EndpointSlice, ObjectKey, Problem, Protocol, Service, ServicePort, ServiceType};
-use crate::policy::{self, Member, Wanted};
+use crate::policy::{self, Here, Member, Wanted};
 
 /// What a service index stands for: one port of a Service in one family. Two with the same identity are the same, even
 /// if the port number or the address has changed.
@@ -77,14 +77,45 @@ impl DesiredPort {
     }
 }
 
-/// The service ports of a Service that lb serves: none where another proxy does, for ExternalName and headless ones.
+/// Whether lb serves a Service: not where another proxy does, nor an ExternalName or a headless one.
+fn is_served(service: &Service) -> bool {
+    !service.other_proxy && !service.headless_label && service.service_type != ServiceType::ExternalName
+}
+
+/// What a load balancer asks this node for on the `healthCheckNodePort` of a Service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// `spec.healthCheckNodePort`, host byte order.
+    pub port: u16,
+    /// Endpoints on this node that are ready, each address counted once.
+    pub local_endpoints: usize,
+}
+
+/// The health check of a Service, if it has one.
+#[must_use]
+pub fn health_check<'a>(
+    service: &Service,
+    slices: impl Iterator<Item = &'a EndpointSlice>,
+    node: &str,
+) -> Option<HealthCheck> {
+    let port = service.health_check_node_port.filter(|_| is_served(service))?;
+    let endpoints = slices.flat_map(|slice| &slice.endpoints);
+    let here = endpoints.filter(|endpoint| endpoint.ready && endpoint.place.node.as_deref() == Some(node));
+    let addresses: BTreeSet<IpAddr> = here.map(|endpoint| endpoint.address).collect();
+    Some(HealthCheck {
+        port,
+        local_endpoints: addresses.len(),
+    })
+}
+
+/// The service ports of a Service, if lb serves it.
 #[must_use]
 pub fn ports<'a>(
     service: &Service,
     slices: &(impl Iterator<Item = &'a EndpointSlice> + Clone),
-    node: &str,
+    here: Here<'_>,
 ) -> Vec<(PortId, DesiredPort)> {
-    if service.other_proxy || service.headless_label || service.service_type == ServiceType::ExternalName {
+    if !is_served(service) {
         return Vec::new();
     }
     let mut all = Vec::new();
@@ -101,7 +132,7 @@ pub fn ports<'a>(
                 port_name: &port.name,
                 protocol: port.protocol,
                 ipv6,
-                node,
+                here,
             };
             let endpoints = policy::categorize(slices.clone(), wanted);
             let set = |policy| {
@@ -238,9 +269,11 @@ impl Desired {
     pub fn of(objects: impl IntoIterator<Item = Change>, node: &str) -> Self {
         let mut index = Index::default();
         let mut new = Self::default();
-        for key in index.apply(objects) {
+        let dirty = index.apply(objects);
+        let here = index.here(node);
+        for key in dirty {
             if let Some(service) = index.service(&key) {
-                let ports = ports(service, &index.slices(&key), node);
+                let ports = ports(service, &index.slices(&key), here);
                 new.update(&key, ports, &mut Touched::default());
             }
         }
@@ -387,6 +420,12 @@ impl Desired {
             .chain(self.others.get(key).into_iter().flatten())
     }
 
+    /// The Service that has a frontend.
+    #[must_use]
+    pub fn owner(&self, key: &FrontendKey) -> Option<&ObjectKey> {
+        self.claims.get(key).map(|claim| &claim.id.service)
+    }
+
     /// Claims that lose to an older one.
     #[must_use]
     pub fn conflicts(&self) -> Vec<Problem> {
@@ -394,12 +433,10 @@ impl Desired {
         for key in &self.contested {
             let mut claims = self.claims(key);
             let Some(winner) = claims.next() else { continue };
-            problems.extend(claims.map(|loser| Problem {
-                place: format!("Service {}", loser.id),
-                message: format!(
-                    "{}:{} is served for the older Service {}",
-                    key.addr, key.port, winner.id.service
-                ),
+            problems.extend(claims.map(|loser| {
+                let (addr, port, older) = (key.addr, key.port, &winner.id.service);
+                let message = format!("{addr}:{port} is served for the older Service {older}");
+                Problem::new(format!("Service {}", loser.id), message).of(&loser.id.service)
             }));
         }
         problems

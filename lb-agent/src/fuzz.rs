@@ -36,14 +36,12 @@ pub(crate) fn manifests(bytes: &[u8]) {
         }
         let mut seen = HashSet::new();
         let objects = parsed.objects.into_iter().map(|found| found.object);
-        let batch = Batch {
-            changes: objects
+        let batch = Batch::of(
+            objects
                 .filter(|object| seen.insert(object.id()))
                 .map(Change::Set)
                 .collect(),
-            complete: true,
-            problems: Vec::new(),
-        };
+        );
         let mut lb = start(maps());
         lb.apply(batch);
         lb.settle().expect("maps in memory have grace");

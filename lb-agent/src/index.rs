@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::keyed::{ByKey, Keyed};
 use crate::model::{Change, EndpointSlice, Kind, Node, Object, ObjectKey, Service};
+use crate::policy::Here;
 
 /// All objects, by key. Synchronous, no IO.
 #[derive(Debug, Default)]
@@ -117,6 +118,17 @@ impl Index {
     #[must_use]
     pub(crate) fn service(&self, key: &ObjectKey) -> Option<&Service> {
         self.related.get(key)?.0.service.as_deref()
+    }
+
+    /// All Services.
+    pub(crate) fn services(&self) -> impl Iterator<Item = &Service> {
+        self.related.iter().filter_map(|related| related.0.service.as_deref())
+    }
+
+    /// What the choice of endpoints for a node depends on.
+    pub(crate) fn here<'a>(&'a self, node: &'a str) -> Here<'a> {
+        let zone = self.node(node).and_then(|node| node.zone.as_deref());
+        Here { node, zone }
     }
 
     /// A Node.

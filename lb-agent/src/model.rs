@@ -4,10 +4,10 @@
 //! other). Everything in them has been validated: ports are in 1..=65535 where they are present, addresses are
 //! addresses, names are not empty and at most 63 bytes (253 for nodes and slices).
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::{Instant, SystemTime};
 
 use lb_common::abi::ip_protocol;
 
@@ -125,6 +125,19 @@ pub struct ServicePort {
     pub node_port: Option<u16>,
 }
 
+impl ServicePort {
+    /// A TCP port without a node port.
+    #[must_use]
+    pub fn tcp(name: &str, port: u16) -> Self {
+        Self {
+            name: intern::text(name),
+            protocol: Protocol::Tcp,
+            port,
+            node_port: None,
+        }
+    }
+}
+
 /// A Service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Service {
@@ -156,6 +169,32 @@ pub struct Service {
     pub other_proxy: bool,
     /// Label `service.kubernetes.io/headless` is present.
     pub headless_label: bool,
+    /// `spec.healthCheckNodePort`, host byte order, of type LoadBalancer with `externalTrafficPolicy: Local`.
+    pub health_check_node_port: Option<u16>,
+}
+
+impl Service {
+    /// A Service of type ClusterIP without addresses and ports, and with the API's defaults.
+    #[must_use]
+    pub fn new(key: ObjectKey) -> Self {
+        Self {
+            key,
+            created: None,
+            service_type: ServiceType::ClusterIp,
+            cluster_ips: Box::default(),
+            external_ips: Box::default(),
+            load_balancer_ips: Box::default(),
+            source_ranges: Box::default(),
+            ports: Box::default(),
+            affinity_timeout: None,
+            internal_policy: TrafficPolicy::Cluster,
+            external_policy: TrafficPolicy::Cluster,
+            publish_not_ready: false,
+            other_proxy: false,
+            headless_label: false,
+            health_check_node_port: None,
+        }
+    }
 }
 
 /// One entry of `endpoints` of an EndpointSlice.
@@ -173,11 +212,29 @@ pub struct Endpoint {
     pub place: Arc<Place>,
 }
 
-/// Where an endpoint is.
+impl Endpoint {
+    /// An endpoint that is ready.
+    #[must_use]
+    pub fn ready(address: IpAddr, place: Arc<Place>) -> Self {
+        Self {
+            address,
+            ready: true,
+            serving: true,
+            terminating: false,
+            place,
+        }
+    }
+}
+
+/// Where an endpoint is, and for whom it is meant.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Place {
     /// `nodeName`.
     pub node: Option<Box<str>>,
+    /// `hints.forZones`, sorted: the zones whose clients should use it.
+    pub for_zones: Box<[Arc<str>]>,
+    /// `hints.forNodes`, sorted: the nodes whose clients should use it.
+    pub for_nodes: Box<[Arc<str>]>,
 }
 
 impl Place {
@@ -186,6 +243,7 @@ impl Place {
     pub fn on(node: &str) -> Self {
         Self {
             node: Some(node.into()),
+            ..Self::default()
         }
     }
 }
@@ -199,6 +257,18 @@ pub struct EndpointPort {
     pub protocol: Protocol,
     /// `port`, host byte order; `None` (all ports) is never used by a proxy.
     pub port: Option<u16>,
+}
+
+impl EndpointPort {
+    /// A TCP port.
+    #[must_use]
+    pub fn tcp(name: &str, port: u16) -> Self {
+        Self {
+            name: intern::text(name),
+            protocol: Protocol::Tcp,
+            port: Some(port),
+        }
+    }
 }
 
 /// An EndpointSlice of address type IPv4 or IPv6 (FQDN slices are ignored by `source`).
@@ -236,8 +306,10 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// `spec.podCIDRs` (or `podCIDR`) as written.
     pub pod_cidrs: Vec<Arc<str>>,
-    /// `metadata.labels`, of which `topology.kubernetes.io/zone` is of interest.
-    pub labels: BTreeMap<Arc<str>, Arc<str>>,
+    /// Label `topology.kubernetes.io/zone`.
+    pub zone: Option<Arc<str>>,
+    /// It is being deleted, or the cluster autoscaler is about to (`ToBeDeletedByClusterAutoscaler` among its taints).
+    pub leaving: bool,
 }
 
 /// An object of one of the kinds that lb reads.
@@ -314,6 +386,27 @@ pub struct Problem {
     pub place: String,
     /// What is wrong with which field.
     pub message: String,
+    /// The Service whose owner must know, where it is one's.
+    pub service: Option<ObjectKey>,
+}
+
+impl Problem {
+    /// A problem that is no Service's own.
+    #[must_use]
+    pub fn new(place: impl Into<String>, message: impl Into<String>) -> Self {
+        Self {
+            place: place.into(),
+            message: message.into(),
+            service: None,
+        }
+    }
+
+    /// Whose owner must know of it.
+    #[must_use]
+    pub fn of(mut self, service: &ObjectKey) -> Self {
+        self.service = Some(service.clone());
+        self
+    }
 }
 
 impl fmt::Display for Problem {
@@ -332,4 +425,21 @@ pub struct Batch {
     pub complete: bool,
     /// Everything that is wrong now (not only what is new).
     pub problems: Vec<Problem>,
+    /// When the first of the changes arrived; unset where that has no meaning (a first list, a manifest).
+    pub received: Option<Instant>,
+    /// When what led to the changes happened, by the annotation `endpoints.kubernetes.io/last-change-trigger-time` of
+    /// EndpointSlices: one for each slice that has it.
+    pub triggers: Vec<SystemTime>,
+}
+
+impl Batch {
+    /// Changes after which everything has been told, and nothing is wrong.
+    #[must_use]
+    pub fn of(changes: Vec<Change>) -> Self {
+        Self {
+            changes,
+            complete: true,
+            ..Self::default()
+        }
+    }
 }

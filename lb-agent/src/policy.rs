@@ -1,6 +1,7 @@
 //! Which endpoints serve a Service port: one pure function, [`categorize`], with the semantics of upstream's
 //! `CategorizeEndpoints` (`pkg/proxy/topology.go` in Kubernetes).
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -27,14 +28,24 @@ pub struct Wanted<'a> {
     pub protocol: Protocol,
     /// The family of the frontends: only endpoints of the same family serve them.
     pub ipv6: bool,
-    /// Name of this node.
+    /// For clients of which node.
+    pub here: Here<'a>,
+}
+
+/// The node that endpoints are wanted for: as much of it as their choice depends on.
+#[derive(Debug, Clone, Copy)]
+pub struct Here<'a> {
+    /// Its name.
     pub node: &'a str,
+    /// Its zone, where it is known.
+    pub zone: Option<&'a str>,
 }
 
 /// The result: members are sorted by address and port, none is there twice.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Endpoints {
-    /// For policy Cluster: all that are ready, or, where none is, those that terminate but still serve.
+    /// For policy Cluster: all that are ready (where they carry hints, those that are meant for this node or its zone),
+    /// or, where none is, those that terminate but still serve.
     pub cluster: Arc<[Member]>,
     /// For policy Local: the same, of this node's only.
     pub local: Arc<[Member]>,
@@ -68,15 +79,86 @@ enum Rank {
     Ready,
 }
 
+/// What the slices say of one endpoint.
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    rank: Rank,
+    local: bool,
+    node: Hint,
+    zone: Hint,
+}
+
+/// What hints of one kind say of an endpoint; the order is that of precedence where slices disagree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Hint {
+    /// There are none.
+    Absent,
+    /// It is meant for others.
+    Others,
+    /// It is meant for this node, or this zone.
+    Ours,
+}
+
+impl Hint {
+    fn of(hints: &[Arc<str>], ours: Option<&str>) -> Self {
+        if hints.is_empty() {
+            Self::Absent
+        } else if hints.iter().any(|hint| Some(&**hint) == ours) {
+            Self::Ours
+        } else {
+            Self::Others
+        }
+    }
+}
+
+/// Which hints are followed.
+#[derive(Debug, Clone, Copy)]
+enum Topology {
+    None,
+    SameZone,
+    SameNode,
+}
+
+impl Topology {
+    /// Hints of a kind are followed where each ready endpoint has one, and at least one is meant for clients here; those
+    /// for nodes go before those for zones.
+    fn of<'a>(candidates: impl Iterator<Item = &'a Candidate> + Clone) -> Self {
+        let ready = candidates.filter(|candidate| candidate.rank == Rank::Ready);
+        let followed = |hint: fn(&Candidate) -> Hint| {
+            let mut hints = ready.clone().map(hint);
+            hints.clone().all(|hint| hint != Hint::Absent) && hints.any(|hint| hint == Hint::Ours)
+        };
+        if followed(|candidate| candidate.node) {
+            Self::SameNode
+        } else if followed(|candidate| candidate.zone) {
+            Self::SameZone
+        } else {
+            Self::None
+        }
+    }
+
+    fn allows(self, candidate: &Candidate) -> bool {
+        match self {
+            Self::None => true,
+            Self::SameZone => candidate.zone == Hint::Ours,
+            Self::SameNode => candidate.node == Hint::Ours,
+        }
+    }
+}
+
 /// Categorizes the endpoints of all slices of one Service for one of its ports.
 ///
-/// - An endpoint that is in several slices counts once, with the best of its conditions; it is local if any slice says
-///   so.
+/// - An endpoint that is in several slices counts once, with the best of its conditions and the hints that go with
+///   them; it is local if any slice says so.
 /// - Ready endpoints are used; where there is none, those that are terminating and still serving. This holds for the
 ///   whole cluster and for this node separately.
+/// - Hints narrow the ready endpoints of the whole cluster, where every one has a hint and some are meant for this node
+///   or else its zone (KEP-2433, KEP-3015). They do not matter to policy Local, nor where only terminating endpoints are
+///   left.
 #[must_use]
 pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wanted: Wanted<'_>) -> Endpoints {
-    let mut found: BTreeMap<(IpAddr, u16), (Rank, bool)> = BTreeMap::new();
+    let Here { node, zone } = wanted.here;
+    let mut found: BTreeMap<(IpAddr, u16), Candidate> = BTreeMap::new();
     for slice in slices {
         if slice.ipv6 != wanted.ipv6 {
             continue;
@@ -93,26 +175,46 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
                     (false, true, false) => Rank::Serving,
                     (false, false, _) => Rank::Unusable,
                 };
-                let local = endpoint.place.node.as_deref() == Some(wanted.node);
-                let entry = found.entry((endpoint.address, port)).or_insert((rank, local));
-                *entry = (entry.0.max(rank), entry.1 || local);
+                let place = &endpoint.place;
+                let mut new = Candidate {
+                    rank,
+                    local: place.node.as_deref() == Some(node),
+                    node: Hint::of(&place.for_nodes, Some(node)),
+                    zone: Hint::of(&place.for_zones, zone),
+                };
+                found
+                    .entry((endpoint.address, port))
+                    .and_modify(|known| {
+                        new.local |= known.local;
+                        known.local = new.local;
+                        match new.rank.cmp(&known.rank) {
+                            Ordering::Less => {}
+                            Ordering::Greater => *known = new,
+                            Ordering::Equal => {
+                                known.node = known.node.max(new.node);
+                                known.zone = known.zone.max(new.zone);
+                            }
+                        }
+                    })
+                    .or_insert(new);
             }
         }
     }
     let best = |here: bool| {
         let ranks = found
             .values()
-            .filter(|(_, local)| !here || *local)
-            .map(|(rank, _)| *rank);
+            .filter(|candidate| !here || candidate.local)
+            .map(|candidate| candidate.rank);
         ranks.max().filter(|rank| *rank >= Rank::Terminating)
     };
     let (best_anywhere, best_here) = (best(false), best(true));
-    let members = |keep: &dyn Fn(Rank, bool) -> bool| -> Arc<[Member]> {
-        let kept = found.iter().filter(|(_, (rank, local))| keep(*rank, *local));
-        let member = |((addr, port), (_, local)): (&(IpAddr, u16), &(Rank, bool))| Member {
-            addr: *addr,
-            port: *port,
-            local: *local,
+    let topology = Topology::of(found.values());
+    let members = |keep: &dyn Fn(&Candidate) -> bool| -> Arc<[Member]> {
+        let kept = found.iter().filter(|(_, candidate)| keep(candidate));
+        let member = |(&(addr, port), candidate): (&(IpAddr, u16), &Candidate)| Member {
+            addr,
+            port,
+            local: candidate.local,
         };
         let mut kept = kept.map(member).peekable();
         // All that are empty share one allocation.
@@ -122,13 +224,17 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
             Arc::default()
         }
     };
-    let in_cluster = |rank: Rank| Some(rank) == best_anywhere;
-    let in_local = |rank: Rank, local: bool| local && Some(rank) == best_here;
+    let in_cluster = |candidate: &Candidate| {
+        Some(candidate.rank) == best_anywhere && (candidate.rank != Rank::Ready || topology.allows(candidate))
+    };
+    let in_local = |candidate: &Candidate| candidate.local && Some(candidate.rank) == best_here;
     Endpoints {
-        cluster: members(&|rank, _| in_cluster(rank)),
-        local: members(&|rank, local| in_local(rank, local)),
+        cluster: members(&in_cluster),
+        local: members(&in_local),
         any: best_anywhere.is_some(),
-        draining: members(&|rank, local| rank > Rank::Unusable && !in_cluster(rank) && !in_local(rank, local)),
+        draining: members(&|candidate| {
+            candidate.rank > Rank::Unusable && !in_cluster(candidate) && !in_local(candidate)
+        }),
     }
 }
 
@@ -174,7 +280,10 @@ mod tests {
         port_name: "http",
         protocol: Protocol::Tcp,
         ipv6: false,
-        node: "here",
+        here: Here {
+            node: "here",
+            zone: None,
+        },
     };
 
     fn last(members: &[Member]) -> Vec<u8> {

@@ -15,12 +15,12 @@ use tracing::{debug, warn};
 
 use crate::actual::{Actual, ActualPort, BackendMap, Backends, Strays, name_of, set_word_mut};
 use crate::alloc::Range;
-use crate::desired::{self, Desired, DesiredPort, PortId, SETS, Touched};
+use crate::desired::{self, Desired, DesiredPort, HealthCheck, PortId, SETS, Touched};
 use crate::diff::{self, Plan, Step};
 use crate::index::Index;
 use crate::maps::{Capacities, Epoch, MapError, Maps};
 use crate::memory;
-use crate::model::{Batch, Node, Problem};
+use crate::model::{Batch, Node, ObjectKey, Problem};
 
 /// Number of changes in one batch after which memory is given back.
 const LARGE: usize = 1000;
@@ -72,6 +72,7 @@ pub struct Reconciler<M> {
     complete: bool,
     problems: Vec<Problem>,
     withdrawals: u64,
+    health_checks: BTreeMap<ObjectKey, HealthCheck>,
 }
 
 impl<M: Maps> Reconciler<M> {
@@ -100,20 +101,31 @@ impl<M: Maps> Reconciler<M> {
             complete: false,
             problems: Vec::new(),
             withdrawals: 0,
+            health_checks: BTreeMap::new(),
         })
     }
 
     /// Applies a batch of changes as a whole.
     pub fn apply(&mut self, batch: Batch) {
         let is_large = batch.changes.len() >= LARGE;
-        let dirty = self.index.apply(batch.changes);
+        let zone = |index: &Index| index.node(&self.node).and_then(|node| node.zone.clone());
+        let before = zone(&self.index);
+        let mut dirty = self.index.apply(batch.changes);
+        if zone(&self.index) != before {
+            // Other endpoints are meant for this node now.
+            dirty.extend(self.index.services().map(|service| service.key.clone()));
+        }
+        let here = self.index.here(&self.node);
         let mut touched = Touched::default();
         for key in dirty {
-            let ports = match self.index.service(&key) {
-                Some(service) => desired::ports(service, &self.index.slices(&key), &self.node),
-                None => Vec::new(),
-            };
+            let service = self.index.service(&key);
+            let slices = self.index.slices(&key);
+            let ports = service.map_or_else(Vec::new, |service| desired::ports(service, &slices, here));
             self.desired.update(&key, ports, &mut touched);
+            match service.and_then(|service| desired::health_check(service, slices, here.node)) {
+                Some(check) => self.health_checks.insert(key, check),
+                None => self.health_checks.remove(&key),
+            };
         }
         for id in &touched.ports {
             // Told of, and removed again.
@@ -171,13 +183,17 @@ impl<M: Maps> Reconciler<M> {
     pub fn problems(&self) -> Vec<Problem> {
         let mut all = self.problems.clone();
         all.extend(self.desired.conflicts());
-        all.extend(self.failed_ports.iter().map(|(id, why)| Problem {
-            place: format!("Service {id}"),
-            message: format!("not served as it should be: {why}"),
+        all.extend(self.failed_ports.iter().map(|(id, why)| {
+            let message = format!("not served as it should be: {why}");
+            Problem::new(format!("Service {id}"), message).of(&id.service)
         }));
-        all.extend(self.failed_frontends.iter().map(|(key, why)| Problem {
-            place: format!("frontend {}:{}", key.addr, key.port),
-            message: format!("not served as it should be: {why}"),
+        all.extend(self.failed_frontends.iter().map(|(key, why)| {
+            let place = format!("frontend {}:{}", key.addr, key.port);
+            let problem = Problem::new(place, format!("not served as it should be: {why}"));
+            match self.desired.owner(key) {
+                Some(service) => problem.of(service),
+                None => problem,
+            }
         }));
         all
     }
@@ -198,6 +214,12 @@ impl<M: Maps> Reconciler<M> {
     #[must_use]
     pub fn withdrawals(&self) -> u64 {
         self.withdrawals
+    }
+
+    /// The Services that have a `healthCheckNodePort`, and what is to be answered there.
+    #[must_use]
+    pub fn health_checks(&self) -> &BTreeMap<ObjectKey, HealthCheck> {
+        &self.health_checks
     }
 
     /// The Node object of this node, if the source has one.

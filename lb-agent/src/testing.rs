@@ -11,13 +11,17 @@ use crate::maps::fake::FakeMaps;
 use crate::maps::{Capacities, Maps};
 use crate::model::{
     Batch, Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectId, ObjectKey, Place, Protocol, Service,
-    ServicePort, ServiceType, TrafficPolicy,
+    ServicePort, TrafficPolicy,
 };
+use crate::policy::Here;
 use crate::reconcile::Reconciler;
 use crate::verify::verify;
 
 /// The node that the agent under test runs on.
 pub(crate) const NODE: &str = "n1";
+
+/// The same, as the choice of endpoints sees it.
+pub(crate) const HERE: Here<'static> = Here { node: NODE, zone: None };
 
 /// Room for all that the tests need, unless they say otherwise.
 pub(crate) const ROOM: Capacities = Capacities {
@@ -34,31 +38,15 @@ pub(crate) const ROOM: Capacities = Capacities {
 /// Service `default/NAME` at `ip`, with one port 80 without a name until [`Builder::port`] gives others.
 pub(crate) fn service(name: &str, ip: &str) -> Service {
     Service {
-        key: ObjectKey::new("default", name),
-        created: None,
-        service_type: ServiceType::ClusterIp,
         cluster_ips: Box::new([ip.parse().unwrap()]),
-        external_ips: Box::default(),
-        load_balancer_ips: Box::default(),
-        source_ranges: Box::default(),
-        ports: Box::new([port("", 80)]),
-        affinity_timeout: None,
-        internal_policy: TrafficPolicy::Cluster,
-        external_policy: TrafficPolicy::Cluster,
-        publish_not_ready: false,
-        other_proxy: false,
-        headless_label: false,
+        ports: Box::new([ServicePort::tcp("", 80)]),
+        ..Service::new(ObjectKey::new("default", name))
     }
 }
 
 /// A TCP port of a Service.
 pub(crate) fn port(name: &str, port: u16) -> ServicePort {
-    ServicePort {
-        name: name.into(),
-        protocol: Protocol::Tcp,
-        port,
-        node_port: None,
-    }
+    ServicePort::tcp(name, port)
 }
 
 /// Short forms for the fields that tests vary.
@@ -97,13 +85,7 @@ impl Builder for Service {
 /// and `gone` (terminating, not serving).
 pub(crate) fn endpoint(text: &str) -> Endpoint {
     let mut words = text.split_whitespace();
-    let mut endpoint = Endpoint {
-        address: words.next().unwrap().parse().unwrap(),
-        ready: true,
-        serving: true,
-        terminating: false,
-        place: Arc::default(),
-    };
+    let mut endpoint = Endpoint::ready(words.next().unwrap().parse().unwrap(), Arc::default());
     for word in words {
         let (ready, serving, terminating) = match word {
             "unready" => (false, false, false),
@@ -127,17 +109,15 @@ pub(crate) fn slice(service: &str, endpoints: &[&str]) -> EndpointSlice {
 
 /// A slice with a name of its own, for named ports.
 pub(crate) fn named_slice(name: &str, service: &str, ports: &[(&str, u16)], endpoints: &[&str]) -> EndpointSlice {
-    let ports = ports.iter().map(|(name, port)| EndpointPort {
-        name: (*name).into(),
-        protocol: Protocol::Tcp,
-        port: Some(*port),
-    });
     EndpointSlice {
         key: ObjectKey::new("default", name),
         service: service.into(),
         ipv6: false,
         endpoints: endpoints.iter().map(|text| endpoint(text)).collect(),
-        ports: ports.collect(),
+        ports: ports
+            .iter()
+            .map(|(name, port)| EndpointPort::tcp(name, *port))
+            .collect(),
     }
 }
 
@@ -210,11 +190,7 @@ impl Cluster {
         let gone = self.told.keys().filter(|id| !self.objects.contains_key(*id));
         changes.extend(gone.cloned().map(Change::Remove));
         self.told = self.objects.clone();
-        Batch {
-            changes,
-            complete: true,
-            problems: Vec::new(),
-        }
+        Batch::of(changes)
     }
 
     /// The same from a source that has more to tell.

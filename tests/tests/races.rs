@@ -1,8 +1,7 @@
 //! Connections while the maps change: the reconciler and the real maps, in this process.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::slice;
-use std::sync::Arc;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -10,13 +9,11 @@ use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Cgroup, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_agent::maps::{Capacities, Maps as _};
-use lb_agent::model::{
-    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Kind, Object, ObjectId, ObjectKey, Place, Protocol, Service,
-    ServicePort, ServiceType, TrafficPolicy,
-};
+use lb_agent::model::{Batch, Change};
 use lb_agent::reconcile::Reconciler;
 use lb_agent::verify::verify;
 use lb_common::abi::DropReason;
+use lb_stress::objects::{self, BACKEND_PORT};
 use lb_tests::load::{Load, Record};
 use lb_tests::{
     Absences, Cluster, Connect, Pod, Process, Random, Testbed, chi_squared_p, patience, scaled, scaled_above,
@@ -44,8 +41,6 @@ struct Backend {
     name: String,
     address: Ipv4Addr,
 }
-
-const BACKEND_PORT: u16 = 8080;
 
 impl Backend {
     /// `count` of them with names such as `a0`, at addresses that end in `from` and above.
@@ -96,11 +91,7 @@ impl Bed {
 
     /// Applies changes as a whole.
     fn apply(&mut self, changes: Vec<Change>) {
-        self.reconciler.apply(Batch {
-            changes,
-            complete: true,
-            problems: Vec::new(),
-        });
+        self.reconciler.apply(Batch::of(changes));
     }
 
     /// Fails unless the maps are as they should be.
@@ -162,57 +153,15 @@ impl Bed {
     }
 }
 
-fn key(name: &str) -> ObjectKey {
-    ObjectKey::new("default", name)
-}
-
 /// A Service of type ClusterIP.
 fn service(name: &str, address: Ipv4Addr, ports: &[(&str, u16)], created: i64) -> Change {
-    let port = |(name, port): &(&str, u16)| ServicePort {
-        name: (*name).into(),
-        protocol: Protocol::Tcp,
-        port: *port,
-        node_port: None,
-    };
-    Change::Set(Object::Service(Arc::new(Service {
-        key: key(name),
-        created: Some(created),
-        service_type: ServiceType::ClusterIp,
-        cluster_ips: Box::new([IpAddr::V4(address)]),
-        external_ips: Box::default(),
-        load_balancer_ips: Box::default(),
-        source_ranges: Box::default(),
-        ports: ports.iter().map(port).collect(),
-        affinity_timeout: None,
-        internal_policy: TrafficPolicy::Cluster,
-        external_policy: TrafficPolicy::Cluster,
-        publish_not_ready: false,
-        other_proxy: false,
-        headless_label: false,
-    })))
+    Change::Set(objects::of_service(objects::service(name, address, ports, created)))
 }
 
 /// The one EndpointSlice of a Service, for all its ports.
 fn endpoints<'a>(service: &str, ports: &[&str], backends: impl IntoIterator<Item = &'a Backend>) -> Change {
-    let endpoint = |backend: &Backend| Endpoint {
-        address: backend.address.into(),
-        ready: true,
-        serving: true,
-        terminating: false,
-        place: Arc::new(Place::on(NODE)),
-    };
-    let port = |name: &&str| EndpointPort {
-        name: (*name).into(),
-        protocol: Protocol::Tcp,
-        port: Some(BACKEND_PORT),
-    };
-    Change::Set(Object::EndpointSlice(Arc::new(EndpointSlice {
-        key: key(&format!("{service}-slice")),
-        service: service.into(),
-        ipv6: false,
-        endpoints: backends.into_iter().map(endpoint).collect(),
-        ports: ports.iter().map(port).collect(),
-    })))
+    let addresses: Vec<_> = backends.into_iter().map(|backend| backend.address).collect();
+    Change::Set(objects::of_slice(objects::slice(service, ports, NODE, &addresses)))
 }
 
 /// Services that come and go, that nobody connects to, and that fill FRONTENDS.
@@ -256,12 +205,7 @@ impl Others {
             let (goes, comes) = (random.take(&mut self.present), random.take(&mut self.absent));
             changes.extend(self.set(comes));
             let name = Self::name(goes);
-            for (kind, key) in [
-                (Kind::Service, key(&name)),
-                (Kind::EndpointSlice, key(&format!("{name}-slice"))),
-            ] {
-                changes.push(Change::Remove(ObjectId { kind, key }));
-            }
+            changes.extend(objects::ids(&name).map(Change::Remove));
             self.present.push(comes);
             self.absent.push(goes);
         }

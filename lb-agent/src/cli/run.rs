@@ -311,7 +311,7 @@ impl Agent {
             Err(error) => Some(error.to_string()),
         };
         let place = map_name::NODE_ADDRS.to_owned();
-        self.node_ports.problem = message.map(|message| Problem { place, message });
+        self.node_ports.problem = message.map(|message| Problem::new(place, message));
     }
 
     /// Tells whoever traces.

@@ -44,7 +44,7 @@ fn steps(before: Option<(Object, EndpointSlice)>, now: (Object, EndpointSlice)) 
     let (mut actual, strays) = Actual::adopt(&lb.maps().dump().unwrap(), ROOM);
     assert_eq!(strays, crate::actual::Strays::default());
     let (service, slice) = now;
-    let ports = desired::ports(&service, &[&slice].into_iter(), NODE);
+    let ports = desired::ports(&service, &[&slice].into_iter(), HERE);
     let (id, want) = ports.first().unwrap();
     let plan = plan(id, want, &mut actual).unwrap();
     plan.steps.iter().map(show).collect()
@@ -201,7 +201,7 @@ fn a_plan_that_finds_no_room_takes_nothing() {
         let mut capacities = ROOM;
         tighten(&mut capacities);
         let (mut actual, _) = Actual::adopt(&maps_of(capacities), capacities);
-        let ports = desired::ports(&web(), &[&on(&["10.0.0.1", "10.0.0.2", "10.0.0.3"])].into_iter(), NODE);
+        let ports = desired::ports(&web(), &[&on(&["10.0.0.1", "10.0.0.2", "10.0.0.3"])].into_iter(), HERE);
         let error = plan(&ports[0].0, &ports[0].1, &mut actual).unwrap_err().to_string();
         assert_eq!(
             (actual.indexes.used(), actual.ids.used(), actual.slots.used()),
@@ -233,7 +233,7 @@ fn a_set_is_as_long_as_a_set_word_can_say() {
         backend_slots: 1 << 17,
         ..ROOM
     };
-    let (id, mut want) = desired::ports(&web(), &[&on(&[])].into_iter(), NODE).remove(0);
+    let (id, mut want) = desired::ports(&web(), &[&on(&[])].into_iter(), HERE).remove(0);
     for (n, fits) in [(65_535, true), (65_536, false)] {
         let (mut actual, _) = Actual::adopt(&maps_of(room), room);
         want.sets = [0, 1, 2].map(|_| desired::DesiredSet {

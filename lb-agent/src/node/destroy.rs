@@ -362,10 +362,7 @@ impl Worker {
         let problems: Vec<_> = self
             .problems
             .iter()
-            .map(|(place, message)| Problem {
-                place: place.clone(),
-                message: message.clone(),
-            })
+            .map(|(place, message)| Problem::new(place, message))
             .collect();
         self.told.send_if_modified(|told| {
             let news = *told != problems;

@@ -635,11 +635,7 @@ fn one_endpoint_of_a_hundred_thousand_costs_what_changed() {
             ("10.200.0.2", 10),
             ("SAME", 10),
         ] {
-            let batch = Batch {
-                changes: vec![crate::model::Change::Set(endpoints(i, change).into())],
-                complete: true,
-                problems: Vec::new(),
-            };
+            let batch = Batch::of(vec![crate::model::Change::Set(endpoints(i, change).into())]);
             let before = lb.maps().written();
             lb.apply(batch.clone());
             lb.settle().unwrap();

@@ -4,7 +4,7 @@
 //! a new one. So everything is checked here, by the rules of `k8s.io/kubernetes/pkg/apis/core/validation` and
 //! `.../discovery/validation` as far as they matter to a proxy. Conversion stops at the first error.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::fmt::{self, Write as _};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -25,6 +25,12 @@ pub const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
 pub const LABEL_SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 /// Label of a Service (or slice) that wants no proxy.
 pub const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
+/// Label of a Node that names its zone.
+pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
+/// Taint that the cluster autoscaler puts on a Node that it is about to delete.
+pub const TAINT_TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
+/// Annotation of an EndpointSlice: when what led to its last change happened (RFC 3339).
+pub const ANNOTATION_TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 /// `sessionAffinityConfig.clientIP.timeoutSeconds` where none is given, in seconds.
 pub const DEFAULT_AFFINITY_TIMEOUT: u32 = 10_800;
 /// The longest session affinity timeout, in seconds.
@@ -194,6 +200,7 @@ pub fn service(object: &v1::Service) -> Result<Service> {
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         other_proxy: label(meta, LABEL_SERVICE_PROXY_NAME).is_some(),
         headless_label: label(meta, LABEL_HEADLESS).is_some(),
+        health_check_node_port: health_check_node_port(spec)?,
         key,
     })
 }
@@ -285,18 +292,15 @@ pub fn node(object: &v1::Node) -> Result<Node> {
             .map(|(i, text)| cidr(text, || format!("spec.podCIDRs[{i}]")))
             .collect::<Result<_>>()?
     };
-    let labels: BTreeMap<Arc<str>, Arc<str>> = object
-        .metadata
-        .labels
-        .iter()
-        .flatten()
-        .map(|(k, v)| (k.as_str().into(), v.as_str().into()))
-        .collect();
+    let taints = spec.and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
+    let leaving =
+        object.metadata.deletion_timestamp.is_some() || taints.iter().any(|taint| taint.key == TAINT_TO_BE_DELETED);
     Ok(Node {
         name: name.into(),
         addresses,
         pod_cidrs,
-        labels,
+        zone: set(label(&object.metadata, LABEL_ZONE)).map(intern::text),
+        leaving,
     })
 }
 
@@ -435,6 +439,18 @@ fn service_ports(given: &[v1::ServicePort]) -> Result<Box<[ServicePort]>> {
         .collect()
 }
 
+/// `spec.healthCheckNodePort`, which has a meaning for load balancers with `externalTrafficPolicy: Local` only.
+fn health_check_node_port(spec: &v1::ServiceSpec) -> Result<Option<u16>> {
+    let is_local = spec.external_traffic_policy.as_deref() == Some("Local");
+    if spec.type_.as_deref() != Some("LoadBalancer") || !is_local {
+        return Ok(None);
+    }
+    let given = spec.health_check_node_port.filter(|number| *number != 0);
+    given
+        .map(|number| port(number, || "spec.healthCheckNodePort".to_owned()))
+        .transpose()
+}
+
 fn affinity_timeout(spec: &v1::ServiceSpec) -> Result<Option<u32>> {
     match set(spec.session_affinity.as_deref()) {
         None | Some("None") => Ok(None),
@@ -490,6 +506,7 @@ fn endpoint(i: usize, given: &discovery::Endpoint, ipv6: bool) -> Result<Endpoin
     if let Some(name) = node {
         check_name(name, true, || format!("endpoints[{i}].nodeName"))?;
     }
+    let hints = given.hints.as_ref();
     let conditions = given.conditions.as_ref();
     let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
     Ok(Endpoint {
@@ -499,8 +516,22 @@ fn endpoint(i: usize, given: &discovery::Endpoint, ipv6: bool) -> Result<Endpoin
         terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
         place: intern::place(Place {
             node: node.map(Into::into),
+            for_zones: hints
+                .and_then(|hints| hints.for_zones.as_deref())
+                .map_or_else(Box::default, |zones| shared(zones.iter().map(|zone| &*zone.name))),
+            for_nodes: hints
+                .and_then(|hints| hints.for_nodes.as_deref())
+                .map_or_else(Box::default, |nodes| shared(nodes.iter().map(|node| &*node.name))),
         }),
     })
+}
+
+/// Texts, each held once, sorted.
+fn shared<'a>(texts: impl Iterator<Item = &'a str>) -> Box<[Arc<str>]> {
+    let mut texts: Vec<_> = texts.map(intern::text).collect();
+    texts.sort_unstable();
+    texts.dedup();
+    texts.into()
 }
 
 /// Why an address cannot be an endpoint (`ValidateEndpointIP` upstream).

@@ -160,6 +160,7 @@ impl ManifestSource {
             changes,
             complete: problems.is_empty(),
             problems,
+            ..Batch::default()
         }
     }
 
@@ -330,20 +331,13 @@ impl ManifestSource {
 }
 
 fn defined_twice(file: &str, position: Position, id: &ObjectId, winner: &str) -> Problem {
-    Problem {
-        place: position.place(file),
-        message: format!(
-            "{}{id} is defined already in {winner}, which stays in force",
-            position.prefix()
-        ),
-    }
+    let what = position.prefix();
+    let message = format!("{what}{id} is defined already in {winner}, which stays in force");
+    Problem::new(position.place(file), message)
 }
 
 fn problem(path: &Path, message: impl Into<String>) -> Problem {
-    Problem {
-        place: display(path),
-        message: message.into(),
-    }
+    Problem::new(display(path), message)
 }
 
 /// A path for people: file names may hold anything.

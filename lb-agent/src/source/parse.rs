@@ -114,7 +114,7 @@ pub(crate) fn parse(name: &str, bytes: &[u8], json: bool) -> Parsed {
         for (position, message) in part.problems {
             if parsed.problems.len() < MAX_PROBLEMS {
                 let place = place(name, documents + position.document, position.line);
-                parsed.problems.push(Problem { place, message });
+                parsed.problems.push(Problem::new(place, message));
             } else {
                 unsaid += 1;
             }
@@ -124,7 +124,7 @@ pub(crate) fn parse(name: &str, bytes: &[u8], json: bool) -> Parsed {
     }
     let mut about_all = |message: String| {
         let place = name.to_owned();
-        parsed.problems.push(Problem { place, message });
+        parsed.problems.push(Problem::new(place, message));
     };
     if documents == 0 {
         let message = if bytes.is_empty() {

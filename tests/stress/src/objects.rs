@@ -3,9 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
+use lb_agent::intern;
 use lb_agent::model::{
-    Endpoint, EndpointPort, EndpointSlice, Kind, Object, ObjectId, ObjectKey, Place, Protocol, Service, ServicePort,
-    ServiceType, TrafficPolicy,
+    Endpoint, EndpointPort, EndpointSlice, Kind, Object, ObjectId, ObjectKey, Place, Service, ServicePort,
 };
 
 /// The port of every backend.
@@ -14,51 +14,24 @@ pub const BACKEND_PORT: u16 = 8080;
 /// Service `default/NAME` of type ClusterIP, with TCP ports by name.
 #[must_use]
 pub fn service(name: &str, address: Ipv4Addr, ports: &[(&str, u16)], created: i64) -> Service {
-    let port = |(name, port): &(&str, u16)| ServicePort {
-        name: (*name).into(),
-        protocol: Protocol::Tcp,
-        port: *port,
-        node_port: None,
-    };
     Service {
-        key: ObjectKey::new("default", name),
         created: Some(created),
-        service_type: ServiceType::ClusterIp,
         cluster_ips: Box::new([IpAddr::V4(address)]),
-        external_ips: Box::default(),
-        load_balancer_ips: Box::default(),
-        source_ranges: Box::default(),
-        ports: ports.iter().map(port).collect(),
-        affinity_timeout: None,
-        internal_policy: TrafficPolicy::Cluster,
-        external_policy: TrafficPolicy::Cluster,
-        publish_not_ready: false,
-        other_proxy: false,
-        headless_label: false,
+        ports: ports.iter().map(|(name, port)| ServicePort::tcp(name, *port)).collect(),
+        ..Service::new(ObjectKey::new("default", name))
     }
 }
 
 /// The one EndpointSlice of a Service, for all its ports; every endpoint is ready and on `node`.
 #[must_use]
 pub fn slice(service: &str, ports: &[&str], node: &str, addresses: &[Ipv4Addr]) -> EndpointSlice {
-    let endpoint = |address: &Ipv4Addr| Endpoint {
-        address: (*address).into(),
-        ready: true,
-        serving: true,
-        terminating: false,
-        place: Arc::new(Place::on(node)),
-    };
-    let port = |name: &&str| EndpointPort {
-        name: (*name).into(),
-        protocol: Protocol::Tcp,
-        port: Some(BACKEND_PORT),
-    };
+    let endpoint = |address: &Ipv4Addr| Endpoint::ready((*address).into(), intern::place(Place::on(node)));
     EndpointSlice {
         key: slice_key(service),
         service: service.into(),
         ipv6: false,
         endpoints: addresses.iter().map(endpoint).collect(),
-        ports: ports.iter().map(port).collect(),
+        ports: ports.iter().map(|name| EndpointPort::tcp(name, BACKEND_PORT)).collect(),
     }
 }
 

@@ -68,11 +68,7 @@ impl Site {
     /// # Errors
     /// When the last restart has failed.
     pub fn apply(&mut self, changes: Vec<Change>) -> Result<()> {
-        self.reconciler()?.apply(Batch {
-            changes,
-            complete: true,
-            problems: Vec::new(),
-        });
+        self.reconciler()?.apply(Batch::of(changes));
         Ok(())
     }
 

@@ -274,11 +274,7 @@ fn capacities(services: Services) -> Capacities {
 /// Fills the maps as the agent does.
 fn fill(maps: BpfMaps, services: Services) -> Result<Reconciler<BpfMaps>> {
     let mut lb = Reconciler::adopt(maps, NODE)?;
-    lb.apply(Batch {
-        changes: services.objects().collect(),
-        complete: true,
-        problems: Vec::new(),
-    });
+    lb.apply(Batch::of(services.objects().collect()));
     ensure!(lb.problems().is_empty(), "{:?}", lb.problems().first());
     Ok(lb)
 }

@@ -131,11 +131,7 @@ fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
         let seconds = start.elapsed().as_secs_f64();
         (batch, Some(Parsed { bytes, seconds }))
     } else {
-        let batch = Batch {
-            changes: services.objects().collect(),
-            complete: true,
-            problems: Vec::new(),
-        };
+        let batch = Batch::of(services.objects().collect());
         (batch, None)
     };
     let before = reconciler.maps().written();
@@ -152,11 +148,7 @@ fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
     for change in 0..WARM_UP + options.changes {
         // A stride without a common factor with the number of Services spreads them well.
         let service = (u64::from(change) * 104_729 % u64::from(options.services)) as u32;
-        let batch = Batch {
-            changes: vec![services.slice(service, Some(change))],
-            complete: true,
-            problems: Vec::new(),
-        };
+        let batch = Batch::of(vec![services.slice(service, Some(change))]);
         let before = reconciler.maps().written();
         let start = Instant::now();
         reconciler.apply(batch);

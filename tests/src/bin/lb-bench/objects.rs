@@ -11,7 +11,6 @@ use anyhow::{Context as _, Result};
 use lb_agent::intern;
 use lb_agent::model::{
     Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectKey, Place, Protocol, Service, ServicePort,
-    ServiceType, TrafficPolicy,
 };
 use serde::Serialize;
 
@@ -106,25 +105,13 @@ impl Services {
     /// A Service with one port.
     fn service(self, number: u32) -> Change {
         Change::Set(Object::Service(Arc::new(Service {
-            key: key(number, ""),
             created: Some(1_700_000_000 + i64::from(number)),
-            service_type: ServiceType::ClusterIp,
             cluster_ips: Box::new([self.vip(number)]),
-            external_ips: Box::default(),
-            load_balancer_ips: Box::default(),
-            source_ranges: Box::default(),
             ports: Box::new([ServicePort {
-                name: intern::text("http"),
                 protocol: self.protocol,
-                port: SERVICE_PORT,
-                node_port: None,
+                ..ServicePort::tcp("http", SERVICE_PORT)
             }]),
-            affinity_timeout: None,
-            internal_policy: TrafficPolicy::Cluster,
-            external_policy: TrafficPolicy::Cluster,
-            publish_not_ready: false,
-            other_proxy: false,
-            headless_label: false,
+            ..Service::new(key(number, ""))
         })))
     }
 
@@ -135,13 +122,8 @@ impl Services {
                 Some(moved) => self.above([11, 0, 0, 0], 0x11, moved),
                 None => self.backend(number * self.endpoints + i),
             };
-            Endpoint {
-                address,
-                ready: true,
-                serving: true,
-                terminating: false,
-                place: intern::place(Place::on(&format!("node-{}", (number + i) % NODES))),
-            }
+            let place = Place::on(&format!("node-{}", (number + i) % NODES));
+            Endpoint::ready(address, intern::place(place))
         };
         Change::Set(Object::EndpointSlice(Arc::new(EndpointSlice {
             key: key(number, "-x7k2p"),
@@ -149,9 +131,8 @@ impl Services {
             ipv6: self.family == Family::Ipv6,
             endpoints: (0..self.endpoints).map(endpoint).collect(),
             ports: Box::new([EndpointPort {
-                name: intern::text("http"),
                 protocol: self.protocol,
-                port: Some(BACKEND_PORT),
+                ..EndpointPort::tcp("http", BACKEND_PORT)
             }]),
         })))
     }
