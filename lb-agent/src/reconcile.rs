@@ -198,6 +198,12 @@ impl<M: Maps> Reconciler<M> {
         all
     }
 
+    /// Whether the maps serve anything, be it from an earlier run.
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        !self.actual.ports.is_empty()
+    }
+
     /// What was wrong in the source at the last batch.
     #[must_use]
     pub fn source_problems(&self) -> &[Problem] {

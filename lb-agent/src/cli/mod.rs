@@ -15,12 +15,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use http::Uri;
 use lb_common::abi::capacity;
 use nix::time::{ClockId, clock_gettime};
 
 use crate::loader::{self, PinPath};
 use crate::maps::Capacities;
 use crate::maps::bpf::PinnedMaps;
+use crate::source::Source;
+use crate::source::connect::Settings;
 
 /// Kubernetes Services in eBPF, beside any CNI.
 #[derive(Debug, Parser)]
@@ -106,15 +109,43 @@ enum Format {
 /// Where Services and endpoints come from.
 #[derive(Debug, Args)]
 struct SourceArgs {
-    /// Files or folders of Service, EndpointSlice and Node manifests, YAML or JSON
-    #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
+    /// Files or folders of Service, EndpointSlice and Node manifests, YAML or JSON, in place of Kubernetes
+    #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with_all = ["kubeconfig", "kube_apiserver"])]
     manifests: Vec<PathBuf>,
+    /// How to reach the API server, and as whom [default: the service account of the pod]
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// URLs of the API servers, which are tried in turn: addresses of their own, not that of a Service [default: the one
+    /// in the kubeconfig, or in the environment of the pod]
+    #[arg(long, value_name = "URL,...", value_delimiter = ',', value_parser = server)]
+    kube_apiserver: Vec<Uri>,
     /// Name of this node, as endpoints name it [default: the host name]
     #[arg(long, value_name = "NAME", env = "NODE_NAME")]
     node_name: Option<String>,
 }
 
+/// The URL of a server, without a path.
+fn server(text: &str) -> Result<Uri, String> {
+    let uri: Uri = text.parse().map_err(|error| format!("not a URL: {error}"))?;
+    match (uri.scheme_str(), uri.host(), uri.path()) {
+        (Some("https" | "http"), Some(_), "/" | "") => Ok(uri),
+        _ => Err("not of the form https://HOST:PORT".to_owned()),
+    }
+}
+
 impl SourceArgs {
+    /// To be called in a Tokio runtime.
+    async fn open(&self) -> anyhow::Result<Source> {
+        if !self.manifests.is_empty() {
+            return Ok(Source::manifests(&self.manifests));
+        }
+        let settings = Settings {
+            kubeconfig: self.kubeconfig.clone(),
+            servers: self.kube_apiserver.clone(),
+        };
+        Ok(Source::kubernetes(&settings).await?)
+    }
+
     fn node(&self) -> anyhow::Result<String> {
         if let Some(name) = &self.node_name {
             return Ok(name.clone());

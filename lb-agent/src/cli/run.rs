@@ -1,5 +1,6 @@
 //! `run`: from changes of the source to changes of the maps, until a signal says stop.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
@@ -7,10 +8,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use lb_common::abi::{Event, Notice, State, map_name};
+use lb_common::abi::{Addr, Event, Notice, State, map_name};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio::task::spawn_blocking;
 use tracing::{debug, error, info, warn};
 
 use super::{CapacityArgs, PinArgs, SourceArgs};
@@ -23,8 +23,6 @@ use crate::model::{Batch, Problem};
 use crate::node::addrs::{self, Selection, Snapshot, Wanted};
 use crate::node::destroy::{self, Destroyer};
 use crate::reconcile::Reconciler;
-use crate::source::manifests::ManifestSource;
-use crate::source::watch::Watcher;
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
@@ -144,26 +142,27 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     end_orphaned_trace(maps.pinned(), lock.pins())?;
     let mut grace = maps.grace_watch();
 
-    // Watching begins before the first look, so that no change falls in between.
-    let mut watcher = Watcher::new(&args.source.manifests);
-    if let Some(why) = watcher.degraded() {
-        warn!("changes of manifests are polled for: {why}");
-    }
-    let mut source = ManifestSource::new(args.source.manifests.clone());
-    let (batch, back) = spawn_blocking(move || (source.rescan(), source)).await?;
-    source = back;
-
+    let mut source = args.source.open().await?;
     let selection = args.node_ports.selection();
     let mut addresses = addrs::follow(&selection).context("listing the node's addresses")?;
     let reconciler = Reconciler::adopt(maps, &node)?;
     let node_ports = NodePorts {
         selection,
         addresses: addresses.clone(),
+        written: None,
         problem: None,
     };
     let mut agent = Agent::new(reconciler, &node, &cgroup, socket_lb, node_ports)?;
-    agent.apply(batch);
-    // The maps are filled before programs look at them, and before programs of an earlier build are replaced.
+    // The maps are filled before programs look at them, and before programs of an earlier build are replaced; what an
+    // earlier run has left is enough where the source has to be waited for.
+    while agent.state.applies == 0 && (source.is_here() || !agent.reconciler.is_serving()) {
+        tokio::select! {
+            batch = source.next() => agent.first(batch?, source.is_here()),
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+        }
+    }
+    agent.write_addresses();
     loader::attach(agent.reconciler.maps().programs(), lock.pins(), &cgroup)?;
     agent.publish_state();
     let (usage, _) = agent.reconciler.usage();
@@ -182,11 +181,7 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
 
     loop {
         tokio::select! {
-            changed = watcher.changed() => {
-                let (batch, back) = spawn_blocking(move || (source.rescan_forced(&changed), source)).await?;
-                source = back;
-                agent.apply(batch);
-            }
+            batch = source.next() => agent.apply(batch?),
             Ok(()) = grace.changed() => agent.reconciler.reclaim(),
             Ok(()) = addresses.changed() => agent.follow_addresses(),
             Some(event) = destroyer.destroyed() => agent.tell(&event),
@@ -222,6 +217,8 @@ fn end_orphaned_trace(maps: &PinnedMaps, pins: &PinPath) -> Result<(), LoadError
 struct NodePorts {
     selection: Selection,
     addresses: watch::Receiver<Snapshot>,
+    /// What was written last.
+    written: Option<BTreeSet<Addr>>,
     /// What could not be written.
     problem: Option<Problem>,
 }
@@ -273,6 +270,17 @@ impl Agent {
         })
     }
 
+    /// Before programs are attached: while the source has more to tell, only what is wrong with it is of interest,
+    /// unless `partial` is all that can be had.
+    fn first(&mut self, batch: Batch, partial: bool) {
+        if batch.complete || partial {
+            self.apply(batch);
+        } else {
+            self.log_problems(&batch.problems);
+            self.problems = batch.problems;
+        }
+    }
+
     fn apply(&mut self, batch: Batch) {
         let completes = batch.complete && !self.reconciler.is_complete();
         let news = !batch.changes.is_empty() || completes || self.state.applies == 0;
@@ -303,6 +311,9 @@ impl Agent {
         } = &self.node_ports;
         let node = self.reconciler.node().map(|node| node.addresses.as_slice());
         let selected = addresses.borrow().select(selection, node);
+        if self.node_ports.problem.is_none() && self.node_ports.written.as_ref() == Some(&selected) {
+            return;
+        }
         let message = match self.reconciler.maps_mut().pinned_mut().write_node_addrs(&selected) {
             Ok(0) => None,
             Ok(missing) => Some(format!(
@@ -312,6 +323,7 @@ impl Agent {
         };
         let place = map_name::NODE_ADDRS.to_owned();
         self.node_ports.problem = message.map(|message| Problem::new(place, message));
+        self.node_ports.written = Some(selected);
     }
 
     /// Tells whoever traces.
@@ -339,16 +351,21 @@ impl Agent {
         self.reconciler.maps().pinned().write_state(&self.state);
     }
 
-    /// Logs problems that are new and those that are gone, and tells all to the command line.
-    fn publish_problems(&mut self) {
-        let mut problems = self.reconciler.problems();
-        problems.extend(self.node_ports.problem.iter().chain(&self.trouble).cloned());
+    /// Logs problems that are new and those that are gone.
+    fn log_problems(&self, problems: &[Problem]) {
         for problem in problems.iter().filter(|p| !self.problems.contains(p)) {
             warn!(place = problem.place, "{}", problem.message);
         }
         for problem in self.problems.iter().filter(|p| !problems.contains(p)) {
             info!(place = problem.place, "no longer: {}", problem.message);
         }
+    }
+
+    /// Logs problems that are new and those that are gone, and tells all to the command line.
+    fn publish_problems(&mut self) {
+        let mut problems = self.reconciler.problems();
+        problems.extend(self.node_ports.problem.iter().chain(&self.trouble).cloned());
+        self.log_problems(&problems);
         let notices: Vec<_> = problems
             .iter()
             .map(|problem| Notice {

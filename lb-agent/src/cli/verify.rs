@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::{Format, PinArgs, SourceArgs, output};
 use crate::desired::Desired;
-use crate::source::manifests::ManifestSource;
+use crate::model::Batch;
 use crate::verify::Drift;
 
 #[derive(Debug, Args)]
@@ -26,6 +26,35 @@ pub(super) struct VerifyArgs {
 const TRIES: usize = 5;
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How long the API server may take to tell everything.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Everything that the source says now.
+fn objects(source: &SourceArgs) -> anyhow::Result<Batch> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut source = source.open().await?;
+        let mut problems = Vec::new();
+        let first = async {
+            loop {
+                let batch = source.next().await?;
+                if batch.complete || source.is_here() {
+                    return Ok(batch);
+                }
+                problems = batch.problems;
+            }
+        };
+        let result = tokio::time::timeout(PATIENCE, first).await;
+        result.unwrap_or_else(|_| {
+            let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+            anyhow::bail!(
+                "the API server has not told everything within {PATIENCE:?}; {}",
+                problems.join("; ")
+            )
+        })
+    })
+}
+
 pub(super) fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     let node = args.source.node()?;
     let maps = args.pin.open()?;
@@ -34,7 +63,7 @@ pub(super) fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
         if n > 0 {
             thread::sleep(PAUSE);
         }
-        let batch = ManifestSource::new(args.source.manifests.clone()).rescan();
+        let batch = objects(&args.source)?;
         for problem in &batch.problems {
             output::complain(&format!("warning: {problem}"));
         }

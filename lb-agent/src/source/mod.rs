@@ -1,12 +1,120 @@
 //! Where API objects come from: parsing, validation, and what changed since the last look.
 //!
-//! A source hands [`Batch`](crate::model::Batch)es of validated objects to the index. It knows nothing of maps, and
-//! it treats everything it reads as untrusted: bad input becomes a [`Problem`](crate::model::Problem), never a panic.
+//! A source hands [`Batch`]es of validated objects to the index. It knows nothing of maps, and it treats everything it
+//! reads as untrusted: bad input becomes a [`Problem`](crate::model::Problem), never a panic.
 
+pub mod connect;
 pub mod convert;
+pub mod kubernetes;
 pub mod manifests;
 pub(crate) mod parse;
 pub mod watch;
+
+use std::path::PathBuf;
+
+use tokio::task::{JoinError, JoinHandle, spawn_blocking};
+use tracing::{info, warn};
+
+use self::connect::{ConnectError, Settings, connect};
+use self::kubernetes::KubernetesSource;
+use self::manifests::ManifestSource;
+use self::watch::Watcher;
+use crate::model::Batch;
+
+/// Either of the sources, followed as it changes.
+#[derive(Debug)]
+pub enum Source {
+    /// Files.
+    Manifests(Box<Files>),
+    /// The API server.
+    Kubernetes(Box<KubernetesSource>),
+}
+
+/// Manifests, and the watch that tells when to look at them.
+#[derive(Debug)]
+pub struct Files {
+    watcher: Watcher,
+    state: FilesState,
+}
+
+#[derive(Debug)]
+enum FilesState {
+    /// Nothing was read.
+    New(Vec<PathBuf>),
+    /// They are being read, which may take a while.
+    Reading(JoinHandle<(Batch, ManifestSource)>),
+    /// All that was read was told.
+    Told(ManifestSource),
+}
+
+impl Source {
+    /// Manifests. To be called in a Tokio runtime.
+    #[must_use]
+    pub fn manifests(paths: &[PathBuf]) -> Self {
+        // Watching begins before the first look, so that no change falls in between.
+        let watcher = Watcher::new(paths);
+        if let Some(why) = watcher.degraded() {
+            warn!("changes of manifests are polled for: {why}");
+        }
+        let state = FilesState::New(paths.to_vec());
+        Self::Manifests(Box::new(Files { watcher, state }))
+    }
+
+    /// The API server. To be called in a Tokio runtime.
+    ///
+    /// # Errors
+    /// Where the settings cannot be used; a server that cannot be reached is none.
+    pub async fn kubernetes(settings: &Settings) -> Result<Self, ConnectError> {
+        let connection = connect(settings).await?;
+        let servers: Vec<_> = connection.servers.iter().map(ToString::to_string).collect();
+        info!(servers = servers.join(" "), "watching the API");
+        Ok(Self::Kubernetes(Box::new(KubernetesSource::new(&connection))))
+    }
+
+    /// Whether the first batch comes at once, and does not depend on others.
+    #[must_use]
+    pub fn is_here(&self) -> bool {
+        matches!(self, Self::Manifests(_))
+    }
+
+    /// Waits for the next batch. May be dropped at any point without the loss of a change.
+    ///
+    /// # Errors
+    /// Where reading has panicked.
+    pub async fn next(&mut self) -> Result<Batch, JoinError> {
+        match self {
+            Self::Manifests(files) => files.next().await,
+            Self::Kubernetes(source) => Ok(source.next().await),
+        }
+    }
+}
+
+impl Files {
+    async fn next(&mut self) -> Result<Batch, JoinError> {
+        loop {
+            let Self { watcher, state } = self;
+            let (mut source, changed) = match state {
+                FilesState::New(paths) => (ManifestSource::new(std::mem::take(paths)), Vec::new()),
+                FilesState::Told(_) => {
+                    let changed = watcher.changed().await;
+                    match std::mem::replace(state, FilesState::New(Vec::new())) {
+                        FilesState::Told(source) => (source, changed),
+                        other => {
+                            *state = other;
+                            continue;
+                        }
+                    }
+                }
+                FilesState::Reading(reading) => {
+                    let (batch, source) = reading.await?;
+                    *state = FilesState::Told(source);
+                    return Ok(batch);
+                }
+            };
+            *state = FilesState::Reading(spawn_blocking(move || (source.rescan_forced(&changed), source)));
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests;

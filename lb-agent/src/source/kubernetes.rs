@@ -1,0 +1,427 @@
+//! Objects from the API server: lists, then watches, of Services, EndpointSlices and Nodes.
+//!
+//! `kube`'s watcher does the paging, the bookmarks, the resumption and the new list after a 410; this module makes
+//! batches of it. One event is one change. Only what the model has of an object is kept, and of what was told only the
+//! keys, so that a new list can tell what is gone.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use backon::{BackoffBuilder as _, ExponentialBuilder};
+use futures::stream::{BoxStream, SelectAll, select_all};
+use futures::{FutureExt as _, StreamExt as _};
+use k8s_openapi::api::core::v1;
+use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::jiff::Timestamp;
+use kube::Api;
+use kube::core::DeserializeGuard;
+use kube::runtime::utils::Backoff;
+use kube::runtime::watcher::{self, Event};
+use kube::runtime::{WatchStreamExt as _, watcher as watch_objects};
+use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+use tracing::{debug, info};
+
+use super::connect::{Connection, Failures, chain};
+use super::convert::{self, ANNOTATION_TRIGGER_TIME, ConvertError, LABEL_HEADLESS, LABEL_SERVICE_PROXY_NAME, Quoted};
+use crate::model::{Batch, Change, Kind, Object, ObjectId, ObjectKey, Problem};
+
+/// The most changes that are applied at once, if more arrive while others are applied.
+const MAX_CHANGES: usize = 1000;
+
+/// Services, EndpointSlices and Nodes of a cluster.
+///
+/// - The first batch comes when all lists are complete, and has everything: a Service whose slices are not known yet
+///   would be served without backends.
+/// - An object that cannot be used is a problem; what it said when it last could be used stays in force.
+/// - A new list (after 410 Gone) is told as a whole, with what is gone since the last.
+pub struct KubernetesSource {
+    events: SelectAll<BoxStream<'static, Told>>,
+    failures: watch::Receiver<Failures>,
+    /// Hosts of the URLs of the API servers.
+    hosts: Vec<String>,
+    /// What is wrong with them.
+    server: Option<Problem>,
+    kinds: BTreeMap<Kind, Known>,
+    /// What is wrong with objects.
+    broken: BTreeMap<ObjectId, Problem>,
+    /// What goes into the next batch.
+    pending: Pending,
+    started: SystemTime,
+    restarts: u64,
+}
+
+impl Debug for KubernetesSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KubernetesSource")
+            .field("hosts", &self.hosts)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What is known of the objects of one kind.
+#[derive(Debug, Default)]
+struct Known {
+    /// All of them, also those that cannot be used.
+    keys: HashSet<ObjectKey>,
+    /// While a list is being told: what it has so far.
+    listing: Option<Listing>,
+    /// One list was told as a whole.
+    complete: bool,
+}
+
+#[derive(Debug, Default)]
+struct Listing {
+    keys: HashSet<ObjectKey>,
+    changes: Vec<Change>,
+}
+
+/// Changes that were not handed over yet, at most one per object.
+#[derive(Debug, Default)]
+struct Pending {
+    changes: BTreeMap<ObjectId, Change>,
+    received: Option<Instant>,
+    triggers: Vec<SystemTime>,
+    /// There is something to tell besides changes.
+    news: bool,
+}
+
+/// One event of one watch.
+struct Told {
+    kind: Kind,
+    event: Result<Event<Seen>, watcher::Error>,
+}
+
+/// An object, or that it cannot be used.
+struct Seen {
+    key: ObjectKey,
+    /// `None` where it is none of a proxy's business.
+    object: Result<Option<Object>, String>,
+    trigger: Option<SystemTime>,
+}
+
+/// Ever longer pauses after errors, up to ten seconds; short again after a minute without one. An event is no reason to
+/// begin anew, for the first event of a list comes before the list fails.
+struct Pauses {
+    builder: ExponentialBuilder,
+    pauses: backon::ExponentialBackoff,
+    last: Option<Instant>,
+}
+
+const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+const CALM: Duration = Duration::from_secs(60);
+
+impl Default for Pauses {
+    fn default() -> Self {
+        let builder = ExponentialBuilder::default()
+            .with_min_delay(SHORTEST_PAUSE)
+            .with_max_delay(LONGEST_PAUSE)
+            .with_jitter()
+            .without_max_times();
+        Self {
+            builder,
+            pauses: builder.build(),
+            last: None,
+        }
+    }
+}
+
+impl Iterator for Pauses {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        if self
+            .last
+            .replace(Instant::now())
+            .is_some_and(|last| last.elapsed() > CALM)
+        {
+            self.pauses = self.builder.build();
+        }
+        self.pauses.next()
+    }
+}
+
+impl Backoff for Pauses {
+    fn reset(&mut self) {}
+}
+
+impl KubernetesSource {
+    /// A source that uses this connection. To be called in a Tokio runtime.
+    #[must_use]
+    pub fn new(connection: &Connection) -> Self {
+        let client = &connection.client;
+        // As kube-proxy does: the API server leaves out what other proxies serve.
+        let ours = format!("!{LABEL_SERVICE_PROXY_NAME},!{LABEL_HEADLESS}");
+        let ours = watcher::Config::default().labels(&ours);
+        let service = |object: &v1::Service| {
+            let service = convert::service(object)?;
+            Ok(Some(Object::Service(Arc::new(service))))
+        };
+        let slice = |object: &discovery::EndpointSlice| {
+            let slice = convert::endpoint_slice(object)?;
+            Ok(slice.map(|slice| Object::EndpointSlice(Arc::new(slice))))
+        };
+        let node = |object: &v1::Node| Ok(Some(Object::Node(Arc::new(convert::node(object)?))));
+        let events = select_all([
+            follow(Kind::Service, Api::all(client.clone()), ours.clone(), service),
+            follow(Kind::EndpointSlice, Api::all(client.clone()), ours, slice),
+            follow(Kind::Node, Api::all(client.clone()), watcher::Config::default(), node),
+        ]);
+        Self {
+            events,
+            failures: connection.failures.clone(),
+            hosts: connection
+                .servers
+                .iter()
+                .filter_map(|server| server.host())
+                .map(|host| host.trim_matches(['[', ']']).to_owned())
+                .collect(),
+            server: None,
+            kinds: [Kind::Service, Kind::EndpointSlice, Kind::Node]
+                .map(|kind| (kind, Known::default()))
+                .into(),
+            broken: BTreeMap::new(),
+            pending: Pending::default(),
+            started: SystemTime::now(),
+            restarts: 0,
+        }
+    }
+
+    /// Waits for the next batch: what has changed, or only other problems. Whatever has arrived in the meantime is one
+    /// batch. Until all lists are complete, a batch has problems only.
+    ///
+    /// May be dropped at any point without the loss of a change.
+    pub async fn next(&mut self) -> Batch {
+        loop {
+            tokio::select! {
+                Some(told) = self.events.next() => {
+                    self.take(told);
+                    while self.pending.changes.len() < MAX_CHANGES
+                        && let Some(Some(told)) = self.events.next().now_or_never()
+                    {
+                        self.take(told);
+                    }
+                }
+                Ok(()) = self.failures.changed() => self.pending.news = true,
+            }
+            if self.pending.news || (self.is_complete() && !self.pending.changes.is_empty()) {
+                return self.batch();
+            }
+        }
+    }
+
+    /// How often a watch failed and was begun again, or was listed anew.
+    #[must_use]
+    pub fn restarts(&self) -> u64 {
+        self.restarts
+    }
+
+    /// All lists were told at least once.
+    fn is_complete(&self) -> bool {
+        self.kinds.values().all(|known| known.complete)
+    }
+
+    fn batch(&mut self) -> Batch {
+        let complete = self.is_complete();
+        self.pending.news = false;
+        let mut batch = Batch {
+            complete,
+            problems: self.problems(),
+            ..Batch::default()
+        };
+        if complete {
+            let Pending {
+                changes,
+                received,
+                triggers,
+                news: _,
+            } = std::mem::take(&mut self.pending);
+            batch.changes = changes.into_values().collect();
+            batch.received = received;
+            batch.triggers = triggers;
+        }
+        batch
+    }
+
+    fn problems(&self) -> Vec<Problem> {
+        let failures = self.failures.borrow();
+        let failures = failures
+            .iter()
+            .map(|(path, error)| Problem::new(format!("API server, {path}"), error));
+        failures
+            .chain(self.server.iter().chain(self.broken.values()).cloned())
+            .collect()
+    }
+
+    fn take(&mut self, Told { kind, event }: Told) {
+        match event {
+            Err(error) => {
+                debug!(?kind, error = chain(&error), "watching");
+                self.restarts += 1;
+            }
+            Ok(Event::Init) => self.known(kind).listing = Some(Listing::default()),
+            Ok(Event::InitApply(seen)) => {
+                let id = ObjectId {
+                    kind,
+                    key: seen.key.clone(),
+                };
+                let change = self.change(&id, seen.object);
+                if let Some(listing) = &mut self.known(kind).listing {
+                    listing.keys.insert(id.key);
+                    listing.changes.extend(change);
+                }
+            }
+            Ok(Event::InitDone) => self.listed(kind),
+            Ok(Event::Apply(seen)) => {
+                let id = ObjectId { kind, key: seen.key };
+                if let Some(change) = self.change(&id, seen.object) {
+                    self.pending.changes.insert(id.clone(), change);
+                    self.pending.received.get_or_insert_with(Instant::now);
+                    // What happened before this agent was there is not for it to answer for.
+                    let trigger = seen.trigger.filter(|trigger| *trigger > self.started);
+                    self.pending.triggers.extend(trigger);
+                }
+                self.known(kind).keys.insert(id.key);
+            }
+            Ok(Event::Delete(seen)) => {
+                self.known(kind).keys.remove(&seen.key);
+                self.pending.received.get_or_insert_with(Instant::now);
+                self.gone(ObjectId { kind, key: seen.key });
+            }
+        }
+    }
+
+    fn known(&mut self, kind: Kind) -> &mut Known {
+        self.kinds.entry(kind).or_default()
+    }
+
+    /// What an object means, if it can be used; otherwise the problem is noted.
+    fn change(&mut self, id: &ObjectId, object: Result<Option<Object>, String>) -> Option<Change> {
+        if object.is_ok() && self.broken.remove(id).is_some() {
+            self.pending.news = true;
+        }
+        match object {
+            Ok(Some(object)) => Some(Change::Set(object)),
+            Ok(None) => Some(Change::Remove(id.clone())),
+            Err(error) => {
+                let mut problem = Problem::new(id.to_string(), error);
+                if id.kind == Kind::Service {
+                    problem = problem.of(&id.key);
+                }
+                if self.broken.get(id) != Some(&problem) {
+                    self.broken.insert(id.clone(), problem);
+                    self.pending.news = true;
+                }
+                None
+            }
+        }
+    }
+
+    fn gone(&mut self, id: ObjectId) {
+        self.pending.news |= self.broken.remove(&id).is_some();
+        self.pending.changes.insert(id.clone(), Change::Remove(id));
+    }
+
+    /// A list is complete: what it does not have is gone.
+    fn listed(&mut self, kind: Kind) {
+        let known = self.known(kind);
+        let Some(Listing { keys, changes }) = known.listing.take() else {
+            return;
+        };
+        let before = std::mem::replace(&mut known.keys, keys);
+        let gone: Vec<_> = before.into_iter().filter(|key| !known.keys.contains(key)).collect();
+        info!(?kind, objects = known.keys.len(), "listed");
+        if std::mem::replace(&mut known.complete, true) {
+            self.restarts += 1;
+        }
+        for change in changes {
+            let id = match &change {
+                Change::Set(object) => object.id(),
+                Change::Remove(id) => id.clone(),
+            };
+            self.pending.changes.insert(id, change);
+        }
+        for key in gone {
+            self.gone(ObjectId { kind, key });
+        }
+        // Also where there is no object at all.
+        self.pending.news |= self.is_complete();
+        if kind == Kind::Service {
+            self.look_for_own_server();
+        }
+    }
+
+    /// A Service address as that of the API server works only as long as somebody serves it.
+    fn look_for_own_server(&mut self) {
+        let services = self.pending.changes.values().filter_map(|change| match change {
+            Change::Set(Object::Service(service)) => Some(service),
+            _ => None,
+        });
+        let mut addresses = services.flat_map(|service| service.cluster_ips.iter().map(move |ip| (ip, &service.key)));
+        self.server = addresses
+            .find(|(ip, _)| self.hosts.contains(&ip.to_string()))
+            .map(|(ip, service)| {
+                let message = format!(
+                    "{ip} is the address of Service {service}, which has to be served before it can be reached: name \
+                     the servers themselves by --kube-apiserver"
+                );
+                Problem::new("API server", message)
+            });
+    }
+}
+
+/// Watches all objects of a kind.
+fn follow<K>(
+    kind: Kind,
+    api: Api<DeserializeGuard<K>>,
+    config: watcher::Config,
+    convert: impl Fn(&K) -> Result<Option<Object>, ConvertError> + Send + 'static,
+) -> BoxStream<'static, Told>
+where
+    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let see = move |DeserializeGuard(object): DeserializeGuard<K>| match object {
+        Ok(object) => Seen {
+            key: key(object.meta()),
+            trigger: trigger(object.meta()),
+            object: convert(&object).map_err(|error| error.to_string()),
+        },
+        Err(invalid) => Seen {
+            key: key(&invalid.metadata),
+            trigger: None,
+            object: Err(format!("not as the API defines it: {}", Quoted(&invalid.error))),
+        },
+    };
+    let event = move |event| match event {
+        Event::Init => Event::Init,
+        Event::InitDone => Event::InitDone,
+        Event::InitApply(object) => Event::InitApply(see(object)),
+        Event::Apply(object) => Event::Apply(see(object)),
+        Event::Delete(object) => Event::Delete(see(object)),
+    };
+    watch_objects(api, config)
+        .backoff(Pauses::default())
+        .map(move |result| Told {
+            kind,
+            event: result.map(&event),
+        })
+        .boxed()
+}
+
+fn key(meta: &ObjectMeta) -> ObjectKey {
+    ObjectKey::new(
+        meta.namespace.as_deref().unwrap_or_default(),
+        meta.name.as_deref().unwrap_or_default(),
+    )
+}
+
+/// When what led to the last change of an EndpointSlice happened.
+fn trigger(meta: &ObjectMeta) -> Option<SystemTime> {
+    let time: Timestamp = meta.annotations.as_ref()?.get(ANNOTATION_TRIGGER_TIME)?.parse().ok()?;
+    Some(time.into())
+}
