@@ -385,6 +385,214 @@ mod tests {
         assert_eq!(categorize([&six], WANTED), Endpoints::default());
     }
 
+    const IN_ZONE: Wanted<'static> = Wanted {
+        port_name: "",
+        protocol: Protocol::Tcp,
+        ipv6: false,
+        here: Here {
+            node: "n1",
+            zone: Some("a"),
+        },
+    };
+
+    #[test]
+    fn table_of_hints() {
+        // Endpoints as in `testing::endpoint`; the node is n1 in zone a. Cluster set, local set, draining.
+        type Case = (
+            &'static str,
+            &'static [&'static str],
+            &'static [u8],
+            &'static [u8],
+            &'static [u8],
+        );
+        let cases: &[Case] = &[
+            (
+                "zone hints",
+                &["10.0.0.1 @n1 zone:a", "10.0.0.2 @n2 zone:b"],
+                &[1],
+                &[1],
+                &[2],
+            ),
+            (
+                "zone hints for others only",
+                &["10.0.0.1 @n1 zone:b", "10.0.0.2 @n2 zone:b"],
+                &[1, 2],
+                &[1],
+                &[],
+            ),
+            (
+                "one without a hint",
+                &["10.0.0.1 @n2 zone:a", "10.0.0.2 @n2"],
+                &[1, 2],
+                &[],
+                &[],
+            ),
+            (
+                "one that is not ready without a hint",
+                &["10.0.0.1 @n2 zone:a", "10.0.0.2 @n2 zone:b", "10.0.0.3 @n2 unready"],
+                &[1],
+                &[],
+                &[2],
+            ),
+            (
+                "several zones",
+                &["10.0.0.1 @n2 zone:b zone:a", "10.0.0.2 @n2 zone:b"],
+                &[1],
+                &[],
+                &[2],
+            ),
+            (
+                "node hints go before zone hints",
+                &[
+                    "10.0.0.1 @n1 zone:a node:n1",
+                    "10.0.0.2 @n2 zone:a node:n2",
+                    "10.0.0.3 @n3 zone:b node:n3",
+                ],
+                &[1],
+                &[1],
+                &[2, 3],
+            ),
+            (
+                "no node hint for this node: its zone",
+                &["10.0.0.2 @n2 zone:a node:n2", "10.0.0.3 @n3 zone:b node:n3"],
+                &[2],
+                &[],
+                &[3],
+            ),
+            (
+                "no hint for this node nor its zone: all",
+                &["10.0.0.2 @n2 zone:b node:n2", "10.0.0.3 @n3 zone:c node:n3"],
+                &[2, 3],
+                &[],
+                &[],
+            ),
+            (
+                "node hints that are not complete: zone hints",
+                &[
+                    "10.0.0.1 @n1 zone:a node:n1",
+                    "10.0.0.2 @n2 zone:a",
+                    "10.0.0.3 @n3 zone:b",
+                ],
+                &[1, 2],
+                &[1],
+                &[3],
+            ),
+            (
+                "the hinted one terminates, another is ready",
+                &["10.0.0.1 @n1 terminating zone:a", "10.0.0.2 @n2 zone:b"],
+                &[2],
+                &[1],
+                &[],
+            ),
+            (
+                "only terminating ones are left: hints do not matter",
+                &["10.0.0.1 @n1 terminating zone:b", "10.0.0.2 @n2 terminating zone:a"],
+                &[1, 2],
+                &[1],
+                &[],
+            ),
+            (
+                "policy Local does not look at hints",
+                &["10.0.0.1 @n1 zone:b", "10.0.0.2 @n2 zone:a"],
+                &[2],
+                &[1],
+                &[],
+            ),
+            (
+                "in two slices, with one hint each",
+                &["10.0.0.1 @n2 zone:b", "10.0.0.1 @n2 zone:a", "10.0.0.2 @n2 zone:b"],
+                &[1],
+                &[],
+                &[2],
+            ),
+        ];
+        for (name, endpoints, cluster, local, draining) in cases {
+            let found = categorize([&crate::testing::slice("web", endpoints)], IN_ZONE);
+            assert_eq!(last(&found.cluster), *cluster, "cluster set: {name}");
+            assert_eq!(last(&found.local), *local, "local set: {name}");
+            assert_eq!(last(&found.draining), *draining, "draining: {name}");
+        }
+    }
+
+    #[test]
+    fn a_node_without_a_zone_follows_no_zone_hints() {
+        let slice = crate::testing::slice("web", &["10.0.0.1 zone:a", "10.0.0.2 zone:b"]);
+        let here = Here {
+            zone: None,
+            ..IN_ZONE.here
+        };
+        let found = categorize([&slice], Wanted { here, ..IN_ZONE });
+        assert_eq!(last(&found.cluster), [1, 2]);
+    }
+
+    /// What an endpoint may say of itself: conditions, where it is, and its hints.
+    const CONDITIONS: [&str; 5] = ["", "unready", "serving", "terminating", "gone"];
+    const PLACES: [&str; 3] = ["", "@n1", "@n2"];
+    const ZONES: [&str; 4] = ["", "zone:a", "zone:b", "zone:a zone:b"];
+    const NODES: [&str; 4] = ["", "node:n1", "node:n2", "node:n1 node:n2"];
+
+    /// The rules once more, each in a sentence, from the words that an endpoint was made of.
+    fn expected(endpoints: &[String]) -> (Vec<u8>, Vec<u8>) {
+        let has = |text: &String, word: &str| text.split_whitespace().any(|w| w == word);
+        let hinted = |text: &String, kind: &str| text.contains(kind);
+        let is_ready = |text: &&String| !CONDITIONS[1..].iter().any(|word| has(text, word));
+        let ready: Vec<_> = endpoints.iter().filter(is_ready).collect();
+        let follow = |kind: &str, ours: &str| {
+            ready.iter().all(|text| hinted(text, kind)) && ready.iter().any(|text| has(text, ours))
+        };
+        let mut cluster = ready.clone();
+        if follow("node:", "node:n1") {
+            cluster.retain(|text| has(text, "node:n1"));
+        } else if follow("zone:", "zone:a") {
+            cluster.retain(|text| has(text, "zone:a"));
+        }
+        let terminating: Vec<_> = endpoints.iter().filter(|text| has(text, "terminating")).collect();
+        if ready.is_empty() {
+            cluster.clone_from(&terminating);
+        }
+        let here = |texts: &[&String]| -> Vec<u8> { numbers(texts.iter().filter(|text| has(text, "@n1"))) };
+        let mut local = here(&ready);
+        if local.is_empty() {
+            local = here(&terminating);
+        }
+        (numbers(cluster.iter()), local)
+    }
+
+    /// The last byte of the address that a text begins with.
+    fn numbers<'a>(texts: impl Iterator<Item = &'a &'a String>) -> Vec<u8> {
+        let address = |text: &&String| text.split_whitespace().next()?.rsplit('.').next()?.parse().ok();
+        texts.filter_map(address).collect()
+    }
+
+    #[test]
+    fn every_cell_of_two_endpoints() {
+        let mut all = Vec::new();
+        for condition in CONDITIONS {
+            for place in PLACES {
+                for zone in ZONES {
+                    for node in NODES {
+                        all.push(format!("{condition} {place} {zone} {node}"));
+                    }
+                }
+            }
+        }
+        assert_eq!(all.len(), 240);
+        for first in &all {
+            for second in &all {
+                let endpoints = [format!("10.0.0.1 {first}"), format!("10.0.0.2 {second}")];
+                let texts = [&*endpoints[0], &*endpoints[1]];
+                let found = categorize([&crate::testing::slice("web", &texts)], IN_ZONE);
+                let (cluster, local) = expected(&endpoints);
+                assert_eq!(last(&found.cluster), cluster, "cluster set of {endpoints:?}");
+                assert_eq!(last(&found.local), local, "local set of {endpoints:?}");
+                let usable = !cluster.is_empty();
+                assert_eq!(found.any, usable, "any of {endpoints:?}");
+                let (members, drops) = found.for_policy(TrafficPolicy::Local);
+                assert_eq!(drops, members.is_empty() && usable, "{endpoints:?}");
+            }
+        }
+    }
+
     proptest! {
         /// The order of slices and endpoints makes no difference, sets are sorted, and local is never wider than it
         /// may be.

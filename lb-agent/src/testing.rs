@@ -10,8 +10,8 @@ use crate::desired::PortId;
 use crate::maps::fake::FakeMaps;
 use crate::maps::{Capacities, Maps};
 use crate::model::{
-    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectId, ObjectKey, Place, Protocol, Service,
-    ServicePort, TrafficPolicy,
+    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectId, ObjectKey, Protocol, Service, ServicePort,
+    TrafficPolicy,
 };
 use crate::policy::Here;
 use crate::reconcile::Reconciler;
@@ -81,8 +81,8 @@ impl Builder for Service {
     }
 }
 
-/// An endpoint from words: its address, then any of `@NODE`, `unready`, `serving` (not ready), `terminating` (serving)
-/// and `gone` (terminating, not serving).
+/// An endpoint from words: its address, then any of `@NODE`, `unready`, `serving` (not ready), `terminating` (serving),
+/// `gone` (terminating, not serving), `zone:ZONE` and `node:NODE` (hints).
 pub(crate) fn endpoint(text: &str) -> Endpoint {
     let mut words = text.split_whitespace();
     let mut endpoint = Endpoint::ready(words.next().unwrap().parse().unwrap(), Arc::default());
@@ -92,8 +92,16 @@ pub(crate) fn endpoint(text: &str) -> Endpoint {
             "serving" => (false, true, false),
             "terminating" => (false, true, true),
             "gone" => (false, false, true),
-            node => {
-                endpoint.place = Arc::new(Place::on(node.strip_prefix('@').unwrap()));
+            place => {
+                let here = Arc::make_mut(&mut endpoint.place);
+                let with = |hints: &[Arc<str>], hint: &str| hints.iter().cloned().chain([hint.into()]).collect();
+                if let Some(node) = place.strip_prefix('@') {
+                    here.node = Some(node.into());
+                } else if let Some(zone) = place.strip_prefix("zone:") {
+                    here.for_zones = with(&here.for_zones, zone);
+                } else {
+                    here.for_nodes = with(&here.for_nodes, place.strip_prefix("node:").unwrap());
+                }
                 continue;
             }
         };

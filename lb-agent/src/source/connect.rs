@@ -256,3 +256,6 @@ impl Service<Request<Body>> for InTurn {
         self.clone().send(request).boxed()
     }
 }
+
+#[cfg(test)]
+mod tests;

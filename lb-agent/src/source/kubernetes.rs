@@ -167,20 +167,26 @@ impl KubernetesSource {
             Ok(slice.map(|slice| Object::EndpointSlice(Arc::new(slice))))
         };
         let node = |object: &v1::Node| Ok(Some(Object::Node(Arc::new(convert::node(object)?))));
-        let events = select_all([
+        let events = [
             follow(Kind::Service, Api::all(client.clone()), ours.clone(), service),
             follow(Kind::EndpointSlice, Api::all(client.clone()), ours, slice),
             follow(Kind::Node, Api::all(client.clone()), watcher::Config::default(), node),
-        ]);
+        ];
+        let hosts = connection.servers.iter().filter_map(|server| server.host());
+        let hosts = hosts.map(|host| host.trim_matches(['[', ']']).to_owned()).collect();
+        Self::of(events, connection.failures.clone(), hosts)
+    }
+
+    /// A source of these events.
+    fn of(
+        events: impl IntoIterator<Item = BoxStream<'static, Told>>,
+        failures: watch::Receiver<Failures>,
+        hosts: Vec<String>,
+    ) -> Self {
         Self {
-            events,
-            failures: connection.failures.clone(),
-            hosts: connection
-                .servers
-                .iter()
-                .filter_map(|server| server.host())
-                .map(|host| host.trim_matches(['[', ']']).to_owned())
-                .collect(),
+            events: select_all(events),
+            failures,
+            hosts,
             server: None,
             kinds: [Kind::Service, Kind::EndpointSlice, Kind::Node]
                 .map(|kind| (kind, Known::default()))
@@ -197,7 +203,7 @@ impl KubernetesSource {
     ///
     /// May be dropped at any point without the loss of a change.
     pub async fn next(&mut self) -> Batch {
-        loop {
+        while !self.pending.news && (self.pending.changes.is_empty() || !self.is_complete()) {
             tokio::select! {
                 Some(told) = self.events.next() => {
                     self.take(told);
@@ -209,10 +215,8 @@ impl KubernetesSource {
                 }
                 Ok(()) = self.failures.changed() => self.pending.news = true,
             }
-            if self.pending.news || (self.is_complete() && !self.pending.changes.is_empty()) {
-                return self.batch();
-            }
         }
+        self.batch()
     }
 
     /// How often a watch failed and was begun again, or was listed anew.
@@ -425,3 +429,6 @@ fn trigger(meta: &ObjectMeta) -> Option<SystemTime> {
     let time: Timestamp = meta.annotations.as_ref()?.get(ANNOTATION_TRIGGER_TIME)?.parse().ok()?;
     Some(time.into())
 }
+
+#[cfg(test)]
+mod tests;
