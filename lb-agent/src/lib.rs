@@ -11,6 +11,7 @@
 mod actual;
 mod alloc;
 pub mod cli;
+mod clock;
 pub mod desired;
 mod diff;
 mod explain;

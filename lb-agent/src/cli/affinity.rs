@@ -9,6 +9,7 @@ use lb_common::logic::{affinity, generation};
 use serde::Serialize;
 
 use super::{ReadArgs, output};
+use crate::clock::monotonic_ns;
 use crate::explain::{age, remaining};
 use crate::maps::Dump;
 use crate::owner::Owner;
@@ -91,7 +92,7 @@ fn rows(dump: &Dump, entries: &BTreeMap<AffinityKey, Affinity>, now: u64) -> Vec
 pub(super) fn list(args: &ReadArgs) -> anyhow::Result<()> {
     let maps = args.pin.open()?;
     let entries = maps.affinity()?;
-    let rows = rows(&maps.dump()?, &entries, super::monotonic_ns()?);
+    let rows = rows(&maps.dump()?, &entries, monotonic_ns());
     let header = ["SERVICE", "CLIENT", "BACKEND", "LAST USED", "REMAINING", "STATE"];
     output::rows(args.output, header, &rows, |row| {
         let client = match (row.netns, row.client) {

@@ -17,7 +17,6 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use http::Uri;
 use lb_common::abi::capacity;
-use nix::time::{ClockId, clock_gettime};
 
 use crate::loader::{self, PinPath};
 use crate::maps::Capacities;
@@ -209,12 +208,6 @@ impl From<CapacityArgs> for Capacities {
             affinity: max_affinity,
         }
     }
-}
-
-/// The clock of the programs' time stamps.
-fn monotonic_ns() -> anyhow::Result<u64> {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
-    Ok(now.tv_sec().unsigned_abs() * 1_000_000_000 + now.tv_nsec().unsigned_abs())
 }
 
 /// The whole program.

@@ -10,13 +10,13 @@ use lb_common::logic::words::Words;
 use serde::Serialize;
 
 use super::{ReadArgs, output};
+use crate::clock::monotonic_ns;
 use crate::explain::age;
 use crate::maps::Dump;
 use crate::maps::bpf::PinnedMaps;
-use crate::node::destroy::list_sockets;
+use crate::node::CONNECTING;
 use crate::node::netns::{Namespaces, Visit};
-use crate::node::sockdiag::{Protocol, Socket};
-use crate::node::{CONNECTING, Listing};
+use crate::node::sockdiag::{Protocol, Socket, Sockets, canonical, list_sockets};
 use crate::owner::Owner;
 
 /// How a socket came to its backend.
@@ -150,11 +150,11 @@ struct Row {
     age: u64,
 }
 
-type Sockets = Visit<io::Result<Listing>>;
+type Visited = Visit<io::Result<Sockets>>;
 
 impl Row {
     /// `sockets`: a listing that was begun at `begun`.
-    fn new(given: &Given, dump: &Dump, sockets: &Sockets, begun: u64) -> Self {
+    fn new(given: &Given, dump: &Dump, sockets: &Visited, begun: u64) -> Self {
         let listing = match sockets.visited.get(&given.netns) {
             Some(Ok(listing)) => Some(listing.get(&given.socket)),
             Some(Err(_)) => None,
@@ -206,12 +206,7 @@ impl Row {
 
 /// Whether a socket is connected to what it was given, if it is to be.
 fn has_peer(given: &Given, socket: &Socket) -> bool {
-    given.kind == Kind::Unconnected || canonical(socket.remote) == given.backend
-}
-
-/// An address without the v4-mapped form.
-fn canonical(addr: SocketAddr) -> SocketAddr {
-    SocketAddr::new(addr.ip().to_canonical(), addr.port())
+    given.kind == Kind::Unconnected || socket.is_connected_to(given.backend)
 }
 
 fn all(maps: &PinnedMaps) -> anyhow::Result<Vec<Given>> {
@@ -226,7 +221,7 @@ fn all(maps: &PinnedMaps) -> anyhow::Result<Vec<Given>> {
 pub(super) fn list(args: &ReadArgs) -> anyhow::Result<()> {
     let maps = args.pin.open()?;
     let mut given = all(&maps)?;
-    let begun = super::monotonic_ns()?;
+    let begun = monotonic_ns();
     let wanted: BTreeSet<u64> = given.iter().map(|given| given.netns).collect();
     let sockets = Namespaces::new()?.visit(&wanted, |_| list_sockets(&Protocol::ALL));
     // What was closed meanwhile is not dead but gone, record and all.
@@ -253,7 +248,7 @@ pub(super) fn list(args: &ReadArgs) -> anyhow::Result<()> {
 }
 
 /// Why some of the wanted namespaces could not be looked into.
-fn unseen(wanted: &BTreeSet<u64>, sockets: &Sockets) -> Option<String> {
+fn unseen(wanted: &BTreeSet<u64>, sockets: &Visited) -> Option<String> {
     let failed = sockets
         .visited
         .iter()
@@ -314,7 +309,7 @@ mod tests {
         }
     }
 
-    fn sockets(socket: Option<Socket>) -> Sockets {
+    fn sockets(socket: Option<Socket>) -> Visited {
         let listing = socket.into_iter().map(|socket| (socket.cookie, socket)).collect();
         Visit {
             visited: [(7, Ok(listing))].into(),
@@ -326,7 +321,7 @@ mod tests {
     #[test]
     fn a_row_says_what_the_kernel_has() {
         let dump = dump();
-        let state = |given: &Given, sockets: &Sockets| Row::new(given, &dump, sockets, LATE).state;
+        let state = |given: &Given, sockets: &Visited| Row::new(given, &dump, sockets, LATE).state;
         let there = sockets(Some(socket("[::ffff:10.10.1.2]:8080")));
         assert_eq!(state(&given(), &there), State::Open);
         let row = Row::new(&given(), &dump, &there, LATE);
@@ -358,7 +353,7 @@ mod tests {
         assert_eq!(state(&connecting, &elsewhere), State::Unknown);
 
         let of_another = |missing: &[u64]| Visit {
-            visited: [(8, Ok(Listing::new()))].into(),
+            visited: [(8, Ok(Sockets::new()))].into(),
             missing: missing.iter().copied().collect(),
             refused: Vec::new(),
         };

@@ -14,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use zerocopy::FromBytes as _;
 
 use super::{Format, ReadArgs, output, process};
+use crate::clock::monotonic_ns;
 use crate::loader::TraceLock;
 use crate::maps::bpf::PinnedMaps;
 use crate::maps::sys;
@@ -185,7 +186,7 @@ struct Tracer<'a> {
 impl<'a> Tracer<'a> {
     fn new(args: &'a TraceArgs, maps: &'a PinnedMaps) -> anyhow::Result<Self> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock")?;
-        let boot = u64::try_from(now.as_nanos())?.saturating_sub(super::monotonic_ns()?);
+        let boot = u64::try_from(now.as_nanos())?.saturating_sub(monotonic_ns());
         let lost = maps.drops(DropReason::EventLost)?;
         Ok(Self {
             args,

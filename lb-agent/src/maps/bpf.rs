@@ -77,6 +77,35 @@ pub(super) fn is_missing(error: &AyaMapError) -> bool {
     matches!(error, AyaMapError::KeyNotFound) || errno(error) == Some(libc::ENOENT)
 }
 
+/// The value of a key, if there is one.
+pub(super) fn lookup<const K: usize, const V: usize>(
+    name: &'static str,
+    map: &Hash<K, V>,
+    key: &[u8; K],
+) -> Result<Option<[u8; V]>, MapError> {
+    match map.get(key, 0) {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => Err(call(name, "BPF_MAP_LOOKUP_ELEM")(error)),
+    }
+}
+
+/// The memory of an array.
+pub(super) fn mapped<T>(name: &'static str, map: &MapData) -> Result<MappedArray<T>, MapError>
+where
+    T: FromBytes + IntoBytes + zerocopy::Immutable + zerocopy::KnownLayout + Copy,
+{
+    let info = map.info().map_err(call(name, "BPF_OBJ_GET_INFO_BY_FD"))?;
+    MappedArray::new(map.fd().as_fd(), info.max_entries()).map_err(|source| MapError::Call {
+        map: name,
+        call: "mmap",
+        source,
+    })
+}
+
+/// `enum` of flags of `BPF_MAP_UPDATE_ELEM` in `linux/bpf.h`: insert only.
+pub(super) const BPF_NOEXIST: u64 = 1;
+
 fn full(map: &'static str, capacity: u32) -> MapError {
     MapError::Full {
         map,
@@ -112,15 +141,9 @@ impl PinnedMaps {
             };
         }
         macro_rules! mapped {
-            ($name:ident) => {{
-                let map = open(map_name::$name)?;
-                let size = entries(map_name::$name, &map)?;
-                MappedArray::new(map.fd().as_fd(), size).map_err(|source| MapError::Call {
-                    map: map_name::$name,
-                    call: "mmap",
-                    source,
-                })?
-            }};
+            ($name:ident) => {
+                mapped(map_name::$name, &open(map_name::$name)?)?
+            };
         }
         let (frontends, frontends_size) = hash!(HashMap, FRONTENDS);
         let (sockets_more, sockets_more_size) = hash!(HashMap, SOCKETS_MORE);
@@ -197,11 +220,8 @@ impl PinnedMaps {
     /// # Errors
     /// The system call's.
     pub fn name(&self, service: u32) -> Result<Option<Name>, MapError> {
-        match self.names.get(&service.to_ne_bytes(), 0) {
-            Ok(name) => Ok(Name::read_from_bytes(&name).ok()),
-            Err(error) if is_missing(&error) => Ok(None),
-            Err(error) => Err(call(map_name::NAMES, "BPF_MAP_LOOKUP_ELEM")(error)),
-        }
+        let name = lookup(map_name::NAMES, &self.names, &service.to_ne_bytes())?;
+        Ok(name.and_then(|name| Name::read_from_bytes(&name).ok()))
     }
 
     /// FRONTENDS.
@@ -572,12 +592,11 @@ impl Maps for BpfMaps {
     }
 
     fn insert_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
-        const NOEXIST: u64 = 1;
         let map = map_name::FRONTENDS;
         let (key_bytes, value_bytes): ([u8; KEY], [u8; 8]) = (zerocopy::transmute!(key), zerocopy::transmute!(value));
         self.pinned
             .frontends
-            .insert(key_bytes, value_bytes, NOEXIST)
+            .insert(key_bytes, value_bytes, BPF_NOEXIST)
             .map_err(|error| match errno(&error) {
                 Some(libc::E2BIG) => full(map, self.pinned.capacities.frontends),
                 Some(libc::EEXIST) => MapError::Unexpected {

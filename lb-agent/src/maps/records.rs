@@ -18,7 +18,7 @@ use lb_common::logic::record::{self, LEAVING};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use super::MapError;
-use super::bpf::{Hash, call, is_missing, read_hash, read_socket};
+use super::bpf::{BPF_NOEXIST, Hash, call, is_missing, lookup, mapped, read_hash, read_socket};
 use super::sys::{self, GraceMap, MappedArray, word_of};
 
 const RECORD: usize = size_of::<SocketRecord>();
@@ -110,11 +110,9 @@ impl Records {
     pub(crate) fn is_unchanged(&self, found: &Found) -> Result<bool, MapError> {
         match found.place {
             Place::Slot(slot) => Ok(read_socket(&self.sockets, slot).is_some_and(|now| is_same(&now, &found.record))),
-            Place::More => match self.more.get(&found.record.cookie.to_ne_bytes(), 0) {
-                Ok(now) => Ok(now == found.record.as_bytes()),
-                Err(error) if is_missing(&error) => Ok(false),
-                Err(error) => Err(call(map_name::SOCKETS_MORE, "BPF_MAP_LOOKUP_ELEM")(error)),
-            },
+            Place::More => Ok(self
+                .more(found.record.cookie)?
+                .is_some_and(|now| now == found.record.as_bytes())),
         }
     }
 
@@ -137,7 +135,7 @@ impl Records {
             return Ok(0);
         }
         // Whether or not it passes, no slot may be left half-way.
-        let waited = self.grace.synchronize();
+        let waited = self.synchronize();
         for Found { place, record } in &leaving {
             match place {
                 Place::Slot(slot) if waited.is_ok() => self.free(*slot, record)?,
@@ -145,11 +143,7 @@ impl Records {
                 Place::More => self.count_less(record)?,
             }
         }
-        waited.map_err(|source| MapError::Call {
-            map: "(grace)",
-            call: "BPF_MAP_UPDATE_ELEM",
-            source,
-        })?;
+        waited?;
         Ok(leaving.len())
     }
 
@@ -163,12 +157,7 @@ impl Records {
         if left.is_empty() {
             return Ok(());
         }
-        let synchronized = self.grace.synchronize();
-        synchronized.map_err(|source| MapError::Call {
-            map: "(grace)",
-            call: "BPF_MAP_UPDATE_ELEM",
-            source,
-        })?;
+        self.synchronize()?;
         left.into_iter().for_each(|slot| self.clear(slot));
         Ok(())
     }
@@ -180,12 +169,7 @@ impl Records {
     pub(crate) fn forget_flows(&mut self, cookie: u64, read: &UdpFlows) -> Result<bool, MapError> {
         let name = map_name::UDP_FLOWS;
         let key = cookie.to_ne_bytes();
-        let now = match self.flows.get(&key, 0) {
-            Ok(now) => now,
-            Err(error) if is_missing(&error) => return Ok(false),
-            Err(error) => return Err(call(name, "BPF_MAP_LOOKUP_ELEM")(error)),
-        };
-        if now != read.as_bytes() {
+        if lookup(name, &self.flows, &key)?.is_none_or(|now| now != read.as_bytes()) {
             return Ok(false);
         }
         match self.flows.remove(&key) {
@@ -212,7 +196,7 @@ impl Records {
             return Ok(());
         };
         let rewritten = now.sequence != was.sequence && record::is_complete(now.sequence);
-        if rewritten && !self.has_more(was.cookie)? {
+        if rewritten && self.more(was.cookie)?.is_none() {
             self.exchange(slot, LEAVING, was.cookie);
         } else {
             self.clear(slot);
@@ -228,17 +212,21 @@ impl Records {
         self.exchange(slot, LEAVING, 0);
     }
 
-    fn has_more(&self, cookie: u64) -> Result<bool, MapError> {
-        match self.more.get(&cookie.to_ne_bytes(), 0) {
-            Ok(_) => Ok(true),
-            Err(error) if is_missing(&error) => Ok(false),
-            Err(error) => Err(call(map_name::SOCKETS_MORE, "BPF_MAP_LOOKUP_ELEM")(error)),
-        }
+    /// What SOCKETS_MORE has under a cookie.
+    fn more(&self, cookie: u64) -> Result<Option<[u8; RECORD]>, MapError> {
+        lookup(map_name::SOCKETS_MORE, &self.more, &cookie.to_ne_bytes())
+    }
+
+    fn synchronize(&self) -> Result<(), MapError> {
+        self.grace.synchronize().map_err(|source| MapError::Call {
+            map: "(grace)",
+            call: "BPF_MAP_UPDATE_ELEM",
+            source,
+        })
     }
 
     /// Removes a record from SOCKETS_MORE; a newer one of the same socket is put back.
     fn remove(&mut self, stale: &SocketRecord) -> Result<bool, MapError> {
-        const NOEXIST: u64 = 1;
         let name = map_name::SOCKETS_MORE;
         let key = stale.cookie.to_ne_bytes();
         let mut removed = SocketRecord::new_zeroed();
@@ -253,7 +241,7 @@ impl Records {
         if there && removed != *stale {
             let value: [u8; RECORD] = zerocopy::transmute!(removed);
             // Where one is there already it is newer still; where there is no room, the socket has no record.
-            let _ = self.more.insert(key, value, NOEXIST);
+            let _ = self.more.insert(key, value, BPF_NOEXIST);
             return Ok(false);
         }
         Ok(there)
@@ -264,7 +252,7 @@ impl Records {
     /// too few would hide a record.
     fn count_less(&self, removed: &SocketRecord) -> Result<(), MapError> {
         // The key of an MPTCP socket is its address in the kernel, and no slot counts it.
-        if removed.cookie == removed.socket && !self.has_more(removed.cookie)? {
+        if removed.cookie == removed.socket && self.more(removed.cookie)?.is_none() {
             let slot = record::slot(removed.cookie, self.sockets.len().saturating_sub(1));
             let spilled = offset_of!(SocketRecord, spilled);
             self.sockets.update_u32(slot, spilled, |count| count.checked_sub(1));
@@ -276,16 +264,4 @@ impl Records {
 /// Of one slot: the sequence changes with everything but the number of records elsewhere.
 fn is_same(a: &SocketRecord, b: &SocketRecord) -> bool {
     a.cookie == b.cookie && a.sequence == b.sequence
-}
-
-fn mapped<T>(name: &'static str, map: &MapData) -> Result<MappedArray<T>, MapError>
-where
-    T: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable + zerocopy::KnownLayout + Copy,
-{
-    let info = map.info().map_err(call(name, "BPF_OBJ_GET_INFO_BY_FD"))?;
-    MappedArray::new(map.fd().as_fd(), info.max_entries()).map_err(|source| MapError::Call {
-        map: name,
-        call: "mmap",
-        source,
-    })
 }

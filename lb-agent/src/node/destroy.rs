@@ -14,14 +14,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use lb_common::abi::{Event, EventKind, UdpFlows};
-use nix::time::{ClockId, clock_gettime};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 use tracing::{debug, info};
 
-use super::judge::{self, CONNECTING, Listing, Suspects, Trace, Verdict};
+use super::judge::{self, CONNECTING, Suspects, Trace, Verdict};
 use super::netns::{Namespaces, Visit};
-use super::sockdiag::{Destroyed, Protocol, SockDiag, Socket};
+use super::sockdiag::{Destroyed, Protocol, SockDiag, Socket, list_sockets};
+use crate::clock::monotonic_ns;
 use crate::maps::MapError;
 use crate::maps::records::{Found, Records};
 use crate::model::Problem;
@@ -138,13 +138,6 @@ struct Done {
     failed: Option<io::Error>,
 }
 
-/// Nanoseconds of CLOCK_MONOTONIC, as the programs write them.
-fn now() -> u64 {
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| {
-        now.tv_sec().unsigned_abs() * 1_000_000_000 + now.tv_nsec().unsigned_abs()
-    })
-}
-
 impl Worker {
     fn run(mut self, woken: &Receiver<()>) {
         self.probe();
@@ -213,7 +206,7 @@ impl Worker {
 
     fn try_pass(&mut self) -> Result<usize, MapError> {
         self.problems.retain(|place, _| !place.starts_with(NAMESPACE));
-        let begun = now();
+        let begun = monotonic_ns();
         let mut dead: BTreeMap<u64, Vec<Found>> = BTreeMap::new();
         for found in self.records.all()? {
             let concerned = found.record.proto == Protocol::Udp as u8 || self.settings.tcp;
@@ -257,7 +250,7 @@ impl Worker {
     /// Forgets what had no socket in two listings of its namespace.
     fn sweep(&mut self) -> Result<(), MapError> {
         self.records.free_left_over()?;
-        let oldest = now().saturating_sub(self.settings.sweep.as_nanos() as u64);
+        let oldest = monotonic_ns().saturating_sub(self.settings.sweep.as_nanos() as u64);
         let records: Vec<_> = self
             .records
             .all()?
@@ -324,7 +317,7 @@ impl Worker {
             "socket destroyed: its backend was removed"
         );
         let event = Event {
-            time: now(),
+            time: monotonic_ns(),
             cookie: record.socket,
             netns: record.netns,
             addr: record.original_addr,
@@ -418,16 +411,6 @@ fn try_destroy(records: &Records, dead: &[Found], begun: u64, done: &mut Done) -
         }
     }
     Ok(())
-}
-
-/// The sockets of the network namespace of the calling thread.
-pub(crate) fn list_sockets(protocols: &[Protocol]) -> io::Result<Listing> {
-    let mut diag = SockDiag::open()?;
-    let mut listing = Listing::new();
-    for protocol in protocols {
-        listing.extend(diag.list(*protocol)?.into_iter().map(|socket| (socket.cookie, socket)));
-    }
-    Ok(listing)
 }
 
 /// When an unconnected socket last sent something to a service.

@@ -1,18 +1,14 @@
 //! Which sockets are to be destroyed, and which records are nobody's any more: decided from a record and a listing of the
 //! sockets of its network namespace.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::BTreeSet;
 
 use lb_common::abi::SocketRecord;
 
-use super::sockdiag::{Protocol, Socket};
+use super::sockdiag::{Socket, Sockets};
 
 /// How long connect() may take from the record of a choice to the socket's having that destination, in nanoseconds.
 pub(crate) const CONNECTING: u64 = 1_000_000_000;
-
-/// Sockets of one network namespace, by cookie.
-pub(crate) type Listing = BTreeMap<u64, Socket>;
 
 /// What to do about a record whose backend was removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,30 +28,15 @@ pub(super) enum Verdict {
 ///
 /// A socket is destroyed only if cookie and destination are those of the record, and only if it is connected: one that
 /// was connected elsewhere since, or to nothing, is not the removed backend's.
-pub(super) fn of_removed(record: &SocketRecord, listing: &Listing, begun: u64) -> Verdict {
-    let backend = SocketAddr::new(IpAddr::from(record.backend_addr), record.backend_port);
-    let is_backends = |socket: &Socket| {
-        socket.protocol as u8 == record.proto && is_connected(socket) && canonical(socket.remote) == canonical(backend)
-    };
+pub(super) fn of_removed(record: &SocketRecord, listing: &Sockets, begun: u64) -> Verdict {
+    let backend = record.backend_addr.socket(record.backend_port);
+    let is_backends = |socket: &Socket| socket.protocol as u8 == record.proto && socket.is_connected_to(backend);
     match listing.get(&record.socket) {
         Some(socket) if is_backends(socket) => Verdict::Destroy(*socket),
         _ if begun.saturating_sub(record.time) < CONNECTING => Verdict::Wait,
         Some(_) => Verdict::Forget,
         None => Verdict::Missing,
     }
-}
-
-/// Whether a socket has a peer that it may send to.
-fn is_connected(socket: &Socket) -> bool {
-    match socket.protocol {
-        Protocol::Udp => socket.is_connected(),
-        // From connect() on, until the connection is over for both sides.
-        Protocol::Tcp => socket.has_peer(),
-    }
-}
-
-fn canonical(addr: SocketAddr) -> SocketAddr {
-    SocketAddr::new(addr.ip().to_canonical(), addr.port())
 }
 
 /// What is swept, by what it stands under and when it was last written.
@@ -93,6 +74,7 @@ impl Suspects {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node::sockdiag::Protocol;
     use lb_common::abi::Addr;
 
     const ESTABLISHED: u8 = 1;

@@ -11,4 +11,4 @@ mod netlink;
 pub(crate) mod netns;
 pub(crate) mod sockdiag;
 
-pub(crate) use judge::{CONNECTING, Listing};
+pub(crate) use judge::CONNECTING;

@@ -1,5 +1,6 @@
 //! Sockets of a network namespace, as sock_diag(7) lists and destroys them.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 
@@ -43,14 +44,14 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    /// Whether connect() gave a UDP socket its peer.
-    pub(crate) fn is_connected(&self) -> bool {
-        self.state == TCP_ESTABLISHED
-    }
-
-    /// Whether a TCP socket has a connection, or is about to have one.
-    pub(crate) fn has_peer(&self) -> bool {
-        !matches!(self.state, TCP_CLOSE | TCP_LISTEN)
+    /// Whether connect() has made it send to this address, be it in v4-mapped form, and it may still do so: a UDP
+    /// socket that has a peer; a TCP socket from connect() on, until the connection is over for both sides.
+    pub(crate) fn is_connected_to(&self, peer: SocketAddr) -> bool {
+        let has_peer = match self.protocol {
+            Protocol::Udp => self.state == TCP_ESTABLISHED,
+            Protocol::Tcp => !matches!(self.state, TCP_CLOSE | TCP_LISTEN),
+        };
+        has_peer && canonical(self.remote) == canonical(peer)
     }
 
     fn new(protocol: Protocol, header: &InetResponseHeader) -> Self {
@@ -78,6 +79,11 @@ impl Socket {
     }
 }
 
+/// An address without the v4-mapped form.
+pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_canonical(), addr.port())
+}
+
 /// The kernel has a cookie as two words, the lower first (`sock_diag_save_cookie`).
 fn cookie_of(bytes: [u8; 8]) -> u64 {
     let [a, b, c, d, e, f, g, h] = bytes;
@@ -90,6 +96,22 @@ fn cookie_bytes(cookie: u64) -> [u8; 8] {
     let [a, b, c, d] = (cookie as u32).to_ne_bytes();
     let [e, f, g, h] = ((cookie >> 32) as u32).to_ne_bytes();
     [a, b, c, d, e, f, g, h]
+}
+
+/// Sockets of one network namespace, by cookie.
+pub(crate) type Sockets = BTreeMap<u64, Socket>;
+
+/// The sockets of the network namespace of the calling thread.
+///
+/// # Errors
+/// As [`SockDiag::list`].
+pub(crate) fn list_sockets(protocols: &[Protocol]) -> io::Result<Sockets> {
+    let mut diag = SockDiag::open()?;
+    let mut sockets = Sockets::new();
+    for protocol in protocols {
+        sockets.extend(diag.list(*protocol)?.into_iter().map(|socket| (socket.cookie, socket)));
+    }
+    Ok(sockets)
 }
 
 /// What became of the wish to destroy a socket.
