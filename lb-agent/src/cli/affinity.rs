@@ -49,21 +49,20 @@ fn row(dump: &Dump, now: u64, key: &AffinityKey, entry: Affinity) -> Row {
     // Cluster IPs have the internal set, all else the whole cluster: which of them the client asked for is not known.
     let usable =
         |set| backend.is_some_and(|b| is_usable(b.generation, b.service, b.flags, (key.service, generation), set));
-    let state = if service.flags & service_flags::AFFINITY == 0 {
-        "the service has no affinity"
+    let (holds, state) = if service.flags & service_flags::AFFINITY == 0 {
+        (false, "the service has no affinity")
     } else if !affinity::holds(used, now, service.affinity_timeout) {
-        "expired"
+        (false, "expired")
     } else if backend.is_none() {
-        "backend gone"
+        (false, "backend gone")
     } else {
         match (usable(Set::Internal), usable(Set::Cluster)) {
-            (false, false) => "backend drains",
-            (false, true) => "holds, not for cluster IPs",
-            (true, false) => "holds, for cluster IPs only",
-            (true, true) => "holds",
+            (false, false) => (false, "backend drains"),
+            (false, true) => (true, "holds, not for cluster IPs"),
+            (true, false) => (true, "holds, for cluster IPs only"),
+            (true, true) => (true, "holds"),
         }
     };
-    let holds = state.starts_with("holds");
     let age = age(used, now);
     Row {
         owner: Owner::of(dump.names.get(&key.service)),

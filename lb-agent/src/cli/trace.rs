@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use aya::maps::{Map, MapData, RingBuf};
 use clap::Args;
+use k8s_openapi::jiff::Timestamp;
 use lb_common::abi::{Addr, DropReason, Event, EventKind, map_name};
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
@@ -141,9 +142,8 @@ fn columns([time, event, service, to, result, process, netns]: [&str; 7]) -> Str
 
 /// Hours, minutes, seconds and milliseconds, UTC.
 fn time_of_day(time_ns: u64) -> String {
-    let ms = time_ns / 1_000_000;
-    let (s, ms) = (ms / 1000, ms % 1000);
-    format!("{:02}:{:02}:{:02}.{ms:03}", s / 3600 % 24, s / 60 % 60, s % 60)
+    let time = Timestamp::from_nanosecond(time_ns.into());
+    time.map_or_else(|_| "?".into(), |time| time.strftime("%H:%M:%S%.3f").to_string())
 }
 
 /// Lost events, in JSON.
