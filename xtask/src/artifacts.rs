@@ -1,12 +1,14 @@
 //! Building with cargo, and what came out.
 
 use std::collections::HashMap;
+use std::env;
+use std::ffi::{OsStr, OsString};
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail, ensure};
-use cargo_metadata::{Message, MetadataCommand, PackageId, TargetKind};
+use cargo_metadata::{Message, Metadata, MetadataCommand, Package, PackageId, TargetKind};
 
 use crate::bed::Programs;
 use crate::command::cargo;
@@ -139,10 +141,37 @@ pub(crate) fn build_stress() -> anyhow::Result<Built> {
     ])
 }
 
+/// Builds the agent as the image has it: linked statically, with the C library of this machine, and without the paths of
+/// this machine in it. For a target by name, so that build scripts and macros are built as ever.
+pub(crate) fn build_agent_for_image() -> anyhow::Result<PathBuf> {
+    let mut flags = vec![OsString::from("-Ctarget-feature=+crt-static")];
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(env::home_dir()?.join(".cargo")));
+    for (path, name) in [(Some(root()), "lb"), (home, "cargo")] {
+        let Some(path) = path else { continue };
+        let mut flag = OsString::from("--remap-path-prefix=");
+        flag.push(path);
+        flag.push(format!("=/{name}"));
+        flags.push(flag);
+    }
+    let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);
+    let mut command = cargo();
+    command
+        .args(["build", "--profile", "image", "--target", &target])
+        .args(["-p", "lb-agent", "--bin", "lb-agent"])
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join(OsStr::new("\x1f")));
+    build_by(command)?.program("lb-agent")
+}
+
 fn build(arguments: &[&str]) -> anyhow::Result<Built> {
+    let mut command = cargo();
+    command.args(arguments);
+    build_by(command)
+}
+
+fn build_by(mut command: Command) -> anyhow::Result<Built> {
     let packages = packages()?;
-    let mut child = cargo()
-        .args(arguments)
+    let mut child = command
         .arg("--message-format=json-render-diagnostics")
         .stdout(Stdio::piped())
         .spawn()
@@ -178,14 +207,24 @@ fn build(arguments: &[&str]) -> anyhow::Result<Built> {
     Ok(built)
 }
 
-/// Name and folder of each package of the workspace.
-fn packages() -> anyhow::Result<HashMap<PackageId, (String, PathBuf)>> {
-    let metadata = MetadataCommand::new()
+/// What cargo knows of the workspace.
+fn metadata() -> anyhow::Result<Metadata> {
+    MetadataCommand::new()
         .current_dir(root())
         .no_deps()
         .exec()
-        .context("cannot read the workspace")?;
-    let described = metadata.packages.into_iter().map(|package| {
+        .context("cannot read the workspace")
+}
+
+/// A package of the workspace.
+pub(crate) fn package(name: &str) -> anyhow::Result<Package> {
+    let package = metadata()?.packages.into_iter().find(|package| package.name == name);
+    package.with_context(|| format!("there is no package {name}"))
+}
+
+/// Name and folder of each package of the workspace.
+fn packages() -> anyhow::Result<HashMap<PackageId, (String, PathBuf)>> {
+    let described = metadata()?.packages.into_iter().map(|package| {
         let dir = package
             .manifest_path
             .parent()

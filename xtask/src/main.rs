@@ -1,10 +1,12 @@
-//! Everything a person types while working on lb: `cargo xtask setup | test | bless | run | bench | fuzz | stress | clean`.
+//! Everything a person types while working on lb: `cargo xtask setup | test | bless | run | bench | fuzz | stress | image |
+//! clean`.
 
 mod artifacts;
 mod bed;
 mod bench;
 mod command;
 mod fuzz;
+mod image;
 mod libtest;
 mod plan;
 mod privilege;
@@ -44,6 +46,8 @@ enum Command {
     Fuzz(fuzz::Args),
     /// Look frontends up from every CPU while the maps change; fail if one lookup misses
     Stress(stress::Args),
+    /// Build the agent as a container image
+    Image(image::Args),
     /// Remove what interrupted tests left on this machine
     Clean,
 }
@@ -57,6 +61,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Stress(args) => stress::run(&args),
+        Command::Image(args) => image::run(&args),
         Command::Clean => run::clean(),
     };
     done.unwrap_or_else(|error| {

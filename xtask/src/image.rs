@@ -1,0 +1,316 @@
+//! `image`: the agent as a container image, without a container engine.
+//!
+//! An OCI image layout in a tar archive (image-spec v1.1, image-layout.md), which `ctr images import`, `podman load` and
+//! `skopeo copy oci-archive:` read. Its only layer has one file, the static agent. Nothing in it tells when or where it
+//! was made: the same agent gives the same bytes.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, ensure};
+use flate2::{Compression, GzBuilder};
+use oci_spec::image::{
+    ANNOTATION_DESCRIPTION, ANNOTATION_LICENSES, ANNOTATION_REF_NAME, ANNOTATION_TITLE, ANNOTATION_VERSION,
+    ConfigBuilder, Descriptor, HistoryBuilder, ImageConfigurationBuilder, ImageIndexBuilder, ImageManifestBuilder,
+    MediaType, OciLayoutBuilder, Platform, RootFsBuilder, SCHEMA_VERSION, Sha256Digest,
+};
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+
+use crate::artifacts::{build_agent_for_image, package};
+use crate::root;
+use crate::setup::{self, Scope};
+
+/// The name of the image without its tag. Without a registry: it is imported by every node.
+const NAME: &str = "localhost/lb-agent";
+
+/// The agent within the image.
+const PROGRAM: &str = "lb-agent";
+
+/// What the image may have at most, in bytes: a node that has just joined waits for it.
+const LIMIT: usize = 20_000_000;
+
+/// What containerd calls the name of an image in an archive.
+const CONTAINERD_NAME: &str = "io.containerd.image.name";
+
+/// Arguments of `image`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The archive [default: target/image/lb-agent.tar]
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Name of the image, without tag: the tag is the version
+    #[arg(long, default_value = NAME)]
+    name: String,
+}
+
+/// Builds the agent and writes the image.
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let ready = setup::run(Scope::Build)?;
+    if ready != ExitCode::SUCCESS {
+        return Ok(ready);
+    }
+    let output = args.output.clone().unwrap_or_else(default_output);
+    let made = write(&args.name, &output)?;
+    println!("{made}");
+    println!("{}", output.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Where the archive goes when nobody says.
+fn default_output() -> PathBuf {
+    root().join("target/image/lb-agent.tar")
+}
+
+/// Builds the agent and writes the image; returns a line about it.
+fn write(name: &str, output: &PathBuf) -> anyhow::Result<String> {
+    let program = build_agent_for_image()?;
+    let program = fs::read(&program).with_context(|| format!("cannot read {}", program.display()))?;
+    let about = About::of_agent(name)?;
+    let image = archive(&about, &program)?;
+    ensure!(
+        image.len() <= LIMIT,
+        "the image has {} bytes, more than the {LIMIT} that it may have: what has the agent been linked with?",
+        image.len()
+    );
+    if let Some(dir) = output.parent() {
+        fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    }
+    fs::write(output, &image).with_context(|| format!("cannot write {}", output.display()))?;
+    let megabytes = image.len() as f64 / 1e6;
+    Ok(format!("{}:{} {megabytes:.1} MB", about.name, about.version))
+}
+
+/// What the image says of itself.
+#[derive(Debug)]
+struct About {
+    name: String,
+    version: String,
+    description: String,
+    licenses: String,
+}
+
+impl About {
+    /// By the package of the agent.
+    fn of_agent(name: &str) -> anyhow::Result<Self> {
+        let package = package(PROGRAM)?;
+        Ok(Self {
+            name: name.to_owned(),
+            version: package.version.to_string(),
+            description: package.description.unwrap_or_default(),
+            licenses: package.license.unwrap_or_default(),
+        })
+    }
+
+    fn labels(&self) -> HashMap<String, String> {
+        let labels = [
+            (ANNOTATION_TITLE, PROGRAM),
+            (ANNOTATION_VERSION, &self.version),
+            (ANNOTATION_DESCRIPTION, &self.description),
+            (ANNOTATION_LICENSES, &self.licenses),
+        ];
+        labels.map(|(name, value)| (name.to_owned(), value.to_owned())).into()
+    }
+
+    /// What the index calls the image: the tag for the specification, the whole name for containerd.
+    fn names(&self) -> HashMap<String, String> {
+        let whole = format!("{}:{}", self.name, self.version);
+        [
+            (ANNOTATION_REF_NAME.to_owned(), self.version.clone()),
+            (CONTAINERD_NAME.to_owned(), whole),
+        ]
+        .into()
+    }
+}
+
+/// The whole archive.
+fn archive(about: &About, program: &[u8]) -> anyhow::Result<Vec<u8>> {
+    let layer = tar([(PROGRAM, 0o755, program)])?;
+    let compressed = gzip(&layer)?;
+    let labels = about.labels();
+    let config = ImageConfigurationBuilder::default()
+        .config(
+            ConfigBuilder::default()
+                .entrypoint([format!("/{PROGRAM}")])
+                .labels(labels.clone())
+                .build()?,
+        )
+        .rootfs(
+            RootFsBuilder::default()
+                .typ("layers")
+                .diff_ids([format!("sha256:{}", sha256(&layer))])
+                .build()?,
+        )
+        .history([HistoryBuilder::default().created_by("cargo xtask image").build()?])
+        .build()?;
+    let platform = {
+        let mut platform = Platform::default();
+        platform.set_architecture(config.architecture().clone());
+        platform.set_os(config.os().clone());
+        platform
+    };
+    let config = json(&config)?;
+    let manifest = ImageManifestBuilder::default()
+        .schema_version(SCHEMA_VERSION)
+        .media_type(MediaType::ImageManifest)
+        .config(descriptor(MediaType::ImageConfig, &config)?)
+        .layers([descriptor(MediaType::ImageLayerGzip, &compressed)?])
+        .annotations(labels)
+        .build()?;
+    let manifest = json(&manifest)?;
+    let mut image = descriptor(MediaType::ImageManifest, &manifest)?;
+    image.set_annotations(Some(about.names()));
+    image.set_platform(Some(platform));
+    let index = ImageIndexBuilder::default()
+        .schema_version(SCHEMA_VERSION)
+        .media_type(MediaType::ImageIndex)
+        .manifests([image])
+        .build()?;
+    let layout = OciLayoutBuilder::default().image_layout_version("1.0.0").build()?;
+    let blob = |content| format!("blobs/sha256/{}", sha256(content));
+    tar([
+        ("oci-layout", 0o644, json(&layout)?.as_slice()),
+        ("index.json", 0o644, json(&index)?.as_slice()),
+        (&blob(&manifest), 0o644, manifest.as_slice()),
+        (&blob(&config), 0o644, config.as_slice()),
+        (&blob(&compressed), 0o644, compressed.as_slice()),
+    ])
+}
+
+/// JSON with its keys in order: the types of the specification keep annotations in hash maps.
+fn json(value: &impl Serialize) -> anyhow::Result<Vec<u8>> {
+    let mut value = serde_json::to_value(value)?;
+    value.sort_all_objects();
+    Ok(serde_json::to_vec(&value)?)
+}
+
+/// How the other parts of an image name `content`.
+fn descriptor(media_type: MediaType, content: &[u8]) -> anyhow::Result<Descriptor> {
+    let digest: Sha256Digest = sha256(content).parse()?;
+    Ok(Descriptor::new(media_type, content.len() as u64, digest))
+}
+
+/// SHA-256 in lower-case hexadecimal digits.
+fn sha256(content: &[u8]) -> String {
+    let digest = Sha256::digest(content);
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// An archive of files of root's, without times.
+fn tar<'a>(files: impl IntoIterator<Item = (&'a str, u32, &'a [u8])>) -> anyhow::Result<Vec<u8>> {
+    let mut archive = tar::Builder::new(Vec::new());
+    for (path, mode, content) in files {
+        let mut header = tar::Header::new_ustar();
+        header.set_size(content.len() as u64);
+        header.set_mode(mode);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        archive
+            .append_data(&mut header, path, content)
+            .with_context(|| format!("cannot archive {path}"))?;
+    }
+    Ok(archive.into_inner()?)
+}
+
+/// Compressed, without name and time.
+fn gzip(content: &[u8]) -> io::Result<Vec<u8>> {
+    let mut writer = GzBuilder::new().mtime(0).write(Vec::new(), Compression::best());
+    writer.write_all(content)?;
+    writer.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::io::Read as _;
+
+    use flate2::read::GzDecoder;
+    use oci_spec::image::{ImageConfiguration, ImageIndex, ImageManifest};
+
+    use super::*;
+
+    fn about() -> About {
+        About {
+            name: "localhost/lb-agent".to_owned(),
+            version: "1.2.3".to_owned(),
+            description: "what it is".to_owned(),
+            licenses: "MIT".to_owned(),
+        }
+    }
+
+    /// Path, mode and content of each file.
+    fn read(archive: &[u8]) -> BTreeMap<String, (u32, Vec<u8>)> {
+        let mut archive = tar::Archive::new(archive);
+        let entries = archive.entries().unwrap().map(Result::unwrap);
+        entries
+            .map(|mut entry| {
+                let header = entry.header();
+                assert_eq!((header.uid().unwrap(), header.mtime().unwrap()), (0, 0));
+                let mode = header.mode().unwrap();
+                let mut content = Vec::new();
+                entry.read_to_end(&mut content).unwrap();
+                (entry.path().unwrap().to_str().unwrap().to_owned(), (mode, content))
+            })
+            .collect()
+    }
+
+    /// The content that a descriptor names, with its size and digest checked.
+    fn blob<'a>(files: &'a BTreeMap<String, (u32, Vec<u8>)>, descriptor: &Descriptor) -> &'a [u8] {
+        let digest = descriptor.as_digest_sha256().unwrap();
+        let (_, content) = &files[&format!("blobs/sha256/{digest}")];
+        assert_eq!(sha256(content), digest);
+        assert_eq!(content.len() as u64, descriptor.size());
+        content
+    }
+
+    #[test]
+    fn one_layer_with_the_program_alone() {
+        let files = read(&archive(&about(), b"a program").unwrap());
+        assert_eq!(files["oci-layout"].1, br#"{"imageLayoutVersion":"1.0.0"}"#);
+        let index: ImageIndex = serde_json::from_slice(&files["index.json"].1).unwrap();
+        let [image] = index.manifests().as_slice() else {
+            panic!("{index:?}");
+        };
+        let names = image.annotations().as_ref().unwrap();
+        assert_eq!(names[CONTAINERD_NAME], "localhost/lb-agent:1.2.3");
+        let manifest: ImageManifest = serde_json::from_slice(blob(&files, image)).unwrap();
+        let config: ImageConfiguration = serde_json::from_slice(blob(&files, manifest.config())).unwrap();
+        assert_eq!(config.labels_of_config().unwrap()[ANNOTATION_VERSION], "1.2.3");
+        assert_eq!(
+            config.config().as_ref().unwrap().entrypoint().as_deref().unwrap(),
+            ["/lb-agent"]
+        );
+        let [layer] = manifest.layers().as_slice() else {
+            panic!("{manifest:?}");
+        };
+        let mut unpacked = Vec::new();
+        GzDecoder::new(blob(&files, layer)).read_to_end(&mut unpacked).unwrap();
+        assert_eq!(config.rootfs().diff_ids(), &[format!("sha256:{}", sha256(&unpacked))]);
+        assert_eq!(
+            read(&unpacked),
+            BTreeMap::from([("lb-agent".to_owned(), (0o755, b"a program".to_vec()))])
+        );
+    }
+
+    #[test]
+    fn the_same_program_gives_the_same_bytes() {
+        let first = archive(&about(), b"a program").unwrap();
+        for _ in 0..10 {
+            assert_eq!(archive(&about(), b"a program").unwrap(), first);
+        }
+        assert_ne!(archive(&about(), b"another").unwrap(), first);
+    }
+
+    #[test]
+    fn sha256_is_that_of_the_standard() {
+        // FIPS 180-4, example of one block.
+        assert_eq!(
+            sha256(b"abc"),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+    }
+}
