@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use crate::maps::fake::FakeMaps;
 use crate::maps::faulty::{Fault, FaultyMaps};
 
-use crate::model::EndpointSlice;
+use crate::model::{EndpointSlice, Node, Object};
 use crate::testing::*;
 
 /// A state of the cluster after another; each but the first is a change.
@@ -752,4 +752,98 @@ fn strays_stay_until_every_set_is_known() {
     assert!(!is_live(&next));
     next.settle().unwrap();
     assert_clean(&next);
+}
+
+#[test]
+fn a_node_that_changes_its_zone_follows_other_hints() {
+    let node = |zone: Option<&str>| {
+        Object::Node(Arc::new(Node {
+            name: NODE.into(),
+            addresses: Vec::new(),
+            pod_cidrs: Vec::new(),
+            zone: zone.map(Into::into),
+            leaving: false,
+        }))
+    };
+    let hinted = ["10.0.0.1 @n2 zone:a", "10.0.0.2 @n3 zone:b"];
+    let mut cluster = Cluster::of([
+        service("web", "10.96.0.1").into(),
+        slice("web", &hinted).into(),
+        service("other", "10.96.0.2").into(),
+        slice("other", &["10.0.0.3", "10.0.0.4"]).into(),
+        node(Some("a")),
+    ]);
+    let mut lb = start(maps());
+    apply(&mut lb, &mut cluster);
+    let web = |lb: &Reconciler<FakeMaps>| served(lb.maps(), "10.96.0.1", 80).unwrap();
+    assert_eq!(web(&lb), ["10.0.0.1:8080"]);
+    cluster.set(node(Some("b")));
+    apply(&mut lb, &mut cluster);
+    assert_eq!(web(&lb), ["10.0.0.2:8080"]);
+    for zone in [Some("c"), None] {
+        cluster.set(node(zone));
+        apply(&mut lb, &mut cluster);
+        assert_eq!(web(&lb), ["10.0.0.1:8080", "10.0.0.2:8080"]);
+    }
+    cluster.set(node(Some("a")));
+    apply(&mut lb, &mut cluster);
+    assert_eq!(web(&lb), ["10.0.0.1:8080"]);
+    let before = lb.maps().written();
+    let mut same = cluster.batch();
+    same.changes.push(crate::model::Change::Set(node(Some("a"))));
+    lb.apply(same);
+    assert_eq!(lb.maps().written(), before, "the same zone once more");
+    cluster.remove(node(None));
+    apply(&mut lb, &mut cluster);
+    assert_eq!(web(&lb).len(), 2, "no Node, no zone");
+}
+
+#[test]
+fn health_checks_count_what_is_ready_on_this_node() {
+    let mut balanced = service("web", "10.96.0.1");
+    balanced.health_check_node_port = Some(32000);
+    let mut cluster = Cluster::of([balanced.clone().into()]);
+    let mut lb = start(maps());
+    let check = |lb: &Reconciler<FakeMaps>| {
+        let checks: Vec<_> = lb
+            .health_checks()
+            .iter()
+            .map(|(key, check)| (key.to_string(), *check))
+            .collect();
+        checks
+    };
+    let expected = |local_endpoints| {
+        let check = HealthCheck {
+            port: 32000,
+            local_endpoints,
+        };
+        vec![("default/web".to_owned(), check)]
+    };
+    apply(&mut lb, &mut cluster);
+    assert_eq!(check(&lb), expected(0));
+    let endpoints = [
+        "10.0.0.1 @n1",
+        "10.0.0.2 @n1 terminating",
+        "10.0.0.3 @n1 unready",
+        "10.0.0.4 @n2",
+    ];
+    cluster.set(slice("web", &endpoints));
+    // The same pod for another port.
+    cluster.set(named_slice(
+        "web-1",
+        "web",
+        &[("", 8081)],
+        &["10.0.0.1 @n1", "10.0.0.5 @n1"],
+    ));
+    apply(&mut lb, &mut cluster);
+    assert_eq!(check(&lb), expected(2));
+    cluster.set(service("web", "10.96.0.1"));
+    apply(&mut lb, &mut cluster);
+    assert!(check(&lb).is_empty(), "no longer a load balancer of policy Local");
+    cluster.set(balanced.clone());
+    apply(&mut lb, &mut cluster);
+    balanced.other_proxy = true;
+    cluster.set(balanced);
+    apply(&mut lb, &mut cluster);
+    assert!(check(&lb).is_empty(), "another proxy answers");
 }
