@@ -5,6 +5,7 @@ mod bed;
 mod bench;
 mod command;
 mod fuzz;
+mod kubernetes;
 mod libtest;
 mod plan;
 mod privilege;
