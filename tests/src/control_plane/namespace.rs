@@ -58,7 +58,9 @@ impl<'a> Namespace<'a> {
     /// # Errors
     /// When the API server refuses it.
     pub fn create_labelled_service(&self, name: &str, labels: Value, spec: Value) -> Result<Service> {
-        let object = json!({"metadata": {"name": name, "labels": labels}, "spec": spec});
+        let mut object = json!({"metadata": {"name": name}});
+        object["metadata"]["labels"] = labels;
+        object["spec"] = spec;
         self.objects
             .create(&self.name, object)
             .with_context(|| format!("making Service {name}"))
