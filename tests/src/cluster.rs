@@ -453,6 +453,12 @@ impl Node {
         Ipv4Addr::new(10, 10, self.number, 0)
     }
 
+    /// The first address of the pods' /64.
+    #[must_use]
+    pub fn pod_network6(&self) -> Ipv6Addr {
+        pod_address6(self.number, 0)
+    }
+
     /// The cgroup2 directory of the whole node, pods included: where its agent attaches.
     #[must_use]
     pub fn cgroup(&self) -> &Path {

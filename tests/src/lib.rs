@@ -33,6 +33,8 @@ mod random;
 mod ruleset;
 mod statistics;
 
+#[cfg(feature = "kubernetes")]
+pub mod control_plane;
 pub mod demo;
 pub mod load;
 pub mod manifests;

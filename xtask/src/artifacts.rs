@@ -39,6 +39,11 @@ impl TestProgram {
     pub(crate) fn needs_root(&self) -> bool {
         self.package == "lb-tests" || self.target.starts_with("kernel_")
     }
+
+    /// It starts the control plane of Kubernetes.
+    pub(crate) fn needs_kubernetes(&self) -> bool {
+        self.package == "lb-tests" && self.target.starts_with("kubernetes")
+    }
 }
 
 /// What a build made.
@@ -89,8 +94,14 @@ impl Built {
     }
 }
 
-/// Builds all tests and programs. One call: the features of dependencies are those of the whole workspace.
-pub(crate) fn build_tests() -> anyhow::Result<Built> {
+/// Builds all tests and programs, those against Kubernetes too if so wanted. One call: the features of dependencies are
+/// those of the whole workspace.
+pub(crate) fn build_tests(kubernetes: bool) -> anyhow::Result<Built> {
+    let features = if kubernetes {
+        "lb-tests/bench,lb-tests/kubernetes"
+    } else {
+        "lb-tests/bench"
+    };
     let mut built = build(&[
         "build",
         "--workspace",
@@ -100,7 +111,7 @@ pub(crate) fn build_tests() -> anyhow::Result<Built> {
         "lb-probe",
         "--all-targets",
         "--features",
-        "lb-tests/bench",
+        features,
     ])?;
     built.add_resolvers()?;
     Ok(built)

@@ -7,6 +7,7 @@ mod bench;
 mod command;
 mod fuzz;
 mod image;
+mod kubernetes;
 mod libtest;
 mod plan;
 mod privilege;

@@ -34,7 +34,7 @@ pub(crate) struct Tool {
 }
 
 /// Everything that tests and the demo start.
-pub(crate) const TOOLS: [Tool; 11] = [
+pub(crate) const TOOLS: [Tool; 12] = [
     Tool {
         program: "ip",
         package: "iproute2",
@@ -78,6 +78,10 @@ pub(crate) const TOOLS: [Tool; 11] = [
     Tool {
         program: "musl-gcc",
         package: "musl-tools",
+    },
+    Tool {
+        program: "openssl",
+        package: "openssl",
     },
 ];
 

@@ -10,6 +10,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use anyhow::{Context as _, bail};
 
 use crate::command::{Line, clean_command};
+use crate::kubernetes;
 use crate::plan::{Action, COMPILER_OF_C, Host, MACHINE_TOOLS, NIGHTLY, TOOLS, Tool, plan};
 use crate::privilege::{is_root, search_path};
 use crate::road::{self, Road};
@@ -22,6 +23,9 @@ pub(crate) struct Args {
     /// Also what virtual machines need, and Debian's kernel of this version; may be given several times
     #[arg(long, value_name = "VERSION")]
     vm: Vec<String>,
+    /// Also build the control plane of Kubernetes; this needs Go
+    #[arg(long)]
+    kubernetes: bool,
 }
 
 /// What setup is for.
@@ -47,9 +51,17 @@ const BY_HAND: u8 = 2;
 
 /// What a person calls.
 pub(crate) fn install(args: &Args) -> anyhow::Result<ExitCode> {
+    if args.kubernetes
+        && let Some(ask) = ask_for_kubernetes()?
+    {
+        return Ok(ask);
+    }
     let ready = run(Scope::of(&args.vm))?;
     if ready == ExitCode::SUCCESS {
         vm::get_kernels(&args.vm)?;
+        if args.kubernetes {
+            kubernetes::build()?;
+        }
         name_optional();
     }
     Ok(ready)
@@ -102,6 +114,11 @@ pub(crate) fn name_optional() {
 /// There is a program of that name.
 fn has(program: &str) -> bool {
     env::split_paths(&search_path()).any(|dir| dir.join(program).is_file())
+}
+
+/// Tells what to do by hand before the control plane of Kubernetes can be built, if there is anything.
+pub(crate) fn ask_for_kubernetes() -> anyhow::Result<Option<ExitCode>> {
+    Ok(kubernetes::missing()?.map(|line| ask(&[line])))
 }
 
 /// Tells what to do by hand.

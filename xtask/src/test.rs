@@ -1,12 +1,14 @@
 //! `test` and `bless`.
 
 use std::ffi::OsString;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, bail};
 
 use crate::artifacts::{Built, TestProgram, build_release, build_tests};
 use crate::command::{cargo, clean_command};
+use crate::kubernetes;
 use crate::libtest::{self, Tally};
 use crate::privilege::{as_root, search_path};
 use crate::probe;
@@ -38,6 +40,12 @@ pub(crate) struct Args {
     /// Run nothing but the tests in virtual machines
     #[arg(long, requires = "vm", conflicts_with = "demo")]
     only_vm: bool,
+    /// Also run the tests against the control plane of Kubernetes, which Go builds at the first time (five minutes)
+    #[arg(long)]
+    kubernetes: bool,
+    /// Run nothing but the tests against Kubernetes
+    #[arg(long, requires = "kubernetes", conflicts_with_all = ["demo", "vm"])]
+    only_kubernetes: bool,
     /// Take the kernel of this machine for one that cannot run lb, to see what is done then
     #[arg(long, hide = true)]
     no_kernel: bool,
@@ -45,6 +53,11 @@ pub(crate) struct Args {
 
 /// Runs every check; the last line tells how many passed.
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    if args.kubernetes
+        && let Some(ask) = setup::ask_for_kubernetes()?
+    {
+        return Ok(ask);
+    }
     let mut sum = set_up(Scope::of(&args.vm));
     if sum.failed > 0 {
         return Ok(conclude(sum));
@@ -69,17 +82,35 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if kernel == Kernel::Native && !args.only_vm {
         sum += step("leftovers", run::clean_as_root);
     }
-    if !args.no_lint && !args.only_vm {
+    if !args.no_lint && !args.only_vm && !args.only_kubernetes {
         sum += lints();
     }
+    let mut control_plane = None;
+    if args.kubernetes {
+        sum += step("control plane of Kubernetes", || {
+            control_plane = Some(kubernetes::build()?);
+            if kernel == Kernel::Foreign {
+                bail!("the tests against it need a kernel that can run lb, and run in no virtual machine");
+            }
+            Ok(())
+        });
+        if sum.failed > 0 {
+            return Ok(conclude(sum));
+        }
+    }
     let mut built = Built::default();
-    sum += build(&mut built);
+    sum += build(&mut built, args.kubernetes);
     if built.tests.is_empty() {
         return Ok(conclude(sum));
     }
     let mut ran = Tally::default();
     if !args.only_vm {
-        ran += tests(&built, &Selection::Filter(filter), kernel);
+        let selection = if args.only_kubernetes {
+            Selection::Kubernetes(filter)
+        } else {
+            Selection::Filter(filter)
+        };
+        ran += tests(&built, &selection, kernel, control_plane.as_deref());
     }
     if args.demo && kernel == Kernel::Native {
         sum += step("demo", run::check_demo);
@@ -137,7 +168,7 @@ fn set_up(scope: Scope) -> Tally {
 fn lints() -> Tally {
     let mut sum = step("format", || call(cargo().args(["fmt", "--all", "--check"])));
     sum += step("lints", || {
-        let features = "lb-tests/bench,lb-tests/stress";
+        let features = "lb-tests/bench,lb-tests/kubernetes,lb-tests/stress";
         call(cargo().args([
             "clippy",
             "--workspace",
@@ -152,16 +183,16 @@ fn lints() -> Tally {
     sum += step("documentation", || {
         call(
             cargo()
-                .args(["doc", "--workspace", "--no-deps"])
+                .args(["doc", "--workspace", "--no-deps", "--features", "lb-tests/kubernetes"])
                 .env("RUSTDOCFLAGS", "-D warnings"),
         )
     });
     sum
 }
 
-fn build(built: &mut Built) -> Tally {
+fn build(built: &mut Built, kubernetes: bool) -> Tally {
     step("build", || {
-        *built = build_tests()?;
+        *built = build_tests(kubernetes)?;
         Ok(())
     })
 }
@@ -172,9 +203,9 @@ pub(crate) fn bless() -> anyhow::Result<ExitCode> {
         bail!("the setup is not complete");
     }
     let mut built = Built::default();
-    let mut sum = build(&mut built);
+    let mut sum = build(&mut built, false);
     if !built.tests.is_empty() {
-        sum += some(tests(&built, &Selection::Golden, Kernel::Native));
+        sum += some(tests(&built, &Selection::Golden, Kernel::Native, None));
     }
     Ok(conclude(sum))
 }
@@ -184,6 +215,8 @@ pub(crate) fn bless() -> anyhow::Result<ExitCode> {
 enum Selection<'a> {
     /// All, or those that contain this.
     Filter(Option<&'a str>),
+    /// Those against Kubernetes, or those of them that contain this.
+    Kubernetes(Option<&'a str>),
     /// Golden tests, which are to write down what they see.
     Golden,
 }
@@ -192,7 +225,7 @@ impl Selection<'_> {
     /// The filter for the tests of `program`.
     fn filter(&self, program: &str) -> Option<&str> {
         match self {
-            Self::Filter(filter) => *filter,
+            Self::Filter(filter) | Self::Kubernetes(filter) => *filter,
             Self::Golden => (!program.contains(GOLDEN)).then_some(GOLDEN),
         }
     }
@@ -218,8 +251,9 @@ fn in_machines(versions: &[String], job: impl FnOnce(&Built) -> anyhow::Result<J
     sum
 }
 
-/// Runs tests; those that need a kernel only on this machine's own.
-fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel) -> Tally {
+/// Runs tests; those that need a kernel only on this machine's own. The programs of Kubernetes are in the folder
+/// `control_plane`.
+fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, control_plane: Option<&Path>) -> Tally {
     let mut ran = Tally::default();
     let mut env = vec![("PATH", search_path())];
     match built.programs() {
@@ -231,10 +265,16 @@ fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel) -> Tally {
             ran += step("programs", || Err(error));
         }
     }
+    if let Some(folder) = control_plane {
+        env.push(("LB_KUBERNETES", folder.into()));
+    }
     if matches!(selection, Selection::Golden) {
         env.push(("LB_BLESS", "1".into()));
     }
-    let here = |program: &&TestProgram| kernel == Kernel::Native || !program.needs_root();
+    let here = |program: &&TestProgram| {
+        (kernel == Kernel::Native || !program.needs_root())
+            && (!matches!(selection, Selection::Kubernetes(_)) || program.needs_kubernetes())
+    };
     for program in built.tests.iter().filter(here) {
         let title = format!("tests of {} ({})", program.package, program.target);
         ran += counted(&title, || {

@@ -1,0 +1,272 @@
+//! What a kubelet would tell the API server of its node and its pods.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context as _, Result};
+use k8s_openapi::api::core::v1;
+use serde_json::{Value, json};
+
+use super::{ControlPlane, Objects};
+use crate::{Cluster, Node, Place, Pod};
+
+/// When all pods were started, as far as the API is concerned.
+const STARTED: &str = "2026-01-01T00:00:00Z";
+
+/// What a pod is made like.
+#[derive(Debug, Clone, Default)]
+pub struct Template {
+    labels: BTreeMap<String, String>,
+    ports: Vec<Value>,
+    gates: Vec<String>,
+    host_network: bool,
+}
+
+impl Template {
+    /// A pod with the label `app`.
+    #[must_use]
+    pub fn app(name: &str) -> Self {
+        Self::default().label("app", name)
+    }
+
+    /// A label.
+    #[must_use]
+    pub fn label(mut self, name: &str, value: &str) -> Self {
+        self.labels.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    /// A port with a name, which a Service may have as its target.
+    #[must_use]
+    pub fn port(mut self, name: &str, port: u16, protocol: &str) -> Self {
+        let port = json!({"name": name, "containerPort": port, "protocol": protocol});
+        self.ports.push(port);
+        self
+    }
+
+    /// A readiness gate: a condition that somebody else says the pod has.
+    #[must_use]
+    pub fn gate(mut self, condition: &str) -> Self {
+        self.gates.push(condition.to_owned());
+        self
+    }
+
+    /// The pod has the node's network namespace and addresses.
+    #[must_use]
+    pub fn host_network(mut self) -> Self {
+        self.host_network = true;
+        self
+    }
+}
+
+/// A pod as its kubelet sees it. Dropping this leaves it as it is.
+#[derive(Debug)]
+pub struct Kubelet<'a> {
+    objects: &'a Objects,
+    namespace: String,
+    name: String,
+    node: String,
+    node_addresses: [IpAddr; 2],
+    gates: Vec<String>,
+    /// Conditions that decide whether the pod is ready: `ContainersReady`, and gates.
+    conditions: Mutex<BTreeMap<String, bool>>,
+    place: Place,
+    /// None where the pod has the node's network.
+    pod: Option<Pod>,
+}
+
+impl<'a> Kubelet<'a> {
+    pub(super) fn start(
+        objects: &'a Objects,
+        namespace: &str,
+        cluster: &Cluster,
+        node: &str,
+        name: &str,
+        template: &Template,
+    ) -> Result<Self> {
+        let node = cluster.node(node);
+        let pod = if template.host_network {
+            None
+        } else {
+            // Names of pods are those of network namespaces, which all tests of the machine share.
+            Some(cluster.add_pod(node.name(), &format!("{namespace}-{name}"))?)
+        };
+        let place = pod.as_ref().map_or_else(|| Place::clone(node), |pod| Place::clone(pod));
+        let gates: Vec<_> = template
+            .gates
+            .iter()
+            .map(|gate| json!({"conditionType": gate}))
+            .collect();
+        let object = json!({
+            "metadata": {"name": name, "labels": template.labels},
+            "spec": {
+                "nodeName": node.name(),
+                "hostNetwork": template.host_network,
+                "readinessGates": gates,
+                "terminationGracePeriodSeconds": 30,
+                "containers": [{"name": "server", "image": "none", "ports": template.ports}],
+            },
+        });
+        objects
+            .create::<v1::Pod>(namespace, object)
+            .with_context(|| format!("making pod {name}"))?;
+        let new = Self {
+            objects,
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            node: node.name().to_owned(),
+            node_addresses: [node.address().into(), node.address6().into()],
+            gates: template.gates.clone(),
+            conditions: Mutex::default(),
+            place,
+            pod,
+        };
+        new.report()?;
+        Ok(new)
+    }
+
+    /// Its name in the API.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The name of its node.
+    #[must_use]
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Where its processes run.
+    #[must_use]
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Its addresses, IPv4 first.
+    #[must_use]
+    pub fn addresses(&self) -> [IpAddr; 2] {
+        self.pod
+            .as_ref()
+            .map_or(self.node_addresses, |pod| [pod.address().into(), pod.address6().into()])
+    }
+
+    /// Its containers pass their readiness probes, or do not.
+    ///
+    /// # Errors
+    /// When the API server refuses it.
+    pub fn set_ready(&self, ready: bool) -> Result<()> {
+        self.set_condition("ContainersReady", ready)
+    }
+
+    /// A condition holds, or does not; one that a gate names decides with.
+    ///
+    /// # Errors
+    /// When the API server refuses it.
+    pub fn set_condition(&self, condition: &str, holds: bool) -> Result<()> {
+        let mut conditions = self.conditions.lock().unwrap_or_else(PoisonError::into_inner);
+        conditions.insert(condition.to_owned(), holds);
+        drop(conditions);
+        self.report()
+    }
+
+    /// Somebody deletes the pod: it has time to end, and is terminating until [`Self::finish`].
+    ///
+    /// # Errors
+    /// When the API server refuses it.
+    pub fn terminate(&self) -> Result<()> {
+        self.objects
+            .delete::<v1::Pod>(&self.namespace, &self.name, Some(30))
+            .with_context(|| format!("deleting pod {}", self.name))
+    }
+
+    /// All its containers have ended: the object goes, and so do the namespace and all processes in it.
+    ///
+    /// # Errors
+    /// When something cannot be removed.
+    pub fn finish(self, cluster: &Cluster) -> Result<()> {
+        self.objects
+            .delete::<v1::Pod>(&self.namespace, &self.name, Some(0))
+            .with_context(|| format!("removing pod {}", self.name))?;
+        self.pod.map_or(Ok(()), |pod| cluster.remove_pod(&pod))
+    }
+
+    /// Writes the pod's status.
+    fn report(&self) -> Result<()> {
+        let known = self.conditions.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let holds = |condition: &str| known.get(condition).copied().unwrap_or(false);
+        let containers = holds("ContainersReady");
+        let ready = containers && self.gates.iter().all(|gate| holds(gate));
+        let mut conditions = vec![condition("Initialized", true), condition("PodScheduled", true)];
+        conditions.push(condition("ContainersReady", containers));
+        conditions.push(condition("Ready", ready));
+        let gates = self.gates.iter().map(|gate| condition(gate, holds(gate)));
+        conditions.extend(gates);
+        let addresses = |addresses: [IpAddr; 2]| addresses.map(|address| json!({"ip": address})).to_vec();
+        let status = json!({
+            "phase": "Running",
+            "startTime": STARTED,
+            "conditions": conditions,
+            "hostIP": self.node_addresses[0],
+            "hostIPs": addresses(self.node_addresses),
+            "podIP": self.addresses()[0],
+            "podIPs": addresses(self.addresses()),
+            "containerStatuses": [{
+                "name": "server", "image": "none", "imageID": "", "restartCount": 0,
+                "ready": containers, "started": true, "state": {"running": {"startedAt": STARTED}},
+            }],
+        });
+        self.objects
+            .patch_status::<v1::Pod>(&self.namespace, &self.name, json!({"status": status}))
+            .with_context(|| format!("reporting the status of pod {}", self.name))?;
+        Ok(())
+    }
+}
+
+impl ControlPlane {
+    /// Tells the API server of a node: its addresses, and those of its pods.
+    pub(super) fn add_node(&self, node: &Node) -> Result<()> {
+        let pods = [
+            format!("{}/24", node.pod_network()),
+            format!("{}/64", node.pod_network6()),
+        ];
+        let object = json!({
+            "metadata": {"name": node.name(), "labels": {"kubernetes.io/hostname": node.name()}},
+            "spec": {"podCIDR": pods[0], "podCIDRs": pods},
+        });
+        self.objects()
+            .create_global::<v1::Node>(object)
+            .with_context(|| format!("making node {}", node.name()))?;
+        let addresses = json!([
+            {"type": "InternalIP", "address": node.address()},
+            {"type": "InternalIP", "address": node.address6()},
+            {"type": "Hostname", "address": node.name()},
+        ]);
+        let ready = condition("Ready", true);
+        // The share of a zone in all processors decides about hints in topology mode Auto.
+        let room = json!({"cpu": "4", "memory": "8Gi", "pods": "110"});
+        let status = json!({"addresses": addresses, "conditions": [ready], "capacity": room, "allocatable": room});
+        self.objects()
+            .patch_global::<v1::Node>(node.name(), json!({"status": status}), true)
+            .with_context(|| format!("reporting the status of node {}", node.name()))?;
+        Ok(())
+    }
+
+    /// Labels a node as one of a zone, or of none.
+    ///
+    /// # Errors
+    /// When the API server refuses it.
+    pub fn set_zone(&self, node: &str, zone: Option<&str>) -> Result<()> {
+        let labels = json!({"metadata": {"labels": {"topology.kubernetes.io/zone": zone}}});
+        self.objects()
+            .patch_global::<v1::Node>(node, labels, false)
+            .with_context(|| format!("labelling node {node}"))?;
+        Ok(())
+    }
+}
+
+fn condition(kind: &str, holds: bool) -> Value {
+    let status = if holds { "True" } else { "False" };
+    json!({"type": kind, "status": status, "lastTransitionTime": STARTED, "reason": "Test", "message": ""})
+}

@@ -1,0 +1,249 @@
+//! The control plane of Kubernetes that tests run against, built from its own source by Go.
+//!
+//! `tests/kubernetes/go.mod` says which version, and `tests/kubernetes/etcd/go.mod` which etcd. What was built is kept
+//! below `target/kubernetes`, in a folder named after both.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::command::clean_command;
+use crate::privilege::search_path;
+use crate::root;
+
+/// Where Go installs itself by its own instructions.
+const GO_FOLDER: &str = "/usr/local/go/bin";
+/// How to get it.
+const HOW: &str = "see https://go.dev/dl (Debian's own packages may be too old), and put its folder `bin` into PATH";
+
+/// A program, the package of Go that it is built from, and how long that takes from nothing on two processors.
+struct Source {
+    program: &'static str,
+    package: &'static str,
+    module: Module,
+    time: &'static str,
+}
+
+/// A module of Go.
+#[derive(Clone, Copy)]
+enum Module {
+    Kubernetes,
+    Etcd,
+}
+
+impl Module {
+    /// Its folder.
+    fn folder(self) -> PathBuf {
+        let kubernetes = root().join("tests/kubernetes");
+        match self {
+            Self::Kubernetes => kubernetes,
+            Self::Etcd => kubernetes.join("etcd"),
+        }
+    }
+
+    /// What it is made for.
+    fn requires(self) -> &'static str {
+        match self {
+            Self::Kubernetes => "k8s.io/kubernetes",
+            Self::Etcd => "go.etcd.io/etcd/server/v3",
+        }
+    }
+
+    fn manifest(self) -> Result<String> {
+        let path = self.folder().join("go.mod");
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    }
+
+    /// The version that is built, as `v1.36.3`.
+    fn version(self) -> Result<String> {
+        let manifest = self.manifest()?;
+        let version = required(&manifest, self.requires());
+        Ok(version
+            .with_context(|| format!("go.mod does not require {}", self.requires()))?
+            .to_owned())
+    }
+
+    /// What the linker is told.
+    fn linker_flags(self, version: &str) -> String {
+        match self {
+            // A client may refuse a server of an unknown version.
+            Self::Kubernetes => {
+                let minor = version.split('.').nth(1).unwrap_or_default();
+                let package = "k8s.io/component-base/version";
+                format!(
+                    "-s -w -X {package}.gitVersion={version} -X {package}.gitMajor=1 -X {package}.gitMinor={minor} \
+                     -X k8s.io/client-go/pkg/version.gitVersion={version}"
+                )
+            }
+            Self::Etcd => "-s -w".to_owned(),
+        }
+    }
+}
+
+/// Everything that is built.
+const SOURCES: [Source; 5] = [
+    Source {
+        program: "etcd",
+        package: "go.etcd.io/etcd/server/v3",
+        module: Module::Etcd,
+        time: "half a minute",
+    },
+    Source {
+        program: "kube-apiserver",
+        package: "k8s.io/kubernetes/cmd/kube-apiserver",
+        module: Module::Kubernetes,
+        time: "three minutes",
+    },
+    Source {
+        program: "kube-controller-manager",
+        package: "k8s.io/kubernetes/cmd/kube-controller-manager",
+        module: Module::Kubernetes,
+        time: "a minute",
+    },
+    Source {
+        program: "kube-proxy",
+        package: "k8s.io/kubernetes/cmd/kube-proxy",
+        module: Module::Kubernetes,
+        time: "ten seconds",
+    },
+    Source {
+        program: "kubectl",
+        package: "k8s.io/kubernetes/cmd/kubectl",
+        module: Module::Kubernetes,
+        time: "twenty seconds",
+    },
+];
+
+/// What a person has to see to before the control plane can be built, if anything; nothing where it is built already.
+pub(crate) fn missing() -> Result<Option<String>> {
+    let folder = folder()?;
+    if SOURCES.iter().all(|source| folder.join(source.program).is_file()) {
+        return Ok(None);
+    }
+    let manifest = Module::Kubernetes.manifest()?;
+    let wanted = required(&manifest, "go").context("go.mod names no version of Go")?;
+    let wants = format!("the control plane of Kubernetes is built by Go {wanted} or newer");
+    // In the folder of the module Go says itself if it is too old, or becomes a newer one.
+    let mut command = go(&Module::Kubernetes.folder());
+    let Ok(output) = command.args(["env", "GOVERSION"]).stdin(Stdio::null()).output() else {
+        return Ok(Some(format!("{wants}, and there is none: {HOW}")));
+    };
+    let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    if !output.status.success() {
+        let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        return Ok(Some(format!("{wants}: {why}: {HOW}")));
+    }
+    if number(&said) < number(wanted) {
+        return Ok(Some(format!("{wants}, and this is {said}: {HOW}")));
+    }
+    Ok(None)
+}
+
+/// The folder with all programs, built if they are not there.
+pub(crate) fn build() -> Result<PathBuf> {
+    let folder = folder()?;
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    for source in &SOURCES {
+        source.build(&folder)?;
+    }
+    Ok(folder)
+}
+
+/// Where what is built is kept.
+fn folder() -> Result<PathBuf> {
+    let (kubernetes, etcd) = (Module::Kubernetes.version()?, Module::Etcd.version()?);
+    Ok(root()
+        .join("target/kubernetes")
+        .join(format!("{kubernetes}-etcd-{etcd}")))
+}
+
+impl Source {
+    fn build(&self, folder: &Path) -> Result<()> {
+        let made = folder.join(self.program);
+        if made.is_file() {
+            return Ok(());
+        }
+        let version = self.module.version()?;
+        println!("building {} {version} ({})", self.program, self.time);
+        // Under another name until it is whole.
+        let unfinished = folder.join(format!("{}.new", self.program));
+        let mut command = go(&self.module.folder());
+        command
+            .args(["build", "-trimpath", "-buildvcs=false", "-mod=readonly", "-ldflags"])
+            .arg(self.module.linker_flags(&version))
+            .arg("-o")
+            .arg(&unfinished)
+            .arg(self.package)
+            .stdin(Stdio::null());
+        let status = command.status().context("cannot run go")?;
+        ensure!(status.success(), "go does not build {} ({status})", self.program);
+        fs::rename(&unfinished, &made).with_context(|| format!("cannot move {} to its place", self.program))
+    }
+}
+
+/// Go, from the search path or where it installs itself, in the folder of a module.
+fn go(folder: &Path) -> Command {
+    let mut path = search_path();
+    path.push(":");
+    path.push(OsStr::new(GO_FOLDER));
+    let program = which::which_in("go", Some(&path), folder).unwrap_or_else(|_| "go".into());
+    let mut command = clean_command(program);
+    command.current_dir(folder).env("CGO_ENABLED", "0");
+    command
+}
+
+/// What comes after `name` in a go.mod, where that is said directly: a version of a module, or of Go.
+fn required<'a>(manifest: &'a str, name: &str) -> Option<&'a str> {
+    manifest.lines().find_map(|line| {
+        let mut words = line.split_whitespace().skip_while(|word| *word == "require");
+        let (found, version) = (words.next()?, words.next()?);
+        (found == name && words.next().is_none()).then_some(version)
+    })
+}
+
+/// `go1.26.8` and `1.26.0` as numbers that can be compared.
+fn number(version: &str) -> Vec<u32> {
+    let digits = version.trim_start_matches("go");
+    let parts = digits.split('.').map_while(|part| {
+        let end = part.find(|c: char| !c.is_ascii_digit()).unwrap_or(part.len());
+        part[..end].parse().ok()
+    });
+    parts.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MANIFEST: &str = "module x\n\ngo 1.26.0\n\nrequire k8s.io/kubernetes v1.36.3\n\nrequire (\n\t\
+                            k8s.io/api v0.36.3 // indirect\n\tgo.etcd.io/etcd/server/v3 v3.6.8\n)\n\nreplace (\n\t\
+                            k8s.io/kubernetes/x => k8s.io/y v1.0.0\n)\n";
+
+    #[test]
+    fn versions_are_read_from_go_mod() {
+        assert_eq!(required(MANIFEST, "go"), Some("1.26.0"));
+        assert_eq!(required(MANIFEST, "k8s.io/kubernetes"), Some("v1.36.3"));
+        assert_eq!(required(MANIFEST, "go.etcd.io/etcd/server/v3"), Some("v3.6.8"));
+        assert_eq!(required(MANIFEST, "k8s.io/client-go"), None);
+    }
+
+    #[test]
+    fn versions_of_go_compare() {
+        assert!(number("go1.19.8") < number("1.26.0"));
+        assert!(number("go1.26.8") > number("1.26.0"));
+        assert!(number("go1.26.0") >= number("1.26.0"));
+        assert!(number("go1.27rc1") > number("1.26.0"));
+        assert!(number("go1.9") < number("1.26"));
+    }
+
+    #[test]
+    fn the_modules_of_this_project_name_their_versions() {
+        for module in [Module::Kubernetes, Module::Etcd] {
+            let version = module.version().unwrap();
+            assert!(version.starts_with('v'), "{version}");
+        }
+    }
+}
