@@ -15,6 +15,7 @@ mod clock;
 pub mod desired;
 mod diff;
 mod explain;
+pub mod face;
 #[cfg(test)]
 mod fuzz;
 mod index;
