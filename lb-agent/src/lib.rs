@@ -12,6 +12,7 @@ mod actual;
 mod alloc;
 pub mod cli;
 mod clock;
+pub mod config;
 pub mod desired;
 mod diff;
 mod explain;

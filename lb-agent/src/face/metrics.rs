@@ -38,7 +38,7 @@ pub struct Metrics {
     problems: IntGaugeVec,
     complete: IntGauge,
     destroyed: IntCounter,
-    watch_restarts: IntCounterVec,
+    watch_restarts: IntCounter,
     events: IntCounterVec,
     usage: Mutex<Usage>,
 }
@@ -132,10 +132,10 @@ impl Metrics {
                 "sockets_destroyed_total",
                 "Sockets destroyed because their backend was removed",
             ))?,
-            watch_restarts: IntCounterVec::new(
-                ours("watch_restarts_total", "Watches of the API that had to be begun anew"),
-                &["kind"],
-            )?,
+            watch_restarts: IntCounter::with_opts(ours(
+                "watch_restarts_total",
+                "Watches of the API that had to be begun anew",
+            ))?,
             events: IntCounterVec::new(ours("events_total", "Events on Services, by what became of them"), &["result"])?,
             usage: Mutex::default(),
             registry,
@@ -293,10 +293,9 @@ impl Metrics {
         self.destroyed.inc();
     }
 
-    /// Watches that had to be begun anew, by kind of object: for the source to count.
-    #[must_use]
-    pub fn watch_restarts(&self) -> IntCounterVec {
-        self.watch_restarts.clone()
+    /// How many watches of the API had to be begun anew so far.
+    pub fn watch_restarts(&self, total: u64) {
+        self.watch_restarts.inc_by(total.saturating_sub(self.watch_restarts.get()));
     }
 
     /// Events on Services, by result: `published`, `failed`.
