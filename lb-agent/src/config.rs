@@ -206,7 +206,9 @@ impl Config {
         let mode = said_text(detect_local_mode);
         let detect_local = detect_local.unwrap_or_default();
         Ok(Self {
-            kubeconfig: client_connection.and_then(|client| said_text(client.kubeconfig)).map(PathBuf::from),
+            kubeconfig: client_connection
+                .and_then(|client| said_text(client.kubeconfig))
+                .map(PathBuf::from),
             node_name: said_text(hostname_override).map(|name| name.trim().to_lowercase()),
             detect_local: match mode.as_deref() {
                 None | Some("ClusterCIDR") => DetectLocal::ClusterCidr(cidrs(said_text(cluster_cidr))?),
@@ -255,7 +257,10 @@ fn cidrs(text: Option<String>) -> Result<Vec<IpNet>, ParseError> {
     let text = text.unwrap_or_default();
     let words = text.split(',').map(str::trim).filter(|word| !word.is_empty());
     words
-        .map(|word| word.parse().map_err(|_| value("clusterCIDR", format!("{word:?} is no network"))))
+        .map(|word| {
+            word.parse()
+                .map_err(|_| value("clusterCIDR", format!("{word:?} is no network")))
+        })
         .collect()
 }
 
@@ -304,7 +309,11 @@ fn collect(path: &str, said: &Value, keys: &mut BTreeSet<String>) {
     match said {
         Value::Object(map) if path != "featureGates" => {
             for (key, value) in map {
-                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                let path = if path.is_empty() {
+                    key.clone()
+                } else {
+                    format!("{path}.{key}")
+                };
                 collect(&path, value, keys);
             }
         }

@@ -170,12 +170,13 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
     let face = Face::start(settings, &lock.pins().maps()).context("serving health and metrics")?;
     let mut unserved = face.problems();
     let notices = client.map(|client| Notices::start(client, &node, face.metrics()));
+    let mut conntrack = tune(config, in_cluster);
     let outside = Outside {
         face,
         notices,
         unserved: Vec::new(),
-        conntrack: tune(config, in_cluster),
-        unset: Vec::new(),
+        unset: conntrack.as_mut().map(Conntrack::apply).unwrap_or_default(),
+        conntrack,
     };
     let selection = args.node_ports.selection();
     let mut addresses = addrs::follow(&selection).context("listing the node's addresses")?;
@@ -420,7 +421,9 @@ impl Agent {
 
     /// Sets what could not be set before.
     fn tune(&mut self) {
-        let Some(conntrack) = &mut self.outside.conntrack else { return };
+        let Some(conntrack) = &mut self.outside.conntrack else {
+            return;
+        };
         let unset = conntrack.apply();
         if unset != self.outside.unset {
             self.outside.unset = unset;
@@ -450,7 +453,10 @@ impl Agent {
         let node = self.node_ports.problem.iter().chain(unset);
         problems.extend(node.chain(&self.trouble).chain(unserved).cloned());
         self.log_problems(&problems);
-        self.outside.face.metrics().problems(problems.iter().map(|problem| problem.kind));
+        self.outside
+            .face
+            .metrics()
+            .problems(problems.iter().map(|problem| problem.kind));
         if let Some(notices) = &self.outside.notices {
             notices.tell(&problems);
         }

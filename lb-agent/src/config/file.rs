@@ -1,5 +1,6 @@
 //! Every key that a file may have: k8s.io/kube-proxy/config/v1alpha1, k8s.io/component-base/config/v1alpha1 and
 //! k8s.io/component-base/logs/api/v1 of Kubernetes 1.36. What is not among them is an error.
+#![expect(dead_code, reason = "not all that may be said is used")]
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -37,7 +38,6 @@ macro_rules! keys {
             $(#[$doc])*
             #[derive(Debug, Default, Deserialize)]
             #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-            #[expect(dead_code, reason = "not all that may be said is used")]
             pub(super) struct $name {
                 $($(#[$attr])* pub(super) $field: Option<$type>,)*
             }
@@ -48,7 +48,6 @@ macro_rules! keys {
 /// The file. Only what it is must be said.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-#[expect(dead_code, reason = "not all that may be said is used")]
 pub(super) struct File {
     #[serde(default)]
     pub(super) api_version: String,
@@ -163,7 +162,9 @@ keys! {
 /// What is wrong, and in which line. The list of what might have been is left out.
 pub(super) fn error(error: &serde_saphyr::Error) -> ParseError {
     let message = UserMessageFormatter.format_message(error).into_owned();
-    let message = message.split_once(", expected one of").map_or(&*message, |(what, _)| what);
+    let message = message
+        .split_once(", expected one of")
+        .map_or(&*message, |(what, _)| what);
     let at = error.location().map(|at| format!("line {}: ", at.line()));
     ParseError::Text {
         at: at.unwrap_or_default(),

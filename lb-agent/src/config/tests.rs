@@ -220,7 +220,10 @@ fn a_file_that_says_nothing_has_kube_proxys_defaults() {
     assert_eq!(parsed(""), Ok(Config::default()));
     assert_eq!(parsed("conntrack: null\nclientConnection:\n"), Ok(Config::default()));
     assert_eq!(Config::default().healthz.with_port(10256).to_string(), "0.0.0.0:10256");
-    assert_eq!(Config::default().metrics.with_port(10249).to_string(), "127.0.0.1:10249");
+    assert_eq!(
+        Config::default().metrics.with_port(10249).to_string(),
+        "127.0.0.1:10249"
+    );
 }
 
 #[test]
@@ -242,7 +245,10 @@ fn local_traffic_is_detected_in_one_of_four_ways() {
     ] {
         assert_eq!(parsed(text).unwrap().detect_local, expected, "{text}");
     }
-    assert_eq!(refused("detectLocalMode: Magic"), "detectLocalMode: \"Magic\" is unknown");
+    assert_eq!(
+        refused("detectLocalMode: Magic"),
+        "detectLocalMode: \"Magic\" is unknown"
+    );
 }
 
 #[test]
@@ -262,23 +268,44 @@ fn json_is_read_as_well() {
 fn what_is_wrong_is_named_with_its_line() {
     for (text, expected) in [
         ("mode: \"\"\nfoo: 1", ["line 4: ", "unknown field `foo`"]),
-        ("conntrack:\n  maxPerKern: 1", ["line 4: ", "unknown field `maxPerKern`"]),
+        (
+            "conntrack:\n  maxPerKern: 1",
+            ["line 4: ", "unknown field `maxPerKern`"],
+        ),
         ("oomScoreAdj: many", ["line 3: ", "many"]),
         ("conntrack:\n  udpTimeout: -3s", ["line 4: ", "\"-3s\" is negative"]),
-        ("conntrack:\n  udpTimeout: soon", ["line 4: ", "\"soon\" is no duration"]),
+        (
+            "conntrack:\n  udpTimeout: soon",
+            ["line 4: ", "\"soon\" is no duration"],
+        ),
         ("conntrack: {min: -1}", ["line 3: ", ""]),
         ("mode: a\nmode: b", ["line 4: ", "mode"]),
         ("mode: [", ["line ", ""]),
         ("oomScoreAdj: 1001", ["oomScoreAdj: ", "1001"]),
-        ("healthzBindAddress: localhost", ["healthzBindAddress: ", "\"localhost\""]),
-        ("metricsBindAddress: '1.2.3.4:x'", ["metricsBindAddress: ", "\"1.2.3.4:x\""]),
+        (
+            "healthzBindAddress: localhost",
+            ["healthzBindAddress: ", "\"localhost\""],
+        ),
+        (
+            "metricsBindAddress: '1.2.3.4:x'",
+            ["metricsBindAddress: ", "\"1.2.3.4:x\""],
+        ),
         ("bindAddress: everywhere", ["bindAddress: ", "not an address"]),
         ("clusterCIDR: 10.0.0.0/33", ["clusterCIDR: ", "\"10.0.0.0/33\""]),
-        ("nodePortAddresses: [primary, 10.0.0.0/8]", ["nodePortAddresses: ", "primary"]),
+        (
+            "nodePortAddresses: [primary, 10.0.0.0/8]",
+            ["nodePortAddresses: ", "primary"],
+        ),
     ] {
         let message = refused(text);
-        assert!(message.starts_with(expected[0]) && message.contains(expected[1]), "{text}: {message}");
-        assert!(!message.contains("expected one of") && !message.contains('\n'), "{message}");
+        assert!(
+            message.starts_with(expected[0]) && message.contains(expected[1]),
+            "{text}: {message}"
+        );
+        assert!(
+            !message.contains("expected one of") && !message.contains('\n'),
+            "{message}"
+        );
     }
 }
 

@@ -95,9 +95,17 @@ impl Collector {
             (map_name::SERVICES, usage.services as usize, sizes.services),
             (map_name::FRONTENDS, usage.frontends as usize, sizes.frontends),
             (map_name::BACKENDS, usage.backends as usize, sizes.backends),
-            (map_name::BACKEND_SLOTS, usage.backend_slots as usize, sizes.backend_slots),
+            (
+                map_name::BACKEND_SLOTS,
+                usage.backend_slots as usize,
+                sizes.backend_slots,
+            ),
             (map_name::SOCKETS, self.maps.sockets_used(), sizes.sockets),
-            (map_name::SOCKETS_MORE, self.maps.sockets_more_used()?, sizes.sockets_more),
+            (
+                map_name::SOCKETS_MORE,
+                self.maps.sockets_more_used()?,
+                sizes.sockets_more,
+            ),
             (map_name::UDP_FLOWS, self.maps.udp_flows_used()?, sizes.udp_flows),
             (map_name::AFFINITY, self.maps.affinity_used()?, sizes.affinity),
         ] {
@@ -113,7 +121,9 @@ impl Collector {
         let help = "What was refused, dropped, or served without something, by reason";
         let drops = IntCounterVec::new(ours("drops_total", help), &["reason"])?;
         for reason in DropReason::ALL {
-            drops.with_label_values(&[reason.label()]).inc_by(self.maps.drops(*reason)?);
+            drops
+                .with_label_values(&[reason.label()])
+                .inc_by(self.maps.drops(*reason)?);
         }
         registry.register(Box::new(drops))?;
         Ok(())
@@ -131,9 +141,15 @@ impl Collector {
             }
         }
         let labels = ["namespace", "service", "port", "protocol", "ip_family"];
-        let connections = ours("service_connections_total", "Connections that were given a backend, by Service port");
+        let connections = ours(
+            "service_connections_total",
+            "Connections that were given a backend, by Service port",
+        );
         let connections = IntCounterVec::new(connections, &labels)?;
-        let refused = ours("service_refused_total", "Connections that were refused, by Service port");
+        let refused = ours(
+            "service_refused_total",
+            "Connections that were refused, by Service port",
+        );
         let refused = IntCounterVec::new(refused, &labels)?;
 
         let mut all = HashMap::new();
@@ -153,7 +169,13 @@ impl Collector {
             }
             if self.per_service {
                 let owner = Owner::of(Some(&name));
-                let labels = [&*owner.namespace, &owner.name, &owner.port.to_string(), &owner.protocol, family(&name)];
+                let labels = [
+                    &*owner.namespace,
+                    &owner.name,
+                    &owner.port.to_string(),
+                    &owner.protocol,
+                    family(&name),
+                ];
                 connections.with_label_values(&labels).inc_by(stats.connections);
                 refused.with_label_values(&labels).inc_by(stats.refused);
             }
@@ -192,7 +214,10 @@ impl Collector {
         };
         let stats = self.maps.stats(index)?;
         // It may have passed to another in between.
-        let same = self.maps.service(index).is_some_and(|now| now.generation == service.generation);
+        let same = self
+            .maps
+            .service(index)
+            .is_some_and(|now| now.generation == service.generation);
         Ok(same.then_some((service, stats)))
     }
 }

@@ -99,7 +99,9 @@ impl Servers {
             |problems| told.set(Server::Metrics, problems),
         );
         let told_checks = Arc::clone(&told);
-        let checks = CheckServers::new(checks, health, move |problems| told_checks.set(Server::Checks, problems));
+        let checks = CheckServers::new(checks, health, move |problems| {
+            told_checks.set(Server::Checks, problems)
+        });
         tokio::select! {
             () = healthz => {}
             () = scraped => {}
@@ -114,7 +116,9 @@ fn at(address: Option<BindAddress>, port: u16) -> Option<SocketAddr> {
 
 /// Serves at an address for ever; where that cannot be, says so and tries again.
 async fn keep(flag: &str, at: Option<SocketAddr>, routes: Router, told: impl Fn(Vec<Problem>)) {
-    let Some(at) = at else { return std::future::pending().await };
+    let Some(at) = at else {
+        return std::future::pending().await;
+    };
     loop {
         match serve::serve(at, routes.clone()) {
             Ok(server) => {

@@ -55,8 +55,7 @@ fn network_programming_buckets() -> prometheus::Result<Vec<f64>> {
 }
 
 fn seconds_since_1970(time: SystemTime) -> f64 {
-    time.duration_since(UNIX_EPOCH)
-        .map_or(0.0, |since| since.as_secs_f64())
+    time.duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
 impl Metrics {
@@ -126,7 +125,10 @@ impl Metrics {
                 ))
                 .buckets(exponential_buckets(0.000_1, 2.0, 18)?),
             )?,
-            problems: IntGaugeVec::new(ours("problems", "What is wrong now, as `lb-agent status` names it"), &["kind"])?,
+            problems: IntGaugeVec::new(
+                ours("problems", "What is wrong now, as `lb-agent status` names it"),
+                &["kind"],
+            )?,
             complete: IntGauge::with_opts(ours("source_complete", "1 once everything was told and applied"))?,
             destroyed: IntCounter::with_opts(ours(
                 "sockets_destroyed_total",
@@ -136,7 +138,10 @@ impl Metrics {
                 "watch_restarts_total",
                 "Watches of the API that had to be begun anew",
             ))?,
-            events: IntCounterVec::new(ours("events_total", "Events on Services, by what became of them"), &["result"])?,
+            events: IntCounterVec::new(
+                ours("events_total", "Events on Services, by what became of them"),
+                &["result"],
+            )?,
             usage: Mutex::default(),
             registry,
         };
@@ -295,7 +300,8 @@ impl Metrics {
 
     /// How many watches of the API had to be begun anew so far.
     pub fn watch_restarts(&self, total: u64) {
-        self.watch_restarts.inc_by(total.saturating_sub(self.watch_restarts.get()));
+        self.watch_restarts
+            .inc_by(total.saturating_sub(self.watch_restarts.get()));
     }
 
     /// Events on Services, by result: `published`, `failed`.

@@ -30,7 +30,7 @@ pub use service::Checks;
 
 use crate::desired::HealthCheck;
 use crate::maps::bpf::PinnedMaps;
-use crate::maps::{Maps, MapError};
+use crate::maps::{MapError, Maps};
 use crate::model::{Batch, Change, Kind, Node, Object, ObjectId, ObjectKey, Problem};
 use crate::reconcile::Reconciler;
 
@@ -130,12 +130,6 @@ impl Face {
         self.health.alive(Instant::now());
     }
 
-    /// Changes wait to be applied from now on.
-    pub fn queued(&self) {
-        self.health.queued(Instant::now());
-        self.metrics.queued();
-    }
-
     /// The changes of a batch are about to be applied.
     pub fn applying(&self, batch: &Batch) -> Applying {
         let begun = Instant::now();
@@ -178,11 +172,6 @@ impl Face {
         self.health.applied(now, SystemTime::now());
         self.node(reconciler.node(), reconciler.is_complete());
         self.health_checks(reconciler.health_checks());
-    }
-
-    /// Nothing waits any more; there was nothing to apply.
-    pub fn idle(&self) {
-        self.health.applied(Instant::now(), SystemTime::now());
     }
 
     fn node(&self, node: Option<&Node>, complete: bool) {

@@ -51,7 +51,12 @@ impl Checks {
         let everywhere = [IpAddr::from(Ipv6Addr::UNSPECIFIED)];
         let addresses = self.addresses.as_deref().unwrap_or(&everywhere);
         let ports = self.by_port();
-        let at = |port: &u16| addresses.iter().map(|ip| SocketAddr::new(*ip, *port)).collect::<Vec<_>>();
+        let at = |port: &u16| {
+            addresses
+                .iter()
+                .map(|ip| SocketAddr::new(*ip, *port))
+                .collect::<Vec<_>>()
+        };
         ports.keys().flat_map(at).collect()
     }
 }
@@ -152,7 +157,10 @@ impl CheckServers {
             let problem = Problem::new(format!("Service {service}"), message);
             Some(problem.of(service).kind(ProblemKind::HealthCheck))
         });
-        let unserved = checks.services.iter().filter(|(key, check)| ports.get(&check.port) != Some(key));
+        let unserved = checks
+            .services
+            .iter()
+            .filter(|(key, check)| ports.get(&check.port) != Some(key));
         let unserved = unserved.map(|(key, check)| {
             let message = format!("another Service has the health check node port {}", check.port);
             let problem = Problem::new(format!("Service {key}"), message);

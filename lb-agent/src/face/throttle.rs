@@ -152,7 +152,10 @@ mod tests {
             verdicts.filter(|verdict| *verdict == Verdict::Now).count()
         };
         assert_eq!(told(&mut throttle, 0, now), 10);
-        assert_eq!(throttle.ask(&key("a"), 1000, now), Verdict::Later(now + OF_SERVICE.every));
+        assert_eq!(
+            throttle.ask(&key("a"), 1000, now),
+            Verdict::Later(now + OF_SERVICE.every)
+        );
         assert_eq!(told(&mut throttle, 100, now + OF_SERVICE.every), 1);
         assert_eq!(told(&mut throttle, 200, now + 3 * OF_SERVICE.every), 2);
         assert_eq!(throttle.ask(&key("b"), 1, now + 3 * OF_SERVICE.every), Verdict::Now);

@@ -124,7 +124,10 @@ impl Conntrack {
         let path = self.sysctls.join(name);
         if name == MAX && fs::metadata(&path)?.permissions().mode() & 0o222 == 0 {
             // Of another network namespace than the machine's own, the kernel takes no limit.
-            info!(name, "left as it is: it can be set in the machine's first network namespace only");
+            info!(
+                name,
+                "left as it is: it can be set in the machine's first network namespace only"
+            );
             return Ok(());
         }
         if read(&path)? != value {
@@ -176,7 +179,11 @@ mod tests {
         let names = |settings: &Settings| settings.wanted(1).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
         assert_eq!(
             names(&Settings::default()),
-            [MAX, "nf_conntrack_tcp_timeout_established", "nf_conntrack_tcp_timeout_close_wait"]
+            [
+                MAX,
+                "nf_conntrack_tcp_timeout_established",
+                "nf_conntrack_tcp_timeout_close_wait"
+            ]
         );
         let settings = Settings {
             max_per_core: 0,
@@ -189,7 +196,11 @@ mod tests {
         };
         assert_eq!(
             names(&settings),
-            ["nf_conntrack_tcp_be_liberal", "nf_conntrack_udp_timeout", "nf_conntrack_udp_timeout_stream"]
+            [
+                "nf_conntrack_tcp_be_liberal",
+                "nf_conntrack_udp_timeout",
+                "nf_conntrack_udp_timeout_stream"
+            ]
         );
     }
 
