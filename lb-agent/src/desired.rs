@@ -11,7 +11,9 @@ use lb_common::logic::connect::Set;
 
 use crate::index::Index;
 use crate::keyed::{ByKey, Keyed};
-use crate::model::{Change, EndpointSlice, ObjectKey, Problem, Protocol, Service, ServicePort, ServiceType};
+use crate::model::{
+    Change, EndpointSlice, ObjectKey, Problem, ProblemKind, Protocol, Service, ServicePort, ServiceType,
+};
 use crate::policy::{self, Here, Member, Wanted};
 
 /// What a service index stands for: one port of a Service in one family. Two with the same identity are the same, even
@@ -436,7 +438,9 @@ impl Desired {
             problems.extend(claims.map(|loser| {
                 let (addr, port, older) = (key.addr, key.port, &winner.id.service);
                 let message = format!("{addr}:{port} is served for the older Service {older}");
-                Problem::new(format!("Service {}", loser.id), message).of(&loser.id.service)
+                Problem::new(format!("Service {}", loser.id), message)
+                    .of(&loser.id.service)
+                    .kind(ProblemKind::Conflict)
             }));
         }
         problems

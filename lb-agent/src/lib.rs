@@ -12,9 +12,11 @@ mod actual;
 mod alloc;
 pub mod cli;
 mod clock;
+pub mod config;
 pub mod desired;
 mod diff;
 mod explain;
+pub mod face;
 #[cfg(test)]
 mod fuzz;
 mod index;

@@ -379,7 +379,54 @@ pub enum Change {
     Remove(ObjectId),
 }
 
-/// Something that a source could not use, told to the operator by log, `status` and a metric.
+/// What a problem is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum ProblemKind {
+    /// The source could not be read, or not be understood.
+    #[default]
+    Source,
+    /// Two claim one thing.
+    Conflict,
+    /// The maps do not say what they should.
+    Map,
+    /// The node's addresses or settings.
+    Node,
+    /// Sockets of removed backends.
+    Sockets,
+    /// A `healthCheckNodePort` is not served.
+    HealthCheck,
+    /// A server of the agent's own does not listen.
+    Server,
+}
+
+impl ProblemKind {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Source,
+        Self::Conflict,
+        Self::Map,
+        Self::Node,
+        Self::Sockets,
+        Self::HealthCheck,
+        Self::Server,
+    ];
+
+    /// Label of the metric `lb_problems`.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Conflict => "conflict",
+            Self::Map => "map",
+            Self::Node => "node",
+            Self::Sockets => "sockets",
+            Self::HealthCheck => "health_check",
+            Self::Server => "server",
+        }
+    }
+}
+
+/// Something that is wrong, told to the operator by log, `status` and a metric.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
     /// Where it stands: a file with the document's number and line, or an API object.
@@ -388,6 +435,8 @@ pub struct Problem {
     pub message: String,
     /// The Service whose owner must know, where it is one's.
     pub service: Option<ObjectKey>,
+    /// What it is about.
+    pub kind: ProblemKind,
 }
 
 impl Problem {
@@ -398,7 +447,15 @@ impl Problem {
             place: place.into(),
             message: message.into(),
             service: None,
+            kind: ProblemKind::default(),
         }
+    }
+
+    /// What it is about.
+    #[must_use]
+    pub fn kind(mut self, kind: ProblemKind) -> Self {
+        self.kind = kind;
+        self
     }
 
     /// Whose owner must know of it.

@@ -20,7 +20,7 @@ use crate::diff::{self, Plan, Step};
 use crate::index::Index;
 use crate::maps::{Capacities, Epoch, MapError, Maps};
 use crate::memory;
-use crate::model::{Batch, Node, ObjectKey, Problem};
+use crate::model::{Batch, Node, ObjectKey, Problem, ProblemKind};
 
 /// Number of changes in one batch after which memory is given back.
 const LARGE: usize = 1000;
@@ -185,11 +185,12 @@ impl<M: Maps> Reconciler<M> {
         all.extend(self.desired.conflicts());
         all.extend(self.failed_ports.iter().map(|(id, why)| {
             let message = format!("not served as it should be: {why}");
-            Problem::new(format!("Service {id}"), message).of(&id.service)
+            let problem = Problem::new(format!("Service {id}"), message);
+            problem.of(&id.service).kind(ProblemKind::Map)
         }));
         all.extend(self.failed_frontends.iter().map(|(key, why)| {
             let place = format!("frontend {}:{}", key.addr, key.port);
-            let problem = Problem::new(place, format!("not served as it should be: {why}"));
+            let problem = Problem::new(place, format!("not served as it should be: {why}")).kind(ProblemKind::Map);
             match self.desired.owner(key) {
                 Some(service) => problem.of(service),
                 None => problem,

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod affinity;
+mod config;
 mod explain;
 mod list;
 mod output;
@@ -214,7 +215,7 @@ impl From<CapacityArgs> for Capacities {
 #[must_use]
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Run(args) => run::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Run(args) => run::run(*args).map(|()| ExitCode::SUCCESS),
         Command::Status(args) => status::status(&args).map(|()| ExitCode::SUCCESS),
         Command::Service(List::List(args)) => list::services(&args).map(|()| ExitCode::SUCCESS),
         Command::Backend(List::List(args)) => list::backends(&args).map(|()| ExitCode::SUCCESS),

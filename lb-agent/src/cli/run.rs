@@ -13,14 +13,18 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing::{debug, error, info, warn};
 
+use super::config::{ConfigArgs, tune};
 use super::{CapacityArgs, PinArgs, SourceArgs};
 use crate::actual::pad;
+use crate::config::Config;
+use crate::face::{Face, Notices};
 use crate::loader::{self, Cgroup, LoadError, Lock, OBJECT, PinPath, SocketLb, TraceLock};
 use crate::maps::Maps as _;
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
-use crate::model::{Batch, Problem};
+use crate::model::{Batch, Problem, ProblemKind};
 use crate::node::addrs::{self, Selection, Snapshot, Wanted};
+use crate::node::conntrack::Conntrack;
 use crate::node::destroy::{self, Destroyer};
 use crate::reconcile::Reconciler;
 
@@ -28,6 +32,8 @@ use crate::reconcile::Reconciler;
 pub(super) struct RunArgs {
     #[command(flatten)]
     source: SourceArgs,
+    #[command(flatten)]
+    config: ConfigArgs,
     #[command(flatten)]
     pin: PinArgs,
     /// Cgroup (v2) whose processes are served [default: the root of the cgroup2 mount]
@@ -67,9 +73,9 @@ struct NodePortArgs {
     devices: Vec<String>,
     /// Which of the node's addresses serve node ports: those in the networks named (all of a family that none is named
     /// of), or `primary`: the first address of each family in this node's Node object, without one the addresses of the
-    /// devices with a default route. Loopback serves the node's own sockets in any case
-    #[arg(long, value_name = "CIDR,...|primary", default_value = "0.0.0.0/0,::/0")]
-    nodeport_addresses: Wanted,
+    /// devices with a default route. Loopback serves the node's own sockets in any case [default: all]
+    #[arg(long, value_name = "CIDR,...|primary")]
+    nodeport_addresses: Option<Wanted>,
 }
 
 impl NodePortArgs {
@@ -80,7 +86,7 @@ impl NodePortArgs {
         } = self;
         Selection {
             devices: devices.iter().cloned().collect(),
-            wanted: nodeport_addresses.clone(),
+            wanted: nodeport_addresses.clone().unwrap_or_default(),
         }
     }
 }
@@ -109,7 +115,7 @@ enum LogFormat {
 /// Time between two looks for a trace that was killed.
 const LOOK: Duration = Duration::from_secs(5);
 
-pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
+pub(super) fn run(mut args: RunArgs) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
@@ -120,11 +126,26 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),
     }
+    let config = args.config.read()?;
+    if let Some(config) = &config {
+        args.complete(config);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(serve(args))
+    runtime.block_on(serve(&args, config.as_ref()))
 }
 
-async fn serve(args: &RunArgs) -> anyhow::Result<()> {
+impl RunArgs {
+    /// Takes from a file what no flag says.
+    fn complete(&mut self, config: &Config) {
+        let source = &mut self.source;
+        source.node_name = source.node_name.take().or_else(|| config.node_name.clone());
+        source.kubeconfig = source.kubeconfig.take().or_else(|| config.kubeconfig.clone());
+        let addresses = &mut self.node_ports.nodeport_addresses;
+        *addresses = addresses.take().or_else(|| config.node_port_addresses.clone());
+    }
+}
+
+async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
     let node = args.source.node()?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -143,6 +164,20 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     let mut grace = maps.grace_watch();
 
     let mut source = args.source.open().await?;
+    let client = source.client();
+    let in_cluster = client.is_some();
+    let settings = args.config.face(config.unwrap_or(&Config::default()), in_cluster);
+    let face = Face::start(settings, &lock.pins().maps()).context("serving health and metrics")?;
+    let mut unserved = face.problems();
+    let notices = client.map(|client| Notices::start(client, &node, face.metrics()));
+    let mut conntrack = tune(config, in_cluster);
+    let outside = Outside {
+        face,
+        notices,
+        unserved: Vec::new(),
+        unset: conntrack.as_mut().map(Conntrack::apply).unwrap_or_default(),
+        conntrack,
+    };
     let selection = args.node_ports.selection();
     let mut addresses = addrs::follow(&selection).context("listing the node's addresses")?;
     let reconciler = Reconciler::adopt(maps, &node)?;
@@ -152,15 +187,19 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
         written: None,
         problem: None,
     };
-    let mut agent = Agent::new(reconciler, &node, &cgroup, socket_lb, node_ports)?;
+    let mut agent = Agent::new(reconciler, &node, &cgroup, socket_lb, node_ports, outside)?;
+    let mut look = tokio::time::interval(LOOK);
     // The maps are filled before programs look at them, and before programs of an earlier build are replaced; what an
     // earlier run has left is enough where the source has to be waited for.
     while agent.state.applies == 0 && (source.is_here() || !agent.reconciler.is_serving()) {
         tokio::select! {
             batch = source.next() => agent.first(batch?, source.is_here()),
+            Ok(()) = unserved.changed() => agent.outside.unserved = unserved.borrow_and_update().clone(),
+            _ = look.tick() => {}
             _ = terminate.recv() => return Ok(()),
             _ = interrupt.recv() => return Ok(()),
         }
+        agent.outside.face.alive();
     }
     agent.write_addresses();
     loader::attach(agent.reconciler.maps().programs(), lock.pins(), &cgroup)?;
@@ -177,7 +216,6 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
     let mut destroyer = Destroyer::start(&lock.pins().maps(), settings).context("looking after sockets")?;
     let mut trouble = destroyer.problems();
     let mut withdrawals = agent.reconciler.withdrawals();
-    let mut look = tokio::time::interval(LOOK);
 
     loop {
         tokio::select! {
@@ -186,7 +224,10 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
             Ok(()) = addresses.changed() => agent.follow_addresses(),
             Some(event) = destroyer.destroyed() => agent.tell(&event),
             Ok(()) = trouble.changed() => agent.note_sockets(trouble.borrow_and_update().clone()),
+            Ok(()) = unserved.changed() => agent.note_servers(unserved.borrow_and_update().clone()),
             _ = look.tick() => {
+                agent.tune();
+                agent.outside.face.metrics().watch_restarts(source.restarts());
                 if let Err(error) = end_orphaned_trace(agent.reconciler.maps().pinned(), lock.pins()) {
                     warn!(%error, "looking for a trace that was killed");
                 }
@@ -194,6 +235,7 @@ async fn serve(args: &RunArgs) -> anyhow::Result<()> {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
+        agent.outside.face.alive();
         if agent.reconciler.withdrawals() != withdrawals {
             withdrawals = agent.reconciler.withdrawals();
             destroyer.wake();
@@ -223,9 +265,23 @@ struct NodePorts {
     problem: Option<Problem>,
 }
 
+/// What others see of the agent, and what it sets beside the maps.
+struct Outside {
+    face: Face,
+    /// Where owners of Services are told; `None` without an API server.
+    notices: Option<Notices>,
+    /// What the servers could not do.
+    unserved: Vec<Problem>,
+    /// Settings of the kernel's connection tracking, where they are the agent's to make.
+    conntrack: Option<Conntrack>,
+    /// Which of them could not be set.
+    unset: Vec<Problem>,
+}
+
 /// The reconciler, and what the command line is told about it.
 struct Agent {
     reconciler: Reconciler<BpfMaps>,
+    outside: Outside,
     node_ports: NodePorts,
     state: State,
     /// What could not be done to sockets.
@@ -247,6 +303,7 @@ impl Agent {
         cgroup: &Cgroup,
         socket_lb: SocketLb,
         node_ports: NodePorts,
+        outside: Outside,
     ) -> anyhow::Result<Self> {
         let state = State {
             pid: std::process::id(),
@@ -263,6 +320,7 @@ impl Agent {
         };
         Ok(Self {
             reconciler,
+            outside,
             node_ports,
             state,
             trouble: Vec::new(),
@@ -287,9 +345,11 @@ impl Agent {
         if !news && self.reconciler.source_problems() == batch.problems {
             return;
         }
+        let applying = self.outside.face.applying(&batch);
         let changes = batch.changes.len();
         let before = self.reconciler.maps().written();
         self.reconciler.apply(batch);
+        self.outside.face.applied(&applying, &self.reconciler);
         let written = self.reconciler.maps().written() - before;
         debug!(changes, written, "applied");
         self.state.applies += 1;
@@ -311,6 +371,10 @@ impl Agent {
         } = &self.node_ports;
         let node = self.reconciler.node().map(|node| node.addresses.as_slice());
         let selected = addresses.borrow().select(selection, node);
+        if !selection.is_everything() {
+            let addresses = selected.iter().map(|addr| (*addr).into()).collect();
+            self.outside.face.health_check_addresses(Some(addresses));
+        }
         if self.node_ports.problem.is_none() && self.node_ports.written.as_ref() == Some(&selected) {
             return;
         }
@@ -322,12 +386,13 @@ impl Agent {
             Err(error) => Some(error.to_string()),
         };
         let place = map_name::NODE_ADDRS.to_owned();
-        self.node_ports.problem = message.map(|message| Problem::new(place, message));
+        self.node_ports.problem = message.map(|message| Problem::new(place, message).kind(ProblemKind::Node));
         self.node_ports.written = Some(selected);
     }
 
     /// Tells whoever traces.
     fn tell(&self, event: &Event) {
+        self.outside.face.metrics().socket_destroyed();
         if let Err(error) = self.reconciler.maps().tell(event) {
             warn!(%error, "an event is lost");
         }
@@ -347,6 +412,26 @@ impl Agent {
         self.publish_state();
     }
 
+    /// What the servers could not do has changed.
+    fn note_servers(&mut self, unserved: Vec<Problem>) {
+        self.outside.unserved = unserved;
+        self.publish_problems();
+        self.publish_state();
+    }
+
+    /// Sets what could not be set before.
+    fn tune(&mut self) {
+        let Some(conntrack) = &mut self.outside.conntrack else {
+            return;
+        };
+        let unset = conntrack.apply();
+        if unset != self.outside.unset {
+            self.outside.unset = unset;
+            self.publish_problems();
+            self.publish_state();
+        }
+    }
+
     fn publish_state(&self) {
         self.reconciler.maps().pinned().write_state(&self.state);
     }
@@ -364,8 +449,17 @@ impl Agent {
     /// Logs problems that are new and those that are gone, and tells all to the command line.
     fn publish_problems(&mut self) {
         let mut problems = self.reconciler.problems();
-        problems.extend(self.node_ports.problem.iter().chain(&self.trouble).cloned());
+        let Outside { unserved, unset, .. } = &self.outside;
+        let node = self.node_ports.problem.iter().chain(unset);
+        problems.extend(node.chain(&self.trouble).chain(unserved).cloned());
         self.log_problems(&problems);
+        self.outside
+            .face
+            .metrics()
+            .problems(problems.iter().map(|problem| problem.kind));
+        if let Some(notices) = &self.outside.notices {
+            notices.tell(&problems);
+        }
         let notices: Vec<_> = problems
             .iter()
             .map(|problem| Notice {

@@ -306,10 +306,29 @@ impl PinnedMaps {
     /// # Errors
     /// The system call's.
     pub fn sockets_more_used(&self) -> Result<usize, MapError> {
-        self.sockets_more.keys().try_fold(0, |n, key| {
-            key.map(|_| n + 1)
-                .map_err(call(map_name::SOCKETS_MORE, "BPF_MAP_GET_NEXT_KEY"))
-        })
+        count(map_name::SOCKETS_MORE, &self.sockets_more)
+    }
+
+    /// Entries of UDP_FLOWS.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn udp_flows_used(&self) -> Result<usize, MapError> {
+        count(map_name::UDP_FLOWS, &self.udp_flows)
+    }
+
+    /// Entries of AFFINITY.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn affinity_used(&self) -> Result<usize, MapError> {
+        count(map_name::AFFINITY, &self.affinity)
+    }
+
+    /// An entry of SERVICES; `None` beyond the end.
+    #[must_use]
+    pub fn service(&self, index: u32) -> Option<Service> {
+        self.services.read(index)
     }
 
     /// The record in a slot of SOCKETS, if there is a complete one.
@@ -424,6 +443,13 @@ pub(super) fn read_socket(sockets: &MappedArray<SocketRecord>, slot: u32) -> Opt
         let again = sockets.read(slot)?;
         let whole = record::is_complete(first.sequence) && first == again;
         (whole && first.cookie != 0 && first.cookie != record::LEAVING).then_some(first)
+    })
+}
+
+/// How many entries a hash has.
+fn count<const K: usize, const V: usize>(name: &'static str, map: &Hash<K, V>) -> Result<usize, MapError> {
+    map.keys().try_fold(0, |n, key| {
+        key.map(|_| n + 1).map_err(call(name, "BPF_MAP_GET_NEXT_KEY"))
     })
 }
 

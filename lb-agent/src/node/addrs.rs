@@ -41,6 +41,13 @@ pub enum Wanted {
 #[error("neither \"primary\" nor a network such as 10.0.0.0/8")]
 pub struct NotWanted;
 
+/// All.
+impl Default for Wanted {
+    fn default() -> Self {
+        Self::Within(Vec::new())
+    }
+}
+
 impl FromStr for Wanted {
     type Err = NotWanted;
 
@@ -72,6 +79,19 @@ pub struct Snapshot {
 }
 
 impl Selection {
+    /// Whether every address is selected, also one that comes later.
+    #[must_use]
+    pub fn is_everything(&self) -> bool {
+        let all = match &self.wanted {
+            Wanted::Within(networks) => [false, true].into_iter().all(|v6| {
+                let mut family = networks.iter().filter(|net| net.addr().is_ipv6() == v6).peekable();
+                family.peek().is_none() || family.any(|net| net.prefix_len() == 0)
+            }),
+            Wanted::Primary => false,
+        };
+        all && self.devices.is_empty()
+    }
+
     /// Whether the selection depends on default routes. A node may have very many routes: they are not looked at without
     /// need.
     fn looks_at_routes(&self) -> bool {
@@ -281,6 +301,22 @@ mod tests {
             "fe80::1",
         ];
         assert_eq!(selected(&[], "0.0.0.0/0,::/0", None), all);
+    }
+
+    #[test]
+    fn what_narrows_nothing_is_everything() {
+        let is_everything = |devices: &[&str], wanted: Wanted| {
+            let devices = devices.iter().map(|&device| device.to_owned()).collect();
+            Selection { devices, wanted }.is_everything()
+        };
+        assert!(is_everything(&[], Wanted::default()));
+        for text in ["0.0.0.0/0,::/0", "0.0.0.0/0", "10.0.0.0/8,0.0.0.0/0"] {
+            assert!(is_everything(&[], text.parse().unwrap()), "{text}");
+            assert!(!is_everything(&["eth0"], text.parse().unwrap()), "{text}");
+        }
+        for text in ["10.0.0.0/8", "0.0.0.0/0,fd00::/8", "primary"] {
+            assert!(!is_everything(&[], text.parse().unwrap()), "{text}");
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ use super::sockdiag::{Destroyed, Protocol, SockDiag, Socket, list_sockets};
 use crate::clock::monotonic_ns;
 use crate::maps::MapError;
 use crate::maps::records::{Found, Records};
-use crate::model::Problem;
+use crate::model::{Problem, ProblemKind};
 
 /// Time between two passes while a connect() may be under way.
 const STEP: Duration = Duration::from_millis(100);
@@ -355,7 +355,7 @@ impl Worker {
         let problems: Vec<_> = self
             .problems
             .iter()
-            .map(|(place, message)| Problem::new(place, message))
+            .map(|(place, message)| Problem::new(place, message).kind(ProblemKind::Sockets))
             .collect();
         self.told.send_if_modified(|told| {
             let news = *told != problems;

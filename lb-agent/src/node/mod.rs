@@ -5,10 +5,12 @@
 //! for it.
 
 pub mod addrs;
+pub mod conntrack;
 pub mod destroy;
 mod judge;
 mod netlink;
 pub(crate) mod netns;
+pub mod oom;
 pub(crate) mod sockdiag;
 
 pub(crate) use judge::CONNECTING;

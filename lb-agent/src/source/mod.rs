@@ -22,12 +22,11 @@ use self::watch::Watcher;
 use crate::model::Batch;
 
 /// Either of the sources, followed as it changes.
-#[derive(Debug)]
 pub enum Source {
     /// Files.
     Manifests(Box<Files>),
     /// The API server.
-    Kubernetes(Box<KubernetesSource>),
+    Kubernetes(Box<KubernetesSource>, kube::Client),
 }
 
 /// Manifests, and the watch that tells when to look at them.
@@ -68,13 +67,32 @@ impl Source {
         let connection = connect(settings).await?;
         let servers: Vec<_> = connection.servers.iter().map(ToString::to_string).collect();
         info!(servers = servers.join(" "), "watching the API");
-        Ok(Self::Kubernetes(Box::new(KubernetesSource::new(&connection))))
+        let source = KubernetesSource::new(&connection);
+        Ok(Self::Kubernetes(Box::new(source), connection.client))
     }
 
     /// Whether the first batch comes at once, and does not depend on others.
     #[must_use]
     pub fn is_here(&self) -> bool {
         matches!(self, Self::Manifests(_))
+    }
+
+    /// The client of the API server, for others to use too; `None` without one.
+    #[must_use]
+    pub fn client(&self) -> Option<kube::Client> {
+        match self {
+            Self::Manifests(_) => None,
+            Self::Kubernetes(_, client) => Some(client.clone()),
+        }
+    }
+
+    /// How often a watch of the API had to be begun anew.
+    #[must_use]
+    pub fn restarts(&self) -> u64 {
+        match self {
+            Self::Manifests(_) => 0,
+            Self::Kubernetes(source, _) => source.restarts(),
+        }
     }
 
     /// Waits for the next batch. May be dropped at any point without the loss of a change.
@@ -84,7 +102,7 @@ impl Source {
     pub async fn next(&mut self) -> Result<Batch, JoinError> {
         match self {
             Self::Manifests(files) => files.next().await,
-            Self::Kubernetes(source) => Ok(source.next().await),
+            Self::Kubernetes(source, _) => Ok(source.next().await),
         }
     }
 }
