@@ -204,6 +204,7 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
     agent.write_addresses();
     loader::attach(agent.reconciler.maps().programs(), lock.pins(), &cgroup)?;
     agent.publish_state();
+    agent.outside.face.serving();
     let (usage, _) = agent.reconciler.usage();
     info!(
         node, cgroup = %cgroup.path().display(), pins = %lock.pins().root().display(),

@@ -25,6 +25,8 @@ pub struct Health {
 struct State {
     /// When the loop last went round.
     alive: Instant,
+    /// Programs are attached, to maps that were filled, by this agent or an earlier one.
+    serving: bool,
     /// Since when changes wait, if any do.
     queued: Option<Instant>,
     /// When something was last applied.
@@ -72,6 +74,7 @@ impl Health {
     pub fn new(needs_node: bool, now: Instant) -> Self {
         let state = State {
             alive: now,
+            serving: false,
             queued: None,
             applied: None,
             leaving: None,
@@ -90,6 +93,11 @@ impl Health {
     /// The loop goes round.
     pub fn alive(&self, now: Instant) {
         self.state().alive = now;
+    }
+
+    /// From now on Services are served.
+    pub fn serving(&self) {
+        self.state().serving = true;
     }
 
     /// Changes wait since then.
@@ -131,9 +139,13 @@ impl Health {
         }
     }
 
-    /// The answer to a request. A healthy agent is up to date now, whenever it last had something to do.
+    /// The answer to a request: of /healthz, with the node, or of /livez. A healthy agent is up to date now, whenever it
+    /// last had something to do.
+    ///
+    /// As kube-proxy, an agent that starts is alive; unlike it, it does not take part before it serves, so that an
+    /// update of the DaemonSet waits for that on each node.
     pub(super) fn answer(&self, now: Instant, time: SystemTime, with_node: bool) -> Answer {
-        let healthy = self.is_healthy(now);
+        let healthy = self.is_healthy(now) && (!with_node || self.state().serving);
         let node_eligible = with_node.then(|| self.is_eligible());
         let applied = self.state().applied.map(timestamp);
         let family = |applied| FamilyAnswer {
@@ -206,10 +218,22 @@ mod tests {
     }
 
     #[test]
+    fn an_agent_that_starts_is_alive_but_does_not_serve_yet() {
+        let begin = Instant::now();
+        let health = Health::new(false, begin);
+        let is_good = |with_node| health.answer(begin, SystemTime::now(), with_node).is_good();
+        assert!(is_good(false));
+        assert!(!is_good(true));
+        health.serving();
+        assert!(is_good(false) && is_good(true));
+    }
+
+    #[test]
     fn the_answer_has_kube_proxys_fields() {
         let begin = Instant::now();
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
         let health = Health::new(false, begin);
+        health.serving();
         let answer = |now, time, with_node| serde_json::to_value(health.answer(now, time, with_node)).unwrap();
         assert_eq!(
             answer(begin, at(1), false),

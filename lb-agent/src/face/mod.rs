@@ -130,6 +130,11 @@ impl Face {
         self.health.alive(Instant::now());
     }
 
+    /// From now on Services are served: /healthz says so.
+    pub fn serving(&self) {
+        self.health.serving();
+    }
+
     /// The changes of a batch are about to be applied.
     pub fn applying(&self, batch: &Batch) -> Applying {
         let begun = Instant::now();
