@@ -106,7 +106,7 @@ pub enum ParseError {
     /// It is no YAML, a key is unknown, or its value is of the wrong kind.
     #[error("{at}{message}")]
     Text {
-        /// The line, where it is known.
+        /// The line and the key, where they are known.
         at: String,
         /// What is wrong.
         message: String,
@@ -168,8 +168,8 @@ impl Config {
     /// # Errors
     /// Where it is no such configuration.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
-        let file: File = serde_saphyr::from_str(text).map_err(|error| file::error(&error))?;
-        let said: Value = serde_saphyr::from_str(text).map_err(|error| file::error(&error))?;
+        let file: File = file::read(text)?;
+        let said: Value = file::read(text)?;
         let File {
             api_version,
             kind,

@@ -36,6 +36,7 @@ mod statistics;
 #[cfg(feature = "kubernetes")]
 pub mod control_plane;
 pub mod demo;
+pub mod http;
 pub mod load;
 pub mod manifests;
 pub mod puppet;

@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use k8s_openapi::jiff::SignedDuration;
-use serde::de::IgnoredAny;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Deserializer, de};
+use serde_path_to_error::Track;
 use serde_saphyr::{MessageFormatter as _, UserMessageFormatter};
 
 use super::ParseError;
@@ -159,15 +160,27 @@ keys! {
     }
 }
 
-/// What is wrong, and in which line. The list of what might have been is left out.
-pub(super) fn error(error: &serde_saphyr::Error) -> ParseError {
-    let message = UserMessageFormatter.format_message(error).into_owned();
-    let message = message
-        .split_once(", expected one of")
-        .map_or(&*message, |(what, _)| what);
-    let at = error.location().map(|at| format!("line {}: ", at.line()));
-    ParseError::Text {
-        at: at.unwrap_or_default(),
-        message: message.to_owned(),
-    }
+/// Reads a text.
+///
+/// # Errors
+/// Where it is no YAML, a key is unknown, or its value is of the wrong kind.
+pub(super) fn read<T: DeserializeOwned>(text: &str) -> Result<T, ParseError> {
+    let mut track = Track::new();
+    let result = serde_saphyr::with_deserializer_from_str(text, |deserializer| {
+        T::deserialize(serde_path_to_error::Deserializer::new(deserializer, &mut track))
+    });
+    result.map_err(|error| {
+        let message = UserMessageFormatter.format_message(&error).into_owned();
+        // Not the list of what might have been.
+        let message = message
+            .split_once(", expected one of")
+            .map_or(&*message, |(what, _)| what);
+        let line = error.location().map(|at| format!("line {}: ", at.line()));
+        let path = track.path().to_string();
+        let key = (path != ".").then(|| format!("{path}: "));
+        ParseError::Text {
+            at: line.into_iter().chain(key).collect(),
+            message: message.to_owned(),
+        }
+    })
 }

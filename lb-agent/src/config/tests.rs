@@ -270,15 +270,15 @@ fn what_is_wrong_is_named_with_its_line() {
         ("mode: \"\"\nfoo: 1", ["line 4: ", "unknown field `foo`"]),
         (
             "conntrack:\n  maxPerKern: 1",
-            ["line 4: ", "unknown field `maxPerKern`"],
+            ["line 4: conntrack", "unknown field `maxPerKern`"],
         ),
-        ("oomScoreAdj: many", ["line 3: ", "many"]),
+        ("oomScoreAdj: many", ["line 3: oomScoreAdj: ", "i32"]),
         ("conntrack:\n  udpTimeout: -3s", ["line 4: ", "\"-3s\" is negative"]),
         (
             "conntrack:\n  udpTimeout: soon",
             ["line 4: ", "\"soon\" is no duration"],
         ),
-        ("conntrack: {min: -1}", ["line 3: ", ""]),
+        ("conntrack: {min: -1}", ["line 3: conntrack.min: ", ""]),
         ("mode: a\nmode: b", ["line 4: ", "mode"]),
         ("mode: [", ["line ", ""]),
         ("oomScoreAdj: 1001", ["oomScoreAdj: ", "1001"]),

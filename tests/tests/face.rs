@@ -1,0 +1,533 @@
+//! What a cluster sees of a Service proxy besides its Services: health, health check node ports, metrics, and the
+//! configuration file of kube-proxy.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use lb_tests::http::{Response, get};
+use lb_tests::manifests::{Manifests, Port, service, slice, slice_with_conditions};
+use lb_tests::{Cluster, Connect, Node, Place, Running, Testbed, patience};
+use prometheus_parse::{Scrape, Value};
+use serde_json::json;
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const HEALTHZ: u16 = 10256;
+const METRICS: u16 = 10249;
+/// The health check node port of the tests' Service.
+const CHECK: u16 = 32123;
+
+/// Tries until it works.
+fn eventually<T>(what: &str, check: impl Fn() -> Result<T>) -> Result<T> {
+    let deadline = Instant::now() + patience(Duration::from_secs(20));
+    loop {
+        match check() {
+            Ok(value) => return Ok(value),
+            Err(error) if Instant::now() >= deadline => return Err(error.context(format!("not so: {what}"))),
+            Err(_) => sleep(Duration::from_millis(50)),
+        }
+    }
+}
+
+fn at(ip: impl Into<IpAddr>, port: u16) -> SocketAddr {
+    SocketAddr::new(ip.into(), port)
+}
+
+/// The addresses of a node that others reach.
+fn addresses(node: &Node) -> [IpAddr; 2] {
+    [node.address().into(), node.address6().into()]
+}
+
+fn node_object(more_metadata: &str, spec: &str) -> String {
+    format!("apiVersion: v1\nkind: Node\nmetadata: {{name: n1{more_metadata}}}\nspec: {{{spec}}}\n---\n")
+}
+
+/// A cluster, and an agent on its first node.
+struct Setup {
+    agent: Running,
+    manifests: Manifests,
+    cluster: Cluster,
+}
+
+impl Setup {
+    fn new(files: &[(&str, &str)], flags: &[&str]) -> Result<Self> {
+        let cluster = Cluster::builder().nodes(2).client(true).build()?;
+        let manifests = Manifests::new(&cluster)?;
+        for (name, text) in files {
+            manifests.write(name, text)?;
+        }
+        let agent = manifests.serve(&cluster, "n1", BED.as_ref(), flags)?;
+        Ok(Self {
+            agent,
+            manifests,
+            cluster,
+        })
+    }
+
+    fn node(&self) -> &Node {
+        self.cluster.node("n1")
+    }
+
+    /// From all who may ask: the node at its addresses and its loopback, another node, and who is outside.
+    fn everywhere(&self, port: u16) -> Vec<(&Place, SocketAddr)> {
+        let node = self.node();
+        let own = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        let own = own
+            .into_iter()
+            .chain(addresses(node))
+            .map(|ip: IpAddr| (&**node, at(ip, port)));
+        let others: [&Place; 2] = [self.cluster.node("n2"), self.cluster.client()];
+        let others = others
+            .into_iter()
+            .flat_map(|place| addresses(node).map(|ip| (place, at(ip, port))));
+        own.chain(others).collect()
+    }
+
+    /// The answer that everybody gets.
+    fn told_everywhere(&self, port: u16, path: &str, expected: impl Fn(&Response) -> bool) -> Result<()> {
+        for (place, at) in self.everywhere(port) {
+            let response = get(place, at, path)?;
+            ensure!(expected(&response), "{at}{path} from {}: {response:?}", place.name());
+        }
+        Ok(())
+    }
+
+    /// Waits until everybody is refused.
+    fn refused_everywhere(&self, port: u16) -> Result<()> {
+        eventually("nobody listens", || {
+            for (place, at) in self.everywhere(port) {
+                let response = get(place, at, "/");
+                ensure!(response.is_err(), "{at} from {}: {response:?}", place.name());
+            }
+            Ok(())
+        })
+    }
+
+    fn scrape(&self) -> Result<Metrics> {
+        Metrics::of(self.node(), at(Ipv4Addr::LOCALHOST, METRICS))
+    }
+}
+
+/// What was scraped.
+struct Metrics(Scrape);
+
+impl Metrics {
+    fn of(from: &Place, at: SocketAddr) -> Result<Self> {
+        let response = get(from, at, "/metrics")?;
+        ensure!(response.status == 200, "{response:?}");
+        ensure!(response.headers["content-type"].starts_with("text/plain; version=0.0.4"));
+        let lines = response.body.lines().map(|line| Ok(line.to_owned()));
+        Ok(Self(Scrape::parse(lines)?))
+    }
+
+    /// The value of a counter or gauge, or how often a histogram was written to.
+    fn value(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
+        let mut found = self.0.samples.iter().filter(|sample| {
+            let is = |(label, value): &(&str, &str)| sample.labels.get(label) == Some(*value);
+            sample.metric == name && labels.iter().all(is)
+        });
+        let sample = found.next().with_context(|| format!("no {name}{labels:?}"))?;
+        ensure!(found.next().is_none(), "several {name}{labels:?}");
+        match &sample.value {
+            Value::Counter(value) | Value::Gauge(value) | Value::Untyped(value) => Ok(*value),
+            Value::Histogram(buckets) => Ok(buckets.last().context("no buckets")?.count),
+            Value::Summary(_) => anyhow::bail!("{name} is a summary"),
+        }
+    }
+
+    fn names(&self) -> BTreeSet<&str> {
+        self.0.samples.iter().map(|sample| sample.metric.as_str()).collect()
+    }
+}
+
+#[test]
+fn health_is_told_to_everybody_and_follows_the_node() -> Result<()> {
+    let setup = Setup::new(&[("node.yaml", &node_object("", ""))], &[])?;
+    let is_up_to_date = |response: &Response, eligible: Option<bool>, status: u16| {
+        let Ok(body) = response.json::<serde_json::Value>() else {
+            return false;
+        };
+        response.status == status
+            && response
+                .headers
+                .get("content-type")
+                .is_some_and(|kind| kind == "application/json")
+            && response
+                .headers
+                .get("x-content-type-options")
+                .is_some_and(|value| value == "nosniff")
+            && body["lastUpdated"].is_string()
+            && body["currentTime"].is_string()
+            && body.get("nodeEligible").and_then(serde_json::Value::as_bool) == eligible
+            && body["healthy"] == json!(true)
+            && body["status"]["IPv4"]["healthy"] == json!(true)
+            && body["status"]["IPv6"]["healthy"] == json!(true)
+    };
+    setup.told_everywhere(HEALTHZ, "/healthz", |r| is_up_to_date(r, Some(true), 200))?;
+    setup.told_everywhere(HEALTHZ, "/livez", |r| is_up_to_date(r, None, 200))?;
+    setup.told_everywhere(HEALTHZ, "/nothing", |r| r.status == 404)?;
+
+    let node = setup.node();
+    let healthz = |path| get(node, at(Ipv4Addr::LOCALHOST, HEALTHZ), path);
+    let taint = "taints: [{key: ToBeDeletedByClusterAutoscaler, value: '1', effect: NoSchedule}]";
+    let deleted = ", deletionTimestamp: \"2026-01-01T00:00:00Z\"";
+    for leaving in [node_object("", taint), node_object(deleted, "")] {
+        setup.manifests.write("node.yaml", &leaving)?;
+        eventually("a node that leaves is not eligible", || {
+            let response = healthz("/healthz")?;
+            ensure!(is_up_to_date(&response, Some(false), 503), "{response:?}");
+            Ok(())
+        })?;
+        // The agent itself is as well as before.
+        let response = healthz("/livez")?;
+        ensure!(is_up_to_date(&response, None, 200), "{response:?}");
+        let other = "taints: [{key: other, effect: NoSchedule}]";
+        setup.manifests.write("node.yaml", &node_object("", other))?;
+        eventually("it stays after all", || {
+            let response = healthz("/healthz")?;
+            ensure!(is_up_to_date(&response, Some(true), 200), "{response:?}");
+            Ok(())
+        })?;
+    }
+    let metrics = setup.scrape()?;
+    ensure!(metrics.value("kubeproxy_proxy_healthz_total", &[("code", "503")])? >= 2.0);
+    ensure!(metrics.value("kubeproxy_proxy_healthz_total", &[("code", "200")])? >= 2.0);
+    ensure!(metrics.value("kubeproxy_proxy_livez_total", &[("code", "200")])? >= 2.0);
+    ensure!(metrics.value("kubeproxy_proxy_livez_total", &[("code", "503")])? == 0.0);
+    Ok(())
+}
+
+/// A load balancer's Service with policy Local.
+fn balanced(check: u16, policy: &str) -> String {
+    let more = format!("type: LoadBalancer\n  externalTrafficPolicy: {policy}\n  healthCheckNodePort: {check}");
+    let more = if policy == "Local" {
+        more
+    } else {
+        more.replace("healthCheckNodePort", "#")
+    };
+    service(
+        "web",
+        "10.96.0.20,fd00:96::20",
+        &[Port::tcp("web", 80).on_nodes(30080)],
+        &more,
+    )
+}
+
+fn pod(node: u8, number: u8) -> IpAddr {
+    Ipv4Addr::new(10, 10, node, number).into()
+}
+
+#[test]
+fn health_check_node_ports_follow_the_service_and_its_endpoints_here() -> Result<()> {
+    let there = slice("web", Port::tcp("web", 8080), &[(pod(2, 7), "n2")]);
+    let setup = Setup::new(&[("web.yaml", &balanced(CHECK, "Local")), ("slice.yaml", &there)], &[])?;
+    let tells = |port, endpoints: usize| {
+        move |response: &Response| {
+            let expected = json!({
+                "service": {"namespace": "default", "name": "web"},
+                "localEndpoints": endpoints,
+                "serviceProxyHealthy": true,
+            });
+            let _: u16 = port;
+            let body: Result<serde_json::Value> = response.json();
+            response.status == if endpoints > 0 { 200 } else { 503 }
+                && body.is_ok_and(|body| body == expected)
+                && response.headers.get("x-load-balancing-endpoint-weight") == Some(&endpoints.to_string())
+                && response
+                    .headers
+                    .get("x-content-type-options")
+                    .is_some_and(|value| value == "nosniff")
+                && response
+                    .headers
+                    .get("content-type")
+                    .is_some_and(|kind| kind == "application/json")
+        }
+    };
+    let eventually_tells = |port, endpoints| {
+        eventually("everybody is told so", || {
+            setup.told_everywhere(port, "/", tells(port, endpoints))
+        })
+    };
+    eventually_tells(CHECK, 0)?;
+    // Any path will do.
+    setup.told_everywhere(CHECK, "/healthz", tells(CHECK, 0))?;
+
+    let here = [(pod(1, 7), "n1", ""), (pod(1, 8), "n1", ""), (pod(2, 7), "n2", "")];
+    let terminating = here.map(|(ip, node, _)| (ip, node, "ready: false, serving: true, terminating: true"));
+    for (endpoints, expected) in [(&here, 2), (&terminating, 0), (&here, 2)] {
+        let text = slice_with_conditions("web", Port::tcp("web", 8080), endpoints);
+        setup.manifests.write("slice.yaml", &text)?;
+        eventually_tells(CHECK, expected)?;
+    }
+    // Another port; another policy; and back.
+    setup.manifests.write("web.yaml", &balanced(CHECK + 1, "Local"))?;
+    eventually_tells(CHECK + 1, 2)?;
+    setup.refused_everywhere(CHECK)?;
+    setup.manifests.write("web.yaml", &balanced(CHECK, "Cluster"))?;
+    setup.refused_everywhere(CHECK + 1)?;
+    setup.manifests.write("web.yaml", &balanced(CHECK, "Local"))?;
+    eventually_tells(CHECK, 2)?;
+    setup.manifests.write("web.yaml", &there)?;
+    setup.refused_everywhere(CHECK)
+}
+
+#[test]
+fn health_checks_are_served_where_node_ports_are() -> Result<()> {
+    let files = [("web.yaml", &*balanced(CHECK, "Local"))];
+    let mut setup = Setup::new(&files, &["--nodeport-addresses", "primary"])?;
+    let node = setup.node();
+    let answers = |ip: IpAddr| get(node, at(ip, CHECK), "/").is_ok();
+    // Without a Node object: the addresses of the devices with a default route, of which a test node has none.
+    ensure!(!answers(node.address().into()));
+    let address = node.address();
+    let text = format!(
+        "apiVersion: v1\nkind: Node\nmetadata: {{name: n1}}\nstatus: {{addresses: [{{type: InternalIP, address: {address}}}]}}\n"
+    );
+    setup.manifests.write("node.yaml", &text)?;
+    eventually("the Node's address is served", || {
+        ensure!(answers(address.into()));
+        Ok(())
+    })?;
+    for ip in [
+        node.address6().into(),
+        node.gateway().into(),
+        Ipv4Addr::LOCALHOST.into(),
+    ] {
+        ensure!(!answers(ip), "{ip}");
+    }
+
+    setup.agent.kill()?;
+    *setup.agent.process() = setup.agent.start_ready(&["--nodeport-addresses", "127.0.0.0/8"])?;
+    ensure!(!get(setup.node(), at(setup.node().address(), CHECK), "/").is_ok());
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_listened_at_is_told_and_tried_again() -> Result<()> {
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let node = cluster.node("n1");
+    let taken = [HEALTHZ, METRICS, CHECK];
+    let listen = taken.map(|port| format!("0.0.0.0:{port}=other"));
+    let other = Testbed::new(BED).serve(node, &listen.each_ref().map(String::as_str))?;
+    let manifests = Manifests::new(&cluster)?;
+    manifests.write("web.yaml", &balanced(CHECK, "Local"))?;
+    let mut agent = manifests.serve(&cluster, "n1", BED.as_ref(), &["--metrics-bind-address=0.0.0.0:10249"])?;
+    let expected: BTreeSet<String> = [
+        "--healthz-bind-address 0.0.0.0:10256".to_owned(),
+        "--metrics-bind-address 0.0.0.0:10249".to_owned(),
+        "Service default/web".to_owned(),
+    ]
+    .into();
+    agent.wait("telling what is taken", |agent| {
+        let problems = agent.status()?.problems.into_iter();
+        let places: BTreeSet<_> = problems.map(|problem| problem.place).collect();
+        ensure!(expected.is_subset(&places), "{places:?}");
+        Ok(())
+    })?;
+    drop(other);
+    agent.wait("listening after all", |agent| {
+        for port in [HEALTHZ, METRICS, CHECK] {
+            get(node, at(Ipv4Addr::LOCALHOST, port), "/healthz")?;
+        }
+        let problems = agent.status()?.problems;
+        ensure!(
+            !problems.iter().any(|problem| expected.contains(&problem.place)),
+            "{problems:?}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn servers_can_be_switched_off_and_moved() -> Result<()> {
+    let flags = ["--healthz-bind-address", "", "--metrics-bind-address", "[::1]:9000"];
+    let setup = Setup::new(&[("node.yaml", &node_object("", ""))], &flags)?;
+    let node = setup.node();
+    ensure!(get(node, at(Ipv6Addr::LOCALHOST, 9000), "/proxyMode")?.body == "ebpf");
+    for port in [HEALTHZ, METRICS, 9000] {
+        ensure!(get(node, at(Ipv4Addr::LOCALHOST, port), "/healthz").is_err(), "{port}");
+    }
+    Ok(())
+}
+
+#[test]
+fn metrics_have_kube_proxys_names_and_tell_what_happens() -> Result<()> {
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let (node, bed) = (cluster.node("n1"), Testbed::new(BED));
+    let backend = cluster.add_pod("n1", "backend")?;
+    let client = cluster.add_pod("n1", "client")?;
+    let _server = bed.serve(&backend, &["0.0.0.0:8080=backend"])?;
+    let manifests = Manifests::new(&cluster)?;
+    let web = Port::tcp("web", 80);
+    let text = service("web", "10.96.0.20", &[web], "")
+        + &slice("web", Port::tcp("web", 8080), &[(backend.address().into(), "n1")])
+        + &service("gone", "10.96.0.21", &[web], "")
+        + &service("local", "10.96.0.22", &[web], "internalTrafficPolicy: Local")
+        + &slice("local", Port::tcp("web", 8080), &[(pod(2, 7), "n2")])
+        // A second claim of the same address.
+        + &service("web-too", "10.96.0.20", &[web], "");
+    manifests.write("web.yaml", &text)?;
+    let agent = manifests.serve(
+        &cluster,
+        "n1",
+        BED.as_ref(),
+        &["--service-metrics", "--max-services", "5"],
+    )?;
+    let setup = Setup {
+        agent,
+        manifests,
+        cluster: Cluster::builder().nodes(1).build()?,
+    };
+    let scrape = || Metrics::of(node, at(Ipv4Addr::LOCALHOST, METRICS));
+
+    let before = scrape()?;
+    let names = before.names();
+    for name in [
+        "kubeproxy_network_programming_duration_seconds",
+        "kubeproxy_proxy_healthz_total",
+        "kubeproxy_proxy_livez_total",
+        "kubeproxy_sync_proxy_rules_duration_seconds",
+        "kubeproxy_sync_proxy_rules_endpoint_changes_pending",
+        "kubeproxy_sync_proxy_rules_endpoint_changes_total",
+        "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
+        "kubeproxy_sync_proxy_rules_last_timestamp_seconds",
+        "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+        "kubeproxy_sync_proxy_rules_service_changes_pending",
+        "kubeproxy_sync_proxy_rules_service_changes_total",
+        "lb_build_info",
+        "lb_connections_total",
+        "lb_drops_total",
+        "lb_event_to_map_seconds",
+        "lb_map_capacity",
+        "lb_map_entries",
+        "lb_problems",
+        "lb_refused_total",
+        "lb_service_connections_total",
+        "lb_service_refused_total",
+        "lb_sockets_destroyed_total",
+        "lb_source_complete",
+        "lb_watch_restarts_total",
+        "process_cpu_seconds_total",
+        "process_open_fds",
+        "process_resident_memory_bytes",
+        "process_start_time_seconds",
+    ] {
+        ensure!(names.contains(name), "{name} is not among {names:?}");
+    }
+    let v4 = ("ip_family", "IPv4");
+    let sync = "kubeproxy_sync_proxy_rules";
+    ensure!(before.value(&format!("{sync}_service_changes_total"), &[])? == 4.0);
+    ensure!(before.value(&format!("{sync}_endpoint_changes_total"), &[])? == 2.0);
+    ensure!(before.value(&format!("{sync}_service_changes_pending"), &[])? == 0.0);
+    ensure!(before.value(&format!("{sync}_duration_seconds"), &[v4])? == 1.0);
+    let no_local = format!("{sync}_no_local_endpoints_total");
+    ensure!(before.value(&no_local, &[v4, ("traffic_policy", "internal")])? == 1.0);
+    ensure!(before.value(&no_local, &[v4, ("traffic_policy", "external")])? == 0.0);
+    ensure!(before.value("lb_map_capacity", &[("map", "SERVICES")])? == 5.0);
+    ensure!(before.value("lb_map_entries", &[("map", "SERVICES")])? == 4.0);
+    ensure!(before.value("lb_problems", &[("kind", "conflict")])? == 1.0);
+    ensure!(before.value("lb_problems", &[("kind", "map")])? == 0.0);
+    ensure!(before.value("lb_source_complete", &[])? == 1.0);
+
+    let to = |last| SocketAddr::from(([10, 96, 0, last], 80));
+    ensure!(bed.connect(&client, &Connect::to(&[to(20)]).count(7))?.per_backend["backend"] == 7);
+    for (address, reason) in [(to(21), "no_endpoint"), (to(22), "no_local_endpoint")] {
+        let summary = bed.connect(&client, &Connect::to(&[address]).count(3))?;
+        ensure!(summary.per_backend.is_empty(), "{reason}: {summary:?}");
+    }
+    let after = scrape()?;
+    let grown = |name: &str, labels: &[(&str, &str)]| -> Result<f64> {
+        Ok(after.value(name, labels)? - before.value(name, labels)?)
+    };
+    ensure!(grown("lb_connections_total", &[])? == 7.0);
+    ensure!(grown("lb_refused_total", &[])? == 6.0);
+    ensure!(grown("lb_drops_total", &[("reason", "no_endpoint")])? == 3.0);
+    ensure!(grown("lb_drops_total", &[("reason", "no_local_endpoint")])? == 3.0);
+    let web = [
+        ("namespace", "default"),
+        ("service", "web"),
+        ("port", "80"),
+        ("protocol", "TCP"),
+        v4,
+    ];
+    ensure!(grown("lb_service_connections_total", &web)? == 7.0);
+    ensure!(grown("lb_service_refused_total", &web)? == 0.0);
+
+    // One more than there is room for.
+    setup
+        .manifests
+        .write("more.yaml", &service("more", "10.96.0.23", &[Port::tcp("web", 80)], ""))?;
+    eventually("the map is full", || {
+        let now = scrape()?;
+        ensure!(now.value("lb_problems", &[("kind", "map")])? >= 1.0);
+        ensure!(now.value("lb_map_entries", &[("map", "SERVICES")])? == 4.0);
+        // The others are as well as before.
+        ensure!(get(node, at(Ipv4Addr::LOCALHOST, HEALTHZ), "/healthz")?.status == 200);
+        Ok(())
+    })?;
+    setup.agent.status().map(drop)
+}
+
+#[test]
+fn kube_proxys_configuration_is_applied_and_flags_win() -> Result<()> {
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let node = cluster.node("n1");
+    let manifests = Manifests::new(&cluster)?;
+    manifests.write("web.yaml", &balanced(CHECK, "Local"))?;
+    let file = cluster.scratch().join("config.yaml");
+    let config = |more: &str| {
+        let text = format!("apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n{more}");
+        fs::write(&file, text).context("writing the configuration")
+    };
+    let path = file.to_str().context("not UTF-8")?;
+    config(&format!(
+        "mode: nftables\nhealthzBindAddress: 127.0.0.1:9001\nmetricsBindAddress: 127.0.0.1:9002\nnodePortAddresses: \
+         [{}/32, '::/128']\nconntrack: {{tcpCloseWaitTimeout: 7m, tcpBeLiberal: true, udpTimeout: 11s}}\n",
+        node.address()
+    ))?;
+    let setting = |name: &str| -> Result<String> {
+        let path = format!("/proc/sys/net/netfilter/{name}");
+        let text = node.within(|| fs::read_to_string(&path))?;
+        Ok(text.with_context(|| path.clone())?.trim().to_owned())
+    };
+    let stream = setting("nf_conntrack_udp_timeout_stream")?;
+    let flags = ["--config", path, "--metrics-bind-address", "127.0.0.1:9003"];
+    let mut agent = manifests.serve(&cluster, "n1", BED.as_ref(), &flags)?;
+    let answers = |ip: IpAddr, port| get(node, at(ip, port), "/healthz").is_ok();
+    eventually("it listens where the file says", || {
+        ensure!(answers(Ipv4Addr::LOCALHOST.into(), 9001) && answers(node.address().into(), CHECK));
+        Ok(())
+    })?;
+    ensure!(answers(Ipv4Addr::LOCALHOST.into(), 9003), "the flag wins");
+    for (ip, port) in [
+        (Ipv4Addr::LOCALHOST.into(), 9002),
+        (Ipv4Addr::LOCALHOST.into(), HEALTHZ),
+        (node.address().into(), 9001),
+        (node.gateway().into(), CHECK),
+        (node.address6().into(), CHECK),
+    ] {
+        ensure!(!answers(ip, port), "{ip} {port}");
+    }
+    for (name, expected) in [
+        ("nf_conntrack_tcp_timeout_close_wait", "420"),
+        ("nf_conntrack_tcp_timeout_established", "86400"),
+        ("nf_conntrack_tcp_be_liberal", "1"),
+        ("nf_conntrack_udp_timeout", "11"),
+        ("nf_conntrack_udp_timeout_stream", &stream),
+    ] {
+        ensure!(setting(name)? == expected, "{name}: {}", setting(name)?);
+    }
+    let log = agent.log_tail();
+    ensure!(log.contains("mode") && log.contains("no effect"), "{log}");
+    agent.kill()?;
+
+    config("conntrack:\n  maxPerKern: 5\n")?;
+    let mut process = agent.start(&["--config", path])?;
+    ensure!(!process.wait(patience(Duration::from_secs(20)))?.success());
+    let log = agent.log_tail();
+    ensure!(log.contains("line 4") && log.contains("maxPerKern"), "{log}");
+    Ok(())
+}
