@@ -224,14 +224,13 @@ fn pod(node: u8, number: u8) -> IpAddr {
 fn health_check_node_ports_follow_the_service_and_its_endpoints_here() -> Result<()> {
     let there = slice("web", Port::tcp("web", 8080), &[(pod(2, 7), "n2")]);
     let setup = Setup::new(&[("web.yaml", &balanced(CHECK, "Local")), ("slice.yaml", &there)], &[])?;
-    let tells = |port, endpoints: usize| {
+    let tells = |endpoints: usize| {
         move |response: &Response| {
             let expected = json!({
                 "service": {"namespace": "default", "name": "web"},
                 "localEndpoints": endpoints,
                 "serviceProxyHealthy": true,
             });
-            let _: u16 = port;
             let body: Result<serde_json::Value> = response.json();
             response.status == if endpoints > 0 { 200 } else { 503 }
                 && body.is_ok_and(|body| body == expected)
@@ -248,12 +247,12 @@ fn health_check_node_ports_follow_the_service_and_its_endpoints_here() -> Result
     };
     let eventually_tells = |port, endpoints| {
         eventually("everybody is told so", || {
-            setup.told_everywhere(port, "/", tells(port, endpoints))
+            setup.told_everywhere(port, "/", tells(endpoints))
         })
     };
-    eventually_tells(CHECK, 0)?;
+    eventually_tells(0)?;
     // Any path will do.
-    setup.told_everywhere(CHECK, "/healthz", tells(CHECK, 0))?;
+    setup.told_everywhere(CHECK, "/healthz", tells(0))?;
 
     let here = [(pod(1, 7), "n1", ""), (pod(1, 8), "n1", ""), (pod(2, 7), "n2", "")];
     let terminating = here.map(|(ip, node, _)| (ip, node, "ready: false, serving: true, terminating: true"));
@@ -370,17 +369,8 @@ fn metrics_have_kube_proxys_names_and_tell_what_happens() -> Result<()> {
         // A second claim of the same address.
         + &service("web-too", "10.96.0.20", &[web], "");
     manifests.write("web.yaml", &text)?;
-    let agent = manifests.serve(
-        &cluster,
-        "n1",
-        BED.as_ref(),
-        &["--service-metrics", "--max-services", "5"],
-    )?;
-    let setup = Setup {
-        agent,
-        manifests,
-        cluster: Cluster::builder().nodes(1).build()?,
-    };
+    let flags = ["--service-metrics", "--max-services", "5"];
+    let _agent = manifests.serve(&cluster, "n1", BED.as_ref(), &flags)?;
     let scrape = || Metrics::of(node, at(Ipv4Addr::LOCALHOST, METRICS));
 
     let before = scrape()?;
@@ -457,9 +447,7 @@ fn metrics_have_kube_proxys_names_and_tell_what_happens() -> Result<()> {
     ensure!(grown("lb_service_refused_total", &web)? == 0.0);
 
     // One more than there is room for.
-    setup
-        .manifests
-        .write("more.yaml", &service("more", "10.96.0.23", &[Port::tcp("web", 80)], ""))?;
+    manifests.write("more.yaml", &service("more", "10.96.0.23", &[Port::tcp("web", 80)], ""))?;
     eventually("the map is full", || {
         let now = scrape()?;
         ensure!(now.value("lb_problems", &[("kind", "map")])? >= 1.0);
@@ -467,8 +455,7 @@ fn metrics_have_kube_proxys_names_and_tell_what_happens() -> Result<()> {
         // The others are as well as before.
         ensure!(get(node, at(Ipv4Addr::LOCALHOST, HEALTHZ), "/healthz")?.status == 200);
         Ok(())
-    })?;
-    setup.agent.status().map(drop)
+    })
 }
 
 #[test]

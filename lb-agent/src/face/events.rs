@@ -214,3 +214,176 @@ impl Teller {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::sync::{Arc, Mutex};
+
+    use axum::extract::{Path, State};
+    use axum::http::{StatusCode, Uri};
+    use axum::routing::{get, post};
+    use axum::{Json, Router};
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::face::{bind, serve};
+
+    /// An API server, and the Events that it was told.
+    #[derive(Clone, Default)]
+    struct Server(Arc<Mutex<Vec<Value>>>);
+
+    impl Server {
+        async fn service(Path(name): Path<String>) -> (StatusCode, Json<Value>) {
+            let (status, body) = match &*name {
+                "gone" => (StatusCode::NOT_FOUND, failure("NotFound", 404)),
+                _ => (
+                    StatusCode::OK,
+                    json!({
+                        "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata",
+                        "metadata": {"name": name, "namespace": "default", "uid": format!("uid-of-{name}")},
+                    }),
+                ),
+            };
+            (status, Json(body))
+        }
+
+        async fn event(State(Self(events)): State<Self>, Json(event): Json<Value>) -> (StatusCode, Json<Value>) {
+            let mut events = events.lock().unwrap();
+            let name = &event["metadata"]["name"];
+            if events.iter().any(|known| known["metadata"]["name"] == *name) {
+                return (StatusCode::CONFLICT, Json(failure("AlreadyExists", 409)));
+            }
+            events.push(event.clone());
+            (StatusCode::CREATED, Json(event))
+        }
+
+        fn routes(&self) -> Router {
+            Router::new()
+                .route("/api/v1/namespaces/default/services/{name}", get(Self::service))
+                .route("/apis/events.k8s.io/v1/namespaces/default/events", post(Self::event))
+                .with_state(self.clone())
+        }
+    }
+
+    fn failure(reason: &str, code: u16) -> Value {
+        json!({
+            "apiVersion": "v1", "kind": "Status", "status": "Failure", "reason": reason, "code": code, "message": reason,
+        })
+    }
+
+    fn problem(service: &str, kind: ProblemKind, message: &str) -> Problem {
+        let problem = Problem::new(format!("Service default/{service}"), message);
+        problem.of(&ObjectKey::new("default", service)).kind(kind)
+    }
+
+    /// Agents of some nodes, one after the other, that find the same; what the API server has then, and what came of
+    /// it: published and failed.
+    async fn told(nodes: &[&str], problems: &[Problem]) -> (Vec<Value>, [u64; 2]) {
+        let server = Server::default();
+        let at = (Ipv4Addr::LOCALHOST, 0).into();
+        let listener = bind::listen(at).unwrap();
+        let at = listener.local_addr().unwrap();
+        drop(listener);
+        let serving = tokio::spawn(serve::serve(at, server.routes()).unwrap());
+        let uri: Uri = format!("http://{at}").parse().unwrap();
+        let client = kube::Client::try_from(kube::Config::new(uri)).unwrap();
+        let metrics = Metrics::new().unwrap();
+        for node in nodes {
+            let (told, problems) = watch::channel(problems.to_vec());
+            let mut teller = Teller {
+                client: client.clone(),
+                node: (*node).to_owned(),
+                problems,
+                throttle: Throttle::new(Instant::now()),
+                count: metrics.events(),
+            };
+            teller.round().await;
+            // Nothing new: nothing is asked.
+            teller.round().await;
+            drop(told);
+        }
+        serving.abort();
+        let count = |result| metrics.events().with_label_values(&[result]).get();
+        let events = server.0.lock().unwrap().clone();
+        (events, ["published", "failed"].map(count))
+    }
+
+    #[tokio::test]
+    async fn the_owner_finds_what_is_wrong_at_the_service() {
+        let conflict = problem("web", ProblemKind::Conflict, "10.96.0.1:80/TCP is default/older's");
+        let (events, counts) = told(&["n1"], &[conflict]).await;
+        assert_eq!(counts, [1, 0]);
+        let [event] = &*events else { panic!("{events:?}") };
+        assert_eq!(
+            event["regarding"],
+            json!({"apiVersion": "v1", "kind": "Service", "namespace": "default", "name": "web", "uid": "uid-of-web"})
+        );
+        for (field, expected) in [
+            ("reason", "AddressConflict"),
+            ("action", "Serve"),
+            ("type", "Warning"),
+            ("note", "10.96.0.1:80/TCP is default/older's"),
+            ("reportingController", "lb-agent"),
+            ("reportingInstance", "n1"),
+        ] {
+            assert_eq!(event[field], expected, "{field}");
+        }
+        assert!(event["eventTime"].is_string());
+    }
+
+    #[tokio::test]
+    async fn what_all_nodes_find_is_one_event_and_what_one_finds_its_own() {
+        let problems = [
+            problem("web", ProblemKind::Conflict, "an address is another's"),
+            problem("web", ProblemKind::Source, "a field is wrong"),
+            problem("web", ProblemKind::HealthCheck, "the port is taken"),
+            problem("full", ProblemKind::Map, "no room"),
+        ];
+        let (events, counts) = told(&["n1", "n2", "n1"], &problems).await;
+        assert_eq!(counts, [12, 0]);
+        let mut notes: Vec<_> = events.iter().map(|event| event["note"].as_str().unwrap()).collect();
+        notes.sort_unstable();
+        assert_eq!(
+            notes,
+            [
+                "a field is wrong",
+                "an address is another's",
+                "node n1: no room",
+                "node n1: the port is taken",
+                "node n2: no room",
+                "node n2: the port is taken",
+            ]
+        );
+        let reasons: Vec<_> = events.iter().map(|event| event["reason"].as_str().unwrap()).collect();
+        assert!(reasons.contains(&"FailedToStartServiceHealthcheck"), "{reasons:?}");
+    }
+
+    #[tokio::test]
+    async fn a_service_that_is_gone_has_no_owner() {
+        let (events, counts) = told(&["n1"], &[problem("gone", ProblemKind::Map, "no room")]).await;
+        assert_eq!((events, counts), (Vec::new(), [1, 0]));
+    }
+
+    #[tokio::test]
+    async fn what_is_too_long_is_cut_where_a_character_ends() {
+        let (events, counts) = told(&["n1"], &[problem("web", ProblemKind::Source, &"ä".repeat(600))]).await;
+        assert_eq!(counts, [1, 0]);
+        assert_eq!(events[0]["note"].as_str().unwrap().len(), MAX_NOTE);
+    }
+
+    #[tokio::test]
+    async fn problems_of_the_node_are_nobodys_business() {
+        let metrics = Metrics::new().unwrap();
+        let client = kube::Client::try_from(kube::Config::new(Uri::from_static("http://127.0.0.1:9"))).unwrap();
+        let notices = Notices::start(client, "n1", &metrics);
+        notices.tell(&[
+            problem("web", ProblemKind::Server, "x"),
+            Problem::new("somewhere", "y").kind(ProblemKind::Map),
+        ]);
+        assert_eq!(*notices.told.borrow(), []);
+        let ours = problem("web", ProblemKind::Map, "z");
+        notices.tell(std::slice::from_ref(&ours));
+        assert_eq!(*notices.told.borrow(), [ours]);
+    }
+}
