@@ -29,6 +29,7 @@ use std::fs::{self, OpenOptions};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -50,8 +51,10 @@ const PORT: u16 = 6443;
 pub const SERVICE_NETWORKS: &str = "10.96.0.0/16,fd00:10:96::/112";
 /// The most endpoints in one slice: few, so that tests have Services of several.
 pub const ENDPOINTS_PER_SLICE: usize = 3;
-/// What the controller manager does; all else would only find that there is no kubelet.
-const CONTROLLERS: &str = "endpointslice-controller,endpointslice-mirroring-controller,namespace-controller";
+/// What the controller manager does; all else would only find that there is no kubelet. Pods of DaemonSets and Jobs run
+/// where a test has [`crate::runtime::Pods`].
+const CONTROLLERS: &str = "endpointslice-controller,endpointslice-mirroring-controller,namespace-controller,\
+                           daemonset-controller,job-controller,garbage-collector-controller";
 /// The variable that has the folder with the programs.
 const PROGRAMS: &str = "LB_KUBERNETES";
 
@@ -81,7 +84,7 @@ pub struct ControlPlane {
     address: Ipv4Addr,
     programs: PathBuf,
     folder: PathBuf,
-    objects: Objects,
+    objects: Arc<Objects>,
     controller_manager: Running,
     api_server: Running,
     etcd: Running,
@@ -106,7 +109,7 @@ impl ControlPlane {
         let new = Self {
             machine: Place::clone(machine),
             address,
-            objects: Objects::new(machine)?,
+            objects: Arc::new(Objects::new(machine)?),
             programs,
             folder,
             controller_manager: Running::default(),
@@ -135,6 +138,18 @@ impl ControlPlane {
         self.address
     }
 
+    /// Its port.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        PORT
+    }
+
+    /// The certificate that clients check the API server's by.
+    #[must_use]
+    pub fn authority(&self) -> PathBuf {
+        self.folder.join("certificates/apiserver.crt")
+    }
+
     /// The machine that it runs on.
     #[must_use]
     pub fn machine(&self) -> &Place {
@@ -149,7 +164,7 @@ impl ControlPlane {
 
     /// What tests read and write.
     #[must_use]
-    pub fn objects(&self) -> &Objects {
+    pub fn objects(&self) -> &Arc<Objects> {
         &self.objects
     }
 
@@ -229,7 +244,7 @@ impl ControlPlane {
             "--allow-privileged=true".to_owned(),
         ];
         let mut process = self.spawn("kube-apiserver", &flags)?;
-        let authority = self.folder.join("certificates/apiserver.crt");
+        let authority = self.authority();
         wait(&mut process, "kube-apiserver", &self.log("kube-apiserver"), || {
             ensure!(authority.is_file(), "it has no certificate yet");
             for (name, ..) in USERS {

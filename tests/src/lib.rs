@@ -40,6 +40,8 @@ pub mod http;
 pub mod load;
 pub mod manifests;
 pub mod puppet;
+#[cfg(feature = "kubernetes")]
+pub mod runtime;
 
 pub use absences::Absences;
 pub use agent::{Agent, Problem, Running, Status, unit_capabilities};

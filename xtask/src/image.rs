@@ -65,6 +65,13 @@ fn default_output() -> PathBuf {
     root().join("target/image/lb-agent.tar")
 }
 
+/// The same with the default name, at the default place; for tests.
+pub(crate) fn write_default() -> anyhow::Result<PathBuf> {
+    let output = default_output();
+    println!("{}", write(NAME, &output)?);
+    Ok(output)
+}
+
 /// Builds the agent and writes the image; returns a line about it.
 fn write(name: &str, output: &PathBuf) -> anyhow::Result<String> {
     let program = build_agent_for_image()?;

@@ -1,7 +1,7 @@
 //! The control plane of Kubernetes that tests run against, built from its own source by Go.
 //!
-//! `tests/kubernetes/go.mod` says which version, and `tests/kubernetes/etcd/go.mod` which etcd. What was built is kept
-//! below `target/kubernetes`, in a folder named after both.
+//! `tests/kubernetes/go.mod` says which version, and `tests/kubernetes/etcd/go.mod` and `tests/kubernetes/helm/go.mod`
+//! which etcd and which Helm. What was built is kept below `target/kubernetes`, in a folder named after all three.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -32,6 +32,7 @@ struct Source {
 enum Module {
     Kubernetes,
     Etcd,
+    Helm,
 }
 
 impl Module {
@@ -41,6 +42,7 @@ impl Module {
         match self {
             Self::Kubernetes => kubernetes,
             Self::Etcd => kubernetes.join("etcd"),
+            Self::Helm => kubernetes.join("helm"),
         }
     }
 
@@ -49,6 +51,7 @@ impl Module {
         match self {
             Self::Kubernetes => "k8s.io/kubernetes",
             Self::Etcd => "go.etcd.io/etcd/server/v3",
+            Self::Helm => "helm.sh/helm/v3",
         }
     }
 
@@ -78,13 +81,13 @@ impl Module {
                      -X k8s.io/client-go/pkg/version.gitVersion={version}"
                 )
             }
-            Self::Etcd => "-s -w".to_owned(),
+            Self::Etcd | Self::Helm => "-s -w".to_owned(),
         }
     }
 }
 
 /// Everything that is built.
-const SOURCES: [Source; 5] = [
+const SOURCES: [Source; 6] = [
     Source {
         program: "etcd",
         package: "go.etcd.io/etcd/server/v3",
@@ -114,6 +117,12 @@ const SOURCES: [Source; 5] = [
         package: "k8s.io/kubernetes/cmd/kubectl",
         module: Module::Kubernetes,
         time: "twenty seconds",
+    },
+    Source {
+        program: "helm",
+        package: "helm.sh/helm/v3/cmd/helm",
+        module: Module::Helm,
+        time: "a minute",
     },
 ];
 
@@ -241,7 +250,7 @@ mod tests {
 
     #[test]
     fn the_modules_of_this_project_name_their_versions() {
-        for module in [Module::Kubernetes, Module::Etcd] {
+        for module in [Module::Kubernetes, Module::Etcd, Module::Helm] {
             let version = module.version().unwrap();
             assert!(version.starts_with('v'), "{version}");
         }

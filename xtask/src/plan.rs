@@ -34,7 +34,7 @@ pub(crate) struct Tool {
 }
 
 /// Everything that tests and the demo start.
-pub(crate) const TOOLS: [Tool; 12] = [
+pub(crate) const TOOLS: [Tool; 13] = [
     Tool {
         program: "ip",
         package: "iproute2",
@@ -82,6 +82,10 @@ pub(crate) const TOOLS: [Tool; 12] = [
     Tool {
         program: "openssl",
         package: "openssl",
+    },
+    Tool {
+        program: "runc",
+        package: "runc",
     },
 ];
 

@@ -1,13 +1,14 @@
 //! `test` and `bless`.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, bail};
 
 use crate::artifacts::{Built, TestProgram, build_release, build_tests};
 use crate::command::{cargo, clean_command};
+use crate::image;
 use crate::kubernetes;
 use crate::libtest::{self, Tally};
 use crate::privilege::{as_root, search_path};
@@ -85,13 +86,17 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if !args.no_lint && !args.only_vm && !args.only_kubernetes {
         sum += lints();
     }
-    let mut control_plane = None;
+    let (mut control_plane, mut image) = (None, None);
     if args.kubernetes {
         sum += step("control plane of Kubernetes", || {
             control_plane = Some(kubernetes::build()?);
             if kernel == Kernel::Foreign {
                 bail!("the tests against it need a kernel that can run lb, and run in no virtual machine");
             }
+            Ok(())
+        });
+        sum += step("image", || {
+            image = Some(image::write_default()?);
             Ok(())
         });
         if sum.failed > 0 {
@@ -110,7 +115,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         } else {
             Selection::Filter(filter)
         };
-        ran += tests(&built, &selection, kernel, control_plane.as_deref());
+        let kubernetes = [("LB_KUBERNETES", control_plane), ("LB_IMAGE", image)];
+        ran += tests(&built, &selection, kernel, &kubernetes);
     }
     if args.demo && kernel == Kernel::Native {
         sum += step("demo", run::check_demo);
@@ -205,7 +211,7 @@ pub(crate) fn bless() -> anyhow::Result<ExitCode> {
     let mut built = Built::default();
     let mut sum = build(&mut built, false);
     if !built.tests.is_empty() {
-        sum += some(tests(&built, &Selection::Golden, Kernel::Native, None));
+        sum += some(tests(&built, &Selection::Golden, Kernel::Native, &[]));
     }
     Ok(conclude(sum))
 }
@@ -251,9 +257,9 @@ fn in_machines(versions: &[String], job: impl FnOnce(&Built) -> anyhow::Result<J
     sum
 }
 
-/// Runs tests; those that need a kernel only on this machine's own. The programs of Kubernetes are in the folder
-/// `control_plane`.
-fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, control_plane: Option<&Path>) -> Tally {
+/// Runs tests; those that need a kernel only on this machine's own. `files` are told by these variables, those that there
+/// are.
+fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, files: &[(&'static str, Option<PathBuf>)]) -> Tally {
     let mut ran = Tally::default();
     let mut env = vec![("PATH", search_path())];
     match built.programs() {
@@ -265,9 +271,10 @@ fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, control_plane
             ran += step("programs", || Err(error));
         }
     }
-    if let Some(folder) = control_plane {
-        env.push(("LB_KUBERNETES", folder.into()));
-    }
+    let files = files
+        .iter()
+        .filter_map(|(name, path)| Some((*name, path.clone()?.into())));
+    env.extend(files);
     if matches!(selection, Selection::Golden) {
         env.push(("LB_BLESS", "1".into()));
     }

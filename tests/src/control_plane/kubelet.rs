@@ -232,7 +232,7 @@ impl ControlPlane {
             format!("{}/64", node.pod_network6()),
         ];
         let object = json!({
-            "metadata": {"name": node.name(), "labels": {"kubernetes.io/hostname": node.name()}},
+            "metadata": {"name": node.name(), "labels": {"kubernetes.io/hostname": node.name(), "kubernetes.io/os": "linux"}},
             "spec": {"podCIDR": pods[0], "podCIDRs": pods},
         });
         self.objects()

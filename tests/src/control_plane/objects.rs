@@ -106,6 +106,18 @@ impl Objects {
         self.run(request(self.client()?))
     }
 
+    /// Posts to a path, as to a subresource of an object, and returns the answer.
+    ///
+    /// # Errors
+    /// When the API server refuses it.
+    pub fn post(&self, path: &str, object: &Value) -> Result<Value> {
+        let request = http::Request::post(path)
+            .header(http::header::CONTENT_TYPE, "application/json")
+            .body(object.to_string().into_bytes())
+            .context("not a path")?;
+        self.with(|client| async move { Ok(client.request(request).await?) })
+    }
+
     /// Makes an object.
     ///
     /// # Errors

@@ -1,0 +1,338 @@
+//! The pods of DaemonSets and Jobs: bound to their nodes as the scheduler would, run as a kubelet would.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use serde_json::{Value, json};
+
+use super::bundle::array;
+use super::{Container, More, Runtime};
+use crate::control_plane::{ControlPlane, Objects};
+
+/// Between two looks at the API.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Where a pod finds its service account.
+const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+
+/// When everything happened, as far as the API is concerned.
+const TIME: &str = "2026-01-01T00:00:00Z";
+
+/// Runs the pods of a namespace until it is dropped; all of them end then.
+#[derive(Debug)]
+pub struct Pods {
+    stop: Arc<AtomicBool>,
+    errors: Arc<Mutex<Vec<String>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Pods {
+    /// Begins to run the pods of a namespace on these nodes.
+    ///
+    /// `arguments` says what a container is told besides, by its runtime and its first argument.
+    ///
+    /// # Errors
+    /// When the thread cannot be started.
+    pub fn run(
+        control_plane: &ControlPlane,
+        namespace: &str,
+        runtimes: Vec<Runtime>,
+        arguments: impl Fn(&Runtime, &Value) -> Vec<String> + Send + 'static,
+    ) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let errors = Arc::<Mutex<Vec<String>>>::default();
+        let mut kubelet = Kubelet {
+            objects: control_plane.objects().clone(),
+            namespace: namespace.to_owned(),
+            server: (control_plane.address().to_string(), control_plane.port()),
+            authority: control_plane.authority(),
+            runtimes,
+            arguments: Box::new(arguments),
+            running: BTreeMap::new(),
+        };
+        let (stopped, noted) = (Arc::clone(&stop), Arc::clone(&errors));
+        // All containers are started by this thread, and die with it.
+        let thread = thread::Builder::new()
+            .name("pods".to_owned())
+            .spawn(move || {
+                while !stopped.load(Ordering::Relaxed) {
+                    if let Err(error) = kubelet.look() {
+                        noted
+                            .lock()
+                            .unwrap_or_else(PoisonError::into_inner)
+                            .push(format!("{error:#}"));
+                    }
+                    thread::sleep(PAUSE);
+                }
+            })
+            .context("starting a thread")?;
+        Ok(Self {
+            stop,
+            errors,
+            thread: Some(thread),
+        })
+    }
+
+    /// What went wrong last.
+    #[must_use]
+    pub fn errors(&self) -> String {
+        let errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
+        errors[errors.len().saturating_sub(10)..].join("\n")
+    }
+}
+
+impl Drop for Pods {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            eprintln!("test bed: the thread of pods panicked: {}", self.errors());
+        }
+    }
+}
+
+struct Kubelet {
+    objects: Arc<Objects>,
+    namespace: String,
+    server: (String, u16),
+    authority: PathBuf,
+    runtimes: Vec<Runtime>,
+    arguments: Box<dyn Fn(&Runtime, &Value) -> Vec<String> + Send>,
+    /// By uid.
+    running: BTreeMap<String, Running>,
+}
+
+/// A pod that was begun.
+#[derive(Debug, Default)]
+struct Running {
+    /// How many of its init containers have ended well.
+    initialized: usize,
+    container: Option<Container>,
+    folder: PathBuf,
+    restarts: u32,
+    /// What was last reported.
+    status: Value,
+    finished: bool,
+}
+
+impl Kubelet {
+    /// Looks at all pods once, and does for each what is next.
+    fn look(&mut self) -> Result<()> {
+        let pods = self.objects.list::<Pod>(&self.namespace, "")?;
+        let pods: Vec<Value> = pods.iter().map(serde_json::to_value).collect::<Result<_, _>>()?;
+        let uid = |pod: &Value| pod["metadata"]["uid"].as_str().map(str::to_owned);
+        let known: Vec<_> = pods.iter().filter_map(uid).collect();
+        let gone: Vec<_> = self
+            .running
+            .keys()
+            .filter(|uid| !known.contains(uid))
+            .cloned()
+            .collect();
+        for uid in gone {
+            self.end(&uid)?;
+        }
+        let mut failed = Vec::new();
+        for pod in &pods {
+            let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+            if let Err(error) = self.advance(pod) {
+                failed.push(format!("{name}: {error:#}"));
+            }
+        }
+        if failed.is_empty() {
+            return Ok(());
+        }
+        bail!("{}", failed.join("; "))
+    }
+
+    fn advance(&mut self, pod: &Value) -> Result<()> {
+        let uid = pod["metadata"]["uid"].as_str().context("a pod has a uid")?;
+        let name = pod["metadata"]["name"].as_str().context("a pod has a name")?;
+        let Some(node) = pod["spec"]["nodeName"].as_str() else {
+            return self.bind(pod, name);
+        };
+        if !pod["metadata"]["deletionTimestamp"].is_null() {
+            self.end(uid)?;
+            return self.objects.delete::<Pod>(&self.namespace, name, Some(0));
+        }
+        let index = self.runtimes.iter().position(|runtime| runtime.place().name() == node);
+        let index = index.with_context(|| format!("there is no node {node}"))?;
+        if !self.running.contains_key(uid) {
+            let folder = self.runtimes[index].folder.join(format!("pod-{uid}"));
+            fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+            let new = Running {
+                folder,
+                ..Running::default()
+            };
+            self.running.insert(uid.to_owned(), new);
+        }
+        let mut running = self.running.remove(uid).context("it was put there")?;
+        let done = self.step(pod, index, &mut running);
+        let done = done.and_then(|status| self.report(name, &mut running, status));
+        self.running.insert(uid.to_owned(), running);
+        done
+    }
+
+    /// Does what is next for a pod, and returns its status.
+    fn step(&self, pod: &Value, index: usize, running: &mut Running) -> Result<Value> {
+        let (runtime, spec) = (&self.runtimes[index], &pod["spec"]);
+        if running.finished {
+            return Ok(running.status.clone());
+        }
+        let first: Vec<_> = array(&spec["initContainers"]).collect();
+        let main = spec["containers"].get(0).context("a pod has a container")?;
+        let container = first.get(running.initialized).copied().unwrap_or(main);
+        let Some(process) = &mut running.container else {
+            let more = self.more(runtime, spec, container, &running.folder)?;
+            running.container = Some(runtime.start(spec, container, &more)?);
+            return Ok(status(pod, running, false, runtime));
+        };
+        if process.is_running()? {
+            let ready = running.initialized == first.len() && is_ready(runtime, main);
+            return Ok(status(pod, running, ready, runtime));
+        }
+        let ended = process.succeed(Duration::ZERO);
+        running.container = None;
+        match ended {
+            Ok(()) if running.initialized < first.len() => running.initialized += 1,
+            Ok(()) if spec["restartPolicy"] != "Always" => running.finished = true,
+            Ok(()) => running.restarts += 1,
+            Err(error) => {
+                running.restarts += 1;
+                return Err(error);
+            }
+        }
+        Ok(status(pod, running, false, runtime))
+    }
+
+    /// Binds a DaemonSet's pod to the node that it is made for.
+    fn bind(&self, pod: &Value, name: &str) -> Result<()> {
+        let terms = &pod["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"];
+        let node = terms["nodeSelectorTerms"][0]["matchFields"][0]["values"][0]
+            .as_str()
+            .context("for no node in particular")?;
+        let path = format!("/api/v1/namespaces/{}/pods/{name}/binding", self.namespace);
+        let binding = json!({
+            "apiVersion": "v1", "kind": "Binding", "metadata": {"name": name},
+            "target": {"apiVersion": "v1", "kind": "Node", "name": node},
+        });
+        self.objects.post(&path, &binding).map(drop)
+    }
+
+    /// Ends a pod, if it runs.
+    fn end(&mut self, uid: &str) -> Result<()> {
+        let container = self.running.remove(uid).and_then(|running| running.container);
+        container.map_or(Ok(()), Container::stop)
+    }
+
+    /// Volumes, the service account, and where the API server is.
+    fn more(&self, runtime: &Runtime, spec: &Value, container: &Value, folder: &Path) -> Result<More<'static>> {
+        let mut more = More {
+            arguments: (self.arguments)(runtime, container),
+            ..More::default()
+        };
+        let (host, port) = &self.server;
+        more.env = vec![
+            ("KUBERNETES_SERVICE_HOST", host.clone()),
+            ("KUBERNETES_SERVICE_PORT", port.to_string()),
+        ];
+        for volume in array(&spec["volumes"]) {
+            let name = volume["name"].as_str().context("a volume has a name")?;
+            let Some(map) = volume["configMap"]["name"].as_str() else {
+                continue;
+            };
+            let map = self.objects.get::<ConfigMap>(&self.namespace, map)?;
+            let at = folder.join("volumes").join(name);
+            write_files(
+                &at,
+                map.data
+                    .iter()
+                    .flatten()
+                    .map(|(name, content)| (name.as_str(), content.as_str())),
+            )?;
+            more.volumes.insert(name.to_owned(), at);
+        }
+        if spec["automountServiceAccountToken"] != false
+            && let Some(account) = spec["serviceAccountName"].as_str()
+        {
+            let path = format!("/api/v1/namespaces/{}/serviceaccounts/{account}/token", self.namespace);
+            let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}});
+            let answer = self.objects.post(&path, &request)?;
+            let token = answer["status"]["token"].as_str().context("no token")?;
+            let authority = fs::read_to_string(&self.authority).context("reading the authority")?;
+            let files = [("token", token), ("ca.crt", &authority), ("namespace", &self.namespace)];
+            let at = folder.join("account");
+            write_files(&at, files)?;
+            more.mounts.push((at, ACCOUNT));
+        }
+        Ok(more)
+    }
+
+    /// Tells the API server of a status that is new.
+    fn report(&self, name: &str, running: &mut Running, status: Value) -> Result<()> {
+        if running.status == status {
+            return Ok(());
+        }
+        self.objects
+            .patch_status::<Pod>(&self.namespace, name, json!({"status": status}))?;
+        running.status = status;
+        Ok(())
+    }
+}
+
+fn write_files<'a>(folder: &Path, files: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    for (name, content) in files {
+        fs::write(folder.join(name), content).with_context(|| format!("writing {name}"))?;
+    }
+    Ok(())
+}
+
+/// What its probe says; without one, that it runs.
+fn is_ready(runtime: &Runtime, container: &Value) -> bool {
+    let probe = &container["readinessProbe"]["httpGet"];
+    let (Some(path), Some(port)) = (probe["path"].as_str(), probe["port"].as_u64()) else {
+        return true;
+    };
+    let url = format!("http://127.0.0.1:{port}{path}");
+    let arguments = ["--silent", "--fail", "--max-time", "2", "--output", "/dev/null", &url];
+    runtime.place().run("curl", &arguments).is_ok()
+}
+
+fn status(pod: &Value, running: &Running, ready: bool, runtime: &Runtime) -> Value {
+    let container = &pod["spec"]["containers"][0];
+    let phase = match (running.finished, &running.container) {
+        (true, _) => "Succeeded",
+        (false, Some(_)) if running.initialized == array(&pod["spec"]["initContainers"]).count() => "Running",
+        (false, _) => "Pending",
+    };
+    let state = match phase {
+        "Succeeded" => {
+            json!({"terminated": {"exitCode": 0, "reason": "Completed", "startedAt": TIME, "finishedAt": TIME}})
+        }
+        "Running" => json!({"running": {"startedAt": TIME}}),
+        _ => json!({"waiting": {"reason": "PodInitializing"}}),
+    };
+    let word = if ready { "True" } else { "False" };
+    let conditions = ["Ready", "ContainersReady"]
+        .map(|kind| json!({"type": kind, "status": word, "lastTransitionTime": TIME, "reason": "Test", "message": ""}));
+    json!({
+        "phase": phase,
+        "startTime": TIME,
+        "hostIP": runtime.address,
+        "podIP": runtime.address,
+        "podIPs": [{"ip": runtime.address}],
+        "conditions": conditions,
+        "containerStatuses": [{
+            "name": container["name"], "image": container["image"], "imageID": "",
+            "restartCount": running.restarts, "ready": ready, "started": phase == "Running", "state": state,
+        }],
+    })
+}

@@ -1,0 +1,286 @@
+//! The image and the manifests: started by runc as a kubelet would have it started, with what the pod asks for and no
+//! more.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use lb_tests::runtime::{Container, Image, More, Runtime};
+use lb_tests::{Agent, Cluster, Connect, Status, Testbed, patience};
+use serde_json::{Value, json};
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const NODE: &str = "n1";
+const VIP: &str = "10.96.0.80:80";
+const BACKEND_PORT: u16 = 8080;
+/// What renders the manifests, besides the chart and the namespace.
+const RENDERED: [(&str, &[&str]); 2] = [
+    ("lb.yaml", &["--set", "kubeProxyConfigMap=kube-proxy"]),
+    (
+        "lb-privileged.yaml",
+        &["--set", "kubeProxyConfigMap=kube-proxy", "--set", "privileged=true"],
+    ),
+];
+
+fn deploy(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(name)
+}
+
+/// What `cargo xtask test --kubernetes` says of where things are.
+fn variable(name: &str) -> Result<PathBuf> {
+    let value =
+        env::var_os(name).with_context(|| format!("{name} is not set: `cargo xtask test --kubernetes` sets it"))?;
+    Ok(value.into())
+}
+
+/// `helm template lb deploy/chart` with more arguments; its output, or what it says of an error.
+fn render(arguments: &[&str]) -> Result<Result<String, String>> {
+    let output = Command::new(variable("LB_KUBERNETES")?.join("helm"))
+        .args([
+            "template",
+            "lb",
+            "deploy/chart",
+            "--kube-version",
+            "1.36",
+            "--namespace",
+            "kube-system",
+        ])
+        .args(arguments)
+        .current_dir(deploy(".."))
+        .output()
+        .context("running helm")?;
+    let text = |bytes| String::from_utf8(bytes).context("not UTF-8");
+    if output.status.success() {
+        return Ok(Ok(text(output.stdout)?));
+    }
+    Ok(Err(text(output.stderr)?))
+}
+
+#[test]
+fn manifests_are_what_the_chart_renders() -> Result<()> {
+    for (name, arguments) in RENDERED {
+        let path = deploy(name);
+        let rendered = render(arguments)?.map_err(anyhow::Error::msg)?;
+        if env::var_os("LB_BLESS").is_some() {
+            fs::write(&path, &rendered).with_context(|| format!("writing {}", path.display()))?;
+        }
+        let kept = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        ensure!(
+            kept == rendered,
+            "deploy/{name} is not what `helm template lb deploy/chart --kube-version 1.36 --namespace kube-system {}` writes",
+            arguments.join(" ")
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn the_chart_wants_to_know_where_the_api_server_is() -> Result<()> {
+    let said = render(&[])?.expect_err("neither kubeApiserver nor kubeProxyConfigMap is set");
+    ensure!(
+        said.contains("kubeApiserver") && said.contains("kubeProxyConfigMap"),
+        "{said}"
+    );
+    let servers = r#"kubeApiserver=["https://192.168.77.10:6443","https://192.168.77.11:6443"]"#;
+    let text = render(&["--set-json", servers])?.map_err(anyhow::Error::msg)?;
+    let pod = pod(&text)?;
+    let arguments = &pod["containers"][0]["args"];
+    ensure!(
+        arguments[1] == "--kube-apiserver=https://192.168.77.10:6443,https://192.168.77.11:6443",
+        "{arguments}"
+    );
+    ensure!(!text.contains("/var/lib/kube-proxy"), "{text}");
+    Ok(())
+}
+
+/// The specification of the DaemonSet's pods.
+fn pod(manifest: &str) -> Result<Value> {
+    let documents: Vec<Value> = serde_saphyr::from_multiple(manifest).context("not YAML")?;
+    let set = documents.into_iter().find(|document| document["kind"] == "DaemonSet");
+    Ok(set.context("there is no DaemonSet")?["spec"]["template"]["spec"].take())
+}
+
+/// The pod with manifests in place of Kubernetes; the volume is called `manifests`.
+fn with_manifests(mut pod: Value) -> Result<Value> {
+    let container = &mut pod["containers"][0];
+    let arguments = container["args"].as_array_mut().context("no arguments")?;
+    let config = arguments
+        .iter_mut()
+        .find(|word| word.as_str().is_some_and(|word| word.starts_with("--config=")));
+    *config.context("no --config")? = json!("--manifests=/manifests");
+    let mounts = container["volumeMounts"].as_array_mut().context("no mounts")?;
+    let config = mounts.iter_mut().find(|mount| mount["name"] == "kube-proxy");
+    *config.context("no mount of the ConfigMap")? =
+        json!({"name": "manifests", "mountPath": "/manifests", "readOnly": true});
+    Ok(pod)
+}
+
+/// `CapEff` and others of a process, and whether it can get new privileges.
+fn rights(process: u32) -> Result<(u64, u64, bool)> {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).context("reading a process's status")?;
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.map(str::trim).with_context(|| format!("no {name}"))
+    };
+    let bits = |name: &str| Ok::<_, anyhow::Error>(u64::from_str_radix(field(name)?, 16)?);
+    Ok((bits("CapEff:")?, bits("CapBnd:")?, field("NoNewPrivs:")? == "1"))
+}
+
+/// CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF by their numbers (linux/capability.h).
+const NEEDED: u64 = 1 << 12 | 1 << 19 | 1 << 21 | 1 << 38 | 1 << 39;
+
+#[test]
+fn the_image_serves_with_the_capabilities_of_the_manifest() -> Result<()> {
+    let status = serves("lb.yaml", |container| {
+        let processes = container.processes()?;
+        let [process] = processes.as_slice() else {
+            anyhow::bail!("not one process: {processes:?}");
+        };
+        let (effective, bounding, no_new) = rights(*process)?;
+        ensure!(
+            (effective, bounding, no_new) == (NEEDED, NEEDED, true),
+            "{effective:x} {bounding:x} {no_new}"
+        );
+        Ok(())
+    })?;
+    only_the_cgroup(&status)
+}
+
+#[test]
+fn the_image_serves_when_it_is_privileged() -> Result<()> {
+    let status = serves("lb-privileged.yaml", |_| Ok(()))?;
+    only_the_cgroup(&status)
+}
+
+/// Nothing is out of its reach; that it serves one node of this machine alone is what the bed wants.
+fn only_the_cgroup(status: &Status) -> Result<()> {
+    let others: Vec<_> = status
+        .problems
+        .iter()
+        .filter(|p| !p.place.starts_with("cgroup"))
+        .collect();
+    ensure!(others.is_empty(), "{others:?}");
+    Ok(())
+}
+
+/// Starts the pod of a manifest from the image, and has it serve; returns what it says of itself.
+fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Status> {
+    let cluster = Cluster::builder().nodes(2).build()?;
+    let bed = Testbed::new(BED);
+    let (client, near) = (cluster.add_pod(NODE, "client")?, cluster.add_pod(NODE, "near")?);
+    let far = cluster.add_pod("n2", "far")?;
+    let _servers = [
+        bed.serve(&near, &[&format!("0.0.0.0:{BACKEND_PORT}=near")])?,
+        bed.serve(&far, &[&format!("0.0.0.0:{BACKEND_PORT}=far")])?,
+    ];
+    let manifests = cluster.scratch().join("manifests");
+    fs::create_dir(&manifests).context("making a folder")?;
+    let write = |addresses: &[String]| {
+        let file = manifests.join("web.json");
+        // At once, by a new name.
+        fs::write(cluster.scratch().join("web.json"), objects(addresses).to_string())?;
+        fs::rename(cluster.scratch().join("web.json"), file)
+    };
+    write(&[near.address().to_string(), far.address().to_string()]).context("writing a manifest")?;
+
+    let node = cluster.node(NODE);
+    let mut runtime = Runtime::new(&cluster, node)?;
+    let image = Image::of_archive(&variable("LB_IMAGE")?, &cluster.scratch().join("image"))?;
+    let text = fs::read_to_string(deploy(manifest)).context("reading a manifest")?;
+    let pod = with_manifests(pod(&text)?)?;
+    let container = &pod["containers"][0];
+    runtime.add_image(container["image"].as_str().context("no image")?, image);
+
+    let agent = Agent::new(&cluster, node, &Agent::find(Path::new(BED))?, &manifests);
+    let mut more = More::default();
+    more.volumes.insert("manifests".to_owned(), manifests.clone());
+    more.arguments = vec![
+        format!("--cgroup={}", runtime.cgroup_in_containers().display()),
+        format!("--pin-path={}", agent.pin_path().display()),
+    ];
+    let mut started = runtime.start(&pod, container, &more)?;
+    let ready = wait_ready(&runtime, container, &mut started)?;
+    ensure!(ready.contains("lastUpdated"), "{ready}");
+    look(&started)?;
+
+    let vip = VIP.parse().context("an address")?;
+    for place in [&*client, &**node] {
+        let summary = bed.connect(place, &Connect::to(&[vip]).count(200).peer_check())?;
+        summary.all_well()?;
+        ensure!(summary.reached("near") > 0 && summary.reached("far") > 0, "{summary:?}");
+    }
+    write(&[far.address().to_string()]).context("writing a manifest")?;
+    let deadline = Instant::now() + patience(Duration::from_secs(10));
+    loop {
+        let summary = bed.connect(&client, &Connect::to(&[vip]).count(50))?;
+        summary.all_well()?;
+        if summary.reached("far") == 50 {
+            break;
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the change of a manifest is not seen: {}",
+            started.log()
+        );
+        sleep(Duration::from_millis(20));
+    }
+    let status = agent.status()?;
+    ensure!(status.agent.running && status.agent.complete, "{:?}", status.agent);
+    started.stop()?;
+    let summary = bed.connect(&client, &Connect::to(&[vip]).count(50))?;
+    summary.all_well().context("after the container has ended")?;
+    Ok(status)
+}
+
+/// Waits until the readiness probe succeeds; returns what it answers.
+fn wait_ready(runtime: &Runtime, container: &Value, started: &mut Container) -> Result<String> {
+    let probe = &container["readinessProbe"]["httpGet"];
+    let (port, path) = (&probe["port"], probe["path"].as_str().context("no path")?);
+    let url = format!("http://127.0.0.1:{port}{path}");
+    let deadline = Instant::now() + patience(Duration::from_secs(20));
+    loop {
+        match runtime
+            .place()
+            .run("curl", &["--silent", "--show-error", "--fail", &url])
+        {
+            Ok(answer) => return Ok(answer),
+            Err(error) => {
+                let running = started.is_running()?;
+                ensure!(running && Instant::now() < deadline, "{error:#}\n{}", started.log());
+            }
+        }
+        sleep(Duration::from_millis(20));
+    }
+}
+
+/// A Service and its endpoints.
+fn objects(addresses: &[String]) -> Value {
+    let (address, port) = VIP.split_once(':').expect("an address and a port");
+    let port: u16 = port.parse().expect("a port");
+    let ready = json!({"ready": true, "serving": true, "terminating": false});
+    let endpoints: Vec<_> = addresses
+        .iter()
+        .map(|address| json!({"addresses": [address], "conditions": ready}))
+        .collect();
+    json!({"apiVersion": "v1", "kind": "List", "items": [
+        {
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "default"},
+            "spec": {
+                "type": "ClusterIP", "clusterIP": address, "clusterIPs": [address], "ipFamilies": ["IPv4"],
+                "ports": [{"name": "http", "port": port, "targetPort": BACKEND_PORT, "protocol": "TCP"}],
+            },
+        },
+        {
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {
+                "name": "web-1", "namespace": "default", "labels": {"kubernetes.io/service-name": "web"},
+            },
+            "ports": [{"name": "http", "port": BACKEND_PORT, "protocol": "TCP"}],
+            "endpoints": endpoints,
+        },
+    ]})
+}
