@@ -289,7 +289,7 @@ fn health_checks_are_served_where_node_ports_are() -> Result<()> {
 
     setup.agent.kill()?;
     *setup.agent.process() = setup.agent.start_ready(&["--nodeport-addresses", "127.0.0.0/8"])?;
-    ensure!(!get(setup.node(), at(setup.node().address(), CHECK), "/").is_ok());
+    ensure!(get(setup.node(), at(setup.node().address(), CHECK), "/").is_err());
     Ok(())
 }
 
