@@ -228,7 +228,7 @@ impl Config {
                 }
                 score => score,
             },
-            conntrack: tracking(conntrack.unwrap_or_default(), default.conntrack),
+            conntrack: tracking(&conntrack.unwrap_or_default(), default.conntrack),
             without_effect: without_effect(&said),
         })
     }
@@ -274,7 +274,7 @@ fn wanted(words: &[String]) -> Result<Option<Wanted>, ParseError> {
         .map_err(|error| value("nodePortAddresses", format!("{words:?} is {error}")))
 }
 
-fn tracking(said: file::Conntrack, default: conntrack::Settings) -> conntrack::Settings {
+fn tracking(said: &file::Conntrack, default: conntrack::Settings) -> conntrack::Settings {
     let file::Conntrack {
         max_per_core,
         min,
@@ -285,7 +285,7 @@ fn tracking(said: file::Conntrack, default: conntrack::Settings) -> conntrack::S
         udp_stream_timeout,
     } = said;
     // Zero leaves a setting as it is.
-    let time = |said: Option<Time>, default: Duration| said.map_or(default, |Time(time)| time);
+    let time = |said: &Option<Time>, default: Duration| said.map_or(default, |Time(time)| time);
     conntrack::Settings {
         max_per_core: max_per_core.unwrap_or(default.max_per_core),
         min: min.unwrap_or(default.min),

@@ -18,13 +18,18 @@ const ANSWER: Duration = Duration::from_secs(10);
 pub struct Response {
     /// Status code.
     pub status: u16,
-    /// Headers, their names in lower case.
-    pub headers: BTreeMap<String, String>,
+    headers: BTreeMap<String, String>,
     /// What it says.
     pub body: String,
 }
 
 impl Response {
+    /// A header, by its name in lower case.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).map(String::as_str)
+    }
+
     /// The body as JSON.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1::{ObjectReference, Service};
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{Api, ObjectMeta, PostParams};
+use kube::api::{Api, ListParams, ObjectMeta, PostParams};
 use prometheus::IntCounterVec;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
@@ -199,8 +199,10 @@ impl Teller {
 
     async fn try_publish(&self, problem: &Problem, service: &ObjectKey) -> kube::Result<()> {
         let services: Api<Service> = Api::namespaced(self.client.clone(), &service.namespace);
-        // Without the uid, `kubectl describe` would not find the Event.
-        let Some(found) = services.get_metadata_opt(&service.name).await? else {
+        // Without the uid, `kubectl describe` would not find the Event. Upstream's role for a Service proxy lets it list
+        // Services, not get one.
+        let named = ListParams::default().fields(&format!("metadata.name={}", service.name));
+        let Some(found) = services.list_metadata(&named).await?.items.pop() else {
             debug!(%service, "gone before its owner could be told");
             return Ok(());
         };
@@ -220,7 +222,7 @@ mod tests {
     use std::net::Ipv4Addr;
     use std::sync::{Arc, Mutex};
 
-    use axum::extract::{Path, State};
+    use axum::extract::State;
     use axum::http::{StatusCode, Uri};
     use axum::routing::{get, post};
     use axum::{Json, Router};
@@ -234,25 +236,23 @@ mod tests {
     struct Server(Arc<Mutex<Vec<Value>>>);
 
     impl Server {
-        async fn service(Path(name): Path<String>) -> (StatusCode, Json<Value>) {
-            let (status, body) = match &*name {
-                "gone" => (StatusCode::NOT_FOUND, failure("NotFound", 404)),
-                _ => (
-                    StatusCode::OK,
-                    json!({
-                        "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata",
-                        "metadata": {"name": name, "namespace": "default", "uid": format!("uid-of-{name}")},
-                    }),
-                ),
-            };
-            (status, Json(body))
+        async fn services(uri: Uri) -> Json<Value> {
+            let (_, name) = uri.query().unwrap().split_once("metadata.name%3D").unwrap();
+            let service = json!({"metadata": {"name": name, "namespace": "default", "uid": format!("uid-of-{name}")}});
+            Json(json!({
+                "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadataList", "metadata": {},
+                "items": if name == "gone" { vec![] } else { vec![service] },
+            }))
         }
 
         async fn event(State(Self(events)): State<Self>, Json(event): Json<Value>) -> (StatusCode, Json<Value>) {
             let mut events = events.lock().unwrap();
             let name = &event["metadata"]["name"];
             if events.iter().any(|known| known["metadata"]["name"] == *name) {
-                return (StatusCode::CONFLICT, Json(failure("AlreadyExists", 409)));
+                let status = json!({
+                    "apiVersion": "v1", "kind": "Status", "status": "Failure", "reason": "AlreadyExists", "code": 409,
+                });
+                return (StatusCode::CONFLICT, Json(status));
             }
             events.push(event.clone());
             (StatusCode::CREATED, Json(event))
@@ -260,16 +260,10 @@ mod tests {
 
         fn routes(&self) -> Router {
             Router::new()
-                .route("/api/v1/namespaces/default/services/{name}", get(Self::service))
+                .route("/api/v1/namespaces/default/services", get(Self::services))
                 .route("/apis/events.k8s.io/v1/namespaces/default/events", post(Self::event))
                 .with_state(self.clone())
         }
-    }
-
-    fn failure(reason: &str, code: u16) -> Value {
-        json!({
-            "apiVersion": "v1", "kind": "Status", "status": "Failure", "reason": reason, "code": code, "message": reason,
-        })
     }
 
     fn problem(service: &str, kind: ProblemKind, message: &str) -> Problem {

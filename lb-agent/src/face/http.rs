@@ -100,7 +100,7 @@ impl Servers {
         );
         let told_checks = Arc::clone(&told);
         let checks = CheckServers::new(checks, health, move |problems| {
-            told_checks.set(Server::Checks, problems)
+            told_checks.set(Server::Checks, problems);
         });
         tokio::select! {
             () = healthz => {}

@@ -211,6 +211,9 @@ impl Metrics {
         for kind in ProblemKind::ALL {
             problems.with_label_values(&[kind.label()]);
         }
+        for result in ["published", "failed"] {
+            events.with_label_values(&[result]);
+        }
         Ok(())
     }
 
