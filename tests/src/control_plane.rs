@@ -21,9 +21,11 @@
 //! ```
 
 mod kubelet;
+mod mixer;
 mod namespace;
 mod objects;
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fs::{self, OpenOptions};
 use std::net::Ipv4Addr;
@@ -38,6 +40,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 pub use self::kubelet::{Kubelet, Template};
+pub use self::mixer::{Mixed, Mixer};
 pub use self::namespace::{Namespace, slice_endpoints};
 pub use self::objects::Objects;
 use crate::{Client, Cluster, Place, Process, patience};
@@ -82,6 +85,8 @@ pub struct ControlPlane {
     programs: PathBuf,
     folder: PathBuf,
     objects: Objects,
+    /// The last number of the address that was given to a pod last, by node.
+    last_address: Mutex<BTreeMap<String, u8>>,
     controller_manager: Running,
     api_server: Running,
     etcd: Running,
@@ -107,6 +112,7 @@ impl ControlPlane {
             machine: Place::clone(machine),
             address,
             objects: Objects::new(machine)?,
+            last_address: Mutex::default(),
             programs,
             folder,
             controller_manager: Running::default(),

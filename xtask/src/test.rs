@@ -19,6 +19,9 @@ use crate::vm::{self, Job};
 /// Whole-system tests at a time in one test program: each builds a cluster of its own.
 const SYSTEM_TESTS: &str = "--test-threads=2";
 
+/// The test in which the API server is away.
+const OUTAGE: &str = "the_api_server_goes_and_comes";
+
 /// What golden tests have in the name of their file or of the test.
 const GOLDEN: &str = "golden";
 
@@ -210,6 +213,25 @@ pub(crate) fn bless() -> anyhow::Result<ExitCode> {
     Ok(conclude(sum))
 }
 
+/// Keeps the API server of Kubernetes away from agents for so many seconds.
+pub(crate) fn outage(seconds: u32) -> anyhow::Result<ExitCode> {
+    if let Some(ask) = setup::ask_for_kubernetes()? {
+        return Ok(ask);
+    }
+    let mut control_plane = None;
+    let mut sum = step("control plane of Kubernetes", || {
+        control_plane = Some(kubernetes::build()?);
+        Ok(())
+    });
+    let mut built = Built::default();
+    sum += build(&mut built, true);
+    if sum.failed == 0 {
+        let selection = Selection::Outage(seconds);
+        sum += some(tests(&built, &selection, Kernel::Native, control_plane.as_deref()));
+    }
+    Ok(conclude(sum))
+}
+
 /// Which tests to run.
 #[derive(Debug)]
 enum Selection<'a> {
@@ -217,6 +239,8 @@ enum Selection<'a> {
     Filter(Option<&'a str>),
     /// Those against Kubernetes, or those of them that contain this.
     Kubernetes(Option<&'a str>),
+    /// The one that keeps the API server away, for so many seconds.
+    Outage(u32),
     /// Golden tests, which are to write down what they see.
     Golden,
 }
@@ -226,6 +250,7 @@ impl Selection<'_> {
     fn filter(&self, program: &str) -> Option<&str> {
         match self {
             Self::Filter(filter) | Self::Kubernetes(filter) => *filter,
+            Self::Outage(_) => Some(OUTAGE),
             Self::Golden => (!program.contains(GOLDEN)).then_some(GOLDEN),
         }
     }
@@ -268,12 +293,14 @@ fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, control_plane
     if let Some(folder) = control_plane {
         env.push(("LB_KUBERNETES", folder.into()));
     }
-    if matches!(selection, Selection::Golden) {
-        env.push(("LB_BLESS", "1".into()));
+    match selection {
+        Selection::Golden => env.push(("LB_BLESS", "1".into())),
+        Selection::Outage(seconds) => env.push(("LB_API_AWAY", seconds.to_string().into())),
+        Selection::Filter(_) | Selection::Kubernetes(_) => {}
     }
+    let only_kubernetes = matches!(selection, Selection::Kubernetes(_) | Selection::Outage(_));
     let here = |program: &&TestProgram| {
-        (kernel == Kernel::Native || !program.needs_root())
-            && (!matches!(selection, Selection::Kubernetes(_)) || program.needs_kubernetes())
+        (kernel == Kernel::Native || !program.needs_root()) && (!only_kubernetes || program.needs_kubernetes())
     };
     for program in built.tests.iter().filter(here) {
         let title = format!("tests of {} ({})", program.package, program.target);
