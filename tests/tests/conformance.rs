@@ -35,7 +35,10 @@ fn every_test_that_the_page_names_exists() -> Result<()> {
             continue;
         }
         let declared = format!("fn {function}(");
-        ensure!(source(program)?.contains(&declared), "there is no {program}::{function}");
+        ensure!(
+            source(program)?.contains(&declared),
+            "there is no {program}::{function}"
+        );
     }
     Ok(())
 }
