@@ -131,7 +131,10 @@ fn there_and_back(mode: &str) -> Result<()> {
         bed: Testbed::new(BED),
     };
     let done = migration.run(mode);
-    done.with_context(|| format!("pods: {}\n{}", pods.errors(), control_plane.log_tails()))
+    done.with_context(|| {
+        let logs = pods.log_tails().unwrap_or_else(|error| format!("{error:#}"));
+        format!("pods: {}\n{logs}", pods.errors())
+    })
 }
 
 /// Runs what the manifests make in `kube-system`.
@@ -180,6 +183,11 @@ impl Migration<'_> {
     fn run(&self, mode: &str) -> Result<()> {
         let page = fs::read_to_string(root().join(PAGE)).context("reading the page")?;
         let tools = self.tools()?;
+        for manifest in ["lb.yaml", "lb-privileged.yaml"] {
+            let path = root().join("deploy").join(manifest);
+            let path = path.to_str().context("a path is not UTF-8")?;
+            self.control_plane.kubectl(&["apply", "--server-side", "--dry-run=server", "-f", path], "")?;
+        }
         self.install_kube_proxy(mode)?;
         let (_servers, service, _kubelets) = self.shop()?;
         let vip = SocketAddr::new(address(&service)?, PORT);
