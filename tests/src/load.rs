@@ -159,7 +159,9 @@ impl Record {
         format!("{} {} {} {outcome}", self.start_ns, self.end_ns, self.to)
     }
 
-    fn parse(line: &str) -> Option<Self> {
+    /// Reads a line of a log.
+    #[must_use]
+    pub fn parse(line: &str) -> Option<Self> {
         let mut words = line.splitn(4, ' ');
         let start_ns = words.next()?.parse().ok()?;
         let end_ns = words.next()?.parse().ok()?;

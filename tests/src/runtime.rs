@@ -210,8 +210,10 @@ impl Container {
     }
 
     fn kill(&mut self) -> Result<()> {
-        if self.cgroup.exists() {
-            cleanup::kill_processes(&self.cgroup)?;
+        match cleanup::kill_processes(&self.cgroup) {
+            // It has ended by itself, and runc has removed what it had made.
+            Err(_) if !self.cgroup.exists() => {}
+            result => result?,
         }
         // It has nothing more to wait for.
         self.process.wait(patience(END)).map(drop)

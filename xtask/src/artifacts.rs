@@ -122,7 +122,7 @@ pub(crate) fn build_release() -> anyhow::Result<Built> {
     build(&["build", "--release", "-p", "lb-agent", "-p", "lb-tests", "--bins"])
 }
 
-/// Builds the benchmarks, optimised as the programs that are delivered.
+/// Builds the benchmarks and what they start, optimised as the programs that are delivered.
 pub(crate) fn build_bench() -> anyhow::Result<Built> {
     build(&[
         "build",
@@ -132,9 +132,13 @@ pub(crate) fn build_bench() -> anyhow::Result<Built> {
         "-p",
         "lb-tests",
         "--bin",
+        "lb-agent",
+        "--bin",
+        "lb-testbed",
+        "--bin",
         "lb-bench",
         "--features",
-        "lb-tests/bench",
+        "lb-tests/bench,lb-tests/kubernetes",
     ])
 }
 

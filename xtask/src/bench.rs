@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use clap::Subcommand;
 
 use crate::artifacts::build_bench;
+use crate::kubernetes;
 use crate::privilege::{as_root, search_path};
 use crate::root;
 use crate::setup::{self, Scope};
@@ -41,6 +42,18 @@ enum Which {
     Connect(Sizes),
     /// Datagrams to a Service against direct ones, and the same work in C
     Udp(Sizes),
+    /// lb against the real kube-proxy on the objects of a real API server; Go builds these at the first time
+    Kubernetes {
+        /// Number of Services
+        #[arg(long, default_value_t = 5_000)]
+        services: u32,
+        /// Endpoints of each Service
+        #[arg(long, default_value_t = 10)]
+        endpoints: u32,
+        /// Changes of one endpoint
+        #[arg(long, default_value_t = 100)]
+        changes: u32,
+    },
 }
 
 /// What `connect` and `udp` are measured with.
@@ -70,6 +83,14 @@ impl Which {
             Self::Sync { services, endpoints } => ("sync", services, vec![("--endpoints", endpoints)]),
             Self::Connect(sizes) => ("connect", &sizes.services, sizes.numbers()),
             Self::Udp(sizes) => ("udp", &sizes.services, sizes.numbers()),
+            Self::Kubernetes {
+                services,
+                endpoints,
+                changes,
+            } => {
+                let numbers = vec![("--endpoints", endpoints), ("--changes", changes)];
+                ("kubernetes", &vec![*services], numbers)
+            }
         };
         let services: Vec<_> = services.iter().map(u32::to_string).collect();
         let mut words = vec![name.to_owned(), "--services".to_owned(), services.join(",")];
@@ -88,6 +109,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if ready != ExitCode::SUCCESS {
         return Ok(ready);
     }
+    let mut env = vec![("PATH", search_path())];
+    // Not among those that are run when none is named: it needs Go.
+    if matches!(args.which, Some(Which::Kubernetes { .. })) {
+        if let Some(ask) = setup::ask_for_kubernetes()? {
+            return Ok(ask);
+        }
+        env.push(("LB_KUBERNETES", kubernetes::build()?.into()));
+    }
     let program = build_bench()?.program("lb-bench")?;
     let all = ["sync", "connect", "udp"].map(|name| vec![OsString::from(name)]);
     let benches = match &args.which {
@@ -96,7 +125,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     };
     let mut well = true;
     for words in benches {
-        let mut command = as_root(&program, &[("PATH", search_path())], "the benchmark")?;
+        let mut command = as_root(&program, &env, "the benchmark")?;
         command.current_dir(root()).args(words);
         command
             .arg("--out")

@@ -220,7 +220,10 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
 
     loop {
         tokio::select! {
-            batch = source.next() => agent.apply(batch?),
+            batch = source.next() => {
+                agent.apply(batch?);
+                agent.publish_state();
+            }
             Ok(()) = grace.changed() => agent.reconciler.reclaim(),
             Ok(()) = addresses.changed() => agent.follow_addresses(),
             Some(event) = destroyer.destroyed() => agent.tell(&event),
@@ -359,10 +362,6 @@ impl Agent {
         // The Node object may name others.
         self.write_addresses();
         self.publish_problems();
-        // Before the first attachment nobody is served, so the command line is told after it.
-        if self.state.applies > 1 {
-            self.publish_state();
-        }
     }
 
     /// Makes NODE_ADDRS say which addresses serve node ports now.

@@ -19,6 +19,9 @@ use crate::control_plane::{ControlPlane, Objects};
 /// Between two looks at the API.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// Lines of a log that are told.
+const LOG: usize = 10;
+
 /// Where a pod finds its service account.
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
@@ -30,6 +33,8 @@ const TIME: &str = "2026-01-01T00:00:00Z";
 pub struct Pods {
     stop: Arc<AtomicBool>,
     errors: Arc<Mutex<Vec<String>>>,
+    /// Where the runtimes keep logs.
+    folders: Vec<PathBuf>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -46,6 +51,7 @@ impl Pods {
         runtimes: Vec<Runtime>,
         arguments: impl Fn(&Runtime, &Value) -> Vec<String> + Send + 'static,
     ) -> Result<Self> {
+        let folders = runtimes.iter().map(|runtime| runtime.folder.clone()).collect();
         let stop = Arc::new(AtomicBool::new(false));
         let errors = Arc::<Mutex<Vec<String>>>::default();
         let mut kubelet = Kubelet {
@@ -76,8 +82,30 @@ impl Pods {
         Ok(Self {
             stop,
             errors,
+            folders,
             thread: Some(thread),
         })
+    }
+
+    /// The last lines of each container's log.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn log_tails(&self) -> Result<String> {
+        let mut tails = String::new();
+        for folder in &self.folders {
+            for entry in fs::read_dir(folder).with_context(|| format!("listing {}", folder.display()))? {
+                let path = entry?.path();
+                if path.extension().is_none_or(|extension| extension != "log") {
+                    continue;
+                }
+                let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+                let lines: Vec<_> = text.lines().collect();
+                let last = lines[lines.len().saturating_sub(LOG)..].join("\n");
+                tails.push_str(&format!("{}:\n{last}\n", path.display()));
+            }
+        }
+        Ok(tails)
     }
 
     /// What went wrong last.

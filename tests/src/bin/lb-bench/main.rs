@@ -3,6 +3,8 @@
 mod bed;
 mod connect;
 mod cost;
+#[cfg(feature = "kubernetes")]
+mod kubernetes;
 mod measure;
 mod numbers;
 mod objects;
@@ -39,6 +41,9 @@ enum Command {
     Connect(sizes::Options),
     /// What datagrams to a Service cost, against direct ones, and the same work in C
     Udp(sizes::Options),
+    /// lb against kube-proxy on the objects of a real API server
+    #[cfg(feature = "kubernetes")]
+    Kubernetes(kubernetes::Options),
     /// A process that connects and sends, in the place that it was started in; takes orders and answers in JSON
     #[command(hide = true)]
     Worker(worker::Options),
@@ -50,6 +55,8 @@ fn main() -> Result<ExitCode> {
         Command::SyncOne(options) => measure::run(&options),
         Command::Connect(options) => connect::run(&options),
         Command::Udp(options) => udp::run(&options),
+        #[cfg(feature = "kubernetes")]
+        Command::Kubernetes(options) => kubernetes::run(&options),
         Command::Worker(options) => worker::run(&options),
     }
 }

@@ -5,10 +5,16 @@ use std::fs;
 
 use anyhow::{Context as _, Result};
 
-/// A field of /proc/self/status that is in kibibytes, in bytes.
+/// A field of this process's /proc/PID/status that is in kibibytes, in bytes.
 pub(crate) fn status_bytes(field: &str) -> Result<u64> {
-    let text = fs::read_to_string("/proc/self/status").context("reading /proc/self/status")?;
-    let kib = value(&text, field).with_context(|| format!("no {field} in /proc/self/status"))?;
+    status_bytes_of(std::process::id(), field)
+}
+
+/// The same of another process.
+pub(crate) fn status_bytes_of(process: u32, field: &str) -> Result<u64> {
+    let path = format!("/proc/{process}/status");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let kib = value(&text, field).with_context(|| format!("no {field} in {path}"))?;
     Ok(kib * 1024)
 }
 
@@ -29,7 +35,13 @@ pub(crate) fn map_bytes() -> Result<u64> {
 
 /// Bytes of BPF maps that this process has mapped into its memory: they count as resident here, and as the maps' there.
 pub(crate) fn mapped_map_bytes() -> Result<u64> {
-    let text = fs::read_to_string("/proc/self/smaps").context("reading /proc/self/smaps")?;
+    mapped_map_bytes_of(std::process::id())
+}
+
+/// The same of another process.
+pub(crate) fn mapped_map_bytes_of(process: u32) -> Result<u64> {
+    let path = format!("/proc/{process}/smaps");
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
     Ok(resident_of(&text, "bpf-map") * 1024)
 }
 

@@ -1,0 +1,345 @@
+//! `kubernetes`: lb and the real kube-proxy on the same objects of a real API server, one after the other.
+//!
+//! All Services but one have endpoints that nobody answers at: what they cost is to know them. The endpoint of that one
+//! is changed again and again, while a client on the node connects to it all the time and tells which backend it gets.
+
+mod objects;
+mod proxy;
+
+use std::env::current_exe;
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use comfy_table::Table;
+use lb_tests::control_plane::ControlPlane;
+use lb_tests::load::Record;
+use lb_tests::{Cluster, Connect, Pod, Process, Random, Testbed, monotonic_ns};
+use serde::Serialize;
+
+use self::objects::Probe;
+use self::proxy::{Kind, Proxy};
+use crate::numbers::percentile;
+use crate::report::{self, Machine, table};
+
+/// The node whose proxy is measured. Backends are on the other one.
+const NODE: &str = "n1";
+const BACKEND_PORT: u16 = 8080;
+/// Connections of the client in a second: how finely a change is seen.
+const RATE: f64 = 1000.0;
+/// How long a proxy may take to serve everything, or a change.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// Between two changes, in milliseconds: at least, and what is added at random, so that no timer of a proxy's agrees.
+const PAUSE: (u64, u64) = (200, 1200);
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Number of Services
+    #[arg(long, default_value_t = LIMITED, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    services: u32,
+    /// Endpoints of each Service
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100))]
+    endpoints: u32,
+    /// Measured changes of one endpoint
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    changes: u32,
+    /// Folder for the results as JSON
+    #[arg(long)]
+    out: PathBuf,
+    /// Fail where a limit is exceeded
+    #[arg(long)]
+    check: bool,
+}
+
+/// The number of Services that the limits are for.
+const LIMITED: u32 = 5_000;
+
+/// What one proxy takes. Times are in seconds, memory is in bytes.
+#[derive(Debug, Serialize)]
+struct Measured {
+    proxy: Kind,
+    /// From the start of the process until /healthz says 200.
+    healthy: f64,
+    /// From the start of the process until the first connection to a Service; kube-proxy writes all of them at once, and
+    /// lb is healthy when all are in its maps.
+    serving: f64,
+    /// `VmRSS` after that, without BPF maps that the process has mapped.
+    resident: u64,
+    /// The most that was ever resident, such maps included.
+    peak: u64,
+    /// From the request that changes an endpoint to the first connection that goes there.
+    change_p50: f64,
+    change_p99: f64,
+    /// From the request to the API server's answer: in the row above.
+    answer_p50: f64,
+}
+
+/// A ratio of lb to kube-proxy, and the limit that it keeps.
+#[derive(Debug, Serialize)]
+struct Check {
+    what: &'static str,
+    limit: f64,
+    measured: f64,
+    met: bool,
+}
+
+/// What the JSON file holds.
+#[derive(Debug, Serialize)]
+struct Report {
+    machine: Machine,
+    services: u32,
+    endpoints: u32,
+    changes: u32,
+    proxies: Vec<Measured>,
+    checks: Vec<Check>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let machine = Machine::this()?;
+    let bench = Bench::new(options)?;
+    let proxies = [Kind::Lb, Kind::KubeProxy].map(|kind| bench.measure(kind));
+    let proxies: Vec<_> = proxies.into_iter().collect::<Result<_>>()?;
+    let checks = if options.services == LIMITED {
+        checks(&proxies)
+    } else {
+        Vec::new()
+    };
+    ensure!(
+        !options.check || !checks.is_empty(),
+        "the limits are for {LIMITED} Services: measure that size"
+    );
+    let report = Report {
+        machine,
+        services: options.services,
+        endpoints: options.endpoints,
+        changes: options.changes,
+        proxies,
+        checks,
+    };
+    let title = format!("{} Services x {} endpoints", report.services, report.endpoints);
+    report::print([
+        (title.as_str(), proxy_table(&report.proxies)),
+        ("limits", check_table(&report.checks)),
+    ])?;
+    report::write(&options.out, "kubernetes.json", &report)?;
+    let well = report.checks.iter().all(|check| check.met);
+    Ok(if options.check && !well {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+/// A cluster with all objects in its API.
+struct Bench<'a> {
+    options: &'a Options,
+    bed: Testbed,
+    /// In the order in which they go.
+    _servers: [Process; 2],
+    client: Pod,
+    backends: [Pod; 2],
+    probe: Probe,
+    control_plane: ControlPlane,
+    cluster: Cluster,
+}
+
+impl<'a> Bench<'a> {
+    fn new(options: &'a Options) -> Result<Self> {
+        let bed = Testbed::new(
+            current_exe()
+                .context("finding this program")?
+                .with_file_name("lb-testbed"),
+        );
+        let cluster = Cluster::builder().nodes(2).client(true).build()?;
+        let control_plane = ControlPlane::start(&cluster, cluster.client())?;
+        let client = cluster.add_pod(NODE, "client")?;
+        let backends = [cluster.add_pod("n2", "backend-0")?, cluster.add_pod("n2", "backend-1")?];
+        let serve = |number: usize| bed.serve(&backends[number], &[&format!("0.0.0.0:{BACKEND_PORT}={number}")]);
+        let servers = [serve(0)?, serve(1)?];
+        let begun = Instant::now();
+        objects::create(&control_plane, options.services.saturating_sub(1), options.endpoints)?;
+        let probe = Probe::create(&control_plane, BACKEND_PORT, &backends[0])?;
+        eprintln!("{} Services made in {:.0?}", options.services, begun.elapsed());
+        Ok(Self {
+            options,
+            bed,
+            _servers: servers,
+            client,
+            backends,
+            probe,
+            control_plane,
+            cluster,
+        })
+    }
+
+    fn measure(&self, kind: Kind) -> Result<Measured> {
+        self.probe.point_to(&self.control_plane, &self.backends[0])?;
+        let log = self.cluster.scratch().join(format!("{}.records", kind.name()));
+        let connect = Connect::to(&[self.probe.address()])
+            .count(u64::MAX)
+            .rate(RATE)
+            .timeout(Duration::from_millis(100))
+            .log(&log);
+        let load = self.bed.start(&self.client, &connect)?;
+        let begun = monotonic_ns();
+        let mut proxy = Proxy::start(kind, &self.cluster, &self.control_plane, self.options.services)?;
+        proxy.wait_healthy(PATIENCE)?;
+        let healthy = monotonic_ns();
+        let reached = |backend: usize| {
+            move |record: &Record| record.outcome.as_deref() == Ok(if backend == 0 { "0" } else { "1" })
+        };
+        let serving = self
+            .wait_for(&log, begun, reached(0))
+            .with_context(|| proxy.log_tail())?;
+        // What was needed for the start alone goes.
+        sleep(Duration::from_secs(5));
+        let (resident, peak) = proxy.memory()?;
+
+        let mut random = Random::new(1);
+        let (mut changes, mut answers) = (Vec::new(), Vec::new());
+        for change in 1..=self.options.changes {
+            sleep(Duration::from_millis(PAUSE.0 + random.below(PAUSE.1)));
+            let to = change as usize % 2;
+            let asked = monotonic_ns();
+            self.probe.point_to(&self.control_plane, &self.backends[to])?;
+            answers.push(seconds(asked, monotonic_ns()));
+            let there = self
+                .wait_for(&log, asked, reached(to))
+                .with_context(|| proxy.log_tail())?;
+            changes.push(seconds(asked, there));
+        }
+        drop(load);
+        proxy.end()?;
+        changes.sort_unstable_by(f64::total_cmp);
+        answers.sort_unstable_by(f64::total_cmp);
+        Ok(Measured {
+            proxy: kind,
+            healthy: seconds(begun, healthy),
+            serving: seconds(begun, serving),
+            resident,
+            peak,
+            change_p50: percentile(&changes, 50),
+            change_p99: percentile(&changes, 99),
+            answer_p50: percentile(&answers, 50),
+        })
+    }
+
+    /// When the first connection after `since` began that is as wanted.
+    fn wait_for(&self, log: &std::path::Path, since: u64, wanted: impl Fn(&Record) -> bool) -> Result<u64> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let text = fs::read_to_string(log).unwrap_or_default();
+            // The last line may be half there.
+            let whole = text.rsplit_once('\n').map_or("", |(lines, _)| lines);
+            let records = whole.lines().rev().map_while(Record::parse);
+            let found = records
+                .take_while(|record| record.end_ns >= since)
+                .filter(|record| record.start_ns >= since && wanted(record))
+                .last();
+            if let Some(record) = found {
+                return Ok(record.start_ns);
+            }
+            ensure!(Instant::now() < deadline, "no connection goes where it should");
+            sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// From one time of the monotonic clock to another.
+fn seconds(from: u64, to: u64) -> f64 {
+    to.saturating_sub(from) as f64 / 1e9
+}
+
+/// Ratios: the machine that measures may be slow.
+fn checks(proxies: &[Measured]) -> Vec<Check> {
+    let [lb, kube_proxy] = proxies else {
+        return Vec::new();
+    };
+    let check = |what, value: fn(&Measured) -> f64, limit| {
+        let measured = value(lb) / value(kube_proxy);
+        Check {
+            what,
+            limit,
+            measured,
+            met: measured <= limit,
+        }
+    };
+    vec![
+        check("resident memory", |m| m.resident as f64, 0.5),
+        check("start to healthy and serving", |m| m.serving.max(m.healthy), 0.5),
+        check("one change, p50", |m| m.change_p50, 0.2),
+        check("one change, p99", |m| m.change_p99, 0.5),
+    ]
+}
+
+fn proxy_table(proxies: &[Measured]) -> Table {
+    let mut table = table(&[
+        "proxy",
+        "resident (MB)",
+        "peak (MB)",
+        "healthy (s)",
+        "serving (s)",
+        "change p50 (ms)",
+        "p99 (ms)",
+        "API's answer p50 (ms)",
+    ]);
+    for m in proxies {
+        let megabytes = |bytes: u64| format!("{:.1}", bytes as f64 / 1e6);
+        let milliseconds = |seconds: f64| format!("{:.1}", seconds * 1e3);
+        table.add_row([
+            m.proxy.label().to_owned(),
+            megabytes(m.resident),
+            megabytes(m.peak),
+            format!("{:.2}", m.healthy),
+            format!("{:.2}", m.serving),
+            milliseconds(m.change_p50),
+            milliseconds(m.change_p99),
+            milliseconds(m.answer_p50),
+        ]);
+    }
+    table
+}
+
+fn check_table(checks: &[Check]) -> Table {
+    let mut table = table(&["lb / kube-proxy", "at most", "measured", ""]);
+    for check in checks {
+        let verdict = if check.met { "met" } else { "EXCEEDED" };
+        table.add_row([
+            check.what.to_owned(),
+            format!("{:.1}", check.limit),
+            format!("{:.3}", check.measured),
+            verdict.to_owned(),
+        ]);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured(proxy: Kind, factor: f64) -> Measured {
+        Measured {
+            proxy,
+            healthy: factor,
+            serving: 2.0 * factor,
+            resident: (1000.0 * factor) as u64,
+            peak: 0,
+            change_p50: factor,
+            change_p99: factor,
+            answer_p50: 0.0,
+        }
+    }
+
+    #[test]
+    fn limits_are_ratios() {
+        let met = |lb| {
+            let checks = checks(&[measured(Kind::Lb, lb), measured(Kind::KubeProxy, 1.0)]);
+            checks.iter().filter(|check| check.met).count()
+        };
+        assert_eq!((met(0.1), met(0.3), met(0.6)), (4, 3, 0));
+    }
+}

@@ -1,0 +1,124 @@
+//! Services and EndpointSlices, made in the API as a controller makes them.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use k8s_openapi::api::core::v1::{Namespace, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::Client;
+use kube::api::{Api, PostParams};
+use lb_tests::Pod;
+use lb_tests::control_plane::ControlPlane;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+const NAMESPACE: &str = "bench";
+const PROBE: &str = "probe";
+const PORT: u16 = 80;
+/// The first address of endpoints that nobody answers at.
+const FIRST: u32 = Ipv4Addr::new(12, 0, 0, 0).to_bits();
+/// Requests at once.
+const AT_ONCE: usize = 8;
+/// Services in one go: it must not take as long as one request may.
+const GO: u32 = 250;
+
+/// Makes Services with so many endpoints each.
+pub(crate) fn create(control_plane: &ControlPlane, services: u32, endpoints: u32) -> Result<()> {
+    let namespace = json!({"metadata": {"name": NAMESPACE}});
+    control_plane.objects().create_global::<Namespace>(namespace)?;
+    for first in (0..services).step_by(GO as usize) {
+        let numbers = first..services.min(first + GO);
+        control_plane.objects().with(move |client| async move {
+            let (mut tasks, places) = (JoinSet::new(), Arc::new(Semaphore::new(AT_ONCE)));
+            for number in numbers {
+                let (client, places) = (client.clone(), Arc::clone(&places));
+                tasks.spawn(async move {
+                    let _place = places.acquire().await.context("nobody closes it")?;
+                    let name = format!("service-{number}");
+                    let first = FIRST + number * endpoints;
+                    let addresses: Vec<_> = (first..first + endpoints).map(Ipv4Addr::from_bits).collect();
+                    post::<Service>(&client, service(&name)).await?;
+                    post::<EndpointSlice>(&client, slice(&name, 8080, &addresses)).await
+                });
+            }
+            while let Some(done) = tasks.join_next().await {
+                done.context("a request panicked")??;
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+async fn post<K>(client: &Client, object: Value) -> Result<()>
+where
+    K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+        + Clone
+        + std::fmt::Debug
+        + DeserializeOwned
+        + serde::Serialize,
+{
+    let object: K = serde_json::from_value(object).context("not such an object")?;
+    let api = Api::<K>::namespaced(client.clone(), NAMESPACE);
+    api.create(&PostParams::default(), &object).await?;
+    Ok(())
+}
+
+/// Without a selector: its endpoints are what we say.
+fn service(name: &str) -> Value {
+    json!({
+        "metadata": {"name": name},
+        "spec": {"ports": [{"name": "http", "port": PORT, "protocol": "TCP"}]},
+    })
+}
+
+fn slice(service: &str, port: u16, addresses: &[Ipv4Addr]) -> Value {
+    json!({
+        "metadata": {"name": service, "labels": {"kubernetes.io/service-name": service}},
+        "addressType": "IPv4",
+        "ports": [{"name": "http", "port": port, "protocol": "TCP"}],
+        "endpoints": endpoints(addresses),
+    })
+}
+
+fn endpoints(addresses: &[Ipv4Addr]) -> Value {
+    let ready = json!({"ready": true, "serving": true, "terminating": false});
+    addresses
+        .iter()
+        .map(|address| json!({"addresses": [address], "conditions": ready}))
+        .collect()
+}
+
+/// The Service whose endpoint changes.
+#[derive(Debug)]
+pub(crate) struct Probe {
+    address: SocketAddr,
+}
+
+impl Probe {
+    pub(crate) fn create(control_plane: &ControlPlane, port: u16, backend: &Pod) -> Result<Self> {
+        let objects = control_plane.objects();
+        let made: Service = objects.create(NAMESPACE, service(PROBE))?;
+        let address = made.spec.and_then(|spec| spec.cluster_ip).context("no address")?;
+        let slice = slice(PROBE, port, &[backend.address()]);
+        objects.create::<EndpointSlice>(NAMESPACE, slice)?;
+        Ok(Self {
+            address: SocketAddr::new(address.parse().context("not an address")?, PORT),
+        })
+    }
+
+    /// Where it is reached.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Makes `backend` its only endpoint; returns when the API server has answered.
+    pub(crate) fn point_to(&self, control_plane: &ControlPlane, backend: &Pod) -> Result<()> {
+        let change = json!({"endpoints": endpoints(&[backend.address()])});
+        let objects = control_plane.objects();
+        objects.patch::<EndpointSlice>(NAMESPACE, PROBE, change).map(drop)
+    }
+}
