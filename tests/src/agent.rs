@@ -1,6 +1,8 @@
 //! lb-agent on a node, and what its subcommands say.
 
 use std::env;
+use std::ffi::{OsStr, OsString};
+use std::fmt::Debug;
 use std::fs::{self, OpenOptions};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -135,7 +137,8 @@ pub struct Agent {
     place: Place,
     cgroup: PathBuf,
     pin_path: PathBuf,
-    manifests: PathBuf,
+    /// The flags of `run` and `verify` that say where Services come from.
+    source: Vec<OsString>,
     log: PathBuf,
     env: Vec<(String, String)>,
 }
@@ -144,12 +147,28 @@ impl Agent {
     /// The agent of a node, its manifests in a file or folder.
     #[must_use]
     pub fn new(cluster: &Cluster, node: &Node, program: &Path, manifests: &Path) -> Self {
+        Self::with_source(cluster, node, program, vec!["--manifests".into(), manifests.into()])
+    }
+
+    /// The agent of a node that has its Services from API servers, and who it is there from a kubeconfig.
+    #[must_use]
+    pub fn of_kubernetes(cluster: &Cluster, node: &Node, program: &Path, kubeconfig: &Path, servers: &str) -> Self {
+        let flags = [
+            "--kubeconfig".into(),
+            kubeconfig.into(),
+            "--kube-apiserver".into(),
+            servers.into(),
+        ];
+        Self::with_source(cluster, node, program, flags.into())
+    }
+
+    fn with_source(cluster: &Cluster, node: &Node, program: &Path, source: Vec<OsString>) -> Self {
         Self {
             program: program.to_owned(),
             place: Place::clone(node),
             cgroup: node.cgroup().to_owned(),
             pin_path: cluster.pin_path(node.name()),
-            manifests: manifests.to_owned(),
+            source,
             log: cluster.scratch().join(format!("lb-agent-{}.log", node.name())),
             env: Vec::new(),
         }
@@ -201,11 +220,7 @@ impl Agent {
         let log = OpenOptions::new().create(true).append(true).open(&self.log);
         let log = log.with_context(|| format!("opening {}", self.log.display()))?;
         let mut command = self.place.command(&self.program)?;
-        command
-            .arg("run")
-            .arg("--manifests")
-            .arg(&self.manifests)
-            .args(["--node-name", self.node()]);
+        command.arg("run").args(&self.source).args(["--node-name", self.node()]);
         command
             .arg("--cgroup")
             .arg(&self.cgroup)
@@ -277,7 +292,7 @@ impl Agent {
     ///
     /// # Errors
     /// When it does not succeed; the message has all its output.
-    pub fn ask(&self, arguments: &[&str]) -> Result<String> {
+    pub fn ask<T: AsRef<OsStr> + Debug>(&self, arguments: &[T]) -> Result<String> {
         let mut command = self.place.command(&self.program)?;
         let output = command.args(arguments).arg("--pin-path").arg(&self.pin_path).output();
         let output = output.context("running lb-agent")?;
@@ -309,14 +324,13 @@ impl Agent {
         self.json(&["status"])
     }
 
-    /// Whether the maps hold what the manifests ask for.
+    /// Whether the maps hold what the source asks for now.
     ///
     /// # Errors
     /// When they do not, with the differences.
     pub fn verify(&self) -> Result<()> {
-        let manifests = self.manifests.to_str().context("the manifests' path is not UTF-8")?;
-        self.ask(&["verify", "--manifests", manifests, "--node-name", self.node()])
-            .map(drop)
+        let words = ["verify", "--node-name", self.node()].map(OsString::from);
+        self.ask(&[&words, self.source.as_slice()].concat()).map(drop)
     }
 
     /// The end of what all its processes have logged.
@@ -379,7 +393,7 @@ impl Running {
         self.process.wait(patience(PATIENCE)).map(drop)
     }
 
-    /// Waits until the agent has applied everything that the manifests say now.
+    /// Waits until the agent has applied everything that its source says now.
     ///
     /// # Errors
     /// When it ends, or is not ready in time, or `interrupted` says so.

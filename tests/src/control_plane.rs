@@ -21,9 +21,11 @@
 //! ```
 
 mod kubelet;
+mod mixer;
 mod namespace;
 mod objects;
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fs::{self, OpenOptions};
 use std::net::Ipv4Addr;
@@ -39,6 +41,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 pub use self::kubelet::{Kubelet, Template};
+pub use self::mixer::{Mixed, Mixer};
 pub use self::namespace::{Namespace, slice_endpoints};
 pub use self::objects::Objects;
 use crate::{Client, Cluster, Place, Process, patience};
@@ -85,6 +88,8 @@ pub struct ControlPlane {
     programs: PathBuf,
     folder: PathBuf,
     objects: Arc<Objects>,
+    /// The last number of the address that was given to a pod last, by node.
+    last_address: Mutex<BTreeMap<String, u8>>,
     controller_manager: Running,
     api_server: Running,
     etcd: Running,
@@ -110,6 +115,7 @@ impl ControlPlane {
             machine: Place::clone(machine),
             address,
             objects: Arc::new(Objects::new(machine)?),
+            last_address: Mutex::default(),
             programs,
             folder,
             controller_manager: Running::default(),

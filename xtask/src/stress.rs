@@ -1,4 +1,4 @@
-//! `stress`: the long run of the test of that name, optimised, as root.
+//! `stress`: the long runs of tests, as root.
 
 use std::process::ExitCode;
 
@@ -8,10 +8,17 @@ use crate::artifacts::build_stress;
 use crate::privilege::{as_root, search_path};
 use crate::root;
 use crate::setup::{self, Scope};
+use crate::test;
+
+/// How long the API server is away, in seconds.
+const OUTAGE: u32 = 600;
 
 /// Arguments of `stress`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
+    /// Keep the API server of Kubernetes away from agents for ten minutes, in place of that; this needs Go
+    #[arg(long)]
+    outage: bool,
     /// What `lb-stress` is called with; `--help` tells
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
@@ -22,6 +29,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let ready = setup::run(Scope::All)?;
     if ready != ExitCode::SUCCESS {
         return Ok(ready);
+    }
+    if args.outage {
+        return test::outage(OUTAGE);
     }
     let program = build_stress()?.program("lb-stress")?;
     let mut command = as_root(&program, &[("PATH", search_path())], "the stress test")?;

@@ -20,6 +20,9 @@ use crate::vm::{self, Job};
 /// Whole-system tests at a time in one test program: each builds a cluster of its own.
 const SYSTEM_TESTS: &str = "--test-threads=2";
 
+/// The test in which the API server is away.
+const OUTAGE: &str = "the_api_server_goes_and_comes";
+
 /// What golden tests have in the name of their file or of the test.
 const GOLDEN: &str = "golden";
 
@@ -216,6 +219,30 @@ pub(crate) fn bless() -> anyhow::Result<ExitCode> {
     Ok(conclude(sum))
 }
 
+/// Keeps the API server of Kubernetes away from agents for so many seconds.
+pub(crate) fn outage(seconds: u32) -> anyhow::Result<ExitCode> {
+    if let Some(ask) = setup::ask_for_kubernetes()? {
+        return Ok(ask);
+    }
+    let mut control_plane = None;
+    let mut sum = step("control plane of Kubernetes", || {
+        control_plane = Some(kubernetes::build()?);
+        Ok(())
+    });
+    let mut built = Built::default();
+    sum += build(&mut built, true);
+    if sum.failed == 0 {
+        let selection = Selection::Outage(seconds);
+        sum += some(tests(
+            &built,
+            &selection,
+            Kernel::Native,
+            &[("LB_KUBERNETES", control_plane)],
+        ));
+    }
+    Ok(conclude(sum))
+}
+
 /// Which tests to run.
 #[derive(Debug)]
 enum Selection<'a> {
@@ -223,6 +250,8 @@ enum Selection<'a> {
     Filter(Option<&'a str>),
     /// Those against Kubernetes, or those of them that contain this.
     Kubernetes(Option<&'a str>),
+    /// The one that keeps the API server away, for so many seconds.
+    Outage(u32),
     /// Golden tests, which are to write down what they see.
     Golden,
 }
@@ -232,6 +261,7 @@ impl Selection<'_> {
     fn filter(&self, program: &str) -> Option<&str> {
         match self {
             Self::Filter(filter) | Self::Kubernetes(filter) => *filter,
+            Self::Outage(_) => Some(OUTAGE),
             Self::Golden => (!program.contains(GOLDEN)).then_some(GOLDEN),
         }
     }
@@ -275,12 +305,14 @@ fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, files: &[(&'s
         .iter()
         .filter_map(|(name, path)| Some((*name, path.clone()?.into())));
     env.extend(files);
-    if matches!(selection, Selection::Golden) {
-        env.push(("LB_BLESS", "1".into()));
+    match selection {
+        Selection::Golden => env.push(("LB_BLESS", "1".into())),
+        Selection::Outage(seconds) => env.push(("LB_API_AWAY", seconds.to_string().into())),
+        Selection::Filter(_) | Selection::Kubernetes(_) => {}
     }
+    let only_kubernetes = matches!(selection, Selection::Kubernetes(_) | Selection::Outage(_));
     let here = |program: &&TestProgram| {
-        (kernel == Kernel::Native || !program.needs_root())
-            && (!matches!(selection, Selection::Kubernetes(_)) || program.needs_kubernetes())
+        (kernel == Kernel::Native || !program.needs_root()) && (!only_kubernetes || program.needs_kubernetes())
     };
     for program in built.tests.iter().filter(here) {
         let title = format!("tests of {} ({})", program.package, program.target);

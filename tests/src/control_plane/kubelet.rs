@@ -1,7 +1,7 @@
 //! What a kubelet would tell the API server of its node and its pods.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result};
@@ -13,6 +13,9 @@ use crate::{Cluster, Node, Place, Pod};
 
 /// When all pods were started, as far as the API is concerned.
 const STARTED: &str = "2026-01-01T00:00:00Z";
+
+/// The last number of the address of a node's first pod; tests start pods of their own below.
+const FIRST_ADDRESS: u8 = 20;
 
 /// What a pod is made like.
 #[derive(Debug, Clone, Default)]
@@ -78,19 +81,21 @@ pub struct Kubelet<'a> {
 
 impl<'a> Kubelet<'a> {
     pub(super) fn start(
-        objects: &'a Objects,
+        control_plane: &'a ControlPlane,
         namespace: &str,
         cluster: &Cluster,
         node: &str,
         name: &str,
         template: &Template,
     ) -> Result<Self> {
+        let objects = control_plane.objects();
         let node = cluster.node(node);
         let pod = if template.host_network {
             None
         } else {
-            // Names of pods are those of network namespaces, which all tests of the machine share.
-            Some(cluster.add_pod(node.name(), &format!("{namespace}-{name}"))?)
+            // Two namespaces may have pods of the same name on one node.
+            let name = format!("{namespace}-{name}");
+            Some(cluster.add_pod_at(node.name(), &name, control_plane.next_address(node)?)?)
         };
         let place = pod.as_ref().map_or_else(|| Place::clone(node), |pod| Place::clone(pod));
         let gates: Vec<_> = template
@@ -225,6 +230,18 @@ impl<'a> Kubelet<'a> {
 }
 
 impl ControlPlane {
+    /// An address of a node that no pod has had: nobody tells its neighbours of the hardware address of the next one, as
+    /// a CNI does.
+    fn next_address(&self, node: &Node) -> Result<Ipv4Addr> {
+        let mut last = self.last_address.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = last.entry(node.name().to_owned()).or_insert(FIRST_ADDRESS - 1);
+        *last = last
+            .checked_add(1)
+            .with_context(|| format!("{} has no address left", node.name()))?;
+        let [a, b, c, _] = node.pod_network().octets();
+        Ok(Ipv4Addr::new(a, b, c, *last))
+    }
+
     /// Tells the API server of a node: its addresses, and those of its pods.
     pub(super) fn add_node(&self, node: &Node) -> Result<()> {
         let pods = [

@@ -1,16 +1,19 @@
 //! A namespace of the API for one test.
 
-use anyhow::{Context as _, Result};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use serde_json::{Value, json};
 
-use super::{ControlPlane, Kubelet, Objects, Template};
+use super::{ControlPlane, Kubelet, Objects, Template, eventually_within};
 use crate::Cluster;
 
 /// A namespace. Dropping it deletes the Services and pods in it; the name stays taken.
 #[derive(Debug)]
 pub struct Namespace<'a> {
+    control_plane: &'a ControlPlane,
     objects: &'a Objects,
     name: String,
 }
@@ -26,6 +29,7 @@ impl ControlPlane {
             .create_global::<k8s_openapi::api::core::v1::Namespace>(object)
             .with_context(|| format!("making namespace {name}"))?;
         Ok(Namespace {
+            control_plane: self,
             objects: &self.objects,
             name: name.to_owned(),
         })
@@ -105,12 +109,30 @@ impl<'a> Namespace<'a> {
             .list(&self.name, &format!("kubernetes.io/service-name={service}"))
     }
 
+    /// Waits until the slices of a Service have so many endpoints that are ready.
+    ///
+    /// # Errors
+    /// When that takes too long.
+    pub fn wait_for_ready(&self, service: &str, count: usize) -> Result<()> {
+        eventually_within(
+            Duration::from_secs(60),
+            &format!("{count} endpoints of {service}"),
+            || {
+                let slices = self.slices(service)?;
+                let conditions = slice_endpoints(&slices).filter_map(|endpoint| endpoint.conditions.as_ref());
+                let ready = conditions.filter(|conditions| conditions.ready == Some(true)).count();
+                ensure!(ready == count, "{ready} of {slices:?}");
+                Ok(())
+            },
+        )
+    }
+
     /// Starts a pod on a node of the cluster and tells the API server of it; it is not ready yet.
     ///
     /// # Errors
     /// When the node has such a pod, or the API server refuses it.
     pub fn start_pod(&self, cluster: &Cluster, node: &str, name: &str, template: &Template) -> Result<Kubelet<'a>> {
-        Kubelet::start(self.objects, &self.name, cluster, node, name, template)
+        Kubelet::start(self.control_plane, &self.name, cluster, node, name, template)
     }
 }
 

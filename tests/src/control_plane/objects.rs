@@ -73,17 +73,22 @@ impl Objects {
 
     /// Takes server and credentials from a kubeconfig.
     pub(super) fn connect(&self, kubeconfig: &Path) -> Result<()> {
-        let kubeconfig = Kubeconfig::read_from(kubeconfig).context("reading a kubeconfig")?;
-        let client = self.run(async move {
-            let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
-            Ok(Client::try_from(config)?)
-        })?;
+        let client = self.client_of(kubeconfig)?;
         *self.client.lock().unwrap_or_else(PoisonError::into_inner) = Some(client);
         Ok(())
     }
 
+    /// Another client, which works on threads of this one.
+    pub(super) fn client_of(&self, kubeconfig: &Path) -> Result<Client> {
+        let kubeconfig = Kubeconfig::read_from(kubeconfig).context("reading a kubeconfig")?;
+        self.run(async move {
+            let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+            Ok(Client::try_from(config)?)
+        })
+    }
+
     /// Runs a request on a thread that is in the namespace.
-    fn run<T: Send + 'static>(&self, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    pub(super) fn run<T: Send + 'static>(&self, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
         let task = self.runtime.spawn(async { timeout(patience(REQUEST), work).await });
         let done = self.runtime.block_on(task).context("a request panicked")?;
         done.context("the API server does not answer")?

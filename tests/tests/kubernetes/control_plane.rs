@@ -92,7 +92,7 @@ fn kubectl_sees_the_nodes(bed: &Bed) -> Result<()> {
         .control_plane
         .kubectl(&["get", "nodes", "--no-headers", "--output", columns], "")?;
     let nodes: Vec<Vec<_>> = said.lines().map(|line| line.split_whitespace().collect()).collect();
-    let expected = [1, 2].map(|number| {
+    let expected = [1, 2, 3].map(|number| {
         [
             format!("n{number}"),
             format!("[10.10.{number}.0/24 fd00:10:10:{number}::/64]"),

@@ -1,9 +1,13 @@
 //! Services that come from a real API server, on two nodes at once.
 //!
-//! All tests share one cluster, one control plane, and an agent on each node; each has a namespace of its own in the API.
+//! Tests share one cluster, one control plane, and an agent on each node; each has a namespace of its own in the API.
+//! Those that take the API server away have all of that for themselves.
 
 mod bed;
 mod control_plane;
+mod endpoints;
+mod outages;
+mod services;
 
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
@@ -15,24 +19,45 @@ use self::bed::Bed;
 
 /// A test, and its name.
 type Test = (&'static str, fn(&Bed) -> Result<()>);
+/// The same of a test that has a bed of its own, and how that is made.
+type TestAlone = (&'static str, fn() -> Result<Bed>, fn(&Bed) -> Result<()>);
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     // Made by the first test that is run: a list of tests, or a filter that leaves none, needs no control plane.
     let bed = Arc::new(OnceLock::new());
-    let tests = [control_plane::TESTS].concat();
-    let trials = tests.into_iter().map(|test| trial(test, &bed)).collect();
+    let tests = [control_plane::TESTS, services::TESTS, endpoints::TESTS].concat();
+    let tests = tests.into_iter().map(|test| trial(test, &bed));
+    let trials = outages::TESTS
+        .iter()
+        .map(|&test| trial_alone(test))
+        .chain(tests)
+        .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     // `Conclusion::exit` would leave the cluster behind.
     drop(bed);
     conclusion.exit_code()
 }
 
+/// A test that makes a bed of its own.
+fn trial_alone((name, make, test): TestAlone) -> Trial {
+    Trial::test(name, move || {
+        let bed = make().map_err(|error| format!("{error:?}"))?;
+        test(&bed).map_err(|error| failed(name, &bed, &error))
+    })
+}
+
 fn trial((name, test): Test, bed: &Arc<OnceLock<Result<Bed, String>>>) -> Trial {
     let bed = Arc::clone(bed);
     Trial::test(name, move || {
-        let bed = bed.get_or_init(|| Bed::new().map_err(|error| format!("{error:#}")));
+        let bed = bed.get_or_init(|| Bed::new().map_err(|error| format!("{error:?}")));
         let bed = bed.as_ref().map_err(|error| Failed::from(error.as_str()))?;
-        test(bed).map_err(|error| Failed::from(format!("{error:?}\n{}", bed.log_tails())))
+        test(bed).map_err(|error| failed(name, bed, &error))
     })
+}
+
+/// Tells of a failure at once: others may go on for minutes.
+fn failed(name: &str, bed: &Bed, error: &anyhow::Error) -> Failed {
+    eprintln!("{name}: {error:?}\n{}", bed.log_tails());
+    Failed::without_message()
 }
