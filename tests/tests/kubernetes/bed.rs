@@ -17,6 +17,8 @@ const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 pub(crate) const TARGET: u16 = 8080;
 /// Streams that find out who answers. Of five backends, one is not among them in one of 10^9 cases.
 const CONNECTIONS: u64 = 100;
+/// How long they may take together.
+const SOME: Duration = Duration::from_secs(4);
 /// Datagrams that do; of two backends.
 const DATAGRAMS: u64 = 40;
 /// The nodes that have an agent, and a client pod. The third has pods for them to reach.
@@ -268,8 +270,11 @@ fn streams(place: &Place, to: SocketAddr) -> Result<Outcome> {
     if let Some((Stage::Connect, ENETUNREACH | ETIMEDOUT)) = errno {
         return Ok(Outcome::Nobody);
     }
-    let summary = Bed::testbed().connect(place, &connect.count(CONNECTIONS))?;
+    // Not for long: where that changes meanwhile, each of them may meet silence.
+    let connect = connect.count(CONNECTIONS).seconds(patience(SOME).as_secs_f64());
+    let summary = Bed::testbed().connect(place, &connect)?;
     ensure!(summary.peer_mismatches == 0, "{:?}", summary.mismatches);
+    ensure!(summary.connections == CONNECTIONS, "they take long: {summary:?}");
     if summary.failure_count == 0 {
         return Ok(Outcome::Names(summary.per_backend.into_keys().collect()));
     }

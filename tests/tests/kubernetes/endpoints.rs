@@ -29,10 +29,7 @@ pub(crate) const TESTS: &[Test] = &[
         terminating_ones_of_this_node_with_policy_local,
     ),
     ("internal_policy_local_on_and_off", internal_policy_local_on_and_off),
-    (
-        "traffic_distribution_by_zone_and_node",
-        traffic_distribution_by_zone_and_node,
-    ),
+    ("hints_by_zone_and_node", hints_by_zone_and_node),
     ("several_slices", several_slices),
     ("slices_by_hand_with_duplicates", slices_by_hand_with_duplicates),
 ];
@@ -234,7 +231,7 @@ fn internal_policy_local_on_and_off(bed: &Bed) -> Result<()> {
 }
 
 /// Zone a has the first node, zone b the second and the third.
-fn traffic_distribution_by_zone_and_node(bed: &Bed) -> Result<()> {
+fn hints_by_zone_and_node(bed: &Bed) -> Result<()> {
     let namespace = bed.control_plane.namespace("distribution")?;
     let target = tcp(&web(&namespace, &[])?, 80)?;
     let _a = backend(bed, &namespace, "n1", "a")?;
@@ -248,6 +245,15 @@ fn traffic_distribution_by_zone_and_node(bed: &Bed) -> Result<()> {
     let set = |distribution: Option<&str>| {
         namespace.patch_service("web", json!({"spec": {"trafficDistribution": distribution}}))
     };
+    expect(&all, &all)?;
+    // Endpoints as the zones have processors: a third and two thirds.
+    let annotate = |mode: Option<&str>| {
+        let annotations = json!({"service.kubernetes.io/topology-mode": mode});
+        namespace.patch_service("web", json!({"metadata": {"annotations": annotations}}))
+    };
+    annotate(Some("Auto"))?;
+    expect(&names(&["a"]), &names(&["b", "c"]))?;
+    annotate(None)?;
     expect(&all, &all)?;
     for zone in ["PreferClose", "PreferSameZone"] {
         set(Some(zone))?;
