@@ -6,11 +6,13 @@
 mod bed;
 mod control_plane;
 mod endpoints;
+mod face;
 mod outages;
 mod services;
 
 use std::process::ExitCode;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::thread;
 
 use anyhow::Result;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -26,7 +28,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     // Made by the first test that is run: a list of tests, or a filter that leaves none, needs no control plane.
     let bed = Arc::new(OnceLock::new());
-    let tests = [control_plane::TESTS, services::TESTS, endpoints::TESTS].concat();
+    let tests = [control_plane::TESTS, services::TESTS, endpoints::TESTS, face::TESTS].concat();
     let tests = tests.into_iter().map(|test| trial(test, &bed));
     let trials = outages::TESTS
         .iter()
@@ -50,10 +52,23 @@ fn trial_alone((name, make, test): TestAlone) -> Trial {
 fn trial((name, test): Test, bed: &Arc<OnceLock<Result<Bed, String>>>) -> Trial {
     let bed = Arc::clone(bed);
     Trial::test(name, move || {
-        let bed = bed.get_or_init(|| Bed::new().map_err(|error| format!("{error:?}")));
+        let bed = bed.get_or_init(|| on_a_thread_that_stays(|| Bed::new().map_err(|error| format!("{error:?}"))));
         let bed = bed.as_ref().map_err(|error| Failed::from(error.as_str()))?;
         test(bed).map_err(|error| failed(name, bed, &error))
     })
+}
+
+/// Programs die with the thread that has started them; that of a test ends when no test is left for it, while others still
+/// go on.
+fn on_a_thread_that_stays<T: Send + 'static>(make: fn() -> Result<T, String>) -> Result<T, String> {
+    let (made, result) = mpsc::channel();
+    thread::spawn(move || {
+        made.send(make()).ok();
+        loop {
+            thread::park();
+        }
+    });
+    result.recv().map_err(|error| format!("making the bed: {error}"))?
 }
 
 /// Tells of a failure at once: others may go on for minutes.

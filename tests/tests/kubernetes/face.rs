@@ -1,0 +1,174 @@
+//! What a cluster sees of the agents besides Services: health, health check node ports, metrics, Events.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use anyhow::{Context as _, Result, ensure};
+use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::events::v1::Event;
+use lb_tests::Place;
+use lb_tests::control_plane::{Namespace, Template, eventually};
+use lb_tests::http::{Response, get};
+use serde_json::{Value, json};
+
+use crate::Test;
+use crate::bed::{Bed, TARGET};
+
+pub(crate) const TESTS: &[Test] = &[
+    ("a_node_that_leaves_is_not_healthy", a_node_that_leaves_is_not_healthy),
+    ("health_checks_count_endpoints_here", health_checks_count_endpoints_here),
+    ("what_a_change_takes_is_measured", what_a_change_takes_is_measured),
+    (
+        "a_conflict_is_one_event_of_all_nodes",
+        a_conflict_is_one_event_of_all_nodes,
+    ),
+];
+
+const NODES: [&str; 2] = ["n1", "n2"];
+
+/// The answer on a node's own loopback.
+fn ask(node: &Place, port: u16, path: &str) -> Result<Response> {
+    get(node, (IpAddr::from(Ipv4Addr::LOCALHOST), port).into(), path)
+}
+
+fn a_node_that_leaves_is_not_healthy(bed: &Bed) -> Result<()> {
+    let node = bed.node("n2");
+    let healthz = |status: u16| {
+        eventually(&format!("/healthz says {status}"), || {
+            let response = ask(node, 10256, "/healthz")?;
+            ensure!(response.status == status, "{response:?}");
+            let body: Value = response.json()?;
+            ensure!(body["nodeEligible"] == json!(status == 200), "{body}");
+            ensure!(ask(node, 10256, "/livez")?.status == 200, "it is alive");
+            Ok(())
+        })
+    };
+    let taint = |taints: Value| {
+        let change = json!({"spec": {"taints": taints}});
+        bed.control_plane.objects().patch_global::<Node>("n2", change, false)
+    };
+    healthz(200)?;
+    taint(json!([{"key": "ToBeDeletedByClusterAutoscaler", "value": "1", "effect": "NoSchedule"}]))?;
+    healthz(503)?;
+    ensure!(
+        ask(bed.node("n1"), 10256, "/healthz")?.status == 200,
+        "the other node stays"
+    );
+    taint(json!(null))?;
+    healthz(200)
+}
+
+fn health_checks_count_endpoints_here(bed: &Bed) -> Result<()> {
+    let namespace = bed.control_plane.namespace("health-checks")?;
+    let spec = json!({
+        "type": "LoadBalancer",
+        "externalTrafficPolicy": "Local",
+        "selector": {"app": "web"},
+        "ports": [{"port": 80, "targetPort": TARGET}],
+    });
+    let service = namespace.create_service("web", spec)?;
+    let port = |service: &Service| service.spec.as_ref()?.health_check_node_port;
+    let port = u16::try_from(port(&service).context("the API server gives no port")?)?;
+    let told = |expected: [usize; 2]| {
+        eventually(&format!("endpoints {expected:?}"), || {
+            for (node, endpoints) in NODES.into_iter().zip(expected) {
+                let response = ask(bed.node(node), port, "/")?;
+                let body: Value = response.json()?;
+                ensure!(body["localEndpoints"] == json!(endpoints), "{node}: {body}");
+                ensure!(
+                    body["service"] == json!({"namespace": "health-checks", "name": "web"}),
+                    "{body}"
+                );
+                ensure!(response.status == if endpoints > 0 { 200 } else { 503 }, "{response:?}");
+            }
+            Ok(())
+        })
+    };
+    told([0, 0])?;
+    let pod = |node, name| namespace.start_pod(&bed.cluster, node, name, &Template::app("web"));
+    let pods = [pod("n1", "web-1")?, pod("n1", "web-2")?, pod("n2", "web-3")?];
+    for pod in &pods {
+        pod.set_ready(true)?;
+    }
+    told([2, 1])?;
+    pods[2].terminate()?;
+    told([2, 0])?;
+    pods[0].set_ready(false)?;
+    told([1, 0])?;
+    namespace.patch_service("web", json!({"spec": {"externalTrafficPolicy": "Cluster"}}))?;
+    eventually("nobody listens", || {
+        for node in NODES {
+            ensure!(ask(bed.node(node), port, "/").is_err(), "{node}");
+        }
+        Ok(())
+    })
+}
+
+/// A number that a node's agent tells; zero where it is not there.
+fn metric(node: &Place, name: &str) -> Result<f64> {
+    let response = ask(node, 10249, "/metrics")?;
+    let line = response
+        .body
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    Ok(line.map(str::parse).transpose()?.unwrap_or_default())
+}
+
+fn what_a_change_takes_is_measured(bed: &Bed) -> Result<()> {
+    const MEASURED: [&str; 2] = [
+        "lb_event_to_map_seconds_count",
+        "kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"}",
+    ];
+    let namespace = bed.control_plane.namespace("measured")?;
+    let measured = |node| -> Result<Vec<f64>> { MEASURED.iter().map(|name| metric(bed.node(node), name)).collect() };
+    let before = [measured("n1")?, measured("n2")?];
+    let spec = json!({"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": TARGET}]});
+    namespace.create_service("web", spec)?;
+    let pod = namespace.start_pod(&bed.cluster, "n1", "web", &Template::app("web"))?;
+    pod.set_ready(true)?;
+    for (node, before) in NODES.into_iter().zip(&before) {
+        eventually("it was measured", || {
+            for ((name, before), now) in MEASURED.iter().zip(before).zip(measured(node)?) {
+                ensure!(now > *before, "{node}: {name}: {before}, then {now}");
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn conflicts(namespace: &Namespace<'_>) -> Result<Vec<Event>> {
+    let mut events = namespace.objects().list::<Event>(namespace.name(), "")?;
+    events.retain(|event| event.reason.as_deref() == Some("AddressConflict"));
+    Ok(events)
+}
+
+fn a_conflict_is_one_event_of_all_nodes(bed: &Bed) -> Result<()> {
+    let namespace = bed.control_plane.namespace("conflicts")?;
+    let spec = json!({"externalIPs": ["192.0.2.77"], "ports": [{"port": 80}]});
+    let services = [
+        namespace.create_service("one", spec.clone())?,
+        namespace.create_service("other", spec)?,
+    ];
+    let published = |node| metric(bed.node(node), "lb_events_total{result=\"published\"}");
+    let event = eventually("the loser has an Event", || {
+        let event = conflicts(&namespace)?.pop().context("no Event")?;
+        for node in NODES {
+            ensure!(published(node)? >= 1.0, "{node} has told nobody");
+        }
+        Ok(event)
+    })?;
+    ensure!(conflicts(&namespace)?.len() == 1, "each node made its own");
+    let regarding = event.regarding.context("of nothing")?;
+    let loser = services.iter().find(|service| service.metadata.uid == regarding.uid);
+    let loser = loser.context("of another object")?;
+    ensure!(loser.metadata.name == regarding.name, "{regarding:?}");
+    let name = regarding.name.unwrap_or_default();
+    let said = bed
+        .control_plane
+        .kubectl(&["--namespace", "conflicts", "describe", "service", &name], "")?;
+    ensure!(
+        said.contains("AddressConflict") && said.contains("192.0.2.77"),
+        "{said}"
+    );
+    Ok(())
+}
