@@ -186,7 +186,8 @@ impl Migration<'_> {
         for manifest in ["lb.yaml", "lb-privileged.yaml"] {
             let path = root().join("deploy").join(manifest);
             let path = path.to_str().context("a path is not UTF-8")?;
-            self.control_plane.kubectl(&["apply", "--server-side", "--dry-run=server", "-f", path], "")?;
+            self.control_plane
+                .kubectl(&["apply", "--server-side", "--dry-run=server", "-f", path], "")?;
         }
         self.install_kube_proxy(mode)?;
         let (_servers, service, _kubelets) = self.shop()?;

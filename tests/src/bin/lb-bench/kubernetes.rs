@@ -5,19 +5,18 @@
 
 mod objects;
 mod proxy;
+pub(crate) mod watch;
 
 use std::env::current_exe;
-use std::fs;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{ExitCode, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use comfy_table::Table;
 use lb_tests::control_plane::ControlPlane;
-use lb_tests::load::Record;
-use lb_tests::{Cluster, Connect, Pod, Process, Random, Testbed, monotonic_ns};
+use lb_tests::{Cluster, Pod, Process, Random, Testbed, monotonic_ns};
 use serde::Serialize;
 
 use self::objects::Probe;
@@ -28,8 +27,6 @@ use crate::report::{self, Machine, table};
 /// The node whose proxy is measured. Backends are on the other one.
 const NODE: &str = "n1";
 const BACKEND_PORT: u16 = 8080;
-/// Connections of the client in a second: how finely a change is seen.
-const RATE: f64 = 1000.0;
 /// How long a proxy may take to serve everything, or a change.
 const PATIENCE: Duration = Duration::from_secs(180);
 /// Between two changes, in milliseconds: at least, and what is added at random, so that no timer of a proxy's agrees.
@@ -136,7 +133,6 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 /// A cluster with all objects in its API.
 struct Bench<'a> {
     options: &'a Options,
-    bed: Testbed,
     /// In the order in which they go.
     _servers: [Process; 2],
     client: Pod,
@@ -165,7 +161,6 @@ impl<'a> Bench<'a> {
         eprintln!("{} Services made in {:.0?}", options.services, begun.elapsed());
         Ok(Self {
             options,
-            bed,
             _servers: servers,
             client,
             backends,
@@ -177,23 +172,18 @@ impl<'a> Bench<'a> {
 
     fn measure(&self, kind: Kind) -> Result<Measured> {
         self.probe.point_to(&self.control_plane, &self.backends[0])?;
-        let log = self.cluster.scratch().join(format!("{}.records", kind.name()));
-        let connect = Connect::to(&[self.probe.address()])
-            .count(u64::MAX)
-            .rate(RATE)
-            .timeout(Duration::from_millis(100))
-            .log(&log);
-        let load = self.bed.start(&self.client, &connect)?;
+        let mut watch = self.client.command(current_exe().context("finding this program")?)?;
+        watch
+            .arg("watch")
+            .arg("--to")
+            .arg(self.probe.address().to_string())
+            .stdin(Stdio::null());
+        let mut watch = Process::spawn_reading(&mut watch)?;
         let begun = monotonic_ns();
         let mut proxy = Proxy::start(kind, &self.cluster, &self.control_plane, self.options.services)?;
         proxy.wait_healthy(PATIENCE)?;
         let healthy = monotonic_ns();
-        let reached = |backend: usize| {
-            move |record: &Record| record.outcome.as_deref() == Ok(if backend == 0 { "0" } else { "1" })
-        };
-        let serving = self
-            .wait_for(&log, begun, reached(0))
-            .with_context(|| proxy.log_tail())?;
+        let serving = wait_for(&mut watch, 0).with_context(|| proxy.log_tail())?;
         // What was needed for the start alone goes.
         sleep(Duration::from_secs(5));
         let (resident, peak) = proxy.memory()?;
@@ -206,12 +196,10 @@ impl<'a> Bench<'a> {
             let asked = monotonic_ns();
             self.probe.point_to(&self.control_plane, &self.backends[to])?;
             answers.push(seconds(asked, monotonic_ns()));
-            let there = self
-                .wait_for(&log, asked, reached(to))
-                .with_context(|| proxy.log_tail())?;
+            let there = wait_for(&mut watch, to).with_context(|| proxy.log_tail())?;
             changes.push(seconds(asked, there));
         }
-        drop(load);
+        drop(watch);
         proxy.end()?;
         changes.sort_unstable_by(f64::total_cmp);
         answers.sort_unstable_by(f64::total_cmp);
@@ -226,24 +214,16 @@ impl<'a> Bench<'a> {
             answer_p50: percentile(&answers, 50),
         })
     }
+}
 
-    /// When the first connection after `since` began that is as wanted.
-    fn wait_for(&self, log: &std::path::Path, since: u64, wanted: impl Fn(&Record) -> bool) -> Result<u64> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let text = fs::read_to_string(log).unwrap_or_default();
-            // The last line may be half there.
-            let whole = text.rsplit_once('\n').map_or("", |(lines, _)| lines);
-            let records = whole.lines().rev().map_while(Record::parse);
-            let found = records
-                .take_while(|record| record.end_ns >= since)
-                .filter(|record| record.start_ns >= since && wanted(record))
-                .last();
-            if let Some(record) = found {
-                return Ok(record.start_ns);
-            }
-            ensure!(Instant::now() < deadline, "no connection goes where it should");
-            sleep(Duration::from_millis(50));
+/// When the client began the first connection that `backend` has answered.
+fn wait_for(watch: &mut Process, backend: usize) -> Result<u64> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let line = watch.line(deadline.saturating_duration_since(Instant::now()))?;
+        let (start, name) = line.split_once(' ').context("not a line of `watch`")?;
+        if name == backend.to_string() {
+            return start.parse().context("no time");
         }
     }
 }

@@ -44,6 +44,10 @@ enum Command {
     /// lb against kube-proxy on the objects of a real API server
     #[cfg(feature = "kubernetes")]
     Kubernetes(kubernetes::Options),
+    /// A client that connects all the time, and tells when another backend answers
+    #[cfg(feature = "kubernetes")]
+    #[command(hide = true)]
+    Watch(kubernetes::watch::Options),
     /// A process that connects and sends, in the place that it was started in; takes orders and answers in JSON
     #[command(hide = true)]
     Worker(worker::Options),
@@ -57,6 +61,8 @@ fn main() -> Result<ExitCode> {
         Command::Udp(options) => udp::run(&options),
         #[cfg(feature = "kubernetes")]
         Command::Kubernetes(options) => kubernetes::run(&options),
+        #[cfg(feature = "kubernetes")]
+        Command::Watch(options) => kubernetes::watch::run(&options),
         Command::Worker(options) => worker::run(&options),
     }
 }
