@@ -127,13 +127,16 @@ impl Drop for Pods {
     }
 }
 
+/// What runc is told besides of a pod on a node.
+type Arguments = Box<dyn Fn(&Runtime, &Value) -> Vec<String> + Send>;
+
 struct Kubelet {
     objects: Arc<Objects>,
     namespace: String,
     server: (String, u16),
     authority: PathBuf,
     runtimes: Vec<Runtime>,
-    arguments: Box<dyn Fn(&Runtime, &Value) -> Vec<String> + Send>,
+    arguments: Arguments,
     /// By uid.
     running: BTreeMap<String, Running>,
 }
