@@ -16,10 +16,10 @@ use anyhow::{Context as _, Result};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use futures::io::AsyncBufReadExt as _;
 use futures::{Stream, StreamExt as _, stream};
+use http::{StatusCode, header};
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -35,7 +35,7 @@ const HELD: Duration = Duration::from_millis(150);
 /// How many are.
 const MOST_HELD: usize = 12;
 /// A watch ends after so many events, on average.
-const LENGTH: u64 = 150;
+const LENGTH: u64 = 40;
 /// How many lines may wait for a slow agent.
 const WAITING: usize = 1000;
 

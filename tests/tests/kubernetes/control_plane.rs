@@ -37,13 +37,13 @@ fn slices_follow_pods(bed: &Bed) -> Result<()> {
     ensure!(addresses.len() == 2, "{addresses:?}");
 
     let template = Template::app("web").port("web", 8080, "TCP").gate("test/gate");
-    let pod = namespace.start_pod(&bed.cluster, "n2", "web", &template)?;
+    let pod = namespace.start_pod(&bed.cluster, "n3", "web", &template)?;
     wait_for(&namespace, [false, false, false])?;
     pod.set_ready(true)?;
     pod.set_condition("test/gate", true)?;
     let endpoints = wait_for(&namespace, [true, true, false])?;
     for endpoint in &endpoints {
-        ensure!(endpoint.node_name.as_deref() == Some("n2"), "{endpoint:?}");
+        ensure!(endpoint.node_name.as_deref() == Some("n3"), "{endpoint:?}");
         ensure!(endpoint.zone.as_deref() == Some("b"), "{endpoint:?}");
     }
     let mut found: Vec<_> = endpoints

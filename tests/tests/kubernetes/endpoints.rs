@@ -272,10 +272,16 @@ fn hints_by_zone_and_node(bed: &Bed) -> Result<()> {
     c.kubelet.set_ready(true)?;
     set(Some("PreferSameZone"))?;
     expect(&names(&["a"]), &names(&["c"]))?;
-    // A node that moves takes its pods along.
-    bed.control_plane.set_zone("n3", Some("a"))?;
-    let moved = expect(&names(&["a", "c"]), &names(&["a", "c"]));
-    bed.control_plane.set_zone("n3", Some("b"))?;
+    // A node that moves to another zone, or out of all.
+    let moves = || -> Result<()> {
+        for (zone, outcome) in [(Some("a"), ["a"].as_slice()), (None, &["a", "c"])] {
+            bed.control_plane.set_zone("n2", zone)?;
+            expect(&names(&["a"]), &names(outcome))?;
+        }
+        Ok(())
+    };
+    let moved = moves();
+    bed.control_plane.set_zone("n2", Some("b"))?;
     moved?;
     expect(&names(&["a"]), &names(&["c"]))
 }
