@@ -14,6 +14,9 @@ use crate::bed::Programs;
 use crate::command::cargo;
 use crate::root;
 
+/// The program of the agent.
+const AGENT: &str = "lb-agent";
+
 /// C compilers, how they link, and the names of what they make of the client that looks names up. Static with musl: its
 /// loader is not where tests run.
 const RESOLVERS: [(&str, &str, &str); 2] = [
@@ -59,7 +62,7 @@ impl Built {
     /// What the test bed starts.
     pub(crate) fn programs(&self) -> anyhow::Result<Programs> {
         Ok(Programs {
-            agent: self.program("lb-agent")?,
+            agent: self.program(AGENT)?,
             testbed: self.program("lb-testbed")?,
         })
     }
@@ -117,9 +120,15 @@ pub(crate) fn build_tests(kubernetes: bool) -> anyhow::Result<Built> {
     Ok(built)
 }
 
-/// Builds the programs as they are delivered.
-pub(crate) fn build_release() -> anyhow::Result<Built> {
-    build(&["build", "--release", "-p", "lb-agent", "-p", "lb-tests", "--bins"])
+/// Builds the programs as they are delivered. Where the agent of the image was built already, it is taken: that is a
+/// third of the work.
+pub(crate) fn build_release(agent: Option<&Path>) -> anyhow::Result<Built> {
+    let Some(agent) = agent else {
+        return build(&["build", "--release", "-p", "lb-agent", "-p", "lb-tests", "--bins"]);
+    };
+    let mut built = build(&["build", "--release", "-p", "lb-tests", "--bins"])?;
+    built.programs.insert(AGENT.to_owned(), agent.to_owned());
+    Ok(built)
 }
 
 /// Builds the benchmarks and what they start, optimised as the programs that are delivered.
@@ -175,7 +184,7 @@ pub(crate) fn build_agent_for_image() -> anyhow::Result<PathBuf> {
         .args(["build", "--profile", "image", "--target", &target])
         .args(["-p", "lb-agent", "--bin", "lb-agent"])
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join(OsStr::new("\x1f")));
-    build_by(command)?.program("lb-agent")
+    build_by(command)?.program(AGENT)
 }
 
 fn build(arguments: &[&str]) -> anyhow::Result<Built> {

@@ -3,7 +3,7 @@
 use std::env;
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, bail};
@@ -56,7 +56,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if ready != ExitCode::SUCCESS {
         return Ok(ready);
     }
-    let programs = build_release()?.programs()?;
+    let programs = build_release(None)?.programs()?;
     let mut command = if args.agent_arguments.is_empty() {
         demo_command(&programs, args.check)?
     } else {
@@ -75,7 +75,7 @@ fn in_machines(versions: &[String]) -> anyhow::Result<ExitCode> {
     if ready != ExitCode::SUCCESS {
         return Ok(ready);
     }
-    let job = Job::demo(&build_release()?.programs()?)?;
+    let job = Job::demo(&build_release(None)?.programs()?)?;
     let mut well = true;
     for (version, result) in vm::run(versions, &job) {
         let tally = result.with_context(|| format!("the demo on Linux {version}"))?;
@@ -86,9 +86,9 @@ fn in_machines(versions: &[String]) -> anyhow::Result<ExitCode> {
     Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The demo as a check among others.
-pub(crate) fn check_demo() -> anyhow::Result<()> {
-    let programs = build_release()?.programs()?;
+/// The demo as a check among others, with this agent if there is one already.
+pub(crate) fn check_demo(agent: Option<&Path>) -> anyhow::Result<()> {
+    let programs = build_release(agent)?.programs()?;
     let status = demo_command(&programs, true)?.status().context("cannot run the demo")?;
     if status.success() {
         return Ok(());

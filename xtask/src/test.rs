@@ -1,12 +1,12 @@
 //! `test` and `bless`.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, bail};
 
-use crate::artifacts::{Built, TestProgram, build_release, build_tests};
+use crate::artifacts::{Built, TestProgram, build_agent_for_image, build_release, build_tests};
 use crate::command::{cargo, clean_command};
 use crate::image;
 use crate::kubernetes;
@@ -89,7 +89,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if !args.no_lint && !args.only_vm && !args.only_kubernetes {
         sum += lints();
     }
-    let (mut control_plane, mut image) = (None, None);
+    let (mut control_plane, mut image, mut agent) = (None, None, None);
     if args.kubernetes {
         sum += step("control plane of Kubernetes", || {
             control_plane = Some(kubernetes::build()?);
@@ -99,6 +99,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             Ok(())
         });
         sum += step("image", || {
+            agent = Some(build_agent_for_image()?);
             image = Some(image::write_default()?);
             Ok(())
         });
@@ -122,14 +123,18 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         ran += tests(&built, &selection, kernel, &kubernetes);
     }
     if args.demo && kernel == Kernel::Native {
-        sum += step("demo", run::check_demo);
+        sum += step("demo", || run::check_demo(agent.as_deref()));
     }
     // After the tests on this machine's own kernel: those keep all of its processors busy themselves.
     if !versions.is_empty() {
-        ran += in_machines(&versions, |release| Job::tests(&built, release, filter));
+        ran += in_machines(&versions, agent.as_deref(), |release| {
+            Job::tests(&built, release, filter)
+        });
     }
     if args.demo && kernel == Kernel::Foreign {
-        sum += in_machines(&versions[..1], |release| Job::demo(&release.programs()?));
+        sum += in_machines(&versions[..1], agent.as_deref(), |release| {
+            Job::demo(&release.programs()?)
+        });
     }
     sum += some(ran);
     Ok(conclude(sum))
@@ -267,10 +272,10 @@ impl Selection<'_> {
     }
 }
 
-/// Does on these kernels what `job` makes of the programs as they are delivered.
-fn in_machines(versions: &[String], job: impl FnOnce(&Built) -> anyhow::Result<Job>) -> Tally {
+/// Does on these kernels what `job` makes of the programs as they are delivered, with this agent if there is one already.
+fn in_machines(versions: &[String], agent: Option<&Path>, job: impl FnOnce(&Built) -> anyhow::Result<Job>) -> Tally {
     println!("== build for virtual machines");
-    let job = match build_release().and_then(|release| job(&release)) {
+    let job = match build_release(agent).and_then(|release| job(&release)) {
         Ok(job) => job,
         Err(error) => {
             println!("build for virtual machines: {error:#}");
