@@ -96,6 +96,7 @@ fn endpoints(addresses: &[Ipv4Addr]) -> Value {
 #[derive(Debug)]
 pub(crate) struct Probe {
     address: SocketAddr,
+    slice: String,
 }
 
 impl Probe {
@@ -104,8 +105,9 @@ impl Probe {
         let made: Service = objects.create(NAMESPACE, service(PROBE))?;
         let address = made.spec.and_then(|spec| spec.cluster_ip).context("no address")?;
         let slice = slice(PROBE, port, &[backend.address()]);
-        objects.create::<EndpointSlice>(NAMESPACE, slice)?;
+        let slice: EndpointSlice = objects.create(NAMESPACE, slice)?;
         Ok(Self {
+            slice: slice.metadata.name.context("no name")?,
             address: SocketAddr::new(address.parse().context("not an address")?, PORT),
         })
     }
@@ -119,6 +121,6 @@ impl Probe {
     pub(crate) fn point_to(&self, control_plane: &ControlPlane, backend: &Pod) -> Result<()> {
         let change = json!({"endpoints": endpoints(&[backend.address()])});
         let objects = control_plane.objects();
-        objects.patch::<EndpointSlice>(NAMESPACE, PROBE, change).map(drop)
+        objects.patch::<EndpointSlice>(NAMESPACE, &self.slice, change).map(drop)
     }
 }
