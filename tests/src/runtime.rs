@@ -1,4 +1,4 @@
-//! Containers on a node of the [`Cluster`](crate::Cluster), as a kubelet and its runtime make them of a pod: by runc, with
+//! Containers on a node of the [`Cluster`], as a kubelet and its runtime make them of a pod: by runc, with
 //! the file system of an image, and with the mounts, capabilities and namespaces that the pod asks for and no more.
 //!
 //! A container's processes are in the node's cgroup and, since all pods here have `hostNetwork`, in its network
