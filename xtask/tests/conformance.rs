@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 
 /// The text of a program of tests: its file, or all files of its folder.
 fn source(program: &str) -> Result<String> {
-    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/tests");
     let file = tests.join(format!("{program}.rs"));
     if file.exists() {
         return Ok(fs::read_to_string(file)?);
