@@ -937,21 +937,49 @@ SEC("cgroup/sock_release") int c_sock_release(struct bpf_sock *ctx)
 	return ALLOW;
 }
 
-/* What a hook costs that does nothing. */
-#define EMPTY(hook, context) \
-	SEC("cgroup/" #hook) int empty_##hook(struct context *ctx) \
-	{ \
-		return ALLOW; \
-	}
+SEC("cgroup/connect4") int empty_connect4(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
 
-EMPTY(connect4, bpf_sock_addr)
-EMPTY(connect6, bpf_sock_addr)
-EMPTY(sendmsg4, bpf_sock_addr)
-EMPTY(sendmsg6, bpf_sock_addr)
-EMPTY(recvmsg4, bpf_sock_addr)
-EMPTY(recvmsg6, bpf_sock_addr)
-EMPTY(getpeername4, bpf_sock_addr)
-EMPTY(getpeername6, bpf_sock_addr)
-EMPTY(sock_release, bpf_sock)
+SEC("cgroup/connect6") int empty_connect6(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/sendmsg4") int empty_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/sendmsg6") int empty_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/recvmsg4") int empty_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/recvmsg6") int empty_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/getpeername4") int empty_getpeername4(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/getpeername6") int empty_getpeername6(struct bpf_sock_addr *ctx)
+{
+	return ALLOW;
+}
+
+SEC("cgroup/sock_release") int empty_sock_release(struct bpf_sock *ctx)
+{
+	return ALLOW;
+}
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
