@@ -9,18 +9,13 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{SysconfVar, sysconf};
 use tracing::info;
 
 use crate::model::{Problem, ProblemKind};
 
-const SYSCTLS: &str = "proc/sys/net/netfilter";
-const HASHSIZE: &str = "sys/module/nf_conntrack/parameters/hashsize";
-/// What the first process of the machine has as `/`. A container without privileges has /proc/sys for reading only; in the
-/// machine's process namespace, with CAP_SYS_PTRACE, it gets at that of the machine. Which network namespace's settings
-/// are there depends on who opens them, not on the path.
-const MACHINE: &str = "/proc/1/root";
+const SYSCTLS: &str = "/proc/sys/net/netfilter";
+const HASHSIZE: &str = "/sys/module/nf_conntrack/parameters/hashsize";
 const MAX: &str = "nf_conntrack_max";
 /// The highest limit that follows from the number of processors, as kube-proxy has it.
 const MOST: u64 = 1 << 20;
@@ -97,9 +92,7 @@ impl Conntrack {
     pub fn new(settings: &Settings) -> Self {
         let processors = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
         let processors = processors.and_then(|n| u64::try_from(n).ok()).unwrap_or(1);
-        let is_read_only = statvfs("/proc/sys").is_ok_and(|fs| fs.flags().contains(FsFlags::ST_RDONLY));
-        let root = Path::new(if is_read_only { MACHINE } else { "/" });
-        Self::at(&root.join(SYSCTLS), &root.join(HASHSIZE), settings, processors)
+        Self::at(Path::new(SYSCTLS), Path::new(HASHSIZE), settings, processors)
     }
 
     fn at(sysctls: &Path, hashsize: &Path, settings: &Settings, processors: u64) -> Self {
