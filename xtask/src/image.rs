@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, ensure};
@@ -54,7 +54,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         return Ok(ready);
     }
     let output = args.output.clone().unwrap_or_else(default_output);
-    let made = write(&args.name, &output)?;
+    let made = write(&build_agent_for_image()?, &args.name, &output)?;
     println!("{made}");
     println!("{}", output.display());
     Ok(ExitCode::SUCCESS)
@@ -66,16 +66,15 @@ fn default_output() -> PathBuf {
 }
 
 /// The same with the default name, at the default place; for tests.
-pub(crate) fn write_default() -> anyhow::Result<PathBuf> {
+pub(crate) fn write_default(agent: &Path) -> anyhow::Result<PathBuf> {
     let output = default_output();
-    println!("{}", write(NAME, &output)?);
+    println!("{}", write(agent, NAME, &output)?);
     Ok(output)
 }
 
-/// Builds the agent and writes the image; returns a line about it.
-fn write(name: &str, output: &PathBuf) -> anyhow::Result<String> {
-    let program = build_agent_for_image()?;
-    let program = fs::read(&program).with_context(|| format!("cannot read {}", program.display()))?;
+/// Writes the image of an agent; returns a line about it.
+fn write(agent: &Path, name: &str, output: &Path) -> anyhow::Result<String> {
+    let program = fs::read(agent).with_context(|| format!("cannot read {}", agent.display()))?;
     let about = About::of_agent(name)?;
     let image = archive(&about, &program)?;
     ensure!(

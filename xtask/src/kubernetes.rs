@@ -163,10 +163,14 @@ pub(crate) fn build() -> Result<PathBuf> {
 
 /// Where what is built is kept.
 fn folder() -> Result<PathBuf> {
-    let (kubernetes, etcd) = (Module::Kubernetes.version()?, Module::Etcd.version()?);
+    let (kubernetes, etcd, helm) = (
+        Module::Kubernetes.version()?,
+        Module::Etcd.version()?,
+        Module::Helm.version()?,
+    );
     Ok(root()
         .join("target/kubernetes")
-        .join(format!("{kubernetes}-etcd-{etcd}")))
+        .join(format!("{kubernetes}-etcd-{etcd}-helm-{helm}")))
 }
 
 impl Source {

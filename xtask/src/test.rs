@@ -99,8 +99,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             Ok(())
         });
         sum += step("image", || {
-            agent = Some(build_agent_for_image()?);
-            image = Some(image::write_default()?);
+            let built = build_agent_for_image()?;
+            image = Some(image::write_default(&built)?);
+            agent = Some(built);
             Ok(())
         });
         if sum.failed > 0 {
