@@ -73,6 +73,8 @@ pub struct Reconciler<M> {
     problems: Vec<Problem>,
     withdrawals: u64,
     health_checks: BTreeMap<ObjectKey, HealthCheck>,
+    /// Since they were last asked for.
+    health_checks_changed: bool,
 }
 
 impl<M: Maps> Reconciler<M> {
@@ -102,6 +104,7 @@ impl<M: Maps> Reconciler<M> {
             problems: Vec::new(),
             withdrawals: 0,
             health_checks: BTreeMap::new(),
+            health_checks_changed: false,
         })
     }
 
@@ -123,9 +126,9 @@ impl<M: Maps> Reconciler<M> {
             let ports = service.map_or_else(Vec::new, |service| desired::ports(service, &slices, here));
             self.desired.update(&key, ports, &mut touched);
             match service.and_then(|service| desired::health_check(service, slices, here.node)) {
-                Some(check) => self.health_checks.insert(key, check),
-                None => self.health_checks.remove(&key),
-            };
+                Some(check) => self.health_checks_changed |= self.health_checks.insert(key, check) != Some(check),
+                None => self.health_checks_changed |= self.health_checks.remove(&key).is_some(),
+            }
         }
         for id in &touched.ports {
             // Told of, and removed again.
@@ -227,6 +230,11 @@ impl<M: Maps> Reconciler<M> {
     #[must_use]
     pub fn health_checks(&self) -> &BTreeMap<ObjectKey, HealthCheck> {
         &self.health_checks
+    }
+
+    /// The same, if that is another answer than the last time.
+    pub fn new_health_checks(&mut self) -> Option<&BTreeMap<ObjectKey, HealthCheck>> {
+        std::mem::take(&mut self.health_checks_changed).then_some(&self.health_checks)
     }
 
     /// The Node object of this node, if the source has one.

@@ -353,7 +353,7 @@ impl Agent {
         let changes = batch.changes.len();
         let before = self.reconciler.maps().written();
         self.reconciler.apply(batch);
-        self.outside.face.applied(&applying, &self.reconciler);
+        self.outside.face.applied(&applying, &mut self.reconciler);
         let written = self.reconciler.maps().written() - before;
         debug!(changes, written, "applied");
         self.state.applies += 1;
@@ -371,12 +371,12 @@ impl Agent {
         } = &self.node_ports;
         let node = self.reconciler.node().map(|node| node.addresses.as_slice());
         let selected = addresses.borrow().select(selection, node);
+        if self.node_ports.problem.is_none() && self.node_ports.written.as_ref() == Some(&selected) {
+            return;
+        }
         if !selection.is_everything() {
             let addresses = selected.iter().map(|addr| (*addr).into()).collect();
             self.outside.face.health_check_addresses(Some(addresses));
-        }
-        if self.node_ports.problem.is_none() && self.node_ports.written.as_ref() == Some(&selected) {
-            return;
         }
         let message = match self.reconciler.maps_mut().pinned_mut().write_node_addrs(&selected) {
             Ok(0) => None,

@@ -13,7 +13,6 @@ mod serve;
 mod service;
 mod throttle;
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -28,10 +27,9 @@ pub use health::Health;
 pub use metrics::Metrics;
 pub use service::Checks;
 
-use crate::desired::HealthCheck;
 use crate::maps::bpf::PinnedMaps;
 use crate::maps::{MapError, Maps};
-use crate::model::{Batch, Change, Kind, Node, Object, ObjectId, ObjectKey, Problem};
+use crate::model::{Batch, Change, Kind, Node, Object, ObjectId, Problem};
 use crate::reconcile::Reconciler;
 
 /// Where the servers listen, and what they tell.
@@ -169,28 +167,20 @@ impl Face {
     }
 
     /// They were applied.
-    pub fn applied<M: Maps>(&self, applying: &Applying, reconciler: &Reconciler<M>) {
+    pub fn applied<M: Maps>(&self, applying: &Applying, reconciler: &mut Reconciler<M>) {
         let now = Instant::now();
         self.metrics.applied(applying, now, SystemTime::now());
         let (usage, _) = reconciler.usage();
         self.metrics.set_usage(usage, reconciler.is_complete());
         self.health.applied(now, SystemTime::now());
         self.node(reconciler.node(), reconciler.is_complete());
-        self.health_checks(reconciler.health_checks());
+        if let Some(checks) = reconciler.new_health_checks() {
+            self.checks.send_modify(|told| told.services.clone_from(checks));
+        }
     }
 
     fn node(&self, node: Option<&Node>, complete: bool) {
         self.health.node(node.map(|node| node.leaving), complete);
-    }
-
-    fn health_checks(&self, checks: &BTreeMap<ObjectKey, HealthCheck>) {
-        self.checks.send_if_modified(|told| {
-            let news = told.services != *checks;
-            if news {
-                told.services.clone_from(checks);
-            }
-            news
-        });
     }
 
     /// Where health check ports are served: at these addresses, or at all of the node.

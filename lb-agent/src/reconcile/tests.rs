@@ -837,6 +837,10 @@ fn health_checks_count_what_is_ready_on_this_node() {
     ));
     apply(&mut lb, &mut cluster);
     assert_eq!(check(&lb), expected(2));
+    assert!(lb.new_health_checks().is_some());
+    cluster.set(slice("other", &["10.0.0.9 @n1"]));
+    apply(&mut lb, &mut cluster);
+    assert!(lb.new_health_checks().is_none(), "of another Service");
     cluster.set(service("web", "10.96.0.1"));
     apply(&mut lb, &mut cluster);
     assert!(check(&lb).is_empty(), "no longer a load balancer of policy Local");
