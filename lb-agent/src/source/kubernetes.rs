@@ -219,7 +219,7 @@ impl KubernetesSource {
         self.batch()
     }
 
-    /// How often a watch failed and was begun again, or was listed anew.
+    /// How often a watch failed and was begun again; a new list after 410 Gone is one such failure.
     #[must_use]
     pub fn restarts(&self) -> u64 {
         self.restarts
@@ -340,9 +340,7 @@ impl KubernetesSource {
         let before = std::mem::replace(&mut known.keys, keys);
         let gone: Vec<_> = before.into_iter().filter(|key| !known.keys.contains(key)).collect();
         info!(?kind, objects = known.keys.len(), "listed");
-        if std::mem::replace(&mut known.complete, true) {
-            self.restarts += 1;
-        }
+        known.complete = true;
         for change in changes {
             let id = match &change {
                 Change::Set(object) => object.id(),
