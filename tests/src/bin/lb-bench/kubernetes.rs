@@ -21,7 +21,7 @@ use serde::Serialize;
 
 use self::objects::Probe;
 use self::proxy::{Kind, Proxy};
-use crate::numbers::percentile;
+use crate::numbers::{Check, percentile};
 use crate::report::{self, Machine, table};
 
 /// The node whose proxy is measured. Backends are on the other one.
@@ -72,15 +72,6 @@ struct Measured {
     change_p99: f64,
     /// From the request to the API server's answer: in the row above.
     answer_p50: f64,
-}
-
-/// A ratio of lb to kube-proxy, and the limit that it keeps.
-#[derive(Debug, Serialize)]
-struct Check {
-    what: &'static str,
-    limit: f64,
-    measured: f64,
-    met: bool,
 }
 
 /// What the JSON file holds.

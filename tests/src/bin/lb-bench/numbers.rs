@@ -28,6 +28,15 @@ impl Quartiles {
     }
 }
 
+/// A figure by its name, the limit that it has, and whether it keeps it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Check {
+    pub(crate) what: &'static str,
+    pub(crate) limit: f64,
+    pub(crate) measured: f64,
+    pub(crate) met: bool,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

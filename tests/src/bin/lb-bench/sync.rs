@@ -11,6 +11,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
 use crate::measure::Measured;
+use crate::numbers::Check;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -36,15 +37,6 @@ const SMALL: u32 = 10;
 
 /// The size that the limits are for.
 const LARGE: (u32, u32) = (30_000, 10);
-
-/// A limit, and how it was met.
-#[derive(Debug, Serialize)]
-struct Check {
-    what: &'static str,
-    limit: f64,
-    measured: f64,
-    met: bool,
-}
 
 /// What the JSON file holds.
 #[derive(Debug, Serialize)]
