@@ -11,6 +11,7 @@ pub(crate) mod parse;
 pub mod watch;
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::task::{JoinError, JoinHandle, spawn_blocking};
 use tracing::{info, warn};
@@ -33,17 +34,11 @@ pub enum Source {
 #[derive(Debug)]
 pub struct Files {
     watcher: Watcher,
-    state: FilesState,
-}
-
-#[derive(Debug)]
-enum FilesState {
-    /// Nothing was read.
-    New(Vec<PathBuf>),
-    /// They are being read, which may take a while.
-    Reading(JoinHandle<(Batch, ManifestSource)>),
-    /// All that was read was told.
-    Told(ManifestSource),
+    /// With whoever reads, which may take a while.
+    source: Arc<Mutex<ManifestSource>>,
+    reading: Option<JoinHandle<Batch>>,
+    /// They were read once.
+    told: bool,
 }
 
 impl Source {
@@ -55,8 +50,12 @@ impl Source {
         if let Some(why) = watcher.degraded() {
             warn!("changes of manifests are polled for: {why}");
         }
-        let state = FilesState::New(paths.to_vec());
-        Self::Manifests(Box::new(Files { watcher, state }))
+        Self::Manifests(Box::new(Files {
+            watcher,
+            source: Arc::new(Mutex::new(ManifestSource::new(paths.to_vec()))),
+            reading: None,
+            told: false,
+        }))
     }
 
     /// The API server. To be called in a Tokio runtime.
@@ -109,28 +108,28 @@ impl Source {
 
 impl Files {
     async fn next(&mut self) -> Result<Batch, JoinError> {
-        loop {
-            let Self { watcher, state } = self;
-            let (mut source, changed) = match state {
-                FilesState::New(paths) => (ManifestSource::new(std::mem::take(paths)), Vec::new()),
-                FilesState::Told(_) => {
-                    let changed = watcher.changed().await;
-                    match std::mem::replace(state, FilesState::New(Vec::new())) {
-                        FilesState::Told(source) => (source, changed),
-                        other => {
-                            *state = other;
-                            continue;
-                        }
-                    }
-                }
-                FilesState::Reading(reading) => {
-                    let (batch, source) = reading.await?;
-                    *state = FilesState::Told(source);
-                    return Ok(batch);
-                }
-            };
-            *state = FilesState::Reading(spawn_blocking(move || (source.rescan_forced(&changed), source)));
-        }
+        let reading = match &mut self.reading {
+            Some(reading) => reading,
+            none => {
+                let changed = if self.told {
+                    self.watcher.changed().await
+                } else {
+                    Vec::new()
+                };
+                let source = Arc::clone(&self.source);
+                let read = move || {
+                    source
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .rescan_forced(&changed)
+                };
+                none.insert(spawn_blocking(read))
+            }
+        };
+        let batch = reading.await;
+        self.reading = None;
+        self.told = true;
+        batch
     }
 }
 
