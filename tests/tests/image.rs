@@ -167,6 +167,13 @@ fn only_the_cgroup(status: &Status) -> Result<()> {
     Ok(())
 }
 
+/// A configuration of kube-proxy with a time-out that nobody else sets.
+const CONFIG: &str = "\
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+conntrack: {maxPerCore: 0, tcpCloseWaitTimeout: 77m}
+";
+
 /// Starts the pod of a manifest from the image, and has it serve; returns what it says of itself.
 fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Status> {
     let cluster = Cluster::builder().nodes(2).build()?;
@@ -198,7 +205,10 @@ fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Sta
     let agent = Agent::new(&cluster, node, &Agent::find(Path::new(BED))?, &manifests);
     let mut more = More::default();
     more.volumes.insert("manifests".to_owned(), manifests.clone());
+    // As the ConfigMap of kube-proxy has it; the container may not write to its own /proc/sys.
+    fs::write(manifests.join("kube-proxy.conf"), CONFIG).context("writing a configuration")?;
     more.arguments = vec![
+        "--config=/manifests/kube-proxy.conf".to_owned(),
         format!("--cgroup={}", runtime.cgroup_in_containers().display()),
         format!("--pin-path={}", agent.pin_path().display()),
     ];
@@ -206,6 +216,9 @@ fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Sta
     let ready = wait_ready(&runtime, container, &mut started)?;
     ensure!(ready.contains("lastUpdated"), "{ready}");
     look(&started)?;
+    let close_wait = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait";
+    let seconds = node.run("cat", &[close_wait])?;
+    ensure!(seconds.trim() == "4620", "{close_wait} is {seconds}: {}", started.log());
 
     let vip = VIP.parse().context("an address")?;
     for place in [&*client, &**node] {

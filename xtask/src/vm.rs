@@ -33,7 +33,7 @@ const MEMORY: &str = "3G";
 /// the kernel patches its own code with such instructions, and may have been seen half patched.
 const EMULATION: &str = "tcg,thread=single";
 /// How many times slower than the machine itself an emulated one is taken to be.
-const SLOW: u32 = 10;
+const SLOW: u32 = 20;
 /// Exit code of libtest when tests have failed, of which it has told.
 const TESTS_FAILED: i32 = 101;
 /// Exit code in a shell of what was killed by SIGKILL.

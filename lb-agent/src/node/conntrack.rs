@@ -14,9 +14,12 @@ use tracing::info;
 
 use crate::model::{Problem, ProblemKind};
 
-const SYSCTLS: &str = "/proc/sys/net/netfilter";
-const HASHSIZE: &str = "/sys/module/nf_conntrack/parameters/hashsize";
+/// Where the settings of networking are: in a container the machine's, as the manifest mounts them, since the
+/// container's own /proc/sys is read-only. The network namespace is in either case that of who opens a file.
+const SYSCTLS: [&str; 2] = ["/host/proc/sys/net", "/proc/sys/net"];
 const MAX: &str = "nf_conntrack_max";
+/// Chains of the table.
+const BUCKETS: &str = "nf_conntrack_buckets";
 /// The highest limit that follows from the number of processors, as kube-proxy has it.
 const MOST: u64 = 1 << 20;
 
@@ -81,7 +84,6 @@ impl Settings {
 #[derive(Debug)]
 pub struct Conntrack {
     sysctls: PathBuf,
-    hashsize: PathBuf,
     /// What could not be set yet.
     pending: Vec<(&'static str, u64)>,
 }
@@ -92,13 +94,14 @@ impl Conntrack {
     pub fn new(settings: &Settings) -> Self {
         let processors = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
         let processors = processors.and_then(|n| u64::try_from(n).ok()).unwrap_or(1);
-        Self::at(Path::new(SYSCTLS), Path::new(HASHSIZE), settings, processors)
+        let [mounted, own] = SYSCTLS.map(Path::new);
+        let sysctls = if mounted.is_dir() { mounted } else { own };
+        Self::at(&sysctls.join("netfilter"), settings, processors)
     }
 
-    fn at(sysctls: &Path, hashsize: &Path, settings: &Settings, processors: u64) -> Self {
+    fn at(sysctls: &Path, settings: &Settings, processors: u64) -> Self {
         Self {
             sysctls: sysctls.to_owned(),
-            hashsize: hashsize.to_owned(),
             pending: settings.wanted(processors),
         }
     }
@@ -142,8 +145,9 @@ impl Conntrack {
 
     /// Makes the table large enough for so many chains.
     fn grow(&self, chains: u64) -> io::Result<()> {
-        if read(&self.hashsize)? < chains {
-            fs::write(&self.hashsize, chains.to_string())?;
+        let path = self.sysctls.join(BUCKETS);
+        if read(&path)? < chains {
+            fs::write(&path, chains.to_string())?;
             info!(chains, "the table of conntrack has grown");
         }
         Ok(())
@@ -208,22 +212,21 @@ mod tests {
     fn settings_are_written_once_they_are_there() {
         let folder = tempfile::tempdir().unwrap();
         let sysctls = folder.path().join("netfilter");
-        let hashsize = folder.path().join("hashsize");
         let settings = Settings {
             tcp_close_wait: Duration::ZERO,
             ..Settings::default()
         };
-        let mut conntrack = Conntrack::at(&sysctls, &hashsize, &settings, 8);
+        let mut conntrack = Conntrack::at(&sysctls, &settings, 8);
         // Without the kernel's module there is nothing to set, and nothing wrong.
         assert_eq!(conntrack.apply(), []);
         fs::create_dir(&sysctls).unwrap();
         let file = |name: &str| sysctls.join(name);
         fs::write(file(MAX), "65536\n").unwrap();
-        fs::write(&hashsize, "16384\n").unwrap();
+        fs::write(file(BUCKETS), "16384\n").unwrap();
         fs::write(file("nf_conntrack_tcp_timeout_established"), "432000\n").unwrap();
         assert_eq!(conntrack.apply(), []);
         assert_eq!(read(&file(MAX)).unwrap(), 262_144);
-        assert_eq!(read(&hashsize).unwrap(), 65_536);
+        assert_eq!(read(&file(BUCKETS)).unwrap(), 65_536);
         assert_eq!(read(&file("nf_conntrack_tcp_timeout_established")).unwrap(), 86_400);
         // What somebody changes later is theirs.
         fs::write(file(MAX), "1000\n").unwrap();
@@ -234,21 +237,21 @@ mod tests {
     #[test]
     fn a_large_table_is_left_alone_and_so_is_a_limit_that_is_not_ours() {
         let folder = tempfile::tempdir().unwrap();
-        let (limit, hashsize) = (folder.path().join(MAX), folder.path().join("hashsize"));
+        let (limit, buckets) = (folder.path().join(MAX), folder.path().join(BUCKETS));
         let settings = Settings {
             tcp_established: Duration::ZERO,
             tcp_close_wait: Duration::ZERO,
             ..Settings::default()
         };
-        fs::write(&hashsize, "1000000\n").unwrap();
+        fs::write(&buckets, "1000000\n").unwrap();
         fs::write(&limit, "5\n").unwrap();
         fs::set_permissions(&limit, Permissions::from_mode(0o444)).unwrap();
-        assert_eq!(Conntrack::at(folder.path(), &hashsize, &settings, 1).apply(), []);
+        assert_eq!(Conntrack::at(folder.path(), &settings, 1).apply(), []);
         assert_eq!(read(&limit).unwrap(), 5);
         fs::set_permissions(&limit, Permissions::from_mode(0o644)).unwrap();
-        assert_eq!(Conntrack::at(folder.path(), &hashsize, &settings, 1).apply(), []);
+        assert_eq!(Conntrack::at(folder.path(), &settings, 1).apply(), []);
         assert_eq!(read(&limit).unwrap(), 131_072);
-        assert_eq!(read(&hashsize).unwrap(), 1_000_000);
+        assert_eq!(read(&buckets).unwrap(), 1_000_000);
     }
 
     #[test]
@@ -262,7 +265,7 @@ mod tests {
             tcp_be_liberal: true,
             ..Settings::default()
         };
-        let mut conntrack = Conntrack::at(folder.path(), Path::new("none"), &settings, 1);
+        let mut conntrack = Conntrack::at(folder.path(), &settings, 1);
         // A folder cannot be written to, not even by root.
         fs::create_dir(folder.path().join(name)).unwrap();
         let problems = conntrack.apply();
