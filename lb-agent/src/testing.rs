@@ -33,6 +33,8 @@ pub(crate) const ROOM: Capacities = Capacities {
     sockets_more: 1,
     udp_flows: 64,
     affinity: 64,
+    conntrack: 64,
+    conntrack_new: 64,
 };
 
 /// Service `default/NAME` at `ip`, with one port 80 without a name until [`Builder::port`] gives others.

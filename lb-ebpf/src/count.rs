@@ -96,13 +96,14 @@ pub(crate) fn event(ctx: *mut c_void, what: &Happening) {
         (&raw mut (*at).time).write(bpf_ktime_get_coarse_ns());
         (&raw mut (*at).cookie).write(bpf_get_socket_cookie(ctx));
         (&raw mut (*at).netns).write(bpf_get_netns_cookie(ctx));
+        words::store(&raw mut (*at).client, Words([0; 2]));
         words::store(&raw mut (*at).addr, what.to.addr);
         words::store(&raw mut (*at).backend_addr, what.backend_addr);
         (&raw mut (*at).port).write(what.to.port);
         (&raw mut (*at).backend_port).write(what.backend_port);
         (&raw mut (*at).proto).write(what.to.proto);
         (&raw mut (*at).kind).write(what.kind as u8);
-        (&raw mut (*at).pad).write(0);
+        (&raw mut (*at).client_port).write(0);
         (&raw mut (*at).service).write(what.service);
         (&raw mut (*at).reason).write(what.reason);
         (&raw mut (*at).pid).write((bpf_get_current_pid_tgid() >> 32) as u32);

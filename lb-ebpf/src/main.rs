@@ -19,6 +19,7 @@ mod sock;
 mod sock_addr;
 mod sockets;
 mod tables;
+mod tc;
 mod words;
 mod xdp;
 

@@ -2,11 +2,11 @@
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
-use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::macros::btf_map;
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, DropReason, Event, Frontend, FrontendKey, Name, Notice,
-    Service, ServiceStats, SocketRecord, State, UdpFlows, capacity,
+    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, CtEntry, CtKey, Device, DropReason, Event, Frontend,
+    FrontendKey, Name, Notice, Service, ServiceStats, SocketRecord, SourceRange, State, UdpFlows, capacity,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -60,6 +60,21 @@ pub(crate) static STATE: Array<State, 1, MMAPABLE> = Array::new();
 
 #[btf_map]
 pub(crate) static NOTICES: HashMap<u32, Notice, { capacity::NOTICES as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+pub(crate) static CT: HashMap<CtKey, CtEntry, { capacity::CT as usize }> = HashMap::new();
+
+#[btf_map]
+pub(crate) static CT_NEW: LruHashMap<CtKey, CtEntry, { capacity::CT_NEW as usize }> = LruHashMap::new();
+
+#[btf_map]
+pub(crate) static DEVICES: HashMap<u32, Device, { capacity::DEVICES as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+pub(crate) static SOURCE_RANGES: LpmTrie<SourceRange, u32, { capacity::SOURCE_RANGES as usize }> = LpmTrie::new();
+
+#[btf_map]
+pub(crate) static CLUSTER_CIDRS: LpmTrie<Addr, u32, { capacity::CLUSTER_CIDRS as usize }> = LpmTrie::new();
 
 /// Number of slots in SOCKETS, less one. Set by the loader before the programs are loaded.
 #[unsafe(no_mangle)]

@@ -15,6 +15,8 @@ const CAPACITIES: Capacities = Capacities {
     sockets_more: 16,
     udp_flows: 64,
     affinity: 64,
+    conntrack: 64,
+    conntrack_new: 64,
 };
 
 /// Instructions that the verifier may walk through in one program; it gives up at 1,000,000.

@@ -184,6 +184,12 @@ struct CapacityArgs {
     /// Clients of services with session affinity; beyond that the least recently seen are forgotten
     #[arg(long, value_name = "N", default_value_t = capacity::AFFINITY, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     max_affinity: u32,
+    /// Directions of flows of packets that were answered: two for each flow. Beyond that new flows are refused
+    #[arg(long, value_name = "N", default_value_t = capacity::CT, value_parser = clap::value_parser!(u32).range(2..=1 << 26))]
+    max_conntrack: u32,
+    /// The same of flows without an answer; beyond that the least recently used are forgotten
+    #[arg(long, value_name = "N", default_value_t = capacity::CT_NEW, value_parser = clap::value_parser!(u32).range(2..=1 << 26))]
+    max_conntrack_new: u32,
 }
 
 impl From<CapacityArgs> for Capacities {
@@ -197,6 +203,8 @@ impl From<CapacityArgs> for Capacities {
             max_sockets_more,
             max_udp_flows,
             max_affinity,
+            max_conntrack,
+            max_conntrack_new,
         } = args;
         Self {
             services: max_services,
@@ -207,6 +215,8 @@ impl From<CapacityArgs> for Capacities {
             sockets_more: max_sockets_more,
             udp_flows: max_udp_flows,
             affinity: max_affinity,
+            conntrack: max_conntrack,
+            conntrack_new: max_conntrack_new,
         }
     }
 }

@@ -13,9 +13,9 @@ use aya::maps::{MapInfo, MapType};
 use aya::programs::Program;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, DropReason, Frontend, FrontendKey, NODE_NETNS_GLOBAL,
-    NODE_ONLY_GLOBAL, Name, Notice, SOCKETS_MASK_GLOBAL, Service, ServiceStats, SocketRecord, State, UdpFlows, VERSION,
-    capacity, map_name,
+    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, CtEntry, CtKey, Device, DropReason, Frontend,
+    FrontendKey, NODE_NETNS_GLOBAL, NODE_ONLY_GLOBAL, Name, Notice, SOCKETS_MASK_GLOBAL, Service, ServiceStats,
+    SocketRecord, SourceRange, State, UdpFlows, VERSION, capacity, map_name,
 };
 use tracing::{info, warn};
 
@@ -106,6 +106,8 @@ fn layouts() -> Vec<Layout> {
     };
     let mapped = |name, value, fixed| map(name, MapType::Array, 4, value, MMAPABLE, fixed);
     let hash = |name, key, value, flags, fixed| map(name, MapType::Hash, key, value, flags, fixed);
+    // A key begins with the length of its prefix.
+    let trie = |name, data, fixed| map(name, MapType::LpmTrie, 4 + data, 4, NO_PREALLOC, fixed);
     vec![
         hash(
             map_name::FRONTENDS,
@@ -162,6 +164,32 @@ fn layouts() -> Vec<Layout> {
             NO_PREALLOC,
             Some(capacity::NOTICES),
         ),
+        hash(map_name::CT, size_of::<CtKey>(), size_of::<CtEntry>(), 0, None),
+        map(
+            map_name::CT_NEW,
+            MapType::LruHash,
+            size_of::<CtKey>(),
+            size_of::<CtEntry>(),
+            0,
+            None,
+        ),
+        hash(
+            map_name::DEVICES,
+            4,
+            size_of::<Device>(),
+            NO_PREALLOC,
+            Some(capacity::DEVICES),
+        ),
+        trie(
+            map_name::SOURCE_RANGES,
+            size_of::<SourceRange>(),
+            Some(capacity::SOURCE_RANGES),
+        ),
+        trie(
+            map_name::CLUSTER_CIDRS,
+            size_of::<Addr>(),
+            Some(capacity::CLUSTER_CIDRS),
+        ),
     ]
 }
 
@@ -175,6 +203,8 @@ fn asked(capacities: &Capacities, map: &str) -> u32 {
         map_name::SOCKETS_MORE => capacities.sockets_more,
         map_name::UDP_FLOWS => capacities.udp_flows,
         map_name::AFFINITY => capacities.affinity,
+        map_name::CT => capacities.conntrack,
+        map_name::CT_NEW => capacities.conntrack_new,
         _ => capacities.services,
     }
 }
@@ -258,6 +288,7 @@ fn load_programs(programs: &mut Ebpf) -> Result<(), LoadError> {
             Program::CgroupSockAddr(program) => program.load(),
             Program::CgroupSock(program) => program.load(),
             Program::Xdp(program) => program.load(),
+            Program::SchedClassifier(program) => program.load(),
             _ => continue,
         };
         result.map_err(|source| LoadError::Program {

@@ -7,12 +7,13 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use aya::Ebpf;
+use aya::maps::lpm_trie::LpmTrie;
 use aya::maps::{HashMap, MapData, MapError as AyaMapError, PerCpuArray, PerCpuValues};
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, DropReason, Event, EventKind, Frontend, FrontendKey,
-    FrontendSwap, Name, Notice, Service, ServiceStats, SetWord, SocketRecord, State, UdpFlows, map_name, program_name,
-    service_flags,
+    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, CtEntry, CtKey, Device, DropReason, Event, EventKind,
+    Frontend, FrontendKey, FrontendSwap, Name, Notice, Service, ServiceStats, SetWord, SocketRecord, State, UdpFlows,
+    map_name, program_name, service_flags,
 };
 use lb_common::logic::connect::Set;
 use lb_common::logic::{generation, record};
@@ -33,6 +34,9 @@ const CLIENT: usize = size_of::<AffinityKey>();
 const AFFINITY: usize = size_of::<Affinity>();
 const NOTICE: usize = size_of::<Notice>();
 const STATS: usize = size_of::<ServiceStats>();
+const CT_KEY: usize = size_of::<CtKey>();
+const CT_ENTRY: usize = size_of::<CtEntry>();
+const DEVICE: usize = size_of::<Device>();
 
 /// The pinned maps of an agent, opened by path: what every subcommand reads, and what [`BpfMaps`] writes.
 pub struct PinnedMaps {
@@ -51,6 +55,11 @@ pub struct PinnedMaps {
     config: MappedArray<Config>,
     state: MappedArray<State>,
     notices: Hash<4, NOTICE>,
+    conntrack: Hash<CT_KEY, CT_ENTRY>,
+    conntrack_new: Hash<CT_KEY, CT_ENTRY>,
+    devices: Hash<4, DEVICE>,
+    source_ranges: LpmTrie<MapData, [u8; 20], u32>,
+    cluster_cidrs: LpmTrie<MapData, [u8; 16], u32>,
     capacities: Capacities,
 }
 
@@ -140,6 +149,12 @@ impl PinnedMaps {
                     .map_err(call(map_name::$name, "open"))?
             };
         }
+        macro_rules! trie {
+            ($name:ident) => {
+                LpmTrie::try_from(aya::maps::Map::LpmTrie(open(map_name::$name)?))
+                    .map_err(call(map_name::$name, "open"))?
+            };
+        }
         macro_rules! mapped {
             ($name:ident) => {
                 mapped(map_name::$name, &open(map_name::$name)?)?
@@ -151,6 +166,9 @@ impl PinnedMaps {
         let (udp_flows, udp_flows_size) = hash!(HashMap, UDP_FLOWS);
         let (affinity, affinity_size) = hash!(LruHashMap, AFFINITY);
         let (names, _) = hash!(HashMap, NAMES);
+        let (conntrack, conntrack_size) = hash!(HashMap, CT);
+        let (conntrack_new, conntrack_new_size) = hash!(LruHashMap, CT_NEW);
+        let (devices, _) = hash!(HashMap, DEVICES);
         let (notices, _) = hash!(HashMap, NOTICES);
         let services: MappedArray<Service> = mapped!(SERVICES);
         let slots: MappedArray<BackendSlot> = mapped!(BACKEND_SLOTS);
@@ -165,6 +183,8 @@ impl PinnedMaps {
             sockets_more: sockets_more_size,
             udp_flows: udp_flows_size,
             affinity: affinity_size,
+            conntrack: conntrack_size,
+            conntrack_new: conntrack_new_size,
         };
         Ok(Self {
             frontends,
@@ -182,6 +202,11 @@ impl PinnedMaps {
             config: mapped!(CONFIG),
             state: mapped!(STATE),
             notices,
+            conntrack,
+            conntrack_new,
+            devices,
+            source_ranges: trie!(SOURCE_RANGES),
+            cluster_cidrs: trie!(CLUSTER_CIDRS),
             capacities,
         })
     }

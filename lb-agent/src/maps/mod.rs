@@ -35,6 +35,10 @@ pub struct Capacities {
     pub udp_flows: u32,
     /// AFFINITY.
     pub affinity: u32,
+    /// CT.
+    pub conntrack: u32,
+    /// CT_NEW.
+    pub conntrack_new: u32,
 }
 
 /// A failed operation on a map.
@@ -91,6 +95,8 @@ pub fn capacity_flag(map: &str) -> &'static str {
         map_name::SOCKETS_MORE => "max-sockets-more",
         map_name::UDP_FLOWS => "max-udp-flows",
         map_name::AFFINITY => "max-affinity",
+        map_name::CT => "max-conntrack",
+        map_name::CT_NEW => "max-conntrack-new",
         _ => "max-services",
     }
 }

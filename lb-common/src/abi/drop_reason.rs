@@ -68,6 +68,36 @@ drop_reasons! {
     UdpFlowReplaced = 11, "udp_flow_replaced", "an unconnected UDP socket uses more services than are remembered";
     /// `bind()` to a node port, in the node's network namespace: EADDRINUSE.
     NodePortTaken = 12, "node_port_taken", "the port is the node port of a service";
+    /// CT is full: the first answer of a new flow was dropped.
+    ConntrackFull = 13, "conntrack_full", "no room for another answered flow";
+    /// No source port is free for another flow to the backend: dropped.
+    SnatPortsExhausted = 14, "snat_ports_exhausted", "no source port is free for another flow to the backend";
+    /// `loadBalancerSourceRanges` do not have the client: DROP.
+    SourceNotAllowed = 15, "source_not_allowed", "the client is in none of the load-balancer source ranges";
+    /// There is no route to the backend or to the client: dropped.
+    NoRoute = 16, "no_route", "no route to where the packet has to go";
+    /// The device that leads to the backend has no address that could be the source: dropped.
+    NoSourceAddress = 17, "no_source_address", "the device to the backend has no address of that family";
+    /// The packet is longer than the way to the backend is wide: the sender was told so.
+    TooBig = 18, "too_big", "the packet is longer than the path allows (the sender was told)";
+    /// The packet has been on its way for too long: the sender was told so.
+    TtlExceeded = 19, "ttl_exceeded", "the time to live is over (the sender was told)";
+    /// The backend of a TCP flow is in no slice any more: reset.
+    BackendGone = 20, "backend_gone", "the backend of the flow is gone";
+    /// A packet to a service address that nothing has translated, on its way out: dropped.
+    Untranslated = 21, "untranslated", "a packet to a service address was about to leave";
+    /// A helper of the kernel failed in the middle of a change: dropped.
+    RewriteFailed = 22, "rewrite_failed", "the packet could not be changed";
+    /// Headers are cut off or lie: passed on untouched.
+    Malformed = 23, "malformed", "the headers make no sense (passed on)";
+    /// A fragment: passed on untouched.
+    Fragment = 24, "fragment", "a fragment (passed on)";
+    /// IPv4 options or IPv6 extension headers: passed on untouched.
+    HeaderOptions = 25, "header_options", "IP options or extension headers (passed on)";
+    /// A protocol that packets are not translated for: passed on untouched.
+    OtherProtocol = 26, "other_protocol", "a protocol that is not translated in packets (passed on)";
+    /// A TCP segment to a frontend that begins no flow and belongs to none: passed on untouched.
+    NoFlow = 27, "no_flow", "a TCP segment that belongs to no flow (passed on)";
 }
 
 const _: () = {

@@ -12,11 +12,13 @@ use super::Addr;
 pub struct Event {
     /// Nanoseconds of CLOCK_MONOTONIC.
     pub time: u64,
-    /// Socket cookie.
+    /// Socket cookie; zero for packets.
     pub cookie: u64,
-    /// `bpf_get_netns_cookie` of the socket.
+    /// `bpf_get_netns_cookie` of the socket; zero for packets.
     pub netns: u64,
-    /// The destination that the process asked for.
+    /// Where a packet came from; all zero for sockets.
+    pub client: Addr,
+    /// The destination that was asked for.
     pub addr: Addr,
     /// The backend that it got; all zero where it got none.
     pub backend_addr: Addr,
@@ -28,25 +30,25 @@ pub struct Event {
     pub proto: u8,
     /// An [`EventKind`].
     pub kind: u8,
-    /// Zero.
-    pub pad: u16,
+    /// Port of `client`, host byte order.
+    pub client_port: u16,
     /// Index into SERVICES; zero where none was found.
     pub service: u32,
-    /// A [`super::DropReason`]; of meaning for [`EventKind::Refused`] only.
+    /// A [`super::DropReason`]; of meaning for [`EventKind::Refused`] and [`EventKind::Rejected`] only.
     pub reason: u32,
-    /// Process id (thread group) in the initial namespace.
+    /// Process id (thread group) in the initial namespace; zero for packets.
     pub pid: u32,
     /// Zero.
     pub pad2: u32,
 }
 
 const _: () = {
-    assert!(size_of::<Event>() == 80 && align_of::<Event>() == 8);
-    assert!(offset_of!(Event, addr) == 24);
-    assert!(offset_of!(Event, port) == 56);
-    assert!(offset_of!(Event, proto) == 60);
-    assert!(offset_of!(Event, service) == 64);
-    assert!(offset_of!(Event, pid) == 72);
+    assert!(size_of::<Event>() == 96 && align_of::<Event>() == 8);
+    assert!(offset_of!(Event, addr) == 40);
+    assert!(offset_of!(Event, port) == 72);
+    assert!(offset_of!(Event, proto) == 76);
+    assert!(offset_of!(Event, service) == 80);
+    assert!(offset_of!(Event, pid) == 88);
 };
 
 /// What happened.
@@ -61,6 +63,10 @@ pub enum EventKind {
     Refused = 3,
     /// A socket was destroyed, because its backend was removed.
     Destroyed = 4,
+    /// A packet began a flow to a backend.
+    Translated = 5,
+    /// A packet was answered with a refusal, or dropped.
+    Rejected = 6,
 }
 
 impl EventKind {
@@ -72,6 +78,8 @@ impl EventKind {
             2 => Some(Self::Sent),
             3 => Some(Self::Refused),
             4 => Some(Self::Destroyed),
+            5 => Some(Self::Translated),
+            6 => Some(Self::Rejected),
             _ => None,
         }
     }
@@ -91,6 +99,8 @@ impl EventKind {
             Self::Sent => "sent",
             Self::Refused => "refused",
             Self::Destroyed => "destroyed",
+            Self::Translated => "translated",
+            Self::Rejected => "rejected",
         }
     }
 }

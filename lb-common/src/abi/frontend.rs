@@ -112,6 +112,9 @@ pub enum FrontendKind {
     ExternalIp = 4,
     /// `status.loadBalancer.ingress[].ip`.
     LoadBalancer = 5,
+    /// As [`Self::Address`], of an external or load-balancer address that is no cluster IP: for packets only, and never of
+    /// an address of a node.
+    ExternalAddress = 6,
 }
 
 impl FrontendKind {
@@ -125,6 +128,7 @@ impl FrontendKind {
             3 => Some(Self::NodePort),
             4 => Some(Self::ExternalIp),
             5 => Some(Self::LoadBalancer),
+            6 => Some(Self::ExternalAddress),
             _ => None,
         }
     }
@@ -138,6 +142,7 @@ impl FrontendKind {
             Self::NodePort => "NodePort",
             Self::ExternalIp => "ExternalIP",
             Self::LoadBalancer => "LoadBalancer",
+            Self::ExternalAddress => "ExternalAddress",
         }
     }
 }

@@ -7,6 +7,7 @@
 
 mod addr;
 mod affinity;
+mod conntrack;
 mod drop_reason;
 mod event;
 mod flow;
@@ -17,6 +18,7 @@ mod stats;
 
 pub use addr::Addr;
 pub use affinity::{Affinity, AffinityKey, client_kind};
+pub use conntrack::{CtEntry, CtKey, Device, SourceRange, cluster_flags, ct_flags, ct_state, device_flags};
 pub use drop_reason::DropReason;
 pub use event::{Event, EventKind};
 pub use flow::{FLOWS_PER_SOCKET, UdpFlow, UdpFlows, bpf_spin_lock};
@@ -26,7 +28,7 @@ pub use service::{Backend, BackendSlot, Name, Service, SetWord, backend_flags, s
 pub use stats::{Config, Notice, ServiceStats, State};
 
 /// Version of the layout of all maps together; part of the pin path.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Defines the maps' names once for both sides.
 macro_rules! map_names {
@@ -76,6 +78,16 @@ map_names! {
     STATE = "STATE";
     /// Hash: number -> [`super::Notice`]: what the agent could not use, for the command line.
     NOTICES = "NOTICES";
+    /// Hash: [`super::CtKey`] -> [`super::CtEntry`]: flows of packets that were answered.
+    CT = "CT";
+    /// LRU hash: [`super::CtKey`] -> [`super::CtEntry`]: flows of packets that were not answered yet.
+    CT_NEW = "CT_NEW";
+    /// Hash: interface index -> [`super::Device`].
+    DEVICES = "DEVICES";
+    /// LPM trie: [`super::SourceRange`] -> u32: whom load-balancer addresses serve; the value is zero.
+    SOURCE_RANGES = "SOURCE_RANGES";
+    /// LPM trie: [`super::Addr`] -> u32: which sources are inside the cluster; see [`super::cluster_flags`].
+    CLUSTER_CIDRS = "CLUSTER_CIDRS";
 }
 
 /// Names of the programs, as they are in the object and under the pin path.
@@ -102,6 +114,14 @@ pub mod program_name {
     pub const POST_BIND6: &str = "lb_post_bind6";
     /// `cgroup/sock_release`.
     pub const SOCK_RELEASE: &str = "lb_sock_release";
+    /// tc ingress.
+    pub const INGRESS: &str = "lb_ingress";
+    /// tc egress.
+    pub const EGRESS: &str = "lb_egress";
+    /// tc ingress of a device whose packets have no header of the link layer.
+    pub const INGRESS_L3: &str = "lb_ingress_l3";
+    /// tc egress of such a device.
+    pub const EGRESS_L3: &str = "lb_egress_l3";
     /// XDP, never attached: run by the agent to store one word in place. See [`super::FrontendSwap`].
     pub const FRONTEND_SWAP: &str = "lb_frontend_swap";
     /// XDP, never attached: run by the agent to write a [`super::Event`] of its own.
@@ -149,4 +169,14 @@ pub mod capacity {
     pub const EVENTS_BYTES: u32 = 1 << 18;
     /// NOTICES.
     pub const NOTICES: u32 = 64;
+    /// CT: two for each flow.
+    pub const CT: u32 = 131_072;
+    /// CT_NEW: two for each flow.
+    pub const CT_NEW: u32 = 65_536;
+    /// DEVICES.
+    pub const DEVICES: u32 = 4096;
+    /// SOURCE_RANGES.
+    pub const SOURCE_RANGES: u32 = 16384;
+    /// CLUSTER_CIDRS.
+    pub const CLUSTER_CIDRS: u32 = 32768;
 }

@@ -22,8 +22,10 @@ const _: () = assert!(size_of::<ServiceStats>() == 16);
 pub struct Config {
     /// Which events to write: see [`super::EventKind::bit`].
     pub events: u32,
-    /// Zero.
-    pub pad: u32,
+    /// The first port that packets to other nodes may be given for a source.
+    pub snat_first: u16,
+    /// The last one; less than the first: none is to be had.
+    pub snat_last: u16,
 }
 
 const _: () = assert!(size_of::<Config>() == 8);

@@ -5,6 +5,7 @@ use crate::abi::{DropReason, Frontend, FrontendKind, SetWord, backend_flags, set
 
 /// Which of a service's three sets serves a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
 pub enum Set {
     /// [`crate::abi::Service::internal`].
     Internal,
@@ -12,6 +13,20 @@ pub enum Set {
     External,
     /// [`crate::abi::Service::cluster`].
     Cluster,
+}
+
+impl Set {
+    /// The set with a discriminant, if there is one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_u8(number: u8) -> Option<Self> {
+        match number {
+            0 => Some(Self::Internal),
+            1 => Some(Self::External),
+            2 => Some(Self::Cluster),
+            _ => None,
+        }
+    }
 }
 
 /// The set that serves a socket of this node's host or pods: such a client is inside the cluster, so external
@@ -24,7 +39,7 @@ pub const fn set_for_socket(frontend: Frontend) -> Result<Set, DropReason> {
     match FrontendKind::from_u8(frontend.kind) {
         Some(FrontendKind::ClusterIp) => Ok(Set::Internal),
         Some(FrontendKind::NodePort | FrontendKind::ExternalIp | FrontendKind::LoadBalancer) => Ok(Set::Cluster),
-        Some(FrontendKind::Address) => Err(DropReason::NoSuchPort),
+        Some(FrontendKind::Address | FrontendKind::ExternalAddress) => Err(DropReason::NoSuchPort),
         None => Err(DropReason::BadKind),
     }
 }

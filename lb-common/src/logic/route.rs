@@ -55,7 +55,10 @@ pub fn frontend(tables: &impl Tables, to: Destination) -> Result<Option<Frontend
         port: 0,
         proto: 0,
     };
-    if tables.frontend(mark).is_some() {
+    if tables
+        .frontend(mark)
+        .is_some_and(|mark| mark.kind == FrontendKind::Address as u8)
+    {
         return Err(DropReason::NoSuchPort);
     }
     Ok(if tables.is_node_address(addr) {

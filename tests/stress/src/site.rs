@@ -22,6 +22,8 @@ pub const CAPACITIES: Capacities = Capacities {
     sockets_more: 64,
     udp_flows: 64,
     affinity: 64,
+    conntrack: 64,
+    conntrack_new: 64,
 };
 
 /// The pinned maps, and the reconciler that writes them.

@@ -268,6 +268,8 @@ fn capacities(services: Services) -> Capacities {
         sockets_more: capacity::SOCKETS_MORE,
         udp_flows: capacity::UDP_FLOWS,
         affinity: capacity::AFFINITY,
+        conntrack: 2,
+        conntrack_new: 64,
     }
 }
 
