@@ -1,9 +1,11 @@
 //! The decisions of the data plane: values in, values out. No maps, no clock, no IO.
 
 pub mod affinity;
+pub mod checksum;
 pub mod connect;
 pub mod flow;
 pub mod generation;
+pub mod packet;
 pub mod record;
 pub mod route;
 pub mod select;

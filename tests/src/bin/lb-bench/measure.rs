@@ -108,6 +108,8 @@ fn capacities(options: &Options) -> Capacities {
         sockets_more: 1024,
         udp_flows: 64,
         affinity: 64,
+        conntrack: 64,
+        conntrack_new: 64,
     }
 }
 

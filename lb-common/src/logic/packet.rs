@@ -1,0 +1,254 @@
+//! What a packet is, as far as Services go.
+
+use super::words::Words;
+use crate::abi::{DropReason, ip_protocol};
+
+/// Length of an Ethernet header.
+pub const ETHERNET: usize = 14;
+/// Length of an IPv4 header without options.
+pub const IPV4: usize = 20;
+/// Length of an IPv6 header.
+pub const IPV6: usize = 40;
+
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+
+/// "More fragments" and the offset, in the word of an IPv4 header that has them.
+const FRAGMENT: u16 = 0x3fff;
+
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
+
+/// Flags of TCP, in the 14th byte of its header.
+pub mod tcp_flags {
+    /// No more data comes.
+    pub const FIN: u8 = 1;
+    /// Begins a connection.
+    pub const SYN: u8 = 2;
+    /// Ends it at once.
+    pub const RST: u8 = 4;
+    /// The acknowledgement number counts.
+    pub const ACK: u8 = 16;
+}
+
+/// A packet's bytes, from the header of the link layer on (or from that of IP, where there is none).
+pub trait Bytes {
+    /// One byte; `None` beyond the end.
+    fn byte(&self, at: usize) -> Option<u8>;
+    /// Two bytes, in network order.
+    fn half(&self, at: usize) -> Option<u16>;
+    /// Four bytes, as they are in memory.
+    fn word(&self, at: usize) -> Option<u32>;
+    /// How many there are, also of those that cannot be read here.
+    fn len(&self) -> usize;
+    /// Whether it is several segments in one: lengths in its headers then mean little.
+    fn is_merged(&self) -> bool;
+}
+
+/// A TCP segment or UDP datagram whose headers make sense.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packet {
+    /// Source address; v4-mapped where the packet is IPv4.
+    pub src: Words,
+    /// Destination address.
+    pub dst: Words,
+    /// Source port, host byte order.
+    pub src_port: u16,
+    /// Destination port, host byte order.
+    pub dst_port: u16,
+    /// IANA protocol number: TCP or UDP.
+    pub proto: u8,
+    /// [`tcp_flags`]; zero for UDP.
+    pub flags: u8,
+    /// Time to live, or hop limit.
+    pub ttl: u8,
+    /// Type of service, or traffic class.
+    pub tos: u8,
+    /// Length of the whole packet from its IP header on, as that says; zero where it is more than 65535.
+    pub len: u16,
+    /// Length of the header of the transport protocol.
+    pub transport: u8,
+}
+
+impl Packet {
+    /// Whether it is IPv4.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_v4(&self) -> bool {
+        self.src.is_v4()
+    }
+
+    /// Length of its IP header.
+    #[inline(always)]
+    #[must_use]
+    pub const fn ip_len(&self) -> usize {
+        if self.is_v4() { IPV4 } else { IPV6 }
+    }
+
+    /// Whether it begins a TCP connection.
+    #[inline(always)]
+    #[must_use]
+    pub const fn begins(&self) -> bool {
+        self.flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST | tcp_flags::FIN) == tcp_flags::SYN
+    }
+
+    /// Whether it is TCP.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_tcp(&self) -> bool {
+        self.proto == ip_protocol::TCP
+    }
+}
+
+/// Why a packet is none of lb's: something else than TCP and UDP over IP, or, with a reason to be counted, what lb passes
+/// on untouched although it may be meant for a Service.
+pub type Foreign = Option<DropReason>;
+
+/// Reads the headers. `LINK` is the length of the header of the link layer: [`ETHERNET`] or zero.
+///
+/// # Errors
+/// See [`Foreign`].
+#[inline(always)]
+pub fn parse<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
+    let version = if LINK == 0 {
+        match bytes.byte(0).ok_or(None)? >> 4 {
+            4 => ETHERTYPE_IPV4,
+            6 => ETHERTYPE_IPV6,
+            _ => return Err(None),
+        }
+    } else {
+        bytes.half(LINK - 2).ok_or(None)?
+    };
+    match version {
+        ETHERTYPE_IPV4 => parse_v4::<LINK>(bytes),
+        ETHERTYPE_IPV6 => parse_v6::<LINK>(bytes),
+        _ => Err(None),
+    }
+}
+
+const CUT: Foreign = Some(DropReason::Malformed);
+
+#[inline(always)]
+fn parse_v4<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
+    let first = bytes.byte(LINK).ok_or(CUT)?;
+    let proto = bytes.byte(LINK + 9).ok_or(CUT)?;
+    match proto {
+        ip_protocol::TCP | ip_protocol::UDP => {}
+        proto => return Err(other(proto)),
+    }
+    if first != 0x45 {
+        // Version 4 and five words, or there are options. Fewer are nonsense.
+        return Err(Some(if first > 0x45 && first < 0x50 {
+            DropReason::HeaderOptions
+        } else {
+            DropReason::Malformed
+        }));
+    }
+    if bytes.half(LINK + 6).ok_or(CUT)? & FRAGMENT != 0 {
+        return Err(Some(DropReason::Fragment));
+    }
+    let packet = Packet {
+        src: Words::from_v4(bytes.word(LINK + 12).ok_or(CUT)?),
+        dst: Words::from_v4(bytes.word(LINK + 16).ok_or(CUT)?),
+        src_port: 0,
+        dst_port: 0,
+        proto,
+        flags: 0,
+        ttl: bytes.byte(LINK + 8).ok_or(CUT)?,
+        tos: bytes.byte(LINK + 1).ok_or(CUT)?,
+        len: bytes.half(LINK + 2).ok_or(CUT)?,
+        transport: 0,
+    };
+    parse_transport::<LINK, IPV4>(bytes, packet)
+}
+
+#[inline(always)]
+fn parse_v6<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
+    let first = bytes.half(LINK).ok_or(CUT)?;
+    let proto = bytes.byte(LINK + 6).ok_or(CUT)?;
+    match proto {
+        ip_protocol::TCP | ip_protocol::UDP => {}
+        // Hop-by-hop, routing, authentication, destination options, mobility (RFC 8200, RFC 4302, RFC 6275).
+        0 | 43 | 51 | 60 | 135 => return Err(Some(DropReason::HeaderOptions)),
+        44 => return Err(Some(DropReason::Fragment)),
+        proto => return Err(other(proto)),
+    }
+    if first >> 12 != 6 {
+        return Err(CUT);
+    }
+    let addr = |at: usize| {
+        Some(Words::from_quarters([
+            bytes.word(at)?,
+            bytes.word(at + 4)?,
+            bytes.word(at + 8)?,
+            bytes.word(at + 12)?,
+        ]))
+    };
+    let (src, dst) = (addr(LINK + 8).ok_or(CUT)?, addr(LINK + 24).ok_or(CUT)?);
+    if src.is_v4() || dst.is_v4() {
+        // No such address is on the wire (RFC 4291, 2.5.5.2), and in the maps it would be another.
+        return Err(CUT);
+    }
+    let payload = bytes.half(LINK + 4).ok_or(CUT)?;
+    let packet = Packet {
+        src,
+        dst,
+        src_port: 0,
+        dst_port: 0,
+        proto,
+        flags: 0,
+        ttl: bytes.byte(LINK + 7).ok_or(CUT)?,
+        tos: (first >> 4) as u8,
+        len: if payload == 0 {
+            0
+        } else {
+            payload.checked_add(IPV6 as u16).unwrap_or(0)
+        },
+        transport: 0,
+    };
+    if payload == 0 && !bytes.is_merged() {
+        return Err(CUT);
+    }
+    parse_transport::<LINK, IPV6>(bytes, packet)
+}
+
+#[inline(always)]
+const fn other(proto: u8) -> Foreign {
+    match proto {
+        ip_protocol::SCTP => Some(DropReason::OtherProtocol),
+        ICMP | ICMPV6 => None,
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn parse_transport<const LINK: usize, const IP: usize>(
+    bytes: &impl Bytes,
+    mut packet: Packet,
+) -> Result<Packet, Foreign> {
+    let at = LINK + IP;
+    let there = bytes.len().saturating_sub(at);
+    packet.src_port = bytes.half(at).ok_or(CUT)?;
+    packet.dst_port = bytes.half(at + 2).ok_or(CUT)?;
+    if packet.is_tcp() {
+        // In words of four bytes.
+        packet.transport = (bytes.byte(at + 12).ok_or(CUT)? >> 4) * 4;
+        packet.flags = bytes.byte(at + 13).ok_or(CUT)?;
+        if packet.transport < 20 {
+            return Err(CUT);
+        }
+    } else {
+        packet.transport = 8;
+        let len = bytes.half(at + 4).ok_or(CUT)?;
+        let fits = len >= 8 && len as usize <= there;
+        if !fits && !bytes.is_merged() {
+            return Err(CUT);
+        }
+    }
+    let says = (packet.len as usize).saturating_sub(IP);
+    let fits = says >= packet.transport as usize && says <= there;
+    if !fits && !bytes.is_merged() || there < packet.transport as usize {
+        return Err(CUT);
+    }
+    Ok(packet)
+}
