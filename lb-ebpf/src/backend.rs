@@ -5,11 +5,12 @@ use core::ptr;
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, DropReason, Frontend, Service, SetWord, client_kind, service_flags,
+    Addr, Affinity, AffinityKey, Backend, DropReason, Frontend, Service, SetWord, backend_flags, client_kind,
+    service_flags,
 };
 use lb_common::logic::connect::{self, Set};
 use lb_common::logic::words::Words;
-use lb_common::logic::{affinity, route};
+use lb_common::logic::{affinity, generation, route};
 
 use crate::atomic::Shared;
 use crate::maps::{AFFINITY, BACKEND_SLOTS, BACKENDS, SERVICES};
@@ -23,9 +24,19 @@ pub(crate) struct Choice {
     pub(crate) port: u16,
     pub(crate) backend: u32,
     pub(crate) generation: u32,
+    /// See [`backend_flags`].
+    pub(crate) flags: u16,
 }
 
-/// A service and the set of it that serves a socket.
+impl Choice {
+    /// Whether it runs on this node.
+    #[inline(always)]
+    pub(crate) fn is_local(&self) -> bool {
+        self.flags & backend_flags::LOCAL != 0
+    }
+}
+
+/// A service and the set of it that serves a connection.
 pub(crate) struct Serving {
     index: u32,
     set: Set,
@@ -33,29 +44,57 @@ pub(crate) struct Serving {
     flags: u32,
 }
 
+/// Whether a backend, by id and generation, is still one: in some slice, if only to end what it has begun.
+#[inline(always)]
+pub(crate) fn is_current(backend: u32, generation: u32) -> bool {
+    BACKENDS.get_ptr(backend).is_some_and(|entry| {
+        // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
+        let current = unsafe { (&raw const (*entry).generation).read_volatile() };
+        generation::is_current(current, generation)
+    })
+}
+
 /// The service of a frontend; `None` where the packet path is to decide.
 #[inline(always)]
 pub(crate) fn serving(frontend: Frontend) -> Result<Option<Serving>, DropReason> {
     let set = connect::set_for_socket(frontend)?;
     let service = SERVICES.get_ptr(frontend.service).ok_or(DropReason::BadServiceIndex)?;
-    // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
-    let flags = unsafe { ptr::read_volatile(&raw const (*service).flags) };
-    Ok(route::is_for_sockets(frontend, flags).then_some(Serving {
-        index: frontend.service,
-        set,
-        service,
-        flags,
-    }))
+    let serving = Serving::new(frontend.service, service, set);
+    Ok(route::is_for_sockets(frontend, serving.flags).then_some(serving))
 }
 
 impl Serving {
+    /// One of a service's sets, whoever asks.
+    #[inline(always)]
+    pub(crate) fn of(index: u32, set: Set) -> Option<Self> {
+        SERVICES.get_ptr(index).map(|service| Self::new(index, service, set))
+    }
+
+    #[inline(always)]
+    fn new(index: u32, service: *const Service, set: Set) -> Self {
+        // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
+        let flags = unsafe { ptr::read_volatile(&raw const (*service).flags) };
+        Self {
+            index,
+            set,
+            service,
+            flags,
+        }
+    }
+
+    /// Whether a load-balancer address is for some clients only.
+    #[inline(always)]
+    pub(crate) fn has_source_ranges(&self) -> bool {
+        self.flags & service_flags::SOURCE_RANGES != 0
+    }
+
     /// A backend for a new connection: the one that the client had last, where the service wants that, or any.
     #[inline(always)]
-    pub(crate) fn choose(&self, netns: impl FnOnce() -> u64) -> Result<Choice, DropReason> {
+    pub(crate) fn choose(&self, client: impl FnOnce() -> Client) -> Result<Choice, DropReason> {
         if self.flags & service_flags::AFFINITY == 0 {
             return self.any();
         }
-        self.choose_by_affinity(netns())
+        self.choose_by_affinity(client())
     }
 
     /// One of the set, at random.
@@ -71,6 +110,7 @@ impl Serving {
             port: slot.port,
             backend: slot.backend,
             generation: slot.generation,
+            flags: slot.flags,
         })
     }
 
@@ -114,17 +154,18 @@ impl Serving {
             port: unsafe { (&raw const (*entry).port).read_volatile() },
             backend,
             generation,
+            flags,
         })
     }
 
     /// The client's last backend while that is usable and was used within the timeout; else a new one, remembered.
     #[inline(always)]
-    fn choose_by_affinity(&self, netns: u64) -> Result<Choice, DropReason> {
+    fn choose_by_affinity(&self, client: Client) -> Result<Choice, DropReason> {
         // SAFETY: the helper takes nothing.
         let now = unsafe { bpf_ktime_get_coarse_ns() };
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
         let timeout = unsafe { ptr::read_volatile(&raw const (*self.service).affinity_timeout) };
-        let key = Client::new(netns, self.index);
+        let key = client.of(self.index);
         let Some(entry) = AFFINITY.get_ptr_mut(key.as_key()) else {
             let new = self.any()?;
             return Ok(self.remember(&key, new, now));
@@ -154,7 +195,7 @@ impl Serving {
 
     /// Remembers a client that is new; what another connection of it has just remembered stands.
     #[inline(always)]
-    fn remember(&self, key: &Client, new: Choice, now: u64) -> Choice {
+    fn remember(&self, key: &ClientOf, new: Choice, now: u64) -> Choice {
         let value = Affinity {
             backend: new.backend,
             generation: new.generation,
@@ -172,22 +213,56 @@ impl Serving {
     }
 }
 
-/// An [`AffinityKey`] in memory.
-#[repr(C, align(8))]
-struct Client([u32; 6]);
-
-const _: () = assert!(size_of::<Client>() == size_of::<AffinityKey>());
-const _: () = assert!(size_of::<Addr>() == 16);
+/// Whose connections go to one backend.
+#[derive(Clone, Copy)]
+pub(crate) struct Client {
+    who: Words,
+    /// See [`client_kind`].
+    kind: u32,
+}
 
 impl Client {
+    /// A network namespace, by its cookie.
     #[inline(always)]
-    fn new(netns: u64, service: u32) -> Self {
-        let b = netns.to_ne_bytes();
-        let (a, z) = ([b[0], b[1], b[2], b[3]], [b[4], b[5], b[6], b[7]]);
-        let (a, z) = (u32::from_ne_bytes(a), u32::from_ne_bytes(z));
-        Self([0, 0, a, z, service, client_kind::NETNS])
+    pub(crate) fn netns(cookie: u64) -> Self {
+        Self {
+            who: Words([0, cookie]),
+            kind: client_kind::NETNS,
+        }
     }
 
+    /// The source of packets.
+    #[inline(always)]
+    pub(crate) fn addr(addr: Words) -> Self {
+        Self {
+            who: addr,
+            kind: client_kind::ADDRESS,
+        }
+    }
+
+    /// As the client of a service.
+    #[inline(always)]
+    fn of(self, service: u32) -> ClientOf {
+        ClientOf {
+            who: self.who.0,
+            service,
+            kind: self.kind,
+        }
+    }
+}
+
+/// An [`AffinityKey`] in memory.
+#[repr(C)]
+struct ClientOf {
+    who: [u64; 2],
+    service: u32,
+    kind: u32,
+}
+
+const _: () = assert!(size_of::<ClientOf>() == size_of::<AffinityKey>());
+const _: () = assert!(size_of::<Addr>() == 16);
+
+impl ClientOf {
     #[inline(always)]
     fn as_key(&self) -> &AffinityKey {
         // SAFETY: same size, no less aligned, and every bit pattern is a key.

@@ -8,6 +8,7 @@ use aya_ebpf::helpers::{
     generated::bpf_ktime_get_coarse_ns,
 };
 use lb_common::abi::{DropReason, EventKind, ServiceStats};
+use lb_common::logic::packet::Packet;
 use lb_common::logic::route::Destination;
 use lb_common::logic::words::Words;
 
@@ -65,8 +66,19 @@ impl Happening {
     /// A call was refused.
     #[inline(always)]
     pub(crate) fn refused(to: Destination, service: u32, reason: DropReason) -> Self {
+        Self::not_served(EventKind::Refused, to, service, reason)
+    }
+
+    /// A packet was.
+    #[inline(always)]
+    pub(crate) fn rejected(to: Destination, service: u32, reason: DropReason) -> Self {
+        Self::not_served(EventKind::Rejected, to, service, reason)
+    }
+
+    #[inline(always)]
+    fn not_served(kind: EventKind, to: Destination, service: u32, reason: DropReason) -> Self {
         Self {
-            kind: EventKind::Refused,
+            kind,
             to,
             backend_addr: Words([0; 2]),
             backend_port: 0,
@@ -76,37 +88,78 @@ impl Happening {
     }
 }
 
-/// Writes an event, if somebody asks for its kind. Costs one load where nobody does.
+/// Writes an event of a socket, if somebody asks for its kind. Costs one load where nobody does.
 #[inline(always)]
 pub(crate) fn event(ctx: *mut c_void, what: &Happening) {
-    let Some(config) = CONFIG.get_ptr(0) else {
-        return;
-    };
-    // SAFETY: a value of CONFIG is as long and as aligned as its type; the agent may store to it at any time.
-    let events = unsafe { ptr::read_volatile(&raw const (*config).events) };
-    if events & what.kind.bit() == 0 {
+    if !is_asked_for(what.kind) {
         return;
     }
+    // SAFETY: `ctx` is the context of the running program.
+    let whose = unsafe {
+        Whose {
+            cookie: bpf_get_socket_cookie(ctx),
+            netns: bpf_get_netns_cookie(ctx),
+            pid: (bpf_get_current_pid_tgid() >> 32) as u32,
+            client: (Words([0; 2]), 0),
+        }
+    };
+    write(&whose, what);
+}
+
+/// The same of a packet.
+#[inline(always)]
+pub(crate) fn packet_event(packet: &Packet, what: &Happening) {
+    if !is_asked_for(what.kind) {
+        return;
+    }
+    let whose = Whose {
+        cookie: 0,
+        netns: 0,
+        pid: 0,
+        client: (packet.src, packet.src_port),
+    };
+    write(&whose, what);
+}
+
+/// Whose an event is.
+struct Whose {
+    cookie: u64,
+    netns: u64,
+    pid: u32,
+    client: (Words, u16),
+}
+
+#[inline(always)]
+fn is_asked_for(kind: EventKind) -> bool {
+    CONFIG.get_ptr(0).is_some_and(|config| {
+        // SAFETY: a value of CONFIG is as long and as aligned as its type; the agent may store to it at any time.
+        let events = unsafe { ptr::read_volatile(&raw const (*config).events) };
+        events & kind.bit() != 0
+    })
+}
+
+#[inline(always)]
+fn write(whose: &Whose, what: &Happening) {
     let Some(mut entry) = EVENTS.reserve(0) else {
         return dropped(DropReason::EventLost);
     };
     let at = entry.as_mut_ptr();
-    // SAFETY: the entry is reserved for one event, and `ctx` is the context of the running program.
+    // SAFETY: the entry is reserved for one event.
     unsafe {
         (&raw mut (*at).time).write(bpf_ktime_get_coarse_ns());
-        (&raw mut (*at).cookie).write(bpf_get_socket_cookie(ctx));
-        (&raw mut (*at).netns).write(bpf_get_netns_cookie(ctx));
-        words::store(&raw mut (*at).client, Words([0; 2]));
+        (&raw mut (*at).cookie).write(whose.cookie);
+        (&raw mut (*at).netns).write(whose.netns);
+        words::store(&raw mut (*at).client, whose.client.0);
         words::store(&raw mut (*at).addr, what.to.addr);
         words::store(&raw mut (*at).backend_addr, what.backend_addr);
         (&raw mut (*at).port).write(what.to.port);
         (&raw mut (*at).backend_port).write(what.backend_port);
         (&raw mut (*at).proto).write(what.to.proto);
         (&raw mut (*at).kind).write(what.kind as u8);
-        (&raw mut (*at).client_port).write(0);
+        (&raw mut (*at).client_port).write(whose.client.1);
         (&raw mut (*at).service).write(what.service);
         (&raw mut (*at).reason).write(what.reason);
-        (&raw mut (*at).pid).write((bpf_get_current_pid_tgid() >> 32) as u32);
+        (&raw mut (*at).pid).write(whose.pid);
         (&raw mut (*at).pad2).write(0);
     }
     entry.submit(0);

@@ -226,6 +226,8 @@ unsafe fn choice(at: *const UdpFlow) -> Choice {
             port: (&raw const (*at).backend_port).read_volatile(),
             backend: (&raw const (*at).backend).read_volatile(),
             generation: (&raw const (*at).generation).read_volatile(),
+            // Not remembered, and of no meaning to a socket.
+            flags: 0,
         }
     }
 }

@@ -10,11 +10,15 @@
 
 mod atomic;
 mod backend;
+mod conntrack;
 mod count;
 mod family;
 mod flows;
 mod maps;
 mod mptcp;
+mod reject;
+mod send;
+mod skb;
 mod sock;
 mod sock_addr;
 mod sockets;

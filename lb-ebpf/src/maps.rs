@@ -9,6 +9,8 @@ use lb_common::abi::{
     FrontendKey, Name, Notice, Service, ServiceStats, SocketRecord, SourceRange, State, UdpFlows, capacity,
 };
 
+use crate::tc::Work;
+
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -75,6 +77,10 @@ pub(crate) static SOURCE_RANGES: LpmTrie<SourceRange, u32, { capacity::SOURCE_RA
 
 #[btf_map]
 pub(crate) static CLUSTER_CIDRS: LpmTrie<Addr, u32, { capacity::CLUSTER_CIDRS as usize }> = LpmTrie::new();
+
+/// What the packet path works with, one on each CPU. Nobody else's: not pinned.
+#[btf_map]
+pub(crate) static SCRATCH: PerCpuArray<Work, 1> = PerCpuArray::new();
 
 /// Number of slots in SOCKETS, less one. Set by the loader before the programs are loaded.
 #[unsafe(no_mangle)]

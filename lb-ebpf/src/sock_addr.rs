@@ -8,7 +8,7 @@ use lb_common::abi::{DropReason, EventKind, ip_protocol};
 use lb_common::logic::connect;
 use lb_common::logic::route::{self, Destination, Tables as _};
 
-use crate::backend::{self, Choice, Serving};
+use crate::backend::{self, Choice, Client, Serving};
 use crate::count::{self, Happening};
 use crate::family::{Family, V4, V6, destination, set_destination};
 use crate::flows::Flows;
@@ -107,7 +107,7 @@ fn try_connect<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
         return Ok(());
     };
     let refusal = |reason| Refusal { to, service, reason };
-    let choice = serving.choose(|| maps.netns()).map_err(refusal)?;
+    let choice = serving.choose(|| Client::netns(maps.netns())).map_err(refusal)?;
     let new = Connected {
         cookie: cookie(ctx),
         netns: maps.netns(),
@@ -182,7 +182,7 @@ fn choose_for_flow(
     {
         return Ok(choice);
     }
-    let new = serving.choose(|| maps.netns())?;
+    let new = serving.choose(|| Client::netns(maps.netns()))?;
     let claimed = Flows::of_or_new(cookie)?.claim(to, old, new, service, maps.netns(), now);
     if claimed.replaced {
         count::dropped(DropReason::UdpFlowReplaced);

@@ -20,7 +20,7 @@ const CAPACITIES: Capacities = Capacities {
 };
 
 /// Instructions that the verifier may walk through in one program; it gives up at 1,000,000.
-const LIMIT: u32 = 20_000;
+const LIMIT: u32 = 40_000;
 
 #[test]
 fn the_verifier_accepts_every_program_and_maps_are_laid_out_as_the_loader_expects() -> Result<()> {
@@ -52,10 +52,14 @@ fn the_verifier_accepts_every_program_and_maps_are_laid_out_as_the_loader_expect
         [
             "lb_connect4",
             "lb_connect6",
+            "lb_egress",
+            "lb_egress_l3",
             "lb_event",
             "lb_frontend_swap",
             "lb_getpeername4",
             "lb_getpeername6",
+            "lb_ingress",
+            "lb_ingress_l3",
             "lb_post_bind4",
             "lb_post_bind6",
             "lb_recvmsg4",

@@ -96,8 +96,10 @@ drop_reasons! {
     HeaderOptions = 25, "header_options", "IP options or extension headers (passed on)";
     /// A protocol that packets are not translated for: passed on untouched.
     OtherProtocol = 26, "other_protocol", "a protocol that is not translated in packets (passed on)";
-    /// A TCP segment to a frontend that begins no flow and belongs to none: passed on untouched.
-    NoFlow = 27, "no_flow", "a TCP segment that belongs to no flow (passed on)";
+    /// An ICMP error, which may quote a packet of a flow: passed on untouched.
+    IcmpError = 27, "icmp_error", "an ICMP error (passed on)";
+    /// A VLAN tag: passed on untouched; the device of that VLAN will see the packet without.
+    Vlan = 28, "vlan", "a packet with a VLAN tag (passed on)";
 }
 
 const _: () = {

@@ -18,6 +18,13 @@ impl Sum {
         Self(self.0 + word as u64)
     }
 
+    /// Another sum.
+    #[inline(always)]
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        self.add(other.to_u32())
+    }
+
     /// One less word.
     #[inline(always)]
     #[must_use]

@@ -9,4 +9,6 @@ pub mod packet;
 pub mod record;
 pub mod route;
 pub mod select;
+pub mod tcp_state;
+pub mod translation;
 pub mod words;

@@ -40,7 +40,7 @@ pub trait Bytes {
     /// Four bytes, as they are in memory.
     fn word(&self, at: usize) -> Option<u32>;
     /// How many there are, also of those that cannot be read here.
-    fn len(&self) -> usize;
+    fn size(&self) -> usize;
     /// Whether it is several segments in one: lengths in its headers then mean little.
     fn is_merged(&self) -> bool;
 }
@@ -111,7 +111,7 @@ pub type Foreign = Option<DropReason>;
 #[inline(always)]
 pub fn parse<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
     let version = if LINK == 0 {
-        match bytes.byte(0).ok_or(None)? >> 4 {
+        match bytes.half(0).ok_or(None)? >> 12 {
             4 => ETHERTYPE_IPV4,
             6 => ETHERTYPE_IPV6,
             _ => return Err(None),
@@ -130,11 +130,12 @@ const CUT: Foreign = Some(DropReason::Malformed);
 
 #[inline(always)]
 fn parse_v4<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
-    let first = bytes.byte(LINK).ok_or(CUT)?;
+    // By two: the verifier does not follow a look at the very first byte alone.
+    let [first, tos] = bytes.half(LINK).ok_or(CUT)?.to_be_bytes();
     let proto = bytes.byte(LINK + 9).ok_or(CUT)?;
     match proto {
         ip_protocol::TCP | ip_protocol::UDP => {}
-        proto => return Err(other(proto)),
+        proto => return Err(other(proto, || bytes.half(LINK + (first & 15) as usize * 4))),
     }
     if first != 0x45 {
         // Version 4 and five words, or there are options. Fewer are nonsense.
@@ -155,7 +156,7 @@ fn parse_v4<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
         proto,
         flags: 0,
         ttl: bytes.byte(LINK + 8).ok_or(CUT)?,
-        tos: bytes.byte(LINK + 1).ok_or(CUT)?,
+        tos,
         len: bytes.half(LINK + 2).ok_or(CUT)?,
         transport: 0,
     };
@@ -171,7 +172,7 @@ fn parse_v6<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
         // Hop-by-hop, routing, authentication, destination options, mobility (RFC 8200, RFC 4302, RFC 6275).
         0 | 43 | 51 | 60 | 135 => return Err(Some(DropReason::HeaderOptions)),
         44 => return Err(Some(DropReason::Fragment)),
-        proto => return Err(other(proto)),
+        proto => return Err(other(proto, || bytes.half(LINK + IPV6))),
     }
     if first >> 12 != 6 {
         return Err(CUT);
@@ -212,13 +213,18 @@ fn parse_v6<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
     parse_transport::<LINK, IPV6>(bytes, packet)
 }
 
+/// `first`: the first two bytes after the IP header, type and code of ICMP.
 #[inline(always)]
-const fn other(proto: u8) -> Foreign {
-    match proto {
-        ip_protocol::SCTP => Some(DropReason::OtherProtocol),
-        ICMP | ICMPV6 => None,
-        _ => None,
-    }
+fn other(proto: u8, first: impl FnOnce() -> Option<u16>) -> Foreign {
+    let is_error = match proto {
+        ip_protocol::SCTP => return Some(DropReason::OtherProtocol),
+        // Destination unreachable, time exceeded, parameter problem (RFC 792).
+        ICMP => matches!(first()? >> 8, 3 | 11 | 12),
+        // The same and packet too big (RFC 4443).
+        ICMPV6 => matches!(first()? >> 8, 1..=4),
+        _ => false,
+    };
+    is_error.then_some(DropReason::IcmpError)
 }
 
 #[inline(always)]
@@ -227,7 +233,7 @@ fn parse_transport<const LINK: usize, const IP: usize>(
     mut packet: Packet,
 ) -> Result<Packet, Foreign> {
     let at = LINK + IP;
-    let there = bytes.len().saturating_sub(at);
+    let there = bytes.size().saturating_sub(at);
     packet.src_port = bytes.half(at).ok_or(CUT)?;
     packet.dst_port = bytes.half(at + 2).ok_or(CUT)?;
     if packet.is_tcp() {

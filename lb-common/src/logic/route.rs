@@ -103,6 +103,17 @@ pub fn packet_frontend(tables: &impl Tables, to: Destination) -> Result<Option<F
     })
 }
 
+/// Whether an address is a Service's, and no node's.
+#[inline(always)]
+pub fn is_service_address(tables: &impl Tables, addr: Words) -> bool {
+    let mark = Destination {
+        addr,
+        port: 0,
+        proto: 0,
+    };
+    tables.frontend(mark).is_some()
+}
+
 /// Whether a socket hook may translate to a service with these flags: where a load-balancer address is for some sources
 /// only, the packet path decides, which knows the source.
 #[inline(always)]

@@ -10,6 +10,17 @@ pub const fn pick(random: u32, len: u16) -> u32 {
     ((random as u64 * len as u64) >> 32) as u32
 }
 
+/// A port of `first..=last`, evenly spread over a random number; `None` where there are none.
+#[inline(always)]
+#[must_use]
+pub const fn port(first: u16, last: u16, random: u32) -> Option<u16> {
+    if first == 0 || last < first {
+        return None;
+    }
+    let count = last as u64 - first as u64 + 1;
+    Some(first + ((random as u64 * count) >> 32) as u16)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

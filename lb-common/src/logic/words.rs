@@ -39,6 +39,14 @@ impl Words {
         Self([word(a, b), word(c, d)])
     }
 
+    /// The four words of 32 bits, each as it is in memory.
+    #[inline(always)]
+    #[must_use]
+    pub const fn to_quarters(self) -> [u32; 4] {
+        let ((a, b), (c, d)) = (halves(self.0[0]), halves(self.0[1]));
+        [a, b, c, d]
+    }
+
     /// The IPv4 address that is mapped here, if one is; in network order.
     #[inline(always)]
     #[must_use]
@@ -82,6 +90,13 @@ impl Words {
         } else {
             self
         }
+    }
+
+    /// Whether all bytes are zero.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_unset(self) -> bool {
+        self.0[0] | self.0[1] == 0
     }
 
     /// Equality without a branch for each word.

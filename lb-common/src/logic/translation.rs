@@ -1,0 +1,139 @@
+//! What becomes of the packets of a flow, in both directions.
+
+use super::checksum::Sum;
+use super::packet::Packet;
+use super::words::Words;
+use crate::abi::{DropReason, ct_flags};
+
+/// Addresses and ports of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tuple {
+    /// Source address.
+    pub src: Words,
+    /// Destination address.
+    pub dst: Words,
+    /// Source port, host byte order.
+    pub src_port: u16,
+    /// Destination port, host byte order.
+    pub dst_port: u16,
+}
+
+impl Tuple {
+    /// Those of a packet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(packet: &Packet) -> Self {
+        Self {
+            src: packet.src,
+            dst: packet.dst,
+            src_port: packet.src_port,
+            dst_port: packet.dst_port,
+        }
+    }
+
+    /// Those of an answer to it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reversed(self) -> Self {
+        Self {
+            src: self.dst,
+            dst: self.src,
+            src_port: self.dst_port,
+            dst_port: self.src_port,
+        }
+    }
+
+    /// How the sum of the addresses changes. What is common to all IPv4 addresses has no part in it; a branch for that
+    /// would make the compiler compute with what is not there, which the verifier does not allow.
+    #[inline(always)]
+    #[must_use]
+    pub const fn addresses_to(&self, new: &Self) -> Sum {
+        let (Words([a, b]), Words([c, d])) = (self.src, self.dst);
+        let (Words([e, f]), Words([g, h])) = (new.src, new.dst);
+        let old = Sum::ZERO.sub_u64(a).sub_u64(b).sub_u64(c).sub_u64(d);
+        old.add_u64(e).add_u64(f).add_u64(g).add_u64(h)
+    }
+
+    /// The ports as the word that they are in a packet, as it is in memory.
+    #[inline(always)]
+    #[must_use]
+    pub const fn ports(&self) -> u32 {
+        let ([a, b], [c, d]) = (self.src_port.to_be_bytes(), self.dst_port.to_be_bytes());
+        u32::from_ne_bytes([a, b, c, d])
+    }
+
+    /// How the sum of the ports changes.
+    #[inline(always)]
+    #[must_use]
+    pub const fn ports_to(&self, new: &Self) -> Sum {
+        Sum::ZERO.sub(self.ports()).add(new.ports())
+    }
+}
+
+/// [`ct_flags`] of the answers to packets that have these, and the other way round.
+///
+/// - What goes up the stack at ingress is answered through it: translated when it leaves.
+/// - What was sent on at ingress, with a source of this node, is answered to this node, and sent on.
+/// - What a socket of this node sends is translated when it leaves, and its answer at ingress, before the stack.
+#[inline(always)]
+#[must_use]
+pub const fn opposite(flags: u16) -> u16 {
+    let way = match flags & (ct_flags::EGRESS | ct_flags::FORWARD) {
+        0 if flags & ct_flags::REPLY == 0 => ct_flags::EGRESS,
+        0 => ct_flags::EGRESS | ct_flags::FORWARD,
+        ct_flags::FORWARD => ct_flags::FORWARD,
+        _ => 0,
+    };
+    way | (flags & ct_flags::REPLY) ^ ct_flags::REPLY
+}
+
+/// What a packet that is not translated gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// It goes on as it came.
+    Pass,
+    /// Silence.
+    Drop,
+    /// "Nobody is there": TCP RST, or ICMP port unreachable.
+    Refused,
+    /// ICMP fragmentation needed, or packet too big.
+    TooBig,
+    /// ICMP time exceeded.
+    TimeExceeded,
+}
+
+/// What a packet gets for a reason.
+#[inline(always)]
+#[must_use]
+pub const fn answer(reason: DropReason) -> Answer {
+    match reason {
+        DropReason::NoEndpoint | DropReason::NoSuchPort | DropReason::BackendGone => Answer::Refused,
+        DropReason::TooBig => Answer::TooBig,
+        DropReason::TtlExceeded => Answer::TimeExceeded,
+        DropReason::Malformed
+        | DropReason::Fragment
+        | DropReason::HeaderOptions
+        | DropReason::OtherProtocol
+        | DropReason::IcmpError
+        | DropReason::Vlan => Answer::Pass,
+        _ => Answer::Drop,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_way_has_one_back() {
+        use ct_flags::{EGRESS, FORWARD, REPLY};
+        for (there, back) in [
+            (0, REPLY | EGRESS),
+            (FORWARD, REPLY | FORWARD),
+            (EGRESS | FORWARD, REPLY),
+        ] {
+            assert_eq!(opposite(there), back, "{there}");
+            assert_eq!(opposite(back), there, "{back}");
+        }
+    }
+}

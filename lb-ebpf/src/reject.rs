@@ -1,0 +1,238 @@
+//! Answers to packets that go nowhere: TCP RST, and ICMP errors.
+//!
+//! The packet itself becomes the answer, and goes back where it came from. Its checksum may be left to the device that it
+//! leaves by (`CHECKSUM_PARTIAL`: all that local sockets send, also through veth): the device then writes one where that
+//! of the old packet was, over all that follows its transport header. Programs cannot see whether it is so, nor change it;
+//! but where it is, the kernel's helper does not let them change the checksum by what the device will add.
+
+use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC};
+use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail};
+use lb_common::abi::{DropReason, ip_protocol};
+use lb_common::logic::checksum::Sum;
+use lb_common::logic::packet::{Bytes as _, ETHERNET, IPV4, IPV6, Packet, tcp_flags};
+use lb_common::logic::translation::Answer;
+use lb_common::logic::words::Words;
+
+use crate::count;
+use crate::skb::Skb;
+
+/// Time to live of what lb sends itself.
+const TTL: u8 = 64;
+const ICMP: u8 = 1;
+const ICMPV6: u8 = 58;
+const TCP_LEN: usize = 20;
+
+/// Type and code of an ICMP error for IPv4 (RFC 792, RFC 1191) or IPv6 (RFC 4443), and the word after its checksum.
+#[inline(always)]
+const fn header(answer: Answer, mtu: u32, is_v4: bool) -> ([u8; 2], u32) {
+    match (answer, is_v4) {
+        (Answer::TooBig, true) => ([3, 4], (mtu & 0xffff).to_be()),
+        (Answer::TooBig, false) => ([2, 0], mtu.to_be()),
+        (Answer::TimeExceeded, true) => ([11, 0], 0),
+        (Answer::TimeExceeded, false) => ([3, 0], 0),
+        // Port unreachable.
+        (_, true) => ([3, 3], 0),
+        (_, false) => ([1, 4], 0),
+    }
+}
+
+/// Whether the checksum of the packet is left to the device. Changes the checksum where it is not.
+#[inline(always)]
+fn is_partial(skb: Skb, at: usize) -> Result<bool, DropReason> {
+    let before = skb.half(at).ok_or(DropReason::RewriteFailed)?;
+    skb.replace_l4(at, Sum::ZERO.add(u32::from(1_u16.to_be())), 0)?;
+    let after = skb.half(at).ok_or(DropReason::RewriteFailed)?;
+    Ok(before == after)
+}
+
+/// The sum of the header that TCP, UDP and ICMPv6 checksums cover besides the packet (RFC 9293, RFC 8200).
+#[inline(always)]
+fn pseudo_header(from: Words, to: Words, proto: u8, len: u16) -> Sum {
+    let (Words([a, b]), Words([c, d])) = (from, to);
+    let sum = if let (Some(from), Some(to)) = (from.to_v4(), to.to_v4()) {
+        Sum::ZERO.add(from).add(to)
+    } else {
+        Sum::ZERO.add_u64(a).add_u64(b).add_u64(c).add_u64(d)
+    };
+    sum.add(u32::from(u16::from(proto).to_be())).add(u32::from(len.to_be()))
+}
+
+/// Writes the IP header of an answer.
+#[inline(always)]
+fn write_ip<const LINK: usize>(skb: Skb, packet: &Packet, proto: u8, payload: u16) -> Result<(), DropReason> {
+    let (from, to) = (packet.dst, packet.src);
+    if let (Some(from), Some(to)) = (from.to_v4(), to.to_v4()) {
+        let len = payload + IPV4 as u16;
+        let word = |a: u16, b: u16| {
+            let ([a, b], [c, d]) = (a.to_be_bytes(), b.to_be_bytes());
+            u32::from_ne_bytes([a, b, c, d])
+        };
+        // Do not fragment; nothing to tell it from others is needed then (RFC 6864).
+        let mut words = [
+            word(0x4500, len),
+            word(0, 0x4000),
+            word(u16::from_be_bytes([TTL, proto]), 0),
+            from,
+            to,
+        ];
+        let sum = words.iter().fold(Sum::ZERO, |sum, word| sum.add(*word));
+        words[2] = u32::from_ne_bytes({
+            let [a, b] = sum.checksum().to_ne_bytes();
+            [TTL, proto, a, b]
+        });
+        return skb.store(LINK, &words);
+    }
+    let [a, b] = payload.to_be_bytes();
+    let start = u64::from_ne_bytes([0x60, 0, 0, 0, a, b, proto, TTL]);
+    skb.store(LINK, &[start, from.0[0], from.0[1], to.0[0], to.0[1]])
+}
+
+/// Sends the answer where the packet came from.
+#[inline(always)]
+fn send_back<const LINK: usize>(skb: Skb, at_egress: bool) -> Result<i32, DropReason> {
+    if at_egress {
+        // To the socket: as if it had come in by the device that the packet was to leave by, whose address the
+        // packet's own source is.
+        if LINK == ETHERNET {
+            let quarter = |at| skb.word(at).ok_or(DropReason::RewriteFailed);
+            let half = |at| skb.half(at).ok_or(DropReason::RewriteFailed);
+            let (first, last) = (half(6)?, quarter(8)?);
+            skb.store(0, &first.to_be())?;
+            skb.store(2, &last)?;
+        }
+        // SAFETY: plain numbers.
+        return Ok(unsafe { bpf_redirect(skb.ifindex(), BPF_F_INGRESS.into()) as i32 });
+    }
+    if LINK == ETHERNET {
+        let half = |at| skb.half(at).map(u16::to_be).ok_or(DropReason::RewriteFailed);
+        let swapped = [half(6)?, half(8)?, half(10)?, half(0)?, half(2)?, half(4)?];
+        skb.store(0, &swapped)?;
+    }
+    // SAFETY: plain numbers.
+    Ok(unsafe { bpf_redirect(skb.ifindex(), 0) as i32 })
+}
+
+/// Answers a TCP segment with RST (RFC 9293, 3.5.2).
+#[inline(never)]
+pub(crate) fn reset<const LINK: usize>(skb: Skb, packet: &Packet, at_egress: bool) -> i32 {
+    or_nothing(try_reset::<LINK>(skb, packet, at_egress))
+}
+
+/// Where the answer cannot be made there is none.
+#[inline(always)]
+fn or_nothing(result: Result<i32, DropReason>) -> i32 {
+    result.unwrap_or_else(|reason| {
+        count::dropped(reason);
+        TC_ACT_SHOT
+    })
+}
+
+#[inline(always)]
+fn try_reset<const LINK: usize>(skb: Skb, packet: &Packet, at_egress: bool) -> Result<i32, DropReason> {
+    if packet.flags & tcp_flags::RST != 0 {
+        return Ok(TC_ACT_SHOT);
+    }
+    let ip = packet.ip_len();
+    let at = LINK + ip;
+    let word = |from: usize| skb.word(at + from).map(u32::from_be).ok_or(DropReason::RewriteFailed);
+    let (seq, ack) = (word(4)?, word(8)?);
+    let header = usize::from(packet.transport);
+    let payload = (skb.len() as usize).saturating_sub(at + header) as u32;
+    let counts = |flag: u8| u32::from(packet.flags & flag != 0);
+    let (seq, ack, flags) = if packet.flags & tcp_flags::ACK != 0 {
+        (ack, 0, tcp_flags::RST)
+    } else {
+        let end = seq.wrapping_add(payload + counts(tcp_flags::SYN) + counts(tcp_flags::FIN));
+        (0, end, tcp_flags::RST | tcp_flags::ACK)
+    };
+    let partial = is_partial(skb, at + 16)?;
+    // SAFETY: plain numbers.
+    if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + TCP_LEN) as u32, 0) } != 0 {
+        return Err(DropReason::RewriteFailed);
+    }
+    write_ip::<LINK>(skb, packet, ip_protocol::TCP, TCP_LEN as u16)?;
+    let ports = {
+        let ([a, b], [c, d]) = (packet.dst_port.to_be_bytes(), packet.src_port.to_be_bytes());
+        u32::from_ne_bytes([a, b, c, d])
+    };
+    let start = [ports, seq.to_be(), ack.to_be(), u32::from_ne_bytes([0x50, flags, 0, 0])];
+    let sum = pseudo_header(packet.dst, packet.src, ip_protocol::TCP, TCP_LEN as u16);
+    let checksum = if partial {
+        sum.fold()
+    } else {
+        start.iter().fold(sum, |sum, word| sum.add(*word)).checksum()
+    };
+    let [a, b] = checksum.to_ne_bytes();
+    let [p, q, r, s] = start;
+    skb.store(at, &[p, q, r, s, u32::from_ne_bytes([a, b, 0, 0])])?;
+    send_back::<LINK>(skb, at_egress)
+}
+
+/// Answers a packet with an ICMP error that quotes its headers.
+#[inline(never)]
+pub(crate) fn icmp<const LINK: usize>(skb: Skb, packet: &Packet, answer: Answer, mtu: u32, at_egress: bool) -> i32 {
+    or_nothing(try_icmp::<LINK>(skb, packet, answer, mtu, at_egress))
+}
+
+#[inline(always)]
+fn try_icmp<const LINK: usize>(
+    skb: Skb,
+    packet: &Packet,
+    answer: Answer,
+    mtu: u32,
+    at_egress: bool,
+) -> Result<i32, DropReason> {
+    let is_v4 = packet.is_v4();
+    let ip = packet.ip_len();
+    let is_tcp = packet.is_tcp();
+    // Of TCP all of its header: where its checksum is left to the device, no less can be.
+    let quoted = if is_tcp { TCP_LEN } else { 8 };
+    let at = LINK + ip;
+    let checksum_at = if is_tcp { at + 16 } else { at + 6 };
+    let kept = skb.half(checksum_at).ok_or(DropReason::RewriteFailed)?;
+    let partial = is_partial(skb, checksum_at)?;
+    skb.store(checksum_at, &kept.to_be())?;
+    // SAFETY: plain numbers.
+    if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + quoted) as u32, 0) } != 0 {
+        return Err(DropReason::RewriteFailed);
+    }
+    let mut sum = sum_of(skb, LINK, ip)?;
+    if partial {
+        // What the device writes there makes the sum of all from the transport header on, with what stands for the
+        // checksum now, zero.
+        sum = sum.add(u32::from(!kept.to_be()));
+    } else {
+        sum = sum.plus(sum_of(skb, at, quoted)?);
+    }
+    let room = (8 + ip) as i32;
+    // SAFETY: plain numbers.
+    if unsafe { bpf_skb_adjust_room(skb.as_ptr(), room, BPF_ADJ_ROOM_MAC, 0) } != 0 {
+        return Err(DropReason::RewriteFailed);
+    }
+    let ([kind, code], rest) = header(answer, mtu, is_v4);
+    let len = (8 + ip + quoted) as u16;
+    sum = sum.add(u32::from_ne_bytes([kind, code, 0, 0])).add(rest);
+    let proto = if is_v4 {
+        ICMP
+    } else {
+        sum = sum.plus(pseudo_header(packet.dst, packet.src, ICMPV6, len));
+        ICMPV6
+    };
+    write_ip::<LINK>(skb, packet, proto, len)?;
+    let [c, d] = sum.checksum().to_ne_bytes();
+    skb.store(LINK + ip, &[u32::from_ne_bytes([kind, code, c, d]), rest])?;
+    send_back::<LINK>(skb, at_egress)
+}
+
+/// The sum of `len` bytes, a multiple of four and no more than an IPv6 header has.
+#[inline(always)]
+fn sum_of(skb: Skb, at: usize, len: usize) -> Result<Sum, DropReason> {
+    let mut sum = Sum::ZERO;
+    for word in 0..IPV6 / 4 {
+        if word * 4 >= len {
+            break;
+        }
+        sum = sum.add(skb.word(at + word * 4).ok_or(DropReason::RewriteFailed)?);
+    }
+    Ok(sum)
+}

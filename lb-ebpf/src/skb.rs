@@ -1,0 +1,231 @@
+//! A packet in the kernel: reading it, and changing it so that the kernel's own idea of its checksum stays right.
+
+use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::helpers::generated::{bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_skb_store_bytes};
+use lb_common::abi::DropReason;
+use lb_common::logic::checksum::Sum;
+use lb_common::logic::packet::Bytes;
+
+/// All that is read of a packet, with a header of the link layer, IPv6 and TCP.
+const HEADERS: u32 = 14 + 40 + 20;
+
+/// `BPF_F_IPV6` of `bpf_l4_csum_replace` (Linux 6.16 and later stable releases): in IPv6 the sum of the whole packet does
+/// not change with its addresses, since no header checksum makes up for that of the transport.
+const IPV6: u64 = 1 << 7;
+
+/// The packet of a program's context.
+#[derive(Clone, Copy)]
+pub(crate) struct Skb(*mut __sk_buff);
+
+impl Skb {
+    /// `skb` is the context of the running program.
+    #[inline(always)]
+    pub(crate) const fn new(skb: *mut __sk_buff) -> Self {
+        Self(skb)
+    }
+
+    #[inline(always)]
+    pub(crate) const fn as_ptr(self) -> *mut __sk_buff {
+        self.0
+    }
+
+    #[inline(always)]
+    fn data(self) -> usize {
+        // SAFETY: the context is that of the running program.
+        unsafe { (*self.0).data as usize }
+    }
+
+    #[inline(always)]
+    fn data_end(self) -> usize {
+        // SAFETY: as above.
+        unsafe { (*self.0).data_end as usize }
+    }
+
+    /// Length of the packet, with all that is not in its first part.
+    #[inline(always)]
+    pub(crate) fn len(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0).len }
+    }
+
+    /// Index of the device whose hook this is.
+    #[inline(always)]
+    pub(crate) fn ifindex(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.0).ifindex }
+    }
+
+    /// Whether the kernel took a VLAN tag off, or is to put one on.
+    #[inline(always)]
+    pub(crate) fn has_vlan(self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0).vlan_present != 0 }
+    }
+
+    /// Whether a socket of this machine has made it.
+    #[inline(always)]
+    pub(crate) fn has_socket(self) -> bool {
+        // SAFETY: as above.
+        unsafe { !(*self.0).__bindgen_anon_2.sk.is_null() }
+    }
+
+    /// Makes the headers readable in one piece, where they are not.
+    #[inline(always)]
+    pub(crate) fn pull(self) {
+        let len = self.len();
+        let wanted = if len < HEADERS { len } else { HEADERS };
+        if self.data() + wanted as usize > self.data_end() {
+            // SAFETY: as above. What cannot be had is seen as cut off.
+            unsafe { bpf_skb_pull_data(self.0, wanted) };
+        }
+    }
+
+    /// Writes to the packet.
+    #[inline(always)]
+    pub(crate) fn store<T: Copy>(self, at: usize, value: &T) -> Result<(), DropReason> {
+        let from = core::ptr::from_ref(value).cast();
+        // SAFETY: the value is as long as is said.
+        let result = unsafe { bpf_skb_store_bytes(self.0, at as u32, from, size_of::<T>() as u32, 0) };
+        done(result)
+    }
+
+    /// The header checksum at `at` follows a change of the header.
+    #[inline(always)]
+    pub(crate) fn replace_l3(self, at: usize, change: Sum) -> Result<(), DropReason> {
+        // SAFETY: the context is that of the running program.
+        done(unsafe { bpf_l3_csum_replace(self.0, at as u32, 0, change.to_u32().into(), 0) })
+    }
+
+    /// The transport checksum at `at` follows a change of the addresses.
+    #[inline(always)]
+    pub(crate) fn replace_l4_addresses(
+        self,
+        at: usize,
+        change: Sum,
+        is_v4: bool,
+        flags: u64,
+    ) -> Result<(), DropReason> {
+        let flags = flags | u64::from(BPF_F_PSEUDO_HDR);
+        let change = u64::from(change.to_u32());
+        if !is_v4 {
+            // SAFETY: as above.
+            let result = unsafe { bpf_l4_csum_replace(self.0, at as u32, 0, change, flags | IPV6) };
+            if result == 0 {
+                return Ok(());
+            }
+        }
+        // SAFETY: as above.
+        done(unsafe { bpf_l4_csum_replace(self.0, at as u32, 0, change, flags) })
+    }
+
+    /// The transport checksum at `at` follows a change of what it covers of the packet itself.
+    #[inline(always)]
+    pub(crate) fn replace_l4(self, at: usize, change: Sum, flags: u64) -> Result<(), DropReason> {
+        // SAFETY: as above.
+        done(unsafe { bpf_l4_csum_replace(self.0, at as u32, 0, change.to_u32().into(), flags) })
+    }
+}
+
+/// For UDP: no checksum stays no checksum (RFC 768).
+pub(crate) const MAY_BE_ZERO: u64 = BPF_F_MARK_MANGLED_0 as u64;
+
+#[inline(always)]
+const fn done(result: i64) -> Result<(), DropReason> {
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(DropReason::RewriteFailed)
+    }
+}
+
+impl Bytes for Skb {
+    #[inline(always)]
+    fn byte(&self, at: usize) -> Option<u8> {
+        let at = self.data() + at;
+        if at + 1 > self.data_end() {
+            return None;
+        }
+        // SAFETY: within the packet, as was just checked.
+        Some(unsafe { imp::byte(at) })
+    }
+
+    #[inline(always)]
+    fn half(&self, at: usize) -> Option<u16> {
+        let at = self.data() + at;
+        if at + 2 > self.data_end() {
+            return None;
+        }
+        // SAFETY: as above.
+        Some(u16::from_be(unsafe { imp::half(at) }))
+    }
+
+    #[inline(always)]
+    fn word(&self, at: usize) -> Option<u32> {
+        let at = self.data() + at;
+        if at + 4 > self.data_end() {
+            return None;
+        }
+        // SAFETY: as above.
+        Some(unsafe { imp::word(at) })
+    }
+
+    #[inline(always)]
+    fn size(&self) -> usize {
+        self.len() as usize
+    }
+
+    #[inline(always)]
+    fn is_merged(&self) -> bool {
+        // SAFETY: as above.
+        unsafe { (*self.0).gso_size != 0 }
+    }
+}
+
+/// Loads from the packet, whose bytes have no alignment. From one that it knows nothing of, the compiler would load byte by
+/// byte; the kernel takes any where the machine does, and else moves the data.
+#[cfg(target_arch = "bpf")]
+mod imp {
+    use core::arch::asm;
+
+    #[inline(always)]
+    pub(super) unsafe fn byte(at: usize) -> u8 {
+        let value: u64;
+        // SAFETY: as for the caller.
+        unsafe { asm!("{value} = *(u8 *)({at} + 0)", at = in(reg) at, value = out(reg) value) };
+        value as u8
+    }
+
+    #[inline(always)]
+    pub(super) unsafe fn half(at: usize) -> u16 {
+        let value: u64;
+        // SAFETY: as for the caller.
+        unsafe { asm!("{value} = *(u16 *)({at} + 0)", at = in(reg) at, value = out(reg) value) };
+        value as u16
+    }
+
+    #[inline(always)]
+    pub(super) unsafe fn word(at: usize) -> u32 {
+        let value: u64;
+        // SAFETY: as for the caller.
+        unsafe { asm!("{value} = *(u32 *)({at} + 0)", at = in(reg) at, value = out(reg) value) };
+        value as u32
+    }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+mod imp {
+    pub(super) unsafe fn byte(at: usize) -> u8 {
+        // SAFETY: as for the caller.
+        unsafe { (at as *const u8).read() }
+    }
+
+    pub(super) unsafe fn half(at: usize) -> u16 {
+        // SAFETY: as for the caller.
+        unsafe { (at as *const u16).read_unaligned() }
+    }
+
+    pub(super) unsafe fn word(at: usize) -> u32 {
+        // SAFETY: as for the caller.
+        unsafe { (at as *const u32).read_unaligned() }
+    }
+}
