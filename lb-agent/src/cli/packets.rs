@@ -33,6 +33,8 @@ pub(super) struct PacketArgs {
 pub(super) struct Packets {
     patterns: Patterns,
     snapshots: watch::Receiver<Snapshot>,
+    /// What was there when it was looked last.
+    snapshot: Snapshot,
     hooks: TcHooks,
     ports: SourcePorts,
     /// Addresses of the Node object, when it was looked last; `None` before the first look.
@@ -64,6 +66,7 @@ impl Packets {
         Ok(Self {
             patterns,
             snapshots,
+            snapshot: Snapshot::default(),
             hooks,
             ports: SourcePorts::new(args.snat_ports, maps.pinned(), before.as_ref()),
             node: None,
@@ -80,8 +83,12 @@ impl Packets {
         if !news && !look && self.node.as_deref() == Some(node) {
             return false;
         }
+        let is_first = self.node.is_none();
         self.node = Some(node.to_vec());
-        self.served = self.snapshots.borrow_and_update().served(&self.patterns);
+        if news || is_first {
+            self.snapshot = self.snapshots.borrow_and_update().clone();
+            self.served = self.snapshot.served(&self.patterns);
+        }
         self.problems.clear();
         self.ports.apply(maps.pinned());
         // First, so that a program knows its device.
@@ -97,8 +104,8 @@ impl Packets {
 
     /// Takes programs from devices that are not served any more, after nothing is served at their addresses.
     pub(super) fn detach(&mut self, maps: &mut BpfMaps) {
-        let there: Vec<u32> = self.snapshots.borrow().indexes().collect();
         let before = self.own_qdiscs.clone();
+        let there = self.snapshot.indexes();
         match self.hooks.detach(&self.served, there, &mut self.own_qdiscs) {
             Ok(troubles) => self.note(troubles),
             Err(error) => self.problems.push(problem("devices", &error)),
@@ -106,6 +113,11 @@ impl Packets {
         if self.own_qdiscs != before {
             self.write(maps);
         }
+    }
+
+    /// The devices and addresses to which that belongs.
+    pub(super) fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
     }
 
     /// What could not be done.

@@ -10,7 +10,6 @@ use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use lb_common::abi::{Addr, Event, Notice, State, map_name};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
 use tracing::{debug, error, info, warn};
 
 use super::config::{ConfigArgs, tune};
@@ -28,7 +27,7 @@ use crate::node::addrs::{Selection, Wanted};
 use crate::node::conntrack::Conntrack;
 use crate::node::destroy::{self, Destroyer};
 use crate::node::devices::Patterns;
-use crate::node::links::{self, Snapshot};
+use crate::node::links;
 use crate::reconcile::Reconciler;
 
 #[derive(Debug, Args)]
@@ -192,7 +191,6 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
     let reconciler = Reconciler::adopt(maps, &node)?;
     let node_ports = NodePorts {
         selection,
-        addresses: addresses.clone(),
         written: None,
         problem: None,
     };
@@ -275,7 +273,6 @@ fn end_orphaned_trace(maps: &PinnedMaps, pins: &PinPath) -> Result<(), LoadError
 /// Where node ports are served.
 struct NodePorts {
     selection: Selection,
-    addresses: watch::Receiver<Snapshot>,
     /// What was written last.
     written: Option<BTreeSet<Addr>>,
     /// What could not be written.
@@ -404,11 +401,9 @@ impl Agent {
 
     /// Makes NODE_ADDRS say which addresses serve node ports now.
     fn write_addresses(&mut self) {
-        let NodePorts {
-            selection, addresses, ..
-        } = &self.node_ports;
+        let selection = &self.node_ports.selection;
         let node = self.reconciler.node().map(|node| node.addresses.as_slice());
-        let selected = addresses.borrow().select(selection, node);
+        let selected = self.packets.snapshot().select(selection, node);
         if self.node_ports.problem.is_none() && self.node_ports.written.as_ref() == Some(&selected) {
             return;
         }

@@ -330,7 +330,7 @@ fn has_tcx(programs: &Ebpf) -> Result<bool, LoadError> {
 
 /// Whether the device has gone meanwhile: the next look at devices will tell.
 fn is_gone(error: &LoadError) -> bool {
-    matches!(error, LoadError::Call { source, .. } if source.raw_os_error() == Some(libc::ENODEV))
+    matches!(error, LoadError::Call { source, .. } if matches!(source.raw_os_error(), Some(libc::ENODEV | libc::ENOLINK)))
 }
 
 /// Detaches now, since the kernel ends a link some time after its last pin.
