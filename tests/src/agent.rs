@@ -4,6 +4,7 @@ use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fmt::Debug;
 use std::fs::{self, OpenOptions};
+use std::net::IpAddr;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -27,6 +28,8 @@ pub struct Status {
     pub agent: AgentStatus,
     /// The hooks.
     pub programs: Vec<ProgramStatus>,
+    /// The devices.
+    pub devices: Vec<DeviceStatus>,
     /// How full the maps are.
     pub maps: Vec<MapStatus>,
     /// What was refused, and why.
@@ -57,6 +60,21 @@ pub struct ProgramStatus {
     pub attached: bool,
     /// Hash of its instructions.
     pub tag: String,
+}
+
+/// A network device.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct DeviceStatus {
+    /// Its name.
+    pub name: String,
+    /// Its index.
+    pub index: u32,
+    /// How programs are attached to it, if they are.
+    pub attached: Option<String>,
+    /// Source of IPv4 packets that leave by it.
+    pub source_v4: Option<IpAddr>,
+    /// Source of IPv6 packets.
+    pub source_v6: Option<IpAddr>,
 }
 
 /// A map.

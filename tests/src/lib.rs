@@ -44,7 +44,7 @@ pub mod puppet;
 pub mod runtime;
 
 pub use absences::Absences;
-pub use agent::{Agent, Problem, Running, Status, unit_capabilities};
+pub use agent::{Agent, DeviceStatus, Problem, Running, Status, unit_capabilities};
 pub use cleanup::remove_leftovers;
 pub use cluster::{Client, Cluster, ClusterBuilder, Node, Pod, Underlay};
 pub use load::{Connect, Holding, Load, Testbed};

@@ -2,9 +2,11 @@
 
 mod affinity;
 mod config;
+mod devices;
 mod explain;
 mod list;
 mod output;
+mod packets;
 mod process;
 mod run;
 mod sockets;

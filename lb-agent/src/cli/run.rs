@@ -10,10 +10,10 @@ use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use lb_common::abi::{Addr, Event, Notice, State, map_name};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
 use tracing::{debug, error, info, warn};
 
 use super::config::{ConfigArgs, tune};
+use super::packets::{PacketArgs, Packets};
 use super::{CapacityArgs, PinArgs, SourceArgs};
 use crate::actual::pad;
 use crate::config::Config;
@@ -23,9 +23,11 @@ use crate::maps::Maps as _;
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
 use crate::model::{Batch, Problem, ProblemKind};
-use crate::node::addrs::{self, Selection, Snapshot, Wanted};
+use crate::node::addrs::{Selection, Wanted};
 use crate::node::conntrack::Conntrack;
 use crate::node::destroy::{self, Destroyer};
+use crate::node::devices::Patterns;
+use crate::node::links;
 use crate::reconcile::Reconciler;
 
 #[derive(Debug, Args)]
@@ -45,6 +47,8 @@ pub(super) struct RunArgs {
     socket_lb: SocketLbArg,
     #[command(flatten)]
     node_ports: NodePortArgs,
+    #[command(flatten)]
+    packets: PacketArgs,
     /// Destroy TCP sockets of removed backends too, not only connected UDP sockets: a terminating backend keeps them
     /// until its endpoint is gone. Both need CAP_NET_ADMIN and a kernel with CONFIG_INET_DIAG_DESTROY; sockets of pods need
     /// CAP_SYS_PTRACE and CAP_SYS_ADMIN as well, and the machine's process namespace (hostPID). `status` says what is
@@ -68,7 +72,9 @@ pub(super) struct RunArgs {
 /// Which addresses serve node ports.
 #[derive(Debug, Args)]
 struct NodePortArgs {
-    /// Devices whose addresses serve node ports, there now or later [default: all]
+    /// Devices of lb, there now or later, in which `*` and `?` stand for any characters: packets are served there, and
+    /// node ports at their addresses [default: for packets all but loopback, dummies, and ports of bridges and bonds; for
+    /// addresses all]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     devices: Vec<String>,
     /// Which of the node's addresses serve node ports: those in the networks named (all of a family that none is named
@@ -85,7 +91,7 @@ impl NodePortArgs {
             nodeport_addresses,
         } = self;
         Selection {
-            devices: devices.iter().cloned().collect(),
+            devices: Patterns::new(devices),
             wanted: nodeport_addresses.clone().unwrap_or_default(),
         }
     }
@@ -179,15 +185,16 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
         conntrack,
     };
     let selection = args.node_ports.selection();
-    let mut addresses = addrs::follow(&selection).context("listing the node's addresses")?;
+    let mut addresses = links::follow(selection.looks_at_routes()).context("listing the node's devices")?;
+    let patterns = selection.devices.clone();
+    let packets = Packets::open(&args.packets, patterns, &maps, lock.pins(), addresses.clone())?;
     let reconciler = Reconciler::adopt(maps, &node)?;
     let node_ports = NodePorts {
         selection,
-        addresses: addresses.clone(),
         written: None,
         problem: None,
     };
-    let mut agent = Agent::new(reconciler, &node, &cgroup, socket_lb, node_ports, outside)?;
+    let mut agent = Agent::new(reconciler, &node, &cgroup, socket_lb, node_ports, packets, outside)?;
     let mut look = tokio::time::interval(LOOK);
     // The maps are filled before programs look at them, and before programs of an earlier build are replaced; what an
     // earlier run has left is enough where the source has to be waited for.
@@ -201,8 +208,10 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
         }
         agent.outside.face.alive();
     }
-    agent.write_addresses();
+    agent.is_attached = true;
+    agent.follow_devices(true);
     loader::attach(agent.reconciler.maps().programs(), lock.pins(), &cgroup)?;
+    agent.publish_problems();
     agent.publish_state();
     agent.outside.face.serving();
     let (usage, _) = agent.reconciler.usage();
@@ -225,12 +234,14 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
                 agent.publish_state();
             }
             Ok(()) = grace.changed() => agent.reconciler.reclaim(),
-            Ok(()) = addresses.changed() => agent.follow_addresses(),
+            Ok(()) = addresses.changed() => agent.note_devices(false),
             Some(event) = destroyer.destroyed() => agent.tell(&event),
             Ok(()) = trouble.changed() => agent.note_sockets(trouble.borrow_and_update().clone()),
             Ok(()) = unserved.changed() => agent.note_servers(unserved.borrow_and_update().clone()),
             _ = look.tick() => {
                 agent.tune();
+                // What others have taken away, or what failed.
+                agent.note_devices(true);
                 agent.outside.face.metrics().watch_restarts(source.restarts());
                 if let Err(error) = end_orphaned_trace(agent.reconciler.maps().pinned(), lock.pins()) {
                     warn!(%error, "looking for a trace that was killed");
@@ -262,7 +273,6 @@ fn end_orphaned_trace(maps: &PinnedMaps, pins: &PinPath) -> Result<(), LoadError
 /// Where node ports are served.
 struct NodePorts {
     selection: Selection,
-    addresses: watch::Receiver<Snapshot>,
     /// What was written last.
     written: Option<BTreeSet<Addr>>,
     /// What could not be written.
@@ -287,6 +297,9 @@ struct Agent {
     reconciler: Reconciler<BpfMaps>,
     outside: Outside,
     node_ports: NodePorts,
+    packets: Packets,
+    /// Programs may be put at hooks: the maps were filled.
+    is_attached: bool,
     state: State,
     /// What could not be done to sockets.
     trouble: Vec<Problem>,
@@ -307,6 +320,7 @@ impl Agent {
         cgroup: &Cgroup,
         socket_lb: SocketLb,
         node_ports: NodePorts,
+        packets: Packets,
         outside: Outside,
     ) -> anyhow::Result<Self> {
         let state = State {
@@ -319,6 +333,8 @@ impl Agent {
             netns: sys::netns_cookie().context("SO_NETNS_COOKIE")?,
             more_notices: 0,
             node_only: u32::from(socket_lb == SocketLb::Node),
+            own_ports: 0,
+            pad: 0,
             node: pad(node),
             version: pad(env!("CARGO_PKG_VERSION")),
         };
@@ -326,6 +342,8 @@ impl Agent {
             reconciler,
             outside,
             node_ports,
+            packets,
+            is_attached: false,
             state,
             trouble: Vec::new(),
             problems: Vec::new(),
@@ -360,17 +378,32 @@ impl Agent {
         self.state.applied = seconds_since_1970();
         self.state.complete = self.reconciler.is_complete().into();
         // The Node object may name others.
-        self.write_addresses();
+        self.follow_devices(false);
         self.publish_problems();
+    }
+
+    /// Makes programs be at the devices that there are now, and nowhere else, and NODE_ADDRS say which addresses serve
+    /// node ports: an address after its device, and a device as long as its addresses. With `look`, also where nothing
+    /// was told.
+    fn follow_devices(&mut self, look: bool) {
+        if !self.is_attached {
+            return;
+        }
+        let node = self.reconciler.node().map(|node| node.addresses.clone());
+        let maps = self.reconciler.maps_mut();
+        let looked = self.packets.attach(maps, &node.unwrap_or_default(), look);
+        self.write_addresses();
+        if looked {
+            self.packets.detach(self.reconciler.maps_mut());
+            self.state.own_ports = self.packets.own_ports().into();
+        }
     }
 
     /// Makes NODE_ADDRS say which addresses serve node ports now.
     fn write_addresses(&mut self) {
-        let NodePorts {
-            selection, addresses, ..
-        } = &self.node_ports;
+        let selection = &self.node_ports.selection;
         let node = self.reconciler.node().map(|node| node.addresses.as_slice());
-        let selected = addresses.borrow().select(selection, node);
+        let selected = self.packets.snapshot().select(selection, node);
         if self.node_ports.problem.is_none() && self.node_ports.written.as_ref() == Some(&selected) {
             return;
         }
@@ -398,9 +431,17 @@ impl Agent {
         }
     }
 
-    /// The node's addresses have changed.
-    fn follow_addresses(&mut self) {
-        self.write_addresses();
+    /// The node's devices or addresses have changed, or are to be looked at.
+    fn note_devices(&mut self, look: bool) {
+        let trouble = |agent: &Self| -> Vec<Problem> {
+            let problems = agent.packets.problems().chain(&agent.node_ports.problem);
+            problems.cloned().collect()
+        };
+        let before = trouble(self);
+        self.follow_devices(look);
+        if trouble(self) == before {
+            return;
+        }
         self.publish_problems();
         self.publish_state();
     }
@@ -450,7 +491,12 @@ impl Agent {
     fn publish_problems(&mut self) {
         let mut problems = self.reconciler.problems();
         let Outside { unserved, unset, .. } = &self.outside;
-        let node = self.node_ports.problem.iter().chain(unset);
+        let node = self
+            .node_ports
+            .problem
+            .iter()
+            .chain(self.packets.problems())
+            .chain(unset);
         problems.extend(node.chain(&self.trouble).chain(unserved).cloned());
         self.log_problems(&problems);
         self.outside

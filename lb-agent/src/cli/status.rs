@@ -6,6 +6,7 @@ use lb_common::abi::{DropReason, VERSION};
 use lb_common::logic::generation;
 use serde::Serialize;
 
+use super::devices::{self, DeviceRow};
 use super::{Format, ReadArgs, output};
 use crate::actual::text;
 use crate::loader::{self, Lock};
@@ -17,6 +18,7 @@ struct Status {
     abi: u32,
     agent: Agent,
     programs: Vec<ProgramRow>,
+    devices: Vec<DeviceRow>,
     maps: Vec<MapRow>,
     drops: Vec<DropRow>,
     problems: Vec<ProblemRow>,
@@ -134,6 +136,13 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
         place: format!("cgroup {cgroup}"),
         message: "not the root of the hierarchy: processes outside of it are not served".into(),
     }));
+    let devices = devices::rows(&maps, &pins).unwrap_or_else(|error| {
+        problems.push(ProblemRow {
+            place: "devices".into(),
+            message: output::chain(&error),
+        });
+        Vec::new()
+    });
     let row = |name, used, capacity| MapRow {
         name,
         used,
@@ -172,6 +181,7 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
         abi: VERSION,
         agent,
         programs,
+        devices,
         maps: maps_rows,
         drops,
         problems,
@@ -188,6 +198,7 @@ fn print(status: &Status) -> anyhow::Result<()> {
         abi,
         agent,
         programs,
+        devices,
         maps,
         drops,
         problems,
@@ -223,6 +234,10 @@ fn print(status: &Status) -> anyhow::Result<()> {
             ]
         },
     )?;
+    if !devices.is_empty() {
+        output::say("")?;
+        devices::print(devices)?;
+    }
     output::say("")?;
     output::rows(Format::Table, ["MAP", "USED", "CAPACITY", "FLAG"], maps, |m| {
         [

@@ -5,6 +5,8 @@
 
 mod attach;
 mod pins;
+mod tc;
+mod undo;
 
 use std::io;
 use std::path::PathBuf;
@@ -25,6 +27,7 @@ use crate::maps::{Capacities, MapError, capacity_flag, sys};
 pub use attach::{Attached, Cgroup, Hook, attach, attached};
 pub(crate) use attach::{is_root as is_root_cgroup, root as cgroup_root};
 pub use pins::{Lock, PinPath, TraceLock};
+pub use tc::{AtDevice, TcHooks, Trouble, Way, at_devices};
 
 /// The kernel programs, as the build script made them.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf"));
@@ -373,6 +376,7 @@ pub fn cleanup(pins: &PinPath) -> Result<bool, LoadError> {
         return Ok(false);
     }
     let lock = Lock::take(pins)?;
+    undo::undo(lock.pins())?;
     lock.pins().remove_all()?;
     info!(path = %pins.root().display(), "detached all programs and removed all pins");
     Ok(true)

@@ -36,7 +36,7 @@ const NOTICE: usize = size_of::<Notice>();
 const STATS: usize = size_of::<ServiceStats>();
 const CT_KEY: usize = size_of::<CtKey>();
 const CT_ENTRY: usize = size_of::<CtEntry>();
-const DEVICE: usize = size_of::<Device>();
+pub(super) const DEVICE: usize = size_of::<Device>();
 
 /// The pinned maps of an agent, opened by path: what every subcommand reads, and what [`BpfMaps`] writes.
 pub struct PinnedMaps {
@@ -52,12 +52,12 @@ pub struct PinnedMaps {
     names: Hash<4, NAME>,
     stats: PerCpuArray<MapData, [u8; STATS]>,
     drops: PerCpuArray<MapData, u64>,
-    config: MappedArray<Config>,
+    pub(super) config: MappedArray<Config>,
     state: MappedArray<State>,
     notices: Hash<4, NOTICE>,
     conntrack: Hash<CT_KEY, CT_ENTRY>,
     conntrack_new: Hash<CT_KEY, CT_ENTRY>,
-    devices: Hash<4, DEVICE>,
+    pub(super) devices: Hash<4, DEVICE>,
     source_ranges: LpmTrie<MapData, [u8; 20], u32>,
     cluster_cidrs: LpmTrie<MapData, [u8; 16], u32>,
     capacities: Capacities,
@@ -75,7 +75,7 @@ pub(super) fn call<'a>(map: &'static str, call: &'static str) -> impl FnOnce(Aya
 }
 
 /// The system call's error number, where there is one.
-fn errno(error: &AyaMapError) -> Option<i32> {
+pub(super) fn errno(error: &AyaMapError) -> Option<i32> {
     match error {
         AyaMapError::SyscallError(e) => e.io_error.raw_os_error(),
         _ => None,
@@ -411,11 +411,8 @@ impl PinnedMaps {
     /// Tells the programs which events to write: bits of kinds, see [`EventKind::bit`]. To be called by who has the
     /// [`crate::loader::TraceLock`].
     pub fn write_events(&self, events: u32) {
-        let config = Config {
-            events,
-            ..self.config()
-        };
-        self.config.write(0, &config);
+        // The other half of the word is the agent's.
+        self.config.update_u32(0, offset_of!(Config, events), |_| Some(events));
     }
 
     /// What the agent could not use.

@@ -2,6 +2,7 @@
 //! checks the rules of the protocol ([`fake`]).
 
 pub mod bpf;
+mod devices;
 pub mod dump;
 pub mod fake;
 pub mod faulty;

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use aya::maps::{MapData, RingBuf};
-use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
+use aya_obj::generated::{BPF_F_BEFORE, bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
 use memmap2::{MmapOptions, MmapRaw};
 use tokio::io::unix::AsyncFd;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -77,6 +77,18 @@ pub(crate) fn link_create(
     .map(owned)
 }
 
+/// `BPF_LINK_CREATE`: attaches a program to one side of a device (`BPF_TCX_INGRESS`, `BPF_TCX_EGRESS`), before all that
+/// are there. The device is one of the network namespace of the calling thread; zero is none.
+pub(crate) fn tcx_create(program: BorrowedFd<'_>, device: u32, attach_type: bpf_attach_type) -> io::Result<OwnedFd> {
+    bpf(bpf_cmd::BPF_LINK_CREATE, |attr| {
+        attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
+        attr.link_create.__bindgen_anon_2.target_ifindex = device;
+        attr.link_create.attach_type = attach_type as u32;
+        attr.link_create.flags = BPF_F_BEFORE;
+    })
+    .map(owned)
+}
+
 /// `BPF_LINK_UPDATE`: another program at the same hook, with no moment of none.
 pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     bpf(bpf_cmd::BPF_LINK_UPDATE, |attr| {
@@ -118,8 +130,8 @@ pub(crate) struct CgroupLink {
     pub(crate) program: u32,
 }
 
-/// `BPF_OBJ_GET_INFO_BY_FD` of a link of a cgroup program.
-pub(crate) fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
+/// `BPF_OBJ_GET_INFO_BY_FD` of a link.
+fn link_info(link: BorrowedFd<'_>) -> io::Result<bpf_link_info> {
     // SAFETY: plain data, see above.
     let mut info: bpf_link_info = unsafe { zeroed() };
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, |attr| {
@@ -127,9 +139,34 @@ pub(crate) fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
         attr.info.info_len = size_of::<bpf_link_info>() as u32;
         attr.info.info = (&raw mut info) as u64;
     })?;
+    Ok(info)
+}
+
+/// The same, of a link of a cgroup program.
+pub(crate) fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
+    let info = link_info(link)?;
     Ok(CgroupLink {
         // SAFETY: the kernel filled the union as it does for cgroup links; any bytes are a value.
         cgroup: unsafe { info.__bindgen_anon_1.cgroup.cgroup_id },
+        program: info.prog_id,
+    })
+}
+
+/// What a tcx link is attached to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TcxLink {
+    /// Index of the device; zero where it is gone.
+    pub(crate) device: u32,
+    /// Id of the program.
+    pub(crate) program: u32,
+}
+
+/// The same, of a tcx link.
+pub(crate) fn tcx_link(link: BorrowedFd<'_>) -> io::Result<TcxLink> {
+    let info = link_info(link)?;
+    Ok(TcxLink {
+        // SAFETY: the kernel filled the union as it does for tcx links; any bytes are a value.
+        device: unsafe { info.__bindgen_anon_1.tcx.ifindex },
         program: info.prog_id,
     })
 }

@@ -12,11 +12,9 @@ use std::time::Duration;
 use nix::unistd::{SysconfVar, sysconf};
 use tracing::info;
 
+use super::sysctl;
 use crate::model::{Problem, ProblemKind};
 
-/// Where the settings of networking are: in a container the machine's, as the manifest mounts them, since the
-/// container's own /proc/sys is read-only. The network namespace is in either case that of who opens a file.
-const SYSCTLS: [&str; 2] = ["/host/proc/sys/net", "/proc/sys/net"];
 const MAX: &str = "nf_conntrack_max";
 /// Chains of the table.
 const BUCKETS: &str = "nf_conntrack_buckets";
@@ -94,9 +92,7 @@ impl Conntrack {
     pub fn new(settings: &Settings) -> Self {
         let processors = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
         let processors = processors.and_then(|n| u64::try_from(n).ok()).unwrap_or(1);
-        let [mounted, own] = SYSCTLS.map(Path::new);
-        let sysctls = if mounted.is_dir() { mounted } else { own };
-        Self::at(&sysctls.join("netfilter"), settings, processors)
+        Self::at(&sysctl::net().join("netfilter"), settings, processors)
     }
 
     fn at(sysctls: &Path, settings: &Settings, processors: u64) -> Self {

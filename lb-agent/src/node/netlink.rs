@@ -1,12 +1,15 @@
 //! Requests to netlink, and their answers.
 
 use std::io;
+use std::time::Duration;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-    NetlinkSerializable,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_ECHO, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload, NetlinkSerializable,
 };
 use netlink_sys::{Socket, SocketAddr};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike as _};
 
 /// As much as the kernel puts into one datagram of a listing (`netlink_dump`), and more than any other answer.
 const DATAGRAM: usize = 64 * 1024;
@@ -42,14 +45,26 @@ impl Netlink {
     }
 
     /// Asks for a listing and hands over each message of it.
-    pub(super) fn list<M>(&mut self, question: M, mut each: impl FnMut(M)) -> io::Result<Listing>
+    pub(super) fn list<M>(&mut self, question: M, each: impl FnMut(M)) -> io::Result<Listing>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
+    {
+        self.list_as(question, each)
+    }
+
+    /// The same, with answers of another type than the question.
+    pub(super) fn list_as<A>(
+        &mut self,
+        question: impl NetlinkSerializable,
+        mut each: impl FnMut(A),
+    ) -> io::Result<Listing>
+    where
+        A: NetlinkDeserializable,
     {
         self.send(question, NLM_F_REQUEST | NLM_F_DUMP)?;
         let mut listing = Listing::Whole;
         loop {
-            let done = self.receive(|header, payload: NetlinkPayload<M>| {
+            let done = self.receive(|header, payload: NetlinkPayload<A>| {
                 if header.flags & DUMP_INTERRUPTED != 0 {
                     listing = Listing::Interrupted;
                 }
@@ -70,12 +85,41 @@ impl Netlink {
         }
     }
 
+    /// Asks for one thing: the last that is told of it.
+    pub(super) fn ask<A: NetlinkDeserializable>(&mut self, question: impl NetlinkSerializable) -> io::Result<A> {
+        // Some answers are told to who listens only, but for an echo.
+        self.send(question, NLM_F_REQUEST | NLM_F_ACK | NLM_F_ECHO)?;
+        let mut answer = None;
+        loop {
+            let done = self.receive(|_, payload: NetlinkPayload<A>| match payload {
+                NetlinkPayload::InnerMessage(message) => {
+                    answer = Some(message);
+                    Ok(false)
+                }
+                NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
+                NetlinkPayload::Error(_) => Ok(true),
+                _ => Ok(false),
+            })?;
+            if done {
+                return answer.ok_or_else(|| io::ErrorKind::NotFound.into());
+            }
+        }
+    }
+
     /// Asks for something to be done, and waits until it is.
     pub(super) fn order<M>(&mut self, order: M) -> io::Result<()>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
     {
-        self.send(order, NLM_F_REQUEST | NLM_F_ACK)?;
+        self.order_with(order, 0)
+    }
+
+    /// The same, with more flags: `NLM_F_CREATE`, `NLM_F_EXCL`, `NLM_F_REPLACE`.
+    pub(super) fn order_with<M>(&mut self, order: M, flags: u16) -> io::Result<()>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+    {
+        self.send(order, NLM_F_REQUEST | NLM_F_ACK | flags)?;
         loop {
             let done = self.receive(|_, payload: NetlinkPayload<M>| match payload {
                 NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
@@ -127,19 +171,22 @@ impl Netlink {
 pub(super) struct Subscription(Socket);
 
 impl Subscription {
-    /// Subscribes to groups (bits `RTMGRP_*`) of a family.
-    pub(super) fn open(family: isize, groups: u32) -> io::Result<Self> {
+    /// Subscribes to groups (bits `RTMGRP_*`) of a family. Nobody waits longer than `patience`.
+    pub(super) fn open(family: isize, groups: u32, patience: Duration) -> io::Result<Self> {
         let mut socket = Socket::new(family)?;
         socket.bind(&SocketAddr::new(0, groups))?;
+        let patience = TimeVal::milliseconds(patience.as_millis() as i64);
+        setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
         Ok(Self(socket))
     }
 
-    /// Waits until something may have changed, be it told or lost, and takes everything else that was told until then.
+    /// Waits until something may have changed, be it told or lost, or patience is at its end; takes everything else that
+    /// was told until then.
     pub(super) fn wait(&self) -> io::Result<()> {
-        self.take(0)?;
+        let mut flags = 0;
         loop {
-            match self.take(libc::MSG_DONTWAIT) {
-                Ok(()) => {}
+            match self.take(flags) {
+                Ok(()) => flags = libc::MSG_DONTWAIT,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => return Err(error),
             }

@@ -79,6 +79,11 @@ impl Namespaces {
         })
     }
 
+    /// Cookie of the node's.
+    pub(crate) fn own(&self) -> u64 {
+        self.own
+    }
+
     /// Whether processes of other process namespaces can be seen.
     pub(crate) fn sees_all(&self) -> bool {
         self.sees_all

@@ -120,6 +120,8 @@ const _: () = {
 pub mod device_flags {
     /// Packets have no header of the link layer (tun, WireGuard).
     pub const NO_LINK_HEADER: u32 = 1;
+    /// The clsact qdisc is the agent's, which removes it in the end; no concern of programs.
+    pub const OWN_QDISC: u32 = 2;
 }
 
 /// The part of a key of SOURCE_RANGES after its prefix length: whom a load-balancer address serves. The prefix covers

@@ -52,6 +52,11 @@ pub struct State {
     pub more_notices: u32,
     /// 1 where only sockets of the node's namespace are served (`--socket-lb node`), else 0.
     pub node_only: u32,
+    /// 1 where the ports of CONFIG were reserved by the agent, which gives them back in the end; 0 where they were
+    /// before.
+    pub own_ports: u32,
+    /// Zero.
+    pub pad: u32,
     /// Node name, padded with zero bytes.
     pub node: [u8; 256],
     /// Version of the agent, padded with zero bytes.
@@ -59,8 +64,8 @@ pub struct State {
 }
 
 const _: () = {
-    assert!(size_of::<State>() == 344);
-    assert!(offset_of!(State, node) == 56);
+    assert!(size_of::<State>() == 352);
+    assert!(offset_of!(State, node) == 64);
 };
 
 /// Value of NOTICES: a problem, for people.

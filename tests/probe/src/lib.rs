@@ -12,6 +12,12 @@ pub const PROGRAM: &str = "lb_probe";
 /// Name of the map of one [`Tally`] for each CPU.
 pub const TALLY: &str = "TALLY";
 
+/// Name of the program that counts packets.
+pub const COUNTER: &str = "lb_count";
+
+/// Name of the array of one u64 that it counts in.
+pub const COUNT: &str = "COUNT";
+
 /// The "packet" that a run of the program takes: look `key` up, and judge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

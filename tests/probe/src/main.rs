@@ -76,6 +76,20 @@ pub(crate) fn lb_probe(ctx: TcContext) -> i32 {
     TC_ACT_OK
 }
 
+/// How many packets came by.
+#[btf_map]
+static COUNT: Array<u64, 1> = Array::new();
+
+/// Counts a packet and ends the chain, as a program of a network plugin may: for tests that attach it beside lb's.
+#[classifier]
+pub(crate) fn lb_count(_ctx: TcContext) -> i32 {
+    if let Some(count) = COUNT.get_ptr_mut(0) {
+        // SAFETY: the pointer is to a value of the map; that another CPU counts at the same instant does not matter.
+        unsafe { ptr::write_volatile(count, ptr::read_volatile(count) + 1) };
+    }
+    TC_ACT_OK
+}
+
 /// What was read, as far as the lookup came.
 #[derive(Default)]
 struct Trace {

@@ -7,11 +7,13 @@
 
 pub mod objects;
 
+mod counter;
 mod probe;
 mod run;
 mod site;
 mod world;
 
+pub use counter::Counter;
 pub use probe::{Answers, Probe};
 pub use run::{Options, Outcome, Progress, run};
 pub use site::{CAPACITIES, NODE, Site};

@@ -14,7 +14,7 @@ use lb_probe::{PROGRAM, Question, TALLY, Tally, Verdict};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
 /// The kernel program, as the build script made it.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-probe"));
+pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-probe"));
 
 /// One of so many lookups lingers.
 const SELDOM: u32 = 8192;

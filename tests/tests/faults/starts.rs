@@ -31,6 +31,9 @@ const FLAGS: [&str; 12] = [
     "16",
 ];
 
+/// `eth0`, `cni0`, `flannel.1`.
+const DEVICES: usize = 3;
+
 /// Commands of bpf(2) that change what others can see: elements of maps, pins and links. (`bpf_cmd` of the kernel's
 /// header: MAP_UPDATE_ELEM, MAP_DELETE_ELEM, OBJ_PIN, PROG_TEST_RUN, LINK_CREATE, LINK_UPDATE.) Between two of them, or
 /// of the calls that change folders, there is nothing that a death could leave otherwise.
@@ -124,7 +127,15 @@ impl Bed {
             ensure!(attached.cgroup == cgroup, "{name} is attached elsewhere: {attached:?}");
         }
         let links = fs::read_dir(self.pins.links())?.count();
-        ensure!(links == loader::attached(&self.pins)?.len(), "{links} links");
+        // Beside those of the cgroup there are two of each device that is served, but for kernels without tcx.
+        let devices = self.agent.status()?.devices;
+        let served: Vec<_> = devices.iter().filter_map(|device| device.attached.as_deref()).collect();
+        ensure!(served.len() == DEVICES, "{devices:?}");
+        let of_devices = served.iter().filter(|way| **way == "tcx").count() * 2;
+        ensure!(
+            links == loader::attached(&self.pins)?.len() + of_devices,
+            "{links} links"
+        );
         Ok(())
     }
 }

@@ -17,9 +17,9 @@ use crate::privilege::search_path;
 use crate::root;
 
 /// What the bed and the tests call, at its own path; all else is busybox.
-const TOOLS: [&str; 18] = [
+const TOOLS: [&str; 19] = [
     "bpftool", "bridge", "cat", "curl", "dig", "dnsmasq", "getent", "ip", "mount", "nft", "nginx", "setpriv", "sh",
-    "sleep", "ss", "stat", "umount", "unshare",
+    "sleep", "ss", "stat", "tc", "umount", "unshare",
 ];
 
 /// Printers of rules: those that are there.
@@ -31,7 +31,7 @@ const PRINTERS: [&str; 4] = [
 ];
 
 /// Modules that the bed needs.
-const MODULES: [&str; 10] = [
+const MODULES: [&str; 13] = [
     "veth",
     "bridge",
     "vxlan",
@@ -43,6 +43,10 @@ const MODULES: [&str; 10] = [
     // Listing and destroying sockets.
     "tcp_diag",
     "udp_diag",
+    // Programs at devices, and a device without a link layer.
+    "sch_ingress",
+    "cls_bpf",
+    "tun",
 ];
 
 /// Folders and files of this machine that tools read.

@@ -1,0 +1,260 @@
+//! Programs as filters of a clsact qdisc, by netlink: for kernels without tcx.
+//!
+//! Filters of others are never touched, and nothing is read of what they say but where they stand. One is lb's by its
+//! place (priority, protocol and handle) and the name that it has.
+
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+
+use lb_common::abi::program_name;
+use netlink_packet_core::{
+    DecodeError, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NetlinkDeserializable, NetlinkHeader, NlasIterator,
+};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::tc::{
+    TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcHeader, TcMessage, TcOption,
+};
+use netlink_sys::protocols::NETLINK_ROUTE;
+
+use super::netlink::Netlink;
+
+/// The first place of all.
+const PRIORITY: u32 = 1;
+/// `ETH_P_ALL`, in network byte order.
+const EVERY_PROTOCOL: u32 = (libc::ETH_P_ALL as u16).to_be() as u32;
+/// Ours among those of the same priority: "lb".
+const HANDLE: u32 = 0x6c62;
+const CLSACT: &str = "clsact";
+
+/// `TCA_KIND` and `TCA_OPTIONS` (`linux/rtnetlink.h`).
+const TCA_KIND: u16 = 1;
+const TCA_OPTIONS: u16 = 2;
+/// `TCA_BPF_NAME` and `TCA_BPF_ID` (`linux/pkt_cls.h`).
+const TCA_BPF_NAME: u16 = 7;
+const TCA_BPF_ID: u16 = 11;
+
+/// Which packets of a device a program sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// What comes in.
+    Ingress,
+    /// What goes out.
+    Egress,
+}
+
+impl Side {
+    pub(crate) const BOTH: [Self; 2] = [Self::Ingress, Self::Egress];
+
+    fn parent(self) -> TcHandle {
+        let minor = match self {
+            Self::Ingress => TcHandle::MIN_INGRESS,
+            Self::Egress => TcHandle::MIN_EGRESS,
+        };
+        TcHandle {
+            minor,
+            ..TcHandle::CLSACT
+        }
+    }
+}
+
+/// What stands in lb's place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Nothing.
+    Empty,
+    /// A filter of lb's, with the program of this id.
+    Ours(u32),
+    /// Somebody else's.
+    Foreign,
+}
+
+/// The filters of the network namespace in which this was opened.
+pub(crate) struct Filters(Netlink);
+
+impl Filters {
+    /// For the network namespace of the calling thread.
+    pub(crate) fn open() -> io::Result<Self> {
+        Netlink::open(NETLINK_ROUTE).map(Self)
+    }
+
+    /// What stands in lb's place at a side of a device.
+    pub(crate) fn look(&mut self, index: u32, side: Side) -> io::Result<Place> {
+        match self
+            .0
+            .ask::<Told>(RouteNetlinkMessage::GetTrafficFilter(ours(index, side)))
+        {
+            Ok(told) => Ok(told.place()),
+            Err(error) if is_missing(&error) => Ok(Place::Empty),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts a program in lb's place, or in place of the one that is there, in one step. The qdisc must be there.
+    pub(crate) fn put(&mut self, index: u32, side: Side, name: &str, program: BorrowedFd<'_>) -> io::Result<()> {
+        if self.look(index, side)? == Place::Foreign {
+            return Err(io::Error::other(format!(
+                "somebody else has a filter of priority {PRIORITY} with lb's handle there"
+            )));
+        }
+        let mut message = ours(index, side);
+        message.attributes.push(TcAttribute::Options(vec![
+            TcOption::Bpf(TcFilterBpfOption::ProgFd(program.as_raw_fd() as u32)),
+            TcOption::Bpf(TcFilterBpfOption::ProgName(name.to_owned())),
+            TcOption::Bpf(TcFilterBpfOption::Flags(TcBpfFlags::DirectAction)),
+        ]));
+        let order = RouteNetlinkMessage::NewTrafficFilter(message);
+        match self.0.order_with(order, NLM_F_CREATE | NLM_F_REPLACE) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(io::Error::other(format!(
+                "{error} (a filter of another kind may have priority {PRIORITY} there)"
+            ))),
+            result => result,
+        }
+    }
+
+    /// Removes lb's filter; false where there is none.
+    pub(crate) fn remove(&mut self, index: u32, side: Side) -> io::Result<bool> {
+        let Place::Ours(_) = self.look(index, side)? else {
+            return Ok(false);
+        };
+        match self.0.order(RouteNetlinkMessage::DelTrafficFilter(ours(index, side))) {
+            Ok(()) => Ok(true),
+            Err(error) if is_missing(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Sees to it that a device has a clsact qdisc; true where it was made for that.
+    pub(crate) fn add_qdisc(&mut self, index: u32) -> io::Result<bool> {
+        let order = RouteNetlinkMessage::NewQueueDiscipline(clsact(index));
+        match self.0.order_with(order, NLM_F_CREATE | NLM_F_EXCL) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                let told: Told = self.0.ask(RouteNetlinkMessage::GetQueueDiscipline(clsact(index)))?;
+                if told.kind != CLSACT {
+                    return Err(io::Error::other(format!(
+                        "somebody else has a qdisc {:?} there, which leaves no room for clsact",
+                        told.kind
+                    )));
+                }
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Removes the clsact qdisc of a device where no filter is left, of whomever.
+    pub(crate) fn remove_qdisc(&mut self, index: u32) -> io::Result<()> {
+        for side in Side::BOTH {
+            let mut question = TcMessage::default();
+            question.header.index = index as i32;
+            question.header.parent = side.parent();
+            let mut is_empty = true;
+            self.0
+                .list_as(RouteNetlinkMessage::GetTrafficFilter(question), |_: Told| {
+                    is_empty = false
+                })?;
+            if !is_empty {
+                return Ok(());
+            }
+        }
+        match self.0.order(RouteNetlinkMessage::DelQueueDiscipline(clsact(index))) {
+            Err(error) if !is_missing(&error) => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether there is no such filter, qdisc, or device (any more).
+fn is_missing(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENODEV))
+}
+
+/// Lb's place at a side of a device.
+fn ours(index: u32, side: Side) -> TcMessage {
+    let mut message = TcMessage::default();
+    message.header = TcHeader {
+        index: index as i32,
+        handle: HANDLE.into(),
+        parent: side.parent(),
+        info: PRIORITY << 16 | EVERY_PROTOCOL,
+        ..TcHeader::default()
+    };
+    message.attributes.push(TcAttribute::Kind(TcFilterBpf::KIND.to_owned()));
+    message
+}
+
+/// The qdisc of a device that has filters at both sides.
+fn clsact(index: u32) -> TcMessage {
+    let mut message = TcMessage::default();
+    message.header = TcHeader {
+        index: index as i32,
+        handle: TcHandle {
+            minor: 0,
+            ..TcHandle::CLSACT
+        },
+        parent: TcHandle::CLSACT,
+        ..TcHeader::default()
+    };
+    message.attributes.push(TcAttribute::Kind(CLSACT.to_owned()));
+    message
+}
+
+/// What the kernel says of a filter or qdisc, as far as lb wants to know: others may say things that nobody here
+/// understands.
+#[derive(Debug, Default)]
+struct Told {
+    kind: String,
+    name: String,
+    program: u32,
+}
+
+impl Told {
+    fn place(&self) -> Place {
+        let names = [
+            program_name::INGRESS,
+            program_name::EGRESS,
+            program_name::INGRESS_L3,
+            program_name::EGRESS_L3,
+        ];
+        if self.kind == TcFilterBpf::KIND && names.contains(&self.name.as_str()) {
+            Place::Ours(self.program)
+        } else {
+            Place::Foreign
+        }
+    }
+}
+
+impl NetlinkDeserializable for Told {
+    type Error = DecodeError;
+
+    fn deserialize(_: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
+        /// `struct tcmsg`.
+        const HEADER: usize = 20;
+        let text = |bytes: &[u8]| {
+            let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+            String::from_utf8_lossy(text).into_owned()
+        };
+        let mut told = Self::default();
+        for attribute in NlasIterator::new(payload.get(HEADER..).unwrap_or_default()) {
+            let attribute = attribute?;
+            match attribute.kind() {
+                TCA_KIND => told.kind = text(attribute.value()),
+                TCA_OPTIONS if told.kind == TcFilterBpf::KIND => {
+                    for option in NlasIterator::new(attribute.value()) {
+                        let option = option?;
+                        match option.kind() {
+                            TCA_BPF_NAME => told.name = text(option.value()),
+                            TCA_BPF_ID => {
+                                let id = option.value().try_into().unwrap_or_default();
+                                told.program = u32::from_ne_bytes(id);
+                            }
+                            _ => {}
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(told)
+    }
+}

@@ -1,0 +1,420 @@
+//! The node's network devices, their addresses and the way out, followed as they come and go.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::thread;
+use std::time::Duration;
+
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
+use netlink_packet_route::link::{
+    InfoKind, InfoPortKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
+};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::protocols::NETLINK_ROUTE;
+use tokio::sync::watch;
+use tracing::warn;
+
+use super::netlink::{Listing, Netlink, Subscription};
+
+/// Time for the rest of a burst of changes to come.
+const BURST: Duration = Duration::from_millis(20);
+/// Time until the kernel is asked again after it failed to answer.
+const AGAIN: Duration = Duration::from_secs(1);
+/// Time between two looks where nothing was told: of routes, little is.
+const LOOK: Duration = Duration::from_secs(10);
+/// How often a listing is begun anew because of changes.
+const TRIES: usize = 10;
+
+/// An address on its device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Address {
+    pub(super) ip: IpAddr,
+    /// Others can be sent packets from it: it is not local to the link or the host, not deprecated, and known to be
+    /// nobody else's.
+    pub(super) is_global: bool,
+    /// One of several of a network, or one that is temporary.
+    pub(super) is_secondary: bool,
+}
+
+/// A network device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Link {
+    pub(super) name: String,
+    pub(super) kind: Kind,
+    /// Packets have a header of the link layer, as on Ethernet.
+    pub(super) has_link_header: bool,
+    /// What comes in by it goes on as if it had come in by another device: a bridge, bond or team that it is a port of.
+    pub(super) is_port: bool,
+    /// In the kernel's order.
+    pub(super) addresses: Vec<Address>,
+}
+
+/// What kind of device one is, as far as that matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Loopback,
+    /// Nothing comes in by it: addresses stand there (`kube-ipvs0`).
+    Dummy,
+    Other,
+}
+
+/// The devices, addresses and default routes of this node.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Snapshot {
+    /// Devices by their index.
+    pub(super) links: BTreeMap<u32, Link>,
+    /// Devices that the default routes of a family (true: IPv6) lead to; not looked at without need.
+    pub(super) defaults: BTreeSet<(bool, u32)>,
+    /// The device by which packets of a family leave for elsewhere.
+    pub(super) way_out: BTreeMap<bool, u32>,
+}
+
+impl Snapshot {
+    /// What the kernel says now, in the network namespace of the calling thread; default routes only if wanted.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn take(routes: bool) -> io::Result<Self> {
+        for _ in 0..TRIES {
+            if let Some(snapshot) = Self::try_take(routes)? {
+                return Ok(snapshot);
+            }
+        }
+        Err(io::Error::other("devices change faster than they can be listed"))
+    }
+
+    /// `None` where something changed meanwhile.
+    fn try_take(routes: bool) -> io::Result<Option<Self>> {
+        let mut netlink = Netlink::open(NETLINK_ROUTE)?;
+        let mut snapshot = Self::default();
+        let mut whole = netlink.list(RouteNetlinkMessage::GetLink(LinkMessage::default()), |message| {
+            if let RouteNetlinkMessage::NewLink(message) = message {
+                let index = message.header.index;
+                snapshot.links.extend(link(message).map(|link| (index, link)));
+            }
+        })? == Listing::Whole;
+        whole &= netlink.list(RouteNetlinkMessage::GetAddress(AddressMessage::default()), |message| {
+            if let RouteNetlinkMessage::NewAddress(message) = message
+                && let Some(link) = snapshot.links.get_mut(&message.header.index)
+            {
+                link.addresses.extend(address(&message));
+            }
+        })? == Listing::Whole;
+        for v6 in [false, true] {
+            snapshot
+                .way_out
+                .extend(way_out(&mut netlink, v6)?.map(|index| (v6, index)));
+        }
+        if !routes {
+            return Ok(whole.then_some(snapshot));
+        }
+        whole &= netlink.list(RouteNetlinkMessage::GetRoute(RouteMessage::default()), |message| {
+            if let RouteNetlinkMessage::NewRoute(route) = message {
+                let v6 = route.header.address_family == AddressFamily::Inet6;
+                let devices = default_devices(&route).into_iter();
+                snapshot.defaults.extend(devices.map(|index| (v6, index)));
+            }
+        })? == Listing::Whole;
+        Ok(whole.then_some(snapshot))
+    }
+}
+
+/// What a listing says of a device; `None` where it has no name.
+fn link(message: LinkMessage) -> Option<Link> {
+    let header = message.header;
+    let mut name = None;
+    let mut kind = if header.flags.contains(LinkFlags::Loopback) {
+        Kind::Loopback
+    } else {
+        Kind::Other
+    };
+    let mut is_port = false;
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(text) => name = Some(text),
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    match info {
+                        LinkInfo::Kind(InfoKind::Dummy) => kind = Kind::Dummy,
+                        LinkInfo::PortKind(of) => {
+                            is_port = matches!(of, InfoPortKind::Bridge | InfoPortKind::Bond | InfoPortKind::Team);
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Some(Link {
+        name: name?,
+        kind,
+        has_link_header: header.link_layer_type == LinkLayerType::Ether,
+        is_port,
+        addresses: Vec::new(),
+    })
+}
+
+/// The node's side of an address; `None` for one that another machine has too.
+fn address(message: &AddressMessage) -> Option<Address> {
+    let header = &message.header;
+    if header.flags.contains(AddressHeaderFlags::Dadfailed) {
+        return None;
+    }
+    let find = |pick: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(pick);
+    // Where both are there, the device is a point-to-point one and IFA_ADDRESS is the other side.
+    let local = find(|a| match a {
+        AddressAttribute::Local(ip) => Some(*ip),
+        _ => None,
+    });
+    let ip = local.or_else(|| {
+        find(|a| match a {
+            AddressAttribute::Address(ip) => Some(*ip),
+            _ => None,
+        })
+    })?;
+    let is_near = match ip {
+        IpAddr::V4(ip) => ip.is_link_local() || ip.is_loopback(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local() || ip.is_loopback(),
+    };
+    let unsure = AddressHeaderFlags::Tentative | AddressHeaderFlags::Deprecated;
+    let is_far = matches!(
+        header.scope,
+        AddressScope::Universe | AddressScope::Site | AddressScope::Other(_)
+    );
+    Some(Address {
+        ip,
+        is_global: is_far && !is_near && !header.flags.intersects(unsure),
+        is_secondary: header.flags.contains(AddressHeaderFlags::Secondary),
+    })
+}
+
+/// By which device a packet to somewhere far away leaves. The address is one that nobody has (RFC 5737, RFC 3849):
+/// one look-up says what a listing of all routes, which may be very many, would say.
+fn way_out(netlink: &mut Netlink, v6: bool) -> io::Result<Option<u32>> {
+    const FAR: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+    const FAR6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+    let (family, length, far) = if v6 {
+        (AddressFamily::Inet6, 128, RouteAddress::Inet6(FAR6))
+    } else {
+        (AddressFamily::Inet, 32, RouteAddress::Inet(FAR))
+    };
+    let mut question = RouteMessage::default();
+    question.header.address_family = family;
+    question.header.destination_prefix_length = length;
+    question.attributes.push(RouteAttribute::Destination(far));
+    match netlink.ask(RouteNetlinkMessage::GetRoute(question)) {
+        Ok(RouteNetlinkMessage::NewRoute(route)) => Ok(route.attributes.iter().find_map(|attribute| match attribute {
+            RouteAttribute::Oif(index) => Some(*index),
+            _ => None,
+        })),
+        Ok(_) => Ok(None),
+        Err(error) => match error.raw_os_error() {
+            // No route, one that says no, or no such family.
+            Some(
+                libc::ENETUNREACH
+                | libc::EHOSTUNREACH
+                | libc::EACCES
+                | libc::EINVAL
+                | libc::EAFNOSUPPORT
+                | libc::EOPNOTSUPP
+                | libc::ENETDOWN,
+            ) => Ok(None),
+            _ => Err(error),
+        },
+    }
+}
+
+/// Indexes of the devices that a route leads to, if it is a default route of the main table.
+fn default_devices(route: &RouteMessage) -> Vec<u32> {
+    let header = &route.header;
+    let is_default = header.destination_prefix_length == 0
+        && header.table == RouteHeader::RT_TABLE_MAIN
+        && header.kind == RouteType::Unicast;
+    if !is_default {
+        return Vec::new();
+    }
+    let devices = route.attributes.iter().flat_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => vec![*index],
+        RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
+        _ => Vec::new(),
+    });
+    devices.collect()
+}
+
+/// Follows the devices of the network namespace of the calling thread on a thread of its own, and default routes if
+/// wanted (a node may have very many routes). What there is when this returns is there already.
+///
+/// # Errors
+/// Where the kernel cannot be asked.
+pub fn follow(routes: bool) -> io::Result<watch::Receiver<Snapshot>> {
+    const ADDRESSES: i32 = libc::RTMGRP_LINK | libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR;
+    const ROUTES: i32 = libc::RTMGRP_IPV4_ROUTE | libc::RTMGRP_IPV6_ROUTE;
+    let groups = if routes { ADDRESSES | ROUTES } else { ADDRESSES };
+    // First, so that no change falls in between.
+    let subscription = Subscription::open(NETLINK_ROUTE, groups as u32, LOOK)?;
+    let (told, snapshots) = watch::channel(Snapshot::take(routes)?);
+    thread::Builder::new().name("lb-devices".into()).spawn(move || {
+        while !told.is_closed() {
+            // Waits for a change; a failure is no reason not to look.
+            if let Err(error) = subscription.wait() {
+                warn!(%error, "changes of devices and addresses may be seen late");
+                thread::sleep(AGAIN);
+            }
+            thread::sleep(BURST);
+            let snapshot = loop {
+                match Snapshot::take(routes) {
+                    Ok(snapshot) => break snapshot,
+                    Err(error) => warn!(%error, "cannot list the node's devices; trying again"),
+                }
+                thread::sleep(AGAIN);
+            };
+            told.send_if_modified(|known| {
+                let news = *known != snapshot;
+                *known = snapshot;
+                news
+            });
+        }
+    })?;
+    Ok(snapshots)
+}
+
+#[cfg(test)]
+impl Snapshot {
+    /// Devices with the indexes 1, 2 and so on: names, and addresses as the kernel would judge them.
+    pub(super) fn of(devices: &[(&str, &[&str])]) -> Self {
+        let links = (1..).zip(devices).map(|(index, (name, addresses))| {
+            let addresses = addresses.iter().map(|text| {
+                let ip: IpAddr = text.parse().unwrap();
+                let mut message = AddressMessage::default();
+                message.attributes.push(AddressAttribute::Address(ip));
+                address(&message).unwrap()
+            });
+            let link = Link {
+                name: (*name).to_owned(),
+                kind: if *name == "lo" { Kind::Loopback } else { Kind::Other },
+                has_link_header: true,
+                is_port: false,
+                addresses: addresses.collect(),
+            };
+            (index, link)
+        });
+        Self {
+            links: links.collect(),
+            ..Self::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bits of `ifa_flags` (`linux/if_addr.h`).
+    const SECONDARY: u8 = 0x01;
+    const DADFAILED: u8 = 0x08;
+    const DEPRECATED: u8 = 0x20;
+    const TENTATIVE: u8 = 0x40;
+
+    #[test]
+    fn what_an_address_is_good_for() {
+        // (address, its peer, flags, scope) and (address, global, secondary).
+        type Told = (&'static str, Option<&'static str>, u8, AddressScope);
+        let cases: [(Told, Option<(&str, bool, bool)>); 11] = [
+            (
+                ("192.0.2.1", None, 0, AddressScope::Universe),
+                Some(("192.0.2.1", true, false)),
+            ),
+            (
+                ("192.0.2.1", Some("192.0.2.2"), 0, AddressScope::Universe),
+                Some(("192.0.2.1", true, false)),
+            ),
+            (
+                ("192.0.2.1", None, SECONDARY, AddressScope::Universe),
+                Some(("192.0.2.1", true, true)),
+            ),
+            (
+                ("192.0.2.1", None, 0, AddressScope::Link),
+                Some(("192.0.2.1", false, false)),
+            ),
+            (
+                ("127.0.0.1", None, 0, AddressScope::Host),
+                Some(("127.0.0.1", false, false)),
+            ),
+            (
+                ("169.254.0.1", None, 0, AddressScope::Universe),
+                Some(("169.254.0.1", false, false)),
+            ),
+            (
+                ("fd00::1", None, 0, AddressScope::Universe),
+                Some(("fd00::1", true, false)),
+            ),
+            (
+                ("fe80::1", None, 0, AddressScope::Link),
+                Some(("fe80::1", false, false)),
+            ),
+            (
+                ("fd00::1", None, TENTATIVE, AddressScope::Universe),
+                Some(("fd00::1", false, false)),
+            ),
+            (
+                ("fd00::1", None, DEPRECATED, AddressScope::Universe),
+                Some(("fd00::1", false, false)),
+            ),
+            (("fd00::1", None, DADFAILED, AddressScope::Universe), None),
+        ];
+        for ((ip, peer, flags, scope), expected) in cases {
+            let mut message = AddressMessage::default();
+            message.header.flags = AddressHeaderFlags::from_bits_retain(flags);
+            message.header.scope = scope;
+            let own: IpAddr = ip.parse().unwrap();
+            message.attributes = match peer {
+                Some(peer) => vec![
+                    AddressAttribute::Address(peer.parse().unwrap()),
+                    AddressAttribute::Local(own),
+                ],
+                None => vec![AddressAttribute::Address(own)],
+            };
+            let is = address(&message).map(|a| (a.ip.to_string(), a.is_global, a.is_secondary));
+            let expected = expected.map(|(ip, global, secondary)| (ip.to_owned(), global, secondary));
+            assert_eq!(is, expected, "{ip} {flags:#x} {scope:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_device_is() {
+        let message = |flags: LinkFlags, layer: LinkLayerType, infos: Vec<LinkInfo>| {
+            let mut message = LinkMessage::default();
+            message.header.flags = flags;
+            message.header.link_layer_type = layer;
+            message.attributes = vec![LinkAttribute::IfName("x".to_owned()), LinkAttribute::LinkInfo(infos)];
+            let link = link(message).unwrap();
+            (link.kind, link.has_link_header, link.is_port)
+        };
+        let none = LinkFlags::empty();
+        let ether = LinkLayerType::Ether;
+        let port = |kind| vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::PortKind(kind)];
+        let is = message(LinkFlags::Loopback, LinkLayerType::Loopback, vec![]);
+        assert_eq!(is, (Kind::Loopback, false, false));
+        assert_eq!(message(none, ether, vec![]), (Kind::Other, true, false));
+        let dummy = vec![LinkInfo::Kind(InfoKind::Dummy)];
+        assert_eq!(message(none, ether, dummy), (Kind::Dummy, true, false));
+        let wireguard = vec![LinkInfo::Kind(InfoKind::Wireguard)];
+        assert_eq!(
+            message(none, LinkLayerType::None, wireguard),
+            (Kind::Other, false, false)
+        );
+        for (kind, is_port) in [
+            (InfoPortKind::Bridge, true),
+            (InfoPortKind::Bond, true),
+            (InfoPortKind::Team, true),
+            (InfoPortKind::Vrf, false),
+            (InfoPortKind::Other("openvswitch".to_owned()), false),
+        ] {
+            assert_eq!(message(none, ether, port(kind)), (Kind::Other, true, is_port));
+        }
+        assert!(link(LinkMessage::default()).is_none(), "no name");
+    }
+}

@@ -1,0 +1,301 @@
+//! The ports that packets to other nodes are given for a source: kept from the node's own sockets.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use super::sysctl;
+
+const RESERVED: &str = "ipv4/ip_local_reserved_ports";
+const LOCAL: &str = "ipv4/ip_local_port_range";
+
+/// Node ports, as API servers hand them out by default.
+const NODE_PORTS: PortRange = PortRange {
+    first: 30000,
+    last: 32767,
+};
+
+/// Ports from the first to the last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PortRange {
+    /// The first, not zero.
+    pub first: u16,
+    /// The last.
+    pub last: u16,
+}
+
+/// What is no range, or not one for this.
+#[derive(Debug, thiserror::Error)]
+pub enum NoRange {
+    /// Not of the form.
+    #[error("not of the form FIRST-LAST, such as {0}")]
+    Form(PortRange),
+    /// Where node ports are.
+    #[error("overlaps the node ports {NODE_PORTS}")]
+    NodePorts,
+}
+
+/// Above those that sockets get by default.
+impl Default for PortRange {
+    fn default() -> Self {
+        Self {
+            first: 61000,
+            last: u16::MAX,
+        }
+    }
+}
+
+impl FromStr for PortRange {
+    type Err = NoRange;
+
+    fn from_str(text: &str) -> Result<Self, NoRange> {
+        let range = Self::parse(text, '-').filter(|range| range.first != 0);
+        let range = range.ok_or(NoRange::Form(Self::default()))?;
+        if range.overlaps(NODE_PORTS) {
+            return Err(NoRange::NodePorts);
+        }
+        Ok(range)
+    }
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.first, self.last)
+    }
+}
+
+impl PortRange {
+    fn parse(text: &str, between: char) -> Option<Self> {
+        let (first, last) = text.split_once(between)?;
+        let range = Self {
+            first: first.trim().parse().ok()?,
+            last: last.trim().parse().ok()?,
+        };
+        (range.first <= range.last).then_some(range)
+    }
+
+    fn overlaps(self, other: Self) -> bool {
+        self.first <= other.last && other.first <= self.last
+    }
+}
+
+/// A set of ports, as the kernel writes it: `80,443,61000-65535`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Ports(Vec<bool>);
+
+impl Ports {
+    fn parse(text: &str) -> Option<Self> {
+        let mut ports = Self(vec![false; 1 << 16]);
+        for word in text.trim().split(',').filter(|word| !word.is_empty()) {
+            let range = match word.parse() {
+                Ok(port) => PortRange {
+                    first: port,
+                    last: port,
+                },
+                Err(_) => PortRange::parse(word, '-')?,
+            };
+            ports.set(range, true);
+        }
+        Some(ports)
+    }
+
+    fn set(&mut self, range: PortRange, to: bool) {
+        self.0[range.first.into()..=range.last.into()].fill(to);
+    }
+
+    fn has_all(&self, range: PortRange) -> bool {
+        !self.0[range.first.into()..=range.last.into()].contains(&false)
+    }
+}
+
+impl fmt::Display for Ports {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut at = 0;
+        let mut comma = "";
+        for run in self.0.chunk_by(PartialEq::eq) {
+            let last = at + run.len() - 1;
+            if run[0] {
+                write!(f, "{comma}{at}")?;
+                if last > at {
+                    write!(f, "-{last}")?;
+                }
+                comma = ",";
+            }
+            at = last + 1;
+        }
+        Ok(())
+    }
+}
+
+/// Which ports are kept from sockets that ask for any, in a network namespace.
+#[derive(Debug)]
+pub struct ReservedPorts {
+    sysctls: PathBuf,
+}
+
+impl ReservedPorts {
+    /// Those of the network namespace that the calling thread is in whenever this is used.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::at(&sysctl::net())
+    }
+
+    fn at(sysctls: &Path) -> Self {
+        Self {
+            sysctls: sysctls.to_owned(),
+        }
+    }
+
+    /// Adds a range to those that others have reserved, and takes `old` out. False where all of it was there.
+    ///
+    /// # Errors
+    /// The system call's, or where the kernel says what nobody understands.
+    pub fn reserve(&self, range: PortRange, old: Option<PortRange>) -> io::Result<bool> {
+        let there = self.read()?;
+        let mut ports = there.clone();
+        if let Some(old) = old {
+            ports.set(old, false);
+        }
+        let is_new = !ports.has_all(range);
+        ports.set(range, true);
+        self.write(&there, &ports)?;
+        Ok(is_new)
+    }
+
+    /// Takes a range out again.
+    ///
+    /// # Errors
+    /// As [`Self::reserve`].
+    pub fn release(&self, range: PortRange) -> io::Result<()> {
+        let there = self.read()?;
+        let mut ports = there.clone();
+        ports.set(range, false);
+        self.write(&there, &ports)
+    }
+
+    /// Whether sockets that ask for any port get none of a range, reserved or not.
+    ///
+    /// # Errors
+    /// As [`Self::reserve`].
+    pub fn is_beyond_local(&self, range: PortRange) -> io::Result<bool> {
+        let text = fs::read_to_string(self.sysctls.join(LOCAL))?;
+        let local = PortRange::parse(text.trim(), '\t').ok_or_else(|| unknown(&text))?;
+        Ok(!local.overlaps(range))
+    }
+
+    fn read(&self) -> io::Result<Ports> {
+        let text = fs::read_to_string(self.sysctls.join(RESERVED))?;
+        Ports::parse(&text).ok_or_else(|| unknown(&text))
+    }
+
+    fn write(&self, there: &Ports, ports: &Ports) -> io::Result<()> {
+        if ports == there {
+            return Ok(());
+        }
+        // An empty line empties the list.
+        fs::write(self.sysctls.join(RESERVED), format!("{ports}\n"))
+    }
+}
+
+impl Default for ReservedPorts {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn unknown(text: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("no ports: {text:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(first: u16, last: u16) -> PortRange {
+        PortRange { first, last }
+    }
+
+    #[test]
+    fn a_range_is_two_ports_that_are_no_node_ports() {
+        let parse = |text: &str| text.parse::<PortRange>().ok();
+        assert_eq!(parse("61000-65535"), Some(range(61000, 65535)));
+        assert_eq!(parse("1-29999"), Some(range(1, 29999)));
+        assert_eq!(parse("32768-32768"), Some(range(32768, 32768)));
+        for text in [
+            "",
+            "-",
+            "61000",
+            "61000-",
+            "0-10",
+            "10-9",
+            "1-65536",
+            "a-b",
+            "29000-30000",
+            "32767-40000",
+            "1-65535",
+            "30001-30002",
+        ] {
+            assert_eq!(parse(text), None, "{text}");
+        }
+        assert_eq!(parse(&PortRange::default().to_string()), Some(PortRange::default()));
+    }
+
+    #[test]
+    fn sets_of_ports_as_the_kernel_writes_them() {
+        for text in [
+            "",
+            "80",
+            "80,443",
+            "0-65535",
+            "1-2,4,6-7",
+            "61000-65535",
+            "80,61000-65535",
+        ] {
+            assert_eq!(Ports::parse(text).unwrap().to_string(), text);
+        }
+        assert_eq!(Ports::parse("443,80,81\n").unwrap().to_string(), "80-81,443");
+        for text in ["x", "80-", "65536", "9-8"] {
+            assert_eq!(Ports::parse(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_others_have_reserved_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("ipv4")).unwrap();
+        let file = folder.path().join(RESERVED);
+        let reserved = ReservedPorts::at(folder.path());
+        let says = || fs::read_to_string(&file).unwrap().trim().to_owned();
+        assert!(reserved.reserve(range(1, 2), None).is_err(), "no such setting");
+        fs::write(&file, "8080,9148\n").unwrap();
+        assert!(reserved.reserve(range(61000, 65535), None).unwrap());
+        assert_eq!(says(), "8080,9148,61000-65535");
+        assert!(!reserved.reserve(range(61000, 65535), None).unwrap(), "there already");
+        // Another range in place of ours.
+        assert!(
+            reserved
+                .reserve(range(60000, 62000), Some(range(61000, 65535)))
+                .unwrap()
+        );
+        assert_eq!(says(), "8080,9148,60000-62000");
+        reserved.release(range(60000, 62000)).unwrap();
+        assert_eq!(says(), "8080,9148");
+        fs::write(&file, "80\n").unwrap();
+        reserved.release(range(80, 80)).unwrap();
+        assert_eq!(says(), "");
+    }
+
+    #[test]
+    fn what_sockets_get_is_known() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("ipv4")).unwrap();
+        fs::write(folder.path().join(LOCAL), "32768\t60999\n").unwrap();
+        let reserved = ReservedPorts::at(folder.path());
+        assert!(reserved.is_beyond_local(range(61000, 65535)).unwrap());
+        assert!(reserved.is_beyond_local(range(1, 32767)).unwrap());
+        assert!(!reserved.is_beyond_local(range(60999, 65535)).unwrap());
+        assert!(!reserved.is_beyond_local(range(1, 65535)).unwrap());
+    }
+}

@@ -1,0 +1,76 @@
+//! A program of somebody else's at a network device, which counts packets.
+
+use anyhow::{Context as _, Result};
+use aya::maps::{Array, MapData};
+use aya::programs::tc::{NlOptions, TcAttachOptions};
+use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
+use aya::{Ebpf, EbpfLoader};
+use lb_common::abi::map_name;
+use lb_probe::{COUNT, COUNTER};
+
+use crate::probe::OBJECT;
+
+/// The loaded program. It is taken from its devices when this is dropped.
+pub struct Counter {
+    programs: Ebpf,
+    count: Array<MapData, u64>,
+}
+
+impl Counter {
+    /// Loads it.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn load() -> Result<Self> {
+        let mut loader = EbpfLoader::new();
+        // Those of the other program in the object.
+        for name in [
+            map_name::FRONTENDS,
+            map_name::SERVICES,
+            map_name::BACKEND_SLOTS,
+            map_name::BACKENDS,
+        ] {
+            loader.map_max_entries(name, 1);
+        }
+        let mut programs = loader.load(OBJECT).context("loading the counter")?;
+        let count = programs.take_map(COUNT).context("the object has no such map")?;
+        let mut counter = Self {
+            programs,
+            count: count.try_into()?,
+        };
+        counter.program()?.load().context("loading the counter")?;
+        Ok(counter)
+    }
+
+    fn program(&mut self) -> Result<&mut SchedClassifier> {
+        let program = self.programs.program_mut(COUNTER);
+        Ok(program.context("the object has no such program")?.try_into()?)
+    }
+
+    /// Attaches it behind all others to what comes in by a device of the calling thread's network namespace: by tcx, or
+    /// by a filter of a priority in a clsact qdisc that is there.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn attach(&mut self, device: &str, priority: Option<u16>) -> Result<()> {
+        let options = match priority {
+            None => TcAttachOptions::TcxOrder(LinkOrder::last()),
+            Some(priority) => TcAttachOptions::Netlink(NlOptions {
+                priority,
+                ..NlOptions::default()
+            }),
+        };
+        let attached = self
+            .program()?
+            .attach_with_options(device, TcAttachType::Ingress, options);
+        attached.context("attaching the counter").map(drop)
+    }
+
+    /// How many packets came by.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn count(&self) -> Result<u64> {
+        self.count.get(&0, 0).context("reading the counter")
+    }
+}

@@ -1,0 +1,679 @@
+//! Programs at the node's devices: where they are, how they come and go, and who else is there.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use aya::programs::tc::qdisc_add_clsact;
+use aya::programs::{SchedClassifier, TcAttachType, loaded_links};
+use lb_common::abi::VERSION;
+use lb_stress::Counter;
+use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::{Cluster, DeviceStatus, Node, Running, patience};
+use serde_json::Value;
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+
+/// How programs are attached: what the kernel would have, and what kernels before 6.6 have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Native,
+    Clsact,
+}
+
+impl Way {
+    const BOTH: [Self; 2] = [Self::Native, Self::Clsact];
+
+    fn flags(self) -> &'static [&'static str] {
+        match self {
+            Self::Native => &[],
+            Self::Clsact => &["--no-tcx"],
+        }
+    }
+
+    /// What `status` calls it.
+    fn name(self) -> Result<&'static str> {
+        Ok(match self {
+            Self::Native if has_tcx()? => "tcx",
+            _ => "clsact",
+        })
+    }
+}
+
+/// Whether the kernel has tcx, by its version.
+fn has_tcx() -> Result<bool> {
+    let text = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let mut numbers = text.split('.').map_while(|word| word.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    ensure!(version > (1, 0), "{text}");
+    Ok(version >= (6, 6))
+}
+
+/// Ids of programs by their names.
+type Programs = BTreeMap<String, u32>;
+
+/// The programs at the sides of a device, as the kernel tells: by links, and by filters. What is there twice counts as an
+/// error.
+fn at(node: &Node, device: &str) -> Result<[Programs; 2]> {
+    let mut at = [Programs::new(), Programs::new()];
+    let sides = [(TcAttachType::Ingress, "ingress"), (TcAttachType::Egress, "egress")];
+    for (programs, (side, word)) in at.iter_mut().zip(sides) {
+        if has_tcx()? {
+            let (_, links) = node.within(|| SchedClassifier::query_tcx(device, side))??;
+            for link in links {
+                let name = format!("tcx {}", link.name_as_str().unwrap_or("?"));
+                ensure!(programs.insert(name, link.id()).is_none(), "twice at {device}");
+            }
+        }
+        let text = node.run("tc", &["-j", "filter", "show", "dev", device, word])?;
+        let filters: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+        for filter in filters.as_array().context("no list")? {
+            let options = &filter["options"];
+            // The kernel tells of the place, then of what stands there.
+            let Some(id) = options["prog"]["id"].as_u64() else {
+                continue;
+            };
+            let name = options["bpf_name"].as_str().unwrap_or("?");
+            let name = format!("clsact {}", name.split('.').next().unwrap_or("?"));
+            ensure!(programs.insert(name, id as u32).is_none(), "twice at {device}: {text}");
+        }
+    }
+    Ok(at)
+}
+
+fn names(programs: &Programs) -> Vec<&str> {
+    programs.keys().map(String::as_str).collect()
+}
+
+/// Fails unless both programs of lb are at a device, and nothing else.
+fn ensure_served(node: &Node, device: &str, way: &str) -> Result<[u32; 2]> {
+    let at = at(node, device)?;
+    let [ingress, egress] = at.each_ref().map(names);
+    let is = (ingress.as_slice(), egress.as_slice());
+    let names = ["lb_ingress", "lb_egress"].map(|name| format!("{way} {name}"));
+    ensure!(is == (&[&*names[0]], &[&*names[1]]), "{device}: {is:?}");
+    Ok([at[0][&names[0]], at[1][&names[1]]])
+}
+
+/// Fails if anything is at a device.
+fn ensure_bare(node: &Node, device: &str) -> Result<()> {
+    let at = at(node, device)?;
+    ensure!(at.iter().all(Programs::is_empty), "{device}: {at:?}");
+    Ok(())
+}
+
+fn eventually<T>(what: &str, check: impl Fn() -> Result<T>) -> Result<T> {
+    let deadline = Instant::now() + patience(Duration::from_secs(20));
+    loop {
+        match check() {
+            Ok(value) => return Ok(value),
+            Err(error) => ensure!(Instant::now() < deadline, "{what}: {error:#}"),
+        }
+        sleep(Duration::from_millis(50));
+    }
+}
+
+/// Index of a device.
+fn index(node: &Node, device: &str) -> Result<u32> {
+    let text = node.ip(&format!("-oneline link show dev {device}"))?;
+    let index = text.split(':').next().unwrap_or_default();
+    index.parse().with_context(|| text.clone())
+}
+
+struct Setup {
+    agent: Running,
+    way: &'static str,
+    cluster: Cluster,
+}
+
+impl Setup {
+    fn new(way: Way, flags: &[&str]) -> Result<Self> {
+        Self::with(way, flags, |_| Ok(()))
+    }
+
+    /// A node with a pod, and an agent that finds what `before` has done to it.
+    fn with(way: Way, flags: &[&str], before: impl FnOnce(&Node) -> Result<()>) -> Result<Self> {
+        let cluster = Cluster::builder().nodes(1).client(true).build()?;
+        cluster.add_pod("n1", "pod")?;
+        before(cluster.node("n1"))?;
+        let manifests = Manifests::new(&cluster)?;
+        let pod: IpAddr = "10.10.1.2".parse()?;
+        let text = service("web", "10.96.0.20", &[Port::tcp("web", 80).on_nodes(30080)], "")
+            + &slice("web", Port::tcp("web", 8080), &[(pod, "n1")]);
+        manifests.write("web.yaml", &text)?;
+        let flags: Vec<_> = way.flags().iter().chain(flags).copied().collect();
+        let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &flags)?;
+        let way = way.name()?;
+        println!("by {way}");
+        Ok(Self { agent, way, cluster })
+    }
+
+    fn node(&self) -> &Node {
+        self.cluster.node("n1")
+    }
+
+    /// Kills the agent and starts it with other flags.
+    fn restart(&mut self, way: Way, flags: &[&str]) -> Result<()> {
+        self.agent.kill()?;
+        let flags: Vec<_> = way.flags().iter().chain(flags).copied().collect();
+        *self.agent.process() = self.agent.start_ready(&flags)?;
+        self.way = way.name()?;
+        Ok(())
+    }
+
+    fn ensure_served(&self, device: &str) -> Result<[u32; 2]> {
+        ensure_served(self.node(), device, self.way)
+    }
+
+    fn devices(&self) -> Result<BTreeMap<String, DeviceStatus>> {
+        let devices = self.agent.status()?.devices.into_iter();
+        Ok(devices.map(|device| (device.name.clone(), device)).collect())
+    }
+
+    /// Waits until `status` and the kernel agree that a device is served.
+    fn eventually_served(&self, device: &str) -> Result<[u32; 2]> {
+        eventually(device, || {
+            let ids = self.ensure_served(device)?;
+            let devices = self.devices()?;
+            let row = devices.get(device).with_context(|| format!("{devices:?}"))?;
+            ensure!(row.attached.as_deref() == Some(self.way), "{row:?}");
+            Ok(ids)
+        })
+    }
+
+    /// Waits until they agree that it is not.
+    fn eventually_bare(&self, device: &str) -> Result<()> {
+        eventually(device, || {
+            ensure_bare(self.node(), device)?;
+            let devices = self.devices()?;
+            let row = devices.get(device).with_context(|| format!("{devices:?}"))?;
+            ensure!(row.attached.is_none(), "{row:?}");
+            Ok(())
+        })
+    }
+
+    /// The same for what `status` says nothing of, such as loopback.
+    fn eventually_bare_in_kernel(&self, device: &str) -> Result<()> {
+        eventually(device, || ensure_bare(self.node(), device))
+    }
+
+    /// Kills the agent.
+    fn without_agent(mut self) -> Result<Self> {
+        self.agent.kill()?;
+        Ok(self)
+    }
+
+    /// Indexes of devices that links are pinned for, each as often as there are.
+    fn pins(&self) -> Result<Vec<u32>> {
+        let links = self.agent.pin_path().join(format!("v{VERSION}/links"));
+        let mut indexes = Vec::new();
+        for entry in fs::read_dir(links)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if let Some((_, index)) = name.split_once("gress-") {
+                indexes.push(index.parse().with_context(|| name.clone())?);
+            }
+        }
+        indexes.sort_unstable();
+        Ok(indexes)
+    }
+
+    /// Fails unless links are pinned for these devices alone, or none where there are no links.
+    fn ensure_pins(&self, devices: &[&str]) -> Result<()> {
+        let indexes = devices.iter().map(|device| index(self.node(), device));
+        let mut indexes: Vec<u32> = indexes.collect::<Result<_>>()?;
+        indexes.sort_unstable();
+        let expected: Vec<u32> = match self.way {
+            "tcx" => indexes.iter().flat_map(|index| [*index; 2]).collect(),
+            _ => Vec::new(),
+        };
+        let pins = self.pins()?;
+        ensure!(pins == expected, "{pins:?}, not {expected:?}");
+        Ok(())
+    }
+}
+
+const SERVED: [&str; 3] = ["cni0", "eth0", "flannel.1"];
+
+/// What nobody serves: loopback, and the pod's port of the bridge.
+const BARE: [&str; 2] = ["lo", "veth2"];
+
+/// The qdiscs of a device, by their kinds.
+fn qdiscs(node: &Node, device: &str) -> Result<BTreeSet<String>> {
+    let text = node.run("tc", &["-j", "qdisc", "show", "dev", device])?;
+    let list: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    let kinds = list.as_array().context("no list")?.iter();
+    Ok(kinds
+        .filter_map(|qdisc| qdisc["kind"].as_str().map(str::to_owned))
+        .collect())
+}
+
+#[test]
+fn programs_are_at_the_devices_that_packets_pass() -> Result<()> {
+    for way in Way::BOTH {
+        let setup = Setup::new(way, &[])?;
+        let node = setup.node();
+        for device in SERVED {
+            setup.ensure_served(device)?;
+        }
+        for device in BARE {
+            ensure_bare(node, device)?;
+        }
+        setup.ensure_pins(&SERVED)?;
+        // The source of what leaves by a device is its own address, or the node's.
+        let text = |ip: Option<IpAddr>| ip.map_or_else(|| "-".to_owned(), |ip| ip.to_string());
+        let rows = setup.devices()?;
+        let rows = rows.values().map(|row| {
+            let way = row.attached.as_deref().unwrap_or("-");
+            format!("{} {way} {} {}", row.name, text(row.source_v4), text(row.source_v6))
+        });
+        let own = [
+            ("cni0", setup.way, "10.10.1.1", "fd00:10:10:1::1"),
+            ("eth0", setup.way, "192.168.77.1", "fd00:192:168:77::1"),
+        ];
+        let mut expected: Vec<_> = own
+            .iter()
+            .map(|(name, way, v4, v6)| format!("{name} {way} {v4} {v6}"))
+            .collect();
+        let way_out = "fd00:192:168:77::1";
+        expected.push(format!("flannel.1 {} 10.10.1.0 {way_out}", setup.way));
+        expected.push(format!("veth2 - 192.168.77.1 {way_out}"));
+        assert_eq!(rows.collect::<Vec<_>>(), expected);
+        assert_eq!(setup.agent.status()?.problems, []);
+    }
+    Ok(())
+}
+
+#[test]
+fn devices_come_go_and_change() -> Result<()> {
+    for way in Way::BOTH {
+        let setup = Setup::new(way, &[])?;
+        let node = setup.node();
+        let eth0 = setup.ensure_served("eth0")?;
+
+        // A pair, as pods of plugins have it that join nothing to a bridge.
+        node.ip("link add cali0 type veth peer name other0")?;
+        let ids = setup.eventually_served("cali0")?;
+        ensure!(ids == eth0, "{ids:?} are other programs than {eth0:?}");
+        setup.eventually_served("other0")?;
+        // Down or up, under this name or another.
+        node.ip("link set cali0 up")?;
+        node.ip("link set other0 name other-one")?;
+        eventually("another name", || {
+            let devices = setup.devices()?;
+            ensure!(!devices.contains_key("other0"), "{devices:?}");
+            setup.ensure_served("other-one").map(drop)
+        })?;
+        // What becomes a port of a bridge is the bridge's, until it is none any more.
+        node.ip("link set cali0 master cni0")?;
+        setup.eventually_bare("cali0")?;
+        setup.ensure_served("cni0")?;
+        node.ip("link set cali0 nomaster")?;
+        setup.eventually_served("cali0")?;
+        setup.ensure_pins(&["cali0", "cni0", "eth0", "flannel.1", "other-one"])?;
+
+        // An address added later.
+        let source = |device: &str| -> Result<String> {
+            let devices = setup.devices()?;
+            let row = devices.get(device).context("no such device")?;
+            Ok(format!("{:?} {:?}", row.source_v4, row.source_v6))
+        };
+        let before = source("cali0")?;
+        node.add_address("203.0.113.7/24", "cali0")?;
+        node.add_address("2001:db8:7::7/64", "cali0")?;
+        eventually("an address", || {
+            let now = source("cali0")?;
+            ensure!(now == "Some(203.0.113.7) Some(2001:db8:7::7)", "{now}");
+            Ok(())
+        })?;
+        node.remove_address("203.0.113.7/24", "cali0")?;
+        node.remove_address("2001:db8:7::7/64", "cali0")?;
+        eventually("no address", || {
+            let now = source("cali0")?;
+            ensure!(now == before, "{now}, not {before}");
+            Ok(())
+        })?;
+
+        // Another device by the same index, at once.
+        let number = index(node, "cali0")?;
+        node.ip_batch(&[
+            "link delete cali0".to_owned(),
+            format!("link add again0 index {number} type veth peer name other-two"),
+        ])?;
+        setup.eventually_served("again0")?;
+        setup.eventually_served("other-two")?;
+        setup.ensure_pins(&["again0", "cni0", "eth0", "flannel.1", "other-two"])?;
+        // And another by the same name.
+        node.ip("link delete again0")?;
+        node.ip("link add again0 type veth peer name other-two")?;
+        setup.eventually_served("again0")?;
+        node.ip("link delete again0")?;
+        eventually("gone", || {
+            let devices = setup.devices()?;
+            ensure!(!devices.contains_key("again0"), "{devices:?}");
+            setup.ensure_pins(&SERVED)
+        })?;
+        let now = setup.ensure_served("eth0")?;
+        ensure!(now == eth0, "{now:?} are other programs than {eth0:?}");
+        assert_eq!(setup.agent.status()?.problems, []);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_device_without_a_link_layer_has_programs_for_that() -> Result<()> {
+    for way in Way::BOTH {
+        let setup = Setup::new(way, &[])?;
+        let node = setup.node();
+        node.ip("tuntap add dev tun0 mode tun")?;
+        eventually("tun0", || {
+            let at = at(node, "tun0")?;
+            let [ingress, egress] = at.each_ref().map(names);
+            let way = setup.way;
+            ensure!(ingress == [format!("{way} lb_ingress_l3")], "{ingress:?}");
+            ensure!(egress == [format!("{way} lb_egress_l3")], "{egress:?}");
+            Ok(())
+        })?;
+        node.ip("tuntap del dev tun0 mode tun")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn patterns_say_which_devices_are_served() -> Result<()> {
+    for way in Way::BOTH {
+        let mut setup = Setup::new(way, &["--devices", "eth?,fla*"])?;
+        setup.ensure_served("eth0")?;
+        setup.ensure_served("flannel.1")?;
+        ensure_bare(setup.node(), "cni0")?;
+        setup.ensure_pins(&["eth0", "flannel.1"])?;
+        setup.node().ip("link add eth7 type veth peer name cali7")?;
+        setup.eventually_served("eth7")?;
+        ensure_bare(setup.node(), "cali7")?;
+        // It gets a name that is not served.
+        setup.node().ip("link set eth7 name cali8")?;
+        setup.eventually_bare("cali8")?;
+        // A port of a bridge that is named, and nothing else: what is left of the run before goes.
+        setup.restart(way, &["--devices", "veth2,lo"])?;
+        setup.ensure_served("veth2")?;
+        for device in ["lo", "eth0", "flannel.1", "cni0", "cali7", "cali8"] {
+            setup.eventually_bare_in_kernel(device)?;
+        }
+        setup.ensure_pins(&["veth2"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_restart_keeps_what_is_attached_and_brings_its_own_programs() -> Result<()> {
+    for way in Way::BOTH {
+        let mut setup = Setup::new(way, &[])?;
+        let before = setup.ensure_served("eth0")?;
+        let links = |setup: &Setup| -> Result<BTreeSet<u32>> {
+            let mut programs = BTreeSet::new();
+            for device in SERVED {
+                programs.extend(setup.ensure_served(device)?);
+            }
+            let mut ids = BTreeSet::new();
+            for link in loaded_links() {
+                // One may go while they are listed.
+                ids.extend(
+                    link.ok()
+                        .filter(|link| programs.contains(&link.program_id()))
+                        .map(|link| link.id()),
+                );
+            }
+            ensure!(ids.len() == if setup.way == "tcx" { 6 } else { 0 }, "{ids:?}");
+            Ok(ids)
+        };
+        let before_links = links(&setup)?;
+        // Killed, it is served still; what is new meanwhile is not.
+        setup.agent.kill()?;
+        let kept = setup.ensure_served("eth0")?;
+        ensure!(kept == before, "{kept:?}");
+        setup.node().ip("link add late0 type veth peer name late1")?;
+        setup.node().ip("link delete flannel.1")?;
+        ensure_bare(setup.node(), "late0")?;
+        // A start loads programs of its own, as another build does.
+        setup.restart(way, &[])?;
+        let after = setup.eventually_served("eth0")?;
+        ensure!(
+            after.iter().all(|id| !before.contains(id)),
+            "{after:?} are those of before"
+        );
+        setup.ensure_served("late0")?;
+        setup.ensure_pins(&["cni0", "eth0", "late0", "late1"])?;
+        let now: BTreeSet<u32> = loaded_links()
+            .filter_map(|link| link.ok().map(|link| link.id()))
+            .collect();
+        let gone = before_links.difference(&now).count();
+        let expected = if setup.way == "tcx" { 2 } else { 0 };
+        ensure!(
+            gone == expected,
+            "{gone} links are not what they were, {expected} were at flannel.1"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn another_way_takes_over() -> Result<()> {
+    let mut setup = Setup::new(Way::Native, &[])?;
+    for way in [Way::Clsact, Way::Native] {
+        setup.restart(way, &[])?;
+        for device in SERVED {
+            setup.eventually_served(device)?;
+        }
+        setup.ensure_pins(&SERVED)?;
+    }
+    if setup.way == "tcx" {
+        for device in SERVED {
+            let qdiscs = qdiscs(setup.node(), device)?;
+            ensure!(!qdiscs.contains("clsact"), "{device}: {qdiscs:?}");
+        }
+    }
+    Ok(())
+}
+
+/// Sends datagrams to the node from outside.
+fn knock(setup: &Setup) -> Result<()> {
+    let to = SocketAddr::new(setup.node().address().into(), 9);
+    let socket = setup.cluster.client().within(|| UdpSocket::bind("0.0.0.0:0"))??;
+    for _ in 0..KNOCKS {
+        match socket.send_to(b"knock", to) {
+            // That nobody listens is told with the next.
+            Err(error) if error.kind() != std::io::ErrorKind::ConnectionRefused => return Err(error.into()),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+const KNOCKS: u64 = 20;
+
+/// Fails unless a counter sees what is sent, by eth0, and only once.
+fn ensure_counting(setup: &Setup, counter: &Counter) -> Result<()> {
+    let before = counter.count()?;
+    knock(setup)?;
+    eventually("counting", || {
+        let counted = counter.count()? - before;
+        // Something of the neighbours comes as well.
+        ensure!((KNOCKS..2 * KNOCKS).contains(&counted), "{counted} packets");
+        Ok(())
+    })
+}
+
+#[test]
+fn programs_of_others_run_as_before() -> Result<()> {
+    for way in Way::BOTH {
+        // By filters there is one of the same priority as lb's, and one of another.
+        let places: &[Option<u16>] = match way.name()? {
+            "tcx" => &[None, Some(1)],
+            _ => &[Some(1), Some(100)],
+        };
+        for place in places {
+            let mut early = Counter::load()?;
+            let setup = Setup::with(way, &[], |node| {
+                node.within(|| {
+                    if place.is_some() {
+                        qdisc_add_clsact("eth0")?;
+                    }
+                    early.attach("eth0", *place)
+                })?
+            })?;
+            let counter_name = if place.is_some() {
+                "clsact lb_count"
+            } else {
+                "tcx lb_count"
+            };
+            let seen = || -> Result<Vec<String>> {
+                let [ingress, _] = at(setup.node(), "eth0")?;
+                Ok(ingress.into_keys().collect())
+            };
+            let both = || {
+                let mut both = [counter_name.to_owned(), format!("{} lb_ingress", setup.way)];
+                both.sort();
+                both
+            };
+            ensure!(seen()? == both(), "{:?}", seen()?);
+            ensure_counting(&setup, &early)?;
+            // Another comes after lb.
+            setup.node().ip("link add late0 type veth peer name late1")?;
+            setup.eventually_served("late0")?;
+            let mut late = Counter::load()?;
+            setup.node().within(|| {
+                if place.is_some() && setup.way == "tcx" {
+                    qdisc_add_clsact("late0")?;
+                }
+                late.attach("late0", place.map(|_| 50))
+            })??;
+            let setup = setup.without_agent()?;
+            ensure_counting(&setup, &early)?;
+            setup.agent.ask(&["cleanup"])?;
+            let left = at(setup.node(), "eth0")?;
+            assert_eq!([names(&left[0]), names(&left[1])], [vec![counter_name], vec![]]);
+            let left = at(setup.node(), "late0")?;
+            ensure!(left[0].len() == 1 && left[1].is_empty(), "{left:?}");
+            ensure_counting(&setup, &early)?;
+        }
+    }
+    Ok(())
+}
+
+/// Names of the programs at the ingress of a device, in the order in which they see a packet.
+fn order(node: &Node, device: &str, way: &str) -> Result<Vec<String>> {
+    if way == "tcx" {
+        let (_, programs) = node.within(|| SchedClassifier::query_tcx(device, TcAttachType::Ingress))??;
+        let names = programs.iter().filter_map(|program| program.name_as_str());
+        return Ok(names.map(str::to_owned).collect());
+    }
+    let text = node.run("tc", &["-j", "filter", "show", "dev", device, "ingress"])?;
+    let filters: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+    let names = filters.as_array().context("no list")?.iter();
+    let names = names.filter_map(|filter| filter["options"]["prog"]["name"].as_str());
+    Ok(names.map(str::to_owned).collect())
+}
+
+#[test]
+fn lb_comes_before_those_that_are_there() -> Result<()> {
+    for way in Way::BOTH {
+        let place = (way.name()? == "clsact").then_some(1);
+        let mut early = Counter::load()?;
+        let setup = Setup::with(way, &[], |node| {
+            node.within(|| {
+                if place.is_some() {
+                    qdisc_add_clsact("eth0")?;
+                }
+                early.attach("eth0", place)
+            })?
+        })?;
+        let order = order(setup.node(), "eth0", setup.way)?;
+        assert_eq!(order, ["lb_ingress", "lb_count"], "{}", setup.way);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_cleanup_leaves_nothing() -> Result<()> {
+    for way in Way::BOTH {
+        let qdiscs_of = |node: &Node| -> Result<Vec<_>> { SERVED.iter().map(|device| qdiscs(node, device)).collect() };
+        let mut before = Vec::new();
+        let setup = Setup::with(way, &[], |node| {
+            node.sysctl("net.ipv4.ip_local_reserved_ports", "8080,9148")?;
+            // Somebody else's qdisc stays, also an empty one.
+            node.within(|| qdisc_add_clsact("cni0"))??;
+            before = qdiscs_of(node)?;
+            Ok(())
+        })?;
+        let reserved = |setup: &Setup| -> Result<String> {
+            let read = || fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports");
+            Ok(setup.node().within(read)??.trim().to_owned())
+        };
+        assert_eq!(reserved(&setup)?, "8080,9148,61000-65535");
+        let setup = setup.without_agent()?;
+        setup.agent.ask(&["cleanup"])?;
+        for device in SERVED {
+            ensure_bare(setup.node(), device)?;
+        }
+        assert_eq!(qdiscs_of(setup.node())?, before);
+        assert_eq!(reserved(&setup)?, "8080,9148");
+        ensure!(!setup.agent.pin_path().exists());
+    }
+    Ok(())
+}
+
+#[test]
+fn what_others_take_away_is_put_back() -> Result<()> {
+    let setup = Setup::new(Way::Clsact, &[])?;
+    setup.node().run("tc", &["qdisc", "delete", "dev", "eth0", "clsact"])?;
+    ensure_bare(setup.node(), "eth0")?;
+    setup.eventually_served("eth0")?;
+    // A qdisc in the way of clsact is a problem of this device, until it goes.
+    setup.node().run("tc", &["qdisc", "delete", "dev", "cni0", "clsact"])?;
+    setup.node().run("tc", &["qdisc", "add", "dev", "cni0", "ingress"])?;
+    eventually("a problem", || {
+        let problems = setup.agent.status()?.problems;
+        ensure!(problems.iter().any(|problem| problem.place == "cni0"), "{problems:?}");
+        Ok(())
+    })?;
+    setup.ensure_served("eth0")?;
+    setup.node().run("tc", &["qdisc", "delete", "dev", "cni0", "ingress"])?;
+    setup.eventually_served("cni0")?;
+    eventually("no problem", || {
+        let problems = setup.agent.status()?.problems;
+        ensure!(problems.is_empty(), "{problems:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn source_ports_are_reserved() -> Result<()> {
+    let mut setup = Setup::new(Way::Native, &["--snat-ports", "50000-50999"])?;
+    let node = setup.cluster.node("n1");
+    let says = |expected: &str| -> Result<()> {
+        let read = || fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports");
+        let text = node.within(read)??;
+        ensure!(text.trim() == expected, "{text}, not {expected}");
+        Ok(())
+    };
+    says("50000-50999")?;
+    // Another range in place of the first; the first was lb's own.
+    setup.agent.kill()?;
+    *setup.agent.process() = setup.agent.start_ready(&["--snat-ports", "61000-65535"])?;
+    says("61000-65535")?;
+    // Somebody sets what they want, and knows nothing of lb.
+    node.sysctl("net.ipv4.ip_local_reserved_ports", "8080")?;
+    eventually("8080", || says("8080,61000-65535"))?;
+    // What was reserved before lb came stays when it goes.
+    setup.agent.kill()?;
+    setup.agent.ask(&["cleanup"])?;
+    says("8080")?;
+    node.sysctl("net.ipv4.ip_local_reserved_ports", "60000-65535")?;
+    *setup.agent.process() = setup.agent.start_ready(&[])?;
+    says("60000-65535")?;
+    setup.agent.kill()?;
+    setup.agent.ask(&["cleanup"])?;
+    says("60000-65535")
+}
