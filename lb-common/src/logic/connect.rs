@@ -1,4 +1,4 @@
-//! What a connecting socket gets.
+//! What a connecting socket, or the first packet of a flow, gets.
 
 use super::generation;
 use crate::abi::{DropReason, Frontend, FrontendKind, SetWord, backend_flags, set_flags};
@@ -41,6 +41,19 @@ pub const fn set_for_socket(frontend: Frontend) -> Result<Set, DropReason> {
         Some(FrontendKind::NodePort | FrontendKind::ExternalIp | FrontendKind::LoadBalancer) => Ok(Set::Cluster),
         Some(FrontendKind::Address | FrontendKind::ExternalAddress) => Err(DropReason::NoSuchPort),
         None => Err(DropReason::BadKind),
+    }
+}
+
+/// The set that serves a packet: from a source inside the cluster, external addresses have the semantics of policy
+/// Cluster.
+///
+/// # Errors
+/// As [`set_for_socket`].
+#[inline(always)]
+pub const fn set_for_packet(frontend: Frontend, inside: bool) -> Result<Set, DropReason> {
+    match set_for_socket(frontend) {
+        Ok(Set::Cluster) if !inside => Ok(Set::External),
+        other => other,
     }
 }
 
@@ -117,11 +130,37 @@ mod tests {
         ] {
             assert_eq!(set(kind), Ok(Set::Cluster));
         }
-        assert_eq!(set(FrontendKind::Address), Err(DropReason::NoSuchPort));
+        for mark in [FrontendKind::Address, FrontendKind::ExternalAddress] {
+            assert_eq!(set(mark), Err(DropReason::NoSuchPort));
+        }
         let mut unknown = Frontend::new(1, FrontendKind::ClusterIp);
-        for kind in [0, 6, 255] {
+        for kind in [0, 7, 255] {
             unknown.kind = kind;
             assert_eq!(set_for_socket(unknown), Err(DropReason::BadKind));
+        }
+    }
+
+    #[test]
+    fn the_policy_is_for_packets_from_outside() {
+        let set = |kind, inside| set_for_packet(Frontend::new(1, kind), inside);
+        for inside in [true, false] {
+            assert_eq!(set(FrontendKind::ClusterIp, inside), Ok(Set::Internal));
+            for mark in [FrontendKind::Address, FrontendKind::ExternalAddress] {
+                assert_eq!(set(mark, inside), Err(DropReason::NoSuchPort));
+            }
+            let mut unknown = Frontend::new(1, FrontendKind::ClusterIp);
+            for kind in [0, 7, 255] {
+                unknown.kind = kind;
+                assert_eq!(set_for_packet(unknown, inside), Err(DropReason::BadKind));
+            }
+        }
+        for kind in [
+            FrontendKind::NodePort,
+            FrontendKind::ExternalIp,
+            FrontendKind::LoadBalancer,
+        ] {
+            assert_eq!(set(kind, true), Ok(Set::Cluster));
+            assert_eq!(set(kind, false), Ok(Set::External));
         }
     }
 

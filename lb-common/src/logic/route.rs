@@ -1,4 +1,4 @@
-//! Which frontend a socket's destination is: the order of the lookups, for the data plane and for `explain` alike.
+//! Which frontend a destination is: the order of the lookups, for the data plane and for `explain` alike.
 
 use super::words::Words;
 use crate::abi::{DropReason, Frontend, FrontendKind, service_flags};
@@ -68,6 +68,41 @@ pub fn frontend(tables: &impl Tables, to: Destination) -> Result<Option<Frontend
     })
 }
 
+/// The frontend that a packet's destination is; `None`: no business of lb's. Fragments, and protocols that packets are
+/// not translated for, are not to be asked about.
+///
+/// An address and port of a Service come first, then the ports that a service address does not have (external and
+/// load-balancer addresses too), then node ports on this node's addresses. Loopback is nobody's.
+///
+/// # Errors
+/// [`DropReason::NoSuchPort`] for a port that a service address does not have.
+#[inline(always)]
+pub fn packet_frontend(tables: &impl Tables, to: Destination) -> Result<Option<Frontend>, DropReason> {
+    // A node port stands under the zero address, which no packet may ask for.
+    if to.addr.or_loopback().is_loopback() {
+        return Ok(None);
+    }
+    if let Some(found) = tables.frontend(to) {
+        return Ok(Some(found));
+    }
+    let mark = Destination {
+        port: 0,
+        proto: 0,
+        ..to
+    };
+    if tables.frontend(mark).is_some() {
+        return Err(DropReason::NoSuchPort);
+    }
+    Ok(if tables.is_node_address(to.addr) {
+        tables.frontend(Destination {
+            addr: to.addr.unspecified(),
+            ..to
+        })
+    } else {
+        None
+    })
+}
+
 /// Whether a socket hook may translate to a service with these flags: where a load-balancer address is for some sources
 /// only, the packet path decides, which knows the source.
 #[inline(always)]
@@ -114,6 +149,8 @@ mod tests {
         ("0.0.0.0", 30001, 6, 3, FrontendKind::NodePort),
         ("::", 30002, 6, 4, FrontendKind::NodePort),
         ("192.0.2.1", 443, 6, 5, FrontendKind::LoadBalancer),
+        ("192.0.2.1", 0, 0, 0, FrontendKind::ExternalAddress),
+        ("192.168.0.1", 443, 6, 6, FrontendKind::LoadBalancer),
     ];
     const NODE: [&str; 2] = ["192.168.0.1", "fd00::1"];
 
@@ -182,6 +219,35 @@ mod tests {
             let found = |on_node| frontend(&fake(on_node), to(addr, port)).map(|found| found.map(|f| f.service));
             assert_eq!(found(true), node, "{addr}:{port} from the node");
             assert_eq!(found(false), pod, "{addr}:{port} from a pod");
+        }
+    }
+
+    #[test]
+    fn table_of_packets() {
+        let cases = [
+            ("10.96.0.1", 80, Ok(Some(1))),
+            ("10.96.0.1", 81, Err(DropReason::NoSuchPort)),
+            ("fd00:96::1", 80, Ok(Some(2))),
+            ("fd00:96::1", 81, Ok(None)),
+            ("192.0.2.1", 443, Ok(Some(5))),
+            ("192.0.2.1", 80, Err(DropReason::NoSuchPort)),
+            // An address of the node is never marked, so that its other ports are the node's own.
+            ("192.168.0.1", 443, Ok(Some(6))),
+            ("192.168.0.1", 80, Ok(None)),
+            ("192.168.0.1", 30001, Ok(Some(3))),
+            ("192.168.0.1", 30002, Ok(None)),
+            ("192.168.0.2", 30001, Ok(None)),
+            ("fd00::1", 30002, Ok(Some(4))),
+            ("127.0.0.1", 30001, Ok(None)),
+            ("::1", 30002, Ok(None)),
+            ("0.0.0.0", 30001, Ok(None)),
+            ("::", 30002, Ok(None)),
+        ];
+        for (addr, port, expected) in cases {
+            for on_node in [true, false] {
+                let found = packet_frontend(&fake(on_node), to(addr, port)).map(|found| found.map(|f| f.service));
+                assert_eq!(found, expected, "{addr}:{port}");
+            }
         }
     }
 
