@@ -455,7 +455,7 @@ fn ports_of(maps: &Snapshot, to: Destination) -> String {
         .dump
         .frontends
         .iter()
-        .filter(|(key, value)| key.addr == addr && value.kind != FrontendKind::Address as u8)
+        .filter(|(key, value)| key.addr == addr && !value.is_mark())
         .map(|(key, value)| {
             let owner = Owner::of(maps.dump.names.get(&value.service));
             format!("{}/{} ({owner})", key.port, Protocol::name_of(key.proto))

@@ -23,6 +23,8 @@ const CAPACITIES: Capacities = Capacities {
     sockets_more: 1,
     udp_flows: 64,
     affinity: 64,
+    conntrack: 64,
+    conntrack_new: 64,
 };
 
 /// Whether texts are to be written anew.

@@ -17,11 +17,14 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use http::Uri;
+use ipnet::IpNet;
 use lb_common::abi::capacity;
 
+use crate::config::Config;
 use crate::loader::{self, PinPath};
 use crate::maps::Capacities;
 use crate::maps::bpf::PinnedMaps;
+use crate::nodes::Inside;
 use crate::source::Source;
 use crate::source::connect::Settings;
 
@@ -122,6 +125,10 @@ struct SourceArgs {
     /// Name of this node, as endpoints name it [default: the host name]
     #[arg(long, value_name = "NAME", env = "NODE_NAME")]
     node_name: Option<String>,
+    /// Sources of packets that are inside the cluster, besides this node's addresses: for them, external addresses have
+    /// policy Cluster [default: the podCIDRs of all Nodes]
+    #[arg(long, value_name = "CIDR,...", value_delimiter = ',')]
+    cluster_cidr: Vec<IpNet>,
 }
 
 /// The URL of a server, without a path.
@@ -144,6 +151,20 @@ impl SourceArgs {
             servers: self.kube_apiserver.clone(),
         };
         Ok(Source::kubernetes(&settings).await?)
+    }
+
+    /// Takes from a file what no flag says.
+    fn complete(&mut self, config: &Config) {
+        self.node_name = self.node_name.take().or_else(|| config.node_name.clone());
+        self.kubeconfig = self.kubeconfig.take().or_else(|| config.kubeconfig.clone());
+    }
+
+    /// Which sources are inside the cluster.
+    fn inside(&self, config: Option<&Config>) -> Inside {
+        if !self.cluster_cidr.is_empty() {
+            return Inside::Networks(self.cluster_cidr.clone());
+        }
+        config.map(|config| config.detect_local.inside()).unwrap_or_default()
     }
 
     fn node(&self) -> anyhow::Result<String> {
@@ -233,7 +254,7 @@ pub fn main() -> ExitCode {
         Command::Affinity(List::List(args)) => affinity::list(&args).map(|()| ExitCode::SUCCESS),
         Command::Explain(args) => explain::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Verify(args) => verify::verify(&args),
+        Command::Verify(args) => verify::verify(args),
         Command::Cleanup(args) => cleanup(&args).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {

@@ -137,9 +137,7 @@ pub(super) fn run(mut args: RunArgs) -> anyhow::Result<()> {
 impl RunArgs {
     /// Takes from a file what no flag says.
     fn complete(&mut self, config: &Config) {
-        let source = &mut self.source;
-        source.node_name = source.node_name.take().or_else(|| config.node_name.clone());
-        source.kubeconfig = source.kubeconfig.take().or_else(|| config.kubeconfig.clone());
+        self.source.complete(config);
         let addresses = &mut self.node_ports.nodeport_addresses;
         *addresses = addresses.take().or_else(|| config.node_port_addresses.clone());
     }
@@ -180,7 +178,7 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
     };
     let selection = args.node_ports.selection();
     let mut addresses = addrs::follow(&selection).context("listing the node's addresses")?;
-    let reconciler = Reconciler::adopt(maps, &node)?;
+    let reconciler = Reconciler::adopt(maps, &node)?.with_inside(args.source.inside(config));
     let node_ports = NodePorts {
         selection,
         addresses: addresses.clone(),
@@ -188,6 +186,7 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
         problem: None,
     };
     let mut agent = Agent::new(reconciler, &node, &cgroup, socket_lb, node_ports, outside)?;
+    agent.note_own_addresses();
     let mut look = tokio::time::interval(LOOK);
     // The maps are filled before programs look at them, and before programs of an earlier build are replaced; what an
     // earlier run has left is enough where the source has to be waited for.
@@ -398,8 +397,15 @@ impl Agent {
         }
     }
 
+    /// Says which addresses are the node's: no mark of a service address may be on them.
+    fn note_own_addresses(&mut self) {
+        let own = self.node_ports.addresses.borrow().select(&Selection::default(), None);
+        self.reconciler.set_addresses(own);
+    }
+
     /// The node's addresses have changed.
     fn follow_addresses(&mut self) {
+        self.note_own_addresses();
         self.write_addresses();
         self.publish_problems();
         self.publish_state();

@@ -60,8 +60,8 @@ impl FromStr for Wanted {
     }
 }
 
-/// Which addresses serve node ports.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Which addresses serve node ports; all by default.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Selection {
     /// Devices by name; all where empty.
     pub devices: BTreeSet<String>,
@@ -252,6 +252,14 @@ pub fn follow(selection: &Selection) -> io::Result<watch::Receiver<Snapshot>> {
         }
     })?;
     Ok(snapshots)
+}
+
+/// Every address of every device but loopback's, now, in the network namespace of the calling thread.
+///
+/// # Errors
+/// The system call's.
+pub fn all() -> io::Result<BTreeSet<Addr>> {
+    Ok(Snapshot::take(false)?.select(&Selection::default(), None))
 }
 
 #[cfg(test)]
