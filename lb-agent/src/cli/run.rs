@@ -26,6 +26,7 @@ use crate::model::{Batch, Problem, ProblemKind};
 use crate::node::addrs::{self, Selection, Snapshot, Wanted};
 use crate::node::conntrack::Conntrack;
 use crate::node::destroy::{self, Destroyer};
+use crate::node::flows::{self, Collector, Turn};
 use crate::reconcile::Reconciler;
 
 #[derive(Debug, Args)]
@@ -215,6 +216,9 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
     };
     let mut destroyer = Destroyer::start(&lock.pins().maps(), settings).context("looking after sockets")?;
     let mut trouble = destroyer.problems();
+    let tracking = config.map(|config| config.conntrack).unwrap_or_default();
+    let mut collector =
+        Collector::start(&lock.pins().maps(), flows::timeouts(&tracking)).context("looking after flows")?;
     let mut withdrawals = agent.reconciler.withdrawals();
 
     loop {
@@ -226,6 +230,7 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
             Ok(()) = grace.changed() => agent.reconciler.reclaim(),
             Ok(()) = addresses.changed() => agent.follow_addresses(),
             Some(event) = destroyer.destroyed() => agent.tell(&event),
+            Some(turn) = collector.turn() => agent.note_flows(turn),
             Ok(()) = trouble.changed() => agent.note_sockets(trouble.borrow_and_update().clone()),
             Ok(()) = unserved.changed() => agent.note_servers(unserved.borrow_and_update().clone()),
             _ = look.tick() => {
@@ -289,6 +294,8 @@ struct Agent {
     state: State,
     /// What could not be done to sockets.
     trouble: Vec<Problem>,
+    /// What could not be done to flows.
+    uncollected: Option<Problem>,
     /// What was last logged and told.
     problems: Vec<Problem>,
 }
@@ -327,6 +334,7 @@ impl Agent {
             node_ports,
             state,
             trouble: Vec::new(),
+            uncollected: None,
             problems: Vec::new(),
         })
     }
@@ -418,6 +426,16 @@ impl Agent {
         self.publish_state();
     }
 
+    /// Flows were looked at for those that are over.
+    fn note_flows(&mut self, turn: Turn) {
+        self.outside.face.metrics().flows_collected(&turn);
+        if turn.problem != self.uncollected {
+            self.uncollected = turn.problem;
+            self.publish_problems();
+            self.publish_state();
+        }
+    }
+
     /// What the servers could not do has changed.
     fn note_servers(&mut self, unserved: Vec<Problem>) {
         self.outside.unserved = unserved;
@@ -457,7 +475,8 @@ impl Agent {
         let mut problems = self.reconciler.problems();
         let Outside { unserved, unset, .. } = &self.outside;
         let node = self.node_ports.problem.iter().chain(unset);
-        problems.extend(node.chain(&self.trouble).chain(unserved).cloned());
+        let beside = self.trouble.iter().chain(&self.uncollected);
+        problems.extend(node.chain(beside).chain(unserved).cloned());
         self.log_problems(&problems);
         self.outside
             .face

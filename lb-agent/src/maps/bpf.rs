@@ -11,9 +11,9 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, MapData, MapError as AyaMapError, PerCpuArray, PerCpuValues};
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, CtEntry, CtKey, Device, DropReason, Event, EventKind,
-    Frontend, FrontendKey, FrontendSwap, Name, Notice, Service, ServiceStats, SetWord, SocketRecord, SourceRange,
-    State, UdpFlows, capacity, map_name, program_name, service_flags,
+    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, Device, DropReason, Event, EventKind, Frontend,
+    FrontendKey, FrontendSwap, Name, Notice, Service, ServiceStats, SetWord, SocketRecord, SourceRange, State,
+    UdpFlows, capacity, map_name, program_name, service_flags,
 };
 use lb_common::logic::connect::Set;
 use lb_common::logic::{generation, record};
@@ -36,8 +36,6 @@ const CLIENT: usize = size_of::<AffinityKey>();
 const AFFINITY: usize = size_of::<Affinity>();
 const NOTICE: usize = size_of::<Notice>();
 const STATS: usize = size_of::<ServiceStats>();
-const CT_KEY: usize = size_of::<CtKey>();
-const CT_ENTRY: usize = size_of::<CtEntry>();
 const DEVICE: usize = size_of::<Device>();
 const RANGE: usize = size_of::<SourceRange>();
 const ADDR: usize = size_of::<Addr>();
@@ -59,8 +57,6 @@ pub struct PinnedMaps {
     config: MappedArray<Config>,
     state: MappedArray<State>,
     notices: Hash<4, NOTICE>,
-    conntrack: Hash<CT_KEY, CT_ENTRY>,
-    conntrack_new: Hash<CT_KEY, CT_ENTRY>,
     devices: Hash<4, DEVICE>,
     source_ranges: Trie<RANGE>,
     cluster_cidrs: Trie<ADDR>,
@@ -170,8 +166,6 @@ impl PinnedMaps {
         let (udp_flows, udp_flows_size) = hash!(HashMap, UDP_FLOWS);
         let (affinity, affinity_size) = hash!(LruHashMap, AFFINITY);
         let (names, _) = hash!(HashMap, NAMES);
-        let (conntrack, conntrack_size) = hash!(HashMap, CT);
-        let (conntrack_new, conntrack_new_size) = hash!(LruHashMap, CT_NEW);
         let (devices, _) = hash!(HashMap, DEVICES);
         let (notices, _) = hash!(HashMap, NOTICES);
         let services: MappedArray<Service> = mapped!(SERVICES);
@@ -187,8 +181,8 @@ impl PinnedMaps {
             sockets_more: sockets_more_size,
             udp_flows: udp_flows_size,
             affinity: affinity_size,
-            conntrack: conntrack_size,
-            conntrack_new: conntrack_new_size,
+            conntrack: entries(map_name::CT, &open(map_name::CT)?)?,
+            conntrack_new: entries(map_name::CT_NEW, &open(map_name::CT_NEW)?)?,
         };
         Ok(Self {
             frontends,
@@ -206,8 +200,6 @@ impl PinnedMaps {
             config: mapped!(CONFIG),
             state: mapped!(STATE),
             notices,
-            conntrack,
-            conntrack_new,
             devices,
             source_ranges: trie!(SOURCE_RANGES),
             cluster_cidrs: trie!(CLUSTER_CIDRS),

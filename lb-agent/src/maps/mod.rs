@@ -5,6 +5,7 @@ pub mod bpf;
 pub mod dump;
 pub mod fake;
 pub mod faulty;
+pub mod flows;
 pub mod grace;
 pub mod prefix;
 pub(crate) mod records;

@@ -7,6 +7,7 @@
 pub mod addrs;
 pub mod conntrack;
 pub mod destroy;
+pub mod flows;
 mod judge;
 mod netlink;
 pub(crate) mod netns;

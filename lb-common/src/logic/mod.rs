@@ -2,6 +2,7 @@
 
 pub mod affinity;
 pub mod connect;
+pub mod conntrack;
 pub mod flow;
 pub mod generation;
 pub mod record;
