@@ -2,6 +2,7 @@
 
 mod affinity;
 mod config;
+mod conntrack;
 mod explain;
 mod list;
 mod output;
@@ -54,9 +55,12 @@ enum Command {
     /// Clients of services with session affinity, and the backends that they keep
     #[command(subcommand)]
     Affinity(List),
-    /// What connect() would do, and why
+    /// Flows of packets that were translated: what was asked for, what serves it
+    #[command(subcommand)]
+    Conntrack(List),
+    /// What connect() would do, or becomes of a packet from outside, and why
     Explain(explain::ExplainArgs),
-    /// Connects, sends, refusals and destroyed sockets, as they happen
+    /// Connects, sends, flows of packets, refusals and destroyed sockets, as they happen
     Trace(trace::TraceArgs),
     /// Compare the maps with what the source says, afresh; exit 1 and a diff where they differ
     Verify(verify::VerifyArgs),
@@ -252,6 +256,7 @@ pub fn main() -> ExitCode {
         Command::Backend(List::List(args)) => list::backends(&args).map(|()| ExitCode::SUCCESS),
         Command::Socket(List::List(args)) => sockets::list(&args).map(|()| ExitCode::SUCCESS),
         Command::Affinity(List::List(args)) => affinity::list(&args).map(|()| ExitCode::SUCCESS),
+        Command::Conntrack(List::List(args)) => conntrack::list(&args).map(|()| ExitCode::SUCCESS),
         Command::Explain(args) => explain::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::verify(args),
