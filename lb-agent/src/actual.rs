@@ -7,8 +7,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, backend_flags, set_flags,
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, SetWord, SourceRange, backend_flags, set_flags,
 };
 use lb_common::logic::connect::Set;
 use lb_common::logic::generation;
@@ -16,7 +17,8 @@ use lb_common::logic::generation;
 pub(crate) use self::backends::{ActualBackend, BackendMap, Backends};
 use crate::alloc::{Indexes, Range, SlotRanges};
 use crate::desired::{DesiredSet, PortId, SETS};
-use crate::maps::{Capacities, Dump};
+use crate::maps::prefix::Prefix;
+use crate::maps::{Capacities, Dump, Epoch};
 use crate::model::{ObjectKey, Protocol};
 use crate::policy::Member;
 
@@ -44,6 +46,17 @@ impl Named {
     }
 }
 
+/// An entry of SOURCE_RANGES.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Admission {
+    /// It is as it should be.
+    Holds,
+    /// No longer wanted since a request for a grace period, after which it goes: a program may be about to look for it.
+    Leaves(Epoch),
+    /// It is not as it should be.
+    Broken,
+}
+
 /// A service index in use.
 #[derive(Debug, Clone)]
 pub(crate) struct ActualPort {
@@ -55,6 +68,8 @@ pub(crate) struct ActualPort {
     /// In the order of [`SETS`].
     pub(crate) sets: [ActualSet; 3],
     pub(crate) backends: Backends,
+    /// Its entries of SOURCE_RANGES.
+    pub(crate) sources: BTreeMap<IpNet, Admission>,
 }
 
 impl ActualPort {
@@ -66,6 +81,7 @@ impl ActualPort {
             named,
             sets: Default::default(),
             backends: Backends::default(),
+            sources: BTreeMap::new(),
         }
     }
 
@@ -126,6 +142,8 @@ pub(crate) struct Strays {
     pub(crate) backends: BTreeSet<u32>,
     /// Slots, each a range of its own.
     pub(crate) slots: BTreeSet<Range>,
+    /// Entries of SOURCE_RANGES that are no networks, or of indexes that SERVICES does not have. Nothing leads here.
+    pub(crate) sources: BTreeSet<Prefix<SourceRange>>,
 }
 
 /// The state of the maps.
@@ -137,6 +155,8 @@ pub(crate) struct Actual {
     pub(crate) frontends: BTreeMap<FrontendKey, Frontend>,
     /// How many frontends lead to a service index.
     pub(crate) references: HashMap<u32, u32>,
+    /// CLUSTER_CIDRS.
+    pub(crate) cidrs: BTreeMap<Prefix<Addr>, u32>,
     pub(crate) slots: SlotRanges,
     pub(crate) indexes: Indexes,
     pub(crate) ids: Indexes,
@@ -149,13 +169,14 @@ impl Actual {
     /// Takes over what the maps say. Everything in them may be wrong; what is wrong is told apart so that the next
     /// application of the desired state puts it right.
     ///
-    /// An index that is live or named, but nobody's, becomes a service port with a name that no Service can have, so it
+    /// An index that is live or named or has source ranges, but is nobody's, becomes a service port with a name that no Service can have, so it
     /// goes the way of a Service that was deleted.
     pub(crate) fn adopt(dump: &Dump, capacities: Capacities) -> (Self, Strays) {
         let mut actual = Self {
             ports: HashMap::new(),
             frontends: dump.frontends.clone(),
             references: HashMap::new(),
+            cidrs: dump.cluster_cidrs.clone(),
             slots: SlotRanges::new(capacities.backend_slots),
             indexes: Indexes::new(capacities.services),
             ids: Indexes::new(capacities.backends),
@@ -180,14 +201,17 @@ impl Actual {
             let port = ActualPort::new(*index, *entry, Named::of(&id, name));
             actual.ports.insert(Arc::new(id), Box::new(port));
         }
+        let mut sources = adopt_sources(dump, &mut strays);
         for (index, entry) in (0_u32..).zip(&dump.services) {
-            if generation::is_live(entry.generation) && !dump.names.contains_key(&index) {
+            let in_use = generation::is_live(entry.generation) || sources.contains_key(&index);
+            if in_use && !dump.names.contains_key(&index) {
                 let port = ActualPort::new(index, *entry, None);
                 actual.ports.insert(Arc::new(stray_id(index)), Box::new(port));
             }
         }
-        for port in actual.ports.values() {
+        for port in actual.ports.values_mut() {
             actual.indexes.claim(port.index);
+            port.sources = sources.remove(&port.index).unwrap_or_default();
         }
         actual.adopt_backends(dump, &mut strays);
         actual.adopt_sets(dump, &mut strays);
@@ -264,7 +288,7 @@ impl Actual {
 
     /// Counts a frontend that leads to a service index, or does no more.
     pub(crate) fn count(&mut self, value: Frontend, there: bool) {
-        if FrontendKind::from_u8(value.kind) == Some(FrontendKind::Address) {
+        if value.is_mark() {
             return;
         }
         let count = self.references.entry(value.service).or_default();
@@ -273,6 +297,26 @@ impl Actual {
             self.references.remove(&value.service);
         }
     }
+}
+
+/// Entries of SOURCE_RANGES by service index.
+fn adopt_sources(dump: &Dump, strays: &mut Strays) -> HashMap<u32, BTreeMap<IpNet, Admission>> {
+    let mut all: HashMap<u32, BTreeMap<IpNet, Admission>> = HashMap::new();
+    for (range, value) in &dump.source_ranges {
+        let index = range.data.service;
+        let is_there = (index as usize) < dump.services.len();
+        let Some(net) = range.network().filter(|_| is_there) else {
+            strays.sources.insert(*range);
+            continue;
+        };
+        let admission = if *value == 0 {
+            Admission::Holds
+        } else {
+            Admission::Broken
+        };
+        all.entry(index).or_default().insert(net, admission);
+    }
+    all
 }
 
 /// The members of a published set, if every slot of it is what this port's backends say.

@@ -16,6 +16,7 @@ use self::file::{File, Time};
 use crate::face::BindAddress;
 use crate::node::addrs::Wanted;
 use crate::node::conntrack;
+use crate::nodes::Inside;
 
 /// The one version there is.
 const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
@@ -46,7 +47,7 @@ const APPLIED: &[&str] = &[
 /// `detectLocalMode`: which packets come from pods of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DetectLocal {
-    /// By `clusterCIDR`; every address where that is empty.
+    /// By `clusterCIDR`; where that is empty, as if nothing was said.
     ClusterCidr(Vec<IpNet>),
     /// By the Node's `podCIDRs`.
     NodeCidr,
@@ -54,6 +55,18 @@ pub enum DetectLocal {
     Bridge(String),
     /// What comes in by devices whose name begins so.
     DevicePrefix(String),
+}
+
+impl DetectLocal {
+    /// Which sources are inside the cluster. What is told by devices has the default.
+    #[must_use]
+    pub fn inside(&self) -> Inside {
+        match self {
+            Self::ClusterCidr(networks) if !networks.is_empty() => Inside::Networks(networks.clone()),
+            Self::NodeCidr => Inside::ThisNode,
+            Self::ClusterCidr(_) | Self::Bridge(_) | Self::DevicePrefix(_) => Inside::Nodes,
+        }
+    }
 }
 
 /// What a file says, with kube-proxy's defaults.
@@ -229,7 +242,7 @@ impl Config {
                 score => score,
             },
             conntrack: tracking(&conntrack.unwrap_or_default(), default.conntrack),
-            without_effect: without_effect(&said),
+            without_effect: without_effect(&said, mode.as_deref()),
         })
     }
 }
@@ -298,10 +311,16 @@ fn tracking(said: &file::Conntrack, default: conntrack::Settings) -> conntrack::
 }
 
 /// The keys that say something and are not applied. `featureGates` is one, and so is a list.
-fn without_effect(said: &Value) -> Vec<String> {
+fn without_effect(said: &Value, detect_local_mode: Option<&str>) -> Vec<String> {
     let mut keys = BTreeSet::new();
     collect("", said, &mut keys);
-    keys.retain(|key| !APPLIED.contains(&key.as_str()));
+    // Sources are told by their addresses, not by the devices that they come in by.
+    let applied: &[&str] = match detect_local_mode {
+        None | Some("ClusterCIDR") => &["clusterCIDR", "detectLocalMode"],
+        Some("NodeCIDR") => &["detectLocalMode"],
+        Some(_) => &[],
+    };
+    keys.retain(|key| !APPLIED.iter().chain(applied).any(|applied| applied == key));
     keys.into_iter().collect()
 }
 

@@ -1,19 +1,23 @@
 //! What the maps are to say: from Services and endpoints to service ports, backend sets and frontends. Pure.
 
+use std::cmp::Ordering;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use lb_common::abi::{Addr, Frontend, FrontendKey, FrontendKind, service_flags};
 use lb_common::logic::connect::Set;
 
-use crate::index::Index;
+use crate::index::{Index, NodesBefore};
 use crate::keyed::{ByKey, Keyed};
+use crate::maps::prefix::{self, Prefix};
 use crate::model::{
     Change, EndpointSlice, ObjectKey, Problem, ProblemKind, Protocol, Service, ServicePort, ServiceType,
 };
+use crate::nodes::{Changed, Inside, Nodes};
 use crate::policy::{self, Here, Member, Wanted};
 
 /// What a service index stands for: one port of a Service in one family. Two with the same identity are the same, even
@@ -67,8 +71,10 @@ pub struct DesiredPort {
     pub sets: [DesiredSet; 3],
     /// Backends that no set contains, whose connections live on.
     pub draining: Arc<[Member]>,
-    /// Destinations that lead here, [`FrontendKind::Address`] marks included; sorted.
+    /// Destinations that lead here, and marks of their addresses; sorted.
     pub frontends: Box<[(FrontendKey, FrontendKind)]>,
+    /// Whom load-balancer addresses serve, where the flags say that not everybody: [`prefix::normal`] networks, sorted.
+    pub source_ranges: Box<[IpNet]>,
 }
 
 impl DesiredPort {
@@ -125,6 +131,7 @@ pub fn ports<'a>(
         if !service.cluster_ips.iter().any(|ip| ip.is_ipv6() == ipv6) {
             continue;
         }
+        let source_ranges = SourceRanges::of(service, ipv6);
         for port in &service.ports {
             // The data plane has no hooks yet for SCTP.
             if port.protocol == Protocol::Sctp {
@@ -159,11 +166,12 @@ pub fn ports<'a>(
             let desired = DesiredPort {
                 port: port.port,
                 created: service.created,
-                flags: flags(service, ipv6),
+                flags: flags(service, &source_ranges),
                 affinity_timeout: service.affinity_timeout.unwrap_or(0),
                 sets,
                 draining: Arc::clone(&endpoints.draining),
                 frontends: frontends(service, port, ipv6),
+                source_ranges: source_ranges.admitted(),
             };
             all.push((id, desired));
         }
@@ -171,12 +179,60 @@ pub fn ports<'a>(
     all
 }
 
+/// Whom the load-balancer addresses of a Service serve in one family.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum SourceRanges {
+    Everybody,
+    Only(Box<[IpNet]>),
+}
+
+impl SourceRanges {
+    /// As kube-proxy has it, ranges of the other family are no restriction, and a range of all is none either. But what
+    /// is no range restricts, in the family that it is written like (in both, where that cannot be told), and admits
+    /// nobody.
+    fn of(service: &Service, ipv6: bool) -> Self {
+        let mut restricted = false;
+        let mut admitted = BTreeSet::new();
+        for text in &service.source_ranges {
+            match text.parse().map(prefix::normal) {
+                Ok(net) if net.addr().is_ipv6() != ipv6 => continue,
+                Ok(net) if net.prefix_len() == 0 => return Self::Everybody,
+                Ok(net) => drop(admitted.insert(net)),
+                Err(_) if text.contains(if ipv6 { '.' } else { ':' }) => continue,
+                Err(_) => {}
+            }
+            restricted = true;
+        }
+        if restricted {
+            Self::Only(admitted.into_iter().collect())
+        } else {
+            Self::Everybody
+        }
+    }
+
+    fn admitted(&self) -> Box<[IpNet]> {
+        match self {
+            Self::Everybody => Box::default(),
+            Self::Only(networks) => networks.clone(),
+        }
+    }
+}
+
+/// The `spec.loadBalancerSourceRanges` of a Service that are none.
+#[must_use]
+pub fn wrong_source_ranges(service: &Service) -> Vec<Arc<str>> {
+    let ranges = service.source_ranges.iter().filter(|_| is_served(service));
+    ranges.filter(|text| text.parse::<IpNet>().is_err()).cloned().collect()
+}
+
 /// [`service_flags`] of a Service in one family.
-fn flags(service: &Service, ipv6: bool) -> u32 {
-    // As kube-proxy has it, ranges of the other family are no restriction.
-    let restricted = service.source_ranges.iter().any(|range| range.contains(':') == ipv6);
+fn flags(service: &Service, source_ranges: &SourceRanges) -> u32 {
     let affinity = service.affinity_timeout.map_or(0, |_| service_flags::AFFINITY);
-    affinity | if restricted { service_flags::SOURCE_RANGES } else { 0 }
+    affinity
+        | match source_ranges {
+            SourceRanges::Everybody => 0,
+            SourceRanges::Only(_) => service_flags::SOURCE_RANGES,
+        }
 }
 
 /// The destinations that lead to a port of a Service in one family; sorted, none twice.
@@ -187,12 +243,16 @@ fn frontends(service: &Service, port: &ServicePort, ipv6: bool) -> Box<[(Fronten
         ips.map(|ip| (key(Addr::from(*ip), port.port), kind)).collect()
     };
     let mut all = of_family(&service.cluster_ips, FrontendKind::ClusterIp);
-    let marks = all
-        .iter()
-        .map(|(key, _)| (FrontendKey::address_mark(key.addr), FrontendKind::Address));
-    all.extend(marks.collect::<Vec<_>>());
     all.extend(of_family(&service.external_ips, FrontendKind::ExternalIp));
     all.extend(of_family(&service.load_balancer_ips, FrontendKind::LoadBalancer));
+    let marks = all.iter().map(|(key, kind)| {
+        let mark = match kind {
+            FrontendKind::ClusterIp => FrontendKind::Address,
+            _ => FrontendKind::ExternalAddress,
+        };
+        (FrontendKey::address_mark(key.addr), mark)
+    });
+    all.extend(marks.collect::<Vec<_>>());
     let unspecified = if ipv6 {
         IpAddr::from(Ipv6Addr::UNSPECIFIED)
     } else {
@@ -202,6 +262,7 @@ fn frontends(service: &Service, port: &ServicePort, ipv6: bool) -> Box<[(Fronten
     all.extend(node_port.map(|key| (key, FrontendKind::NodePort)));
     all.sort_unstable();
     // An address that is given in two ways is what it is first: a cluster IP, then external, then a load balancer's.
+    // Marks go by the same order.
     all.dedup_by_key(|(key, _)| *key);
     all.into()
 }
@@ -216,13 +277,27 @@ fn share(sets: &mut [DesiredSet; 3]) {
 }
 
 /// A service port that wants a frontend. The order is that of precedence: the older first, without a time stamp last;
-/// then by namespace and name, and port.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+/// then by namespace and name, and port. An address that is a cluster IP of any Service is marked as one.
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Claim {
     /// Seconds since 1970.
     created: i64,
     id: Arc<PortId>,
     kind: FrontendKind,
+}
+
+impl Ord for Claim {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let rank = |claim: &Self| (claim.kind == FrontendKind::ExternalAddress, claim.created);
+        let by_age = rank(self).cmp(&rank(other));
+        by_age.then_with(|| (&self.id, self.kind).cmp(&(&other.id, other.kind)))
+    }
+}
+
+impl PartialOrd for Claim {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
 /// What changed in [`Desired`].
@@ -232,6 +307,29 @@ pub struct Touched {
     pub ports: BTreeSet<Arc<PortId>>,
     /// Frontends whose claims changed.
     pub frontends: BTreeSet<FrontendKey>,
+    /// Keys of CLUSTER_CIDRS that are new, differ, or are gone.
+    pub cidrs: BTreeSet<Prefix<Addr>>,
+}
+
+impl Touched {
+    /// What changed in [`Nodes`].
+    pub(crate) fn nodes(&mut self, changed: Changed) {
+        let Changed { addresses, cidrs } = changed;
+        self.frontends
+            .extend(addresses.into_iter().map(FrontendKey::address_mark));
+        self.cidrs.extend(cidrs);
+    }
+}
+
+/// What the maps of a node depend on besides the objects.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Site {
+    /// Name of the Node.
+    pub node: String,
+    /// Which sources are inside the cluster.
+    pub inside: Inside,
+    /// Addresses of this node's devices.
+    pub addresses: BTreeSet<Addr>,
 }
 
 /// The ports of one Service, at least one.
@@ -263,23 +361,64 @@ pub struct Desired {
     others: BTreeMap<FrontendKey, Vec<Claim>>,
     /// Frontends (no marks) with more than one claim.
     contested: BTreeSet<FrontendKey>,
+    nodes: Nodes,
 }
 
 impl Desired {
+    /// Nothing but what a site is by itself.
+    #[must_use]
+    pub(crate) fn new(inside: Inside) -> Self {
+        Self {
+            nodes: Nodes::new(inside),
+            ..Self::default()
+        }
+    }
+
     /// The desired state of a set of objects.
     #[must_use]
-    pub fn of(objects: impl IntoIterator<Item = Change>, node: &str) -> Self {
+    pub fn of(objects: impl IntoIterator<Item = Change>, site: Site) -> Self {
+        let Site {
+            node,
+            inside,
+            addresses,
+        } = site;
         let mut index = Index::default();
-        let mut new = Self::default();
+        let mut new = Self::new(inside);
+        let mut touched = Touched::default();
+        new.set_addresses(addresses, &mut touched);
         let dirty = index.apply(objects);
-        let here = index.here(node);
-        for key in dirty {
+        new.update_nodes(&dirty.nodes, &index, &node, &mut touched);
+        let here = index.here(&node);
+        for key in dirty.services {
             if let Some(service) = index.service(&key) {
                 let ports = ports(service, &index.slices(&key), here);
-                new.update(&key, ports, &mut Touched::default());
+                new.update(&key, ports, &mut touched);
             }
         }
         new
+    }
+
+    /// The addresses of this node's devices are these now.
+    pub fn set_addresses(&mut self, own: BTreeSet<Addr>, touched: &mut Touched) {
+        let mut changed = Changed::default();
+        self.nodes.set_own(own, &mut changed);
+        touched.nodes(changed);
+    }
+
+    /// Takes over Nodes that changed, given as they were before, from the index.
+    pub(crate) fn update_nodes(&mut self, before: &NodesBefore, index: &Index, here: &str, touched: &mut Touched) {
+        let mut changed = Changed::default();
+        for (name, before) in before {
+            self.nodes
+                .update(before.as_deref(), index.node(name), **name == *here, &mut changed);
+        }
+        touched.nodes(changed);
+    }
+
+    /// What is known of nodes.
+    #[must_use]
+    pub fn nodes(&self) -> &Nodes {
+        &self.nodes
     }
 
     /// Holds the claims in as few nodes as they fit into: a tree that grew in ascending order is half empty.
@@ -345,7 +484,7 @@ impl Desired {
                     };
                     let others = self.others.entry(*key).or_default();
                     others.insert(others.partition_point(|other| *other < later), later);
-                    if *kind != FrontendKind::Address {
+                    if !kind.is_mark() {
                         self.contested.insert(*key);
                     }
                 }
@@ -403,14 +542,16 @@ impl Desired {
         self.claims.keys().copied()
     }
 
-    /// The value of a frontend: that of the first claimant that `index_of` has a service index for.
+    /// The value of a frontend: that of the first claimant that `index_of` has a service index for. An address that is a
+    /// node's is not marked as external: its other ports are that node's.
     pub fn frontend(&self, key: &FrontendKey, index_of: impl Fn(&PortId) -> Option<u32>) -> Option<Frontend> {
         self.claims(key).find_map(|claim| {
             let index = index_of(&claim.id)?;
-            Some(match claim.kind {
-                FrontendKind::Address => Frontend::new(0, FrontendKind::Address),
-                kind => Frontend::new(index, kind),
-            })
+            match claim.kind {
+                FrontendKind::ExternalAddress if self.nodes.have(key.addr) => None,
+                kind if kind.is_mark() => Some(Frontend::mark(kind)),
+                kind => Some(Frontend::new(index, kind)),
+            }
         })
     }
 
@@ -473,6 +614,7 @@ mod tests {
             affinity_timeout: 0,
             sets: Default::default(),
             draining: Arc::default(),
+            source_ranges: Box::default(),
             frontends: [mark]
                 .into_iter()
                 .chain(frontends.iter().map(|p| (key(*p), FrontendKind::ClusterIp)))

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use lb_common::abi::{Backend, BackendSlot, Service, SetWord, backend_flags, map_name, set_flags};
 use lb_common::logic::connect::Set;
 use lb_common::logic::generation;
 
 use crate::actual::{
-    Actual, ActualBackend, ActualPort, BackendMap, Named, backend_of, member_flag, set_words, slot_of,
+    Actual, ActualBackend, ActualPort, Admission, BackendMap, Named, backend_of, member_flag, set_words, slot_of,
 };
 use crate::alloc::Range;
 use crate::desired::{DesiredPort, PortId, SETS};
@@ -28,6 +29,8 @@ pub(crate) enum Step {
     Flags((IpAddr, u16), u16),
     /// BACKEND_SLOTS: a range that nobody sees yet.
     Slots(Range, Vec<BackendSlot>),
+    /// SOURCE_RANGES: whom load-balancer addresses serve too. Before the flag that restricts them to those.
+    Admit(IpNet),
     /// SERVICES: an index that no frontend leads to.
     Service(Service, [(Option<Range>, Arc<[Member]>); 3]),
     /// SERVICES: all but the set words.
@@ -36,6 +39,8 @@ pub(crate) enum Step {
     Publish(Set, SetWord, Option<Range>, Arc<[Member]>),
     /// BACKENDS: a backend goes out of use.
     Withdraw((IpAddr, u16)),
+    /// SOURCE_RANGES: whom they no longer serve, after a grace period: a program that has read the flag looks for them.
+    Dismiss(Vec<IpNet>),
 }
 
 /// The steps for one service port, in their order, and what they take.
@@ -145,6 +150,9 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
     }
 
     let sets = place_sets(want, have, &backends, actual, plan)?;
+    let holds = |net: &IpNet| have.is_some_and(|have| have.sources.get(net) == Some(&Admission::Holds));
+    let admitted = want.source_ranges.iter().filter(|net| !holds(net));
+    plan.steps.extend(admitted.copied().map(Step::Admit));
     let mut value = Service {
         flags: want.flags,
         affinity_timeout: want.affinity_timeout,
@@ -173,6 +181,13 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
             let known = have.backends.members().iter().map(|member| (member.addr, member.port));
             let gone = known.filter(|key| !backends.contains_key(key));
             plan.steps.extend(gone.map(Step::Withdraw));
+            let stays = |net: &IpNet| want.source_ranges.binary_search(net).is_ok();
+            let leaves = |admission: &Admission| matches!(admission, Admission::Leaves(_));
+            let dismissed = have.sources.iter().filter(|(net, at)| !stays(net) && !leaves(at));
+            let dismissed: Vec<_> = dismissed.map(|(net, _)| *net).collect();
+            if !dismissed.is_empty() {
+                plan.steps.push(Step::Dismiss(dismissed));
+            }
         }
     }
     Ok(())

@@ -1,6 +1,7 @@
-//! What `connect()` would do, and why: the decision of the data plane, made from a copy of the maps by the same
-//! `lb_common::logic`.
+//! What `connect()` would do, or becomes of a packet from outside, and why: the decision of the data plane, made from a
+//! copy of the maps by the same `lb_common::logic`.
 
+mod packet;
 mod text;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,8 +21,11 @@ use serde::Serialize;
 
 use crate::actual::set_words;
 use crate::maps::Dump;
+use crate::maps::flows::Direction;
 use crate::model::Protocol;
 use crate::owner::Owner;
+
+pub(crate) use packet::explain as explain_packet;
 
 /// The maps that decide, as they were at one time.
 #[derive(Debug, Clone, Default)]
@@ -29,6 +33,8 @@ pub(crate) struct Snapshot {
     pub(crate) dump: Dump,
     pub(crate) node_addrs: BTreeSet<Addr>,
     pub(crate) affinity: BTreeMap<AffinityKey, Affinity>,
+    /// CT and CT_NEW.
+    pub(crate) flows: Vec<Direction>,
     /// When: nanoseconds of CLOCK_MONOTONIC.
     pub(crate) now: u64,
 }
@@ -50,6 +56,8 @@ pub(crate) struct Explanation {
     pub(crate) to: SocketAddr,
     pub(crate) protocol: &'static str,
     pub(crate) frontend: Option<Found>,
+    /// Where a packet comes from; `None` for a socket.
+    pub(crate) source: Option<Source>,
     pub(crate) set: Option<Serving>,
     pub(crate) affinity: Option<Remembered>,
     /// Every backend of the service port, those that may be chosen first.
@@ -66,6 +74,30 @@ pub(crate) struct Found {
     pub(crate) service: Owner,
     /// Index into SERVICES.
     pub(crate) index: u32,
+}
+
+/// What is known of where a packet comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Source {
+    pub(crate) address: IpAddr,
+    /// It is inside the cluster.
+    pub(crate) inside: bool,
+    /// It is a pod of this node.
+    pub(crate) here: bool,
+    /// The longest of the networks that CLUSTER_CIDRS has it in.
+    pub(crate) network: Option<String>,
+    /// Whether the load-balancer address serves it; `None` where it serves everybody.
+    pub(crate) admitted: Option<bool>,
+}
+
+impl Found {
+    fn new(maps: &Snapshot, frontend: Frontend) -> Self {
+        Self {
+            kind: FrontendKind::from_u8(frontend.kind).map_or("(unknown kind)", FrontendKind::label),
+            service: Owner::of(maps.dump.names.get(&frontend.service)),
+            index: frontend.service,
+        }
+    }
 }
 
 /// The set of the service that serves it.
@@ -114,6 +146,20 @@ pub(crate) enum Outcome {
     Untouched { why: String },
     /// It goes to one of these; all are as likely.
     Connects { backends: Vec<SocketAddr> },
+    /// A packet is answered at once, for the client to know.
+    Rejected {
+        /// With what.
+        answer: &'static str,
+        /// Label of the counter.
+        reason: &'static str,
+        why: &'static str,
+    },
+    /// A packet is dropped.
+    Dropped {
+        /// Label of the counter.
+        reason: &'static str,
+        why: &'static str,
+    },
     /// It fails at once.
     Refused {
         /// Name of the error number.
@@ -169,6 +215,7 @@ impl Explanation {
             to: Addr::from(to.addr).socket(to.port),
             protocol: Protocol::name_of(to.proto),
             frontend: None,
+            source: None,
             set: None,
             affinity: None,
             candidates: Vec::new(),
@@ -187,8 +234,8 @@ pub(crate) fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explana
     let mut answer = Explanation::untouched(to, "");
     if asker.node_only && !asker.on_node {
         answer.outcome = Outcome::untouched(
-            "only sockets of the node's network namespace are served (--socket-lb node); no packet path serves the \
-             others yet",
+            "only sockets of the node's network namespace are served (--socket-lb node); others send packets to the \
+             destination, and what becomes of those is told for the address that they come from",
         );
         return answer;
     }
@@ -204,11 +251,7 @@ pub(crate) fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explana
             return answer;
         }
     };
-    answer.frontend = Some(Found {
-        kind: FrontendKind::from_u8(frontend.kind).map_or("(unknown kind)", FrontendKind::label),
-        service: Owner::of(maps.dump.names.get(&frontend.service)),
-        index: frontend.service,
-    });
+    answer.frontend = Some(Found::new(maps, frontend));
     let set = connect::set_for_socket(frontend);
     let service = maps.dump.services.get(frontend.service as usize);
     let (set, service) = match (set, service) {
@@ -225,11 +268,12 @@ pub(crate) fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explana
     if !route::is_for_sockets(frontend, service.flags) {
         answer.outcome = Outcome::untouched(
             "the load-balancer address is for some sources only (loadBalancerSourceRanges), and a socket's source is \
-             not known when it connects; no packet path decides yet",
+             not known when it connects: what becomes of its packets is told for the address that they come from",
         );
         return answer;
     }
-    choose(maps, asker, Chosen::new(frontend.service, set, service), &mut answer);
+    let client = AffinityKey::of_netns(asker.netns, frontend.service);
+    choose(maps, client, Chosen::new(frontend.service, set, service), &mut answer);
     if to.proto == ip_protocol::UDP {
         answer.notes.push(
             "this is a new connect(), or a first datagram: an unconnected socket stays with the backend that it has \
@@ -290,19 +334,23 @@ impl<'a> Chosen<'a> {
 }
 
 /// The backend: the one that the client had last, where the service wants that, or any of the set.
-fn choose(maps: &Snapshot, asker: Asker, chosen: Chosen<'_>, answer: &mut Explanation) {
+fn choose(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>, answer: &mut Explanation) {
     answer.set = Some(chosen.describe());
     let mut kept = None;
     if chosen.service.flags & service_flags::AFFINITY != 0 {
-        let (remembered, backend) = remembered(maps, asker, chosen);
+        let (remembered, backend) = remembered(maps, client, chosen);
         kept = backend.map(|backend| (backend, remembered.remaining.unwrap_or(0)));
         answer.affinity = Some(remembered);
     }
     answer.candidates = candidates(&maps.dump, chosen, kept);
     let eligible = || answer.candidates.iter().filter(|candidate| candidate.eligible);
+    let refused = |reason| match &answer.source {
+        Some(_) => packet::refused(reason, answer.protocol),
+        None => Outcome::refused(reason),
+    };
     answer.outcome = match connect::slot(chosen.word, 0) {
-        Err(reason) if kept.is_none() => Outcome::refused(reason),
-        _ if eligible().next().is_none() => Outcome::refused(DropReason::BadSlot),
+        Err(reason) if kept.is_none() => refused(reason),
+        _ if eligible().next().is_none() => refused(DropReason::BadSlot),
         _ => Outcome::Connects {
             backends: eligible().map(|candidate| candidate.address).collect(),
         },
@@ -310,7 +358,7 @@ fn choose(maps: &Snapshot, asker: Asker, chosen: Chosen<'_>, answer: &mut Explan
 }
 
 /// What AFFINITY says of the client, and the backend that it keeps.
-fn remembered(maps: &Snapshot, asker: Asker, chosen: Chosen<'_>) -> (Remembered, Option<u32>) {
+fn remembered(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>) -> (Remembered, Option<u32>) {
     let timeout = chosen.service.affinity_timeout;
     let mut remembered = Remembered {
         timeout,
@@ -320,7 +368,7 @@ fn remembered(maps: &Snapshot, asker: Asker, chosen: Chosen<'_>) -> (Remembered,
         holds: false,
         why: "the client is new to this service",
     };
-    let Some(entry) = maps.affinity.get(&AffinityKey::of_netns(asker.netns, chosen.index)) else {
+    let Some(entry) = maps.affinity.get(&client) else {
         return (remembered, None);
     };
     let age = age(entry.used, maps.now);
@@ -418,8 +466,13 @@ fn why_no_member(backend: &Backend, set: Set) -> String {
         return "drains: it serves what it has, and gets nothing new".into();
     }
     let name = set_name(set);
-    if set == Set::Internal && backend.flags & backend_flags::LOCAL == 0 {
-        format!("not in the {name}: internalTrafficPolicy is Local, and it is on another node")
+    let policy = match set {
+        Set::Internal => "internalTrafficPolicy",
+        Set::External => "externalTrafficPolicy",
+        Set::Cluster => return format!("not in the {name}"),
+    };
+    if backend.flags & backend_flags::LOCAL == 0 {
+        format!("not in the {name}: {policy} is Local, and it is on another node")
     } else {
         format!("not in the {name}")
     }
@@ -455,7 +508,7 @@ fn ports_of(maps: &Snapshot, to: Destination) -> String {
         .dump
         .frontends
         .iter()
-        .filter(|(key, value)| key.addr == addr && value.kind != FrontendKind::Address as u8)
+        .filter(|(key, value)| key.addr == addr && !value.is_mark())
         .map(|(key, value)| {
             let owner = Owner::of(maps.dump.names.get(&value.service));
             format!("{}/{} ({owner})", key.port, Protocol::name_of(key.proto))

@@ -7,6 +7,16 @@ use crate::keyed::{ByKey, Keyed};
 use crate::model::{Change, EndpointSlice, Kind, Node, Object, ObjectKey, Service};
 use crate::policy::Here;
 
+/// Nodes that changed, as they were before.
+pub(crate) type NodesBefore = BTreeMap<Arc<str>, Option<Arc<Node>>>;
+
+/// What changes concern.
+#[derive(Debug, Default)]
+pub(crate) struct Dirty {
+    pub(crate) services: BTreeSet<ObjectKey>,
+    pub(crate) nodes: NodesBefore,
+}
+
 /// All objects, by key. Synchronous, no IO.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
@@ -38,9 +48,12 @@ impl Keyed for EndpointSlice {
 }
 
 impl Index {
-    /// Takes changes over; returns the Services that they concern.
-    pub(crate) fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> BTreeSet<ObjectKey> {
-        let mut dirty = BTreeSet::new();
+    /// Takes changes over; returns what they concern.
+    pub(crate) fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> Dirty {
+        let Dirty {
+            services: mut dirty,
+            mut nodes,
+        } = Dirty::default();
         for change in changes {
             match change {
                 Change::Set(Object::Service(service)) => {
@@ -68,7 +81,9 @@ impl Index {
                     dirty.insert(owner);
                 }
                 Change::Set(Object::Node(node)) => {
-                    self.nodes.insert(Arc::clone(&node.name), node);
+                    let name = Arc::clone(&node.name);
+                    let before = self.nodes.insert(Arc::clone(&name), node);
+                    nodes.entry(name).or_insert(before);
                 }
                 Change::Remove(id) => match id.kind {
                     Kind::Service => {
@@ -83,12 +98,13 @@ impl Index {
                         }
                     }
                     Kind::Node => {
-                        self.nodes.remove(&id.key.name);
+                        let before = self.nodes.remove(&id.key.name);
+                        nodes.entry(id.key.name).or_insert(before);
                     }
                 },
             }
         }
-        dirty
+        Dirty { services: dirty, nodes }
     }
 
     /// Changes what is known of a Service.
@@ -173,9 +189,12 @@ mod tests {
     #[test]
     fn slices_concern_their_service_also_when_they_change_hands() {
         let mut index = Index::default();
-        assert_eq!(index.apply([slice("b", "web"), slice("a", "web")]), keys(&["web"]));
+        assert_eq!(
+            index.apply([slice("b", "web"), slice("a", "web")]).services,
+            keys(&["web"])
+        );
         assert_eq!(names(&index, "web"), ["a", "b"]);
-        assert_eq!(index.apply([slice("a", "db")]), keys(&["web", "db"]));
+        assert_eq!(index.apply([slice("a", "db")]).services, keys(&["web", "db"]));
         assert_eq!(
             (names(&index, "web"), names(&index, "db")),
             (vec!["b".into()], vec!["a".into()])
@@ -184,8 +203,8 @@ mod tests {
             kind: Kind::EndpointSlice,
             key: ObjectKey::new("ns", "a"),
         });
-        assert_eq!(index.apply([removed.clone()]), keys(&["db"]));
-        assert_eq!(index.apply([removed]), keys(&[]), "removed twice");
+        assert_eq!(index.apply([removed.clone()]).services, keys(&["db"]));
+        assert_eq!(index.apply([removed]).services, keys(&[]), "removed twice");
         assert!(names(&index, "db").is_empty());
     }
 }

@@ -27,6 +27,7 @@ pub mod maps;
 mod memory;
 pub mod model;
 pub mod node;
+pub mod nodes;
 mod owner;
 pub mod policy;
 pub mod reconcile;

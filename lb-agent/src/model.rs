@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
+use ipnet::IpNet;
 use lb_common::abi::ip_protocol;
 
 use crate::intern;
@@ -153,7 +154,7 @@ pub struct Service {
     pub external_ips: Box<[IpAddr]>,
     /// `status.loadBalancer.ingress[].ip` of type LoadBalancer, those with `ipMode: Proxy` left out.
     pub load_balancer_ips: Box<[IpAddr]>,
-    /// `spec.loadBalancerSourceRanges` as written, of type LoadBalancer.
+    /// `spec.loadBalancerSourceRanges` of type LoadBalancer: as written, but without blanks around them, and maybe wrong.
     pub source_ranges: Box<[Arc<str>]>,
     /// `spec.ports`, in the order of the object. Names are distinct, and so are (protocol, port) pairs.
     pub ports: Box<[ServicePort]>,
@@ -304,8 +305,8 @@ pub struct Node {
     pub name: Arc<str>,
     /// `status.addresses` of types InternalIP and ExternalIP.
     pub addresses: Vec<IpAddr>,
-    /// `spec.podCIDRs` (or `podCIDR`) as written.
-    pub pod_cidrs: Vec<Arc<str>>,
+    /// `spec.podCIDRs` (or `podCIDR`).
+    pub pod_cidrs: Vec<IpNet>,
     /// Label `topology.kubernetes.io/zone`.
     pub zone: Option<Arc<str>>,
     /// It is being deleted, or the cluster autoscaler is about to (`ToBeDeletedByClusterAutoscaler` among its taints).

@@ -1,26 +1,28 @@
 //! Makes the maps say what is desired: plans by `diff`, writes in the order of the update protocol, and waits
 //! for grace before anything is used again.
 //!
-//! Order on creation: NAMES, BACKENDS, BACKEND_SLOTS, SERVICES, FRONTENDS. On removal: FRONTENDS, a grace period, then
-//! the rest. What is known of the maps is recorded after each write that succeeded, so a failed write is tried again at
+//! Order on creation: NAMES, BACKENDS, BACKEND_SLOTS, SOURCE_RANGES, SERVICES, FRONTENDS. On removal: FRONTENDS, a grace
+//! period, then the rest. What is known of the maps is recorded after each write that succeeded, so a failed write is tried again at
 //! the next occasion, and the end is the same wherever the agent dies.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service, SetWord};
+use lb_common::abi::{Addr, Frontend, FrontendKey, FrontendKind, Service, SetWord};
 use lb_common::logic::generation;
 use tracing::{debug, warn};
 
-use crate::actual::{Actual, ActualPort, BackendMap, Backends, Strays, name_of, set_word_mut};
+use crate::actual::{Actual, ActualPort, Admission, BackendMap, Backends, Strays, name_of, set_word_mut};
 use crate::alloc::Range;
 use crate::desired::{self, Desired, DesiredPort, HealthCheck, PortId, SETS, Touched};
 use crate::diff::{self, Plan, Step};
-use crate::index::Index;
+use crate::index::{Dirty, Index};
+use crate::maps::prefix::Prefix;
 use crate::maps::{Capacities, Epoch, MapError, Maps};
 use crate::memory;
 use crate::model::{Batch, Node, ObjectKey, Problem, ProblemKind};
+use crate::nodes::Inside;
 
 /// Number of changes in one batch after which memory is given back.
 const LARGE: usize = 1000;
@@ -34,6 +36,8 @@ enum Retired {
     Backend(u32),
     /// A service port whose frontends are gone: to be cleared after the grace period.
     Port(Box<ActualPort>),
+    /// Some source ranges of a service port: to be removed after the grace period.
+    Sources(Arc<PortId>),
 }
 
 /// How much of the maps is in use.
@@ -62,6 +66,7 @@ pub struct Reconciler<M> {
     /// What could not be written, and why. Tried again at every occasion.
     failed_ports: BTreeMap<Arc<PortId>, String>,
     failed_frontends: BTreeMap<FrontendKey, String>,
+    failed_cidrs: BTreeMap<Prefix<Addr>, String>,
     /// Service ports of an earlier run that the source has not told of, or not of their endpoints: they stay as they
     /// are until it has told everything.
     kept: BTreeSet<Arc<PortId>>,
@@ -71,6 +76,8 @@ pub struct Reconciler<M> {
     fresh: bool,
     complete: bool,
     problems: Vec<Problem>,
+    /// `loadBalancerSourceRanges` that are none, by Service.
+    wrong_ranges: BTreeMap<ObjectKey, Vec<Arc<str>>>,
     withdrawals: u64,
     health_checks: BTreeMap<ObjectKey, HealthCheck>,
     /// Since they were last asked for.
@@ -99,13 +106,31 @@ impl<M: Maps> Reconciler<M> {
             deletion: None,
             failed_ports: BTreeMap::new(),
             failed_frontends: BTreeMap::new(),
+            failed_cidrs: BTreeMap::new(),
             fresh: true,
             complete: false,
             problems: Vec::new(),
+            wrong_ranges: BTreeMap::new(),
             withdrawals: 0,
             health_checks: BTreeMap::new(),
             health_checks_changed: false,
         })
+    }
+
+    /// Which sources are inside the cluster; to be said before anything is applied.
+    #[must_use]
+    pub fn with_inside(mut self, inside: Inside) -> Self {
+        self.desired = Desired::new(inside);
+        self
+    }
+
+    /// The addresses of this node's devices are these now.
+    pub fn set_addresses(&mut self, own: BTreeSet<Addr>) {
+        let mut touched = Touched::default();
+        self.desired.set_addresses(own, &mut touched);
+        if touched != Touched::default() {
+            self.reconcile(touched);
+        }
     }
 
     /// Applies a batch of changes as a whole.
@@ -113,18 +138,29 @@ impl<M: Maps> Reconciler<M> {
         let is_large = batch.changes.len() >= LARGE;
         let zone = |index: &Index| index.node(&self.node).and_then(|node| node.zone.clone());
         let before = zone(&self.index);
-        let mut dirty = self.index.apply(batch.changes);
+        let Dirty {
+            services: mut dirty,
+            nodes,
+        } = self.index.apply(batch.changes);
         if zone(&self.index) != before {
             // Other endpoints are meant for this node now.
             dirty.extend(self.index.services().map(|service| service.key.clone()));
         }
         let here = self.index.here(&self.node);
         let mut touched = Touched::default();
+        self.desired.update_nodes(&nodes, &self.index, &self.node, &mut touched);
         for key in dirty {
             let service = self.index.service(&key);
             let slices = self.index.slices(&key);
             let ports = service.map_or_else(Vec::new, |service| desired::ports(service, &slices, here));
             self.desired.update(&key, ports, &mut touched);
+            match service
+                .map(desired::wrong_source_ranges)
+                .filter(|wrong| !wrong.is_empty())
+            {
+                Some(wrong) => drop(self.wrong_ranges.insert(key.clone(), wrong)),
+                None => drop(self.wrong_ranges.remove(&key)),
+            }
             match service.and_then(|service| desired::health_check(service, slices, here.node)) {
                 Some(check) => self.health_checks_changed |= self.health_checks.insert(key, check) != Some(check),
                 None => self.health_checks_changed |= self.health_checks.remove(&key).is_some(),
@@ -145,6 +181,7 @@ impl<M: Maps> Reconciler<M> {
             self.fresh = false;
             touched.ports.extend(self.actual.ports.keys().cloned());
             touched.frontends.extend(self.actual.frontends.keys().copied());
+            touched.cidrs.extend(self.actual.cidrs.keys().copied());
         }
         self.problems = batch.problems;
         if is_large {
@@ -161,7 +198,9 @@ impl<M: Maps> Reconciler<M> {
     pub fn reclaim(&mut self) {
         let passed = self.maps.grace_passed();
         let ready = self.limbo.front().is_some_and(|(epoch, _)| *epoch <= passed);
-        if ready || !self.failed_ports.is_empty() || !self.failed_frontends.is_empty() {
+        let failed =
+            !(self.failed_ports.is_empty() && self.failed_frontends.is_empty() && self.failed_cidrs.is_empty());
+        if ready || failed {
             self.reconcile(Touched::default());
         }
     }
@@ -186,6 +225,13 @@ impl<M: Maps> Reconciler<M> {
     pub fn problems(&self) -> Vec<Problem> {
         let mut all = self.problems.clone();
         all.extend(self.desired.conflicts());
+        all.extend(self.wrong_ranges.iter().map(|(service, wrong)| {
+            let message = format!(
+                "spec.loadBalancerSourceRanges: no CIDR, so it admits nobody: {}",
+                wrong.join(", ")
+            );
+            Problem::new(format!("Service {service}"), message).of(service)
+        }));
         all.extend(self.failed_ports.iter().map(|(id, why)| {
             let message = format!("not served as it should be: {why}");
             let problem = Problem::new(format!("Service {id}"), message);
@@ -198,6 +244,14 @@ impl<M: Maps> Reconciler<M> {
                 Some(service) => problem.of(service),
                 None => problem,
             }
+        }));
+        all.extend(self.failed_cidrs.iter().map(|(cidr, why)| {
+            let place = match cidr.network() {
+                Some(net) => format!("network {net}"),
+                None => format!("network {}, {} bits", cidr.data, cidr.len),
+            };
+            let message = format!("not known to be inside the cluster or not, as it should be: {why}");
+            Problem::new(place, message).kind(ProblemKind::Map)
         }));
         all
     }
@@ -286,9 +340,35 @@ impl<M: Maps> Reconciler<M> {
                         failed.push((epoch, Retired::Port(port)));
                     }
                 }
+                Retired::Sources(id) => {
+                    if let Err(error) = self.expire_sources(&id, passed) {
+                        warn!(%id, %error, "cannot remove a source range; trying again later");
+                        failed.push((epoch, Retired::Sources(id)));
+                    }
+                }
             }
         }
         failed.into_iter().rev().for_each(|again| self.limbo.push_front(again));
+    }
+
+    /// Removes the source ranges of a service port that nobody looks for any more.
+    fn expire_sources(&mut self, id: &Arc<PortId>, passed: Epoch) -> Result<(), MapError> {
+        // Where the port is gone, its ranges go with it.
+        let Some(port) = self.actual.ports.get_mut(id) else {
+            return Ok(());
+        };
+        let is_due = |at: &Admission| matches!(at, Admission::Leaves(since) if *since <= passed);
+        let due: Vec<_> = port
+            .sources
+            .iter()
+            .filter(|(_, at)| is_due(at))
+            .map(|(net, _)| *net)
+            .collect();
+        for net in due {
+            self.maps.delete_source_range(Prefix::of(port.index, net))?;
+            port.sources.remove(&net);
+        }
+        Ok(())
     }
 
     fn retire(&mut self, retired: Retired) {
@@ -324,6 +404,9 @@ impl<M: Maps> Reconciler<M> {
                 self.withdraw(backend.id)?;
             }
         }
+        for net in port.sources.keys() {
+            self.maps.delete_source_range(Prefix::of(index, *net))?;
+        }
         self.maps.delete_name(index)?;
         for range in port.ranges() {
             self.actual.slots.free(range);
@@ -336,11 +419,15 @@ impl<M: Maps> Reconciler<M> {
 
     fn reconcile(&mut self, mut touched: Touched) {
         self.free_retired();
+        self.remove_stray_sources();
         let mut no_room = BTreeSet::new();
         touched.ports.extend(std::mem::take(&mut self.failed_ports).into_keys());
         touched
             .frontends
             .extend(std::mem::take(&mut self.failed_frontends).into_keys());
+        touched.cidrs.extend(std::mem::take(&mut self.failed_cidrs).into_keys());
+        // Before anything that makes programs ask who is inside.
+        self.sync_cidrs(&touched.cidrs);
         for id in &touched.ports {
             let Some(want) = self.wanted(id) else { continue };
             let result = match diff::plan(id, &want, &mut self.actual) {
@@ -366,6 +453,48 @@ impl<M: Maps> Reconciler<M> {
         self.sync_frontends(&touched.frontends, &no_room);
         self.remove_ports(&touched.ports);
         self.withdraw_strays();
+    }
+
+    /// Makes CLUSTER_CIDRS say what it should: what is new or differs first, then what is gone.
+    fn sync_cidrs(&mut self, cidrs: &BTreeSet<Prefix<Addr>>) {
+        let mut gone = Vec::new();
+        for cidr in cidrs {
+            let have = self.actual.cidrs.get(cidr).copied();
+            // Until then the source may have more Nodes to tell of: what is there stays.
+            let stays = if self.complete { None } else { have };
+            let want = self.desired.nodes().flags(cidr);
+            let want = want.map(|flags| flags | stays.unwrap_or(0)).or(stays);
+            match want {
+                want if want == have => {}
+                Some(flags) => {
+                    let result = self.maps.write_cluster_cidr(*cidr, flags);
+                    self.record_cidr(*cidr, Some(flags), result);
+                }
+                None => gone.push(*cidr),
+            }
+        }
+        for cidr in gone {
+            let result = self.maps.delete_cluster_cidr(cidr);
+            self.record_cidr(cidr, None, result);
+        }
+    }
+
+    fn record_cidr(&mut self, cidr: Prefix<Addr>, flags: Option<u32>, result: Result<(), MapError>) {
+        match (result, flags) {
+            (Err(error), _) => drop(self.failed_cidrs.insert(cidr, error.to_string())),
+            (Ok(()), Some(flags)) => drop(self.actual.cidrs.insert(cidr, flags)),
+            (Ok(()), None) => drop(self.actual.cidrs.remove(&cidr)),
+        }
+    }
+
+    /// Removes entries of SOURCE_RANGES that no service can have, before the kernel takes them for others.
+    fn remove_stray_sources(&mut self) {
+        for range in std::mem::take(&mut self.strays.sources) {
+            if let Err(error) = self.maps.delete_source_range(range) {
+                warn!(?range, %error, "cannot remove a source range of an earlier run; trying again later");
+                self.strays.sources.insert(range);
+            }
+        }
     }
 
     /// Empties the sets that lead to nobody knows where, if any: that makes room for them.
@@ -401,7 +530,13 @@ impl<M: Maps> Reconciler<M> {
         {
             return;
         }
-        let Strays { names, backends, slots } = std::mem::take(&mut self.strays);
+        let Strays {
+            names,
+            backends,
+            slots,
+            sources,
+        } = std::mem::take(&mut self.strays);
+        self.strays.sources = sources;
         for index in names {
             if let Err(error) = self.maps.delete_name(index) {
                 warn!(index, %error, "cannot remove a name of an earlier run; trying again later");
@@ -447,8 +582,18 @@ impl<M: Maps> Reconciler<M> {
             .get(id)
             .map(|port| port.backends.to_map())
             .unwrap_or_default();
+        let mut refused = None;
         let mut steps = steps.into_iter();
-        let result = steps.try_for_each(|step| self.step(id, index, step, &mut backends));
+        let result = steps.try_for_each(|step| match step {
+            // Who cannot be admitted is refused until the next try; nothing else waits for that, but nobody is dismissed.
+            Step::Admit(_) => {
+                refused = self.step(id, index, step, &mut backends).err().or(refused.take());
+                Ok(())
+            }
+            Step::Dismiss(_) if refused.is_some() => Ok(()),
+            step => self.step(id, index, step, &mut backends),
+        });
+        let result = result.and_then(|()| refused.map_or(Ok(()), Err));
 
         let port = self.actual.ports.get_mut(id);
         let known: BTreeSet<u32> = backends.values().map(|backend| backend.id).collect();
@@ -503,6 +648,16 @@ impl<M: Maps> Reconciler<M> {
                 }
             }
             Step::Slots(range, slots) => self.maps.write_slots(range.base, &slots)?,
+            Step::Admit(net) => {
+                self.maps.write_source_range(Prefix::of(index, net))?;
+                port.sources.insert(net, Admission::Holds);
+            }
+            Step::Dismiss(networks) => {
+                let since = self.maps.grace_begin();
+                port.sources
+                    .extend(networks.into_iter().map(|net| (net, Admission::Leaves(since))));
+                self.limbo.push_back((since, Retired::Sources(Arc::clone(id))));
+            }
             Step::Service(value, sets) => {
                 self.maps.write_service(index, value)?;
                 self.actual.service_generations[index as usize] = value.generation;
@@ -557,9 +712,7 @@ impl<M: Maps> Reconciler<M> {
         for key in keys {
             let have = self.actual.frontends.get(key).copied();
             // What leads to a service port stays there also where the port could not be put right.
-            let leads = |port: &ActualPort| {
-                have.is_some_and(|have| have.service == port.index || have.kind == FrontendKind::Address as u8)
-            };
+            let leads = |port: &ActualPort| have.is_some_and(|have| have.service == port.index || have.is_mark());
             let ports = &self.actual.ports;
             let index_of = |id: &PortId| {
                 ports
@@ -613,6 +766,10 @@ impl<M: Maps> Reconciler<M> {
         }
         match FrontendKind::from_u8(value.kind) {
             Some(FrontendKind::Address) => key == FrontendKey::address_mark(key.addr),
+            // Also where only this node's own addresses are known.
+            Some(FrontendKind::ExternalAddress) => {
+                key == FrontendKey::address_mark(key.addr) && !self.desired.nodes().have(key.addr)
+            }
             Some(_) => kept.contains(&value.service),
             None => false,
         }
@@ -624,8 +781,7 @@ impl<M: Maps> Reconciler<M> {
     fn is_awaited(&self, key: FrontendKey, value: Frontend, no_room: &BTreeSet<Arc<PortId>>) -> bool {
         let claimant = self.desired.frontend(&key, |id| (!no_room.contains(id)).then_some(0));
         let serves = |port: &ActualPort| port.index == value.service && port.is_written();
-        claimant.is_some()
-            && (value.kind == FrontendKind::Address as u8 || self.actual.ports.values().any(|port| serves(port)))
+        claimant.is_some() && (value.is_mark() || self.actual.ports.values().any(|port| serves(port)))
     }
 
     fn insert(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
@@ -674,6 +830,8 @@ impl<M: Maps> Reconciler<M> {
     }
 }
 
+#[cfg(test)]
+mod outside;
 #[cfg(test)]
 pub(crate) mod random;
 #[cfg(test)]

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use lb_common::abi::{FrontendKey, FrontendKind};
+use lb_common::abi::FrontendKey;
 
 use crate::desired::PortId;
 use crate::maps::fake::FakeMaps;
 use crate::maps::{Capacities, Maps};
 use crate::model::{
-    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectId, ObjectKey, Protocol, Service, ServicePort,
-    TrafficPolicy,
+    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Node, Object, ObjectId, ObjectKey, Protocol, Service,
+    ServicePort, ServiceType, TrafficPolicy,
 };
 use crate::policy::Here;
 use crate::reconcile::Reconciler;
@@ -143,6 +143,33 @@ impl From<EndpointSlice> for Object {
     }
 }
 
+impl From<Node> for Object {
+    fn from(node: Node) -> Self {
+        Self::Node(Arc::new(node))
+    }
+}
+
+/// A Service of type LoadBalancer with one port 80, for some sources only where there are any.
+pub(crate) fn balanced(name: &str, ip: &str, balancer: &str, source_ranges: &[&str]) -> Service {
+    Service {
+        service_type: ServiceType::LoadBalancer,
+        load_balancer_ips: Box::new([balancer.parse().unwrap()]),
+        source_ranges: source_ranges.iter().map(|text| (*text).into()).collect(),
+        ..service(name, ip)
+    }
+}
+
+/// A Node.
+pub(crate) fn node(name: &str, addresses: &[&str], pod_cidrs: &[&str]) -> Node {
+    Node {
+        name: name.into(),
+        addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
+        pod_cidrs: pod_cidrs.iter().map(|net| net.parse().unwrap()).collect(),
+        zone: None,
+        leaving: false,
+    }
+}
+
 /// Identity of the IPv4 TCP port `name` of `default/SERVICE`.
 pub(crate) fn id(service: &str, name: &str) -> PortId {
     PortId {
@@ -254,10 +281,7 @@ pub(crate) fn apply<M: Maps>(lb: &mut Reconciler<M>, cluster: &mut Cluster) {
 /// frontend.
 pub(crate) fn served(maps: &impl Maps, ip: &str, port: u16) -> Option<Vec<String>> {
     let dump = maps.dump().unwrap();
-    let frontend = dump
-        .frontends
-        .get(&key(ip, port))
-        .filter(|f| f.kind != FrontendKind::Address as u8)?;
+    let frontend = dump.frontends.get(&key(ip, port)).filter(|f| !f.is_mark())?;
     let word = dump.services[frontend.service as usize].internal;
     let slots = &dump.slots[word.base as usize..][..usize::from(word.len)];
     Some(

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, backend_flags, map_name,
-    set_flags,
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, SourceRange,
+    backend_flags, map_name, set_flags,
 };
 use lb_common::logic::generation;
 use serde::Serialize;
@@ -14,6 +15,7 @@ use serde::Serialize;
 use crate::actual::{name_of, port_id};
 use crate::desired::{Desired, DesiredPort, PortId};
 use crate::maps::Dump;
+use crate::maps::prefix::Prefix;
 use crate::policy::Member;
 
 /// A difference between the maps and the desired state.
@@ -50,6 +52,8 @@ pub fn verify(desired: &Desired, dump: &Dump) -> Vec<Drift> {
     }
     check.stray_entries();
     check.frontends(desired);
+    check.source_ranges(desired);
+    check.cluster_cidrs(desired);
     check.drifts.into_iter().collect()
 }
 
@@ -375,6 +379,48 @@ impl<'a> Check<'a> {
             let pad = if key.pad == 0 { "" } else { " (its pad is not zero)" };
             self.drift(describe(key), format!("is not wanted{pad}"));
         }
+    }
+
+    fn source_ranges(&mut self, desired: &Desired) {
+        let wanted: BTreeMap<_, _> = desired
+            .ports()
+            .filter_map(|(id, port)| Some((*self.indexes.get(id)?, port)))
+            .flat_map(|(index, port)| port.source_ranges.iter().map(move |net| (Prefix::of(index, *net), 0)))
+            .collect();
+        let dump = self.dump;
+        self.trie(&wanted, &dump.source_ranges, |range: &Prefix<SourceRange>| {
+            let SourceRange { service, addr } = range.data;
+            let before = format!("service {service}, ");
+            describe_prefix(map_name::SOURCE_RANGES, &before, range.network(), (addr, range.len))
+        });
+    }
+
+    fn cluster_cidrs(&mut self, desired: &Desired) {
+        let wanted = desired.nodes().cidrs().collect();
+        let dump = self.dump;
+        self.trie(&wanted, &dump.cluster_cidrs, |cidr: &Prefix<Addr>| {
+            describe_prefix(map_name::CLUSTER_CIDRS, "", cidr.network(), (cidr.data, cidr.len))
+        });
+    }
+
+    fn trie<K: Ord>(&mut self, wanted: &BTreeMap<K, u32>, there: &BTreeMap<K, u32>, describe: impl Fn(&K) -> String) {
+        for (key, should) in wanted {
+            match there.get(key) {
+                Some(is) => self.equal(|| describe(key), *is, *should),
+                None => self.drift(describe(key), "is missing"),
+            }
+        }
+        for key in there.keys().filter(|key| !wanted.contains_key(key)) {
+            self.drift(describe(key), "is not wanted");
+        }
+    }
+}
+
+/// The key of a trie, for people: the network where it is one.
+fn describe_prefix(map: &str, before: &str, net: Option<IpNet>, (addr, len): (Addr, u32)) -> String {
+    match net {
+        Some(net) => format!("{map}[{before}{net}]"),
+        None => format!("{map}[{before}{addr}, {len} bits]"),
     }
 }
 

@@ -1,4 +1,4 @@
-//! `explain`: what `connect()` would do, and why.
+//! `explain`: what `connect()` would do, or becomes of a packet from outside, and why.
 
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
@@ -12,9 +12,10 @@ use serde::Serialize;
 use super::process::{self, Below};
 use super::{Format, ReadArgs, output};
 use crate::clock::monotonic_ns;
-use crate::explain::{Asker, Explanation, Snapshot, explain};
+use crate::explain::{Asker, Explanation, Snapshot, explain, explain_packet};
 use crate::loader;
 use crate::maps::bpf::PinnedMaps;
+use crate::maps::flows::FlowMaps;
 
 #[derive(Debug, Args)]
 pub(super) struct ExplainArgs {
@@ -133,14 +134,21 @@ pub(super) fn run(args: &ExplainArgs) -> anyhow::Result<()> {
 /// `cgroup`: what the hook is attached to; zero where it is not.
 fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> anyhow::Result<Answer> {
     let to = args.to.destination();
-    let snapshot = snapshot(maps)?;
+    let mut snapshot = snapshot(maps)?;
     let client = client(args.from, &snapshot, state, cgroup)?;
+    if let (From::Address(ip), None) = (args.from, client.netns) {
+        let mut flows = FlowMaps::open(&args.read.pin.pins().maps())?;
+        snapshot.flows = flows.new.all()?;
+        snapshot.flows.extend(flows.answered.all()?);
+        let mut explanation = explain_packet(&snapshot, ip, to);
+        if explanation.source.as_ref().is_some_and(|source| source.here) {
+            let note = "a pod of this node connects by its sockets, unless something stands between them and the node: \
+                        name it by the id of one of its processes";
+            explanation.notes.push(note.into());
+        }
+        return Ok(Answer { client, explanation });
+    }
     let explanation = match (&client, cgroup) {
-        (Client { netns: None, .. }, _) => Explanation::untouched(
-            to,
-            "a client outside of this node is served by the packet path, and there is none yet (a pod of this node is \
-             named by the id of one of its processes)",
-        ),
         (_, 0) => Explanation::untouched(to, format!("the program {} is not attached", args.to.hook())),
         (
             Client {
@@ -152,9 +160,9 @@ fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> 
             to,
             format!("the process is not below the cgroup that is served (id {cgroup})"),
         ),
-        (Client { netns: Some(netns), .. }, _) => {
+        _ => {
             let asker = Asker {
-                netns: *netns,
+                netns: client.netns.unwrap_or_default(),
                 on_node: client.on_node,
                 node_only: state.node_only != 0,
             };
@@ -176,6 +184,7 @@ fn snapshot(maps: &PinnedMaps) -> anyhow::Result<Snapshot> {
         affinity: maps.affinity()?,
         node_addrs: maps.node_addrs()?,
         dump: maps.dump()?,
+        flows: Vec::new(),
         now: monotonic_ns(),
     })
 }

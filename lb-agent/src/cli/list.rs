@@ -41,7 +41,7 @@ fn frontends(dump: &Dump) -> BTreeMap<u32, Vec<FrontendRow>> {
     let mut all: BTreeMap<u32, Vec<FrontendRow>> = BTreeMap::new();
     for (FrontendKey { addr, port, .. }, Frontend { service, kind, .. }) in &dump.frontends {
         let known = FrontendKind::from_u8(*kind);
-        if known == Some(FrontendKind::Address) {
+        if known.is_some_and(FrontendKind::is_mark) {
             continue;
         }
         all.entry(*service).or_default().push(FrontendRow {

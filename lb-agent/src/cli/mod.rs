@@ -2,6 +2,7 @@
 
 mod affinity;
 mod config;
+mod conntrack;
 mod devices;
 mod explain;
 mod list;
@@ -19,11 +20,14 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use http::Uri;
+use ipnet::IpNet;
 use lb_common::abi::capacity;
 
+use crate::config::Config;
 use crate::loader::{self, PinPath};
 use crate::maps::Capacities;
 use crate::maps::bpf::PinnedMaps;
+use crate::nodes::Inside;
 use crate::source::Source;
 use crate::source::connect::Settings;
 
@@ -53,9 +57,12 @@ enum Command {
     /// Clients of services with session affinity, and the backends that they keep
     #[command(subcommand)]
     Affinity(List),
-    /// What connect() would do, and why
+    /// Flows of packets that were translated: what was asked for, what serves it
+    #[command(subcommand)]
+    Conntrack(List),
+    /// What connect() would do, or becomes of a packet from outside, and why
     Explain(explain::ExplainArgs),
-    /// Connects, sends, refusals and destroyed sockets, as they happen
+    /// Connects, sends, flows of packets, refusals and destroyed sockets, as they happen
     Trace(trace::TraceArgs),
     /// Compare the maps with what the source says, afresh; exit 1 and a diff where they differ
     Verify(verify::VerifyArgs),
@@ -124,6 +131,10 @@ struct SourceArgs {
     /// Name of this node, as endpoints name it [default: the host name]
     #[arg(long, value_name = "NAME", env = "NODE_NAME")]
     node_name: Option<String>,
+    /// Sources of packets that are inside the cluster, besides this node's addresses: for them, external addresses have
+    /// policy Cluster [default: the podCIDRs of all Nodes]
+    #[arg(long, value_name = "CIDR,...", value_delimiter = ',')]
+    cluster_cidr: Vec<IpNet>,
 }
 
 /// The URL of a server, without a path.
@@ -146,6 +157,20 @@ impl SourceArgs {
             servers: self.kube_apiserver.clone(),
         };
         Ok(Source::kubernetes(&settings).await?)
+    }
+
+    /// Takes from a file what no flag says.
+    fn complete(&mut self, config: &Config) {
+        self.node_name = self.node_name.take().or_else(|| config.node_name.clone());
+        self.kubeconfig = self.kubeconfig.take().or_else(|| config.kubeconfig.clone());
+    }
+
+    /// Which sources are inside the cluster.
+    fn inside(&self, config: Option<&Config>) -> Inside {
+        if !self.cluster_cidr.is_empty() {
+            return Inside::Networks(self.cluster_cidr.clone());
+        }
+        config.map(|config| config.detect_local.inside()).unwrap_or_default()
     }
 
     fn node(&self) -> anyhow::Result<String> {
@@ -233,9 +258,10 @@ pub fn main() -> ExitCode {
         Command::Backend(List::List(args)) => list::backends(&args).map(|()| ExitCode::SUCCESS),
         Command::Socket(List::List(args)) => sockets::list(&args).map(|()| ExitCode::SUCCESS),
         Command::Affinity(List::List(args)) => affinity::list(&args).map(|()| ExitCode::SUCCESS),
+        Command::Conntrack(List::List(args)) => conntrack::list(&args).map(|()| ExitCode::SUCCESS),
         Command::Explain(args) => explain::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Verify(args) => verify::verify(&args),
+        Command::Verify(args) => verify::verify(args),
         Command::Cleanup(args) => cleanup(&args).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {

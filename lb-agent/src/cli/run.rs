@@ -27,7 +27,8 @@ use crate::node::addrs::{Selection, Wanted};
 use crate::node::conntrack::Conntrack;
 use crate::node::destroy::{self, Destroyer};
 use crate::node::devices::Patterns;
-use crate::node::links;
+use crate::node::flows::{self, Collector, Turn};
+use crate::node::links::{self, Snapshot};
 use crate::reconcile::Reconciler;
 
 #[derive(Debug, Args)]
@@ -143,9 +144,7 @@ pub(super) fn run(mut args: RunArgs) -> anyhow::Result<()> {
 impl RunArgs {
     /// Takes from a file what no flag says.
     fn complete(&mut self, config: &Config) {
-        let source = &mut self.source;
-        source.node_name = source.node_name.take().or_else(|| config.node_name.clone());
-        source.kubeconfig = source.kubeconfig.take().or_else(|| config.kubeconfig.clone());
+        self.source.complete(config);
         let addresses = &mut self.node_ports.nodeport_addresses;
         *addresses = addresses.take().or_else(|| config.node_port_addresses.clone());
     }
@@ -188,13 +187,14 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
     let mut addresses = links::follow(selection.looks_at_routes()).context("listing the node's devices")?;
     let patterns = selection.devices.clone();
     let packets = Packets::open(&args.packets, patterns, &maps, lock.pins(), addresses.clone())?;
-    let reconciler = Reconciler::adopt(maps, &node)?;
+    let reconciler = Reconciler::adopt(maps, &node)?.with_inside(args.source.inside(config));
     let node_ports = NodePorts {
         selection,
         written: None,
         problem: None,
     };
     let mut agent = Agent::new(reconciler, &node, &cgroup, socket_lb, node_ports, packets, outside)?;
+    agent.note_own_addresses(&addresses.borrow());
     let mut look = tokio::time::interval(LOOK);
     // The maps are filled before programs look at them, and before programs of an earlier build are replaced; what an
     // earlier run has left is enough where the source has to be waited for.
@@ -225,6 +225,9 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
     };
     let mut destroyer = Destroyer::start(&lock.pins().maps(), settings).context("looking after sockets")?;
     let mut trouble = destroyer.problems();
+    let tracking = config.map(|config| config.conntrack).unwrap_or_default();
+    let mut collector =
+        Collector::start(&lock.pins().maps(), flows::timeouts(&tracking)).context("looking after flows")?;
     let mut withdrawals = agent.reconciler.withdrawals();
 
     loop {
@@ -236,6 +239,7 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
             Ok(()) = grace.changed() => agent.reconciler.reclaim(),
             Ok(()) = addresses.changed() => agent.note_devices(false),
             Some(event) = destroyer.destroyed() => agent.tell(&event),
+            Some(turn) = collector.turn() => agent.note_flows(turn),
             Ok(()) = trouble.changed() => agent.note_sockets(trouble.borrow_and_update().clone()),
             Ok(()) = unserved.changed() => agent.note_servers(unserved.borrow_and_update().clone()),
             _ = look.tick() => {
@@ -303,6 +307,8 @@ struct Agent {
     state: State,
     /// What could not be done to sockets.
     trouble: Vec<Problem>,
+    /// What could not be done to flows.
+    uncollected: Option<Problem>,
     /// What was last logged and told.
     problems: Vec<Problem>,
 }
@@ -346,6 +352,7 @@ impl Agent {
             is_attached: false,
             state,
             trouble: Vec::new(),
+            uncollected: None,
             problems: Vec::new(),
         })
     }
@@ -392,11 +399,19 @@ impl Agent {
         let node = self.reconciler.node().map(|node| node.addresses.clone());
         let maps = self.reconciler.maps_mut();
         let looked = self.packets.attach(maps, &node.unwrap_or_default(), look);
+        let own = self.packets.snapshot().clone();
+        self.note_own_addresses(&own);
         self.write_addresses();
         if looked {
             self.packets.detach(self.reconciler.maps_mut());
             self.state.own_ports = self.packets.own_ports().into();
         }
+    }
+
+    /// Says which addresses are the node's, before anything is served: no mark of a service address may be on them.
+    fn note_own_addresses(&mut self, snapshot: &Snapshot) {
+        self.reconciler
+            .set_addresses(snapshot.select(&Selection::default(), None));
     }
 
     /// Makes NODE_ADDRS say which addresses serve node ports now.
@@ -453,6 +468,16 @@ impl Agent {
         self.publish_state();
     }
 
+    /// Flows were looked at for those that are over.
+    fn note_flows(&mut self, turn: Turn) {
+        self.outside.face.metrics().flows_collected(&turn);
+        if turn.problem != self.uncollected {
+            self.uncollected = turn.problem;
+            self.publish_problems();
+            self.publish_state();
+        }
+    }
+
     /// What the servers could not do has changed.
     fn note_servers(&mut self, unserved: Vec<Problem>) {
         self.outside.unserved = unserved;
@@ -497,7 +522,8 @@ impl Agent {
             .iter()
             .chain(self.packets.problems())
             .chain(unset);
-        problems.extend(node.chain(&self.trouble).chain(unserved).cloned());
+        let beside = self.trouble.iter().chain(&self.uncollected);
+        problems.extend(node.chain(beside).chain(unserved).cloned());
         self.log_problems(&problems);
         self.outside
             .face

@@ -61,8 +61,12 @@ impl ServiceName {
 }
 
 /// Every kind of event.
-const ALL: u32 =
-    EventKind::Connected.bit() | EventKind::Sent.bit() | EventKind::Refused.bit() | EventKind::Destroyed.bit();
+const ALL: u32 = EventKind::Connected.bit()
+    | EventKind::Sent.bit()
+    | EventKind::Refused.bit()
+    | EventKind::Destroyed.bit()
+    | EventKind::Translated.bit()
+    | EventKind::Rejected.bit();
 
 /// How many events are shown before signals are looked at.
 const TURN: usize = 256;
@@ -78,7 +82,9 @@ struct Row {
     time_ns: u64,
     /// `None` where no service was found.
     service: Option<Owner>,
-    /// What the process asked for.
+    /// Where a packet came from; `None` for a socket.
+    client: Option<SocketAddr>,
+    /// What was asked for.
     to: SocketAddr,
     protocol: &'static str,
     /// What it got; `None` where it got none.
@@ -96,11 +102,13 @@ impl Row {
     /// `boot`: the time of day at which CLOCK_MONOTONIC was zero.
     fn new(event: &Event, service: Option<Owner>, boot: u64, command: String) -> Self {
         let kind = EventKind::from_u8(event.kind);
-        let refused = kind == Some(EventKind::Refused);
+        let refused = matches!(kind, Some(EventKind::Refused | EventKind::Rejected));
+        let packet = matches!(kind, Some(EventKind::Translated | EventKind::Rejected));
         Self {
             event: kind.map_or("(unknown)", EventKind::label),
             time_ns: boot + event.time,
             service,
+            client: packet.then(|| event.client.socket(event.client_port)),
             to: event.addr.socket(event.port),
             protocol: Protocol::name_of(event.proto),
             backend: (event.backend_addr != Addr::UNSPECIFIED).then(|| event.backend_addr.socket(event.backend_port)),
@@ -118,10 +126,16 @@ impl Row {
             (Some(reason), _) => reason.to_owned(),
             (None, backend) => backend.map_or_else(dash, |backend| backend.to_string()),
         };
-        let process = if self.pid == 0 {
+        let who = match (self.client, self.pid) {
+            (Some(client), _) => client.to_string(),
+            (None, 0) => dash(),
+            (None, pid) => format!("{pid} ({})", self.command),
+        };
+        // A packet is seen in no namespace but the node's.
+        let netns = if self.client.is_some() {
             dash()
         } else {
-            format!("{} ({})", self.pid, self.command)
+            self.netns.to_string()
         };
         columns([
             &time_of_day(self.time_ns),
@@ -129,15 +143,15 @@ impl Row {
             &self.service.as_ref().map_or_else(dash, ToString::to_string),
             &format!("{}/{}", self.to, self.protocol),
             &result,
-            &process,
-            &self.netns.to_string(),
+            &who,
+            &netns,
         ])
     }
 }
 
 /// Columns as wide as they mostly are: what comes later is not known.
-fn columns([time, event, service, to, result, process, netns]: [&str; 7]) -> String {
-    format!("{time:<12}  {event:<9}  {service:<24}  {to:<22}  {result:<21}  {process:<22}  {netns}")
+fn columns([time, event, service, to, result, who, netns]: [&str; 7]) -> String {
+    format!("{time:<12}  {event:<10}  {service:<24}  {to:<22}  {result:<21}  {who:<22}  {netns}")
 }
 
 /// Hours, minutes, seconds and milliseconds, UTC.
@@ -296,7 +310,7 @@ async fn trace(args: &TraceArgs) -> anyhow::Result<()> {
             "SERVICE",
             "TO",
             "BACKEND OR REASON",
-            "PROCESS",
+            "PROCESS OR CLIENT",
             "NETNS",
         ];
         output::say(&columns(header))?;
@@ -392,6 +406,33 @@ mod tests {
         let row = Row::new(&refused, None, BOOT, "?".into());
         assert_eq!((row.backend, row.reason), (None, Some("no_such_port")));
         assert!(row.line().contains("no_such_port"), "{}", row.line());
+
+        let of_packet = |kind| Event {
+            client: Addr::from_v4([203, 0, 113, 7]),
+            client_port: 40_000,
+            pid: 0,
+            netns: 0,
+            cookie: 0,
+            ..event(kind)
+        };
+        let translated = Event {
+            backend_addr: Addr::from_v4([10, 10, 1, 2]),
+            backend_port: 5353,
+            service: 3,
+            ..of_packet(EventKind::Translated)
+        };
+        let line = Row::new(&translated, Some(owner()), BOOT, String::new()).line();
+        let words: Vec<_> = line.split_whitespace().collect();
+        let expected = ["10.10.1.2:5353", "203.0.113.7:40000", "-"];
+        assert_eq!((words[1], &words[4..]), ("translated", &expected[..]));
+        let rejected = Event {
+            reason: DropReason::SourceNotAllowed as u32,
+            ..of_packet(EventKind::Rejected)
+        };
+        let row = Row::new(&rejected, None, BOOT, String::new());
+        assert_eq!(row.client, Some("203.0.113.7:40000".parse().unwrap()));
+        assert_eq!(row.reason, Some("source_not_allowed"));
+        assert!(row.line().contains("203.0.113.7:40000"), "{}", row.line());
 
         let destroyed = Event {
             pid: 0,

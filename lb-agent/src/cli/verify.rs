@@ -1,14 +1,21 @@
 //! `verify`: the maps against what the source says, computed anew.
 
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
 use clap::Args;
+use lb_common::abi::Addr;
 
 use super::{Format, PinArgs, SourceArgs, output};
-use crate::desired::Desired;
+use crate::config::Config;
+use crate::desired::{Desired, Site};
+use crate::maps::sys;
 use crate::model::Batch;
+use crate::node::addrs;
+use crate::node::netns::Namespaces;
 use crate::verify::Drift;
 
 #[derive(Debug, Args)]
@@ -17,6 +24,9 @@ pub(super) struct VerifyArgs {
     source: SourceArgs,
     #[command(flatten)]
     pin: PinArgs,
+    /// The configuration file of kube-proxy that `run` was given, if any
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// A table for people, or JSON for programs
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     output: Format,
@@ -55,9 +65,27 @@ fn objects(source: &SourceArgs) -> anyhow::Result<Batch> {
     })
 }
 
-pub(super) fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
+/// Every address of the node, whose network namespace need not be that of the calling thread.
+fn addresses(netns: u64) -> anyhow::Result<BTreeSet<Addr>> {
+    if sys::netns_cookie()? == netns {
+        return Ok(addrs::all()?);
+    }
+    let visit = Namespaces::new()?.visit(&BTreeSet::from([netns]), |_| addrs::all());
+    match visit.visited.into_values().next() {
+        Some(addresses) => Ok(addresses?),
+        None => anyhow::bail!("the node's network namespace ({netns}) cannot be entered: are all processes in sight?"),
+    }
+}
+
+pub(super) fn verify(mut args: VerifyArgs) -> anyhow::Result<ExitCode> {
+    let config = args.config.as_deref().map(Config::read).transpose()?;
+    if let Some(config) = &config {
+        args.source.complete(config);
+    }
     let node = args.source.node()?;
     let maps = args.pin.open()?;
+    // Without an agent that ever ran, nothing is there to be compared with.
+    let netns = maps.state().map_or_else(sys::netns_cookie, |state| Ok(state.netns))?;
     let mut drifts: Vec<Drift> = Vec::new();
     for n in 0..TRIES {
         if n > 0 {
@@ -67,7 +95,12 @@ pub(super) fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
         for problem in &batch.problems {
             output::complain(&format!("warning: {problem}"));
         }
-        let desired = Desired::of(batch.changes, &node);
+        let site = Site {
+            node: node.clone(),
+            inside: args.source.inside(config.as_ref()),
+            addresses: addresses(netns)?,
+        };
+        let desired = Desired::of(batch.changes, site);
         drifts = crate::verify::verify(&desired, &maps.dump()?);
         if drifts.is_empty() {
             break;

@@ -184,7 +184,6 @@ fn what_kubeadm_writes_says_little() {
     let expected = Config {
         kubeconfig: Some("/var/lib/kube-proxy/kubeconfig.conf".into()),
         detect_local: DetectLocal::ClusterCidr(vec!["10.244.0.0/16".parse().unwrap()]),
-        without_effect: vec!["clusterCIDR".into()],
         ..Config::default()
     };
     assert_eq!(parsed(KUBEADM), Ok(expected));
@@ -244,6 +243,38 @@ fn local_traffic_is_detected_in_one_of_four_ways() {
         ),
     ] {
         assert_eq!(parsed(text).unwrap().detect_local, expected, "{text}");
+    }
+    for (text, inside, unused) in [
+        ("", Inside::Nodes, &[][..]),
+        (
+            "clusterCIDR: 10.244.0.0/16",
+            Inside::Networks(vec!["10.244.0.0/16".parse().unwrap()]),
+            &[],
+        ),
+        (
+            "clusterCIDR: 10.244.0.0/16\ndetectLocalMode: ClusterCIDR",
+            Inside::Networks(vec!["10.244.0.0/16".parse().unwrap()]),
+            &[],
+        ),
+        (
+            "clusterCIDR: 10.244.0.0/16\ndetectLocalMode: NodeCIDR",
+            Inside::ThisNode,
+            &["clusterCIDR"],
+        ),
+        (
+            "detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cni0}",
+            Inside::Nodes,
+            &["detectLocal.bridgeInterface", "detectLocalMode"],
+        ),
+        (
+            "detectLocalMode: InterfaceNamePrefix\ndetectLocal: {interfaceNamePrefix: veth}",
+            Inside::Nodes,
+            &["detectLocal.interfaceNamePrefix", "detectLocalMode"],
+        ),
+    ] {
+        let config = parsed(text).unwrap();
+        assert_eq!(config.detect_local.inside(), inside, "{text}");
+        assert_eq!(config.without_effect, unused, "{text}");
     }
     assert_eq!(
         refused("detectLocalMode: Magic"),

@@ -21,6 +21,11 @@ fn show(step: &Step) -> String {
             let ids: Vec<_> = slots.iter().map(|slot| slot.backend.to_string()).collect();
             format!("slots {} = {}", range.base, ids.join(" "))
         }
+        Step::Admit(net) => format!("admit {net}"),
+        Step::Dismiss(networks) => {
+            let networks: Vec<_> = networks.iter().map(ToString::to_string).collect();
+            format!("dismiss {}", networks.join(" "))
+        }
         Step::Service(s, _) => format!(
             "service {} | {} | {} affinity {} generation {}",
             word(s.internal),
@@ -254,4 +259,42 @@ fn a_set_is_as_long_as_a_set_word_can_say() {
 #[test]
 fn another_cluster_ip_is_a_matter_of_frontends_only() {
     assert!(steps(two(), (service("web", "10.96.0.2"), on(&["10.0.0.1", "10.0.0.2"]))).is_empty());
+}
+
+#[test]
+fn whom_a_load_balancer_serves_is_known_before_its_flag_says_that_not_everybody() {
+    let endpoints = ["10.0.0.1"];
+    let open = || Some((balanced("web", "10.96.0.1", "192.0.2.1", &[]), on(&endpoints)));
+    let closed = || {
+        Some((
+            balanced("web", "10.96.0.1", "192.0.2.1", &["10.0.0.0/8", "172.16.0.0/12"]),
+            on(&endpoints),
+        ))
+    };
+    let new = steps(None, closed().unwrap());
+    assert_eq!(new[3..5], ["admit 10.0.0.0/8", "admit 172.16.0.0/12"]);
+    assert!(new[5].starts_with("service "), "{new:?}");
+    assert_eq!(
+        steps(open(), closed().unwrap()),
+        [
+            "admit 10.0.0.0/8",
+            "admit 172.16.0.0/12",
+            "settings affinity 0 generation 1"
+        ]
+    );
+    assert_eq!(
+        steps(
+            closed(),
+            (
+                balanced("web", "10.96.0.1", "192.0.2.1", &["10.0.0.0/8", "192.0.2.0/24"]),
+                on(&endpoints)
+            )
+        ),
+        ["admit 192.0.2.0/24", "dismiss 172.16.0.0/12"]
+    );
+    assert_eq!(
+        steps(closed(), open().unwrap()),
+        ["settings affinity 0 generation 1", "dismiss 10.0.0.0/8 172.16.0.0/12"]
+    );
+    assert_eq!(steps(closed(), closed().unwrap()), [""; 0]);
 }

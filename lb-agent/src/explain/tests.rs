@@ -16,9 +16,11 @@ const NODE: Asker = Asker {
     on_node: true,
     node_only: false,
 };
+/// The address of node n1.
+pub(super) const NODE_ADDRESS: &str = "192.168.77.1";
 const SECOND: u64 = 1_000_000_000;
 
-fn to(text: &str) -> Destination {
+pub(super) fn to(text: &str) -> Destination {
     let to: SocketAddr = text.parse().unwrap();
     Destination {
         addr: Addr::from(to.ip()).into(),
@@ -33,13 +35,14 @@ fn snapshot<const N: usize>(objects: [crate::model::Object; N]) -> Snapshot {
     apply(&mut lb, &mut Cluster::of(objects));
     Snapshot {
         dump: lb.maps().dump().unwrap(),
-        node_addrs: ["192.168.77.1".parse::<IpAddr>().unwrap().into()].into(),
+        node_addrs: [NODE_ADDRESS.parse::<IpAddr>().unwrap().into()].into(),
         affinity: BTreeMap::new(),
+        flows: Vec::new(),
         now: 100 * SECOND,
     }
 }
 
-fn with_node_port(mut service: Object, node_port: u16) -> Object {
+pub(super) fn with_node_port(mut service: Object, node_port: u16) -> Object {
     let mut port = port("", 80);
     port.node_port = Some(node_port);
     service.ports = Box::new([port]);
@@ -55,7 +58,7 @@ fn web() -> [crate::model::Object; 2] {
     ]
 }
 
-fn eligible(answer: &Explanation) -> Vec<String> {
+pub(super) fn eligible(answer: &Explanation) -> Vec<String> {
     let eligible = answer.candidates.iter().filter(|candidate| candidate.eligible);
     eligible.map(|candidate| candidate.address.to_string()).collect()
 }
@@ -260,7 +263,7 @@ fn connected(maps: &Snapshot, asker: Asker, to: Destination, random: u32) -> Res
 }
 
 /// Random numbers that take every member of a small set.
-fn numbers() -> impl Iterator<Item = u32> {
+pub(super) fn numbers() -> impl Iterator<Item = u32> {
     (0..64).map(|n| n << 26)
 }
 
@@ -287,7 +290,7 @@ fn any_service(n: u8) -> impl Strategy<Value = [crate::model::Object; 2]> {
 }
 
 /// What three Services make of the maps, then clients that were seen, and changes that an update is in the middle of.
-fn any_maps() -> impl Strategy<Value = Snapshot> {
+pub(super) fn any_maps() -> impl Strategy<Value = Snapshot> {
     const SETS: u16 = backend_flags::INTERNAL | backend_flags::EXTERNAL | backend_flags::CLUSTER;
     let services = (any_service(1), any_service(2), any_service(3));
     // A network namespace, a backend, whether it is the one that was meant, and when.
@@ -362,7 +365,9 @@ proptest! {
                 let said = match &answer.outcome {
                     Outcome::Untouched { .. } => Ok([None].into()),
                     Outcome::Connects { backends } => Ok(backends.iter().copied().map(Some).collect()),
-                    Outcome::Refused { reason, .. } => Err(*reason),
+                    Outcome::Refused { reason, .. }
+                    | Outcome::Rejected { reason, .. }
+                    | Outcome::Dropped { reason, .. } => Err(*reason),
                 };
                 prop_assert_eq!(done.map_err(DropReason::label), said, "{:?}\n{}", asker, answer);
             }

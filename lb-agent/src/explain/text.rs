@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Explanation, Outcome, Remembered};
+use super::{Explanation, Outcome, Remembered, Source};
 
 /// One line per step, its name in the first column.
 impl fmt::Display for Explanation {
@@ -11,6 +11,7 @@ impl fmt::Display for Explanation {
             to,
             protocol,
             frontend,
+            source,
             set,
             affinity,
             candidates,
@@ -24,6 +25,9 @@ impl fmt::Display for Explanation {
                 "frontend   {} of {} (service {})",
                 found.kind, found.service, found.index
             )?;
+        }
+        if let Some(source) = source {
+            writeln!(f, "source     {source}")?;
         }
         if let Some(set) = set {
             writeln!(f, "policy     {} set, members: {} ({})", set.name, set.members, set.why)?;
@@ -43,7 +47,27 @@ impl fmt::Display for Explanation {
         for note in notes {
             writeln!(f, "note       {note}")?;
         }
-        write!(f, "connect()  {outcome}")
+        let what = if source.is_some() { "packet   " } else { "connect()" };
+        write!(f, "{what}  {outcome}")
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place = match (self.inside, self.here) {
+            (true, true) => "inside the cluster, a pod of this node",
+            (true, false) => "inside the cluster",
+            (false, _) => "outside of the cluster",
+        };
+        write!(f, "{place}")?;
+        if let Some(network) = &self.network {
+            write!(f, " ({network})")?;
+        }
+        match self.admitted {
+            Some(true) => write!(f, "; loadBalancerSourceRanges have it"),
+            Some(false) => write!(f, "; loadBalancerSourceRanges do not have it"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -72,6 +96,10 @@ impl fmt::Display for Outcome {
                 let backends: Vec<_> = backends.iter().map(ToString::to_string).collect();
                 write!(f, "goes to one of these, at random: {}", backends.join(", "))
             }
+            Self::Rejected { answer, reason, why } => {
+                write!(f, "is answered with {answer}: {why} (counted as {reason})")
+            }
+            Self::Dropped { reason, why } => write!(f, "is dropped: {why} (counted as {reason})"),
             Self::Refused { errno, reason, why, .. } => write!(f, "fails with {errno}: {why} (counted as {reason})"),
         }
     }

@@ -112,6 +112,10 @@ impl Collector {
             capacity.with_label_values(&[map]).set(size.into());
             entries.with_label_values(&[map]).set(used as i64);
         }
+        // How many entries these have is known by who looks at all of them.
+        for (map, size) in [(map_name::CT, sizes.conntrack), (map_name::CT_NEW, sizes.conntrack_new)] {
+            capacity.with_label_values(&[map]).set(size.into());
+        }
         registry.register(Box::new(capacity))?;
         registry.register(Box::new(entries))?;
         Ok(())

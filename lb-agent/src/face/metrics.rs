@@ -14,7 +14,9 @@ use prometheus::{
 };
 
 use super::Applying;
+use super::flows::FlowMetrics;
 use crate::model::ProblemKind;
+use crate::node::flows::Turn;
 use crate::reconcile::Usage;
 
 /// Values of the label `ip_family`.
@@ -40,6 +42,7 @@ pub struct Metrics {
     destroyed: IntCounter,
     watch_restarts: IntCounter,
     events: IntCounterVec,
+    flows: FlowMetrics,
     usage: Mutex<Usage>,
 }
 
@@ -142,6 +145,7 @@ impl Metrics {
                 ours("events_total", "Events on Services, by what became of them"),
                 &["result"],
             )?,
+            flows: FlowMetrics::new(&registry)?,
             usage: Mutex::default(),
             registry,
         };
@@ -168,6 +172,8 @@ impl Metrics {
             destroyed,
             watch_restarts,
             events,
+            // Registered by itself.
+            flows: _,
             usage: _,
         } = self;
         let collectors: [Box<dyn prometheus::core::Collector>; 16] = [
@@ -299,6 +305,11 @@ impl Metrics {
     /// A socket was destroyed.
     pub fn socket_destroyed(&self) {
         self.destroyed.inc();
+    }
+
+    /// Flows were looked at for those that are over.
+    pub fn flows_collected(&self, turn: &Turn) {
+        self.flows.turn(turn);
     }
 
     /// How many watches of the API had to be begun anew so far.

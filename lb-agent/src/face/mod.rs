@@ -6,6 +6,7 @@
 mod bind;
 mod collect;
 mod events;
+mod flows;
 mod health;
 mod http;
 mod metrics;

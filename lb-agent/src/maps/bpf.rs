@@ -7,13 +7,13 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use aya::Ebpf;
-use aya::maps::lpm_trie::LpmTrie;
+use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, MapData, MapError as AyaMapError, PerCpuArray, PerCpuValues};
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, CtEntry, CtKey, Device, DropReason, Event, EventKind,
-    Frontend, FrontendKey, FrontendSwap, Name, Notice, Service, ServiceStats, SetWord, SocketRecord, State, UdpFlows,
-    map_name, program_name, service_flags,
+    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, Device, DropReason, Event, EventKind, Frontend,
+    FrontendKey, FrontendSwap, Name, Notice, Service, ServiceStats, SetWord, SocketRecord, SourceRange, State,
+    UdpFlows, capacity, map_name, program_name, service_flags,
 };
 use lb_common::logic::connect::Set;
 use lb_common::logic::{generation, record};
@@ -21,10 +21,12 @@ use tokio::sync::watch;
 use zerocopy::{FromBytes, FromZeros as _, IntoBytes};
 
 use super::grace::GraceThread;
+use super::prefix::Prefix;
 use super::sys::{MappedArray, word_of};
 use super::{Capacities, Dump, Epoch, MapError, Maps, capacity_flag};
 
 pub(super) type Hash<const K: usize, const V: usize> = HashMap<MapData, [u8; K], [u8; V]>;
+type Trie<const K: usize> = LpmTrie<MapData, [u8; K], u32>;
 
 const KEY: usize = size_of::<FrontendKey>();
 const NAME: usize = size_of::<Name>();
@@ -34,9 +36,9 @@ const CLIENT: usize = size_of::<AffinityKey>();
 const AFFINITY: usize = size_of::<Affinity>();
 const NOTICE: usize = size_of::<Notice>();
 const STATS: usize = size_of::<ServiceStats>();
-const CT_KEY: usize = size_of::<CtKey>();
-const CT_ENTRY: usize = size_of::<CtEntry>();
 pub(super) const DEVICE: usize = size_of::<Device>();
+const RANGE: usize = size_of::<SourceRange>();
+const ADDR: usize = size_of::<Addr>();
 
 /// The pinned maps of an agent, opened by path: what every subcommand reads, and what [`BpfMaps`] writes.
 pub struct PinnedMaps {
@@ -55,11 +57,9 @@ pub struct PinnedMaps {
     pub(super) config: MappedArray<Config>,
     state: MappedArray<State>,
     notices: Hash<4, NOTICE>,
-    conntrack: Hash<CT_KEY, CT_ENTRY>,
-    conntrack_new: Hash<CT_KEY, CT_ENTRY>,
     pub(super) devices: Hash<4, DEVICE>,
-    source_ranges: LpmTrie<MapData, [u8; 20], u32>,
-    cluster_cidrs: LpmTrie<MapData, [u8; 16], u32>,
+    source_ranges: Trie<RANGE>,
+    cluster_cidrs: Trie<ADDR>,
     capacities: Capacities,
 }
 
@@ -166,8 +166,6 @@ impl PinnedMaps {
         let (udp_flows, udp_flows_size) = hash!(HashMap, UDP_FLOWS);
         let (affinity, affinity_size) = hash!(LruHashMap, AFFINITY);
         let (names, _) = hash!(HashMap, NAMES);
-        let (conntrack, conntrack_size) = hash!(HashMap, CT);
-        let (conntrack_new, conntrack_new_size) = hash!(LruHashMap, CT_NEW);
         let (devices, _) = hash!(HashMap, DEVICES);
         let (notices, _) = hash!(HashMap, NOTICES);
         let services: MappedArray<Service> = mapped!(SERVICES);
@@ -183,8 +181,8 @@ impl PinnedMaps {
             sockets_more: sockets_more_size,
             udp_flows: udp_flows_size,
             affinity: affinity_size,
-            conntrack: conntrack_size,
-            conntrack_new: conntrack_new_size,
+            conntrack: entries(map_name::CT, &open(map_name::CT)?)?,
+            conntrack_new: entries(map_name::CT_NEW, &open(map_name::CT_NEW)?)?,
         };
         Ok(Self {
             frontends,
@@ -202,8 +200,6 @@ impl PinnedMaps {
             config: mapped!(CONFIG),
             state: mapped!(STATE),
             notices,
-            conntrack,
-            conntrack_new,
             devices,
             source_ranges: trie!(SOURCE_RANGES),
             cluster_cidrs: trie!(CLUSTER_CIDRS),
@@ -217,7 +213,7 @@ impl PinnedMaps {
         self.capacities
     }
 
-    /// Everything that FRONTENDS, SERVICES, BACKEND_SLOTS, BACKENDS and NAMES hold.
+    /// Everything that the maps of the update protocol hold.
     ///
     /// # Errors
     /// The system call's.
@@ -229,6 +225,8 @@ impl PinnedMaps {
             slots: all(self.slots.len()).filter_map(|i| self.slots.read(i)).collect(),
             backends: all(self.backends.len()).filter_map(|i| self.backends.read(i)).collect(),
             names: self.names()?,
+            source_ranges: self.source_ranges()?,
+            cluster_cidrs: self.cluster_cidrs()?,
         })
     }
 
@@ -255,6 +253,22 @@ impl PinnedMaps {
     /// The system call's.
     pub fn frontends(&self) -> Result<BTreeMap<FrontendKey, Frontend>, MapError> {
         read_hash(map_name::FRONTENDS, &self.frontends)
+    }
+
+    /// SOURCE_RANGES.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn source_ranges(&self) -> Result<BTreeMap<Prefix<SourceRange>, u32>, MapError> {
+        read_trie(map_name::SOURCE_RANGES, &self.source_ranges)
+    }
+
+    /// CLUSTER_CIDRS.
+    ///
+    /// # Errors
+    /// The system call's.
+    pub fn cluster_cidrs(&self) -> Result<BTreeMap<Prefix<Addr>, u32>, MapError> {
+        read_trie(map_name::CLUSTER_CIDRS, &self.cluster_cidrs)
     }
 
     /// Records of connected sockets, in SOCKETS and SOCKETS_MORE.
@@ -493,6 +507,59 @@ pub(super) fn read_hash<K: FromBytes + Ord, V: FromBytes, const KS: usize, const
         all.insert(key, value);
     }
     Ok(all)
+}
+
+/// All entries of a trie.
+fn read_trie<T: FromBytes + Ord, const N: usize>(
+    name: &'static str,
+    map: &Trie<N>,
+) -> Result<BTreeMap<Prefix<T>, u32>, MapError> {
+    let entries = map.iter().map(|entry| {
+        let (key, value) = entry.map_err(call(name, "BPF_MAP_GET_NEXT_KEY"))?;
+        let data = T::read_from_bytes(&key.data()).map_err(|_| MapError::Unexpected {
+            map: name,
+            what: "keys are not of this build's size".into(),
+        })?;
+        let len = key.prefix_len();
+        Ok((Prefix { data, len }, value))
+    });
+    entries.collect()
+}
+
+/// Adds an entry to a trie, or replaces it; returns how many bytes that was.
+fn write_trie<const N: usize>(
+    (name, capacity): (&'static str, u32),
+    map: &mut Trie<N>,
+    key: &Key<[u8; N]>,
+    value: u32,
+) -> Result<u64, MapError> {
+    match map.insert(key, value, 0) {
+        Ok(()) => Ok((size_of_val(key) + 4) as u64),
+        // Where hashes have E2BIG.
+        Err(error) if errno(&error) == Some(libc::ENOSPC) => Err(MapError::Bound { map: name, capacity }),
+        Err(error) => Err(call(name, "BPF_MAP_UPDATE_ELEM")(error)),
+    }
+}
+
+/// Removes an entry of a trie, if it is there; returns how many bytes that was.
+fn delete_from_trie<const N: usize>(
+    name: &'static str,
+    map: &mut Trie<N>,
+    key: &Key<[u8; N]>,
+) -> Result<u64, MapError> {
+    match map.remove(key) {
+        Ok(()) => Ok(size_of_val(key) as u64),
+        Err(error) if is_missing(&error) => Ok(0),
+        Err(error) => Err(call(name, "BPF_MAP_DELETE_ELEM")(error)),
+    }
+}
+
+fn range_key(range: Prefix<SourceRange>) -> Key<[u8; RANGE]> {
+    Key::new(range.len, zerocopy::transmute!(range.data))
+}
+
+fn cidr_key(cidr: Prefix<Addr>) -> Key<[u8; ADDR]> {
+    Key::new(cidr.len, cidr.data.bytes)
 }
 
 /// The maps, to be written by the one agent that holds the lock of the pin path.
@@ -795,6 +862,30 @@ impl Maps for BpfMaps {
             Err(error) if is_missing(&error) => {}
             Err(error) => return Err(call(map_name::NAMES, "BPF_MAP_DELETE_ELEM")(error)),
         }
+        Ok(())
+    }
+
+    fn write_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError> {
+        let map = (map_name::SOURCE_RANGES, capacity::SOURCE_RANGES);
+        self.written += write_trie(map, &mut self.pinned.source_ranges, &range_key(range), 0)?;
+        Ok(())
+    }
+
+    fn delete_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError> {
+        let map = map_name::SOURCE_RANGES;
+        self.written += delete_from_trie(map, &mut self.pinned.source_ranges, &range_key(range))?;
+        Ok(())
+    }
+
+    fn write_cluster_cidr(&mut self, cidr: Prefix<Addr>, flags: u32) -> Result<(), MapError> {
+        let map = (map_name::CLUSTER_CIDRS, capacity::CLUSTER_CIDRS);
+        self.written += write_trie(map, &mut self.pinned.cluster_cidrs, &cidr_key(cidr), flags)?;
+        Ok(())
+    }
+
+    fn delete_cluster_cidr(&mut self, cidr: Prefix<Addr>) -> Result<(), MapError> {
+        let map = map_name::CLUSTER_CIDRS;
+        self.written += delete_from_trie(map, &mut self.pinned.cluster_cidrs, &cidr_key(cidr))?;
         Ok(())
     }
 

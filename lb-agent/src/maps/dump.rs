@@ -4,15 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use lb_common::abi::{
-    Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, backend_flags, service_flags,
-    set_flags,
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, SourceRange,
+    backend_flags, cluster_flags, service_flags, set_flags,
 };
 use lb_common::logic::generation;
 
+use super::prefix::Prefix;
 use crate::actual::port_id;
 use crate::model::Protocol;
 
-/// Everything that FRONTENDS, SERVICES, BACKEND_SLOTS, BACKENDS and NAMES hold.
+/// Everything that the maps of the update protocol hold.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Dump {
     /// FRONTENDS.
@@ -25,6 +26,10 @@ pub struct Dump {
     pub backends: Vec<Backend>,
     /// NAMES.
     pub names: BTreeMap<u32, Name>,
+    /// SOURCE_RANGES.
+    pub source_ranges: BTreeMap<Prefix<SourceRange>, u32>,
+    /// CLUSTER_CIDRS.
+    pub cluster_cidrs: BTreeMap<Prefix<Addr>, u32>,
 }
 
 /// What the maps say, as text for people: frontends, then each service with its sets resolved to addresses. What does
@@ -42,7 +47,7 @@ impl fmt::Display for Rendering<'_> {
         for (key, value) in &self.0.frontends {
             let kind = FrontendKind::from_u8(value.kind).map_or("(unknown kind)", FrontendKind::label);
             match FrontendKind::from_u8(value.kind) {
-                Some(FrontendKind::Address) => writeln!(f, "  {} {kind}", key.addr)?,
+                Some(FrontendKind::Address | FrontendKind::ExternalAddress) => writeln!(f, "  {} {kind}", key.addr)?,
                 _ => writeln!(
                     f,
                     "  {}/{} {kind} -> service {}",
@@ -55,6 +60,25 @@ impl fmt::Display for Rendering<'_> {
         for (index, service) in (0_u32..).zip(&self.0.services) {
             if generation::is_live(service.generation) || self.0.names.contains_key(&index) {
                 self.service(f, index, service)?;
+            }
+        }
+        if !self.0.cluster_cidrs.is_empty() {
+            writeln!(f, "inside the cluster")?;
+        }
+        for (cidr, flags) in &self.0.cluster_cidrs {
+            let here = if flags & cluster_flags::HERE == 0 {
+                ""
+            } else {
+                ", pods of this node"
+            };
+            let not = if flags & cluster_flags::INSIDE == 0 {
+                ", not inside"
+            } else {
+                ""
+            };
+            match cidr.network() {
+                Some(net) => writeln!(f, "  {net}{here}{not}")?,
+                None => writeln!(f, "  {}, {} bits{here}{not}", cidr.data, cidr.len)?,
             }
         }
         Ok(())
@@ -78,6 +102,16 @@ impl Rendering<'_> {
             write!(f, " (not in use)")?;
         }
         writeln!(f)?;
+        let of_service = self.0.source_ranges.keys().filter(|range| range.data.service == index);
+        let ranges: Vec<_> = of_service
+            .map(|range| match range.network() {
+                Some(net) => net.to_string(),
+                None => format!("{}, {} bits", range.data.addr, range.len),
+            })
+            .collect();
+        if !ranges.is_empty() {
+            writeln!(f, "  sources: {}", ranges.join(", "))?;
+        }
         let sets = [
             ("internal", service.internal),
             ("external", service.external),

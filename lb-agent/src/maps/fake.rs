@@ -3,10 +3,14 @@
 
 use std::collections::BTreeMap;
 
-use lb_common::abi::{Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, map_name};
+use lb_common::abi::{
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, SourceRange, capacity,
+    map_name, service_flags,
+};
 use lb_common::logic::connect::Set;
 use lb_common::logic::generation;
 
+use super::prefix::Prefix;
 use super::{Capacities, Dump, Epoch, MapError, Maps, capacity_flag};
 use crate::actual::{port_id, set_word_mut, set_words};
 
@@ -27,6 +31,10 @@ pub struct FakeMaps {
     services_in_sight: BTreeMap<u32, Epoch>,
     /// Backends that a program may still hold, likewise.
     backends_in_sight: BTreeMap<u32, Epoch>,
+    /// Services that a program may still see as for some sources only, likewise.
+    restrictions_in_sight: BTreeMap<u32, Epoch>,
+    /// Room in SOURCE_RANGES.
+    source_ranges: u32,
     checks: Checks,
 }
 
@@ -61,6 +69,8 @@ impl FakeMaps {
             slots_in_sight: BTreeMap::new(),
             services_in_sight: BTreeMap::new(),
             backends_in_sight: BTreeMap::new(),
+            restrictions_in_sight: BTreeMap::new(),
+            source_ranges: capacity::SOURCE_RANGES,
             checks: Checks::Sound,
         }
     }
@@ -79,6 +89,13 @@ impl FakeMaps {
         self
     }
 
+    /// With room for so many entries in SOURCE_RANGES.
+    #[must_use]
+    pub fn with_source_ranges(mut self, room: u32) -> Self {
+        self.source_ranges = room;
+        self
+    }
+
     /// A grace period passes for all that was asked so far.
     pub fn pass_grace(&mut self) {
         self.pass_grace_until(self.requested);
@@ -93,6 +110,7 @@ impl FakeMaps {
             &mut self.slots_in_sight,
             &mut self.services_in_sight,
             &mut self.backends_in_sight,
+            &mut self.restrictions_in_sight,
         ] {
             seen.retain(|_, epoch| *epoch > passed);
         }
@@ -116,7 +134,7 @@ impl FakeMaps {
             assert_eq!((key.pad, value.pad), (0, [0; 3]), "{key:?} has bytes in its padding");
             match FrontendKind::from_u8(value.kind) {
                 None => panic!("{key:?} is of no kind"),
-                Some(FrontendKind::Address) => {
+                Some(FrontendKind::Address | FrontendKind::ExternalAddress) => {
                     assert_eq!(*key, FrontendKey::address_mark(key.addr), "a mark on a port");
                     assert_eq!(value.service, 0, "a mark leads to a service");
                 }
@@ -203,14 +221,14 @@ impl FakeMaps {
     fn seen(&mut self, frontend: Frontend, epoch: Epoch) {
         let service = self.contents.services.get(frontend.service as usize);
         let live = service.is_some_and(|service| generation::is_live(service.generation));
-        if live && frontend.kind != FrontendKind::Address as u8 && self.checks > Checks::None {
+        if live && !frontend.is_mark() && self.checks > Checks::None {
             self.services_in_sight.insert(frontend.service, epoch);
         }
     }
 
     fn led_to(&self, index: u32) -> bool {
         let mut frontends = self.contents.frontends.values();
-        frontends.any(|f| f.kind != FrontendKind::Address as u8 && f.service == index)
+        frontends.any(|f| !f.is_mark() && f.service == index)
     }
 
     /// The service whose set word names any of these slots, led to or not.
@@ -223,6 +241,11 @@ impl FakeMaps {
             .services
             .iter()
             .position(|service| set_words(service).into_iter().any(overlaps))
+    }
+
+    fn has_source_ranges(&self, index: u32) -> bool {
+        let mut ranges = self.contents.source_ranges.keys();
+        self.checks > Checks::None && ranges.any(|range| range.data.service == index && range.network().is_some())
     }
 
     /// A generation moves by one at a time, so that none ever comes back.
@@ -330,12 +353,16 @@ impl Maps for FakeMaps {
         let len = self.contents.services.len();
         let at = self.contents.services.get_mut(index as usize);
         let at = at.ok_or_else(|| out_of_range(map_name::SERVICES, index, len))?;
+        let was_restricted = at.flags & service_flags::SOURCE_RANGES != 0;
         *at = Service {
             internal: at.internal,
             external: at.external,
             cluster: at.cluster,
             ..value
         };
+        if was_restricted && value.flags & service_flags::SOURCE_RANGES == 0 {
+            self.restrictions_in_sight.insert(index, self.next_epoch());
+        }
         self.wrote(size_of::<Service>() - 3 * size_of::<SetWord>());
         Ok(())
     }
@@ -427,6 +454,10 @@ impl Maps for FakeMaps {
             old.is_none_or(|old| port_id(old) == port_id(value)),
             "index {index} gets the name of another before it is cleared"
         );
+        assert!(
+            there || !self.has_source_ranges(index),
+            "index {index} gets a name while source ranges of an earlier one are there"
+        );
         if !there && self.contents.names.len() as u32 >= self.capacities.services {
             return Err(full(map_name::NAMES, self.capacities.services));
         }
@@ -442,8 +473,49 @@ impl Maps for FakeMaps {
             .get(index as usize)
             .is_some_and(|s| generation::is_live(s.generation));
         assert!(!live, "the name of service {index} is removed while it is live");
+        assert!(
+            !self.has_source_ranges(index),
+            "the name of service {index} is removed, but not its source ranges"
+        );
         if self.contents.names.remove(&index).is_some() {
             self.wrote(4);
+        }
+        Ok(())
+    }
+
+    fn write_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError> {
+        let ranges = &mut self.contents.source_ranges;
+        if !ranges.contains_key(&range) && ranges.len() as u32 >= self.source_ranges {
+            return Err(MapError::Bound {
+                map: map_name::SOURCE_RANGES,
+                capacity: self.source_ranges,
+            });
+        }
+        ranges.insert(range, 0);
+        self.wrote(4 + size_of::<SourceRange>() + 4);
+        Ok(())
+    }
+
+    fn delete_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError> {
+        assert!(
+            !self.restrictions_in_sight.contains_key(&range.data.service),
+            "{range:?} is removed while a program may look for it"
+        );
+        if self.contents.source_ranges.remove(&range).is_some() {
+            self.wrote(4 + size_of::<SourceRange>());
+        }
+        Ok(())
+    }
+
+    fn write_cluster_cidr(&mut self, cidr: Prefix<Addr>, flags: u32) -> Result<(), MapError> {
+        self.contents.cluster_cidrs.insert(cidr, flags);
+        self.wrote(4 + size_of::<Addr>() + 4);
+        Ok(())
+    }
+
+    fn delete_cluster_cidr(&mut self, cidr: Prefix<Addr>) -> Result<(), MapError> {
+        if self.contents.cluster_cidrs.remove(&cidr).is_some() {
+            self.wrote(4 + size_of::<Addr>());
         }
         Ok(())
     }

@@ -2,9 +2,10 @@
 
 use std::io;
 
-use lb_common::abi::{Backend, BackendSlot, Frontend, FrontendKey, Name, Service, SetWord};
+use lb_common::abi::{Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, SetWord, SourceRange};
 use lb_common::logic::connect::Set;
 
+use super::prefix::Prefix;
 use super::{Capacities, Dump, Epoch, MapError, Maps};
 
 /// What happens to an operation.
@@ -155,6 +156,22 @@ impl<M: Maps> Maps for FaultyMaps<M> {
 
     fn delete_name(&mut self, index: u32) -> Result<(), MapError> {
         self.run(|maps| maps.delete_name(index))
+    }
+
+    fn write_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError> {
+        self.run(|maps| maps.write_source_range(range))
+    }
+
+    fn delete_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError> {
+        self.run(|maps| maps.delete_source_range(range))
+    }
+
+    fn write_cluster_cidr(&mut self, cidr: Prefix<Addr>, flags: u32) -> Result<(), MapError> {
+        self.run(|maps| maps.write_cluster_cidr(cidr, flags))
+    }
+
+    fn delete_cluster_cidr(&mut self, cidr: Prefix<Addr>) -> Result<(), MapError> {
+        self.run(|maps| maps.delete_cluster_cidr(cidr))
     }
 
     fn grace_begin(&mut self) -> Epoch {

@@ -6,16 +6,21 @@ mod devices;
 pub mod dump;
 pub mod fake;
 pub mod faulty;
+pub mod flows;
 pub mod grace;
+pub mod prefix;
 pub(crate) mod records;
 pub(crate) mod sys;
 
 use std::io;
 
-use lb_common::abi::{Backend, BackendSlot, Frontend, FrontendKey, Name, Service, SetWord, map_name};
+use lb_common::abi::{
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, SetWord, SourceRange, map_name,
+};
 use lb_common::logic::connect::Set;
 
 pub use dump::Dump;
+use prefix::Prefix;
 
 /// Numbers of entries of the maps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +57,14 @@ pub enum MapError {
         map: &'static str,
         /// Flag of `lb-agent run` that sets its size.
         flag: &'static str,
+        /// Its size.
+        capacity: u32,
+    },
+    /// No room, in a map whose size is always the same.
+    #[error("{map} is full ({capacity} entries, which no flag changes)")]
+    Bound {
+        /// Name of the map.
+        map: &'static str,
         /// Its size.
         capacity: u32,
     },
@@ -183,6 +196,31 @@ pub trait Maps {
     /// # Errors
     /// The system call's; an entry that is not there is no error.
     fn delete_name(&mut self, index: u32) -> Result<(), MapError>;
+
+    /// Adds an entry to SOURCE_RANGES, or writes it once more. What a service has there is its own: written before its
+    /// flag says that only those are served, and gone before the index is another's.
+    ///
+    /// # Errors
+    /// [`MapError::Bound`] or the system call's.
+    fn write_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError>;
+
+    /// Removes an entry of SOURCE_RANGES.
+    ///
+    /// # Errors
+    /// The system call's; an entry that is not there is no error.
+    fn delete_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError>;
+
+    /// Adds or replaces an entry of CLUSTER_CIDRS; a program finds the old one or the new one.
+    ///
+    /// # Errors
+    /// [`MapError::Bound`] or the system call's.
+    fn write_cluster_cidr(&mut self, cidr: Prefix<Addr>, flags: u32) -> Result<(), MapError>;
+
+    /// Removes an entry of CLUSTER_CIDRS.
+    ///
+    /// # Errors
+    /// The system call's; an entry that is not there is no error.
+    fn delete_cluster_cidr(&mut self, cidr: Prefix<Addr>) -> Result<(), MapError>;
 
     /// Asks for a grace period that begins now.
     fn grace_begin(&mut self) -> Epoch;

@@ -23,8 +23,20 @@ fn bpf(cmd: bpf_cmd, fill: impl FnOnce(&mut bpf_attr)) -> io::Result<libc::c_lon
     // SAFETY: the kernel's structure is plain data, and all zero bytes is a value of it.
     let mut attr: bpf_attr = unsafe { zeroed() };
     fill(&mut attr);
+    bpf_with(cmd, &mut attr)
+}
+
+/// The same with an attribute that the kernel writes to.
+fn bpf_with(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<libc::c_long> {
     // SAFETY: the attribute is valid for its size; pointers in it are the callers' and live as long as the call.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, cmd as libc::c_long, &raw mut attr, size_of::<bpf_attr>()) };
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            cmd as libc::c_long,
+            &raw mut *attr,
+            size_of::<bpf_attr>(),
+        )
+    };
     if result < 0 {
         Err(io::Error::last_os_error())
     } else {
@@ -117,6 +129,48 @@ pub(crate) fn lookup_and_delete(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8
     match result {
         Ok(_) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// What [`lookup_batch`] has found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Batch {
+    /// How many keys and values.
+    pub(crate) count: usize,
+    /// Where to go on; `None` at the end.
+    pub(crate) next: Option<u32>,
+}
+
+/// `BPF_MAP_LOOKUP_BATCH` of a hash with keys of `K` bytes and values of `V` (to be known by whoever opened it), from
+/// where the last batch ended: whole buckets, as many as fit. An entry that is there all the time is found once.
+///
+/// # Errors
+/// ENOSPC where a bucket has more entries than there is room for; else the system call's.
+pub(crate) fn lookup_batch<const K: usize, const V: usize>(
+    map: BorrowedFd<'_>,
+    from: Option<u32>,
+    keys: &mut [[u8; K]],
+    values: &mut [[u8; V]],
+) -> io::Result<Batch> {
+    let mut next = 0_u32;
+    // SAFETY: plain data, see above.
+    let mut attr: bpf_attr = unsafe { zeroed() };
+    attr.batch.map_fd = map.as_raw_fd() as u32;
+    attr.batch.in_batch = from.as_ref().map_or(0, |from| (&raw const *from) as u64);
+    attr.batch.out_batch = (&raw mut next) as u64;
+    attr.batch.keys = keys.as_mut_ptr() as u64;
+    attr.batch.values = values.as_mut_ptr() as u64;
+    attr.batch.count = keys.len().min(values.len()) as u32;
+    let result = bpf_with(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr);
+    // SAFETY: the kernel has written how many there were; any bytes are a value.
+    let count = unsafe { attr.batch.count } as usize;
+    match result {
+        Ok(_) => Ok(Batch {
+            count,
+            next: Some(next),
+        }),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Batch { count, next: None }),
         Err(error) => Err(error),
     }
 }

@@ -1,6 +1,7 @@
 //! The addresses of this node that serve node ports.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::net::IpAddr;
 use std::str::FromStr;
 
@@ -44,8 +45,8 @@ impl FromStr for Wanted {
     }
 }
 
-/// Which addresses serve node ports.
-#[derive(Debug, Clone, PartialEq)]
+/// Which addresses serve node ports; all by default.
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Selection {
     /// Devices by name.
     pub devices: Patterns,
@@ -98,6 +99,14 @@ impl Snapshot {
         let selected = addresses.filter(|(index, ip)| !ip.is_loopback() && is_wanted(*index, *ip));
         selected.map(|(_, ip)| Addr::from(ip)).collect()
     }
+}
+
+/// Every address of every device but loopback's, now, in the network namespace of the calling thread.
+///
+/// # Errors
+/// The system call's.
+pub fn all() -> io::Result<BTreeSet<Addr>> {
+    Ok(Snapshot::take(false)?.select(&Selection::default(), None))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ pub mod conntrack;
 pub mod destroy;
 pub mod devices;
 pub(crate) mod filters;
+pub mod flows;
 mod judge;
 pub mod links;
 mod netlink;

@@ -93,6 +93,37 @@ fn stories() -> Vec<(&'static str, Story)> {
                 &|c| c.remove_service("older"),
             ]),
         ),
+        (
+            "a load balancer's sources change, and Nodes come and go",
+            story(&[
+                &|c| {
+                    c.set(balanced(
+                        "web",
+                        "10.96.0.1",
+                        "192.0.2.1",
+                        &["10.0.0.0/8", "172.16.0.0/12"],
+                    ));
+                    c.set(slice("web", &["10.0.0.1"]));
+                    c.set(node(NODE, &["192.168.0.1"], &["10.10.1.0/24"]));
+                },
+                &|c| {
+                    c.set(balanced(
+                        "web",
+                        "10.96.0.1",
+                        "192.0.2.1",
+                        &["10.0.0.0/8", "10.1.0.0/16"],
+                    ));
+                    c.set(node("n2", &["192.0.2.1"], &["10.10.2.0/24"]));
+                },
+                &|c| {
+                    c.set(balanced("web", "10.96.0.1", "192.0.2.1", &[]));
+                    c.set(node("n2", &["192.168.0.2"], &["10.10.3.0/24"]));
+                },
+                &|c| c.set(balanced("web", "10.96.0.1", "192.0.2.2", &["10.0.0.0/8"])),
+                &|c| c.remove_service("web"),
+                &|c| c.set(service("new", "10.96.0.2")),
+            ]),
+        ),
     ]
 }
 

@@ -9,6 +9,7 @@ use std::fmt::{self, Write as _};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -189,7 +190,7 @@ pub fn service(object: &v1::Service) -> Result<Service> {
             Box::default()
         },
         source_ranges: if is_balanced {
-            source_ranges(spec)?
+            source_ranges(spec)
         } else {
             Box::default()
         },
@@ -387,12 +388,12 @@ fn load_balancer_ips(object: &v1::Service) -> Result<Box<[IpAddr]>> {
         .collect()
 }
 
-/// `spec.loadBalancerSourceRanges`. The API server lets blanks pass around them.
-fn source_ranges(spec: &v1::ServiceSpec) -> Result<Box<[Arc<str>]>> {
-    let given = spec.load_balancer_source_ranges.iter().flatten().enumerate();
-    given
-        .map(|(i, text)| cidr(text.trim(), || format!("spec.loadBalancerSourceRanges[{i}]")))
-        .collect()
+/// `spec.loadBalancerSourceRanges`. The API server lets blanks pass around them, and empty ones. What is no range is no
+/// reason not to serve the Service.
+fn source_ranges(spec: &v1::ServiceSpec) -> Box<[Arc<str>]> {
+    let given = spec.load_balancer_source_ranges.iter().flatten();
+    let given = given.map(|text| text.trim()).filter(|text| !text.is_empty());
+    given.map(Arc::from).collect()
 }
 
 fn service_ports(given: &[v1::ServicePort]) -> Result<Box<[ServicePort]>> {
@@ -621,20 +622,8 @@ fn address(text: &str, field: impl FnOnce() -> String) -> Result<IpAddr> {
     }
 }
 
-fn cidr(text: &str, field: impl FnOnce() -> String) -> Result<Arc<str>> {
-    let valid = text.split_once('/').is_some_and(|(ip, length)| {
-        let max = match ip.parse() {
-            Ok(IpAddr::V4(_)) => 32,
-            Ok(IpAddr::V6(_)) => 128,
-            Err(_) => return false,
-        };
-        length.bytes().all(|b| b.is_ascii_digit()) && length.parse::<u8>().is_ok_and(|length| length <= max)
-    });
-    if valid {
-        Ok(text.into())
-    } else {
-        Err(error(field(), Reason::NotACidr(text.into())))
-    }
+fn cidr(text: &str, field: impl FnOnce() -> String) -> Result<IpNet> {
+    text.parse().map_err(|_| error(field(), Reason::NotACidr(text.into())))
 }
 
 fn error(field: impl Into<String>, reason: Reason) -> ConvertError {

@@ -689,7 +689,7 @@ fn what_is_good_is_read_as_it_is_meant() {
     assert_eq!(slice.endpoints[0].place.node.as_deref(), Some("n1"));
     assert_eq!(slice.ports[1].port, None);
     assert_eq!(node.addresses.len(), 1);
-    assert_eq!(&*node.pod_cidrs[0], "10.0.0.0/24");
+    assert_eq!(node.pod_cidrs, ["10.0.0.0/24".parse().unwrap()]);
     assert!(bed.service("headless").unwrap().cluster_ips.is_empty());
 }
 

@@ -9,7 +9,8 @@ use crate::maps::fake::FakeMaps;
 use crate::reconcile::Reconciler;
 use crate::testing::*;
 
-/// Several services: two that have the same backends, one whose sets differ, one without endpoints, one that drains.
+/// Several services: two that have the same backends, one whose sets differ, one without endpoints, one that drains, one
+/// for some sources only; and two Nodes.
 fn cluster() -> Cluster {
     Cluster::of([
         service("a", "10.96.0.1").into(),
@@ -34,6 +35,16 @@ fn cluster() -> Cluster {
         slice("f", &["10.0.0.9"]).into(),
         service("g", "10.96.0.7").into(),
         slice("g", &["10.0.0.9"]).into(),
+        balanced(
+            "h",
+            "10.96.0.8",
+            "192.0.2.8",
+            &["10.0.0.0/8", "198.51.100.0/24", "203.0.113.7/32"],
+        )
+        .into(),
+        slice("h", &["10.0.0.10"]).into(),
+        node("n1", &["192.168.0.1"], &["10.10.1.0/24", "fd00:10:1::/64"]).into(),
+        node("n2", &["192.168.0.2"], &["10.10.2.0/24"]).into(),
     ])
 }
 
@@ -360,6 +371,64 @@ fn of_names(dump: &Dump) -> Vec<Corruption> {
     all
 }
 
+fn of_tries(dump: &Dump) -> Vec<Corruption> {
+    let mut all = Vec::new();
+    for key in dump.source_ranges.keys().copied() {
+        let place = format!(
+            "SOURCE_RANGES[service {}, {}]",
+            key.data.service,
+            key.network().unwrap()
+        );
+        vary(
+            &mut all,
+            dump,
+            &place,
+            move |d| d.source_ranges.get_mut(&key).unwrap(),
+            &[1, u32::MAX],
+        );
+        let lens = [key.len - 1, key.len + 1, 20, 161].map(|len| Prefix { len, ..key });
+        let other = SourceRange {
+            addr: OTHER,
+            ..key.data
+        };
+        let services = [0, 1, 8, 11, 15, 16, u32::MAX].map(|service| SourceRange { service, ..key.data });
+        let datas = [other].into_iter().chain(services).map(|data| Prefix { data, ..key });
+        for new in lens.into_iter().chain(datas) {
+            let set = move |d: &mut Dump| {
+                let value = d.source_ranges.remove(&key).unwrap();
+                d.source_ranges.insert(new, value);
+            };
+            all.push((place.clone(), Box::new(set)));
+        }
+        all.push((
+            place,
+            Box::new(move |d: &mut Dump| d.source_ranges.retain(|other, _| *other != key)),
+        ));
+    }
+    for key in dump.cluster_cidrs.keys().copied() {
+        let place = format!("CLUSTER_CIDRS[{}]", key.network().unwrap());
+        vary(
+            &mut all,
+            dump,
+            &place,
+            move |d| d.cluster_cidrs.get_mut(&key).unwrap(),
+            &[0, 1, 2, 3, 7, u32::MAX],
+        );
+        for len in [key.len - 1, key.len + 1, 0, 200] {
+            let set = move |d: &mut Dump| {
+                let value = d.cluster_cidrs.remove(&key).unwrap();
+                d.cluster_cidrs.insert(Prefix { len, ..key }, value);
+            };
+            all.push((place.clone(), Box::new(set)));
+        }
+        all.push((
+            place,
+            Box::new(move |d: &mut Dump| d.cluster_cidrs.retain(|other, _| *other != key)),
+        ));
+    }
+    all
+}
+
 /// Somebody changes one field: it is named, and the next agent puts it right.
 fn named_and_put_right(corruptions: fn(&Dump) -> Vec<Corruption>) {
     let lb = serving();
@@ -429,9 +498,14 @@ fn a_corrupted_name_is_named_and_put_right() {
 }
 
 #[test]
+fn a_corrupted_network_is_named_and_put_right() {
+    named_and_put_right(of_tries);
+}
+
+#[test]
 fn a_good_state_has_no_drift_and_an_empty_one_all() {
     let lb = serving();
     assert_eq!(verify(lb.desired(), &lb.maps().contents), []);
     let drifts = verify(lb.desired(), &maps().contents);
-    assert_eq!(drifts.iter().filter(|d| d.field == "NAMES").count(), 8);
+    assert_eq!(drifts.iter().filter(|d| d.field == "NAMES").count(), 9);
 }

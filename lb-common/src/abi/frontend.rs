@@ -52,7 +52,7 @@ impl FrontendKey {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Frontend {
-    /// Index into SERVICES, STATS and NAMES. Zero for [`FrontendKind::Address`].
+    /// Index into SERVICES, STATS and NAMES. Zero for marks.
     pub service: u32,
     /// A [`FrontendKind`].
     pub kind: u8,
@@ -66,6 +66,23 @@ const _: () = {
 };
 
 impl Frontend {
+    /// The mark of a service address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn mark(kind: FrontendKind) -> Self {
+        Self::new(0, kind)
+    }
+
+    /// Whether it marks a service address, and leads nowhere.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_mark(self) -> bool {
+        match FrontendKind::from_u8(self.kind) {
+            Some(kind) => kind.is_mark(),
+            None => false,
+        }
+    }
+
     /// A frontend of a service.
     #[inline(always)]
     #[must_use]
@@ -131,6 +148,13 @@ impl FrontendKind {
             6 => Some(Self::ExternalAddress),
             _ => None,
         }
+    }
+
+    /// Not a frontend, but the mark of a service address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_mark(self) -> bool {
+        matches!(self, Self::Address | Self::ExternalAddress)
     }
 
     /// The name that tables and JSON show.

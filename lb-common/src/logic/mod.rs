@@ -3,6 +3,7 @@
 pub mod affinity;
 pub mod checksum;
 pub mod connect;
+pub mod conntrack;
 pub mod flow;
 pub mod generation;
 pub mod packet;

@@ -112,7 +112,7 @@ impl Chain {
         } = self.frontend;
         ensure!(pad == [0; 3], "bytes in the padding");
         let kind = FrontendKind::from_u8(kind).context("of no kind")?;
-        if kind == FrontendKind::Address {
+        if kind.is_mark() {
             ensure!(index == 0, "a mark leads to a service");
             return Ok(());
         }

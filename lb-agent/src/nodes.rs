@@ -1,0 +1,208 @@
+//! What the maps say of nodes: which addresses are a node's, and which sources are inside the cluster. Pure.
+
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use ipnet::{IpNet, Ipv4Net};
+use lb_common::abi::{Addr, cluster_flags};
+
+use crate::maps::prefix::{Prefix, covers_v4, normal};
+use crate::model::Node;
+
+/// Which sources of packets are inside the cluster, besides this node's addresses.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Inside {
+    /// `spec.podCIDRs` of all Nodes.
+    #[default]
+    Nodes,
+    /// Those of this node's own Node.
+    ThisNode,
+    /// These networks.
+    Networks(Vec<IpNet>),
+}
+
+/// What a change concerns.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Changed {
+    /// Addresses that became, or ceased to be, a node's.
+    pub addresses: BTreeSet<Addr>,
+    /// Keys of CLUSTER_CIDRS.
+    pub cidrs: BTreeSet<Prefix<Addr>>,
+}
+
+/// How often a network is named: as inside the cluster, and as that of this node's pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Named {
+    inside: u32,
+    here: u32,
+}
+
+impl Named {
+    fn flags(self) -> u32 {
+        let flag = |count, flag| if count > 0 { flag } else { 0 };
+        flag(self.inside, cluster_flags::INSIDE) | flag(self.here, cluster_flags::HERE)
+    }
+}
+
+/// All Nodes, and this node's own addresses. A change costs what it concerns.
+#[derive(Debug, Default)]
+pub struct Nodes {
+    inside: Inside,
+    /// Addresses of this node's devices.
+    own: BTreeSet<Addr>,
+    /// How many Nodes have an address.
+    others: HashMap<Addr, u32>,
+    /// [`normal`] networks. What is in a network stands behind it.
+    networks: BTreeMap<IpNet, Named>,
+}
+
+/// All of IPv4: where a network of IPv6 covers it, an entry of its own that says what IPv4 is by itself.
+const ALL_V4: IpNet = IpNet::V4(Ipv4Net::new_assert(std::net::Ipv4Addr::UNSPECIFIED, 0));
+
+impl Nodes {
+    /// Without any Node or address.
+    #[must_use]
+    pub fn new(inside: Inside) -> Self {
+        let mut new = Self::default();
+        if let Inside::Networks(networks) = &inside {
+            for net in networks {
+                new.name(*net, cluster_flags::INSIDE, true, &mut Changed::default());
+            }
+        }
+        new.inside = inside;
+        new
+    }
+
+    /// Whether an address is this node's, or any Node's.
+    #[must_use]
+    pub fn have(&self, addr: Addr) -> bool {
+        self.own.contains(&addr) || self.others.contains_key(&addr)
+    }
+
+    /// This node has these addresses now; loopback is left out.
+    pub fn set_own(&mut self, own: BTreeSet<Addr>, changed: &mut Changed) {
+        let own: BTreeSet<Addr> = own.into_iter().filter(|addr| !is_loopback(*addr)).collect();
+        let before = std::mem::take(&mut self.own);
+        for (addr, is_there) in before
+            .difference(&own)
+            .map(|gone| (*gone, false))
+            .chain(own.difference(&before).map(|new| (*new, true)))
+        {
+            self.name(
+                IpNet::from(std::net::IpAddr::from(addr)),
+                cluster_flags::INSIDE,
+                is_there,
+                changed,
+            );
+            changed.addresses.insert(addr);
+        }
+        self.own = own;
+    }
+
+    /// A Node is another than before, new, or gone; `is_own`: it is that of this node.
+    pub fn update(&mut self, before: Option<&Node>, now: Option<&Node>, is_own: bool, changed: &mut Changed) {
+        if let (Some(before), Some(now)) = (before, now)
+            && (&before.addresses, &before.pod_cidrs) == (&now.addresses, &now.pod_cidrs)
+        {
+            return;
+        }
+        // What is new first, so that what stays never goes.
+        for (node, is_there) in [(now, true), (before, false)] {
+            let Some(node) = node else { continue };
+            for addr in &node.addresses {
+                let addr = Addr::from(*addr);
+                count(self.others.entry(addr).or_default(), is_there);
+                changed.addresses.insert(addr);
+            }
+            for net in &node.pod_cidrs {
+                let inside = match &self.inside {
+                    Inside::Nodes => cluster_flags::INSIDE,
+                    // What is not inside is not asked about.
+                    Inside::ThisNode | Inside::Networks(_) if is_own => cluster_flags::INSIDE,
+                    Inside::ThisNode | Inside::Networks(_) => 0,
+                };
+                let flags = inside | if is_own { cluster_flags::HERE } else { 0 };
+                self.name(*net, flags, is_there, changed);
+            }
+        }
+        for addr in before.into_iter().flat_map(|node| &node.addresses) {
+            let addr = Addr::from(*addr);
+            if self.others.get(&addr) == Some(&0) {
+                self.others.remove(&addr);
+            }
+        }
+    }
+
+    /// Names a network once more, or once less.
+    fn name(&mut self, net: IpNet, flags: u32, once_more: bool, changed: &mut Changed) {
+        if flags == 0 {
+            return;
+        }
+        let net = normal(net);
+        let mut entry = match self.networks.entry(net) {
+            Entry::Occupied(entry) => entry,
+            Entry::Vacant(entry) => entry.insert_entry(Named::default()),
+        };
+        let named = entry.get_mut();
+        let before = named.flags();
+        if flags & cluster_flags::INSIDE != 0 {
+            count(&mut named.inside, once_more);
+        }
+        if flags & cluster_flags::HERE != 0 {
+            count(&mut named.here, once_more);
+        }
+        let now = named.flags();
+        if now == 0 {
+            entry.remove();
+        }
+        if now == before {
+            return;
+        }
+        changed.cidrs.insert(net.into());
+        changed.cidrs.extend(self.within(net).map(|net| Prefix::from(*net)));
+        if covers_v4(&net) {
+            changed.cidrs.insert(ALL_V4.into());
+        }
+    }
+
+    /// Networks in a network.
+    fn within(&self, net: IpNet) -> impl Iterator<Item = &IpNet> {
+        let all = self.networks.range(net..).map(|(inner, _)| inner);
+        all.take_while(move |inner| net.contains(*inner))
+    }
+
+    /// What CLUSTER_CIDRS says of a network, if it has it: an address has the flags of the longest network there that it
+    /// is in, so each has those of the networks that it is in itself.
+    #[must_use]
+    pub fn flags(&self, cidr: &Prefix<Addr>) -> Option<u32> {
+        let net = cidr.network()?;
+        let is_barrier = net == ALL_V4 && self.networks.keys().any(covers_v4);
+        if !is_barrier && !self.networks.contains_key(&net) {
+            return None;
+        }
+        let around = std::iter::successors(Some(net), IpNet::supernet);
+        Some(
+            around
+                .filter_map(|net| self.networks.get(&net))
+                .fold(0, |flags, named| flags | named.flags()),
+        )
+    }
+
+    /// All of CLUSTER_CIDRS.
+    pub fn cidrs(&self) -> impl Iterator<Item = (Prefix<Addr>, u32)> {
+        let all: BTreeSet<Prefix<Addr>> = self.networks.keys().chain([&ALL_V4]).map(|net| (*net).into()).collect();
+        all.into_iter().filter_map(|cidr| Some((cidr, self.flags(&cidr)?)))
+    }
+}
+
+fn count(counter: &mut u32, once_more: bool) {
+    *counter = if once_more {
+        *counter + 1
+    } else {
+        counter.saturating_sub(1)
+    };
+}
+
+fn is_loopback(addr: Addr) -> bool {
+    std::net::IpAddr::from(addr).is_loopback()
+}
