@@ -110,8 +110,16 @@ impl Testbed {
     /// # Errors
     /// When it is not ready in time.
     pub fn serve_datagrams(&self, place: &Place, listen: &[&str]) -> Result<Process> {
+        self.serve_datagrams_with(place, listen, &[])
+    }
+
+    /// The same, with more flags: `--tell-source`.
+    ///
+    /// # Errors
+    /// When it is not ready in time.
+    pub fn serve_datagrams_with(&self, place: &Place, listen: &[&str], flags: &[&str]) -> Result<Process> {
         let mut command = place.command(self.program())?;
-        command.arg("serve-datagrams").stdin(Stdio::null());
+        command.arg("serve-datagrams").args(flags).stdin(Stdio::null());
         for listen in listen {
             command.arg(format!("--listen={listen}"));
         }
