@@ -12,7 +12,7 @@ use aya::programs::{SchedClassifier, TcAttachType, loaded_links};
 use lb_common::abi::VERSION;
 use lb_stress::Counter;
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Cluster, DeviceStatus, Node, Running, patience};
+use lb_tests::{Cluster, DeviceStatus, Node, Place, Running, patience};
 use serde_json::Value;
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
@@ -57,7 +57,7 @@ type Programs = BTreeMap<String, u32>;
 
 /// The programs at the sides of a device, as the kernel tells: by links, and by filters. What is there twice counts as an
 /// error.
-fn at(node: &Node, device: &str) -> Result<[Programs; 2]> {
+fn at(node: &Place, device: &str) -> Result<[Programs; 2]> {
     let mut at = [Programs::new(), Programs::new()];
     let sides = [(TcAttachType::Ingress, "ingress"), (TcAttachType::Egress, "egress")];
     for (programs, (side, word)) in at.iter_mut().zip(sides) {
@@ -99,7 +99,7 @@ fn ensure_served(node: &Node, device: &str, way: &str) -> Result<[u32; 2]> {
 }
 
 /// Fails if anything is at a device.
-fn ensure_bare(node: &Node, device: &str) -> Result<()> {
+fn ensure_bare(node: &Place, device: &str) -> Result<()> {
     let at = at(node, device)?;
     ensure!(at.iter().all(Programs::is_empty), "{device}: {at:?}");
     Ok(())
@@ -335,6 +335,15 @@ fn devices_come_go_and_change() -> Result<()> {
             ensure!(now == before, "{now}, not {before}");
             Ok(())
         })?;
+
+        // A pod's end of a pair is made here and moved: what the pod has is not the node's business.
+        let client = setup.cluster.client();
+        node.ip(&format!("link set other-one netns {}", client.netns_name()))?;
+        eventually("moved", || {
+            ensure_bare(client, "other-one")?;
+            setup.ensure_pins(&["cali0", "cni0", "eth0", "flannel.1"])
+        })?;
+        setup.ensure_served("cali0")?;
 
         // Another device by the same index, at once.
         let number = index(node, "cali0")?;
