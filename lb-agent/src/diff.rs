@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use lb_common::abi::{Backend, BackendSlot, Service, SetWord, backend_flags, map_name, set_flags};
+use lb_common::abi::{Backend, BackendSlot, Service, SetWord, backend_flags, map_name, service_flags, set_flags};
 use lb_common::logic::connect::Set;
 use lb_common::logic::generation;
 
@@ -182,7 +182,10 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
             let gone = known.filter(|key| !backends.contains_key(key));
             plan.steps.extend(gone.map(Step::Withdraw));
             let stays = |net: &IpNet| want.source_ranges.binary_search(net).is_ok();
-            let leaves = |admission: &Admission| matches!(admission, Admission::Leaves(_));
+            // What leaves already leaves anew where everybody is served from now on: who has read the flag before is not
+            // to find less than it did.
+            let opened = have.value.flags & !want.flags & service_flags::SOURCE_RANGES != 0;
+            let leaves = |admission: &Admission| matches!(admission, Admission::Leaves(_)) && !opened;
             let dismissed = have.sources.iter().filter(|(net, at)| !stays(net) && !leaves(at));
             let dismissed: Vec<_> = dismissed.map(|(net, _)| *net).collect();
             if !dismissed.is_empty() {

@@ -182,6 +182,7 @@ impl<M: Maps> Reconciler<M> {
             touched.ports.extend(self.actual.ports.keys().cloned());
             touched.frontends.extend(self.actual.frontends.keys().copied());
             touched.cidrs.extend(self.actual.cidrs.keys().copied());
+            touched.cidrs.extend(self.desired.nodes().cidrs().map(|(cidr, _)| cidr));
         }
         self.problems = batch.problems;
         if is_large {

@@ -351,7 +351,7 @@ fn of_names(dump: &Dump) -> Vec<Corruption> {
             move |d| &mut name(d, index).generation,
             &[0, 1, 2, 3],
         );
-        for new in [0, 9, 15, 16, u32::MAX] {
+        for new in [0, 12, 15, 16, u32::MAX] {
             let moved = move |d: &mut Dump| {
                 let name = d.names.remove(&index).unwrap();
                 d.names.insert(new, name);
