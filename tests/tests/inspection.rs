@@ -230,6 +230,8 @@ fn start(lock: &Lock, manifests: &Manifests) -> Result<Reconciler<BpfMaps>> {
         sockets_more: 16,
         udp_flows: 64,
         affinity: 64,
+        conntrack: 64,
+        conntrack_new: 64,
     };
     let maps = loader::load(loader::OBJECT, lock, &CAPACITIES, SocketLb::All)?;
     let mut reconciler = Reconciler::adopt(maps, "n1")?;

@@ -33,6 +33,8 @@ const CAPACITIES: Capacities = Capacities {
     sockets_more: 4096,
     udp_flows: 64,
     affinity: 64,
+    conntrack: 64,
+    conntrack_new: 64,
 };
 
 /// A backend: an address of the server pod. It answers with its name all the time, in use or not.

@@ -361,6 +361,8 @@ fn the_agents_own_events_are_told_where_somebody_asks() -> Result<()> {
         sockets_more: 16,
         udp_flows: 16,
         affinity: 16,
+        conntrack: 64,
+        conntrack_new: 64,
     };
     let cluster = Cluster::builder().nodes(1).build()?;
     let pins = PinPath::new(cluster.pin_path("n1"));
