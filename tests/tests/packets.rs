@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::manifests::{Manifests, Port, service, slice, slice_with_conditions};
 use lb_tests::puppet::plain;
 use lb_tests::{Answer, Call, Cluster, Kind, Node, Place, Pod, Process, Running, Testbed, Underlay, patience};
 
@@ -342,4 +342,199 @@ fn who_is_served_by_what() -> Result<()> {
         agent.verify()?;
     }
     Ok(())
+}
+
+/// Puts a Service with node ports on one backend, in both families.
+fn serve_by(setup: &Setup, endpoints: &[(IpAddr, &str)]) -> Result<()> {
+    setup.write("web.yaml", &web(endpoints, "type: NodePort"))
+}
+
+#[test]
+fn flows_to_a_backend_that_is_gone_go_elsewhere_or_end() -> Result<()> {
+    let setup = Setup::new(Underlay::Vxlan)?;
+    let [one, two] = &setup.pods;
+    let echo = [8081, 8082].map(|port| {
+        let listen = [format!("[::]:{port}=echo")];
+        bed().serve_with(two, &listen.each_ref().map(String::as_str), &["--echo"])
+    });
+    let _echo = echo.into_iter().collect::<Result<Vec<_>>>()?;
+    for node in ["n1", "n2"] {
+        for address in outer(setup.node(node)) {
+            serve_by(&setup, &of(two))?;
+            let echo = |conditions: &str| -> String {
+                let ports = [Port::tcp("web", 80).on_nodes(30081)];
+                let text = service("echo", "10.96.0.30,fd00:96::30", &ports, "type: NodePort");
+                let slices = of(two).map(|(ip, node)| {
+                    let port = Port::tcp("web", 8081);
+                    slice_with_conditions("echo", port, &[(ip, node, conditions)])
+                });
+                text + &slices.concat()
+            };
+            setup.write("echo.yaml", &echo(""))?;
+            let mut datagrams =
+                bed().puppet(setup.client(), if address.is_ipv4() { Kind::Udp4 } else { Kind::Udp6 })?;
+            datagrams.connect(SocketAddr::new(address, DNS))?;
+            datagrams.send("a")?;
+            ensure!(datagrams.receive()?.1.starts_with("two "), "before");
+            let mut stream = bed().puppet(setup.client(), if address.is_ipv4() { Kind::Tcp4 } else { Kind::Tcp6 })?;
+            stream.connect(SocketAddr::new(address, 30081))?;
+            let mut say = |text: &str| -> Result<Answer> {
+                if let Answer::Failed(errno) = stream.call(&Call::Send(text.to_owned()))? {
+                    return Ok(Answer::Failed(errno));
+                }
+                stream.call(&Call::Receive)
+            };
+            let heard =
+                |answer: &Answer, text: &str| matches!(answer, Answer::Received(_, said) if said.contains(text));
+            let mut answer = say("begin")?;
+            if !heard(&answer, "begin") {
+                // The name came first.
+                answer = say("again")?;
+            }
+            ensure!(heard(&answer, "begin") || heard(&answer, "again"), "{answer:?}");
+            // It ends what it has begun.
+            setup.write("echo.yaml", &echo("ready: false, serving: true, terminating: true"))?;
+            let answer = say("lives")?;
+            ensure!(heard(&answer, "lives"), "{address} at {node}: {answer:?}");
+            // It is gone.
+            serve_by(&setup, &of(one))?;
+            setup.write(
+                "echo.yaml",
+                &service(
+                    "echo",
+                    "10.96.0.30,fd00:96::30",
+                    &[Port::tcp("web", 80).on_nodes(30081)],
+                    "type: NodePort",
+                ),
+            )?;
+            datagrams.send("b")?;
+            let text = datagrams.receive()?.1;
+            ensure!(text.starts_with("one "), "{address} at {node}: {text}");
+            let answer = say("over")?;
+            const ECONNRESET: i32 = 104;
+            assert_eq!(answer, Answer::Failed(ECONNRESET), "{address} at {node}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_client_keeps_its_backend_where_the_service_wants_that() -> Result<()> {
+    let setup = Setup::with(Underlay::Vxlan, 2, &[])?;
+    let more = "type: NodePort\n  sessionAffinity: ClientIP";
+    setup.write("web.yaml", &web(&setup.endpoints(), more))?;
+    let mut chosen = BTreeSet::new();
+    for client in setup.cluster.clients() {
+        for node in setup.cluster.nodes() {
+            for address in outer(node) {
+                let to = SocketAddr::new(address, WEB);
+                let got = all(client, false, to, 12)?;
+                assert_eq!(by(&got).len(), 1, "{to}: {got:?}");
+                chosen.extend(by(&got).into_iter().map(str::to_owned));
+            }
+        }
+    }
+    // 2^-7 that all eight are the same.
+    println!("{chosen:?}");
+    ensure!(!chosen.contains("nobody"), "{chosen:?}");
+    Ok(())
+}
+
+#[test]
+fn what_is_too_long_or_too_old_for_the_way_on_is_told_so() -> Result<()> {
+    let setup = Setup::new(Underlay::Vxlan)?;
+    serve_by(&setup, &of(&setup.pods[1]))?;
+    let (n1, client) = (setup.node("n1"), setup.client());
+    let to = SocketAddr::new(n1.address().into(), DNS);
+    let mut socket = bed().puppet(client, Kind::Udp4)?;
+    socket.connect(to)?;
+    // 1,500 bytes with the headers.
+    socket.send(&"x".repeat(1472))?;
+    let known = |mtu: &str| -> Result<bool> { Ok(client.ip(&format!("route get {}", n1.address()))?.contains(mtu)) };
+    let deadline = Instant::now() + patience(Duration::from_secs(5));
+    while !known("mtu 1450")? {
+        ensure!(
+            Instant::now() < deadline,
+            "the client was not told: {}",
+            client.ip("route show cache")?
+        );
+        sleep(Duration::from_millis(20));
+    }
+    assert!(setup.dropped("too_big")? > 0);
+    client.sysctl("net.ipv4.ip_default_ttl", "1")?;
+    client.sysctl("net.ipv6.conf.eth0.hop_limit", "1")?;
+    for address in outer(n1) {
+        // The kernel keeps this from a socket that does not ask for it.
+        let got = ask(client, true, SocketAddr::new(address, DNS))?;
+        assert!(matches!(got, Got::Failed(_)), "{address}: {got:?}");
+    }
+    assert!(setup.dropped("ttl_exceeded")? >= 2);
+    // What came was right in the eyes of the client's kernel.
+    let names = client.run(
+        "awk",
+        &[
+            "/^Icmp: In/{getline v; n=split($0,k); split(v,a); for(i=2;i<=n;i++) print k[i], a[i]}",
+            "/proc/net/snmp",
+        ],
+    )?;
+    let count = |text: &str, name: &str| -> u64 {
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+        line.unwrap_or_else(|| panic!("no {name} in {text}"))
+    };
+    assert_eq!(count(&names, "InErrors "), 0, "{names}");
+    assert_eq!(count(&names, "InCsumErrors "), 0, "{names}");
+    assert!(count(&names, "InTimeExcds ") > 0, "{names}");
+    let names = client.run("cat", &["/proc/net/snmp6"])?;
+    assert_eq!(count(&names, "Icmp6InErrors"), 0, "{names}");
+    assert!(count(&names, "Icmp6InTimeExcds") > 0, "{names}");
+    // Two nodes are on the way to the pod.
+    client.sysctl("net.ipv4.ip_default_ttl", "3")?;
+    client.sysctl("net.ipv6.conf.eth0.hop_limit", "3")?;
+    for address in outer(n1) {
+        let got = ask(client, true, SocketAddr::new(address, DNS))?;
+        assert!(matches!(got, Got::Served { .. }), "{address}: {got:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn flows_outlive_the_agent() -> Result<()> {
+    let mut setup = Setup::new(Underlay::Vxlan)?;
+    let endpoints = of(&setup.pods[1]).map(|(ip, node)| (ip, node.to_owned()));
+    let endpoints: Vec<_> = endpoints.iter().map(|(ip, node)| (*ip, node.as_str())).collect();
+    let _echo = bed().serve_with(&setup.pods[1], &["[::]:8081=echo"], &["--echo"])?;
+    let mut text = service(
+        "echo",
+        "10.96.0.30,fd00:96::30",
+        &[Port::tcp("web", 80).on_nodes(30081)],
+        "type: NodePort",
+    );
+    for endpoint in &endpoints {
+        text += &slice("echo", Port::tcp("web", 8081), &[*endpoint]);
+    }
+    setup.write("echo.yaml", &text)?;
+    let mut streams = Vec::new();
+    for address in outer(setup.node("n1")) {
+        let mut stream = bed().puppet(setup.client(), if address.is_ipv4() { Kind::Tcp4 } else { Kind::Tcp6 })?;
+        stream.connect(SocketAddr::new(address, 30081))?;
+        stream.receive()?;
+        streams.push(stream);
+    }
+    let mut talk = |when: &str| -> Result<()> {
+        for stream in &mut streams {
+            stream.send(when)?;
+            let (_, text) = stream.receive()?;
+            ensure!(text.contains(when), "{when}: {text}");
+        }
+        Ok(())
+    };
+    talk("before")?;
+    setup.agents[0].kill()?;
+    talk("while-dead")?;
+    setup.agents[0].start_again()?;
+    setup.agents[0].wait_ready(&|| false)?;
+    talk("after")?;
+    setup.agents[0].verify()
 }
