@@ -40,6 +40,12 @@ impl Key {
         }
     }
 
+    /// IANA protocol number.
+    #[inline(always)]
+    pub(crate) fn proto(&self) -> u8 {
+        self.rest.to_ne_bytes()[0]
+    }
+
     #[inline(always)]
     fn as_key(&self) -> &CtKey {
         // SAFETY: same size, no less aligned, the fields are where the key's are, and every bit pattern is a key.

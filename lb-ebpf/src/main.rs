@@ -21,6 +21,7 @@ mod send;
 mod skb;
 mod sock;
 mod sock_addr;
+mod socket;
 mod sockets;
 mod tables;
 mod tc;

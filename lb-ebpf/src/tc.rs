@@ -25,6 +25,7 @@ use crate::maps::{CLUSTER_CIDRS, CONFIG, DEVICES, SCRATCH, SOURCE_RANGES};
 use crate::reject;
 use crate::send::{self, Hop};
 use crate::skb::Skb;
+use crate::socket;
 use crate::tables::Maps;
 use crate::words;
 
@@ -265,7 +266,7 @@ fn begin<const LINK: usize>(skb: Skb, work: &mut Work) -> Result<(), DropReason>
     work.service = frontend.service;
     choose(work, frontend)?;
     find_way(skb, work)?;
-    claim(work)?;
+    claim(skb, work)?;
     count::connection(work.service, true);
     let happening = Happening::served(EventKind::Translated, to, work.service, work.chosen.backend);
     count::packet_event(&work.packet, &happening);
@@ -372,10 +373,10 @@ fn source_address(device: u32, client: Words) -> Result<Words, DropReason> {
 /// Makes a flow known, in both directions. Where the source is the node's, or answers could be those of another flow, with
 /// a source port of the node's.
 #[inline(never)]
-fn claim(work: &mut Work) -> Result<(), DropReason> {
+fn claim(skb: Skb, work: &mut Work) -> Result<(), DropReason> {
     let Work { key, entry, .. } = work;
     if work.chosen.snat || !conntrack::claim_answers(key, entry) {
-        claim_port(key, entry)?;
+        claim_port(skb, key, entry)?;
     }
     entry.set_state(tcp_state::after(0, work.packet.flags));
     if conntrack::claim(key, entry) {
@@ -387,9 +388,9 @@ fn claim(work: &mut Work) -> Result<(), DropReason> {
     Ok(())
 }
 
-/// Finds a source port with which answers are this flow's only, and claims them.
+/// Finds a source port with which answers are this flow's only, and no socket's, and claims them.
 #[inline(never)]
-fn claim_port(key: &Key, entry: &mut Entry) -> Result<(), DropReason> {
+fn claim_port(skb: Skb, key: &Key, entry: &mut Entry) -> Result<(), DropReason> {
     let config = CONFIG.get_ptr(0).ok_or(DropReason::SnatPortsExhausted)?;
     // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
     let (first, last) = unsafe {
@@ -402,7 +403,7 @@ fn claim_port(key: &Key, entry: &mut Entry) -> Result<(), DropReason> {
         // SAFETY: the helper takes nothing.
         let random = unsafe { bpf_get_prandom_u32() };
         entry.src_port = select::port(first, last, random).ok_or(DropReason::SnatPortsExhausted)?;
-        if conntrack::claim_answers(key, entry) {
+        if !socket::hears(skb, key.proto(), &entry.to()) && conntrack::claim_answers(key, entry) {
             return Ok(());
         }
     }
