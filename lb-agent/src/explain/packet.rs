@@ -7,14 +7,15 @@ use lb_common::abi::{
 };
 use lb_common::logic::connect;
 use lb_common::logic::route::{self, Destination};
+use lb_common::logic::translation::{self, Answer};
 
 use super::{Chosen, Explanation, Found, Outcome, Snapshot, Source, View, age, choose, ports_of, why_no_frontend};
 
 /// What a client is told, or not.
 pub(super) fn refused(reason: DropReason, protocol: &str) -> Outcome {
     let (label, why) = (reason.label(), reason.text());
-    match reason {
-        DropReason::NoEndpoint | DropReason::NoSuchPort => Outcome::Rejected {
+    match translation::answer(reason) {
+        Answer::Refused => Outcome::Rejected {
             answer: if protocol == "TCP" {
                 "a TCP reset"
             } else {
@@ -23,7 +24,7 @@ pub(super) fn refused(reason: DropReason, protocol: &str) -> Outcome {
             reason: label,
             why,
         },
-        _ => Outcome::Dropped { reason: label, why },
+        Answer::Pass | Answer::Drop | Answer::TooBig | Answer::TimeExceeded => Outcome::Dropped { reason: label, why },
     }
 }
 

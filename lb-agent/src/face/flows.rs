@@ -1,5 +1,6 @@
 //! What the collection of flows that are over has done, and what it cost.
 
+use lb_common::abi::map_name;
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, exponential_buckets,
 };
@@ -50,6 +51,9 @@ impl FlowMetrics {
         registry.register(Box::new(looked_at.clone()))?;
         registry.register(Box::new(removed.clone()))?;
         registry.register(Box::new(entries.clone()))?;
+        for map in [map_name::CT, map_name::CT_NEW] {
+            entries.with_label_values(&[map]);
+        }
         for reason in Reason::ALL {
             removed.with_label_values(&[reason.label()]);
         }
