@@ -1,0 +1,621 @@
+//! The tc programs, packet by packet (`BPF_PROG_TEST_RUN`): verdict, bytes and checksums.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use etherparse::{
+    Icmpv4Type, Icmpv6Type, NetHeaders, PacketBuilder, PacketBuilderStep, PacketHeaders, TransportHeader, icmpv4,
+    icmpv6,
+};
+use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
+use lb_agent::maps::Capacities;
+use lb_agent::maps::bpf::BpfMaps;
+use lb_agent::model::{
+    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectKey, Place as Where, Protocol, Service,
+    ServicePort,
+};
+use lb_agent::reconcile::Reconciler;
+use lb_common::abi::{Device, DropReason, program_name};
+use lb_tests::{Cluster, Node, Underlay};
+
+const CAPACITIES: Capacities = Capacities {
+    services: 64,
+    frontends: 128,
+    backends: 128,
+    backend_slots: 256,
+    sockets: 16,
+    sockets_more: 16,
+    udp_flows: 16,
+    affinity: 64,
+    conntrack: 64,
+    conntrack_new: 64,
+};
+/// Verdicts of tc programs.
+const UNSPEC: i32 = -1;
+const SHOT: i32 = 2;
+const REDIRECT: i32 = 7;
+const SNAT: std::ops::RangeInclusive<u16> = 61000..=61999;
+/// Offset of `ifindex` in `struct __sk_buff`, and its size.
+const IFINDEX: usize = 40;
+const SK_BUFF: usize = 192;
+
+/// A packet as a test has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Sent {
+    from: SocketAddr,
+    to: SocketAddr,
+    kind: What,
+    ttl: u8,
+    payload: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum What {
+    Syn,
+    SynAck,
+    Ack,
+    Rst,
+    Datagram,
+}
+
+const MACS: ([u8; 6], [u8; 6]) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+
+impl Sent {
+    fn new(kind: What, from: SocketAddr, to: SocketAddr) -> Self {
+        Self {
+            from,
+            to,
+            kind,
+            ttl: 64,
+            // Odd: a checksum has to mind that.
+            payload: if kind == What::Datagram {
+                b"hello".to_vec()
+            } else {
+                Vec::new()
+            },
+        }
+    }
+
+    fn answer(&self, kind: What) -> Self {
+        Self::new(kind, self.to, self.from)
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let link = PacketBuilder::ethernet2(MACS.0, MACS.1);
+        let ip = match (self.from.ip(), self.to.ip()) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => link.ipv4(from.octets(), to.octets(), self.ttl),
+            (IpAddr::V6(from), IpAddr::V6(to)) => link.ipv6(from.octets(), to.octets(), self.ttl),
+            _ => panic!("one family"),
+        };
+        let mut bytes = Vec::new();
+        let (from, to) = (self.from.port(), self.to.port());
+        let tcp = |ip: PacketBuilderStep<_>| ip.tcp(from, to, 1000, 512);
+        match self.kind {
+            What::Datagram => ip.udp(from, to).write(&mut bytes, &self.payload),
+            What::Syn => tcp(ip).syn().write(&mut bytes, &self.payload),
+            What::SynAck => tcp(ip).syn().ack(1001).write(&mut bytes, &self.payload),
+            What::Ack => tcp(ip).ack(77).write(&mut bytes, &self.payload),
+            What::Rst => tcp(ip).rst().write(&mut bytes, &self.payload),
+        }
+        .expect("a packet");
+        bytes
+    }
+
+    /// Reads a packet, and fails where one of its checksums is wrong.
+    fn read(bytes: &[u8]) -> Result<Self> {
+        let headers = checked(bytes)?;
+        let (from, to, ttl) = addresses(&headers)?;
+        let (kind, from_port, to_port) = match headers.transport.as_ref().context("no transport")? {
+            TransportHeader::Udp(udp) => (What::Datagram, udp.source_port, udp.destination_port),
+            TransportHeader::Tcp(tcp) => {
+                let kind = match (tcp.syn, tcp.ack, tcp.rst) {
+                    (true, false, false) => What::Syn,
+                    (true, true, false) => What::SynAck,
+                    (_, _, true) => What::Rst,
+                    _ => What::Ack,
+                };
+                (kind, tcp.source_port, tcp.destination_port)
+            }
+            other => bail!("{other:?}"),
+        };
+        Ok(Self {
+            from: SocketAddr::new(from, from_port),
+            to: SocketAddr::new(to, to_port),
+            kind,
+            ttl,
+            payload: headers.payload.slice().to_vec(),
+        })
+    }
+}
+
+fn addresses(headers: &PacketHeaders<'_>) -> Result<(IpAddr, IpAddr, u8)> {
+    Ok(match headers.net.as_ref().context("no IP")? {
+        NetHeaders::Ipv4(ip, _) => (ip.source.into(), ip.destination.into(), ip.time_to_live),
+        NetHeaders::Ipv6(ip, _) => (ip.source.into(), ip.destination.into(), ip.hop_limit),
+        other => bail!("{other:?}"),
+    })
+}
+
+/// The headers of a packet whose checksums are right.
+fn checked(bytes: &[u8]) -> Result<PacketHeaders<'_>> {
+    let headers = PacketHeaders::from_ethernet_slice(bytes).context("not a packet")?;
+    let payload = headers.payload.slice();
+    match (&headers.net, &headers.transport) {
+        (Some(NetHeaders::Ipv4(ip, _)), Some(transport)) => {
+            ensure!(
+                ip.header_checksum == ip.calc_header_checksum(),
+                "the header's checksum: {ip:?}"
+            );
+            match transport {
+                TransportHeader::Tcp(tcp) => ensure!(tcp.checksum == tcp.calc_checksum_ipv4(ip, payload)?, "{tcp:?}"),
+                TransportHeader::Udp(udp) if udp.checksum == 0 => {}
+                TransportHeader::Udp(udp) => ensure!(udp.checksum == udp.calc_checksum_ipv4(ip, payload)?, "{udp:?}"),
+                TransportHeader::Icmpv4(icmp) => {
+                    ensure!(icmp.checksum == icmp.icmp_type.calc_checksum(payload), "{icmp:?}");
+                }
+                other => bail!("{other:?}"),
+            }
+        }
+        (Some(NetHeaders::Ipv6(ip, _)), Some(transport)) => match transport {
+            TransportHeader::Tcp(tcp) => ensure!(tcp.checksum == tcp.calc_checksum_ipv6(ip, payload)?, "{tcp:?}"),
+            TransportHeader::Udp(udp) => ensure!(udp.checksum == udp.calc_checksum_ipv6(ip, payload)?, "{udp:?}"),
+            TransportHeader::Icmpv6(icmp) => {
+                let right = icmp.icmp_type.calc_checksum(ip.source, ip.destination, payload)?;
+                ensure!(icmp.checksum == right, "{icmp:?}");
+            }
+            other => bail!("{other:?}"),
+        },
+        other => bail!("{other:?}"),
+    }
+    Ok(headers)
+}
+
+/// A node whose maps this process fills, and whose programs it runs.
+struct Bed {
+    reconciler: Reconciler<BpfMaps>,
+    _lock: Lock,
+    cluster: Cluster,
+}
+
+const CLIENT: [&str; 2] = ["172.30.99.7", "fd00:172:30:99::7"];
+
+fn client(v6: bool, port: u16) -> SocketAddr {
+    SocketAddr::new(CLIENT[usize::from(v6)].parse().expect("an address"), port)
+}
+
+impl Bed {
+    fn new() -> Result<Self> {
+        let cluster = Cluster::builder()
+            .nodes(2)
+            .client(true)
+            .underlay(Underlay::Vxlan)
+            .build()?;
+        let lock = Lock::take(&PinPath::new(cluster.pin_path("n1")))?;
+        let mut maps = loader::load(OBJECT, &lock, &CAPACITIES, SocketLb::All)?;
+        let node = cluster.node("n1");
+        let device = |v4: IpAddr, v6: IpAddr| Device {
+            v4: v4.into(),
+            v6: v6.into(),
+            ..Device::default()
+        };
+        let devices = BTreeMap::from([
+            (
+                index(node, "eth0")?,
+                device(node.address().into(), node.address6().into()),
+            ),
+            (
+                index(node, "cni0")?,
+                device(node.gateway().into(), node.gateway6().into()),
+            ),
+            (
+                index(node, "flannel.1")?,
+                device(node.pod_network().into(), node.address6().into()),
+            ),
+        ]);
+        maps.pinned_mut().write_devices(&devices)?;
+        maps.pinned_mut().write_snat_ports(Some(SNAT));
+        let own = [IpAddr::from(node.address()), node.address6().into()];
+        maps.pinned_mut()
+            .write_node_addrs(&own.into_iter().map(Into::into).collect())?;
+        Ok(Self {
+            reconciler: Reconciler::adopt(maps, "n1")?,
+            _lock: lock,
+            cluster,
+        })
+    }
+
+    fn node(&self) -> &Node {
+        self.cluster.node("n1")
+    }
+
+    fn own(&self, v6: bool, port: u16) -> SocketAddr {
+        let node = self.node();
+        let ip = if v6 {
+            node.address6().into()
+        } else {
+            IpAddr::from(node.address())
+        };
+        SocketAddr::new(ip, port)
+    }
+
+    /// An address of a pod on a node: of none that is there, for who is asked here never answers.
+    fn pod(&self, node: &str, v6: bool) -> IpAddr {
+        let node = self.cluster.node(node);
+        if v6 {
+            let mut segments = node.pod_network6().segments();
+            segments[7] = 9;
+            IpAddr::from(segments)
+        } else {
+            let [a, b, c, _] = node.pod_network().octets();
+            IpAddr::from([a, b, c, 9])
+        }
+    }
+
+    /// A Service on a node port, TCP and UDP, and its backends by node.
+    fn serve(&mut self, name: &str, last: u8, port: u16, backends: &[(IpAddr, &str)]) {
+        let key = ObjectKey::new("default", name);
+        let port_of = |name: &str, protocol| ServicePort {
+            protocol,
+            node_port: Some(port),
+            ..ServicePort::tcp(name, 80)
+        };
+        let service = Service {
+            service_type: lb_agent::model::ServiceType::NodePort,
+            cluster_ips: Box::new([
+                IpAddr::from([10, 96, 0, last]),
+                format!("fd00:96::{last}").parse().expect("an address"),
+            ]),
+            ports: Box::new([port_of("tcp", Protocol::Tcp), port_of("udp", Protocol::Udp)]),
+            ..Service::new(key)
+        };
+        let mut changes = vec![Change::Set(Object::Service(Arc::new(service)))];
+        for ipv6 in [false, true] {
+            let endpoints = backends.iter().filter(|(ip, _)| ip.is_ipv6() == ipv6);
+            let slice = EndpointSlice {
+                key: ObjectKey::new("default", &format!("{name}-{ipv6}")),
+                service: name.into(),
+                ipv6,
+                endpoints: endpoints
+                    .map(|(ip, node)| Endpoint::ready(*ip, Arc::new(Where::on(node))))
+                    .collect(),
+                ports: ["tcp", "udp"]
+                    .map(|name| EndpointPort {
+                        protocol: if name == "tcp" { Protocol::Tcp } else { Protocol::Udp },
+                        ..EndpointPort::tcp(name, 8080)
+                    })
+                    .into(),
+            };
+            changes.push(Change::Set(Object::EndpointSlice(Arc::new(slice))));
+        }
+        self.reconciler.apply(Batch::of(changes));
+        assert_eq!(self.reconciler.problems(), []);
+    }
+
+    /// Runs a program as if a packet were at a device.
+    fn run(&self, program: &str, device: &str, packet: &[u8]) -> Result<(i32, Vec<u8>)> {
+        let node = self.node();
+        let mut context = [0; SK_BUFF];
+        context[IFINDEX..IFINDEX + 4].copy_from_slice(&index(node, device)?.to_ne_bytes());
+        let mut out = vec![0; packet.len() + 256];
+        let classifier: &SchedClassifier = self
+            .reconciler
+            .maps()
+            .programs()
+            .program(program)
+            .context("no such program")?
+            .try_into()?;
+        let result = node.within(|| {
+            classifier.test_run(TestRunOptions {
+                data_in: Some(packet),
+                data_out: Some(&mut out),
+                ctx_in: Some(&context),
+                ..TestRunOptions::new()
+            })
+        })??;
+        out.truncate(result.data_size_out as usize);
+        Ok((result.return_value as i32, out))
+    }
+
+    fn ingress(&self, device: &str, packet: &Sent) -> Result<(i32, Vec<u8>)> {
+        self.run(program_name::INGRESS, device, &packet.bytes())
+    }
+
+    fn egress(&self, device: &str, packet: &Sent) -> Result<(i32, Vec<u8>)> {
+        self.run(program_name::EGRESS, device, &packet.bytes())
+    }
+
+    fn dropped(&self, reason: DropReason) -> Result<u64> {
+        Ok(self.reconciler.maps().pinned().drops(reason)?)
+    }
+}
+
+fn index(node: &Node, device: &str) -> Result<u32> {
+    let device = device.to_owned();
+    node.within(move || nix::net::if_::if_nametoindex(device.as_str()))?
+        .context("a device's index")
+}
+
+fn cases() -> impl Iterator<Item = (bool, What, What)> {
+    [false, true]
+        .into_iter()
+        .flat_map(|v6| [(v6, What::Syn, What::SynAck), (v6, What::Datagram, What::Datagram)])
+}
+
+#[test]
+fn to_a_backend_here_the_client_stays_who_it_is_and_the_answer_comes_from_the_frontend() -> Result<()> {
+    let mut bed = Bed::new()?;
+    let backends = [false, true].map(|v6| (bed.pod("n1", v6), "n1"));
+    bed.serve("here", 20, 30080, &backends);
+    for (v6, ask, tell) in cases() {
+        let sent = Sent::new(ask, client(v6, 4000), bed.own(v6, 30080));
+        let (verdict, out) = bed.ingress("eth0", &sent)?;
+        let got = Sent::read(&out)?;
+        let to = SocketAddr::new(bed.pod("n1", v6), 8080);
+        assert_eq!((verdict, &got), (UNSPEC, &Sent { to, ..sent.clone() }));
+        // At the bridge it is no business of lb's yet.
+        let answer = got.answer(tell);
+        let (verdict, out) = bed.ingress("cni0", &answer)?;
+        assert_eq!((verdict, Sent::read(&out)?), (UNSPEC, answer.clone()));
+        let (verdict, out) = bed.egress("eth0", &answer)?;
+        assert_eq!((verdict, Sent::read(&out)?), (UNSPEC, sent.answer(tell)));
+        // Again, now as a flow that was answered.
+        let (verdict, out) = bed.ingress("eth0", &sent)?;
+        assert_eq!((verdict, Sent::read(&out)?), (UNSPEC, got));
+    }
+    Ok(())
+}
+
+#[test]
+fn to_a_backend_elsewhere_it_goes_from_this_node_and_the_answer_finds_back() -> Result<()> {
+    let mut bed = Bed::new()?;
+    let backends = [false, true].map(|v6| (bed.pod("n2", v6), "n2"));
+    bed.serve("there", 20, 30080, &backends);
+    for (v6, ask, tell) in cases() {
+        let mut ports = Vec::new();
+        // Two clients with one source port.
+        for last in [7, 8] {
+            let mut from = client(v6, 4000);
+            from.set_ip(match from.ip() {
+                IpAddr::V4(ip) => IpAddr::from([ip.octets()[0], ip.octets()[1], ip.octets()[2], last]),
+                IpAddr::V6(ip) => {
+                    let mut segments = ip.segments();
+                    segments[7] = last.into();
+                    IpAddr::from(segments)
+                }
+            });
+            let sent = Sent::new(ask, from, bed.own(v6, 30080));
+            let (verdict, out) = bed.ingress("eth0", &sent)?;
+            let got = Sent::read(&out)?;
+            let node = bed.node();
+            let source: IpAddr = if v6 {
+                node.address6().into()
+            } else {
+                node.pod_network().into()
+            };
+            assert_eq!((verdict, got.from.ip(), got.ttl), (REDIRECT, source, 63), "{got:?}");
+            assert_eq!(got.to, SocketAddr::new(bed.pod("n2", v6), 8080));
+            assert!(SNAT.contains(&got.from.port()), "{got:?}");
+            ports.push(got.from.port());
+            let device = if v6 { "eth0" } else { "flannel.1" };
+            let (verdict, out) = bed.ingress(device, &got.answer(tell))?;
+            let answer = Sent {
+                ttl: 63,
+                ..sent.answer(tell)
+            };
+            assert_eq!((verdict, Sent::read(&out)?), (REDIRECT, answer));
+            // The same flow keeps its port.
+            let again = Sent::read(&bed.ingress("eth0", &sent)?.1)?;
+            assert_eq!(again.from, got.from);
+        }
+        assert_ne!(ports[0], ports[1]);
+    }
+    Ok(())
+}
+
+#[test]
+fn who_has_no_endpoint_is_refused() -> Result<()> {
+    let mut bed = Bed::new()?;
+    bed.serve("nobody", 20, 30080, &[]);
+    for (v6, ask, _) in cases() {
+        let sent = Sent::new(ask, client(v6, 4000), bed.own(v6, 30080));
+        let (verdict, out) = bed.ingress("eth0", &sent)?;
+        assert_eq!(verdict, REDIRECT, "{sent:?}");
+        let link = &out[..12];
+        assert_eq!(link, [MACS.0, MACS.1].concat(), "back to whom it came from");
+        let headers = checked(&out)?;
+        let (from, to, _) = addresses(&headers)?;
+        assert_eq!((from, to), (sent.to.ip(), sent.from.ip()));
+        if ask == What::Syn {
+            let Some(TransportHeader::Tcp(tcp)) = headers.transport else {
+                bail!("{headers:?}");
+            };
+            assert!(tcp.rst && tcp.ack && !tcp.syn, "{tcp:?}");
+            assert_eq!((tcp.acknowledgment_number, tcp.source_port), (1001, 30080));
+            continue;
+        }
+        match headers.transport {
+            Some(TransportHeader::Icmpv4(icmp)) => assert_eq!(
+                icmp.icmp_type,
+                Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::Port)
+            ),
+            Some(TransportHeader::Icmpv6(icmp)) => assert_eq!(
+                icmp.icmp_type,
+                Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port)
+            ),
+            other => bail!("{other:?}"),
+        }
+        // It quotes what was sent.
+        let quoted = headers.payload.slice();
+        assert_eq!(quoted, &sent.bytes()[14..][..quoted.len()]);
+    }
+    // Nobody refuses a refusal.
+    let sent = Sent::new(What::Rst, client(false, 4000), bed.own(false, 30080));
+    assert_eq!(bed.ingress("eth0", &sent)?.0, UNSPEC);
+    assert_eq!(bed.dropped(DropReason::NoEndpoint)?, 4);
+    Ok(())
+}
+
+#[test]
+fn who_cannot_go_on_is_told_why() -> Result<()> {
+    let mut bed = Bed::new()?;
+    let backends = [false, true].map(|v6| (bed.pod("n2", v6), "n2"));
+    bed.serve("there", 20, 30080, &backends);
+    for (v6, ask, _) in cases() {
+        let old = Sent {
+            ttl: 1,
+            ..Sent::new(ask, client(v6, 4000), bed.own(v6, 30080))
+        };
+        let (verdict, out) = bed.ingress("eth0", &old)?;
+        assert_eq!(verdict, REDIRECT);
+        let headers = checked(&out)?;
+        match headers.transport {
+            Some(TransportHeader::Icmpv4(icmp)) => {
+                assert!(matches!(icmp.icmp_type, Icmpv4Type::TimeExceeded(_)), "{icmp:?}");
+            }
+            Some(TransportHeader::Icmpv6(icmp)) => {
+                assert!(matches!(icmp.icmp_type, Icmpv6Type::TimeExceeded(_)), "{icmp:?}");
+            }
+            other => bail!("{other:?}"),
+        }
+        let quoted = headers.payload.slice();
+        assert_eq!(quoted, &old.bytes()[14..][..quoted.len()]);
+    }
+    // 1,500 bytes over VXLAN.
+    let long = Sent {
+        payload: vec![7; 1472],
+        ..Sent::new(What::Datagram, client(false, 4001), bed.own(false, 30080))
+    };
+    let (verdict, out) = bed.ingress("eth0", &long)?;
+    assert_eq!(verdict, REDIRECT);
+    let headers = checked(&out)?;
+    let Some(TransportHeader::Icmpv4(icmp)) = headers.transport else {
+        bail!("{headers:?}");
+    };
+    assert_eq!(
+        icmp.icmp_type,
+        Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::FragmentationNeeded { next_hop_mtu: 1450 })
+    );
+    assert_eq!(bed.dropped(DropReason::TooBig)?, 1);
+    assert_eq!(bed.dropped(DropReason::TtlExceeded)?, 4);
+    Ok(())
+}
+
+#[test]
+fn no_checksum_stays_no_checksum() -> Result<()> {
+    let mut bed = Bed::new()?;
+    bed.serve("here", 20, 30080, &[(bed.pod("n1", false), "n1")]);
+    let mut bytes = Sent::new(What::Datagram, client(false, 4000), bed.own(false, 30080)).bytes();
+    bytes[14 + 20 + 6..][..2].fill(0);
+    let (_, out) = bed.run(program_name::INGRESS, "eth0", &bytes)?;
+    assert_eq!(out[14 + 20 + 6..][..2], [0, 0]);
+    assert_eq!(Sent::read(&out)?.to.port(), 8080);
+    Ok(())
+}
+
+#[test]
+fn what_is_not_translated_passes_as_it_came_and_is_counted() -> Result<()> {
+    let mut bed = Bed::new()?;
+    let backends = [false, true].map(|v6| (bed.pod("n1", v6), "n1"));
+    bed.serve("here", 20, 30080, &backends);
+    let good = |v6| Sent::new(What::Syn, client(v6, 4000), bed.own(v6, 30080)).bytes();
+    type Change = fn(&mut Vec<u8>);
+    let changes: [(bool, Change, Option<DropReason>); 12] = [
+        // "More fragments".
+        (false, |p| p[14 + 6] = 0x20, Some(DropReason::Fragment)),
+        (false, |p| p[14 + 7] = 1, Some(DropReason::Fragment)),
+        (true, |p| p[14 + 6] = 44, Some(DropReason::Fragment)),
+        (false, |p| p[14] = 0x46, Some(DropReason::HeaderOptions)),
+        (true, |p| p[14 + 6] = 60, Some(DropReason::HeaderOptions)),
+        (false, |p| p[14 + 9] = 132, Some(DropReason::OtherProtocol)),
+        (false, |p| p[14] = 0x44, Some(DropReason::Malformed)),
+        // Longer than it is, and shorter than its headers.
+        (false, |p| p[14 + 2] = 8, Some(DropReason::Malformed)),
+        (false, |p| p[14 + 3] = 30, Some(DropReason::Malformed)),
+        (true, |p| p[14 + 5] = 0, Some(DropReason::Malformed)),
+        (false, |p| p.truncate(14 + 20 + 10), Some(DropReason::Malformed)),
+        // Not IP.
+        (false, |p| p[13] = 6, None),
+    ];
+    for (number, (v6, change, reason)) in changes.into_iter().enumerate() {
+        let mut bytes = good(v6);
+        change(&mut bytes);
+        let before = reason.map_or(Ok(0), |reason| bed.dropped(reason))?;
+        let (verdict, out) = bed.run(program_name::INGRESS, "eth0", &bytes)?;
+        assert_eq!((verdict, &out), (UNSPEC, &bytes), "{number}");
+        if let Some(reason) = reason {
+            assert_eq!(bed.dropped(reason)?, before + 1, "{number} {reason:?}");
+        }
+    }
+    // A connection that lb has not seen begin.
+    let sent = Sent::new(What::Ack, client(false, 4000), bed.own(false, 30080));
+    assert_eq!(bed.ingress("eth0", &sent)?, (UNSPEC, sent.bytes()));
+    // Nobody's address, and a port that is no node port's.
+    for to in [SocketAddr::new(CLIENT[0].parse()?, 30080), bed.own(false, 30081)] {
+        let sent = Sent::new(What::Syn, client(false, 4000), to);
+        assert_eq!(bed.ingress("eth0", &sent)?, (UNSPEC, sent.bytes()), "{to}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_flow_whose_backend_is_gone_is_reset_and_a_new_one_goes_elsewhere() -> Result<()> {
+    let mut bed = Bed::new()?;
+    for v6 in [false, true] {
+        let (here, there) = ((bed.pod("n1", v6), "n1"), (bed.pod("n2", v6), "n2"));
+        bed.serve("moves", 20, 30080, &[here]);
+        let sent = Sent::new(What::Syn, client(v6, 4000), bed.own(v6, 30080));
+        let first = Sent::read(&bed.ingress("eth0", &sent)?.1)?;
+        bed.egress("eth0", &first.answer(What::SynAck))?;
+        bed.serve("moves", 20, 30080, &[there]);
+        let data = Sent::new(What::Ack, sent.from, sent.to);
+        let (verdict, out) = bed.ingress("eth0", &data)?;
+        let reset = Sent::read(&out)?;
+        assert_eq!(
+            (verdict, reset.kind, reset.from, reset.to),
+            (REDIRECT, What::Rst, sent.to, sent.from)
+        );
+        // From the same port, at once.
+        let again = Sent::read(&bed.ingress("eth0", &sent)?.1)?;
+        assert_eq!(again.to.ip(), there.0);
+    }
+    assert_eq!(bed.dropped(DropReason::BackendGone)?, 2);
+    Ok(())
+}
+
+#[test]
+fn a_full_conntrack_refuses_new_flows_and_keeps_old_ones() -> Result<()> {
+    let mut bed = Bed::new()?;
+    bed.serve("here", 20, 30080, &[(bed.pod("n1", false), "n1")]);
+    let mut kept = Vec::new();
+    let mut refused = 0;
+    for port in 4000..4100 {
+        let sent = Sent::new(What::Syn, client(false, port), bed.own(false, 30080));
+        let there = Sent::read(&bed.ingress("eth0", &sent)?.1)?;
+        let answer = there.answer(What::SynAck);
+        match bed.egress("eth0", &answer)?.0 {
+            UNSPEC => kept.push(sent),
+            SHOT => refused += 1,
+            other => bail!("{other}"),
+        }
+    }
+    // Two entries each.
+    assert_eq!(
+        (kept.len() as u32, refused),
+        (CAPACITIES.conntrack / 2, 100 - CAPACITIES.conntrack / 2)
+    );
+    assert_eq!(bed.dropped(DropReason::ConntrackFull)?, u64::from(refused));
+    // Many that nobody answers.
+    for port in 10_000..12_000 {
+        let sent = Sent::new(What::Syn, client(false, port), bed.own(false, 30080));
+        assert_eq!(bed.ingress("eth0", &sent)?.0, UNSPEC);
+    }
+    for sent in kept {
+        let data = Sent::new(What::Ack, sent.from, sent.to);
+        let (verdict, out) = bed.ingress("eth0", &data)?;
+        assert_eq!((verdict, Sent::read(&out)?.to.port()), (UNSPEC, 8080), "{sent:?}");
+    }
+    Ok(())
+}
