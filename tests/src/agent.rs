@@ -200,6 +200,14 @@ impl Agent {
         new
     }
 
+    /// The same, told which networks are inside the cluster: `run` and `verify` alike.
+    #[must_use]
+    pub fn with_cluster_cidr(&self, networks: &str) -> Self {
+        let mut new = self.clone();
+        new.source.extend(["--cluster-cidr".into(), networks.into()]);
+        new
+    }
+
     /// Where the binary is: what the environment variable `LB_AGENT` says, or else `lb-agent` in the folder of the
     /// binary `beside`.
     ///

@@ -15,7 +15,7 @@ use lb_common::abi::{Addr, CtEntry, CtKey, FrontendKey, FrontendKind, cluster_fl
 use lb_common::logic::conntrack::other_direction;
 use lb_tests::http::get;
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Cluster, Node, Running, patience};
+use lb_tests::{Agent, Cluster, Node, Running, patience};
 use nix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 
@@ -30,6 +30,10 @@ struct Setup {
 }
 
 fn setup(flags: &[&str]) -> Result<Setup> {
+    setup_with(flags, Agent::clone)
+}
+
+fn setup_with(flags: &[&str], change: impl Fn(&Agent) -> Agent) -> Result<Setup> {
     let cluster = Cluster::builder().nodes(2).build()?;
     let manifests = Manifests::new(&cluster)?;
     manifests.write("web.yaml", &web(&["203.0.113.0/24", "10.1.0.0/16"]))?;
@@ -37,7 +41,10 @@ fn setup(flags: &[&str]) -> Result<Setup> {
         "nodes.yaml",
         &(node("n1", "10.10.1.0/24", "192.168.77.1") + &node("n2", "10.10.2.0/24", "192.168.77.2")),
     )?;
-    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), flags)?;
+    let program = Agent::find(BED.as_ref())?;
+    let agent = Agent::new(&cluster, cluster.node("n1"), &program, manifests.path());
+    let mut agent = Running::start(change(&agent), flags)?;
+    agent.wait_ready(&|| false)?;
     Ok(Setup {
         agent,
         manifests,
@@ -215,7 +222,7 @@ fn who_is_inside_the_cluster_follows_nodes_and_addresses() -> Result<()> {
 
 #[test]
 fn networks_inside_the_cluster_may_be_given() -> Result<()> {
-    let setup = setup(&["--cluster-cidr", "10.0.0.0/8,2001:db8::/32"])?;
+    let setup = setup_with(&[], |agent| agent.with_cluster_cidr("10.0.0.0/8,2001:db8::/32"))?;
     for (address, flags) in [
         ("10.10.1.7", cluster_flags::INSIDE | cluster_flags::HERE),
         ("10.10.2.7", cluster_flags::INSIDE),
@@ -225,9 +232,12 @@ fn networks_inside_the_cluster_may_be_given() -> Result<()> {
     ] {
         assert_eq!(setup.flags(address)?, flags, "{address}");
     }
+    setup.agent.verify()?;
     // Who compares has to be told the same.
-    let others = setup.agent.verify().unwrap_err().to_string();
-    assert!(others.contains("CLUSTER_CIDRS[10.0.0.0/8]"), "{others}");
+    let program = Agent::find(BED.as_ref())?;
+    let untold = Agent::new(&setup.cluster, setup.node(), &program, setup.manifests.path());
+    let drift = untold.verify().unwrap_err().to_string();
+    assert!(drift.contains("CLUSTER_CIDRS[10.0.0.0/8]"), "{drift}");
     Ok(())
 }
 

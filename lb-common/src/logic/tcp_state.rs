@@ -35,6 +35,8 @@ pub const fn is_over(one: u8, other: u8) -> bool {
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
     use super::*;
 
     const ACK: u8 = tcp_flags::ACK;
@@ -51,7 +53,7 @@ mod tests {
 
     #[test]
     fn a_connection_is_over_when_both_have_said_so() {
-        let mut segments = vec![(true, tcp_flags::SYN), (false, tcp_flags::SYN | ACK), (true, ACK)];
+        let mut segments = std::vec![(true, tcp_flags::SYN), (false, tcp_flags::SYN | ACK), (true, ACK)];
         for (segment, over) in [
             ((true, ACK), false),
             ((false, FIN), false),
