@@ -63,8 +63,7 @@ impl DetectLocal {
     pub fn inside(&self) -> Inside {
         match self {
             Self::ClusterCidr(networks) if !networks.is_empty() => Inside::Networks(networks.clone()),
-            Self::NodeCidr => Inside::ThisNode,
-            Self::ClusterCidr(_) | Self::Bridge(_) | Self::DevicePrefix(_) => Inside::Nodes,
+            Self::NodeCidr | Self::ClusterCidr(_) | Self::Bridge(_) | Self::DevicePrefix(_) => Inside::ThisNode,
         }
     }
 }

@@ -369,7 +369,7 @@ impl Desired {
     #[must_use]
     pub(crate) fn new(inside: Inside) -> Self {
         Self {
-            nodes: Nodes::new(inside),
+            nodes: Nodes::new(&inside),
             ..Self::default()
         }
     }

@@ -12,10 +12,9 @@ use crate::model::Node;
 /// Which sources of packets are inside the cluster, besides this node's addresses.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Inside {
-    /// `spec.podCIDRs` of all Nodes.
+    /// `spec.podCIDRs` of this node's own Node. What pods of other nodes send to this one, they send it as to any machine
+    /// outside: on their own node nothing has made it short.
     #[default]
-    Nodes,
-    /// Those of this node's own Node.
     ThisNode,
     /// These networks.
     Networks(Vec<IpNet>),
@@ -47,7 +46,6 @@ impl Named {
 /// All Nodes, and this node's own addresses. A change costs what it concerns.
 #[derive(Debug, Default)]
 pub struct Nodes {
-    inside: Inside,
     /// Addresses of this node's devices.
     own: BTreeSet<Addr>,
     /// How many Nodes have an address.
@@ -62,14 +60,13 @@ const ALL_V4: IpNet = IpNet::V4(Ipv4Net::new_assert(std::net::Ipv4Addr::UNSPECIF
 impl Nodes {
     /// Without any Node or address.
     #[must_use]
-    pub fn new(inside: Inside) -> Self {
+    pub fn new(inside: &Inside) -> Self {
         let mut new = Self::default();
-        if let Inside::Networks(networks) = &inside {
+        if let Inside::Networks(networks) = inside {
             for net in networks {
                 new.name(*net, cluster_flags::INSIDE, true, &mut Changed::default());
             }
         }
-        new.inside = inside;
         new
     }
 
@@ -115,13 +112,12 @@ impl Nodes {
                 changed.addresses.insert(addr);
             }
             for net in &node.pod_cidrs {
-                let inside = match &self.inside {
-                    Inside::Nodes => cluster_flags::INSIDE,
-                    // What is not inside is not asked about.
-                    Inside::ThisNode | Inside::Networks(_) if is_own => cluster_flags::INSIDE,
-                    Inside::ThisNode | Inside::Networks(_) => 0,
+                // What is neither is not asked about.
+                let flags = if is_own {
+                    cluster_flags::INSIDE | cluster_flags::HERE
+                } else {
+                    0
                 };
-                let flags = inside | if is_own { cluster_flags::HERE } else { 0 };
                 self.name(*net, flags, is_there, changed);
             }
         }

@@ -132,7 +132,7 @@ struct SourceArgs {
     #[arg(long, value_name = "NAME", env = "NODE_NAME")]
     node_name: Option<String>,
     /// Sources of packets that are inside the cluster, besides this node's addresses: for them, external addresses have
-    /// policy Cluster [default: the podCIDRs of all Nodes]
+    /// policy Cluster [default: the podCIDRs of this node's Node]
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',')]
     cluster_cidr: Vec<IpNet>,
 }

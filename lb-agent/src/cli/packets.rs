@@ -9,13 +9,13 @@ use lb_common::abi::{State, device_flags, map_name};
 use tokio::sync::watch;
 use tracing::info;
 
-use crate::loader::{PinPath, TcHooks, Trouble};
+use crate::loader::{LoadError, PinPath, TcHooks, Trouble};
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
 use crate::model::{Problem, ProblemKind};
 use crate::node::devices::{Patterns, Served};
 use crate::node::links::Snapshot;
-use crate::node::ports::{PortRange, ReservedPorts};
+use crate::node::ports::{PortRange, ReservedPorts, Settled};
 
 /// How packets are served.
 #[derive(Debug, Args)]
@@ -106,10 +106,8 @@ impl Packets {
     pub(super) fn detach(&mut self, maps: &mut BpfMaps) {
         let before = self.own_qdiscs.clone();
         let there = self.snapshot.indexes();
-        match self.hooks.detach(&self.served, there, &mut self.own_qdiscs) {
-            Ok(troubles) => self.note(troubles),
-            Err(error) => self.problems.push(problem("devices", &error)),
-        }
+        let troubles = self.hooks.detach(&self.served, there, &mut self.own_qdiscs);
+        self.note(troubles);
         if self.own_qdiscs != before {
             self.write(maps);
         }
@@ -125,7 +123,7 @@ impl Packets {
         self.problems.iter().chain(&self.ports.problem)
     }
 
-    /// Whether the agent has reserved the source ports, and not somebody before it.
+    /// Whether the agent has reserved the ports that CONFIG says, and not somebody before it.
     pub(super) fn own_ports(&self) -> bool {
         self.ports.own == Some(self.ports.range)
     }
@@ -152,7 +150,11 @@ impl Packets {
         }
     }
 
-    fn note(&mut self, troubles: Vec<Trouble>) {
+    fn note(&mut self, troubles: Result<Vec<Trouble>, LoadError>) {
+        let troubles = troubles.unwrap_or_else(|error| {
+            self.problems.push(problem("devices", &error));
+            Vec::new()
+        });
         for Trouble { device, error } in troubles {
             let name = self.served.get(&device).map(|served| served.name.clone());
             let name = name.unwrap_or_else(|| format!("device {device}"));
@@ -192,25 +194,10 @@ impl SourcePorts {
     /// Sees to it that the ports are reserved, and tells the programs.
     fn apply(&mut self, maps: &PinnedMaps) {
         let Self { range, reserved, .. } = self;
-        let usable = match reserved.reserve(*range, self.own) {
-            Ok(is_new) => {
-                self.own = is_new.then_some(*range);
-                self.problem = None;
-                true
-            }
-            Err(error) => {
-                let usable = reserved.is_beyond_local(*range).unwrap_or(false);
-                let what = if usable {
-                    "sockets of this node that ask for one by number may get it"
-                } else {
-                    "sockets of this node may have them: packets to other nodes get none"
-                };
-                let message = format!("ports {range} cannot be reserved ({error}): {what}");
-                self.problem = Some(problem("net.ipv4.ip_local_reserved_ports", &message));
-                usable
-            }
-        };
-        let ports = usable.then_some(range.first..=range.last);
+        let Settled { usable, own, problem } = reserved.settle(*range, self.own);
+        self.own = own;
+        self.problem = problem.map(|message| self::problem("net.ipv4.ip_local_reserved_ports", &message));
+        let ports = usable.then_some(self.range.first..=self.range.last);
         if maps.snat_ports() != ports {
             maps.write_snat_ports(ports);
         }

@@ -245,7 +245,7 @@ fn local_traffic_is_detected_in_one_of_four_ways() {
         assert_eq!(parsed(text).unwrap().detect_local, expected, "{text}");
     }
     for (text, inside, unused) in [
-        ("", Inside::Nodes, &[][..]),
+        ("", Inside::ThisNode, &[][..]),
         (
             "clusterCIDR: 10.244.0.0/16",
             Inside::Networks(vec!["10.244.0.0/16".parse().unwrap()]),
@@ -263,12 +263,12 @@ fn local_traffic_is_detected_in_one_of_four_ways() {
         ),
         (
             "detectLocalMode: BridgeInterface\ndetectLocal: {bridgeInterface: cni0}",
-            Inside::Nodes,
+            Inside::ThisNode,
             &["detectLocal.bridgeInterface", "detectLocalMode"],
         ),
         (
             "detectLocalMode: InterfaceNamePrefix\ndetectLocal: {interfaceNamePrefix: veth}",
-            Inside::Nodes,
+            Inside::ThisNode,
             &["detectLocal.interfaceNamePrefix", "detectLocalMode"],
         ),
     ] {

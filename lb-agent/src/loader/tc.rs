@@ -130,6 +130,12 @@ fn program<'a>(programs: &'a Ebpf, name: &'static str) -> Result<Program<'a>, Lo
     Ok(Program { name, fd, id })
 }
 
+/// The programs for both sides of devices, in the order of attachment: who translates answers before who asks.
+fn sides(programs: &Ebpf, layer: Layer) -> Result<[(Side, Program<'_>); 2], LoadError> {
+    let program = |side| Ok::<_, LoadError>((side, program(programs, program_for(side, layer))?));
+    Ok([program(Side::Egress)?, program(Side::Ingress)?])
+}
+
 /// Puts programs at devices of the network namespace in which this was made, and takes them away.
 pub struct TcHooks {
     links: PathBuf,
@@ -167,20 +173,29 @@ impl TcHooks {
 
     /// Puts the programs at devices: where an earlier build's is, ours takes its place in one step. `own_qdiscs` are
     /// those whose clsact qdisc is the agent's. Returns those where that failed.
+    ///
+    /// # Errors
+    /// Where the programs are not loaded.
     pub fn attach(
         &mut self,
         programs: &Ebpf,
         served: &BTreeMap<u32, Served>,
         own_qdiscs: &mut BTreeSet<u32>,
-    ) -> Vec<Trouble> {
+    ) -> Result<Vec<Trouble>, LoadError> {
         let mut troubles = Vec::new();
+        let link = sides(programs, Layer::Link)?;
+        let network = sides(programs, Layer::Network)?;
         for (&device, Served { layer, name }) in served {
-            // Who translates answers comes before who asks.
-            for side in [Side::Egress, Side::Ingress] {
-                let result = program(programs, program_for(side, *layer)).and_then(|program| match self.way {
-                    Way::Tcx => self.put_link(device, side, &program),
-                    Way::Clsact => self.put_filter(device, side, &program, own_qdiscs),
-                });
+            let programs = match layer {
+                Layer::Link => &link,
+                Layer::Network => &network,
+            };
+            for (side, program) in programs {
+                let side = *side;
+                let result = match self.way {
+                    Way::Tcx => self.put_link(device, side, program),
+                    Way::Clsact => self.put_filter(device, side, program, own_qdiscs),
+                };
                 match result {
                     Ok(true) => debug!(
                         device = name,
@@ -194,7 +209,7 @@ impl TcHooks {
                 }
             }
         }
-        troubles
+        Ok(troubles)
     }
 
     /// Takes the programs from all devices that are not served; `all` are those that there are. Returns those where that

@@ -129,6 +129,17 @@ impl fmt::Display for Ports {
     }
 }
 
+/// What became of the wish to reserve a range.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settled {
+    /// Packets may be given the ports.
+    pub usable: bool,
+    /// What is reserved now that was not before lb came.
+    pub own: Option<PortRange>,
+    /// What could not be done.
+    pub problem: Option<String>,
+}
+
 /// Which ports are kept from sockets that ask for any, in a network namespace.
 #[derive(Debug)]
 pub struct ReservedPorts {
@@ -148,11 +159,34 @@ impl ReservedPorts {
         }
     }
 
+    /// Reserves a range, in place of `own` that was reserved before. Without that, the range can be used where sockets
+    /// are not given its ports anyway.
+    #[must_use]
+    pub fn settle(&self, range: PortRange, own: Option<PortRange>) -> Settled {
+        match self.reserve(range, own) {
+            Ok(is_new) => Settled {
+                usable: true,
+                own: is_new.then_some(range),
+                problem: None,
+            },
+            Err(error) => {
+                let usable = self.is_beyond_local(range).unwrap_or(false);
+                let what = if usable {
+                    "a socket of this node that asks for one by number may get it"
+                } else {
+                    "sockets of this node may have them, so packets to other nodes get none"
+                };
+                Settled {
+                    usable,
+                    own,
+                    problem: Some(format!("ports {range} cannot be reserved ({error}): {what}")),
+                }
+            }
+        }
+    }
+
     /// Adds a range to those that others have reserved, and takes `old` out. False where all of it was there.
-    ///
-    /// # Errors
-    /// The system call's, or where the kernel says what nobody understands.
-    pub fn reserve(&self, range: PortRange, old: Option<PortRange>) -> io::Result<bool> {
+    fn reserve(&self, range: PortRange, old: Option<PortRange>) -> io::Result<bool> {
         let there = self.read()?;
         let mut ports = there.clone();
         if let Some(old) = old {
@@ -167,7 +201,7 @@ impl ReservedPorts {
     /// Takes a range out again.
     ///
     /// # Errors
-    /// As [`Self::reserve`].
+    /// The system call's, or where the kernel says what nobody understands.
     pub fn release(&self, range: PortRange) -> io::Result<()> {
         let there = self.read()?;
         let mut ports = there.clone();
@@ -176,10 +210,7 @@ impl ReservedPorts {
     }
 
     /// Whether sockets that ask for any port get none of a range, reserved or not.
-    ///
-    /// # Errors
-    /// As [`Self::reserve`].
-    pub fn is_beyond_local(&self, range: PortRange) -> io::Result<bool> {
+    fn is_beyond_local(&self, range: PortRange) -> io::Result<bool> {
         let text = fs::read_to_string(self.sysctls.join(LOCAL))?;
         let local = PortRange::parse(text.trim(), '\t').ok_or_else(|| unknown(&text))?;
         Ok(!local.overlaps(range))
@@ -288,14 +319,45 @@ mod tests {
     }
 
     #[test]
-    fn what_sockets_get_is_known() {
+    fn what_cannot_be_reserved_is_used_only_where_sockets_get_none_of_it() {
         let folder = tempfile::tempdir().unwrap();
-        fs::create_dir(folder.path().join("ipv4")).unwrap();
-        fs::write(folder.path().join(LOCAL), "32768\t60999\n").unwrap();
+        // A folder cannot be written to, not even by root.
+        fs::create_dir_all(folder.path().join(RESERVED)).unwrap();
         let reserved = ReservedPorts::at(folder.path());
-        assert!(reserved.is_beyond_local(range(61000, 65535)).unwrap());
-        assert!(reserved.is_beyond_local(range(1, 32767)).unwrap());
-        assert!(!reserved.is_beyond_local(range(60999, 65535)).unwrap());
-        assert!(!reserved.is_beyond_local(range(1, 65535)).unwrap());
+        let usable = |first, last| {
+            let settled = reserved.settle(range(first, last), None);
+            assert!(
+                settled
+                    .problem
+                    .is_some_and(|problem| problem.contains("cannot be reserved"))
+            );
+            assert_eq!(settled.own, None);
+            settled.usable
+        };
+        // Nobody knows which sockets get.
+        assert!(!usable(61000, 65535));
+        fs::write(folder.path().join(LOCAL), "32768\t60999\n").unwrap();
+        assert!(usable(61000, 65535));
+        assert!(usable(1, 32767));
+        assert!(!usable(60999, 65535));
+        assert!(!usable(1, 65535));
+        // What an earlier run has reserved is still to be given back.
+        let own = Some(range(50000, 50999));
+        assert_eq!(reserved.settle(range(61000, 65535), own).own, own);
+        fs::remove_dir(folder.path().join(RESERVED)).unwrap();
+        fs::write(folder.path().join(RESERVED), "50000-50999\n").unwrap();
+        let settled = reserved.settle(range(33000, 33999), own);
+        assert_eq!(
+            settled,
+            Settled {
+                usable: true,
+                own: Some(range(33000, 33999)),
+                problem: None
+            }
+        );
+        assert_eq!(
+            fs::read_to_string(folder.path().join(RESERVED)).unwrap(),
+            "33000-33999\n"
+        );
     }
 }

@@ -367,7 +367,6 @@ fn networks_may_be_given_and_those_of_this_nodes_pods_are_here_all_the_same() {
         // IPv4 is not inside because all of IPv6 is.
         (networks(&["::/0"]), &["::/0 i", "0.0.0.0/0 -", "10.10.1.0/24 ih"]),
         (Inside::ThisNode, &["10.10.1.0/24 ih"]),
-        (Inside::Nodes, &["10.10.1.0/24 ih", "10.10.2.0/24 i"]),
     ] {
         let mut lb = start(maps()).with_inside(given.clone());
         apply(&mut lb, &mut nodes());
