@@ -367,9 +367,9 @@ pub struct Desired {
 impl Desired {
     /// Nothing but what a site is by itself.
     #[must_use]
-    pub(crate) fn new(inside: Inside) -> Self {
+    pub(crate) fn new(inside: &Inside) -> Self {
         Self {
-            nodes: Nodes::new(&inside),
+            nodes: Nodes::new(inside),
             ..Self::default()
         }
     }
@@ -383,7 +383,7 @@ impl Desired {
             addresses,
         } = site;
         let mut index = Index::default();
-        let mut new = Self::new(inside);
+        let mut new = Self::new(&inside);
         let mut touched = Touched::default();
         new.set_addresses(addresses, &mut touched);
         let dirty = index.apply(objects);
