@@ -71,28 +71,28 @@ pub(super) fn run(stage: &mut Stage, signals: &Signals) -> Result<bool> {
 
 /// Real curl from everywhere.
 fn curl(stage: &Stage, service: &ServicePort, findings: &mut Findings) -> Result<()> {
-    for (place_name, place) in stage.places() {
-        let (well, text) = match call(place, service.frontend)? {
+    for (place_name, place, address) in stage.calls(service) {
+        let (well, text) = match call(place, address)? {
             Answer::From(name) => (service.backends.iter().any(|backend| backend.pod == name), name),
             Answer::Failed(why) => (false, why),
         };
-        findings.note(well, &format!("curl from {place_name}: {text}"))?;
+        findings.note(well, &format!("curl from {place_name} to {address}: {text}"))?;
     }
     Ok(())
 }
 
 /// Many connections from everywhere, counted per backend.
 fn spread(stage: &Stage, service: &ServicePort, signals: &Signals, findings: &mut Findings) -> Result<()> {
-    let places: Vec<_> = stage.places().collect();
+    let places = stage.calls(service);
     let each = SAMPLES.div_ceil(places.len() as u64);
     for round in 1..=2 {
         let mut counts: BTreeMap<&str, u64> = service.backends.iter().map(|backend| (&*backend.pod, 0)).collect();
         let mut right = true;
-        for (place_name, place) in &places {
+        for (place_name, place, address) in &places {
             if signals.arrived() {
                 bail!("interrupted");
             }
-            let connect = Connect::to(&[service.frontend])
+            let connect = Connect::to(&[*address])
                 .count(each)
                 .seconds(patience(LONGEST).as_secs_f64())
                 .threads(4)
@@ -104,7 +104,7 @@ fn spread(stage: &Stage, service: &ServicePort, signals: &Signals, findings: &mu
             if round == 1 || trouble.is_some() {
                 let text = trouble
                     .as_deref()
-                    .unwrap_or("all answered, all peers are the virtual address");
+                    .unwrap_or("all answered, all peers are who was asked");
                 findings.note(
                     trouble.is_none(),
                     &format!("{} connections from {place_name}: {text}", summary.connections),

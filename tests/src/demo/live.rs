@@ -36,8 +36,8 @@ struct Seen {
 pub(super) fn run(stage: &Stage, seconds: Option<u64>, signals: &Signals) -> Result<bool> {
     let mut callers = Vec::new();
     for (index, service) in stage.services.iter().enumerate() {
-        for (name, place) in stage.places() {
-            callers.push((index, name, Caller::start(place, service.frontend)?));
+        for (name, place, address) in stage.calls(service) {
+            callers.push((index, name, Caller::start(place, address)?));
         }
     }
     let mut seen: Vec<Seen> = stage.services.iter().map(|_| Seen::default()).collect();
@@ -95,7 +95,8 @@ fn picture(stage: &Stage, seen: &mut [Seen], seconds: f64, trouble: Option<&str>
             *before = *count;
             // The Service stands before its first backend only.
             let (name, address) = if number == 0 {
-                (service.name.clone(), service.frontend.to_string())
+                let port = service.node_port.map_or_else(String::new, |port| format!(", *:{port}"));
+                (service.name.clone(), format!("{}{port}", service.frontend))
             } else {
                 Default::default()
             };
@@ -122,7 +123,8 @@ fn picture(stage: &Stage, seen: &mut [Seen], seconds: f64, trouble: Option<&str>
     if let Some(trouble) = trouble {
         let _ = writeln!(text, "last trouble: {trouble}");
     }
-    let places: Vec<String> = stage.places().map(|(name, _)| name).collect();
+    let mut places: Vec<String> = stage.places().map(|(name, _)| name).collect();
+    places.push("a client outside, which asks both nodes' ports".to_owned());
     let _ = writeln!(
         text,
         "curl runs on {}. Ctrl-C ends this and removes everything.",

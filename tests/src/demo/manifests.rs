@@ -48,10 +48,14 @@ struct Spec {
 
 /// A port of a Service or of an EndpointSlice.
 #[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct NumberedPort {
     #[serde(default)]
     name: String,
     port: u16,
+    /// Of a Service only.
+    #[serde(default)]
+    node_port: Option<u16>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -83,6 +87,8 @@ pub(super) struct ServicePort {
     pub(super) name: String,
     /// The virtual address.
     pub(super) frontend: SocketAddr,
+    /// The port that leads there on every node.
+    pub(super) node_port: Option<u16>,
     pub(super) backends: Vec<Backend>,
 }
 
@@ -147,6 +153,7 @@ impl Manifests {
                     namespace: namespace.clone(),
                     name: name.clone(),
                     frontend: SocketAddr::new(address, port.port),
+                    node_port: port.node_port,
                     backends,
                 });
             }
@@ -186,9 +193,14 @@ mod tests {
         let manifests = Manifests::read(&examples).unwrap();
         let names: Vec<_> = manifests.nodes.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["n1", "n2"]);
-        let [demo, hello] = manifests.services.as_slice() else {
+        let [example, demo, hello] = manifests.services.as_slice() else {
             panic!("{manifests:?}");
         };
+        assert_eq!(
+            (example.name.as_str(), example.frontend, example.node_port),
+            ("example-service", "10.96.0.54:80".parse().unwrap(), Some(30554))
+        );
+        assert_eq!((demo.node_port, hello.node_port), (None, Some(30001)));
         assert_eq!(
             (demo.name.as_str(), demo.frontend),
             ("service-demo", "10.96.0.80:80".parse().unwrap())

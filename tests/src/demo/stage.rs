@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -87,18 +87,29 @@ impl Stage {
         hosts.chain(pods)
     }
 
+    /// Who asks a Service's port, by name, and at which address: the hosts and pods at the virtual address, the client outside
+    /// at the port of every node.
+    pub(super) fn calls(&self, service: &ServicePort) -> Vec<(String, &Place, SocketAddr)> {
+        let inside = self.places().map(|(name, place)| (name, place, service.frontend));
+        let node_port = service.node_port.into_iter();
+        let outside = node_port.flat_map(|port| {
+            self.cluster.nodes().iter().map(move |node| {
+                let address = SocketAddr::new(node.address().into(), port);
+                (format!("outside by {}", node.name()), &**self.cluster.client(), address)
+            })
+        });
+        inside.chain(outside).collect()
+    }
+
     /// Makes sure that it is the agents who make the virtual addresses answer.
     fn ensure_silence(&self) -> Result<()> {
         for service in &self.services {
-            for (place_name, place) in self.places() {
-                let connect = Connect::to(&[service.frontend])
-                    .count(1)
-                    .timeout(Duration::from_millis(300));
+            for (place_name, place, address) in self.calls(service) {
+                let connect = Connect::to(&[address]).count(1).timeout(Duration::from_millis(300));
                 let summary = self.testbed.connect(place, &connect)?;
                 ensure!(
                     summary.failure_count == 1,
-                    "{} answers from {place_name} before any agent was started",
-                    service.frontend
+                    "{address} answers from {place_name} before any agent was started"
                 );
             }
         }
