@@ -85,7 +85,7 @@ fn manifests_give_the_blessed_maps() {
 }
 
 /// The commands, as one types them.
-const COMMANDS: [&str; 11] = [
+const COMMANDS: [&str; 12] = [
     "",
     "run",
     "status",
@@ -93,6 +93,7 @@ const COMMANDS: [&str; 11] = [
     "backend list",
     "socket list",
     "affinity list",
+    "conntrack list",
     "explain",
     "trace",
     "verify",

@@ -71,7 +71,7 @@ impl Prefix<SourceRange> {
     /// Whether it lets an address use a service.
     #[must_use]
     pub fn admits(&self, service: u32, addr: Addr) -> bool {
-        let net = || self.network().map(|net| Prefix::<Addr>::from(net));
+        let net = || self.network().map(Prefix::<Addr>::from);
         self.data.service == service && net().is_some_and(|net| net.contains(addr))
     }
 }
