@@ -151,7 +151,7 @@ impl Filters {
             let mut is_empty = true;
             self.0
                 .list_as(RouteNetlinkMessage::GetTrafficFilter(question), |_: Told| {
-                    is_empty = false
+                    is_empty = false;
                 })?;
             if !is_empty {
                 return Ok(());

@@ -322,7 +322,8 @@ mod tests {
     fn what_an_address_is_good_for() {
         // (address, its peer, flags, scope) and (address, global, secondary).
         type Told = (&'static str, Option<&'static str>, u8, AddressScope);
-        let cases: [(Told, Option<(&str, bool, bool)>); 11] = [
+        type Judged = Option<(&'static str, bool, bool)>;
+        let cases: [(Told, Judged); 11] = [
             (
                 ("192.0.2.1", None, 0, AddressScope::Universe),
                 Some(("192.0.2.1", true, false)),
