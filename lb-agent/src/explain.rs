@@ -63,6 +63,8 @@ pub(crate) struct Explanation {
     /// Every backend of the service port, those that may be chosen first.
     pub(crate) candidates: Vec<Candidate>,
     pub(crate) outcome: Outcome,
+    /// What becomes of the packets of a socket that is left alone; `None` where that was not asked.
+    pub(crate) packets: Option<Packets>,
     /// What else is worth knowing.
     pub(crate) notes: Vec<String>,
 }
@@ -74,6 +76,13 @@ pub(crate) struct Found {
     pub(crate) service: Owner,
     /// Index into SERVICES.
     pub(crate) index: u32,
+}
+
+/// What becomes of the packets that a socket sends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Packets {
+    pub(crate) from: IpAddr,
+    pub(crate) outcome: Outcome,
 }
 
 /// What is known of where a packet comes from.
@@ -209,6 +218,25 @@ impl Tables for View<'_> {
 }
 
 impl Explanation {
+    /// Adds what becomes of the packets of a socket that is left alone, where they come from one of these addresses.
+    pub(crate) fn with_packets(
+        mut self,
+        maps: &Snapshot,
+        from: impl IntoIterator<Item = Addr>,
+        to: Destination,
+    ) -> Self {
+        let is_usable = |addr: &IpAddr| match addr {
+            IpAddr::V4(_) => to.addr.is_v4(),
+            IpAddr::V6(v6) => !to.addr.is_v4() && !v6.is_unicast_link_local(),
+        };
+        let from = from.into_iter().map(IpAddr::from).find(is_usable);
+        if let (Outcome::Untouched { .. }, Some(from)) = (&self.outcome, from) {
+            let outcome = explain_packet(maps, from, to).outcome;
+            self.packets = Some(Packets { from, outcome });
+        }
+        self
+    }
+
     /// An answer for a destination that no map was looked at for.
     pub(crate) fn untouched(to: Destination, why: impl Into<String>) -> Self {
         Self {
@@ -220,6 +248,7 @@ impl Explanation {
             affinity: None,
             candidates: Vec::new(),
             outcome: Outcome::untouched(why),
+            packets: None,
             notes: Vec::new(),
         }
     }

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use lb_agent::loader::PinPath;
 use lb_agent::maps::bpf::PinnedMaps;
 use lb_common::abi::DropReason;
+use lb_common::logic::translation;
 use lb_tests::load::Stage;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::puppet::plain;
@@ -131,8 +132,11 @@ impl Counters {
         for index in maps.names()?.into_keys() {
             connections += maps.stats(index)?.connections;
         }
+        // Packets of others that were passed on say nothing of a connection.
+        let passed = |reason: &DropReason| translation::answer(*reason) == translation::Answer::Pass;
         let drops = DropReason::ALL
             .iter()
+            .filter(|reason| !passed(reason))
             .map(|reason| Ok((reason.label(), maps.drops(*reason)?)));
         Ok(Self {
             connections,
@@ -272,6 +276,8 @@ fn compare(setup: &Setup, maps: &PinnedMaps, client: &Client<'_>, proto: Protoco
                 && counted.connections == 0
                 && counted.drops == BTreeMap::from([(reason, TRIES)])
         }
+        // A UDP socket that connects sends nothing.
+        "untouched" if proto == Protocol::Tcp => of_packets(setup, &answer, &tried, &counted)?,
         "untouched" => tried.reached.is_empty() && counted.connections == 0 && counted.drops.is_empty(),
         _ => bail!("{answer:#}"),
     };
@@ -282,6 +288,39 @@ fn compare(setup: &Setup, maps: &PinnedMaps, client: &Client<'_>, proto: Protoco
         proto.name()
     );
     Ok(answer)
+}
+
+/// Whether connections of a socket that is left alone went as its packets are said to go.
+fn of_packets(setup: &Setup, answer: &Value, tried: &Tried, counted: &Counters) -> Result<bool> {
+    // ENETUNREACH: there is no way out of here, so no packet was sent.
+    if !tried.errnos.is_empty() && tried.errnos.iter().all(|errno| *errno == 101) {
+        return Ok(tried.reached.is_empty() && counted.connections == 0 && counted.drops.is_empty());
+    }
+    let outcome = &answer["packets"]["outcome"];
+    let reason = || label(outcome["reason"].as_str().context("no reason")?);
+    Ok(match outcome["result"].as_str() {
+        Some("connects") => {
+            let may: Vec<&str> = outcome["backends"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(Value::as_str)
+                .collect();
+            let is_one = |name: &String| setup.addresses(name).iter().any(|at| may.contains(&at.as_str()));
+            let all_well = tried.failed == 0 && !tried.reached.is_empty() && tried.reached.iter().all(is_one);
+            all_well && (counted.connections, counted.drops.len()) == (TRIES, 0)
+        }
+        Some("rejected") => {
+            let refused = tried.errnos.len() as u64 == TRIES && tried.errnos.iter().all(|errno| *errno == 111);
+            refused && counted.connections == 0 && counted.drops == BTreeMap::from([(reason()?, TRIES)])
+        }
+        // However often the kernel tried.
+        Some("dropped") => {
+            let reasons: Vec<_> = counted.drops.keys().copied().collect();
+            tried.reached.is_empty() && counted.connections == 0 && reasons == [reason()?]
+        }
+        _ => tried.reached.is_empty() && counted.connections == 0 && counted.drops.is_empty(),
+    })
 }
 
 fn label(text: &str) -> Result<&'static str> {

@@ -136,10 +136,10 @@ fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> 
     let to = args.to.destination();
     let mut snapshot = snapshot(maps)?;
     let client = client(args.from, &snapshot, state, cgroup)?;
+    let mut flows = FlowMaps::open(&args.read.pin.pins().maps())?;
+    snapshot.flows = flows.new.all()?;
+    snapshot.flows.extend(flows.answered.all()?);
     if let (From::Address(ip), None) = (args.from, client.netns) {
-        let mut flows = FlowMaps::open(&args.read.pin.pins().maps())?;
-        snapshot.flows = flows.new.all()?;
-        snapshot.flows.extend(flows.answered.all()?);
         let mut explanation = explain_packet(&snapshot, ip, to);
         if explanation.source.as_ref().is_some_and(|source| source.here) {
             let note = "a pod of this node connects by its sockets, unless something stands between them and the node: \
@@ -176,6 +176,11 @@ fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> 
             explanation
         }
     };
+    let sources = match args.from {
+        From::Process(pid) => process::addresses(pid),
+        From::Address(ip) => [ip.into()].into(),
+    };
+    let explanation = explanation.with_packets(&snapshot, sources, to);
     Ok(Answer { client, explanation })
 }
 

@@ -1,15 +1,17 @@
 //! A process as a client: its network namespace, and whether it is below a cgroup.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path};
 
 use anyhow::Context as _;
+use lb_common::abi::Addr;
 
 use crate::loader;
 use crate::maps::sys;
-use crate::node::netns;
+use crate::node::{addrs, netns};
 
 /// Cookie of the network namespace of a process.
 pub(super) fn netns_cookie(pid: u32) -> anyhow::Result<u64> {
@@ -28,6 +30,13 @@ pub(super) fn netns_cookie(pid: u32) -> anyhow::Result<u64> {
     entered
         .with_context(|| format!("entering the network namespace of process {pid} (that needs CAP_SYS_ADMIN)"))?
         .context("SO_NETNS_COOKIE")
+}
+
+/// The addresses that packets of a process may come from; none where its network namespace cannot be looked into.
+pub(super) fn addresses(pid: u32) -> BTreeSet<Addr> {
+    let netns = File::open(format!("/proc/{pid}/ns/net"));
+    let addresses = netns.and_then(|netns| netns::within(&netns, addrs::all)?);
+    addresses.unwrap_or_default()
 }
 
 /// What a process calls itself; `?` where it is gone.

@@ -16,6 +16,7 @@ impl fmt::Display for Explanation {
             affinity,
             candidates,
             outcome,
+            packets,
             notes,
         } = self;
         writeln!(f, "to         {to}/{protocol}")?;
@@ -48,7 +49,11 @@ impl fmt::Display for Explanation {
             writeln!(f, "note       {note}")?;
         }
         let what = if source.is_some() { "packet   " } else { "connect()" };
-        write!(f, "{what}  {outcome}")
+        write!(f, "{what}  {outcome}")?;
+        match packets {
+            Some(packets) => write!(f, "\npackets    from {}: {}", packets.from, packets.outcome),
+            None => Ok(()),
+        }
     }
 }
 
