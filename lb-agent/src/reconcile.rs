@@ -119,8 +119,8 @@ impl<M: Maps> Reconciler<M> {
 
     /// Which sources are inside the cluster; to be said before anything is applied.
     #[must_use]
-    pub fn with_inside(mut self, inside: Inside) -> Self {
-        self.desired = Desired::new(&inside);
+    pub fn with_inside(mut self, inside: &Inside) -> Self {
+        self.desired = Desired::new(inside);
         self
     }
 

@@ -206,7 +206,7 @@ fn who_is_inside_the_cluster_follows_nodes_and_addresses() -> Result<()> {
     };
     expect(&[
         ("10.10.1.7", POD),
-        ("10.10.2.7", INSIDE),
+        ("10.10.2.7", 0),
         (&own, INSIDE),
         ("203.0.113.7", 0),
         ("198.51.100.9", 0),

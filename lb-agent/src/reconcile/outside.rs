@@ -367,7 +367,7 @@ fn networks_may_be_given_and_those_of_this_nodes_pods_are_here_all_the_same() {
         (networks(&["::/0"]), &["::/0 i", "0.0.0.0/0 -", "10.10.1.0/24 ih"]),
         (Inside::ThisNode, &["10.10.1.0/24 ih"]),
     ] {
-        let mut lb = start(maps()).with_inside(given.clone());
+        let mut lb = start(maps()).with_inside(&given);
         apply(&mut lb, &mut nodes());
         assert_eq!(inside(&lb.maps().contents), expected, "{given:?}");
         let written = lb.maps().written();

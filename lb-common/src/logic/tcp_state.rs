@@ -37,8 +37,6 @@ pub const fn is_over(one: u8, other: u8) -> bool {
 mod tests {
     extern crate std;
 
-    use std::vec;
-
     use super::*;
 
     const ACK: u8 = tcp_flags::ACK;

@@ -29,7 +29,7 @@ fn snapshot(local: bool, endpoints: &[&str]) -> Snapshot {
     let mut web = with_node_port(if local { web.local() } else { web }, 30001);
     web.external_ips = Box::new([ip("198.51.100.1")]);
     let inside = Inside::Networks(vec!["10.10.0.0/16".parse().unwrap()]);
-    let mut lb = start(maps()).with_inside(inside);
+    let mut lb = start(maps()).with_inside(&inside);
     let mut cluster = Cluster::of([
         web.into(),
         slice("web", endpoints).into(),
