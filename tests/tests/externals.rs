@@ -19,7 +19,7 @@ fn addr(text: &str) -> SocketAddr {
 }
 
 struct Setup {
-    _agent: Running,
+    agent: Running,
     client: Pod,
     _server: Process,
     cluster: Cluster,
@@ -63,7 +63,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     manifests.write("web.yaml", &text)?;
     let agent = manifests.serve(&cluster, "n1", BED.as_ref(), flags)?;
     Ok(Setup {
-        _agent: agent,
+        agent,
         client,
         _server: server,
         cluster,
@@ -111,8 +111,13 @@ fn only_the_nodes_own_sockets_are_served_where_the_flag_says_so() -> Result<()> 
     let setup = setup(&["--socket-lb", "node"])?;
     assert!(is_served(setup.cluster.node("n1"), "10.96.0.20:80")?);
     assert!(is_served(setup.cluster.node("n1"), "[fd00:96::20]:80")?);
-    assert!(!is_served(&setup.client, "10.96.0.20:80")?);
-    // Datagrams neither: the send is not refused, though the port is none of the service's.
+    // Of a pod the packets are.
+    for vip in ["10.96.0.20:80", "[fd00:96::20]:80"] {
+        assert!(is_served(&setup.client, vip)?, "{vip}");
+        let flows = setup.agent.ask(&["conntrack", "list"])?;
+        assert!(flows.contains(vip), "{flows}");
+    }
+    // The send is not refused, though the port is none of the service's: the packet is.
     let text = "x".to_owned();
     let to = addr("10.96.0.20:53");
     let mut pod = bed().puppet(&setup.client, Kind::Udp4)?;
