@@ -20,7 +20,7 @@ const CAPACITIES: Capacities = Capacities {
 };
 
 /// Instructions that the verifier may walk through in one program; it gives up at 1,000,000.
-const LIMIT: u32 = 40_000;
+const LIMIT: u32 = 60_000;
 
 #[test]
 fn the_verifier_accepts_every_program_and_maps_are_laid_out_as_the_loader_expects() -> Result<()> {
