@@ -147,10 +147,14 @@ fn refuse<const LINK: usize>(skb: Skb, work: &Work, reason: DropReason) -> i32 {
 
 #[inline(always)]
 fn translate<const LINK: usize>(skb: Skb, work: &mut Work) -> Result<(), DropReason> {
+    if existing::<LINK>(skb, work)? == New::No || begin::<LINK>(skb, work)? == Begun::Yes {
+        return Ok(());
+    }
     if existing::<LINK>(skb, work)? == New::No {
         return Ok(());
     }
-    begin::<LINK>(skb, work)
+    // What the other packet began is over already: this one has no way, and comes again.
+    Err(DropReason::RewriteFailed)
 }
 
 /// Whether a packet may begin a flow.
@@ -237,9 +241,18 @@ fn forward<const LINK: usize>(skb: Skb, work: &mut Work) -> Result<(), DropReaso
     Ok(())
 }
 
+/// Whether a packet is done with.
+#[derive(PartialEq, Eq)]
+#[repr(u32)]
+enum Begun {
+    Yes,
+    /// Another packet of the flow was faster.
+    ByAnother,
+}
+
 /// A packet that belongs to no flow.
 #[inline(never)]
-fn begin<const LINK: usize>(skb: Skb, work: &mut Work) -> Result<(), DropReason> {
+fn begin<const LINK: usize>(skb: Skb, work: &mut Work) -> Result<Begun, DropReason> {
     let maps = Maps {
         ctx: skb.as_ptr().cast(),
     };
@@ -250,15 +263,15 @@ fn begin<const LINK: usize>(skb: Skb, work: &mut Work) -> Result<(), DropReason>
         return if route::is_service_address(&maps, to.addr) {
             Err(DropReason::Untranslated)
         } else {
-            Ok(())
+            Ok(Begun::Yes)
         };
     }
     if work.packet.is_tcp() && !work.packet.begins() {
         // A connection that began before lb, or that another has translated: whoever knows it will see it.
-        return Ok(());
+        return Ok(Begun::Yes);
     }
     let Some(frontend) = route::packet_frontend(&maps, to)? else {
-        return Ok(());
+        return Ok(Begun::Yes);
     };
     if skb.has_vlan() {
         return Err(DropReason::Vlan);
@@ -266,14 +279,18 @@ fn begin<const LINK: usize>(skb: Skb, work: &mut Work) -> Result<(), DropReason>
     work.service = frontend.service;
     choose(work, frontend)?;
     find_way(skb, work)?;
-    claim(skb, work)?;
+    if !claim(skb, work)? {
+        return Ok(Begun::ByAnother);
+    }
     count::connection(work.service, true);
     let happening = Happening::served(EventKind::Translated, to, work.service, work.chosen.backend);
     count::packet_event(&work.packet, &happening);
     if work.entry.has(ct_flags::FORWARD) {
-        return forward::<LINK>(skb, work);
+        forward::<LINK>(skb, work)?;
+    } else {
+        send::rewrite::<LINK>(skb, &work.packet, &work.entry, false)?;
     }
-    send::rewrite::<LINK>(skb, &work.packet, &work.entry, false)
+    Ok(Begun::Yes)
 }
 
 /// Finds how packets of a new flow get to its backend, and makes its entry.
@@ -371,21 +388,19 @@ fn source_address(device: u32, client: Words) -> Result<Words, DropReason> {
 }
 
 /// Makes a flow known, in both directions. Where the source is the node's, or answers could be those of another flow, with
-/// a source port of the node's.
+/// a source port of the node's. False, and nothing is made known, where another packet of the flow was faster.
 #[inline(never)]
-fn claim(skb: Skb, work: &mut Work) -> Result<(), DropReason> {
+fn claim(skb: Skb, work: &mut Work) -> Result<bool, DropReason> {
     let Work { key, entry, .. } = work;
     if work.chosen.snat || !conntrack::claim_answers(key, entry) {
         claim_port(skb, key, entry)?;
     }
     entry.set_state(tcp_state::after(0, work.packet.flags));
     if conntrack::claim(key, entry) {
-        return Ok(());
+        return Ok(true);
     }
-    // Another packet of the flow was faster.
     conntrack::forget_answers(key, entry);
-    *entry = Found::of(key).ok_or(DropReason::RewriteFailed)?.read();
-    Ok(())
+    Ok(false)
 }
 
 /// Finds a source port with which answers are this flow's only, and no socket's, and claims them.

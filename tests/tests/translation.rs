@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
@@ -19,7 +21,7 @@ use lb_agent::model::{
 };
 use lb_agent::reconcile::Reconciler;
 use lb_common::abi::{Device, DropReason, program_name};
-use lb_tests::{Cluster, Node, Underlay};
+use lb_tests::{Cluster, Node, Underlay, scaled};
 
 const CAPACITIES: Capacities = Capacities {
     services: 64,
@@ -297,27 +299,18 @@ impl Bed {
 
     /// Runs a program as if a packet were at a device.
     fn run(&self, program: &str, device: &str, packet: &[u8]) -> Result<(i32, Vec<u8>)> {
-        let node = self.node();
+        let hook = self.hook(program, device)?;
+        self.node().within(|| hook.run(packet))?
+    }
+
+    fn hook(&self, program: &str, device: &str) -> Result<Hook<'_>> {
+        let programs = self.reconciler.maps().programs();
         let mut context = [0; SK_BUFF];
-        context[IFINDEX..IFINDEX + 4].copy_from_slice(&index(node, device)?.to_ne_bytes());
-        let mut out = vec![0; packet.len() + 256];
-        let classifier: &SchedClassifier = self
-            .reconciler
-            .maps()
-            .programs()
-            .program(program)
-            .context("no such program")?
-            .try_into()?;
-        let result = node.within(|| {
-            classifier.test_run(TestRunOptions {
-                data_in: Some(packet),
-                data_out: Some(&mut out),
-                ctx_in: Some(&context),
-                ..TestRunOptions::new()
-            })
-        })??;
-        out.truncate(result.data_size_out as usize);
-        Ok((result.return_value as i32, out))
+        context[IFINDEX..IFINDEX + 4].copy_from_slice(&index(self.node(), device)?.to_ne_bytes());
+        Ok(Hook {
+            classifier: programs.program(program).context("no such program")?.try_into()?,
+            context,
+        })
     }
 
     fn ingress(&self, device: &str, packet: &Sent) -> Result<(i32, Vec<u8>)> {
@@ -330,6 +323,27 @@ impl Bed {
 
     fn dropped(&self, reason: DropReason) -> Result<u64> {
         Ok(self.reconciler.maps().pinned().drops(reason)?)
+    }
+}
+
+/// A program at a device.
+struct Hook<'a> {
+    classifier: &'a SchedClassifier,
+    context: [u8; SK_BUFF],
+}
+
+impl Hook<'_> {
+    /// Verdict and packet, in the network namespace of the caller.
+    fn run(&self, packet: &[u8]) -> Result<(i32, Vec<u8>)> {
+        let mut out = vec![0; packet.len() + 256];
+        let result = self.classifier.test_run(TestRunOptions {
+            data_in: Some(packet),
+            data_out: Some(&mut out),
+            ctx_in: Some(&self.context),
+            ..TestRunOptions::new()
+        })?;
+        out.truncate(result.data_size_out as usize);
+        Ok((result.return_value as i32, out))
     }
 }
 
@@ -618,5 +632,46 @@ fn a_full_conntrack_refuses_new_flows_and_keeps_old_ones() -> Result<()> {
         let (verdict, out) = bed.ingress("eth0", &data)?;
         assert_eq!((verdict, Sent::read(&out)?.to.port()), (UNSPEC, 8080), "{sent:?}");
     }
+    Ok(())
+}
+
+#[test]
+fn two_packets_that_begin_one_flow_at_once_go_one_way_and_count_once() -> Result<()> {
+    let mut bed = Bed::new()?;
+    // One of them behind another device, and with a source of the node.
+    let backends = [(bed.pod("n1", false), "n1"), (bed.pod("n2", false), "n2")];
+    bed.serve("races", 20, 30080, &backends);
+    let rounds = scaled(4000);
+    let hook = bed.hook(program_name::INGRESS, "eth0")?;
+    let own = bed.own(false, 30080);
+    // Both of a round begin together: whoever comes first waits for the other.
+    let arrived = AtomicU64::new(0);
+    let one = || {
+        let outs = (0..rounds).map(|round| {
+            let port = 10_000 + u16::try_from(round)?;
+            let packet = Sent::new(What::Datagram, client(false, port), own).bytes();
+            arrived.fetch_add(1, Ordering::AcqRel);
+            while arrived.load(Ordering::Acquire) < 2 * (round + 1) {
+                thread::yield_now();
+            }
+            let (verdict, out) = hook.run(&packet)?;
+            Ok((verdict, Sent::read(&out)?))
+        });
+        // All, whatever comes of one: the other would wait.
+        outs.collect::<Vec<Result<_>>>()
+    };
+    let (first, second) = bed.node().within(|| {
+        thread::scope(|scope| {
+            let other = scope.spawn(one);
+            (one(), other.join().expect("a thread"))
+        })
+    })?;
+    for (round, (first, second)) in first.into_iter().zip(second).enumerate() {
+        assert_eq!(first?, second?, "round {round}");
+    }
+    let stats = |index| bed.reconciler.maps().pinned().stats(index);
+    let all = (0..CAPACITIES.services).map(stats).collect::<Result<Vec<_>, _>>()?;
+    let sum: u64 = all.iter().map(|one| one.connections).sum();
+    assert_eq!(sum, rounds);
     Ok(())
 }
