@@ -132,12 +132,13 @@ fn verdict<const LINK: usize>(ctx: &TcContext, at_egress: bool) -> i32 {
 fn refuse<const LINK: usize>(skb: Skb, work: &Work, reason: DropReason) -> i32 {
     let Work { packet, at_egress, .. } = work;
     count::dropped(reason);
-    if work.service != 0 {
+    let answer = answer(reason);
+    if work.service != 0 && matches!(answer, Answer::Refused | Answer::Drop) {
         count::connection(work.service, false);
     }
     let happening = Happening::rejected(work.destination(), work.service, reason);
     count::packet_event(packet, &happening);
-    match answer(reason) {
+    match answer {
         Answer::Pass => TC_ACT_UNSPEC,
         Answer::Drop => TC_ACT_SHOT,
         Answer::Refused if packet.is_tcp() => reject::reset::<LINK>(skb, packet, *at_egress),
