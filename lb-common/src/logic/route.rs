@@ -14,6 +14,27 @@ pub struct Destination {
     pub proto: u8,
 }
 
+impl Destination {
+    /// Under which the mark of a service address stands.
+    #[inline(always)]
+    const fn mark(addr: Words) -> Self {
+        Self {
+            addr,
+            port: 0,
+            proto: 0,
+        }
+    }
+
+    /// Under which a node port stands, for every address that serves it.
+    #[inline(always)]
+    const fn node_port(self) -> Self {
+        Self {
+            addr: self.addr.unspecified(),
+            ..self
+        }
+    }
+}
+
 /// What the decision looks at.
 pub trait Tables {
     /// The entry of FRONTENDS with this key; port and protocol are zero for the mark of a service address.
@@ -36,33 +57,25 @@ pub trait Tables {
 #[inline(always)]
 pub fn frontend(tables: &impl Tables, to: Destination) -> Result<Option<Frontend>, DropReason> {
     let addr = to.addr.or_loopback();
-    let node_port = Destination {
-        addr: addr.unspecified(),
-        ..to
-    };
+    let to = Destination { addr, ..to };
     if addr.is_loopback() {
         return Ok(if tables.is_on_node() {
-            tables.frontend(node_port)
+            tables.frontend(to.node_port())
         } else {
             None
         });
     }
-    if let Some(found) = tables.frontend(Destination { addr, ..to }) {
+    if let Some(found) = tables.frontend(to) {
         return Ok(Some(found));
     }
-    let mark = Destination {
-        addr,
-        port: 0,
-        proto: 0,
-    };
     if tables
-        .frontend(mark)
+        .frontend(Destination::mark(addr))
         .is_some_and(|mark| mark.kind == FrontendKind::Address as u8)
     {
         return Err(DropReason::NoSuchPort);
     }
     Ok(if tables.is_node_address(addr) {
-        tables.frontend(node_port)
+        tables.frontend(to.node_port())
     } else {
         None
     })
@@ -85,19 +98,11 @@ pub fn packet_frontend(tables: &impl Tables, to: Destination) -> Result<Option<F
     if let Some(found) = tables.frontend(to) {
         return Ok(Some(found));
     }
-    let mark = Destination {
-        port: 0,
-        proto: 0,
-        ..to
-    };
-    if tables.frontend(mark).is_some() {
+    if is_service_address(tables, to.addr) {
         return Err(DropReason::NoSuchPort);
     }
     Ok(if tables.is_node_address(to.addr) {
-        tables.frontend(Destination {
-            addr: to.addr.unspecified(),
-            ..to
-        })
+        tables.frontend(to.node_port())
     } else {
         None
     })
@@ -106,12 +111,7 @@ pub fn packet_frontend(tables: &impl Tables, to: Destination) -> Result<Option<F
 /// Whether an address is a Service's, and no node's.
 #[inline(always)]
 pub fn is_service_address(tables: &impl Tables, addr: Words) -> bool {
-    let mark = Destination {
-        addr,
-        port: 0,
-        proto: 0,
-    };
-    tables.frontend(mark).is_some()
+    tables.frontend(Destination::mark(addr)).is_some()
 }
 
 /// Whether a socket hook may translate to a service with these flags: where a load-balancer address is for some sources
