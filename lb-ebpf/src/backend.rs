@@ -10,7 +10,7 @@ use lb_common::abi::{
 };
 use lb_common::logic::connect::{self, Set};
 use lb_common::logic::words::Words;
-use lb_common::logic::{affinity, generation, route};
+use lb_common::logic::{affinity, generation, idle, route};
 
 use crate::atomic::Shared;
 use crate::maps::{AFFINITY, BACKEND_SLOTS, BACKENDS, SERVICES};
@@ -178,7 +178,7 @@ impl Serving {
         if affinity::holds(last_used, now, timeout)
             && let Some(choice) = self.again(backend, generation)
         {
-            if affinity::is_to_refresh(last_used, now) {
+            if idle::is_to_refresh(last_used, now) {
                 used.store(now);
             }
             return Ok(choice);

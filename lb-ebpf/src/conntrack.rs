@@ -5,8 +5,8 @@ use core::ptr;
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use lb_common::abi::{CtEntry, CtKey, DropReason, ct_flags};
-use lb_common::logic::affinity;
 use lb_common::logic::connect::Set;
+use lb_common::logic::idle;
 use lb_common::logic::tcp_state;
 use lb_common::logic::translation::{Tuple, opposite};
 use lb_common::logic::words::Words;
@@ -37,6 +37,16 @@ impl Key {
             src_port: tuple.src_port,
             dst_port: tuple.dst_port,
             rest: u32::from_ne_bytes([proto, 0, 0, 0]),
+        }
+    }
+
+    #[inline(always)]
+    fn tuple(&self) -> Tuple {
+        Tuple {
+            src: Words(self.src),
+            dst: Words(self.dst),
+            src_port: self.src_port,
+            dst_port: self.dst_port,
         }
     }
 
@@ -133,23 +143,18 @@ impl Entry {
     /// What the packets of the other direction are.
     #[inline(always)]
     pub(crate) fn other_key(&self, key: &Key) -> Key {
-        Key {
-            src: self.dst,
-            dst: self.src,
-            src_port: self.dst_port,
-            dst_port: self.src_port,
-            rest: key.rest,
-        }
+        Key::new(&self.to().reversed(), key.proto())
     }
 
-    /// What they become. `key` is what those of this one are.
+    /// What the packets of the other direction become; `key` is what those of this one are.
     #[inline(always)]
     fn other(&self, key: &Key) -> Self {
+        let to = key.tuple().reversed();
         Self {
-            src: key.dst,
-            dst: key.src,
-            src_port: key.dst_port,
-            dst_port: key.src_port,
+            src: to.src.0,
+            dst: to.dst.0,
+            src_port: to.src_port,
+            dst_port: to.dst_port,
             flags: opposite(self.flags),
             state: 0,
             ..*self
@@ -200,7 +205,7 @@ impl Found {
         let now = now();
         // SAFETY: as above; programs on other CPUs write the same, or a little older.
         unsafe {
-            if affinity::is_to_refresh((&raw const (*self.at).seen).read_volatile(), now) {
+            if idle::is_to_refresh((&raw const (*self.at).seen).read_volatile(), now) {
                 (&raw mut (*self.at).seen).write_volatile(now);
             }
             let state = self.state();

@@ -9,8 +9,8 @@ use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail};
 use lb_common::abi::{DropReason, ip_protocol};
 use lb_common::logic::checksum::Sum;
-use lb_common::logic::packet::{Bytes as _, ETHERNET, IPV4, IPV6, Packet, tcp_flags};
-use lb_common::logic::translation::Answer;
+use lb_common::logic::packet::{Bytes as _, ETHERNET, IPV4, IPV6, Packet, TCP, tcp_flags};
+use lb_common::logic::translation::{Answer, Tuple};
 use lb_common::logic::words::Words;
 
 use crate::count;
@@ -18,9 +18,6 @@ use crate::skb::Skb;
 
 /// Time to live of what lb sends itself.
 const TTL: u8 = 64;
-const ICMP: u8 = 1;
-const ICMPV6: u8 = 58;
-const TCP_LEN: usize = 20;
 
 /// Type and code of an ICMP error for IPv4 (RFC 792, RFC 1191) or IPv6 (RFC 4443), and the word after its checksum.
 #[inline(always)]
@@ -147,16 +144,13 @@ fn try_reset<const LINK: usize>(skb: Skb, packet: &Packet, at_egress: bool) -> R
     };
     let partial = is_partial(skb, at + 16)?;
     // SAFETY: plain numbers.
-    if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + TCP_LEN) as u32, 0) } != 0 {
+    if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + TCP) as u32, 0) } != 0 {
         return Err(DropReason::RewriteFailed);
     }
-    write_ip::<LINK>(skb, packet, ip_protocol::TCP, TCP_LEN as u16)?;
-    let ports = {
-        let ([a, b], [c, d]) = (packet.dst_port.to_be_bytes(), packet.src_port.to_be_bytes());
-        u32::from_ne_bytes([a, b, c, d])
-    };
+    write_ip::<LINK>(skb, packet, ip_protocol::TCP, TCP as u16)?;
+    let ports = Tuple::of(packet).reversed().ports();
     let start = [ports, seq.to_be(), ack.to_be(), u32::from_ne_bytes([0x50, flags, 0, 0])];
-    let sum = pseudo_header(packet.dst, packet.src, ip_protocol::TCP, TCP_LEN as u16);
+    let sum = pseudo_header(packet.dst, packet.src, ip_protocol::TCP, TCP as u16);
     let checksum = if partial {
         sum.fold()
     } else {
@@ -186,7 +180,7 @@ fn try_icmp<const LINK: usize>(
     let ip = packet.ip_len();
     let is_tcp = packet.is_tcp();
     // Of TCP all of its header: where its checksum is left to the device, no less can be.
-    let quoted = if is_tcp { TCP_LEN } else { 8 };
+    let quoted = if is_tcp { TCP } else { 8 };
     let at = LINK + ip;
     let checksum_at = if is_tcp { at + 16 } else { at + 6 };
     let kept = skb.half(checksum_at).ok_or(DropReason::RewriteFailed)?;
@@ -213,10 +207,10 @@ fn try_icmp<const LINK: usize>(
     let len = (8 + ip + quoted) as u16;
     sum = sum.add(u32::from_ne_bytes([kind, code, 0, 0])).add(rest);
     let proto = if is_v4 {
-        ICMP
+        ip_protocol::ICMP
     } else {
-        sum = sum.plus(pseudo_header(packet.dst, packet.src, ICMPV6, len));
-        ICMPV6
+        sum = sum.plus(pseudo_header(packet.dst, packet.src, ip_protocol::ICMPV6, len));
+        ip_protocol::ICMPV6
     };
     write_ip::<LINK>(skb, packet, proto, len)?;
     let [c, d] = sum.checksum().to_ne_bytes();

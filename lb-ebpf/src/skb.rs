@@ -4,10 +4,10 @@ use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::generated::{bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_skb_store_bytes};
 use lb_common::abi::DropReason;
 use lb_common::logic::checksum::Sum;
-use lb_common::logic::packet::Bytes;
+use lb_common::logic::packet::{self, Bytes, ETHERNET};
 
-/// All that is read of a packet, with a header of the link layer, IPv6 and TCP.
-const HEADERS: u32 = 14 + 40 + 20;
+/// All that is read of a packet.
+const HEADERS: u32 = (ETHERNET + packet::IPV6 + packet::TCP) as u32;
 
 /// `BPF_F_IPV6` of `bpf_l4_csum_replace` (Linux 6.16 and later stable releases): in IPv6 the sum of the whole packet does
 /// not change with its addresses, since no header checksum makes up for that of the transport.

@@ -11,6 +11,7 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use lb_common::abi::{Addr, DropReason, EventKind, Frontend, FrontendKind, SourceRange, cluster_flags, ct_flags};
 use lb_common::logic::connect;
+use lb_common::logic::conntrack::Phase;
 use lb_common::logic::packet::{self, ETHERNET, Packet, tcp_flags};
 use lb_common::logic::route::{self, Destination};
 use lb_common::logic::select;
@@ -21,11 +22,11 @@ use lb_common::logic::words::Words;
 use crate::backend::{self, Choice, Client, Serving};
 use crate::conntrack::{self, Entry, Found, Key};
 use crate::count::{self, Happening};
+use crate::listener;
 use crate::maps::{CLUSTER_CIDRS, CONFIG, DEVICES, SCRATCH, SOURCE_RANGES};
 use crate::reject;
 use crate::send::{self, Hop};
 use crate::skb::Skb;
-use crate::socket;
 use crate::tables::Maps;
 use crate::words;
 
@@ -220,7 +221,8 @@ fn goes_on(work: &Work, found: &Found) -> Result<bool, DropReason> {
     }
     let there = backend::is_current(entry.backend, entry.generation);
     if packet.begins() {
-        return Ok(there && !tcp_state::is_over(found.state(), conntrack::other_state(key, entry)));
+        let states = [found.state(), conntrack::other_state(key, entry)];
+        return Ok(there && !Phase::of(true, states).is_end());
     }
     if !there {
         // The flow will soon be removed.
@@ -419,7 +421,7 @@ fn claim_port(skb: Skb, key: &Key, entry: &mut Entry) -> Result<(), DropReason> 
         // SAFETY: the helper takes nothing.
         let random = unsafe { bpf_get_prandom_u32() };
         entry.src_port = select::port(first, last, random).ok_or(DropReason::SnatPortsExhausted)?;
-        if !socket::hears(skb, key.proto(), &entry.to()) && conntrack::claim_answers(key, entry) {
+        if !listener::hears(skb, key.proto(), &entry.to()) && conntrack::claim_answers(key, entry) {
             return Ok(());
         }
     }

@@ -14,7 +14,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use lb_common::abi::{CtEntry, CtKey, ct_flags};
-use lb_common::logic::conntrack::{Phase, Timeouts, is_over, other_direction};
+use lb_common::logic::conntrack::{Phase, Timeouts, other_direction};
+use lb_common::logic::idle;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tracing::warn;
 
@@ -244,7 +245,7 @@ fn collect(
     let mut removed = BTreeMap::new();
     for (key, entry) in found {
         // Most of a busy node's: one look is enough.
-        if !is_over(entry.seen, begun, timeouts.shortest()) {
+        if !idle::is_over(entry.seen, begun, timeouts.shortest()) {
             continue;
         }
         let other_key = other_direction(entry, key.proto);
@@ -286,7 +287,7 @@ fn judge(
     let seen = other.map_or(entry.seen, |other| other.seen.max(entry.seen));
     let phase = Phase::of(answered, [entry.state, other.map_or(0, |other| other.state)]);
     let reason = other.map_or(Reason::Orphan, |_| Reason::Idle(phase));
-    is_over(seen, now, timeouts.of(proto, phase)).then_some(reason)
+    idle::is_over(seen, now, timeouts.of(proto, phase)).then_some(reason)
 }
 
 #[cfg(test)]

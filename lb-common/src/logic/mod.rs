@@ -6,6 +6,7 @@ pub mod connect;
 pub mod conntrack;
 pub mod flow;
 pub mod generation;
+pub mod idle;
 pub mod packet;
 pub mod record;
 pub mod route;

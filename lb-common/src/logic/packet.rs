@@ -9,15 +9,14 @@ pub const ETHERNET: usize = 14;
 pub const IPV4: usize = 20;
 /// Length of an IPv6 header.
 pub const IPV6: usize = 40;
+/// Length of a TCP header without options.
+pub const TCP: usize = 20;
 
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
 
 /// "More fragments" and the offset, in the word of an IPv4 header that has them.
 const FRAGMENT: u16 = 0x3fff;
-
-const ICMP: u8 = 1;
-const ICMPV6: u8 = 58;
 
 /// Flags of TCP, in the 14th byte of its header.
 pub mod tcp_flags {
@@ -64,8 +63,6 @@ pub struct Packet {
     pub ttl: u8,
     /// Type of service, or traffic class.
     pub tos: u8,
-    /// Length of the whole packet from its IP header on, as that says; zero where it is more than 65535.
-    pub len: u16,
     /// Length of the header of the transport protocol.
     pub transport: u8,
 }
@@ -157,10 +154,10 @@ fn parse_v4<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
         flags: 0,
         ttl: bytes.byte(LINK + 8).ok_or(CUT)?,
         tos,
-        len: bytes.half(LINK + 2).ok_or(CUT)?,
         transport: 0,
     };
-    parse_transport::<LINK, IPV4>(bytes, packet)
+    let len = bytes.half(LINK + 2).ok_or(CUT)?;
+    parse_transport::<LINK, IPV4>(bytes, packet, len)
 }
 
 #[inline(always)]
@@ -200,17 +197,12 @@ fn parse_v6<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
         flags: 0,
         ttl: bytes.byte(LINK + 7).ok_or(CUT)?,
         tos: (first >> 4) as u8,
-        len: if payload == 0 {
-            0
-        } else {
-            payload.checked_add(IPV6 as u16).unwrap_or(0)
-        },
         transport: 0,
     };
     if payload == 0 && !bytes.is_merged() {
         return Err(CUT);
     }
-    parse_transport::<LINK, IPV6>(bytes, packet)
+    parse_transport::<LINK, IPV6>(bytes, packet, payload.checked_add(IPV6 as u16).unwrap_or(0))
 }
 
 /// `first`: the first two bytes after the IP header, type and code of ICMP.
@@ -219,18 +211,20 @@ fn other(proto: u8, first: impl FnOnce() -> Option<u16>) -> Foreign {
     let is_error = match proto {
         ip_protocol::SCTP => return Some(DropReason::OtherProtocol),
         // Destination unreachable, time exceeded, parameter problem (RFC 792).
-        ICMP => matches!(first()? >> 8, 3 | 11 | 12),
+        ip_protocol::ICMP => matches!(first()? >> 8, 3 | 11 | 12),
         // The same and packet too big (RFC 4443).
-        ICMPV6 => matches!(first()? >> 8, 1..=4),
+        ip_protocol::ICMPV6 => matches!(first()? >> 8, 1..=4),
         _ => false,
     };
     is_error.then_some(DropReason::IcmpError)
 }
 
+/// `len`: of the whole packet from its IP header on, as that says.
 #[inline(always)]
 fn parse_transport<const LINK: usize, const IP: usize>(
     bytes: &impl Bytes,
     mut packet: Packet,
+    len: u16,
 ) -> Result<Packet, Foreign> {
     let at = LINK + IP;
     let there = bytes.size().saturating_sub(at);
@@ -240,18 +234,18 @@ fn parse_transport<const LINK: usize, const IP: usize>(
         // In words of four bytes.
         packet.transport = (bytes.byte(at + 12).ok_or(CUT)? >> 4) * 4;
         packet.flags = bytes.byte(at + 13).ok_or(CUT)?;
-        if packet.transport < 20 {
+        if (packet.transport as usize) < TCP {
             return Err(CUT);
         }
     } else {
         packet.transport = 8;
-        let len = bytes.half(at + 4).ok_or(CUT)?;
-        let fits = len >= 8 && len as usize <= there;
+        let datagram = bytes.half(at + 4).ok_or(CUT)?;
+        let fits = datagram >= 8 && datagram as usize <= there;
         if !fits && !bytes.is_merged() {
             return Err(CUT);
         }
     }
-    let says = (packet.len as usize).saturating_sub(IP);
+    let says = (len as usize).saturating_sub(IP);
     let fits = says >= packet.transport as usize && says <= there;
     if !fits && !bytes.is_merged() || there < packet.transport as usize {
         return Err(CUT);

@@ -25,19 +25,12 @@ pub const fn after(state: u8, flags: u8) -> u8 {
     }
 }
 
-/// Whether both sides are done, so that a SYN between the same ports is another connection: each has said that it sends
-/// no more, or one has reset it.
-#[inline(always)]
-#[must_use]
-pub const fn is_over(one: u8, other: u8) -> bool {
-    (one | other) & ct_state::RST != 0 || one & other & ct_state::FIN != 0
-}
-
 #[cfg(test)]
 mod tests {
     extern crate std;
 
     use super::*;
+    use crate::logic::conntrack::Phase;
 
     const ACK: u8 = tcp_flags::ACK;
     const FIN: u8 = tcp_flags::FIN | ACK;
@@ -49,6 +42,10 @@ mod tests {
             *state = after(*state, *flags);
         }
         states
+    }
+
+    fn is_over(one: u8, other: u8) -> bool {
+        Phase::of(true, [one, other]).is_end()
     }
 
     #[test]
