@@ -13,6 +13,7 @@ use lb_common::logic::words::Words;
 
 use crate::backend::Choice;
 use crate::maps::{CT, CT_NEW};
+use crate::work::{Data, step};
 
 /// A [`CtKey`] in memory: what packets of one direction of a flow are.
 #[repr(C)]
@@ -237,11 +238,13 @@ pub(crate) fn claim(key: &Key, entry: &Entry) -> bool {
         .is_ok()
 }
 
-/// The same with the direction of the answers. False where answers like those already belong to a flow.
-#[inline(never)]
-pub(crate) fn claim_answers(key: &Key, entry: &Entry) -> bool {
-    let other_key = entry.other_key(key);
-    !is_taken(&other_key) && claim(&other_key, &entry.other(key))
+step! {
+    /// The same with the direction of the answers. False where answers like those already belong to a flow.
+    pub(crate) fn claim_answers(work) {
+        let Data { key, entry, .. } = &*work;
+        let other_key = entry.other_key(key);
+        Ok(!is_taken(&other_key) && claim(&other_key, &entry.other(key)))
+    }
 }
 
 /// Forgets both directions.
@@ -266,29 +269,30 @@ pub(crate) fn other_state(key: &Key, entry: &Entry) -> u8 {
     Found::of(&entry.other_key(key)).map_or(0, |other| other.state())
 }
 
-/// Moves both directions of a flow to CT. `key`, `entry`: that of the answers, of which this is the first; `flags`: its
-/// TCP flags.
-///
-/// # Errors
-/// [`DropReason::ConntrackFull`]; both stay where they are.
-#[inline(never)]
-pub(crate) fn establish(key: &Key, entry: &mut Entry, flags: u8) -> Result<(), DropReason> {
-    entry.seen = now();
-    entry.state = tcp_state::after(0, flags);
-    let other_key = entry.other_key(key);
-    let mut other = entry.other(key);
-    if let Some(at) = CT_NEW.get_ptr(other_key.as_key()) {
-        // SAFETY: the pointer is to a value of the map.
-        other.state = unsafe { (&raw const (*at).state).read_volatile() };
+step! {
+    /// Moves both directions of a flow to CT, at the first of its answers.
+    ///
+    /// # Errors
+    /// [`DropReason::ConntrackFull`]; both stay where they are.
+    pub(crate) fn establish(mut work) {
+        work.entry.seen = now();
+        work.entry.state = tcp_state::after(0, work.packet.flags);
+        let Data { key, entry, .. } = &*work;
+        let other_key = entry.other_key(key);
+        let mut other = entry.other(key);
+        if let Some(at) = CT_NEW.get_ptr(other_key.as_key()) {
+            // SAFETY: the pointer is to a value of the map.
+            other.state = unsafe { (&raw const (*at).state).read_volatile() };
+        }
+        // Who finds one direction in CT must find the other.
+        if !keep(&other_key, &other) || !keep(key, entry) {
+            let _ = CT.remove(other_key.as_key());
+            return Err(DropReason::ConntrackFull);
+        }
+        let _ = CT_NEW.remove(key.as_key());
+        let _ = CT_NEW.remove(other_key.as_key());
+        Ok(true)
     }
-    // Who finds one direction in CT must find the other.
-    if !keep(&other_key, &other) || !keep(key, entry) {
-        let _ = CT.remove(other_key.as_key());
-        return Err(DropReason::ConntrackFull);
-    }
-    let _ = CT_NEW.remove(key.as_key());
-    let _ = CT_NEW.remove(other_key.as_key());
-    Ok(())
 }
 
 /// Puts a direction into CT, unless it is there.

@@ -26,6 +26,7 @@ mod sockets;
 mod tables;
 mod tc;
 mod words;
+mod work;
 mod xdp;
 
 /// The kernel side cannot panic: a panic path that survives in the object is a verifier rejection.

@@ -10,11 +10,12 @@ use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_adjust_room, bpf_skb_ch
 use lb_common::abi::{DropReason, ip_protocol};
 use lb_common::logic::checksum::Sum;
 use lb_common::logic::packet::{Bytes as _, ETHERNET, IPV4, IPV6, Packet, TCP, tcp_flags};
-use lb_common::logic::translation::{Answer, Tuple};
+use lb_common::logic::translation::Answer;
 use lb_common::logic::words::Words;
 
 use crate::count;
 use crate::skb::Skb;
+use crate::work::{Work, step};
 
 /// Time to live of what lb sends itself.
 const TTL: u8 = 64;
@@ -56,8 +57,8 @@ fn pseudo_header(from: Words, to: Words, proto: u8, len: u16) -> Sum {
 
 /// Writes the IP header of an answer.
 #[inline(always)]
-fn write_ip<const LINK: usize>(skb: Skb, packet: &Packet, proto: u8, payload: u16) -> Result<(), DropReason> {
-    let (from, to) = (packet.dst, packet.src);
+fn write_ip(skb: Skb, work: Work, proto: u8, payload: u16) -> Result<(), DropReason> {
+    let (from, to) = (work.packet.dst, work.packet.src);
     if let (Some(from), Some(to)) = (from.to_v4(), to.to_v4()) {
         let len = payload + IPV4 as u16;
         let word = |a: u16, b: u16| {
@@ -77,20 +78,20 @@ fn write_ip<const LINK: usize>(skb: Skb, packet: &Packet, proto: u8, payload: u1
             let [a, b] = sum.checksum().to_ne_bytes();
             [TTL, proto, a, b]
         });
-        return skb.store(LINK, &words);
+        return skb.store(work.ip(), &words);
     }
     let [a, b] = payload.to_be_bytes();
     let start = u64::from_ne_bytes([0x60, 0, 0, 0, a, b, proto, TTL]);
-    skb.store(LINK, &[start, from.0[0], from.0[1], to.0[0], to.0[1]])
+    skb.store(work.ip(), &[start, from.0[0], from.0[1], to.0[0], to.0[1]])
 }
 
 /// Sends the answer where the packet came from.
 #[inline(always)]
-fn send_back<const LINK: usize>(skb: Skb, at_egress: bool) -> Result<i32, DropReason> {
-    if at_egress {
+fn send_back(skb: Skb, mut work: Work) -> Result<bool, DropReason> {
+    if work.at_egress {
         // To the socket: as if it had come in by the device that the packet was to leave by, whose address the
         // packet's own source is.
-        if LINK == ETHERNET {
+        if work.ip() == ETHERNET {
             let quarter = |at| skb.word(at).ok_or(DropReason::RewriteFailed);
             let half = |at| skb.half(at).ok_or(DropReason::RewriteFailed);
             let (first, last) = (half(6)?, quarter(8)?);
@@ -98,124 +99,123 @@ fn send_back<const LINK: usize>(skb: Skb, at_egress: bool) -> Result<i32, DropRe
             skb.store(2, &last)?;
         }
         // SAFETY: plain numbers.
-        return Ok(unsafe { bpf_redirect(skb.ifindex(), BPF_F_INGRESS.into()) as i32 });
+        work.verdict = unsafe { bpf_redirect(skb.ifindex(), BPF_F_INGRESS.into()) as i32 };
+        return Ok(true);
     }
-    if LINK == ETHERNET {
+    if work.ip() == ETHERNET {
         let half = |at| skb.half(at).map(u16::to_be).ok_or(DropReason::RewriteFailed);
         let swapped = [half(6)?, half(8)?, half(10)?, half(0)?, half(2)?, half(4)?];
         skb.store(0, &swapped)?;
     }
     // SAFETY: plain numbers.
-    Ok(unsafe { bpf_redirect(skb.ifindex(), 0) as i32 })
+    work.verdict = unsafe { bpf_redirect(skb.ifindex(), 0) as i32 };
+    Ok(true)
 }
 
-/// Answers a TCP segment with RST (RFC 9293, 3.5.2).
-#[inline(never)]
-pub(crate) fn reset<const LINK: usize>(skb: Skb, packet: &Packet, at_egress: bool) -> i32 {
-    or_nothing(try_reset::<LINK>(skb, packet, at_egress))
-}
-
-/// Where the answer cannot be made there is none.
+/// Sends the answer, and returns the verdict. Where it cannot be made there is none.
 #[inline(always)]
-fn or_nothing(result: Result<i32, DropReason>) -> i32 {
-    result.unwrap_or_else(|reason| {
-        count::dropped(reason);
-        TC_ACT_SHOT
-    })
+pub(crate) fn with(skb: Skb, mut work: Work, answer: Answer) -> i32 {
+    work.answer = answer;
+    let result = if work.packet.is_tcp() && answer == Answer::Refused {
+        reset(skb, work)
+    } else {
+        icmp(skb, work)
+    };
+    match result {
+        Ok(true) => work.verdict,
+        Ok(false) => TC_ACT_SHOT,
+        Err(reason) => {
+            count::dropped(reason);
+            TC_ACT_SHOT
+        }
+    }
 }
 
-#[inline(always)]
-fn try_reset<const LINK: usize>(skb: Skb, packet: &Packet, at_egress: bool) -> Result<i32, DropReason> {
-    if packet.flags & tcp_flags::RST != 0 {
-        return Ok(TC_ACT_SHOT);
+step! {
+    /// Answers a TCP segment with RST (RFC 9293, 3.5.2). False: it gets none.
+    fn reset(skb, work) {
+        let Packet { flags, transport, dst, src, .. } = work.packet;
+        if flags & tcp_flags::RST != 0 {
+            return Ok(false);
+        }
+        let at = work.transport();
+        let word = |from: usize| skb.word(at + from).map(u32::from_be).ok_or(DropReason::RewriteFailed);
+        let (seq, ack) = (word(4)?, word(8)?);
+        let header = usize::from(transport);
+        let payload = (skb.len() as usize).saturating_sub(at + header) as u32;
+        let counts = |flag: u8| u32::from(flags & flag != 0);
+        let (seq, ack, flags) = if flags & tcp_flags::ACK != 0 {
+            (ack, 0, tcp_flags::RST)
+        } else {
+            let end = seq.wrapping_add(payload + counts(tcp_flags::SYN) + counts(tcp_flags::FIN));
+            (0, end, tcp_flags::RST | tcp_flags::ACK)
+        };
+        let partial = is_partial(skb, at + 16)?;
+        // SAFETY: plain numbers.
+        if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + TCP) as u32, 0) } != 0 {
+            return Err(DropReason::RewriteFailed);
+        }
+        write_ip(skb, work, ip_protocol::TCP, TCP as u16)?;
+        let ports = work.is().reversed().ports();
+        let start = [ports, seq.to_be(), ack.to_be(), u32::from_ne_bytes([0x50, flags, 0, 0])];
+        let sum = pseudo_header(dst, src, ip_protocol::TCP, TCP as u16);
+        let checksum = if partial {
+            sum.fold()
+        } else {
+            start.iter().fold(sum, |sum, word| sum.add(*word)).checksum()
+        };
+        let [a, b] = checksum.to_ne_bytes();
+        let [p, q, r, s] = start;
+        skb.store(at, &[p, q, r, s, u32::from_ne_bytes([a, b, 0, 0])])?;
+        send_back(skb, work)
     }
-    let ip = packet.ip_len();
-    let at = LINK + ip;
-    let word = |from: usize| skb.word(at + from).map(u32::from_be).ok_or(DropReason::RewriteFailed);
-    let (seq, ack) = (word(4)?, word(8)?);
-    let header = usize::from(packet.transport);
-    let payload = (skb.len() as usize).saturating_sub(at + header) as u32;
-    let counts = |flag: u8| u32::from(packet.flags & flag != 0);
-    let (seq, ack, flags) = if packet.flags & tcp_flags::ACK != 0 {
-        (ack, 0, tcp_flags::RST)
-    } else {
-        let end = seq.wrapping_add(payload + counts(tcp_flags::SYN) + counts(tcp_flags::FIN));
-        (0, end, tcp_flags::RST | tcp_flags::ACK)
-    };
-    let partial = is_partial(skb, at + 16)?;
-    // SAFETY: plain numbers.
-    if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + TCP) as u32, 0) } != 0 {
-        return Err(DropReason::RewriteFailed);
-    }
-    write_ip::<LINK>(skb, packet, ip_protocol::TCP, TCP as u16)?;
-    let ports = Tuple::of(packet).reversed().ports();
-    let start = [ports, seq.to_be(), ack.to_be(), u32::from_ne_bytes([0x50, flags, 0, 0])];
-    let sum = pseudo_header(packet.dst, packet.src, ip_protocol::TCP, TCP as u16);
-    let checksum = if partial {
-        sum.fold()
-    } else {
-        start.iter().fold(sum, |sum, word| sum.add(*word)).checksum()
-    };
-    let [a, b] = checksum.to_ne_bytes();
-    let [p, q, r, s] = start;
-    skb.store(at, &[p, q, r, s, u32::from_ne_bytes([a, b, 0, 0])])?;
-    send_back::<LINK>(skb, at_egress)
 }
 
-/// Answers a packet with an ICMP error that quotes its headers.
-#[inline(never)]
-pub(crate) fn icmp<const LINK: usize>(skb: Skb, packet: &Packet, answer: Answer, mtu: u32, at_egress: bool) -> i32 {
-    or_nothing(try_icmp::<LINK>(skb, packet, answer, mtu, at_egress))
-}
-
-#[inline(always)]
-fn try_icmp<const LINK: usize>(
-    skb: Skb,
-    packet: &Packet,
-    answer: Answer,
-    mtu: u32,
-    at_egress: bool,
-) -> Result<i32, DropReason> {
-    let is_v4 = packet.is_v4();
-    let ip = packet.ip_len();
-    let is_tcp = packet.is_tcp();
-    // Of TCP all of its header: where its checksum is left to the device, no less can be.
-    let quoted = if is_tcp { TCP } else { 8 };
-    let at = LINK + ip;
-    let checksum_at = if is_tcp { at + 16 } else { at + 6 };
-    let kept = skb.half(checksum_at).ok_or(DropReason::RewriteFailed)?;
-    let partial = is_partial(skb, checksum_at)?;
-    skb.store(checksum_at, &kept.to_be())?;
-    // SAFETY: plain numbers.
-    if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + quoted) as u32, 0) } != 0 {
-        return Err(DropReason::RewriteFailed);
+step! {
+    /// Answers a packet with an ICMP error that quotes its headers.
+    fn icmp(skb, work) {
+        let Packet { dst, src, .. } = work.packet;
+        let (is_v4, is_tcp) = (work.packet.is_v4(), work.packet.is_tcp());
+        let (answer, mtu) = (work.answer, work.mtu);
+        let ip = work.packet.ip_len();
+        // Of TCP all of its header: where its checksum is left to the device, no less can be.
+        let quoted = if is_tcp { TCP } else { 8 };
+        let at = work.transport();
+        let checksum_at = if is_tcp { at + 16 } else { at + 6 };
+        let kept = skb.half(checksum_at).ok_or(DropReason::RewriteFailed)?;
+        let partial = is_partial(skb, checksum_at)?;
+        skb.store(checksum_at, &kept.to_be())?;
+        // SAFETY: plain numbers.
+        if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + quoted) as u32, 0) } != 0 {
+            return Err(DropReason::RewriteFailed);
+        }
+        let mut sum = sum_of(skb, work.ip(), ip)?;
+        if partial {
+            // What the device writes there makes the sum of all from the transport header on, with what stands for the
+            // checksum now, zero.
+            sum = sum.add(u32::from(!kept.to_be()));
+        } else {
+            sum = sum.plus(sum_of(skb, at, quoted)?);
+        }
+        let room = (8 + ip) as i32;
+        // SAFETY: plain numbers.
+        if unsafe { bpf_skb_adjust_room(skb.as_ptr(), room, BPF_ADJ_ROOM_MAC, 0) } != 0 {
+            return Err(DropReason::RewriteFailed);
+        }
+        let ([kind, code], rest) = header(answer, mtu, is_v4);
+        let len = (8 + ip + quoted) as u16;
+        sum = sum.add(u32::from_ne_bytes([kind, code, 0, 0])).add(rest);
+        let proto = if is_v4 {
+            ip_protocol::ICMP
+        } else {
+            sum = sum.plus(pseudo_header(dst, src, ip_protocol::ICMPV6, len));
+            ip_protocol::ICMPV6
+        };
+        write_ip(skb, work, proto, len)?;
+        let [c, d] = sum.checksum().to_ne_bytes();
+        skb.store(at, &[u32::from_ne_bytes([kind, code, c, d]), rest])?;
+        send_back(skb, work)
     }
-    let mut sum = sum_of(skb, LINK, ip)?;
-    if partial {
-        // What the device writes there makes the sum of all from the transport header on, with what stands for the
-        // checksum now, zero.
-        sum = sum.add(u32::from(!kept.to_be()));
-    } else {
-        sum = sum.plus(sum_of(skb, at, quoted)?);
-    }
-    let room = (8 + ip) as i32;
-    // SAFETY: plain numbers.
-    if unsafe { bpf_skb_adjust_room(skb.as_ptr(), room, BPF_ADJ_ROOM_MAC, 0) } != 0 {
-        return Err(DropReason::RewriteFailed);
-    }
-    let ([kind, code], rest) = header(answer, mtu, is_v4);
-    let len = (8 + ip + quoted) as u16;
-    sum = sum.add(u32::from_ne_bytes([kind, code, 0, 0])).add(rest);
-    let proto = if is_v4 {
-        ip_protocol::ICMP
-    } else {
-        sum = sum.plus(pseudo_header(packet.dst, packet.src, ip_protocol::ICMPV6, len));
-        ip_protocol::ICMPV6
-    };
-    write_ip::<LINK>(skb, packet, proto, len)?;
-    let [c, d] = sum.checksum().to_ne_bytes();
-    skb.store(LINK + ip, &[u32::from_ne_bytes([kind, code, c, d]), rest])?;
-    send_back::<LINK>(skb, at_egress)
 }
 
 /// The sum of `len` bytes, a multiple of four and no more than an IPv6 header has.

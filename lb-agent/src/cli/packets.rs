@@ -94,7 +94,9 @@ impl Packets {
         // First, so that a program knows its device.
         self.write(maps);
         let before = self.own_qdiscs.clone();
-        let troubles = self.hooks.attach(maps.programs(), &self.served, &mut self.own_qdiscs);
+        let troubles = self
+            .hooks
+            .attach(maps.programs_mut(), &self.served, &mut self.own_qdiscs);
         self.note(troubles);
         if self.own_qdiscs != before {
             self.write(maps);

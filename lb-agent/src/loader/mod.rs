@@ -23,11 +23,12 @@ use tracing::{info, warn};
 
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::{Capacities, MapError, capacity_flag, sys};
+use crate::node::devices::Layer;
 
 pub use attach::{Attached, Cgroup, Hook, attach, attached};
 pub(crate) use attach::{is_root as is_root_cgroup, root as cgroup_root};
 pub use pins::{Lock, PinPath, TraceLock};
-pub use tc::{AtDevice, TcHooks, Trouble, Way, at_devices};
+pub use tc::{AtDevice, TcHooks, Trouble, Way, at_devices, load_programs};
 
 /// The kernel programs, as the build script made them.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf"));
@@ -279,19 +280,19 @@ pub fn load(
         .override_global(NODE_NETNS_GLOBAL, &netns, true)
         .override_global(NODE_ONLY_GLOBAL, &node_only, true)
         .load(object)?;
-    load_programs(&mut programs)?;
+    load_all(&mut programs)?;
+    load_programs(&mut programs, Layer::Link)?;
     let pinned = PinnedMaps::open(&maps_dir)?;
     Ok(BpfMaps::new(pinned, programs)?)
 }
 
-/// Loads every program; the verifier sees each.
-fn load_programs(programs: &mut Ebpf) -> Result<(), LoadError> {
+/// Loads every program but those at devices; the verifier sees each.
+fn load_all(programs: &mut Ebpf) -> Result<(), LoadError> {
     for (name, program) in programs.programs_mut() {
         let result = match program {
             Program::CgroupSockAddr(program) => program.load(),
             Program::CgroupSock(program) => program.load(),
             Program::Xdp(program) => program.load(),
-            Program::SchedClassifier(program) => program.load(),
             _ => continue,
         };
         result.map_err(|source| LoadError::Program {
@@ -345,7 +346,8 @@ pub struct Verified {
     pub size: Option<u32>,
 }
 
-/// What the verifier said of every program.
+/// What the verifier said of every program. Those for devices without a link layer are loaded when there is such a
+/// device.
 ///
 /// # Errors
 /// Where a program is not loaded.

@@ -108,6 +108,32 @@ fn pinned(path: &Path, device: u32) -> Result<Option<(std::os::fd::OwnedFd, u32)
     Ok((at.device == device).then_some((link, at.program)))
 }
 
+/// Loads the programs for devices of a kind, unless they are loaded.
+///
+/// # Errors
+/// With the verifier's words.
+pub fn load_programs(programs: &mut Ebpf, layer: Layer) -> Result<(), LoadError> {
+    for name in Side::BOTH.map(|side| program_for(side, layer)) {
+        let failed = |source| LoadError::Program {
+            name: name.into(),
+            source,
+        };
+        let program = programs.program_mut(name).ok_or_else(|| no_program(name))?;
+        let classifier: &mut SchedClassifier = program.try_into().map_err(failed)?;
+        if classifier.fd().is_err() {
+            classifier.load().map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+fn no_program(name: &str) -> LoadError {
+    LoadError::PinPath {
+        path: name.into(),
+        what: "the object has no such program".into(),
+    }
+}
+
 /// A loaded program.
 struct Program<'a> {
     name: &'static str,
@@ -120,10 +146,7 @@ fn program<'a>(programs: &'a Ebpf, name: &'static str) -> Result<Program<'a>, Lo
         name: name.into(),
         source,
     };
-    let program = programs.program(name).ok_or_else(|| LoadError::PinPath {
-        path: name.into(),
-        what: "the object has no such program".into(),
-    })?;
+    let program = programs.program(name).ok_or_else(|| no_program(name))?;
     let classifier: &SchedClassifier = program.try_into().map_err(failed)?;
     let fd = classifier.fd().map_err(failed)?.as_fd();
     let id = classifier.info().map_err(failed)?.id();
@@ -172,29 +195,24 @@ impl TcHooks {
     }
 
     /// Puts the programs at devices: where an earlier build's is, ours takes its place in one step. `own_qdiscs` are
-    /// those whose clsact qdisc is the agent's. Returns those where that failed.
+    /// those whose clsact qdisc is the agent's. Returns those where that failed. What devices without a link layer need
+    /// is loaded when there is the first.
     ///
     /// # Errors
-    /// Where the programs are not loaded.
+    /// Where the programs cannot be loaded.
     pub fn attach(
         &mut self,
-        programs: &Ebpf,
+        programs: &mut Ebpf,
         served: &BTreeMap<u32, Served>,
         own_qdiscs: &mut BTreeSet<u32>,
     ) -> Result<Vec<Trouble>, LoadError> {
         let mut troubles = Vec::new();
-        let link = sides(programs, Layer::Link)?;
-        let network = sides(programs, Layer::Network)?;
         for (&device, Served { layer, name }) in served {
-            let programs = match layer {
-                Layer::Link => &link,
-                Layer::Network => &network,
-            };
-            for (side, program) in programs {
-                let side = *side;
+            load_programs(programs, *layer)?;
+            for (side, program) in sides(programs, *layer)? {
                 let result = match self.way {
-                    Way::Tcx => self.put_link(device, side, program),
-                    Way::Clsact => self.put_filter(device, side, program, own_qdiscs),
+                    Way::Tcx => self.put_link(device, side, &program),
+                    Way::Clsact => self.put_filter(device, side, &program, own_qdiscs),
                 };
                 match result {
                     Ok(true) => debug!(

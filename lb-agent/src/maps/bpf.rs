@@ -600,6 +600,12 @@ impl BpfMaps {
         &mut self.pinned
     }
 
+    /// The programs, for those that are loaded when they are needed.
+    #[must_use]
+    pub fn programs_mut(&mut self) -> &mut Ebpf {
+        &mut self.programs
+    }
+
     /// The loaded programs.
     #[must_use]
     pub fn programs(&self) -> &Ebpf {

@@ -101,24 +101,24 @@ impl Packet {
 /// on untouched although it may be meant for a Service.
 pub type Foreign = Option<DropReason>;
 
-/// Reads the headers. `LINK` is the length of the header of the link layer: [`ETHERNET`] or zero.
+/// Reads the headers. `link` is the length of the header of the link layer: [`ETHERNET`] or zero.
 ///
 /// # Errors
 /// See [`Foreign`].
 #[inline(always)]
-pub fn parse<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
-    let version = if LINK == 0 {
+pub fn parse(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
+    let version = if link == 0 {
         match bytes.half(0).ok_or(None)? >> 12 {
             4 => ETHERTYPE_IPV4,
             6 => ETHERTYPE_IPV6,
             _ => return Err(None),
         }
     } else {
-        bytes.half(LINK - 2).ok_or(None)?
+        bytes.half(link - 2).ok_or(None)?
     };
     match version {
-        ETHERTYPE_IPV4 => parse_v4::<LINK>(bytes),
-        ETHERTYPE_IPV6 => parse_v6::<LINK>(bytes),
+        ETHERTYPE_IPV4 => parse_v4(bytes, link),
+        ETHERTYPE_IPV6 => parse_v6(bytes, link),
         _ => Err(None),
     }
 }
@@ -126,13 +126,13 @@ pub fn parse<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
 const CUT: Foreign = Some(DropReason::Malformed);
 
 #[inline(always)]
-fn parse_v4<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
+fn parse_v4(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
     // By two: the verifier does not follow a look at the very first byte alone.
-    let [first, tos] = bytes.half(LINK).ok_or(CUT)?.to_be_bytes();
-    let proto = bytes.byte(LINK + 9).ok_or(CUT)?;
+    let [first, tos] = bytes.half(link).ok_or(CUT)?.to_be_bytes();
+    let proto = bytes.byte(link + 9).ok_or(CUT)?;
     match proto {
         ip_protocol::TCP | ip_protocol::UDP => {}
-        proto => return Err(other(proto, || bytes.half(LINK + (first & 15) as usize * 4))),
+        proto => return Err(other(proto, || bytes.half(link + (first & 15) as usize * 4))),
     }
     if first != 0x45 {
         // Version 4 and five words, or there are options. Fewer are nonsense.
@@ -142,34 +142,34 @@ fn parse_v4<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
             DropReason::Malformed
         }));
     }
-    if bytes.half(LINK + 6).ok_or(CUT)? & FRAGMENT != 0 {
+    if bytes.half(link + 6).ok_or(CUT)? & FRAGMENT != 0 {
         return Err(Some(DropReason::Fragment));
     }
     let packet = Packet {
-        src: Words::from_v4(bytes.word(LINK + 12).ok_or(CUT)?),
-        dst: Words::from_v4(bytes.word(LINK + 16).ok_or(CUT)?),
+        src: Words::from_v4(bytes.word(link + 12).ok_or(CUT)?),
+        dst: Words::from_v4(bytes.word(link + 16).ok_or(CUT)?),
         src_port: 0,
         dst_port: 0,
         proto,
         flags: 0,
-        ttl: bytes.byte(LINK + 8).ok_or(CUT)?,
+        ttl: bytes.byte(link + 8).ok_or(CUT)?,
         tos,
         transport: 0,
     };
-    let len = bytes.half(LINK + 2).ok_or(CUT)?;
-    parse_transport::<LINK, IPV4>(bytes, packet, len)
+    let len = bytes.half(link + 2).ok_or(CUT)?;
+    parse_transport::<IPV4>(bytes, link, packet, len)
 }
 
 #[inline(always)]
-fn parse_v6<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
-    let first = bytes.half(LINK).ok_or(CUT)?;
-    let proto = bytes.byte(LINK + 6).ok_or(CUT)?;
+fn parse_v6(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
+    let first = bytes.half(link).ok_or(CUT)?;
+    let proto = bytes.byte(link + 6).ok_or(CUT)?;
     match proto {
         ip_protocol::TCP | ip_protocol::UDP => {}
         // Hop-by-hop, routing, authentication, destination options, mobility (RFC 8200, RFC 4302, RFC 6275).
         0 | 43 | 51 | 60 | 135 => return Err(Some(DropReason::HeaderOptions)),
         44 => return Err(Some(DropReason::Fragment)),
-        proto => return Err(other(proto, || bytes.half(LINK + IPV6))),
+        proto => return Err(other(proto, || bytes.half(link + IPV6))),
     }
     if first >> 12 != 6 {
         return Err(CUT);
@@ -182,12 +182,12 @@ fn parse_v6<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
             bytes.word(at + 12)?,
         ]))
     };
-    let (src, dst) = (addr(LINK + 8).ok_or(CUT)?, addr(LINK + 24).ok_or(CUT)?);
+    let (src, dst) = (addr(link + 8).ok_or(CUT)?, addr(link + 24).ok_or(CUT)?);
     if src.is_v4() || dst.is_v4() {
         // No such address is on the wire (RFC 4291, 2.5.5.2), and in the maps it would be another.
         return Err(CUT);
     }
-    let payload = bytes.half(LINK + 4).ok_or(CUT)?;
+    let payload = bytes.half(link + 4).ok_or(CUT)?;
     let packet = Packet {
         src,
         dst,
@@ -195,14 +195,14 @@ fn parse_v6<const LINK: usize>(bytes: &impl Bytes) -> Result<Packet, Foreign> {
         dst_port: 0,
         proto,
         flags: 0,
-        ttl: bytes.byte(LINK + 7).ok_or(CUT)?,
+        ttl: bytes.byte(link + 7).ok_or(CUT)?,
         tos: (first >> 4) as u8,
         transport: 0,
     };
     if payload == 0 && !bytes.is_merged() {
         return Err(CUT);
     }
-    parse_transport::<LINK, IPV6>(bytes, packet, payload.checked_add(IPV6 as u16).unwrap_or(0))
+    parse_transport::<IPV6>(bytes, link, packet, payload.checked_add(IPV6 as u16).unwrap_or(0))
 }
 
 /// `first`: the first two bytes after the IP header, type and code of ICMP.
@@ -221,12 +221,13 @@ fn other(proto: u8, first: impl FnOnce() -> Option<u16>) -> Foreign {
 
 /// `len`: of the whole packet from its IP header on, as that says.
 #[inline(always)]
-fn parse_transport<const LINK: usize, const IP: usize>(
+fn parse_transport<const IP: usize>(
     bytes: &impl Bytes,
+    link: usize,
     mut packet: Packet,
     len: u16,
 ) -> Result<Packet, Foreign> {
-    let at = LINK + IP;
+    let at = link + IP;
     let there = bytes.size().saturating_sub(at);
     packet.src_port = bytes.half(at).ok_or(CUT)?;
     packet.dst_port = bytes.half(at + 2).ok_or(CUT)?;
