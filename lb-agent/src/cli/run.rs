@@ -187,7 +187,7 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
     let mut addresses = links::follow(selection.looks_at_routes()).context("listing the node's devices")?;
     let patterns = selection.devices.clone();
     let packets = Packets::open(&args.packets, patterns, &maps, lock.pins(), addresses.clone())?;
-    let reconciler = Reconciler::adopt(maps, &node)?.with_inside(&args.source.inside(config));
+    let reconciler = Reconciler::adopt(maps, &node)?.with_inside(args.source.inside(config));
     let node_ports = NodePorts {
         selection,
         written: None,
