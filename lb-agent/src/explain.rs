@@ -490,8 +490,7 @@ fn set_name(set: Set) -> &'static str {
 }
 
 fn why_no_member(backend: &Backend, set: Set) -> String {
-    const SETS: u16 = backend_flags::INTERNAL | backend_flags::EXTERNAL | backend_flags::CLUSTER;
-    if backend.flags & SETS == 0 {
+    if backend.flags & backend_flags::SETS == 0 {
         return "drains: it serves what it has, and gets nothing new".into();
     }
     let name = set_name(set);
