@@ -4,7 +4,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use crate::{Agent, Cluster, Running};
+use crate::{Agent, Cluster, Node, Running};
 use anyhow::{Context as _, Result};
 
 /// A port of a Service of the tests, or of its endpoints.
@@ -148,6 +148,20 @@ pub fn web_and_dns(
         }
     }
     text
+}
+
+/// The Node object of a node: the networks of its pods, and its addresses; as YAML.
+#[must_use]
+pub fn node(node: &Node) -> String {
+    format!(
+        "apiVersion: v1\nkind: Node\nmetadata: {{name: {}}}\nspec: {{podCIDRs: [\"{}/24\", \"{}/64\"]}}\nstatus: \
+         {{addresses: [{{type: InternalIP, address: \"{}\"}}, {{type: InternalIP, address: \"{}\"}}]}}\n---\n",
+        node.name(),
+        node.pod_network(),
+        node.pod_network6(),
+        node.address(),
+        node.address6()
+    )
 }
 
 /// A folder of manifests of a cluster.

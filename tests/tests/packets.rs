@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use lb_tests::manifests::{Manifests, Port, service, slice, slice_with_conditions, web_and_dns};
+use lb_tests::manifests::{Manifests, Port, node, service, slice, slice_with_conditions, web_and_dns};
 use lb_tests::puppet::plain;
 use lb_tests::{
     Answer, Call, Cluster, Kind, Node, Place, Pod, Process, Running, Testbed, Underlay, patience, scaled_above,
@@ -109,19 +109,8 @@ impl Setup {
             servers.extend(serve(pod, pod.name(), TARGET)?);
         }
         let manifests = Manifests::new(&cluster)?;
-        let mut text = String::new();
-        for node in cluster.nodes() {
-            text += &format!(
-                "apiVersion: v1\nkind: Node\nmetadata: {{name: {}}}\nspec: {{podCIDRs: [\"{}/24\", \"{}/64\"]}}\nstatus: \
-                 {{addresses: [{{type: InternalIP, address: \"{}\"}}, {{type: InternalIP, address: \"{}\"}}]}}\n---\n",
-                node.name(),
-                node.pod_network(),
-                node.pod_network6(),
-                node.address(),
-                node.address6()
-            );
-        }
-        manifests.write("nodes.yaml", &text)?;
+        let nodes: Vec<_> = cluster.nodes().iter().map(node).collect();
+        manifests.write("nodes.yaml", &nodes.concat())?;
         let agents = [
             manifests.serve(&cluster, "n1", BED.as_ref(), flags)?,
             manifests.serve(&cluster, "n2", BED.as_ref(), flags)?,
