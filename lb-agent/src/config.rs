@@ -16,7 +16,6 @@ use self::file::{File, Time};
 use crate::face::BindAddress;
 use crate::node::addrs::Wanted;
 use crate::node::conntrack;
-use crate::nodes::Inside;
 
 /// The one version there is.
 const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
@@ -58,12 +57,12 @@ pub enum DetectLocal {
 }
 
 impl DetectLocal {
-    /// Which sources are inside the cluster. What is told by devices has the default.
+    /// Networks that are inside the cluster, besides this node's addresses and its pods. What is told by devices adds none.
     #[must_use]
-    pub fn inside(&self) -> Inside {
+    pub fn inside(&self) -> &[IpNet] {
         match self {
-            Self::ClusterCidr(networks) if !networks.is_empty() => Inside::Networks(networks.clone()),
-            Self::NodeCidr | Self::ClusterCidr(_) | Self::Bridge(_) | Self::DevicePrefix(_) => Inside::ThisNode,
+            Self::ClusterCidr(networks) => networks,
+            Self::NodeCidr | Self::Bridge(_) | Self::DevicePrefix(_) => &[],
         }
     }
 }

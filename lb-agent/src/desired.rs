@@ -17,7 +17,7 @@ use crate::maps::prefix::{self, Prefix};
 use crate::model::{
     Change, EndpointSlice, ObjectKey, Problem, ProblemKind, Protocol, Service, ServicePort, ServiceType,
 };
-use crate::nodes::{Changed, Inside, Nodes};
+use crate::nodes::{Changed, Nodes};
 use crate::policy::{self, Here, Member, Wanted};
 
 /// What a service index stands for: one port of a Service in one family. Two with the same identity are the same, even
@@ -326,8 +326,8 @@ impl Touched {
 pub struct Site {
     /// Name of the Node.
     pub node: String,
-    /// Which sources are inside the cluster.
-    pub inside: Inside,
+    /// Networks that are inside the cluster, besides the addresses and the pods of this node.
+    pub inside: Vec<IpNet>,
     /// Addresses of this node's devices.
     pub addresses: BTreeSet<Addr>,
 }
@@ -367,7 +367,7 @@ pub struct Desired {
 impl Desired {
     /// Nothing but what a site is by itself.
     #[must_use]
-    pub(crate) fn new(inside: &Inside) -> Self {
+    pub(crate) fn new(inside: &[IpNet]) -> Self {
         Self {
             nodes: Nodes::new(inside),
             ..Self::default()

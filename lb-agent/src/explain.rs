@@ -218,18 +218,10 @@ impl Tables for View<'_> {
 }
 
 impl Explanation {
-    /// Adds what becomes of the packets of a socket that is left alone, where they come from one of these addresses.
-    pub(crate) fn with_packets(
-        mut self,
-        maps: &Snapshot,
-        from: impl IntoIterator<Item = Addr>,
-        to: Destination,
-    ) -> Self {
-        let is_usable = |addr: &IpAddr| match addr {
-            IpAddr::V4(_) => to.addr.is_v4(),
-            IpAddr::V6(v6) => !to.addr.is_v4() && !v6.is_unicast_link_local(),
-        };
-        let from = from.into_iter().map(IpAddr::from).find(is_usable);
+    /// Adds what becomes of the packets of a socket that is left alone, where they come from an address: none leave from
+    /// loopback.
+    pub(crate) fn with_packets(mut self, maps: &Snapshot, from: Option<IpAddr>, to: Destination) -> Self {
+        let from = from.filter(|from| from.is_ipv4() == to.addr.is_v4() && !from.is_loopback());
         if let (Outcome::Untouched { .. }, Some(from)) = (&self.outcome, from) {
             let outcome = explain_packet(maps, from, to).outcome;
             self.packets = Some(Packets { from, outcome });
@@ -490,8 +482,7 @@ fn set_name(set: Set) -> &'static str {
 }
 
 fn why_no_member(backend: &Backend, set: Set) -> String {
-    const SETS: u16 = backend_flags::INTERNAL | backend_flags::EXTERNAL | backend_flags::CLUSTER;
-    if backend.flags & SETS == 0 {
+    if backend.flags & backend_flags::SETS == 0 {
         return "drains: it serves what it has, and gets nothing new".into();
     }
     let name = set_name(set);

@@ -9,17 +9,6 @@ use lb_common::abi::{Addr, cluster_flags};
 use crate::maps::prefix::{Prefix, covers_v4, normal};
 use crate::model::Node;
 
-/// Which sources of packets are inside the cluster, besides this node's addresses.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Inside {
-    /// `spec.podCIDRs` of this node's own Node. What pods of other nodes send to this one, they send it as to any machine
-    /// outside: on their own node nothing has made it short.
-    #[default]
-    ThisNode,
-    /// These networks.
-    Networks(Vec<IpNet>),
-}
-
 /// What a change concerns.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Changed {
@@ -44,6 +33,10 @@ impl Named {
 }
 
 /// All Nodes, and this node's own addresses. A change costs what it concerns.
+///
+/// Inside the cluster are this node's addresses, its pods (`spec.podCIDRs` of its own Node), and networks that are given.
+/// What pods of other nodes send to this one, they send it as to any machine outside: on their own node nothing has made
+/// it short.
 #[derive(Debug, Default)]
 pub struct Nodes {
     /// Addresses of this node's devices.
@@ -58,14 +51,12 @@ pub struct Nodes {
 const ALL_V4: IpNet = IpNet::V4(Ipv4Net::new_assert(std::net::Ipv4Addr::UNSPECIFIED, 0));
 
 impl Nodes {
-    /// Without any Node or address.
+    /// Without any Node or address: these networks are inside the cluster.
     #[must_use]
-    pub fn new(inside: &Inside) -> Self {
+    pub fn new(inside: &[IpNet]) -> Self {
         let mut new = Self::default();
-        if let Inside::Networks(networks) = inside {
-            for net in networks {
-                new.name(*net, cluster_flags::INSIDE, true, &mut Changed::default());
-            }
+        for net in inside {
+            new.name(*net, cluster_flags::INSIDE, true, &mut Changed::default());
         }
         new
     }
@@ -111,14 +102,12 @@ impl Nodes {
                 count(self.others.entry(addr).or_default(), is_there);
                 changed.addresses.insert(addr);
             }
+            if !is_own {
+                // Its pods are as whoever is outside.
+                continue;
+            }
             for net in &node.pod_cidrs {
-                // What is neither is not asked about.
-                let flags = if is_own {
-                    cluster_flags::INSIDE | cluster_flags::HERE
-                } else {
-                    0
-                };
-                self.name(*net, flags, is_there, changed);
+                self.name(*net, cluster_flags::INSIDE | cluster_flags::HERE, is_there, changed);
             }
         }
         for addr in before.into_iter().flat_map(|node| &node.addresses) {
@@ -131,9 +120,6 @@ impl Nodes {
 
     /// Names a network once more, or once less.
     fn name(&mut self, net: IpNet, flags: u32, once_more: bool, changed: &mut Changed) {
-        if flags == 0 {
-            return;
-        }
         let net = normal(net);
         let mut entry = match self.networks.entry(net) {
             Entry::Occupied(entry) => entry,

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use lb_common::abi::{Addr, Frontend, FrontendKey, FrontendKind, Service, SetWord};
 use lb_common::logic::generation;
 use tracing::{debug, warn};
@@ -22,7 +23,6 @@ use crate::maps::prefix::Prefix;
 use crate::maps::{Capacities, Epoch, MapError, Maps};
 use crate::memory;
 use crate::model::{Batch, Node, ObjectKey, Problem, ProblemKind};
-use crate::nodes::Inside;
 
 /// Number of changes in one batch after which memory is given back.
 const LARGE: usize = 1000;
@@ -117,9 +117,10 @@ impl<M: Maps> Reconciler<M> {
         })
     }
 
-    /// Which sources are inside the cluster; to be said before anything is applied.
+    /// Networks that are inside the cluster, besides the addresses and the pods of this node; to be said before anything is
+    /// applied.
     #[must_use]
-    pub fn with_inside(mut self, inside: &Inside) -> Self {
+    pub fn with_inside(mut self, inside: &[IpNet]) -> Self {
         self.desired = Desired::new(inside);
         self
     }

@@ -4,7 +4,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use crate::{Agent, Cluster, Running};
+use crate::{Agent, Cluster, Node, Running};
 use anyhow::{Context as _, Result};
 
 /// A port of a Service of the tests, or of its endpoints.
@@ -119,6 +119,49 @@ pub fn slice_with_conditions(service: &str, port: Port<'_>, endpoints: &[(IpAddr
     }
     text.push_str("---\n");
     text
+}
+
+/// A Service `web` by TCP and `dns` by UDP, at ports 80 and 53 of 10.96.0.`last` and its like of IPv6, with the ports of
+/// its endpoints, which are of either family or both; as YAML. `more` is added to its spec.
+#[must_use]
+pub fn web_and_dns(
+    name: &str,
+    last: u8,
+    node_ports: Option<[u16; 2]>,
+    more: &str,
+    endpoints: &[(IpAddr, &str)],
+    target: [u16; 2],
+) -> String {
+    let (web, dns) = (Port::tcp("web", 80), Port::udp("dns", 53));
+    let ports = match node_ports {
+        Some([tcp, udp]) => [web.on_nodes(tcp), dns.on_nodes(udp)],
+        None => [web, dns],
+    };
+    let mut text = service(name, &format!("10.96.0.{last},fd00:96::{last}"), &ports, more);
+    for port in [Port::tcp("web", target[0]), Port::udp("dns", target[1])] {
+        for v6 in [false, true] {
+            let family: Vec<_> = endpoints.iter().filter(|(ip, _)| ip.is_ipv6() == v6).copied().collect();
+            // Without endpoints, one slice.
+            if !v6 || !family.is_empty() {
+                text += &slice(name, port, &family);
+            }
+        }
+    }
+    text
+}
+
+/// The Node object of a node: the networks of its pods, and its addresses; as YAML.
+#[must_use]
+pub fn node(node: &Node) -> String {
+    format!(
+        "apiVersion: v1\nkind: Node\nmetadata: {{name: {}}}\nspec: {{podCIDRs: [\"{}/24\", \"{}/64\"]}}\nstatus: \
+         {{addresses: [{{type: InternalIP, address: \"{}\"}}, {{type: InternalIP, address: \"{}\"}}]}}\n---\n",
+        node.name(),
+        node.pod_network(),
+        node.pod_network6(),
+        node.address(),
+        node.address6()
+    )
 }
 
 /// A folder of manifests of a cluster.

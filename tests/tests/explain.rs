@@ -663,11 +663,20 @@ fn who_asks_decides() -> Result<()> {
     let maps = setup.maps()?;
     let to: SocketAddr = "10.96.1.1:80".parse()?;
     let (pod, node) = (Client::new(&setup.client)?, Client::new(setup.node())?);
+    // Lower than that of its device, and no source of packets that leave.
+    setup.client.add_address("10.0.0.1/32", "lo")?;
+    let source = setup.client.address().to_string();
     let why = |answer: &Value| answer["outcome"]["why"].as_str().unwrap_or_default().to_owned();
     for proto in [Protocol::Tcp, Protocol::Udp] {
         let answer = compare(&setup, &maps, &pod, proto, to)?;
         assert!(why(&answer).contains("--socket-lb node"), "{answer:#}");
         assert_eq!(answer["client"]["on_node"], false);
+        assert_eq!(answer["packets"]["from"], *source, "{answer:#}");
+    }
+    // What does not leave has no packets.
+    for own in [&source, "127.0.0.1", "[::1]"] {
+        let answer = pod.explain(&setup.agent, &format!("{own}:80"))?;
+        assert!(answer["packets"].is_null(), "{answer:#}");
     }
     let answer = compare(&setup, &maps, &node, Protocol::Tcp, to)?;
     assert_eq!(

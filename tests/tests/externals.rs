@@ -1,14 +1,30 @@
 //! External and load-balancer addresses at connect time, and which sockets are served at all.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::Result;
-use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::manifests::{Manifests, Port, node, service, slice};
 use lb_tests::{Call, Cluster, Connect, Kind, Place, Pod, Process, Running, Testbed};
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const TARGET: Port<'static> = Port::tcp("web", 8080);
+const NODE_PORT: u16 = 30080;
+
+/// Who is served, in the cluster.
+const SERVED: [(&str, bool); 8] = [
+    ("198.51.100.7:80", true),
+    ("[2001:db8::7]:80", true),
+    ("192.0.2.1:80", true),
+    // The load balancer proxies: its address is its own.
+    ("192.0.2.2:80", false),
+    // Who may come by it is for the packet path to say; a socket hook does not know the source.
+    ("192.0.2.3:80", false),
+    ("10.96.0.22:80", true),
+    ("10.96.0.23:80", true),
+    // Ports that an external address does not have are no socket hook's business, and packets to them are refused.
+    ("198.51.100.7:81", false),
+];
 
 fn bed() -> Testbed {
     Testbed::new(BED)
@@ -42,7 +58,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     let text = service(
         "external",
         "10.96.0.20,fd00:96::20",
-        &port,
+        &[Port::tcp("web", 80).on_nodes(NODE_PORT)],
         // No endpoint is on n1: clients inside the cluster are served by all the same.
         "type: NodePort\n  externalTrafficPolicy: Local\n  externalIPs: [198.51.100.7, \"2001:db8::7\"]",
     ) + &slice("external", TARGET, &[(remote.address().into(), "n2")])
@@ -60,6 +76,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
             "{ip: 192.0.2.3}",
             "loadBalancerSourceRanges: [203.0.113.0/24]",
         );
+    manifests.write("node.yaml", &node(cluster.node("n1")))?;
     manifests.write("web.yaml", &text)?;
     let agent = manifests.serve(&cluster, "n1", BED.as_ref(), flags)?;
     Ok(Setup {
@@ -87,19 +104,7 @@ fn is_served(from: &Place, to: &str) -> Result<bool> {
 fn addresses_from_outside_are_served_inside_with_cluster_semantics() -> Result<()> {
     let setup = setup(&[])?;
     for place in [&*setup.client, &**setup.cluster.node("n1")] {
-        for (to, served) in [
-            ("198.51.100.7:80", true),
-            ("[2001:db8::7]:80", true),
-            ("192.0.2.1:80", true),
-            // The load balancer proxies: its address is its own.
-            ("192.0.2.2:80", false),
-            // Who may come by it is for the packet path to say; a socket hook does not know the source.
-            ("192.0.2.3:80", false),
-            ("10.96.0.22:80", true),
-            ("10.96.0.23:80", true),
-            // Ports that an external address does not have are not lb's business.
-            ("198.51.100.7:81", false),
-        ] {
+        for (to, served) in SERVED {
             assert_eq!(is_served(place, to)?, served, "{to} from {}", place.name());
         }
     }
@@ -111,11 +116,18 @@ fn only_the_nodes_own_sockets_are_served_where_the_flag_says_so() -> Result<()> 
     let setup = setup(&["--socket-lb", "node"])?;
     assert!(is_served(setup.cluster.node("n1"), "10.96.0.20:80")?);
     assert!(is_served(setup.cluster.node("n1"), "[fd00:96::20]:80")?);
-    // Of a pod the packets are.
-    for vip in ["10.96.0.20:80", "[fd00:96::20]:80"] {
-        assert!(is_served(&setup.client, vip)?, "{vip}");
+    // Of a pod the packets are, at addresses of every kind.
+    let node = setup.cluster.node("n1");
+    let own = [IpAddr::from(node.address()), node.address6().into()];
+    let own = own.map(|ip| SocketAddr::new(ip, NODE_PORT).to_string());
+    let others = own
+        .iter()
+        .map(String::as_str)
+        .chain(["10.96.0.20:80", "[fd00:96::20]:80"]);
+    for (to, served) in SERVED.into_iter().chain(others.map(|to| (to, true))) {
+        assert_eq!(is_served(&setup.client, to)?, served, "{to}");
         let flows = setup.agent.ask(&["conntrack", "list"])?;
-        assert!(flows.contains(vip), "{flows}");
+        assert_eq!(flows.contains(to), served, "{to}: {flows}");
     }
     // The send is not refused, though the port is none of the service's: the packet is.
     let text = "x".to_owned();

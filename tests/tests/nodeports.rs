@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use lb_tests::manifests::{Manifests, Port, service, slice};
+use lb_tests::manifests::{Manifests, web_and_dns};
 use lb_tests::puppet::plain;
 use lb_tests::{Answer, Call, Cluster, Kind, Node, Place, Pod, Process, Running, Testbed, patience};
 
@@ -152,32 +152,6 @@ impl Setup {
     }
 }
 
-/// Ports and endpoints of a Service in both families.
-fn served(
-    name: &str,
-    last: u8,
-    node_ports: Option<[u16; 2]>,
-    more: &str,
-    endpoints: &[(IpAddr, &str)],
-    target: [u16; 2],
-) -> String {
-    let (web, dns) = (Port::tcp("web", 80), Port::udp("dns", 53));
-    let ports = match node_ports {
-        Some([tcp, udp]) => [web.on_nodes(tcp), dns.on_nodes(udp)],
-        None => [web, dns],
-    };
-    let mut text = service(name, &format!("10.96.0.{last},fd00:96::{last}"), &ports, more);
-    for port in [Port::tcp("web", target[0]), Port::udp("dns", target[1])] {
-        for v6 in [false, true] {
-            let family: Vec<_> = endpoints.iter().filter(|(ip, _)| ip.is_ipv6() == v6).copied().collect();
-            if !family.is_empty() {
-                text += &slice(name, port, &family);
-            }
-        }
-    }
-    text
-}
-
 const TARGET: [u16; 2] = [8080, 5353];
 
 fn setup(flags: &[&str]) -> Result<Setup> {
@@ -190,7 +164,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     // No endpoint is on this node: clients inside the cluster are served by all the same.
     let policy = "type: NodePort\n  externalTrafficPolicy: Local";
     let endpoints = addresses.map(|ip| (ip, "n2"));
-    let text = served("web", 20, Some([WEB, DNS]), policy, &endpoints, TARGET);
+    let text = web_and_dns("web", 20, Some([WEB, DNS]), policy, &endpoints, TARGET);
     manifests.write("web.yaml", &text)?;
     let agent = manifests.serve(&cluster, "n1", BED.as_ref(), flags)?;
     Ok(Setup {
@@ -258,7 +232,7 @@ fn the_client_keeps_its_address() -> Result<()> {
     let n1 = setup.node();
     let _server = bed().serve_with(&setup.far, &["[::]:8081=far"], &["--tell-source"])?;
     let endpoints = [(setup.far.address().into(), "n2"), (setup.far.address6().into(), "n2")];
-    let text = served("told", 21, Some([30081, 30054]), "", &endpoints, [8081, 5354]);
+    let text = web_and_dns("told", 21, Some([30081, 30054]), "", &endpoints, [8081, 5354]);
     setup.write("told.yaml", &text)?;
     let (v4, v6): (IpAddr, IpAddr) = (setup.client.address().into(), setup.client.address6().into());
     for (to, port, source) in [
@@ -414,7 +388,7 @@ fn a_node_port_cannot_be_bound_on_the_node() -> Result<()> {
         }
     }
     assert_eq!(setup.agent.status()?.dropped("node_port_taken")?, refused);
-    setup.write("web.yaml", &served("web", 20, None, "", &[], TARGET))?;
+    setup.write("web.yaml", &web_and_dns("web", 20, None, "", &[], TARGET))?;
     for (kind, taken, _) in kinds {
         assert_eq!(
             bind(n1, kind, ip("0.0.0.0"), taken)?,
@@ -433,7 +407,7 @@ fn a_backend_reaches_itself_and_a_node_may_be_one() -> Result<()> {
     let both = |v4, v6| [IpAddr::V4(v4), IpAddr::V6(v6)];
     let near_addresses = both(near.address(), near.address6());
     let _near = serve(&near, "near", &near_addresses, TARGET)?;
-    let mut text = served(
+    let mut text = web_and_dns(
         "near",
         30,
         Some([30082, 30055]),
@@ -446,7 +420,7 @@ fn a_backend_reaches_itself_and_a_node_may_be_one() -> Result<()> {
         let addresses = both(node.address(), node.address6());
         hosts.push(serve(node, service, &addresses, [9000, 9001])?);
         let endpoints = addresses.map(|ip| (ip, node.name()));
-        text += &served(service, last, Some(ports), "", &endpoints, [9000, 9001]);
+        text += &web_and_dns(service, last, Some(ports), "", &endpoints, [9000, 9001]);
     }
     setup.write("more.yaml", &text)?;
     for (service, last, ports) in [

@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use lb_tests::manifests::{Manifests, Port, service, slice, slice_with_conditions};
+use lb_tests::manifests::{Manifests, Port, node, service, slice, slice_with_conditions, web_and_dns};
 use lb_tests::puppet::plain;
 use lb_tests::{
     Answer, Call, Cluster, Kind, Node, Place, Pod, Process, Running, Testbed, Underlay, patience, scaled_above,
@@ -109,19 +109,8 @@ impl Setup {
             servers.extend(serve(pod, pod.name(), TARGET)?);
         }
         let manifests = Manifests::new(&cluster)?;
-        let mut text = String::new();
-        for node in cluster.nodes() {
-            text += &format!(
-                "apiVersion: v1\nkind: Node\nmetadata: {{name: {}}}\nspec: {{podCIDRs: [\"{}/24\", \"{}/64\"]}}\nstatus: \
-                 {{addresses: [{{type: InternalIP, address: \"{}\"}}, {{type: InternalIP, address: \"{}\"}}]}}\n---\n",
-                node.name(),
-                node.pod_network(),
-                node.pod_network6(),
-                node.address(),
-                node.address6()
-            );
-        }
-        manifests.write("nodes.yaml", &text)?;
+        let nodes: Vec<_> = cluster.nodes().iter().map(node).collect();
+        manifests.write("nodes.yaml", &nodes.concat())?;
         let agents = [
             manifests.serve(&cluster, "n1", BED.as_ref(), flags)?,
             manifests.serve(&cluster, "n2", BED.as_ref(), flags)?,
@@ -176,22 +165,7 @@ fn of(pod: &Pod) -> [(IpAddr, &str); 2] {
 
 /// A Service with node ports in both families and both protocols.
 fn web(endpoints: &[(IpAddr, &str)], more: &str) -> String {
-    web_at("web", 20, [WEB, DNS], endpoints, more)
-}
-
-fn web_at(name: &str, last: u8, [tcp, udp]: [u16; 2], endpoints: &[(IpAddr, &str)], more: &str) -> String {
-    let ports = [Port::tcp("web", 80).on_nodes(tcp), Port::udp("dns", 53).on_nodes(udp)];
-    let mut text = service(name, &format!("10.96.0.{last},fd00:96::{last}"), &ports, more);
-    for port in [Port::tcp("web", TARGET[0]), Port::udp("dns", TARGET[1])] {
-        for v6 in [false, true] {
-            let family: Vec<_> = endpoints.iter().filter(|(ip, _)| ip.is_ipv6() == v6).copied().collect();
-            // Without endpoints, one slice.
-            if !v6 || !family.is_empty() {
-                text += &slice(name, port, &family);
-            }
-        }
-    }
-    text
+    web_and_dns("web", 20, Some([WEB, DNS]), more, endpoints, TARGET)
 }
 
 fn by(got: &BTreeSet<Got>) -> BTreeSet<&str> {
@@ -255,22 +229,24 @@ fn who_is_served_by_what() -> Result<()> {
     let on_host = [(IpAddr::from(host.address()), "n2"), (host.address6().into(), "n2")];
     let external = "externalIPs: [\"203.0.113.7\", \"2001:db8:7::7\"]";
     let texts = [
-        web_at(
+        web_and_dns(
             "local",
             21,
-            [30081, 30054],
-            &of(two),
+            Some([30081, 30054]),
             "type: NodePort\n  externalTrafficPolicy: Local",
+            &of(two),
+            TARGET,
         ),
-        web_at("none", 22, [30082, 30055], &[], "type: NodePort"),
-        web_at("host", 23, [30083, 30056], &on_host, "type: NodePort"),
-        web_at("external", 24, [30084, 30057], &of(one), external),
-        web_at(
+        web_and_dns("none", 22, Some([30082, 30055]), "type: NodePort", &[], TARGET),
+        web_and_dns("host", 23, Some([30083, 30056]), "type: NodePort", &on_host, TARGET),
+        web_and_dns("external", 24, Some([30084, 30057]), external, &of(one), TARGET),
+        web_and_dns(
             "narrow",
             25,
-            [30085, 30058],
-            &of(two),
+            Some([30085, 30058]),
             &format!("type: LoadBalancer\n  loadBalancerSourceRanges: [\"{client4}/32\", \"{client6}/127\"]"),
+            &of(two),
+            TARGET,
         )
         .replacen(
             "---\n",

@@ -8,9 +8,10 @@ use std::thread;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use etherparse::icmpv4::DestUnreachableHeader as Unreachable;
+use etherparse::icmpv6::DestUnreachableCode;
 use etherparse::{
-    Icmpv4Type, Icmpv6Type, NetHeaders, PacketBuilder, PacketBuilderStep, PacketHeaders, TransportHeader, icmpv4,
-    icmpv6,
+    Icmpv4Type, Icmpv6Type, NetHeaders, PacketBuilder, PacketBuilderStep, PacketHeaders, TransportHeader,
 };
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::Capacities;
@@ -174,6 +175,40 @@ fn checked(bytes: &[u8]) -> Result<PacketHeaders<'_>> {
         other => bail!("{other:?}"),
     }
     Ok(headers)
+}
+
+/// What an ICMP error says, in either family.
+#[derive(Debug, PartialEq, Eq)]
+enum Told {
+    NoSuchPort,
+    TooOld,
+    /// What would not be: of IPv4.
+    TooLong(u16),
+}
+
+/// What a packet is told that was sent: by the address that it asked, and with the beginning of it.
+fn told(bytes: &[u8], sent: &Sent) -> Result<Told> {
+    let headers = checked(bytes)?;
+    let (from, to, _) = addresses(&headers)?;
+    ensure!((from, to) == (sent.to.ip(), sent.from.ip()), "from {from} to {to}");
+    let quoted = headers.payload.slice();
+    ensure!(sent.bytes()[14..].starts_with(quoted), "{quoted:?}");
+    Ok(match headers.transport {
+        Some(TransportHeader::Icmpv4(icmp)) => match icmp.icmp_type {
+            Icmpv4Type::DestinationUnreachable(Unreachable::Port) => Told::NoSuchPort,
+            Icmpv4Type::DestinationUnreachable(Unreachable::FragmentationNeeded { next_hop_mtu }) => {
+                Told::TooLong(next_hop_mtu)
+            }
+            Icmpv4Type::TimeExceeded(_) => Told::TooOld,
+            other => bail!("{other:?}"),
+        },
+        Some(TransportHeader::Icmpv6(icmp)) => match icmp.icmp_type {
+            Icmpv6Type::DestinationUnreachable(DestUnreachableCode::Port) => Told::NoSuchPort,
+            Icmpv6Type::TimeExceeded(_) => Told::TooOld,
+            other => bail!("{other:?}"),
+        },
+        other => bail!("{other:?}"),
+    })
 }
 
 /// A node whose maps this process fills, and whose programs it runs.
@@ -448,31 +483,18 @@ fn who_has_no_endpoint_is_refused() -> Result<()> {
         assert_eq!(verdict, REDIRECT, "{sent:?}");
         let link = &out[..12];
         assert_eq!(link, [MACS.0, MACS.1].concat(), "back to whom it came from");
+        if ask == What::Datagram {
+            assert_eq!(told(&out, &sent)?, Told::NoSuchPort);
+            continue;
+        }
         let headers = checked(&out)?;
         let (from, to, _) = addresses(&headers)?;
         assert_eq!((from, to), (sent.to.ip(), sent.from.ip()));
-        if ask == What::Syn {
-            let Some(TransportHeader::Tcp(tcp)) = headers.transport else {
-                bail!("{headers:?}");
-            };
-            assert!(tcp.rst && tcp.ack && !tcp.syn, "{tcp:?}");
-            assert_eq!((tcp.acknowledgment_number, tcp.source_port), (1001, 30080));
-            continue;
-        }
-        match headers.transport {
-            Some(TransportHeader::Icmpv4(icmp)) => assert_eq!(
-                icmp.icmp_type,
-                Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::Port)
-            ),
-            Some(TransportHeader::Icmpv6(icmp)) => assert_eq!(
-                icmp.icmp_type,
-                Icmpv6Type::DestinationUnreachable(icmpv6::DestUnreachableCode::Port)
-            ),
-            other => bail!("{other:?}"),
-        }
-        // It quotes what was sent.
-        let quoted = headers.payload.slice();
-        assert_eq!(quoted, &sent.bytes()[14..][..quoted.len()]);
+        let Some(TransportHeader::Tcp(tcp)) = headers.transport else {
+            bail!("{headers:?}");
+        };
+        assert!(tcp.rst && tcp.ack && !tcp.syn, "{tcp:?}");
+        assert_eq!((tcp.acknowledgment_number, tcp.source_port), (1001, 30080));
     }
     // Nobody refuses a refusal.
     let sent = Sent::new(What::Rst, client(false, 4000), bed.own(false, 30080));
@@ -493,19 +515,7 @@ fn who_cannot_go_on_is_told_why() -> Result<()> {
             ..Sent::new(ask, client(v6, 4000), bed.own(v6, 30080))
         };
         let (verdict, out) = bed.ingress("eth0", &old)?;
-        assert_eq!(verdict, REDIRECT);
-        let headers = checked(&out)?;
-        match headers.transport {
-            Some(TransportHeader::Icmpv4(icmp)) => {
-                assert!(matches!(icmp.icmp_type, Icmpv4Type::TimeExceeded(_)), "{icmp:?}");
-            }
-            Some(TransportHeader::Icmpv6(icmp)) => {
-                assert!(matches!(icmp.icmp_type, Icmpv6Type::TimeExceeded(_)), "{icmp:?}");
-            }
-            other => bail!("{other:?}"),
-        }
-        let quoted = headers.payload.slice();
-        assert_eq!(quoted, &old.bytes()[14..][..quoted.len()]);
+        assert_eq!((verdict, told(&out, &old)?), (REDIRECT, Told::TooOld));
     }
     // 1,500 bytes over VXLAN.
     let long = Sent {
@@ -513,15 +523,7 @@ fn who_cannot_go_on_is_told_why() -> Result<()> {
         ..Sent::new(What::Datagram, client(false, 4001), bed.own(false, 30080))
     };
     let (verdict, out) = bed.ingress("eth0", &long)?;
-    assert_eq!(verdict, REDIRECT);
-    let headers = checked(&out)?;
-    let Some(TransportHeader::Icmpv4(icmp)) = headers.transport else {
-        bail!("{headers:?}");
-    };
-    assert_eq!(
-        icmp.icmp_type,
-        Icmpv4Type::DestinationUnreachable(icmpv4::DestUnreachableHeader::FragmentationNeeded { next_hop_mtu: 1450 })
-    );
+    assert_eq!((verdict, told(&out, &long)?), (REDIRECT, Told::TooLong(1450)));
     assert_eq!(bed.dropped(DropReason::TooBig)?, 1);
     assert_eq!(bed.dropped(DropReason::TtlExceeded)?, 4);
     assert_eq!(bed.counted()?.1, 0, "told something, not refused");

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use lb_common::abi::{Affinity, AffinityKey, service_flags};
+use lb_common::abi::{Affinity, AffinityKey, backend_flags, service_flags};
 use lb_common::logic::connect::{Set, is_usable};
 use lb_common::logic::{affinity, generation};
 use serde::Serialize;
@@ -46,22 +46,28 @@ fn row(dump: &Dump, now: u64, key: &AffinityKey, entry: Affinity) -> Row {
         .backends
         .get(id as usize)
         .filter(|backend| generation::is_current(backend.generation, generation));
-    // Cluster IPs have the internal set, all else the whole cluster: which of them the client asked for is not known.
+    // Cluster IPs have the internal set, all else one that depends on the client: which of them it asked for is not known.
+    let other = if key.netns().is_some() || dump.is_inside(key.client) {
+        Set::Cluster
+    } else {
+        Set::External
+    };
     let usable =
         |set| backend.is_some_and(|b| is_usable(b.generation, b.service, b.flags, (key.service, generation), set));
     let (holds, state) = if service.flags & service_flags::AFFINITY == 0 {
         (false, "the service has no affinity")
     } else if !affinity::holds(used, now, service.affinity_timeout) {
         (false, "expired")
-    } else if backend.is_none() {
-        (false, "backend gone")
-    } else {
-        match (usable(Set::Internal), usable(Set::Cluster)) {
-            (false, false) => (false, "backend drains"),
+    } else if let Some(backend) = backend {
+        match (usable(Set::Internal), usable(other)) {
+            (false, false) if backend.flags & backend_flags::SETS == 0 => (false, "backend drains"),
+            (false, false) => (false, "backend serves others"),
             (false, true) => (true, "holds, not for cluster IPs"),
             (true, false) => (true, "holds, for cluster IPs only"),
             (true, true) => (true, "holds"),
         }
+    } else {
+        (false, "backend gone")
     };
     let age = age(used, now);
     Row {
@@ -115,7 +121,7 @@ mod tests {
     use super::*;
     use crate::maps::Maps as _;
     use crate::testing::{Builder as _, Cluster, apply, maps, service, slice, start};
-    use lb_common::abi::client_kind;
+    use lb_common::abi::{client_kind, cluster_flags};
 
     #[test]
     fn a_row_says_whether_it_holds() {
@@ -156,5 +162,54 @@ mod tests {
         let all = rows(&dump, &[(by_address, Affinity::default())].into(), 0);
         assert_eq!((all[0].netns, all[0].client), (None, Some([192, 0, 2, 1].into())));
         assert_eq!(all[0].backend, None);
+    }
+
+    #[test]
+    fn a_client_by_its_address_has_the_set_of_where_it_is() {
+        let mut lb = start(maps());
+        let mut cluster = Cluster::of([
+            service("web", "10.96.0.10").affinity(60).into(),
+            slice("web", &["10.10.1.2 @n1"]).into(),
+        ]);
+        apply(&mut lb, &mut cluster);
+        let mut dump = lb.maps().dump().unwrap();
+        let inside: ipnet::IpNet = "10.10.0.0/16".parse().unwrap();
+        dump.cluster_cidrs.insert(inside.into(), cluster_flags::INSIDE);
+        for (flags, outside, inside) in [
+            (
+                backend_flags::EXTERNAL,
+                "holds, not for cluster IPs",
+                "backend serves others",
+            ),
+            (
+                backend_flags::CLUSTER,
+                "backend serves others",
+                "holds, not for cluster IPs",
+            ),
+            (
+                backend_flags::INTERNAL,
+                "holds, for cluster IPs only",
+                "holds, for cluster IPs only",
+            ),
+            (backend_flags::SETS, "holds", "holds"),
+            (0, "backend drains", "backend drains"),
+        ] {
+            dump.backends[1].flags = flags;
+            for (client, expected) in [([192, 0, 2, 1], outside), ([10, 10, 2, 9], inside)] {
+                let key = AffinityKey {
+                    client: IpAddr::from(client).into(),
+                    service: 1,
+                    kind: client_kind::ADDRESS,
+                };
+                let entry = Affinity {
+                    backend: 1,
+                    generation: 1,
+                    used: 0,
+                };
+                let row = row(&dump, 0, &key, entry);
+                let holds = expected.starts_with("holds");
+                assert_eq!((row.state, row.holds), (expected, holds), "{client:?} {flags}");
+            }
+        }
     }
 }

@@ -176,11 +176,11 @@ fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> 
             explanation
         }
     };
-    let sources = match args.from {
-        From::Process(pid) => process::addresses(pid),
-        From::Address(ip) => [ip.into()].into(),
+    let source = match args.from {
+        From::Process(pid) => process::source(pid, Addr::from(to.addr.or_loopback()).into()),
+        From::Address(ip) => Some(ip.to_canonical()),
     };
-    let explanation = explanation.with_packets(&snapshot, sources, to);
+    let explanation = explanation.with_packets(&snapshot, source, to);
     Ok(Answer { client, explanation })
 }
 

@@ -27,7 +27,6 @@ use crate::config::Config;
 use crate::loader::{self, PinPath};
 use crate::maps::Capacities;
 use crate::maps::bpf::PinnedMaps;
-use crate::nodes::Inside;
 use crate::source::Source;
 use crate::source::connect::Settings;
 
@@ -165,12 +164,12 @@ impl SourceArgs {
         self.kubeconfig = self.kubeconfig.take().or_else(|| config.kubeconfig.clone());
     }
 
-    /// Which sources are inside the cluster.
-    fn inside(&self, config: Option<&Config>) -> Inside {
-        if !self.cluster_cidr.is_empty() {
-            return Inside::Networks(self.cluster_cidr.clone());
+    /// Networks that are inside the cluster, besides this node's addresses and its pods.
+    fn inside<'a>(&'a self, config: Option<&'a Config>) -> &'a [IpNet] {
+        match config {
+            Some(config) if self.cluster_cidr.is_empty() => config.detect_local.inside(),
+            _ => &self.cluster_cidr,
         }
-        config.map(|config| config.detect_local.inside()).unwrap_or_default()
     }
 
     fn node(&self) -> anyhow::Result<String> {

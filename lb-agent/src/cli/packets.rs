@@ -132,10 +132,7 @@ impl Packets {
 
     /// Makes DEVICES say what there is now.
     fn write(&mut self, maps: &mut BpfMaps) {
-        let mut devices = self
-            .snapshots
-            .borrow()
-            .sources(self.node.as_deref().unwrap_or_default());
+        let mut devices = self.snapshot.sources(self.node.as_deref().unwrap_or_default());
         self.own_qdiscs.retain(|index| devices.contains_key(index));
         for index in &self.own_qdiscs {
             if let Some(device) = devices.get_mut(index) {

@@ -1,17 +1,16 @@
 //! A process as a client: its network namespace, and whether it is below a cgroup.
 
-use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path};
 
 use anyhow::Context as _;
-use lb_common::abi::Addr;
 
 use crate::loader;
 use crate::maps::sys;
-use crate::node::{addrs, netns};
+use crate::node::{links, netns};
 
 /// Cookie of the network namespace of a process.
 pub(super) fn netns_cookie(pid: u32) -> anyhow::Result<u64> {
@@ -32,11 +31,12 @@ pub(super) fn netns_cookie(pid: u32) -> anyhow::Result<u64> {
         .context("SO_NETNS_COOKIE")
 }
 
-/// The addresses that packets of a process may come from; none where its network namespace cannot be looked into.
-pub(super) fn addresses(pid: u32) -> BTreeSet<Addr> {
+/// The address that packets of a process to another address come from; `None` where none leave for there, or where its
+/// network namespace cannot be looked into.
+pub(super) fn source(pid: u32, to: IpAddr) -> Option<IpAddr> {
     let netns = File::open(format!("/proc/{pid}/ns/net"));
-    let addresses = netns.and_then(|netns| netns::within(&netns, addrs::all)?);
-    addresses.unwrap_or_default()
+    let source = netns.and_then(|netns| netns::within(&netns, || links::source(to))?);
+    source.ok().flatten()
 }
 
 /// What a process calls itself; `?` where it is gone.

@@ -28,7 +28,7 @@ use crate::node::conntrack::Conntrack;
 use crate::node::destroy::{self, Destroyer};
 use crate::node::devices::Patterns;
 use crate::node::flows::{self, Collector, Turn};
-use crate::node::links::{self, Snapshot};
+use crate::node::links;
 use crate::reconcile::Reconciler;
 
 #[derive(Debug, Args)]
@@ -187,14 +187,14 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
     let mut addresses = links::follow(selection.looks_at_routes()).context("listing the node's devices")?;
     let patterns = selection.devices.clone();
     let packets = Packets::open(&args.packets, patterns, &maps, lock.pins(), addresses.clone())?;
-    let reconciler = Reconciler::adopt(maps, &node)?.with_inside(&args.source.inside(config));
+    let reconciler = Reconciler::adopt(maps, &node)?.with_inside(args.source.inside(config));
     let node_ports = NodePorts {
         selection,
         written: None,
         problem: None,
     };
     let mut agent = Agent::new(reconciler, &node, &cgroup, socket_lb, node_ports, packets, outside)?;
-    agent.note_own_addresses(&addresses.borrow());
+    agent.reconciler.set_addresses(addresses.borrow().own_addresses());
     let mut look = tokio::time::interval(LOOK);
     // The maps are filled before programs look at them, and before programs of an earlier build are replaced; what an
     // earlier run has left is enough where the source has to be waited for.
@@ -399,19 +399,13 @@ impl Agent {
         let node = self.reconciler.node().map(|node| node.addresses.clone());
         let maps = self.reconciler.maps_mut();
         let looked = self.packets.attach(maps, &node.unwrap_or_default(), look);
-        let own = self.packets.snapshot().clone();
-        self.note_own_addresses(&own);
+        // Before anything is served at them: no mark of a service address may be on an address of the node.
+        self.reconciler.set_addresses(self.packets.snapshot().own_addresses());
         self.write_addresses();
         if looked {
             self.packets.detach(self.reconciler.maps_mut());
             self.state.own_ports = self.packets.own_ports().into();
         }
-    }
-
-    /// Says which addresses are the node's, before anything is served: no mark of a service address may be on them.
-    fn note_own_addresses(&mut self, snapshot: &Snapshot) {
-        self.reconciler
-            .set_addresses(snapshot.select(&Selection::default(), None));
     }
 
     /// Makes NODE_ADDRS say which addresses serve node ports now.

@@ -97,7 +97,7 @@ pub(super) fn verify(mut args: VerifyArgs) -> anyhow::Result<ExitCode> {
         }
         let site = Site {
             node: node.clone(),
-            inside: args.source.inside(config.as_ref()),
+            inside: args.source.inside(config.as_ref()).to_vec(),
             addresses: addresses(netns)?,
         };
         let desired = Desired::of(batch.changes, site);

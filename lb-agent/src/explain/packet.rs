@@ -96,13 +96,8 @@ pub(crate) fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explana
 
 /// What CLUSTER_CIDRS says of an address.
 fn source(maps: &Snapshot, from: IpAddr) -> Source {
-    let around = maps
-        .dump
-        .cluster_cidrs
-        .iter()
-        .filter(|(cidr, _)| cidr.contains(from.into()));
-    let longest = around.max_by_key(|(cidr, _)| cidr.len);
-    let flags = longest.map_or(0, |(_, flags)| *flags);
+    let longest = maps.dump.cluster_cidr(from.into());
+    let flags = longest.map_or(0, |(_, flags)| flags);
     Source {
         address: from,
         inside: flags & cluster_flags::INSIDE != 0,

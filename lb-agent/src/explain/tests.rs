@@ -291,7 +291,6 @@ fn any_service(n: u8) -> impl Strategy<Value = [crate::model::Object; 2]> {
 
 /// What three Services make of the maps, then clients that were seen, and changes that an update is in the middle of.
 pub(super) fn any_maps() -> impl Strategy<Value = Snapshot> {
-    const SETS: u16 = backend_flags::INTERNAL | backend_flags::EXTERNAL | backend_flags::CLUSTER;
     let services = (any_service(1), any_service(2), any_service(3));
     // A network namespace, a backend, whether it is the one that was meant, and when.
     let client = (
@@ -301,7 +300,7 @@ pub(super) fn any_maps() -> impl Strategy<Value = Snapshot> {
         0..100_u64,
     );
     let clients = prop::collection::vec(client, 0..6);
-    let flags = prop::sample::select(vec![0, backend_flags::LOCAL, SETS]);
+    let flags = prop::sample::select(vec![0, backend_flags::LOCAL, backend_flags::SETS]);
     let backends = prop::collection::vec((0..13_usize, flags, prop::bool::weighted(0.2)), 0..4);
     let (ranges, emptied) = (prop::option::of(1..4_usize), prop::option::of(1..4_usize));
     let changes = (clients, backends, ranges, emptied);

@@ -32,6 +32,22 @@ pub struct Dump {
     pub cluster_cidrs: BTreeMap<Prefix<Addr>, u32>,
 }
 
+impl Dump {
+    /// What CLUSTER_CIDRS says of an address: the longest network there that it is in, with its flags.
+    pub(crate) fn cluster_cidr(&self, addr: Addr) -> Option<(&Prefix<Addr>, u32)> {
+        let around = self.cluster_cidrs.iter().filter(|(cidr, _)| cidr.contains(addr));
+        around
+            .max_by_key(|(cidr, _)| cidr.len)
+            .map(|(cidr, flags)| (cidr, *flags))
+    }
+
+    /// Whether an address is inside the cluster.
+    pub(crate) fn is_inside(&self, addr: Addr) -> bool {
+        self.cluster_cidr(addr)
+            .is_some_and(|(_, flags)| flags & cluster_flags::INSIDE != 0)
+    }
+}
+
 /// What the maps say, as text for people: frontends, then each service with its sets resolved to addresses. What does
 /// not fit together is shown as it is, and marked.
 #[must_use]

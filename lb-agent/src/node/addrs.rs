@@ -77,6 +77,12 @@ impl Selection {
 }
 
 impl Snapshot {
+    /// Every address of every device; loopback is no part of them.
+    #[must_use]
+    pub fn own_addresses(&self) -> BTreeSet<Addr> {
+        self.select(&Selection::default(), None)
+    }
+
     /// The addresses that serve node ports; `node` are those in the Node object of this node.
     ///
     /// Loopback is no part of them: the programs know it, since it is another one in each network namespace.
@@ -101,12 +107,12 @@ impl Snapshot {
     }
 }
 
-/// Every address of every device but loopback's, now, in the network namespace of the calling thread.
+/// The [own addresses](Snapshot::own_addresses) of the network namespace of the calling thread, now.
 ///
 /// # Errors
 /// The system call's.
 pub fn all() -> io::Result<BTreeSet<Addr>> {
-    Ok(Snapshot::take(false)?.select(&Selection::default(), None))
+    Ok(Snapshot::take(false)?.own_addresses())
 }
 
 #[cfg(test)]
@@ -147,6 +153,8 @@ mod tests {
             "fe80::1",
         ];
         assert_eq!(selected(&[], "0.0.0.0/0,::/0", None), all);
+        let own = snapshot().own_addresses();
+        assert_eq!(own, all.map(|ip| ip.parse::<IpAddr>().unwrap().into()).into());
     }
 
     #[test]

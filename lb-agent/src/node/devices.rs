@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use lb_common::abi::{Addr, Device, device_flags};
+use lb_common::abi::{Addr, Device};
 use wildmatch::WildMatch;
 
 use super::links::{Kind, Link, Snapshot};
@@ -85,11 +85,7 @@ impl Snapshot {
             let device = Device {
                 v4: link.source(false).unwrap_or(v4),
                 v6: link.source(true).unwrap_or(v6),
-                flags: match link.served().layer {
-                    Layer::Link => 0,
-                    Layer::Network => device_flags::NO_LINK_HEADER,
-                },
-                pad: 0,
+                ..Device::default()
             };
             (*index, device)
         })
@@ -181,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_link_layer_is_told_so() {
+    fn what_has_no_link_layer_has_other_programs() {
         let mut snapshot = Snapshot::of(&[("eth0", &["192.168.0.1"]), ("wg0", &["10.9.0.1"])]);
         snapshot.links.get_mut(&2).unwrap().has_link_header = false;
         let layers: Vec<_> = snapshot.served(&Patterns::default()).into_values().collect();
@@ -189,8 +185,6 @@ mod tests {
             layers.iter().map(|s| s.layer).collect::<Vec<_>>(),
             [Layer::Link, Layer::Network]
         );
-        let flags: Vec<_> = snapshot.sources(&[]).into_values().map(|device| device.flags).collect();
-        assert_eq!(flags, [0, device_flags::NO_LINK_HEADER]);
     }
 
     /// The sources of a device, as text; `-` where there is none.

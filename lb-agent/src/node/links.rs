@@ -196,20 +196,44 @@ fn address(message: &AddressMessage) -> Option<Address> {
 fn way_out(netlink: &mut Netlink, v6: bool) -> io::Result<Option<u32>> {
     const FAR: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
     const FAR6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
-    let (family, length, far) = if v6 {
-        (AddressFamily::Inet6, 128, RouteAddress::Inet6(FAR6))
-    } else {
-        (AddressFamily::Inet, 32, RouteAddress::Inet(FAR))
+    let far = if v6 { FAR6.into() } else { FAR.into() };
+    let attributes = route(netlink, far)?.into_iter().flat_map(|route| route.attributes);
+    let mut devices = attributes.filter_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(index),
+        _ => None,
+    });
+    Ok(devices.next())
+}
+
+/// The address that packets get which a socket sends to another address, in the network namespace of the calling
+/// thread; `None` where no way leads there, or where they do not leave.
+///
+/// # Errors
+/// The system call's.
+pub fn source(to: IpAddr) -> io::Result<Option<IpAddr>> {
+    let route = route(&mut Netlink::open(NETLINK_ROUTE)?, to)?;
+    let route = route.filter(|route| route.header.kind != RouteType::Local);
+    let attributes = route.into_iter().flat_map(|route| route.attributes);
+    let mut sources = attributes.filter_map(|attribute| match attribute {
+        RouteAttribute::PrefSource(RouteAddress::Inet(ip)) => Some(ip.into()),
+        RouteAttribute::PrefSource(RouteAddress::Inet6(ip)) => Some(ip.into()),
+        _ => None,
+    });
+    Ok(sources.next())
+}
+
+/// The route that the kernel takes to an address, if there is one.
+fn route(netlink: &mut Netlink, to: IpAddr) -> io::Result<Option<RouteMessage>> {
+    let (family, length, to) = match to {
+        IpAddr::V4(ip) => (AddressFamily::Inet, 32, RouteAddress::Inet(ip)),
+        IpAddr::V6(ip) => (AddressFamily::Inet6, 128, RouteAddress::Inet6(ip)),
     };
     let mut question = RouteMessage::default();
     question.header.address_family = family;
     question.header.destination_prefix_length = length;
-    question.attributes.push(RouteAttribute::Destination(far));
+    question.attributes.push(RouteAttribute::Destination(to));
     match netlink.ask(RouteNetlinkMessage::GetRoute(question)) {
-        Ok(RouteNetlinkMessage::NewRoute(route)) => Ok(route.attributes.iter().find_map(|attribute| match attribute {
-            RouteAttribute::Oif(index) => Some(*index),
-            _ => None,
-        })),
+        Ok(RouteNetlinkMessage::NewRoute(route)) => Ok(Some(route)),
         Ok(_) => Ok(None),
         Err(error) => match error.raw_os_error() {
             // No route, one that says no, or no such family.
@@ -311,6 +335,12 @@ impl Snapshot {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_stays_here_has_no_source() {
+        let here = source(Ipv4Addr::LOCALHOST.into()).unwrap();
+        assert_eq!(here, None);
+    }
 
     /// Bits of `ifa_flags` (`linux/if_addr.h`).
     const SECONDARY: u8 = 0x01;

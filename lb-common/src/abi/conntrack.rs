@@ -118,9 +118,8 @@ const _: () = {
 
 /// Bits of [`Device::flags`].
 pub mod device_flags {
-    /// Packets have no header of the link layer (tun, WireGuard).
-    pub const NO_LINK_HEADER: u32 = 1;
-    /// The clsact qdisc is the agent's, which removes it in the end; no concern of programs.
+    /// The clsact qdisc is the agent's, which removes it in the end; no concern of programs. Of earlier builds there may be
+    /// a 1 as well, which said something else.
     pub const OWN_QDISC: u32 = 2;
 }
 

@@ -127,6 +127,8 @@ pub mod backend_flags {
     pub const EXTERNAL: u16 = 2;
     /// Member of the whole-cluster set (BACKENDS only).
     pub const CLUSTER: u16 = 4;
+    /// Member of any set.
+    pub const SETS: u16 = INTERNAL | EXTERNAL | CLUSTER;
     /// Runs on this node.
     pub const LOCAL: u16 = 8;
 }

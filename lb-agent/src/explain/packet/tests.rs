@@ -11,7 +11,6 @@ use super::super::tests::{NODE_ADDRESS, any_maps, eligible, numbers, to, with_no
 use super::*;
 use crate::maps::Maps as _;
 use crate::maps::prefix::Prefix;
-use crate::nodes::Inside;
 use crate::testing::{Builder as _, Cluster, apply, balanced, maps, node, slice, start};
 
 const SECOND: u64 = 1_000_000_000;
@@ -28,8 +27,8 @@ fn snapshot(local: bool, endpoints: &[&str]) -> Snapshot {
     let web = balanced("web", "10.96.0.10", "192.0.2.1", &["203.0.113.0/24", "10.10.0.0/16"]);
     let mut web = with_node_port(if local { web.local() } else { web }, 30001);
     web.external_ips = Box::new([ip("198.51.100.1")]);
-    let inside = Inside::Networks(vec!["10.10.0.0/16".parse().unwrap()]);
-    let mut lb = start(maps()).with_inside(&inside);
+    let inside = "10.10.0.0/16".parse().unwrap();
+    let mut lb = start(maps()).with_inside(&[inside]);
     let mut cluster = Cluster::of([
         web.into(),
         slice("web", endpoints).into(),
