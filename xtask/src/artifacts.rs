@@ -120,13 +120,13 @@ pub(crate) fn build_tests(kubernetes: bool) -> anyhow::Result<Built> {
     Ok(built)
 }
 
-/// Builds the programs as they are delivered. Where the agent of the image was built already, it is taken: that is a
-/// third of the work.
+/// Builds the programs as they are delivered. Where the agent of the image was built already, it is taken, and the others
+/// are built as it was: with the libraries that are there from that.
 pub(crate) fn build_release(agent: Option<&Path>) -> anyhow::Result<Built> {
     let Some(agent) = agent else {
         return build(&["build", "--release", "-p", "lb-agent", "-p", "lb-tests", "--bins"]);
     };
-    let mut built = build(&["build", "--release", "-p", "lb-tests", "--bins"])?;
+    let mut built = build_for_image(&["-p", "lb-tests", "--bins"])?;
     built.programs.insert(AGENT.to_owned(), agent.to_owned());
     Ok(built)
 }
@@ -168,6 +168,10 @@ pub(crate) fn build_stress() -> anyhow::Result<Built> {
 /// Builds the agent as the image has it: linked statically, with the C library of this machine, and without the paths of
 /// this machine in it. For a target by name, so that build scripts and macros are built as ever.
 pub(crate) fn build_agent_for_image() -> anyhow::Result<PathBuf> {
+    build_for_image(&["-p", "lb-agent", "--bin", "lb-agent"])?.program(AGENT)
+}
+
+fn build_for_image(what: &[&str]) -> anyhow::Result<Built> {
     let mut flags = vec![OsString::from("-Ctarget-feature=+crt-static")];
     let home = env::var_os("CARGO_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(env::home_dir()?.join(".cargo")));
@@ -182,9 +186,9 @@ pub(crate) fn build_agent_for_image() -> anyhow::Result<PathBuf> {
     let mut command = cargo();
     command
         .args(["build", "--profile", "image", "--target", &target])
-        .args(["-p", "lb-agent", "--bin", "lb-agent"])
+        .args(what)
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join(OsStr::new("\x1f")));
-    build_by(command)?.program(AGENT)
+    build_by(command)
 }
 
 fn build(arguments: &[&str]) -> anyhow::Result<Built> {

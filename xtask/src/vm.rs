@@ -24,7 +24,7 @@ use crate::libtest::{self, Tally};
 pub(crate) const DEFAULT: &str = "6.12";
 
 /// How long a virtual machine may run, as `timeout` reads it.
-const LIMIT: &str = "40m";
+const LIMIT: &str = "50m";
 /// How long a kernel may take to find that it has no file system.
 const PROBE_LIMIT: &str = "10s";
 /// Memory of each.
@@ -213,6 +213,6 @@ mod tests {
             ]
         );
         let (_, troubles) = judge(&steps[1..], &outcome(&[], None), false);
-        assert_eq!(troubles, ["b did not end (all together may take 40m)", "c was not run"]);
+        assert_eq!(troubles, ["b did not end (all together may take 50m)", "c was not run"]);
     }
 }
