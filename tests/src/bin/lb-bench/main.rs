@@ -6,6 +6,7 @@ mod cost;
 #[cfg(feature = "kubernetes")]
 mod kubernetes;
 mod measure;
+mod nodeport;
 mod numbers;
 mod objects;
 mod process;
@@ -41,6 +42,8 @@ enum Command {
     Connect(sizes::Options),
     /// What datagrams to a Service cost, against direct ones, and the same work in C
     Udp(sizes::Options),
+    /// What packets from outside cost, against the same work in C, and requests of a client against kube-proxy's rules
+    Nodeport(nodeport::Options),
     /// lb against kube-proxy on the objects of a real API server
     #[cfg(feature = "kubernetes")]
     Kubernetes(kubernetes::Options),
@@ -59,6 +62,7 @@ fn main() -> Result<ExitCode> {
         Command::SyncOne(options) => measure::run(&options),
         Command::Connect(options) => connect::run(&options),
         Command::Udp(options) => udp::run(&options),
+        Command::Nodeport(options) => nodeport::run(&options),
         #[cfg(feature = "kubernetes")]
         Command::Kubernetes(options) => kubernetes::run(&options),
         #[cfg(feature = "kubernetes")]
