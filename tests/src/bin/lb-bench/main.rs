@@ -54,6 +54,12 @@ enum Command {
     /// A process that connects and sends, in the place that it was started in; takes orders and answers in JSON
     #[command(hide = true)]
     Worker(worker::Options),
+    /// A client of HTTP, in the place that it was started in; takes orders and answers in JSON
+    #[command(hide = true)]
+    HttpClient,
+    /// A server of HTTP
+    #[command(hide = true)]
+    HttpServer,
 }
 
 fn main() -> Result<ExitCode> {
@@ -68,5 +74,7 @@ fn main() -> Result<ExitCode> {
         #[cfg(feature = "kubernetes")]
         Command::Watch(options) => kubernetes::watch::run(&options),
         Command::Worker(options) => worker::run(&options),
+        Command::HttpClient => nodeport::http::run_client(),
+        Command::HttpServer => nodeport::http::run_server(),
     }
 }

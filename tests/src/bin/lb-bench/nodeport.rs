@@ -3,7 +3,9 @@
 //!
 //! Everything happens in network namespaces of the test bed, none of which has a way out.
 
+pub(crate) mod http;
 mod packets;
+mod requests;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,10 +15,12 @@ use comfy_table::Table;
 use indicatif::ProgressBar;
 use serde::Serialize;
 
+use crate::bed::Way;
 use crate::programs;
 use crate::report::{self, Machine, range, table};
 use crate::sizes::progress;
 use packets::{Case, Cost};
+use requests::Requests;
 
 /// lb's program / that in C, both above a program that does nothing.
 const LIMIT: f64 = 1.5;
@@ -54,6 +58,7 @@ struct Report {
     services: u32,
     rounds: u32,
     costs: Vec<Cost>,
+    requests: Vec<Requests>,
     checks: Vec<Check>,
 }
 
@@ -63,17 +68,23 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         services: options.services,
         rounds: options.rounds,
         costs: Vec::new(),
+        requests: Vec::new(),
         checks: Vec::new(),
     };
-    let bar = progress("packets".to_owned())?;
+    let bar = progress("node ports".to_owned())?;
+    bar.set_message("packets");
     if which::which(programs::CLANG).is_ok() {
         report.costs = costs(options, &bar)?;
     } else {
         eprintln!("no clang, so nothing is compared with C; install clang for that");
     }
+    report.requests = requests(options, &bar)?;
     bar.finish_and_clear();
     report.checks = report.costs.iter().map(check).collect();
-    report::print([("packets", cost_table(&report.costs))])?;
+    report::print([
+        ("packets", cost_table(&report.costs)),
+        ("requests", request_table(&report.requests)),
+    ])?;
     report::write(&options.out, "nodeport.json", &report)?;
     if !options.check {
         return Ok(ExitCode::SUCCESS);
@@ -123,6 +134,63 @@ fn costs(options: &Options, bar: &ProgressBar) -> Result<Vec<Cost>> {
     }
     bed.take_down()?;
     Ok(costs)
+}
+
+/// How fast a client outside the cluster is answered. Half as many rounds: those are long.
+fn requests(options: &Options, bar: &ProgressBar) -> Result<Vec<Requests>> {
+    let rounds = options.rounds.div_ceil(2);
+    bar.set_message("rules and maps");
+    let mut bed = requests::Bed::new(options.services)?;
+    bar.set_message("requests");
+    bar.set_position(0);
+    bar.set_length(requests::ticks(rounds));
+    let requests = bed.measure(rounds, || bar.inc(1))?;
+    bed.take_down()?;
+    Ok(requests)
+}
+
+fn request_table(requests: &[Requests]) -> Table {
+    let mut table = table(&[
+        "requests",
+        "family",
+        "by",
+        "per second",
+        "p50 (us)",
+        "p99 (us)",
+        "of direct (%)",
+        "quartiles",
+        "lb / this",
+        "quartiles",
+    ]);
+    for one in requests {
+        let percent = |value: f64| {
+            if one.way == Way::Direct {
+                String::new()
+            } else {
+                format!("{:.1}", value * 100.0)
+            }
+        };
+        let ratio = |value: f64| {
+            if matches!(one.way, Way::KubeProxyNftables | Way::KubeProxyIptables) {
+                format!("{value:.2}")
+            } else {
+                String::new()
+            }
+        };
+        table.add_row([
+            one.question.label(),
+            one.question.family.label().to_owned(),
+            one.way.label().to_owned(),
+            format!("{:.0}", one.rate),
+            format!("{:.0}", one.p50),
+            format!("{:.0}", one.p99),
+            percent(one.of_direct.median),
+            range(&percent(one.of_direct.low), &percent(one.of_direct.high)),
+            ratio(one.lb_to_this.median),
+            range(&ratio(one.lb_to_this.low), &ratio(one.lb_to_this.high)),
+        ]);
+    }
+    table
 }
 
 fn cost_table(costs: &[Cost]) -> Table {
