@@ -419,7 +419,8 @@ mod tests {
             backend: IpAddr::from([10, 10, 1, 2]),
             is_local: true,
         };
-        let (nft, iptables) = (nftables(SMALL, &[node_port.clone()])?, iptables(SMALL, &[node_port])?);
+        let node_ports = [node_port];
+        let (nft, iptables) = (nftables(SMALL, &node_ports)?, iptables(SMALL, &node_ports)?);
         for line in [
             "add element ip kube-proxy service-nodeports { tcp . 30080 : goto external-NODE0000-default/web/tcp/http }",
             "add rule ip kube-proxy external-NODE0000-default/web/tcp/http goto service-NODE0000-default/web/tcp/http",
