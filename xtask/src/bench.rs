@@ -42,6 +42,15 @@ enum Which {
     Connect(Sizes),
     /// Datagrams to a Service against direct ones, and the same work in C
     Udp(Sizes),
+    /// Packets from outside against the same work in C, and requests of a client against kube-proxy's rules
+    Nodeport {
+        /// Number of other Services
+        #[arg(long, default_value_t = 1_000)]
+        services: u32,
+        /// Rounds of each comparison
+        #[arg(long, default_value_t = 200)]
+        rounds: u32,
+    },
     /// lb against the real kube-proxy on the objects of a real API server; Go builds these at the first time
     Kubernetes {
         /// Number of Services
@@ -83,6 +92,7 @@ impl Which {
             Self::Sync { services, endpoints } => ("sync", services, vec![("--endpoints", endpoints)]),
             Self::Connect(sizes) => ("connect", &sizes.services, sizes.numbers()),
             Self::Udp(sizes) => ("udp", &sizes.services, sizes.numbers()),
+            Self::Nodeport { services, rounds } => ("nodeport", &vec![*services], vec![("--rounds", rounds)]),
             Self::Kubernetes {
                 services,
                 endpoints,
@@ -118,7 +128,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         env.push(("LB_KUBERNETES", kubernetes::build()?.into()));
     }
     let program = build_bench()?.program("lb-bench")?;
-    let all = ["sync", "connect", "udp"].map(|name| vec![OsString::from(name)]);
+    let all = ["sync", "connect", "udp", "nodeport"].map(|name| vec![OsString::from(name)]);
     let benches = match &args.which {
         Some(which) => vec![which.words()],
         None => all.into(),

@@ -107,7 +107,7 @@ pub(crate) fn run(scope: Scope) -> anyhow::Result<ExitCode> {
 pub(crate) fn name_optional() {
     let Tool { program, package } = COMPILER_OF_C;
     if !has(program) {
-        println!("setup: `cargo xtask bench connect` compares with C where there is {program} (package {package})");
+        println!("setup: `cargo xtask bench` compares with C where there is {program} (package {package})");
     }
 }
 

@@ -230,8 +230,8 @@ fn load_rules(pods: &[(Way, Pod)], services: Services, cluster: &Cluster) -> Res
     else {
         return Ok(None);
     };
-    let nftables = kube_proxy::load_nftables(nftables, services, cluster.scratch())?;
-    let (iptables, program) = kube_proxy::load_iptables(iptables, services, cluster.scratch())?;
+    let nftables = kube_proxy::load_nftables(nftables, services, &[], cluster.scratch())?;
+    let (iptables, program) = kube_proxy::load_iptables(iptables, services, &[], cluster.scratch())?;
     Ok(Some(Loading {
         services: services.number,
         family: services.family,

@@ -6,6 +6,7 @@ mod cost;
 #[cfg(feature = "kubernetes")]
 mod kubernetes;
 mod measure;
+mod nodeport;
 mod numbers;
 mod objects;
 mod process;
@@ -41,6 +42,8 @@ enum Command {
     Connect(sizes::Options),
     /// What datagrams to a Service cost, against direct ones, and the same work in C
     Udp(sizes::Options),
+    /// What packets from outside cost, against the same work in C, and requests of a client against kube-proxy's rules
+    Nodeport(nodeport::Options),
     /// lb against kube-proxy on the objects of a real API server
     #[cfg(feature = "kubernetes")]
     Kubernetes(kubernetes::Options),
@@ -51,6 +54,12 @@ enum Command {
     /// A process that connects and sends, in the place that it was started in; takes orders and answers in JSON
     #[command(hide = true)]
     Worker(worker::Options),
+    /// A client of HTTP, in the place that it was started in; takes orders and answers in JSON
+    #[command(hide = true)]
+    HttpClient,
+    /// A server of HTTP
+    #[command(hide = true)]
+    HttpServer,
 }
 
 fn main() -> Result<ExitCode> {
@@ -59,10 +68,13 @@ fn main() -> Result<ExitCode> {
         Command::SyncOne(options) => measure::run(&options),
         Command::Connect(options) => connect::run(&options),
         Command::Udp(options) => udp::run(&options),
+        Command::Nodeport(options) => nodeport::run(&options),
         #[cfg(feature = "kubernetes")]
         Command::Kubernetes(options) => kubernetes::run(&options),
         #[cfg(feature = "kubernetes")]
         Command::Watch(options) => kubernetes::watch::run(&options),
         Command::Worker(options) => worker::run(&options),
+        Command::HttpClient => nodeport::http::run_client(),
+        Command::HttpServer => nodeport::http::run_server(),
     }
 }

@@ -28,6 +28,22 @@ impl Quartiles {
     }
 }
 
+/// Between what the median of all rounds that could have been is, with a confidence of 95 %: two of the values, by their
+/// ranks (the binomial distribution, approximated).
+pub(crate) fn median_interval(values: impl IntoIterator<Item = f64>) -> (f64, f64) {
+    let mut sorted: Vec<_> = values.into_iter().collect();
+    sorted.sort_unstable_by(f64::total_cmp);
+    let (middle, reach) = (sorted.len() as f64 / 2.0, 0.98 * (sorted.len() as f64).sqrt());
+    let at = |rank: f64| {
+        let last = sorted.len().saturating_sub(1);
+        sorted.get((rank.max(0.0) as usize).min(last)).copied()
+    };
+    (
+        at((middle - reach).floor()).unwrap_or_default(),
+        at((middle + reach).ceil()).unwrap_or_default(),
+    )
+}
+
 /// A figure by its name, the limit that it has, and whether it keeps it.
 #[derive(Debug, Serialize)]
 pub(crate) struct Check {
@@ -46,6 +62,13 @@ mod tests {
         let quartiles = Quartiles::of([4.0, 1.0, 3.0, 2.0]);
         assert_eq!((quartiles.low, quartiles.median, quartiles.high), (1.0, 2.0, 3.0));
         assert_eq!(Quartiles::of([]), Quartiles::default());
+    }
+
+    #[test]
+    fn the_median_is_between_two_values() {
+        assert_eq!(median_interval((0..100).map(f64::from)), (40.0, 60.0));
+        assert_eq!(median_interval([7.0]), (7.0, 7.0));
+        assert_eq!(median_interval([]), (0.0, 0.0));
     }
 
     #[test]

@@ -2,7 +2,6 @@
 //! their runs.
 
 use std::fs::File;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::{fs, io::Write as _};
 
@@ -14,8 +13,10 @@ use lb_common::abi::{SOCKETS_MASK_GLOBAL, map_name, program_name};
 use lb_tests::Place;
 use serde::Serialize;
 
-/// The source of all but lb's.
-const SOURCE: &str = include_str!("../../../bench/sockets.bpf.c");
+/// The source of all on sockets but lb's.
+pub(crate) const SOURCE: &str = include_str!("../../../bench/sockets.bpf.c");
+/// What sources include.
+const HEADER: &str = include_str!("../../../bench/lb.h");
 
 /// The compiler.
 pub(crate) const CLANG: &str = "clang";
@@ -107,16 +108,20 @@ impl Hook {
     }
 }
 
-/// Compiles the C programs.
-pub(crate) fn compile(scratch: &Path) -> Result<Vec<u8>> {
-    let object = scratch.join("sockets.bpf.o");
+/// Compiles C programs.
+pub(crate) fn compile(source: &str) -> Result<Vec<u8>> {
+    let scratch = tempfile::tempdir().context("making a scratch directory")?;
+    let object = scratch.path().join("programs.bpf.o");
+    fs::write(scratch.path().join("lb.h"), HEADER).context("writing a header")?;
     let mut clang = Command::new(CLANG)
         .args(["-target", "bpf", "-O2", "-g", "-mcpu=v3", "-x", "c", "-c", "-", "-o"])
         .arg(&object)
+        .arg("-I")
+        .arg(scratch.path())
         .stdin(Stdio::piped())
         .spawn()
         .context("starting clang")?;
-    let written = clang.stdin.take().map(|mut stdin| stdin.write_all(SOURCE.as_bytes()));
+    let written = clang.stdin.take().map(|mut stdin| stdin.write_all(source.as_bytes()));
     let status = clang.wait().context("waiting for clang")?;
     ensure!(status.success(), "clang: {status}");
     written.transpose().context("writing to clang")?;
@@ -211,7 +216,8 @@ mod tests {
             }
         }
         for map in SHARED {
-            assert!(SOURCE.contains(&format!("}} {map} SEC(\".maps\");")), "{map}");
+            let declared = format!("}} {map} SEC(\".maps\");");
+            assert!([SOURCE, HEADER].iter().any(|text| text.contains(&declared)), "{map}");
         }
     }
 

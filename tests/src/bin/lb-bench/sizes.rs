@@ -64,9 +64,8 @@ pub(crate) fn each(
     protocol: Protocol,
     mut measure: impl FnMut(Services, Option<&[u8]>, &ProgressBar) -> Result<()>,
 ) -> Result<()> {
-    let scratch = tempfile::tempdir().context("making a scratch directory")?;
     let object = match which::which(programs::CLANG) {
-        Ok(_) => Some(programs::compile(scratch.path())?),
+        Ok(_) => Some(programs::compile(programs::SOURCE)?),
         Err(_) => {
             eprintln!("no clang, so nothing is compared with C; install clang for that");
             None
@@ -77,7 +76,7 @@ pub(crate) fn each(
     numbers.dedup();
     for number in numbers {
         for family in Family::ALL {
-            let bar = progress(number, family)?;
+            let bar = progress(format!("{number} Services, {}", family.label()))?;
             bar.set_message("rules and maps");
             let services = Services {
                 number,
@@ -93,10 +92,10 @@ pub(crate) fn each(
 }
 
 /// A bar on standard error, where that is a terminal.
-fn progress(services: u32, family: Family) -> Result<ProgressBar> {
+pub(crate) fn progress(prefix: String) -> Result<ProgressBar> {
     let style = ProgressStyle::with_template("{prefix} [{bar:40}] {elapsed} {msg}").context("progress bar")?;
     let bar = ProgressBar::no_length().with_style(style.progress_chars("=> "));
-    bar.set_prefix(format!("{services} Services, {}", family.label()));
+    bar.set_prefix(prefix);
     bar.enable_steady_tick(Duration::from_millis(200));
     Ok(bar)
 }

@@ -175,7 +175,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 /// The last one that this process may use: the same for all workers. Elsewhere each would have the records of sockets
 /// that its own processor handed out cookies for, in the caches of that processor.
-fn stay_on_one_processor() -> Result<()> {
+pub(crate) fn stay_on_one_processor() -> Result<()> {
     let this = Pid::from_raw(0);
     let allowed = sched_getaffinity(this).context("sched_getaffinity")?;
     let last = (0..CpuSet::count())

@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -30,21 +30,47 @@ const LARGE_CLUSTER: u32 = 1000;
 /// The most that loading rules may take.
 const LOADING: Duration = Duration::from_secs(300);
 
+/// A Service on a node port, besides the benchmark's others, with one backend and the policy Cluster.
+#[derive(Debug, Clone)]
+pub(crate) struct NodePort {
+    /// `namespace/name`.
+    pub(crate) name: String,
+    /// Its cluster IP.
+    pub(crate) vip: IpAddr,
+    /// The address of the node.
+    pub(crate) node: IpAddr,
+    pub(crate) port: u16,
+    pub(crate) backend: IpAddr,
+    /// The backend is on the node.
+    pub(crate) is_local: bool,
+}
+
 /// The numbers of a Service's backends.
 fn backends(services: Services, service: u32) -> impl Iterator<Item = u32> {
     (0..services.endpoints).map(move |i| service * services.endpoints + i)
 }
 
 /// Loads the rules of nftables mode; how long that took.
-pub(crate) fn load_nftables(place: &Place, services: Services, scratch: &Path) -> Result<Duration> {
-    load(place, "nft", &["-f"], &nftables(services)?, &scratch.join("rules.nft"))
+pub(crate) fn load_nftables(
+    place: &Place,
+    services: Services,
+    node_ports: &[NodePort],
+    scratch: &Path,
+) -> Result<Duration> {
+    let text = nftables(services, node_ports)?;
+    load(place, "nft", &["-f"], &text, &scratch.join("rules.nft"))
 }
 
 /// Loads the rules of iptables mode; how long that took, and by which program.
 ///
 /// iptables-legacy, where there is one: it takes seconds where iptables-nft takes minutes, and the kernel gets through
 /// its rules faster, so the comparison errs in kube-proxy's favour.
-pub(crate) fn load_iptables(place: &Place, services: Services, scratch: &Path) -> Result<(Duration, &'static str)> {
+pub(crate) fn load_iptables(
+    place: &Place,
+    services: Services,
+    node_ports: &[NodePort],
+    scratch: &Path,
+) -> Result<(Duration, &'static str)> {
     let programs = match services.family {
         Family::Ipv4 => ["iptables-legacy-restore", "iptables-restore"],
         Family::Ipv6 => ["ip6tables-legacy-restore", "ip6tables-restore"],
@@ -53,7 +79,7 @@ pub(crate) fn load_iptables(place: &Place, services: Services, scratch: &Path) -
         .into_iter()
         .find(|program| which(program).is_ok())
         .with_context(|| format!("no {}: install iptables", programs[1]))?;
-    let text = iptables(services)?;
+    let text = iptables(services, node_ports)?;
     let time = load(place, program, &["--noflush"], &text, &scratch.join("rules.iptables"))?;
     Ok((time, program))
 }
@@ -67,7 +93,7 @@ fn load(place: &Place, program: &str, arguments: &[&str], rules: &str, file: &Pa
     Ok(start.elapsed())
 }
 
-fn nftables(services: Services) -> Result<String> {
+fn nftables(services: Services, node_ports: &[NodePort]) -> Result<String> {
     let cidr = cluster_cidr(services.family);
     let mut text = NFTABLES.replace("CLUSTER", cidr).replace("MARK", MARK);
     for service in 0..services.number {
@@ -92,6 +118,36 @@ fn nftables(services: Services) -> Result<String> {
             writeln!(
                 text,
                 "add element ip kube-proxy hairpin-connections {{ {local} . {local} . tcp . {BACKEND_PORT} }}"
+            )?;
+        }
+    }
+    for (number, node_port) in node_ports.iter().enumerate() {
+        let NodePort {
+            name,
+            vip,
+            node,
+            port,
+            backend,
+            is_local,
+        } = node_port;
+        let chain = format!("NODE{number:04}-{name}/tcp/http");
+        writeln!(
+            text,
+            "add chain ip kube-proxy service-{chain}\n\
+             add rule ip kube-proxy service-{chain} meta l4proto tcp dnat ip addr . port to numgen random mod 1 map \
+             {{ 0 : {backend} . {BACKEND_PORT} }}\n\
+             add chain ip kube-proxy external-{chain}\n\
+             add rule ip kube-proxy external-{chain} mark set mark or {MARK}\n\
+             add rule ip kube-proxy external-{chain} goto service-{chain}\n\
+             add element ip kube-proxy cluster-ips {{ {vip} }}\n\
+             add element ip kube-proxy service-ips {{ {vip} . tcp . {SERVICE_PORT} : goto service-{chain} }}\n\
+             add element ip kube-proxy nodeport-ips {{ {node} }}\n\
+             add element ip kube-proxy service-nodeports {{ tcp . {port} : goto external-{chain} }}",
+        )?;
+        if *is_local {
+            writeln!(
+                text,
+                "add element ip kube-proxy hairpin-connections {{ {backend} . {backend} . tcp . {BACKEND_PORT} }}"
             )?;
         }
     }
@@ -150,7 +206,7 @@ add rule ip kube-proxy services ip daddr . meta l4proto . th dport vmap @service
 add rule ip kube-proxy services ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports
 ";
 
-fn iptables(services: Services) -> Result<String> {
+fn iptables(services: Services, node_ports: &[NodePort]) -> Result<String> {
     let large = services.number * services.endpoints > LARGE_CLUSTER;
     let comment = |text: &str| {
         if large {
@@ -193,6 +249,31 @@ fn iptables(services: Services) -> Result<String> {
                 which = comment(&name),
             )?;
         }
+    }
+    for (number, node_port) in node_ports.iter().enumerate() {
+        let NodePort { vip, port, backend, .. } = node_port;
+        let name = format!("{}:http", node_port.name);
+        let (id, to) = (format!("NODE{number:012}"), SocketAddr::new(*backend, BACKEND_PORT));
+        let captured =
+            format!("-m comment --comment \"{name} cluster IP\" -m tcp -p tcp -d {vip} --dport {SERVICE_PORT}");
+        writeln!(
+            chains,
+            ":KUBE-SVC-{id} - [0:0]\n:KUBE-EXT-{id} - [0:0]\n:KUBE-SEP-{id} - [0:0]"
+        )?;
+        writeln!(
+            rules,
+            "-A KUBE-SERVICES {captured} -j KUBE-SVC-{id}\n\
+             -A KUBE-NODEPORTS -m comment --comment {name} -m tcp -p tcp --dport {port} -j KUBE-EXT-{id}\n\
+             -A KUBE-EXT-{id} {masquerade}-j KUBE-MARK-MASQ\n\
+             -A KUBE-EXT-{id} -j KUBE-SVC-{id}\n\
+             -A KUBE-SVC-{id} {captured} ! -s {cidr} -j KUBE-MARK-MASQ\n\
+             -A KUBE-SVC-{id} {}-j KUBE-SEP-{id}\n\
+             -A KUBE-SEP-{id} {which}-s {backend} -j KUBE-MARK-MASQ\n\
+             -A KUBE-SEP-{id} {which}-m tcp -p tcp -j DNAT --to-destination {to}",
+            comment(&format!("{name} -> {to}")),
+            masquerade = format_args!("-m comment --comment \"masquerade traffic for {name} external destinations\" "),
+            which = comment(&name),
+        )?;
     }
     let base = match services.family {
         Family::Ipv4 => IPTABLES.replace("LOCALNET\n", LOCALNET),
@@ -266,7 +347,7 @@ mod tests {
 
     #[test]
     fn nftables_sends_each_address_to_its_chain_and_that_to_its_endpoints() -> Result<()> {
-        let text = nftables(SMALL)?;
+        let text = nftables(SMALL, &[])?;
         let chain = "service-00000001-namespace-0/service-1/tcp/http";
         for line in [
             format!("add element ip kube-proxy service-ips {{ 10.96.0.2 . tcp . 80 : goto {chain} }}"),
@@ -283,7 +364,7 @@ mod tests {
 
     #[test]
     fn iptables_picks_each_endpoint_with_equal_chances() -> Result<()> {
-        let text = iptables(SMALL)?;
+        let text = iptables(SMALL, &[])?;
         let chances: Vec<_> = text
             .lines()
             .filter(|line| line.starts_with("-A KUBE-SVC-0000000000000001") && line.contains("KUBE-SEP"))
@@ -305,8 +386,8 @@ mod tests {
             endpoints: 10,
             ..SMALL
         };
-        assert!(iptables(SMALL)?.contains(" -> 12.0.0.3:8080"));
-        assert!(!iptables(large)?.contains(" -> "));
+        assert!(iptables(SMALL, &[])?.contains(" -> 12.0.0.3:8080"));
+        assert!(!iptables(large, &[])?.contains(" -> "));
         Ok(())
     }
 
@@ -316,7 +397,7 @@ mod tests {
             family: Family::Ipv6,
             ..SMALL
         };
-        let (nft, iptables) = (nftables(services)?, iptables(services)?);
+        let (nft, iptables) = (nftables(services, &[])?, iptables(services, &[])?);
         assert!(nft.contains(
             "add element ip6 kube-proxy service-ips { fd00:96::2 . tcp . 80 : goto \
              service-00000001-namespace-0/service-1/tcp/http }"
@@ -325,6 +406,30 @@ mod tests {
         for text in [nft, iptables] {
             assert!(!text.contains("10.10.") && !text.contains("127.0.0") && !text.contains(" ip "));
         }
+        Ok(())
+    }
+
+    #[test]
+    fn a_node_port_is_masqueraded_and_goes_where_its_service_does() -> Result<()> {
+        let node_port = NodePort {
+            name: "default/web".to_owned(),
+            vip: IpAddr::from([10, 97, 0, 1]),
+            node: IpAddr::from([192, 168, 77, 1]),
+            port: 30080,
+            backend: IpAddr::from([10, 10, 1, 2]),
+            is_local: true,
+        };
+        let node_ports = [node_port];
+        let (nft, iptables) = (nftables(SMALL, &node_ports)?, iptables(SMALL, &node_ports)?);
+        for line in [
+            "add element ip kube-proxy service-nodeports { tcp . 30080 : goto external-NODE0000-default/web/tcp/http }",
+            "add rule ip kube-proxy external-NODE0000-default/web/tcp/http goto service-NODE0000-default/web/tcp/http",
+            "add element ip kube-proxy nodeport-ips { 192.168.77.1 }",
+        ] {
+            assert!(nft.lines().any(|l| l == line), "{line}\nis not in\n{nft}");
+        }
+        let rule = "-A KUBE-NODEPORTS -m comment --comment default/web:http -m tcp -p tcp --dport 30080 -j KUBE-EXT-NODE000000000000";
+        assert!(iptables.lines().any(|l| l == rule), "{rule}\nis not in\n{iptables}");
         Ok(())
     }
 }

@@ -1,0 +1,230 @@
+//! `nodeport`: what packets from outside cost: lb's programs beside the same work in C, packet by packet, and requests of
+//! a client outside the cluster against kube-proxy's rules.
+//!
+//! Everything happens in network namespaces of the test bed, none of which has a way out.
+
+pub(crate) mod http;
+mod packets;
+mod requests;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Result, ensure};
+use comfy_table::Table;
+use indicatif::ProgressBar;
+use serde::Serialize;
+
+use crate::bed::Way;
+use crate::programs;
+use crate::report::{self, Machine, range, table};
+use crate::sizes::progress;
+use packets::{Case, Cost};
+use requests::Requests;
+
+/// lb's program / that in C, both above a program that does nothing.
+const LIMIT: f64 = 1.5;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Number of other Services
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    services: u32,
+    /// Rounds of each comparison
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    rounds: u32,
+    /// Folder for the results as JSON
+    #[arg(long)]
+    out: PathBuf,
+    /// Fail where a limit is exceeded
+    #[arg(long)]
+    check: bool,
+}
+
+/// A limit, and how it was met.
+#[derive(Debug, Serialize)]
+struct Check {
+    #[serde(flatten)]
+    case: Case,
+    limit: f64,
+    measured: f64,
+    met: bool,
+}
+
+/// Everything, as the JSON file holds it.
+#[derive(Debug, Serialize)]
+struct Report {
+    machine: Machine,
+    services: u32,
+    rounds: u32,
+    costs: Vec<Cost>,
+    requests: Vec<Requests>,
+    checks: Vec<Check>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let mut report = Report {
+        machine: Machine::this()?,
+        services: options.services,
+        rounds: options.rounds,
+        costs: Vec::new(),
+        requests: Vec::new(),
+        checks: Vec::new(),
+    };
+    let bar = progress("node ports".to_owned())?;
+    bar.set_message("packets");
+    if which::which(programs::CLANG).is_ok() {
+        report.costs = costs(options, &bar)?;
+    } else {
+        eprintln!("no clang, so nothing is compared with C; install clang for that");
+    }
+    report.requests = requests(options, &bar)?;
+    bar.finish_and_clear();
+    report.checks = report.costs.iter().map(check).collect();
+    report::print([
+        ("packets", cost_table(&report.costs)),
+        ("requests", request_table(&report.requests)),
+    ])?;
+    report::write(&options.out, "nodeport.json", &report)?;
+    if !options.check {
+        return Ok(ExitCode::SUCCESS);
+    }
+    ensure!(!report.checks.is_empty(), "the limits are ratios to C: install clang");
+    Ok(if report.checks.iter().all(|check| check.met) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn check(cost: &Cost) -> Check {
+    let measured = cost.ratio.median;
+    Check {
+        case: cost.case,
+        limit: LIMIT,
+        measured,
+        met: measured <= LIMIT,
+    }
+}
+
+/// What packets cost. Where a limit is exceeded, all is measured once more, as for the other programs: both are told, and
+/// the second counts.
+fn costs(options: &Options, bar: &ProgressBar) -> Result<Vec<Cost>> {
+    bar.set_length(u64::from(options.rounds) + 1);
+    let mut bed = packets::Bed::new(options.services, programs::compile(packets::SOURCE)?)?;
+    let subjects = bed.subjects()?;
+    let mut costs = bed.compare(&subjects, options.rounds, || bar.inc(1))?;
+    if costs.iter().any(|cost| !check(cost).met) {
+        bar.suspend(|| eprintln!("a limit is exceeded: once more"));
+        bar.inc_length(u64::from(options.rounds) + 1);
+        let again = bed.compare(&subjects, options.rounds, || bar.inc(1))?;
+        for (cost, again) in costs.iter_mut().zip(again).filter(|(cost, _)| !check(cost).met) {
+            let Case { packet, family, .. } = cost.case;
+            let both = format!(
+                "{}, {}, {}: {:.3}, once more {:.3} (at most {LIMIT})",
+                packet.label(),
+                family.label(),
+                cost.case.protocol(),
+                cost.ratio.median,
+                again.ratio.median
+            );
+            bar.suspend(|| eprintln!("{both}"));
+            *cost = again;
+        }
+    }
+    bed.take_down()?;
+    Ok(costs)
+}
+
+/// How fast a client outside the cluster is answered. Half as many rounds: those are long.
+fn requests(options: &Options, bar: &ProgressBar) -> Result<Vec<Requests>> {
+    let rounds = options.rounds.div_ceil(2);
+    bar.set_message("rules and maps");
+    let mut bed = requests::Bed::new(options.services)?;
+    bar.set_message("requests");
+    bar.set_position(0);
+    bar.set_length(requests::ticks(rounds));
+    let requests = bed.measure(rounds, || bar.inc(1))?;
+    bed.take_down()?;
+    Ok(requests)
+}
+
+fn request_table(requests: &[Requests]) -> Table {
+    let mut table = table(&[
+        "requests",
+        "family",
+        "by",
+        "per second",
+        "p50 (us)",
+        "p99 (us)",
+        "of direct (%)",
+        "quartiles",
+        "lb / this",
+        "quartiles",
+    ]);
+    for one in requests {
+        let percent = |value: f64| {
+            if one.way == Way::Direct {
+                String::new()
+            } else {
+                format!("{:.1}", value * 100.0)
+            }
+        };
+        let ratio = |value: f64| {
+            if matches!(one.way, Way::KubeProxyNftables | Way::KubeProxyIptables) {
+                format!("{value:.2}")
+            } else {
+                String::new()
+            }
+        };
+        table.add_row([
+            one.question.label(),
+            one.question.family.label().to_owned(),
+            one.way.label().to_owned(),
+            format!("{:.0}", one.rate),
+            format!("{:.0}", one.p50),
+            format!("{:.0}", one.p99),
+            percent(one.of_direct.median),
+            range(&percent(one.of_direct.low), &percent(one.of_direct.high)),
+            ratio(one.lb_to_this.median),
+            range(&ratio(one.lb_to_this.low), &ratio(one.lb_to_this.high)),
+        ]);
+    }
+    table
+}
+
+fn cost_table(costs: &[Cost]) -> Table {
+    let mut table = table(&[
+        "packet",
+        "hook",
+        "family",
+        "protocol",
+        "lb (ns)",
+        "C (ns)",
+        "empty (ns)",
+        "lb / C",
+        "95 %",
+        "quartiles",
+        "at most",
+        "",
+    ]);
+    for cost in costs {
+        let ratio = |value: f64| format!("{value:.2}");
+        let verdict = if check(cost).met { "met" } else { "EXCEEDED" };
+        table.add_row([
+            cost.case.packet.label().to_owned(),
+            cost.case.hook.label().to_owned(),
+            cost.case.family.label().to_owned(),
+            cost.case.protocol().to_owned(),
+            format!("{:.0}", cost.lb),
+            format!("{:.0}", cost.c),
+            format!("{:.0}", cost.empty),
+            ratio(cost.ratio.median),
+            range(&ratio(cost.interval.0), &ratio(cost.interval.1)),
+            range(&ratio(cost.ratio.low), &ratio(cost.ratio.high)),
+            format!("{LIMIT:.1}"),
+            verdict.to_owned(),
+        ]);
+    }
+    table
+}

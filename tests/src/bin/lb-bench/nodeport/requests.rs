@@ -1,0 +1,334 @@
+//! Requests of a client outside the cluster to a node port: directly, by lb, and by kube-proxy's rules, in turn.
+//!
+//! Each way has a node of its own with a pod on it; the pod on another node is the same for all. Client and servers share
+//! one processor: how many requests there are in a second is all that has to be done for one, and nothing else.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context as _, Result, ensure};
+use lb_agent::model::Protocol;
+use lb_common::abi::DropReason;
+use lb_tests::manifests::{self, Manifests, Port};
+use lb_tests::{Cluster, Node, Place, Pod, Process, Random, Running, Underlay};
+use serde::Serialize;
+
+use super::http::{self, Client, Order};
+use crate::bed::Way;
+use crate::connect::kube_proxy::{self, NodePort};
+use crate::numbers::{Quartiles, percentile};
+use crate::objects::{BACKEND_PORT, Family, Services};
+use crate::scenario::shuffled;
+
+/// Requests of one turn: each with a connection of its own, and over connections that stay.
+const FRESH: u32 = 100;
+const KEPT: u32 = 2000;
+
+/// The node ports: of a Service whose backend is on the node, and of one whose is on another.
+const HERE: u16 = 30080;
+const THERE: u16 = 30081;
+/// Not the default: that many connections to one backend in so short a time need more ports.
+const SNAT_PORTS: &str = "32768-65535";
+
+const WAYS: [Way; 5] = [
+    Way::Direct,
+    Way::DirectAgain,
+    Way::Lb,
+    Way::KubeProxyNftables,
+    Way::KubeProxyIptables,
+];
+
+/// What is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(crate) struct Question {
+    pub(crate) family: Family,
+    /// A new connection for each request.
+    pub(crate) fresh: bool,
+    /// The backend is on another node than the one that is asked.
+    pub(crate) elsewhere: bool,
+}
+
+impl Question {
+    fn all() -> impl Iterator<Item = Self> {
+        let kinds = [(true, false), (true, true), (false, false), (false, true)];
+        Family::ALL.into_iter().flat_map(move |family| {
+            kinds.map(|(fresh, elsewhere)| Self {
+                family,
+                fresh,
+                elsewhere,
+            })
+        })
+    }
+
+    pub(crate) fn label(self) -> String {
+        let connection = if self.fresh { "new" } else { "kept" };
+        let place = if self.elsewhere { "elsewhere" } else { "here" };
+        format!("{connection} connections, backend {place}")
+    }
+}
+
+/// How fast requests are answered on one way.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Requests {
+    pub(crate) way: Way,
+    #[serde(flatten)]
+    pub(crate) question: Question,
+    /// Requests per second, median of the rounds.
+    pub(crate) rate: f64,
+    /// Microseconds of a request: median, 99th percentile.
+    pub(crate) p50: f64,
+    pub(crate) p99: f64,
+    /// The rate of a round, divided by that of [`Way::Direct`] in the same round.
+    pub(crate) of_direct: Quartiles,
+    /// That of [`Way::Lb`] in the same round, divided by it.
+    pub(crate) lb_to_this: Quartiles,
+}
+
+#[derive(Debug, Default)]
+struct Rounds {
+    /// Nanoseconds.
+    times: Vec<u32>,
+    rates: Vec<f64>,
+}
+
+/// Nodes with servers, one of them lb's.
+pub(crate) struct Bed {
+    client: Client,
+    _servers: Vec<Process>,
+    agent: Running,
+    pods: Vec<(Way, Pod)>,
+    far: Pod,
+    /// Last, so that what is in it goes before it does.
+    cluster: Cluster,
+}
+
+/// Name of a way's node; the last node has the pod that is elsewhere.
+fn node(way: Way) -> &'static str {
+    match way {
+        Way::Lb => "n1",
+        Way::KubeProxyNftables => "n2",
+        Way::KubeProxyIptables => "n3",
+        _ => "n4",
+    }
+}
+
+const FAR: &str = "n5";
+
+impl Bed {
+    /// `services`: how many others there are.
+    pub(crate) fn new(services: u32) -> Result<Self> {
+        let cluster = Cluster::builder()
+            .nodes(5)
+            .client(true)
+            .underlay(Underlay::Routes)
+            .build()?;
+        let ways = WAYS.into_iter().filter(|way| *way != Way::DirectAgain);
+        let pods = ways
+            .map(|way| Ok((way, cluster.add_pod(node(way), "backend")?)))
+            .collect::<Result<Vec<_>>>()?;
+        let far = cluster.add_pod(FAR, "far")?;
+        let servers = pods.iter().map(|(_, pod)| pod).chain([&far]);
+        let servers = servers.map(|pod| http::serve(pod)).collect::<Result<_>>()?;
+        for node in [node(Way::Direct), FAR] {
+            let node = cluster.node(node);
+            cluster.client().ip_batch(&[
+                format!("route add {}/24 via {}", node.pod_network(), node.address()),
+                format!("route add {}/64 via {}", node.pod_network6(), node.address6()),
+            ])?;
+        }
+        for family in Family::ALL {
+            let services = others(services, family);
+            for (way, pod) in &pods {
+                let ports = || node_ports(family, cluster.node(node(*way)), pod, &far);
+                let place: &Place = cluster.node(node(*way));
+                match way {
+                    Way::KubeProxyNftables => {
+                        kube_proxy::load_nftables(place, services, &ports(), cluster.scratch())?;
+                    }
+                    Way::KubeProxyIptables => {
+                        kube_proxy::load_iptables(place, services, &ports(), cluster.scratch())?;
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let own = pods.iter().find(|(way, _)| *way == Way::Lb);
+        let agent = start_lb(&cluster, services, &own.context("lb has a pod")?.1, &far)?;
+        Ok(Self {
+            client: Client::start(cluster.client())?,
+            _servers: servers,
+            agent,
+            pods,
+            far,
+            cluster,
+        })
+    }
+
+    /// Where a question goes on one way.
+    fn target(&self, way: Way, question: Question) -> Result<SocketAddr> {
+        let direct = matches!(way, Way::Direct | Way::DirectAgain);
+        if !direct {
+            let port = if question.elsewhere { THERE } else { HERE };
+            let node = self.cluster.node(node(way));
+            return Ok(SocketAddr::new(address(question.family, node), port));
+        }
+        let own = self.pods.iter().find(|(way, _)| *way == Way::Direct);
+        let pod = if question.elsewhere {
+            &self.far
+        } else {
+            &own.context("no pod")?.1
+        };
+        Ok(SocketAddr::new(pod_address(question.family, pod), BACKEND_PORT))
+    }
+
+    /// All questions, on all ways.
+    pub(crate) fn measure(&mut self, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Requests>> {
+        let mut random = Random::new(1);
+        let mut all = Vec::new();
+        for question in Question::all() {
+            let mut ways = WAYS.map(|_| Rounds::default());
+            // The first round is not counted.
+            for round in 0..=rounds {
+                for at in shuffled(WAYS.len(), &mut random) {
+                    let order = Order {
+                        to: self.target(WAYS[at], question)?,
+                        requests: if question.fresh { FRESH } else { KEPT },
+                        fresh: question.fresh,
+                    };
+                    let mut done = self
+                        .client
+                        .order(&order)
+                        .with_context(|| format!("{}, {question:?}", WAYS[at].label()))?;
+                    if round > 0 {
+                        ways[at].rates.push(f64::from(order.requests) / done.seconds);
+                        ways[at].times.append(&mut done.times);
+                    }
+                }
+                tick();
+            }
+            let rates = |way: Way| {
+                let at = WAYS.iter().position(|one| *one == way);
+                at.map(|at| ways[at].rates.clone()).unwrap_or_default()
+            };
+            let (direct, lb) = (rates(Way::Direct), rates(Way::Lb));
+            for (way, mut found) in WAYS.into_iter().zip(ways) {
+                found.times.sort_unstable();
+                let pairs = |others: &[f64]| -> Vec<(f64, f64)> {
+                    found.rates.iter().copied().zip(others.iter().copied()).collect()
+                };
+                all.push(Requests {
+                    way,
+                    question,
+                    of_direct: Quartiles::of(pairs(&direct).into_iter().map(|(own, direct)| own / direct)),
+                    lb_to_this: Quartiles::of(pairs(&lb).into_iter().map(|(own, lb)| lb / own)),
+                    p50: f64::from(percentile(&found.times, 50)) / 1e3,
+                    p99: f64::from(percentile(&found.times, 99)) / 1e3,
+                    rate: Quartiles::of(found.rates).median,
+                });
+            }
+        }
+        self.has_served()?;
+        Ok(all)
+    }
+
+    /// lb had room for all.
+    fn has_served(&self) -> Result<()> {
+        let status = self.agent.status()?;
+        for reason in [
+            DropReason::ConntrackFull,
+            DropReason::SnatPortsExhausted,
+            DropReason::NoRoute,
+            DropReason::BackendGone,
+            DropReason::RewriteFailed,
+        ] {
+            let count = status.dropped(reason.label())?;
+            ensure!(count == 0, "{count} packets were dropped: {}", reason.text());
+        }
+        Ok(())
+    }
+
+    /// Removes it all.
+    pub(crate) fn take_down(mut self) -> Result<()> {
+        self.agent.kill()?;
+        self.agent.ask(&["cleanup"]).map(drop)
+    }
+}
+
+/// How often [`Bed::measure`] ticks.
+pub(crate) fn ticks(rounds: u32) -> u64 {
+    Question::all().count() as u64 * (u64::from(rounds) + 1)
+}
+
+fn others(services: u32, family: Family) -> Services {
+    Services {
+        number: services,
+        endpoints: 10,
+        family,
+        protocol: Protocol::Tcp,
+    }
+}
+
+fn address(family: Family, node: &Node) -> IpAddr {
+    match family {
+        Family::Ipv4 => node.address().into(),
+        Family::Ipv6 => node.address6().into(),
+    }
+}
+
+fn pod_address(family: Family, pod: &Pod) -> IpAddr {
+    match family {
+        Family::Ipv4 => pod.address().into(),
+        Family::Ipv6 => pod.address6().into(),
+    }
+}
+
+/// The two Services in one family, as kube-proxy knows them on a node.
+fn node_ports(family: Family, node: &Node, own: &Pod, far: &Pod) -> [NodePort; 2] {
+    let [here, there] =
+        [("here", 250, HERE, own), ("there", 251, THERE, far)].map(|(name, last, port, pod)| NodePort {
+            name: format!("default/{name}"),
+            vip: match family {
+                Family::Ipv4 => IpAddr::from([10, 97, 0, last]),
+                Family::Ipv6 => IpAddr::from([0xfd00, 0x97, 0, 0, 0, 0, 0, last.into()]),
+            },
+            node: address(family, node),
+            port,
+            backend: pod_address(family, pod),
+            is_local: pod.node() == node.name(),
+        });
+    [here, there]
+}
+
+/// The agent on lb's node, with the same Services.
+fn start_lb(cluster: &Cluster, services: u32, own: &Pod, far: &Pod) -> Result<Running> {
+    let manifests = Manifests::new(cluster)?;
+    others(services, Family::Ipv4).write_manifests(manifests.path())?;
+    let mut text = String::new();
+    for node in cluster.nodes() {
+        text += &format!(
+            "apiVersion: v1\nkind: Node\nmetadata: {{name: {}}}\nspec: {{podCIDRs: [\"{}/24\", \"{}/64\"]}}\nstatus: \
+             {{addresses: [{{type: InternalIP, address: \"{}\"}}, {{type: InternalIP, address: \"{}\"}}]}}\n---\n",
+            node.name(),
+            node.pod_network(),
+            node.pod_network6(),
+            node.address(),
+            node.address6()
+        );
+    }
+    for (name, last, port, pod) in [("here", 250, HERE, own), ("there", 251, THERE, far)] {
+        let ips = format!("10.97.0.{last},fd00:97::{last:x}");
+        let web = Port::tcp("http", 80).on_nodes(port);
+        text += &manifests::service(name, &ips, &[web], "");
+        for family in Family::ALL {
+            let endpoint = (pod_address(family, pod), pod.node());
+            text += &manifests::slice(name, Port::tcp("http", BACKEND_PORT), &[endpoint]);
+        }
+    }
+    manifests.write("bench.yaml", &text)?;
+    let beside = std::env::current_exe().context("finding this program")?;
+    let sizes = ["--max-conntrack", "524288", "--max-conntrack-new", "131072"];
+    let sizes = sizes
+        .into_iter()
+        .chain(["--max-backends", "32768", "--max-backend-slots", "65536"]);
+    let flags: Vec<_> = sizes.chain(["--snat-ports", SNAT_PORTS]).collect();
+    manifests.serve(cluster, node(Way::Lb), &beside, &flags)
+}
