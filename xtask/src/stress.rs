@@ -8,7 +8,7 @@ use crate::artifacts::build_stress;
 use crate::privilege::{as_root, search_path};
 use crate::root;
 use crate::setup::{self, Scope};
-use crate::test;
+use crate::test::{self, Long};
 
 /// How long the API server is away, in seconds.
 const OUTAGE: u32 = 600;
@@ -31,7 +31,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         return Ok(ready);
     }
     if args.outage {
-        return test::outage(OUTAGE);
+        return test::long(Long {
+            target: "kubernetes",
+            test: "the_api_server_goes_and_comes",
+            variable: ("LB_API_AWAY", OUTAGE.to_string()),
+            kubernetes: true,
+        });
     }
     let program = build_stress()?.program("lb-stress")?;
     let mut command = as_root(&program, &[("PATH", search_path())], "the stress test")?;
