@@ -339,6 +339,10 @@ fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, files: &[(&'s
         ran += counted(&title, || {
             let mut command = test_command(program, &env)?;
             command.args(selection.filter(&program.target));
+            if matches!(selection, Selection::Long(_)) {
+                // It tells what it did.
+                command.arg("--nocapture");
+            }
             libtest::run(&mut command)
         });
     }
