@@ -39,6 +39,7 @@ pub mod demo;
 pub mod http;
 pub mod load;
 pub mod manifests;
+pub mod outside;
 pub mod puppet;
 #[cfg(feature = "kubernetes")]
 pub mod runtime;

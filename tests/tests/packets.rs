@@ -5,19 +5,16 @@ use std::net::{IpAddr, SocketAddr};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
-use lb_tests::manifests::{Manifests, Port, node, service, slice, slice_with_conditions, web_and_dns};
-use lb_tests::puppet::plain;
-use lb_tests::{
-    Answer, Call, Cluster, Kind, Node, Place, Pod, Process, Running, Testbed, Underlay, patience, scaled_above,
-};
+use anyhow::{Result, ensure};
+use lb_tests::manifests::{Port, service, slice, slice_with_conditions, web_and_dns};
+use lb_tests::outside::{Got, Outside, TARGET, of, outer};
+use lb_tests::{Answer, Call, Kind, Place, Testbed, Underlay, patience, scaled_above};
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const ECONNREFUSED: i32 = 111;
 /// The node port of streams, and that of datagrams.
 const WEB: u16 = 30080;
 const DNS: u16 = 30053;
-const TARGET: [u16; 2] = [8080, 5353];
 
 fn bed() -> Testbed {
     Testbed::new(BED)
@@ -27,140 +24,18 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-/// Servers of streams and datagrams on all addresses of a place, which tell a name and the address that they see.
-fn serve(place: &Place, name: &str, [tcp, udp]: [u16; 2]) -> Result<[Process; 2]> {
-    let tell = ["--tell-source"];
-    Ok([
-        bed().serve_with(place, &[&format!("[::]:{tcp}={name}")], &tell)?,
-        bed().serve_datagrams_with(place, &[&format!("[::]:{udp}={name}")], &tell)?,
-    ])
-}
-
-/// What a client gets: who answers, and whom that saw; or an errno.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-enum Got {
-    Served { by: String, seen: IpAddr },
-    Failed(i32),
-}
-
 /// Asks once, from a new socket, by TCP or UDP.
 fn ask(from: &Place, udp: bool, to: SocketAddr) -> Result<Got> {
-    let kind = match (udp, to.is_ipv4()) {
-        (false, true) => Kind::Tcp4,
-        (false, false) => Kind::Tcp6,
-        (true, true) => Kind::Udp4,
-        (true, false) => Kind::Udp6,
-    };
-    let mut socket = bed().puppet(from, kind)?;
-    if let Answer::Failed(errno) = socket.call(&Call::Connect(to))? {
-        return Ok(Got::Failed(errno));
-    }
-    if udp {
-        socket.send("hello")?;
-    }
-    match socket.call(&Call::Receive)? {
-        Answer::Received(by, text) => {
-            ensure!(
-                by.is_none_or(|by| plain(by) == plain(to)),
-                "{to} was asked, {by:?} answered"
-            );
-            let mut words = text.split_whitespace();
-            let (Some(by), Some(seen)) = (words.next(), words.next()) else {
-                bail!("{text:?}");
-            };
-            Ok(Got::Served {
-                by: by.to_owned(),
-                seen: seen.parse::<IpAddr>().context("an address")?.to_canonical(),
-            })
-        }
-        Answer::Failed(errno) => Ok(Got::Failed(errno)),
-        other => bail!("{other:?}"),
-    }
+    bed().ask(from, udp, to)
 }
 
 /// All that answer at an address and the sources that they see, asked often.
 fn all(from: &Place, udp: bool, to: SocketAddr, times: u64) -> Result<BTreeSet<Got>> {
-    (0..times).map(|_| ask(from, udp, to)).collect()
+    bed().ask_often(from, udp, to, times)
 }
 
-/// Two nodes with an agent each, a client outside, and a pod on each node.
-struct Setup {
-    agents: [Running; 2],
-    manifests: Manifests,
-    pods: [Pod; 2],
-    _servers: Vec<Process>,
-    cluster: Cluster,
-}
-
-impl Setup {
-    fn new(underlay: Underlay) -> Result<Self> {
-        Self::with(underlay, 1, &[])
-    }
-
-    fn with(underlay: Underlay, clients: u8, flags: &[&str]) -> Result<Self> {
-        let cluster = Cluster::builder()
-            .nodes(2)
-            .clients(clients)
-            .underlay(underlay)
-            .build()?;
-        let pods = [cluster.add_pod("n1", "one")?, cluster.add_pod("n2", "two")?];
-        let mut servers = Vec::new();
-        for pod in &pods {
-            servers.extend(serve(pod, pod.name(), TARGET)?);
-        }
-        let manifests = Manifests::new(&cluster)?;
-        let nodes: Vec<_> = cluster.nodes().iter().map(node).collect();
-        manifests.write("nodes.yaml", &nodes.concat())?;
-        let agents = [
-            manifests.serve(&cluster, "n1", BED.as_ref(), flags)?,
-            manifests.serve(&cluster, "n2", BED.as_ref(), flags)?,
-        ];
-        Ok(Self {
-            agents,
-            manifests,
-            pods,
-            _servers: servers,
-            cluster,
-        })
-    }
-
-    fn node(&self, name: &str) -> &Node {
-        self.cluster.node(name)
-    }
-
-    fn client(&self) -> &Place {
-        self.cluster.client()
-    }
-
-    /// Writes a manifest, and waits until both agents have applied it.
-    fn write(&self, name: &str, text: &str) -> Result<()> {
-        let applies = |agent: &Running| anyhow::Ok(agent.status()?.agent.applies);
-        let before = [applies(&self.agents[0])?, applies(&self.agents[1])?];
-        self.manifests.write(name, text)?;
-        let deadline = Instant::now() + patience(Duration::from_secs(10));
-        for (agent, before) in self.agents.iter().zip(before) {
-            while applies(agent)? == before {
-                ensure!(Instant::now() < deadline, "{name} is not applied");
-                sleep(Duration::from_millis(20));
-            }
-        }
-        self.agents.iter().try_for_each(|agent| agent.verify())
-    }
-
-    /// Both pods, in both families, as endpoints.
-    fn endpoints(&self) -> Vec<(IpAddr, &str)> {
-        self.pods.iter().flat_map(of).collect()
-    }
-
-    fn dropped(&self, reason: &str) -> Result<u64> {
-        let all = self.agents.iter().map(|agent| agent.status()?.dropped(reason));
-        all.sum()
-    }
-}
-
-/// A pod as endpoints.
-fn of(pod: &Pod) -> [(IpAddr, &str); 2] {
-    [(pod.address().into(), pod.node()), (pod.address6().into(), pod.node())]
+fn setup(underlay: Underlay) -> Result<Outside> {
+    Outside::new(BED, underlay)
 }
 
 /// A Service with node ports in both families and both protocols.
@@ -177,13 +52,8 @@ fn by(got: &BTreeSet<Got>) -> BTreeSet<&str> {
         .collect()
 }
 
-/// The addresses of a node that a client outside reaches.
-fn outer(node: &Node) -> [IpAddr; 2] {
-    [node.address().into(), node.address6().into()]
-}
-
 fn an_outside_client_reaches_all(underlay: Underlay) -> Result<()> {
-    let setup = Setup::new(underlay)?;
+    let setup = setup(underlay)?;
     setup.write("web.yaml", &web(&setup.endpoints(), "type: NodePort"))?;
     for node in setup.cluster.nodes() {
         for address in outer(node) {
@@ -217,7 +87,7 @@ fn an_outside_client_reaches_pods_of_all_nodes_by_plain_routes() -> Result<()> {
 
 #[test]
 fn who_is_served_by_what() -> Result<()> {
-    let setup = Setup::new(Underlay::Vxlan)?;
+    let setup = setup(Underlay::Vxlan)?;
     let [one, two] = &setup.pods;
     let (client4, client6): (IpAddr, IpAddr) = (
         setup.cluster.client().address().into(),
@@ -225,7 +95,7 @@ fn who_is_served_by_what() -> Result<()> {
     );
     // A server of the second node itself.
     let host = setup.node("n2");
-    let _host = serve(host, "host", TARGET)?;
+    let _host = bed().serve_both(host, "host", TARGET)?;
     let on_host = [(IpAddr::from(host.address()), "n2"), (host.address6().into(), "n2")];
     let external = "externalIPs: [\"203.0.113.7\", \"2001:db8:7::7\"]";
     let texts = [
@@ -262,16 +132,7 @@ fn who_is_served_by_what() -> Result<()> {
         "route add 2001:db8:7::/64 via {}",
         setup.node("n1").address6()
     ))?;
-    let served = |by: &str, seen: Option<IpAddr>, got: Got, what: &str| -> Result<()> {
-        let Got::Served { by: is, seen: saw } = &got else {
-            bail!("{what}: {got:?}, not served by {by}");
-        };
-        ensure!(
-            is == by && seen.is_none_or(|seen| seen == *saw),
-            "{what}: {got:?}, not {by} {seen:?}"
-        );
-        Ok(())
-    };
+    let served = |by: &str, seen: Option<IpAddr>, got: Got, what: &str| got.ensure(by, seen, what);
     for (v6, client_address) in [(false, client4), (true, client6)] {
         let pick = |node: &str| outer(setup.node(node))[usize::from(v6)];
         for udp in [false, true] {
@@ -324,13 +185,13 @@ fn who_is_served_by_what() -> Result<()> {
 }
 
 /// Puts a Service with node ports on one backend, in both families.
-fn serve_by(setup: &Setup, endpoints: &[(IpAddr, &str)]) -> Result<()> {
+fn serve_by(setup: &Outside, endpoints: &[(IpAddr, &str)]) -> Result<()> {
     setup.write("web.yaml", &web(endpoints, "type: NodePort"))
 }
 
 #[test]
 fn flows_to_a_backend_that_is_gone_go_elsewhere_or_end() -> Result<()> {
-    let setup = Setup::new(Underlay::Vxlan)?;
+    let setup = setup(Underlay::Vxlan)?;
     let [one, two] = &setup.pods;
     let echo = [8081, 8082].map(|port| {
         let listen = [format!("[::]:{port}=echo")];
@@ -399,7 +260,7 @@ fn flows_to_a_backend_that_is_gone_go_elsewhere_or_end() -> Result<()> {
 
 #[test]
 fn a_client_keeps_its_backend_where_the_service_wants_that() -> Result<()> {
-    let setup = Setup::with(Underlay::Vxlan, 2, &[])?;
+    let setup = Outside::with(BED, Underlay::Vxlan, 2, &[])?;
     let more = "type: NodePort\n  sessionAffinity: ClientIP";
     setup.write("web.yaml", &web(&setup.endpoints(), more))?;
     let mut chosen = BTreeSet::new();
@@ -421,7 +282,7 @@ fn a_client_keeps_its_backend_where_the_service_wants_that() -> Result<()> {
 
 #[test]
 fn what_is_too_long_or_too_old_for_the_way_on_is_told_so() -> Result<()> {
-    let setup = Setup::new(Underlay::Vxlan)?;
+    let setup = setup(Underlay::Vxlan)?;
     serve_by(&setup, &of(&setup.pods[1]))?;
     let (n1, client) = (setup.node("n1"), setup.client());
     let to = SocketAddr::new(n1.address().into(), DNS);
@@ -480,7 +341,7 @@ fn what_is_too_long_or_too_old_for_the_way_on_is_told_so() -> Result<()> {
 
 #[test]
 fn flows_outlive_the_agent() -> Result<()> {
-    let mut setup = Setup::new(Underlay::Vxlan)?;
+    let mut setup = setup(Underlay::Vxlan)?;
     let endpoints = of(&setup.pods[1]).map(|(ip, node)| (ip, node.to_owned()));
     let endpoints: Vec<_> = endpoints.iter().map(|(ip, node)| (*ip, node.as_str())).collect();
     let _echo = bed().serve_with(&setup.pods[1], &["[::]:8081=echo"], &["--echo"])?;

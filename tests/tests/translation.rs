@@ -24,6 +24,9 @@ use lb_agent::reconcile::Reconciler;
 use lb_common::abi::{Device, DropReason, program_name};
 use lb_tests::{Cluster, Node, Underlay, scaled};
 
+#[path = "translation/random.rs"]
+mod random;
+
 const CAPACITIES: Capacities = Capacities {
     services: 64,
     frontends: 128,

@@ -8,10 +8,13 @@ use crate::artifacts::build_stress;
 use crate::privilege::{as_root, search_path};
 use crate::root;
 use crate::setup::{self, Scope};
-use crate::test;
+use crate::test::{self, Long};
 
 /// How long the API server is away, in seconds.
 const OUTAGE: u32 = 600;
+
+/// How many SYNs nobody answers.
+const SYNS: u32 = 1_000_000;
 
 /// Arguments of `stress`.
 #[derive(Debug, clap::Args)]
@@ -19,6 +22,10 @@ pub(crate) struct Args {
     /// Keep the API server of Kubernetes away from agents for ten minutes, in place of that; this needs Go
     #[arg(long)]
     outage: bool,
+    /// Send a million SYNs that nobody answers through maps of 100,000 while 1,000 connections are idle for a minute, in
+    /// place of that
+    #[arg(long, conflicts_with = "outage")]
+    flood: bool,
     /// What `lb-stress` is called with; `--help` tells
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
@@ -31,7 +38,20 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         return Ok(ready);
     }
     if args.outage {
-        return test::outage(OUTAGE);
+        return test::long(Long {
+            target: "kubernetes",
+            test: "the_api_server_goes_and_comes",
+            variable: ("LB_API_AWAY", OUTAGE.to_string()),
+            kubernetes: true,
+        });
+    }
+    if args.flood {
+        return test::long(Long {
+            target: "flood",
+            test: "connections_live_through_a_flood_of_unanswered_syns",
+            variable: ("LB_FLOOD", SYNS.to_string()),
+            kubernetes: false,
+        });
     }
     let program = build_stress()?.program("lb-stress")?;
     let mut command = as_root(&program, &[("PATH", search_path())], "the stress test")?;

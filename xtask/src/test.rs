@@ -20,8 +20,18 @@ use crate::vm::{self, Job};
 /// Whole-system tests at a time in one test program: each builds a cluster of its own.
 const SYSTEM_TESTS: &str = "--test-threads=2";
 
-/// The test in which the API server is away.
-const OUTAGE: &str = "the_api_server_goes_and_comes";
+/// A test that does more than usual where a variable says so.
+#[derive(Debug, Clone)]
+pub(crate) struct Long {
+    /// The program that it is in.
+    pub(crate) target: &'static str,
+    /// Its name.
+    pub(crate) test: &'static str,
+    /// The variable, and its value.
+    pub(crate) variable: (&'static str, String),
+    /// It needs the control plane of Kubernetes.
+    pub(crate) kubernetes: bool,
+}
 
 /// What golden tests have in the name of their file or of the test.
 const GOLDEN: &str = "golden";
@@ -225,26 +235,25 @@ pub(crate) fn bless() -> anyhow::Result<ExitCode> {
     Ok(conclude(sum))
 }
 
-/// Keeps the API server of Kubernetes away from agents for so many seconds.
-pub(crate) fn outage(seconds: u32) -> anyhow::Result<ExitCode> {
-    if let Some(ask) = setup::ask_for_kubernetes()? {
+/// Runs one test for longer, or with more, than all tests do.
+pub(crate) fn long(long: Long) -> anyhow::Result<ExitCode> {
+    let kubernetes = long.kubernetes;
+    if kubernetes && let Some(ask) = setup::ask_for_kubernetes()? {
         return Ok(ask);
     }
     let mut control_plane = None;
-    let mut sum = step("control plane of Kubernetes", || {
-        control_plane = Some(kubernetes::build()?);
-        Ok(())
-    });
+    let mut sum = Tally::default();
+    if kubernetes {
+        sum += step("control plane of Kubernetes", || {
+            control_plane = Some(kubernetes::build()?);
+            Ok(())
+        });
+    }
     let mut built = Built::default();
-    sum += build(&mut built, true);
+    sum += build(&mut built, kubernetes);
     if sum.failed == 0 {
-        let selection = Selection::Outage(seconds);
-        sum += some(tests(
-            &built,
-            &selection,
-            Kernel::Native,
-            &[("LB_KUBERNETES", control_plane)],
-        ));
+        let files = [("LB_KUBERNETES", control_plane)];
+        sum += some(tests(&built, &Selection::Long(long), Kernel::Native, &files));
     }
     Ok(conclude(sum))
 }
@@ -256,8 +265,8 @@ enum Selection<'a> {
     Filter(Option<&'a str>),
     /// Those against Kubernetes, or those of them that contain this.
     Kubernetes(Option<&'a str>),
-    /// The one that keeps the API server away, for so many seconds.
-    Outage(u32),
+    /// One that does more than usual.
+    Long(Long),
     /// Golden tests, which are to write down what they see.
     Golden,
 }
@@ -267,7 +276,7 @@ impl Selection<'_> {
     fn filter(&self, program: &str) -> Option<&str> {
         match self {
             Self::Filter(filter) | Self::Kubernetes(filter) => *filter,
-            Self::Outage(_) => Some(OUTAGE),
+            Self::Long(long) => Some(long.test),
             Self::Golden => (!program.contains(GOLDEN)).then_some(GOLDEN),
         }
     }
@@ -313,18 +322,27 @@ fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, files: &[(&'s
     env.extend(files);
     match selection {
         Selection::Golden => env.push(("LB_BLESS", "1".into())),
-        Selection::Outage(seconds) => env.push(("LB_API_AWAY", seconds.to_string().into())),
+        Selection::Long(Long {
+            variable: (name, value),
+            ..
+        }) => env.push((name, value.into())),
         Selection::Filter(_) | Selection::Kubernetes(_) => {}
     }
-    let only_kubernetes = matches!(selection, Selection::Kubernetes(_) | Selection::Outage(_));
-    let here = |program: &&TestProgram| {
-        (kernel == Kernel::Native || !program.needs_root()) && (!only_kubernetes || program.needs_kubernetes())
+    let wanted = |program: &TestProgram| match selection {
+        Selection::Kubernetes(_) => program.needs_kubernetes(),
+        Selection::Long(long) => program.target == long.target,
+        Selection::Filter(_) | Selection::Golden => true,
     };
+    let here = |program: &&TestProgram| (kernel == Kernel::Native || !program.needs_root()) && wanted(program);
     for program in built.tests.iter().filter(here) {
         let title = format!("tests of {} ({})", program.package, program.target);
         ran += counted(&title, || {
             let mut command = test_command(program, &env)?;
             command.args(selection.filter(&program.target));
+            if matches!(selection, Selection::Long(_)) {
+                // It tells what it did.
+                command.arg("--nocapture");
+            }
             libtest::run(&mut command)
         });
     }

@@ -22,16 +22,20 @@ const TOOLS: [&str; 19] = [
     "sleep", "ss", "stat", "tc", "umount", "unshare",
 ];
 
-/// Printers of rules: those that are there.
-const PRINTERS: [&str; 4] = [
+/// Printers and writers of rules: those that are there.
+const RULES: [&str; 6] = [
     "iptables-legacy-save",
     "ip6tables-legacy-save",
     "iptables-nft-save",
     "ip6tables-nft-save",
+    "iptables-nft-restore",
+    "ip6tables-nft-restore",
 ];
+/// What they load.
+const EXTENSIONS: &str = "/usr/lib/x86_64-linux-gnu/xtables";
 
 /// Modules that the bed needs.
-const MODULES: [&str; 13] = [
+const MODULES: [&str; 18] = [
     "veth",
     "bridge",
     "vxlan",
@@ -40,6 +44,12 @@ const MODULES: [&str; 13] = [
     "nft_chain_nat",
     "iptable_filter",
     "ip6table_filter",
+    // A CNI's rules.
+    "br_netfilter",
+    "xt_comment",
+    "xt_conntrack",
+    "xt_mark",
+    "xt_MASQUERADE",
     // Listing and destroying sockets.
     "tcp_diag",
     "udp_diag",
@@ -86,8 +96,11 @@ pub(super) fn write(kernel: &Kernel, job: &Job, slow: u32) -> Result<File> {
         let path = find(tool).with_context(|| format!("there is no {tool}"))?;
         add_program(&mut image, &path)?;
     }
-    for printer in PRINTERS.iter().filter_map(|printer| find(printer)) {
-        add_program(&mut image, &printer)?;
+    for program in RULES.iter().filter_map(|program| find(program)) {
+        add_program(&mut image, &program)?;
+    }
+    if Path::new(EXTENSIONS).is_dir() {
+        image.tree(Path::new(EXTENSIONS))?;
     }
     let busybox = find("busybox").context("there is no busybox")?;
     image.file(Path::new("/busybox/busybox"), &busybox)?;

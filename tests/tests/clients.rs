@@ -1,0 +1,432 @@
+//! What real clients outside do with their ports, and clients that come by a device without a link layer.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
+use lb_tests::manifests::{Port, service, slice, web_and_dns};
+use lb_tests::outside::{Outside, TARGET, kind, of, outer};
+use lb_tests::{Answer, Call, Kind, Node, Place, Testbed, Underlay, patience, scaled_above};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike as _};
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+/// The node ports of streams and of datagrams.
+const WEB: [u16; 2] = [30080, 30053];
+/// What a client sends again is sent after a second.
+const AT_ONCE: Duration = Duration::from_millis(900);
+
+fn bed() -> Testbed {
+    Testbed::new(BED)
+}
+
+/// How a connection ends.
+#[derive(Debug, Clone, Copy)]
+enum End {
+    /// The server says that no more comes, then the client.
+    Server,
+    /// The client, then the server.
+    Client,
+    /// The client resets it.
+    Reset,
+}
+
+/// A connection from a given port of a place, also where that was used a moment ago.
+fn connect_from(place: &Place, port: u16, to: SocketAddr) -> Result<TcpStream> {
+    let connected = place.within(|| -> Result<OwnedFd> {
+        let (family, any) = if to.is_ipv4() {
+            (AddressFamily::Inet, IpAddr::from([0; 4]))
+        } else {
+            (AddressFamily::Inet6, IpAddr::from([0; 16]))
+        };
+        let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+        let limit = TimeVal::milliseconds(patience(AT_ONCE).as_millis() as i64);
+        setsockopt(&socket, sockopt::SendTimeout, &limit)?;
+        setsockopt(&socket, sockopt::ReceiveTimeout, &limit)?;
+        let from = SocketAddr::new(any, port);
+        bind(socket.as_raw_fd(), &SockaddrStorage::from(from)).context("bind")?;
+        connect(socket.as_raw_fd(), &SockaddrStorage::from(to)).context("connect")?;
+        Ok(socket)
+    });
+    Ok(TcpStream::from(connected??))
+}
+
+/// A connection from a port: what the server says, to its end.
+fn talk(place: &Place, port: u16, to: SocketAddr, end: End) -> Result<String> {
+    let mut stream = connect_from(place, port, to)?;
+    let mut text = String::new();
+    match end {
+        End::Server => {
+            stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")?;
+            stream.read_to_string(&mut text).context("reading to the end")?;
+        }
+        End::Client => {
+            stream.shutdown(std::net::Shutdown::Write)?;
+            stream.read_to_string(&mut text).context("reading to the end")?;
+        }
+        End::Reset => {
+            let mut buffer = [0; 64];
+            let length = stream.read(&mut buffer).context("reading")?;
+            text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            setsockopt(
+                &stream,
+                sockopt::Linger,
+                &libc::linger {
+                    l_onoff: 1,
+                    l_linger: 0,
+                },
+            )?;
+        }
+    }
+    Ok(text)
+}
+
+#[test]
+fn a_client_uses_its_port_again_at_once() -> Result<()> {
+    const ASKED_FOR: [u16; 2] = [30081, 30082];
+    let outside = Outside::new(BED, Underlay::Vxlan)?;
+    let mut servers = Vec::new();
+    for pod in &outside.pods {
+        servers.push(bed().serve_with(pod, &[&format!("[::]:8081={}", pod.name())], &["--http"])?);
+    }
+    let text = |name: &str, last: u8, node_port: u16, target: u16| {
+        let ports = [Port::tcp("web", 80).on_nodes(node_port)];
+        let mut text = service(
+            name,
+            &format!("10.96.0.{last},fd00:96::{last}"),
+            &ports,
+            "type: NodePort",
+        );
+        for v6 in [false, true] {
+            let ends: Vec<_> = outside
+                .endpoints()
+                .into_iter()
+                .filter(|(ip, _)| ip.is_ipv6() == v6)
+                .collect();
+            text += &slice(name, Port::tcp("web", target), &ends);
+        }
+        text
+    };
+    let [plain, http] = ASKED_FOR;
+    outside.write(
+        "web.yaml",
+        &(text("plain", 20, plain, 8080) + &text("http", 21, http, 8081)),
+    )?;
+    let client = outside.cluster.client();
+    // What waits for late segments would keep the port for a minute.
+    client.sysctl("net.ipv4.tcp_max_tw_buckets", "0")?;
+    for (v6, address) in outer(outside.node("n1")).into_iter().enumerate() {
+        for end in [End::Server, End::Client, End::Reset] {
+            let to = SocketAddr::new(address, if matches!(end, End::Server) { http } else { plain });
+            let mut by = [0_u32; 2];
+            for time in 0..scaled_above(50, 15) {
+                let text = talk(client, 4000 + v6 as u16, to, end)
+                    .with_context(|| format!("{to}, ended by {end:?}, the {time}th time"))?;
+                match (text.contains("one"), text.contains("two")) {
+                    (true, false) => by[0] += 1,
+                    (false, true) => by[1] += 1,
+                    _ => bail!("{to}, ended by {end:?}: {text:?}"),
+                }
+            }
+            // 2^-14 that one of two is missed in fifteen.
+            ensure!(by.iter().all(|times| *times > 0), "{to}, ended by {end:?}: {by:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn clients_with_one_source_port_are_told_apart() -> Result<()> {
+    // One after the other: a closed connection keeps its own for a minute.
+    let mut source_ports = 5000..;
+    let outside = Outside::with(BED, Underlay::Vxlan, 2, &[])?;
+    let [_, two] = &outside.pods;
+    let _servers = [
+        bed().serve_with(two, &["[::]:8081=two"], &["--echo"])?,
+        bed().serve_datagrams(two, &["[::]:5354=two"])?,
+    ];
+    let mut text = String::new();
+    // Two Services with the same backend, in both protocols.
+    for (name, last, web, dns) in [("a", 20, 30080, 30053), ("b", 21, 30081, 30054)] {
+        let ports = [Port::tcp("web", 80).on_nodes(web), Port::udp("dns", 53).on_nodes(dns)];
+        text += &service(
+            name,
+            &format!("10.96.0.{last},fd00:96::{last}"),
+            &ports,
+            "type: NodePort",
+        );
+        for port in [Port::tcp("web", 8081), Port::udp("dns", 5354)] {
+            for endpoint in of(two) {
+                text += &slice(name, port, &[endpoint]);
+            }
+        }
+    }
+    outside.write("web.yaml", &text)?;
+    for node in ["n1", "n2"] {
+        for address in outer(outside.node(node)) {
+            let any = if address.is_ipv4() { "0.0.0.0" } else { "::" };
+            let from = SocketAddr::new(any.parse()?, source_ports.next().context("a port")?);
+            let to = |port: u16| SocketAddr::new(address, port);
+            // Two clients at one node port, and each at both Services.
+            let mut streams = Vec::new();
+            let mut datagrams = Vec::new();
+            for client in outside.cluster.clients() {
+                let mut stream = bed().puppet(client, kind(false, address))?;
+                ensure!(stream.call(&Call::Bind(from))? == Answer::Done, "bind");
+                stream.connect(to(30080))?;
+                ensure!(stream.receive()?.1 == "two\n", "no greeting");
+                streams.push(stream);
+                let mut socket = bed().puppet(client, kind(true, address))?;
+                ensure!(socket.call(&Call::Bind(from))? == Answer::Done, "bind");
+                datagrams.push(socket);
+            }
+            for round in 0..3 {
+                for (number, stream) in streams.iter_mut().enumerate() {
+                    stream.send(&format!("{node}-{number}-{round}"))?;
+                }
+                for (number, stream) in streams.iter_mut().enumerate() {
+                    let (_, text) = stream.receive()?;
+                    ensure!(text == format!("{node}-{number}-{round}"), "{address}: {text:?}");
+                }
+                for port in [30053, 30054] {
+                    for (number, socket) in datagrams.iter_mut().enumerate() {
+                        socket.send_to(to(port), &format!("{number}-{round}"))?;
+                    }
+                    for (number, socket) in datagrams.iter_mut().enumerate() {
+                        socket.answered(to(port), &format!("{number}-{round}"))?;
+                    }
+                }
+                // Both at once: the backend sees one client, and must not take the two for one.
+                for socket in &mut datagrams {
+                    socket.send_to(to(30053), "a")?;
+                    socket.answered(to(30053), "a")?;
+                    socket.send_to(to(30054), "b")?;
+                    socket.answered(to(30054), "b")?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_too_long_for_vxlan_is_told_so_over_ipv6() -> Result<()> {
+    let outside = Outside::new(BED, Underlay::Vxlan)?;
+    let [n1, n2] = ["n1", "n2"].map(|name| outside.node(name));
+    for (node, other, number) in [(n1, n2, 2), (n2, n1, 1)] {
+        let network = other.pod_network6();
+        node.ip_batch(&[
+            format!("address add {}/128 dev flannel.1 nodad", node.pod_network6()),
+            format!("neighbour replace {network} lladdr 02:1b:00:00:f1:{number:02x} dev flannel.1 nud permanent"),
+            format!("route delete {network}/64"),
+            format!("route add {network}/64 via {network} dev flannel.1 onlink"),
+        ])?;
+    }
+    outside.write(
+        "web.yaml",
+        &web_and_dns("web", 20, Some(WEB), "type: NodePort", &of(&outside.pods[1]), TARGET),
+    )?;
+    let client = outside.client();
+    let to = SocketAddr::new(n1.address6().into(), WEB[1]);
+    let served = outside.ask(client, true, to)?;
+    served.ensure("two", Some(n1.pod_network6().into()), "over VXLAN")?;
+    let mut socket = bed().puppet(client, Kind::Udp6)?;
+    socket.connect(to)?;
+    // 1,500 bytes with the headers.
+    socket.send(&"x".repeat(1452))?;
+    let deadline = Instant::now() + patience(Duration::from_secs(5));
+    while !client
+        .ip(&format!("-6 route get {}", n1.address6()))?
+        .contains("mtu 1450")
+    {
+        ensure!(Instant::now() < deadline, "the client was not told");
+        sleep(Duration::from_millis(20));
+    }
+    ensure!(outside.dropped("too_big")? > 0, "it is not counted");
+    const EMSGSIZE: i32 = 90;
+    assert_eq!(
+        socket.call(&Call::Send("a".to_owned()))?,
+        Answer::Failed(EMSGSIZE),
+        "the socket is told too"
+    );
+    // As long as may be, less what the answer has before it.
+    let text = "x".repeat(1450 - 48 - 64);
+    socket.send(&text)?;
+    ensure!(socket.receive()?.1.ends_with(&text), "another answer");
+    let counters = client.run("cat", &["/proc/net/snmp6"])?;
+    let errors = counters.lines().find(|line| line.starts_with("Icmp6InErrors"));
+    ensure!(
+        errors.is_some_and(|line| line.ends_with("\t0") || line.ends_with(" 0")),
+        "{errors:?}"
+    );
+    Ok(())
+}
+
+/// A device without a link layer, and what comes and goes by it.
+struct Tun(File);
+
+impl Tun {
+    const NAME: &str = "tun0";
+
+    fn new(node: &Node) -> Result<Self> {
+        let file = node.within(|| -> Result<File> {
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/net/tun")
+                .context("opening tun")?;
+            // SAFETY: plain data, and all zero is a value of it.
+            let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+            for (to, byte) in request.ifr_name.iter_mut().zip(Self::NAME.bytes()) {
+                *to = byte as libc::c_char;
+            }
+            request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI) as libc::c_short;
+            // SAFETY: the request lives as long as the call, which reads and writes as much as it is long.
+            Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
+            fcntl(&file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+            Ok(file)
+        })??;
+        Ok(Self(file))
+    }
+
+    /// Sends a packet in, and waits for the one that is for its sender's address and port.
+    fn ask(&mut self, packet: &[u8], from: SocketAddr) -> Result<Vec<u8>> {
+        self.0.write_all(packet).context("sending")?;
+        let deadline = Instant::now() + patience(Duration::from_secs(2));
+        let mut buffer = [0; 2048];
+        loop {
+            match self.0.read(&mut buffer) {
+                Ok(length) => {
+                    let packet = &buffer[..length];
+                    if addresses(packet).is_ok_and(|(_, to, _)| to == from) {
+                        return Ok(packet.to_vec());
+                    }
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    ensure!(Instant::now() < deadline, "no answer");
+                    sleep(Duration::from_millis(2));
+                }
+                Err(error) => return Err(error).context("receiving"),
+            }
+        }
+    }
+}
+
+/// From and to whom a packet is, and what is in it: "syn-ack", "reset", or a datagram's text. Its checksums must be right.
+fn addresses(packet: &[u8]) -> Result<(SocketAddr, SocketAddr, String)> {
+    let headers = PacketHeaders::from_ip_slice(packet)?;
+    let payload = headers.payload.slice();
+    let (from, to): (IpAddr, IpAddr) = match headers.net.as_ref().context("no IP")? {
+        NetHeaders::Ipv4(ip, _) => (ip.source.into(), ip.destination.into()),
+        NetHeaders::Ipv6(ip, _) => (ip.source.into(), ip.destination.into()),
+        other => bail!("{other:?}"),
+    };
+    let ((from_port, to_port), what, is, right) = match (&headers.transport, &headers.net) {
+        (Some(TransportHeader::Tcp(tcp)), Some(net)) => {
+            let right = match net {
+                NetHeaders::Ipv4(ip, _) => tcp.calc_checksum_ipv4(ip, payload)?,
+                NetHeaders::Ipv6(ip, _) => tcp.calc_checksum_ipv6(ip, payload)?,
+                other => bail!("{other:?}"),
+            };
+            let what = match (tcp.syn, tcp.rst, tcp.ack) {
+                (true, false, true) => "syn-ack",
+                (false, true, true) => "reset",
+                _ => "another segment",
+            };
+            (
+                (tcp.source_port, tcp.destination_port),
+                what.to_owned(),
+                tcp.checksum,
+                right,
+            )
+        }
+        (Some(TransportHeader::Udp(udp)), Some(net)) => {
+            let right = match net {
+                NetHeaders::Ipv4(ip, _) => udp.calc_checksum_ipv4(ip, payload)?,
+                NetHeaders::Ipv6(ip, _) => udp.calc_checksum_ipv6(ip, payload)?,
+                other => bail!("{other:?}"),
+            };
+            let what = String::from_utf8_lossy(payload).into_owned();
+            ((udp.source_port, udp.destination_port), what, udp.checksum, right)
+        }
+        other => bail!("{other:?}"),
+    };
+    ensure!(is == right, "a wrong checksum: {headers:?}");
+    Ok((SocketAddr::new(from, from_port), SocketAddr::new(to, to_port), what))
+}
+
+/// A SYN or a datagram.
+fn packet(udp: bool, from: SocketAddr, to: SocketAddr) -> Vec<u8> {
+    let ip = match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => PacketBuilder::ipv4(from.octets(), to.octets(), 64),
+        (IpAddr::V6(from), IpAddr::V6(to)) => PacketBuilder::ipv6(from.octets(), to.octets(), 64),
+        _ => panic!("one family"),
+    };
+    let mut bytes = Vec::new();
+    let written = if udp {
+        ip.udp(from.port(), to.port()).write(&mut bytes, b"hello")
+    } else {
+        ip.tcp(from.port(), to.port(), 1000, 512).syn().write(&mut bytes, &[])
+    };
+    written.expect("a packet");
+    bytes
+}
+
+#[test]
+fn a_client_beyond_a_device_without_a_link_layer_is_served_here_and_refused() -> Result<()> {
+    const NOBODY: u16 = 30081;
+    let outside = Outside::new(BED, Underlay::Vxlan)?;
+    let pod = &outside.pods[0];
+    let nobody = web_and_dns("nobody", 21, Some([NOBODY, 30054]), "type: NodePort", &[], TARGET);
+    let text = web_and_dns("web", 20, Some(WEB), "type: NodePort", &of(pod), TARGET) + &nobody;
+    outside.write("web.yaml", &text)?;
+    let n1 = outside.node("n1");
+    let mut tun = Tun::new(n1)?;
+    n1.ip_batch(&[
+        "address add 172.31.0.1/24 dev tun0".to_owned(),
+        "address add fd00:172:31::1/64 dev tun0 nodad".to_owned(),
+        "link set tun0 up".to_owned(),
+    ])?;
+    let deadline = Instant::now() + patience(Duration::from_secs(10));
+    while !outside.agents[0]
+        .status()?
+        .devices
+        .iter()
+        .any(|device| device.name == Tun::NAME && device.attached.is_some())
+    {
+        ensure!(Instant::now() < deadline, "tun0 is not served");
+        sleep(Duration::from_millis(20));
+    }
+    for (address, client) in outer(n1).into_iter().zip(["172.31.0.7", "fd00:172:31::7"]) {
+        for (udp, port) in [false, true].into_iter().zip(WEB) {
+            let from = SocketAddr::new(client.parse()?, 4000);
+            let to = SocketAddr::new(address, port);
+            let answer = tun
+                .ask(&packet(udp, from, to), from)
+                .with_context(|| format!("{to} udp={udp}"))?;
+            let (by, _, what) = addresses(&answer)?;
+            ensure!(by == to, "{to} was asked, {by} answered");
+            let right = if udp {
+                what.starts_with(&format!("{} ", pod.name()))
+            } else {
+                what == "syn-ack"
+            };
+            ensure!(right, "{to}: {what}");
+        }
+        let from = SocketAddr::new(client.parse()?, 4001);
+        let to = SocketAddr::new(address, NOBODY);
+        let (by, _, what) = addresses(&tun.ask(&packet(false, from, to), from)?)?;
+        ensure!((by, what.as_str()) == (to, "reset"), "{to}: {what} from {by}");
+    }
+    Ok(())
+}

@@ -1,0 +1,208 @@
+//! A flood of SYNs that nobody answers, and connections that live through it: some with all tests, a million by
+//! `cargo xtask stress --flood`.
+
+use std::env;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use etherparse::PacketBuilder;
+use lb_tests::manifests::{Port, service, slice};
+use lb_tests::outside::{Outside, outer};
+use lb_tests::{Node, Place, Testbed, Underlay, scaled};
+use nix::errno::Errno;
+use serde_json::Value;
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+/// How many SYNs, in place of a few.
+const SYNS: &str = "LB_FLOOD";
+/// Node ports of what answers, and of what does not.
+const ECHO: u16 = 30080;
+const MUTE: u16 = 30081;
+/// How many SYNs between two looks at how many have come.
+const CHUNK: u64 = 20_000;
+
+/// How much of everything.
+struct Size {
+    syns: u64,
+    /// Entries of either map of flows.
+    map: u64,
+    connections: u32,
+    idle: Duration,
+}
+
+impl Size {
+    fn wanted() -> Result<Self> {
+        let syns: Option<u64> = env::var(SYNS).ok().map(|text| text.parse()).transpose()?;
+        Ok(match syns {
+            Some(syns) => Self {
+                syns,
+                map: 100_000,
+                connections: 1000,
+                idle: Duration::from_secs(60),
+            },
+            None => Self {
+                syns: scaled(20_000),
+                map: scaled(2_000).max(400),
+                connections: 50,
+                idle: Duration::from_secs(1),
+            },
+        })
+    }
+}
+
+/// A socket of a place that sends frames as they are, by `eth0`.
+fn raw(place: &Place) -> Result<OwnedFd> {
+    place.within(|| -> Result<OwnedFd> {
+        // SAFETY: numbers only; with protocol zero nothing is received.
+        let fd = Errno::result(unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) })?;
+        // SAFETY: the kernel returned a new descriptor, which nobody else owns.
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: plain data, and all zero is a value of it.
+        let mut by: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        by.sll_family = libc::AF_PACKET as u16;
+        by.sll_ifindex = nix::net::if_::if_nametoindex("eth0")? as i32;
+        let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+        // SAFETY: address and length are those of a value that lives as long as the call.
+        Errno::result(unsafe { libc::bind(socket.as_raw_fd(), (&raw const by).cast(), length) })?;
+        Ok(socket)
+    })?
+}
+
+/// The hardware address of `eth0`.
+fn hardware_address(place: &Place) -> Result<[u8; 6]> {
+    let text = place.ip("-oneline link show eth0")?;
+    let mut words = text.split_whitespace().skip_while(|word| *word != "link/ether");
+    let octets = words.nth(1).context("no hardware address")?.split(':');
+    let octets: Vec<u8> = octets
+        .map(|octet| u8::from_str_radix(octet, 16))
+        .collect::<Result<_, _>>()?;
+    octets.try_into().ok().context("six octets")
+}
+
+/// The SYN with a number, from a client that there is not, in one family or the other.
+fn syn(number: u64, macs: [[u8; 6]; 2], to: [IpAddr; 2]) -> Vec<u8> {
+    // 2^17 addresses of 198.18.0.0/15 (RFC 2544), and as many of IPv6 as one likes.
+    let link = PacketBuilder::ethernet2(macs[0], macs[1]);
+    let port = 1024 + (number >> 18) as u16;
+    let host = (number >> 1) as u32 & 0x1_ffff;
+    let ip = match to[(number & 1) as usize] {
+        IpAddr::V4(to) => {
+            let from = Ipv4Addr::from(0xc612_0000 + host);
+            link.ipv4(from.octets(), to.octets(), 64)
+        }
+        IpAddr::V6(to) => {
+            let [high, low] = [(host >> 16) as u16, host as u16];
+            let from = Ipv6Addr::new(0x2001, 0xdb8, 0x99, 0, 0, 0, high, low);
+            link.ipv6(from.octets(), to.octets(), 64)
+        }
+    };
+    let mut bytes = Vec::with_capacity(80);
+    let written = ip.tcp(port, MUTE, 1000, 512).syn().write(&mut bytes, &[]);
+    written.expect("a packet");
+    bytes
+}
+
+fn send(socket: &OwnedFd, packet: &[u8]) -> Result<()> {
+    // SAFETY: the packet is as long as is said.
+    let sent = || unsafe { libc::send(socket.as_raw_fd(), packet.as_ptr().cast(), packet.len(), 0) };
+    loop {
+        match Errno::result(sent()) {
+            Ok(_) => return Ok(()),
+            Err(Errno::ENOBUFS | Errno::EINTR) => sleep(Duration::from_micros(100)),
+            Err(errno) => return Err(errno).context("sending a frame"),
+        }
+    }
+}
+
+/// How many flows the agent of the first node counts for a Service.
+fn flows(outside: &Outside, name: &str) -> Result<u64> {
+    let services: Vec<Value> = outside.agents[0].json(&["service", "list"])?;
+    let of_it = services.iter().filter(|row| row["name"] == name);
+    Ok(of_it.filter_map(|row| row["connections"].as_u64()).sum())
+}
+
+/// Addresses of pods that there are not, on a node that tells nobody so. Many: each has a client's port of the first node
+/// for as long as a flow is remembered.
+fn mute(node: &Node) -> Result<Vec<(IpAddr, &str)>> {
+    node.ip("route add blackhole 10.10.2.192/26")?;
+    node.ip("route add blackhole fd00:10:10:2::c0/122")?;
+    let numbers = 192..224_u8;
+    let v4 = numbers.clone().map(|last| IpAddr::from([10, 10, 2, last]));
+    let v6 = numbers.map(|last| IpAddr::from([0xfd00, 0x10, 0x10, 2, 0, 0, 0, last.into()]));
+    Ok(v4.chain(v6).map(|ip| (ip, node.name())).collect())
+}
+
+#[test]
+fn connections_live_through_a_flood_of_unanswered_syns() -> Result<()> {
+    let size = Size::wanted()?;
+    let map = size.map.to_string();
+    let flags = ["--max-conntrack", &map, "--max-conntrack-new", &map];
+    let outside = Outside::with(BED, Underlay::Vxlan, 2, &flags)?;
+    let bed = Testbed::new(BED);
+    let mut servers = Vec::new();
+    for pod in &outside.pods {
+        servers.push(bed.serve_with(pod, &[&format!("[::]:8081={}", pod.name())], &["--echo"])?);
+    }
+    let nobody = mute(outside.node("n2"))?;
+    let mut text = String::new();
+    for (name, last, port, endpoints) in [
+        ("echo", 20, ECHO, &outside.endpoints()[..]),
+        ("mute", 21, MUTE, &nobody[..]),
+    ] {
+        let ports = [Port::tcp("web", 80).on_nodes(port)];
+        text += &service(
+            name,
+            &format!("10.96.0.{last},fd00:96::{last}"),
+            &ports,
+            "type: NodePort",
+        );
+        for v6 in [false, true] {
+            let family: Vec<_> = endpoints.iter().filter(|(ip, _)| ip.is_ipv6() == v6).copied().collect();
+            text += &slice(name, Port::tcp("web", 8081), &family);
+        }
+    }
+    outside.write("web.yaml", &text)?;
+
+    let n1 = outside.node("n1");
+    let [client, flooder] = outside.cluster.clients() else {
+        unreachable!("two clients were asked for");
+    };
+    let to = outer(n1);
+    let held = bed.hold(client, &to.map(|ip| SocketAddr::new(ip, ECHO)), size.connections)?;
+    let begun = Instant::now();
+    let socket = raw(flooder)?;
+    let macs = [hardware_address(flooder)?, hardware_address(n1)?];
+    let mut sent = 0;
+    let mut come = 0;
+    while come < size.syns {
+        // Some may be lost on the way, where this machine is busy.
+        ensure!(sent < 4 * size.syns, "of {sent} only {come} have come");
+        for _ in 0..CHUNK.min(size.syns) {
+            send(&socket, &syn(sent, macs, to))?;
+            sent += 1;
+        }
+        come = flows(&outside, "mute")?;
+    }
+    let flooded = begun.elapsed();
+    sleep(size.idle.saturating_sub(flooded));
+    // Others are served as well.
+    let new = bed.hold(client, &to.map(|ip| SocketAddr::new(ip, ECHO)), size.connections / 10)?;
+    let new = new.finish()?;
+    ensure!(new.live == u64::from(size.connections / 10), "new ones: {new:?}");
+    let held = held.finish()?;
+    println!(
+        "{come} flows of {sent} SYNs within {:.1} s through maps of {map}; after {:.1} s {} of {} connections live",
+        flooded.as_secs_f64(),
+        begun.elapsed().as_secs_f64(),
+        held.live,
+        size.connections
+    );
+    ensure!(held.live == u64::from(size.connections), "{held:?}");
+    for reason in ["conntrack_full", "snat_ports_exhausted"] {
+        println!("{reason}: {}", outside.dropped(reason)?);
+    }
+    outside.agents.iter().try_for_each(|agent| agent.verify())
+}

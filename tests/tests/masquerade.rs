@@ -1,0 +1,168 @@
+//! The packet path beside the rules of a CNI: flannel's masquerading and forwarding, on nodes that filter what their bridge
+//! carries (`br_netfilter`) and drop what conntrack finds invalid.
+//!
+//! flannel masquerades what pods send beyond the pods' network, and what comes from beyond for pods of *other* nodes. What
+//! lb sends to another node skips the stack both ways, with a source of this node, so no rule sees it; what goes up the
+//! stack to a pod here keeps its client by flannel's own rule for that, as it does with kube-proxy.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context as _, Result, ensure};
+use lb_tests::manifests::web_and_dns;
+use lb_tests::outside::{Outside, TARGET, of, outer};
+use lb_tests::{Node, Place, Ruleset, Testbed, Underlay};
+
+const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+/// The networks of all pods.
+const PODS: [&str; 2] = ["10.10.0.0/16", "fd00:10:10::/48"];
+const MULTICAST: [&str; 2] = ["224.0.0.0/4", "ff00::/8"];
+
+/// Services by name, with the last part of their addresses and their node ports.
+type Web = (&'static str, u8, [u16; 2]);
+const ONE: Web = ("one", 21, [30081, 30054]);
+const TWO: Web = ("two", 22, [30082, 30055]);
+const LOCAL: Web = ("local", 23, [30083, 30056]);
+const HOST: Web = ("host", 24, [30084, 30057]);
+
+/// What flannel 0.28 writes with `--ip-masq` and `--iptables-forward-rules` (pkg/trafficmngr/iptables/iptables.go), on a
+/// node that forwards nothing else: docker sets that policy, and many a firewall drops what is invalid.
+fn flannels_rules(all: &str, own: &str, multicast: &str) -> String {
+    let comment = "-m comment --comment \"flanneld masq\"";
+    format!(
+        "*nat\n\
+         :FLANNEL-POSTRTG - [0:0]\n\
+         -A POSTROUTING {comment} -j FLANNEL-POSTRTG\n\
+         -A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 {comment} -j RETURN\n\
+         -A FLANNEL-POSTRTG -s {own} -d {all} {comment} -j RETURN\n\
+         -A FLANNEL-POSTRTG -s {all} -d {own} {comment} -j RETURN\n\
+         -A FLANNEL-POSTRTG ! -s {all} -d {own} {comment} -j RETURN\n\
+         -A FLANNEL-POSTRTG -s {all} ! -d {multicast} {comment} -j MASQUERADE --random-fully\n\
+         -A FLANNEL-POSTRTG ! -s {all} -d {all} {comment} -j MASQUERADE --random-fully\n\
+         COMMIT\n\
+         *filter\n\
+         :FORWARD DROP [0:0]\n\
+         :FLANNEL-FWD - [0:0]\n\
+         -A FORWARD -m conntrack --ctstate INVALID -j DROP\n\
+         -A FORWARD -m comment --comment \"flanneld forward\" -j FLANNEL-FWD\n\
+         -A FLANNEL-FWD -s {all} -m comment --comment \"flanneld forward\" -j ACCEPT\n\
+         -A FLANNEL-FWD -d {all} -m comment --comment \"flanneld forward\" -j ACCEPT\n\
+         COMMIT\n"
+    )
+}
+
+fn install(node: &Node) -> Result<Ruleset> {
+    let own = [
+        format!("{}/24", node.pod_network()),
+        format!("{}/64", node.pod_network6()),
+    ];
+    for (v6, program) in ["iptables-nft-restore", "ip6tables-nft-restore"]
+        .into_iter()
+        .enumerate()
+    {
+        let rules = flannels_rules(PODS[v6], &own[v6], MULTICAST[v6]);
+        node.run_with_input(program, &[], &rules)?;
+    }
+    node.ruleset()
+}
+
+/// Whether rules see what the node's bridge carries, as they do on most nodes of Kubernetes.
+fn filter_bridge(node: &Node, filter: bool) -> Result<()> {
+    ["iptables", "ip6tables"].into_iter().try_for_each(|family| {
+        let key = format!("net/bridge/bridge-nf-call-{family}");
+        node.sysctl(&key, if filter { "1" } else { "0" })
+    })
+}
+
+fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
+    let bed = Testbed::new(BED);
+    // Pods' sockets are left alone: their packets meet lb, and the rules.
+    let outside = Outside::with(BED, underlay, 1, &["--socket-lb", "node"])?;
+    let [n1, n2] = ["n1", "n2"].map(|name| outside.node(name));
+    let rules = [install(n1)?, install(n2)?];
+    [n1, n2].into_iter().try_for_each(|node| filter_bridge(node, true))?;
+    let [one, two] = &outside.pods;
+    let asker = outside.cluster.add_pod("n1", "asker")?;
+    let _servers = [
+        bed.serve_both(n2, "host", TARGET)?,
+        bed.serve_both(outside.client(), "outside", TARGET)?,
+    ];
+    let host = [(IpAddr::from(n2.address()), "n2"), (n2.address6().into(), "n2")];
+    let web = |(name, last, ports): Web, endpoints: &[(IpAddr, &str)], more: &str| {
+        web_and_dns(
+            name,
+            last,
+            Some(ports),
+            &format!("type: NodePort{more}"),
+            endpoints,
+            TARGET,
+        )
+    };
+    let text = web(ONE, &of(one), "")
+        + &web(TWO, &of(two), "")
+        + &web(LOCAL, &of(two), "\n  externalTrafficPolicy: Local")
+        + &web(HOST, &host, "");
+    outside.write("web.yaml", &text)?;
+
+    let client = outside.cluster.client();
+    for (v6, client) in [client.address().into(), client.address6().into()]
+        .into_iter()
+        .enumerate()
+    {
+        let pick = |node: &Node| outer(node)[v6];
+        let pod = |pod: &lb_tests::Pod| of(pod)[v6].0;
+        let vip = |(_, last, _): Web| -> Result<IpAddr> {
+            let text = [format!("10.96.0.{last}"), format!("fd00:96::{last}")];
+            text[v6].parse().context("an address")
+        };
+        // What the first node sends on to the second has this source.
+        let sent_by_n1 = match (underlay, v6) {
+            (Underlay::Vxlan, 0) => n1.pod_network().into(),
+            _ => pick(n1),
+        };
+        let gateway = [IpAddr::from(n1.gateway()), n1.gateway6().into()][v6];
+        for udp in [false, true] {
+            let ask = |from: &Place, to: IpAddr, [tcp, datagrams]: [u16; 2], by: &str, seen: IpAddr| -> Result<()> {
+                let to = SocketAddr::new(to, if udp { datagrams } else { tcp });
+                let what = format!("{to} udp={udp} from {}", from.name());
+                // A flow of its own each time: the second meets what the first has left.
+                (0..2).try_for_each(|_| outside.ask(from, udp, to)?.ensure(by, Some(seen), &what))
+            };
+            // The rules are in force.
+            ask(one, client, TARGET, "outside", pick(n1))?;
+            // A pod of the node that is asked sees the client, also with policy Cluster.
+            ask(outside.client(), pick(n1), ONE.2, "one", client)?;
+            ask(outside.client(), pick(n2), TWO.2, "two", client)?;
+            ask(outside.client(), pick(n2), LOCAL.2, "two", client)?;
+            // Elsewhere it sees the node.
+            ask(outside.client(), pick(n1), TWO.2, "two", sent_by_n1)?;
+            ask(outside.client(), pick(n2), HOST.2, "host", client)?;
+            ask(outside.client(), pick(n1), HOST.2, "host", pick(n1))?;
+            // Pods whose packets lb translates, by way of their own bridge.
+            let ports = [80, 53];
+            ask(&asker, vip(ONE)?, ports, "one", gateway)?;
+            ask(one, vip(ONE)?, ports, "one", gateway)?;
+            // Up the stack: pods see the pod, and a node sees the node that masquerades. Not where conntrack has already seen
+            // the packet at the bridge, before lb.
+            [n1, n2].into_iter().try_for_each(|node| filter_bridge(node, false))?;
+            ask(&asker, vip(TWO)?, ports, "two", pod(&asker))?;
+            ask(two, vip(ONE)?, ports, "one", pod(two))?;
+            ask(&asker, vip(HOST)?, ports, "host", pick(n1))?;
+            [n1, n2].into_iter().try_for_each(|node| filter_bridge(node, true))?;
+        }
+    }
+    for (node, before) in [n1, n2].into_iter().zip(rules) {
+        let after = node.ruleset()?;
+        ensure!(before == after, "{}: {before} became {after}", node.name());
+    }
+    Ok(())
+}
+
+#[test]
+fn beside_flannels_rules_all_are_served_over_vxlan() -> Result<()> {
+    beside_flannels_rules(Underlay::Vxlan)
+}
+
+#[test]
+fn beside_flannels_rules_all_are_served_by_plain_routes() -> Result<()> {
+    beside_flannels_rules(Underlay::Routes)
+}

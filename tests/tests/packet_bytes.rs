@@ -1,0 +1,53 @@
+//! The bytes of packets, by the targets of cargo-fuzz: the corpus and what once failed, and some that are always the same.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use lb_tests::{Random, scaled};
+
+#[path = "../fuzz/src/lib.rs"]
+pub mod checks;
+
+/// Checks the inputs of a target, and as many that come of them by a few changed bytes.
+fn check(target: &str, check: fn(&[u8]), changed: u64) -> Result<()> {
+    let mut inputs = Vec::new();
+    for kind in ["corpus", "regressions"] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("fuzz")
+            .join(kind)
+            .join(target);
+        for entry in fs::read_dir(&folder).with_context(|| format!("listing {}", folder.display()))? {
+            let path = entry?.path();
+            if path.ends_with(".gitkeep") {
+                continue;
+            }
+            println!("{}", path.display());
+            let input = fs::read(&path)?;
+            check(&input);
+            inputs.push(input);
+        }
+    }
+    inputs.retain(|input| !input.is_empty());
+    ensure!(!inputs.is_empty(), "there is no corpus for {target}");
+    let mut random = Random::from_env();
+    for _ in 0..scaled(changed) {
+        let mut input = inputs[random.below(inputs.len() as u64) as usize].clone();
+        for _ in 0..=random.below(4) {
+            let at = random.below(input.len() as u64) as usize;
+            input[at] = random.number() as u8;
+        }
+        check(&input);
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_taken_for_a_packet_is_one() -> Result<()> {
+    check("parse", checks::parse, 20_000)
+}
+
+#[test]
+fn a_translated_packet_has_the_checksums_of_a_new_one() -> Result<()> {
+    check("rewrite", checks::rewrite, 20_000)
+}

@@ -1,0 +1,191 @@
+//! Packets that nobody has thought of, to the programs in the kernel.
+
+use std::env;
+use std::time::{Duration, Instant};
+
+use lb_tests::{Random, scaled};
+
+use super::*;
+
+/// Seconds of random packets, in place of a few.
+const SECONDS: &str = "LB_FUZZ_SECONDS";
+const PACKETS: u64 = 6_000;
+/// Answered by a pod here, by one elsewhere, and by nobody; and no node port at all.
+const PORTS: [u16; 4] = [30080, 30081, 30082, 30083];
+const HOOKS: [(&str, &str); 5] = [
+    (program_name::INGRESS, "eth0"),
+    (program_name::INGRESS, "cni0"),
+    (program_name::INGRESS, "flannel.1"),
+    (program_name::EGRESS, "eth0"),
+    (program_name::EGRESS, "cni0"),
+];
+
+/// A packet that is right: from few clients to few addresses, or back from a backend, so that many belong to a flow.
+fn right(bed: &Bed, random: &mut Random) -> Sent {
+    let v6 = random.coin();
+    let asker = client(v6, 4000 + random.below(8) as u16);
+    let backend = SocketAddr::new(bed.pod(["n1", "n2"][random.below(2) as usize], v6), 8080);
+    let port = PORTS[random.below(4) as usize];
+    let vip: IpAddr = if v6 { "fd00:96::20" } else { "10.96.0.20" }
+        .parse()
+        .expect("an address");
+    let snat = *SNAT.start() + random.below(4) as u16;
+    let (from, to) = match random.below(8) {
+        0..4 => (asker, bed.own(v6, port)),
+        4 => (asker, SocketAddr::new(vip, [80, 81][random.below(2) as usize])),
+        5 => (backend, asker),
+        6 => (backend, bed.own(v6, snat)),
+        _ => (backend, SocketAddr::new(vip, 80)),
+    };
+    let kinds = [
+        What::Syn,
+        What::Syn,
+        What::SynAck,
+        What::Ack,
+        What::Rst,
+        What::Datagram,
+        What::Datagram,
+    ];
+    Sent {
+        ttl: [1, 2, 64, 255][random.below(4) as usize],
+        payload: (0..[0, 1, 8, 33, 1400, 1460][random.below(6) as usize])
+            .map(|_| random.number() as u8)
+            .collect(),
+        ..Sent::new(kinds[random.below(7) as usize], from, to)
+    }
+}
+
+/// Bytes of a packet that are changed, cut off, doubled, or wholly random.
+fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
+    let at = |random: &mut Random, len: usize| random.below(len as u64) as usize;
+    // Headers are what is looked at.
+    for _ in 0..=random.below(3) {
+        let end = bytes.len().min(80);
+        let place = at(random, end);
+        match random.below(8) {
+            0 => bytes.truncate(14.max(at(random, end) + 1)),
+            1 => bytes.insert(place, random.number() as u8),
+            2 => bytes[14..].fill_with(|| random.number() as u8),
+            3 if bytes.len() > 24 => {
+                // What decides: version, lengths, protocol, fragments.
+                let decides = [12, 13, 14, 16, 17, 18, 19, 20, 21, 23];
+                bytes[decides[at(random, decides.len())]] = random.number() as u8;
+            }
+            _ => bytes[place] ^= 1 << random.below(8),
+        }
+    }
+    if bytes.len() < 15 {
+        bytes.resize(15, 0);
+    }
+}
+
+/// What must hold of a packet and what became of it.
+fn judge(before: &[u8], link: usize, verdict: i32, after: &[u8], was_right: bool) -> Result<()> {
+    ensure!([UNSPEC, SHOT, REDIRECT].contains(&verdict), "verdict {verdict}");
+    if before == after || verdict == SHOT {
+        // A packet is not sent elsewhere as it is.
+        ensure!(verdict != REDIRECT, "sent on as it came");
+        return Ok(());
+    }
+    if !was_right {
+        if verdict == UNSPEC {
+            is_in_place(before, link, after)?;
+        }
+        return Ok(());
+    }
+    let framed = |bytes: &[u8]| {
+        if link == 0 {
+            [&before_link(bytes)[..], bytes].concat()
+        } else {
+            bytes.to_vec()
+        }
+    };
+    let after = framed(after);
+    checked(&after).map(drop).context("of what it became")?;
+    if let (UNSPEC, Ok(new)) = (verdict, Sent::read(&after)) {
+        let old = Sent::read(&framed(before))?;
+        // Addresses and ports, no more.
+        ensure!(
+            new == Sent {
+                from: new.from,
+                to: new.to,
+                ..old.clone()
+            },
+            "{old:?} became {new:?}"
+        );
+    }
+    Ok(())
+}
+
+/// A packet that goes on is what it was, but for addresses, ports, checksums and the time to live.
+fn is_in_place(before: &[u8], link: usize, after: &[u8]) -> Result<()> {
+    ensure!(before.len() == after.len(), "another length");
+    // Version, lengths, fragments, protocol.
+    let kept = if before[link] >> 4 == 4 {
+        [0..link + 8, link + 9..link + 10]
+    } else {
+        [0..link + 7, 0..0]
+    };
+    for part in kept {
+        ensure!(before[part.clone()] == after[part], "another packet");
+    }
+    Ok(())
+}
+
+/// A header for a packet that has none.
+fn before_link(packet: &[u8]) -> [u8; 14] {
+    let mut header = [0; 14];
+    header[12..].copy_from_slice(if packet[0] >> 4 == 4 { &[8, 0] } else { &[0x86, 0xdd] });
+    header
+}
+
+#[test]
+fn whatever_comes_is_translated_well_or_left_alone() -> Result<()> {
+    let seconds: Option<u64> = env::var(SECONDS).ok().map(|text| text.parse()).transpose()?;
+    let end = Instant::now() + Duration::from_secs(seconds.unwrap_or(0));
+    let mut random = Random::from_env();
+    let mut bed = Bed::new()?;
+    for (number, (name, node)) in [("here", "n1"), ("there", "n2")].into_iter().enumerate() {
+        let backends = [false, true].map(|v6| (bed.pod(node, v6), node));
+        bed.serve(name, 20 + number as u8, PORTS[number], &backends);
+    }
+    bed.serve("nobody", 22, PORTS[2], &[]);
+    let wanted = scaled(PACKETS);
+    let mut count = 0_u64;
+    let mut seen = BTreeMap::new();
+    while count < wanted || Instant::now() < end {
+        count += 1;
+        let packet = right(&bed, &mut random);
+        let was_right = random.below(3) == 0;
+        let mut bytes = packet.bytes();
+        if !was_right {
+            damage(&mut bytes, &mut random);
+        }
+        let (mut program, device) = HOOKS[random.below(HOOKS.len() as u64) as usize];
+        let mut link = 14;
+        // Without a header of the link layer there must be as much all the same, or the kernel does not try.
+        if random.below(4) == 0 && bytes.len() > 2 * 14 {
+            program = [program_name::INGRESS_L3, program_name::EGRESS_L3][random.below(2) as usize];
+            link = 0;
+            bytes.drain(..14);
+        }
+        let (verdict, after) = match bed.run(program, device, &bytes) {
+            Ok(done) => done,
+            // The kernel itself has something against it.
+            Err(_) if !was_right => continue,
+            Err(error) => return Err(error).with_context(|| format!("{program} at {device}: {packet:?}")),
+        };
+        *seen.entry((verdict, bytes == after, was_right)).or_insert(0_u64) += 1;
+        judge(&bytes, link, verdict, &after, was_right)
+            .with_context(|| format!("{program} at {device}: {bytes:02x?} became {after:02x?} ({verdict})"))?;
+    }
+    println!("{count} packets; (verdict, unchanged, right): {seen:?}");
+    for verdict in [UNSPEC, SHOT, REDIRECT] {
+        ensure!(seen.keys().any(|(is, ..)| *is == verdict), "never {verdict}: {seen:?}");
+    }
+    ensure!(
+        seen.contains_key(&(UNSPEC, false, true)),
+        "nothing was translated: {seen:?}"
+    );
+    Ok(())
+}
