@@ -270,13 +270,13 @@ pub(crate) fn other_state(key: &Key, entry: &Entry) -> u8 {
 }
 
 step! {
-    /// Moves both directions of a flow to CT, at the first of its answers.
+    /// Moves both directions of a flow to CT.
     ///
     /// # Errors
     /// [`DropReason::ConntrackFull`]; both stay where they are.
     pub(crate) fn establish(mut work) {
         work.entry.seen = now();
-        work.entry.state = tcp_state::after(0, work.packet.flags);
+        work.entry.state = tcp_state::after(work.entry.state, work.packet.flags);
         let Data { key, entry, .. } = &*work;
         let other_key = entry.other_key(key);
         let mut other = entry.other(key);

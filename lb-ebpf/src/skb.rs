@@ -1,7 +1,9 @@
 //! A packet in the kernel: reading it, and changing it so that the kernel's own idea of its checksum stays right.
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
-use aya_ebpf::helpers::generated::{bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_pull_data, bpf_skb_store_bytes};
+use aya_ebpf::helpers::generated::{
+    bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_pull_data, bpf_skb_store_bytes,
+};
 use lb_common::abi::DropReason;
 use lb_common::logic::checksum::Sum;
 use lb_common::logic::packet::{self, Bytes, ETHERNET};
@@ -87,6 +89,13 @@ impl Skb {
         // SAFETY: the value is as long as is said.
         let result = unsafe { bpf_skb_store_bytes(self.0, at as u32, from, size_of::<T>() as u32, 0) };
         done(result)
+    }
+
+    /// Puts room for a header of the link layer before the packet.
+    #[inline(always)]
+    pub(crate) fn add_link_header(self) -> Result<(), DropReason> {
+        // SAFETY: the context is that of the running program.
+        done(unsafe { bpf_skb_change_head(self.0, ETHERNET as u32, 0) })
     }
 
     /// The header checksum at `at` follows a change of the header.

@@ -120,19 +120,17 @@ step! {
         }
         let Packet { flags, .. } = work.packet;
         work.service = work.entry.service;
-        if work.entry.has(ct_flags::REPLY) {
-            if found.is_new && flags & tcp_flags::RST == 0 {
-                conntrack::establish(work)?;
-            } else {
-                found.touch(flags, work.packet.is_tcp());
-            }
+        let is_tcp = work.packet.is_tcp();
+        let is_reply = work.entry.has(ct_flags::REPLY);
+        if !is_reply && !goes_on(work, &found)? {
+            conntrack::forget(&work.key, &work.entry);
+            return Ok(false);
+        }
+        if found.is_new && is_established(work) {
+            conntrack::establish(work)?;
         } else {
-            if !goes_on(work, &found)? {
-                conntrack::forget(&work.key, &work.entry);
-                return Ok(false);
-            }
-            found.touch(flags, work.packet.is_tcp());
-            if found.is_new && work.packet.begins() {
+            found.touch(flags, is_tcp);
+            if found.is_new && !is_reply && work.packet.begins() {
                 // Sent again. The other direction may have been forgotten.
                 conntrack::claim_answers(work)?;
             }
@@ -145,6 +143,18 @@ step! {
         }
         forward(skb, work)
     }
+}
+
+/// Whether a flow that was new is one to be kept: with a datagram's answer, and with the segment by which a client says that
+/// it has the server's. Before that, nobody may be there who asked.
+#[inline(always)]
+fn is_established(work: Work) -> bool {
+    let Data { packet, key, entry, .. } = &*work;
+    let is_reply = entry.has(ct_flags::REPLY);
+    if !packet.is_tcp() {
+        return is_reply;
+    }
+    !is_reply && packet.flags & (tcp_flags::SYN | tcp_flags::RST) == 0 && conntrack::other_state(key, entry) != 0
 }
 
 /// Whether a packet of a client still goes where the flow's went.
@@ -180,6 +190,10 @@ step! {
         work.mtu = mtu;
         fits?;
         send::rewrite(skb, work)?;
+        if work.ip() == 0 {
+            // The kernel takes a header of the link layer off, and drops what has none.
+            skb.add_link_header()?;
+        }
         work.verdict = work.hop.send();
         Ok(true)
     }

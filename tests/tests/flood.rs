@@ -83,7 +83,7 @@ fn hardware_address(place: &Place) -> Result<[u8; 6]> {
 }
 
 /// The SYN with a number, from a client that there is not, in one family or the other.
-fn syn(number: u64, macs: [[u8; 6]; 2], to: [IpAddr; 2]) -> Vec<u8> {
+fn syn(number: u64, macs: [[u8; 6]; 2], to: [IpAddr; 2], node_port: u16) -> Vec<u8> {
     // 2^17 addresses of 198.18.0.0/15 (RFC 2544), and as many of IPv6 as one likes.
     let link = PacketBuilder::ethernet2(macs[0], macs[1]);
     let port = 1024 + (number >> 18) as u16;
@@ -100,7 +100,7 @@ fn syn(number: u64, macs: [[u8; 6]; 2], to: [IpAddr; 2]) -> Vec<u8> {
         }
     };
     let mut bytes = Vec::with_capacity(80);
-    let written = ip.tcp(port, MUTE, 1000, 512).syn().write(&mut bytes, &[]);
+    let written = ip.tcp(port, node_port, 1000, 512).syn().write(&mut bytes, &[]);
     written.expect("a packet");
     bytes
 }
@@ -181,7 +181,7 @@ fn connections_live_through_a_flood_of_unanswered_syns() -> Result<()> {
         // Some may be lost on the way, where this machine is busy.
         ensure!(sent < 4 * size.syns, "of {sent} only {come} have come");
         for _ in 0..CHUNK.min(size.syns) {
-            send(&socket, &syn(sent, macs, to))?;
+            send(&socket, &syn(sent, macs, to, MUTE))?;
             sent += 1;
         }
         come = flows(&outside, "mute")?;
@@ -205,4 +205,56 @@ fn connections_live_through_a_flood_of_unanswered_syns() -> Result<()> {
         println!("{reason}: {}", outside.dropped(reason)?);
     }
     outside.agents.iter().try_for_each(|agent| agent.verify())
+}
+
+/// The clients are not there, but the servers are: each SYN is answered, and that is all.
+#[test]
+fn others_are_served_after_a_flood_of_syns_that_servers_answer() -> Result<()> {
+    let map = "2000";
+    let outside = Outside::with(
+        BED,
+        Underlay::Vxlan,
+        2,
+        &["--max-conntrack", map, "--max-conntrack-new", map],
+    )?;
+    let bed = Testbed::new(BED);
+    let mut servers = Vec::new();
+    for pod in &outside.pods {
+        servers.push(bed.serve_with(pod, &[&format!("[::]:8081={}", pod.name())], &["--echo"])?);
+    }
+    let ports = [Port::tcp("web", 80).on_nodes(ECHO)];
+    let mut text = service("echo", "10.96.0.20,fd00:96::20", &ports, "type: NodePort");
+    for v6 in [false, true] {
+        let family: Vec<_> = outside
+            .endpoints()
+            .into_iter()
+            .filter(|(ip, _)| ip.is_ipv6() == v6)
+            .collect();
+        text += &slice("echo", Port::tcp("web", 8081), &family);
+    }
+    outside.write("web.yaml", &text)?;
+    let n1 = outside.node("n1");
+    let to = outer(n1);
+    let [client, flooder] = outside.cluster.clients() else {
+        unreachable!("two clients were asked for");
+    };
+    // Answers to who is not there have a way out of the node, as through a router.
+    n1.ip_batch(&[
+        "neighbour add 172.30.99.254 lladdr 02:00:00:00:00:99 dev eth0 nud permanent".to_owned(),
+        "neighbour add fd00:172:30:99::254 lladdr 02:00:00:00:00:99 dev eth0 nud permanent".to_owned(),
+        "route add 198.18.0.0/15 via 172.30.99.254 dev eth0".to_owned(),
+        "route add 2001:db8:99::/48 via fd00:172:30:99::254 dev eth0".to_owned(),
+    ])?;
+    let socket = raw(flooder)?;
+    let macs = [hardware_address(flooder)?, hardware_address(n1)?];
+    for number in 0..5000 {
+        send(&socket, &syn(number, macs, to, ECHO))?;
+    }
+    sleep(Duration::from_secs(2));
+    println!("conntrack_full: {}", outside.dropped("conntrack_full")?);
+    let new = bed
+        .hold(client, &to.map(|ip| SocketAddr::new(ip, ECHO)), 10)?
+        .finish()?;
+    ensure!(new.live == 10, "{new:?}");
+    Ok(())
 }

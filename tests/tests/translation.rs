@@ -625,7 +625,10 @@ fn a_full_conntrack_refuses_new_flows_and_keeps_old_ones() -> Result<()> {
         let sent = Sent::new(What::Syn, client(false, port), bed.own(false, 30080));
         let there = Sent::read(&bed.ingress("eth0", &sent)?.1)?;
         let answer = there.answer(What::SynAck);
-        match bed.egress("eth0", &answer)?.0 {
+        assert_eq!(bed.egress("eth0", &answer)?.0, UNSPEC);
+        // Only now it is one to be kept: before, anybody could have asked in the name of another.
+        let thanks = Sent::new(What::Ack, sent.from, sent.to);
+        match bed.ingress("eth0", &thanks)?.0 {
             UNSPEC => kept.push(sent),
             SHOT => refused += 1,
             other => bail!("{other}"),

@@ -34,8 +34,9 @@ const _: () = {
 /// Value of CT and CT_NEW: what becomes of the packets of one direction of a flow.
 ///
 /// The key of the other direction is the reverse of what this one's packets become, and so each finds the other.
-/// CT_NEW has flows that nobody has answered yet, and forgets the one that was used the longest time ago where it is
-/// full. The first answer moves both directions to CT, where only time, or the end of the flow, ends them.
+/// CT_NEW has flows whose two ends have not heard of each other yet, and forgets the one that was used the longest time ago
+/// where it is full. The first answer to a datagram, or the segment by which a TCP client tells that it has the server's,
+/// moves both directions to CT, where only time, or the end of the flow, ends them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct CtEntry {

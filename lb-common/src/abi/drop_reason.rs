@@ -68,8 +68,8 @@ drop_reasons! {
     UdpFlowReplaced = 11, "udp_flow_replaced", "an unconnected UDP socket uses more services than are remembered";
     /// `bind()` to a node port, in the node's network namespace: EADDRINUSE.
     NodePortTaken = 12, "node_port_taken", "the port is the node port of a service";
-    /// CT is full: the first answer of a new flow was dropped.
-    ConntrackFull = 13, "conntrack_full", "no room for another answered flow";
+    /// CT is full: the packet that would have made a new flow one to be kept was dropped.
+    ConntrackFull = 13, "conntrack_full", "no room for another established flow";
     /// No source port is free for another flow to the backend: dropped.
     SnatPortsExhausted = 14, "snat_ports_exhausted", "no source port is free for another flow to the backend";
     /// `loadBalancerSourceRanges` do not have the client: DROP.

@@ -78,9 +78,9 @@ map_names! {
     STATE = "STATE";
     /// Hash: number -> [`super::Notice`]: what the agent could not use, for the command line.
     NOTICES = "NOTICES";
-    /// Hash: [`super::CtKey`] -> [`super::CtEntry`]: flows of packets that were answered.
+    /// Hash: [`super::CtKey`] -> [`super::CtEntry`]: flows of packets whose two ends know of each other.
     CT = "CT";
-    /// LRU hash: [`super::CtKey`] -> [`super::CtEntry`]: flows of packets that were not answered yet.
+    /// LRU hash: [`super::CtKey`] -> [`super::CtEntry`]: flows of packets that are new.
     CT_NEW = "CT_NEW";
     /// Hash: interface index -> [`super::Device`].
     DEVICES = "DEVICES";
