@@ -13,6 +13,7 @@ use lb_common::logic::words::Words;
 
 use crate::backend::Choice;
 use crate::maps::{CT, CT_NEW};
+use crate::words;
 use crate::work::{Data, step};
 
 /// A [`CtKey`] in memory: what packets of one direction of a flow are.
@@ -185,13 +186,13 @@ impl Found {
         CT_NEW.get_ptr_mut(key.as_key()).map(|at| Self { at, is_new: true })
     }
 
-    /// A copy of what is there.
+    /// Copies what is there.
     #[inline(always)]
-    pub(crate) fn read(&self) -> Entry {
+    pub(crate) fn read(&self, to: &mut Entry) {
         // SAFETY: the pointer is to a value of the map, which is as long and as aligned. What does not change of an entry
         // changes only where the element is used again; who reads that of another flow then sends one packet astray, which
         // no checksum of a connection takes for its own.
-        unsafe { self.at.cast::<Entry>().read() }
+        unsafe { words::copy(self.at.cast::<Entry>(), to) }
     }
 
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! Sockets of this node, as the packet path asks for them.
 
-use core::mem::zeroed;
+use core::mem::MaybeUninit;
 
 use aya_ebpf::bindings::{
     BPF_F_CURRENT_NETNS, bpf_sock_tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 as Tuple4,
@@ -9,6 +9,7 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::generated::{bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release};
 use lb_common::abi::ip_protocol;
 
+use crate::words;
 use crate::work::step;
 
 step! {
@@ -16,8 +17,9 @@ step! {
     /// port is not free.
     pub(crate) fn hears(skb, work) {
         let packet = work.entry.to();
+        let mut room = MaybeUninit::<bpf_sock_tuple>::uninit();
         // SAFETY: the kernel's structure is plain data, and all zero bytes is a value of it.
-        let mut tuple: bpf_sock_tuple = unsafe { zeroed() };
+        let tuple = unsafe { words::zero(&mut room) };
         // Of the answer.
         let (sport, dport) = (packet.dst_port.to_be(), packet.src_port.to_be());
         let len = if let (Some(saddr), Some(daddr)) = (packet.dst.to_v4(), packet.src.to_v4()) {
@@ -37,7 +39,7 @@ step! {
             };
             size_of::<Tuple6>()
         };
-        let (skb, at, len) = (skb.as_ptr().cast(), &raw mut tuple, len as u32);
+        let (skb, at, len) = (skb.as_ptr().cast(), &raw mut *tuple, len as u32);
         // SAFETY: the context is that of the running program, and the tuple is as long as is said. What is found is
         // released.
         unsafe {

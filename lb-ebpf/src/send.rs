@@ -1,6 +1,6 @@
 //! Changing a packet, and sending it on without the stack.
 
-use core::mem::zeroed;
+use core::mem::MaybeUninit;
 use core::ptr;
 
 use aya_ebpf::bindings::{
@@ -12,6 +12,7 @@ use lb_common::abi::{DropReason, ct_flags, ip_protocol};
 use lb_common::logic::packet::Packet;
 
 use crate::skb::{MAY_BE_ZERO, Skb};
+use crate::words;
 use crate::work::step;
 
 const AF_INET: u8 = 2;
@@ -32,8 +33,9 @@ step! {
     pub(crate) fn route(skb, mut work) {
         let to = work.entry.to();
         let (proto, tos) = (work.packet.proto, work.packet.tos);
+        let mut room = MaybeUninit::<bpf_fib_lookup>::uninit();
         // SAFETY: the kernel's structure is plain data, and all zero bytes is a value of it.
-        let mut params: bpf_fib_lookup = unsafe { zeroed() };
+        let params = unsafe { words::zero(&mut room) };
         params.ifindex = skb.ifindex();
         params.l4_protocol = proto;
         if let (Some(src), Some(dst)) = (to.src.to_v4(), to.dst.to_v4()) {
@@ -48,7 +50,7 @@ step! {
         }
         let len = size_of::<bpf_fib_lookup>() as i32;
         // SAFETY: the parameters are as long as is said.
-        let result = unsafe { fib_lookup(skb.as_ptr().cast(), &raw mut params, len, 0) };
+        let result = unsafe { fib_lookup(skb.as_ptr().cast(), &raw mut *params, len, 0) };
         if result == i64::from(BPF_FIB_LKUP_RET_NOT_FWDED) {
             return Ok(false);
         }

@@ -111,7 +111,7 @@ step! {
         let Some(found) = Found::of(&work.key) else {
             return Ok(false);
         };
-        work.entry = found.read();
+        found.read(&mut work.entry);
         if work.entry.has(ct_flags::EGRESS) != work.at_egress {
             return Ok(true);
         }

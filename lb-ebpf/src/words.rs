@@ -1,4 +1,7 @@
-//! Addresses between maps and registers, word by word: volatile, or the compiler takes them apart into bytes again.
+//! Addresses and records between maps, stack and registers, word by word. Volatile: the compiler takes addresses apart into
+//! bytes again, and for 64 bytes and more calls functions that go byte by byte.
+
+use core::mem::MaybeUninit;
 
 use lb_common::abi::{Addr, FrontendKey};
 use lb_common::logic::route::Destination;
@@ -27,6 +30,37 @@ pub(crate) unsafe fn store(at: *mut Addr, Words([first, last]): Words) {
         at.write_volatile(first);
         at.add(1).write_volatile(last);
     }
+}
+
+/// Copies a record.
+///
+/// # Safety
+/// `from` must be valid for reads and `to` for writes, both aligned to 8 bytes; the size is a multiple of that.
+#[inline(always)]
+pub(crate) unsafe fn copy<T>(from: *const T, to: *mut T) {
+    const { assert!(size_of::<T>().is_multiple_of(8)) };
+    for at in 0..size_of::<T>() / 8 {
+        // SAFETY: within both, see above.
+        unsafe {
+            let word = from.cast::<u64>().add(at).read_volatile();
+            to.cast::<u64>().add(at).write_volatile(word);
+        }
+    }
+}
+
+/// A structure of the kernel's, zeroed.
+///
+/// # Safety
+/// All zero bytes must be a value of it.
+#[inline(always)]
+pub(crate) unsafe fn zero<T>(room: &mut MaybeUninit<T>) -> &mut T {
+    const { assert!(size_of::<T>().is_multiple_of(4) && align_of::<T>() >= 4) };
+    for at in 0..size_of::<T>() / 4 {
+        // SAFETY: within the room.
+        unsafe { room.as_mut_ptr().cast::<u32>().add(at).write_volatile(0) };
+    }
+    // SAFETY: see above.
+    unsafe { room.assume_init_mut() }
 }
 
 /// A [`FrontendKey`] in memory, for a lookup.
