@@ -1,11 +1,13 @@
 //! CT and CT_NEW: flows of packets.
 
+use core::mem::MaybeUninit;
 use core::ptr;
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use lb_common::abi::{CtEntry, CtKey, DropReason, ct_flags};
 use lb_common::logic::connect::Set;
+use lb_common::logic::conntrack::Phase;
 use lb_common::logic::idle;
 use lb_common::logic::tcp_state;
 use lb_common::logic::translation::{Tuple, opposite};
@@ -245,6 +247,27 @@ step! {
         let Data { key, entry, .. } = &*work;
         let other_key = entry.other_key(key);
         Ok(!is_taken(&other_key) && claim(&other_key, &entry.other(key)))
+    }
+}
+
+step! {
+    /// Forgets the flow that has the answers which this one would have, if both of its sides have said that they send no
+    /// more. One that was reset stays: anybody may have sent that. False where it stays.
+    pub(crate) fn replace_closed(work) {
+        let Data { key, entry, .. } = &*work;
+        let other_key = entry.other_key(key);
+        let Some(found) = Found::of(&other_key) else {
+            return Ok(true);
+        };
+        let mut room = MaybeUninit::<Entry>::uninit();
+        // SAFETY: plain numbers.
+        let other = unsafe { words::zero(&mut room) };
+        found.read(other);
+        let is_closed = Phase::of(true, [found.state(), other_state(&other_key, other)]) == Phase::Closed;
+        if is_closed {
+            forget(&other_key, other);
+        }
+        Ok(is_closed)
     }
 }
 

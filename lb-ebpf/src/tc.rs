@@ -360,11 +360,18 @@ fn claim_port(skb: Skb, mut work: Work) -> Result<(), DropReason> {
             (&raw const (*config).snat_last).read_volatile(),
         )
     };
-    for _ in 0..PORTS_TRIED {
+    for tried in 0..PORTS_TRIED {
         // SAFETY: the helper takes nothing.
         let random = unsafe { bpf_get_prandom_u32() };
         work.entry.src_port = select::port(first, last, random).ok_or(DropReason::SnatPortsExhausted)?;
-        if !listener::hears(skb, work)? && conntrack::claim_answers(work)? {
+        if listener::hears(skb, work)? {
+            continue;
+        }
+        // A connection that was closed keeps its port for stray segments, while there are others.
+        let may_replace = tried >= PORTS_TRIED / 2;
+        if conntrack::claim_answers(work)?
+            || may_replace && conntrack::replace_closed(work)? && conntrack::claim_answers(work)?
+        {
             return Ok(());
         }
     }

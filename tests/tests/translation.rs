@@ -64,6 +64,7 @@ enum What {
     Syn,
     SynAck,
     Ack,
+    Fin,
     Rst,
     Datagram,
 }
@@ -105,6 +106,7 @@ impl Sent {
             What::Syn => tcp(ip).syn().write(&mut bytes, &self.payload),
             What::SynAck => tcp(ip).syn().ack(1001).write(&mut bytes, &self.payload),
             What::Ack => tcp(ip).ack(77).write(&mut bytes, &self.payload),
+            What::Fin => tcp(ip).fin().ack(77).write(&mut bytes, &self.payload),
             What::Rst => tcp(ip).rst().write(&mut bytes, &self.payload),
         }
         .expect("a packet");
@@ -122,6 +124,7 @@ impl Sent {
                     (true, false, false) => What::Syn,
                     (true, true, false) => What::SynAck,
                     (_, _, true) => What::Rst,
+                    _ if tcp.fin => What::Fin,
                     _ => What::Ack,
                 };
                 (kind, tcp.source_port, tcp.destination_port)
@@ -688,5 +691,44 @@ fn two_packets_that_begin_one_flow_at_once_go_one_way_and_count_once() -> Result
         assert_eq!(first?, second?, "round {round}");
     }
     assert_eq!(bed.counted()?, (rounds, 0));
+    Ok(())
+}
+
+#[test]
+fn a_closed_connection_gives_its_port_to_the_next_where_there_is_no_other() -> Result<()> {
+    let mut bed = Bed::new()?;
+    bed.serve("there", 20, 30080, &[(bed.pod("n2", false), "n2")]);
+    let few = *SNAT.start()..=*SNAT.start() + 3;
+    bed.reconciler.maps_mut().pinned_mut().write_snat_ports(Some(few));
+    let segment = |kind, port| Sent::new(kind, client(false, port), bed.own(false, 30080));
+    // Some ports are tried, by chance: who asks often enough gets the last one.
+    let begin = |port| -> Result<Option<Sent>> {
+        for _ in 0..40 {
+            let (verdict, out) = bed.ingress("eth0", &segment(What::Syn, port))?;
+            if verdict == REDIRECT {
+                return Ok(Some(Sent::read(&out)?));
+            }
+        }
+        Ok(None)
+    };
+    let mut flows = Vec::new();
+    for port in 4000..4004 {
+        let there = begin(port)?.with_context(|| format!("no port for {port}"))?;
+        bed.ingress("flannel.1", &there.answer(What::SynAck))?;
+        bed.ingress("eth0", &segment(What::Ack, port))?;
+        flows.push(there);
+    }
+    assert_eq!(begin(4004)?, None);
+    // Who wants to break a connection off is not believed, nor one side alone.
+    bed.ingress("eth0", &segment(What::Rst, 4000))?;
+    bed.ingress("eth0", &segment(What::Fin, 4001))?;
+    assert_eq!(begin(4004)?, None);
+    bed.ingress("flannel.1", &flows[1].answer(What::Fin))?;
+    let again = begin(4004)?.context("no port, though one connection is closed")?;
+    assert_eq!(again.from, flows[1].from);
+    for (port, there) in [(4000, 0), (4002, 2), (4003, 3)] {
+        let (verdict, out) = bed.ingress("eth0", &segment(What::Ack, port))?;
+        assert_eq!((verdict, Sent::read(&out)?.from), (REDIRECT, flows[there].from));
+    }
     Ok(())
 }
