@@ -8,7 +8,6 @@ use std::net::IpAddr;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -16,7 +15,7 @@ use nix::sys::signal::Signal;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::{Cluster, Node, Place, Process, patience};
+use crate::{Cluster, Node, Place, Process, patience, pause_after};
 
 /// How long an agent may take from start to completeness, and from a change to the maps.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -295,7 +294,11 @@ impl Agent {
         check: impl Fn(&Self, u32) -> Result<()>,
     ) -> Result<()> {
         let deadline = Instant::now() + patience(PATIENCE);
-        while let Err(last) = check(self, process.id()) {
+        loop {
+            let asked = Instant::now();
+            let Err(last) = check(self, process.id()) else {
+                return Ok(());
+            };
             if interrupted() {
                 bail!("interrupted");
             }
@@ -309,9 +312,8 @@ impl Agent {
                     self.log_tail()
                 );
             }
-            sleep(Duration::from_millis(10));
+            pause_after(asked);
         }
-        Ok(())
     }
 
     /// Runs a subcommand to its end and returns what it writes.

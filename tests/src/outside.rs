@@ -3,14 +3,15 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::manifests::{Manifests, node};
 use crate::puppet::plain;
-use crate::{Answer, Call, Cluster, Kind, Node, Place, Pod, Process, Running, Testbed, Underlay, patience};
+use crate::{
+    Answer, Call, Cluster, Kind, Node, Place, Pod, Process, Running, Testbed, Underlay, patience, pause_after,
+};
 
 /// The ports of streams and datagrams at which pods serve.
 pub const TARGET: [u16; 2] = [8080, 5353];
@@ -143,9 +144,11 @@ impl Outside {
         self.manifests.write(name, text)?;
         let deadline = Instant::now() + patience(Duration::from_secs(10));
         for (agent, before) in self.agents.iter().zip(before) {
+            let mut asked = Instant::now();
             while applies(agent)? == before {
                 ensure!(Instant::now() < deadline, "{name} is not applied");
-                sleep(Duration::from_millis(20));
+                pause_after(asked);
+                asked = Instant::now();
             }
         }
         self.agents.iter().try_for_each(|agent| agent.verify())

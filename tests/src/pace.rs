@@ -2,7 +2,8 @@
 
 use std::env;
 use std::sync::LazyLock;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 /// The variable that says how many times slower than others this machine is, as a virtual one may be.
 const VARIABLE: &str = "LB_SLOW";
@@ -65,6 +66,12 @@ fn fewer(count: u64, least: u64, slow: u32) -> u64 {
 #[must_use]
 pub fn patience(time: Duration) -> Duration {
     time * patience_factor(*SLOW)
+}
+
+/// Waits before a question is asked again that was asked at `asked`: twice as long as the answer took, since to ask is
+/// to start a program, and whoever is asked about needs the processor.
+pub fn pause_after(asked: Instant) {
+    sleep((asked.elapsed() * 2).max(Duration::from_millis(10)));
 }
 
 #[cfg(test)]

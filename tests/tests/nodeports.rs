@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use lb_tests::manifests::{Manifests, web_and_dns};
 use lb_tests::puppet::plain;
-use lb_tests::{Answer, Call, Cluster, Kind, Node, Place, Pod, Process, Running, Testbed, patience};
+use lb_tests::{Answer, Call, Cluster, Kind, Node, Place, Pod, Process, Running, Testbed, patience, pause_after};
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const EADDRINUSE: i32 = 98;
@@ -137,9 +137,11 @@ impl Setup {
         let before = self.agent.status()?.agent.applies;
         self.manifests.write(name, text)?;
         let deadline = Instant::now() + patience(Duration::from_secs(10));
+        let mut asked = Instant::now();
         while self.agent.status()?.agent.applies == before {
             ensure!(Instant::now() < deadline, "{name} is not applied");
-            sleep(Duration::from_millis(20));
+            pause_after(asked);
+            asked = Instant::now();
         }
         self.agent.verify()
     }
