@@ -137,15 +137,28 @@ pub fn web_and_dns(
         Some([tcp, udp]) => [web.on_nodes(tcp), dns.on_nodes(udp)],
         None => [web, dns],
     };
-    let mut text = service(name, &format!("10.96.0.{last},fd00:96::{last}"), &ports, more);
-    for port in [Port::tcp("web", target[0]), Port::udp("dns", target[1])] {
-        for v6 in [false, true] {
-            let family: Vec<_> = endpoints.iter().filter(|(ip, _)| ip.is_ipv6() == v6).copied().collect();
-            // Without endpoints, one slice.
-            if !v6 || !family.is_empty() {
-                text += &slice(name, port, &family);
-            }
-        }
+    let text = service(name, &format!("10.96.0.{last},fd00:96::{last}"), &ports, more);
+    let targets = [Port::tcp("web", target[0]), Port::udp("dns", target[1])];
+    targets
+        .into_iter()
+        .fold(text, |text, port| text + &slices(name, port, endpoints))
+}
+
+/// A Service of type NodePort by TCP alone, at port 80 of 10.96.0.`last` and its like of IPv6, on a port of every node, with
+/// the port of its endpoints; as YAML.
+#[must_use]
+pub fn web(name: &str, last: u8, node_port: u16, endpoints: &[(IpAddr, &str)], target: u16) -> String {
+    let ports = [Port::tcp("web", 80).on_nodes(node_port)];
+    let ips = format!("10.96.0.{last},fd00:96::{last}");
+    service(name, &ips, &ports, "type: NodePort") + &slices(name, Port::tcp("web", target), endpoints)
+}
+
+/// EndpointSlices of endpoints of either family or both: one for each family that there is, and one without any endpoint.
+fn slices(service: &str, port: Port<'_>, endpoints: &[(IpAddr, &str)]) -> String {
+    let (v4, v6): (Vec<_>, Vec<_>) = endpoints.iter().partition(|(ip, _)| ip.is_ipv4());
+    let mut text = slice(service, port, &v4);
+    if !v6.is_empty() {
+        text += &slice(service, port, &v6);
     }
     text
 }

@@ -97,6 +97,15 @@ impl Place {
         in_netns(self.netns()?.as_fd(), work)
     }
 
+    /// Index of a network device.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn device_index(&self, device: &str) -> Result<u32> {
+        self.within(|| nix::net::if_::if_nametoindex(device))?
+            .with_context(|| format!("the index of {device}"))
+    }
+
     /// A command that will run here: in this network namespace and cgroup, with the machine's own mounts.
     ///
     /// The process dies with the *thread* that spawns it (`PR_SET_PDEATHSIG`), so that nothing outlives a test: spawn

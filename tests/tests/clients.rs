@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
-use lb_tests::manifests::{Port, service, slice, web_and_dns};
+use lb_tests::manifests::{Port, service, slice, web, web_and_dns};
 use lb_tests::outside::{Outside, TARGET, kind, of, outer};
 use lb_tests::{Answer, Call, Kind, Node, Place, Testbed, Underlay, patience, scaled_above};
 use nix::errno::Errno;
@@ -116,29 +116,10 @@ fn a_client_uses_its_port_again_at_once() -> Result<()> {
     for pod in &outside.pods {
         servers.push(bed().serve_with(pod, &[&format!("[::]:8081={}", pod.name())], &["--http"])?);
     }
-    let text = |name: &str, last: u8, node_port: u16, target: u16| {
-        let ports = [Port::tcp("web", 80).on_nodes(node_port)];
-        let mut text = service(
-            name,
-            &format!("10.96.0.{last},fd00:96::{last}"),
-            &ports,
-            "type: NodePort",
-        );
-        for v6 in [false, true] {
-            let ends: Vec<_> = outside
-                .endpoints()
-                .into_iter()
-                .filter(|(ip, _)| ip.is_ipv6() == v6)
-                .collect();
-            text += &slice(name, Port::tcp("web", target), &ends);
-        }
-        text
-    };
     let [plain, http] = ASKED_FOR;
-    outside.write(
-        "web.yaml",
-        &(text("plain", 20, plain, 8080) + &text("http", 21, http, 8081)),
-    )?;
+    let ends = outside.endpoints();
+    let text = web("plain", 20, plain, &ends, TARGET[0]) + &web("http", 21, http, &ends, 8081);
+    outside.write("web.yaml", &text)?;
     let client = outside.cluster.client();
     // What waits for late segments would keep the port for a minute.
     client.sysctl("net.ipv4.tcp_max_tw_buckets", "0")?;

@@ -3,16 +3,17 @@
 
 use std::env;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use etherparse::PacketBuilder;
-use lb_tests::manifests::{Port, service, slice};
+use lb_tests::manifests::web;
 use lb_tests::outside::{Outside, outer};
-use lb_tests::{Node, Place, Testbed, Underlay, scaled};
+use lb_tests::{Node, Place, Pod, Process, Testbed, Underlay, scaled};
 use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socket};
 use serde_json::Value;
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
@@ -21,6 +22,8 @@ const SYNS: &str = "LB_FLOOD";
 /// Node ports of what answers, and of what does not.
 const ECHO: u16 = 30080;
 const MUTE: u16 = 30081;
+/// The port at which pods send back what they get.
+const SERVED: u16 = 8081;
 /// How many SYNs between two looks at how many have come.
 const CHUNK: u64 = 20_000;
 
@@ -56,10 +59,8 @@ impl Size {
 /// A socket of a place that sends frames as they are, by `eth0`.
 fn raw(place: &Place) -> Result<OwnedFd> {
     place.within(|| -> Result<OwnedFd> {
-        // SAFETY: numbers only; with protocol zero nothing is received.
-        let fd = Errno::result(unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) })?;
-        // SAFETY: the kernel returned a new descriptor, which nobody else owns.
-        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        // Without a protocol nothing is received.
+        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)?;
         // SAFETY: plain data, and all zero is a value of it.
         let mut by: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         by.sll_family = libc::AF_PACKET as u16;
@@ -106,10 +107,8 @@ fn syn(number: u64, macs: [[u8; 6]; 2], to: [IpAddr; 2], node_port: u16) -> Vec<
 }
 
 fn send(socket: &OwnedFd, packet: &[u8]) -> Result<()> {
-    // SAFETY: the packet is as long as is said.
-    let sent = || unsafe { libc::send(socket.as_raw_fd(), packet.as_ptr().cast(), packet.len(), 0) };
     loop {
-        match Errno::result(sent()) {
+        match nix::sys::socket::send(socket.as_raw_fd(), packet, MsgFlags::empty()) {
             Ok(_) => return Ok(()),
             Err(Errno::ENOBUFS | Errno::EINTR) => sleep(Duration::from_micros(100)),
             Err(errno) => return Err(errno).context("sending a frame"),
@@ -135,6 +134,12 @@ fn mute(node: &Node) -> Result<Vec<(IpAddr, &str)>> {
     Ok(v4.chain(v6).map(|ip| (ip, node.name())).collect())
 }
 
+/// Servers in the pods that send back what they get.
+fn echo(bed: &Testbed, outside: &Outside) -> Result<Vec<Process>> {
+    let serve = |pod: &Pod| bed.serve_with(pod, &[&format!("[::]:{SERVED}={}", pod.name())], &["--echo"]);
+    outside.pods.iter().map(serve).collect()
+}
+
 #[test]
 fn connections_live_through_a_flood_of_unanswered_syns() -> Result<()> {
     let size = Size::wanted()?;
@@ -142,28 +147,9 @@ fn connections_live_through_a_flood_of_unanswered_syns() -> Result<()> {
     let flags = ["--max-conntrack", &map, "--max-conntrack-new", &map];
     let outside = Outside::with(BED, Underlay::Vxlan, 2, &flags)?;
     let bed = Testbed::new(BED);
-    let mut servers = Vec::new();
-    for pod in &outside.pods {
-        servers.push(bed.serve_with(pod, &[&format!("[::]:8081={}", pod.name())], &["--echo"])?);
-    }
+    let _servers = echo(&bed, &outside)?;
     let nobody = mute(outside.node("n2"))?;
-    let mut text = String::new();
-    for (name, last, port, endpoints) in [
-        ("echo", 20, ECHO, &outside.endpoints()[..]),
-        ("mute", 21, MUTE, &nobody[..]),
-    ] {
-        let ports = [Port::tcp("web", 80).on_nodes(port)];
-        text += &service(
-            name,
-            &format!("10.96.0.{last},fd00:96::{last}"),
-            &ports,
-            "type: NodePort",
-        );
-        for v6 in [false, true] {
-            let family: Vec<_> = endpoints.iter().filter(|(ip, _)| ip.is_ipv6() == v6).copied().collect();
-            text += &slice(name, Port::tcp("web", 8081), &family);
-        }
-    }
+    let text = web("echo", 20, ECHO, &outside.endpoints(), SERVED) + &web("mute", 21, MUTE, &nobody, SERVED);
     outside.write("web.yaml", &text)?;
 
     let n1 = outside.node("n1");
@@ -218,21 +204,8 @@ fn others_are_served_after_a_flood_of_syns_that_servers_answer() -> Result<()> {
         &["--max-conntrack", map, "--max-conntrack-new", map],
     )?;
     let bed = Testbed::new(BED);
-    let mut servers = Vec::new();
-    for pod in &outside.pods {
-        servers.push(bed.serve_with(pod, &[&format!("[::]:8081={}", pod.name())], &["--echo"])?);
-    }
-    let ports = [Port::tcp("web", 80).on_nodes(ECHO)];
-    let mut text = service("echo", "10.96.0.20,fd00:96::20", &ports, "type: NodePort");
-    for v6 in [false, true] {
-        let family: Vec<_> = outside
-            .endpoints()
-            .into_iter()
-            .filter(|(ip, _)| ip.is_ipv6() == v6)
-            .collect();
-        text += &slice("echo", Port::tcp("web", 8081), &family);
-    }
-    outside.write("web.yaml", &text)?;
+    let _servers = echo(&bed, &outside)?;
+    outside.write("web.yaml", &web("echo", 20, ECHO, &outside.endpoints(), SERVED))?;
     let n1 = outside.node("n1");
     let to = outer(n1);
     let [client, flooder] = outside.cluster.clients() else {

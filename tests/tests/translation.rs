@@ -247,15 +247,15 @@ impl Bed {
         };
         let devices = BTreeMap::from([
             (
-                index(node, "eth0")?,
+                node.device_index("eth0")?,
                 device(node.address().into(), node.address6().into()),
             ),
             (
-                index(node, "cni0")?,
+                node.device_index("cni0")?,
                 device(node.gateway().into(), node.gateway6().into()),
             ),
             (
-                index(node, "flannel.1")?,
+                node.device_index("flannel.1")?,
                 device(node.pod_network().into(), node.address6().into()),
             ),
         ]);
@@ -347,7 +347,7 @@ impl Bed {
     fn hook(&self, program: &str, device: &str) -> Result<Hook<'_>> {
         let programs = self.reconciler.maps().programs();
         let mut context = [0; SK_BUFF];
-        context[IFINDEX..IFINDEX + 4].copy_from_slice(&index(self.node(), device)?.to_ne_bytes());
+        context[IFINDEX..IFINDEX + 4].copy_from_slice(&self.node().device_index(device)?.to_ne_bytes());
         Ok(Hook {
             classifier: programs.program(program).context("no such program")?.try_into()?,
             context,
@@ -394,12 +394,6 @@ impl Hook<'_> {
         out.truncate(result.data_size_out as usize);
         Ok((result.return_value as i32, out))
     }
-}
-
-fn index(node: &Node, device: &str) -> Result<u32> {
-    let device = device.to_owned();
-    node.within(move || nix::net::if_::if_nametoindex(device.as_str()))?
-        .context("a device's index")
 }
 
 fn cases() -> impl Iterator<Item = (bool, What, What)> {

@@ -493,7 +493,7 @@ impl Bed {
         };
         let mut maps = loader::load(OBJECT, &lock, &capacities, SocketLb::All)?;
         let node = cluster.node("n1");
-        let outside = index(node, "eth0")?;
+        let outside = node.device_index("eth0")?;
         let device = |v4: IpAddr, v6: IpAddr| Device {
             v4: v4.into(),
             v6: v6.into(),
@@ -503,7 +503,7 @@ impl Bed {
         maps.pinned_mut().write_devices(&BTreeMap::from([
             (outside, device(own[0], own[1])),
             (
-                index(node, "cni0")?,
+                node.device_index("cni0")?,
                 device(node.gateway().into(), node.gateway6().into()),
             ),
         ]))?;
@@ -737,12 +737,6 @@ impl Bed {
 
 /// What is measured: see [`Bed::subjects`].
 pub(crate) struct Subjects(Vec<Subject>);
-
-fn index(node: &Node, device: &str) -> Result<u32> {
-    let device = device.to_owned();
-    node.within(move || nix::net::if_::if_nametoindex(device.as_str()))?
-        .context("a device's index")
-}
 
 /// Addresses of a pod that is not there: nobody is to answer.
 fn far_pod(node: &Node) -> [IpAddr; 2] {

@@ -302,18 +302,7 @@ fn node_ports(family: Family, node: &Node, own: &Pod, far: &Pod) -> [NodePort; 2
 fn start_lb(cluster: &Cluster, services: u32, own: &Pod, far: &Pod) -> Result<Running> {
     let manifests = Manifests::new(cluster)?;
     others(services, Family::Ipv4).write_manifests(manifests.path())?;
-    let mut text = String::new();
-    for node in cluster.nodes() {
-        text += &format!(
-            "apiVersion: v1\nkind: Node\nmetadata: {{name: {}}}\nspec: {{podCIDRs: [\"{}/24\", \"{}/64\"]}}\nstatus: \
-             {{addresses: [{{type: InternalIP, address: \"{}\"}}, {{type: InternalIP, address: \"{}\"}}]}}\n---\n",
-            node.name(),
-            node.pod_network(),
-            node.pod_network6(),
-            node.address(),
-            node.address6()
-        );
-    }
+    let mut text: String = cluster.nodes().iter().map(manifests::node).collect();
     for (name, last, port, pod) in [("here", 250, HERE, own), ("there", 251, THERE, far)] {
         let ips = format!("10.97.0.{last},fd00:97::{last:x}");
         let web = Port::tcp("http", 80).on_nodes(port);
