@@ -1,36 +1,41 @@
 //! A client that asks over some connections at once, and a server: one process each, told what to do line by line.
 
-use std::collections::HashMap;
+use std::cell::RefCell;
 use std::env::current_exe;
-use std::io::{ErrorKind, Read as _, Write as _, stdin, stdout};
-use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
+use std::io::{Write as _, stdin, stdout};
+use std::net::{Ipv6Addr, SocketAddr};
 use std::process::{ChildStdin, ExitCode, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::http::{Request, StatusCode, header};
+use axum::routing::get;
+use axum::serve::ListenerExt as _;
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+use hyper::client::conn::http1::{Connection, SendRequest, handshake};
+use hyper_util::rt::TokioIo;
 use lb_tests::{Place, Process, monotonic_ns};
-use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, connect, socket};
 use serde::{Deserialize, Serialize};
+use tokio::io::AsyncReadExt as _;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
 
 use crate::objects::BACKEND_PORT;
 use crate::worker::stay_on_one_processor;
 
 /// Connections at once.
-pub(crate) const CONNECTIONS: u32 = 16;
+const CONNECTIONS: usize = 16;
 
 /// The most that a turn may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The most that nothing may happen, in milliseconds.
-const SILENCE: u16 = 10_000;
+/// The same of one request.
+const SILENCE: Duration = Duration::from_secs(10);
 /// How long a server may take to start.
 const START: Duration = Duration::from_secs(20);
 
-const ASK: &[u8] = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n";
-const ASK_ONCE: &[u8] = b"GET / HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n";
-const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 6\r\n\r\nhello\n";
+const ANSWER: &str = "hello\n";
 
 /// What to ask, and how often.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -79,49 +84,19 @@ pub(crate) fn serve(place: &Place) -> Result<Process> {
 }
 
 /// The server itself: until it is killed.
-pub(crate) fn run_server() -> Result<ExitCode> {
+#[tokio::main(flavor = "current_thread")]
+pub(crate) async fn run_server() -> Result<ExitCode> {
     stay_on_one_processor()?;
-    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, BACKEND_PORT)).context("listening")?;
-    listener.set_nonblocking(true).context("O_NONBLOCK")?;
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll_create1")?;
-    epoll.add(&listener, interest(&listener.as_raw_fd(), EpollFlags::EPOLLIN))?;
-    writeln!(stdout(), "ready").context("writing to standard output")?;
-    let mut open: HashMap<RawFd, TcpStream> = HashMap::new();
-    let mut events = [EpollEvent::empty(); 64];
-    loop {
-        let count = match epoll.wait(&mut events, u16::MAX) {
-            Err(Errno::EINTR) => 0,
-            result => result.context("epoll_wait")?,
-        };
-        for event in &events[..count] {
-            let fd = event.data() as RawFd;
-            if fd == listener.as_raw_fd() {
-                while let Ok((stream, _)) = listener.accept() {
-                    stream.set_nonblocking(true).context("O_NONBLOCK")?;
-                    stream.set_nodelay(true).context("TCP_NODELAY")?;
-                    epoll.add(&stream, interest(&stream.as_raw_fd(), EpollFlags::EPOLLIN))?;
-                    open.insert(stream.as_raw_fd(), stream);
-                }
-            } else if !open.get(&fd).is_some_and(answer) {
-                open.remove(&fd);
-            }
+    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, BACKEND_PORT)).await;
+    let listener = listener.context("listening")?.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            eprintln!("TCP_NODELAY: {error}");
         }
-    }
-}
-
-/// Answers what was asked; whether the connection stays.
-fn answer(mut stream: &TcpStream) -> bool {
-    let mut request = [0; 256];
-    match stream.read(&mut request) {
-        // A request is shorter than a segment, and comes as one.
-        Ok(length) if length > 0 => stream.write_all(ANSWER).is_ok() && request[..length] == *ASK,
-        Ok(_) => false,
-        Err(error) => error.kind() == ErrorKind::WouldBlock,
-    }
-}
-
-fn interest(fd: &RawFd, flags: EpollFlags) -> EpollEvent {
-    EpollEvent::new(flags, *fd as u64)
+    });
+    writeln!(stdout(), "ready").context("writing to standard output")?;
+    let routes = Router::new().route("/", get(async || ANSWER));
+    axum::serve(listener, routes).await.context("serving")?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The client itself: until its master has no more to say.
@@ -129,182 +104,82 @@ pub(crate) fn run_client() -> Result<ExitCode> {
     stay_on_one_processor()?;
     for line in stdin().lines() {
         let order: Order = serde_json::from_str(&line.context("reading orders")?).context("reading an order")?;
-        let done = if order.fresh {
-            ask_fresh(&order)
-        } else {
-            ask_again(&order)
-        };
-        let done = done.with_context(|| format!("asking {}", order.to))?;
+        let done = carry_out(order).with_context(|| format!("asking {}", order.to))?;
         let line = serde_json::to_string(&done).context("writing JSON")?;
         writeln!(stdout(), "{line}").context("writing to standard output")?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// A connection of the client.
-struct Asking {
-    stream: TcpStream,
-    begun: u64,
-    /// Bytes of the answer so far.
-    got: usize,
-    /// The request is on its way.
-    sent: bool,
-}
-
-impl Asking {
-    /// Begins to connect, and asks to be told.
-    fn open(to: SocketAddr, epoll: &Epoll) -> Result<Self> {
+/// Asks. Connections that stay have been used before time is taken, and end with this.
+#[tokio::main(flavor = "current_thread")]
+async fn carry_out(order: Order) -> Result<Done> {
+    let kept = RefCell::new(Vec::new());
+    if !order.fresh {
+        for _ in 0..CONNECTIONS {
+            let sender = in_time(async {
+                let (mut sender, connection) = open(order.to).await?;
+                tokio::spawn(connection);
+                ask(&mut sender, "keep-alive").await?;
+                Ok(sender)
+            });
+            let sender = sender.await?;
+            kept.borrow_mut().push(sender);
+        }
+    }
+    let one = async || {
         let begun = monotonic_ns();
-        let family = if to.is_ipv4() {
-            AddressFamily::Inet
+        if order.fresh {
+            ask_once(order.to).await?;
         } else {
-            AddressFamily::Inet6
-        };
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket(family, SockType::Stream, flags, None).context("opening a socket")?;
-        match connect(fd.as_raw_fd(), &SockaddrStorage::from(to)) {
-            Ok(()) | Err(Errno::EINPROGRESS) => {}
-            Err(error) => return Err(error).context("connecting"),
+            let mut sender = kept.borrow_mut().pop().context("no connection is free")?;
+            ask(&mut sender, "keep-alive").await?;
+            kept.borrow_mut().push(sender);
         }
-        let stream = TcpStream::from(fd);
-        epoll.add(&stream, interest(&stream.as_raw_fd(), EpollFlags::EPOLLOUT))?;
-        Ok(Self {
-            stream,
-            begun,
-            got: 0,
-            sent: false,
-        })
-    }
-
-    /// It is connected: asks.
-    fn send(&mut self, request: &[u8], epoll: &Epoll) -> Result<()> {
-        if let Some(error) = self.stream.take_error().context("SO_ERROR")? {
-            return Err(error).context("connecting");
-        }
-        self.stream.set_nodelay(true).context("TCP_NODELAY")?;
-        self.stream.write_all(request).context("writing")?;
-        self.sent = true;
-        let mut event = interest(&self.stream.as_raw_fd(), EpollFlags::EPOLLIN);
-        epoll.modify(self.stream.as_fd(), &mut event).context("EPOLL_CTL_MOD")
-    }
-
-    /// Reads what there is. True: all of the answer; with `end`, and the end of the connection.
-    fn receive(&mut self, end: bool) -> Result<bool> {
-        let mut buffer = [0; 256];
-        loop {
-            match self.stream.read(&mut buffer) {
-                Ok(0) if end && self.got == ANSWER.len() => return Ok(true),
-                Ok(0) => bail!("the connection ended after {} bytes", self.got),
-                Ok(length) => {
-                    let expected = ANSWER.get(self.got..self.got + length);
-                    ensure!(expected == Some(&buffer[..length]), "the answer is another one");
-                    self.got += length;
-                    if !end && self.got == ANSWER.len() {
-                        return Ok(true);
-                    }
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
-                Err(error) => return Err(error).context("reading"),
-            }
-        }
-    }
-
-    fn time(&self) -> u32 {
-        (monotonic_ns() - self.begun).try_into().unwrap_or(u32::MAX)
-    }
-}
-
-/// The next of the connections on which something has happened.
-fn ready(epoll: &Epoll, events: &mut [EpollEvent; 64]) -> Result<usize> {
-    loop {
-        match epoll.wait(events, SILENCE) {
-            Ok(0) => bail!("nothing happened for {SILENCE} ms"),
-            Err(Errno::EINTR) => {}
-            result => return result.context("epoll_wait"),
-        }
-    }
-}
-
-/// A connection for each request.
-fn ask_fresh(order: &Order) -> Result<Done> {
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll_create1")?;
-    let mut events = [EpollEvent::empty(); 64];
-    let mut open: HashMap<RawFd, Asking> = HashMap::new();
-    let mut times = Vec::with_capacity(order.requests as usize);
-    let mut left = order.requests;
-    let start = monotonic_ns();
-    while times.len() < order.requests as usize {
-        while left > 0 && open.len() < CONNECTIONS as usize {
-            let asking = Asking::open(order.to, &epoll)?;
-            open.insert(asking.stream.as_raw_fd(), asking);
-            left -= 1;
-        }
-        let count = ready(&epoll, &mut events)?;
-        for event in &events[..count] {
-            let fd = event.data() as RawFd;
-            let asking = open.get_mut(&fd).context("an event of nobody")?;
-            if !asking.sent {
-                asking.send(ASK_ONCE, &epoll)?;
-            } else if asking.receive(true)? {
-                times.push(asking.time());
-                open.remove(&fd);
-            }
-        }
-    }
-    Ok(Done {
-        times,
-        seconds: (monotonic_ns() - start) as f64 / 1e9,
-    })
-}
-
-/// Connections that stay open, and have been used before time is taken.
-fn ask_again(order: &Order) -> Result<Done> {
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll_create1")?;
-    let mut events = [EpollEvent::empty(); 64];
-    let mut open: HashMap<RawFd, Asking> = HashMap::new();
-    for _ in 0..CONNECTIONS {
-        let asking = Asking::open(order.to, &epoll)?;
-        open.insert(asking.stream.as_raw_fd(), asking);
-    }
-    let mut waiting = CONNECTIONS;
-    while waiting > 0 {
-        let count = ready(&epoll, &mut events)?;
-        for event in &events[..count] {
-            let asking = open.get_mut(&(event.data() as RawFd)).context("an event of nobody")?;
-            if !asking.sent {
-                asking.send(ASK, &epoll)?;
-            } else if asking.receive(false)? {
-                waiting -= 1;
-            }
-        }
-    }
-    let mut times = Vec::with_capacity(order.requests as usize);
-    let mut left = order.requests;
-    let mut again = |asking: &mut Asking| -> Result<()> {
-        if left > 0 {
-            left -= 1;
-            asking.got = 0;
-            asking.begun = monotonic_ns();
-            asking.stream.write_all(ASK).context("writing")?;
-        }
-        Ok(())
+        Ok((monotonic_ns() - begun).try_into().unwrap_or(u32::MAX))
     };
+    let requests = stream::iter(0..order.requests).map(|_| in_time(one()));
     let start = monotonic_ns();
-    for asking in open.values_mut() {
-        again(asking)?;
-    }
-    while times.len() < order.requests as usize {
-        let count = ready(&epoll, &mut events)?;
-        for event in &events[..count] {
-            let asking = open.get_mut(&(event.data() as RawFd)).context("an event of nobody")?;
-            if asking.receive(false)? {
-                times.push(asking.time());
-                again(asking)?;
-            }
-        }
-    }
     Ok(Done {
-        times,
+        times: requests.buffer_unordered(CONNECTIONS).try_collect().await?,
         seconds: (monotonic_ns() - start) as f64 / 1e9,
     })
+}
+
+async fn in_time<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let done = timeout(SILENCE, work).await;
+    done.with_context(|| format!("no answer within {SILENCE:?}"))?
+}
+
+/// Connects. Nothing comes or goes unless the connection is polled.
+async fn open(to: SocketAddr) -> Result<(SendRequest<Body>, Connection<TokioIo<TcpStream>, Body>)> {
+    let stream = TcpStream::connect(to).await.context("connecting")?;
+    stream.set_nodelay(true).context("TCP_NODELAY")?;
+    handshake(TokioIo::new(stream)).await.context("beginning to ask")
+}
+
+/// Asks, and compares the answer.
+async fn ask(sender: &mut SendRequest<Body>, connection: &'static str) -> Result<()> {
+    let request = Request::get("/")
+        .header(header::HOST, "bench")
+        .header(header::CONNECTION, connection);
+    let request = request.body(Body::empty()).context("making a request")?;
+    sender.ready().await.context("waiting for a connection")?;
+    let (head, body) = sender.send_request(request).await.context("asking")?.into_parts();
+    let body = to_bytes(Body::new(body), ANSWER.len()).await.context("reading")?;
+    ensure!(
+        head.status == StatusCode::OK && body == ANSWER,
+        "the answer is another one"
+    );
+    Ok(())
+}
+
+/// Asks over a connection of its own, and waits until the server has ended it: the port of who ends it is not free.
+async fn ask_once(to: SocketAddr) -> Result<()> {
+    let (mut sender, connection) = open(to).await?;
+    let rest = async { connection.without_shutdown().await.context("asking") };
+    let ((), rest) = tokio::try_join!(ask(&mut sender, "close"), rest)?;
+    let length = rest.io.into_inner().read(&mut [0]).await.context("reading")?;
+    ensure!(length == 0, "there is more than the answer");
+    Ok(())
 }
