@@ -53,8 +53,8 @@ struct Report {
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let mut report = Report {
         machine: Machine::this()?,
-        endpoints: options.endpoints(),
-        rounds: options.rounds(),
+        endpoints: options.endpoints,
+        rounds: options.rounds,
         costs: Vec::new(),
         latencies: Vec::new(),
         loading: Vec::new(),
@@ -70,9 +70,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         ("kube-proxy's rules", loading_table(&report.loading)),
         ("limits", report::check_table(&report.checks)),
     ])?;
-    report::write(options.out(), "connect.json", &report)?;
-    plot::draw(&report, options.out())?;
-    options.verdict(&report.checks)
+    options.reporting.write("connect.json", &report)?;
+    plot::draw(&report, &options.reporting.out)?;
+    let (is_well, complete) = (report::is_well(&report.checks), report::is_complete(&report.checks));
+    options.reporting.verdict(is_well, complete)
 }
 
 /// One size.

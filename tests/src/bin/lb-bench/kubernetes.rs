@@ -8,12 +8,11 @@ mod proxy;
 pub(crate) mod watch;
 
 use std::env::current_exe;
-use std::path::PathBuf;
 use std::process::{ExitCode, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use comfy_table::Table;
 use lb_tests::control_plane::ControlPlane;
 use lb_tests::{Cluster, Pod, Process, Random, Testbed, monotonic_ns};
@@ -22,7 +21,7 @@ use serde::Serialize;
 use self::objects::Probe;
 use self::proxy::{Kind, Proxy};
 use crate::numbers::{Check, percentile};
-use crate::report::{self, Machine, table};
+use crate::report::{self, Machine, Reporting, table};
 
 /// The node whose proxy is measured. Backends are on the other one.
 const NODE: &str = "n1";
@@ -43,12 +42,8 @@ pub(crate) struct Options {
     /// Measured changes of one endpoint
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     changes: u32,
-    /// Folder for the results as JSON
-    #[arg(long)]
-    out: PathBuf,
-    /// Fail where a limit is exceeded
-    #[arg(long)]
-    check: bool,
+    #[command(flatten)]
+    reporting: Reporting,
 }
 
 /// The number of Services that the limits are for.
@@ -95,10 +90,6 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     } else {
         Vec::new()
     };
-    ensure!(
-        !options.check || !checks.is_empty(),
-        "the limits are for {LIMITED} Services: measure that size"
-    );
     let report = Report {
         machine,
         services: options.services,
@@ -112,13 +103,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         (title.as_str(), proxy_table(&report.proxies)),
         ("limits", check_table(&report.checks)),
     ])?;
-    report::write(&options.out, "kubernetes.json", &report)?;
-    let well = report.checks.iter().all(|check| check.met);
-    Ok(if options.check && !well {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    })
+    options.reporting.write("kubernetes.json", &report)?;
+    let complete = report.checks.first().map(drop);
+    options.reporting.verdict(
+        report.checks.iter().all(|check| check.met),
+        complete.with_context(|| format!("the limits are for {LIMITED} Services: measure that size")),
+    )
 }
 
 /// A cluster with all objects in its API.

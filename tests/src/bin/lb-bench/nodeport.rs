@@ -7,17 +7,16 @@ pub(crate) mod http;
 mod packets;
 mod requests;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result};
 use comfy_table::Table;
 use indicatif::ProgressBar;
 use serde::Serialize;
 
 use crate::bed::Way;
 use crate::programs;
-use crate::report::{self, Machine, range, table};
+use crate::report::{self, Machine, Reporting, range, table};
 use crate::sizes::progress;
 use packets::{Case, Cost};
 use requests::Requests;
@@ -33,12 +32,8 @@ pub(crate) struct Options {
     /// Rounds of each comparison
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     rounds: u32,
-    /// Folder for the results as JSON
-    #[arg(long)]
-    out: PathBuf,
-    /// Fail where a limit is exceeded
-    #[arg(long)]
-    check: bool,
+    #[command(flatten)]
+    reporting: Reporting,
 }
 
 /// A limit, and how it was met.
@@ -85,16 +80,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         ("packets", cost_table(&report.costs)),
         ("requests", request_table(&report.requests)),
     ])?;
-    report::write(&options.out, "nodeport.json", &report)?;
-    if !options.check {
-        return Ok(ExitCode::SUCCESS);
-    }
-    ensure!(!report.checks.is_empty(), "the limits are ratios to C: install clang");
-    Ok(if report.checks.iter().all(|check| check.met) {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    options.reporting.write("nodeport.json", &report)?;
+    let complete = report.checks.first().map(drop);
+    options.reporting.verdict(
+        report.checks.iter().all(|check| check.met),
+        complete.context("the limits are ratios to C: install clang"),
+    )
 }
 
 fn check(cost: &Cost) -> Check {

@@ -1,8 +1,9 @@
-//! What `connect` and `udp` have in common of their reports: the machine, what programs cost, and the limits.
+//! What benchmarks have in common of their reports: the machine, what programs cost, and the limits.
 
 use std::fs;
 use std::io::{Write as _, stdout};
-use std::path::Path;
+use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
 use comfy_table::{CellAlignment, Table, presets};
@@ -18,6 +19,39 @@ const LIMITED: [u32; 3] = [1, 1_000, 10_000];
 /// lb's program / that in C, both above an empty program: where the destination is a Service's, and where not.
 const HIT_LIMIT: f64 = 1.3;
 const MISS_LIMIT: f64 = 1.1;
+
+/// What becomes of a report.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Reporting {
+    /// Folder for the results as JSON, and plots
+    #[arg(long)]
+    pub(crate) out: PathBuf,
+    /// Fail where a limit is exceeded
+    #[arg(long)]
+    check: bool,
+}
+
+impl Reporting {
+    /// Writes it as JSON.
+    pub(crate) fn write(&self, name: &str, report: &impl Serialize) -> Result<()> {
+        fs::create_dir_all(&self.out).with_context(|| format!("making {}", self.out.display()))?;
+        let path = self.out.join(name);
+        let json = serde_json::to_string_pretty(report).context("writing JSON")?;
+        fs::write(&path, json + "\n").with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// Success, unless limits were to be kept and were not, or not all that have limits were measured: `complete`.
+    pub(crate) fn verdict(&self, is_well: bool, complete: Result<()>) -> Result<ExitCode> {
+        if self.check {
+            complete?;
+        }
+        Ok(if is_well || !self.check {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
+    }
+}
 
 /// What was measured on.
 #[derive(Debug, Serialize)]
@@ -125,14 +159,6 @@ pub(crate) fn settled(bar: &ProgressBar, mut compare: impl FnMut() -> Result<Vec
         }
     }
     Ok(costs)
-}
-
-/// Writes a report as JSON.
-pub(crate) fn write(folder: &Path, name: &str, report: &impl Serialize) -> Result<()> {
-    fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-    let path = folder.join(name);
-    let json = serde_json::to_string_pretty(report).context("writing JSON")?;
-    fs::write(&path, json + "\n").with_context(|| format!("writing {}", path.display()))
 }
 
 /// Writes the tables that have rows to standard output.

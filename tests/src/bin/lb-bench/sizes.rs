@@ -1,7 +1,5 @@
 //! The sizes that `connect` and `udp` measure, one after the other, each in both families.
 
-use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -10,7 +8,7 @@ use lb_agent::model::Protocol;
 
 use crate::objects::{Family, Services};
 use crate::programs;
-use crate::report::{self, Check};
+use crate::report::Reporting;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -19,43 +17,12 @@ pub(crate) struct Options {
     services: Vec<u32>,
     /// Endpoints of each Service
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100))]
-    endpoints: u32,
+    pub(crate) endpoints: u32,
     /// Rounds of each comparison
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    rounds: u32,
-    /// Folder for the results as JSON, and plots
-    #[arg(long)]
-    out: PathBuf,
-    /// Fail where a limit is exceeded
-    #[arg(long)]
-    check: bool,
-}
-
-impl Options {
-    pub(crate) fn endpoints(&self) -> u32 {
-        self.endpoints
-    }
-
-    pub(crate) fn rounds(&self) -> u32 {
-        self.rounds
-    }
-
-    pub(crate) fn out(&self) -> &Path {
-        &self.out
-    }
-
-    /// Success, unless limits were to be kept and were not.
-    pub(crate) fn verdict(&self, checks: &[Check]) -> Result<ExitCode> {
-        if !self.check {
-            return Ok(ExitCode::SUCCESS);
-        }
-        report::is_complete(checks)?;
-        Ok(if report::is_well(checks) {
-            ExitCode::SUCCESS
-        } else {
-            ExitCode::FAILURE
-        })
-    }
+    pub(crate) rounds: u32,
+    #[command(flatten)]
+    pub(crate) reporting: Reporting,
 }
 
 /// Measures each size in each family. The C programs are given where there is a compiler.

@@ -3,7 +3,6 @@
 use std::env::current_exe;
 use std::fs;
 use std::io::{Write as _, stdout};
-use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,6 +11,7 @@ use serde::Serialize;
 
 use crate::measure::Measured;
 use crate::numbers::Check;
+use crate::report::Reporting;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -24,12 +24,8 @@ pub(crate) struct Options {
     /// Measured changes of one endpoint
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..))]
     changes: u32,
-    /// Folder for the results as JSON
-    #[arg(long)]
-    out: PathBuf,
-    /// Fail where a limit is exceeded
-    #[arg(long)]
-    check: bool,
+    #[command(flatten)]
+    reporting: Reporting,
 }
 
 /// What a change of one endpoint is compared with.
@@ -62,11 +58,6 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let (sizes, from_manifests) = (measure_all(false)?, measure_all(true)?);
     let checks = checks(&sizes, &from_manifests);
     print(&sizes, &from_manifests, &checks)?;
-    let well = checks.iter().all(|check| check.met);
-    ensure!(
-        !options.check || !checks.is_empty(),
-        "the limits are for {LARGE:?}: measure that size"
-    );
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").context("reading the kernel's release")?;
     let report = Report {
         kernel: kernel.trim().into(),
@@ -74,15 +65,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         from_manifests,
         checks,
     };
-    fs::create_dir_all(&options.out).with_context(|| format!("making {}", options.out.display()))?;
-    let path = options.out.join("sync.json");
-    let json = serde_json::to_string_pretty(&report).context("writing JSON")?;
-    fs::write(&path, json + "\n").with_context(|| format!("writing {}", path.display()))?;
-    Ok(if options.check && !well {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    })
+    options.reporting.write("sync.json", &report)?;
+    let complete = report.checks.first().map(drop);
+    options.reporting.verdict(
+        report.checks.iter().all(|check| check.met),
+        complete.with_context(|| format!("the limits are for {LARGE:?}: measure that size")),
+    )
 }
 
 /// One size, in a process of its own.

@@ -87,8 +87,8 @@ struct Report {
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let mut report = Report {
         machine: Machine::this()?,
-        endpoints: options.endpoints(),
-        rounds: options.rounds(),
+        endpoints: options.endpoints,
+        rounds: options.rounds,
         costs: Vec::new(),
         rates: Vec::new(),
         checks: Vec::new(),
@@ -102,8 +102,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         ("runs of a program", report::cost_table(&report.costs)),
         ("limits", report::check_table(&report.checks)),
     ])?;
-    report::write(options.out(), "udp.json", &report)?;
-    options.verdict(&report.checks)
+    options.reporting.write("udp.json", &report)?;
+    let (is_well, complete) = (report::is_well(&report.checks), report::is_complete(&report.checks));
+    options.reporting.verdict(is_well, complete)
 }
 
 /// One size.
