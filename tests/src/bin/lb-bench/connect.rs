@@ -18,7 +18,7 @@ use serde::Serialize;
 use crate::bed::{Bed, Loading, Way};
 use crate::cost::{self, Call, Cost, Step};
 use crate::objects::Services;
-use crate::report::{self, Check, Machine, range, table};
+use crate::report::{self, Called, Check, Machine, range, table};
 use crate::scenario::Scenario;
 use crate::sizes::{self, Options};
 use crate::worker::Task;
@@ -47,7 +47,7 @@ struct Report {
     costs: Vec<Cost>,
     latencies: Vec<Latency>,
     loading: Vec<Loading>,
-    checks: Vec<Check>,
+    checks: Vec<Check<Called>>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -68,12 +68,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         ("connect()", latency_table(&report.latencies)),
         ("runs of a program", report::cost_table(&report.costs)),
         ("kube-proxy's rules", loading_table(&report.loading)),
-        ("limits", report::check_table(&report.checks)),
+        ("limits", report::check_table("lb / C", &report.checks)),
     ])?;
     options.reporting.write("connect.json", &report)?;
     plot::draw(&report, &options.reporting.out)?;
-    let (is_well, complete) = (report::is_well(&report.checks), report::is_complete(&report.checks));
-    options.reporting.verdict(is_well, complete)
+    let complete = report::is_complete(&report.checks);
+    options.reporting.verdict(&report.checks, complete)
 }
 
 /// One size.

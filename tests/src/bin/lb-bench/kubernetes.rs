@@ -20,8 +20,8 @@ use serde::Serialize;
 
 use self::objects::Probe;
 use self::proxy::{Kind, Proxy};
-use crate::numbers::{Check, percentile};
-use crate::report::{self, Machine, Reporting, table};
+use crate::numbers::percentile;
+use crate::report::{self, Check, Machine, Named, Reporting, table};
 
 /// The node whose proxy is measured. Backends are on the other one.
 const NODE: &str = "n1";
@@ -77,7 +77,7 @@ struct Report {
     endpoints: u32,
     changes: u32,
     proxies: Vec<Measured>,
-    checks: Vec<Check>,
+    checks: Vec<Check<Named>>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -101,12 +101,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let title = format!("{} Services x {} endpoints", report.services, report.endpoints);
     report::print([
         (title.as_str(), proxy_table(&report.proxies)),
-        ("limits", check_table(&report.checks)),
+        ("limits", report::check_table("lb / kube-proxy", &report.checks)),
     ])?;
     options.reporting.write("kubernetes.json", &report)?;
     let complete = report.checks.first().map(drop);
     options.reporting.verdict(
-        report.checks.iter().all(|check| check.met),
+        &report.checks,
         complete.with_context(|| format!("the limits are for {LIMITED} Services: measure that size")),
     )
 }
@@ -215,19 +215,12 @@ fn seconds(from: u64, to: u64) -> f64 {
 }
 
 /// Ratios: the machine that measures may be slow.
-fn checks(proxies: &[Measured]) -> Vec<Check> {
+fn checks(proxies: &[Measured]) -> Vec<Check<Named>> {
     let [lb, kube_proxy] = proxies else {
         return Vec::new();
     };
-    let check = |what, value: fn(&Measured) -> f64, limit| {
-        let measured = value(lb) / value(kube_proxy);
-        Check {
-            what,
-            limit,
-            measured,
-            met: measured <= limit,
-        }
-    };
+    let check =
+        |what, value: fn(&Measured) -> f64, limit| Check::at_most(limit, Named { what }, value(lb) / value(kube_proxy));
     vec![
         check("resident memory", |m| m.resident as f64, 0.5),
         check("start to healthy and serving", |m| m.serving.max(m.healthy), 0.5),
@@ -259,20 +252,6 @@ fn proxy_table(proxies: &[Measured]) -> Table {
             milliseconds(m.change_p50),
             milliseconds(m.change_p99),
             milliseconds(m.answer_p50),
-        ]);
-    }
-    table
-}
-
-fn check_table(checks: &[Check]) -> Table {
-    let mut table = table(&["lb / kube-proxy", "at most", "measured", ""]);
-    for check in checks {
-        let verdict = if check.met { "met" } else { "EXCEEDED" };
-        table.add_row([
-            check.what.to_owned(),
-            format!("{:.1}", check.limit),
-            format!("{:.3}", check.measured),
-            verdict.to_owned(),
         ]);
     }
     table

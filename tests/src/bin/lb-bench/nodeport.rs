@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::bed::Way;
 use crate::programs;
-use crate::report::{self, Machine, Reporting, range, table};
+use crate::report::{self, Check, Judged, Machine, Reporting, range, table};
 use crate::sizes::progress;
 use packets::{Case, Cost};
 use requests::Requests;
@@ -36,16 +36,6 @@ pub(crate) struct Options {
     reporting: Reporting,
 }
 
-/// A limit, and how it was met.
-#[derive(Debug, Serialize)]
-struct Check {
-    #[serde(flatten)]
-    case: Case,
-    limit: f64,
-    measured: f64,
-    met: bool,
-}
-
 /// Everything, as the JSON file holds it.
 #[derive(Debug, Serialize)]
 struct Report {
@@ -54,7 +44,7 @@ struct Report {
     rounds: u32,
     costs: Vec<Cost>,
     requests: Vec<Requests>,
-    checks: Vec<Check>,
+    checks: Vec<Check<Case>>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -75,54 +65,33 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     report.requests = requests(options, &bar)?;
     bar.finish_and_clear();
-    report.checks = report.costs.iter().map(check).collect();
+    report.checks = report::judge(&report.costs);
     report::print([
-        ("packets", cost_table(&report.costs)),
+        ("packets", cost_table(&report.costs, &report.checks)),
         ("requests", request_table(&report.requests)),
     ])?;
     options.reporting.write("nodeport.json", &report)?;
     let complete = report.checks.first().map(drop);
     options.reporting.verdict(
-        report.checks.iter().all(|check| check.met),
+        &report.checks,
         complete.context("the limits are ratios to C: install clang"),
     )
 }
 
-fn check(cost: &Cost) -> Check {
-    let measured = cost.ratio.median;
-    Check {
-        case: cost.case,
-        limit: LIMIT,
-        measured,
-        met: measured <= LIMIT,
+impl Judged for Cost {
+    type What = Case;
+
+    fn check(&self) -> Option<Check<Case>> {
+        Some(Check::at_most(LIMIT, self.case, self.ratio.median))
     }
 }
 
-/// What packets cost. Where a limit is exceeded, all is measured once more, as for the other programs: both are told, and
-/// the second counts.
+/// What packets cost.
 fn costs(options: &Options, bar: &ProgressBar) -> Result<Vec<Cost>> {
     bar.set_length(u64::from(options.rounds) + 1);
     let mut bed = packets::Bed::new(options.services, programs::compile(packets::SOURCE)?)?;
     let subjects = bed.subjects()?;
-    let mut costs = bed.compare(&subjects, options.rounds, || bar.inc(1))?;
-    if costs.iter().any(|cost| !check(cost).met) {
-        bar.suspend(|| eprintln!("a limit is exceeded: once more"));
-        bar.inc_length(u64::from(options.rounds) + 1);
-        let again = bed.compare(&subjects, options.rounds, || bar.inc(1))?;
-        for (cost, again) in costs.iter_mut().zip(again).filter(|(cost, _)| !check(cost).met) {
-            let Case { packet, family, .. } = cost.case;
-            let both = format!(
-                "{}, {}, {}: {:.3}, once more {:.3} (at most {LIMIT})",
-                packet.label(),
-                family.label(),
-                cost.case.protocol(),
-                cost.ratio.median,
-                again.ratio.median
-            );
-            bar.suspend(|| eprintln!("{both}"));
-            *cost = again;
-        }
-    }
+    let costs = report::settled(bar, || bed.compare(&subjects, options.rounds, || bar.inc(1)))?;
     bed.take_down()?;
     Ok(costs)
 }
@@ -184,7 +153,7 @@ fn request_table(requests: &[Requests]) -> Table {
     table
 }
 
-fn cost_table(costs: &[Cost]) -> Table {
+fn cost_table(costs: &[Cost], checks: &[Check<Case>]) -> Table {
     let mut table = table(&[
         "packet",
         "hook",
@@ -199,9 +168,8 @@ fn cost_table(costs: &[Cost]) -> Table {
         "at most",
         "",
     ]);
-    for cost in costs {
+    for (cost, check) in costs.iter().zip(checks) {
         let ratio = |value: f64| format!("{value:.2}");
-        let verdict = if check(cost).met { "met" } else { "EXCEEDED" };
         table.add_row([
             cost.case.packet.label().to_owned(),
             cost.case.hook.label().to_owned(),
@@ -213,8 +181,8 @@ fn cost_table(costs: &[Cost]) -> Table {
             ratio(cost.ratio.median),
             range(&ratio(cost.interval.0), &ratio(cost.interval.1)),
             range(&ratio(cost.ratio.low), &ratio(cost.ratio.high)),
-            format!("{LIMIT:.1}"),
-            verdict.to_owned(),
+            format!("{:.1}", check.limit),
+            check.verdict().to_owned(),
         ]);
     }
     table

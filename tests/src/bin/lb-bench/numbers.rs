@@ -44,15 +44,6 @@ pub(crate) fn median_interval(values: impl IntoIterator<Item = f64>) -> (f64, f6
     )
 }
 
-/// A figure by its name, the limit that it has, and whether it keeps it.
-#[derive(Debug, Serialize)]
-pub(crate) struct Check {
-    pub(crate) what: &'static str,
-    pub(crate) limit: f64,
-    pub(crate) measured: f64,
-    pub(crate) met: bool,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

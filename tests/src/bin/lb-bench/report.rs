@@ -1,5 +1,6 @@
 //! What benchmarks have in common of their reports: the machine, what programs cost, and the limits.
 
+use std::fmt::{self, Display, Formatter};
 use std::fs;
 use std::io::{Write as _, stdout};
 use std::path::PathBuf;
@@ -41,11 +42,11 @@ impl Reporting {
     }
 
     /// Success, unless limits were to be kept and were not, or not all that have limits were measured: `complete`.
-    pub(crate) fn verdict(&self, is_well: bool, complete: Result<()>) -> Result<ExitCode> {
+    pub(crate) fn verdict<W>(&self, checks: &[Check<W>], complete: Result<()>) -> Result<ExitCode> {
         if self.check {
             complete?;
         }
-        Ok(if is_well || !self.check {
+        Ok(if is_well(checks) || !self.check {
             ExitCode::SUCCESS
         } else {
             ExitCode::FAILURE
@@ -84,28 +85,79 @@ impl Machine {
 
 /// A limit, and how it was met.
 #[derive(Debug, Serialize)]
-pub(crate) struct Check {
+pub(crate) struct Check<W> {
+    /// Of what.
+    #[serde(flatten)]
+    pub(crate) what: W,
+    pub(crate) limit: f64,
+    pub(crate) measured: f64,
+    pub(crate) met: bool,
+}
+
+impl<W> Check<W> {
+    pub(crate) fn at_most(limit: f64, what: W, measured: f64) -> Self {
+        Self {
+            what,
+            limit,
+            measured,
+            met: measured <= limit,
+        }
+    }
+
+    pub(crate) fn verdict(&self) -> &'static str {
+        if self.met { "met" } else { "EXCEEDED" }
+    }
+}
+
+/// A figure that has but a name.
+#[derive(Debug, Serialize)]
+pub(crate) struct Named {
+    pub(crate) what: &'static str,
+}
+
+impl Display for Named {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(self.what)
+    }
+}
+
+/// A call from somewhere to somewhere.
+#[derive(Debug, Serialize)]
+pub(crate) struct Called {
     call: Call,
     #[serde(flatten)]
     scenario: Scenario,
-    limit: f64,
-    measured: f64,
-    met: bool,
+}
+
+impl Display for Called {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { call, scenario } = self;
+        let (family, to) = (scenario.family.label(), scenario.label());
+        write!(f, "{}, {family} to {to}, {} Services", call.label(), scenario.services)
+    }
+}
+
+/// What may have a limit.
+pub(crate) trait Judged {
+    type What: Display;
+
+    /// Compares with the limit, where there is one.
+    fn check(&self) -> Option<Check<Self::What>>;
 }
 
 /// Compares with the limits what there are limits for.
-pub(crate) fn judge(costs: &[Cost]) -> Vec<Check> {
-    costs.iter().filter_map(check).collect()
+pub(crate) fn judge<J: Judged>(costs: &[J]) -> Vec<Check<J::What>> {
+    costs.iter().filter_map(Judged::check).collect()
 }
 
-pub(crate) fn is_well(checks: &[Check]) -> bool {
+pub(crate) fn is_well<W>(checks: &[Check<W>]) -> bool {
     checks.iter().all(|check| check.met)
 }
 
 /// Fails unless every size that has limits was measured.
-pub(crate) fn is_complete(checks: &[Check]) -> Result<()> {
+pub(crate) fn is_complete(checks: &[Check<Called>]) -> Result<()> {
     for services in LIMITED {
-        let measured = checks.iter().any(|check| check.scenario.services == services);
+        let measured = checks.iter().any(|check| check.what.scenario.services == services);
         ensure!(
             measured,
             "the limits are ratios to C (install clang) and for {LIMITED:?} Services: measure those sizes"
@@ -115,25 +167,24 @@ pub(crate) fn is_complete(checks: &[Check]) -> Result<()> {
 }
 
 /// Calls whose programs decide or translate have limits; those that only tidy up, or serve `getpeername`, have none.
-fn check(cost: &Cost) -> Option<Check> {
-    let limit = match cost.scenario.outcome {
-        Outcome::Hit => HIT_LIMIT,
-        Outcome::Miss => MISS_LIMIT,
-    };
-    let limited = !matches!(cost.call, Call::Getpeername | Call::Close) && LIMITED.contains(&cost.scenario.services);
-    let measured = cost.ratio.filter(|_| limited)?.median;
-    Some(Check {
-        call: cost.call,
-        scenario: cost.scenario,
-        limit,
-        measured,
-        met: measured <= limit,
-    })
+impl Judged for Cost {
+    type What = Called;
+
+    fn check(&self) -> Option<Check<Called>> {
+        let Self { call, scenario, .. } = *self;
+        let limit = match scenario.outcome {
+            Outcome::Hit => HIT_LIMIT,
+            Outcome::Miss => MISS_LIMIT,
+        };
+        let limited = !matches!(call, Call::Getpeername | Call::Close) && LIMITED.contains(&scenario.services);
+        let measured = self.ratio.filter(|_| limited)?.median;
+        Some(Check::at_most(limit, Called { call, scenario }, measured))
+    }
 }
 
 /// Compares; what exceeds its limit is measured once more, with fresh samples. Both are told, and the second counts: of
 /// a hundred medians that are uncertain by some per cent each, one is over a limit by chance.
-pub(crate) fn settled(bar: &ProgressBar, mut compare: impl FnMut() -> Result<Vec<Cost>>) -> Result<Vec<Cost>> {
+pub(crate) fn settled<J: Judged>(bar: &ProgressBar, mut compare: impl FnMut() -> Result<Vec<J>>) -> Result<Vec<J>> {
     let mut costs = compare()?;
     if is_well(&judge(&costs)) {
         return Ok(costs);
@@ -143,16 +194,13 @@ pub(crate) fn settled(bar: &ProgressBar, mut compare: impl FnMut() -> Result<Vec
     let again = compare()?;
     bar.inc_length(bar.position() - begun);
     for (cost, again) in costs.iter_mut().zip(again) {
-        if let (Some(first), Some(second)) = (check(cost).filter(|first| !first.met), check(&again)) {
+        if let (Some(first), Some(second)) = (cost.check().filter(|first| !first.met), again.check()) {
+            let Check {
+                what, measured, limit, ..
+            } = first;
             let both = format!(
-                "{}, {} to {}, {} Services: {:.3}, once more {:.3} (at most {})",
-                cost.call.label(),
-                cost.scenario.family.label(),
-                cost.scenario.label(),
-                cost.scenario.services,
-                first.measured,
-                second.measured,
-                first.limit
+                "{what}: {measured:.3}, once more {:.3} (at most {limit})",
+                second.measured
             );
             bar.suspend(|| eprintln!("{both}"));
             *cost = again;
@@ -206,17 +254,15 @@ pub(crate) fn cost_table(costs: &[Cost]) -> Table {
     table
 }
 
-pub(crate) fn check_table(checks: &[Check]) -> Table {
-    let mut table = table(&["lb / C", "to", "Services", "at most", "measured", ""]);
+/// `measured`: what the figures are.
+pub(crate) fn check_table<W: Display>(measured: &str, checks: &[Check<W>]) -> Table {
+    let mut table = table(&[measured, "at most", "measured", ""]);
     for check in checks {
-        let verdict = if check.met { "met" } else { "EXCEEDED" };
         table.add_row([
-            format!("{}, {}", check.call.label(), check.scenario.family.label()),
-            check.scenario.label(),
-            check.scenario.services.to_string(),
+            check.what.to_string(),
             format!("{:.1}", check.limit),
             format!("{:.3}", check.measured),
-            verdict.to_owned(),
+            check.verdict().to_owned(),
         ]);
     }
     table
@@ -262,7 +308,7 @@ mod tests {
 
     #[test]
     fn limits_are_judged_by_the_ratio() {
-        let met = |cost: &Cost| check(cost).map(|check| check.met);
+        let met = |cost: &Cost| cost.check().map(|check| check.met);
         assert_eq!(met(&cost(Outcome::Hit, 1.3)), Some(true));
         assert_eq!(met(&cost(Outcome::Hit, 1.31)), Some(false));
         assert_eq!(met(&cost(Outcome::Miss, 1.2)), Some(false));

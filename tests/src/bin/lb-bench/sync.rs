@@ -2,16 +2,14 @@
 
 use std::env::current_exe;
 use std::fs;
-use std::io::{Write as _, stdout};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::Table;
 use serde::Serialize;
 
 use crate::measure::Measured;
-use crate::numbers::Check;
-use crate::report::Reporting;
+use crate::report::{self, Check, Named, Reporting, table};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -42,7 +40,7 @@ struct Report {
     sizes: Vec<Measured>,
     /// The same from files.
     from_manifests: Vec<Measured>,
-    checks: Vec<Check>,
+    checks: Vec<Check<Named>>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -57,7 +55,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     };
     let (sizes, from_manifests) = (measure_all(false)?, measure_all(true)?);
     let checks = checks(&sizes, &from_manifests);
-    print(&sizes, &from_manifests, &checks)?;
+    report::print([
+        ("objects in memory", size_table(&sizes)),
+        ("objects from manifests", manifest_table(&from_manifests)),
+        ("limits", report::check_table("what", &checks)),
+    ])?;
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").context("reading the kernel's release")?;
     let report = Report {
         kernel: kernel.trim().into(),
@@ -68,7 +70,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     options.reporting.write("sync.json", &report)?;
     let complete = report.checks.first().map(drop);
     options.reporting.verdict(
-        report.checks.iter().all(|check| check.met),
+        &report.checks,
         complete.with_context(|| format!("the limits are for {LARGE:?}: measure that size")),
     )
 }
@@ -95,7 +97,7 @@ fn measure(services: u32, options: &Options, manifests: bool) -> Result<Measured
 }
 
 /// The limits, where the sizes that they are for were measured.
-fn checks(sizes: &[Measured], from_manifests: &[Measured]) -> Vec<Check> {
+fn checks(sizes: &[Measured], from_manifests: &[Measured]) -> Vec<Check<Named>> {
     fn find(sizes: &[Measured], services: u32) -> Option<&Measured> {
         sizes.iter().find(|m| m.services == services)
     }
@@ -108,7 +110,7 @@ fn checks(sizes: &[Measured], from_manifests: &[Measured]) -> Vec<Check> {
         return Vec::new();
     }
     let check = |what, measured, limit| Check {
-        what,
+        what: Named { what },
         limit,
         measured,
         met: measured < limit,
@@ -134,8 +136,8 @@ fn megabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-fn print(sizes: &[Measured], from_manifests: &[Measured], checks: &[Check]) -> Result<()> {
-    let header = [
+fn size_table(sizes: &[Measured]) -> Table {
+    let mut table = table(&[
         "Services x endpoints",
         "first (ms)",
         "written (MB)",
@@ -146,9 +148,7 @@ fn print(sizes: &[Measured], from_manifests: &[Measured], checks: &[Check]) -> R
         "its own",
         "peak",
         "maps (MB)",
-    ];
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header(header);
+    ]);
     for m in sizes {
         table.add_row([
             format!("{} x {}", m.services, m.endpoints),
@@ -163,21 +163,22 @@ fn print(sizes: &[Measured], from_manifests: &[Measured], checks: &[Check]) -> R
             format!("{:.1}", megabytes(m.map_bytes)),
         ]);
     }
-    right_aligned(&mut table);
-    let mut files = Table::new();
-    let header = [
-        "from manifests",
+    table
+}
+
+fn manifest_table(from_manifests: &[Measured]) -> Table {
+    let mut table = table(&[
+        "Services x endpoints",
         "size (MB)",
         "parse (ms)",
         "apply (ms)",
         "resident (MB)",
         "its own",
         "peak",
-    ];
-    files.load_style(presets::NOTHING).set_header(header);
+    ]);
     for m in from_manifests {
         let (bytes, seconds) = m.parsed.map_or((0, 0.0), |parsed| (parsed.bytes, parsed.seconds));
-        files.add_row([
+        table.add_row([
             format!("{} x {}", m.services, m.endpoints),
             format!("{:.1}", megabytes(bytes)),
             format!("{:.1}", seconds * 1e3),
@@ -187,30 +188,5 @@ fn print(sizes: &[Measured], from_manifests: &[Measured], checks: &[Check]) -> R
             format!("{:.1}", megabytes(m.peak_bytes)),
         ]);
     }
-    right_aligned(&mut files);
-    let mut limits = Table::new();
-    limits
-        .load_style(presets::NOTHING)
-        .set_header(["limit", "at most", "measured", ""]);
-    for c in checks {
-        let verdict = if c.met { "met" } else { "EXCEEDED" };
-        limits.add_row([
-            c.what.to_owned(),
-            format!("{:.1}", c.limit),
-            format!("{:.3}", c.measured),
-            verdict.to_owned(),
-        ]);
-    }
-    let limits = if checks.is_empty() {
-        String::new()
-    } else {
-        format!("\n{limits}\n")
-    };
-    writeln!(stdout(), "{table}\n\n{files}\n{limits}").context("writing to standard output")
-}
-
-fn right_aligned(table: &mut Table) {
-    for column in table.column_iter_mut() {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
+    table
 }

@@ -18,7 +18,7 @@ use serde::Serialize;
 use crate::bed::{Bed, Way};
 use crate::cost::{self, Call, Cost, Step};
 use crate::objects::Services;
-use crate::report::{self, Check, Machine, range, table};
+use crate::report::{self, Called, Check, Machine, range, table};
 use crate::scenario::Scenario;
 use crate::sizes::{self, Options};
 use crate::worker::{Manner, Task};
@@ -81,7 +81,7 @@ struct Report {
     rounds: u32,
     costs: Vec<Cost>,
     rates: Vec<Rate>,
-    checks: Vec<Check>,
+    checks: Vec<Check<Called>>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -100,11 +100,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     report::print([
         ("questions and answers", rate_table(&report.rates)),
         ("runs of a program", report::cost_table(&report.costs)),
-        ("limits", report::check_table(&report.checks)),
+        ("limits", report::check_table("lb / C", &report.checks)),
     ])?;
     options.reporting.write("udp.json", &report)?;
-    let (is_well, complete) = (report::is_well(&report.checks), report::is_complete(&report.checks));
-    options.reporting.verdict(is_well, complete)
+    let complete = report::is_complete(&report.checks);
+    options.reporting.verdict(&report.checks, complete)
 }
 
 /// One size.

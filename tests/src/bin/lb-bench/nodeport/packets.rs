@@ -7,6 +7,7 @@
 //! leave in CT_NEW is removed after each round.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Display, Formatter};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -185,6 +186,13 @@ impl Case {
 
     pub(crate) fn protocol(self) -> &'static str {
         if self.udp { "UDP" } else { "TCP" }
+    }
+}
+
+impl Display for Case {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let (packet, family) = (self.packet.label(), self.family.label());
+        write!(f, "{packet}, {family}, {}", self.protocol())
     }
 }
 
