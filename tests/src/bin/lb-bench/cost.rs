@@ -12,9 +12,9 @@ use lb_tests::Random;
 use serde::Serialize;
 
 use crate::bed::Bed;
-use crate::numbers::Quartiles;
+use crate::numbers::{Quartiles, median};
 use crate::objects::Family;
-use crate::programs::{Hook, Maker};
+use crate::programs::{Hook, Maker, Rounds};
 use crate::scenario::{Scenario, shuffled};
 use crate::worker::{Order, Task, Worker};
 
@@ -82,36 +82,18 @@ pub(crate) struct Cost {
     pub(crate) ratio: Option<Quartiles>,
 }
 
-/// Nanoseconds per run of each maker's program, a round each.
-#[derive(Debug, Default)]
-struct Rounds {
-    lb: Vec<f64>,
-    c: Vec<f64>,
-    empty: Vec<f64>,
-}
-
-impl Rounds {
-    fn add(&mut self, maker: Maker, cost: f64) {
-        match maker {
-            Maker::Lb => &mut self.lb,
-            Maker::C => &mut self.c,
-            Maker::Empty => &mut self.empty,
-        }
-        .push(cost);
-    }
-
-    fn summary(&self, call: Call, scenario: Scenario) -> Cost {
-        let median = |rounds: &Vec<f64>| (!rounds.is_empty()).then(|| Quartiles::of(rounds.iter().copied()).median);
-        let ratio = |((lb, c), empty): ((&f64, &f64), &f64)| (lb - empty) / (c - empty);
-        let ratios = self.lb.iter().zip(&self.c).zip(&self.empty).map(ratio);
-        Cost {
+impl Cost {
+    /// C and the empty program are there both or neither.
+    fn of(rounds: &Rounds, call: Call, scenario: Scenario) -> Self {
+        let is_compared = rounds.ratios().next().is_some();
+        Self {
             call,
             hook: call.hook(scenario.family),
             scenario,
-            lb: median(&self.lb).unwrap_or_default(),
-            c: median(&self.c),
-            empty: median(&self.empty),
-            ratio: (!self.c.is_empty()).then(|| Quartiles::of(ratios)),
+            lb: median(rounds.of(Maker::Lb)),
+            c: is_compared.then(|| median(rounds.of(Maker::C))),
+            empty: is_compared.then(|| median(rounds.of(Maker::Empty))),
+            ratio: is_compared.then(|| Quartiles::of(rounds.ratios())),
         }
     }
 }
@@ -186,7 +168,7 @@ pub(crate) fn compare(
     );
     let summaries = scenarios.iter().zip(&found).flat_map(|(scenario, found)| {
         let each = found.iter().zip(&calls);
-        each.map(|(rounds, call)| rounds.summary(*call, *scenario))
+        each.map(|(rounds, call)| Cost::of(rounds, *call, *scenario))
     });
     Ok(summaries.collect())
 }
@@ -236,12 +218,12 @@ mod tests {
             rounds.add(Maker::Empty, empty);
         }
         let scenario = Scenario::example();
-        let cost = rounds.summary(Call::Connect, scenario);
+        let cost = Cost::of(&rounds, Call::Connect, scenario);
         assert_eq!((cost.lb, cost.c, cost.empty), (130.0, Some(110.0), Some(10.0)));
         assert!((cost.ratio.unwrap_or_default().median - 1.2).abs() < 1e-9);
         let mut alone = Rounds::default();
         alone.add(Maker::Lb, 100.0);
-        let cost = alone.summary(Call::Connect, scenario);
+        let cost = Cost::of(&alone, Call::Connect, scenario);
         assert_eq!((cost.lb, cost.c, cost.ratio), (100.0, None, None));
     }
 

@@ -28,6 +28,10 @@ impl Quartiles {
     }
 }
 
+pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    Quartiles::of(values).median
+}
+
 /// Between what the median of all rounds that could have been is, with a confidence of 95 %: two of the values, by their
 /// ranks (the binomial distribution, approximated).
 pub(crate) fn median_interval(values: impl IntoIterator<Item = f64>) -> (f64, f64) {

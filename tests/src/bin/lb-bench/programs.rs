@@ -46,6 +46,33 @@ pub(crate) enum Maker {
     Empty,
 }
 
+/// Nanoseconds per run of each maker's program, a round each.
+#[derive(Debug, Default)]
+pub(crate) struct Rounds([Vec<f64>; 3]);
+
+impl Rounds {
+    pub(crate) fn add(&mut self, maker: Maker, nanoseconds: f64) {
+        self.0[maker as usize].push(nanoseconds);
+    }
+
+    pub(crate) fn of(&self, maker: Maker) -> impl Iterator<Item = f64> {
+        self.0[maker as usize].iter().copied()
+    }
+
+    /// The same above the empty program of the same round.
+    pub(crate) fn above_empty(&self, maker: Maker) -> impl Iterator<Item = f64> {
+        self.of(maker)
+            .zip(self.of(Maker::Empty))
+            .map(|(own, empty)| own - empty)
+    }
+
+    /// lb / C, both above the empty program of the same round.
+    pub(crate) fn ratios(&self) -> impl Iterator<Item = f64> {
+        let (lb, c) = (self.above_empty(Maker::Lb), self.above_empty(Maker::C));
+        lb.zip(c).map(|(lb, c)| lb / c)
+    }
+}
+
 /// A hook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -5,7 +5,7 @@ use lb_tests::Random;
 use serde::Serialize;
 
 use crate::bed::{Bed, Way};
-use crate::numbers::{Quartiles, percentile};
+use crate::numbers::{Quartiles, median, percentile};
 use crate::scenario::{Scenario, shuffled};
 use crate::worker::Task;
 
@@ -77,7 +77,7 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
                 scenario,
                 p50: f64::from(percentile(&found.times, 50)) / 1e3,
                 p99: f64::from(percentile(&found.times, 99)) / 1e3,
-                rate: Quartiles::of(found.rates).median,
+                rate: median(found.rates),
                 above_direct: Quartiles::of(above),
             });
         }

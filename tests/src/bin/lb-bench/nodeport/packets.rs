@@ -29,9 +29,9 @@ use lb_common::abi::{Device, capacity, map_name, program_name};
 use lb_tests::{Cluster, Node, Pod, Random, Underlay};
 use serde::Serialize;
 
-use crate::numbers::{Quartiles, median_interval};
+use crate::numbers::{Quartiles, median, median_interval};
 use crate::objects::{BACKEND_PORT, Family, Services};
-use crate::programs::Maker;
+use crate::programs::{Maker, Rounds};
 use crate::scenario::shuffled;
 use crate::worker::stay_on_one_processor;
 
@@ -212,36 +212,15 @@ pub(crate) struct Cost {
     pub(crate) interval: (f64, f64),
 }
 
-/// Nanoseconds per packet of each maker's program, a round each.
-#[derive(Debug, Default)]
-struct Rounds {
-    lb: Vec<f64>,
-    c: Vec<f64>,
-    empty: Vec<f64>,
-}
-
-impl Rounds {
-    fn of(&mut self, maker: Maker) -> &mut Vec<f64> {
-        match maker {
-            Maker::Lb => &mut self.lb,
-            Maker::C => &mut self.c,
-            Maker::Empty => &mut self.empty,
-        }
-    }
-
-    fn summary(&self, case: Case) -> Cost {
-        let above: fn(&[f64], &[f64]) -> Vec<f64> =
-            |own, empty| own.iter().zip(empty).map(|(own, e)| own - e).collect();
-        let (lb, c) = (above(&self.lb, &self.empty), above(&self.c, &self.empty));
-        let ratios = || lb.iter().zip(&c).map(|(lb, c)| lb / c);
-        let median = |values: &[f64]| Quartiles::of(values.iter().copied()).median;
-        Cost {
+impl Cost {
+    fn of(rounds: &Rounds, case: Case) -> Self {
+        Self {
             case,
-            lb: median(&lb),
-            c: median(&c),
-            empty: median(&self.empty),
-            ratio: Quartiles::of(ratios()),
-            interval: median_interval(ratios()),
+            lb: median(rounds.above_empty(Maker::Lb)),
+            c: median(rounds.above_empty(Maker::C)),
+            empty: median(rounds.of(Maker::Empty)),
+            ratio: Quartiles::of(rounds.ratios()),
+            interval: median_interval(rounds.ratios()),
         }
     }
 }
@@ -696,7 +675,7 @@ impl Bed {
                         for at in shuffled(makers.len(), &mut random) {
                             let time = runner.measure(makers[at], subject, &mut random)?;
                             if round > 0 {
-                                found.of(makers[at]).push(time);
+                                found.add(makers[at], time);
                             }
                         }
                     }
@@ -713,7 +692,7 @@ impl Bed {
         Ok(subjects
             .iter()
             .zip(found)
-            .map(|(subject, rounds)| rounds.summary(subject.case))
+            .map(|(subject, rounds)| Cost::of(&rounds, subject.case))
             .collect())
     }
 
@@ -834,12 +813,12 @@ mod tests {
     fn the_program_that_does_nothing_is_taken_off() {
         let mut rounds = Rounds::default();
         for (lb, c, empty) in [(130.0, 110.0, 10.0), (240.0, 220.0, 20.0), (70.0, 60.0, 10.0)] {
-            rounds.of(Maker::Lb).push(lb);
-            rounds.of(Maker::C).push(c);
-            rounds.of(Maker::Empty).push(empty);
+            rounds.add(Maker::Lb, lb);
+            rounds.add(Maker::C, c);
+            rounds.add(Maker::Empty, empty);
         }
         let case = Case::all().next().expect("a case");
-        let cost = rounds.summary(case);
+        let cost = Cost::of(&rounds, case);
         assert_eq!((cost.lb, cost.c, cost.empty), (120.0, 100.0, 10.0));
         assert!((cost.ratio.median - 1.2).abs() < 1e-9);
     }

@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::http::{self, Client, Order};
 use crate::bed::Way;
 use crate::connect::kube_proxy::{self, NodePort};
-use crate::numbers::{Quartiles, percentile};
+use crate::numbers::{Quartiles, median, percentile};
 use crate::objects::{BACKEND_PORT, Family, Services};
 use crate::scenario::shuffled;
 
@@ -222,7 +222,7 @@ impl Bed {
                     lb_to_this: Quartiles::of(pairs(&lb).into_iter().map(|(own, lb)| lb / own)),
                     p50: f64::from(percentile(&found.times, 50)) / 1e3,
                     p99: f64::from(percentile(&found.times, 99)) / 1e3,
-                    rate: Quartiles::of(found.rates).median,
+                    rate: median(found.rates),
                 });
             }
         }

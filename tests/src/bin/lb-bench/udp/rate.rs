@@ -5,7 +5,7 @@ use lb_tests::Random;
 use serde::Serialize;
 
 use crate::bed::{Bed, Way};
-use crate::numbers::Quartiles;
+use crate::numbers::{Quartiles, median};
 use crate::scenario::{Scenario, shuffled};
 use crate::worker::{Manner, Task};
 
@@ -95,7 +95,7 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
                     scenario,
                     manner,
                     of_direct: Quartiles::of(of_direct),
-                    rate: Quartiles::of(rates).median,
+                    rate: median(rates),
                 });
             }
         }
