@@ -57,7 +57,7 @@ impl Way {
         }
     }
 
-    fn has_rules(self) -> bool {
+    pub(crate) fn has_rules(self) -> bool {
         matches!(self, Self::KubeProxyNftables | Self::KubeProxyIptables)
     }
 }

@@ -18,7 +18,7 @@ use serde::Serialize;
 use crate::bed::{Bed, Loading, Way};
 use crate::cost::{self, Call, Cost, Step};
 use crate::objects::Services;
-use crate::report::{self, Called, Check, Machine, range, table};
+use crate::report::{self, Called, Check, Machine, cells, table};
 use crate::scenario::Scenario;
 use crate::sizes::{self, Options};
 use crate::worker::Task;
@@ -123,13 +123,8 @@ fn latency_table(latencies: &[Latency]) -> Table {
         "connections/s",
     ]);
     for l in latencies {
-        let above = |value: f64| {
-            if l.way == Way::Direct {
-                String::new()
-            } else {
-                format!("{value:.2}")
-            }
-        };
+        let compared = (l.way != Way::Direct).then_some(l.above_direct);
+        let [above, quartiles] = cells(compared, |value| format!("{value:.2}"));
         table.add_row([
             l.scenario.services.to_string(),
             l.scenario.family.label().to_owned(),
@@ -137,8 +132,8 @@ fn latency_table(latencies: &[Latency]) -> Table {
             l.way.label().to_owned(),
             format!("{:.2}", l.p50),
             format!("{:.2}", l.p99),
-            above(l.above_direct.median),
-            range(&above(l.above_direct.low), &above(l.above_direct.high)),
+            above,
+            quartiles,
             format!("{:.0}", l.rate),
         ]);
     }

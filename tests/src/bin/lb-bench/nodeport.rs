@@ -14,9 +14,8 @@ use comfy_table::Table;
 use indicatif::ProgressBar;
 use serde::Serialize;
 
-use crate::bed::Way;
 use crate::programs;
-use crate::report::{self, Check, Judged, Machine, Reporting, range, table};
+use crate::report::{self, Check, Judged, Machine, Reporting, cells, percent_cells, table};
 use crate::sizes::progress;
 use packets::{Case, Cost};
 use requests::Requests;
@@ -123,20 +122,9 @@ fn request_table(requests: &[Requests]) -> Table {
         "quartiles",
     ]);
     for one in requests {
-        let percent = |value: f64| {
-            if one.way == Way::Direct {
-                String::new()
-            } else {
-                format!("{:.1}", value * 100.0)
-            }
-        };
-        let ratio = |value: f64| {
-            if matches!(one.way, Way::KubeProxyNftables | Way::KubeProxyIptables) {
-                format!("{value:.2}")
-            } else {
-                String::new()
-            }
-        };
+        let [percent, percent_quartiles] = percent_cells(one.way, one.of_direct);
+        let compared = one.way.has_rules().then_some(one.lb_to_this);
+        let [ratio, quartiles] = cells(compared, |value| format!("{value:.2}"));
         table.add_row([
             one.question.label(),
             one.question.family.label().to_owned(),
@@ -144,10 +132,10 @@ fn request_table(requests: &[Requests]) -> Table {
             format!("{:.0}", one.rate),
             format!("{:.0}", one.p50),
             format!("{:.0}", one.p99),
-            percent(one.of_direct.median),
-            range(&percent(one.of_direct.low), &percent(one.of_direct.high)),
-            ratio(one.lb_to_this.median),
-            range(&ratio(one.lb_to_this.low), &ratio(one.lb_to_this.high)),
+            percent,
+            percent_quartiles,
+            ratio,
+            quartiles,
         ]);
     }
     table
@@ -169,7 +157,8 @@ fn cost_table(costs: &[Cost], checks: &[Check<Case>]) -> Table {
         "",
     ]);
     for (cost, check) in costs.iter().zip(checks) {
-        let ratio = |value: f64| format!("{value:.2}");
+        let text = |value: f64| format!("{value:.2}");
+        let [ratio, quartiles] = cells(Some(cost.ratio), text);
         table.add_row([
             cost.case.packet.label().to_owned(),
             cost.case.hook.label().to_owned(),
@@ -178,9 +167,9 @@ fn cost_table(costs: &[Cost], checks: &[Check<Case>]) -> Table {
             format!("{:.0}", cost.lb),
             format!("{:.0}", cost.c),
             format!("{:.0}", cost.empty),
-            ratio(cost.ratio.median),
-            range(&ratio(cost.interval.0), &ratio(cost.interval.1)),
-            range(&ratio(cost.ratio.low), &ratio(cost.ratio.high)),
+            ratio,
+            format!("{}..{}", text(cost.interval.0), text(cost.interval.1)),
+            quartiles,
             format!("{:.1}", check.limit),
             check.verdict().to_owned(),
         ]);

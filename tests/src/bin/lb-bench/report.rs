@@ -11,6 +11,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde::Serialize;
 
+use crate::bed::Way;
 use crate::cost::{Call, Cost};
 use crate::numbers::Quartiles;
 use crate::scenario::{Outcome, Scenario};
@@ -235,7 +236,7 @@ pub(crate) fn cost_table(costs: &[Cost]) -> Table {
     for cost in costs {
         let ns = |value: Option<f64>| value.map(|v| format!("{v:.1}")).unwrap_or_default();
         let above = |value: Option<f64>| ns(value.zip(cost.empty).map(|(v, empty)| v - empty));
-        let ratio = |pick: fn(Quartiles) -> f64| cost.ratio.map(|r| format!("{:.2}", pick(r))).unwrap_or_default();
+        let [ratio, quartiles] = cells(cost.ratio, |value| format!("{value:.2}"));
         table.add_row([
             cost.scenario.services.to_string(),
             cost.scenario.family.label().to_owned(),
@@ -247,8 +248,8 @@ pub(crate) fn cost_table(costs: &[Cost]) -> Table {
             ns(cost.empty),
             above(Some(cost.lb)),
             above(cost.c),
-            ratio(|r| r.median),
-            range(&ratio(|r| r.low), &ratio(|r| r.high)),
+            ratio,
+            quartiles,
         ]);
     }
     table
@@ -278,12 +279,16 @@ pub(crate) fn table(header: &[&str]) -> Table {
     table
 }
 
-pub(crate) fn range(low: &str, high: &str) -> String {
-    if low.is_empty() {
-        String::new()
-    } else {
-        format!("{low}..{high}")
-    }
+/// Two cells: the median, and the quartiles. Both are empty where nothing was compared.
+pub(crate) fn cells(compared: Option<Quartiles>, text: impl Fn(f64) -> String) -> [String; 2] {
+    let both = compared.map(|q| [text(q.median), format!("{}..{}", text(q.low), text(q.high))]);
+    both.unwrap_or_default()
+}
+
+/// The same of the rate on a way, divided by that on the direct one.
+pub(crate) fn percent_cells(way: Way, of_direct: Quartiles) -> [String; 2] {
+    let compared = (way != Way::Direct).then_some(of_direct);
+    cells(compared, |value| format!("{:.1}", value * 100.0))
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use serde::Serialize;
 use crate::bed::{Bed, Way};
 use crate::cost::{self, Call, Cost, Step};
 use crate::objects::Services;
-use crate::report::{self, Called, Check, Machine, range, table};
+use crate::report::{self, Called, Check, Machine, percent_cells, table};
 use crate::scenario::Scenario;
 use crate::sizes::{self, Options};
 use crate::worker::{Manner, Task};
@@ -142,13 +142,7 @@ fn rate_table(rates: &[Rate]) -> Table {
         "quartiles",
     ]);
     for rate in rates {
-        let percent = |value: f64| {
-            if rate.way == Way::Direct {
-                String::new()
-            } else {
-                format!("{:.1}", value * 100.0)
-            }
-        };
+        let [percent, quartiles] = percent_cells(rate.way, rate.of_direct);
         table.add_row([
             rate.scenario.services.to_string(),
             rate.scenario.family.label().to_owned(),
@@ -156,8 +150,8 @@ fn rate_table(rates: &[Rate]) -> Table {
             label(rate.manner).to_owned(),
             rate.way.label().to_owned(),
             format!("{:.0}", rate.rate),
-            percent(rate.of_direct.median),
-            range(&percent(rate.of_direct.low), &percent(rate.of_direct.high)),
+            percent,
+            quartiles,
         ]);
     }
     table
