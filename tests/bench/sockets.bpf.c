@@ -365,7 +365,12 @@ static inline int is_to(const struct flow *flow, struct end to)
 
 static inline struct choice choice_of(const struct flow *flow)
 {
-	return (struct choice){ flow->backend_addr, flow->backend_port, flow->backend, flow->generation };
+	return (struct choice){
+		.addr = flow->backend_addr,
+		.port = flow->backend_port,
+		.backend = flow->backend,
+		.generation = flow->generation,
+	};
 }
 
 static inline u64 since(u64 before, u64 now)
