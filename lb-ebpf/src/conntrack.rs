@@ -1,6 +1,5 @@
 //! CT and CT_NEW: flows of packets.
 
-use core::mem::MaybeUninit;
 use core::ptr;
 
 use aya_ebpf::bindings::BPF_NOEXIST;
@@ -90,7 +89,7 @@ const _: () = assert!(size_of::<Entry>() == size_of::<CtEntry>());
 impl Entry {
     /// Of a new flow.
     #[inline(always)]
-    pub(crate) fn new(to: &Tuple, choice: Choice, service: u32, set: Set, flags: u16) -> Self {
+    pub(crate) fn new(to: &Tuple, choice: Choice, service: u32, set: Set) -> Self {
         Self {
             src: to.src.0,
             dst: to.dst.0,
@@ -100,7 +99,7 @@ impl Entry {
             generation: choice.generation,
             service,
             seen: now(),
-            flags,
+            flags: 0,
             state: 0,
             set: set as u8,
             pad: 0,
@@ -175,7 +174,7 @@ impl Entry {
 /// The entry of a packet.
 pub(crate) struct Found {
     at: *mut CtEntry,
-    /// It stands in CT_NEW: nobody has answered yet.
+    /// It stands in CT_NEW.
     pub(crate) is_new: bool,
 }
 
@@ -188,13 +187,13 @@ impl Found {
         CT_NEW.get_ptr_mut(key.as_key()).map(|at| Self { at, is_new: true })
     }
 
-    /// Copies what is there.
+    /// What is there.
     #[inline(always)]
-    pub(crate) fn read(&self, to: &mut Entry) {
+    pub(crate) fn read(&self) -> Entry {
         // SAFETY: the pointer is to a value of the map, which is as long and as aligned. What does not change of an entry
         // changes only where the element is used again; who reads that of another flow then sends one packet astray, which
         // no checksum of a connection takes for its own.
-        unsafe { words::copy(self.at.cast::<Entry>(), to) }
+        unsafe { words::read(self.at.cast::<Entry>()) }
     }
 
     #[inline(always)]
@@ -229,7 +228,7 @@ fn now() -> u64 {
 
 /// Whether packets like these belong to a flow.
 #[inline(always)]
-pub(crate) fn is_taken(key: &Key) -> bool {
+fn is_taken(key: &Key) -> bool {
     CT.get_ptr(key.as_key()).is_some() || CT_NEW.get_ptr(key.as_key()).is_some()
 }
 
@@ -259,13 +258,10 @@ step! {
         let Some(found) = Found::of(&other_key) else {
             return Ok(true);
         };
-        let mut room = MaybeUninit::<Entry>::uninit();
-        // SAFETY: plain numbers.
-        let other = unsafe { words::zero(&mut room) };
-        found.read(other);
-        let is_closed = Phase::of(true, [found.state(), other_state(&other_key, other)]) == Phase::Closed;
+        let other = found.read();
+        let is_closed = Phase::of(true, [found.state(), other_state(&other_key, &other)]) == Phase::Closed;
         if is_closed {
-            forget(&other_key, other);
+            forget(&other_key, &other);
         }
         Ok(is_closed)
     }

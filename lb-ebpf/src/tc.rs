@@ -111,7 +111,7 @@ step! {
         let Some(found) = Found::of(&work.key) else {
             return Ok(false);
         };
-        found.read(&mut work.entry);
+        work.entry = found.read();
         if work.entry.has(ct_flags::EGRESS) != work.at_egress {
             return Ok(true);
         }
@@ -253,7 +253,7 @@ step! {
             dst_port: backend.port,
             ..work.is()
         };
-        work.entry = Entry::new(&wanted, backend, work.service, set, 0);
+        work.entry = Entry::new(&wanted, backend, work.service, set);
         let is_beyond = send::route(skb, work)?;
         if !is_beyond && work.at_egress {
             return Err(DropReason::NoRoute);

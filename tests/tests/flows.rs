@@ -313,7 +313,7 @@ fn flows_that_are_over_go_and_the_others_are_listed() -> Result<()> {
         assert_eq!(flows.answered.get(key)?.as_ref(), Some(entry));
     }
     eventually("it is counted", || {
-        for (reason, least) in [("reset", 2.0), ("unanswered", 2.0), ("orphan", 1.0)] {
+        for (reason, least) in [("reset", 2.0), ("new", 2.0), ("orphan", 1.0)] {
             let count = setup.metric(&format!("lb_conntrack_gc_removed_total{{reason=\"{reason}\"}}"))?;
             ensure!(count >= least, "{reason}: {count}");
         }

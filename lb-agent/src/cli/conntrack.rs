@@ -40,7 +40,7 @@ struct Row {
 
 fn state(phase: Phase) -> &'static str {
     match phase {
-        Phase::Unanswered => "new",
+        Phase::New => "new",
         Phase::Established => "established",
         Phase::HalfClosed => "closing",
         Phase::Closed => "closed",

@@ -44,7 +44,7 @@ pub enum Reason {
 impl Reason {
     /// All of them.
     pub const ALL: [Self; 6] = [
-        Self::Idle(Phase::Unanswered),
+        Self::Idle(Phase::New),
         Self::Idle(Phase::Established),
         Self::Idle(Phase::HalfClosed),
         Self::Idle(Phase::Closed),
@@ -56,7 +56,7 @@ impl Reason {
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
-            Self::Idle(Phase::Unanswered) => "unanswered",
+            Self::Idle(Phase::New) => "new",
             Self::Idle(Phase::Established) => "idle",
             Self::Idle(Phase::HalfClosed) => "half_closed",
             Self::Idle(Phase::Closed) => "closed",
@@ -79,7 +79,7 @@ pub fn timeouts(settings: &Settings) -> Timeouts {
         established: or(settings.tcp_established, default.established),
         half_closed: or(settings.tcp_close_wait, default.half_closed),
         datagrams: or(settings.udp_stream, default.datagrams),
-        unanswered_datagrams: or(settings.udp, default.unanswered_datagrams),
+        new_datagrams: or(settings.udp, default.new_datagrams),
         ..default
     }
 }
@@ -388,9 +388,9 @@ mod tests {
             (TCP, true, [0, FIN], 3600, Reason::Idle(Phase::HalfClosed)),
             (TCP, true, [FIN, FIN], 120, Reason::Idle(Phase::Closed)),
             (TCP, true, [0, RST], 10, Reason::Idle(Phase::Reset)),
-            (TCP, false, [0, 0], 60, Reason::Idle(Phase::Unanswered)),
+            (TCP, false, [0, 0], 60, Reason::Idle(Phase::New)),
             (UDP, true, [0, 0], 120, Reason::Idle(Phase::Established)),
-            (UDP, false, [0, 0], 30, Reason::Idle(Phase::Unanswered)),
+            (UDP, false, [0, 0], 30, Reason::Idle(Phase::New)),
         ] {
             for (seen, goes) in [
                 ([seconds, seconds], true),
@@ -466,7 +466,7 @@ mod tests {
         };
         let expected = Timeouts {
             established: 7 * SECOND,
-            unanswered_datagrams: 5 * SECOND,
+            new_datagrams: 5 * SECOND,
             datagrams: SECOND / 1000,
             ..Timeouts::DEFAULT
         };

@@ -7,7 +7,7 @@ use crate::abi::{CtEntry, CtKey, ct_state, ip_protocol};
 /// How long a flow may be idle, in nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
-    /// TCP, answered.
+    /// TCP, from the segment on by which the client says that it has the server's answer.
     pub established: u64,
     /// TCP, closed in one direction.
     pub half_closed: u64,
@@ -15,12 +15,12 @@ pub struct Timeouts {
     pub closed: u64,
     /// TCP, reset in either.
     pub reset: u64,
-    /// TCP without an answer.
-    pub unanswered: u64,
+    /// TCP before that.
+    pub new: u64,
     /// UDP, answered; and whatever is neither.
     pub datagrams: u64,
     /// UDP without an answer.
-    pub unanswered_datagrams: u64,
+    pub new_datagrams: u64,
 }
 
 impl Timeouts {
@@ -31,9 +31,9 @@ impl Timeouts {
         half_closed: 3600 * SECOND,
         closed: 120 * SECOND,
         reset: 10 * SECOND,
-        unanswered: 60 * SECOND,
+        new: 60 * SECOND,
         datagrams: 120 * SECOND,
-        unanswered_datagrams: 30 * SECOND,
+        new_datagrams: 30 * SECOND,
     };
 
     /// The shortest one: what was seen since is not over, whatever else is known.
@@ -44,24 +44,24 @@ impl Timeouts {
             half_closed,
             closed,
             reset,
-            unanswered,
+            new,
             datagrams,
-            unanswered_datagrams,
+            new_datagrams,
         } = *self;
-        let streams = established.min(half_closed).min(closed).min(reset).min(unanswered);
-        streams.min(datagrams).min(unanswered_datagrams)
+        let streams = established.min(half_closed).min(closed).min(reset).min(new);
+        streams.min(datagrams).min(new_datagrams)
     }
 
     /// Of a flow in a phase.
     #[must_use]
     pub const fn of(&self, proto: u8, phase: Phase) -> u64 {
         match (proto, phase) {
-            (ip_protocol::TCP, Phase::Unanswered) => self.unanswered,
+            (ip_protocol::TCP, Phase::New) => self.new,
             (ip_protocol::TCP, Phase::Established) => self.established,
             (ip_protocol::TCP, Phase::HalfClosed) => self.half_closed,
             (ip_protocol::TCP, Phase::Closed) => self.closed,
             (ip_protocol::TCP, Phase::Reset) => self.reset,
-            (_, Phase::Unanswered) => self.unanswered_datagrams,
+            (_, Phase::New) => self.new_datagrams,
             _ => self.datagrams,
         }
     }
@@ -70,9 +70,9 @@ impl Timeouts {
 /// How far a flow has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {
-    /// Nobody has answered.
-    Unanswered,
-    /// Somebody has.
+    /// Nobody has answered; or, of TCP, the client has not heard of it.
+    New,
+    /// It stands in CT.
     Established,
     /// One side has said that it sends nothing more.
     HalfClosed,
@@ -83,16 +83,16 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// By what came in each direction ([`ct_state`]); a direction that is not known has zero. `answered`: the flow stands
-    /// in CT.
+    /// By what came in each direction ([`ct_state`]); a direction that is not known has zero. `established`: the flow
+    /// stands in CT.
     #[inline(always)]
     #[must_use]
-    pub const fn of(answered: bool, states: [u8; 2]) -> Self {
+    pub const fn of(established: bool, states: [u8; 2]) -> Self {
         let [one, other] = states;
         if (one | other) & ct_state::RST != 0 {
             Self::Reset
-        } else if !answered {
-            Self::Unanswered
+        } else if !established {
+            Self::New
         } else if one & other & ct_state::FIN != 0 {
             Self::Closed
         } else if (one | other) & ct_state::FIN != 0 {
@@ -142,10 +142,10 @@ mod tests {
 
     #[test]
     fn table_of_phases() {
-        for (answered, states, expected) in [
-            (false, [SYN, NONE], Phase::Unanswered),
-            (false, [NONE, NONE], Phase::Unanswered),
-            (false, [FIN, NONE], Phase::Unanswered),
+        for (established, states, expected) in [
+            (false, [SYN, NONE], Phase::New),
+            (false, [NONE, NONE], Phase::New),
+            (false, [FIN, NONE], Phase::New),
             (false, [RST, NONE], Phase::Reset),
             (true, [SYN, SYN], Phase::Established),
             (true, [NONE, NONE], Phase::Established),
@@ -155,11 +155,15 @@ mod tests {
             (true, [RST | FIN, FIN], Phase::Reset),
         ] {
             let [one, other] = states;
-            assert_eq!(Phase::of(answered, [one, other]), expected, "{answered} {states:?}");
             assert_eq!(
-                Phase::of(answered, [other, one]),
+                Phase::of(established, [one, other]),
                 expected,
-                "{answered} {states:?} reversed"
+                "{established} {states:?}"
+            );
+            assert_eq!(
+                Phase::of(established, [other, one]),
+                expected,
+                "{established} {states:?} reversed"
             );
         }
     }
@@ -168,7 +172,7 @@ mod tests {
     fn table_of_timeouts() {
         let seconds = |proto, phase| Timeouts::DEFAULT.of(proto, phase) / SECOND;
         for (phase, tcp, udp) in [
-            (Phase::Unanswered, 60, 30),
+            (Phase::New, 60, 30),
             (Phase::Established, 86_400, 120),
             (Phase::HalfClosed, 3600, 120),
             (Phase::Closed, 120, 120),
