@@ -128,6 +128,12 @@ impl Entry {
         self.flags = if at_egress { ct_flags::EGRESS } else { 0 } | if forward { ct_flags::FORWARD } else { 0 };
     }
 
+    /// What goes up the stack comes in once more before.
+    #[inline(always)]
+    pub(crate) fn set_again(&mut self) {
+        self.flags |= ct_flags::AGAIN;
+    }
+
     #[inline(always)]
     pub(crate) fn set_state(&mut self, state: u8) {
         self.state = state;

@@ -4,10 +4,10 @@ use core::mem::MaybeUninit;
 use core::ptr;
 
 use aya_ebpf::bindings::{
-    BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS,
-    bpf_check_mtu_flags, bpf_check_mtu_ret, bpf_fib_lookup, bpf_redir_neigh,
+    BPF_F_INGRESS, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
+    BPF_FIB_LKUP_RET_SUCCESS, bpf_check_mtu_flags, bpf_check_mtu_ret, bpf_fib_lookup, bpf_redir_neigh,
 };
-use aya_ebpf::helpers::generated::{bpf_check_mtu, bpf_fib_lookup as fib_lookup, bpf_redirect_neigh};
+use aya_ebpf::helpers::generated::{bpf_check_mtu, bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_redirect_neigh};
 use lb_common::abi::{DropReason, ct_flags, ip_protocol};
 use lb_common::logic::packet::Packet;
 
@@ -105,15 +105,22 @@ impl Hop {
     }
 }
 
+/// Has the device that a packet came by receive it once more; the verdict.
+#[inline(always)]
+pub(crate) fn receive_again(skb: Skb) -> i32 {
+    // SAFETY: the helper takes two numbers.
+    unsafe { bpf_redirect(skb.ifindex(), u64::from(BPF_F_INGRESS)) as i32 }
+}
+
 step! {
-    /// Gives a packet the addresses and ports of its entry. What is sent on at ingress also loses one of its time to live,
-    /// as on every hop.
+    /// Gives a packet the addresses and ports of its entry. What is sent on at ingress, or received once more, also loses
+    /// one of its time to live, as on every hop: so none goes round for ever, whatever Services have for backends.
     ///
     /// # Errors
     /// [`DropReason::RewriteFailed`]; the packet is then of no use.
     pub(crate) fn rewrite(skb, work) {
         let Packet { proto, ttl, .. } = work.packet;
-        let hop = work.entry.has(ct_flags::FORWARD) && !work.at_egress;
+        let hop = work.entry.has(ct_flags::FORWARD | ct_flags::AGAIN) && !work.at_egress;
         let new = work.entry.to();
         let old = work.is();
         let (addresses, ports) = (old.addresses_to(&new), old.ports_to(&new));

@@ -9,7 +9,7 @@ use aya_ebpf::btf_maps::lpm_trie::Key as Prefix;
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use lb_common::abi::{Addr, DropReason, EventKind, FrontendKind, SourceRange, cluster_flags, ct_flags};
+use lb_common::abi::{Addr, DropReason, EventKind, FrontendKind, SourceRange, cluster_flags, ct_flags, device_flags};
 use lb_common::logic::connect;
 use lb_common::logic::conntrack::Phase;
 use lb_common::logic::packet::{self, ETHERNET, Packet, tcp_flags};
@@ -136,7 +136,7 @@ step! {
             }
         }
         if !work.entry.has(ct_flags::FORWARD) {
-            return send::rewrite(skb, work);
+            return deliver(skb, work);
         }
         if !send::route(skb, work)? {
             return Err(DropReason::NoRoute);
@@ -177,6 +177,21 @@ fn goes_on(work: Work, found: &Found) -> Result<bool, DropReason> {
         return Err(DropReason::BackendGone);
     }
     Ok(true)
+}
+
+step! {
+    /// Changes a packet as its entry says, and leaves it to the stack.
+    fn deliver(skb, mut work) {
+        let again = work.entry.has(ct_flags::AGAIN);
+        if again && work.packet.ttl <= 1 {
+            return Err(DropReason::TtlExceeded);
+        }
+        send::rewrite(skb, work)?;
+        if again {
+            work.verdict = send::receive_again(skb);
+        }
+        Ok(true)
+    }
 }
 
 step! {
@@ -238,7 +253,7 @@ step! {
         if work.entry.has(ct_flags::FORWARD) {
             forward(skb, work)?;
         } else {
-            send::rewrite(skb, work)?;
+            deliver(skb, work)?;
         }
         Ok(false)
     }
@@ -263,6 +278,9 @@ step! {
         let through = !is_beyond || !work.at_egress && elsewhere && (backend.is_local() || here);
         let at_egress = work.at_egress;
         work.entry.set_way(at_egress, !through);
+        if through && has_come_by_bridge(skb) {
+            work.entry.set_again();
+        }
         work.chosen.snat = !through && (elsewhere || !at_egress);
         if work.chosen.snat {
             let source = source_address(work.hop.device(), work.packet.src)?;
@@ -312,6 +330,16 @@ fn is_in_range(service: u32, addr: Words) -> bool {
         addr: Addr::from(addr),
     };
     SOURCE_RANGES.get(&Prefix::new(160, range)).is_some()
+}
+
+/// Whether a packet has come by a bridge, whose own rules may have shown it to conntrack.
+#[inline(always)]
+fn has_come_by_bridge(skb: Skb) -> bool {
+    DEVICES.get_ptr(skb.ifindex()).is_some_and(|device| {
+        // SAFETY: the pointer is to a value of the map.
+        let flags = unsafe { (&raw const (*device).flags).read_volatile() };
+        flags & device_flags::BRIDGE != 0
+    })
 }
 
 /// The address of this node that packets to a device have for a source.

@@ -3,14 +3,17 @@
 //!
 //! flannel masquerades what pods send beyond the pods' network, and what comes from beyond for pods of *other* nodes. What
 //! lb sends to another node skips the stack both ways, with a source of this node, so no rule sees it; what goes up the
-//! stack to a pod here keeps its client by flannel's own rule for that, as it does with kube-proxy.
+//! stack to a pod here keeps its client by flannel's own rule for that, as it does with kube-proxy. What a pod sends that no
+//! socket hook has seen comes by the bridge, where conntrack sees it before lb does: lb has it received once more.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use lb_tests::manifests::web_and_dns;
+use lb_tests::manifests::{Port, service, slice, web_and_dns};
 use lb_tests::outside::{Outside, TARGET, of, outer};
-use lb_tests::{Node, Place, Ruleset, Testbed, Underlay};
+use lb_tests::{Node, Place, Ruleset, Testbed, Underlay, patience};
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 /// The networks of all pods.
@@ -141,13 +144,10 @@ fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
             let ports = [80, 53];
             ask(&asker, vip(ONE)?, ports, "one", gateway)?;
             ask(one, vip(ONE)?, ports, "one", gateway)?;
-            // Up the stack: pods see the pod, and a node sees the node that masquerades. Not where conntrack has already seen
-            // the packet at the bridge, before lb.
-            [n1, n2].into_iter().try_for_each(|node| filter_bridge(node, false))?;
+            // Up the stack: pods see the pod, and a node sees the node that masquerades.
             ask(&asker, vip(TWO)?, ports, "two", pod(&asker))?;
             ask(two, vip(ONE)?, ports, "one", pod(two))?;
             ask(&asker, vip(HOST)?, ports, "host", pick(n1))?;
-            [n1, n2].into_iter().try_for_each(|node| filter_bridge(node, true))?;
         }
     }
     for (node, before) in [n1, n2].into_iter().zip(rules) {
@@ -165,4 +165,46 @@ fn beside_flannels_rules_all_are_served_over_vxlan() -> Result<()> {
 #[test]
 fn beside_flannels_rules_all_are_served_by_plain_routes() -> Result<()> {
     beside_flannels_rules(Underlay::Routes)
+}
+
+/// What came by a bridge is received once more, so a packet that is translated again and again must end some time: as one
+/// that routers send round in a circle.
+#[test]
+fn a_packet_to_services_that_are_each_others_backends_ends() -> Result<()> {
+    let outside = Outside::with(BED, Underlay::Routes, 1, &["--socket-lb", "node"])?;
+    let [n1, n2] = ["n1", "n2"].map(|name| outside.node(name));
+    // Nowhere to go from there.
+    n1.ip_batch(&[
+        format!("route add 10.96.0.0/24 via {}", n2.address()),
+        format!("route add fd00:96::/64 via {}", n2.address6()),
+    ])?;
+    let vips = |last: u8| -> Result<[IpAddr; 2]> {
+        Ok([format!("10.96.0.{last}").parse()?, format!("fd00:96::{last}").parse()?])
+    };
+    let mut text = String::new();
+    for (name, last, other) in [("this", 31, 32), ("that", 32, 31)] {
+        let port = Port::udp("dns", 53);
+        text += &service(name, &format!("10.96.0.{last},fd00:96::{last}"), &[port], "");
+        for vip in vips(other)? {
+            text += &slice(name, port, &[(vip, "n2")]);
+        }
+    }
+    outside.write("round.yaml", &text)?;
+    let asker = outside.cluster.add_pod("n1", "asker")?;
+    for (ended, vip) in (1..).zip(vips(31)?) {
+        asker.within(|| -> Result<()> {
+            let socket = UdpSocket::bind((if vip.is_ipv4() { "0.0.0.0" } else { "::" }, 0))?;
+            socket.send_to(b"round", (vip, 53)).map(drop).context("sending")
+        })??;
+        let deadline = Instant::now() + patience(Duration::from_secs(5));
+        while outside.dropped("ttl_exceeded")? < ended {
+            ensure!(Instant::now() < deadline, "the packet to {vip} has not ended");
+            sleep(Duration::from_millis(20));
+        }
+    }
+    // They ended once: nothing of them is left.
+    sleep(Duration::from_millis(200));
+    let ended = outside.dropped("ttl_exceeded")?;
+    ensure!(ended == 2, "{ended} packets have ended");
+    Ok(())
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use lb_common::abi::{Addr, Device};
+use lb_common::abi::{Addr, Device, device_flags};
 use wildmatch::WildMatch;
 
 use super::links::{Kind, Link, Snapshot};
@@ -58,7 +58,7 @@ fn is_served(link: &Link, patterns: &Patterns) -> bool {
         Kind::Loopback => false,
         _ if !patterns.is_empty() => patterns.select(&link.name),
         Kind::Dummy => false,
-        Kind::Other => !link.is_port && link.name != "kube-ipvs0",
+        Kind::Bridge | Kind::Other => !link.is_port && link.name != "kube-ipvs0",
     }
 }
 
@@ -85,6 +85,11 @@ impl Snapshot {
             let device = Device {
                 v4: link.source(false).unwrap_or(v4),
                 v6: link.source(true).unwrap_or(v6),
+                flags: if link.kind == Kind::Bridge {
+                    device_flags::BRIDGE
+                } else {
+                    0
+                },
                 ..Device::default()
             };
             (*index, device)

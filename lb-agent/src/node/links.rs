@@ -57,6 +57,7 @@ pub(super) enum Kind {
     Loopback,
     /// Nothing comes in by it: addresses stand there (`kube-ipvs0`).
     Dummy,
+    Bridge,
     Other,
 }
 
@@ -138,6 +139,7 @@ fn link(message: LinkMessage) -> Option<Link> {
                 for info in infos {
                     match info {
                         LinkInfo::Kind(InfoKind::Dummy) => kind = Kind::Dummy,
+                        LinkInfo::Kind(InfoKind::Bridge) => kind = Kind::Bridge,
                         LinkInfo::PortKind(of) => {
                             is_port = matches!(of, InfoPortKind::Bridge | InfoPortKind::Bond | InfoPortKind::Team);
                         }
@@ -432,6 +434,8 @@ mod tests {
         assert_eq!(message(none, ether, vec![]), (Kind::Other, true, false));
         let dummy = vec![LinkInfo::Kind(InfoKind::Dummy)];
         assert_eq!(message(none, ether, dummy), (Kind::Dummy, true, false));
+        let bridge = vec![LinkInfo::Kind(InfoKind::Bridge)];
+        assert_eq!(message(none, ether, bridge), (Kind::Bridge, true, false));
         let wireguard = vec![LinkInfo::Kind(InfoKind::Wireguard)];
         assert_eq!(
             message(none, LinkLayerType::None, wireguard),

@@ -84,6 +84,9 @@ pub mod ct_flags {
     pub const EGRESS: u16 = 2;
     /// Sent on from the hook by a look-up of the route, not by the stack: its source is an address of this node.
     pub const FORWARD: u16 = 4;
+    /// Received once more at the bridge that it came by, so that the stack's conntrack, which rules for bridges may have
+    /// shown it before (`br_netfilter`), knows nothing but what it has become.
+    pub const AGAIN: u16 = 8;
 }
 
 /// Bits of [`CtEntry::state`]: flags of TCP segments that came in that direction. No more than hints: a segment from
@@ -122,6 +125,8 @@ pub mod device_flags {
     /// The clsact qdisc is the agent's, which removes it in the end; no concern of programs. Of earlier builds there may be
     /// a 1 as well, which said something else.
     pub const OWN_QDISC: u32 = 2;
+    /// It is a bridge.
+    pub const BRIDGE: u32 = 4;
 }
 
 /// The part of a key of SOURCE_RANGES after its prefix length: whom a load-balancer address serves. The prefix covers
