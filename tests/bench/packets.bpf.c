@@ -20,7 +20,9 @@ enum { PSEUDO_HEADER = 1 << 4, MAY_BE_ZERO = 1 << 5, CSUM_IPV6 = 1 << 7 };
 enum { FIB_FOUND = 0, FIB_HERE = 4, FIB_NO_NEIGHBOUR = 7, FIB_TOO_LONG = 8 };
 enum { MTU_SEGMENTS = 1, CURRENT_NETNS = -1 };
 // Of an entry.
-enum { REPLY = 1, EGRESS = 2, FORWARD = 4 };
+enum { REPLY = 1, EGRESS = 2, FORWARD = 4, AGAIN = 8 };
+// Of a device, and of bpf_redirect.
+enum { BRIDGE = 4, INTO = 1 };
 enum { SEEN_SYN = 1, SEEN_FIN = 2, SEEN_RST = 4 };
 enum { INTERNAL, EXTERNAL, CLUSTER };
 // Of an address.
@@ -75,6 +77,7 @@ static long (*fib_lookup)(void *ctx, struct fib *fib, int len, u32 flags) = (voi
 static void *(*sk_lookup_tcp)(void *ctx, void *tuple, u32 len, u64 netns, u64 flags) = (void *)84;
 static void *(*sk_lookup_udp)(void *ctx, void *tuple, u32 len, u64 netns, u64 flags) = (void *)85;
 static long (*sk_release)(void *sk) = (void *)86;
+static long (*redirect)(u32 device, u64 flags) = (void *)23;
 static long (*redirect_neigh)(u32 device, struct neighbour *to, int len, u64 flags) = (void *)152;
 static long (*check_mtu)(void *ctx, u32 device, u32 *mtu, int diff, u64 flags) = (void *)163;
 
@@ -564,6 +567,21 @@ static inline int forward(struct __sk_buff *skb, const struct packet *p, const s
 	return result;
 }
 
+// Changes a packet as its entry says, and leaves it to the stack.
+static inline int deliver(struct __sk_buff *skb, const struct packet *p, const struct ct_entry *entry,
+			  struct outcome *outcome)
+{
+	int again = entry->flags & AGAIN;
+	int result;
+
+	if (unlikely(again && p->ttl <= 1))
+		return TTL_EXCEEDED;
+	result = rewrite(skb, p, entry, again);
+	if (again && result == SERVED)
+		outcome->verdict = redirect(skb->ifindex, INTO);
+	return result;
+}
+
 static inline int serving_of(u32 service, u8 set, struct serving *serving)
 {
 	serving->service = service;
@@ -661,7 +679,7 @@ static noinline int existing(struct __sk_buff *skb, const struct packet *p, int 
 			claim_answers(&p->is, entry);
 	}
 	if (!(entry->flags & FORWARD))
-		return rewrite(skb, p, entry, 0);
+		return deliver(skb, p, entry, outcome);
 	result = route(skb, p, entry, &hop);
 	if (unlikely(result != SERVED))
 		return NO_ROUTE;
@@ -845,6 +863,13 @@ static noinline int begin(struct __sk_buff *skb, const struct packet *p, int at_
 	elsewhere = hop.device != skb->ifindex;
 	through = !beyond || (!at_egress && elsewhere && (chosen.backend.flags & LOCAL || chosen.here));
 	entry.flags = (at_egress ? EGRESS : 0) | (through ? 0 : FORWARD);
+	if (through) {
+		u32 index = skb->ifindex;
+		struct device *device = map_lookup(&DEVICES, &index);
+
+		if (device && READ_ONCE(device->flags) & BRIDGE)
+			entry.flags |= AGAIN;
+	}
 	if (!through && (elsewhere || !at_egress)) {
 		struct device *device = map_lookup(&DEVICES, &hop.device);
 
@@ -883,7 +908,7 @@ static noinline int begin(struct __sk_buff *skb, const struct packet *p, int at_
 	event(TRANSLATED);
 	if (entry.flags & FORWARD)
 		return forward(skb, p, &entry, &hop, at_egress, outcome);
-	return rewrite(skb, p, &entry, 0);
+	return deliver(skb, p, &entry, outcome);
 }
 
 static noinline int refuse(u32 service, int reason)
