@@ -193,13 +193,13 @@ impl Found {
         CT_NEW.get_ptr_mut(key.as_key()).map(|at| Self { at, is_new: true })
     }
 
-    /// What is there.
+    /// Copies what is there.
     #[inline(always)]
-    pub(crate) fn read(&self) -> Entry {
+    pub(crate) fn read(&self, to: &mut Entry) {
         // SAFETY: the pointer is to a value of the map, which is as long and as aligned. What does not change of an entry
         // changes only where the element is used again; who reads that of another flow then sends one packet astray, which
         // no checksum of a connection takes for its own.
-        unsafe { words::read(self.at.cast::<Entry>()) }
+        unsafe { words::copy(self.at.cast::<Entry>(), to) }
     }
 
     #[inline(always)]
@@ -258,16 +258,16 @@ step! {
 step! {
     /// Forgets the flow that has the answers which this one would have, if both of its sides have said that they send no
     /// more. One that was reset stays: anybody may have sent that. False where it stays.
-    pub(crate) fn replace_closed(work) {
-        let Data { key, entry, .. } = &*work;
-        let other_key = entry.other_key(key);
+    pub(crate) fn replace_closed(mut work) {
+        let other_key = work.entry.other_key(&work.key);
         let Some(found) = Found::of(&other_key) else {
             return Ok(true);
         };
-        let other = found.read();
-        let is_closed = Phase::of(true, [found.state(), other_state(&other_key, &other)]) == Phase::Closed;
+        found.read(&mut work.other);
+        let other = &work.other;
+        let is_closed = Phase::of(true, [found.state(), other_state(&other_key, other)]) == Phase::Closed;
         if is_closed {
-            forget(&other_key, &other);
+            forget(&other_key, other);
         }
         Ok(is_closed)
     }

@@ -111,7 +111,7 @@ step! {
         let Some(found) = Found::of(&work.key) else {
             return Ok(false);
         };
-        work.entry = found.read();
+        found.read(&mut work.entry);
         if work.entry.has(ct_flags::EGRESS) != work.at_egress {
             return Ok(true);
         }
@@ -179,19 +179,18 @@ fn goes_on(work: Work, found: &Found) -> Result<bool, DropReason> {
     Ok(true)
 }
 
-step! {
-    /// Changes a packet as its entry says, and leaves it to the stack.
-    fn deliver(skb, mut work) {
-        let again = work.entry.has(ct_flags::AGAIN);
-        if again && work.packet.ttl <= 1 {
-            return Err(DropReason::TtlExceeded);
-        }
-        send::rewrite(skb, work)?;
-        if again {
-            work.verdict = send::receive_again(skb);
-        }
-        Ok(true)
+/// Changes a packet as its entry says, and leaves it to the stack.
+#[inline(always)]
+fn deliver(skb: Skb, mut work: Work) -> Result<bool, DropReason> {
+    let again = work.entry.has(ct_flags::AGAIN);
+    if again && work.packet.ttl <= 1 {
+        return Err(DropReason::TtlExceeded);
     }
+    send::rewrite(skb, work)?;
+    if again {
+        work.verdict = send::receive_again(skb);
+    }
+    Ok(true)
 }
 
 step! {

@@ -32,26 +32,23 @@ pub(crate) unsafe fn store(at: *mut Addr, Words([first, last]): Words) {
     }
 }
 
-/// Reads a record.
+/// Copies a record. What is returned by value would stand on the stack twice, and there is no more of that.
 ///
 /// # Safety
-/// `from` must be valid for reads and aligned to 8 bytes; every bit pattern must be a value of it.
+/// `from` must be valid for reads and `to` for writes, both aligned to 8 bytes.
 #[inline(always)]
-pub(crate) unsafe fn read<T: Copy>(from: *const T) -> T {
+pub(crate) unsafe fn copy<T: Copy>(from: *const T, to: *mut T) {
     const { assert!(size_of::<T>().is_multiple_of(8) && align_of::<T>() == 8) };
-    let mut room = MaybeUninit::<T>::uninit();
     for at in 0..size_of::<T>() / 8 {
         // SAFETY: within both, see above.
         unsafe {
             let word = from.cast::<u64>().add(at).read_volatile();
-            room.as_mut_ptr().cast::<u64>().add(at).write_volatile(word);
+            to.cast::<u64>().add(at).write_volatile(word);
         }
     }
-    // SAFETY: all of it is written, see above.
-    unsafe { room.assume_init() }
 }
 
-/// A structure of the kernel's, zeroed. In place: to return it is to copy it, byte by byte.
+/// A structure of the kernel's, zeroed.
 ///
 /// # Safety
 /// All zero bytes must be a value of it.

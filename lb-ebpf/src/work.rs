@@ -43,6 +43,8 @@ pub(crate) struct Data {
     pub(crate) frontend: Frontend,
     pub(crate) key: Key,
     pub(crate) entry: Entry,
+    /// That of another flow, which is in the way of this one.
+    pub(crate) other: Entry,
     pub(crate) chosen: Chosen,
     pub(crate) hop: Hop,
 }
