@@ -55,22 +55,24 @@ pub(crate) fn at_a_time() -> usize {
 
 /// Does `job` on each of these kernels, [`at_a_time`].
 pub(crate) fn run(versions: &[String], job: &Job) -> Vec<(String, Result<Tally>)> {
-    let run_some = |versions: &[String]| {
+    let shares = (0..).map(|machine| job.share(machine, versions.len()));
+    let machines: Vec<_> = versions.iter().zip(shares).collect();
+    let run_some = |machines: &[(&String, Job)]| {
         thread::scope(|scope| {
-            let machines: Vec<_> = versions
+            let running: Vec<_> = machines
                 .iter()
-                .map(|version| (version, scope.spawn(move || on(version, job))))
+                .map(|(version, share)| (version, scope.spawn(move || on(version, share))))
                 .collect();
-            let results = machines.into_iter().map(|(version, machine)| {
+            let results = running.into_iter().map(|(version, machine)| {
                 let result = machine
                     .join()
                     .unwrap_or_else(|_| Err(anyhow::anyhow!("xtask has panicked")));
-                (version.clone(), result)
+                ((*version).clone(), result)
             });
             results.collect::<Vec<_>>()
         })
     };
-    versions.chunks(at_a_time()).flat_map(run_some).collect()
+    machines.chunks(at_a_time()).flat_map(run_some).collect()
 }
 
 fn on(version: &str, job: &Job) -> Result<Tally> {
@@ -172,6 +174,7 @@ mod tests {
             env: Vec::new(),
             dir: "/".into(),
             tells,
+            shared: false,
         }
     }
 
@@ -180,6 +183,26 @@ mod tests {
             codes: codes.iter().map(|&(name, code)| (name.to_owned(), code)).collect(),
             complaint: complaint.map(str::to_owned),
         }
+    }
+
+    #[test]
+    fn what_is_shared_runs_on_one_machine_each() {
+        let mut steps = ["a", "b", "c", "d"].map(|name| step(name, true));
+        for at in [1, 2, 3] {
+            steps[at].shared = true;
+        }
+        let job = Job {
+            steps: steps.into(),
+            files: Vec::new(),
+            env: Vec::new(),
+        };
+        let names = |machine, machines| -> Vec<String> {
+            let share = job.share(machine, machines);
+            share.steps.into_iter().map(|step| step.name).collect()
+        };
+        assert_eq!(names(0, 2), ["a", "b", "d"]);
+        assert_eq!(names(1, 2), ["a", "c"]);
+        assert_eq!(names(0, 1), ["a", "b", "c", "d"]);
     }
 
     #[test]

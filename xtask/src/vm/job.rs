@@ -28,11 +28,15 @@ const KNOWN: [&str; 9] = [
 /// minutes for it.
 const LEFT_OUT: [&str; 6] = ["bed", "explain", "face", "faults", "inspection", "packet_bytes"];
 
+/// What one of several machines does for all, in turn, unless a filter asks for it: what the agent and the C libraries do with
+/// what the other programs test on each kernel.
+const SHARED: [&str; 6] = ["affinity", "demo", "flows", "resolvers", "stress", "trace"];
+
 /// How long one program may run, in seconds. One that hangs keeps the others from running no longer.
 pub(super) const PROGRAM_LIMIT: u32 = 15 * 60;
 
 /// Programs to run, and files that they need besides those of every machine.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Job {
     /// One after the other.
     pub(super) steps: Vec<Step>,
@@ -43,7 +47,7 @@ pub(crate) struct Job {
 }
 
 /// A program to run.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Step {
     /// A word that is no other step's.
     pub(super) name: String,
@@ -57,6 +61,8 @@ pub(crate) struct Step {
     pub(super) dir: PathBuf,
     /// It is a program of tests, which tells its own results.
     pub(super) tells: bool,
+    /// One of several machines runs it.
+    pub(super) shared: bool,
 }
 
 impl Job {
@@ -68,8 +74,9 @@ impl Job {
         let wanted = |test: &&TestProgram| test.needs_root() && !test.needs_kubernetes() && !left_out(test);
         if filter.is_none() {
             println!(
-                "without {}, which do not depend on the kernel's version",
-                LEFT_OUT.join(", ")
+                "without {}, which do not depend on the kernel's version; {} on one machine each",
+                LEFT_OUT.join(", "),
+                SHARED.join(", ")
             );
         }
         let mut tests: Vec<_> = built.tests.iter().filter(wanted).collect();
@@ -97,6 +104,16 @@ impl Job {
         })
     }
 
+    /// What one of so many machines does of it.
+    pub(super) fn share(&self, machine: usize, machines: usize) -> Self {
+        let mut turn = (0..machines).cycle();
+        let mut mine = |step: &&Step| !step.shared || turn.next() == Some(machine);
+        Self {
+            steps: self.steps.iter().filter(&mut mine).cloned().collect(),
+            ..self.clone()
+        }
+    }
+
     /// The check of the demo.
     pub(crate) fn demo(programs: &Programs) -> Result<Self> {
         let myself = crate::run::myself()?;
@@ -112,6 +129,7 @@ impl Job {
                 env: Vec::new(),
                 dir: root(),
                 tells: false,
+                shared: false,
             }],
             files: files.into(),
             env: Vec::new(),
@@ -133,6 +151,7 @@ impl Step {
             ],
             dir: test.dir.clone(),
             tells: true,
+            shared: filter.is_none() && SHARED.contains(&test.target.as_str()),
         }
     }
 }
