@@ -1,11 +1,13 @@
 //! The kernel programs themselves: the verifier's verdict, the layout of their maps, and their code where it matters.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::Capacities;
 use lb_agent::node::devices::Layer;
 use lb_tests::Cluster;
-use object::{Object as _, ObjectSection as _};
+use object::{Object as _, ObjectSection as _, ObjectSymbol as _, RelocationTarget, SymbolKind};
 
 const CAPACITIES: Capacities = Capacities {
     services: 16,
@@ -88,9 +90,10 @@ fn the_verifier_accepts_every_program_and_maps_are_laid_out_as_the_loader_expect
     Ok(())
 }
 
-/// An eBPF instruction: opcode, source register, offset and immediate.
+/// An eBPF instruction: opcode, registers, offset and immediate.
 struct Instruction {
     opcode: u8,
+    destination: u8,
     source: u8,
     offset: i16,
     immediate: i32,
@@ -100,6 +103,7 @@ fn instructions(code: &[u8]) -> Vec<Instruction> {
     code.chunks_exact(8)
         .map(|i| Instruction {
             opcode: i[0],
+            destination: i[1] & 0xf,
             source: i[1] >> 4,
             offset: i16::from_le_bytes([i[2], i[3]]),
             immediate: i32::from_le_bytes([i[4], i[5], i[6], i[7]]),
@@ -110,12 +114,12 @@ fn instructions(code: &[u8]) -> Vec<Instruction> {
 const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
 const LOAD_8_BYTES: u8 = 0x79;
+const FRAME_POINTER: u8 = 10;
 
 /// The loads (by opcode, those from the stack left out) on each path from an instruction to the next call or the end.
 fn loads_before_next_call(code: &[Instruction], from: usize) -> Vec<Vec<u8>> {
     const LOAD_CLASS: u8 = 0x01;
     const JUMP_CLASSES: [u8; 2] = [0x05, 0x06];
-    const FRAME_POINTER: u8 = 10;
     let (mut paths, mut open) = (Vec::new(), vec![(from, Vec::new())]);
     while let Some((mut at, mut loads)) = open.pop() {
         loop {
@@ -164,5 +168,86 @@ fn a_set_word_is_read_by_one_load() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// A function of the object, by its section and where it begins there.
+type Place = (usize, u64);
+
+/// The bytes of the stack that code uses: how far below the frame pointer it reads, writes, or takes an address.
+fn frame(code: &[Instruction]) -> u32 {
+    const LOAD: u8 = 1;
+    const STORES: [u8; 2] = [2, 3];
+    const MOVE: u8 = 0xbf;
+    const ADD: u8 = 0x07;
+    let below = code.iter().enumerate().map(|(at, i)| match i.opcode & 0x07 {
+        LOAD if i.source == FRAME_POINTER => i.offset.into(),
+        class if STORES.contains(&class) && i.destination == FRAME_POINTER => i.offset.into(),
+        _ => match code.get(at + 1) {
+            Some(next)
+                if (i.opcode, i.source) == (MOVE, FRAME_POINTER)
+                    && (next.opcode, next.destination) == (ADD, i.destination) =>
+            {
+                next.immediate
+            }
+            _ => 0,
+        },
+    });
+    below.min().unwrap_or(0).unsigned_abs()
+}
+
+/// The functions of the object: their names, frames, and whom they call.
+fn functions(object: &object::File<'_>) -> Result<BTreeMap<Place, (String, u32, Vec<Place>)>> {
+    const OF_THE_OBJECT: u8 = 1;
+    let mut functions = BTreeMap::new();
+    for symbol in object.symbols().filter(|symbol| symbol.kind() == SymbolKind::Text) {
+        let index = symbol.section_index().context("a function without code")?;
+        let section = object.section_by_index(index)?;
+        let bytes = section.data_range(symbol.address(), symbol.size())?;
+        let code = instructions(bytes.context("a function beyond its section")?);
+        let mut called = BTreeMap::new();
+        for (at, relocation) in section.relocations() {
+            if let RelocationTarget::Symbol(target) = relocation.target() {
+                let target = object.symbol_by_index(target)?;
+                called.insert(at, (target.section_index(), target.address()));
+            }
+        }
+        let mut calls = Vec::new();
+        for (number, i) in code.iter().enumerate() {
+            if (i.opcode, i.source) != (CALL, OF_THE_OBJECT) {
+                continue;
+            }
+            let at = symbol.address() + 8 * number as u64;
+            calls.push(match called.get(&at) {
+                Some((section, address)) => (section.context("a call to nowhere")?.0, *address),
+                None => (index.0, at.wrapping_add_signed(8 * (i64::from(i.immediate) + 1))),
+            });
+        }
+        let function = (symbol.name()?.to_owned(), frame(&code), calls);
+        functions.insert((index.0, symbol.address()), function);
+    }
+    Ok(functions)
+}
+
+/// Linux before 6.3 counts each frame in steps of 32 bytes (`check_max_stack_depth`), later ones in steps of 16: what this
+/// kernel takes may be too much there.
+#[test]
+fn no_chain_of_calls_needs_more_stack_than_older_kernels_give() -> Result<()> {
+    const STACK: u32 = 512;
+    const STEP: u32 = 32;
+    let object = object::File::parse(OBJECT)?;
+    let functions = functions(&object)?;
+    let mut open: Vec<(Place, u32, String)> = functions.keys().map(|at| (*at, 0, String::new())).collect();
+    let mut deepest = (0, String::new());
+    while let Some((at, above, chain)) = open.pop() {
+        let (name, frame, calls) = functions.get(&at).with_context(|| format!("{chain} calls {at:?}"))?;
+        let depth = above + frame.max(&1).next_multiple_of(STEP);
+        let chain = format!("{chain} {name} ({frame})");
+        ensure!(depth <= STACK, "{depth} bytes of {STACK}:{chain}");
+        open.extend(calls.iter().map(|to| (*to, depth, chain.clone())));
+        deepest = deepest.max((depth, chain));
+    }
+    println!("{} bytes of {STACK}:{}", deepest.0, deepest.1);
+    assert!(deepest.1.contains("lb_step_"), "the packet path is deeper than that");
     Ok(())
 }
