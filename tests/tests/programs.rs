@@ -171,8 +171,15 @@ fn a_set_word_is_read_by_one_load() -> Result<()> {
     Ok(())
 }
 
-/// A function of the object, by its section and where it begins there.
+/// Where a function of the object is: its section, and where it begins there.
 type Place = (usize, u64);
+
+struct Function {
+    name: String,
+    /// Bytes of the stack.
+    frame: u32,
+    calls: Vec<Place>,
+}
 
 /// The bytes of the stack that code uses: how far below the frame pointer it reads, writes, or takes an address.
 fn frame(code: &[Instruction]) -> u32 {
@@ -196,8 +203,7 @@ fn frame(code: &[Instruction]) -> u32 {
     below.min().unwrap_or(0).unsigned_abs()
 }
 
-/// The functions of the object: their names, frames, and whom they call.
-fn functions(object: &object::File<'_>) -> Result<BTreeMap<Place, (String, u32, Vec<Place>)>> {
+fn functions(object: &object::File<'_>) -> Result<BTreeMap<Place, Function>> {
     const OF_THE_OBJECT: u8 = 1;
     let mut functions = BTreeMap::new();
     for symbol in object.symbols().filter(|symbol| symbol.kind() == SymbolKind::Text) {
@@ -223,7 +229,11 @@ fn functions(object: &object::File<'_>) -> Result<BTreeMap<Place, (String, u32, 
                 None => (index.0, at.wrapping_add_signed(8 * (i64::from(i.immediate) + 1))),
             });
         }
-        let function = (symbol.name()?.to_owned(), frame(&code), calls);
+        let function = Function {
+            name: symbol.name()?.to_owned(),
+            frame: frame(&code),
+            calls,
+        };
         functions.insert((index.0, symbol.address()), function);
     }
     Ok(functions)
@@ -240,8 +250,8 @@ fn no_chain_of_calls_needs_more_stack_than_older_kernels_give() -> Result<()> {
     let mut open: Vec<(Place, u32, String)> = functions.keys().map(|at| (*at, 0, String::new())).collect();
     let mut deepest = (0, String::new());
     while let Some((at, above, chain)) = open.pop() {
-        let (name, frame, calls) = functions.get(&at).with_context(|| format!("{chain} calls {at:?}"))?;
-        let depth = above + frame.max(&1).next_multiple_of(STEP);
+        let Function { name, frame, calls } = functions.get(&at).with_context(|| format!("{chain} calls {at:?}"))?;
+        let depth = above + (*frame).max(1).next_multiple_of(STEP);
         let chain = format!("{chain} {name} ({frame})");
         ensure!(depth <= STACK, "{depth} bytes of {STACK}:{chain}");
         open.extend(calls.iter().map(|to| (*to, depth, chain.clone())));
