@@ -18,6 +18,8 @@ use crate::{Place, Process, patience};
 
 /// How long a process of the bed may take to start.
 const START: Duration = Duration::from_secs(20);
+/// How long a connection may take whose first SYN is lost.
+const RESENT: Duration = Duration::from_secs(5);
 
 /// What `lb-testbed connect` did.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -386,14 +388,15 @@ impl Testbed {
         })
     }
 
-    /// Opens `connections` in `place` and keeps them open; the server runs with `--echo`.
+    /// Opens `connections` in `place` and keeps them open; the server runs with `--echo`. A SYN that is lost may be sent again,
+    /// after a second.
     ///
     /// # Errors
     /// When they are not all tried in time. Those that fail are in [`Held::failures`].
     pub fn hold(&self, place: &Place, targets: &[SocketAddr], connections: u32) -> Result<Holding> {
         let mut command = place.command(&self.program)?;
         command
-            .args(Connect::to(targets).arguments())
+            .args(Connect::to(targets).timeout(patience(RESENT)).arguments())
             .arg(format!("--hold={connections}"))
             .stdin(Stdio::piped());
         Ok(Holding {
