@@ -122,16 +122,10 @@ impl Entry {
         self.src = addr.0;
     }
 
-    /// How packets from client to backend go.
+    /// How packets from client to backend go: [`ct_flags`].
     #[inline(always)]
-    pub(crate) fn set_way(&mut self, at_egress: bool, forward: bool) {
-        self.flags = if at_egress { ct_flags::EGRESS } else { 0 } | if forward { ct_flags::FORWARD } else { 0 };
-    }
-
-    /// What goes up the stack comes in once more before.
-    #[inline(always)]
-    pub(crate) fn set_again(&mut self) {
-        self.flags |= ct_flags::AGAIN;
+    pub(crate) fn set_way(&mut self, way: u16) {
+        self.flags = way;
     }
 
     #[inline(always)]
@@ -147,6 +141,13 @@ impl Entry {
     #[inline(always)]
     pub(crate) fn has(&self, flag: u16) -> bool {
         self.flags & flag != 0
+    }
+
+    /// Whether the packet loses one of its time to live, as on every hop: what is sent on at ingress, and what is received
+    /// once more. So none goes round for ever, whatever Services have for backends.
+    #[inline(always)]
+    pub(crate) fn is_hop(&self) -> bool {
+        self.has(ct_flags::FORWARD | ct_flags::AGAIN) && !self.has(ct_flags::EGRESS)
     }
 
     /// What the packets of the other direction are.

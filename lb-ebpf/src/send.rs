@@ -8,7 +8,7 @@ use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_SUCCESS, bpf_check_mtu_flags, bpf_check_mtu_ret, bpf_fib_lookup, bpf_redir_neigh,
 };
 use aya_ebpf::helpers::generated::{bpf_check_mtu, bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_redirect_neigh};
-use lb_common::abi::{DropReason, ct_flags, ip_protocol};
+use lb_common::abi::{DropReason, ip_protocol};
 use lb_common::logic::packet::Packet;
 
 use crate::skb::{MAY_BE_ZERO, Skb};
@@ -113,14 +113,13 @@ pub(crate) fn receive_again(skb: Skb) -> i32 {
 }
 
 step! {
-    /// Gives a packet the addresses and ports of its entry. What is sent on at ingress, or received once more, also loses
-    /// one of its time to live, as on every hop: so none goes round for ever, whatever Services have for backends.
+    /// Gives a packet the addresses and ports of its entry, and counts a hop.
     ///
     /// # Errors
     /// [`DropReason::RewriteFailed`]; the packet is then of no use.
     pub(crate) fn rewrite(skb, work) {
         let Packet { proto, ttl, .. } = work.packet;
-        let hop = work.entry.has(ct_flags::FORWARD | ct_flags::AGAIN) && !work.at_egress;
+        let hop = work.entry.is_hop();
         let new = work.entry.to();
         let old = work.is();
         let (addresses, ports) = (old.addresses_to(&new), old.ports_to(&new));

@@ -179,15 +179,21 @@ fn goes_on(work: Work, found: &Found) -> Result<bool, DropReason> {
     Ok(true)
 }
 
+/// Whether the packet may go one hop further, where it goes one.
+#[inline(always)]
+fn lives(work: Work) -> Result<(), DropReason> {
+    if work.entry.is_hop() && work.packet.ttl <= 1 {
+        return Err(DropReason::TtlExceeded);
+    }
+    Ok(())
+}
+
 /// Changes a packet as its entry says, and leaves it to the stack.
 #[inline(always)]
 fn deliver(skb: Skb, mut work: Work) -> Result<bool, DropReason> {
-    let again = work.entry.has(ct_flags::AGAIN);
-    if again && work.packet.ttl <= 1 {
-        return Err(DropReason::TtlExceeded);
-    }
+    lives(work)?;
     send::rewrite(skb, work)?;
-    if again {
+    if work.entry.has(ct_flags::AGAIN) {
         work.verdict = send::receive_again(skb);
     }
     Ok(true)
@@ -196,9 +202,7 @@ fn deliver(skb: Skb, mut work: Work) -> Result<bool, DropReason> {
 step! {
     /// Changes a packet as its entry says, and sends it to the next hop.
     fn forward(skb, mut work) {
-        if work.packet.ttl <= 1 && !work.at_egress {
-            return Err(DropReason::TtlExceeded);
-        }
+        lives(work)?;
         let mut mtu = 0;
         let fits = work.hop.fits(skb, &mut mtu);
         work.mtu = mtu;
@@ -276,10 +280,13 @@ step! {
         // Up the stack, where answers come by as well: on the way from another device than the client's.
         let through = !is_beyond || !work.at_egress && elsewhere && (backend.is_local() || here);
         let at_egress = work.at_egress;
-        work.entry.set_way(at_egress, !through);
-        if through && has_come_by_bridge(skb) {
-            work.entry.set_again();
-        }
+        let way = match through {
+            true if has_come_by_bridge(skb) => ct_flags::AGAIN,
+            true => 0,
+            false if at_egress => ct_flags::EGRESS | ct_flags::FORWARD,
+            false => ct_flags::FORWARD,
+        };
+        work.entry.set_way(way);
         work.chosen.snat = !through && (elsewhere || !at_egress);
         if work.chosen.snat {
             let source = source_address(work.hop.device(), work.packet.src)?;

@@ -84,8 +84,9 @@ pub mod ct_flags {
     pub const EGRESS: u16 = 2;
     /// Sent on from the hook by a look-up of the route, not by the stack: its source is an address of this node.
     pub const FORWARD: u16 = 4;
-    /// Received once more at the bridge that it came by, so that the stack's conntrack, which rules for bridges may have
-    /// shown it before (`br_netfilter`), knows nothing but what it has become.
+    /// Of packets from the client that go up the stack: received once more at the bridge that they came by, so that the
+    /// stack's conntrack, which rules for bridges may have shown them before (`br_netfilter`), knows only what they have
+    /// become.
     pub const AGAIN: u16 = 8;
 }
 

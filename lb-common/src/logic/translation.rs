@@ -126,7 +126,7 @@ mod tests {
 
     #[test]
     fn every_way_has_one_back() {
-        use ct_flags::{EGRESS, FORWARD, REPLY};
+        use ct_flags::{AGAIN, EGRESS, FORWARD, REPLY};
         for (there, back) in [
             (0, REPLY | EGRESS),
             (FORWARD, REPLY | FORWARD),
@@ -135,5 +135,7 @@ mod tests {
             assert_eq!(opposite(there), back, "{there}");
             assert_eq!(opposite(back), there, "{back}");
         }
+        // Answers leave by the bridge.
+        assert_eq!(opposite(AGAIN), REPLY | EGRESS);
     }
 }
