@@ -55,24 +55,24 @@ pub(crate) fn at_a_time() -> usize {
 
 /// Does `job` on each of these kernels, [`at_a_time`].
 pub(crate) fn run(versions: &[String], job: &Job) -> Vec<(String, Result<Tally>)> {
-    let shares = (0..).map(|machine| job.share(machine, versions.len()));
-    let machines: Vec<_> = versions.iter().zip(shares).collect();
-    let run_some = |machines: &[(&String, Job)]| {
+    let numbered: Vec<_> = versions.iter().enumerate().collect();
+    let run_some = |numbered: &[(usize, &String)]| {
         thread::scope(|scope| {
-            let running: Vec<_> = machines
-                .iter()
-                .map(|(version, share)| (version, scope.spawn(move || on(version, share))))
-                .collect();
-            let results = running.into_iter().map(|(version, machine)| {
+            let started = numbered.iter().map(|&(number, version)| {
+                let share = job.share(number, versions.len());
+                (version, scope.spawn(move || on(version, &share)))
+            });
+            let machines: Vec<_> = started.collect();
+            let results = machines.into_iter().map(|(version, machine)| {
                 let result = machine
                     .join()
                     .unwrap_or_else(|_| Err(anyhow::anyhow!("xtask has panicked")));
-                ((*version).clone(), result)
+                (version.clone(), result)
             });
             results.collect::<Vec<_>>()
         })
     };
-    machines.chunks(at_a_time()).flat_map(run_some).collect()
+    numbered.chunks(at_a_time()).flat_map(run_some).collect()
 }
 
 fn on(version: &str, job: &Job) -> Result<Tally> {

@@ -30,7 +30,7 @@ const LEFT_OUT: [&str; 6] = ["bed", "explain", "face", "faults", "inspection", "
 
 /// What one of several machines does for all, in turn, unless a filter asks for it: what the agent and the C libraries do with
 /// what the other programs test on each kernel.
-const SHARED: [&str; 6] = ["affinity", "demo", "flows", "resolvers", "stress", "trace"];
+const SHARED: [&str; 5] = ["affinity", "demo", "resolvers", "stress", "trace"];
 
 /// How long one program may run, in seconds. One that hangs keeps the others from running no longer.
 pub(super) const PROGRAM_LIMIT: u32 = 15 * 60;
@@ -107,11 +107,9 @@ impl Job {
     /// What one of so many machines does of it.
     pub(super) fn share(&self, machine: usize, machines: usize) -> Self {
         let mut turn = (0..machines).cycle();
-        let mut mine = |step: &&Step| !step.shared || turn.next() == Some(machine);
-        Self {
-            steps: self.steps.iter().filter(&mut mine).cloned().collect(),
-            ..self.clone()
-        }
+        let mut share = self.clone();
+        share.steps.retain(|step| !step.shared || turn.next() == Some(machine));
+        share
     }
 
     /// The check of the demo.
