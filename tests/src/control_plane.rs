@@ -412,26 +412,3 @@ fn tail(log: &Path) -> String {
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(20)..].join("\n")
 }
-
-/// Waits until `check` succeeds, for what controllers and agents do in their own time.
-///
-/// # Errors
-/// When it does not, with its last words.
-pub fn eventually<T>(what: &str, check: impl FnMut() -> Result<T>) -> Result<T> {
-    eventually_within(Duration::from_secs(20), what, check)
-}
-
-/// The same with another limit.
-///
-/// # Errors
-/// When it does not, with its last words.
-pub fn eventually_within<T>(limit: Duration, what: &str, mut check: impl FnMut() -> Result<T>) -> Result<T> {
-    let deadline = Instant::now() + patience(limit);
-    loop {
-        match check() {
-            Ok(value) => return Ok(value),
-            Err(last) if Instant::now() >= deadline => return Err(last.context(format!("not in time: {what}"))),
-            Err(_) => sleep(Duration::from_millis(20)),
-        }
-    }
-}

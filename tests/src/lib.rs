@@ -50,7 +50,7 @@ pub use cleanup::remove_leftovers;
 pub use cluster::{Client, Cluster, ClusterBuilder, Node, Pod, Underlay};
 pub use load::{Connect, Holding, Load, Testbed};
 pub use mounts::{BPFFS, cgroup2_root, ensure_bpffs};
-pub use pace::{patience, patience_factor, pause_after, scaled, scaled_above};
+pub use pace::{eventually, eventually_within, patience, patience_factor, pause_after, scaled, scaled_above};
 pub use place::{Place, in_netns};
 pub use process::Process;
 pub use puppet::{Answer, Call, Churn, Kind, Puppet};

@@ -154,7 +154,8 @@ pub fn web(name: &str, last: u8, node_port: u16, endpoints: &[(IpAddr, &str)], t
 }
 
 /// EndpointSlices of endpoints of either family or both: one for each family that there is, and one without any endpoint.
-fn slices(service: &str, port: Port<'_>, endpoints: &[(IpAddr, &str)]) -> String {
+#[must_use]
+pub fn slices(service: &str, port: Port<'_>, endpoints: &[(IpAddr, &str)]) -> String {
     let (v4, v6): (Vec<_>, Vec<_>) = endpoints.iter().partition(|(ip, _)| ip.is_ipv4());
     let mut text = slice(service, port, &v4);
     if !v6.is_empty() {

@@ -5,6 +5,8 @@ use std::sync::LazyLock;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use anyhow::Result;
+
 /// The variable that says how many times slower than others this machine is, as a virtual one may be.
 const VARIABLE: &str = "LB_SLOW";
 
@@ -72,6 +74,29 @@ pub fn patience(time: Duration) -> Duration {
 /// to start a program, and whoever is asked about needs the processor.
 pub fn pause_after(asked: Instant) {
     sleep((asked.elapsed() * 2).max(Duration::from_millis(10)));
+}
+
+/// Waits until `check` succeeds, for what controllers and agents do in their own time.
+///
+/// # Errors
+/// When it does not, with its last words.
+pub fn eventually<T>(what: &str, check: impl FnMut() -> Result<T>) -> Result<T> {
+    eventually_within(Duration::from_secs(20), what, check)
+}
+
+/// The same with another limit.
+///
+/// # Errors
+/// When it does not, with its last words.
+pub fn eventually_within<T>(limit: Duration, what: &str, mut check: impl FnMut() -> Result<T>) -> Result<T> {
+    let deadline = Instant::now() + patience(limit);
+    loop {
+        match check() {
+            Ok(value) => return Ok(value),
+            Err(last) if Instant::now() >= deadline => return Err(last.context(format!("not in time: {what}"))),
+            Err(_) => sleep(Duration::from_millis(20)),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
-use lb_tests::manifests::{Port, service, slice, web, web_and_dns};
+use lb_tests::manifests::{web, web_and_dns};
 use lb_tests::outside::{Outside, TARGET, kind, of, outer};
 use lb_tests::{Answer, Call, Kind, Node, Place, Testbed, Underlay, patience, scaled_above};
 use nix::errno::Errno;
@@ -161,22 +161,10 @@ fn clients_with_one_source_port_are_told_apart() -> Result<()> {
         bed().serve_with(two, &["[::]:8081=two"], &["--echo"])?,
         bed().serve_datagrams(two, &["[::]:5354=two"])?,
     ];
-    let mut text = String::new();
     // Two Services with the same backend, in both protocols.
-    for (name, last, web, dns) in [("a", 20, 30080, 30053), ("b", 21, 30081, 30054)] {
-        let ports = [Port::tcp("web", 80).on_nodes(web), Port::udp("dns", 53).on_nodes(dns)];
-        text += &service(
-            name,
-            &format!("10.96.0.{last},fd00:96::{last}"),
-            &ports,
-            "type: NodePort",
-        );
-        for port in [Port::tcp("web", 8081), Port::udp("dns", 5354)] {
-            for endpoint in of(two) {
-                text += &slice(name, port, &[endpoint]);
-            }
-        }
-    }
+    let text: String = [("a", 20, [30080, 30053]), ("b", 21, [30081, 30054])]
+        .map(|(name, last, ports)| web_and_dns(name, last, Some(ports), "type: NodePort", &of(two), [8081, 5354]))
+        .concat();
     outside.write("web.yaml", &text)?;
     for node in ["n1", "n2"] {
         for address in outer(outside.node(node)) {

@@ -8,12 +8,12 @@
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use lb_tests::manifests::{Port, service, slice, web_and_dns};
+use lb_tests::manifests::{Port, service, slices, web_and_dns};
 use lb_tests::outside::{Outside, TARGET, of, outer};
-use lb_tests::{Node, Place, Ruleset, Testbed, Underlay, patience};
+use lb_tests::{Node, Place, Ruleset, Testbed, Underlay, eventually};
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 /// The networks of all pods.
@@ -51,6 +51,11 @@ fn flannels_rules(all: &str, own: &str, multicast: &str) -> String {
          -A FLANNEL-FWD -d {all} -m comment --comment \"flanneld forward\" -j ACCEPT\n\
          COMMIT\n"
     )
+}
+
+/// The addresses of a Service by their last part.
+fn vips(last: u8) -> Result<[IpAddr; 2]> {
+    Ok([format!("10.96.0.{last}").parse()?, format!("fd00:96::{last}").parse()?])
 }
 
 fn install(node: &Node) -> Result<Ruleset> {
@@ -113,10 +118,7 @@ fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
     {
         let pick = |node: &Node| outer(node)[v6];
         let pod = |pod: &lb_tests::Pod| of(pod)[v6].0;
-        let vip = |(_, last, _): Web| -> Result<IpAddr> {
-            let text = [format!("10.96.0.{last}"), format!("fd00:96::{last}")];
-            text[v6].parse().context("an address")
-        };
+        let vip = |(_, last, _): Web| vips(last).map(|both| both[v6]);
         // What the first node sends on to the second has this source.
         let sent_by_n1 = match (underlay, v6) {
             (Underlay::Vxlan, 0) => n1.pod_network().into(),
@@ -178,16 +180,11 @@ fn a_packet_to_services_that_are_each_others_backends_ends() -> Result<()> {
         format!("route add 10.96.0.0/24 via {}", n2.address()),
         format!("route add fd00:96::/64 via {}", n2.address6()),
     ])?;
-    let vips = |last: u8| -> Result<[IpAddr; 2]> {
-        Ok([format!("10.96.0.{last}").parse()?, format!("fd00:96::{last}").parse()?])
-    };
     let mut text = String::new();
     for (name, last, other) in [("this", 31, 32), ("that", 32, 31)] {
         let port = Port::udp("dns", 53);
         text += &service(name, &format!("10.96.0.{last},fd00:96::{last}"), &[port], "");
-        for vip in vips(other)? {
-            text += &slice(name, port, &[(vip, "n2")]);
-        }
+        text += &slices(name, port, &vips(other)?.map(|vip| (vip, "n2")));
     }
     outside.write("round.yaml", &text)?;
     let asker = outside.cluster.add_pod("n1", "asker")?;
@@ -196,11 +193,11 @@ fn a_packet_to_services_that_are_each_others_backends_ends() -> Result<()> {
             let socket = UdpSocket::bind((if vip.is_ipv4() { "0.0.0.0" } else { "::" }, 0))?;
             socket.send_to(b"round", (vip, 53)).map(drop).context("sending")
         })??;
-        let deadline = Instant::now() + patience(Duration::from_secs(5));
-        while outside.dropped("ttl_exceeded")? < ended {
-            ensure!(Instant::now() < deadline, "the packet to {vip} has not ended");
-            sleep(Duration::from_millis(20));
-        }
+        eventually(&format!("the packet to {vip} ends"), || {
+            let number = outside.dropped("ttl_exceeded")?;
+            ensure!(number >= ended, "{number} packets have ended");
+            Ok(())
+        })?;
     }
     // They ended once: nothing of them is left.
     sleep(Duration::from_millis(200));

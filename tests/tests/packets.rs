@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use lb_tests::manifests::{Port, service, slice, slice_with_conditions, web_and_dns};
+use lb_tests::manifests::{self, Port, service, slice_with_conditions, web_and_dns};
 use lb_tests::outside::{Got, Outside, TARGET, of, outer};
 use lb_tests::{Answer, Call, Kind, Place, Testbed, Underlay, patience, scaled_above};
 
@@ -347,16 +347,7 @@ fn flows_outlive_the_agent() -> Result<()> {
     let endpoints = of(&setup.pods[1]).map(|(ip, node)| (ip, node.to_owned()));
     let endpoints: Vec<_> = endpoints.iter().map(|(ip, node)| (*ip, node.as_str())).collect();
     let _echo = bed().serve_with(&setup.pods[1], &["[::]:8081=echo"], &["--echo"])?;
-    let mut text = service(
-        "echo",
-        "10.96.0.30,fd00:96::30",
-        &[Port::tcp("web", 80).on_nodes(30081)],
-        "type: NodePort",
-    );
-    for endpoint in &endpoints {
-        text += &slice("echo", Port::tcp("web", 8081), &[*endpoint]);
-    }
-    setup.write("echo.yaml", &text)?;
+    setup.write("echo.yaml", &manifests::web("echo", 30, 30081, &endpoints, 8081))?;
     let mut streams = Vec::new();
     for address in outer(setup.node("n1")) {
         let mut stream = bed().puppet(setup.client(), if address.is_ipv4() { Kind::Tcp4 } else { Kind::Tcp6 })?;

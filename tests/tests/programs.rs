@@ -239,8 +239,8 @@ fn functions(object: &object::File<'_>) -> Result<BTreeMap<Place, Function>> {
     Ok(functions)
 }
 
-/// Linux before 6.3 counts each frame in steps of 32 bytes (`check_max_stack_depth`), later ones in steps of 16: what this
-/// kernel takes may be too much there.
+/// Linux 6.1 counts each frame in steps of 32 bytes (`check_max_stack_depth`), 6.12 in smaller ones: what this kernel takes may
+/// be too much there.
 #[test]
 fn no_chain_of_calls_needs_more_stack_than_older_kernels_give() -> Result<()> {
     const STACK: u32 = 512;

@@ -7,8 +7,8 @@ use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use serde_json::{Value, json};
 
-use super::{ControlPlane, Kubelet, Objects, Template, eventually_within};
-use crate::Cluster;
+use super::{ControlPlane, Kubelet, Objects, Template};
+use crate::{Cluster, eventually_within};
 
 /// A namespace. Dropping it deletes the Services and pods in it; the name stays taken.
 #[derive(Debug)]

@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use k8s_openapi::api::core::v1::Service;
-use lb_tests::control_plane::{ControlPlane, Kubelet, Mixer, Namespace, Template, eventually_within};
+use lb_tests::control_plane::{ControlPlane, Kubelet, Mixer, Namespace, Template};
 use lb_tests::load::Stage;
-use lb_tests::{Agent, Answer, Call, Cluster, Connect, Kind, Place, Pod, Process, Running, Testbed, patience};
+use lb_tests::{
+    Agent, Answer, Call, Cluster, Connect, Kind, Place, Pod, Process, Running, Testbed, eventually_within, patience,
+};
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 /// Where servers in pods listen, for streams and for datagrams.

@@ -2,7 +2,8 @@
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::discovery::v1::Endpoint;
-use lb_tests::control_plane::{ENDPOINTS_PER_SLICE, Namespace, Template, eventually, slice_endpoints};
+use lb_tests::control_plane::{ENDPOINTS_PER_SLICE, Namespace, Template, slice_endpoints};
+use lb_tests::eventually;
 use serde_json::json;
 
 use crate::Test;

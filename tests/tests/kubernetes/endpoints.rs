@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use anyhow::{Result, ensure};
 use k8s_openapi::api::core::v1::Service;
 use lb_tests::Connect;
-use lb_tests::control_plane::{ENDPOINTS_PER_SLICE, Namespace, Template, eventually, slice_endpoints};
+use lb_tests::control_plane::{ENDPOINTS_PER_SLICE, Namespace, Template, slice_endpoints};
+use lb_tests::eventually;
 use serde_json::{Value, json};
 
 use crate::Test;

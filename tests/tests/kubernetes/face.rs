@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::events::v1::Event;
 use lb_tests::Place;
-use lb_tests::control_plane::{Namespace, Template, eventually};
+use lb_tests::control_plane::{Namespace, Template};
+use lb_tests::eventually;
 use lb_tests::http::{Response, get};
 use serde_json::{Value, json};
 

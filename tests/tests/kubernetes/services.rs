@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use lb_tests::Connect;
-use lb_tests::control_plane::{Namespace, Template, eventually};
+use lb_tests::control_plane::{Namespace, Template};
+use lb_tests::eventually;
 use serde_json::{Value, json};
 
 use crate::Test;

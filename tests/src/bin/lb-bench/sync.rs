@@ -109,12 +109,7 @@ fn checks(sizes: &[Measured], from_manifests: &[Measured]) -> Vec<Check<Named>> 
     if large.endpoints != LARGE.1 {
         return Vec::new();
     }
-    let check = |what, measured, limit| Check {
-        what: Named { what },
-        limit,
-        measured,
-        met: measured < limit,
-    };
+    let check = |what, measured, limit| Check::at_most(limit, Named { what }, measured);
     vec![
         check("30,000 Services x 10 endpoints applied (s)", large.first_seconds, 1.0),
         check("one change at that size, p99 (ms)", large.change_p99_seconds * 1e3, 1.0),

@@ -307,10 +307,8 @@ fn start_lb(cluster: &Cluster, services: u32, own: &Pod, far: &Pod) -> Result<Ru
         let ips = format!("10.97.0.{last},fd00:97::{last:x}");
         let web = Port::tcp("http", 80).on_nodes(port);
         text += &manifests::service(name, &ips, &[web], "");
-        for family in Family::ALL {
-            let endpoint = (pod_address(family, pod), pod.node());
-            text += &manifests::slice(name, Port::tcp("http", BACKEND_PORT), &[endpoint]);
-        }
+        let endpoints = Family::ALL.map(|family| (pod_address(family, pod), pod.node()));
+        text += &manifests::slices(name, Port::tcp("http", BACKEND_PORT), &endpoints);
     }
     manifests.write("bench.yaml", &text)?;
     let beside = std::env::current_exe().context("finding this program")?;
