@@ -123,6 +123,7 @@ step! {
         let is_tcp = work.packet.is_tcp();
         let is_reply = work.entry.has(ct_flags::REPLY);
         if !is_reply && !goes_on(work, &found)? {
+            work.last_port = work.entry.src_port;
             conntrack::forget(&work.key, &work.entry);
             return Ok(false);
         }
@@ -394,10 +395,16 @@ fn claim_port(skb: Skb, mut work: Work) -> Result<(), DropReason> {
             (&raw const (*config).snat_last).read_volatile(),
         )
     };
+    // A server that still has the last connection from there (TIME_WAIT) takes a SYN for a new one if its sequence number or
+    // its timestamp is later (RFC 1122, 4.2.2.13; RFC 6191): those of one client's port are, those of another client need not be.
+    let again = (first..=last).contains(&work.last_port).then_some(work.last_port);
     for tried in 0..PORTS_TRIED {
         // SAFETY: the helper takes nothing.
         let random = unsafe { bpf_get_prandom_u32() };
-        work.entry.src_port = select::port(first, last, random).ok_or(DropReason::SnatPortsExhausted)?;
+        work.entry.src_port = again
+            .filter(|_| tried == 0)
+            .or_else(|| select::port(first, last, random))
+            .ok_or(DropReason::SnatPortsExhausted)?;
         if listener::hears(skb, work)? {
             continue;
         }

@@ -39,6 +39,8 @@ pub(crate) struct Data {
     pub(crate) answer: Answer,
     /// Why the last step failed, if it did.
     reason: DropReason,
+    /// The source port that the client's last flow like this one had behind this node, where it is over; zero else.
+    pub(crate) last_port: u16,
     /// What a new flow asks for.
     pub(crate) frontend: Frontend,
     pub(crate) key: Key,
@@ -108,6 +110,7 @@ impl Work {
         work.at_egress = at_egress;
         work.verdict = TC_ACT_UNSPEC;
         work.service = 0;
+        work.last_port = 0;
         work.key = Key::new(&work.is(), packet.proto);
         Some(work)
     }

@@ -689,6 +689,38 @@ fn two_packets_that_begin_one_flow_at_once_go_one_way_and_count_once() -> Result
 }
 
 #[test]
+fn a_client_that_comes_again_from_its_port_has_the_same_one_behind_the_node() -> Result<()> {
+    let mut bed = Bed::new()?;
+    for (v6, last) in [(false, 20), (true, 21)] {
+        bed.serve("there", last, 30080, &[(bed.pod("n2", v6), "n2")]);
+        // One connection, both of whose sides say that they send no more, from one port every time.
+        let connect = |bed: &Bed| -> Result<Sent> {
+            let segment = |kind| Sent::new(kind, client(v6, 4000), bed.own(v6, 30080));
+            let there = Sent::read(&bed.ingress("eth0", &segment(What::Syn))?.1)?;
+            bed.ingress("flannel.1", &there.answer(What::SynAck))?;
+            bed.ingress("eth0", &segment(What::Ack))?;
+            bed.ingress("flannel.1", &there.answer(What::Fin))?;
+            bed.ingress("eth0", &segment(What::Fin))?;
+            Ok(there)
+        };
+        let first = connect(&bed)?;
+        assert!(SNAT.contains(&first.from.port()), "{first:?}");
+        for again in 0..5 {
+            assert_eq!(connect(&bed)?, first, "{again}");
+        }
+        // Where it is no longer one of those that may be used, another is.
+        let others = *SNAT.end() + 1..=*SNAT.end() + 10;
+        bed.reconciler
+            .maps_mut()
+            .pinned_mut()
+            .write_snat_ports(Some(others.clone()));
+        assert!(others.contains(&connect(&bed)?.from.port()));
+        bed.reconciler.maps_mut().pinned_mut().write_snat_ports(Some(SNAT));
+    }
+    Ok(())
+}
+
+#[test]
 fn a_closed_connection_gives_its_port_to_the_next_where_there_is_no_other() -> Result<()> {
     let mut bed = Bed::new()?;
     bed.serve("there", 20, 30080, &[(bed.pod("n2", false), "n2")]);
