@@ -397,12 +397,12 @@ fn claim_port(skb: Skb, mut work: Work) -> Result<(), DropReason> {
     };
     // A server that still has the last connection from there (TIME_WAIT) takes a SYN for a new one if its sequence number or
     // its timestamp is later (RFC 1122, 4.2.2.13; RFC 6191): those of one client's port are, those of another client need not be.
-    let again = (first..=last).contains(&work.last_port).then_some(work.last_port);
+    let mut again = (first..=last).contains(&work.last_port).then_some(work.last_port);
     for tried in 0..PORTS_TRIED {
         // SAFETY: the helper takes nothing.
         let random = unsafe { bpf_get_prandom_u32() };
         work.entry.src_port = again
-            .filter(|_| tried == 0)
+            .take()
             .or_else(|| select::port(first, last, random))
             .ok_or(DropReason::SnatPortsExhausted)?;
         if listener::hears(skb, work)? {

@@ -691,8 +691,8 @@ fn two_packets_that_begin_one_flow_at_once_go_one_way_and_count_once() -> Result
 #[test]
 fn a_client_that_comes_again_from_its_port_has_the_same_one_behind_the_node() -> Result<()> {
     let mut bed = Bed::new()?;
-    for (v6, last) in [(false, 20), (true, 21)] {
-        bed.serve("there", last, 30080, &[(bed.pod("n2", v6), "n2")]);
+    for v6 in [false, true] {
+        bed.serve("there", 20, 30080, &[(bed.pod("n2", v6), "n2")]);
         // One connection, both of whose sides say that they send no more, from one port every time.
         let connect = |bed: &Bed| -> Result<Sent> {
             let segment = |kind| Sent::new(kind, client(v6, 4000), bed.own(v6, 30080));

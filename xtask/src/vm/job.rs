@@ -28,8 +28,7 @@ const KNOWN: [&str; 9] = [
 /// minutes for it.
 const LEFT_OUT: [&str; 6] = ["bed", "explain", "face", "faults", "inspection", "packet_bytes"];
 
-/// What one of several machines does for all, in turn, unless a filter asks for it: what the agent and the C libraries do with
-/// what the other programs test on each kernel.
+/// What one of several machines does for all, in turn, unless a filter asks for it, to save time.
 const SHARED: [&str; 5] = ["affinity", "demo", "resolvers", "stress", "trace"];
 
 /// How long one program may run, in seconds. One that hangs keeps the others from running no longer.
