@@ -137,7 +137,7 @@ pub fn web_and_dns(
         Some([tcp, udp]) => [web.on_nodes(tcp), dns.on_nodes(udp)],
         None => [web, dns],
     };
-    let text = service(name, &format!("10.96.0.{last},fd00:96::{last}"), &ports, more);
+    let text = service(name, &ips(last), &ports, more);
     let targets = [Port::tcp("web", target[0]), Port::udp("dns", target[1])];
     targets
         .into_iter()
@@ -149,8 +149,22 @@ pub fn web_and_dns(
 #[must_use]
 pub fn web(name: &str, last: u8, node_port: u16, endpoints: &[(IpAddr, &str)], target: u16) -> String {
     let ports = [Port::tcp("web", 80).on_nodes(node_port)];
-    let ips = format!("10.96.0.{last},fd00:96::{last}");
-    service(name, &ips, &ports, "type: NodePort") + &slices(name, Port::tcp("web", target), endpoints)
+    service(name, &ips(last), &ports, "type: NodePort") + &slices(name, Port::tcp("web", target), endpoints)
+}
+
+/// The addresses of a Service of the tests, IPv4 and IPv6, by their last part: its digits are the same in both.
+///
+/// # Panics
+/// Never.
+#[must_use]
+pub fn vips(last: u8) -> [IpAddr; 2] {
+    [format!("10.96.0.{last}"), format!("fd00:96::{last}")].map(|ip| ip.parse().expect("an address"))
+}
+
+/// The same as [`service`] takes them.
+#[must_use]
+pub fn ips(last: u8) -> String {
+    vips(last).map(|ip| ip.to_string()).join(",")
 }
 
 /// EndpointSlices of endpoints of either family or both: one for each family that there is, and one without any endpoint.

@@ -11,7 +11,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use lb_tests::manifests::{Port, service, slices, web_and_dns};
+use lb_tests::manifests::{Port, ips, service, slices, vips, web_and_dns};
 use lb_tests::outside::{Outside, TARGET, of, outer};
 use lb_tests::{Node, Place, Ruleset, Testbed, Underlay, eventually};
 
@@ -51,11 +51,6 @@ fn flannels_rules(all: &str, own: &str, multicast: &str) -> String {
          -A FLANNEL-FWD -d {all} -m comment --comment \"flanneld forward\" -j ACCEPT\n\
          COMMIT\n"
     )
-}
-
-/// The addresses of a Service by their last part.
-fn vips(last: u8) -> Result<[IpAddr; 2]> {
-    Ok([format!("10.96.0.{last}").parse()?, format!("fd00:96::{last}").parse()?])
 }
 
 fn install(node: &Node) -> Result<Ruleset> {
@@ -118,7 +113,7 @@ fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
     {
         let pick = |node: &Node| outer(node)[v6];
         let pod = |pod: &lb_tests::Pod| of(pod)[v6].0;
-        let vip = |(_, last, _): Web| vips(last).map(|both| both[v6]);
+        let vip = |(_, last, _): Web| vips(last)[v6];
         // What the first node sends on to the second has this source.
         let sent_by_n1 = match (underlay, v6) {
             (Underlay::Vxlan, 0) => n1.pod_network().into(),
@@ -144,12 +139,12 @@ fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
             ask(outside.client(), pick(n1), HOST.2, "host", pick(n1))?;
             // Pods whose packets lb translates, by way of their own bridge.
             let ports = [80, 53];
-            ask(&asker, vip(ONE)?, ports, "one", gateway)?;
-            ask(one, vip(ONE)?, ports, "one", gateway)?;
+            ask(&asker, vip(ONE), ports, "one", gateway)?;
+            ask(one, vip(ONE), ports, "one", gateway)?;
             // Up the stack: pods see the pod, and a node sees the node that masquerades.
-            ask(&asker, vip(TWO)?, ports, "two", pod(&asker))?;
-            ask(two, vip(ONE)?, ports, "one", pod(two))?;
-            ask(&asker, vip(HOST)?, ports, "host", pick(n1))?;
+            ask(&asker, vip(TWO), ports, "two", pod(&asker))?;
+            ask(two, vip(ONE), ports, "one", pod(two))?;
+            ask(&asker, vip(HOST), ports, "host", pick(n1))?;
         }
     }
     for (node, before) in [n1, n2].into_iter().zip(rules) {
@@ -183,12 +178,12 @@ fn a_packet_to_services_that_are_each_others_backends_ends() -> Result<()> {
     let mut text = String::new();
     for (name, last, other) in [("this", 31, 32), ("that", 32, 31)] {
         let port = Port::udp("dns", 53);
-        text += &service(name, &format!("10.96.0.{last},fd00:96::{last}"), &[port], "");
-        text += &slices(name, port, &vips(other)?.map(|vip| (vip, "n2")));
+        text += &service(name, &ips(last), &[port], "");
+        text += &slices(name, port, &vips(other).map(|vip| (vip, "n2")));
     }
     outside.write("round.yaml", &text)?;
     let asker = outside.cluster.add_pod("n1", "asker")?;
-    for (ended, vip) in (1..).zip(vips(31)?) {
+    for (ended, vip) in (1..).zip(vips(31)) {
         asker.within(|| -> Result<()> {
             let socket = UdpSocket::bind((if vip.is_ipv4() { "0.0.0.0" } else { "::" }, 0))?;
             socket.send_to(b"round", (vip, 53)).map(drop).context("sending")

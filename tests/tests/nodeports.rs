@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use lb_tests::manifests::{Manifests, web_and_dns};
+use lb_tests::manifests::{Manifests, vips, web_and_dns};
 use lb_tests::puppet::plain;
 use lb_tests::{Answer, Call, Cluster, Kind, Node, Place, Pod, Process, Running, Testbed, patience, pause_after};
 
@@ -431,9 +431,9 @@ fn a_backend_reaches_itself_and_a_node_may_be_one() -> Result<()> {
         ("host2", 32, [30084, 30057]),
     ] {
         for place in [&*near, &*setup.client, &**n1] {
-            for vip in [format!("10.96.0.{last}"), format!("fd00:96::{last}")] {
+            for vip in vips(last) {
                 let from = place.name();
-                assert_eq!(at(place, ip(&vip), [80, 53])?, name(service), "{vip} from {from}");
+                assert_eq!(at(place, vip, [80, 53])?, name(service), "{vip} from {from}");
             }
             for address in both(n1.address(), n1.address6()) {
                 let from = place.name();

@@ -344,8 +344,7 @@ fn what_is_too_long_or_too_old_for_the_way_on_is_told_so() -> Result<()> {
 #[test]
 fn flows_outlive_the_agent() -> Result<()> {
     let mut setup = setup(Underlay::Vxlan)?;
-    let endpoints = of(&setup.pods[1]).map(|(ip, node)| (ip, node.to_owned()));
-    let endpoints: Vec<_> = endpoints.iter().map(|(ip, node)| (*ip, node.as_str())).collect();
+    let endpoints = of(&setup.pods[1]);
     let _echo = bed().serve_with(&setup.pods[1], &["[::]:8081=echo"], &["--echo"])?;
     setup.write("echo.yaml", &manifests::web("echo", 30, 30081, &endpoints, 8081))?;
     let mut streams = Vec::new();
