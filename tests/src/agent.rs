@@ -344,6 +344,23 @@ impl Agent {
         serde_json::from_str(&text).with_context(|| format!("not as expected: {text}"))
     }
 
+    /// Connections and flows that the programs have counted for a Service, at all its ports or at one by its name.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn connections(&self, service: &str, port_name: Option<&str>) -> Result<u64> {
+        #[derive(Deserialize)]
+        struct Row {
+            name: String,
+            port_name: String,
+            connections: u64,
+        }
+        let mut rows: Vec<Row> = self.json(&["service", "list"])?;
+        rows.retain(|row| row.name == service && port_name.is_none_or(|port| row.port_name == port));
+        ensure!(!rows.is_empty(), "no Service {service} with a port {port_name:?}");
+        Ok(rows.iter().map(|row| row.connections).sum())
+    }
+
     /// `lb-agent status`.
     ///
     /// # Errors

@@ -155,13 +155,8 @@ fn unconnected_sockets_see_the_vip_and_stay_with_their_backend() -> Result<()> {
         );
         assert_eq!(socket.ask(to, "still")?, first);
     }
-    let services: Vec<Value> = setup.agent.json(&["service", "list"])?;
-    let flows: u64 = services
-        .iter()
-        .filter(|s| s["name"] == "both" && s["protocol"] == "UDP")
-        .filter_map(|s| s["connections"].as_u64())
-        .sum();
-    assert_eq!(flows, 3, "one for each socket and service: {services:#?}");
+    let flows = setup.agent.connections("both", Some("dns"))?;
+    assert_eq!(flows, 3, "one for each socket and service");
     Ok(())
 }
 

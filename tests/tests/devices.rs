@@ -3,8 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::programs::tc::qdisc_add_clsact;
@@ -12,7 +10,7 @@ use aya::programs::{SchedClassifier, TcAttachType, loaded_links};
 use lb_common::abi::VERSION;
 use lb_stress::Counter;
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Cluster, DeviceStatus, Node, Place, Problem, Running, patience};
+use lb_tests::{Cluster, DeviceStatus, Node, Place, Problem, Running, eventually};
 use serde_json::Value;
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
@@ -103,17 +101,6 @@ fn ensure_bare(node: &Place, device: &str) -> Result<()> {
     let at = at(node, device)?;
     ensure!(at.iter().all(Programs::is_empty), "{device}: {at:?}");
     Ok(())
-}
-
-fn eventually<T>(what: &str, check: impl Fn() -> Result<T>) -> Result<T> {
-    let deadline = Instant::now() + patience(Duration::from_secs(20));
-    loop {
-        match check() {
-            Ok(value) => return Ok(value),
-            Err(error) => ensure!(Instant::now() < deadline, "{what}: {error:#}"),
-        }
-        sleep(Duration::from_millis(50));
-    }
 }
 
 /// Index of a device.

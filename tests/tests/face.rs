@@ -4,13 +4,12 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use lb_tests::http::{Response, get};
 use lb_tests::manifests::{Manifests, Port, service, slice, slice_with_conditions};
-use lb_tests::{Cluster, Connect, Node, Place, Running, Testbed, patience};
+use lb_tests::{Cluster, Connect, Node, Place, Running, Testbed, eventually, patience};
 use prometheus_parse::{Scrape, Value};
 use serde_json::json;
 
@@ -19,18 +18,6 @@ const HEALTHZ: u16 = 10256;
 const METRICS: u16 = 10249;
 /// The health check node port of the tests' Service.
 const CHECK: u16 = 32123;
-
-/// Tries until it works.
-fn eventually<T>(what: &str, check: impl Fn() -> Result<T>) -> Result<T> {
-    let deadline = Instant::now() + patience(Duration::from_secs(20));
-    loop {
-        match check() {
-            Ok(value) => return Ok(value),
-            Err(error) if Instant::now() >= deadline => return Err(error.context(format!("not so: {what}"))),
-            Err(_) => sleep(Duration::from_millis(50)),
-        }
-    }
-}
 
 fn at(ip: impl Into<IpAddr>, port: u16) -> SocketAddr {
     SocketAddr::new(ip.into(), port)

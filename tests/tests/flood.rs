@@ -14,7 +14,6 @@ use lb_tests::outside::{Outside, outer};
 use lb_tests::{Node, Place, Pod, Process, Testbed, Underlay, scaled};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socket};
-use serde_json::Value;
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 /// How many SYNs, in place of a few.
@@ -116,13 +115,6 @@ fn send(socket: &OwnedFd, packet: &[u8]) -> Result<()> {
     }
 }
 
-/// How many flows the agent of the first node counts for a Service.
-fn flows(outside: &Outside, name: &str) -> Result<u64> {
-    let services: Vec<Value> = outside.agents[0].json(&["service", "list"])?;
-    let of_it = services.iter().filter(|row| row["name"] == name);
-    Ok(of_it.filter_map(|row| row["connections"].as_u64()).sum())
-}
-
 /// Addresses of pods that there are not, on a node that tells nobody so. Many: each has a client's port of the first node
 /// for as long as a flow is remembered.
 fn mute(node: &Node) -> Result<Vec<(IpAddr, &str)>> {
@@ -170,7 +162,7 @@ fn connections_live_through_a_flood_of_unanswered_syns() -> Result<()> {
             send(&socket, &syn(sent, macs, to, MUTE))?;
             sent += 1;
         }
-        come = flows(&outside, "mute")?;
+        come = outside.agents[0].connections("mute", None)?;
     }
     let flooded = begun.elapsed();
     sleep(size.idle.saturating_sub(flooded));

@@ -4,8 +4,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::PinPath;
@@ -15,7 +13,7 @@ use lb_common::abi::{Addr, CtEntry, CtKey, FrontendKey, FrontendKind, cluster_fl
 use lb_common::logic::conntrack::other_direction;
 use lb_tests::http::get;
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Agent, Cluster, Node, Running, patience};
+use lb_tests::{Agent, Cluster, Node, Running, eventually};
 use nix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 
@@ -73,16 +71,6 @@ fn node(name: &str, pods: &str, address: &str) -> String {
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
-}
-
-/// Tries until it is so.
-fn eventually(what: &str, check: impl Fn() -> Result<()>) -> Result<()> {
-    let deadline = Instant::now() + patience(Duration::from_secs(20));
-    while let Err(error) = check() {
-        ensure!(Instant::now() < deadline, "not so: {what}: {error:#}");
-        sleep(Duration::from_millis(20));
-    }
-    Ok(())
 }
 
 impl Setup {

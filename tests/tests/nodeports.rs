@@ -9,7 +9,6 @@ use anyhow::{Result, bail, ensure};
 use lb_tests::manifests::{Manifests, vips, web_and_dns};
 use lb_tests::puppet::plain;
 use lb_tests::{Answer, Call, Cluster, Kind, Node, Place, Pod, Process, Running, Testbed, patience, pause_after};
-use serde_json::Value;
 
 const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const EADDRINUSE: i32 = 98;
@@ -133,15 +132,6 @@ impl Setup {
         self.cluster.node("n1")
     }
 
-    /// How many connections (of UDP: sockets that chose a backend) the agent counts, all Services together.
-    fn connections(&self) -> Result<u64> {
-        let services: Vec<Value> = self.agent.json(&["service", "list"])?;
-        Ok(services
-            .iter()
-            .filter_map(|service| service["connections"].as_u64())
-            .sum())
-    }
-
     /// Writes a manifest, and waits until it is applied.
     fn write(&self, name: &str, text: &str) -> Result<()> {
         let before = self.agent.status()?.agent.applies;
@@ -219,12 +209,12 @@ fn node_ports_are_served_on_this_nodes_addresses_and_on_its_loopback() -> Result
     }
     let loopback = ["127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "::"].map(ip);
     for address in loopback {
-        let before = setup.connections()?;
+        let before = setup.agent.connections("web", None)?;
         assert_eq!(answers(n1, address)?, name("far"), "{address} on the node");
         assert_eq!(answers(&setup.client, address)?, None, "{address} in a pod");
         // Those of the node are counted, and only those.
         let counted = ways(address, [WEB, DNS]).len() as u64;
-        assert_eq!(setup.connections()? - before, counted, "{address}");
+        assert_eq!(setup.agent.connections("web", None)? - before, counted, "{address}");
     }
     // A pod's loopback is its own, and another node's ports are that node's.
     let _pod = serve(&setup.client, "pod", &[ip("127.0.0.1"), ip("::1")], [WEB, DNS])?;

@@ -121,15 +121,6 @@ impl Setup {
         [self.client.deref(), self.cluster.node("n1").deref()]
     }
 
-    /// Connections and flows that a service has counted at a port.
-    fn counted(&self, name: &str, port_name: &str) -> Result<u64> {
-        let services: Vec<Value> = self.agent.json(&["service", "list"])?;
-        let rows = services
-            .iter()
-            .filter(|row| row["name"] == name && row["port_name"] == port_name);
-        Ok(rows.filter_map(|row| row["connections"].as_u64()).sum())
-    }
-
     /// A `resolv.conf`.
     fn servers(&self, servers: &[&str], options: &str) -> Result<PathBuf> {
         let path = self.cluster.scratch().join("resolv.conf");
@@ -185,10 +176,10 @@ fn dig_asks_by_udp_and_tcp() -> Result<()> {
         }
     }
     for (port, least) in [("dns", 16), ("dns-tcp", 8)] {
-        let counted = setup.counted("kube-dns", port)?;
+        let counted = setup.agent.connections("kube-dns", Some(port))?;
         ensure!(counted >= least, "{port}: {counted} of {least}");
     }
-    ensure!(setup.counted("other-dns", "dns")? == 0);
+    ensure!(setup.agent.connections("other-dns", Some("dns"))? == 0);
     Ok(())
 }
 
@@ -235,12 +226,15 @@ fn musl_asks_all_servers_at_once_on_one_socket() -> Result<()> {
             (&[DNS[1], OTHER[1]][..], count),
             (&[NOBODY, DNS[0]][..], 0),
         ] {
-            let before = (setup.counted("kube-dns", "dns")?, setup.counted("other-dns", "dns")?);
+            let before = (
+                setup.agent.connections("kube-dns", Some("dns"))?,
+                setup.agent.connections("other-dns", Some("dns"))?,
+            );
             let conf = setup.servers(servers, "timeout:5 attempts:1")?;
             let told = run_resolving(place, &conf, &[&program, NAME, "0", &lookups])?;
             ensure!(told.contains(&format!("asked {count} failed 0")), "{servers:?}: {told}");
-            let asked = setup.counted("kube-dns", "dns")? - before.0;
-            let asked_others = setup.counted("other-dns", "dns")? - before.1;
+            let asked = setup.agent.connections("kube-dns", Some("dns"))? - before.0;
+            let asked_others = setup.agent.connections("other-dns", Some("dns"))? - before.1;
             ensure!(
                 (asked, asked_others) == (count, others),
                 "{} {servers:?}: flows {asked} and {asked_others}, expected {count} and {others}",

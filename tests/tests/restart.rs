@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use lb_agent::loader::OBJECT;
 use lb_common::abi::VERSION;
 use lb_tests::load::{Load, Summary};
-use lb_tests::{Agent, Cluster, Connect, Node, Process, Random, Testbed, patience};
+use lb_tests::{Agent, Cluster, Connect, Node, Process, Random, Testbed, eventually, patience};
 use object::{Object as _, ObjectSection as _};
 use serde_json::{Value, json};
 
@@ -165,11 +165,11 @@ impl Bed {
 
     /// Fails unless connections to the address work, and the programs know of them.
     fn check_serving(&self, service: &Service) -> Result<()> {
-        let before = self.connections(&service.name)?;
+        let before = self.agent.connections(&service.name, None)?;
         let summary = self.connect(service.vip(), 20)?;
         summary.all_well()?;
         check_backends(&summary, &[(service.vip(), &service.backends)])?;
-        let counted = self.connections(&service.name)? - before;
+        let counted = self.agent.connections(&service.name, None)? - before;
         ensure!(counted == 20, "{counted} of 20 connections were counted");
         Ok(())
     }
@@ -182,14 +182,6 @@ impl Bed {
         ensure!(errors == [libc::ENETUNREACH; 5], "{summary:?}");
         ensure!(begin.elapsed() < patience(Duration::from_secs(4)), "not at once");
         Ok(())
-    }
-
-    /// Connections that the programs have counted for a Service's first port.
-    fn connections(&self, service: &str) -> Result<u64> {
-        let list = self.agent.json::<Value>(&["service", "list"])?;
-        let rows = list.as_array().context("no list")?;
-        let row = rows.iter().find(|row| row["name"] == service).context("no row")?;
-        row["connections"].as_u64().context("no number")
     }
 
     /// What the agent's lists say of all service ports.
@@ -303,18 +295,6 @@ fn check_backends(summary: &Summary, wanted: &[(SocketAddr, &[u8])]) -> Result<(
     Ok(())
 }
 
-/// Waits until something is so, for ten seconds at most.
-fn eventually(check: impl Fn() -> Result<()>) -> Result<()> {
-    let deadline = Instant::now() + patience(Duration::from_secs(10));
-    loop {
-        match check() {
-            Err(error) if Instant::now() >= deadline => return Err(error),
-            Err(_) => sleep(Duration::from_millis(20)),
-            Ok(()) => return Ok(()),
-        }
-    }
-}
-
 /// The message of a failure that is wanted.
 fn refusal<T: std::fmt::Debug>(result: Result<T>) -> Result<String> {
     match result {
@@ -404,7 +384,7 @@ fn killed_twenty_times_at_any_moment_and_no_connection_fails() -> Result<()> {
     )?;
     bed.agent.verify()?;
     bed.write(&random_services(&mut random))?;
-    eventually(|| bed.agent.verify())?;
+    eventually("the maps are as they should be", || bed.agent.verify())?;
     ensure!(bed.attached()?.len() == HOOKS, "{:?}", bed.attached()?);
     ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
     Ok(())
@@ -505,7 +485,7 @@ fn manifests_change_while_the_agent_is_down_and_what_stays_is_left_alone() -> Re
             (passed, &[6, 7]),
         ],
     )?;
-    eventually(|| bed.agent.verify())?;
+    eventually("the maps are as they should be", || bed.agent.verify())?;
     bed.check_serving(&keep)?;
     bed.check_serving(&new)?;
     bed.check_gone(gone.vip())?;
@@ -555,7 +535,7 @@ fn manifests_break_while_the_agent_is_down_and_what_was_served_still_is() -> Res
             fs::write(bed.folder.join("service.json"), web.manifests()[0].to_string())?;
         }
         let mut process = bed.agent.start(&[])?;
-        eventually(|| {
+        eventually("it tells what is wrong", || {
             let status = bed.agent.json::<Value>(&["status"])?;
             ensure!(status["agent"]["pid"] == process.id(), "{status}");
             ensure!(status["agent"]["complete"] == false, "{status}");
@@ -646,9 +626,9 @@ fn another_build_takes_over_and_connections_live_on() -> Result<()> {
     ensure!(maps == bed.maps()?, "maps: {maps:?} before, {:?} after", bed.maps()?);
     ensure!(identities == bed.identities()?, "indexes or ids have changed");
     ensure!(
-        bed.connections("web")? == 20 + 50 + summary.connections,
+        bed.agent.connections("web", None)? == 20 + 50 + summary.connections,
         "{} connections are counted",
-        bed.connections("web")?
+        bed.agent.connections("web", None)?
     );
     let held = held.finish()?;
     ensure!((held.held, held.live) == (50, 50), "{held:?}");
@@ -691,7 +671,7 @@ fn stopped_for_good_it_serves_until_the_cleanup() -> Result<()> {
     bed.check_gone(web.vip())?;
     ensure!(!bed.agent.pin_path().exists(), "the pin path is there still");
     // The kernel frees programs in the background.
-    eventually(|| {
+    eventually("the programs are freed", || {
         for (name, (id, _)) in &programs {
             let id = id.to_string();
             ensure!(bpftool(&["prog", "show", "id", &id]).is_err(), "{name} is loaded still");

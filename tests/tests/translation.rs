@@ -22,6 +22,7 @@ use lb_agent::model::{
 };
 use lb_agent::reconcile::Reconciler;
 use lb_common::abi::{Device, DropReason, program_name};
+use lb_tests::manifests::vips;
 use lb_tests::{Cluster, Node, Underlay, scaled};
 
 #[path = "translation/random.rs"]
@@ -308,10 +309,7 @@ impl Bed {
         };
         let service = Service {
             service_type: lb_agent::model::ServiceType::NodePort,
-            cluster_ips: Box::new([
-                IpAddr::from([10, 96, 0, last]),
-                format!("fd00:96::{last}").parse().expect("an address"),
-            ]),
+            cluster_ips: Box::new(vips(last)),
             ports: Box::new([port_of("tcp", Protocol::Tcp), port_of("udp", Protocol::Udp)]),
             ..Service::new(key)
         };
