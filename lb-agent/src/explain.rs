@@ -13,8 +13,8 @@ use lb_common::abi::{
     backend_flags, ip_protocol, service_flags,
 };
 use lb_common::logic::connect::{self, Set};
+use lb_common::logic::ip128::Ip128;
 use lb_common::logic::route::{self, Destination, Tables};
-use lb_common::logic::words::Words;
 use lb_common::logic::{affinity, generation};
 use nix::errno::Errno;
 use serde::Serialize;
@@ -208,7 +208,7 @@ impl Tables for View<'_> {
         self.maps.dump.frontends.get(&key).copied()
     }
 
-    fn is_node_address(&self, addr: Words) -> bool {
+    fn is_node_address(&self, addr: Ip128) -> bool {
         self.maps.node_addrs.contains(&addr.into())
     }
 

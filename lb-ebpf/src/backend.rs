@@ -9,17 +9,17 @@ use lb_common::abi::{
     service_flags,
 };
 use lb_common::logic::connect::{self, Set};
-use lb_common::logic::words::Words;
+use lb_common::logic::ip128::Ip128;
 use lb_common::logic::{affinity, generation, idle, route};
 
 use crate::atomic::Shared;
 use crate::maps::{AFFINITY, BACKEND_SLOTS, BACKENDS, SERVICES};
-use crate::words;
+use crate::volatile;
 
 /// A backend, in registers.
 #[derive(Clone, Copy)]
 pub(crate) struct Choice {
-    pub(crate) addr: Words,
+    pub(crate) addr: Ip128,
     /// Host byte order.
     pub(crate) port: u16,
     pub(crate) backend: u32,
@@ -106,7 +106,7 @@ impl Serving {
         let slot = BACKEND_SLOTS.get(slot).ok_or(DropReason::BadSlot)?;
         Ok(Choice {
             // SAFETY: the reference is to a value of the map, and a published slot is not changed.
-            addr: unsafe { words::load(&raw const slot.addr) },
+            addr: unsafe { volatile::load(&raw const slot.addr) },
             port: slot.port,
             backend: slot.backend,
             generation: slot.generation,
@@ -149,7 +149,7 @@ impl Serving {
         }
         Some(Choice {
             // SAFETY: as above.
-            addr: unsafe { words::load(&raw const (*entry).addr) },
+            addr: unsafe { volatile::load(&raw const (*entry).addr) },
             // SAFETY: as above.
             port: unsafe { (&raw const (*entry).port).read_volatile() },
             backend,
@@ -216,7 +216,7 @@ impl Serving {
 /// Whose connections go to one backend.
 #[derive(Clone, Copy)]
 pub(crate) struct Client {
-    who: Words,
+    who: Ip128,
     /// See [`client_kind`].
     kind: u32,
 }
@@ -226,14 +226,14 @@ impl Client {
     #[inline(always)]
     pub(crate) fn netns(cookie: u64) -> Self {
         Self {
-            who: Words([0, cookie]),
+            who: Ip128([0, cookie]),
             kind: client_kind::NETNS,
         }
     }
 
     /// The source of packets.
     #[inline(always)]
-    pub(crate) fn addr(addr: Words) -> Self {
+    pub(crate) fn addr(addr: Ip128) -> Self {
         Self {
             who: addr,
             kind: client_kind::ADDRESS,

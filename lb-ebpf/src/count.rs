@@ -8,13 +8,13 @@ use aya_ebpf::helpers::{
     generated::bpf_ktime_get_coarse_ns,
 };
 use lb_common::abi::{DropReason, EventKind, ServiceStats};
+use lb_common::logic::ip128::Ip128;
 use lb_common::logic::packet::Packet;
 use lb_common::logic::route::Destination;
-use lb_common::logic::words::Words;
 
 use crate::backend::Choice;
 use crate::maps::{CONFIG, DROPS, EVENTS, STATS};
-use crate::words;
+use crate::volatile;
 
 /// Counts one more of a reason.
 #[inline(always)]
@@ -40,16 +40,16 @@ pub(crate) fn connection(service: u32, connected: bool) {
 }
 
 /// Something that whoever traces wants to know.
-pub(crate) struct Happening {
+pub(crate) struct TraceEvent {
     kind: EventKind,
     to: Destination,
-    backend_addr: Words,
+    backend_addr: Ip128,
     backend_port: u16,
     service: u32,
     reason: u32,
 }
 
-impl Happening {
+impl TraceEvent {
     /// A call was given a backend.
     #[inline(always)]
     pub(crate) fn served(kind: EventKind, to: Destination, service: u32, choice: Choice) -> Self {
@@ -80,7 +80,7 @@ impl Happening {
         Self {
             kind,
             to,
-            backend_addr: Words([0; 2]),
+            backend_addr: Ip128([0; 2]),
             backend_port: 0,
             service,
             reason: reason as u32,
@@ -90,7 +90,7 @@ impl Happening {
 
 /// Writes an event of a socket, if somebody asks for its kind. Costs one load where nobody does.
 #[inline(always)]
-pub(crate) fn event(ctx: *mut c_void, what: &Happening) {
+pub(crate) fn event(ctx: *mut c_void, what: &TraceEvent) {
     if !is_asked_for(what.kind) {
         return;
     }
@@ -100,7 +100,7 @@ pub(crate) fn event(ctx: *mut c_void, what: &Happening) {
             cookie: bpf_get_socket_cookie(ctx),
             netns: bpf_get_netns_cookie(ctx),
             pid: (bpf_get_current_pid_tgid() >> 32) as u32,
-            client: (Words([0; 2]), 0),
+            client: (Ip128([0; 2]), 0),
         }
     };
     write(&whose, what);
@@ -108,7 +108,7 @@ pub(crate) fn event(ctx: *mut c_void, what: &Happening) {
 
 /// The same of a packet.
 #[inline(always)]
-pub(crate) fn packet_event(packet: &Packet, what: &Happening) {
+pub(crate) fn packet_event(packet: &Packet, what: &TraceEvent) {
     if !is_asked_for(what.kind) {
         return;
     }
@@ -126,7 +126,7 @@ struct Whose {
     cookie: u64,
     netns: u64,
     pid: u32,
-    client: (Words, u16),
+    client: (Ip128, u16),
 }
 
 #[inline(always)]
@@ -139,7 +139,7 @@ fn is_asked_for(kind: EventKind) -> bool {
 }
 
 #[inline(always)]
-fn write(whose: &Whose, what: &Happening) {
+fn write(whose: &Whose, what: &TraceEvent) {
     let Some(mut entry) = EVENTS.reserve(0) else {
         return dropped(DropReason::EventLost);
     };
@@ -149,9 +149,9 @@ fn write(whose: &Whose, what: &Happening) {
         (&raw mut (*at).time).write(bpf_ktime_get_coarse_ns());
         (&raw mut (*at).cookie).write(whose.cookie);
         (&raw mut (*at).netns).write(whose.netns);
-        words::store(&raw mut (*at).client, whose.client.0);
-        words::store(&raw mut (*at).addr, what.to.addr);
-        words::store(&raw mut (*at).backend_addr, what.backend_addr);
+        volatile::store(&raw mut (*at).client, whose.client.0);
+        volatile::store(&raw mut (*at).addr, what.to.addr);
+        volatile::store(&raw mut (*at).backend_addr, what.backend_addr);
         (&raw mut (*at).port).write(what.to.port);
         (&raw mut (*at).backend_port).write(what.backend_port);
         (&raw mut (*at).proto).write(what.to.proto);

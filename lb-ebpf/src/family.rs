@@ -4,18 +4,18 @@ use core::ptr;
 
 use aya_ebpf::bindings::bpf_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
+use lb_common::logic::ip128::Ip128;
 use lb_common::logic::route::Destination;
-use lb_common::logic::words::Words;
 
 /// The address fields of a hook's context.
 ///
 /// The verifier takes loads and stores of whole fields only (of IPv6 addresses, of halves as well), hence volatile ones.
 pub(crate) trait Family {
     /// The address that the context holds: destination, or, after the call, peer or source.
-    fn address(at: *const bpf_sock_addr) -> Words;
+    fn address(at: *const bpf_sock_addr) -> Ip128;
 
     /// Replaces it; false (and nothing is changed) where it is not of the family.
-    fn set_address(at: *mut bpf_sock_addr, addr: Words) -> bool;
+    fn set_address(at: *mut bpf_sock_addr, addr: Ip128) -> bool;
 }
 
 /// Hooks that see an IPv4 address.
@@ -23,13 +23,13 @@ pub(crate) struct V4;
 
 impl Family for V4 {
     #[inline(always)]
-    fn address(at: *const bpf_sock_addr) -> Words {
+    fn address(at: *const bpf_sock_addr) -> Ip128 {
         // SAFETY: the verifier checks loads from the context.
-        Words::from_v4(unsafe { ptr::read_volatile(&raw const (*at).user_ip4) })
+        Ip128::from_v4(unsafe { ptr::read_volatile(&raw const (*at).user_ip4) })
     }
 
     #[inline(always)]
-    fn set_address(at: *mut bpf_sock_addr, addr: Words) -> bool {
+    fn set_address(at: *mut bpf_sock_addr, addr: Ip128) -> bool {
         let Some(addr) = addr.to_v4() else { return false };
         // SAFETY: the verifier checks stores to the context.
         unsafe { ptr::write_volatile(&raw mut (*at).user_ip4, addr) };
@@ -42,16 +42,16 @@ pub(crate) struct V6;
 
 impl Family for V6 {
     #[inline(always)]
-    fn address(at: *const bpf_sock_addr) -> Words {
+    fn address(at: *const bpf_sock_addr) -> Ip128 {
         // SAFETY: the verifier checks loads from the context.
         unsafe {
             let at = (&raw const (*at).user_ip6).cast::<u64>();
-            Words([at.read_volatile(), at.add(1).read_volatile()])
+            Ip128([at.read_volatile(), at.add(1).read_volatile()])
         }
     }
 
     #[inline(always)]
-    fn set_address(at: *mut bpf_sock_addr, Words([first, last]): Words) -> bool {
+    fn set_address(at: *mut bpf_sock_addr, Ip128([first, last]): Ip128) -> bool {
         // SAFETY: the verifier checks stores to the context.
         unsafe {
             let at = (&raw mut (*at).user_ip6).cast::<u64>();
@@ -77,7 +77,7 @@ pub(crate) fn destination<F: Family>(ctx: &SockAddrContext) -> Destination {
 
 /// Replaces address and port (host byte order) that the context holds; false where the address is of another family.
 #[inline(always)]
-pub(crate) fn set_destination<F: Family>(ctx: &SockAddrContext, addr: Words, port: u16) -> bool {
+pub(crate) fn set_destination<F: Family>(ctx: &SockAddrContext, addr: Ip128, port: u16) -> bool {
     let at = ctx.sock_addr;
     if !F::set_address(at, addr) {
         return false;

@@ -9,17 +9,17 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::generated::{bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release};
 use lb_common::abi::ip_protocol;
 
-use crate::words;
-use crate::work::step;
+use crate::packet_ctx::step;
+use crate::volatile;
 
 step! {
     /// Whether a socket of this node would get the answers to the packet that its entry makes of it, so that the source
     /// port is not free.
-    pub(crate) fn hears(skb, work) {
-        let packet = work.entry.to();
+    pub(crate) fn hears(skb, ctx) {
+        let packet = ctx.entry.to();
         let mut room = MaybeUninit::<bpf_sock_tuple>::uninit();
         // SAFETY: the kernel's structure is plain data, and all zero bytes is a value of it.
-        let tuple = unsafe { words::zero(&mut room) };
+        let tuple = unsafe { volatile::zero(&mut room) };
         // Of the answer.
         let (sport, dport) = (packet.dst_port.to_be(), packet.src_port.to_be());
         let len = if let (Some(saddr), Some(daddr)) = (packet.dst.to_v4(), packet.src.to_v4()) {
@@ -43,7 +43,7 @@ step! {
         // SAFETY: the context is that of the running program, and the tuple is as long as is said. What is found is
         // released.
         unsafe {
-            let socket = if work.packet.proto == ip_protocol::TCP {
+            let socket = if ctx.packet.proto == ip_protocol::TCP {
                 bpf_sk_lookup_tcp(skb, at, len, BPF_F_CURRENT_NETNS as u64, 0)
             } else {
                 bpf_sk_lookup_udp(skb, at, len, BPF_F_CURRENT_NETNS as u64, 0)

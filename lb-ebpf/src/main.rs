@@ -8,26 +8,26 @@
 )]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
+mod agent_calls;
 mod atomic;
 mod backend;
-mod conntrack;
 mod count;
+mod ct;
 mod family;
-mod flows;
 mod listener;
+mod map_tables;
 mod maps;
 mod mptcp;
+mod packet_ctx;
 mod reject;
 mod send;
 mod skb;
 mod sock;
 mod sock_addr;
 mod sockets;
-mod tables;
 mod tc;
-mod words;
-mod work;
-mod xdp;
+mod udp_dests;
+mod volatile;
 
 /// The kernel side cannot panic: a panic path that survives in the object is a verifier rejection.
 #[cfg(not(test))]

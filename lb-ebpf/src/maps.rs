@@ -9,7 +9,7 @@ use lb_common::abi::{
     FrontendKey, Name, Notice, Service, ServiceStats, SocketRecord, SourceRange, State, UdpFlows, capacity,
 };
 
-use crate::work::Data;
+use crate::packet_ctx::PacketCtx;
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
@@ -80,7 +80,7 @@ pub(crate) static CLUSTER_CIDRS: LpmTrie<Addr, u32, { capacity::CLUSTER_CIDRS as
 
 /// What the packet path works with, one on each CPU. Nobody else's: not pinned.
 #[btf_map]
-pub(crate) static SCRATCH: PerCpuArray<Data, 1> = PerCpuArray::new();
+pub(crate) static SCRATCH: PerCpuArray<PacketCtx, 1> = PerCpuArray::new();
 
 /// Number of slots in SOCKETS, less one. Set by the loader before the programs are loaded.
 #[unsafe(no_mangle)]

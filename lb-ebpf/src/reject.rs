@@ -9,25 +9,25 @@ use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail};
 use lb_common::abi::{DropReason, ip_protocol};
 use lb_common::logic::checksum::Sum;
+use lb_common::logic::ip128::Ip128;
 use lb_common::logic::packet::{Bytes as _, ETHERNET, IPV4, IPV6, Packet, TCP, tcp_flags};
-use lb_common::logic::translation::Answer;
-use lb_common::logic::words::Words;
+use lb_common::logic::translation::RejectWith;
 
 use crate::count;
+use crate::packet_ctx::{CtxRef, step};
 use crate::skb::Skb;
-use crate::work::{Work, step};
 
 /// Time to live of what lb sends itself.
 const TTL: u8 = 64;
 
 /// Type and code of an ICMP error for IPv4 (RFC 792, RFC 1191) or IPv6 (RFC 4443), and the word after its checksum.
 #[inline(always)]
-const fn header(answer: Answer, mtu: u32, is_v4: bool) -> ([u8; 2], u32) {
+const fn header(answer: RejectWith, mtu: u32, is_v4: bool) -> ([u8; 2], u32) {
     match (answer, is_v4) {
-        (Answer::TooBig, true) => ([3, 4], (mtu & 0xffff).to_be()),
-        (Answer::TooBig, false) => ([2, 0], mtu.to_be()),
-        (Answer::TimeExceeded, true) => ([11, 0], 0),
-        (Answer::TimeExceeded, false) => ([3, 0], 0),
+        (RejectWith::TooBig, true) => ([3, 4], (mtu & 0xffff).to_be()),
+        (RejectWith::TooBig, false) => ([2, 0], mtu.to_be()),
+        (RejectWith::TimeExceeded, true) => ([11, 0], 0),
+        (RejectWith::TimeExceeded, false) => ([3, 0], 0),
         // Port unreachable.
         (_, true) => ([3, 3], 0),
         (_, false) => ([1, 4], 0),
@@ -45,8 +45,8 @@ fn is_partial(skb: Skb, at: usize) -> Result<bool, DropReason> {
 
 /// The sum of the header that TCP, UDP and ICMPv6 checksums cover besides the packet (RFC 9293, RFC 8200).
 #[inline(always)]
-fn pseudo_header(from: Words, to: Words, proto: u8, len: u16) -> Sum {
-    let (Words([a, b]), Words([c, d])) = (from, to);
+fn pseudo_header(from: Ip128, to: Ip128, proto: u8, len: u16) -> Sum {
+    let (Ip128([a, b]), Ip128([c, d])) = (from, to);
     let sum = if let (Some(from), Some(to)) = (from.to_v4(), to.to_v4()) {
         Sum::ZERO.add(from).add(to)
     } else {
@@ -57,8 +57,8 @@ fn pseudo_header(from: Words, to: Words, proto: u8, len: u16) -> Sum {
 
 /// Writes the IP header of an answer.
 #[inline(always)]
-fn write_ip(skb: Skb, work: Work, proto: u8, payload: u16) -> Result<(), DropReason> {
-    let (from, to) = (work.packet.dst, work.packet.src);
+fn write_ip(skb: Skb, ctx: CtxRef, proto: u8, payload: u16) -> Result<(), DropReason> {
+    let (from, to) = (ctx.packet.dst, ctx.packet.src);
     if let (Some(from), Some(to)) = (from.to_v4(), to.to_v4()) {
         let len = payload + IPV4 as u16;
         let word = |a: u16, b: u16| {
@@ -78,20 +78,20 @@ fn write_ip(skb: Skb, work: Work, proto: u8, payload: u16) -> Result<(), DropRea
             let [a, b] = sum.checksum().to_ne_bytes();
             [TTL, proto, a, b]
         });
-        return skb.store(work.ip(), &words);
+        return skb.store(ctx.ip(), &words);
     }
     let [a, b] = payload.to_be_bytes();
     let start = u64::from_ne_bytes([0x60, 0, 0, 0, a, b, proto, TTL]);
-    skb.store(work.ip(), &[start, from.0[0], from.0[1], to.0[0], to.0[1]])
+    skb.store(ctx.ip(), &[start, from.0[0], from.0[1], to.0[0], to.0[1]])
 }
 
 /// Sends the answer where the packet came from.
 #[inline(always)]
-fn send_back(skb: Skb, mut work: Work) -> Result<bool, DropReason> {
-    if work.at_egress {
+fn send_back(skb: Skb, mut ctx: CtxRef) -> Result<bool, DropReason> {
+    if ctx.at_egress {
         // To the socket: as if it had come in by the device that the packet was to leave by, whose address the
         // packet's own source is.
-        if work.ip() == ETHERNET {
+        if ctx.ip() == ETHERNET {
             let quarter = |at| skb.word(at).ok_or(DropReason::RewriteFailed);
             let half = |at| skb.half(at).ok_or(DropReason::RewriteFailed);
             let (first, last) = (half(6)?, quarter(8)?);
@@ -99,30 +99,30 @@ fn send_back(skb: Skb, mut work: Work) -> Result<bool, DropReason> {
             skb.store(2, &last)?;
         }
         // SAFETY: plain numbers.
-        work.verdict = unsafe { bpf_redirect(skb.ifindex(), BPF_F_INGRESS.into()) as i32 };
+        ctx.verdict = unsafe { bpf_redirect(skb.ifindex(), BPF_F_INGRESS.into()) as i32 };
         return Ok(true);
     }
-    if work.ip() == ETHERNET {
+    if ctx.ip() == ETHERNET {
         let half = |at| skb.half(at).map(u16::to_be).ok_or(DropReason::RewriteFailed);
         let swapped = [half(6)?, half(8)?, half(10)?, half(0)?, half(2)?, half(4)?];
         skb.store(0, &swapped)?;
     }
     // SAFETY: plain numbers.
-    work.verdict = unsafe { bpf_redirect(skb.ifindex(), 0) as i32 };
+    ctx.verdict = unsafe { bpf_redirect(skb.ifindex(), 0) as i32 };
     Ok(true)
 }
 
 /// Sends the answer, and returns the verdict. Where it cannot be made there is none.
 #[inline(always)]
-pub(crate) fn with(skb: Skb, mut work: Work, answer: Answer) -> i32 {
-    work.answer = answer;
-    let result = if work.packet.is_tcp() && answer == Answer::Refused {
-        reset(skb, work)
+pub(crate) fn with(skb: Skb, mut ctx: CtxRef, answer: RejectWith) -> i32 {
+    ctx.answer = answer;
+    let result = if ctx.packet.is_tcp() && answer == RejectWith::Refused {
+        reset(skb, ctx)
     } else {
-        icmp(skb, work)
+        icmp(skb, ctx)
     };
     match result {
-        Ok(true) => work.verdict,
+        Ok(true) => ctx.verdict,
         Ok(false) => TC_ACT_SHOT,
         Err(reason) => {
             count::dropped(reason);
@@ -133,12 +133,12 @@ pub(crate) fn with(skb: Skb, mut work: Work, answer: Answer) -> i32 {
 
 step! {
     /// Answers a TCP segment with RST (RFC 9293, 3.5.2). False: it gets none.
-    fn reset(skb, work) {
-        let Packet { flags, transport, dst, src, .. } = work.packet;
+    fn reset(skb, ctx) {
+        let Packet { flags, transport, dst, src, .. } = ctx.packet;
         if flags & tcp_flags::RST != 0 {
             return Ok(false);
         }
-        let at = work.transport();
+        let at = ctx.transport();
         let word = |from: usize| skb.word(at + from).map(u32::from_be).ok_or(DropReason::RewriteFailed);
         let (seq, ack) = (word(4)?, word(8)?);
         let header = usize::from(transport);
@@ -155,8 +155,8 @@ step! {
         if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + TCP) as u32, 0) } != 0 {
             return Err(DropReason::RewriteFailed);
         }
-        write_ip(skb, work, ip_protocol::TCP, TCP as u16)?;
-        let ports = work.is().reversed().ports();
+        write_ip(skb, ctx, ip_protocol::TCP, TCP as u16)?;
+        let ports = ctx.is().reversed().ports();
         let start = [ports, seq.to_be(), ack.to_be(), u32::from_ne_bytes([0x50, flags, 0, 0])];
         let sum = pseudo_header(dst, src, ip_protocol::TCP, TCP as u16);
         let checksum = if partial {
@@ -167,20 +167,20 @@ step! {
         let [a, b] = checksum.to_ne_bytes();
         let [p, q, r, s] = start;
         skb.store(at, &[p, q, r, s, u32::from_ne_bytes([a, b, 0, 0])])?;
-        send_back(skb, work)
+        send_back(skb, ctx)
     }
 }
 
 step! {
     /// Answers a packet with an ICMP error that quotes its headers.
-    fn icmp(skb, work) {
-        let Packet { dst, src, .. } = work.packet;
-        let (is_v4, is_tcp) = (work.packet.is_v4(), work.packet.is_tcp());
-        let (answer, mtu) = (work.answer, work.mtu);
-        let ip = work.packet.ip_len();
+    fn icmp(skb, ctx) {
+        let Packet { dst, src, .. } = ctx.packet;
+        let (is_v4, is_tcp) = (ctx.packet.is_v4(), ctx.packet.is_tcp());
+        let (answer, mtu) = (ctx.answer, ctx.mtu);
+        let ip = ctx.packet.ip_len();
         // Of TCP all of its header: where its checksum is left to the device, no less can be.
         let quoted = if is_tcp { TCP } else { 8 };
-        let at = work.transport();
+        let at = ctx.transport();
         let checksum_at = if is_tcp { at + 16 } else { at + 6 };
         let kept = skb.half(checksum_at).ok_or(DropReason::RewriteFailed)?;
         let partial = is_partial(skb, checksum_at)?;
@@ -189,7 +189,7 @@ step! {
         if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + quoted) as u32, 0) } != 0 {
             return Err(DropReason::RewriteFailed);
         }
-        let mut sum = sum_of(skb, work.ip(), ip)?;
+        let mut sum = sum_of(skb, ctx.ip(), ip)?;
         if partial {
             // What the device writes there makes the sum of all from the transport header on, with what stands for the
             // checksum now, zero.
@@ -211,10 +211,10 @@ step! {
             sum = sum.plus(pseudo_header(dst, src, ip_protocol::ICMPV6, len));
             ip_protocol::ICMPV6
         };
-        write_ip(skb, work, proto, len)?;
+        write_ip(skb, ctx, proto, len)?;
         let [c, d] = sum.checksum().to_ne_bytes();
         skb.store(at, &[u32::from_ne_bytes([kind, code, c, d]), rest])?;
-        send_back(skb, work)
+        send_back(skb, ctx)
     }
 }
 

@@ -11,9 +11,9 @@ use aya_ebpf::helpers::generated::{bpf_check_mtu, bpf_fib_lookup as fib_lookup, 
 use lb_common::abi::{DropReason, ip_protocol};
 use lb_common::logic::packet::Packet;
 
+use crate::packet_ctx::step;
 use crate::skb::{MAY_BE_ZERO, Skb};
-use crate::words;
-use crate::work::step;
+use crate::volatile;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -30,12 +30,12 @@ step! {
     ///
     /// # Errors
     /// [`DropReason::NoRoute`]
-    pub(crate) fn route(skb, mut work) {
-        let to = work.entry.to();
-        let (proto, tos) = (work.packet.proto, work.packet.tos);
+    pub(crate) fn route(skb, mut ctx) {
+        let to = ctx.entry.to();
+        let (proto, tos) = (ctx.packet.proto, ctx.packet.tos);
         let mut room = MaybeUninit::<bpf_fib_lookup>::uninit();
         // SAFETY: the kernel's structure is plain data, and all zero bytes is a value of it.
-        let params = unsafe { words::zero(&mut room) };
+        let params = unsafe { volatile::zero(&mut room) };
         params.ifindex = skb.ifindex();
         params.l4_protocol = proto;
         if let (Some(src), Some(dst)) = (to.src.to_v4(), to.dst.to_v4()) {
@@ -61,11 +61,11 @@ step! {
         if !known {
             return Err(DropReason::NoRoute);
         }
-        work.hop.device = params.ifindex;
-        work.hop.neighbour.nh_family = params.family.into();
+        ctx.hop.device = params.ifindex;
+        ctx.hop.neighbour.nh_family = params.family.into();
         // SAFETY: the destination is now that of the next hop, of the family that the parameters say; an IPv4 address is
         // the first of four words.
-        work.hop.neighbour.__bindgen_anon_1.ipv6_nh = unsafe { params.__bindgen_anon_4.ipv6_dst };
+        ctx.hop.neighbour.__bindgen_anon_1.ipv6_nh = unsafe { params.__bindgen_anon_4.ipv6_dst };
         Ok(true)
     }
 }
@@ -117,14 +117,14 @@ step! {
     ///
     /// # Errors
     /// [`DropReason::RewriteFailed`]; the packet is then of no use.
-    pub(crate) fn rewrite(skb, work) {
-        let Packet { proto, ttl, .. } = work.packet;
-        let hop = work.entry.is_hop();
-        let new = work.entry.to();
-        let old = work.is();
+    pub(crate) fn rewrite(skb, ctx) {
+        let Packet { proto, ttl, .. } = ctx.packet;
+        let hop = ctx.entry.is_hop();
+        let new = ctx.entry.to();
+        let old = ctx.is();
         let (addresses, ports) = (old.addresses_to(&new), old.ports_to(&new));
-        let is_v4 = work.packet.is_v4();
-        let (ip, transport) = (work.ip(), work.transport());
+        let is_v4 = ctx.packet.is_v4();
+        let (ip, transport) = (ctx.ip(), ctx.transport());
         let (checksum, flags) = if proto == ip_protocol::UDP {
             (transport + 6, MAY_BE_ZERO)
         } else {

@@ -8,11 +8,11 @@ use aya_ebpf::macros::cgroup_sock;
 use aya_ebpf::programs::SockContext;
 use lb_common::abi::{DropReason, ip_protocol};
 use lb_common::logic::connect;
+use lb_common::logic::ip128::Ip128;
 use lb_common::logic::route::{self, Destination, Tables as _};
-use lb_common::logic::words::Words;
 
-use crate::tables::Maps;
-use crate::{count, flows, mptcp, sockets};
+use crate::map_tables::MapTables;
+use crate::{count, mptcp, sockets, udp_dests};
 
 /// Verdicts of `cgroup_sock` programs.
 const DENY: i32 = 0;
@@ -23,7 +23,7 @@ const ALLOW: i32 = 1;
 pub(crate) fn lb_post_bind4(ctx: SockContext) -> i32 {
     // SAFETY: the verifier checks loads from the context.
     let addr = unsafe { ptr::read_volatile(&raw const (*ctx.sock).src_ip4) };
-    post_bind(&ctx, Words::from_v4(addr))
+    post_bind(&ctx, Ip128::from_v4(addr))
 }
 
 /// The same for IPv6 sockets, those that are bound to a v4-mapped address included.
@@ -33,11 +33,11 @@ pub(crate) fn lb_post_bind6(ctx: SockContext) -> i32 {
         // SAFETY: the verifier checks loads from the context.
         unsafe { ptr::read_volatile(&raw const (*ctx.sock).src_ip6[i]) }
     };
-    post_bind(&ctx, Words::from_quarters([word(0), word(1), word(2), word(3)]))
+    post_bind(&ctx, Ip128::from_quarters([word(0), word(1), word(2), word(3)]))
 }
 
 #[inline(always)]
-fn post_bind(ctx: &SockContext, addr: Words) -> i32 {
+fn post_bind(ctx: &SockContext, addr: Ip128) -> i32 {
     // SAFETY: the verifier checks loads from the context.
     let (port, proto) = unsafe {
         (
@@ -45,7 +45,7 @@ fn post_bind(ctx: &SockContext, addr: Words) -> i32 {
             ptr::read_volatile(&raw const (*ctx.sock).protocol),
         )
     };
-    let maps = Maps { ctx: ctx.as_ptr() };
+    let maps = MapTables { ctx: ctx.as_ptr() };
     let to = Destination {
         addr,
         port: port as u16,
@@ -74,7 +74,7 @@ pub(crate) fn lb_sock_release(ctx: SockContext) -> i32 {
     // SAFETY: the verifier checks loads from the context.
     let protocol = unsafe { ptr::read_volatile(&raw const (*ctx.sock).protocol) };
     if protocol == u32::from(ip_protocol::UDP) {
-        flows::forget(cookie);
+        udp_dests::forget(cookie);
     }
     ALLOW
 }

@@ -9,13 +9,13 @@ use lb_common::logic::connect;
 use lb_common::logic::route::{self, Destination, Tables as _};
 
 use crate::backend::{self, Choice, Client, Serving};
-use crate::count::{self, Happening};
+use crate::count::{self, TraceEvent};
 use crate::family::{Family, V4, V6, destination, set_destination};
-use crate::flows::Flows;
+use crate::map_tables::MapTables;
 use crate::maps::node_only;
 use crate::mptcp;
 use crate::sockets::{self, Connected, Record};
-use crate::tables::Maps;
+use crate::udp_dests::UdpDests;
 
 /// Verdicts of `cgroup_sock_addr` programs.
 const DENY: i32 = 0;
@@ -83,7 +83,7 @@ pub(crate) fn lb_getpeername6(ctx: SockAddrContext) -> i32 {
 
 /// The service that a destination is served by; `None`: no business of this hook's.
 #[inline(always)]
-fn serving(maps: &Maps, to: Destination) -> Result<Option<(u32, Serving)>, Refusal> {
+fn serving(maps: &MapTables, to: Destination) -> Result<Option<(u32, Serving)>, Refusal> {
     if node_only() && !maps.is_on_node() {
         return Ok(None);
     }
@@ -98,7 +98,7 @@ fn serving(maps: &Maps, to: Destination) -> Result<Option<(u32, Serving)>, Refus
 #[inline(always)]
 fn try_connect<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
     let to = destination::<F>(ctx);
-    let maps = Maps { ctx: ctx.as_ptr() };
+    let maps = MapTables { ctx: ctx.as_ptr() };
     let Some((service, serving)) = serving(&maps, to)? else {
         if to.proto == ip_protocol::UDP {
             // It may have been connected to a service before.
@@ -133,7 +133,7 @@ fn try_connect<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
     count::connection(service, true);
     count::event(
         ctx.as_ptr(),
-        &Happening::served(EventKind::Connected, to, service, choice),
+        &TraceEvent::served(EventKind::Connected, to, service, choice),
     );
     Ok(())
 }
@@ -141,7 +141,7 @@ fn try_connect<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
 #[inline(always)]
 fn try_send<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
     let to = destination::<F>(ctx);
-    let maps = Maps { ctx: ctx.as_ptr() };
+    let maps = MapTables { ctx: ctx.as_ptr() };
     let Some((service, serving)) = serving(&maps, to)? else {
         return Ok(());
     };
@@ -153,7 +153,7 @@ fn try_send<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
     if !set_destination::<F>(ctx, choice.addr, choice.port) {
         return Err(refusal(DropReason::BadFamily));
     }
-    count::event(ctx.as_ptr(), &Happening::served(EventKind::Sent, to, service, choice));
+    count::event(ctx.as_ptr(), &TraceEvent::served(EventKind::Sent, to, service, choice));
     Ok(())
 }
 
@@ -167,7 +167,7 @@ fn connected_again(serving: &Serving, cookie: u64, to: Destination) -> Option<Ch
 /// The backend that an unconnected socket has for a destination while that is usable; else a new one, remembered.
 #[inline(always)]
 fn choose_for_flow(
-    maps: &Maps,
+    maps: &MapTables,
     serving: &Serving,
     cookie: u64,
     to: Destination,
@@ -176,14 +176,14 @@ fn choose_for_flow(
     // Not the coarse clock: questions of one millisecond have an order.
     // SAFETY: the helper takes nothing.
     let now = unsafe { bpf_ktime_get_ns() };
-    let old = Flows::of(cookie).and_then(|flows| flows.ask(to, now));
+    let old = UdpDests::of(cookie).and_then(|flows| flows.ask(to, now));
     if let Some(old) = old
         && let Some(choice) = serving.again(old.backend, old.generation)
     {
         return Ok(choice);
     }
     let new = serving.choose(|| Client::netns(maps.netns()))?;
-    let claimed = Flows::of_or_new(cookie)?.claim(to, old, new, service, maps.netns(), now);
+    let claimed = UdpDests::of_or_new(cookie)?.claim(to, old, new, service, maps.netns(), now);
     if claimed.replaced {
         count::dropped(DropReason::UdpFlowReplaced);
     }
@@ -197,7 +197,7 @@ fn received<F: Family>(ctx: &SockAddrContext) {
     let cookie = cookie(ctx);
     let mut asked = Record::of(cookie).and_then(|record| record.original(source));
     if asked.is_none()
-        && let Some(flows) = Flows::of(cookie)
+        && let Some(flows) = UdpDests::of(cookie)
     {
         // Not before: most sockets have no flows, and the clock is dearer than all else here.
         // SAFETY: the helper takes nothing.
@@ -236,7 +236,7 @@ fn verdict(ctx: &SockAddrContext, result: Result<(), Refusal>) -> i32 {
     if service != 0 {
         count::connection(service, false);
     }
-    count::event(ctx.as_ptr(), &Happening::refused(to, service, reason));
+    count::event(ctx.as_ptr(), &TraceEvent::refused(to, service, reason));
     // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
     unsafe { bpf_set_retval(-connect::errno(reason)) };
     DENY

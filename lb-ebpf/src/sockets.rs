@@ -4,14 +4,14 @@
 //! complete sequence twice has seen the fields that belong to it, on every architecture.
 
 use lb_common::abi::{Addr, DropReason, SocketRecord};
+use lb_common::logic::ip128::Ip128;
 use lb_common::logic::record;
 use lb_common::logic::route::Destination;
-use lb_common::logic::words::Words;
 
 use crate::atomic::Shared;
 use crate::backend::Choice;
 use crate::maps::{SOCKETS, SOCKETS_MORE, sockets_mask};
-use crate::words;
+use crate::volatile;
 
 /// A slot of SOCKETS.
 struct Slot(*mut SocketRecord);
@@ -75,8 +75,8 @@ impl Connected {
         unsafe {
             (&raw mut (*at).netns).write_volatile(self.netns);
             (&raw mut (*at).time).write_volatile(self.time);
-            words::store(&raw mut (*at).original_addr, self.original.addr);
-            words::store(&raw mut (*at).backend_addr, self.choice.addr);
+            volatile::store(&raw mut (*at).original_addr, self.original.addr);
+            volatile::store(&raw mut (*at).backend_addr, self.choice.addr);
             (&raw mut (*at).original_port).write_volatile(self.original.port);
             (&raw mut (*at).backend_port).write_volatile(self.choice.port);
             (&raw mut (*at).backend).write_volatile(self.choice.backend);
@@ -181,13 +181,13 @@ impl Record {
 
     /// The destination that the socket asked for, if `peer` is the backend that it was given instead.
     #[inline(always)]
-    pub(crate) fn original(&self, peer: Destination) -> Option<(Words, u16)> {
+    pub(crate) fn original(&self, peer: Destination) -> Option<(Ip128, u16)> {
         let at = self.0;
         // SAFETY: the record is this socket's, and only its own calls write or delete it.
         unsafe {
-            let backend = (words::load(&raw const (*at).backend_addr), (*at).backend_port);
+            let backend = (volatile::load(&raw const (*at).backend_addr), (*at).backend_port);
             record::is_backend((peer.addr, peer.port), backend)
-                .then(|| (words::load(&raw const (*at).original_addr), (*at).original_port))
+                .then(|| (volatile::load(&raw const (*at).original_addr), (*at).original_port))
         }
     }
 
@@ -197,7 +197,7 @@ impl Record {
         let at = self.0;
         // SAFETY: as above.
         unsafe {
-            let original = (words::load(&raw const (*at).original_addr), (*at).original_port);
+            let original = (volatile::load(&raw const (*at).original_addr), (*at).original_port);
             record::is_backend((to.addr, to.port), original).then(|| ((*at).backend, (*at).generation))
         }
     }

@@ -133,7 +133,7 @@ impl Counters {
             connections += maps.stats(index)?.connections;
         }
         // Packets of others that were passed on say nothing of a connection.
-        let passed = |reason: &DropReason| translation::answer(*reason) == translation::Answer::Pass;
+        let passed = |reason: &DropReason| translation::reject_with(*reason) == translation::RejectWith::Pass;
         let drops = DropReason::ALL
             .iter()
             .filter(|reason| !passed(reason))

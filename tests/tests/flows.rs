@@ -10,7 +10,7 @@ use lb_agent::loader::PinPath;
 use lb_agent::maps::bpf::PinnedMaps;
 use lb_agent::maps::flows::{FlowMap, FlowMaps};
 use lb_common::abi::{Addr, CtEntry, CtKey, FrontendKey, FrontendKind, cluster_flags, ct_flags, ct_state, ip_protocol};
-use lb_common::logic::conntrack::other_direction;
+use lb_common::logic::ct::reverse_key;
 use lb_tests::http::get;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{Agent, Cluster, Node, Running, eventually};
@@ -256,8 +256,8 @@ fn flow(n: u8, proto: u8, idle: u64, state: u8) -> Result<[(CtKey, CtEntry); 2]>
     );
     let returned = entry([frontend, client], [30_001, 4000], ct_flags::FORWARD | ct_flags::REPLY);
     Ok([
-        (other_direction(&returned, proto), sent),
-        (other_direction(&sent, proto), returned),
+        (reverse_key(&returned, proto), sent),
+        (reverse_key(&sent, proto), returned),
     ])
 }
 

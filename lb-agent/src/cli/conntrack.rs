@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use lb_common::abi::{CtEntry, CtKey, Name, ct_flags};
-use lb_common::logic::conntrack::{Phase, other_direction};
+use lb_common::logic::ct::{Phase, reverse_key};
 use serde::Serialize;
 
 use super::{ReadArgs, output};
@@ -94,7 +94,7 @@ fn rows(all: &[Direction], answered: bool, names: &BTreeMap<u32, Name>, now: u64
     let by_key: BTreeMap<&CtKey, &CtEntry> = all.iter().map(|(key, entry)| (key, entry)).collect();
     let rows = all.iter().filter_map(|direction| {
         let (key, entry) = direction;
-        let other = by_key.get(&other_direction(entry, key.proto)).copied();
+        let other = by_key.get(&reverse_key(entry, key.proto)).copied();
         let told_with_other = entry.flags & ct_flags::REPLY != 0 && other.is_some();
         (!told_with_other).then(|| row(direction, other, answered, names, now))
     });

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use lb_common::abi::{Addr, FrontendKey, SocketRecord, UdpFlow};
 use lb_common::logic::generation;
-use lb_common::logic::words::Words;
+use lb_common::logic::ip128::Ip128;
 use serde::Serialize;
 
 use super::{ReadArgs, output};
@@ -93,7 +93,7 @@ impl Given {
     /// where what was asked for still leads there.
     fn owner(&self, dump: &Dump) -> Owner {
         let (addr, port) = self.original;
-        let node_port = Words::from(addr).unspecified().into();
+        let node_port = Ip128::from(addr).unspecified().into();
         let leads_there = |addr| {
             let found = dump.frontends.get(&FrontendKey::new(addr, port, self.proto));
             found.is_some_and(|found| found.service == self.service)

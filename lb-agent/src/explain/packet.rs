@@ -7,15 +7,15 @@ use lb_common::abi::{
 };
 use lb_common::logic::connect;
 use lb_common::logic::route::{self, Destination};
-use lb_common::logic::translation::{self, Answer};
+use lb_common::logic::translation::{self, RejectWith};
 
 use super::{Chosen, Explanation, Found, Outcome, Snapshot, Source, View, age, choose, ports_of, why_no_frontend};
 
 /// What a client is told, or not.
 pub(super) fn refused(reason: DropReason, protocol: &str) -> Outcome {
     let (label, why) = (reason.label(), reason.text());
-    match translation::answer(reason) {
-        Answer::Refused => Outcome::Rejected {
+    match translation::reject_with(reason) {
+        RejectWith::Refused => Outcome::Rejected {
             answer: if protocol == "TCP" {
                 "a TCP reset"
             } else {
@@ -24,7 +24,9 @@ pub(super) fn refused(reason: DropReason, protocol: &str) -> Outcome {
             reason: label,
             why,
         },
-        Answer::Pass | Answer::Drop | Answer::TooBig | Answer::TimeExceeded => Outcome::Dropped { reason: label, why },
+        RejectWith::Pass | RejectWith::Drop | RejectWith::TooBig | RejectWith::TimeExceeded => {
+            Outcome::Dropped { reason: label, why }
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use lb_common::abi::{CtEntry, CtKey, ct_flags};
-use lb_common::logic::conntrack::{Phase, Timeouts, other_direction};
+use lb_common::logic::ct::{Phase, Timeouts, reverse_key};
 use lb_common::logic::idle;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tracing::warn;
@@ -248,7 +248,7 @@ fn collect(
         if !idle::is_over(entry.seen, begun, timeouts.shortest()) {
             continue;
         }
-        let other_key = other_direction(entry, key.proto);
+        let other_key = reverse_key(entry, key.proto);
         let other = map.get(&other_key)?;
         let Some(reason) = judge(key.proto, answered, entry, other.as_ref(), timeouts, begun) else {
             continue;

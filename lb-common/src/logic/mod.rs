@@ -1,16 +1,16 @@
-//! The decisions of the data plane: values in, values out. No maps, no clock, no IO.
+//! The decisions of the data plane: pure functions of values, without maps, clock or I/O.
 
 pub mod affinity;
 pub mod checksum;
 pub mod connect;
-pub mod conntrack;
-pub mod flow;
+pub mod ct;
 pub mod generation;
 pub mod idle;
+pub mod ip128;
 pub mod packet;
 pub mod record;
 pub mod route;
 pub mod select;
 pub mod tcp_state;
 pub mod translation;
-pub mod words;
+pub mod udp_dest;

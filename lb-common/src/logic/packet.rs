@@ -1,6 +1,6 @@
 //! What a packet is, as far as Services go.
 
-use super::words::Words;
+use super::ip128::Ip128;
 use crate::abi::{DropReason, ip_protocol};
 
 /// Length of an Ethernet header.
@@ -48,9 +48,9 @@ pub trait Bytes {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Packet {
     /// Source address; v4-mapped where the packet is IPv4.
-    pub src: Words,
+    pub src: Ip128,
     /// Destination address.
-    pub dst: Words,
+    pub dst: Ip128,
     /// Source port, host byte order.
     pub src_port: u16,
     /// Destination port, host byte order.
@@ -146,8 +146,8 @@ fn parse_v4(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
         return Err(Some(DropReason::Fragment));
     }
     let packet = Packet {
-        src: Words::from_v4(bytes.word(link + 12).ok_or(CUT)?),
-        dst: Words::from_v4(bytes.word(link + 16).ok_or(CUT)?),
+        src: Ip128::from_v4(bytes.word(link + 12).ok_or(CUT)?),
+        dst: Ip128::from_v4(bytes.word(link + 16).ok_or(CUT)?),
         src_port: 0,
         dst_port: 0,
         proto,
@@ -175,7 +175,7 @@ fn parse_v6(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
         return Err(CUT);
     }
     let addr = |at: usize| {
-        Some(Words::from_quarters([
+        Some(Ip128::from_quarters([
             bytes.word(at)?,
             bytes.word(at + 4)?,
             bytes.word(at + 8)?,

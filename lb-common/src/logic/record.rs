@@ -1,6 +1,6 @@
 //! The life of a socket record: numbers and comparisons; the atomic operations are the caller's.
 
-use super::words::Words;
+use super::ip128::Ip128;
 
 /// In place of the cookie in a slot that the agent is about to free: no socket has it, and no socket finds the slot free,
 /// so nobody writes there who does not do so already. Readers pass it over.
@@ -41,7 +41,7 @@ pub const fn slot(cookie: u64, mask: u32) -> u32 {
 /// instead.
 #[inline(always)]
 #[must_use]
-pub const fn is_backend(peer: (Words, u16), backend: (Words, u16)) -> bool {
+pub const fn is_backend(peer: (Ip128, u16), backend: (Ip128, u16)) -> bool {
     peer.1 == backend.1 && peer.0.same(backend.0)
 }
 
@@ -66,10 +66,10 @@ mod tests {
 
     #[test]
     fn only_the_backend_is_translated() {
-        let backend = (Words::from_v4(0x0201_0a0a), 8080);
+        let backend = (Ip128::from_v4(0x0201_0a0a), 8080);
         assert!(is_backend(backend, backend));
         assert!(!is_backend((backend.0, 80), backend));
-        assert!(!is_backend((Words::from_v4(0x0301_0a0a), 8080), backend));
+        assert!(!is_backend((Ip128::from_v4(0x0301_0a0a), 8080), backend));
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! Which frontend a destination is: the order of the lookups, for the data plane and for `explain` alike.
 
-use super::words::Words;
+use super::ip128::Ip128;
 use crate::abi::{DropReason, Frontend, FrontendKind, service_flags};
 
 /// A destination as the data plane computes with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Destination {
     /// Address.
-    pub addr: Words,
+    pub addr: Ip128,
     /// Port, host byte order.
     pub port: u16,
     /// IANA protocol number.
@@ -17,7 +17,7 @@ pub struct Destination {
 impl Destination {
     /// Under which the mark of a service address stands.
     #[inline(always)]
-    const fn mark(addr: Words) -> Self {
+    const fn mark(addr: Ip128) -> Self {
         Self {
             addr,
             port: 0,
@@ -40,7 +40,7 @@ pub trait Tables {
     /// The entry of FRONTENDS with this key; port and protocol are zero for the mark of a service address.
     fn frontend(&self, key: Destination) -> Option<Frontend>;
     /// Whether NODE_ADDRS has the address.
-    fn is_node_address(&self, addr: Words) -> bool;
+    fn is_node_address(&self, addr: Ip128) -> bool;
     /// Whether the socket is in the node's network namespace.
     fn is_on_node(&self) -> bool;
 }
@@ -110,7 +110,7 @@ pub fn packet_frontend(tables: &impl Tables, to: Destination) -> Result<Option<F
 
 /// Whether an address is a Service's, and no node's.
 #[inline(always)]
-pub fn is_service_address(tables: &impl Tables, addr: Words) -> bool {
+pub fn is_service_address(tables: &impl Tables, addr: Ip128) -> bool {
     tables.frontend(Destination::mark(addr)).is_some()
 }
 
@@ -129,7 +129,7 @@ pub const fn is_for_sockets(frontend: Frontend, service_flags: u32) -> bool {
 /// cannot be seen here.
 #[inline(always)]
 pub fn binds_node_port(tables: &impl Tables, to: Destination) -> bool {
-    let has = |addr: Words| {
+    let has = |addr: Ip128| {
         let key = Destination { addr, ..to };
         tables
             .frontend(key)
@@ -137,7 +137,7 @@ pub fn binds_node_port(tables: &impl Tables, to: Destination) -> bool {
     };
     let any = to.addr.unspecified();
     if to.addr.same(any) {
-        has(any) || (!any.is_v4() && has(Words::from_v4(0)))
+        has(any) || (!any.is_v4() && has(Ip128::from_v4(0)))
     } else {
         has(any) && (to.addr.is_loopback() || tables.is_node_address(to.addr))
     }
@@ -175,7 +175,7 @@ mod tests {
                 .map(|(_, _, _, service, kind)| Frontend::new(*service, *kind))
         }
 
-        fn is_node_address(&self, addr: Words) -> bool {
+        fn is_node_address(&self, addr: Ip128) -> bool {
             NODE.iter().any(|node| words(node) == addr)
         }
 
@@ -184,7 +184,7 @@ mod tests {
         }
     }
 
-    fn words(addr: &str) -> Words {
+    fn words(addr: &str) -> Ip128 {
         Addr::from(addr.parse::<IpAddr>().unwrap()).into()
     }
 

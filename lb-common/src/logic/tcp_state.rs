@@ -1,5 +1,5 @@
 //! What the segments of a TCP connection say of it. The other half of connection tracking, how long a flow may be idle, is
-//! in [`super::conntrack`].
+//! in [`super::ct`].
 
 use super::packet::tcp_flags;
 use crate::abi::ct_state;
@@ -30,7 +30,7 @@ mod tests {
     extern crate std;
 
     use super::*;
-    use crate::logic::conntrack::Phase;
+    use crate::logic::ct::Phase;
 
     const ACK: u8 = tcp_flags::ACK;
     const FIN: u8 = tcp_flags::FIN | ACK;

@@ -1,17 +1,17 @@
 //! What becomes of the packets of a flow, in both directions.
 
 use super::checksum::Sum;
+use super::ip128::Ip128;
 use super::packet::Packet;
-use super::words::Words;
 use crate::abi::{DropReason, ct_flags};
 
 /// Addresses and ports of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tuple {
     /// Source address.
-    pub src: Words,
+    pub src: Ip128,
     /// Destination address.
-    pub dst: Words,
+    pub dst: Ip128,
     /// Source port, host byte order.
     pub src_port: u16,
     /// Destination port, host byte order.
@@ -48,8 +48,8 @@ impl Tuple {
     #[inline(always)]
     #[must_use]
     pub const fn addresses_to(&self, new: &Self) -> Sum {
-        let (Words([a, b]), Words([c, d])) = (self.src, self.dst);
-        let (Words([e, f]), Words([g, h])) = (new.src, new.dst);
+        let (Ip128([a, b]), Ip128([c, d])) = (self.src, self.dst);
+        let (Ip128([e, f]), Ip128([g, h])) = (new.src, new.dst);
         let old = Sum::ZERO.sub_u64(a).sub_u64(b).sub_u64(c).sub_u64(d);
         old.add_u64(e).add_u64(f).add_u64(g).add_u64(h)
     }
@@ -89,7 +89,7 @@ pub const fn opposite(flags: u16) -> u16 {
 
 /// What a packet that is not translated gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
+pub enum RejectWith {
     /// It goes on as it came.
     Pass,
     /// Silence.
@@ -105,18 +105,18 @@ pub enum Answer {
 /// What a packet gets for a reason.
 #[inline(always)]
 #[must_use]
-pub const fn answer(reason: DropReason) -> Answer {
+pub const fn reject_with(reason: DropReason) -> RejectWith {
     match reason {
-        DropReason::NoEndpoint | DropReason::NoSuchPort | DropReason::BackendGone => Answer::Refused,
-        DropReason::TooBig => Answer::TooBig,
-        DropReason::TtlExceeded => Answer::TimeExceeded,
+        DropReason::NoEndpoint | DropReason::NoSuchPort | DropReason::BackendGone => RejectWith::Refused,
+        DropReason::TooBig => RejectWith::TooBig,
+        DropReason::TtlExceeded => RejectWith::TimeExceeded,
         DropReason::Malformed
         | DropReason::Fragment
         | DropReason::HeaderOptions
         | DropReason::OtherProtocol
         | DropReason::IcmpError
-        | DropReason::Vlan => Answer::Pass,
-        _ => Answer::Drop,
+        | DropReason::Vlan => RejectWith::Pass,
+        _ => RejectWith::Drop,
     }
 }
 

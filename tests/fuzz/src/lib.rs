@@ -9,9 +9,9 @@ use etherparse::{
 };
 use lb_common::abi::{Addr, ip_protocol};
 use lb_common::logic::checksum::Sum;
+use lb_common::logic::ip128::Ip128;
 use lb_common::logic::packet::{self, Bytes, ETHERNET, Packet, tcp_flags};
 use lb_common::logic::translation::Tuple;
-use lb_common::logic::words::Words;
 
 /// How much of a packet the programs read at most.
 const HEADERS: usize = ETHERNET + 40 + 20;
@@ -62,7 +62,7 @@ impl Bytes for Memory<'_> {
     }
 }
 
-fn ip(words: Words) -> IpAddr {
+fn ip(words: Ip128) -> IpAddr {
     IpAddr::from(Addr::from(words)).to_canonical()
 }
 
@@ -258,8 +258,8 @@ fn tail(bytes: &[u8], checksum: usize) -> &[u8] {
     &bytes[checksum + 2..]
 }
 
-fn words(ip: IpAddr) -> Words {
-    Words::from(Addr::from(ip))
+fn words(ip: IpAddr) -> Ip128 {
+    Ip128::from(Addr::from(ip))
 }
 
 /// A packet and what it becomes.
@@ -378,7 +378,7 @@ fn change(bytes: &mut [u8], link: usize, packet: &Packet, new: &Tuple, hop: bool
         }
         replace(bytes, link + 10, header, false);
     } else {
-        let quarters = [new.src, new.dst].map(Words::to_quarters).concat();
+        let quarters = [new.src, new.dst].map(Ip128::to_quarters).concat();
         let octets: Vec<u8> = quarters.into_iter().flat_map(u32::to_ne_bytes).collect();
         store(bytes, link + 8, &octets);
         if hop {

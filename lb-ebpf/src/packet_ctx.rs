@@ -2,7 +2,7 @@
 //!
 //! A step is a global function (`BTF_FUNC_GLOBAL`): the verifier looks at each once and by itself, whoever calls it and
 //! however often, and for a caller its result is any number. Else it would follow every path through all of them, ten times
-//! the work at every start of the agent. All that steps share stands in SCRATCH, since such a function is given nothing
+//! the ctx at every start of the agent. All that steps share stands in SCRATCH, since such a function is given nothing
 //! but numbers and the context.
 
 use core::ops::{Deref, DerefMut};
@@ -13,10 +13,10 @@ use lb_common::abi::{DropReason, Frontend};
 use lb_common::logic::connect::Set;
 use lb_common::logic::packet::Packet;
 use lb_common::logic::route::Destination;
-use lb_common::logic::translation::{Answer, Tuple};
+use lb_common::logic::translation::{RejectWith, Tuple};
 
 use crate::backend::Choice;
-use crate::conntrack::{Entry, Key};
+use crate::ct::{Entry, Key};
 use crate::maps::SCRATCH;
 use crate::send::Hop;
 
@@ -24,7 +24,7 @@ use crate::send::Hop;
 pub(crate) type Result = core::result::Result<bool, DropReason>;
 
 /// A packet, and what came of it so far.
-pub(crate) struct Data {
+pub(crate) struct PacketCtx {
     pub(crate) packet: Packet,
     /// Length of the link layer's header.
     link: u8,
@@ -36,7 +36,7 @@ pub(crate) struct Data {
     /// How long a packet may be, for [`DropReason::TooBig`].
     pub(crate) mtu: u32,
     /// What to answer, where it is refused.
-    pub(crate) answer: Answer,
+    pub(crate) answer: RejectWith,
     /// Why the last step failed, if it did.
     reason: DropReason,
     /// The source port that the client's last flow like this one had behind this node, where it is over; zero else.
@@ -62,7 +62,7 @@ pub(crate) struct Chosen {
     pub(crate) snat: bool,
 }
 
-impl Data {
+impl PacketCtx {
     #[inline(always)]
     pub(crate) const fn destination(&self) -> Destination {
         Destination {
@@ -90,11 +90,11 @@ impl Data {
     }
 }
 
-/// This CPU's [`Data`]. A handle and no reference: each step has its own, and changes what its caller sees.
+/// This CPU's [`PacketCtx`]. A handle and no reference: each step has its own, and changes what its caller sees.
 #[derive(Clone, Copy)]
-pub(crate) struct Work(NonNull<Data>);
+pub(crate) struct CtxRef(NonNull<PacketCtx>);
 
-impl Work {
+impl CtxRef {
     /// The kernel runs one program at a tc hook at a time on a CPU, with softirqs off.
     #[inline(always)]
     fn here() -> Option<Self> {
@@ -104,27 +104,27 @@ impl Work {
     /// Of a packet.
     #[inline(always)]
     pub(crate) fn begin(packet: Packet, link: usize, at_egress: bool) -> Option<Self> {
-        let mut work = Self::here()?;
-        work.packet = packet;
-        work.link = link as u8;
-        work.at_egress = at_egress;
-        work.verdict = TC_ACT_UNSPEC;
-        work.service = 0;
-        work.last_port = 0;
-        work.key = Key::new(&work.is(), packet.proto);
-        Some(work)
+        let mut ctx = Self::here()?;
+        ctx.packet = packet;
+        ctx.link = link as u8;
+        ctx.at_egress = at_egress;
+        ctx.verdict = TC_ACT_UNSPEC;
+        ctx.service = 0;
+        ctx.last_port = 0;
+        ctx.key = Key::new(&ctx.is(), packet.proto);
+        Some(ctx)
     }
 
     /// Does a step; what a global function returns.
     #[inline(always)]
     pub(crate) fn enter(step: impl FnOnce(Self) -> Result) -> u32 {
-        let Some(mut work) = Self::here() else {
+        let Some(mut ctx) = Self::here() else {
             return FAILED;
         };
-        match step(work) {
+        match step(ctx) {
             Ok(result) => result.into(),
             Err(reason) => {
-                work.reason = reason;
+                ctx.reason = reason;
                 FAILED
             }
         }
@@ -143,59 +143,59 @@ impl Work {
 
 const FAILED: u32 = 2;
 
-impl Deref for Work {
-    type Target = Data;
+impl Deref for CtxRef {
+    type Target = PacketCtx;
 
     #[inline(always)]
-    fn deref(&self) -> &Data {
+    fn deref(&self) -> &PacketCtx {
         // SAFETY: a value of the map, of which zero bytes are one. No reference lives on while a step runs: they are of
         // `self`'s life, and steps are given copies.
         unsafe { self.0.as_ref() }
     }
 }
 
-impl DerefMut for Work {
+impl DerefMut for CtxRef {
     #[inline(always)]
-    fn deref_mut(&mut self) -> &mut Data {
+    fn deref_mut(&mut self) -> &mut PacketCtx {
         // SAFETY: as above.
         unsafe { self.0.as_mut() }
     }
 }
 
-/// Makes a step of a function of packet and [`Work`], or of [`Work`] alone: what is not used is not passed, and the
+/// Makes a step of a function of packet and [`CtxRef`], or of [`CtxRef`] alone: what is not used is not passed, and the
 /// verifier would miss it.
 macro_rules! step {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident($skb:ident, $work:pat_param) $body:block) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($skb:ident, $ctx:pat_param) $body:block) => {
         $(#[$doc])*
         #[inline(always)]
-        $vis fn $name(skb: $crate::skb::Skb, work: $crate::work::Work) -> $crate::work::Result {
+        $vis fn $name(skb: $crate::skb::Skb, ctx: $crate::packet_ctx::CtxRef) -> $crate::packet_ctx::Result {
             #[unsafe(export_name = concat!("lb_step_", stringify!($name)))]
             #[inline(never)]
             extern "C" fn $name(skb: *mut aya_ebpf::bindings::__sk_buff) -> u32 {
-                $crate::work::Work::enter(
+                $crate::packet_ctx::CtxRef::enter(
                     #[inline(always)]
-                    |$work| {
+                    |$ctx| {
                         let $skb = $crate::skb::Skb::new(skb);
                         $body
                     },
                 )
             }
-            work.leave($name(skb.as_ptr()))
+            ctx.leave($name(skb.as_ptr()))
         }
     };
-    ($(#[$doc:meta])* $vis:vis fn $name:ident($work:pat_param) $body:block) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($ctx:pat_param) $body:block) => {
         $(#[$doc])*
         #[inline(always)]
-        $vis fn $name(work: $crate::work::Work) -> $crate::work::Result {
+        $vis fn $name(ctx: $crate::packet_ctx::CtxRef) -> $crate::packet_ctx::Result {
             #[unsafe(export_name = concat!("lb_step_", stringify!($name)))]
             #[inline(never)]
             extern "C" fn $name() -> u32 {
-                $crate::work::Work::enter(
+                $crate::packet_ctx::CtxRef::enter(
                     #[inline(always)]
-                    |$work| $body,
+                    |$ctx| $body,
                 )
             }
-            work.leave($name())
+            ctx.leave($name())
         }
     };
 }

@@ -6,16 +6,16 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use lb_common::abi::{CtEntry, CtKey, DropReason, ct_flags};
 use lb_common::logic::connect::Set;
-use lb_common::logic::conntrack::Phase;
+use lb_common::logic::ct::Phase;
 use lb_common::logic::idle;
+use lb_common::logic::ip128::Ip128;
 use lb_common::logic::tcp_state;
 use lb_common::logic::translation::{Tuple, opposite};
-use lb_common::logic::words::Words;
 
 use crate::backend::Choice;
 use crate::maps::{CT, CT_NEW};
-use crate::words;
-use crate::work::{Data, step};
+use crate::packet_ctx::{PacketCtx, step};
+use crate::volatile;
 
 /// A [`CtKey`] in memory: what packets of one direction of a flow are.
 #[repr(C)]
@@ -46,8 +46,8 @@ impl Key {
     #[inline(always)]
     fn tuple(&self) -> Tuple {
         Tuple {
-            src: Words(self.src),
-            dst: Words(self.dst),
+            src: Ip128(self.src),
+            dst: Ip128(self.dst),
             src_port: self.src_port,
             dst_port: self.dst_port,
         }
@@ -110,15 +110,15 @@ impl Entry {
     #[inline(always)]
     pub(crate) fn to(&self) -> Tuple {
         Tuple {
-            src: Words(self.src),
-            dst: Words(self.dst),
+            src: Ip128(self.src),
+            dst: Ip128(self.dst),
             src_port: self.src_port,
             dst_port: self.dst_port,
         }
     }
 
     #[inline(always)]
-    pub(crate) fn set_source(&mut self, addr: Words) {
+    pub(crate) fn set_source(&mut self, addr: Ip128) {
         self.src = addr.0;
     }
 
@@ -179,13 +179,13 @@ impl Entry {
 }
 
 /// The entry of a packet.
-pub(crate) struct Found {
+pub(crate) struct CtLookup {
     at: *mut CtEntry,
     /// It stands in CT_NEW.
     pub(crate) is_new: bool,
 }
 
-impl Found {
+impl CtLookup {
     #[inline(always)]
     pub(crate) fn of(key: &Key) -> Option<Self> {
         if let Some(at) = CT.get_ptr_mut(key.as_key()) {
@@ -200,7 +200,7 @@ impl Found {
         // SAFETY: the pointer is to a value of the map, which is as long and as aligned. What does not change of an entry
         // changes only where the element is used again; who reads that of another flow then sends one packet astray, which
         // no checksum of a connection takes for its own.
-        unsafe { words::copy(self.at.cast::<Entry>(), to) }
+        unsafe { volatile::copy(self.at.cast::<Entry>(), to) }
     }
 
     #[inline(always)]
@@ -249,8 +249,8 @@ pub(crate) fn claim(key: &Key, entry: &Entry) -> bool {
 
 step! {
     /// The same with the direction of the answers. False where answers like those already belong to a flow.
-    pub(crate) fn claim_answers(work) {
-        let Data { key, entry, .. } = &*work;
+    pub(crate) fn claim_answers(ctx) {
+        let PacketCtx { key, entry, .. } = &*ctx;
         let other_key = entry.other_key(key);
         Ok(!is_taken(&other_key) && claim(&other_key, &entry.other(key)))
     }
@@ -259,13 +259,13 @@ step! {
 step! {
     /// Forgets the flow that has the answers which this one would have, if both of its sides have said that they send no
     /// more. One that was reset stays: anybody may have sent that. False where it stays.
-    pub(crate) fn replace_closed(mut work) {
-        let other_key = work.entry.other_key(&work.key);
-        let Some(found) = Found::of(&other_key) else {
+    pub(crate) fn replace_closed(mut ctx) {
+        let other_key = ctx.entry.other_key(&ctx.key);
+        let Some(found) = CtLookup::of(&other_key) else {
             return Ok(true);
         };
-        found.read(&mut work.other);
-        let other = &work.other;
+        found.read(&mut ctx.other);
+        let other = &ctx.other;
         let is_closed = Phase::of(true, [found.state(), other_state(&other_key, other)]) == Phase::Closed;
         if is_closed {
             forget(&other_key, other);
@@ -293,7 +293,7 @@ pub(crate) fn forget_answers(key: &Key, entry: &Entry) {
 /// The state of the other direction; zero where it is not known.
 #[inline(never)]
 pub(crate) fn other_state(key: &Key, entry: &Entry) -> u8 {
-    Found::of(&entry.other_key(key)).map_or(0, |other| other.state())
+    CtLookup::of(&entry.other_key(key)).map_or(0, |other| other.state())
 }
 
 step! {
@@ -301,10 +301,10 @@ step! {
     ///
     /// # Errors
     /// [`DropReason::ConntrackFull`]; both stay where they are.
-    pub(crate) fn establish(mut work) {
-        work.entry.seen = now();
-        work.entry.state = tcp_state::after(work.entry.state, work.packet.flags);
-        let Data { key, entry, .. } = &*work;
+    pub(crate) fn establish(mut ctx) {
+        ctx.entry.seen = now();
+        ctx.entry.state = tcp_state::after(ctx.entry.state, ctx.packet.flags);
+        let PacketCtx { key, entry, .. } = &*ctx;
         let other_key = entry.other_key(key);
         let mut other = entry.other(key);
         if let Some(at) = CT_NEW.get_ptr(other_key.as_key()) {

@@ -6,7 +6,7 @@ use crate::abi::Addr;
 ///
 /// [`Addr`] is what maps hold, readable byte by byte; handled by value it would be taken apart into sixteen registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Words(pub [u64; 2]);
+pub struct Ip128(pub [u64; 2]);
 
 /// A word that has these bytes in memory.
 const fn word(first: u32, last: u32) -> u64 {
@@ -20,7 +20,7 @@ const fn halves(word: u64) -> (u32, u32) {
     (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))
 }
 
-impl Words {
+impl Ip128 {
     const MAPPED: u32 = 0xffff_u32.to_be();
     const LOOPBACK_V4: Self = Self::from_v4(0x7f00_0001_u32.to_be());
     const LOOPBACK_V6: Self = Self([0, word(0, 1_u32.to_be())]);
@@ -108,15 +108,15 @@ impl Words {
     }
 }
 
-impl From<Addr> for Words {
+impl From<Addr> for Ip128 {
     fn from(addr: Addr) -> Self {
         let [a, b, c, d, e, f, g, h, rest @ ..] = addr.bytes;
         Self([u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u64::from_ne_bytes(rest)])
     }
 }
 
-impl From<Words> for Addr {
-    fn from(Words(words): Words) -> Self {
+impl From<Ip128> for Addr {
+    fn from(Ip128(words): Ip128) -> Self {
         let mut bytes = [0; 16];
         for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_ne_bytes());
@@ -133,18 +133,18 @@ mod tests {
 
     #[test]
     fn zero_is_loopback_as_a_destination() {
-        let words = |ip: IpAddr| Words::from(Addr::from(ip));
+        let words = |ip: IpAddr| Ip128::from(Addr::from(ip));
         let (any4, any6) = (words(Ipv4Addr::UNSPECIFIED.into()), words(Ipv6Addr::UNSPECIFIED.into()));
         assert_eq!(any4.or_loopback(), words(Ipv4Addr::LOCALHOST.into()));
         assert_eq!(any6.or_loopback(), words(Ipv6Addr::LOCALHOST.into()));
         assert!(words(Ipv6Addr::LOCALHOST.into()).is_loopback());
         assert_eq!(any4.unspecified(), any4);
         assert_eq!(words(Ipv6Addr::LOCALHOST.into()).unspecified(), any6);
-        let odd = Words::from_quarters([0, 0, 7, 0]);
+        let odd = Ip128::from_quarters([0, 0, 7, 0]);
         assert_eq!(odd.or_loopback(), odd);
         assert_eq!(
-            Words::from_quarters([1, 2, 3, 4]),
-            Addr::from(Words::from_quarters([1, 2, 3, 4])).into()
+            Ip128::from_quarters([1, 2, 3, 4]),
+            Addr::from(Ip128::from_quarters([1, 2, 3, 4])).into()
         );
     }
 
@@ -152,15 +152,15 @@ mod tests {
         #[test]
         fn agrees_with_addr(bytes: [u8; 16], v4: [u8; 4]) {
             let addr = Addr { bytes };
-            prop_assert_eq!(Words::from(addr).to_v4(), addr.to_v4().map(u32::from_ne_bytes));
+            prop_assert_eq!(Ip128::from(addr).to_v4(), addr.to_v4().map(u32::from_ne_bytes));
             let mapped = Addr::from_v4(v4);
-            prop_assert_eq!(Words::from(mapped), Words::from_v4(u32::from_ne_bytes(v4)));
-            prop_assert_eq!(Words::from(mapped).to_v4(), Some(u32::from_ne_bytes(v4)));
-            prop_assert_eq!(Words::from(addr).same(Words::from(mapped)), addr == mapped);
-            prop_assert!(Words::from(addr).same(Words::from(addr)));
-            prop_assert_eq!(Addr::from(Words::from(addr)), addr);
+            prop_assert_eq!(Ip128::from(mapped), Ip128::from_v4(u32::from_ne_bytes(v4)));
+            prop_assert_eq!(Ip128::from(mapped).to_v4(), Some(u32::from_ne_bytes(v4)));
+            prop_assert_eq!(Ip128::from(addr).same(Ip128::from(mapped)), addr == mapped);
+            prop_assert!(Ip128::from(addr).same(Ip128::from(addr)));
+            prop_assert_eq!(Addr::from(Ip128::from(addr)), addr);
             for addr in [addr, mapped] {
-                let (ip, words) = (IpAddr::from(addr), Words::from(addr));
+                let (ip, words) = (IpAddr::from(addr), Ip128::from(addr));
                 prop_assert_eq!(words.is_v4(), ip.is_ipv4());
                 prop_assert_eq!(words.is_loopback(), ip.is_loopback());
                 prop_assert_eq!(words.unspecified().is_v4(), ip.is_ipv4());
@@ -171,7 +171,7 @@ mod tests {
         #[test]
         fn loopback_is_seen(rest: [u8; 3]) {
             let ip = IpAddr::from([127, rest[0], rest[1], rest[2]]);
-            prop_assert!(Words::from(Addr::from(ip)).is_loopback());
+            prop_assert!(Ip128::from(Addr::from(ip)).is_loopback());
         }
     }
 }

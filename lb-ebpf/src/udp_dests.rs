@@ -6,13 +6,13 @@
 use aya_ebpf::bindings::{BPF_NOEXIST, bpf_spin_lock as RawLock};
 use aya_ebpf::helpers::generated::{bpf_spin_lock, bpf_spin_unlock};
 use lb_common::abi::{Addr, DropReason, FLOWS_PER_SOCKET, UdpFlow, UdpFlows, bpf_spin_lock as Lock};
-use lb_common::logic::flow;
+use lb_common::logic::ip128::Ip128;
 use lb_common::logic::route::Destination;
-use lb_common::logic::words::Words;
+use lb_common::logic::udp_dest;
 
 use crate::backend::Choice;
 use crate::maps::UDP_FLOWS;
-use crate::words;
+use crate::volatile;
 
 static EMPTY: UdpFlows = UdpFlows {
     lock: Lock { val: 0 },
@@ -33,10 +33,10 @@ static EMPTY: UdpFlows = UdpFlows {
 };
 
 /// The flows of one socket.
-pub(crate) struct Flows(*mut UdpFlows);
+pub(crate) struct UdpDests(*mut UdpFlows);
 
 /// The same, locked.
-struct Locked<'a>(&'a Flows);
+struct Locked<'a>(&'a UdpDests);
 
 /// What became of a choice.
 pub(crate) struct Claimed {
@@ -46,7 +46,7 @@ pub(crate) struct Claimed {
     pub(crate) replaced: bool,
 }
 
-impl Flows {
+impl UdpDests {
     /// The flows of a socket, if it has any.
     #[inline(always)]
     pub(crate) fn of(cookie: u64) -> Option<Self> {
@@ -124,8 +124,8 @@ impl Flows {
                 }
             }
             let replaced = !known && (&raw const (*place).vip_port).read_volatile() != 0;
-            words::store(&raw mut (*place).vip, to.addr);
-            words::store(&raw mut (*place).backend_addr, new.addr);
+            volatile::store(&raw mut (*place).vip, to.addr);
+            volatile::store(&raw mut (*place).backend_addr, new.addr);
             (&raw mut (*place).vip_port).write_volatile(to.port);
             (&raw mut (*place).backend_port).write_volatile(new.port);
             (&raw mut (*place).backend).write_volatile(new.backend);
@@ -140,7 +140,7 @@ impl Flows {
 
     /// The destination that a datagram from `source` answers.
     #[inline(always)]
-    pub(crate) fn answer(&self, source: Destination, now: u64) -> Option<(Words, u16)> {
+    pub(crate) fn answer(&self, source: Destination, now: u64) -> Option<(Ip128, u16)> {
         let locked = self.lock();
         let mut best: Option<*mut UdpFlow> = None;
         let mut best_claim = 0;
@@ -148,10 +148,10 @@ impl Flows {
             // SAFETY: the entry is locked.
             unsafe {
                 let port = (&raw const (*flow).backend_port).read_volatile();
-                if port == source.port && words::load(&raw const (*flow).backend_addr).same(source.addr) {
+                if port == source.port && volatile::load(&raw const (*flow).backend_addr).same(source.addr) {
                     let asked = (&raw const (*flow).asked).read_volatile();
                     let unanswered = (&raw const (*flow).unanswered).read_volatile();
-                    let claim = flow::claim(asked, unanswered, now);
+                    let claim = udp_dest::claim(asked, unanswered, now);
                     if claim >= best_claim {
                         best_claim = claim;
                         best = Some(flow);
@@ -169,7 +169,7 @@ impl Flows {
                 (&raw mut (*flow).asked).write_volatile(now);
             }
             Some((
-                words::load(&raw const (*flow).vip),
+                volatile::load(&raw const (*flow).vip),
                 (&raw const (*flow).vip_port).read_volatile(),
             ))
         }
@@ -202,7 +202,7 @@ impl Drop for Locked<'_> {
     #[inline(always)]
     fn drop(&mut self) {
         let at = self.0.0;
-        // SAFETY: it was locked by `Flows::lock`.
+        // SAFETY: it was locked by `UdpDests::lock`.
         unsafe { bpf_spin_unlock((&raw mut (*at).lock).cast::<RawLock>()) };
     }
 }
@@ -212,7 +212,9 @@ impl Drop for Locked<'_> {
 #[inline(always)]
 unsafe fn is_to(at: *const UdpFlow, to: Destination) -> bool {
     // SAFETY: see above.
-    unsafe { (&raw const (*at).vip_port).read_volatile() == to.port && words::load(&raw const (*at).vip).same(to.addr) }
+    unsafe {
+        (&raw const (*at).vip_port).read_volatile() == to.port && volatile::load(&raw const (*at).vip).same(to.addr)
+    }
 }
 
 /// # Safety
@@ -222,7 +224,7 @@ unsafe fn choice(at: *const UdpFlow) -> Choice {
     // SAFETY: see above.
     unsafe {
         Choice {
-            addr: words::load(&raw const (*at).backend_addr),
+            addr: volatile::load(&raw const (*at).backend_addr),
             port: (&raw const (*at).backend_port).read_volatile(),
             backend: (&raw const (*at).backend).read_volatile(),
             generation: (&raw const (*at).generation).read_volatile(),
@@ -240,10 +242,10 @@ unsafe fn note_question(at: *mut UdpFlow, now: u64) {
     unsafe {
         let before = (&raw const (*at).asked).read_volatile();
         let unanswered = (&raw const (*at).unanswered).read_volatile();
-        if unanswered == 0 || now.saturating_sub(before) >= flow::PATIENCE {
+        if unanswered == 0 || now.saturating_sub(before) >= udp_dest::PATIENCE {
             (&raw mut (*at).asked).write_volatile(now);
         }
-        (&raw mut (*at).unanswered).write_volatile(flow::asked(unanswered, before, now));
+        (&raw mut (*at).unanswered).write_volatile(udp_dest::asked(unanswered, before, now));
     }
 }
 

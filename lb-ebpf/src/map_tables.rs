@@ -5,19 +5,19 @@ use core::ptr;
 
 use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
 use lb_common::abi::Frontend;
+use lb_common::logic::ip128::Ip128;
 use lb_common::logic::route::{Destination, Tables};
-use lb_common::logic::words::Words;
 
 use crate::maps::{FRONTENDS, NODE_ADDRS, node_netns};
-use crate::words::{AddrKey, Key};
+use crate::volatile::{AddrKey, Key};
 
 /// FRONTENDS and NODE_ADDRS, and the socket of a program's context.
-pub(crate) struct Maps {
+pub(crate) struct MapTables {
     /// The context of the running program.
     pub(crate) ctx: *mut c_void,
 }
 
-impl Maps {
+impl MapTables {
     /// The cookie of the socket's network namespace.
     #[inline(always)]
     pub(crate) fn netns(&self) -> u64 {
@@ -26,7 +26,7 @@ impl Maps {
     }
 }
 
-impl Tables for Maps {
+impl Tables for MapTables {
     #[inline(always)]
     fn frontend(&self, key: Destination) -> Option<Frontend> {
         let value = FRONTENDS.get_ptr(Key::of(key).as_key())?;
@@ -35,7 +35,7 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn is_node_address(&self, addr: Words) -> bool {
+    fn is_node_address(&self, addr: Ip128) -> bool {
         NODE_ADDRS.get_ptr(AddrKey::of(addr).as_key()).is_some()
     }
 

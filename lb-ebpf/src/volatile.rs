@@ -4,18 +4,18 @@
 use core::mem::MaybeUninit;
 
 use lb_common::abi::{Addr, FrontendKey};
+use lb_common::logic::ip128::Ip128;
 use lb_common::logic::route::Destination;
-use lb_common::logic::words::Words;
 
 /// Reads an address.
 ///
 /// # Safety
 /// `at` must be valid for reads and aligned to 8 bytes, as all addresses in map values are.
 #[inline(always)]
-pub(crate) unsafe fn load(at: *const Addr) -> Words {
+pub(crate) unsafe fn load(at: *const Addr) -> Ip128 {
     let at = at.cast::<u64>();
     // SAFETY: an `Addr` is two words; see above.
-    unsafe { Words([at.read_volatile(), at.add(1).read_volatile()]) }
+    unsafe { Ip128([at.read_volatile(), at.add(1).read_volatile()]) }
 }
 
 /// Writes an address.
@@ -23,7 +23,7 @@ pub(crate) unsafe fn load(at: *const Addr) -> Words {
 /// # Safety
 /// `at` must be valid for writes and aligned to 8 bytes.
 #[inline(always)]
-pub(crate) unsafe fn store(at: *mut Addr, Words([first, last]): Words) {
+pub(crate) unsafe fn store(at: *mut Addr, Ip128([first, last]): Ip128) {
     let at = at.cast::<u64>();
     // SAFETY: an `Addr` is two words; see above.
     unsafe {
@@ -98,7 +98,7 @@ pub(crate) struct AddrKey([u64; 2]);
 
 impl AddrKey {
     #[inline(always)]
-    pub(crate) fn of(addr: Words) -> Self {
+    pub(crate) fn of(addr: Ip128) -> Self {
         Self(addr.0)
     }
 

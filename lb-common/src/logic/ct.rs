@@ -112,7 +112,7 @@ impl Phase {
 
 /// The key of the other direction: the reverse of what packets of this one become.
 #[must_use]
-pub fn other_direction(entry: &CtEntry, proto: u8) -> CtKey {
+pub fn reverse_key(entry: &CtEntry, proto: u8) -> CtKey {
     let becomes = Tuple {
         src: entry.src.into(),
         dst: entry.dst.into(),
@@ -208,7 +208,7 @@ mod tests {
         // The client 1 asks the frontend 2; the node 3 sends that to the backend 4.
         let (asked, sent) = (key(1, 1000, 2, 80), key(3, 61_000, 4, 8080));
         let (answered, returned) = (key(4, 8080, 3, 61_000), key(2, 80, 1, 1000));
-        assert_eq!(other_direction(&becomes(sent), 6), answered);
-        assert_eq!(other_direction(&becomes(returned), 6), asked);
+        assert_eq!(reverse_key(&becomes(sent), 6), answered);
+        assert_eq!(reverse_key(&becomes(returned), 6), asked);
     }
 }
