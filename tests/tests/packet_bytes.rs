@@ -4,10 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
+use lb_packet_checks as checks;
 use lb_tests::{Random, scaled};
-
-#[path = "../fuzz/src/lib.rs"]
-pub mod checks;
 
 /// Checks the inputs of a target, and as many that come of them by a few changed bytes.
 fn check(target: &str, check: fn(&[u8]), changed: u64) -> Result<()> {

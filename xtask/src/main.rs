@@ -12,7 +12,6 @@ mod libtest;
 mod plan;
 mod privilege;
 mod probe;
-mod road;
 mod run;
 mod setup;
 mod stress;

@@ -1,7 +1,8 @@
 //! What is to be done to make the toolchain and the test programs present, decided from a description of the machine.
 
+use lb_ebpf_build::toolchain::{EbpfToolchain, LINKED};
+
 use crate::command::Line;
-use crate::road::{LINKED, Road};
 
 /// Version of bpf-linker that is installed.
 const LINKER_VERSION: &str = "0.13.0";
@@ -118,8 +119,8 @@ pub(crate) const COMPILER_OF_C: Tool = Tool {
 /// A machine.
 #[derive(Debug, Clone)]
 pub(crate) struct Host {
-    /// The road that the build of the eBPF object would take now.
-    pub(crate) road: Option<Road>,
+    /// The toolchain that a build of the eBPF object would use now.
+    pub(crate) toolchain: Option<EbpfToolchain>,
     /// There is a rustup.
     pub(crate) rustup: bool,
     /// Debian's compiler with `core` for eBPF is in /usr.
@@ -201,10 +202,10 @@ impl Action {
 /// What to do, in order; or, where that cannot all be done from here, what a person has to see to, a line each.
 pub(crate) fn plan(host: &Host) -> Result<Vec<Action>, Vec<String>> {
     let mut by_hand = Vec::new();
-    if host.road.is_none() && !host.rustup {
+    if host.toolchain.is_none() && !host.rustup {
         by_hand.push("rustup is missing: see https://rustup.rs".to_owned());
     }
-    if host.road.is_none() && !host.apt {
+    if host.toolchain.is_none() && !host.apt {
         by_hand.push(NIGHTLY.to_owned());
     }
     if !host.apt && !host.missing.is_empty() {
@@ -221,8 +222,8 @@ pub(crate) fn plan(host: &Host) -> Result<Vec<Action>, Vec<String>> {
 
 /// What xtask can do itself, in order.
 fn actions(host: &Host) -> Vec<Action> {
-    let debian_compiler = host.apt && host.road.is_none();
-    let debian_linker = host.apt && !matches!(host.road, Some(Road::Nightly(_)));
+    let debian_compiler = host.apt && host.toolchain.is_none();
+    let debian_linker = host.apt && !matches!(host.toolchain, Some(EbpfToolchain::Nightly(_)));
     let mut packages = Vec::new();
     if debian_compiler && !host.compiler {
         packages.extend(COMPILER);
@@ -258,7 +259,7 @@ mod tests {
 
     fn debian() -> Host {
         Host {
-            road: Some(Road::Linked("/usr".into())),
+            toolchain: Some(EbpfToolchain::Linked("/usr".into())),
             rustup: true,
             compiler: true,
             linker: true,
@@ -271,10 +272,10 @@ mod tests {
     #[test]
     fn nothing_missing_nothing_done() {
         assert_eq!(plan(&debian()), Ok(Vec::new()));
-        let nightly = Some(Road::Nightly("/n".into()));
+        let nightly = Some(EbpfToolchain::Nightly("/n".into()));
         assert_eq!(
             plan(&Host {
-                road: nightly,
+                toolchain: nightly,
                 apt: false,
                 ..debian()
             }),
@@ -285,7 +286,7 @@ mod tests {
     #[test]
     fn bare_debian_gets_everything_in_order() {
         let host = Host {
-            road: None,
+            toolchain: None,
             compiler: false,
             linker: false,
             missing: TOOLS.to_vec(),
@@ -309,13 +310,19 @@ mod tests {
 
     #[test]
     fn compiler_without_link_is_linked_only() {
-        assert_eq!(plan(&Host { road: None, ..debian() }), Ok(vec![Action::Link]));
+        assert_eq!(
+            plan(&Host {
+                toolchain: None,
+                ..debian()
+            }),
+            Ok(vec![Action::Link])
+        );
     }
 
     #[test]
     fn nightly_builds_the_linker_with_its_own_llvm() {
         let host = Host {
-            road: Some(Road::Nightly("/n".into())),
+            toolchain: Some(EbpfToolchain::Nightly("/n".into())),
             linker: false,
             ..debian()
         };
@@ -325,7 +332,7 @@ mod tests {
     #[test]
     fn elsewhere_a_person_is_told() {
         let host = Host {
-            road: None,
+            toolchain: None,
             compiler: false,
             linker: false,
             missing: vec![TOOLS[4]],
@@ -342,7 +349,7 @@ mod tests {
             ]
         );
         let told = plan(&Host {
-            road: None,
+            toolchain: None,
             rustup: false,
             ..debian()
         })

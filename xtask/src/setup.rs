@@ -8,12 +8,12 @@ use std::process::ExitCode;
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail};
+use lb_ebpf_build::toolchain::{self, EbpfToolchain};
 
 use crate::command::{Line, clean_command};
 use crate::kubernetes;
 use crate::plan::{Action, COMPILER_OF_C, Host, MACHINE_TOOLS, NIGHTLY, TOOLS, Tool, plan};
 use crate::privilege::{is_root, search_path};
-use crate::road::{self, Road};
 use crate::root;
 use crate::vm;
 
@@ -147,11 +147,11 @@ fn packages_known(names: &[&'static str]) -> anyhow::Result<bool> {
 
 /// Looks at this machine.
 fn look(scope: Scope) -> Host {
-    let road = road::rustup_home().and_then(|home| road::choose(&home));
-    let linker = match (&road, road::linker()) {
+    let found = toolchain::rustup_home().and_then(|home| toolchain::choose(&home));
+    let linker = match (&found, toolchain::linker()) {
         (_, None) => false,
-        (Some(Road::Linked(toolchain)), Some(linker)) => links(toolchain, &linker),
-        (Some(Road::Nightly(_)) | None, Some(_)) => true,
+        (Some(EbpfToolchain::Linked(dir)), Some(linker)) => links(dir, &linker),
+        (Some(EbpfToolchain::Nightly(_)) | None, Some(_)) => true,
     };
     let (tools, machine_tools) = match scope {
         Scope::Build => (&[][..], &[][..]),
@@ -159,9 +159,9 @@ fn look(scope: Scope) -> Host {
         Scope::Machines => (&TOOLS[..], &MACHINE_TOOLS[..]),
     };
     Host {
-        road,
+        toolchain: found,
         rustup: has("rustup"),
-        compiler: road::has_core(Path::new("/usr")),
+        compiler: toolchain::has_core(Path::new("/usr")),
         linker,
         missing: tools
             .iter()
@@ -227,13 +227,13 @@ fn try_link(dir: &Path, linker: &Path) -> anyhow::Result<()> {
     let output = clean_command("rustup")
         .args([
             "run",
-            road::LINKED,
+            toolchain::LINKED,
             "rustc",
             "--edition",
             "2024",
             "-O",
             "--target",
-            road::TARGET,
+            toolchain::TARGET,
         ])
         .args([
             OsStr::new("-C"),

@@ -1,4 +1,4 @@
 #![no_main]
-#![doc = "See `lb_fuzz::parse`."]
+#![doc = "See `lb_packet_checks::parse`."]
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| lb_fuzz::parse(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| lb_packet_checks::parse(input));
