@@ -10,9 +10,9 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, bail, ensure};
 use cargo_metadata::{Message, Metadata, MetadataCommand, Package, PackageId, TargetKind};
 
-use crate::bed::Programs;
 use crate::command::cargo;
-use crate::root;
+use crate::testbed::Programs;
+use crate::workspace::root;
 
 /// The program of the agent.
 const AGENT: &str = "lb-agent";

@@ -10,8 +10,8 @@ use clap::Subcommand;
 use crate::artifacts::build_bench;
 use crate::kubernetes;
 use crate::privilege::{as_root, search_path};
-use crate::root;
 use crate::setup::{self, Scope};
+use crate::workspace::root;
 
 /// Arguments of `bench`.
 #[derive(Debug, clap::Args)]

@@ -7,7 +7,7 @@ use std::process::{self, Stdio};
 
 use anyhow::{Context as _, bail};
 
-use crate::root;
+use crate::workspace::root;
 
 /// A command line.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,9 +8,9 @@ use anyhow::{Context as _, bail};
 use clap::ValueEnum;
 
 use crate::command::{cargo, clean_command};
-use crate::root;
 use crate::setup::{self, Scope};
 use crate::test::{self, Long};
+use crate::workspace::root;
 
 /// The longest packet: one of Ethernet, with something to spare.
 const LONGEST: &str = "-max_len=1600";

@@ -21,8 +21,8 @@ use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
 use crate::artifacts::{build_agent_for_image, package};
-use crate::root;
 use crate::setup::{self, Scope};
+use crate::workspace::root;
 
 /// The name of the image without its tag. Without a registry: it is imported by every node.
 const NAME: &str = "localhost/lb-agent";

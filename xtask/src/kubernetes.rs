@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::command::clean_command;
 use crate::privilege::search_path;
-use crate::root;
+use crate::workspace::root;
 
 /// Where Go installs itself by its own instructions.
 const GO_FOLDER: &str = "/usr/local/go/bin";

@@ -2,23 +2,23 @@
 //! clean`.
 
 mod artifacts;
-mod bed;
 mod bench;
 mod command;
 mod fuzz;
 mod image;
+mod kernel_support;
+mod kernels;
 mod kubernetes;
 mod libtest;
-mod plan;
 mod privilege;
-mod probe;
 mod run;
 mod setup;
 mod stress;
 mod test;
+mod testbed;
 mod vm;
+mod workspace;
 
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -68,10 +68,4 @@ fn main() -> ExitCode {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE
     })
-}
-
-/// The folder of the workspace.
-fn root() -> PathBuf {
-    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
-    package.parent().unwrap_or(package).to_path_buf()
 }

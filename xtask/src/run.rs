@@ -1,6 +1,5 @@
 //! `run` and `clean`.
 
-use std::env;
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -9,10 +8,11 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, bail};
 
 use crate::artifacts::build_release;
-use crate::bed::{self, Programs};
 use crate::privilege::{as_root, is_root, search_path};
 use crate::setup::{self, Scope};
+use crate::testbed::{self, Programs};
 use crate::vm::{self, Job};
+use crate::workspace::current_program;
 
 /// Arguments of `run`.
 #[derive(Debug, clap::Args)]
@@ -41,7 +41,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             agent: agent.clone(),
             testbed: testbed.clone(),
         };
-        bed::demo(&programs, args.check)?;
+        testbed::demo(&programs, args.check)?;
         return Ok(ExitCode::SUCCESS);
     }
     if !args.vm.is_empty() {
@@ -107,20 +107,13 @@ fn demo_command(programs: &Programs, check: bool) -> anyhow::Result<Command> {
 
 /// This program as root.
 fn myself_as_root(what: &str) -> anyhow::Result<Command> {
-    as_root(&myself()?, &[("PATH", search_path())], what)
-}
-
-/// The path of this program. The build of all tests may have put a new one there, and the kernel marks the old one.
-pub(crate) fn myself() -> anyhow::Result<PathBuf> {
-    let path = env::current_exe().context("cannot tell where this program is")?;
-    let replaced = path.to_str().and_then(|path| path.strip_suffix(" (deleted)"));
-    Ok(replaced.map_or_else(|| path.clone(), PathBuf::from))
+    as_root(&current_program()?, &[("PATH", search_path())], what)
 }
 
 /// Removes what interrupted tests left, as root.
 pub(crate) fn clean_as_root() -> anyhow::Result<()> {
     if is_root() {
-        for line in bed::remove_leftovers()? {
+        for line in testbed::remove_leftovers()? {
             println!("removed {line}");
         }
         return Ok(());

@@ -1,5 +1,7 @@
 //! `setup`: makes the toolchain and the test programs present.
 
+mod plan;
+
 use std::env;
 use std::ffi::OsStr;
 use std::fs;
@@ -10,12 +12,12 @@ use std::time::{Duration, UNIX_EPOCH};
 use anyhow::{Context as _, bail};
 use lb_ebpf_build::toolchain::{self, EbpfToolchain};
 
+use self::plan::{Action, COMPILER_OF_C, Host, MACHINE_TOOLS, NIGHTLY, TOOLS, Tool, plan};
 use crate::command::{Line, clean_command};
+use crate::kernels;
 use crate::kubernetes;
-use crate::plan::{Action, COMPILER_OF_C, Host, MACHINE_TOOLS, NIGHTLY, TOOLS, Tool, plan};
 use crate::privilege::{is_root, search_path};
-use crate::root;
-use crate::vm;
+use crate::workspace::root;
 
 /// Arguments of `setup`.
 #[derive(Debug, clap::Args)]
@@ -58,7 +60,7 @@ pub(crate) fn install(args: &Args) -> anyhow::Result<ExitCode> {
     }
     let ready = run(Scope::of(&args.vm))?;
     if ready == ExitCode::SUCCESS {
-        vm::get_kernels(&args.vm)?;
+        kernels::fetch_missing(&args.vm)?;
         if args.kubernetes {
             kubernetes::build()?;
         }

@@ -6,9 +6,9 @@ use anyhow::Context as _;
 
 use crate::artifacts::build_stress;
 use crate::privilege::{as_root, search_path};
-use crate::root;
 use crate::setup::{self, Scope};
 use crate::test::{self, Long};
+use crate::workspace::root;
 
 /// How long the API server is away, in seconds.
 const OUTAGE: u32 = 600;

@@ -9,10 +9,10 @@ use anyhow::{Context as _, bail};
 use crate::artifacts::{Built, TestProgram, build_agent_for_image, build_release, build_tests};
 use crate::command::{cargo, clean_command};
 use crate::image;
+use crate::kernel_support;
 use crate::kubernetes;
 use crate::libtest::{self, Tally};
 use crate::privilege::{as_root, search_path};
-use crate::probe;
 use crate::run;
 use crate::setup::{self, Scope};
 use crate::vm::{self, Job};
@@ -174,7 +174,7 @@ impl Kernel {
         let why = if refused {
             Some("this is what --no-kernel asks for".to_owned())
         } else {
-            probe::shortcoming()?
+            kernel_support::shortcoming()?
         };
         Ok(why.map_or(Self::Native, |why| {
             println!("this machine's kernel cannot run lb ({why}): the tests that need one run in a virtual machine");

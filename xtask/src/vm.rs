@@ -1,10 +1,9 @@
 //! Tests and the demo on other kernels, in virtual machines.
 
+mod console;
 mod cpio;
-mod image;
+mod initramfs;
 mod job;
-mod kernel;
-mod screen;
 
 use std::os::fd::AsRawFd as _;
 use std::path::Path;
@@ -14,10 +13,10 @@ use std::thread;
 use anyhow::{Context as _, Result};
 use lb_tests::patience_factor;
 
+use self::console::{Console, Outcome};
 pub(crate) use self::job::Job;
 use self::job::{PROGRAM_LIMIT, Step};
-use self::kernel::Kernel;
-use self::screen::{Outcome, Screen};
+use crate::kernels::Kernel;
 use crate::libtest::{self, Tally};
 
 /// The version of the kernel that serves where the machine's own does not.
@@ -41,11 +40,6 @@ const SLOW: u32 = 20;
 const TESTS_FAILED: i32 = 101;
 /// Exit code in a shell of what was killed by SIGKILL.
 const KILLED: i32 = 128 + 9;
-
-/// Gets the kernels of these versions, unless they are here.
-pub(crate) fn get_kernels(versions: &[String]) -> Result<()> {
-    versions.iter().try_for_each(|version| Kernel::get(version).map(drop))
-}
 
 /// How many virtual machines run side by side: as many as this machine has processors, since an emulated one keeps one
 /// of them busy.
@@ -87,14 +81,14 @@ fn on(version: &str, job: &Job) -> Result<Tally> {
         kernel.package,
         patience_factor(slow)
     );
-    let archive = image::write(&kernel, job, slow).context("cannot make the first file system")?;
-    let screen = Screen::new(version);
-    let outcome = screen.outcome();
+    let archive = initramfs::write(&kernel, job, slow).context("cannot make the first file system")?;
+    let console = Console::new(version);
+    let outcome = console.outcome();
     let mut command = machine(&kernel, accelerator, LIMIT);
     let initrd = format!("/proc/{}/fd/{}", std::process::id(), archive.as_raw_fd());
     command.args(["-smp", "2", "-m", MEMORY, "-initrd", &initrd]);
-    let mut sum = libtest::run_showing(&mut command, screen)?;
-    let (passed, troubles) = judge(&job.steps, &screen::lock(&outcome), sum.failed > 0);
+    let mut sum = libtest::run_showing(&mut command, console)?;
+    let (passed, troubles) = judge(&job.steps, &console::lock(&outcome), sum.failed > 0);
     for trouble in &troubles {
         println!("{version}: {trouble}");
     }

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use crate::artifacts::{Built, TestProgram};
-use crate::bed::Programs;
-use crate::root;
+use crate::testbed::Programs;
+use crate::workspace::{current_program, root};
 
 /// Test programs in the order of what is best known first; all others follow.
 const KNOWN: [&str; 9] = [
@@ -33,6 +33,9 @@ const SHARED: [&str; 5] = ["affinity", "demo", "resolvers", "stress", "trace"];
 
 /// How long one program may run, in seconds. One that hangs keeps the others from running no longer.
 pub(super) const PROGRAM_LIMIT: u32 = 15 * 60;
+
+/// Prefix of the line that the virtual machine prints when a program has ended.
+pub(super) const ENDED: &str = "lb-vm: ended ";
 
 /// Programs to run, and files that they need besides those of every machine.
 #[derive(Debug, Clone)]
@@ -113,7 +116,7 @@ impl Job {
 
     /// The check of the demo.
     pub(crate) fn demo(programs: &Programs) -> Result<Self> {
-        let myself = crate::run::myself()?;
+        let myself = current_program()?;
         let files = [&myself, &programs.agent, &programs.testbed].map(|path| (path.clone(), path.clone()));
         let (agent, testbed) = (&programs.agent, &programs.testbed);
         let arguments = ["run", "--check", "--agent"].map(OsString::from).into_iter();

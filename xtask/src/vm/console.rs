@@ -6,7 +6,7 @@ use std::io::{self, Write, stdout};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::image::ENDED;
+use super::job::ENDED;
 
 /// What the kernel writes when something is wrong with it.
 const COMPLAINTS: [&str; 4] = [
@@ -38,20 +38,20 @@ impl Outcome {
     }
 }
 
-/// What is shared with a screen.
+/// What is shared with a console.
 pub(super) fn lock(outcome: &Mutex<Outcome>) -> MutexGuard<'_, Outcome> {
     outcome.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Shows each line with the version of the kernel and the time since the start before it. Gets whole lines.
 #[derive(Debug)]
-pub(super) struct Screen {
+pub(super) struct Console {
     version: String,
     begin: Instant,
     outcome: Arc<Mutex<Outcome>>,
 }
 
-impl Screen {
+impl Console {
     pub(super) fn new(version: &str) -> Self {
         Self {
             version: version.to_owned(),
@@ -66,7 +66,7 @@ impl Screen {
     }
 }
 
-impl Write for Screen {
+impl Write for Console {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let text = String::from_utf8_lossy(bytes);
         let line = text.trim_end();

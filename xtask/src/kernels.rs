@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::privilege::as_root;
-use crate::root;
+use crate::workspace::root;
 
 /// A kernel's files.
 #[derive(Debug)]
@@ -22,6 +22,11 @@ pub(crate) struct Kernel {
     modules: BTreeMap<String, PathBuf>,
     /// Names of modules that are part of the image.
     builtin: BTreeSet<String>,
+}
+
+/// Fetches the kernels of these versions that are not in the cache.
+pub(crate) fn fetch_missing(versions: &[String]) -> Result<()> {
+    versions.iter().try_for_each(|version| Kernel::get(version).map(drop))
 }
 
 /// Where kernels are kept.

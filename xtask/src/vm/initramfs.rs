@@ -11,10 +11,10 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 
 use super::cpio::Archive;
-use super::job::{Job, PROGRAM_LIMIT};
-use super::kernel::{self, Kernel};
+use super::job::{ENDED, Job, PROGRAM_LIMIT};
+use crate::kernels::{self, Kernel};
 use crate::privilege::search_path;
-use crate::root;
+use crate::workspace::root;
 
 /// What the bed and the tests call, at its own path; all else is busybox.
 const TOOLS: [&str; 19] = [
@@ -65,13 +65,10 @@ const CONFIGURATION: [&str; 4] = ["/etc/iproute2", "/etc/passwd", "/etc/group", 
 /// Where machines find Python.
 const PYTHON: &str = "/usr/bin/python3";
 
-/// What a line about the end of a test program begins with.
-pub(super) const ENDED: &str = "lb-vm: ended ";
-
 /// Writes the archive to boot `kernel` with, on a machine that is `slow` times slower than others. It is in no folder, so
 /// that it goes with the process, however that ends.
 pub(super) fn write(kernel: &Kernel, job: &Job, slow: u32) -> Result<File> {
-    let file = tempfile::tempfile_in(kernel::cache()).context("cannot create a file")?;
+    let file = tempfile::tempfile_in(kernels::cache()).context("cannot create a file")?;
     let mut image = Archive::new(BufWriter::new(file));
     for dir in ["bin", "sbin", "lib", "lib32", "lib64"] {
         let dir = Path::new("/").join(dir);
@@ -120,7 +117,7 @@ pub(super) fn write(kernel: &Kernel, job: &Job, slow: u32) -> Result<File> {
     }
     for (at, from) in &job.files {
         // Half of a program is what a debugger wants, and the archive has to fit into memory.
-        let small = tempfile::NamedTempFile::new_in(kernel::cache()).context("cannot create a file")?;
+        let small = tempfile::NamedTempFile::new_in(kernels::cache()).context("cannot create a file")?;
         let mut strip = Command::new("strip");
         strip.arg("--strip-debug").arg("-o").arg(small.path()).arg(from);
         let done = strip.status().context("cannot run strip")?;

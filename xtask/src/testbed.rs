@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use anyhow::bail;
 use lb_tests::demo;
 
+use crate::workspace::root;
+
 /// The programs that the bed starts.
 #[derive(Debug)]
 pub(crate) struct Programs {
@@ -24,7 +26,7 @@ pub(crate) fn demo(programs: &Programs, check: bool) -> anyhow::Result<()> {
     let all_well = demo::run(&demo::Options {
         agent: programs.agent.clone(),
         testbed: programs.testbed.clone(),
-        examples: crate::root().join("examples"),
+        examples: root().join("examples"),
         check,
         seconds: None,
     })?;
