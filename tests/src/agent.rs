@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::{Cluster, Node, Place, Process, patience, pause_after};
+use crate::{Cluster, Netns, Node, Process, pause_between_polls, scaled_timeout};
 
 /// How long an agent may take from start to completeness, and from a change to the maps.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -151,7 +151,7 @@ pub fn unit_capabilities() -> Result<String> {
 #[derive(Debug, Clone)]
 pub struct Agent {
     program: PathBuf,
-    place: Place,
+    netns: Netns,
     cgroup: PathBuf,
     pin_path: PathBuf,
     /// The flags of `run` and `verify` that say where Services come from.
@@ -169,7 +169,7 @@ impl Agent {
 
     /// The agent of a node that has its Services from API servers, and who it is there from a kubeconfig.
     #[must_use]
-    pub fn of_kubernetes(cluster: &Cluster, node: &Node, program: &Path, kubeconfig: &Path, servers: &str) -> Self {
+    pub fn with_api_server(cluster: &Cluster, node: &Node, program: &Path, kubeconfig: &Path, servers: &str) -> Self {
         let flags = [
             "--kubeconfig".into(),
             kubeconfig.into(),
@@ -182,7 +182,7 @@ impl Agent {
     fn with_source(cluster: &Cluster, node: &Node, program: &Path, source: Vec<OsString>) -> Self {
         Self {
             program: program.to_owned(),
-            place: Place::clone(node),
+            netns: Netns::clone(node),
             cgroup: node.cgroup().to_owned(),
             pin_path: cluster.pin_path(node.name()),
             source,
@@ -228,7 +228,7 @@ impl Agent {
     /// Name of the node.
     #[must_use]
     pub fn node(&self) -> &str {
-        self.place.name()
+        self.netns.name()
     }
 
     /// The folder that it pins below.
@@ -244,7 +244,7 @@ impl Agent {
     pub fn start(&self, flags: &[&str]) -> Result<Process> {
         let log = OpenOptions::new().create(true).append(true).open(&self.log);
         let log = log.with_context(|| format!("opening {}", self.log.display()))?;
-        let mut command = self.place.command(&self.program)?;
+        let mut command = self.netns.command(&self.program)?;
         command.arg("run").args(&self.source).args(["--node-name", self.node()]);
         command
             .arg("--cgroup")
@@ -293,7 +293,7 @@ impl Agent {
         interrupted: &dyn Fn() -> bool,
         check: impl Fn(&Self, u32) -> Result<()>,
     ) -> Result<()> {
-        let deadline = Instant::now() + patience(PATIENCE);
+        let deadline = Instant::now() + scaled_timeout(PATIENCE);
         loop {
             let asked = Instant::now();
             let Err(last) = check(self, process.id()) else {
@@ -312,7 +312,7 @@ impl Agent {
                     self.log_tail()
                 );
             }
-            pause_after(asked);
+            pause_between_polls(asked);
         }
     }
 
@@ -320,8 +320,8 @@ impl Agent {
     ///
     /// # Errors
     /// When it does not succeed; the message has all its output.
-    pub fn ask<T: AsRef<OsStr> + Debug>(&self, arguments: &[T]) -> Result<String> {
-        let mut command = self.place.command(&self.program)?;
+    pub fn output<T: AsRef<OsStr> + Debug>(&self, arguments: &[T]) -> Result<String> {
+        let mut command = self.netns.command(&self.program)?;
         let output = command.args(arguments).arg("--pin-path").arg(&self.pin_path).output();
         let output = output.context("running lb-agent")?;
         let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
@@ -340,7 +340,7 @@ impl Agent {
     /// # Errors
     /// When it does not succeed, or its answer is not of that type.
     pub fn json<T: DeserializeOwned>(&self, arguments: &[&str]) -> Result<T> {
-        let text = self.ask(&[arguments, &["-o", "json"]].concat())?;
+        let text = self.output(&[arguments, &["-o", "json"]].concat())?;
         serde_json::from_str(&text).with_context(|| format!("not as expected: {text}"))
     }
 
@@ -375,7 +375,7 @@ impl Agent {
     /// When they do not, with the differences.
     pub fn verify(&self) -> Result<()> {
         let words = ["verify", "--node-name", self.node()].map(OsString::from);
-        self.ask(&[&words, self.source.as_slice()].concat()).map(drop)
+        self.output(&[&words, self.source.as_slice()].concat()).map(drop)
     }
 
     /// The end of what all its processes have logged.
@@ -389,12 +389,12 @@ impl Agent {
 
 /// An agent with its process, which is killed when this is dropped; what it has pinned stays as long as the cluster.
 #[derive(Debug)]
-pub struct Running {
+pub struct RunningAgent {
     agent: Agent,
     process: Process,
 }
 
-impl Deref for Running {
+impl Deref for RunningAgent {
     type Target = Agent;
 
     fn deref(&self) -> &Agent {
@@ -402,7 +402,7 @@ impl Deref for Running {
     }
 }
 
-impl Running {
+impl RunningAgent {
     /// Starts an agent; that it ends later is told by [`Self::wait_ready`].
     ///
     /// # Errors
@@ -435,7 +435,7 @@ impl Running {
             return Ok(());
         }
         self.process.signal(Signal::SIGKILL)?;
-        self.process.wait(patience(PATIENCE)).map(drop)
+        self.process.wait(scaled_timeout(PATIENCE)).map(drop)
     }
 
     /// Waits until the agent has applied everything that its source says now.

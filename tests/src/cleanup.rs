@@ -19,7 +19,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::mounts::{BPFFS, cgroup2_root, has_bpffs};
-use crate::patience;
+use crate::scaled_timeout;
 
 /// Where iproute2 keeps named network namespaces.
 pub(crate) const NETNS_DIRECTORY: &str = "/run/netns";
@@ -108,7 +108,7 @@ fn until_gone(path: &Path, action: fn(&Path) -> Result<()>) -> Result<()> {
 /// Kills every process in the cgroup and below, and waits until none is left.
 pub(crate) fn kill_processes(cgroup: &Path) -> Result<()> {
     let switch = cgroup.join("cgroup.kill");
-    let deadline = Instant::now() + patience(PATIENCE);
+    let deadline = Instant::now() + scaled_timeout(PATIENCE);
     loop {
         match fs::write(&switch, "1") {
             // Before Linux 5.14.
@@ -132,7 +132,7 @@ pub(crate) fn remove_cgroup(cgroup: &Path) -> Result<()> {
     for child in directories(cgroup)? {
         remove_cgroup(&child)?;
     }
-    let deadline = Instant::now() + patience(PATIENCE);
+    let deadline = Instant::now() + scaled_timeout(PATIENCE);
     loop {
         match fs::remove_dir(cgroup) {
             // A process that is on its last steps still holds it.

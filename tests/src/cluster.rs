@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use tempfile::TempDir;
 
 use crate::cleanup::{self, NETNS_DIRECTORY};
-use crate::{BPFFS, Place, Process, cgroup2_root, ensure_bpffs, require_root};
+use crate::{BPFFS, Netns, Process, cgroup2_root, ensure_bpffs, require_root};
 
 /// How packets for pods travel between nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -93,7 +93,7 @@ impl ClusterBuilder {
             .collect();
         // From here on, its drop removes all.
         let cluster = Cluster {
-            fabric: Place::new("fab", &format!("{prefix}fab"), None),
+            fabric: Netns::new("fab", &format!("{prefix}fab"), None),
             prefix,
             underlay: self.underlay,
             nodes,
@@ -110,7 +110,7 @@ impl ClusterBuilder {
 pub struct Cluster {
     prefix: String,
     underlay: Underlay,
-    fabric: Place,
+    fabric: Netns,
     nodes: Vec<Node>,
     clients: Vec<Client>,
     scratch: TempDir,
@@ -217,7 +217,7 @@ impl Cluster {
         let netns = format!("{}{}-{name}", self.prefix, node.name());
         let cgroup = node.cgroup.join("pods").join(name);
         let pod = Pod {
-            place: Place::new(name, &netns, Some(cgroup)),
+            netns: Netns::new(name, &netns, Some(cgroup)),
             node: node.name().to_owned(),
             address,
         };
@@ -277,10 +277,10 @@ impl Cluster {
                 "route add fd00:192:168:77::/64 dev eth0".to_owned(),
             ])?;
         }
-        let nodes = self.nodes.iter().map(|node| &node.place);
-        for place in nodes.chain(self.clients.iter().map(|client| &client.place)) {
-            place.wait_for_link("eth0")?;
-            self.fabric.wait_for_link(place.name())?;
+        let nodes = self.nodes.iter().map(|node| &node.netns);
+        for netns in nodes.chain(self.clients.iter().map(|client| &client.netns)) {
+            netns.wait_for_link("eth0")?;
+            self.fabric.wait_for_link(netns.name())?;
         }
         self.fabric.wait_for_link("br0")
     }
@@ -288,16 +288,16 @@ impl Cluster {
     /// A bridge in a namespace of its own joins all nodes and clients: the network between the machines.
     fn lay_cables(&self) -> Result<()> {
         let mut commands = vec!["link set lo up".to_owned(), "link add br0 type bridge".to_owned()];
-        let places = self
+        let namespaces = self
             .nodes
             .iter()
-            .map(|node| &node.place)
-            .chain(self.clients.iter().map(|client| &client.place));
-        for place in places {
-            let name = place.name();
+            .map(|node| &node.netns)
+            .chain(self.clients.iter().map(|client| &client.netns));
+        for netns in namespaces {
+            let name = netns.name();
             commands.push(format!(
                 "link add {name} type veth peer name eth0 netns {}",
-                place.netns_name()
+                netns.netns_name()
             ));
             commands.push(format!("link set {name} master br0 up"));
         }
@@ -392,10 +392,10 @@ impl Drop for Cluster {
     }
 }
 
-/// A node: `eth0` on the network between nodes, `cni0` for its pods. Derefs to the [`Place`] of processes of the host.
+/// A node: `eth0` on the network between nodes, `cni0` for its pods. Derefs to the [`Netns`] of processes of the host.
 #[derive(Debug)]
 pub struct Node {
-    place: Place,
+    netns: Netns,
     number: u8,
     address: Ipv4Addr,
     cgroup: PathBuf,
@@ -409,7 +409,7 @@ impl Node {
         let full_name = format!("{prefix}{name}");
         let cgroup = cgroups.join(&full_name);
         Self {
-            place: Place::new(&name, &full_name, Some(cgroup.join("host"))),
+            netns: Netns::new(&name, &full_name, Some(cgroup.join("host"))),
             number,
             address: Ipv4Addr::new(192, 168, 77, number),
             cgroup,
@@ -494,18 +494,18 @@ impl Node {
 }
 
 impl Deref for Node {
-    type Target = Place;
+    type Target = Netns;
 
-    fn deref(&self) -> &Place {
-        &self.place
+    fn deref(&self) -> &Netns {
+        &self.netns
     }
 }
 
-/// A pod: a namespace and a cgroup below its node's. Derefs to its [`Place`]. It lives until
+/// A pod: a namespace and a cgroup below its node's. Derefs to its [`Netns`]. It lives until
 /// [`Cluster::remove_pod`] or the end of the cluster; this is only a handle.
 #[derive(Debug, Clone)]
 pub struct Pod {
-    place: Place,
+    netns: Netns,
     node: String,
     address: Ipv4Addr,
 }
@@ -550,18 +550,18 @@ impl Pod {
 }
 
 impl Deref for Pod {
-    type Target = Place;
+    type Target = Netns;
 
-    fn deref(&self) -> &Place {
-        &self.place
+    fn deref(&self) -> &Netns {
+        &self.netns
     }
 }
 
 /// A machine outside the cluster: it reaches the nodes' addresses and nothing else, and is in no node's cgroup. Derefs
-/// to its [`Place`].
+/// to its [`Netns`].
 #[derive(Debug)]
 pub struct Client {
-    place: Place,
+    netns: Netns,
     address: Ipv4Addr,
 }
 
@@ -571,7 +571,7 @@ impl Client {
         let full_name = format!("{prefix}{name}");
         let cgroup = cgroups.join(&full_name);
         Self {
-            place: Place::new(&name, &full_name, Some(cgroup)),
+            netns: Netns::new(&name, &full_name, Some(cgroup)),
             address: Ipv4Addr::new(172, 30, 99, number + 1),
         }
     }
@@ -591,10 +591,10 @@ impl Client {
 }
 
 impl Deref for Client {
-    type Target = Place;
+    type Target = Netns;
 
-    fn deref(&self) -> &Place {
-        &self.place
+    fn deref(&self) -> &Netns {
+        &self.netns
     }
 }
 
@@ -604,17 +604,17 @@ fn pod_address6(node: u8, last: u8) -> Ipv6Addr {
 }
 
 /// Makes the namespace and the cgroup of a place.
-fn make(place: &Place) -> Result<()> {
+fn make(netns: &Netns) -> Result<()> {
     let mut command = std::process::Command::new("ip");
-    command.args(["netns", "add", place.netns_name()]);
+    command.args(["netns", "add", netns.netns_name()]);
     let status = Process::spawn(&mut command)
         .context("iproute2 is needed")?
         .wait(Duration::from_secs(10))?;
-    ensure!(status.success(), "ip netns add {}: {status}", place.netns_name());
+    ensure!(status.success(), "ip netns add {}: {status}", netns.netns_name());
     // New IPv6 addresses shall be usable at once. A kernel without IPv6 has no such file.
-    let _ = place.sysctl("net.ipv6.conf.all.accept_dad", "0");
-    let _ = place.sysctl("net.ipv6.conf.default.accept_dad", "0");
-    place.process_cgroup().map_or(Ok(()), make_cgroup)
+    let _ = netns.sysctl("net.ipv6.conf.all.accept_dad", "0");
+    let _ = netns.sysctl("net.ipv6.conf.default.accept_dad", "0");
+    netns.process_cgroup().map_or(Ok(()), make_cgroup)
 }
 
 fn make_cgroup(path: &Path) -> Result<()> {

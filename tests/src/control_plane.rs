@@ -1,12 +1,12 @@
 //! A real control plane of Kubernetes beside a [`Cluster`]: etcd, kube-apiserver and kube-controller-manager on one of the
 //! cluster's outside machines, which all nodes reach by its plain address.
 //!
-//! There are no kubelets. Pods are those of the [`Cluster`], and [`Kubelet`] tells the API server of them what a kubelet
+//! There are no kubelets. Pods are those of the [`Cluster`], and [`KubeletPod`] tells the API server of them what a kubelet
 //! would; the endpoint slice controller makes of that what it makes everywhere.
 //!
 //! ```no_run
 //! use lb_tests::Cluster;
-//! use lb_tests::control_plane::{ControlPlane, Template};
+//! use lb_tests::control_plane::{ControlPlane, PodTemplate};
 //! use serde_json::json;
 //!
 //! # fn main() -> anyhow::Result<()> {
@@ -14,16 +14,16 @@
 //! let control_plane = ControlPlane::start(&cluster, cluster.client())?;
 //! let namespace = control_plane.namespace("shop")?;
 //! namespace.create_service("web", json!({"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]}))?;
-//! let pod = namespace.start_pod(&cluster, "n2", "web-1", &Template::app("web"))?;
+//! let pod = namespace.start_pod(&cluster, "n2", "web-1", &PodTemplate::app("web"))?;
 //! pod.set_ready(true)?;
 //! # Ok(())
 //! # }
 //! ```
 
 mod kubelet;
-mod mixer;
 mod namespace;
 mod objects;
+mod watch_proxy;
 
 use std::collections::BTreeMap;
 use std::env;
@@ -40,11 +40,11 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-pub use self::kubelet::{Kubelet, Template};
-pub use self::mixer::{Mixed, Mixer};
+pub use self::kubelet::{KubeletPod, PodTemplate};
 pub use self::namespace::{Namespace, slice_endpoints};
 pub use self::objects::Objects;
-use crate::{Client, Cluster, Place, Process, patience};
+pub use self::watch_proxy::{WatchProxy, WatchProxyStats};
+use crate::{Client, Cluster, Netns, Process, scaled_timeout};
 
 /// How long a program of the control plane may take to be ready, and what it does to be done.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -83,7 +83,7 @@ fn lock(running: &Running) -> MutexGuard<'_, Option<Process>> {
 /// A control plane. Dropping it kills its programs; their files go with the cluster.
 #[derive(Debug)]
 pub struct ControlPlane {
-    machine: Place,
+    machine: Netns,
     address: Ipv4Addr,
     programs: PathBuf,
     folder: PathBuf,
@@ -112,7 +112,7 @@ impl ControlPlane {
         let address = machine.address();
         write_tokens(&folder)?;
         let new = Self {
-            machine: Place::clone(machine),
+            machine: Netns::clone(machine),
             address,
             objects: Arc::new(Objects::new(machine)?),
             last_address: Mutex::default(),
@@ -158,7 +158,7 @@ impl ControlPlane {
 
     /// The machine that it runs on.
     #[must_use]
-    pub fn machine(&self) -> &Place {
+    pub fn machine(&self) -> &Netns {
         &self.machine
     }
 
@@ -393,7 +393,7 @@ fn write_tokens(folder: &Path) -> Result<()> {
 
 /// Waits until `ready` succeeds.
 fn wait(process: &mut Process, name: &str, log: &Path, ready: impl Fn() -> Result<()>) -> Result<()> {
-    let deadline = Instant::now() + patience(PATIENCE);
+    let deadline = Instant::now() + scaled_timeout(PATIENCE);
     while let Err(last) = ready() {
         if !process.is_running()? {
             bail!("{name} has ended:\n{}", tail(log));

@@ -4,19 +4,19 @@
 //! Which nodes, pods and Services there are is read from the manifests that the agents get: the demo makes a pod for
 //! every endpoint. NodePorts are not shown yet.
 
-mod callers;
 mod check;
+mod cluster;
+mod curl;
 mod live;
 mod manifests;
 mod signals;
-mod stage;
 
 use std::io::{Write as _, stdout};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 
-use stage::Stage;
+use cluster::DemoCluster;
 
 /// What the demo needs to know.
 #[derive(Debug, Clone)]
@@ -48,13 +48,13 @@ pub fn run(options: &Options) -> Result<bool> {
     let signals = signals::Signals::install()?;
     let leftovers = crate::remove_leftovers()?.len();
     if leftovers > 0 {
-        say(&format!("removed {leftovers} things that an earlier run had left over"))?;
+        print_line(&format!("removed {leftovers} things that an earlier run had left over"))?;
     }
-    let result = Stage::set_up(options, &signals).and_then(|mut stage| {
+    let result = DemoCluster::set_up(options, &signals).and_then(|mut demo| {
         if options.check {
-            check::run(&mut stage, &signals)
+            check::run(&mut demo, &signals)
         } else {
-            live::run(&stage, options.seconds, &signals)
+            live::run(&demo, options.seconds, &signals)
         }
     });
     // A signal from the terminal also ends what runs in the cluster: errors from that are no news.
@@ -68,6 +68,6 @@ pub fn run(options: &Options) -> Result<bool> {
 }
 
 /// Writes a line to standard output. Unlike `println!` it does not panic when nobody reads, so that all is cleaned up.
-fn say(line: &str) -> Result<()> {
+fn print_line(line: &str) -> Result<()> {
     writeln!(stdout().lock(), "{line}").context("writing to standard output")
 }

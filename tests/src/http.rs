@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::de::DeserializeOwned;
 
-use crate::{Place, patience};
+use crate::{Netns, scaled_timeout};
 
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -43,14 +43,14 @@ impl Response {
 ///
 /// # Errors
 /// When nobody listens, or the answer is none of HTTP.
-pub fn get(from: &Place, at: SocketAddr, path: &str) -> Result<Response> {
+pub fn get(from: &Netns, at: SocketAddr, path: &str) -> Result<Response> {
     let asked = from.within(|| ask(at, path))?;
     asked.with_context(|| format!("GET {at}{path} from {}", from.name()))
 }
 
 fn ask(at: SocketAddr, path: &str) -> Result<Response> {
-    let mut stream = TcpStream::connect_timeout(&at, patience(ANSWER))?;
-    stream.set_read_timeout(Some(patience(ANSWER)))?;
+    let mut stream = TcpStream::connect_timeout(&at, scaled_timeout(ANSWER))?;
+    stream.set_read_timeout(Some(scaled_timeout(ANSWER)))?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: {at}\r\nConnection: close\r\n\r\n")?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;

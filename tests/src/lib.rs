@@ -11,9 +11,9 @@
 //! # fn main() -> anyhow::Result<()> {
 //! let cluster = Cluster::builder().nodes(2).underlay(Underlay::Vxlan).build()?;
 //! let (a, b) = (cluster.add_pod("n1", "a")?, cluster.add_pod("n2", "b")?);
-//! let bed = Testbed::new("target/debug/lb-testbed");
-//! let _server = bed.serve(&b, &["0.0.0.0:8080=b"])?;
-//! let summary = bed.connect(&a, &Connect::to(&[b.socket(8080)]).count(10))?;
+//! let testbed = Testbed::new("target/debug/lb-testbed");
+//! let _server = testbed.serve(&b, &["0.0.0.0:8080=b"])?;
+//! let summary = testbed.connect(&a, &Connect::to(&[b.socket(8080)]).count(10))?;
 //! assert_eq!(summary.per_backend["b"], 10);
 //! # Ok(())
 //! # }
@@ -21,42 +21,45 @@
 //!
 //! Everything here needs root and iproute2. This library knows lb-agent only as a program ([`Agent`]).
 
-mod absences;
 mod agent;
 mod cleanup;
 mod cluster;
+mod downtime_log;
 mod mounts;
-mod pace;
-mod place;
+mod netns;
 mod process;
 mod random;
 mod ruleset;
 mod statistics;
+mod timing;
 
 #[cfg(feature = "kubernetes")]
 pub mod control_plane;
 pub mod demo;
+pub mod fixture;
 pub mod http;
 pub mod load;
 pub mod manifests;
-pub mod outside;
-pub mod puppet;
 #[cfg(feature = "kubernetes")]
 pub mod runtime;
+pub mod scripted_socket;
 
-pub use absences::Absences;
-pub use agent::{Agent, DeviceStatus, Problem, Running, Status, unit_capabilities};
+pub use agent::{Agent, DeviceStatus, Problem, RunningAgent, Status, unit_capabilities};
 pub use cleanup::remove_leftovers;
 pub use cluster::{Client, Cluster, ClusterBuilder, Node, Pod, Underlay};
-pub use load::{Connect, Holding, Load, Testbed};
+pub use downtime_log::DowntimeLog;
+pub use load::{Connect, HeldConnections, Load, Testbed};
 pub use mounts::{BPFFS, cgroup2_root, ensure_bpffs};
-pub use pace::{eventually, eventually_within, patience, patience_factor, pause_after, scaled, scaled_above};
-pub use place::{Place, in_netns};
+pub use netns::{Netns, in_netns};
 pub use process::Process;
-pub use puppet::{Answer, Call, Churn, Kind, Puppet};
 pub use random::Random;
 pub use ruleset::Ruleset;
+pub use scripted_socket::{CallResult, ScriptedSocket, SocketCall, SocketChurn, SocketKind};
 pub use statistics::chi_squared_p;
+pub use timing::{
+    eventually, eventually_within, pause_between_polls, scaled_count, scaled_count_above, scaled_timeout,
+    timeout_factor,
+};
 
 use anyhow::ensure;
 use nix::time::{ClockId, clock_gettime};

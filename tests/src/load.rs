@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
-use crate::{Place, Process, patience};
+use crate::{Netns, Process, scaled_timeout};
 
 /// How long a process of the bed may take to start.
 const START: Duration = Duration::from_secs(20);
@@ -34,7 +34,7 @@ pub struct Summary {
     pub per_backend: BTreeMap<String, u64>,
     /// The same, per address asked (as `ADDR:PORT`).
     pub per_target: BTreeMap<String, BTreeMap<String, u64>>,
-    /// Connections per source address that the server saw; empty unless it runs with `--tell-source`.
+    /// Connections per source address that the server saw; empty unless it runs with `--report-source`.
     pub per_source: BTreeMap<String, u64>,
     /// Connections whose peer was not the address asked; 0 without `--peer-check`.
     pub peer_mismatches: u64,
@@ -82,7 +82,7 @@ pub struct Failure {
     /// When `connect` was called.
     pub at_ns: u64,
     /// What failed.
-    pub stage: Stage,
+    pub step: ConnectStep,
 }
 
 /// A connection whose `getpeername` did not give the address asked.
@@ -99,7 +99,7 @@ pub struct Mismatch {
 /// A step of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Stage {
+pub enum ConnectStep {
     /// `connect` itself.
     Connect,
     /// `getpeername` and socket options.
@@ -112,7 +112,7 @@ pub enum Stage {
 
 /// What `lb-testbed connect --hold` tells at its end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Held {
+pub struct HeldSummary {
     /// Connections that were opened.
     pub held: u64,
     /// Those that still answered at the end.
@@ -208,7 +208,7 @@ impl Connect {
             seconds: None,
             rate: None,
             threads: 1,
-            timeout: patience(Duration::from_secs(1)),
+            timeout: scaled_timeout(Duration::from_secs(1)),
             peer_check: false,
             http: false,
             refused: false,
@@ -339,32 +339,32 @@ impl Testbed {
     ///
     /// # Errors
     /// When it does not listen in time.
-    pub fn serve(&self, place: &Place, listen: &[&str]) -> Result<Process> {
-        self.serve_with(place, listen, &[])
+    pub fn serve(&self, netns: &Netns, listen: &[&str]) -> Result<Process> {
+        self.serve_with(netns, listen, &[])
     }
 
-    /// As [`Self::serve`], with more flags: `--echo`, `--http`, `--tell-source`.
+    /// As [`Self::serve`], with more flags: `--echo`, `--http`, `--report-source`.
     ///
     /// # Errors
     /// When it does not listen in time.
-    pub fn serve_with(&self, place: &Place, listen: &[&str], flags: &[&str]) -> Result<Process> {
-        let mut command = place.command(&self.program)?;
+    pub fn serve_with(&self, netns: &Netns, listen: &[&str], flags: &[&str]) -> Result<Process> {
+        let mut command = netns.command(&self.program)?;
         command.arg("serve").args(flags).stdin(Stdio::null());
         for listen in listen {
             command.arg(format!("--listen={listen}"));
         }
-        Process::spawn_ready(&mut command, patience(START))
-            .with_context(|| format!("serving {listen:?} in {}", place.name()))
+        Process::spawn_ready(&mut command, scaled_timeout(START))
+            .with_context(|| format!("serving {listen:?} in {}", netns.name()))
     }
 
     /// Runs a client in `place` to its end.
     ///
     /// # Errors
     /// When it cannot be run. Failed connections are no error here: see [`Summary::all_well`].
-    pub fn connect(&self, place: &Place, connect: &Connect) -> Result<Summary> {
+    pub fn connect(&self, netns: &Netns, connect: &Connect) -> Result<Summary> {
         let arguments = connect.arguments();
         let program = self.program.to_str().context("the path of lb-testbed is not UTF-8")?;
-        let output = place.run(program, &arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
+        let output = netns.run(program, &arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
         serde_json::from_str(&output).with_context(|| format!("not a summary: {output}"))
     }
 
@@ -372,10 +372,10 @@ impl Testbed {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub fn start(&self, place: &Place, connect: &Connect) -> Result<Load> {
+    pub fn start(&self, netns: &Netns, connect: &Connect) -> Result<Load> {
         let directory = tempfile::tempdir().context("making a scratch directory")?;
         let stop = directory.path().join("stop");
-        let mut command = place.command(&self.program)?;
+        let mut command = netns.command(&self.program)?;
         command
             .args(connect.arguments())
             .arg("--until-file")
@@ -392,15 +392,15 @@ impl Testbed {
     /// after a second.
     ///
     /// # Errors
-    /// When they are not all tried in time. Those that fail are in [`Held::failures`].
-    pub fn hold(&self, place: &Place, targets: &[SocketAddr], connections: u32) -> Result<Holding> {
-        let mut command = place.command(&self.program)?;
+    /// When they are not all tried in time. Those that fail are in [`HeldSummary::failures`].
+    pub fn hold(&self, netns: &Netns, targets: &[SocketAddr], connections: u32) -> Result<HeldConnections> {
+        let mut command = netns.command(&self.program)?;
         command
-            .args(Connect::to(targets).timeout(patience(RESENT)).arguments())
+            .args(Connect::to(targets).timeout(scaled_timeout(RESENT)).arguments())
             .arg(format!("--hold={connections}"))
             .stdin(Stdio::piped());
-        Ok(Holding {
-            process: Process::spawn_ready(&mut command, patience(START))?,
+        Ok(HeldConnections {
+            process: Process::spawn_ready(&mut command, scaled_timeout(START))?,
         })
     }
 }
@@ -428,25 +428,25 @@ impl Load {
     /// When it does not end well and in time.
     pub fn stop(mut self) -> Result<Summary> {
         fs::write(&self.stop, "").with_context(|| format!("writing {}", self.stop.display()))?;
-        let line = self.process.line(patience(START))?;
+        let line = self.process.line(scaled_timeout(START))?;
         serde_json::from_str(&line).with_context(|| format!("not a summary: {line}"))
     }
 }
 
 /// A client that keeps connections open. Dropping it kills it.
 #[derive(Debug)]
-pub struct Holding {
+pub struct HeldConnections {
     process: Process,
 }
 
-impl Holding {
+impl HeldConnections {
     /// Has every connection echo a line, and tells how many did.
     ///
     /// # Errors
     /// When the client does not answer in time.
-    pub fn finish(mut self) -> Result<Held> {
+    pub fn finish(mut self) -> Result<HeldSummary> {
         drop(self.process.take_stdin());
-        let line = self.process.line(patience(START))?;
+        let line = self.process.line(scaled_timeout(START))?;
         serde_json::from_str(&line).with_context(|| format!("not an account of held connections: {line}"))
     }
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use crate::{Agent, Cluster, Node, Running};
+use crate::{Agent, Cluster, Node, RunningAgent};
 use anyhow::{Context as _, Result};
 
 /// A port of a Service of the tests, or of its endpoints.
@@ -227,9 +227,9 @@ impl Manifests {
     ///
     /// # Errors
     /// When it is not ready in time.
-    pub fn serve(&self, cluster: &Cluster, node: &str, beside: &Path, flags: &[&str]) -> Result<Running> {
+    pub fn serve(&self, cluster: &Cluster, node: &str, beside: &Path, flags: &[&str]) -> Result<RunningAgent> {
         let agent = Agent::new(cluster, cluster.node(node), &Agent::find(beside)?, &self.0);
-        let mut running = Running::start(agent, flags)?;
+        let mut running = RunningAgent::start(agent, flags)?;
         running.wait_ready(&|| false)?;
         Ok(running)
     }

@@ -28,7 +28,7 @@ impl Random {
     }
 
     /// Any number.
-    pub fn number(&mut self) -> u64 {
+    pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -41,11 +41,11 @@ impl Random {
     /// # Panics
     /// When `end` is zero.
     pub fn below(&mut self, end: u64) -> u64 {
-        self.number() % end
+        self.next_u64() % end
     }
 
     /// Heads or tails.
-    pub fn coin(&mut self) -> bool {
+    pub fn next_bool(&mut self) -> bool {
         self.below(2) == 1
     }
 
@@ -67,7 +67,7 @@ mod tests {
     fn a_seed_decides() {
         let numbers = |seed| {
             let mut random = Random::new(seed);
-            [random.number(), random.below(10), random.coin().into()]
+            [random.next_u64(), random.below(10), random.next_bool().into()]
         };
         assert_eq!(numbers(1), numbers(1));
         assert_ne!(numbers(1), numbers(2));

@@ -4,7 +4,7 @@ use std::fmt;
 
 use anyhow::{Result, ensure};
 
-use crate::Place;
+use crate::Netns;
 
 /// The programs that print rules, with their arguments. `--stateless` leaves out counters.
 const PRINTERS: [(&str, &[&str]); 5] = [
@@ -26,13 +26,13 @@ impl Ruleset {
     ///
     /// # Errors
     /// When none of the programs that could print rules is installed, or one of them fails.
-    pub fn of(place: &Place) -> Result<Self> {
+    pub fn read(netns: &Netns) -> Result<Self> {
         let mut parts = Vec::new();
         for (program, arguments) in PRINTERS {
             if which::which(program).is_err() {
                 continue;
             }
-            parts.push((program, without_noise(&place.run(program, arguments)?)));
+            parts.push((program, without_noise(&netns.run(program, arguments)?)));
         }
         ensure!(
             !parts.is_empty(),

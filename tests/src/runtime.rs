@@ -22,7 +22,7 @@ use serde_json::Value;
 
 pub use self::image::Image;
 pub use self::pods::Pods;
-use crate::{Cluster, Node, Place, Process, cleanup, patience};
+use crate::{Cluster, Netns, Node, Process, cleanup, scaled_timeout};
 
 /// How long a container may take to end after SIGTERM.
 const END: Duration = Duration::from_secs(10);
@@ -37,7 +37,7 @@ const CGROUP2: &str = "/sys/fs/cgroup";
 /// The container runtime of a node.
 #[derive(Debug)]
 pub struct Runtime {
-    place: Place,
+    netns: Netns,
     /// The node's cgroup.
     cgroup: PathBuf,
     /// The name of that below the root of the hierarchy.
@@ -50,7 +50,7 @@ pub struct Runtime {
 
 /// What a container gets besides what its pod says.
 #[derive(Debug, Default)]
-pub struct More<'a> {
+pub struct ContainerExtras<'a> {
     /// Folders for the volumes that are none of the node's own, by name.
     pub volumes: BTreeMap<String, PathBuf>,
     /// Folders at fixed places, as that of a service account.
@@ -75,7 +75,7 @@ impl Runtime {
             .strip_prefix(crate::cgroup2_root()?)
             .context("the node's cgroup is in the cgroup2 hierarchy")?;
         Ok(Self {
-            place: Place::clone(node),
+            netns: Netns::clone(node),
             cgroup: node.cgroup().to_owned(),
             cgroup_name: cgroup_name.to_owned(),
             address: node.address(),
@@ -92,8 +92,8 @@ impl Runtime {
 
     /// The node.
     #[must_use]
-    pub fn place(&self) -> &Place {
-        &self.place
+    pub fn netns(&self) -> &Netns {
+        &self.netns
     }
 
     /// The node's cgroup, as containers see it.
@@ -106,19 +106,19 @@ impl Runtime {
     ///
     /// # Errors
     /// When the pod asks for what is not known here, or the container cannot be started.
-    pub fn start(&self, pod: &Value, container: &Value, more: &More<'_>) -> Result<Container> {
+    pub fn start(&self, pod: &Value, container: &Value, more: &ContainerExtras<'_>) -> Result<Container> {
         let name = container["name"].as_str().context("a container has a name")?;
         let name = format!("{name}-{}", self.sequence.fetch_add(1, Ordering::Relaxed));
         let image = container["image"].as_str().context("a container has an image")?;
         let image = self
             .images
             .get(image)
-            .with_context(|| format!("{} has no image {image:?}", self.place.name()))?;
+            .with_context(|| format!("{} has no image {image:?}", self.netns.name()))?;
         let bundle = self.folder.join(&name);
         fs::create_dir(&bundle).with_context(|| format!("making {}", bundle.display()))?;
         let cgroup = Path::new("containers").join(&name);
         let config = bundle::Bundle {
-            node: self.place.name(),
+            node: self.netns.name(),
             image,
             // Each has its own: runc makes mount points in it.
             rootfs: image.instance(&bundle)?,
@@ -126,13 +126,13 @@ impl Runtime {
             folder: &bundle,
         }
         .config(pod, container, more)
-        .with_context(|| format!("container {name} on {}", self.place.name()))?;
+        .with_context(|| format!("container {name} on {}", self.netns.name()))?;
         fs::write(bundle.join("config.json"), config.to_string()).context("writing a bundle")?;
 
         let log = self.folder.join(format!("{name}.log"));
         let output = OpenOptions::new().create(true).append(true).open(&log);
         let output = output.with_context(|| format!("opening {}", log.display()))?;
-        let mut command = self.place.command("unshare")?;
+        let mut command = self.netns.command("unshare")?;
         command.args(["--mount", "--propagation", "private", "sh", "-c", ENTER, "sh", "runc"]);
         command.arg("--root").arg(self.folder.join("state"));
         command
@@ -187,7 +187,7 @@ impl Container {
     /// When its processes do not die.
     pub fn stop(mut self) -> Result<()> {
         // runc passes the signal on, and removes what it has made when the container has ended.
-        if self.process.signal(Signal::SIGTERM).is_ok() && self.process.wait(patience(END)).is_ok() {
+        if self.process.signal(Signal::SIGTERM).is_ok() && self.process.wait(scaled_timeout(END)).is_ok() {
             return Ok(());
         }
         self.kill()
@@ -216,7 +216,7 @@ impl Container {
             result => result?,
         }
         // It has nothing more to wait for.
-        self.process.wait(patience(END)).map(drop)
+        self.process.wait(scaled_timeout(END)).map(drop)
     }
 }
 

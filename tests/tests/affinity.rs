@@ -7,16 +7,16 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Cluster, Connect, Kind, Place, Pod, Process, Running, Testbed};
+use lb_tests::{Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketKind, Testbed};
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const VIP: &str = "10.96.0.10:80";
 const VIP6: &str = "[fd00:96::10]:80";
 /// Connections of one client to see whether they all go to one of four backends: by chance, once in 4^23 tries.
 const ENOUGH: u64 = 24;
 
-fn bed() -> Testbed {
-    Testbed::new(BED)
+fn testbed() -> Testbed {
+    Testbed::new(TESTBED)
 }
 
 fn addr(text: &str) -> SocketAddr {
@@ -24,7 +24,7 @@ fn addr(text: &str) -> SocketAddr {
 }
 
 struct Setup {
-    agent: Running,
+    agent: RunningAgent,
     manifests: Manifests,
     clients: [Pod; 2],
     servers: Vec<Pod>,
@@ -40,13 +40,13 @@ impl Setup {
         let mut processes = Vec::new();
         for name in ["a", "b", "c", "d"] {
             let pod = cluster.add_pod("n1", name)?;
-            processes.push(bed().serve_with(&pod, &[&format!("[::]:8080={name}")], &[])?);
-            processes.push(bed().serve_datagrams(&pod, &[&format!("{}={name}", pod.socket(5353))])?);
+            processes.push(testbed().serve_with(&pod, &[&format!("[::]:8080={name}")], &[])?);
+            processes.push(testbed().serve_datagrams(&pod, &[&format!("{}={name}", pod.socket(5353))])?);
             servers.push(pod);
         }
         let manifests = Manifests::new(&cluster)?;
         write(&manifests, &servers, &affinity(3600))?;
-        let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
+        let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
         Ok(Self {
             agent,
             manifests,
@@ -64,8 +64,8 @@ impl Setup {
 }
 
 /// The backends that a client's connections reach.
-fn reached(client: &Place, to: &str) -> Result<BTreeSet<String>> {
-    let summary = bed().connect(client, &Connect::to(&[addr(to)]).count(ENOUGH).threads(4))?;
+fn reached(client: &Netns, to: &str) -> Result<BTreeSet<String>> {
+    let summary = testbed().connect(client, &Connect::to(&[addr(to)]).count(ENOUGH).threads(4))?;
     summary.all_well()?;
     Ok(summary.per_backend.into_keys().collect())
 }
@@ -88,7 +88,7 @@ fn write(manifests: &Manifests, servers: &[Pod], more: &str) -> Result<()> {
 #[test]
 fn a_client_stays_with_its_backend_until_that_leaves() -> Result<()> {
     let mut setup = Setup::new()?;
-    let clients: [&Place; 3] = [&setup.clients[0], &setup.clients[1], setup.cluster.node("n1")];
+    let clients: [&Netns; 3] = [&setup.clients[0], &setup.clients[1], setup.cluster.node("n1")];
     let mut first = Vec::new();
     for client in clients {
         let kept = reached(client, VIP)?;
@@ -123,14 +123,14 @@ fn datagrams_of_a_client_stay_with_its_backend() -> Result<()> {
     let setup = Setup::new()?;
     let mut names = BTreeSet::new();
     for i in 0..ENOUGH {
-        let mut socket = bed().puppet(&setup.clients[0], Kind::Udp4)?;
+        let mut socket = testbed().scripted_socket(&setup.clients[0], SocketKind::Udp4)?;
         let to = addr("10.96.0.10:53");
         if i % 2 == 0 {
             socket.connect(to)?;
             socket.send("x")?;
-            names.insert(socket.answered(to, "x")?);
+            names.insert(socket.receive_reply(to, "x")?);
         } else {
-            names.insert(socket.ask(to, "x")?);
+            names.insert(socket.exchange(to, "x")?);
         }
     }
     assert_eq!(names.len(), 1, "{names:?}");
@@ -157,7 +157,7 @@ fn a_timeout_ends_it_and_use_prolongs_it() -> Result<()> {
     let client = setup.clients[0].clone();
     setup.change(&servers, &affinity(3))?;
     let one = || -> Result<String> {
-        let summary = bed().connect(&client, &Connect::to(&[addr(VIP)]).count(1))?;
+        let summary = testbed().connect(&client, &Connect::to(&[addr(VIP)]).count(1))?;
         summary.all_well()?;
         Ok(summary.per_backend.into_keys().collect())
     };

@@ -9,9 +9,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
+use lb_tests::fixture::{POD_PORTS, TwoNodeFixture, endpoints_of, node_addresses, socket_kind};
 use lb_tests::manifests::{web, web_and_dns};
-use lb_tests::outside::{Outside, TARGET, kind, of, outer};
-use lb_tests::{Answer, Call, Kind, Node, Place, Testbed, Underlay, patience, scaled_above};
+use lb_tests::{
+    CallResult, Netns, Node, SocketCall, SocketKind, Testbed, Underlay, scaled_count_above, scaled_timeout,
+};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
@@ -19,7 +21,7 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike as _};
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 /// The node ports of streams and of datagrams.
 const WEB: [u16; 2] = [30080, 30053];
 /// What a client sends again is sent after a second.
@@ -27,8 +29,8 @@ const AT_ONCE: Duration = Duration::from_millis(900);
 /// How long a connection may take where this machine is busy.
 const AT_LAST: Duration = Duration::from_secs(5);
 
-fn bed() -> Testbed {
-    Testbed::new(BED)
+fn testbed() -> Testbed {
+    Testbed::new(TESTBED)
 }
 
 /// How a connection ends.
@@ -44,10 +46,10 @@ enum End {
 
 /// A connection from a given port of a place, also where that was used a moment ago: as soon as the client's own kernel has
 /// heard that the server knows of the end.
-fn connect_from(place: &Place, port: u16, to: SocketAddr) -> Result<TcpStream> {
-    let deadline = Instant::now() + patience(AT_ONCE);
+fn connect_from(netns: &Netns, port: u16, to: SocketAddr) -> Result<TcpStream> {
+    let deadline = Instant::now() + scaled_timeout(AT_ONCE);
     loop {
-        match try_connect(place, port, to) {
+        match try_connect(netns, port, to) {
             Err(error)
                 if error.root_cause().downcast_ref() == Some(&Errno::EADDRNOTAVAIL) && Instant::now() < deadline =>
             {
@@ -58,8 +60,8 @@ fn connect_from(place: &Place, port: u16, to: SocketAddr) -> Result<TcpStream> {
     }
 }
 
-fn try_connect(place: &Place, port: u16, to: SocketAddr) -> Result<TcpStream> {
-    let connected = place.within(|| -> Result<OwnedFd> {
+fn try_connect(netns: &Netns, port: u16, to: SocketAddr) -> Result<TcpStream> {
+    let connected = netns.within(|| -> Result<OwnedFd> {
         let (family, any) = if to.is_ipv4() {
             (AddressFamily::Inet, IpAddr::from([0; 4]))
         } else {
@@ -67,7 +69,7 @@ fn try_connect(place: &Place, port: u16, to: SocketAddr) -> Result<TcpStream> {
         };
         let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
         setsockopt(&socket, sockopt::ReuseAddr, &true)?;
-        let limit = TimeVal::milliseconds(patience(AT_LAST).as_millis() as i64);
+        let limit = TimeVal::milliseconds(scaled_timeout(AT_LAST).as_millis() as i64);
         setsockopt(&socket, sockopt::SendTimeout, &limit)?;
         setsockopt(&socket, sockopt::ReceiveTimeout, &limit)?;
         let from = SocketAddr::new(any, port);
@@ -79,8 +81,8 @@ fn try_connect(place: &Place, port: u16, to: SocketAddr) -> Result<TcpStream> {
 }
 
 /// A connection from a port: what the server says, to its end.
-fn talk(place: &Place, port: u16, to: SocketAddr, end: End) -> Result<String> {
-    let mut stream = connect_from(place, port, to)?;
+fn talk(netns: &Netns, port: u16, to: SocketAddr, end: End) -> Result<String> {
+    let mut stream = connect_from(netns, port, to)?;
     let mut text = String::new();
     match end {
         End::Server => {
@@ -111,28 +113,28 @@ fn talk(place: &Place, port: u16, to: SocketAddr, end: End) -> Result<String> {
 #[test]
 fn a_client_uses_its_port_again_at_once() -> Result<()> {
     const ASKED_FOR: [u16; 2] = [30081, 30082];
-    let outside = Outside::new(BED, Underlay::Vxlan)?;
+    let fixture = TwoNodeFixture::new(TESTBED, Underlay::Vxlan)?;
     let mut servers = Vec::new();
-    for pod in &outside.pods {
-        servers.push(bed().serve_with(pod, &[&format!("[::]:8081={}", pod.name())], &["--http"])?);
+    for pod in &fixture.pods {
+        servers.push(testbed().serve_with(pod, &[&format!("[::]:8081={}", pod.name())], &["--http"])?);
     }
     let [plain, http] = ASKED_FOR;
-    let ends = outside.endpoints();
-    let text = web("plain", 20, plain, &ends, TARGET[0]) + &web("http", 21, http, &ends, 8081);
-    outside.write("web.yaml", &text)?;
-    let client = outside.cluster.client();
+    let ends = fixture.endpoints();
+    let text = web("plain", 20, plain, &ends, POD_PORTS[0]) + &web("http", 21, http, &ends, 8081);
+    fixture.write("web.yaml", &text)?;
+    let client = fixture.cluster.client();
     // What waits for late segments would keep the port for a minute.
     client.sysctl("net.ipv4.tcp_max_tw_buckets", "0")?;
     let mut late = 0;
-    for (v6, address) in outer(outside.node("n1")).into_iter().enumerate() {
+    for (v6, address) in node_addresses(fixture.node("n1")).into_iter().enumerate() {
         for end in [End::Server, End::Client, End::Reset] {
             let to = SocketAddr::new(address, if matches!(end, End::Server) { http } else { plain });
             let mut by = [0_u32; 2];
-            for time in 0..scaled_above(50, 15) {
+            for time in 0..scaled_count_above(50, 15) {
                 let what = || format!("{to}, ended by {end:?}, {time} times before");
                 let begun = Instant::now();
                 let text = talk(client, 4000 + v6 as u16, to, end).with_context(what)?;
-                if begun.elapsed() > patience(AT_ONCE) {
+                if begun.elapsed() > scaled_timeout(AT_ONCE) {
                     println!("{:?} for {}", begun.elapsed(), what());
                     late += 1;
                 }
@@ -155,33 +157,42 @@ fn a_client_uses_its_port_again_at_once() -> Result<()> {
 fn clients_with_one_source_port_are_told_apart() -> Result<()> {
     // One after the other: a closed connection keeps its own for a minute.
     let mut source_ports = 5000..;
-    let outside = Outside::with(BED, Underlay::Vxlan, 2, &[])?;
-    let [_, two] = &outside.pods;
+    let fixture = TwoNodeFixture::with(TESTBED, Underlay::Vxlan, 2, &[])?;
+    let [_, two] = &fixture.pods;
     let _servers = [
-        bed().serve_with(two, &["[::]:8081=two"], &["--echo"])?,
-        bed().serve_datagrams(two, &["[::]:5354=two"])?,
+        testbed().serve_with(two, &["[::]:8081=two"], &["--echo"])?,
+        testbed().serve_datagrams(two, &["[::]:5354=two"])?,
     ];
     // Two Services with the same backend, in both protocols.
     let text: String = [("a", 20, [30080, 30053]), ("b", 21, [30081, 30054])]
-        .map(|(name, last, ports)| web_and_dns(name, last, Some(ports), "type: NodePort", &of(two), [8081, 5354]))
+        .map(|(name, last, ports)| {
+            web_and_dns(
+                name,
+                last,
+                Some(ports),
+                "type: NodePort",
+                &endpoints_of(two),
+                [8081, 5354],
+            )
+        })
         .concat();
-    outside.write("web.yaml", &text)?;
+    fixture.write("web.yaml", &text)?;
     for node in ["n1", "n2"] {
-        for address in outer(outside.node(node)) {
+        for address in node_addresses(fixture.node(node)) {
             let any = if address.is_ipv4() { "0.0.0.0" } else { "::" };
             let from = SocketAddr::new(any.parse()?, source_ports.next().context("a port")?);
             let to = |port: u16| SocketAddr::new(address, port);
             // Two clients at one node port, and each at both Services.
             let mut streams = Vec::new();
             let mut datagrams = Vec::new();
-            for client in outside.cluster.clients() {
-                let mut stream = bed().puppet(client, kind(false, address))?;
-                ensure!(stream.call(&Call::Bind(from))? == Answer::Done, "bind");
+            for client in fixture.cluster.clients() {
+                let mut stream = testbed().scripted_socket(client, socket_kind(false, address))?;
+                ensure!(stream.call(&SocketCall::Bind(from))? == CallResult::Done, "bind");
                 stream.connect(to(30080))?;
                 ensure!(stream.receive()?.1 == "two\n", "no greeting");
                 streams.push(stream);
-                let mut socket = bed().puppet(client, kind(true, address))?;
-                ensure!(socket.call(&Call::Bind(from))? == Answer::Done, "bind");
+                let mut socket = testbed().scripted_socket(client, socket_kind(true, address))?;
+                ensure!(socket.call(&SocketCall::Bind(from))? == CallResult::Done, "bind");
                 datagrams.push(socket);
             }
             for round in 0..3 {
@@ -197,15 +208,15 @@ fn clients_with_one_source_port_are_told_apart() -> Result<()> {
                         socket.send_to(to(port), &format!("{number}-{round}"))?;
                     }
                     for (number, socket) in datagrams.iter_mut().enumerate() {
-                        socket.answered(to(port), &format!("{number}-{round}"))?;
+                        socket.receive_reply(to(port), &format!("{number}-{round}"))?;
                     }
                 }
                 // Both at once: the backend sees one client, and must not take the two for one.
                 for socket in &mut datagrams {
                     socket.send_to(to(30053), "a")?;
-                    socket.answered(to(30053), "a")?;
+                    socket.receive_reply(to(30053), "a")?;
                     socket.send_to(to(30054), "b")?;
-                    socket.answered(to(30054), "b")?;
+                    socket.receive_reply(to(30054), "b")?;
                 }
             }
         }
@@ -215,8 +226,8 @@ fn clients_with_one_source_port_are_told_apart() -> Result<()> {
 
 #[test]
 fn what_is_too_long_for_vxlan_is_told_so_over_ipv6() -> Result<()> {
-    let outside = Outside::new(BED, Underlay::Vxlan)?;
-    let [n1, n2] = ["n1", "n2"].map(|name| outside.node(name));
+    let fixture = TwoNodeFixture::new(TESTBED, Underlay::Vxlan)?;
+    let [n1, n2] = ["n1", "n2"].map(|name| fixture.node(name));
     for (node, other, number) in [(n1, n2, 2), (n2, n1, 1)] {
         let network = other.pod_network6();
         node.ip_batch(&[
@@ -226,19 +237,26 @@ fn what_is_too_long_for_vxlan_is_told_so_over_ipv6() -> Result<()> {
             format!("route add {network}/64 via {network} dev flannel.1 onlink"),
         ])?;
     }
-    outside.write(
+    fixture.write(
         "web.yaml",
-        &web_and_dns("web", 20, Some(WEB), "type: NodePort", &of(&outside.pods[1]), TARGET),
+        &web_and_dns(
+            "web",
+            20,
+            Some(WEB),
+            "type: NodePort",
+            &endpoints_of(&fixture.pods[1]),
+            POD_PORTS,
+        ),
     )?;
-    let client = outside.client();
+    let client = fixture.client();
     let to = SocketAddr::new(n1.address6().into(), WEB[1]);
-    let served = outside.ask(client, true, to)?;
+    let served = fixture.request(client, true, to)?;
     served.ensure("two", Some(n1.pod_network6().into()), "over VXLAN")?;
-    let mut socket = bed().puppet(client, Kind::Udp6)?;
+    let mut socket = testbed().scripted_socket(client, SocketKind::Udp6)?;
     socket.connect(to)?;
     // 1,500 bytes with the headers.
     socket.send(&"x".repeat(1452))?;
-    let deadline = Instant::now() + patience(Duration::from_secs(5));
+    let deadline = Instant::now() + scaled_timeout(Duration::from_secs(5));
     while !client
         .ip(&format!("-6 route get {}", n1.address6()))?
         .contains("mtu 1450")
@@ -246,11 +264,11 @@ fn what_is_too_long_for_vxlan_is_told_so_over_ipv6() -> Result<()> {
         ensure!(Instant::now() < deadline, "the client was not told");
         sleep(Duration::from_millis(20));
     }
-    ensure!(outside.dropped("too_big")? > 0, "it is not counted");
+    ensure!(fixture.dropped("too_big")? > 0, "it is not counted");
     const EMSGSIZE: i32 = 90;
     assert_eq!(
-        socket.call(&Call::Send("a".to_owned()))?,
-        Answer::Failed(EMSGSIZE),
+        socket.call(&SocketCall::Send("a".to_owned()))?,
+        CallResult::Failed(EMSGSIZE),
         "the socket is told too"
     );
     // As long as may be, less what the answer has before it.
@@ -296,7 +314,7 @@ impl Tun {
     /// Sends a packet in, and waits for the one that is for its sender's address and port.
     fn ask(&mut self, packet: &[u8], from: SocketAddr) -> Result<Vec<u8>> {
         self.0.write_all(packet).context("sending")?;
-        let deadline = Instant::now() + patience(Duration::from_secs(2));
+        let deadline = Instant::now() + scaled_timeout(Duration::from_secs(2));
         let mut buffer = [0; 2048];
         loop {
             match self.0.read(&mut buffer) {
@@ -388,20 +406,20 @@ fn a_client_beyond_a_device_without_a_link_layer_is_served_elsewhere() -> Result
 
 fn by_tun(backend: usize) -> Result<()> {
     const NOBODY: u16 = 30081;
-    let outside = Outside::new(BED, Underlay::Vxlan)?;
-    let pod = &outside.pods[backend];
-    let nobody = web_and_dns("nobody", 21, Some([NOBODY, 30054]), "type: NodePort", &[], TARGET);
-    let text = web_and_dns("web", 20, Some(WEB), "type: NodePort", &of(pod), TARGET) + &nobody;
-    outside.write("web.yaml", &text)?;
-    let n1 = outside.node("n1");
+    let fixture = TwoNodeFixture::new(TESTBED, Underlay::Vxlan)?;
+    let pod = &fixture.pods[backend];
+    let nobody = web_and_dns("nobody", 21, Some([NOBODY, 30054]), "type: NodePort", &[], POD_PORTS);
+    let text = web_and_dns("web", 20, Some(WEB), "type: NodePort", &endpoints_of(pod), POD_PORTS) + &nobody;
+    fixture.write("web.yaml", &text)?;
+    let n1 = fixture.node("n1");
     let mut tun = Tun::new(n1)?;
     n1.ip_batch(&[
         "address add 172.31.0.1/24 dev tun0".to_owned(),
         "address add fd00:172:31::1/64 dev tun0 nodad".to_owned(),
         "link set tun0 up".to_owned(),
     ])?;
-    let deadline = Instant::now() + patience(Duration::from_secs(10));
-    while !outside.agents[0]
+    let deadline = Instant::now() + scaled_timeout(Duration::from_secs(10));
+    while !fixture.agents[0]
         .status()?
         .devices
         .iter()
@@ -410,7 +428,7 @@ fn by_tun(backend: usize) -> Result<()> {
         ensure!(Instant::now() < deadline, "tun0 is not served");
         sleep(Duration::from_millis(20));
     }
-    for (address, client) in outer(n1).into_iter().zip(["172.31.0.7", "fd00:172:31::7"]) {
+    for (address, client) in node_addresses(n1).into_iter().zip(["172.31.0.7", "fd00:172:31::7"]) {
         for (udp, port) in [false, true].into_iter().zip(WEB) {
             let from = SocketAddr::new(client.parse()?, 4000);
             let to = SocketAddr::new(address, port);

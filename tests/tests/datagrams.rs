@@ -4,15 +4,15 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Result, ensure};
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Call, Cluster, Kind, Pod, Process, Running, Testbed};
+use lb_tests::{Cluster, Pod, Process, RunningAgent, SocketCall, SocketKind, Testbed};
 use serde_json::Value;
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const ECONNREFUSED: i32 = 111;
 const EHOSTUNREACH: i32 = 113;
 
-fn bed() -> Testbed {
-    Testbed::new(BED)
+fn testbed() -> Testbed {
+    Testbed::new(TESTBED)
 }
 
 fn addr(text: &str) -> SocketAddr {
@@ -21,7 +21,7 @@ fn addr(text: &str) -> SocketAddr {
 
 /// A node, a client pod, three servers of datagrams and of streams, and services in both families.
 struct Setup {
-    agent: Running,
+    agent: RunningAgent,
     manifests: Manifests,
     client: Pod,
     servers: [Pod; 3],
@@ -70,18 +70,18 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     let mut processes = Vec::new();
     for pod in &servers {
         let name = pod.name();
-        processes.push(bed().serve_datagrams(
+        processes.push(testbed().serve_datagrams(
             pod,
             &[
                 &format!("{}={name}", pod.socket(5353)),
                 &format!("{}={name}", pod.socket6(5353)),
             ],
         )?);
-        processes.push(bed().serve_with(pod, &[&format!("[::]:8080={name}")], &["--echo"])?);
+        processes.push(testbed().serve_with(pod, &[&format!("[::]:8080={name}")], &["--echo"])?);
     }
     let folder = Manifests::new(&cluster)?;
     folder.write("services.yaml", &manifests(&servers))?;
-    let agent = folder.serve(&cluster, "n1", BED.as_ref(), flags)?;
+    let agent = folder.serve(&cluster, "n1", TESTBED.as_ref(), flags)?;
     Ok(Setup {
         agent,
         manifests: folder,
@@ -96,7 +96,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
 type Vip = fn(u16, u16) -> SocketAddr;
 
 /// The two families, and IPv4 on IPv6 sockets.
-fn families() -> [(Kind, Vip); 3] {
+fn families() -> [(SocketKind, Vip); 3] {
     fn v4(last: u16, port: u16) -> SocketAddr {
         SocketAddr::new(IpAddr::from([10, 96, 0, last as u8]), port)
     }
@@ -106,7 +106,7 @@ fn families() -> [(Kind, Vip); 3] {
         SocketAddr::new(Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, last).into(), port)
     }
     // The third: v4-mapped.
-    [(Kind::Udp4, v4), (Kind::Udp6, v6), (Kind::Udp6, v4)]
+    [(SocketKind::Udp4, v4), (SocketKind::Udp6, v6), (SocketKind::Udp6, v4)]
 }
 
 #[test]
@@ -116,15 +116,15 @@ fn connected_sockets_see_the_vip() -> Result<()> {
         let to = vip(10, 53);
         let mut names = std::collections::BTreeSet::new();
         for _ in 0..12 {
-            let mut socket = bed().puppet(&setup.client, kind)?;
+            let mut socket = testbed().scripted_socket(&setup.client, kind)?;
             socket.connect(to)?;
             ensure!(socket.peer()? == to, "{kind:?} {to}: getpeername {}", socket.peer()?);
             socket.send("hello")?;
-            let name = socket.answered(to, "hello")?;
+            let name = socket.receive_reply(to, "hello")?;
             // It keeps its backend, also where it names the destination that it is connected to.
             socket.send("again")?;
-            assert_eq!(socket.answered(to, "again")?, name);
-            assert_eq!(socket.ask(to, "named")?, name, "{kind:?} {to}");
+            assert_eq!(socket.receive_reply(to, "again")?, name);
+            assert_eq!(socket.exchange(to, "named")?, name, "{kind:?} {to}");
             names.insert(name);
         }
         assert!(names.len() > 1, "{kind:?} {to}: all of 12 sockets went to {names:?}");
@@ -136,11 +136,11 @@ fn connected_sockets_see_the_vip() -> Result<()> {
 fn unconnected_sockets_see_the_vip_and_stay_with_their_backend() -> Result<()> {
     let setup = setup(&[])?;
     for (kind, vip) in families() {
-        let mut socket = bed().puppet(&setup.client, kind)?;
+        let mut socket = testbed().scripted_socket(&setup.client, kind)?;
         let to = vip(10, 53);
-        let first = socket.ask(to, "0")?;
+        let first = socket.exchange(to, "0")?;
         for i in 1..10 {
-            assert_eq!(socket.ask(to, &i.to_string())?, first, "{kind:?} {to}");
+            assert_eq!(socket.exchange(to, &i.to_string())?, first, "{kind:?} {to}");
         }
         // Another service on the same socket, another backend, questions at once: musl's resolver asks like that.
         let other = vip(if first == "b" { 11 } else { 13 }, 53);
@@ -153,7 +153,7 @@ fn unconnected_sockets_see_the_vip_and_stay_with_their_backend() -> Result<()> {
             [Some(to), Some(other)],
             "{kind:?}: {answers:?}"
         );
-        assert_eq!(socket.ask(to, "still")?, first);
+        assert_eq!(socket.exchange(to, "still")?, first);
     }
     let flows = setup.agent.connections("both", Some("dns"))?;
     assert_eq!(flows, 3, "one for each socket and service");
@@ -165,16 +165,16 @@ fn two_services_with_the_same_backend_on_one_socket() -> Result<()> {
     let setup = setup(&[])?;
     for (kind, vip) in families() {
         let (one, uno) = (vip(11, 53), vip(12, 53));
-        let mut socket = bed().puppet(&setup.client, kind)?;
+        let mut socket = testbed().scripted_socket(&setup.client, kind)?;
         for i in 0..5 {
-            socket.ask(one, &format!("one {i}"))?;
-            socket.ask(uno, &format!("uno {i}"))?;
+            socket.exchange(one, &format!("one {i}"))?;
+            socket.exchange(uno, &format!("uno {i}"))?;
         }
         for (first, second) in [(one, uno), (uno, one), (one, one)] {
             socket.send_to(first, "first")?;
             socket.send_to(second, "second")?;
-            socket.answered(first, "first")?;
-            socket.answered(second, "second")?;
+            socket.receive_reply(first, "first")?;
+            socket.receive_reply(second, "second")?;
         }
     }
     Ok(())
@@ -189,17 +189,17 @@ fn a_fifth_service_replaces_the_least_recently_used() -> Result<()> {
     setup.manifests.write("more.yaml", &more)?;
     let mut agent = setup.agent;
     agent.wait_ready(&|| false)?;
-    let mut socket = bed().puppet(&setup.client, Kind::Udp4)?;
+    let mut socket = testbed().scripted_socket(&setup.client, SocketKind::Udp4)?;
     let vip = |i: u16| addr(&format!("10.96.0.{i}:53"));
     for i in 20..24 {
-        socket.ask(vip(i), "x")?;
+        socket.exchange(vip(i), "x")?;
     }
     assert_eq!(agent.status()?.dropped("udp_flow_replaced").unwrap_or(0), 0);
-    socket.ask(vip(20), "used again")?;
-    socket.ask(vip(24), "the fifth, in place of 21")?;
+    socket.exchange(vip(20), "used again")?;
+    socket.exchange(vip(24), "the fifth, in place of 21")?;
     assert_eq!(agent.status()?.dropped("udp_flow_replaced")?, 1);
     for i in [20, 22, 23, 24] {
-        socket.ask(vip(i), "x")?;
+        socket.exchange(vip(i), "x")?;
     }
     assert_eq!(agent.status()?.dropped("udp_flow_replaced")?, 1);
     Ok(())
@@ -211,33 +211,33 @@ fn sockets_that_connect_again_or_elsewhere() -> Result<()> {
     let direct = setup.servers[0].socket(5353);
     let one = addr("10.96.0.11:53");
     let two = addr("10.96.0.13:53");
-    let mut socket = bed().puppet(&setup.client, Kind::Udp4)?;
+    let mut socket = testbed().scripted_socket(&setup.client, SocketKind::Udp4)?;
     socket.connect(one)?;
     socket.send("x")?;
-    assert_eq!(socket.answered(one, "x")?, "a");
+    assert_eq!(socket.receive_reply(one, "x")?, "a");
     // Straight to the same backend: nothing is translated any more.
     socket.connect(direct)?;
     assert_eq!(socket.peer()?, direct);
     socket.send("y")?;
-    socket.answered(direct, "y")?;
+    socket.receive_reply(direct, "y")?;
     socket.connect(two)?;
     assert_eq!(socket.peer()?, two);
     socket.send("z")?;
-    assert_eq!(socket.answered(two, "z")?, "b");
+    assert_eq!(socket.receive_reply(two, "z")?, "b");
     // A connected socket may send elsewhere; the answer is not for it, but goes there it does.
     socket.send_to(one, "elsewhere")?;
     socket.send("w")?;
-    assert_eq!(socket.answered(two, "w")?, "b");
+    assert_eq!(socket.receive_reply(two, "w")?, "b");
     // Unconnected again.
-    assert_eq!(socket.call(&Call::Disconnect)?, lb_tests::Answer::Done);
-    assert_eq!(socket.ask(one, "v")?, "a");
-    assert_eq!(socket.ask(two, "u")?, "b");
+    assert_eq!(socket.call(&SocketCall::Disconnect)?, lb_tests::CallResult::Done);
+    assert_eq!(socket.exchange(one, "v")?, "a");
+    assert_eq!(socket.exchange(two, "u")?, "b");
     // An IPv6 socket that connects to an address of AF_INET runs the IPv4 hook.
-    let mut socket = bed().puppet(&setup.client, Kind::Udp6)?;
+    let mut socket = testbed().scripted_socket(&setup.client, SocketKind::Udp6)?;
     socket.connect(one)?;
     assert_eq!(socket.peer()?, one);
     socket.send("t")?;
-    assert_eq!(socket.answered(one, "t")?, "a");
+    assert_eq!(socket.receive_reply(one, "t")?, "a");
     Ok(())
 }
 
@@ -261,16 +261,20 @@ fn what_cannot_be_served_is_refused_at_the_call() -> Result<()> {
             (vip(15, 53), EHOSTUNREACH),
         ];
         for (to, errno) in cases {
-            let mut socket = bed().puppet(&setup.client, kind)?;
+            let mut socket = testbed().scripted_socket(&setup.client, kind)?;
             let text = "x".to_owned();
             assert_eq!(
-                socket.errno(&Call::SendTo(to, text.clone()))?,
+                socket.errno(&SocketCall::SendTo(to, text.clone()))?,
                 errno,
                 "{kind:?} sends to {to}"
             );
-            assert_eq!(socket.errno(&Call::Connect(to))?, errno, "{kind:?} connects to {to}");
+            assert_eq!(
+                socket.errno(&SocketCall::Connect(to))?,
+                errno,
+                "{kind:?} connects to {to}"
+            );
             // The socket is as good as new.
-            socket.ask(vip(10, 53), "well")?;
+            socket.exchange(vip(10, 53), "well")?;
         }
     }
     Ok(())
@@ -283,15 +287,15 @@ fn streams_of_both_families_and_mptcp() -> Result<()> {
     let six = addr("[fd00:96::10]:80");
     let mapped = addr("[::ffff:10.96.0.10]:80");
     let cases = [
-        (Kind::Tcp4, four, four),
-        (Kind::Tcp6, six, six),
-        (Kind::Tcp6, mapped, four),
-        (Kind::Mptcp4, four, four),
-        (Kind::Mptcp6, six, six),
-        (Kind::Mptcp6, mapped, four),
+        (SocketKind::Tcp4, four, four),
+        (SocketKind::Tcp6, six, six),
+        (SocketKind::Tcp6, mapped, four),
+        (SocketKind::Mptcp4, four, four),
+        (SocketKind::Mptcp6, six, six),
+        (SocketKind::Mptcp6, mapped, four),
     ];
     for (kind, to, seen) in cases {
-        let mut socket = bed().puppet(&setup.client, kind)?;
+        let mut socket = testbed().scripted_socket(&setup.client, kind)?;
         socket.connect(to)?;
         assert_eq!(socket.peer()?, seen, "{kind:?} to {to}");
         let (_, name) = socket.receive()?;
@@ -299,7 +303,7 @@ fn streams_of_both_families_and_mptcp() -> Result<()> {
         let rows: Vec<Value> = setup.agent.json(&["socket", "list"])?;
         assert_eq!(rows.len(), 1, "{kind:?} to {to}: {rows:?}");
         drop(socket);
-        let deadline = std::time::Instant::now() + lb_tests::patience(std::time::Duration::from_secs(5));
+        let deadline = std::time::Instant::now() + lb_tests::scaled_timeout(std::time::Duration::from_secs(5));
         loop {
             let rows: Vec<Value> = setup.agent.json(&["socket", "list"])?;
             if rows.is_empty() {
@@ -312,9 +316,9 @@ fn streams_of_both_families_and_mptcp() -> Result<()> {
             std::thread::sleep(std::time::Duration::from_millis(20));
         }
         let refused = SocketAddr::new(to.ip(), 81);
-        let mut socket = bed().puppet(&setup.client, kind)?;
+        let mut socket = testbed().scripted_socket(&setup.client, kind)?;
         assert_eq!(
-            socket.errno(&Call::Connect(refused))?,
+            socket.errno(&SocketCall::Connect(refused))?,
             ECONNREFUSED,
             "{kind:?} to {refused}"
         );
@@ -339,13 +343,13 @@ fn families_in_either_order_and_one_alone() -> Result<()> {
     agent.wait_ready(&|| false)?;
     for ip in ["10.96.0.30", "[fd00:96::30]", "10.96.0.31", "[fd00:96::31]"] {
         let (datagrams, streams) = match ip.starts_with('[') {
-            true => (Kind::Udp6, Kind::Tcp6),
-            false => (Kind::Udp4, Kind::Tcp4),
+            true => (SocketKind::Udp6, SocketKind::Tcp6),
+            false => (SocketKind::Udp4, SocketKind::Tcp4),
         };
-        bed()
-            .puppet(&setup.client, datagrams)?
-            .ask(addr(&format!("{ip}:53")), "x")?;
-        let mut socket = bed().puppet(&setup.client, streams)?;
+        testbed()
+            .scripted_socket(&setup.client, datagrams)?
+            .exchange(addr(&format!("{ip}:53")), "x")?;
+        let mut socket = testbed().scripted_socket(&setup.client, streams)?;
         socket.connect(addr(&format!("{ip}:80")))?;
         socket.receive()?;
     }
@@ -357,13 +361,13 @@ fn a_node_without_ipv4() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let (client, server) = (cluster.add_pod("n1", "client")?, cluster.add_pod("n1", "a")?);
     let node = cluster.node("n1");
-    let places: [&lb_tests::Place; 3] = [&client, &server, node];
-    for place in places {
-        place.ip("-4 address flush scope global")?;
-        place.ip("-4 route flush table main")?;
+    let namespaces: [&lb_tests::Netns; 3] = [&client, &server, node];
+    for netns in namespaces {
+        netns.ip("-4 address flush scope global")?;
+        netns.ip("-4 route flush table main")?;
     }
-    let _datagrams = bed().serve_datagrams(&server, &[&format!("{}=a", server.socket6(5353))])?;
-    let _streams = bed().serve_with(&server, &["[::]:8080=a"], &["--echo"])?;
+    let _datagrams = testbed().serve_datagrams(&server, &[&format!("{}=a", server.socket6(5353))])?;
+    let _streams = testbed().serve_with(&server, &["[::]:8080=a"], &["--echo"])?;
     let manifests = Manifests::new(&cluster)?;
     let ports = [DNS, WEB.on_nodes(30080)];
     let mut text = service("six", "fd00:96::10", &ports, "");
@@ -371,20 +375,20 @@ fn a_node_without_ipv4() -> Result<()> {
         text += &slice("six", port, &[(server.address6().into(), "n1")]);
     }
     manifests.write("services.yaml", &text)?;
-    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
-    for place in [&*client, &**node] {
+    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
+    for netns in [&*client, &**node] {
         let to = addr("[fd00:96::10]:53");
-        let mut socket = bed().puppet(place, Kind::Udp6)?;
-        assert_eq!(socket.ask(to, "x")?, "a");
+        let mut socket = testbed().scripted_socket(netns, SocketKind::Udp6)?;
+        assert_eq!(socket.exchange(to, "x")?, "a");
         socket.connect(to)?;
         assert_eq!(socket.peer()?, to);
         for to in [
             SocketAddr::new(to.ip(), 80),
             SocketAddr::new(node.address6().into(), 30080),
         ] {
-            let mut socket = bed().puppet(place, Kind::Tcp6)?;
+            let mut socket = testbed().scripted_socket(netns, SocketKind::Tcp6)?;
             socket.connect(to)?;
-            assert_eq!(socket.peer()?, to, "from {}", place.name());
+            assert_eq!(socket.peer()?, to, "from {}", netns.name());
             assert_eq!(socket.receive()?.1, "a\n");
         }
     }

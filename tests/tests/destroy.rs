@@ -12,14 +12,14 @@ use lb_agent::loader::PinPath;
 use lb_agent::maps::bpf::PinnedMaps;
 use lb_common::abi::{SocketRecord, VERSION, map_name};
 use lb_tests::manifests::{Manifests, Port, service, slice_with_conditions};
-use lb_tests::puppet::plain;
+use lb_tests::scripted_socket::plain;
 use lb_tests::{
-    Agent, Call, Cluster, Kind, Place, Pod, Process, Puppet, Running, Testbed, patience, scaled_above,
-    unit_capabilities,
+    Agent, Cluster, Netns, Pod, Process, RunningAgent, ScriptedSocket, SocketCall, SocketKind, Testbed,
+    scaled_count_above, scaled_timeout, unit_capabilities,
 };
 use serde_json::Value;
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const EDESTADDRREQ: i32 = 89;
 const ECONNABORTED: i32 = 103;
 const ENOTCONN: i32 = 107;
@@ -28,22 +28,22 @@ const TARGET: u16 = 5353;
 /// How soon after its publication the removal of a backend must have reached its sockets.
 const AT_MOST: Duration = Duration::from_secs(1);
 
-fn bed() -> Testbed {
-    Testbed::new(BED)
+fn testbed() -> Testbed {
+    Testbed::new(TESTBED)
 }
 
 /// What a socket is, and where it connects to.
-type Way = (Kind, SocketAddr);
+type Way = (SocketKind, SocketAddr);
 
 /// All ways in which a UDP socket names a port of two addresses: IPv4, IPv6, and IPv4 on an IPv6 socket, v4-mapped or as
 /// it is.
 fn ways(v4: Ipv4Addr, v6: Ipv6Addr, port: u16) -> [Way; 4] {
     let mapped = v4.to_ipv6_mapped();
     [
-        (Kind::Udp4, (v4, port).into()),
-        (Kind::Udp6, (v6, port).into()),
-        (Kind::Udp6, (mapped, port).into()),
-        (Kind::Udp6, (v4, port).into()),
+        (SocketKind::Udp4, (v4, port).into()),
+        (SocketKind::Udp6, (v6, port).into()),
+        (SocketKind::Udp6, (mapped, port).into()),
+        (SocketKind::Udp6, (v4, port).into()),
     ]
 }
 
@@ -65,11 +65,11 @@ fn direct(pod: &Pod) -> [Way; 4] {
 fn streams() -> [Way; 5] {
     let [(_, v4), (_, v6), (_, mapped), _] = dns();
     [
-        (Kind::Tcp4, v4),
-        (Kind::Tcp6, v6),
-        (Kind::Tcp6, mapped),
-        (Kind::Mptcp4, v4),
-        (Kind::Mptcp6, v6),
+        (SocketKind::Tcp4, v4),
+        (SocketKind::Tcp6, v6),
+        (SocketKind::Tcp6, mapped),
+        (SocketKind::Mptcp4, v4),
+        (SocketKind::Mptcp6, v6),
     ]
 }
 
@@ -94,7 +94,7 @@ fn manifest(name: &str, ips: &str, endpoints: &[(&Pod, &str)]) -> String {
 
 /// One node with a client pod, two servers, and an agent.
 struct Setup {
-    agent: Running,
+    agent: RunningAgent,
     manifests: Manifests,
     client: Pod,
     servers: [Pod; 2],
@@ -110,14 +110,14 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     for pod in &servers {
         let name = pod.name();
         let listen = [pod.socket(TARGET), pod.socket6(TARGET)].map(|at| format!("{at}={name}"));
-        processes.push(bed().serve_datagrams(pod, &listen.each_ref().map(String::as_str))?);
-        processes.push(bed().serve_with(pod, &[&format!("[::]:{TARGET}={name}")], &["--echo"])?);
+        processes.push(testbed().serve_datagrams(pod, &listen.each_ref().map(String::as_str))?);
+        processes.push(testbed().serve_with(pod, &[&format!("[::]:{TARGET}={name}")], &["--echo"])?);
     }
     let manifests = Manifests::new(&cluster)?;
     manifests.write("dns.yaml", &dns_with(&[(&servers[0], READY)]))?;
     let other = manifest("other", "10.96.0.11,fd00:96::11", &[(&servers[0], READY)]);
     manifests.write("other.yaml", &other)?;
-    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), flags)?;
+    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), flags)?;
     Ok(Setup {
         agent,
         manifests,
@@ -133,12 +133,12 @@ fn dns_with(endpoints: &[(&Pod, &str)]) -> String {
 }
 
 /// Waits until `count` UDP sockets of each place are connected to a server; there must not be fewer at any time.
-fn only(count: usize, places: &[&Place], server: &Pod) -> Result<()> {
+fn only(count: usize, namespaces: &[&Netns], server: &Pod) -> Result<()> {
     in_time(AT_MOST, "sockets of a removed backend are destroyed", || {
         let mut all = true;
-        for place in places {
-            let connected = connected(place, "--udp", server)?;
-            let name = place.name();
+        for netns in namespaces {
+            let connected = connected(netns, "--udp", server)?;
+            let name = netns.name();
             ensure!(connected >= count, "{connected} of {count} are left in {name}");
             all &= connected == count;
         }
@@ -148,7 +148,7 @@ fn only(count: usize, places: &[&Place], server: &Pod) -> Result<()> {
 
 impl Setup {
     /// A pod's sockets and the node's.
-    fn places(&self) -> [&Place; 2] {
+    fn namespaces(&self) -> [&Netns; 2] {
         [&self.client, self.cluster.node("n1")]
     }
 
@@ -181,7 +181,7 @@ fn eventually(what: &str, check: impl FnMut() -> Result<bool>) -> Result<()> {
 }
 
 fn in_time(time: Duration, what: &str, mut check: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + patience(time);
+    let deadline = Instant::now() + scaled_timeout(time);
     loop {
         // What was looked at in time counts, however long that took.
         let late = Instant::now() >= deadline;
@@ -194,10 +194,10 @@ fn in_time(time: Duration, what: &str, mut check: impl FnMut() -> Result<bool>) 
 }
 
 /// How many sockets of a namespace the kernel has connected to a server: `kind` is `--udp` or `--tcp`.
-fn connected(place: &Place, kind: &str, server: &Pod) -> Result<usize> {
+fn connected(netns: &Netns, kind: &str, server: &Pod) -> Result<usize> {
     let to = [server.socket(TARGET), server.socket6(TARGET)];
     let mut count = 0;
-    for line in place.run("ss", &["-Hn", kind, "state", "established"])?.lines() {
+    for line in netns.run("ss", &["-Hn", kind, "state", "established"])?.lines() {
         let peer = line.split_whitespace().nth(3).and_then(|peer| peer.parse().ok());
         let peer: SocketAddr = peer.with_context(|| format!("no peer: {line}"))?;
         count += usize::from(to.contains(&plain(peer)));
@@ -206,19 +206,19 @@ fn connected(place: &Place, kind: &str, server: &Pod) -> Result<usize> {
 }
 
 /// A socket that is connected, and was answered by a server.
-fn connect(place: &Place, (kind, to): Way, server: &Pod) -> Result<Puppet> {
-    let mut socket = bed().puppet(place, kind)?;
+fn connect(netns: &Netns, (kind, to): Way, server: &Pod) -> Result<ScriptedSocket> {
+    let mut socket = testbed().scripted_socket(netns, kind)?;
     socket.connect(to).with_context(|| format!("{kind:?} to {to}"))?;
     talk(&mut socket, (kind, to), server)?;
     Ok(socket)
 }
 
 /// Says something on a connected socket, which the server must answer; its answer comes from the address that was asked.
-fn talk(socket: &mut Puppet, (kind, to): Way, server: &Pod) -> Result<()> {
+fn talk(socket: &mut ScriptedSocket, (kind, to): Way, server: &Pod) -> Result<()> {
     let context = || format!("{kind:?} to {to}");
-    if matches!(kind, Kind::Udp4 | Kind::Udp6) {
+    if matches!(kind, SocketKind::Udp4 | SocketKind::Udp6) {
         socket.send("hello").with_context(context)?;
-        let name = socket.answered(plain(to), "hello").with_context(context)?;
+        let name = socket.receive_reply(plain(to), "hello").with_context(context)?;
         ensure!(name == server.name(), "{kind:?} to {to}: {name}");
     } else {
         socket.send("hello").with_context(context)?;
@@ -239,36 +239,36 @@ fn talk(socket: &mut Puppet, (kind, to): Way, server: &Pod) -> Result<()> {
 }
 
 /// A socket whose backend was removed has no peer to send to, and the first who waits for an answer is told why.
-fn is_destroyed(socket: &mut Puppet) -> Result<()> {
-    assert_eq!(socket.errno(&Call::PeerName)?, ENOTCONN);
-    assert_eq!(socket.errno(&Call::Send("hello".into()))?, EDESTADDRREQ);
-    assert_eq!(socket.errno(&Call::Receive)?, ECONNABORTED);
+fn is_destroyed(socket: &mut ScriptedSocket) -> Result<()> {
+    assert_eq!(socket.errno(&SocketCall::PeerName)?, ENOTCONN);
+    assert_eq!(socket.errno(&SocketCall::Send("hello".into()))?, EDESTADDRREQ);
+    assert_eq!(socket.errno(&SocketCall::Receive)?, ECONNABORTED);
     Ok(())
 }
 
 /// Sockets of one kind in one place.
 struct Sockets {
-    dns: Puppet,
+    dns: ScriptedSocket,
     /// To the same server through another Service.
-    other: Puppet,
+    other: ScriptedSocket,
     /// To the same server without a Service.
-    direct: Puppet,
+    direct: ScriptedSocket,
     /// Through the Service once, and elsewhere since.
-    moved: Puppet,
-    unconnected: Puppet,
+    moved: ScriptedSocket,
+    unconnected: ScriptedSocket,
 }
 
 impl Sockets {
-    fn open(place: &Place, way: usize, [a, b]: &[Pod; 2]) -> Result<Self> {
+    fn open(netns: &Netns, way: usize, [a, b]: &[Pod; 2]) -> Result<Self> {
         let (kind, vip) = dns()[way];
-        let mut moved = connect(place, dns()[way], a)?;
+        let mut moved = connect(netns, dns()[way], a)?;
         moved.connect(direct(b)[way].1)?;
-        let mut unconnected = bed().puppet(place, kind)?;
-        assert_eq!(unconnected.ask(plain(vip), "first")?, "a");
+        let mut unconnected = testbed().scripted_socket(netns, kind)?;
+        assert_eq!(unconnected.exchange(plain(vip), "first")?, "a");
         Ok(Self {
-            dns: connect(place, dns()[way], a)?,
-            other: connect(place, other()[way], a)?,
-            direct: connect(place, direct(a)[way], a)?,
+            dns: connect(netns, dns()[way], a)?,
+            other: connect(netns, other()[way], a)?,
+            direct: connect(netns, direct(a)[way], a)?,
             moved,
             unconnected,
         })
@@ -282,7 +282,7 @@ impl Sockets {
         talk(&mut self.direct, direct(a)[way], a)?;
         talk(&mut self.moved, direct(b)[way], b)?;
         // An unconnected socket picks anew, and so does one that was destroyed, when it connects again.
-        assert_eq!(self.unconnected.ask(plain(vip), "second")?, "b");
+        assert_eq!(self.unconnected.exchange(plain(vip), "second")?, "b");
         self.dns.connect(vip)?;
         talk(&mut self.dns, dns()[way], b)
     }
@@ -293,22 +293,22 @@ fn connected_udp_sockets_of_a_removed_backend_are_destroyed_and_no_others() -> R
     let setup = setup(&[])?;
     let [a, b] = &setup.servers;
     let mut sockets = Vec::new();
-    for place in setup.places() {
+    for netns in setup.namespaces() {
         for way in 0..dns().len() {
-            sockets.push((way, Sockets::open(place, way, &setup.servers)?));
+            sockets.push((way, Sockets::open(netns, way, &setup.servers)?));
         }
     }
     let mut streams: Vec<_> = streams()
         .into_iter()
         .map(|way| Ok((way, connect(&setup.client, way, a)?)))
         .collect::<Result<_>>()?;
-    for place in setup.places() {
-        assert_eq!(connected(place, "--udp", a)?, 3 * dns().len(), "{}", place.name());
+    for netns in setup.namespaces() {
+        assert_eq!(connected(netns, "--udp", a)?, 3 * dns().len(), "{}", netns.name());
     }
 
     setup.publish(&[(b, READY)])?;
     // What is left goes there directly, or through the other Service.
-    only(2 * dns().len(), &setup.places(), a)?;
+    only(2 * dns().len(), &setup.namespaces(), a)?;
     for (way, sockets) in &mut sockets {
         sockets.check(*way, &setup.servers)?;
     }
@@ -334,7 +334,7 @@ fn a_terminating_backend_keeps_its_sockets_until_it_is_gone() -> Result<()> {
     setup.publish(&[(a, TERMINATING), (b, READY)])?;
     let mut new: Vec<_> = dns().into_iter().map(|way| open(way, b)).collect::<Result<_>>()?;
     // Longer than the sockets of a removed backend live.
-    sleep(patience(AT_MOST) + AT_MOST / 2);
+    sleep(scaled_timeout(AT_MOST) + AT_MOST / 2);
     for (way, socket) in &mut old {
         talk(socket, *way, a)?;
     }
@@ -353,23 +353,23 @@ fn a_terminating_backend_keeps_its_sockets_until_it_is_gone() -> Result<()> {
 fn no_socket_that_connects_while_its_backend_is_removed_stays() -> Result<()> {
     let setup = setup(&[])?;
     let [a, b] = &setup.servers;
-    for round in 0..scaled_above(6, 2) {
+    for round in 0..scaled_count_above(6, 2) {
         let (old, new) = if round % 2 == 0 { (a, b) } else { (b, a) };
         let mut churns = Vec::new();
-        for place in setup.places() {
+        for netns in setup.namespaces() {
             for (kind, to) in &dns()[..3] {
-                churns.push(bed().churn(place, *kind, *to)?);
+                churns.push(testbed().churn(netns, *kind, *to)?);
             }
         }
         setup.publish(&[(new, READY)])?;
         let mut count = 0;
         for churn in &mut churns {
-            count += churn.enough()?;
+            count += churn.stop()?;
         }
         ensure!(count > 100, "only {count} sockets");
-        for place in setup.places() {
-            eventually("no socket is left", || Ok(connected(place, "--udp", old)? == 0))?;
-            ensure!(connected(place, "--udp", new)? > 0, "others live");
+        for netns in setup.namespaces() {
+            eventually("no socket is left", || Ok(connected(netns, "--udp", old)? == 0))?;
+            ensure!(connected(netns, "--udp", new)? > 0, "others live");
         }
     }
     setup.agent.verify()
@@ -386,7 +386,7 @@ fn a_connect_that_ends_after_its_backend_was_removed_is_caught() -> Result<()> {
     let more = Map::HashMap(MapData::from_pin(folder.join(map_name::SOCKETS_MORE))?);
     let mut more: HashMap<_, u64, [u8; size_of::<SocketRecord>()]> = more.try_into()?;
     // As if the call lasted as long as this test may, on a slow machine too.
-    let time = lb_tests::monotonic_ns() + patience(Duration::from_secs(20)).as_nanos() as u64;
+    let time = lb_tests::monotonic_ns() + scaled_timeout(Duration::from_secs(20)).as_nanos() as u64;
     let (mut late, mut elsewhere) = (Vec::new(), Vec::new());
     for way in 0..dns().len() {
         let mut socket = connect(&setup.client, dns()[way], a)?;
@@ -395,7 +395,7 @@ fn a_connect_that_ends_after_its_backend_was_removed_is_caught() -> Result<()> {
         let example = records.iter().find(|record| record.cookie == cookie);
         for (server, sockets) in [(a, &mut late), (b, &mut elsewhere)] {
             let (kind, to) = direct(server)[way];
-            let mut socket = bed().puppet(&setup.client, kind)?;
+            let mut socket = testbed().scripted_socket(&setup.client, kind)?;
             let cookie = socket.cookie()?;
             let record = SocketRecord {
                 cookie,
@@ -410,7 +410,7 @@ fn a_connect_that_ends_after_its_backend_was_removed_is_caught() -> Result<()> {
         }
     }
     setup.publish(&[(b, READY)])?;
-    sleep(patience(AT_MOST));
+    sleep(scaled_timeout(AT_MOST));
     assert_eq!(connected(&setup.client, "--udp", a)?, 0);
     // The second half has called connect() once more meanwhile, for another peer.
     for (socket, (_, to)) in late.iter_mut().chain(&mut elsewhere) {
@@ -426,9 +426,9 @@ fn sockets_whose_backend_went_while_no_agent_ran_are_destroyed_at_the_next_start
     let mut setup = setup(&[])?;
     let [a, b] = setup.servers.clone();
     let mut sockets = Vec::new();
-    for place in setup.places() {
+    for netns in setup.namespaces() {
         for way in dns() {
-            sockets.push((way, connect(place, way, &a)?));
+            sockets.push((way, connect(netns, way, &a)?));
         }
     }
     setup.agent.kill()?;
@@ -438,7 +438,7 @@ fn sockets_whose_backend_went_while_no_agent_ran_are_destroyed_at_the_next_start
     }
     setup.agent.start_again()?;
     setup.agent.wait_ready(&|| false)?;
-    only(0, &setup.places(), &a)?;
+    only(0, &setup.namespaces(), &a)?;
     sockets.iter_mut().try_for_each(|(_, socket)| is_destroyed(socket))
 }
 
@@ -470,7 +470,7 @@ fn what_an_agent_may_not_reach_is_named_and_left_to_the_next() -> Result<()> {
         Ok(connected(node, "--udp", &a)? == 0)
     })?;
     nodes.iter_mut().try_for_each(is_destroyed)?;
-    sleep(patience(AT_MOST) + AT_MOST / 2);
+    sleep(scaled_timeout(AT_MOST) + AT_MOST / 2);
     assert_eq!(connected(&setup.client, "--udp", &a)?, sockets.len());
     bound.kill()?;
     setup.agent.start_again()?;
@@ -489,14 +489,14 @@ fn the_capabilities_of_the_systemd_unit_reach_pods() -> Result<()> {
     setup.agent.kill()?;
     let _agent = restricted(&setup, &unit_capabilities()?)?;
     let mut sockets = Vec::new();
-    for place in setup.places() {
+    for netns in setup.namespaces() {
         for way in dns() {
-            sockets.push(connect(place, way, &a)?);
+            sockets.push(connect(netns, way, &a)?);
         }
     }
     setup.manifests.write("dns.yaml", &dns_with(&[(&b, READY)]))?;
-    for place in setup.places() {
-        eventually("no socket is left", || Ok(connected(place, "--udp", &a)? == 0))?;
+    for netns in setup.namespaces() {
+        eventually("no socket is left", || Ok(connected(netns, "--udp", &a)? == 0))?;
     }
     sockets.iter_mut().try_for_each(is_destroyed)?;
     let problems = setup.agent.status()?.problems;
@@ -511,7 +511,7 @@ fn restricted(setup: &Setup, bounding_set: &str) -> Result<Process> {
     command
         .arg(format!("--bounding-set={bounding_set}"))
         .args(["--inh-caps=-all", "--no-new-privs"])
-        .arg(Agent::find(BED.as_ref())?)
+        .arg(Agent::find(TESTBED.as_ref())?)
         .args(["run", "--node-name", "n1", "--manifests"])
         .arg(setup.manifests.path())
         .arg("--cgroup")
@@ -526,13 +526,13 @@ fn tcp_sockets_are_destroyed_where_that_is_asked_for() -> Result<()> {
     let setup = setup(&["--destroy-tcp"])?;
     let [a, b] = &setup.servers;
     let mut old = Vec::new();
-    for place in setup.places() {
+    for netns in setup.namespaces() {
         for way in streams() {
-            old.push((way, connect(place, way, a)?));
+            old.push((way, connect(netns, way, a)?));
         }
     }
     setup.publish(&[(a, TERMINATING), (b, READY)])?;
-    sleep(patience(AT_MOST) + AT_MOST / 2);
+    sleep(scaled_timeout(AT_MOST) + AT_MOST / 2);
     for (way, stream) in &mut old {
         talk(stream, *way, a).context("the termination grace")?;
     }
@@ -541,12 +541,12 @@ fn tcp_sockets_are_destroyed_where_that_is_asked_for() -> Result<()> {
         new.push((way, connect(&setup.client, way, b)?));
     }
     setup.publish(&[(b, READY)])?;
-    for place in setup.places() {
-        eventually("it is gone", || Ok(connected(place, "--tcp", a)? == 0))?;
+    for netns in setup.namespaces() {
+        eventually("it is gone", || Ok(connected(netns, "--tcp", a)? == 0))?;
     }
     for ((kind, to), stream) in &mut old {
         // With a server that knows no MPTCP, the end of the subflow is that of the connection.
-        assert_eq!(stream.errno(&Call::Receive)?, ECONNABORTED, "{kind:?} to {to}");
+        assert_eq!(stream.errno(&SocketCall::Receive)?, ECONNABORTED, "{kind:?} to {to}");
     }
     for (way, stream) in &mut new {
         talk(stream, *way, b)?;
@@ -568,19 +568,19 @@ fn records_without_a_socket_are_swept_and_others_stay() -> Result<()> {
     eventually("it is forgotten", || Ok(setup.records()?.is_empty()))?;
 
     let (mut live, mut lost) = (Vec::new(), Vec::new());
-    for place in setup.places() {
+    for netns in setup.namespaces() {
         for way in all() {
-            live.push((way, connect(place, way, b)?));
+            live.push((way, connect(netns, way, b)?));
         }
     }
-    for place in [&*doomed, &*setup.client] {
+    for netns in [&*doomed, &*setup.client] {
         for way in all() {
-            lost.push(connect(place, way, b)?);
+            lost.push(connect(netns, way, b)?);
         }
     }
-    let unconnected = |place| -> Result<Puppet> {
-        let mut socket = bed().puppet(place, Kind::Udp4)?;
-        socket.ask(dns()[0].1, "hello")?;
+    let unconnected = |netns| -> Result<ScriptedSocket> {
+        let mut socket = testbed().scripted_socket(netns, SocketKind::Udp4)?;
+        socket.exchange(dns()[0].1, "hello")?;
         Ok(socket)
     };
     let mut live_flows = unconnected(&setup.client)?;
@@ -609,7 +609,7 @@ fn records_without_a_socket_are_swept_and_others_stay() -> Result<()> {
         talk(socket, *way, b)?;
         assert_eq!(socket.peer()?, plain(way.1), "it is still translated");
     }
-    assert_eq!(live_flows.ask(dns()[0].1, "hello")?, "b");
+    assert_eq!(live_flows.exchange(dns()[0].1, "hello")?, "b");
     Ok(())
 }
 
@@ -620,7 +620,7 @@ fn destroyed_sockets_are_told_to_who_traces() -> Result<()> {
     let (kind, vip) = dns()[1];
     let mut socket = connect(&setup.client, (kind, vip), a)?;
     let cookie = socket.cookie()?;
-    let mut command = setup.cluster.node("n1").command(Agent::find(BED.as_ref())?)?;
+    let mut command = setup.cluster.node("n1").command(Agent::find(TESTBED.as_ref())?)?;
     command
         .args(["trace", "-o", "json", "--count", "1", "--pin-path"])
         .arg(setup.agent.pin_path())
@@ -629,7 +629,7 @@ fn destroyed_sockets_are_told_to_who_traces() -> Result<()> {
     let maps = PinnedMaps::open(&PinPath::new(setup.agent.pin_path()).maps())?;
     eventually("somebody traces", || Ok(maps.config().events != 0))?;
     setup.publish(&[(b, READY)])?;
-    let line = tracer.line(patience(Duration::from_secs(10)))?;
+    let line = tracer.line(scaled_timeout(Duration::from_secs(10)))?;
     let row: Value = serde_json::from_str(&line)?;
     assert_eq!(row["event"], "destroyed", "{line}");
     assert_eq!(row["cookie"], cookie, "{line}");

@@ -10,10 +10,10 @@ use aya::programs::{SchedClassifier, TcAttachType, loaded_links};
 use lb_common::abi::VERSION;
 use lb_stress::Counter;
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Cluster, DeviceStatus, Node, Place, Problem, Running, eventually};
+use lb_tests::{Cluster, DeviceStatus, Netns, Node, Problem, RunningAgent, eventually};
 use serde_json::Value;
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 
 /// How programs are attached: what the kernel would have, and what kernels before 6.6 have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +55,7 @@ type Programs = BTreeMap<String, u32>;
 
 /// The programs at the sides of a device, as the kernel tells: by links, and by filters. What is there twice counts as an
 /// error.
-fn at(node: &Place, device: &str) -> Result<[Programs; 2]> {
+fn at(node: &Netns, device: &str) -> Result<[Programs; 2]> {
     let mut at = [Programs::new(), Programs::new()];
     let sides = [(TcAttachType::Ingress, "ingress"), (TcAttachType::Egress, "egress")];
     for (programs, (side, word)) in at.iter_mut().zip(sides) {
@@ -97,7 +97,7 @@ fn ensure_served(node: &Node, device: &str, way: &str) -> Result<[u32; 2]> {
 }
 
 /// Fails if anything is at a device.
-fn ensure_bare(node: &Place, device: &str) -> Result<()> {
+fn ensure_bare(node: &Netns, device: &str) -> Result<()> {
     let at = at(node, device)?;
     ensure!(at.iter().all(Programs::is_empty), "{device}: {at:?}");
     Ok(())
@@ -111,7 +111,7 @@ fn index(node: &Node, device: &str) -> Result<u32> {
 }
 
 struct Setup {
-    agent: Running,
+    agent: RunningAgent,
     way: &'static str,
     cluster: Cluster,
 }
@@ -132,7 +132,7 @@ impl Setup {
             + &slice("web", Port::tcp("web", 8080), &[(pod, "n1")]);
         manifests.write("web.yaml", &text)?;
         let flags: Vec<_> = way.flags().iter().chain(flags).copied().collect();
-        let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &flags)?;
+        let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &flags)?;
         let way = way.name()?;
         println!("by {way}");
         Ok(Self { agent, way, cluster })
@@ -554,7 +554,7 @@ fn programs_of_others_run_as_before() -> Result<()> {
             })??;
             let setup = setup.without_agent()?;
             ensure_counting(&setup, &early)?;
-            setup.agent.ask(&["cleanup"])?;
+            setup.agent.output(&["cleanup"])?;
             let left = at(setup.node(), "eth0")?;
             assert_eq!([names(&left[0]), names(&left[1])], [vec![counter_name], vec![]]);
             let left = at(setup.node(), "late0")?;
@@ -616,7 +616,7 @@ fn a_cleanup_leaves_nothing() -> Result<()> {
         };
         assert_eq!(reserved(&setup)?, "8080,9148,61000-65535");
         let setup = setup.without_agent()?;
-        setup.agent.ask(&["cleanup"])?;
+        setup.agent.output(&["cleanup"])?;
         for device in SERVED {
             ensure_bare(setup.node(), device)?;
         }
@@ -671,12 +671,12 @@ fn source_ports_are_reserved() -> Result<()> {
     eventually("8080", || says("8080,61000-65535"))?;
     // What was reserved before lb came stays when it goes.
     setup.agent.kill()?;
-    setup.agent.ask(&["cleanup"])?;
+    setup.agent.output(&["cleanup"])?;
     says("8080")?;
     node.sysctl("net.ipv4.ip_local_reserved_ports", "60000-65535")?;
     *setup.agent.process() = setup.agent.start_ready(&[])?;
     says("60000-65535")?;
     setup.agent.kill()?;
-    setup.agent.ask(&["cleanup"])?;
+    setup.agent.output(&["cleanup"])?;
     says("60000-65535")
 }

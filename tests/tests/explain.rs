@@ -10,18 +10,19 @@ use lb_agent::loader::PinPath;
 use lb_agent::maps::bpf::PinnedMaps;
 use lb_common::abi::DropReason;
 use lb_common::logic::translation;
-use lb_tests::load::Stage;
+use lb_tests::load::ConnectStep;
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::puppet::plain;
+use lb_tests::scripted_socket::plain;
 use lb_tests::{
-    Agent, Answer, Call, Cluster, Connect, Kind, Node, Place, Pod, Process, Random, Running, Testbed, patience,
+    Agent, CallResult, Cluster, Connect, Netns, Node, Pod, Process, Random, RunningAgent, SocketCall, SocketKind,
+    Testbed, scaled_timeout,
 };
 use serde_json::Value;
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 
-fn bed() -> Testbed {
-    Testbed::new(BED)
+fn testbed() -> Testbed {
+    Testbed::new(TESTBED)
 }
 
 /// Connections made to each destination.
@@ -159,14 +160,14 @@ impl Counters {
 
 /// A place, and a process there that lives as long as this: who `explain` is asked about.
 struct Client<'a> {
-    place: &'a Place,
+    netns: &'a Netns,
     process: Process,
 }
 
 impl<'a> Client<'a> {
-    fn new(place: &'a Place) -> Result<Self> {
-        let process = Process::spawn(place.command("sleep")?.arg("1000"))?;
-        Ok(Self { place, process })
+    fn new(netns: &'a Netns) -> Result<Self> {
+        let process = Process::spawn(netns.command("sleep")?.arg("1000"))?;
+        Ok(Self { netns, process })
     }
 
     fn explain(&self, agent: &Agent, to: &str) -> Result<Value> {
@@ -213,13 +214,13 @@ struct Tried {
     failed: u64,
 }
 
-fn connect_tcp(from: &Place, to: SocketAddr) -> Result<Tried> {
-    let timeout = patience(Duration::from_millis(300));
-    let summary = bed().connect(from, &Connect::to(&[to]).count(TRIES).timeout(timeout))?;
+fn connect_tcp(from: &Netns, to: SocketAddr) -> Result<Tried> {
+    let timeout = scaled_timeout(Duration::from_millis(300));
+    let summary = testbed().connect(from, &Connect::to(&[to]).count(TRIES).timeout(timeout))?;
     let at_connect = summary
         .failures
         .iter()
-        .filter(|failure| failure.stage == Stage::Connect);
+        .filter(|failure| failure.step == ConnectStep::Connect);
     Ok(Tried {
         reached: summary.per_backend.keys().cloned().collect(),
         errnos: at_connect.map(|failure| failure.errno).collect(),
@@ -228,19 +229,23 @@ fn connect_tcp(from: &Place, to: SocketAddr) -> Result<Tried> {
 }
 
 /// `served`: an answer is to be waited for.
-fn connect_udp(from: &Place, to: SocketAddr, served: bool) -> Result<Tried> {
-    let kind = if to.is_ipv4() { Kind::Udp4 } else { Kind::Udp6 };
+fn connect_udp(from: &Netns, to: SocketAddr, served: bool) -> Result<Tried> {
+    let kind = if to.is_ipv4() {
+        SocketKind::Udp4
+    } else {
+        SocketKind::Udp6
+    };
     let mut tried = Tried::default();
     for _ in 0..TRIES {
-        let mut socket = bed().puppet(from, kind)?;
-        match socket.call(&Call::Connect(to))? {
-            Answer::Failed(errno) => {
+        let mut socket = testbed().scripted_socket(from, kind)?;
+        match socket.call(&SocketCall::Connect(to))? {
+            CallResult::Failed(errno) => {
                 tried.errnos.push(errno);
                 tried.failed += 1;
             }
             _ if served => {
                 socket.send("hello")?;
-                tried.reached.insert(socket.answered(plain(to), "hello")?);
+                tried.reached.insert(socket.receive_reply(plain(to), "hello")?);
             }
             _ => {}
         }
@@ -255,8 +260,8 @@ fn compare(setup: &Setup, maps: &PinnedMaps, client: &Client<'_>, proto: Protoco
     let result = outcome["result"].as_str().context("no result")?;
     let before = Counters::read(maps)?;
     let tried = match proto {
-        Protocol::Tcp => connect_tcp(client.place, to)?,
-        Protocol::Udp => connect_udp(client.place, to, result == "connects")?,
+        Protocol::Tcp => connect_tcp(client.netns, to)?,
+        Protocol::Udp => connect_udp(client.netns, to, result == "connects")?,
     };
     let counted = Counters::read(maps)?.since(&before);
     let agrees = match result {
@@ -281,10 +286,10 @@ fn compare(setup: &Setup, maps: &PinnedMaps, client: &Client<'_>, proto: Protoco
         "untouched" => tried.reached.is_empty() && counted.connections == 0 && counted.drops.is_empty(),
         _ => bail!("{answer:#}"),
     };
-    let place = client.place.name();
+    let netns = client.netns.name();
     ensure!(
         agrees,
-        "{place} to {to}/{}: {answer:#}\n{tried:?}\n{counted:?}",
+        "{netns} to {to}/{}: {answer:#}\n{tried:?}\n{counted:?}",
         proto.name()
     );
     Ok(answer)
@@ -331,7 +336,7 @@ fn label(text: &str) -> Result<&'static str> {
 }
 
 struct Setup {
-    agent: Running,
+    agent: RunningAgent,
     manifests: Manifests,
     client: Pod,
     pods: Vec<Pod>,
@@ -349,13 +354,13 @@ fn setup(text: impl FnOnce(&[Pod]) -> Result<String>, flags: &[&str]) -> Result<
     let mut servers = Vec::new();
     for pod in &pods {
         let name = pod.name();
-        servers.push(bed().serve(pod, &[&format!("[::]:8080={name}")])?);
+        servers.push(testbed().serve(pod, &[&format!("[::]:8080={name}")])?);
         let both = [pod.socket(8080), pod.socket6(8080)].map(|at| format!("{at}={name}"));
-        servers.push(bed().serve_datagrams(pod, &both.each_ref().map(String::as_str))?);
+        servers.push(testbed().serve_datagrams(pod, &both.each_ref().map(String::as_str))?);
     }
     let manifests = Manifests::new(&cluster)?;
     manifests.write("all.yaml", &text(&pods)?)?;
-    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), flags)?;
+    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), flags)?;
     Ok(Setup {
         agent,
         manifests,
@@ -551,7 +556,7 @@ fn every_row(proto: Protocol, family: Family) -> Result<()> {
                 in_short(&answer),
                 **expected,
                 "{to:?} {at} from {}: {answer:#}",
-                client.place.name()
+                client.netns.name()
             );
             if !answer["set"].is_null() {
                 // Every backend is there, each with a reason.
@@ -612,8 +617,8 @@ fn explain_says_what_connect_does_whatever_the_services() -> Result<()> {
         println!("round {round}\n{text}");
         setup.manifests.write("all.yaml", &text)?;
         setup.agent.wait_ready(&|| false)?;
-        for place in [&setup.client as &Place, setup.node()] {
-            let client = Client::new(place)?;
+        for netns in [&setup.client as &Netns, setup.node()] {
+            let client = Client::new(netns)?;
             for (service, to) in services
                 .iter()
                 .flat_map(|service| service.destinations(node).into_iter().map(move |to| (service, to)))
@@ -704,7 +709,7 @@ fn who_asks_decides() -> Result<()> {
     let id = node.process.id().to_string();
     let text = setup
         .agent
-        .ask(&["explain", "--from", &id, "--to", "10.96.1.1:80/udp"])?;
+        .output(&["explain", "--from", &id, "--to", "10.96.1.1:80/udp"])?;
     assert!(text.contains("connect()  fails with ECONNREFUSED"), "{text}");
     assert!(text.contains("10.96.1.1 has 80/TCP (default/s1:80)"), "{text}");
     Ok(())
@@ -716,7 +721,7 @@ fn clients_with_affinity_are_listed_until_their_backend_is_gone() -> Result<()> 
     let list = |setup: &Setup| -> Result<Vec<Value>> { setup.agent.json(&["affinity", "list"]) };
     assert!(list(&setup)?.is_empty());
     let to: SocketAddr = "10.96.1.1:80".parse()?;
-    let summary = bed().connect(&setup.client, &Connect::to(&[to]).count(10))?;
+    let summary = testbed().connect(&setup.client, &Connect::to(&[to]).count(10))?;
     summary.all_well()?;
     let (name, count) = summary.per_backend.first_key_value().context("nobody answered")?;
     assert_eq!(*count, 10);
@@ -750,7 +755,7 @@ fn clients_with_affinity_are_listed_until_their_backend_is_gone() -> Result<()> 
     };
     setup.manifests.write("all.yaml", &others.manifest()?)?;
     setup.agent.wait_ready(&|| false)?;
-    let deadline = std::time::Instant::now() + patience(Duration::from_secs(10));
+    let deadline = std::time::Instant::now() + scaled_timeout(Duration::from_secs(10));
     while list(&setup)?.first().is_none_or(|row| row["state"] != "backend gone") {
         ensure!(std::time::Instant::now() < deadline, "{:?}", list(&setup)?);
         std::thread::sleep(Duration::from_millis(20));

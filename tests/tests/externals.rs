@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::Result;
 use lb_tests::manifests::{Manifests, Port, node, service, slice};
-use lb_tests::{Call, Cluster, Connect, Kind, Place, Pod, Process, Running, Testbed};
+use lb_tests::{Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketCall, SocketKind, Testbed};
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const TARGET: Port<'static> = Port::tcp("web", 8080);
 const NODE_PORT: u16 = 30080;
 
@@ -26,8 +26,8 @@ const SERVED: [(&str, bool); 8] = [
     ("198.51.100.7:81", false),
 ];
 
-fn bed() -> Testbed {
-    Testbed::new(BED)
+fn testbed() -> Testbed {
+    Testbed::new(TESTBED)
 }
 
 fn addr(text: &str) -> SocketAddr {
@@ -35,7 +35,7 @@ fn addr(text: &str) -> SocketAddr {
 }
 
 struct Setup {
-    agent: Running,
+    agent: RunningAgent,
     client: Pod,
     _server: Process,
     cluster: Cluster,
@@ -45,7 +45,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     let cluster = Cluster::builder().nodes(2).build()?;
     let client = cluster.add_pod("n1", "client")?;
     let remote = cluster.add_pod("n2", "remote")?;
-    let server = bed().serve(&remote, &["[::]:8080=remote"])?;
+    let server = testbed().serve(&remote, &["[::]:8080=remote"])?;
     let manifests = Manifests::new(&cluster)?;
     let port = [Port::tcp("web", 80)];
     let balanced = |name: &str, ip: &str, vip: &str, more: &str| {
@@ -78,7 +78,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
         );
     manifests.write("node.yaml", &node(cluster.node("n1")))?;
     manifests.write("web.yaml", &text)?;
-    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), flags)?;
+    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), flags)?;
     Ok(Setup {
         agent,
         client,
@@ -87,12 +87,12 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     })
 }
 
-fn is_served(from: &Place, to: &str) -> Result<bool> {
+fn is_served(from: &Netns, to: &str) -> Result<bool> {
     let load = Connect::to(&[addr(to)])
         .count(4)
         .peer_check()
         .timeout(Duration::from_millis(500));
-    let summary = bed().connect(from, &load)?;
+    let summary = testbed().connect(from, &load)?;
     anyhow::ensure!(
         summary.failure_count == 0 || summary.failure_count == 4,
         "{to}: {summary:?}"
@@ -103,9 +103,9 @@ fn is_served(from: &Place, to: &str) -> Result<bool> {
 #[test]
 fn addresses_from_outside_are_served_inside_with_cluster_semantics() -> Result<()> {
     let setup = setup(&[])?;
-    for place in [&*setup.client, &**setup.cluster.node("n1")] {
+    for netns in [&*setup.client, &**setup.cluster.node("n1")] {
         for (to, served) in SERVED {
-            assert_eq!(is_served(place, to)?, served, "{to} from {}", place.name());
+            assert_eq!(is_served(netns, to)?, served, "{to} from {}", netns.name());
         }
     }
     Ok(())
@@ -126,15 +126,18 @@ fn only_the_nodes_own_sockets_are_served_where_the_flag_says_so() -> Result<()> 
         .chain(["10.96.0.20:80", "[fd00:96::20]:80"]);
     for (to, served) in SERVED.into_iter().chain(others.map(|to| (to, true))) {
         assert_eq!(is_served(&setup.client, to)?, served, "{to}");
-        let flows = setup.agent.ask(&["conntrack", "list"])?;
+        let flows = setup.agent.output(&["conntrack", "list"])?;
         assert_eq!(flows.contains(to), served, "{to}: {flows}");
     }
     // The send is not refused, though the port is none of the service's: the packet is.
     let text = "x".to_owned();
     let to = addr("10.96.0.20:53");
-    let mut pod = bed().puppet(&setup.client, Kind::Udp4)?;
-    assert_eq!(pod.call(&Call::SendTo(to, text.clone()))?, lb_tests::Answer::Done);
-    let mut node = bed().puppet(setup.cluster.node("n1"), Kind::Udp4)?;
-    assert_eq!(node.errno(&Call::SendTo(to, text))?, 111);
+    let mut pod = testbed().scripted_socket(&setup.client, SocketKind::Udp4)?;
+    assert_eq!(
+        pod.call(&SocketCall::SendTo(to, text.clone()))?,
+        lb_tests::CallResult::Done
+    );
+    let mut node = testbed().scripted_socket(setup.cluster.node("n1"), SocketKind::Udp4)?;
+    assert_eq!(node.errno(&SocketCall::SendTo(to, text))?, 111);
     Ok(())
 }

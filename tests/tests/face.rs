@@ -9,11 +9,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use lb_tests::http::{Response, get};
 use lb_tests::manifests::{Manifests, Port, service, slice, slice_with_conditions};
-use lb_tests::{Cluster, Connect, Node, Place, Running, Testbed, eventually, patience};
+use lb_tests::{Cluster, Connect, Netns, Node, RunningAgent, Testbed, eventually, scaled_timeout};
 use prometheus_parse::{Scrape, Value};
 use serde_json::json;
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const HEALTHZ: u16 = 10256;
 const METRICS: u16 = 10249;
 /// The health check node port of the tests' Service.
@@ -34,7 +34,7 @@ fn node_object(more_metadata: &str, spec: &str) -> String {
 
 /// A cluster, and an agent on its first node.
 struct Setup {
-    agent: Running,
+    agent: RunningAgent,
     manifests: Manifests,
     cluster: Cluster,
 }
@@ -46,7 +46,7 @@ impl Setup {
         for (name, text) in files {
             manifests.write(name, text)?;
         }
-        let agent = manifests.serve(&cluster, "n1", BED.as_ref(), flags)?;
+        let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), flags)?;
         Ok(Self {
             agent,
             manifests,
@@ -59,25 +59,25 @@ impl Setup {
     }
 
     /// From all who may ask: the node at its addresses and its loopback, another node, and who is outside.
-    fn everywhere(&self, port: u16) -> Vec<(&Place, SocketAddr)> {
+    fn everywhere(&self, port: u16) -> Vec<(&Netns, SocketAddr)> {
         let node = self.node();
         let own = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
         let own = own
             .into_iter()
             .chain(addresses(node))
             .map(|ip: IpAddr| (&**node, at(ip, port)));
-        let others: [&Place; 2] = [self.cluster.node("n2"), self.cluster.client()];
+        let others: [&Netns; 2] = [self.cluster.node("n2"), self.cluster.client()];
         let others = others
             .into_iter()
-            .flat_map(|place| addresses(node).map(|ip| (place, at(ip, port))));
+            .flat_map(|netns| addresses(node).map(|ip| (netns, at(ip, port))));
         own.chain(others).collect()
     }
 
     /// The answer that everybody gets.
     fn told_everywhere(&self, port: u16, path: &str, expected: impl Fn(&Response) -> bool) -> Result<()> {
-        for (place, at) in self.everywhere(port) {
-            let response = get(place, at, path)?;
-            ensure!(expected(&response), "{at}{path} from {}: {response:?}", place.name());
+        for (netns, at) in self.everywhere(port) {
+            let response = get(netns, at, path)?;
+            ensure!(expected(&response), "{at}{path} from {}: {response:?}", netns.name());
         }
         Ok(())
     }
@@ -85,9 +85,9 @@ impl Setup {
     /// Waits until everybody is refused.
     fn refused_everywhere(&self, port: u16) -> Result<()> {
         eventually("nobody listens", || {
-            for (place, at) in self.everywhere(port) {
-                let response = get(place, at, "/");
-                ensure!(response.is_err(), "{at} from {}: {response:?}", place.name());
+            for (netns, at) in self.everywhere(port) {
+                let response = get(netns, at, "/");
+                ensure!(response.is_err(), "{at} from {}: {response:?}", netns.name());
             }
             Ok(())
         })
@@ -102,7 +102,7 @@ impl Setup {
 struct Metrics(Scrape);
 
 impl Metrics {
-    fn of(from: &Place, at: SocketAddr) -> Result<Self> {
+    fn of(from: &Netns, at: SocketAddr) -> Result<Self> {
         let response = get(from, at, "/metrics")?;
         ensure!(response.status == 200, "{response:?}");
         ensure!(response.header("content-type") == Some("text/plain; version=0.0.4"));
@@ -286,10 +286,15 @@ fn what_cannot_be_listened_at_is_told_and_tried_again() -> Result<()> {
     let node = cluster.node("n1");
     let taken = [HEALTHZ, METRICS, CHECK];
     let listen = taken.map(|port| format!("0.0.0.0:{port}=other"));
-    let other = Testbed::new(BED).serve(node, &listen.each_ref().map(String::as_str))?;
+    let other = Testbed::new(TESTBED).serve(node, &listen.each_ref().map(String::as_str))?;
     let manifests = Manifests::new(&cluster)?;
     manifests.write("web.yaml", &balanced(CHECK, "Local"))?;
-    let mut agent = manifests.serve(&cluster, "n1", BED.as_ref(), &["--metrics-bind-address=0.0.0.0:10249"])?;
+    let mut agent = manifests.serve(
+        &cluster,
+        "n1",
+        TESTBED.as_ref(),
+        &["--metrics-bind-address=0.0.0.0:10249"],
+    )?;
     let expected: BTreeSet<String> = [
         "--healthz-bind-address 0.0.0.0:10256".to_owned(),
         "--metrics-bind-address 0.0.0.0:10249".to_owned(),
@@ -298,8 +303,8 @@ fn what_cannot_be_listened_at_is_told_and_tried_again() -> Result<()> {
     .into();
     agent.wait("telling what is taken", |agent| {
         let problems = agent.status()?.problems.into_iter();
-        let places: BTreeSet<_> = problems.map(|problem| problem.place).collect();
-        ensure!(expected.is_subset(&places), "{places:?}");
+        let namespaces: BTreeSet<_> = problems.map(|problem| problem.place).collect();
+        ensure!(expected.is_subset(&namespaces), "{namespaces:?}");
         Ok(())
     })?;
     drop(other);
@@ -340,10 +345,10 @@ fn documented() -> BTreeSet<&'static str> {
 #[test]
 fn metrics_have_kube_proxys_names_and_tell_what_happens() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
-    let (node, bed) = (cluster.node("n1"), Testbed::new(BED));
+    let (node, testbed) = (cluster.node("n1"), Testbed::new(TESTBED));
     let backend = cluster.add_pod("n1", "backend")?;
     let client = cluster.add_pod("n1", "client")?;
-    let _server = bed.serve(&backend, &["0.0.0.0:8080=backend"])?;
+    let _server = testbed.serve(&backend, &["0.0.0.0:8080=backend"])?;
     let manifests = Manifests::new(&cluster)?;
     let web = Port::tcp("web", 80);
     let text = service("web", "10.96.0.20", &[web], "")
@@ -355,7 +360,7 @@ fn metrics_have_kube_proxys_names_and_tell_what_happens() -> Result<()> {
         + &service("web-too", "10.96.0.20", &[web], "");
     manifests.write("web.yaml", &text)?;
     let flags = ["--service-metrics", "--max-services", "5"];
-    let _agent = manifests.serve(&cluster, "n1", BED.as_ref(), &flags)?;
+    let _agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &flags)?;
     let scrape = || Metrics::of(node, at(Ipv4Addr::LOCALHOST, METRICS));
 
     let before = scrape()?;
@@ -382,9 +387,9 @@ fn metrics_have_kube_proxys_names_and_tell_what_happens() -> Result<()> {
     ensure!(before.value("lb_source_complete", &[])? == 1.0);
 
     let to = |last| SocketAddr::from(([10, 96, 0, last], 80));
-    ensure!(bed.connect(&client, &Connect::to(&[to(20)]).count(7))?.per_backend["backend"] == 7);
+    ensure!(testbed.connect(&client, &Connect::to(&[to(20)]).count(7))?.per_backend["backend"] == 7);
     for (address, reason) in [(to(21), "no_endpoint"), (to(22), "no_local_endpoint")] {
-        let summary = bed.connect(&client, &Connect::to(&[address]).count(3))?;
+        let summary = testbed.connect(&client, &Connect::to(&[address]).count(3))?;
         ensure!(summary.per_backend.is_empty(), "{reason}: {summary:?}");
     }
     let after = scrape()?;
@@ -441,7 +446,7 @@ fn kube_proxys_configuration_is_applied_and_flags_win() -> Result<()> {
     };
     let stream = setting("nf_conntrack_udp_timeout_stream")?;
     let flags = ["--config", path, "--metrics-bind-address", "127.0.0.1:9003"];
-    let mut agent = manifests.serve(&cluster, "n1", BED.as_ref(), &flags)?;
+    let mut agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &flags)?;
     let answers = |ip: IpAddr, port| get(node, at(ip, port), "/healthz").is_ok();
     eventually("it listens where the file says", || {
         ensure!(answers(Ipv4Addr::LOCALHOST.into(), 9001) && answers(node.address().into(), CHECK));
@@ -472,7 +477,7 @@ fn kube_proxys_configuration_is_applied_and_flags_win() -> Result<()> {
 
     config("conntrack:\n  maxPerKern: 5\n")?;
     let mut process = agent.start(&["--config", path])?;
-    ensure!(!process.wait(patience(Duration::from_secs(20)))?.success());
+    ensure!(!process.wait(scaled_timeout(Duration::from_secs(20)))?.success());
     let log = agent.log_tail();
     ensure!(log.contains("line 4") && log.contains("maxPerKern"), "{log}");
     Ok(())

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use etherparse::PacketBuilder;
+use lb_tests::fixture::{TwoNodeFixture, node_addresses};
 use lb_tests::manifests::web;
-use lb_tests::outside::{Outside, outer};
-use lb_tests::{Node, Place, Pod, Process, Testbed, Underlay, scaled};
+use lb_tests::{Netns, Node, Pod, Process, Testbed, Underlay, scaled_count};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socket};
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 /// How many SYNs, in place of a few.
 const SYNS: &str = "LB_FLOOD";
 /// Node ports of what answers, and of what does not.
@@ -46,8 +46,8 @@ impl Size {
                 idle: Duration::from_secs(60),
             },
             None => Self {
-                syns: scaled(20_000),
-                map: scaled(2_000).max(400),
+                syns: scaled_count(20_000),
+                map: scaled_count(2_000).max(400),
                 connections: 50,
                 idle: Duration::from_secs(1),
             },
@@ -56,8 +56,8 @@ impl Size {
 }
 
 /// A socket of a place that sends frames as they are, by `eth0`.
-fn raw(place: &Place) -> Result<OwnedFd> {
-    place.within(|| -> Result<OwnedFd> {
+fn raw(netns: &Netns) -> Result<OwnedFd> {
+    netns.within(|| -> Result<OwnedFd> {
         // Without a protocol nothing is received.
         let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)?;
         // SAFETY: plain data, and all zero is a value of it.
@@ -72,8 +72,8 @@ fn raw(place: &Place) -> Result<OwnedFd> {
 }
 
 /// The hardware address of `eth0`.
-fn hardware_address(place: &Place) -> Result<[u8; 6]> {
-    let text = place.ip("-oneline link show eth0")?;
+fn hardware_address(netns: &Netns) -> Result<[u8; 6]> {
+    let text = netns.ip("-oneline link show eth0")?;
     let mut words = text.split_whitespace().skip_while(|word| *word != "link/ether");
     let octets = words.nth(1).context("no hardware address")?.split(':');
     let octets: Vec<u8> = octets
@@ -127,9 +127,9 @@ fn mute(node: &Node) -> Result<Vec<(IpAddr, &str)>> {
 }
 
 /// Servers in the pods that send back what they get.
-fn echo(bed: &Testbed, outside: &Outside) -> Result<Vec<Process>> {
-    let serve = |pod: &Pod| bed.serve_with(pod, &[&format!("[::]:{SERVED}={}", pod.name())], &["--echo"]);
-    outside.pods.iter().map(serve).collect()
+fn echo(testbed: &Testbed, fixture: &TwoNodeFixture) -> Result<Vec<Process>> {
+    let serve = |pod: &Pod| testbed.serve_with(pod, &[&format!("[::]:{SERVED}={}", pod.name())], &["--echo"]);
+    fixture.pods.iter().map(serve).collect()
 }
 
 #[test]
@@ -137,19 +137,19 @@ fn connections_live_through_a_flood_of_unanswered_syns() -> Result<()> {
     let size = Size::wanted()?;
     let map = size.map.to_string();
     let flags = ["--max-conntrack", &map, "--max-conntrack-new", &map];
-    let outside = Outside::with(BED, Underlay::Vxlan, 2, &flags)?;
-    let bed = Testbed::new(BED);
-    let _servers = echo(&bed, &outside)?;
-    let nobody = mute(outside.node("n2"))?;
-    let text = web("echo", 20, ECHO, &outside.endpoints(), SERVED) + &web("mute", 21, MUTE, &nobody, SERVED);
-    outside.write("web.yaml", &text)?;
+    let fixture = TwoNodeFixture::with(TESTBED, Underlay::Vxlan, 2, &flags)?;
+    let testbed = Testbed::new(TESTBED);
+    let _servers = echo(&testbed, &fixture)?;
+    let nobody = mute(fixture.node("n2"))?;
+    let text = web("echo", 20, ECHO, &fixture.endpoints(), SERVED) + &web("mute", 21, MUTE, &nobody, SERVED);
+    fixture.write("web.yaml", &text)?;
 
-    let n1 = outside.node("n1");
-    let [client, flooder] = outside.cluster.clients() else {
+    let n1 = fixture.node("n1");
+    let [client, flooder] = fixture.cluster.clients() else {
         unreachable!("two clients were asked for");
     };
-    let to = outer(n1);
-    let held = bed.hold(client, &to.map(|ip| SocketAddr::new(ip, ECHO)), size.connections)?;
+    let to = node_addresses(n1);
+    let held = testbed.hold(client, &to.map(|ip| SocketAddr::new(ip, ECHO)), size.connections)?;
     let begun = Instant::now();
     let socket = raw(flooder)?;
     let macs = [hardware_address(flooder)?, hardware_address(n1)?];
@@ -162,12 +162,12 @@ fn connections_live_through_a_flood_of_unanswered_syns() -> Result<()> {
             send(&socket, &syn(sent, macs, to, MUTE))?;
             sent += 1;
         }
-        come = outside.agents[0].connections("mute", None)?;
+        come = fixture.agents[0].connections("mute", None)?;
     }
     let flooded = begun.elapsed();
     sleep(size.idle.saturating_sub(flooded));
     // Others are served as well.
-    let new = bed.hold(client, &to.map(|ip| SocketAddr::new(ip, ECHO)), size.connections / 10)?;
+    let new = testbed.hold(client, &to.map(|ip| SocketAddr::new(ip, ECHO)), size.connections / 10)?;
     let new = new.finish()?;
     ensure!(new.live == u64::from(size.connections / 10), "new ones: {new:?}");
     let held = held.finish()?;
@@ -180,27 +180,27 @@ fn connections_live_through_a_flood_of_unanswered_syns() -> Result<()> {
     );
     ensure!(held.live == u64::from(size.connections), "{held:?}");
     for reason in ["conntrack_full", "snat_ports_exhausted"] {
-        println!("{reason}: {}", outside.dropped(reason)?);
+        println!("{reason}: {}", fixture.dropped(reason)?);
     }
-    outside.agents.iter().try_for_each(|agent| agent.verify())
+    fixture.agents.iter().try_for_each(|agent| agent.verify())
 }
 
 /// The clients are not there, but the servers are: each SYN is answered, and that is all.
 #[test]
 fn others_are_served_after_a_flood_of_syns_that_servers_answer() -> Result<()> {
     let map = "2000";
-    let outside = Outside::with(
-        BED,
+    let fixture = TwoNodeFixture::with(
+        TESTBED,
         Underlay::Vxlan,
         2,
         &["--max-conntrack", map, "--max-conntrack-new", map],
     )?;
-    let bed = Testbed::new(BED);
-    let _servers = echo(&bed, &outside)?;
-    outside.write("web.yaml", &web("echo", 20, ECHO, &outside.endpoints(), SERVED))?;
-    let n1 = outside.node("n1");
-    let to = outer(n1);
-    let [client, flooder] = outside.cluster.clients() else {
+    let testbed = Testbed::new(TESTBED);
+    let _servers = echo(&testbed, &fixture)?;
+    fixture.write("web.yaml", &web("echo", 20, ECHO, &fixture.endpoints(), SERVED))?;
+    let n1 = fixture.node("n1");
+    let to = node_addresses(n1);
+    let [client, flooder] = fixture.cluster.clients() else {
         unreachable!("two clients were asked for");
     };
     // Answers to who is not there have a way out of the node, as through a router.
@@ -216,8 +216,8 @@ fn others_are_served_after_a_flood_of_syns_that_servers_answer() -> Result<()> {
         send(&socket, &syn(number, macs, to, ECHO))?;
     }
     sleep(Duration::from_secs(2));
-    println!("conntrack_full: {}", outside.dropped("conntrack_full")?);
-    let new = bed
+    println!("conntrack_full: {}", fixture.dropped("conntrack_full")?);
+    let new = testbed
         .hold(client, &to.map(|ip| SocketAddr::new(ip, ECHO)), 10)?
         .finish()?;
     ensure!(new.live == 10, "{new:?}");

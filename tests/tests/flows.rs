@@ -13,16 +13,16 @@ use lb_common::abi::{Addr, CtEntry, CtKey, FrontendKey, FrontendKind, cluster_fl
 use lb_common::logic::ct::reverse_key;
 use lb_tests::http::get;
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Agent, Cluster, Node, Running, eventually};
+use lb_tests::{Agent, Cluster, Node, RunningAgent, eventually};
 use nix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const BALANCER: &str = "192.0.2.1";
 const METRICS: u16 = 10249;
 
 struct Setup {
-    agent: Running,
+    agent: RunningAgent,
     manifests: Manifests,
     cluster: Cluster,
 }
@@ -39,9 +39,9 @@ fn setup_with(flags: &[&str], change: impl Fn(&Agent) -> Agent) -> Result<Setup>
         "nodes.yaml",
         &(node("n1", "10.10.1.0/24", "192.168.77.1") + &node("n2", "10.10.2.0/24", "192.168.77.2")),
     )?;
-    let program = Agent::find(BED.as_ref())?;
+    let program = Agent::find(TESTBED.as_ref())?;
     let agent = Agent::new(&cluster, cluster.node("n1"), &program, manifests.path());
-    let mut agent = Running::start(change(&agent), flags)?;
+    let mut agent = RunningAgent::start(change(&agent), flags)?;
     agent.wait_ready(&|| false)?;
     Ok(Setup {
         agent,
@@ -167,7 +167,7 @@ fn source_ranges_follow_the_service_also_over_a_restart() -> Result<()> {
         .manifests
         .write("web.yaml", &web(&["198.51.100.0/25", "nowhere"]))?;
     eventually("it is named", || {
-        let status = setup.agent.ask(&["status"])?;
+        let status = setup.agent.output(&["status"])?;
         ensure!(status.contains("nowhere") && status.contains("default/web"), "{status}");
         Ok(())
     })?;
@@ -222,7 +222,7 @@ fn networks_inside_the_cluster_may_be_given() -> Result<()> {
     }
     setup.agent.verify()?;
     // Who compares has to be told the same.
-    let program = Agent::find(BED.as_ref())?;
+    let program = Agent::find(TESTBED.as_ref())?;
     let untold = Agent::new(&setup.cluster, setup.node(), &program, setup.manifests.path());
     let drift = untold.verify().unwrap_err().to_string();
     assert!(drift.contains("CLUSTER_CIDRS[10.0.0.0/8]"), "{drift}");
@@ -326,7 +326,7 @@ fn flows_that_are_over_go_and_the_others_are_listed() -> Result<()> {
         assert_eq!(row[field], expected, "{row:#}");
     }
     assert!(found("203.0.113.2:4000").is_none(), "{listed:#?}");
-    let text = setup.agent.ask(&["conntrack", "list"])?;
+    let text = setup.agent.output(&["conntrack", "list"])?;
     assert!(
         text.contains("203.0.113.1:4000") && text.contains("established"),
         "{text}"

@@ -9,11 +9,11 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use lb_tests::runtime::{Container, Image, More, Runtime};
-use lb_tests::{Agent, Cluster, Connect, Status, Testbed, patience};
+use lb_tests::runtime::{Container, ContainerExtras, Image, Runtime};
+use lb_tests::{Agent, Cluster, Connect, Status, Testbed, scaled_timeout};
 use serde_json::{Value, json};
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const NODE: &str = "n1";
 const VIP: &str = "10.96.0.80:80";
 const BACKEND_PORT: u16 = 8080;
@@ -177,12 +177,12 @@ conntrack: {maxPerCore: 0, tcpCloseWaitTimeout: 77m}
 /// Starts the pod of a manifest from the image, and has it serve; returns what it says of itself.
 fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Status> {
     let cluster = Cluster::builder().nodes(2).build()?;
-    let bed = Testbed::new(BED);
+    let testbed = Testbed::new(TESTBED);
     let (client, near) = (cluster.add_pod(NODE, "client")?, cluster.add_pod(NODE, "near")?);
     let far = cluster.add_pod("n2", "far")?;
     let _servers = [
-        bed.serve(&near, &[&format!("0.0.0.0:{BACKEND_PORT}=near")])?,
-        bed.serve(&far, &[&format!("0.0.0.0:{BACKEND_PORT}=far")])?,
+        testbed.serve(&near, &[&format!("0.0.0.0:{BACKEND_PORT}=near")])?,
+        testbed.serve(&far, &[&format!("0.0.0.0:{BACKEND_PORT}=far")])?,
     ];
     let manifests = cluster.scratch().join("manifests");
     fs::create_dir(&manifests).context("making a folder")?;
@@ -196,14 +196,14 @@ fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Sta
 
     let node = cluster.node(NODE);
     let mut runtime = Runtime::new(&cluster, node)?;
-    let image = Image::of_archive(&variable("LB_IMAGE")?, &cluster.scratch().join("image"))?;
+    let image = Image::from_archive(&variable("LB_IMAGE")?, &cluster.scratch().join("image"))?;
     let text = fs::read_to_string(deploy(manifest)).context("reading a manifest")?;
     let pod = with_manifests(pod(&text)?)?;
     let container = &pod["containers"][0];
     runtime.add_image(container["image"].as_str().context("no image")?, image);
 
-    let agent = Agent::new(&cluster, node, &Agent::find(Path::new(BED))?, &manifests);
-    let mut more = More::default();
+    let agent = Agent::new(&cluster, node, &Agent::find(Path::new(TESTBED))?, &manifests);
+    let mut more = ContainerExtras::default();
     more.volumes.insert("manifests".to_owned(), manifests.clone());
     // As the ConfigMap of kube-proxy has it; the container may not write to its own /proc/sys.
     fs::write(manifests.join("kube-proxy.conf"), CONFIG).context("writing a configuration")?;
@@ -221,15 +221,15 @@ fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Sta
     ensure!(seconds.trim() == "4620", "{close_wait} is {seconds}: {}", started.log());
 
     let vip = VIP.parse().context("an address")?;
-    for place in [&*client, &**node] {
-        let summary = bed.connect(place, &Connect::to(&[vip]).count(200).peer_check())?;
+    for netns in [&*client, &**node] {
+        let summary = testbed.connect(netns, &Connect::to(&[vip]).count(200).peer_check())?;
         summary.all_well()?;
         ensure!(summary.reached("near") > 0 && summary.reached("far") > 0, "{summary:?}");
     }
     write(&[far.address().to_string()]).context("writing a manifest")?;
-    let deadline = Instant::now() + patience(Duration::from_secs(10));
+    let deadline = Instant::now() + scaled_timeout(Duration::from_secs(10));
     loop {
-        let summary = bed.connect(&client, &Connect::to(&[vip]).count(50))?;
+        let summary = testbed.connect(&client, &Connect::to(&[vip]).count(50))?;
         summary.all_well()?;
         if summary.reached("far") == 50 {
             break;
@@ -244,7 +244,7 @@ fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Sta
     let status = agent.status()?;
     ensure!(status.agent.running && status.agent.complete, "{:?}", status.agent);
     started.stop()?;
-    let summary = bed.connect(&client, &Connect::to(&[vip]).count(50))?;
+    let summary = testbed.connect(&client, &Connect::to(&[vip]).count(50))?;
     summary.all_well().context("after the container has ended")?;
     Ok(status)
 }
@@ -254,10 +254,10 @@ fn wait_ready(runtime: &Runtime, container: &Value, started: &mut Container) -> 
     let probe = &container["readinessProbe"]["httpGet"];
     let (port, path) = (&probe["port"], probe["path"].as_str().context("no path")?);
     let url = format!("http://127.0.0.1:{port}{path}");
-    let deadline = Instant::now() + patience(Duration::from_secs(20));
+    let deadline = Instant::now() + scaled_timeout(Duration::from_secs(20));
     loop {
         match runtime
-            .place()
+            .netns()
             .run("curl", &["--silent", "--show-error", "--fail", &url])
         {
             Ok(answer) => return Ok(answer),

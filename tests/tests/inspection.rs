@@ -15,14 +15,15 @@ use lb_agent::verify::{Drift, verify};
 use lb_common::abi::VERSION;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{
-    Agent, Answer, Call, Cluster, Connect, Kind, Pod, Process, Puppet, Running, Testbed, patience, unit_capabilities,
+    Agent, CallResult, Cluster, Connect, Pod, Process, RunningAgent, ScriptedSocket, SocketCall, SocketKind, Testbed,
+    scaled_timeout, unit_capabilities,
 };
 use serde_json::Value;
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 
-fn bed() -> Testbed {
-    Testbed::new(BED)
+fn testbed() -> Testbed {
+    Testbed::new(TESTBED)
 }
 
 fn addr(text: &str) -> SocketAddr {
@@ -33,7 +34,7 @@ const HTTP: Port<'static> = Port::tcp("http", 80);
 const TARGET: Port<'static> = Port::tcp("http", 8080);
 
 struct Setup {
-    agent: Running,
+    agent: RunningAgent,
     manifests: Manifests,
     client: Pod,
     _server: Process,
@@ -45,13 +46,13 @@ fn setup(more: &[&str]) -> Result<Setup> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let (client, pod) = (cluster.add_pod("n1", "client")?, cluster.add_pod("n1", "a")?);
     pod.add_address("10.10.1.200/32", "lo")?;
-    let server = bed().serve(&pod, &["0.0.0.0:8080=a"])?;
+    let server = testbed().serve(&pod, &["0.0.0.0:8080=a"])?;
     let manifests = Manifests::new(&cluster)?;
     let endpoints = [(pod.address().into(), "n1"), ("10.10.7.7".parse()?, "n7")];
     let web = service("web", "10.96.0.10", &[HTTP], "internalTrafficPolicy: Local") + &slice("web", TARGET, &endpoints);
     let db = service("db", "10.96.0.20", &[HTTP], "") + &slice("db", TARGET, &endpoints[..1]);
     manifests.write("all.yaml", &(web + &db))?;
-    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), more)?;
+    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), more)?;
     Ok(Setup {
         agent,
         manifests,
@@ -257,15 +258,15 @@ fn every_corrupted_field_is_named_and_put_right_by_a_restart() -> Result<()> {
     let mut agent = start(&lock, &manifests)?;
     assert_eq!(differences(&agent)?, []);
     for corruption in CORRUPTIONS {
-        let place = corruption.apply(&pins.maps())?;
+        let netns = corruption.apply(&pins.maps())?;
         let found = differences(&agent)?;
-        let named = found.iter().any(|drift| drift.field.contains(&place));
-        ensure!(named, "{place} is not named: {found:?}");
-        println!("{place}: {}", found[0]);
+        let named = found.iter().any(|drift| drift.field.contains(&netns));
+        ensure!(named, "{netns} is not named: {found:?}");
+        println!("{netns}: {}", found[0]);
         drop(agent);
         agent = start(&lock, &manifests)?;
         let left = differences(&agent)?;
-        ensure!(left.is_empty(), "{place} is not put right by a restart: {left:?}");
+        ensure!(left.is_empty(), "{netns} is not put right by a restart: {left:?}");
     }
     // A key: the entry is missing, and a stray one is there.
     for at in [15, 16, 18, 19] {
@@ -294,12 +295,12 @@ fn verify_tells_drift_by_its_exit_code_and_a_restart_mends_it() -> Result<()> {
     let mut setup = setup(&[])?;
     setup.agent.kill()?;
     let maps = setup.agent.pin_path().join(format!("v{VERSION}/maps"));
-    let place = corruption("SERVICES", "flags", 24).apply(&maps)?;
+    let netns = corruption("SERVICES", "flags", 24).apply(&maps)?;
     let told = setup.agent.verify().err().context("verify finds nothing")?.to_string();
-    ensure!(told.contains(&place), "{told}");
-    setup.agent = setup.manifests.serve(&setup.cluster, "n1", BED.as_ref(), &[])?;
+    ensure!(told.contains(&netns), "{told}");
+    setup.agent = setup.manifests.serve(&setup.cluster, "n1", TESTBED.as_ref(), &[])?;
     let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
-    bed().connect(&setup.client, &load)?.all_well()
+    testbed().connect(&setup.client, &load)?.all_well()
 }
 
 #[test]
@@ -321,7 +322,7 @@ fn a_full_map_names_itself_its_flag_and_what_did_not_fit() -> Result<()> {
     setup.agent.wait("refusing the third Service", has_problem)?;
     // Everything else is served, and changes.
     let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
-    bed().connect(&setup.client, &load)?.all_well()?;
+    testbed().connect(&setup.client, &load)?.all_well()?;
     let two = service("db", "10.96.0.20", &[HTTP], "sessionAffinity: ClientIP");
     setup.manifests.write("all.yaml", &two)?;
     // `web` is gone: there is room, without a restart.
@@ -346,7 +347,7 @@ fn a_broken_manifest_is_told_and_disturbs_nobody() -> Result<()> {
     };
     setup.agent.wait("telling of the broken manifest", told)?;
     let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
-    bed().connect(&setup.client, &load)?.all_well()?;
+    testbed().connect(&setup.client, &load)?.all_well()?;
     let services: Vec<Value> = setup.agent.json(&["service", "list"])?;
     assert!(
         services.iter().any(|s| s["name"] == "new"),
@@ -367,14 +368,14 @@ fn a_broken_manifest_is_told_and_disturbs_nobody() -> Result<()> {
         Ok(())
     };
     setup.agent.wait("telling of the half file", told)?;
-    bed().connect(&setup.client, &load)?.all_well()?;
+    testbed().connect(&setup.client, &load)?.all_well()?;
     setup.agent.kill()?;
     setup.agent.start_again()?;
     setup.agent.wait("telling of the half file again", |agent| {
         ensure!(agent.status()?.agent.running && !agent.status()?.agent.complete);
         told(agent)
     })?;
-    bed().connect(&setup.client, &load)?.all_well()?;
+    testbed().connect(&setup.client, &load)?.all_well()?;
 
     setup.manifests.write("all.yaml", &all)?;
     setup.manifests.write("broken.yaml", &good)?;
@@ -389,7 +390,7 @@ fn the_capabilities_of_the_systemd_unit_are_enough() -> Result<()> {
     let mut setup = setup(&[])?;
     setup.agent.kill()?;
     let node = setup.cluster.node("n1");
-    let program = Agent::find(BED.as_ref())?;
+    let program = Agent::find(TESTBED.as_ref())?;
     let granted = unit_capabilities()?;
     let mut command = node.command("setpriv")?;
     command
@@ -410,7 +411,7 @@ fn the_capabilities_of_the_systemd_unit_are_enough() -> Result<()> {
     setup
         .manifests
         .write("more.yaml", &service("more", "10.96.0.30", &[HTTP], ""))?;
-    let deadline = std::time::Instant::now() + patience(std::time::Duration::from_secs(20));
+    let deadline = std::time::Instant::now() + scaled_timeout(std::time::Duration::from_secs(20));
     while let Err(error) = setup.agent.verify() {
         ensure!(process.is_running()?, "the agent has ended: {error:#}");
         ensure!(std::time::Instant::now() < deadline, "{error:#}");
@@ -425,7 +426,7 @@ fn the_capabilities_of_the_systemd_unit_are_enough() -> Result<()> {
     let named = granted.matches('+').count();
     assert_eq!(effective.count_ones() as usize, named, "{effective:#x}, {granted}");
     let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
-    bed().connect(&setup.client, &load)?.all_well()
+    testbed().connect(&setup.client, &load)?.all_well()
 }
 
 #[test]
@@ -437,7 +438,7 @@ fn the_bpf_file_system_is_mounted_where_it_is_not() -> Result<()> {
     let script = "umount --lazy /sys/fs/bpf && exec \"$@\"";
     command
         .args(["--mount", "sh", "-c", script, "sh"])
-        .arg(Agent::find(BED.as_ref())?);
+        .arg(Agent::find(TESTBED.as_ref())?);
     command
         .arg("run")
         .arg("--manifests")
@@ -446,7 +447,7 @@ fn the_bpf_file_system_is_mounted_where_it_is_not() -> Result<()> {
         .arg(node.cgroup());
     command.arg("--pin-path").arg(setup.agent.pin_path());
     let mut process = Process::spawn(&mut command)?;
-    let deadline = std::time::Instant::now() + patience(std::time::Duration::from_secs(20));
+    let deadline = std::time::Instant::now() + scaled_timeout(std::time::Duration::from_secs(20));
     loop {
         let mounts = std::fs::read_to_string(format!("/proc/{}/mounts", process.id()))?;
         let link = format!(
@@ -468,29 +469,29 @@ fn the_bpf_file_system_is_mounted_where_it_is_not() -> Result<()> {
 
 /// Opens a socket of each kind to a Service in both families, unconnected ones too: each with its cookie, by what it
 /// asked for, how, and of which protocol.
-fn open_sockets(client: &Pod) -> Result<Vec<(Puppet, Value)>> {
+fn open_sockets(client: &Pod) -> Result<Vec<(ScriptedSocket, Value)>> {
     let mut sockets = Vec::new();
     for (kind, protocol, to, connects) in [
-        (Kind::Tcp4, "TCP", "10.96.0.50:80", true),
-        (Kind::Tcp6, "TCP", "[fd00:96::50]:80", true),
-        (Kind::Tcp6, "TCP", "10.96.0.50:80", true),
-        (Kind::Udp4, "UDP", "10.96.0.50:53", true),
-        (Kind::Udp6, "UDP", "[fd00:96::50]:53", true),
-        (Kind::Udp4, "UDP", "10.96.0.50:53", false),
-        (Kind::Udp6, "UDP", "[fd00:96::50]:53", false),
+        (SocketKind::Tcp4, "TCP", "10.96.0.50:80", true),
+        (SocketKind::Tcp6, "TCP", "[fd00:96::50]:80", true),
+        (SocketKind::Tcp6, "TCP", "10.96.0.50:80", true),
+        (SocketKind::Udp4, "UDP", "10.96.0.50:53", true),
+        (SocketKind::Udp6, "UDP", "[fd00:96::50]:53", true),
+        (SocketKind::Udp4, "UDP", "10.96.0.50:53", false),
+        (SocketKind::Udp6, "UDP", "[fd00:96::50]:53", false),
     ] {
-        let mut socket = bed().puppet(client, kind)?;
+        let mut socket = testbed().scripted_socket(client, kind)?;
         let at = match (kind, addr(to)) {
             // Of family AF_INET6.
-            (Kind::Tcp6, SocketAddr::V4(v4)) => SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()),
+            (SocketKind::Tcp6, SocketAddr::V4(v4)) => SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()),
             (_, at) => at,
         };
         if connects {
             socket.connect(at)?;
         } else {
-            socket.ask(at, "hello")?;
+            socket.exchange(at, "hello")?;
         }
-        let Answer::Number(cookie) = socket.call(&Call::Cookie)? else {
+        let CallResult::Number(cookie) = socket.call(&SocketCall::Cookie)? else {
             anyhow::bail!("no cookie");
         };
         let kind = if connects { "connected" } else { "unconnected" };
@@ -507,8 +508,8 @@ fn sockets_are_listed_by_service_and_backend_and_the_dead_are_marked() -> Result
     let pod = setup.cluster.add_pod("n1", "both")?;
     let datagrams = [pod.socket(5353), pod.socket6(5353)].map(|at| format!("{at}=both"));
     let _servers = [
-        bed().serve_with(&pod, &["[::]:8080=both"], &["--echo"])?,
-        bed().serve_datagrams(&pod, &datagrams.each_ref().map(String::as_str))?,
+        testbed().serve_with(&pod, &["[::]:8080=both"], &["--echo"])?,
+        testbed().serve_datagrams(&pod, &datagrams.each_ref().map(String::as_str))?,
     ];
     let mut text = service("both", "10.96.0.50,fd00:96::50", &[HTTP, Port::udp("dns", 53)], "");
     for port in TARGETS {
@@ -575,7 +576,7 @@ fn sockets_are_listed_by_service_and_backend_and_the_dead_are_marked() -> Result
         .partition::<Vec<_>, _>(|(i, _)| i % 2 == 0);
     let dead: Vec<Value> = closed.into_iter().map(|(_, (_, row))| row["cookie"].clone()).collect();
     // A record is young for a second: its socket may be about to connect.
-    let deadline = std::time::Instant::now() + patience(std::time::Duration::from_secs(10));
+    let deadline = std::time::Instant::now() + scaled_timeout(std::time::Duration::from_secs(10));
     loop {
         let rows = list(&setup)?;
         assert_eq!(rows.len(), left.len() + dead.len());
@@ -590,7 +591,7 @@ fn sockets_are_listed_by_service_and_backend_and_the_dead_are_marked() -> Result
         ensure!(std::time::Instant::now() < deadline, "dead: {dead:?}: {rows:#?}");
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
-    let table = setup.agent.ask(&["socket", "list"])?;
+    let table = setup.agent.output(&["socket", "list"])?;
     assert_eq!(
         table.lines().filter(|line| line.contains(" dead")).count(),
         dead.len(),

@@ -11,11 +11,11 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use lb_tests::fixture::{POD_PORTS, TwoNodeFixture, endpoints_of, node_addresses};
 use lb_tests::manifests::{Port, ips, service, slices, vips, web_and_dns};
-use lb_tests::outside::{Outside, TARGET, of, outer};
-use lb_tests::{Node, Place, Ruleset, Testbed, Underlay, eventually};
+use lb_tests::{Netns, Node, Ruleset, Testbed, Underlay, eventually};
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 /// The networks of all pods.
 const PODS: [&str; 2] = ["10.10.0.0/16", "fd00:10:10::/48"];
 const MULTICAST: [&str; 2] = ["224.0.0.0/4", "ff00::/8"];
@@ -77,17 +77,17 @@ fn filter_bridge(node: &Node, filter: bool) -> Result<()> {
 }
 
 fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
-    let bed = Testbed::new(BED);
+    let testbed = Testbed::new(TESTBED);
     // Pods' sockets are left alone: their packets meet lb, and the rules.
-    let outside = Outside::with(BED, underlay, 1, &["--socket-lb", "node"])?;
-    let [n1, n2] = ["n1", "n2"].map(|name| outside.node(name));
+    let fixture = TwoNodeFixture::with(TESTBED, underlay, 1, &["--socket-lb", "node"])?;
+    let [n1, n2] = ["n1", "n2"].map(|name| fixture.node(name));
     let rules = [install(n1)?, install(n2)?];
     [n1, n2].into_iter().try_for_each(|node| filter_bridge(node, true))?;
-    let [one, two] = &outside.pods;
-    let asker = outside.cluster.add_pod("n1", "asker")?;
+    let [one, two] = &fixture.pods;
+    let asker = fixture.cluster.add_pod("n1", "asker")?;
     let _servers = [
-        bed.serve_both(n2, "host", TARGET)?,
-        bed.serve_both(outside.client(), "outside", TARGET)?,
+        testbed.serve_both(n2, "host", POD_PORTS)?,
+        testbed.serve_both(fixture.client(), "outside", POD_PORTS)?,
     ];
     let host = [(IpAddr::from(n2.address()), "n2"), (n2.address6().into(), "n2")];
     let web = |(name, last, ports): Web, endpoints: &[(IpAddr, &str)], more: &str| {
@@ -97,22 +97,22 @@ fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
             Some(ports),
             &format!("type: NodePort{more}"),
             endpoints,
-            TARGET,
+            POD_PORTS,
         )
     };
-    let text = web(ONE, &of(one), "")
-        + &web(TWO, &of(two), "")
-        + &web(LOCAL, &of(two), "\n  externalTrafficPolicy: Local")
+    let text = web(ONE, &endpoints_of(one), "")
+        + &web(TWO, &endpoints_of(two), "")
+        + &web(LOCAL, &endpoints_of(two), "\n  externalTrafficPolicy: Local")
         + &web(HOST, &host, "");
-    outside.write("web.yaml", &text)?;
+    fixture.write("web.yaml", &text)?;
 
-    let client = outside.cluster.client();
+    let client = fixture.cluster.client();
     for (v6, client) in [client.address().into(), client.address6().into()]
         .into_iter()
         .enumerate()
     {
-        let pick = |node: &Node| outer(node)[v6];
-        let pod = |pod: &lb_tests::Pod| of(pod)[v6].0;
+        let pick = |node: &Node| node_addresses(node)[v6];
+        let pod = |pod: &lb_tests::Pod| endpoints_of(pod)[v6].0;
         let vip = |(_, last, _): Web| vips(last)[v6];
         // What the first node sends on to the second has this source.
         let sent_by_n1 = match (underlay, v6) {
@@ -121,22 +121,22 @@ fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
         };
         let gateway = [IpAddr::from(n1.gateway()), n1.gateway6().into()][v6];
         for udp in [false, true] {
-            let ask = |from: &Place, to: IpAddr, [tcp, datagrams]: [u16; 2], by: &str, seen: IpAddr| -> Result<()> {
+            let ask = |from: &Netns, to: IpAddr, [tcp, datagrams]: [u16; 2], by: &str, seen: IpAddr| -> Result<()> {
                 let to = SocketAddr::new(to, if udp { datagrams } else { tcp });
                 let what = format!("{to} udp={udp} from {}", from.name());
                 // A flow of its own each time: the second meets what the first has left.
-                (0..2).try_for_each(|_| outside.ask(from, udp, to)?.ensure(by, Some(seen), &what))
+                (0..2).try_for_each(|_| fixture.request(from, udp, to)?.ensure_served_by(by, Some(seen), &what))
             };
             // The rules are in force.
-            ask(one, client, TARGET, "outside", pick(n1))?;
+            ask(one, client, POD_PORTS, "outside", pick(n1))?;
             // A pod of the node that is asked sees the client, also with policy Cluster.
-            ask(outside.client(), pick(n1), ONE.2, "one", client)?;
-            ask(outside.client(), pick(n2), TWO.2, "two", client)?;
-            ask(outside.client(), pick(n2), LOCAL.2, "two", client)?;
+            ask(fixture.client(), pick(n1), ONE.2, "one", client)?;
+            ask(fixture.client(), pick(n2), TWO.2, "two", client)?;
+            ask(fixture.client(), pick(n2), LOCAL.2, "two", client)?;
             // Elsewhere it sees the node.
-            ask(outside.client(), pick(n1), TWO.2, "two", sent_by_n1)?;
-            ask(outside.client(), pick(n2), HOST.2, "host", client)?;
-            ask(outside.client(), pick(n1), HOST.2, "host", pick(n1))?;
+            ask(fixture.client(), pick(n1), TWO.2, "two", sent_by_n1)?;
+            ask(fixture.client(), pick(n2), HOST.2, "host", client)?;
+            ask(fixture.client(), pick(n1), HOST.2, "host", pick(n1))?;
             // Pods whose packets lb translates, by way of their own bridge.
             let ports = [80, 53];
             ask(&asker, vip(ONE), ports, "one", gateway)?;
@@ -168,8 +168,8 @@ fn beside_flannels_rules_all_are_served_by_plain_routes() -> Result<()> {
 /// that routers send round in a circle.
 #[test]
 fn a_packet_to_services_that_are_each_others_backends_ends() -> Result<()> {
-    let outside = Outside::with(BED, Underlay::Routes, 1, &["--socket-lb", "node"])?;
-    let [n1, n2] = ["n1", "n2"].map(|name| outside.node(name));
+    let fixture = TwoNodeFixture::with(TESTBED, Underlay::Routes, 1, &["--socket-lb", "node"])?;
+    let [n1, n2] = ["n1", "n2"].map(|name| fixture.node(name));
     // Nowhere to go from there.
     n1.ip_batch(&[
         format!("route add 10.96.0.0/24 via {}", n2.address()),
@@ -181,22 +181,22 @@ fn a_packet_to_services_that_are_each_others_backends_ends() -> Result<()> {
         text += &service(name, &ips(last), &[port], "");
         text += &slices(name, port, &vips(other).map(|vip| (vip, "n2")));
     }
-    outside.write("round.yaml", &text)?;
-    let asker = outside.cluster.add_pod("n1", "asker")?;
+    fixture.write("round.yaml", &text)?;
+    let asker = fixture.cluster.add_pod("n1", "asker")?;
     for (ended, vip) in (1..).zip(vips(31)) {
         asker.within(|| -> Result<()> {
             let socket = UdpSocket::bind((if vip.is_ipv4() { "0.0.0.0" } else { "::" }, 0))?;
             socket.send_to(b"round", (vip, 53)).map(drop).context("sending")
         })??;
         eventually(&format!("the packet to {vip} ends"), || {
-            let number = outside.dropped("ttl_exceeded")?;
+            let number = fixture.dropped("ttl_exceeded")?;
             ensure!(number >= ended, "{number} packets have ended");
             Ok(())
         })?;
     }
     // They ended once: nothing of them is left.
     sleep(Duration::from_millis(200));
-    let ended = outside.dropped("ttl_exceeded")?;
+    let ended = fixture.dropped("ttl_exceeded")?;
     ensure!(ended == 2, "{ended} packets have ended");
     Ok(())
 }

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1::Service;
-use lb_tests::control_plane::{ControlPlane, Kubelet, Namespace, Template};
-use lb_tests::load::{Held, Holding, Load};
+use lb_tests::control_plane::{ControlPlane, KubeletPod, Namespace, PodTemplate};
+use lb_tests::load::{HeldConnections, HeldSummary, Load};
 use lb_tests::runtime::{Image, Pods, Runtime};
-use lb_tests::{Agent, Cluster, Connect, Place, Process, Testbed, patience};
+use lb_tests::{Agent, Cluster, Connect, Netns, Process, Testbed, scaled_timeout};
 use serde_json::{Value, json};
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const PAGE: &str = "docs/migrate-from-kube-proxy.md";
 const BACKEND_PORT: u16 = 8080;
 const PORT: u16 = 80;
@@ -128,7 +128,7 @@ fn there_and_back(mode: &str) -> Result<()> {
         cluster: &cluster,
         control_plane: &control_plane,
         namespace: control_plane.namespace("shop")?,
-        bed: Testbed::new(BED),
+        testbed: Testbed::new(TESTBED),
     };
     let done = migration.run(mode);
     done.with_context(|| {
@@ -140,8 +140,8 @@ fn there_and_back(mode: &str) -> Result<()> {
 /// Runs what the manifests make in `kube-system`.
 fn run_pods(cluster: &Cluster, control_plane: &ControlPlane) -> Result<Pods> {
     let archive = env::var_os("LB_IMAGE").context("LB_IMAGE is not set: `cargo xtask test --kubernetes` sets it")?;
-    let image = Image::of_archive(Path::new(&archive), &cluster.scratch().join("image"))?;
-    let kube_proxy = Image::of_machine(&control_plane.program("kube-proxy"))?;
+    let image = Image::from_archive(Path::new(&archive), &cluster.scratch().join("image"))?;
+    let kube_proxy = Image::from_host(&control_plane.program("kube-proxy"))?;
     let mut runtimes = Vec::new();
     for node in cluster.nodes() {
         // Rules come to see a node's own packets after they have a route; nothing leaves by this one.
@@ -163,7 +163,7 @@ fn run_pods(cluster: &Cluster, control_plane: &ControlPlane) -> Result<Pods> {
         if container["image"] != LB {
             return Vec::new();
         }
-        let pins = pins.iter().filter(|(node, _)| node == runtime.place().name());
+        let pins = pins.iter().filter(|(node, _)| node == runtime.netns().name());
         let mut arguments: Vec<_> = pins.map(|(_, path)| format!("--pin-path={}", path.display())).collect();
         if container["args"][0] == "run" {
             arguments.push(format!("--cgroup={}", runtime.cgroup_in_containers().display()));
@@ -176,7 +176,7 @@ struct Migration<'a> {
     cluster: &'a Cluster,
     control_plane: &'a ControlPlane,
     namespace: Namespace<'a>,
-    bed: Testbed,
+    testbed: Testbed,
 }
 
 impl Migration<'_> {
@@ -197,17 +197,17 @@ impl Migration<'_> {
             self.cluster.add_pod("n2", "client-b")?,
         ];
         let node = self.cluster.node("n1");
-        let places: [&Place; 3] = [&clients[0], &clients[1], node];
-        for place in places {
-            self.until_served(place, vip)?;
+        let namespaces: [&Netns; 3] = [&clients[0], &clients[1], node];
+        for netns in namespaces {
+            self.until_served(netns, vip)?;
         }
         ensure!(
             self.kube_proxy_rules()?,
             "kube-proxy has written no rules: what does this test test?"
         );
 
-        let before = self.hold(&places, vip)?;
-        let (loads, begun) = (self.load(&places, vip)?, Instant::now());
+        let before = self.hold(&namespaces, vip)?;
+        let (loads, begun) = (self.load(&namespaces, vip)?, Instant::now());
         for block in blocks(&page, "To lb") {
             if block.on_each_node {
                 // What the page says to wait for.
@@ -217,7 +217,7 @@ impl Migration<'_> {
         }
         ensure!(!self.kube_proxy_rules()?, "kube-proxy's rules are left");
         self.served_by_lb()?;
-        let during = self.hold(&places, vip)?;
+        let during = self.hold(&namespaces, vip)?;
         sleep(Duration::from_secs(1));
         for held in before {
             all_live(&held.finish()?).context("connections from before lb")?;
@@ -240,11 +240,13 @@ impl Migration<'_> {
                 "lb has left something"
             );
         }
-        for place in places {
-            self.bed.connect(place, &Connect::to(&[vip]).count(50))?.all_well()?;
+        for netns in namespaces {
+            self.testbed
+                .connect(netns, &Connect::to(&[vip]).count(50))?
+                .all_well()?;
         }
         // As many as were promised, and some more, since this machine may be slow.
-        let long_enough = Duration::from_secs_f64(1.5 * NEW as f64 / RATE / places.len() as f64);
+        let long_enough = Duration::from_secs_f64(1.5 * NEW as f64 / RATE / namespaces.len() as f64);
         sleep(long_enough.saturating_sub(begun.elapsed()));
         let mut connections = 0;
         for load in loads {
@@ -269,8 +271,8 @@ impl Migration<'_> {
 
     /// Types commands where they belong.
     fn type_in(&self, block: &Block, tools: &Path) -> Result<()> {
-        let run = |place: &Place| -> Result<()> {
-            let mut command = place.command("sh")?;
+        let run = |netns: &Netns| -> Result<()> {
+            let mut command = netns.command("sh")?;
             let path = env::var("PATH").unwrap_or_default();
             command
                 .args(["-e", "-c", &block.script])
@@ -288,12 +290,12 @@ impl Migration<'_> {
             );
             Ok(())
         };
-        let places: Vec<&Place> = if block.on_each_node {
+        let namespaces: Vec<&Netns> = if block.on_each_node {
             self.cluster.nodes().iter().map(|node| &**node).collect()
         } else {
             vec![self.control_plane.machine()]
         };
-        let mut done = places.into_iter().map(run);
+        let mut done = namespaces.into_iter().map(run);
         done.try_for_each(|result| result.with_context(|| format!("{:?}", block.heading)))
     }
 
@@ -378,7 +380,7 @@ impl Migration<'_> {
     }
 
     /// A Service with a backend on each node.
-    fn shop(&self) -> Result<(Vec<Process>, Service, Vec<Kubelet<'_>>)> {
+    fn shop(&self) -> Result<(Vec<Process>, Service, Vec<KubeletPod<'_>>)> {
         let spec = json!({
             "type": "NodePort",
             "selector": {"app": "web"},
@@ -389,41 +391,47 @@ impl Migration<'_> {
         for (node, name) in [("n1", "web-1"), ("n2", "web-2")] {
             let pod = self
                 .namespace
-                .start_pod(self.cluster, node, name, &Template::app("web"))?;
+                .start_pod(self.cluster, node, name, &PodTemplate::app("web"))?;
             let listen = format!("0.0.0.0:{BACKEND_PORT}={name}");
-            servers.push(self.bed.serve_with(pod.place(), &[&listen], &["--echo"])?);
+            servers.push(self.testbed.serve_with(pod.netns(), &[&listen], &["--echo"])?);
             pod.set_ready(true)?;
             kubelets.push(pod);
         }
         Ok((servers, service, kubelets))
     }
 
-    fn until_served(&self, place: &Place, vip: SocketAddr) -> Result<()> {
-        let deadline = Instant::now() + patience(Duration::from_secs(60));
+    fn until_served(&self, netns: &Netns, vip: SocketAddr) -> Result<()> {
+        let deadline = Instant::now() + scaled_timeout(Duration::from_secs(60));
         loop {
-            let summary = self.bed.connect(place, &Connect::to(&[vip]).count(20))?;
+            let summary = self.testbed.connect(netns, &Connect::to(&[vip]).count(20))?;
             if summary.all_well().is_ok() && summary.per_backend.len() == 2 {
                 return Ok(());
             }
             ensure!(
                 Instant::now() < deadline,
                 "kube-proxy does not serve {}: {summary:?}",
-                place.name()
+                netns.name()
             );
             sleep(Duration::from_millis(200));
         }
     }
 
-    fn hold(&self, places: &[&Place], vip: SocketAddr) -> Result<Vec<Holding>> {
-        places.iter().map(|place| self.bed.hold(place, &[vip], HELD)).collect()
+    fn hold(&self, namespaces: &[&Netns], vip: SocketAddr) -> Result<Vec<HeldConnections>> {
+        namespaces
+            .iter()
+            .map(|netns| self.testbed.hold(netns, &[vip], HELD))
+            .collect()
     }
 
-    fn load(&self, places: &[&Place], vip: SocketAddr) -> Result<Vec<Load>> {
+    fn load(&self, namespaces: &[&Netns], vip: SocketAddr) -> Result<Vec<Load>> {
         let connect = Connect::to(&[vip])
             .rate(RATE)
             .count(u64::MAX)
-            .timeout(patience(Duration::from_secs(5)));
-        places.iter().map(|place| self.bed.start(place, &connect)).collect()
+            .timeout(scaled_timeout(Duration::from_secs(5)));
+        namespaces
+            .iter()
+            .map(|netns| self.testbed.start(netns, &connect))
+            .collect()
     }
 
     /// Whether all nodes have rules of kube-proxy's; fails where some have.
@@ -447,7 +455,12 @@ impl Migration<'_> {
     /// Fails unless the agents of all nodes have everything.
     fn served_by_lb(&self) -> Result<()> {
         for node in self.cluster.nodes() {
-            let agent = Agent::new(self.cluster, node, &Agent::find(Path::new(BED))?, Path::new("/nowhere"));
+            let agent = Agent::new(
+                self.cluster,
+                node,
+                &Agent::find(Path::new(TESTBED))?,
+                Path::new("/nowhere"),
+            );
             let status = agent.status()?;
             ensure!(status.agent.running && status.agent.complete, "{:?}", status.agent);
             let services: Value = agent.json(&["service", "list"])?;
@@ -467,7 +480,7 @@ fn address(service: &Service) -> Result<std::net::IpAddr> {
         .context("not an address")
 }
 
-fn all_live(held: &Held) -> Result<()> {
+fn all_live(held: &HeldSummary) -> Result<()> {
     ensure!(held.held == u64::from(HELD) && held.live == held.held, "{held:?}");
     Ok(())
 }

@@ -7,17 +7,20 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use lb_tests::manifests::{Manifests, vips, web_and_dns};
-use lb_tests::puppet::plain;
-use lb_tests::{Answer, Call, Cluster, Kind, Node, Place, Pod, Process, Running, Testbed, patience, pause_after};
+use lb_tests::scripted_socket::plain;
+use lb_tests::{
+    CallResult, Cluster, Netns, Node, Pod, Process, RunningAgent, SocketCall, SocketKind, Testbed, pause_between_polls,
+    scaled_timeout,
+};
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const EADDRINUSE: i32 = 98;
 /// The node port of streams, and that of datagrams.
 const WEB: u16 = 30080;
 const DNS: u16 = 30053;
 
-fn bed() -> Testbed {
-    Testbed::new(BED)
+fn testbed() -> Testbed {
+    Testbed::new(TESTBED)
 }
 
 fn ip(text: &str) -> IpAddr {
@@ -25,7 +28,7 @@ fn ip(text: &str) -> IpAddr {
 }
 
 /// Starts servers of streams and datagrams, which tell a name, on two ports of some addresses.
-fn serve(place: &Place, name: &str, addresses: &[IpAddr], [tcp, udp]: [u16; 2]) -> Result<[Process; 2]> {
+fn serve(netns: &Netns, name: &str, addresses: &[IpAddr], [tcp, udp]: [u16; 2]) -> Result<[Process; 2]> {
     let listen = |port| -> Vec<String> {
         let at = addresses.iter().map(|ip| SocketAddr::new(*ip, port));
         at.map(|at| format!("{at}={name}")).collect()
@@ -34,40 +37,43 @@ fn serve(place: &Place, name: &str, addresses: &[IpAddr], [tcp, udp]: [u16; 2]) 
         texts.iter().map(String::as_str).collect()
     }
     Ok([
-        bed().serve(place, &slices(&listen(tcp)))?,
-        bed().serve_datagrams(place, &slices(&listen(udp)))?,
+        testbed().serve(netns, &slices(&listen(tcp)))?,
+        testbed().serve_datagrams(netns, &slices(&listen(udp)))?,
     ])
 }
 
 /// The ways to ask at an address: TCP and UDP, for IPv4 also by IPv6 sockets.
-fn ways(address: IpAddr, [tcp, udp]: [u16; 2]) -> Vec<(Kind, SocketAddr)> {
+fn ways(address: IpAddr, [tcp, udp]: [u16; 2]) -> Vec<(SocketKind, SocketAddr)> {
     let at = |ip: IpAddr, port| SocketAddr::new(ip, port);
     match address {
         IpAddr::V4(v4) => {
             let mapped = v4.to_ipv6_mapped().into();
             vec![
-                (Kind::Tcp4, at(address, tcp)),
-                (Kind::Udp4, at(address, udp)),
-                (Kind::Tcp6, at(mapped, tcp)),
-                (Kind::Udp6, at(mapped, udp)),
+                (SocketKind::Tcp4, at(address, tcp)),
+                (SocketKind::Udp4, at(address, udp)),
+                (SocketKind::Tcp6, at(mapped, tcp)),
+                (SocketKind::Udp6, at(mapped, udp)),
             ]
         }
-        IpAddr::V6(_) => vec![(Kind::Tcp6, at(address, tcp)), (Kind::Udp6, at(address, udp))],
+        IpAddr::V6(_) => vec![
+            (SocketKind::Tcp6, at(address, tcp)),
+            (SocketKind::Udp6, at(address, udp)),
+        ],
     }
 }
 
 /// Who answers a new socket that connects somewhere, if anybody does.
-fn asked(from: &Place, kind: Kind, to: SocketAddr) -> Result<Option<String>> {
-    let mut socket = bed().puppet(from, kind)?;
-    if let Answer::Failed(_) = socket.call(&Call::Connect(to))? {
+fn asked(from: &Netns, kind: SocketKind, to: SocketAddr) -> Result<Option<String>> {
+    let mut socket = testbed().scripted_socket(from, kind)?;
+    if let CallResult::Failed(_) = socket.call(&SocketCall::Connect(to))? {
         return Ok(None);
     }
-    if matches!(kind, Kind::Udp4 | Kind::Udp6) {
+    if matches!(kind, SocketKind::Udp4 | SocketKind::Udp6) {
         socket.send("hello")?;
     }
-    let (by, text) = match socket.call(&Call::Receive)? {
-        Answer::Received(by, text) => (by, text),
-        Answer::Failed(_) => return Ok(None),
+    let (by, text) = match socket.call(&SocketCall::Receive)? {
+        CallResult::Received(by, text) => (by, text),
+        CallResult::Failed(_) => return Ok(None),
         other => bail!("{other:?}"),
     };
     ensure!(
@@ -84,7 +90,7 @@ fn asked(from: &Place, kind: Kind, to: SocketAddr) -> Result<Option<String>> {
 }
 
 /// Who answers at two ports of an address; it must be the same in all ways.
-fn at(from: &Place, address: IpAddr, ports: [u16; 2]) -> Result<Option<String>> {
+fn at(from: &Netns, address: IpAddr, ports: [u16; 2]) -> Result<Option<String>> {
     let mut names = BTreeSet::new();
     for (kind, to) in ways(address, ports) {
         names.insert(asked(from, kind, to)?);
@@ -94,7 +100,7 @@ fn at(from: &Place, address: IpAddr, ports: [u16; 2]) -> Result<Option<String>> 
 }
 
 /// The same, of the node ports.
-fn answers(from: &Place, address: IpAddr) -> Result<Option<String>> {
+fn answers(from: &Netns, address: IpAddr) -> Result<Option<String>> {
     at(from, address, [WEB, DNS])
 }
 
@@ -103,8 +109,8 @@ fn name(name: &str) -> Option<String> {
 }
 
 /// Waits until an address is answered for as expected.
-fn eventually(from: &Place, address: IpAddr, expected: Option<&str>) -> Result<()> {
-    let deadline = Instant::now() + patience(Duration::from_secs(10));
+fn eventually(from: &Netns, address: IpAddr, expected: Option<&str>) -> Result<()> {
+    let deadline = Instant::now() + scaled_timeout(Duration::from_secs(10));
     loop {
         let late = Instant::now() >= deadline;
         // In the middle of a change, some ways are served and others not.
@@ -119,7 +125,7 @@ fn eventually(from: &Place, address: IpAddr, expected: Option<&str>) -> Result<(
 
 /// Two nodes of which the first has an agent; what serves the node ports is a pod of the second.
 struct Setup {
-    agent: Running,
+    agent: RunningAgent,
     manifests: Manifests,
     client: Pod,
     far: Pod,
@@ -136,11 +142,11 @@ impl Setup {
     fn write(&self, name: &str, text: &str) -> Result<()> {
         let before = self.agent.status()?.agent.applies;
         self.manifests.write(name, text)?;
-        let deadline = Instant::now() + patience(Duration::from_secs(10));
+        let deadline = Instant::now() + scaled_timeout(Duration::from_secs(10));
         let mut asked = Instant::now();
         while self.agent.status()?.agent.applies == before {
             ensure!(Instant::now() < deadline, "{name} is not applied");
-            pause_after(asked);
+            pause_between_polls(asked);
             asked = Instant::now();
         }
         self.agent.verify()
@@ -168,7 +174,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     let endpoints = addresses.map(|ip| (ip, "n2"));
     let text = web_and_dns("web", 20, Some([WEB, DNS]), policy, &endpoints, TARGET);
     manifests.write("web.yaml", &text)?;
-    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), flags)?;
+    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), flags)?;
     Ok(Setup {
         agent,
         manifests,
@@ -190,21 +196,21 @@ fn node_ports_are_served_on_this_nodes_addresses_and_on_its_loopback() -> Result
         n1.gateway6().into(),
         n1.pod_network().into(),
     ];
-    for place in [&*setup.client, &**n1] {
+    for netns in [&*setup.client, &**n1] {
         for address in own {
-            assert_eq!(answers(place, address)?, name("far"), "{address} from {}", place.name());
+            assert_eq!(answers(netns, address)?, name("far"), "{address} from {}", netns.name());
             // A port that is no node port.
             assert_eq!(
-                at(place, address, [30081, 30054])?,
+                at(netns, address, [30081, 30054])?,
                 None,
                 "{address} from {}",
-                place.name()
+                netns.name()
             );
         }
         // Without connect().
-        let mut socket = bed().puppet(place, Kind::Udp6)?;
+        let mut socket = testbed().scripted_socket(netns, SocketKind::Udp6)?;
         for address in own {
-            assert_eq!(socket.ask(SocketAddr::new(address, DNS), "hello")?, "far");
+            assert_eq!(socket.exchange(SocketAddr::new(address, DNS), "hello")?, "far");
         }
     }
     let loopback = ["127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "::"].map(ip);
@@ -224,9 +230,9 @@ fn node_ports_are_served_on_this_nodes_addresses_and_on_its_loopback() -> Result
         assert_eq!(answers(&setup.client, address)?, name("pod"), "{address}");
         assert_eq!(answers(n1, address)?, name("far"), "{address}");
     }
-    for place in [&*setup.client, &**n1] {
+    for netns in [&*setup.client, &**n1] {
         for address in other {
-            assert_eq!(answers(place, address)?, name("n2"), "{address} from {}", place.name());
+            assert_eq!(answers(netns, address)?, name("n2"), "{address} from {}", netns.name());
         }
     }
     setup.agent.verify()
@@ -236,7 +242,7 @@ fn node_ports_are_served_on_this_nodes_addresses_and_on_its_loopback() -> Result
 fn the_client_keeps_its_address() -> Result<()> {
     let setup = setup(&[])?;
     let n1 = setup.node();
-    let _server = bed().serve_with(&setup.far, &["[::]:8081=far"], &["--tell-source"])?;
+    let _server = testbed().serve_with(&setup.far, &["[::]:8081=far"], &["--report-source"])?;
     let endpoints = [(setup.far.address().into(), "n2"), (setup.far.address6().into(), "n2")];
     let text = web_and_dns("told", 21, Some([30081, 30054]), "", &endpoints, [8081, 5354]);
     setup.write("told.yaml", &text)?;
@@ -249,7 +255,7 @@ fn the_client_keeps_its_address() -> Result<()> {
         (n1.address6().into(), 30081, v6),
     ] {
         for (kind, to) in ways(to, [port, 0]).into_iter().filter(|(_, to)| to.port() != 0) {
-            let mut socket = bed().puppet(&setup.client, kind)?;
+            let mut socket = testbed().scripted_socket(&setup.client, kind)?;
             socket.connect(to)?;
             assert_eq!(
                 socket.receive()?.1.trim_end(),
@@ -354,23 +360,23 @@ fn a_node_port_cannot_be_bound_on_the_node() -> Result<()> {
     let setup = setup(&[])?;
     let n1 = setup.node();
     let kinds = [
-        (Kind::Tcp4, WEB, DNS),
-        (Kind::Tcp6, WEB, DNS),
-        (Kind::Mptcp4, WEB, DNS),
-        (Kind::Udp4, DNS, WEB),
-        (Kind::Udp6, DNS, WEB),
+        (SocketKind::Tcp4, WEB, DNS),
+        (SocketKind::Tcp6, WEB, DNS),
+        (SocketKind::Mptcp4, WEB, DNS),
+        (SocketKind::Udp4, DNS, WEB),
+        (SocketKind::Udp6, DNS, WEB),
     ];
-    let bind = |place: &Place, kind, ip, port| {
-        let mut socket = bed().puppet(place, kind)?;
-        match socket.call(&Call::Bind(SocketAddr::new(ip, port)))? {
-            Answer::Done => Ok(0),
-            Answer::Failed(errno) => Ok(errno),
+    let bind = |netns: &Netns, kind, ip, port| {
+        let mut socket = testbed().scripted_socket(netns, kind)?;
+        match socket.call(&SocketCall::Bind(SocketAddr::new(ip, port)))? {
+            CallResult::Done => Ok(0),
+            CallResult::Failed(errno) => Ok(errno),
             other => bail!("{other:?}"),
         }
     };
     let mut refused = 0;
     for (kind, taken, free) in kinds {
-        let six = matches!(kind, Kind::Tcp6 | Kind::Udp6);
+        let six = matches!(kind, SocketKind::Tcp6 | SocketKind::Udp6);
         let mut addresses = vec![ip("0.0.0.0"), ip("127.0.0.1"), n1.address().into(), n1.gateway().into()];
         if six {
             // Those of IPv4 are v4-mapped then.
@@ -434,15 +440,15 @@ fn a_backend_reaches_itself_and_a_node_may_be_one() -> Result<()> {
         ("host1", 31, [30083, 30056]),
         ("host2", 32, [30084, 30057]),
     ] {
-        for place in [&*near, &*setup.client, &**n1] {
+        for netns in [&*near, &*setup.client, &**n1] {
             for vip in vips(last) {
-                let from = place.name();
-                assert_eq!(at(place, vip, [80, 53])?, name(service), "{vip} from {from}");
+                let from = netns.name();
+                assert_eq!(at(netns, vip, [80, 53])?, name(service), "{vip} from {from}");
             }
             for address in both(n1.address(), n1.address6()) {
-                let from = place.name();
+                let from = netns.name();
                 assert_eq!(
-                    at(place, address, ports)?,
+                    at(netns, address, ports)?,
                     name(service),
                     "{address} {ports:?} from {from}"
                 );

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use lb_packet_checks as checks;
-use lb_tests::{Random, scaled};
+use lb_tests::{Random, scaled_count};
 
 /// Checks the inputs of a target, and as many that come of them by a few changed bytes.
 fn check(target: &str, check: fn(&[u8]), changed: u64) -> Result<()> {
@@ -29,11 +29,11 @@ fn check(target: &str, check: fn(&[u8]), changed: u64) -> Result<()> {
     inputs.retain(|input| !input.is_empty());
     ensure!(!inputs.is_empty(), "there is no corpus for {target}");
     let mut random = Random::from_env();
-    for _ in 0..scaled(changed) {
+    for _ in 0..scaled_count(changed) {
         let mut input = inputs[random.below(inputs.len() as u64) as usize].clone();
         for _ in 0..=random.below(4) {
             let at = random.below(input.len() as u64) as usize;
-            input[at] = random.number() as u8;
+            input[at] = random.next_u64() as u8;
         }
         check(&input);
     }

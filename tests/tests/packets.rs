@@ -6,18 +6,18 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use lb_tests::fixture::{Outcome, POD_PORTS, TwoNodeFixture, endpoints_of, node_addresses};
 use lb_tests::manifests::{self, Port, service, slice_with_conditions, web_and_dns};
-use lb_tests::outside::{Got, Outside, TARGET, of, outer};
-use lb_tests::{Answer, Call, Kind, Place, Testbed, Underlay, patience, scaled_above};
+use lb_tests::{CallResult, Netns, SocketCall, SocketKind, Testbed, Underlay, scaled_count_above, scaled_timeout};
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const ECONNREFUSED: i32 = 111;
 /// The node port of streams, and that of datagrams.
 const WEB: u16 = 30080;
 const DNS: u16 = 30053;
 
-fn bed() -> Testbed {
-    Testbed::new(BED)
+fn testbed() -> Testbed {
+    Testbed::new(TESTBED)
 }
 
 fn ip(text: &str) -> IpAddr {
@@ -25,29 +25,29 @@ fn ip(text: &str) -> IpAddr {
 }
 
 /// Asks once, from a new socket, by TCP or UDP.
-fn ask(from: &Place, udp: bool, to: SocketAddr) -> Result<Got> {
-    bed().ask(from, udp, to)
+fn ask(from: &Netns, udp: bool, to: SocketAddr) -> Result<Outcome> {
+    testbed().request(from, udp, to)
 }
 
 /// All that answer at an address and the sources that they see, asked often.
-fn all(from: &Place, udp: bool, to: SocketAddr, times: u64) -> Result<BTreeSet<Got>> {
-    bed().ask_often(from, udp, to, times)
+fn all(from: &Netns, udp: bool, to: SocketAddr, times: u64) -> Result<BTreeSet<Outcome>> {
+    testbed().request_many(from, udp, to, times)
 }
 
-fn setup(underlay: Underlay) -> Result<Outside> {
-    Outside::new(BED, underlay)
+fn setup(underlay: Underlay) -> Result<TwoNodeFixture> {
+    TwoNodeFixture::new(TESTBED, underlay)
 }
 
 /// A Service with node ports in both families and both protocols.
 fn web(endpoints: &[(IpAddr, &str)], more: &str) -> String {
-    web_and_dns("web", 20, Some([WEB, DNS]), more, endpoints, TARGET)
+    web_and_dns("web", 20, Some([WEB, DNS]), more, endpoints, POD_PORTS)
 }
 
-fn by(got: &BTreeSet<Got>) -> BTreeSet<&str> {
+fn by(got: &BTreeSet<Outcome>) -> BTreeSet<&str> {
     got.iter()
         .map(|got| match got {
-            Got::Served { by, .. } => by.as_str(),
-            Got::Failed(_) => "nobody",
+            Outcome::Served { by, .. } => by.as_str(),
+            Outcome::Failed(_) => "nobody",
         })
         .collect()
 }
@@ -56,14 +56,14 @@ fn an_outside_client_reaches_all(underlay: Underlay) -> Result<()> {
     let setup = setup(underlay)?;
     setup.write("web.yaml", &web(&setup.endpoints(), "type: NodePort"))?;
     for node in setup.cluster.nodes() {
-        for address in outer(node) {
+        for address in node_addresses(node) {
             for (udp, port) in [(false, WEB), (true, DNS)] {
                 let to = SocketAddr::new(address, port);
                 // One of 2^15 rounds of sixteen misses one of two.
-                let got = all(setup.client(), udp, to, scaled_above(40, 16))?;
+                let got = all(setup.client(), udp, to, scaled_count_above(40, 16))?;
                 assert_eq!(by(&got), BTreeSet::from(["one", "two"]), "{to} udp={udp}: {got:?}");
                 for got in got {
-                    let Got::Served { by, seen } = got else { continue };
+                    let Outcome::Served { by, seen } = got else { continue };
                     let is_client = seen == IpAddr::from(setup.cluster.client().address())
                         || seen == IpAddr::from(setup.cluster.client().address6());
                     let here = (by == "one") == (node.name() == "n1");
@@ -95,7 +95,7 @@ fn who_is_served_by_what() -> Result<()> {
     );
     // A server of the second node itself.
     let host = setup.node("n2");
-    let _host = bed().serve_both(host, "host", TARGET)?;
+    let _host = testbed().serve_both(host, "host", POD_PORTS)?;
     let on_host = [(IpAddr::from(host.address()), "n2"), (host.address6().into(), "n2")];
     let external = "externalIPs: [\"203.0.113.7\", \"2001:db8:7::7\"]";
     let texts = [
@@ -104,19 +104,26 @@ fn who_is_served_by_what() -> Result<()> {
             21,
             Some([30081, 30054]),
             "type: NodePort\n  externalTrafficPolicy: Local",
-            &of(two),
-            TARGET,
+            &endpoints_of(two),
+            POD_PORTS,
         ),
-        web_and_dns("none", 22, Some([30082, 30055]), "type: NodePort", &[], TARGET),
-        web_and_dns("host", 23, Some([30083, 30056]), "type: NodePort", &on_host, TARGET),
-        web_and_dns("external", 24, Some([30084, 30057]), external, &of(one), TARGET),
+        web_and_dns("none", 22, Some([30082, 30055]), "type: NodePort", &[], POD_PORTS),
+        web_and_dns("host", 23, Some([30083, 30056]), "type: NodePort", &on_host, POD_PORTS),
+        web_and_dns(
+            "external",
+            24,
+            Some([30084, 30057]),
+            external,
+            &endpoints_of(one),
+            POD_PORTS,
+        ),
         web_and_dns(
             "narrow",
             25,
             Some([30085, 30058]),
             &format!("type: LoadBalancer\n  loadBalancerSourceRanges: [\"{client4}/32\", \"{client6}/127\"]"),
-            &of(two),
-            TARGET,
+            &endpoints_of(two),
+            POD_PORTS,
         )
         .replacen(
             "---\n",
@@ -132,9 +139,9 @@ fn who_is_served_by_what() -> Result<()> {
         "route add 2001:db8:7::/64 via {}",
         setup.node("n1").address6()
     ))?;
-    let served = |by: &str, seen: Option<IpAddr>, got: Got, what: &str| got.ensure(by, seen, what);
+    let served = |by: &str, seen: Option<IpAddr>, got: Outcome, what: &str| got.ensure(by, seen, what);
     for (v6, client_address) in [(false, client4), (true, client6)] {
-        let pick = |node: &str| outer(setup.node(node))[usize::from(v6)];
+        let pick = |node: &str| node_addresses(setup.node(node))[usize::from(v6)];
         for udp in [false, true] {
             let at = |address: IpAddr, tcp: u16, dns: u16| SocketAddr::new(address, if udp { dns } else { tcp });
             let what = format!("v6={v6} udp={udp}");
@@ -144,7 +151,7 @@ fn who_is_served_by_what() -> Result<()> {
             // No endpoint anywhere.
             for node in ["n1", "n2"] {
                 let got = ask(client, udp, at(pick(node), 30082, 30055))?;
-                assert_eq!(got, Got::Failed(ECONNREFUSED), "{what}");
+                assert_eq!(got, Outcome::Failed(ECONNREFUSED), "{what}");
             }
             // A server of a node, by that node and by another.
             served(
@@ -164,7 +171,7 @@ fn who_is_served_by_what() -> Result<()> {
             )?;
             assert_eq!(
                 ask(client, udp, at(external, 81, 54))?,
-                Got::Failed(ECONNREFUSED),
+                Outcome::Failed(ECONNREFUSED),
                 "{what}"
             );
             // A load balancer's address for some clients.
@@ -173,7 +180,7 @@ fn who_is_served_by_what() -> Result<()> {
             served("two", None, got, &format!("{what} load balancer"))?;
             // Not for a pod of the first node, nor for the node.
             let got = ask(one, udp, at(balancer, 80, 53))?;
-            assert!(!matches!(got, Got::Served { .. }), "{what}: {got:?}");
+            assert!(!matches!(got, Outcome::Served { .. }), "{what}: {got:?}");
         }
     }
     assert!(setup.dropped("source_not_allowed")? > 0);
@@ -185,7 +192,7 @@ fn who_is_served_by_what() -> Result<()> {
 }
 
 /// Puts a Service with node ports on one backend, in both families.
-fn serve_by(setup: &Outside, endpoints: &[(IpAddr, &str)]) -> Result<()> {
+fn serve_by(setup: &TwoNodeFixture, endpoints: &[(IpAddr, &str)]) -> Result<()> {
     setup.write("web.yaml", &web(endpoints, "type: NodePort"))
 }
 
@@ -195,39 +202,51 @@ fn flows_to_a_backend_that_is_gone_go_elsewhere_or_end() -> Result<()> {
     let [one, two] = &setup.pods;
     let echo = [8081, 8082].map(|port| {
         let listen = [format!("[::]:{port}=echo")];
-        bed().serve_with(two, &listen.each_ref().map(String::as_str), &["--echo"])
+        testbed().serve_with(two, &listen.each_ref().map(String::as_str), &["--echo"])
     });
     let _echo = echo.into_iter().collect::<Result<Vec<_>>>()?;
     for node in ["n1", "n2"] {
-        for address in outer(setup.node(node)) {
-            serve_by(&setup, &of(two))?;
+        for address in node_addresses(setup.node(node)) {
+            serve_by(&setup, &endpoints_of(two))?;
             let echo = |conditions: &str| -> String {
                 let ports = [Port::tcp("web", 80).on_nodes(30081)];
                 let text = service("echo", "10.96.0.30,fd00:96::30", &ports, "type: NodePort");
-                let slices = of(two).map(|(ip, node)| {
+                let slices = endpoints_of(two).map(|(ip, node)| {
                     let port = Port::tcp("web", 8081);
                     slice_with_conditions("echo", port, &[(ip, node, conditions)])
                 });
                 text + &slices.concat()
             };
             setup.write("echo.yaml", &echo(""))?;
-            let mut datagrams =
-                bed().puppet(setup.client(), if address.is_ipv4() { Kind::Udp4 } else { Kind::Udp6 })?;
+            let mut datagrams = testbed().scripted_socket(
+                setup.client(),
+                if address.is_ipv4() {
+                    SocketKind::Udp4
+                } else {
+                    SocketKind::Udp6
+                },
+            )?;
             datagrams.connect(SocketAddr::new(address, DNS))?;
             datagrams.send("a")?;
             ensure!(datagrams.receive()?.1.starts_with("two "), "before");
-            let mut stream = bed().puppet(setup.client(), if address.is_ipv4() { Kind::Tcp4 } else { Kind::Tcp6 })?;
+            let mut stream = testbed().scripted_socket(
+                setup.client(),
+                if address.is_ipv4() {
+                    SocketKind::Tcp4
+                } else {
+                    SocketKind::Tcp6
+                },
+            )?;
             stream.connect(SocketAddr::new(address, 30081))?;
-            let heard =
-                |answer: &Answer, text: &str| matches!(answer, Answer::Received(_, said) if said.contains(text));
-            let mut say = |text: &str| -> Result<Answer> {
-                if let Answer::Failed(errno) = stream.call(&Call::Send(text.to_owned()))? {
-                    return Ok(Answer::Failed(errno));
+            let heard = |answer: &CallResult, text: &str| matches!(answer, CallResult::Received(_, said) if said.contains(text));
+            let mut say = |text: &str| -> Result<CallResult> {
+                if let CallResult::Failed(errno) = stream.call(&SocketCall::Send(text.to_owned()))? {
+                    return Ok(CallResult::Failed(errno));
                 }
                 loop {
-                    let answer = stream.call(&Call::Receive)?;
+                    let answer = stream.call(&SocketCall::Receive)?;
                     // The server's name comes first, alone or not.
-                    if !matches!(&answer, Answer::Received(_, said) if said == "echo\n") {
+                    if !matches!(&answer, CallResult::Received(_, said) if said == "echo\n") {
                         return Ok(answer);
                     }
                 }
@@ -239,7 +258,7 @@ fn flows_to_a_backend_that_is_gone_go_elsewhere_or_end() -> Result<()> {
             let answer = say("lives")?;
             ensure!(heard(&answer, "lives"), "{address} at {node}: {answer:?}");
             // It is gone.
-            serve_by(&setup, &of(one))?;
+            serve_by(&setup, &endpoints_of(one))?;
             setup.write(
                 "echo.yaml",
                 &service(
@@ -254,7 +273,7 @@ fn flows_to_a_backend_that_is_gone_go_elsewhere_or_end() -> Result<()> {
             ensure!(text.starts_with("one "), "{address} at {node}: {text}");
             let answer = say("over")?;
             const ECONNRESET: i32 = 104;
-            assert_eq!(answer, Answer::Failed(ECONNRESET), "{address} at {node}");
+            assert_eq!(answer, CallResult::Failed(ECONNRESET), "{address} at {node}");
         }
     }
     Ok(())
@@ -262,13 +281,13 @@ fn flows_to_a_backend_that_is_gone_go_elsewhere_or_end() -> Result<()> {
 
 #[test]
 fn a_client_keeps_its_backend_where_the_service_wants_that() -> Result<()> {
-    let setup = Outside::with(BED, Underlay::Vxlan, 2, &[])?;
+    let setup = TwoNodeFixture::with(TESTBED, Underlay::Vxlan, 2, &[])?;
     let more = "type: NodePort\n  sessionAffinity: ClientIP";
     setup.write("web.yaml", &web(&setup.endpoints(), more))?;
     let mut chosen = BTreeSet::new();
     for client in setup.cluster.clients() {
         for node in setup.cluster.nodes() {
-            for address in outer(node) {
+            for address in node_addresses(node) {
                 let to = SocketAddr::new(address, WEB);
                 let got = all(client, false, to, 12)?;
                 assert_eq!(by(&got).len(), 1, "{to}: {got:?}");
@@ -285,15 +304,15 @@ fn a_client_keeps_its_backend_where_the_service_wants_that() -> Result<()> {
 #[test]
 fn what_is_too_long_or_too_old_for_the_way_on_is_told_so() -> Result<()> {
     let setup = setup(Underlay::Vxlan)?;
-    serve_by(&setup, &of(&setup.pods[1]))?;
+    serve_by(&setup, &endpoints_of(&setup.pods[1]))?;
     let (n1, client) = (setup.node("n1"), setup.client());
     let to = SocketAddr::new(n1.address().into(), DNS);
-    let mut socket = bed().puppet(client, Kind::Udp4)?;
+    let mut socket = testbed().scripted_socket(client, SocketKind::Udp4)?;
     socket.connect(to)?;
     // 1,500 bytes with the headers.
     socket.send(&"x".repeat(1472))?;
     let known = |mtu: &str| -> Result<bool> { Ok(client.ip(&format!("route get {}", n1.address()))?.contains(mtu)) };
-    let deadline = Instant::now() + patience(Duration::from_secs(5));
+    let deadline = Instant::now() + scaled_timeout(Duration::from_secs(5));
     while !known("mtu 1450")? {
         ensure!(
             Instant::now() < deadline,
@@ -305,10 +324,10 @@ fn what_is_too_long_or_too_old_for_the_way_on_is_told_so() -> Result<()> {
     assert!(setup.dropped("too_big")? > 0);
     client.sysctl("net.ipv4.ip_default_ttl", "1")?;
     client.sysctl("net.ipv6.conf.eth0.hop_limit", "1")?;
-    for address in outer(n1) {
+    for address in node_addresses(n1) {
         // The kernel keeps this from a socket that does not ask for it.
         let got = ask(client, true, SocketAddr::new(address, DNS))?;
-        assert!(matches!(got, Got::Failed(_)), "{address}: {got:?}");
+        assert!(matches!(got, Outcome::Failed(_)), "{address}: {got:?}");
     }
     assert!(setup.dropped("ttl_exceeded")? >= 2);
     // What came was right in the eyes of the client's kernel.
@@ -334,9 +353,9 @@ fn what_is_too_long_or_too_old_for_the_way_on_is_told_so() -> Result<()> {
     // Two nodes are on the way to the pod.
     client.sysctl("net.ipv4.ip_default_ttl", "3")?;
     client.sysctl("net.ipv6.conf.eth0.hop_limit", "3")?;
-    for address in outer(n1) {
+    for address in node_addresses(n1) {
         let got = ask(client, true, SocketAddr::new(address, DNS))?;
-        assert!(matches!(got, Got::Served { .. }), "{address}: {got:?}");
+        assert!(matches!(got, Outcome::Served { .. }), "{address}: {got:?}");
     }
     Ok(())
 }
@@ -344,12 +363,19 @@ fn what_is_too_long_or_too_old_for_the_way_on_is_told_so() -> Result<()> {
 #[test]
 fn flows_outlive_the_agent() -> Result<()> {
     let mut setup = setup(Underlay::Vxlan)?;
-    let endpoints = of(&setup.pods[1]);
-    let _echo = bed().serve_with(&setup.pods[1], &["[::]:8081=echo"], &["--echo"])?;
+    let endpoints = endpoints_of(&setup.pods[1]);
+    let _echo = testbed().serve_with(&setup.pods[1], &["[::]:8081=echo"], &["--echo"])?;
     setup.write("echo.yaml", &manifests::web("echo", 30, 30081, &endpoints, 8081))?;
     let mut streams = Vec::new();
-    for address in outer(setup.node("n1")) {
-        let mut stream = bed().puppet(setup.client(), if address.is_ipv4() { Kind::Tcp4 } else { Kind::Tcp6 })?;
+    for address in node_addresses(setup.node("n1")) {
+        let mut stream = testbed().scripted_socket(
+            setup.client(),
+            if address.is_ipv4() {
+                SocketKind::Tcp4
+            } else {
+                SocketKind::Tcp6
+            },
+        )?;
         stream.connect(SocketAddr::new(address, 30081))?;
         stream.receive()?;
         streams.push(stream);

@@ -16,7 +16,8 @@ use lb_common::abi::DropReason;
 use lb_stress::objects::{self, BACKEND_PORT};
 use lb_tests::load::{Load, Record};
 use lb_tests::{
-    Absences, Cluster, Connect, Pod, Process, Random, Testbed, chi_squared_p, patience, scaled, scaled_above,
+    Cluster, Connect, DowntimeLog, Pod, Process, Random, Testbed, chi_squared_p, scaled_count, scaled_count_above,
+    scaled_timeout,
 };
 
 const NODE: &str = "n1";
@@ -56,7 +57,7 @@ impl Backend {
 }
 
 /// A node with a server, a pod for clients, and a reconciler that serves it.
-struct Bed {
+struct Fixture {
     reconciler: Reconciler<BpfMaps>,
     _lock: Lock,
     _server: Process,
@@ -65,7 +66,7 @@ struct Bed {
     cluster: Cluster,
 }
 
-impl Bed {
+impl Fixture {
     fn new(backends: &[Backend]) -> Result<Self> {
         let cluster = Cluster::builder().nodes(1).build()?;
         let testbed = Testbed::new(env!("CARGO_BIN_EXE_lb-testbed"));
@@ -127,7 +128,7 @@ impl Bed {
         let connect = Connect::to(targets)
             .threads(4)
             .rate(8000.0)
-            .timeout(patience(Duration::from_secs(5)))
+            .timeout(scaled_timeout(Duration::from_secs(5)))
             .peer_check()
             .log(&self.cluster.scratch().join("connections"));
         self.testbed.start(&self.client, &connect)
@@ -222,7 +223,7 @@ const OTHERS_EVERY: u64 = 4;
 fn endpoints_come_and_go_and_no_connection_fails() -> Result<()> {
     let mut random = Random::from_env();
     let backends = Backend::several("b", 100, 8);
-    let mut bed = Bed::new(&backends)?;
+    let mut fixture = Fixture::new(&backends)?;
     let mut others = Others::new(&backends[0]);
     let mut present = u64::from(u8::MAX);
     let in_use = |present: u64| {
@@ -230,16 +231,16 @@ fn endpoints_come_and_go_and_no_connection_fails() -> Result<()> {
         bits.filter(move |(bit, _)| present >> bit & 1 == 1)
             .map(|(_, backend)| backend)
     };
-    let mut absences = Absences::default();
+    let mut downtime_log = DowntimeLog::default();
 
     let mut changes: Vec<_> = others.all().collect();
     changes.push(service("web", VIP, &[("", 80)], 0));
     changes.push(endpoints("web", &[""], &backends));
-    bed.apply(changes);
-    bed.check()?;
+    fixture.apply(changes);
+    fixture.check()?;
 
-    let load = bed.start_clients(&[SocketAddr::new(VIP.into(), 80)])?;
-    for apply in 0..scaled(APPLIES) {
+    let load = fixture.start_clients(&[SocketAddr::new(VIP.into(), 80)])?;
+    for apply in 0..scaled_count(APPLIES) {
         // Any number of them but none, and never the same as before.
         let before = present;
         while present == before {
@@ -251,24 +252,24 @@ fn endpoints_come_and_go_and_no_connection_fails() -> Result<()> {
             changes.extend(others.swap_some(&mut random));
         }
         for backend in in_use(present & !before) {
-            absences.end(&backend.name);
+            downtime_log.end(&backend.name);
         }
-        bed.apply(changes);
+        fixture.apply(changes);
         for backend in in_use(before & !present) {
-            absences.begin(&backend.name);
+            downtime_log.begin(&backend.name);
         }
         if others_change {
             // What is left of those that went is cleared after a grace period.
-            bed.reconciler.settle()?;
+            fixture.reconciler.settle()?;
         }
-        bed.check().with_context(|| format!("after apply {apply}"))?;
-        bed.check_fill()?;
+        fixture.check().with_context(|| format!("after apply {apply}"))?;
+        fixture.check_fill()?;
         sleep(Duration::from_micros(random.below(8000)));
     }
-    let records = bed.stop_clients(load)?;
-    println!("{} connections, {} absences", records.len(), absences.count());
-    absences.check(&records)?;
-    bed.check_drops(&[])
+    let records = fixture.stop_clients(load)?;
+    println!("{} connections, {} downtime_log", records.len(), downtime_log.count());
+    downtime_log.check(&records)?;
+    fixture.check_drops(&[])
 }
 
 #[test]
@@ -277,9 +278,9 @@ fn a_port_passes_between_two_services_and_no_connection_fails() -> Result<()> {
     let sides = [Backend::several("left", 100, 3), Backend::several("right", 110, 3)];
     let names = ["left", "right"];
     let own_ports = [8081, 8082];
-    let mut bed = Bed::new(&sides.concat())?;
+    let mut fixture = Fixture::new(&sides.concat())?;
     let mut others = Others::new(&sides[0][0]);
-    let mut absences = Absences::default();
+    let mut downtime_log = DowntimeLog::default();
     // Who has port 80: the only one that claims it, or the older of the two.
     let claims = |owner: usize, both: bool| {
         [0, 1].map(|side| {
@@ -297,36 +298,38 @@ fn a_port_passes_between_two_services_and_no_connection_fails() -> Result<()> {
     for (name, backends) in names.iter().zip(&sides) {
         changes.push(endpoints(name, &["own", "shared"], backends));
     }
-    bed.apply(changes);
-    bed.check()?;
+    fixture.apply(changes);
+    fixture.check()?;
 
     let shared = SocketAddr::new(VIP.into(), 80);
     let own = own_ports.map(|port| SocketAddr::new(VIP.into(), port));
-    let load = bed.start_clients(&[shared, own[0], shared, own[1]])?;
-    for apply in 0..scaled(APPLIES) {
+    let load = fixture.start_clients(&[shared, own[0], shared, own[1]])?;
+    for apply in 0..scaled_count(APPLIES) {
         let before = owner;
         owner = 1 - owner;
-        let mut changes = Vec::from(claims(owner, random.coin()));
+        let mut changes = Vec::from(claims(owner, random.next_bool()));
         if apply % OTHERS_EVERY == 0 {
             changes.extend(others.swap_some(&mut random));
         }
-        sides[owner].iter().for_each(|backend| absences.end(&backend.name));
-        bed.apply(changes);
-        sides[before].iter().for_each(|backend| absences.begin(&backend.name));
+        sides[owner].iter().for_each(|backend| downtime_log.end(&backend.name));
+        fixture.apply(changes);
+        sides[before]
+            .iter()
+            .for_each(|backend| downtime_log.begin(&backend.name));
         // A service port that went is cleared after a grace period.
-        bed.reconciler.settle()?;
-        bed.check().with_context(|| format!("after apply {apply}"))?;
-        bed.check_fill()?;
+        fixture.reconciler.settle()?;
+        fixture.check().with_context(|| format!("after apply {apply}"))?;
+        fixture.check_fill()?;
     }
-    let records = bed.stop_clients(load)?;
+    let records = fixture.stop_clients(load)?;
     let (to_shared, to_own): (Vec<_>, Vec<_>) = records.into_iter().partition(|record| record.to == shared);
     println!(
-        "{} connections to the port that passes, {} to others, {} absences",
+        "{} connections to the port that passes, {} to others, {} downtime_log",
         to_shared.len(),
         to_own.len(),
-        absences.count()
+        downtime_log.count()
     );
-    absences.check(&to_shared)?;
+    downtime_log.check(&to_shared)?;
     for record in to_own {
         let side = usize::from(record.to == own[1]);
         let reached = record.outcome.as_deref().unwrap_or_default();
@@ -335,7 +338,7 @@ fn a_port_passes_between_two_services_and_no_connection_fails() -> Result<()> {
             "a port of one Service alone led elsewhere: {record:?}"
         );
     }
-    bed.check_drops(&[])
+    fixture.check_drops(&[])
 }
 
 /// Ports without endpoints: a connection is refused by a program and costs little, as does a store in FRONTENDS. So
@@ -344,57 +347,59 @@ fn a_port_passes_between_two_services_and_no_connection_fails() -> Result<()> {
 #[test]
 fn a_frontend_that_changes_is_never_missed() -> Result<()> {
     const STORES: u64 = 1_000_000;
-    let stores = scaled(STORES);
+    let stores = scaled_count(STORES);
     let backend = Backend::several("b", 100, 1).remove(0);
-    let mut bed = Bed::new(slice::from_ref(&backend))?;
+    let mut fixture = Fixture::new(slice::from_ref(&backend))?;
     let ports = [80, 81, 82, 83, 84, 85, 86, 87];
     let names = ports.map(|port| format!("port-{port}"));
     let named: Vec<_> = names.iter().map(String::as_str).zip(ports).collect();
     let mut changes: Vec<_> = Others::new(&backend).all().collect();
     changes.push(service("void", VIP, &named, 0));
-    bed.apply(changes);
-    bed.check()?;
-    bed.check_fill()?;
+    fixture.apply(changes);
+    fixture.check()?;
+    fixture.check_fill()?;
 
     let targets = ports.map(|port| SocketAddr::new(VIP.into(), port));
-    let load = bed.testbed.start(&bed.client, &Connect::to(&targets).refused())?;
-    let frontends: Vec<_> = bed.reconciler.maps().dump()?.frontends.into_iter().collect();
+    let load = fixture
+        .testbed
+        .start(&fixture.client, &Connect::to(&targets).refused())?;
+    let frontends: Vec<_> = fixture.reconciler.maps().dump()?.frontends.into_iter().collect();
     for (key, value) in frontends.into_iter().cycle().take(usize::try_from(stores)?) {
-        bed.reconciler.maps_mut().store_frontend(key, value)?;
+        fixture.reconciler.maps_mut().store_frontend(key, value)?;
     }
     let summary = load.stop()?;
     println!("{} connections refused, {stores} stores", summary.connections);
     summary.all_well()?;
     // All of them for the right reason.
-    bed.check_drops(&[DropReason::NoEndpoint])?;
-    bed.check()
+    fixture.check_drops(&[DropReason::NoEndpoint])?;
+    fixture.check()
 }
 
 #[test]
 fn connections_are_spread_evenly() -> Result<()> {
     // 500 to each of four backends are enough to see a share that is off by a seventh.
-    let count = scaled_above(10_000, 2_000);
+    let count = scaled_count_above(10_000, 2_000);
     let backends = Backend::several("b", 100, 4);
-    let mut bed = Bed::new(&backends)?;
-    bed.apply(vec![
+    let mut fixture = Fixture::new(&backends)?;
+    fixture.apply(vec![
         service("web", VIP, &[("", 80)], 0),
         endpoints("web", &[""], &backends),
     ]);
-    bed.check()?;
+    fixture.check()?;
     let connect = Connect::to(&[SocketAddr::new(VIP.into(), 80)])
         .count(count)
         .threads(2)
-        .timeout(patience(Duration::from_secs(5)));
+        .timeout(scaled_timeout(Duration::from_secs(5)));
     // One even spread in a thousand looks like an uneven one: then once more.
     for attempt in 1..=2 {
-        let summary = bed.testbed.connect(&bed.client, &connect)?;
+        let summary = fixture.testbed.connect(&fixture.client, &connect)?;
         summary.all_well()?;
         let counts: Vec<_> = backends.iter().map(|backend| summary.reached(&backend.name)).collect();
         ensure!(counts.iter().sum::<u64>() == count, "{counts:?}");
         let p = chi_squared_p(&counts);
         println!("attempt {attempt}: {counts:?}, p = {p:.4}");
         if p > 0.001 {
-            return bed.check_drops(&[]);
+            return fixture.check_drops(&[]);
         }
     }
     panic!("{count} connections are not spread evenly, twice");

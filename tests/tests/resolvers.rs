@@ -11,10 +11,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Answer, Call, Cluster, Kind, Place, Pod, Process, Puppet, Running, Testbed, patience, scaled};
+use lb_tests::{
+    CallResult, Cluster, Netns, Pod, Process, RunningAgent, ScriptedSocket, SocketCall, SocketKind, Testbed,
+    scaled_count, scaled_timeout,
+};
 use serde_json::{Value, json};
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 
 /// The name that is asked for, and its addresses: the service of the web server.
 const NAME: &str = "web.example.test";
@@ -26,8 +29,8 @@ const OTHER: [&str; 2] = ["10.96.0.11", "fd00:96::11"];
 /// One without a server.
 const NOBODY: &str = "10.96.0.12";
 
-fn bed() -> Testbed {
-    Testbed::new(BED)
+fn testbed() -> Testbed {
+    Testbed::new(TESTBED)
 }
 
 /// dnsmasq in a pod, on port 5353, UDP and TCP.
@@ -51,7 +54,10 @@ fn serve_names(pod: &Pod) -> Result<Process> {
         &format!("--txt-record={long}"),
     ]);
     let mut process = Process::spawn_reading(&mut command)?;
-    while !process.line(patience(Duration::from_secs(10)))?.contains("started") {}
+    while !process
+        .line(scaled_timeout(Duration::from_secs(10)))?
+        .contains("started")
+    {}
     Ok(process)
 }
 
@@ -80,7 +86,7 @@ fn names(name: &str, ips: [&str; 2], pods: &[&Pod]) -> String {
 }
 
 struct Setup {
-    agent: Running,
+    agent: RunningAgent,
     client: Pod,
     _processes: Vec<Process>,
     cluster: Cluster,
@@ -95,8 +101,8 @@ fn setup() -> Result<Setup> {
     let processes = vec![
         serve_names(&dns)?,
         serve_names(&other)?,
-        bed().serve_with(&dns, &["[::]:9153=metrics"], &["--http"])?,
-        bed().serve_with(&web, &["[::]:8080=page"], &["--http"])?,
+        testbed().serve_with(&dns, &["[::]:9153=metrics"], &["--http"])?,
+        testbed().serve_with(&web, &["[::]:8080=page"], &["--http"])?,
     ];
     let manifests = Manifests::new(&cluster)?;
     let text = [
@@ -106,7 +112,7 @@ fn setup() -> Result<Setup> {
         in_both("web", WEB, &[(Port::tcp("http", 80), 8080)], &[&web]),
     ];
     manifests.write("services.yaml", &text.concat())?;
-    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
+    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
     Ok(Setup {
         agent,
         client,
@@ -117,7 +123,7 @@ fn setup() -> Result<Setup> {
 
 impl Setup {
     /// A pod and the node.
-    fn clients(&self) -> [&Place; 2] {
+    fn clients(&self) -> [&Netns; 2] {
         [self.client.deref(), self.cluster.node("n1").deref()]
     }
 
@@ -137,13 +143,13 @@ fn resolving<'a>(conf: &'a Path, words: &[&'a str]) -> Result<Vec<&'a str>> {
     Ok([&["--mount", "sh", "-c", script, conf], words].concat())
 }
 
-fn run_resolving(place: &Place, conf: &Path, words: &[&str]) -> Result<String> {
-    place.run("unshare", &resolving(conf, words)?)
+fn run_resolving(netns: &Netns, conf: &Path, words: &[&str]) -> Result<String> {
+    netns.run("unshare", &resolving(conf, words)?)
 }
 
 /// The program that asks the resolver of a C library: `glibc` or `musl`.
 fn resolver(library: &str) -> Result<String> {
-    let path = Path::new(BED).with_file_name(format!("lb-resolve-{library}"));
+    let path = Path::new(TESTBED).with_file_name(format!("lb-resolve-{library}"));
     ensure!(
         path.is_file(),
         "there is no {}: cargo xtask test builds it",
@@ -155,16 +161,16 @@ fn resolver(library: &str) -> Result<String> {
 #[test]
 fn dig_asks_by_udp_and_tcp() -> Result<()> {
     let setup = setup()?;
-    for place in setup.clients() {
-        let dig = |words: &[&str]| place.run("dig", &[&["+time=5", "+tries=1"], words].concat());
+    for netns in setup.clients() {
+        let dig = |words: &[&str]| netns.run("dig", &[&["+time=5", "+tries=1"], words].concat());
         for server in DNS {
             let at = format!("@{server}");
             for how in ["+notcp", "+tcp"] {
                 let told = dig(&[&at, NAME, "A", "+short", how])?;
-                ensure!(told.trim() == WEB[0], "{} {at} {how}: {told}", place.name());
+                ensure!(told.trim() == WEB[0], "{} {at} {how}: {told}", netns.name());
             }
             let told = dig(&[&at, NAME, "AAAA", "+short"])?;
-            ensure!(told.trim() == WEB[1], "{} {at}: {told}", place.name());
+            ensure!(told.trim() == WEB[1], "{} {at}: {told}", netns.name());
             // Who answered, in its own words; it tells as well when an answer comes from elsewhere.
             let told = dig(&[&at, NAME])?;
             ensure!(told.contains(&format!("SERVER: {server}#53")), "{told}");
@@ -186,17 +192,17 @@ fn dig_asks_by_udp_and_tcp() -> Result<()> {
 #[test]
 fn glibc_resolves_and_curl_follows() -> Result<()> {
     let setup = setup()?;
-    for place in setup.clients() {
+    for netns in setup.clients() {
         for server in DNS {
             let conf = setup.servers(&[server], "timeout:5 attempts:1")?;
             for (database, address) in [("ahostsv4", WEB[0]), ("ahostsv6", WEB[1])] {
-                let told = run_resolving(place, &conf, &["getent", database, NAME])?;
-                ensure!(told.starts_with(address), "{} {server}: {told}", place.name());
+                let told = run_resolving(netns, &conf, &["getent", database, NAME])?;
+                ensure!(told.starts_with(address), "{} {server}: {told}", netns.name());
             }
             for family in ["-4", "-6"] {
                 let url = format!("http://{NAME}/");
-                let page = run_resolving(place, &conf, &["curl", family, "-sS", "--max-time", "20", &url])?;
-                ensure!(page.trim_end() == "page", "{} {server} {family}: {page}", place.name());
+                let page = run_resolving(netns, &conf, &["curl", family, "-sS", "--max-time", "20", &url])?;
+                ensure!(page.trim_end() == "page", "{} {server} {family}: {page}", netns.name());
             }
             // The third port of that address.
             let host = if server.contains(':') {
@@ -205,8 +211,8 @@ fn glibc_resolves_and_curl_follows() -> Result<()> {
                 server.to_owned()
             };
             let url = format!("http://{host}:9153/metrics");
-            let page = place.run("curl", &["-sS", "--max-time", "20", &url])?;
-            ensure!(page.trim_end() == "metrics", "{} {url}: {page}", place.name());
+            let page = netns.run("curl", &["-sS", "--max-time", "20", &url])?;
+            ensure!(page.trim_end() == "metrics", "{} {url}: {page}", netns.name());
         }
     }
     Ok(())
@@ -218,7 +224,7 @@ fn musl_asks_all_servers_at_once_on_one_socket() -> Result<()> {
     let program = resolver("musl")?;
     let count = 20;
     let lookups = count.to_string();
-    for place in setup.clients() {
+    for netns in setup.clients() {
         for (servers, others) in [
             // Of one family, of both (a socket of IPv6 that sends to v4-mapped addresses), and one that refuses.
             (&[DNS[0], OTHER[0]][..], count),
@@ -231,14 +237,14 @@ fn musl_asks_all_servers_at_once_on_one_socket() -> Result<()> {
                 setup.agent.connections("other-dns", Some("dns"))?,
             );
             let conf = setup.servers(servers, "timeout:5 attempts:1")?;
-            let told = run_resolving(place, &conf, &[&program, NAME, "0", &lookups])?;
+            let told = run_resolving(netns, &conf, &[&program, NAME, "0", &lookups])?;
             ensure!(told.contains(&format!("asked {count} failed 0")), "{servers:?}: {told}");
             let asked = setup.agent.connections("kube-dns", Some("dns"))? - before.0;
             let asked_others = setup.agent.connections("other-dns", Some("dns"))? - before.1;
             ensure!(
                 (asked, asked_others) == (count, others),
                 "{} {servers:?}: flows {asked} and {asked_others}, expected {count} and {others}",
-                place.name()
+                netns.name()
             );
         }
     }
@@ -250,15 +256,15 @@ fn python_sees_the_services() -> Result<()> {
     let setup = setup()?;
     let client = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/client.py");
     let client = client.to_str().context("a path is not UTF-8")?;
-    for place in setup.clients() {
+    for netns in setup.clients() {
         for (dns, web) in DNS.into_iter().zip(WEB) {
-            let told = place.run("python3", &["-I", client, dns, web])?;
+            let told = netns.run("python3", &["-I", client, dns, web])?;
             let told: Value = serde_json::from_str(&told).with_context(|| told.clone())?;
             let server = json!([dns, 53]);
             let expected = json!({
                 "unconnected": server, "connected": [server, server], "stream": server, "page": "page\n",
             });
-            ensure!(told == expected, "{}: {told}", place.name());
+            ensure!(told == expected, "{}: {told}", netns.name());
         }
     }
     Ok(())
@@ -271,12 +277,12 @@ struct Lookups {
 }
 
 impl Lookups {
-    fn start(place: &Place, conf: &Path, program: &str) -> Result<Self> {
-        let mut command = place.command("unshare")?;
+    fn start(netns: &Netns, conf: &Path, program: &str) -> Result<Self> {
+        let mut command = netns.command("unshare")?;
         command
             .args(resolving(conf, &[program, NAME, "0", "0"])?)
             .stdin(Stdio::piped());
-        let mut process = Process::spawn_ready(&mut command, patience(Duration::from_secs(10)))?;
+        let mut process = Process::spawn_ready(&mut command, scaled_timeout(Duration::from_secs(10)))?;
         let input = process.take_stdin().context("no standard input")?;
         Ok(Self { process, input })
     }
@@ -286,7 +292,7 @@ impl Lookups {
         drop(self.input);
         let mut lines = Vec::new();
         loop {
-            let line = self.process.line(patience(Duration::from_secs(20)))?;
+            let line = self.process.line(scaled_timeout(Duration::from_secs(20)))?;
             if let Some(counts) = line.strip_prefix("asked ") {
                 println!("{line}");
                 let asked: u64 = counts.split(' ').next().context("no count")?.parse()?;
@@ -300,37 +306,37 @@ impl Lookups {
 
 /// A client with one socket that is connected once, and anew when that is of no use any more.
 struct Patient<'a> {
-    place: &'a Place,
+    netns: &'a Netns,
     server: SocketAddr,
-    kind: Kind,
-    socket: Puppet,
+    kind: SocketKind,
+    socket: ScriptedSocket,
     /// Sockets that were closed under it.
     closed: u64,
 }
 
 impl<'a> Patient<'a> {
-    fn new(place: &'a Place, kind: Kind, server: &str) -> Result<Self> {
+    fn new(netns: &'a Netns, kind: SocketKind, server: &str) -> Result<Self> {
         let server = SocketAddr::new(server.parse()?, 53);
         Ok(Self {
-            place,
+            netns,
             server,
             kind,
-            socket: Self::connected(place, kind, server)?,
+            socket: Self::connected(netns, kind, server)?,
             closed: 0,
         })
     }
 
-    fn connected(place: &Place, kind: Kind, server: SocketAddr) -> Result<Puppet> {
-        let mut socket = bed().puppet(place, kind)?;
+    fn connected(netns: &Netns, kind: SocketKind, server: SocketAddr) -> Result<ScriptedSocket> {
+        let mut socket = testbed().scripted_socket(netns, kind)?;
         socket.connect(server)?;
         Ok(socket)
     }
 
-    fn attempt(socket: &mut Puppet) -> Result<Answer> {
+    fn attempt(socket: &mut ScriptedSocket) -> Result<CallResult> {
         // A question for the A record of a name that there is not.
         let question = "\x01\x02\x01\0\0\x01\0\0\0\0\0\0\x04none\x04test\0\0\x01\0\x01";
-        match socket.call(&Call::Send(question.to_owned()))? {
-            Answer::Done => socket.call(&Call::Receive),
+        match socket.call(&SocketCall::Send(question.to_owned()))? {
+            CallResult::Done => socket.call(&SocketCall::Receive),
             failed => Ok(failed),
         }
     }
@@ -338,24 +344,24 @@ impl<'a> Patient<'a> {
     /// Asks: a second attempt must be answered.
     fn ask(&mut self) -> Result<()> {
         let first = Self::attempt(&mut self.socket)?;
-        if matches!(first, Answer::Received(..)) {
+        if matches!(first, CallResult::Received(..)) {
             return Ok(());
         }
         self.closed += 1;
-        self.socket = Self::connected(self.place, self.kind, self.server)?;
+        self.socket = Self::connected(self.netns, self.kind, self.server)?;
         let second = Self::attempt(&mut self.socket)?;
-        ensure!(matches!(second, Answer::Received(..)), "{first:?}, then {second:?}");
+        ensure!(matches!(second, CallResult::Received(..)), "{first:?}, then {second:?}");
         Ok(())
     }
 }
 
 /// Sockets of a network namespace that are connected to an address, as the kernel tells.
-fn connected_to(place: &Place, address: IpAddr) -> Result<Vec<String>> {
+fn connected_to(netns: &Netns, address: IpAddr) -> Result<Vec<String>> {
     let address = match address {
         IpAddr::V4(address) => address.to_string(),
         IpAddr::V6(address) => format!("[{address}]"),
     };
-    let text = place.run("ss", &["-H", "-n", "-u", "-a", "dst", &address])?;
+    let text = netns.run("ss", &["-H", "-n", "-u", "-a", "dst", &address])?;
     Ok(text.lines().map(str::to_owned).collect())
 }
 
@@ -370,15 +376,15 @@ fn names_resolve_while_the_server_is_replaced_100_times() -> Result<()> {
     let publish = |pod: &Pod| manifests.write("services.yaml", &names("kube-dns", DNS, &[pod]));
     let mut server = serve_names(&pods[0])?;
     publish(&pods[0])?;
-    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
-    let node: &Place = cluster.node("n1");
-    let places: [&Place; 2] = [&client, node];
+    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
+    let node: &Netns = cluster.node("n1");
+    let namespaces: [&Netns; 2] = [&client, node];
 
     // Each library takes a number of seconds to mean two attempts of one: glibc's is for an attempt, musl's for all.
-    let second = patience(Duration::from_secs(1));
+    let second = scaled_timeout(Duration::from_secs(1));
     let mut lookups = Vec::new();
     let mut sockets = Vec::new();
-    for place in places {
+    for netns in namespaces {
         for (library, server, all) in [
             ("glibc", DNS[0], 1),
             ("glibc", DNS[1], 1),
@@ -393,10 +399,14 @@ fn names_resolve_while_the_server_is_replaced_100_times() -> Result<()> {
                     all * second.as_secs()
                 ),
             )?;
-            lookups.push(Lookups::start(place, &conf, &resolver(library)?)?);
+            lookups.push(Lookups::start(netns, &conf, &resolver(library)?)?);
         }
-        for (kind, server) in [(Kind::Udp4, DNS[0]), (Kind::Udp6, DNS[1]), (Kind::Udp6, DNS[0])] {
-            sockets.push(Patient::new(place, kind, server)?);
+        for (kind, server) in [
+            (SocketKind::Udp4, DNS[0]),
+            (SocketKind::Udp6, DNS[1]),
+            (SocketKind::Udp6, DNS[0]),
+        ] {
+            sockets.push(Patient::new(netns, kind, server)?);
         }
     }
 
@@ -419,22 +429,22 @@ fn names_resolve_while_the_server_is_replaced_100_times() -> Result<()> {
                 continue;
             }
             looked += 1;
-            for place in places {
+            for netns in namespaces {
                 for address in [IpAddr::from(pod.address()), pod.address6().into()] {
-                    let sockets = connected_to(place, address)?;
-                    ensure!(sockets.is_empty(), "{}: {address} is gone: {sockets:?}", place.name());
+                    let sockets = connected_to(netns, address)?;
+                    ensure!(sockets.is_empty(), "{}: {address} is gone: {sockets:?}", netns.name());
                 }
             }
         }
         Ok(())
     };
-    let replacements = usize::try_from(scaled(100))?;
+    let replacements = usize::try_from(scaled_count(100))?;
     for i in 1..=replacements {
         let (old, new) = ((i - 1) % pods.len(), i % pods.len());
         removed[new] = None;
         let next = serve_names(&pods[new])?;
         publish(&pods[new])?;
-        let deadline = Instant::now() + patience(Duration::from_secs(10));
+        let deadline = Instant::now() + scaled_timeout(Duration::from_secs(10));
         while !is_in_force(&pods[new])? {
             ensure!(Instant::now() < deadline, "{} is not in force", pods[new].name());
             sleep(Duration::from_millis(5));

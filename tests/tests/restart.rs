@@ -12,12 +12,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 use lb_agent::loader::OBJECT;
 use lb_common::abi::VERSION;
 use lb_tests::load::{Load, Summary};
-use lb_tests::{Agent, Cluster, Connect, Node, Process, Random, Testbed, eventually, patience};
+use lb_tests::{Agent, Cluster, Connect, Node, Process, Random, Testbed, eventually, scaled_timeout};
 use object::{Object as _, ObjectSection as _};
 use serde_json::{Value, json};
 
 const NODE: &str = "n1";
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const BACKEND_PORT: u16 = 8080;
 /// Programs at hooks.
 const HOOKS: usize = 11;
@@ -109,7 +109,7 @@ struct Identity {
 }
 
 /// A node with eight backends and manifests; clients are processes of the node's host.
-struct Bed {
+struct Fixture {
     agent: Agent,
     _server: Process,
     testbed: Testbed,
@@ -117,10 +117,10 @@ struct Bed {
     cluster: Cluster,
 }
 
-impl Bed {
+impl Fixture {
     fn new() -> Result<Self> {
         let cluster = Cluster::builder().nodes(1).build()?;
-        let testbed = Testbed::new(BED);
+        let testbed = Testbed::new(TESTBED);
         let pod = cluster.add_pod(NODE, "server")?;
         let mut listen = Vec::new();
         for number in 0..8 {
@@ -132,7 +132,7 @@ impl Bed {
         let folder = cluster.scratch().join("manifests");
         fs::create_dir(&folder).context("making a folder for manifests")?;
         Ok(Self {
-            agent: Agent::new(&cluster, cluster.node(NODE), &Agent::find(BED.as_ref())?, &folder),
+            agent: Agent::new(&cluster, cluster.node(NODE), &Agent::find(TESTBED.as_ref())?, &folder),
             _server: testbed.serve_with(&pod, &listen, &["--echo"])?,
             testbed,
             folder,
@@ -180,7 +180,7 @@ impl Bed {
         let summary = self.connect(target, 5)?;
         let errors: Vec<_> = summary.failures.iter().map(|failure| failure.errno).collect();
         ensure!(errors == [libc::ENETUNREACH; 5], "{summary:?}");
-        ensure!(begin.elapsed() < patience(Duration::from_secs(4)), "not at once");
+        ensure!(begin.elapsed() < scaled_timeout(Duration::from_secs(4)), "not at once");
         Ok(())
     }
 
@@ -268,7 +268,7 @@ impl Bed {
 /// Clients that are patient: the machine may be busy.
 fn clients(targets: &[SocketAddr]) -> Connect {
     Connect::to(targets)
-        .timeout(patience(Duration::from_secs(5)))
+        .timeout(scaled_timeout(Duration::from_secs(5)))
         .peer_check()
 }
 
@@ -306,9 +306,9 @@ fn refusal<T: std::fmt::Debug>(result: Result<T>) -> Result<String> {
 /// Manifests that differ each time, but always have `stay`, `vary`, and `left` and `right`, one of which has port 80 of
 /// the address that both share.
 fn random_services(random: &mut Random) -> Vec<Service> {
-    let vary: Vec<u8> = (2..6).filter(|_| random.coin()).collect();
+    let vary: Vec<u8> = (2..6).filter(|_| random.next_bool()).collect();
     let owner = random.below(2) as usize;
-    let both = random.coin();
+    let both = random.next_bool();
     let side = |side: usize, name, own, backend| {
         let mut ports = vec![("own", own)];
         if side == owner || both {
@@ -326,7 +326,7 @@ fn random_services(random: &mut Random) -> Vec<Service> {
     ];
     // And others, so that there is much to be done.
     for number in 0..60 {
-        if random.coin() {
+        if random.next_bool() {
             let backends: Vec<u8> = (0..=random.below(8) as u8).collect();
             all.push(Service::new(&format!("other-{number}"), 100 + number, &backends));
         }
@@ -339,37 +339,41 @@ const KILLS: u32 = 20;
 #[test]
 fn killed_twenty_times_at_any_moment_and_no_connection_fails() -> Result<()> {
     let mut random = Random::from_env();
-    let bed = Bed::new()?;
-    bed.write(&random_services(&mut random))?;
+    let fixture = Fixture::new()?;
+    fixture.write(&random_services(&mut random))?;
     let begin = Instant::now();
-    let mut process = bed.agent.start_ready(&[])?;
+    let mut process = fixture.agent.start_ready(&[])?;
     let start_ms = begin.elapsed().as_millis() as u64;
-    bed.agent.verify()?;
+    fixture.agent.verify()?;
 
     let vips = [10, 11, 12].map(|last| SocketAddr::new(Ipv4Addr::new(10, 96, 0, last).into(), 80));
-    let load = bed.start_clients(&vips)?;
+    let load = fixture.start_clients(&vips)?;
     let mut moments = Vec::new();
     let mut half_done = 0;
     for kill in 0..KILLS {
         // In turn: while it starts, and while it applies.
         let starts = kill % 2 == 1;
         if !starts {
-            bed.agent.wait_ready(&mut process)?;
+            fixture.agent.wait_ready(&mut process)?;
         }
         let life = Duration::from_millis(random.below(if starts { start_ms } else { 150 }));
         let end = Instant::now() + life;
         while Instant::now() < end {
-            bed.write(&random_services(&mut random))?;
+            fixture.write(&random_services(&mut random))?;
             let pause = Duration::from_millis(5 + random.below(30));
             sleep(pause.min(end.saturating_duration_since(Instant::now())));
         }
-        ensure!(process.is_running()?, "the agent has ended:\n{}", bed.agent.log_tail());
+        ensure!(
+            process.is_running()?,
+            "the agent has ended:\n{}",
+            fixture.agent.log_tail()
+        );
         process.kill()?;
         moments.push(format!("{}{}", if starts { "s" } else { "a" }, life.as_millis()));
-        half_done += u32::from(bed.is_half_done()?);
-        process = bed.agent.start(&[])?;
+        half_done += u32::from(fixture.is_half_done()?);
+        process = fixture.agent.start(&[])?;
     }
-    bed.agent.wait_ready(&mut process)?;
+    fixture.agent.wait_ready(&mut process)?;
     let summary = load.stop()?;
     println!(
         "start takes {start_ms} ms; killed after ms of start (s) or applies (a): {}, {half_done} times with work half \
@@ -382,56 +386,56 @@ fn killed_twenty_times_at_any_moment_and_no_connection_fails() -> Result<()> {
         &summary,
         &[(vips[0], &[0, 1]), (vips[1], &[2, 3, 4, 5]), (vips[2], &[6, 7])],
     )?;
-    bed.agent.verify()?;
-    bed.write(&random_services(&mut random))?;
-    eventually("the maps are as they should be", || bed.agent.verify())?;
-    ensure!(bed.attached()?.len() == HOOKS, "{:?}", bed.attached()?);
-    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
+    fixture.agent.verify()?;
+    fixture.write(&random_services(&mut random))?;
+    eventually("the maps are as they should be", || fixture.agent.verify())?;
+    ensure!(fixture.attached()?.len() == HOOKS, "{:?}", fixture.attached()?);
+    ensure!(process.stop(scaled_timeout(Duration::from_secs(10)))?.success());
     Ok(())
 }
 
 #[test]
 fn killed_in_its_first_start_and_the_next_one_serves() -> Result<()> {
     let mut random = Random::from_env();
-    let bed = Bed::new()?;
+    let fixture = Fixture::new()?;
     let web = Service::new("web", 10, &[0, 1]);
-    bed.write([&web])?;
+    fixture.write([&web])?;
     let begin = Instant::now();
-    bed.agent.start_ready(&[])?.kill()?;
+    fixture.agent.start_ready(&[])?.kill()?;
     let start_ms = begin.elapsed().as_millis() as u64;
     for _ in 0..6 {
-        bed.agent.ask(&["cleanup"])?;
-        let process = bed.agent.start(&[])?;
+        fixture.agent.output(&["cleanup"])?;
+        let process = fixture.agent.start(&[])?;
         let life = Duration::from_millis(random.below(start_ms));
         sleep(life);
         process.kill()?;
         println!(
             "killed after {} of {start_ms} ms: {:?}",
             life.as_millis(),
-            bed.attached()?
+            fixture.attached()?
         );
         // Some maps may be pinned, some programs attached.
-        let process = bed.agent.start_ready(&[])?;
-        bed.agent.verify()?;
-        bed.check_serving(&web)?;
-        ensure!(bed.attached()?.len() == HOOKS, "{:?}", bed.attached()?);
+        let process = fixture.agent.start_ready(&[])?;
+        fixture.agent.verify()?;
+        fixture.check_serving(&web)?;
+        ensure!(fixture.attached()?.len() == HOOKS, "{:?}", fixture.attached()?);
         process.kill()?;
     }
     // Killed when it had pinned a link for another cgroup, but had not yet put it in place.
-    let links = bed.agent.pin_path().join(format!("v{VERSION}/links"));
+    let links = fixture.agent.pin_path().join(format!("v{VERSION}/links"));
     let pin = links.join("lb_connect4");
     let new = links.join("lb_connect4-new");
     let [from, to] = [&pin, &new].map(|path| path.to_string_lossy());
     bpftool(&["link", "pin", "pinned", &from, &to])?;
     ensure!(new.exists());
-    bed.agent.start_ready(&[])?.kill()?;
+    fixture.agent.start_ready(&[])?.kill()?;
     ensure!(!new.exists(), "the link is there still");
-    bed.check_serving(&web)
+    fixture.check_serving(&web)
 }
 
 #[test]
 fn manifests_change_while_the_agent_is_down_and_what_stays_is_left_alone() -> Result<()> {
-    let bed = Bed::new()?;
+    let fixture = Fixture::new()?;
     let keep = Service::new("keep", 10, &[0, 1]);
     let grow = Service::new("grow", 11, &[2, 3]);
     let rename = Service::new("rename", 12, &[4]);
@@ -439,7 +443,7 @@ fn manifests_change_while_the_agent_is_down_and_what_stays_is_left_alone() -> Re
     let new = Service::new("new", 14, &[5]);
     let (giver, taker) = (Service::new("giver", 15, &[6]), Service::new("taker", 15, &[7]));
     let (own_6, own_7, shared) = (("own", 8086), ("own", 8087), ("shared", 80));
-    bed.write([
+    fixture.write([
         &keep,
         &grow,
         &rename,
@@ -447,13 +451,13 @@ fn manifests_change_while_the_agent_is_down_and_what_stays_is_left_alone() -> Re
         &giver.clone().ports(&[shared, own_6]),
         &taker.clone().ports(&[own_7]),
     ])?;
-    let process = bed.agent.start_ready(&[])?;
-    bed.agent.verify()?;
-    bed.check_serving(&gone)?;
-    let before = bed.identities()?;
+    let process = fixture.agent.start_ready(&[])?;
+    fixture.agent.verify()?;
+    fixture.check_serving(&gone)?;
+    let before = fixture.identities()?;
 
     let passed = giver.vip();
-    let load = bed.start_clients(&[keep.vip(), grow.vip(), rename.vip(), passed])?;
+    let load = fixture.start_clients(&[keep.vip(), grow.vip(), rename.vip(), passed])?;
     sleep(Duration::from_millis(200));
     process.kill()?;
     let grown = Service {
@@ -461,7 +465,7 @@ fn manifests_change_while_the_agent_is_down_and_what_stays_is_left_alone() -> Re
         ..grow
     };
     let renamed = rename.ports(&[("web", 80)]);
-    bed.write([
+    fixture.write([
         &keep,
         &grown,
         &renamed,
@@ -469,9 +473,9 @@ fn manifests_change_while_the_agent_is_down_and_what_stays_is_left_alone() -> Re
         &giver.ports(&[own_6]),
         &taker.clone().ports(&[shared, own_7]),
     ])?;
-    ensure!(bed.agent.verify().is_err(), "nobody has applied these manifests");
+    ensure!(fixture.agent.verify().is_err(), "nobody has applied these manifests");
     sleep(Duration::from_millis(200));
-    let process = bed.agent.start_ready(&[])?;
+    let process = fixture.agent.start_ready(&[])?;
     sleep(Duration::from_millis(200));
     let summary = load.stop()?;
     println!("{} connections", summary.connections);
@@ -485,15 +489,15 @@ fn manifests_change_while_the_agent_is_down_and_what_stays_is_left_alone() -> Re
             (passed, &[6, 7]),
         ],
     )?;
-    eventually("the maps are as they should be", || bed.agent.verify())?;
-    bed.check_serving(&keep)?;
-    bed.check_serving(&new)?;
-    bed.check_gone(gone.vip())?;
-    let summary = bed.connect(passed, 20)?;
+    eventually("the maps are as they should be", || fixture.agent.verify())?;
+    fixture.check_serving(&keep)?;
+    fixture.check_serving(&new)?;
+    fixture.check_gone(gone.vip())?;
+    let summary = fixture.connect(passed, 20)?;
     summary.all_well()?;
     check_backends(&summary, &[(passed, &taker.backends)])?;
 
-    let mut after = bed.identities()?;
+    let mut after = fixture.identities()?;
     // What has grown is the same but for what it has grown by.
     let old = after.get_mut("grow:http").context("grow is gone")?;
     ensure!(old.backends.len() == 3, "{old:?}");
@@ -508,7 +512,7 @@ fn manifests_change_while_the_agent_is_down_and_what_stays_is_left_alone() -> Re
         );
     }
     ensure!(!after.contains_key("gone:http") && !after.contains_key("rename:http"));
-    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
+    ensure!(process.stop(scaled_timeout(Duration::from_secs(10)))?.success());
     Ok(())
 }
 
@@ -522,48 +526,48 @@ enum Broken {
 #[test]
 fn manifests_break_while_the_agent_is_down_and_what_was_served_still_is() -> Result<()> {
     for broken in [Broken::Everything, Broken::Endpoints] {
-        let bed = Bed::new()?;
+        let fixture = Fixture::new()?;
         let web = Service::new("web", 10, &[0, 1]);
-        bed.write([&web])?;
-        let process = bed.agent.start_ready(&[])?;
-        bed.check_serving(&web)?;
-        let identities = bed.identities()?;
-        let load = bed.start_clients(&[web.vip()])?;
+        fixture.write([&web])?;
+        let process = fixture.agent.start_ready(&[])?;
+        fixture.check_serving(&web)?;
+        let identities = fixture.identities()?;
+        let load = fixture.start_clients(&[web.vip()])?;
         process.kill()?;
-        fs::write(bed.folder.join("all.json"), "{")?;
+        fs::write(fixture.folder.join("all.json"), "{")?;
         if broken == Broken::Endpoints {
-            fs::write(bed.folder.join("service.json"), web.manifests()[0].to_string())?;
+            fs::write(fixture.folder.join("service.json"), web.manifests()[0].to_string())?;
         }
-        let mut process = bed.agent.start(&[])?;
+        let mut process = fixture.agent.start(&[])?;
         eventually("it tells what is wrong", || {
-            let status = bed.agent.json::<Value>(&["status"])?;
+            let status = fixture.agent.json::<Value>(&["status"])?;
             ensure!(status["agent"]["pid"] == process.id(), "{status}");
             ensure!(status["agent"]["complete"] == false, "{status}");
             ensure!(status["problems"] != json!([]), "{status}");
             Ok(())
         })?;
-        let summary = bed.connect(web.vip(), 20)?;
+        let summary = fixture.connect(web.vip(), 20)?;
         summary.all_well().with_context(|| format!("{broken:?}"))?;
         ensure!(
-            identities == bed.identities()?,
+            identities == fixture.identities()?,
             "{broken:?}: indexes or ids have changed"
         );
         // And when they are whole again. At no moment are they gone: that would be an end of the Service.
-        bed.write([&web])?;
+        fixture.write([&web])?;
         if broken == Broken::Endpoints {
-            fs::remove_file(bed.folder.join("service.json"))?;
+            fs::remove_file(fixture.folder.join("service.json"))?;
         }
-        bed.agent.wait_ready(&mut process)?;
+        fixture.agent.wait_ready(&mut process)?;
         let summary = load.stop()?;
         println!("{} connections", summary.connections);
         summary.all_well()?;
         check_backends(&summary, &[(web.vip(), &web.backends)])?;
         ensure!(
-            identities == bed.identities()?,
+            identities == fixture.identities()?,
             "{broken:?}: indexes or ids have changed"
         );
-        bed.agent.verify()?;
-        ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
+        fixture.agent.verify()?;
+        ensure!(process.stop(scaled_timeout(Duration::from_secs(10)))?.success());
     }
     Ok(())
 }
@@ -591,26 +595,26 @@ fn other_object() -> Result<Vec<u8>> {
 
 #[test]
 fn another_build_takes_over_and_connections_live_on() -> Result<()> {
-    let bed = Bed::new()?;
+    let fixture = Fixture::new()?;
     let web = Service::new("web", 10, &[0, 1, 2]);
-    bed.write([&web])?;
-    let process = bed.agent.start_ready(&[])?;
-    bed.check_serving(&web)?;
-    let (programs, maps, identities) = (bed.programs()?, bed.maps()?, bed.identities()?);
+    fixture.write([&web])?;
+    let process = fixture.agent.start_ready(&[])?;
+    fixture.check_serving(&web)?;
+    let (programs, maps, identities) = (fixture.programs()?, fixture.maps()?, fixture.identities()?);
 
-    let file = bed.cluster.scratch().join("other-object");
+    let file = fixture.cluster.scratch().join("other-object");
     fs::write(&file, other_object()?).context("writing the object")?;
     let flag = format!("--ebpf-object={}", file.display());
-    let held = bed.testbed.hold(bed.node(), &[web.vip()], 50)?;
-    let load = bed.start_clients(&[web.vip()])?;
+    let held = fixture.testbed.hold(fixture.node(), &[web.vip()], 50)?;
+    let load = fixture.start_clients(&[web.vip()])?;
     // There and back again, by a stop and by a kill.
-    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
-    let process = bed.agent.start_ready(&[&flag])?;
-    let other = bed.programs()?;
+    ensure!(process.stop(scaled_timeout(Duration::from_secs(10)))?.success());
+    let process = fixture.agent.start_ready(&[&flag])?;
+    let other = fixture.programs()?;
     sleep(Duration::from_millis(200));
     process.kill()?;
-    let process = bed.agent.start_ready(&[])?;
-    let back = bed.programs()?;
+    let process = fixture.agent.start_ready(&[])?;
+    let back = fixture.programs()?;
     sleep(Duration::from_millis(200));
 
     let summary = load.stop()?;
@@ -623,53 +627,61 @@ fn another_build_takes_over_and_connections_live_on() -> Result<()> {
         ensure!(tag == back_tag, "{name}: tag {tag}, and in the end {back_tag}");
         ensure!(id != other_id && other_id != back_id, "{name} was not replaced");
     }
-    ensure!(maps == bed.maps()?, "maps: {maps:?} before, {:?} after", bed.maps()?);
-    ensure!(identities == bed.identities()?, "indexes or ids have changed");
     ensure!(
-        bed.agent.connections("web", None)? == 20 + 50 + summary.connections,
+        maps == fixture.maps()?,
+        "maps: {maps:?} before, {:?} after",
+        fixture.maps()?
+    );
+    ensure!(identities == fixture.identities()?, "indexes or ids have changed");
+    ensure!(
+        fixture.agent.connections("web", None)? == 20 + 50 + summary.connections,
         "{} connections are counted",
-        bed.agent.connections("web", None)?
+        fixture.agent.connections("web", None)?
     );
     let held = held.finish()?;
     ensure!((held.held, held.live) == (50, 50), "{held:?}");
-    bed.agent.verify()?;
-    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
+    fixture.agent.verify()?;
+    ensure!(process.stop(scaled_timeout(Duration::from_secs(10)))?.success());
     Ok(())
 }
 
 #[test]
 fn stopped_for_good_it_serves_until_the_cleanup() -> Result<()> {
-    let bed = Bed::new()?;
+    let fixture = Fixture::new()?;
     let web = Service::new("web", 10, &[0, 1]);
-    bed.write([&web])?;
-    let process = bed.agent.start_ready(&[])?;
-    bed.check_serving(&web)?;
+    fixture.write([&web])?;
+    let process = fixture.agent.start_ready(&[])?;
+    fixture.check_serving(&web)?;
 
     // While it runs, nobody else may touch what is its own.
-    let message = refusal(bed.agent.ask(&["cleanup"]))?;
+    let message = refusal(fixture.agent.output(&["cleanup"]))?;
     ensure!(message.contains("an agent is running"), "{message}");
-    let mut second = bed.agent.start(&[])?;
-    ensure!(!second.wait(patience(Duration::from_secs(10)))?.success());
-    let log = bed.agent.log_tail();
+    let mut second = fixture.agent.start(&[])?;
+    ensure!(!second.wait(scaled_timeout(Duration::from_secs(10)))?.success());
+    let log = fixture.agent.log_tail();
     ensure!(log.contains("another agent is running on this pin path"), "{log}");
-    bed.check_serving(&web)?;
-    bed.agent.verify()?;
+    fixture.check_serving(&web)?;
+    fixture.agent.verify()?;
 
-    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
-    let status = bed.agent.json::<Value>(&["status"])?;
+    ensure!(process.stop(scaled_timeout(Duration::from_secs(10)))?.success());
+    let status = fixture.agent.json::<Value>(&["status"])?;
     ensure!(status["agent"]["running"] == false, "{status}");
-    bed.check_serving(&web)?;
-    let names = bed.attached()?;
+    fixture.check_serving(&web)?;
+    let names = fixture.attached()?;
     ensure!(
         names.len() == HOOKS && names.iter().all(|name| name.starts_with("lb_")),
         "{names:?}"
     );
 
-    let programs = bed.programs()?;
-    bed.agent.ask(&["cleanup"])?;
-    ensure!(bed.attached()?.is_empty(), "attached still: {:?}", bed.attached()?);
-    bed.check_gone(web.vip())?;
-    ensure!(!bed.agent.pin_path().exists(), "the pin path is there still");
+    let programs = fixture.programs()?;
+    fixture.agent.output(&["cleanup"])?;
+    ensure!(
+        fixture.attached()?.is_empty(),
+        "attached still: {:?}",
+        fixture.attached()?
+    );
+    fixture.check_gone(web.vip())?;
+    ensure!(!fixture.agent.pin_path().exists(), "the pin path is there still");
     // The kernel frees programs in the background.
     eventually("the programs are freed", || {
         for (name, (id, _)) in &programs {
@@ -678,44 +690,44 @@ fn stopped_for_good_it_serves_until_the_cleanup() -> Result<()> {
         }
         Ok(())
     })?;
-    let again = bed.agent.ask(&["cleanup"])?;
+    let again = fixture.agent.output(&["cleanup"])?;
     ensure!(again.contains("nothing is pinned"), "{again}");
 
     // And from the beginning.
-    let process = bed.agent.start_ready(&[])?;
-    bed.check_serving(&web)?;
-    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
+    let process = fixture.agent.start_ready(&[])?;
+    fixture.check_serving(&web)?;
+    ensure!(process.stop(scaled_timeout(Duration::from_secs(10)))?.success());
     Ok(())
 }
 
 #[test]
 fn maps_of_another_layout_are_refused_and_go_on_serving() -> Result<()> {
-    let bed = Bed::new()?;
+    let fixture = Fixture::new()?;
     let web = Service::new("web", 10, &[0, 1]);
-    bed.write([&web])?;
-    let process = bed.agent.start_ready(&[])?;
-    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
+    fixture.write([&web])?;
+    let process = fixture.agent.start_ready(&[])?;
+    ensure!(process.stop(scaled_timeout(Duration::from_secs(10)))?.success());
     let refused = |why: &str| -> Result<()> {
-        let mut process = bed.agent.start(&[])?;
-        ensure!(!process.wait(patience(Duration::from_secs(10)))?.success());
-        let log = bed.agent.log_tail();
+        let mut process = fixture.agent.start(&[])?;
+        ensure!(!process.wait(scaled_timeout(Duration::from_secs(10)))?.success());
+        let log = fixture.agent.log_tail();
         ensure!(
             log.contains(why) && log.contains("lb-agent cleanup"),
             "no {why:?} in\n{log}"
         );
-        let summary = bed.connect(web.vip(), 20)?;
+        let summary = fixture.connect(web.vip(), 20)?;
         summary.all_well()?;
         check_backends(&summary, &[(web.vip(), &web.backends)])
     };
 
     for version in [VERSION - 1, VERSION + 1].map(|version| format!("v{version}")) {
-        let folder = bed.agent.pin_path().join(&version);
+        let folder = fixture.agent.pin_path().join(&version);
         fs::create_dir(&folder).with_context(|| format!("making {}", folder.display()))?;
         refused(&format!("{version}: belongs to another layout than v{VERSION}"))?;
         fs::remove_dir(&folder).with_context(|| format!("removing {}", folder.display()))?;
     }
 
-    let maps = bed.agent.pin_path().join(format!("v{VERSION}/maps"));
+    let maps = fixture.agent.pin_path().join(format!("v{VERSION}/maps"));
     let (pin, aside) = (maps.join("FRONTENDS"), maps.join("FRONTENDS-aside"));
     fs::rename(&pin, &aside).context("putting FRONTENDS aside")?;
     let path = pin.to_str().context("path")?;
@@ -729,11 +741,15 @@ fn maps_of_another_layout_are_refused_and_go_on_serving() -> Result<()> {
     fs::rename(&aside, &pin).context("putting FRONTENDS back")?;
 
     // With its own maps, it takes over again.
-    let process = bed.agent.start_ready(&[])?;
-    bed.agent.verify()?;
-    bed.check_serving(&web)?;
-    ensure!(process.stop(patience(Duration::from_secs(10)))?.success());
-    bed.agent.ask(&["cleanup"])?;
-    ensure!(bed.attached()?.is_empty(), "attached still: {:?}", bed.attached()?);
+    let process = fixture.agent.start_ready(&[])?;
+    fixture.agent.verify()?;
+    fixture.check_serving(&web)?;
+    ensure!(process.stop(scaled_timeout(Duration::from_secs(10)))?.success());
+    fixture.agent.output(&["cleanup"])?;
+    ensure!(
+        fixture.attached()?.is_empty(),
+        "attached still: {:?}",
+        fixture.attached()?
+    );
     Ok(())
 }

@@ -4,15 +4,15 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use lb_tests::load::Stage;
+use lb_tests::load::ConnectStep;
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Agent, Cluster, Connect, Pod, Process, Ruleset, Running, Testbed, patience, scaled};
+use lb_tests::{Agent, Cluster, Connect, Pod, Process, Ruleset, RunningAgent, Testbed, scaled_count, scaled_timeout};
 use serde_json::Value;
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 
-fn bed() -> Testbed {
-    Testbed::new(BED)
+fn testbed() -> Testbed {
+    Testbed::new(TESTBED)
 }
 
 fn addr(text: &str) -> SocketAddr {
@@ -25,7 +25,7 @@ const VIP: &str = "10.96.0.10:80";
 
 /// One node with a client pod, two backends, and an agent.
 struct Setup {
-    agent: Running,
+    agent: RunningAgent,
     manifests: Manifests,
     client: Pod,
     backends: [Pod; 2],
@@ -49,7 +49,7 @@ fn setup(more: &[&str]) -> Result<Setup> {
     let servers = backends
         .iter()
         .zip(["0.0.0.0:8080=a", "0.0.0.0:8080=b"])
-        .map(|(pod, listen)| bed().serve_with(pod, &[listen], &["--echo"]))
+        .map(|(pod, listen)| testbed().serve_with(pod, &[listen], &["--echo"]))
         .collect::<Result<Vec<_>>>()?;
     let manifests = Manifests::new(&cluster)?;
     let endpoints = backends.each_ref().map(|pod| (pod.address().into(), "n1"));
@@ -58,7 +58,7 @@ fn setup(more: &[&str]) -> Result<Setup> {
         &(service("web", "10.96.0.10", &[HTTP], "") + &slice("web", TARGET, &endpoints)),
     )?;
     let rules = rules(&cluster, backends.iter().chain([&client]))?;
-    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), more)?;
+    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), more)?;
     Ok(Setup {
         agent,
         rules,
@@ -72,7 +72,7 @@ fn setup(more: &[&str]) -> Result<Setup> {
 
 /// Waits until no socket is remembered: release follows close, but not at once.
 fn wait_for_no_records(agent: &Agent) -> Result<()> {
-    let deadline = Instant::now() + patience(Duration::from_secs(10));
+    let deadline = Instant::now() + scaled_timeout(Duration::from_secs(10));
     loop {
         let status = agent.status()?;
         let left = (status.used("SOCKETS")?, status.used("SOCKETS_MORE")?);
@@ -86,10 +86,10 @@ fn wait_for_no_records(agent: &Agent) -> Result<()> {
 
 #[test]
 fn peers_are_the_vip_and_100_000_closed_sockets_leave_no_record() -> Result<()> {
-    let count = scaled(100_000);
+    let count = scaled_count(100_000);
     let setup = setup(&[])?;
     let load = Connect::to(&[addr(VIP)]).count(count).threads(4).peer_check();
-    let summary = bed().connect(&setup.client, &load)?;
+    let summary = testbed().connect(&setup.client, &load)?;
     summary.all_well()?;
     assert_eq!(summary.reached("a") + summary.reached("b"), count);
     wait_for_no_records(&setup.agent)?;
@@ -108,11 +108,11 @@ fn peers_are_the_vip_and_100_000_closed_sockets_leave_no_record() -> Result<()> 
 fn the_host_is_served_like_its_pods_and_sources_are_kept() -> Result<()> {
     let setup = setup(&[])?;
     let node = setup.cluster.node("n1");
-    bed()
+    testbed()
         .connect(node, &Connect::to(&[addr(VIP)]).count(200).threads(2).peer_check())?
         .all_well()?;
     // A pod reaches itself through its own Service.
-    bed()
+    testbed()
         .connect(&setup.backends[0], &Connect::to(&[addr(VIP)]).count(200).peer_check())?
         .all_well()?;
     Ok(())
@@ -121,7 +121,7 @@ fn the_host_is_served_like_its_pods_and_sources_are_kept() -> Result<()> {
 #[test]
 fn live_sockets_are_listed_with_their_backend() -> Result<()> {
     let setup = setup(&[])?;
-    let held = bed().hold(&setup.client, &[addr(VIP)], 50)?;
+    let held = testbed().hold(&setup.client, &[addr(VIP)], 50)?;
     let rows: Vec<Value> = setup.agent.json(&["socket", "list"])?;
     assert_eq!(rows.len(), 50);
     let of = |pod: &Pod| {
@@ -168,12 +168,12 @@ fn live_sockets_are_listed_with_their_backend() -> Result<()> {
 #[test]
 fn records_that_find_their_slot_taken_go_to_the_hash_and_a_full_hash_is_counted() -> Result<()> {
     let setup = setup(&["--max-sockets", "16", "--max-sockets-more", "100"])?;
-    let held = bed().hold(&setup.client, &[addr(VIP)], 100)?;
+    let held = testbed().hold(&setup.client, &[addr(VIP)], 100)?;
     let status = setup.agent.status()?;
     assert_eq!(status.used("SOCKETS")? + status.used("SOCKETS_MORE")?, 100);
     assert!(status.used("SOCKETS_MORE")? >= 84, "there are 16 slots");
     // Others come and go meanwhile, all of them seen as the VIP: in slots, in the hash, and when that fills up.
-    let summary = bed().connect(
+    let summary = testbed().connect(
         &setup.client,
         &Connect::to(&[addr(VIP)]).count(2_000).threads(4).peer_check(),
     )?;
@@ -182,7 +182,7 @@ fn records_that_find_their_slot_taken_go_to_the_hash_and_a_full_hash_is_counted(
     wait_for_no_records(&setup.agent)?;
 
     // Both full: connections are made all the same.
-    let held = bed().hold(&setup.client, &[addr(VIP)], 300)?;
+    let held = testbed().hold(&setup.client, &[addr(VIP)], 300)?;
     let status = setup.agent.status()?;
     let recorded = status.used("SOCKETS")? + status.used("SOCKETS_MORE")?;
     assert!(recorded < 300, "{recorded} records");
@@ -193,11 +193,11 @@ fn records_that_find_their_slot_taken_go_to_the_hash_and_a_full_hash_is_counted(
 
 /// Tries a few connections that must all fail at `connect`, with one error number.
 fn refused(setup: &Setup, to: &str, errno: i32) -> Result<()> {
-    let summary = bed().connect(&setup.client, &Connect::to(&[addr(to)]).count(20))?;
+    let summary = testbed().connect(&setup.client, &Connect::to(&[addr(to)]).count(20))?;
     ensure!(summary.failure_count == 20, "{to}: {summary:?}");
     for failure in &summary.failures {
         ensure!(
-            failure.errno == errno && failure.stage == Stage::Connect,
+            failure.errno == errno && failure.step == ConnectStep::Connect,
             "{to}: {failure:?}, not errno {errno}"
         );
     }
@@ -239,7 +239,7 @@ fn what_cannot_be_served_is_refused_with_its_reason() -> Result<()> {
 
     // What is not a service address is none of lb's business.
     let direct = setup.backends[0].socket(8080);
-    let summary = bed().connect(&setup.client, &Connect::to(&[direct]).count(10).peer_check())?;
+    let summary = testbed().connect(&setup.client, &Connect::to(&[direct]).count(10).peer_check())?;
     summary.all_well()?;
     assert_eq!(summary.reached("a"), 10);
     Ok(())
@@ -249,20 +249,20 @@ fn what_cannot_be_served_is_refused_with_its_reason() -> Result<()> {
 fn a_client_of_another_cgroup_is_not_touched() -> Result<()> {
     let cluster = Cluster::builder().nodes(2).build()?;
     let (server, stranger) = (cluster.add_pod("n1", "a")?, cluster.add_pod("n2", "b")?);
-    let _process = bed().serve(&server, &["0.0.0.0:8080=a"])?;
+    let _process = testbed().serve(&server, &["0.0.0.0:8080=a"])?;
     let manifests = Manifests::new(&cluster)?;
     let endpoints = [(server.address().into(), "n1")];
     manifests.write(
         "web.yaml",
         &(service("web", "10.96.0.10", &[HTTP], "") + &slice("web", TARGET, &endpoints)),
     )?;
-    let _agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
-    bed()
+    let _agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
+    testbed()
         .connect(cluster.node("n1"), &Connect::to(&[addr(VIP)]).count(5))?
         .all_well()?;
     // n2 has no agent: its hooks are not attached, and the VIP leads nowhere.
     let timeout = Duration::from_millis(300);
-    let summary = bed().connect(&stranger, &Connect::to(&[addr(VIP)]).count(3).timeout(timeout))?;
+    let summary = testbed().connect(&stranger, &Connect::to(&[addr(VIP)]).count(3).timeout(timeout))?;
     assert_eq!(summary.failure_count, 3, "{summary:?}");
     Ok(())
 }

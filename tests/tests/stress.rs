@@ -2,8 +2,8 @@
 
 use anyhow::{Result, ensure};
 use lb_agent::loader::PinPath;
-use lb_stress::{Kind, NODE, Options};
-use lb_tests::{Cluster, Random, scaled};
+use lb_stress::{ChangeKind, NODE, Options};
+use lb_tests::{Cluster, Random, scaled_count};
 
 #[test]
 fn no_lookup_misses_and_none_ends_at_a_strangers_backend() -> Result<()> {
@@ -13,23 +13,23 @@ fn no_lookup_misses_and_none_ends_at_a_strangers_backend() -> Result<()> {
     const FEWEST: u64 = 60;
     let cluster = Cluster::builder().nodes(1).build()?;
     let options = Options {
-        lookups: scaled(LOOKUPS),
-        changes: scaled(CHANGES).max(FEWEST),
-        seed: Random::from_env().number(),
+        lookups: scaled_count(LOOKUPS),
+        changes: scaled_count(CHANGES).max(FEWEST),
+        seed: Random::from_env().next_u64(),
     };
-    let outcome = lb_stress::run(&PinPath::new(cluster.pin_path(NODE)), &options, |_| ())?;
-    println!("{outcome}");
-    ensure!(outcome.answers.bad() == 0, "{}", outcome.answers);
-    ensure!(outcome.answers.lookups() >= options.lookups);
+    let report = lb_stress::run(&PinPath::new(cluster.pin_path(NODE)), &options, |_| ())?;
+    println!("{report}");
+    ensure!(report.counts.bad() == 0, "{}", report.counts);
+    ensure!(report.counts.lookups() >= options.lookups);
     // One of each kind at the least, and the map was full.
-    for kind in Kind::ALL {
+    for kind in ChangeKind::ALL {
         ensure!(
-            outcome.progress.changes.contains_key(&kind),
+            report.progress.changes.contains_key(&kind),
             "no change of {}",
             kind.text()
         );
     }
-    ensure!(outcome.progress.adoptions > 0 && outcome.progress.failures > 0);
-    ensure!(outcome.progress.fullest >= 100, "FRONTENDS was never full");
+    ensure!(report.progress.adoptions > 0 && report.progress.failures > 0);
+    ensure!(report.progress.fullest >= 100, "FRONTENDS was never full");
     Ok(())
 }

@@ -12,14 +12,17 @@ use lb_agent::maps::Capacities;
 use lb_agent::maps::bpf::PinnedMaps;
 use lb_common::abi::{Addr, Event, EventKind};
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Agent, Answer, Call, Cluster, Connect, Kind, Place, Pod, Process, Running, Testbed, patience};
+use lb_tests::{
+    Agent, CallResult, Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketCall, SocketKind, Testbed,
+    scaled_timeout,
+};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 
-fn bed() -> Testbed {
-    Testbed::new(BED)
+fn testbed() -> Testbed {
+    Testbed::new(TESTBED)
 }
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -29,7 +32,7 @@ const TARGET: Port<'static> = Port::tcp("http", 8080);
 const DNS_TARGET: Port<'static> = Port::udp("dns", 5353);
 
 struct Setup {
-    agent: Running,
+    agent: RunningAgent,
     manifests: Manifests,
     client: Pod,
     pod: Pod,
@@ -55,12 +58,12 @@ fn setup() -> Result<Setup> {
     let (client, pod) = (cluster.add_pod("n1", "client")?, cluster.add_pod("n1", "a")?);
     let both = [pod.socket(5353), pod.socket6(5353)].map(|at| format!("{at}=a"));
     let servers = [
-        bed().serve(&pod, &["[::]:8080=a"])?,
-        bed().serve_datagrams(&pod, &both.each_ref().map(String::as_str))?,
+        testbed().serve(&pod, &["[::]:8080=a"])?,
+        testbed().serve_datagrams(&pod, &both.each_ref().map(String::as_str))?,
     ];
     let manifests = Manifests::new(&cluster)?;
     manifests.write("all.yaml", &manifest(&pod))?;
-    let agent = manifests.serve(&cluster, "n1", BED.as_ref(), &[])?;
+    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
     Ok(Setup {
         agent,
         manifests,
@@ -77,14 +80,14 @@ fn asked(pin_path: &Path) -> Result<u32> {
 }
 
 /// Starts `lb-agent trace -o json`, and waits until it is told of events.
-fn trace(place: &Place, pin_path: &Path, flags: &[&str]) -> Result<Process> {
-    let mut command = place.command(Agent::find(BED.as_ref())?)?;
+fn trace(netns: &Netns, pin_path: &Path, flags: &[&str]) -> Result<Process> {
+    let mut command = netns.command(Agent::find(TESTBED.as_ref())?)?;
     command
         .args(["trace", "-o", "json", "--pin-path"])
         .arg(pin_path)
         .args(flags);
     let mut process = Process::spawn_reading(command.stdin(Stdio::null()))?;
-    let deadline = Instant::now() + patience(PATIENCE);
+    let deadline = Instant::now() + scaled_timeout(PATIENCE);
     while asked(pin_path)? == 0 {
         ensure!(process.is_running()?, "the tracer has ended");
         ensure!(Instant::now() < deadline, "the tracer does not ask for events");
@@ -95,7 +98,7 @@ fn trace(place: &Place, pin_path: &Path, flags: &[&str]) -> Result<Process> {
 
 /// Waits until nobody asks for events any more.
 fn wait_for_nobody(setup: &Setup) -> Result<()> {
-    let deadline = Instant::now() + patience(2 * PATIENCE);
+    let deadline = Instant::now() + scaled_timeout(2 * PATIENCE);
     while setup.asked()? != 0 {
         ensure!(Instant::now() < deadline, "events are still asked for");
         sleep(Duration::from_millis(50));
@@ -104,14 +107,14 @@ fn wait_for_nobody(setup: &Setup) -> Result<()> {
 }
 
 fn event(tracer: &mut Process) -> Result<Value> {
-    let line = tracer.line(patience(PATIENCE))?;
+    let line = tracer.line(scaled_timeout(PATIENCE))?;
     serde_json::from_str(&line).with_context(|| line.clone())
 }
 
 /// Connects, and expects all to succeed or all to fail.
 fn connect(setup: &Setup, to: &str, count: u64, well: bool) -> Result<()> {
     let to: SocketAddr = to.parse()?;
-    let summary = bed().connect(&setup.client, &Connect::to(&[to]).count(count))?;
+    let summary = testbed().connect(&setup.client, &Connect::to(&[to]).count(count))?;
     ensure!(summary.failure_count == if well { 0 } else { count }, "{summary:?}");
     Ok(())
 }
@@ -159,11 +162,11 @@ fn connects_and_refusals_are_told_as_they_happen() -> Result<()> {
     assert_eq!((&row["service"], &row["backend"]), (&Value::Null, &Value::Null));
 
     // One can at a time.
-    let second = setup.agent.ask(&["trace", "--count", "1"]);
+    let second = setup.agent.output(&["trace", "--count", "1"]);
     assert!(second.is_err_and(|error| error.to_string().contains("one can at a time")));
 
     assert_ne!(setup.asked()?, 0);
-    assert!(tracer.stop(patience(PATIENCE))?.success());
+    assert!(tracer.stop(scaled_timeout(PATIENCE))?.success());
     assert_eq!(setup.asked()?, 0, "SIGTERM ends it, and the events");
     Ok(())
 }
@@ -173,20 +176,20 @@ fn datagrams_are_told_on_both_families() -> Result<()> {
     let setup = setup()?;
     let mut tracer = setup.trace(&["--service", "default/web"])?;
     for (kind, to, backend) in [
-        (Kind::Udp4, "10.96.0.10:53", setup.pod.socket(5353)),
-        (Kind::Udp6, "[fd00:96::10]:53", setup.pod.socket6(5353)),
+        (SocketKind::Udp4, "10.96.0.10:53", setup.pod.socket(5353)),
+        (SocketKind::Udp6, "[fd00:96::10]:53", setup.pod.socket6(5353)),
         // By a v4-mapped address.
-        (Kind::Udp6, "10.96.0.10:53", setup.pod.socket(5353)),
+        (SocketKind::Udp6, "10.96.0.10:53", setup.pod.socket(5353)),
     ] {
-        let mut socket = bed().puppet(&setup.client, kind)?;
-        let Answer::Number(cookie) = socket.call(&Call::Cookie)? else {
+        let mut socket = testbed().scripted_socket(&setup.client, kind)?;
+        let CallResult::Number(cookie) = socket.call(&SocketCall::Cookie)? else {
             anyhow::bail!("no cookie");
         };
         let at: SocketAddr = to.parse()?;
-        socket.ask(at, "x")?;
+        socket.exchange(at, "x")?;
         socket.connect(at)?;
         let refused = SocketAddr::new(at.ip(), 54);
-        socket.errno(&Call::SendTo(refused, "x".into()))?;
+        socket.errno(&SocketCall::SendTo(refused, "x".into()))?;
         let rows = [event(&mut tracer)?, event(&mut tracer)?, event(&mut tracer)?];
         let events = rows.each_ref().map(|row| row["event"].as_str().unwrap_or_default());
         assert_eq!(events, ["sent", "connected", "refused"], "{kind:?} {to}");
@@ -213,8 +216,11 @@ fn a_destroyed_socket_is_told() -> Result<()> {
     let setup = setup()?;
     let mut tracer = setup.trace(&["--service", "default/web"])?;
     let mut sockets = Vec::new();
-    for (kind, to) in [(Kind::Udp4, "10.96.0.10:53"), (Kind::Udp6, "[fd00:96::10]:53")] {
-        let mut socket = bed().puppet(&setup.client, kind)?;
+    for (kind, to) in [
+        (SocketKind::Udp4, "10.96.0.10:53"),
+        (SocketKind::Udp6, "[fd00:96::10]:53"),
+    ] {
+        let mut socket = testbed().scripted_socket(&setup.client, kind)?;
         socket.connect(to.parse()?)?;
         let row = event(&mut tracer)?;
         assert_eq!((&row["event"], &row["to"]), (&"connected".into(), &to.into()));
@@ -259,7 +265,7 @@ fn only_one_service_where_that_is_asked() -> Result<()> {
         .each_ref()
         .map(|row| row["to"].as_str().unwrap_or_default().to_owned());
     assert_eq!(to, ["10.96.0.20:80", "10.96.0.20:81", "10.96.0.20:80"]);
-    assert!(tracer.wait(patience(PATIENCE))?.success(), "it ends after three");
+    assert!(tracer.wait(scaled_timeout(PATIENCE))?.success(), "it ends after three");
     assert_eq!(setup.asked()?, 0);
     Ok(())
 }
@@ -273,15 +279,15 @@ fn what_a_killed_tracer_asked_for_is_taken_back() -> Result<()> {
     assert_ne!(setup.asked()?, 0);
     connect(&setup, "10.96.0.20:80", 1, true)?;
     // What nobody read is not told to the next, which shows a table.
-    let mut command = setup.cluster.node("n1").command(Agent::find(BED.as_ref())?)?;
+    let mut command = setup.cluster.node("n1").command(Agent::find(TESTBED.as_ref())?)?;
     command
         .args(["trace", "--count", "1", "--pin-path"])
         .arg(setup.agent.pin_path());
     let mut tracer = Process::spawn_reading(command.stdin(Stdio::null()))?;
-    let header = tracer.line(patience(PATIENCE))?;
+    let header = tracer.line(scaled_timeout(PATIENCE))?;
     assert!(header.starts_with("TIME (UTC)"), "{header}");
     connect(&setup, "10.96.0.10:80", 1, true)?;
-    let line = tracer.line(patience(PATIENCE))?;
+    let line = tracer.line(scaled_timeout(PATIENCE))?;
     assert!(
         line.contains("connected") && line.contains("default/web:http"),
         "{line}"
@@ -290,7 +296,7 @@ fn what_a_killed_tracer_asked_for_is_taken_back() -> Result<()> {
         line.contains("10.96.0.10:80/TCP") && line.contains(&setup.pod.socket(8080).to_string()),
         "{line}"
     );
-    assert!(tracer.wait(patience(PATIENCE))?.success());
+    assert!(tracer.wait(scaled_timeout(PATIENCE))?.success());
     assert_eq!(setup.asked()?, 0);
 
     setup.trace(&[])?.kill()?;
@@ -318,7 +324,7 @@ fn lost_events_are_counted_and_told() -> Result<()> {
     const COUNT: u64 = 4_000;
     let setup = setup()?;
     let refused = Connect::to(&["10.96.0.10:81".parse()?]).refused().count(COUNT);
-    bed().connect(&setup.client, &refused)?;
+    testbed().connect(&setup.client, &refused)?;
     let status = setup.agent.status()?;
     assert_eq!(
         (
@@ -332,7 +338,7 @@ fn lost_events_are_counted_and_told() -> Result<()> {
     let mut tracer = setup.trace(&[])?;
     // It does not read while the ring buffer runs over.
     tracer.signal(Signal::SIGSTOP)?;
-    let summary = bed().connect(&setup.client, &refused)?;
+    let summary = testbed().connect(&setup.client, &refused)?;
     assert_eq!(summary.connections, COUNT);
     let lost = setup.agent.status()?.dropped("event_lost")?;
     assert!(lost > 0 && lost < COUNT, "{lost}");
@@ -400,6 +406,6 @@ fn the_agents_own_events_are_told_where_somebody_asks() -> Result<()> {
         );
         assert_eq!((&row["pid"], &row["reason"]), (&0.into(), &Value::Null));
     }
-    assert!(tracer.wait(patience(PATIENCE))?.success());
+    assert!(tracer.wait(scaled_timeout(PATIENCE))?.success());
     Ok(())
 }

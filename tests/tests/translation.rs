@@ -23,7 +23,7 @@ use lb_agent::model::{
 use lb_agent::reconcile::Reconciler;
 use lb_common::abi::{Device, DropReason, program_name};
 use lb_tests::manifests::vips;
-use lb_tests::{Cluster, Node, Underlay, scaled};
+use lb_tests::{Cluster, Node, Underlay, scaled_count};
 
 #[path = "translation/random.rs"]
 mod random;
@@ -219,7 +219,7 @@ fn told(bytes: &[u8], sent: &Sent) -> Result<Told> {
 }
 
 /// A node whose maps this process fills, and whose programs it runs.
-struct Bed {
+struct Fixture {
     reconciler: Reconciler<BpfMaps>,
     _lock: Lock,
     cluster: Cluster,
@@ -231,7 +231,7 @@ fn client(v6: bool, port: u16) -> SocketAddr {
     SocketAddr::new(CLIENT[usize::from(v6)].parse().expect("an address"), port)
 }
 
-impl Bed {
+impl Fixture {
     fn new() -> Result<Self> {
         let cluster = Cluster::builder()
             .nodes(2)
@@ -402,23 +402,23 @@ fn cases() -> impl Iterator<Item = (bool, What, What)> {
 
 #[test]
 fn to_a_backend_here_the_client_stays_who_it_is_and_the_answer_comes_from_the_frontend() -> Result<()> {
-    let mut bed = Bed::new()?;
-    let backends = [false, true].map(|v6| (bed.pod("n1", v6), "n1"));
-    bed.serve("here", 20, 30080, &backends);
+    let mut fixture = Fixture::new()?;
+    let backends = [false, true].map(|v6| (fixture.pod("n1", v6), "n1"));
+    fixture.serve("here", 20, 30080, &backends);
     for (v6, ask, tell) in cases() {
-        let sent = Sent::new(ask, client(v6, 4000), bed.own(v6, 30080));
-        let (verdict, out) = bed.ingress("eth0", &sent)?;
+        let sent = Sent::new(ask, client(v6, 4000), fixture.own(v6, 30080));
+        let (verdict, out) = fixture.ingress("eth0", &sent)?;
         let got = Sent::read(&out)?;
-        let to = SocketAddr::new(bed.pod("n1", v6), 8080);
+        let to = SocketAddr::new(fixture.pod("n1", v6), 8080);
         assert_eq!((verdict, &got), (UNSPEC, &Sent { to, ..sent.clone() }));
         // At the bridge it is no business of lb's yet.
         let answer = got.answer(tell);
-        let (verdict, out) = bed.ingress("cni0", &answer)?;
+        let (verdict, out) = fixture.ingress("cni0", &answer)?;
         assert_eq!((verdict, Sent::read(&out)?), (UNSPEC, answer.clone()));
-        let (verdict, out) = bed.egress("eth0", &answer)?;
+        let (verdict, out) = fixture.egress("eth0", &answer)?;
         assert_eq!((verdict, Sent::read(&out)?), (UNSPEC, sent.answer(tell)));
         // Again, now as a flow that was answered.
-        let (verdict, out) = bed.ingress("eth0", &sent)?;
+        let (verdict, out) = fixture.ingress("eth0", &sent)?;
         assert_eq!((verdict, Sent::read(&out)?), (UNSPEC, got));
     }
     Ok(())
@@ -426,9 +426,9 @@ fn to_a_backend_here_the_client_stays_who_it_is_and_the_answer_comes_from_the_fr
 
 #[test]
 fn to_a_backend_elsewhere_it_goes_from_this_node_and_the_answer_finds_back() -> Result<()> {
-    let mut bed = Bed::new()?;
-    let backends = [false, true].map(|v6| (bed.pod("n2", v6), "n2"));
-    bed.serve("there", 20, 30080, &backends);
+    let mut fixture = Fixture::new()?;
+    let backends = [false, true].map(|v6| (fixture.pod("n2", v6), "n2"));
+    fixture.serve("there", 20, 30080, &backends);
     for (v6, ask, tell) in cases() {
         let mut ports = Vec::new();
         // Two clients with one source port.
@@ -442,28 +442,28 @@ fn to_a_backend_elsewhere_it_goes_from_this_node_and_the_answer_finds_back() -> 
                     IpAddr::from(segments)
                 }
             });
-            let sent = Sent::new(ask, from, bed.own(v6, 30080));
-            let (verdict, out) = bed.ingress("eth0", &sent)?;
+            let sent = Sent::new(ask, from, fixture.own(v6, 30080));
+            let (verdict, out) = fixture.ingress("eth0", &sent)?;
             let got = Sent::read(&out)?;
-            let node = bed.node();
+            let node = fixture.node();
             let source: IpAddr = if v6 {
                 node.address6().into()
             } else {
                 node.pod_network().into()
             };
             assert_eq!((verdict, got.from.ip(), got.ttl), (REDIRECT, source, 63), "{got:?}");
-            assert_eq!(got.to, SocketAddr::new(bed.pod("n2", v6), 8080));
+            assert_eq!(got.to, SocketAddr::new(fixture.pod("n2", v6), 8080));
             assert!(SNAT.contains(&got.from.port()), "{got:?}");
             ports.push(got.from.port());
             let device = if v6 { "eth0" } else { "flannel.1" };
-            let (verdict, out) = bed.ingress(device, &got.answer(tell))?;
+            let (verdict, out) = fixture.ingress(device, &got.answer(tell))?;
             let answer = Sent {
                 ttl: 63,
                 ..sent.answer(tell)
             };
             assert_eq!((verdict, Sent::read(&out)?), (REDIRECT, answer));
             // The same flow keeps its port.
-            let again = Sent::read(&bed.ingress("eth0", &sent)?.1)?;
+            let again = Sent::read(&fixture.ingress("eth0", &sent)?.1)?;
             assert_eq!(again.from, got.from);
         }
         assert_ne!(ports[0], ports[1]);
@@ -473,11 +473,11 @@ fn to_a_backend_elsewhere_it_goes_from_this_node_and_the_answer_finds_back() -> 
 
 #[test]
 fn who_has_no_endpoint_is_refused() -> Result<()> {
-    let mut bed = Bed::new()?;
-    bed.serve("nobody", 20, 30080, &[]);
+    let mut fixture = Fixture::new()?;
+    fixture.serve("nobody", 20, 30080, &[]);
     for (v6, ask, _) in cases() {
-        let sent = Sent::new(ask, client(v6, 4000), bed.own(v6, 30080));
-        let (verdict, out) = bed.ingress("eth0", &sent)?;
+        let sent = Sent::new(ask, client(v6, 4000), fixture.own(v6, 30080));
+        let (verdict, out) = fixture.ingress("eth0", &sent)?;
         assert_eq!(verdict, REDIRECT, "{sent:?}");
         let link = &out[..12];
         assert_eq!(link, [MACS.0, MACS.1].concat(), "back to whom it came from");
@@ -495,46 +495,46 @@ fn who_has_no_endpoint_is_refused() -> Result<()> {
         assert_eq!((tcp.acknowledgment_number, tcp.source_port), (1001, 30080));
     }
     // Nobody refuses a refusal.
-    let sent = Sent::new(What::Rst, client(false, 4000), bed.own(false, 30080));
-    assert_eq!(bed.ingress("eth0", &sent)?.0, UNSPEC);
-    assert_eq!(bed.dropped(DropReason::NoEndpoint)?, 4);
-    assert_eq!(bed.counted()?, (0, 4));
+    let sent = Sent::new(What::Rst, client(false, 4000), fixture.own(false, 30080));
+    assert_eq!(fixture.ingress("eth0", &sent)?.0, UNSPEC);
+    assert_eq!(fixture.dropped(DropReason::NoEndpoint)?, 4);
+    assert_eq!(fixture.counted()?, (0, 4));
     Ok(())
 }
 
 #[test]
 fn who_cannot_go_on_is_told_why() -> Result<()> {
-    let mut bed = Bed::new()?;
-    let backends = [false, true].map(|v6| (bed.pod("n2", v6), "n2"));
-    bed.serve("there", 20, 30080, &backends);
+    let mut fixture = Fixture::new()?;
+    let backends = [false, true].map(|v6| (fixture.pod("n2", v6), "n2"));
+    fixture.serve("there", 20, 30080, &backends);
     for (v6, ask, _) in cases() {
         let old = Sent {
             ttl: 1,
-            ..Sent::new(ask, client(v6, 4000), bed.own(v6, 30080))
+            ..Sent::new(ask, client(v6, 4000), fixture.own(v6, 30080))
         };
-        let (verdict, out) = bed.ingress("eth0", &old)?;
+        let (verdict, out) = fixture.ingress("eth0", &old)?;
         assert_eq!((verdict, told(&out, &old)?), (REDIRECT, Told::TooOld));
     }
     // 1,500 bytes over VXLAN.
     let long = Sent {
         payload: vec![7; 1472],
-        ..Sent::new(What::Datagram, client(false, 4001), bed.own(false, 30080))
+        ..Sent::new(What::Datagram, client(false, 4001), fixture.own(false, 30080))
     };
-    let (verdict, out) = bed.ingress("eth0", &long)?;
+    let (verdict, out) = fixture.ingress("eth0", &long)?;
     assert_eq!((verdict, told(&out, &long)?), (REDIRECT, Told::TooLong(1450)));
-    assert_eq!(bed.dropped(DropReason::TooBig)?, 1);
-    assert_eq!(bed.dropped(DropReason::TtlExceeded)?, 4);
-    assert_eq!(bed.counted()?.1, 0, "told something, not refused");
+    assert_eq!(fixture.dropped(DropReason::TooBig)?, 1);
+    assert_eq!(fixture.dropped(DropReason::TtlExceeded)?, 4);
+    assert_eq!(fixture.counted()?.1, 0, "told something, not refused");
     Ok(())
 }
 
 #[test]
 fn no_checksum_stays_no_checksum() -> Result<()> {
-    let mut bed = Bed::new()?;
-    bed.serve("here", 20, 30080, &[(bed.pod("n1", false), "n1")]);
-    let mut bytes = Sent::new(What::Datagram, client(false, 4000), bed.own(false, 30080)).bytes();
+    let mut fixture = Fixture::new()?;
+    fixture.serve("here", 20, 30080, &[(fixture.pod("n1", false), "n1")]);
+    let mut bytes = Sent::new(What::Datagram, client(false, 4000), fixture.own(false, 30080)).bytes();
     bytes[14 + 20 + 6..][..2].fill(0);
-    let (_, out) = bed.run(program_name::INGRESS, "eth0", &bytes)?;
+    let (_, out) = fixture.run(program_name::INGRESS, "eth0", &bytes)?;
     assert_eq!(out[14 + 20 + 6..][..2], [0, 0]);
     assert_eq!(Sent::read(&out)?.to.port(), 8080);
     Ok(())
@@ -542,10 +542,10 @@ fn no_checksum_stays_no_checksum() -> Result<()> {
 
 #[test]
 fn what_is_not_translated_passes_as_it_came_and_is_counted() -> Result<()> {
-    let mut bed = Bed::new()?;
-    let backends = [false, true].map(|v6| (bed.pod("n1", v6), "n1"));
-    bed.serve("here", 20, 30080, &backends);
-    let good = |v6| Sent::new(What::Syn, client(v6, 4000), bed.own(v6, 30080)).bytes();
+    let mut fixture = Fixture::new()?;
+    let backends = [false, true].map(|v6| (fixture.pod("n1", v6), "n1"));
+    fixture.serve("here", 20, 30080, &backends);
+    let good = |v6| Sent::new(What::Syn, client(v6, 4000), fixture.own(v6, 30080)).bytes();
     type Change = fn(&mut Vec<u8>);
     let changes: [(bool, Change, Option<DropReason>); 12] = [
         // "More fragments".
@@ -567,63 +567,63 @@ fn what_is_not_translated_passes_as_it_came_and_is_counted() -> Result<()> {
     for (number, (v6, change, reason)) in changes.into_iter().enumerate() {
         let mut bytes = good(v6);
         change(&mut bytes);
-        let before = reason.map_or(Ok(0), |reason| bed.dropped(reason))?;
-        let (verdict, out) = bed.run(program_name::INGRESS, "eth0", &bytes)?;
+        let before = reason.map_or(Ok(0), |reason| fixture.dropped(reason))?;
+        let (verdict, out) = fixture.run(program_name::INGRESS, "eth0", &bytes)?;
         assert_eq!((verdict, &out), (UNSPEC, &bytes), "{number}");
         if let Some(reason) = reason {
-            assert_eq!(bed.dropped(reason)?, before + 1, "{number} {reason:?}");
+            assert_eq!(fixture.dropped(reason)?, before + 1, "{number} {reason:?}");
         }
     }
     // A connection that lb has not seen begin.
-    let sent = Sent::new(What::Ack, client(false, 4000), bed.own(false, 30080));
-    assert_eq!(bed.ingress("eth0", &sent)?, (UNSPEC, sent.bytes()));
+    let sent = Sent::new(What::Ack, client(false, 4000), fixture.own(false, 30080));
+    assert_eq!(fixture.ingress("eth0", &sent)?, (UNSPEC, sent.bytes()));
     // Nobody's address, and a port that is no node port's.
-    for to in [SocketAddr::new(CLIENT[0].parse()?, 30080), bed.own(false, 30081)] {
+    for to in [SocketAddr::new(CLIENT[0].parse()?, 30080), fixture.own(false, 30081)] {
         let sent = Sent::new(What::Syn, client(false, 4000), to);
-        assert_eq!(bed.ingress("eth0", &sent)?, (UNSPEC, sent.bytes()), "{to}");
+        assert_eq!(fixture.ingress("eth0", &sent)?, (UNSPEC, sent.bytes()), "{to}");
     }
     Ok(())
 }
 
 #[test]
 fn a_flow_whose_backend_is_gone_is_reset_and_a_new_one_goes_elsewhere() -> Result<()> {
-    let mut bed = Bed::new()?;
+    let mut fixture = Fixture::new()?;
     for v6 in [false, true] {
-        let (here, there) = ((bed.pod("n1", v6), "n1"), (bed.pod("n2", v6), "n2"));
-        bed.serve("moves", 20, 30080, &[here]);
-        let sent = Sent::new(What::Syn, client(v6, 4000), bed.own(v6, 30080));
-        let first = Sent::read(&bed.ingress("eth0", &sent)?.1)?;
-        bed.egress("eth0", &first.answer(What::SynAck))?;
-        bed.serve("moves", 20, 30080, &[there]);
+        let (here, there) = ((fixture.pod("n1", v6), "n1"), (fixture.pod("n2", v6), "n2"));
+        fixture.serve("moves", 20, 30080, &[here]);
+        let sent = Sent::new(What::Syn, client(v6, 4000), fixture.own(v6, 30080));
+        let first = Sent::read(&fixture.ingress("eth0", &sent)?.1)?;
+        fixture.egress("eth0", &first.answer(What::SynAck))?;
+        fixture.serve("moves", 20, 30080, &[there]);
         let data = Sent::new(What::Ack, sent.from, sent.to);
-        let (verdict, out) = bed.ingress("eth0", &data)?;
+        let (verdict, out) = fixture.ingress("eth0", &data)?;
         let reset = Sent::read(&out)?;
         assert_eq!(
             (verdict, reset.kind, reset.from, reset.to),
             (REDIRECT, What::Rst, sent.to, sent.from)
         );
         // From the same port, at once.
-        let again = Sent::read(&bed.ingress("eth0", &sent)?.1)?;
+        let again = Sent::read(&fixture.ingress("eth0", &sent)?.1)?;
         assert_eq!(again.to.ip(), there.0);
     }
-    assert_eq!(bed.dropped(DropReason::BackendGone)?, 2);
+    assert_eq!(fixture.dropped(DropReason::BackendGone)?, 2);
     Ok(())
 }
 
 #[test]
 fn a_full_conntrack_refuses_new_flows_and_keeps_old_ones() -> Result<()> {
-    let mut bed = Bed::new()?;
-    bed.serve("here", 20, 30080, &[(bed.pod("n1", false), "n1")]);
+    let mut fixture = Fixture::new()?;
+    fixture.serve("here", 20, 30080, &[(fixture.pod("n1", false), "n1")]);
     let mut kept = Vec::new();
     let mut refused = 0;
     for port in 4000..4100 {
-        let sent = Sent::new(What::Syn, client(false, port), bed.own(false, 30080));
-        let there = Sent::read(&bed.ingress("eth0", &sent)?.1)?;
+        let sent = Sent::new(What::Syn, client(false, port), fixture.own(false, 30080));
+        let there = Sent::read(&fixture.ingress("eth0", &sent)?.1)?;
         let answer = there.answer(What::SynAck);
-        assert_eq!(bed.egress("eth0", &answer)?.0, UNSPEC);
+        assert_eq!(fixture.egress("eth0", &answer)?.0, UNSPEC);
         // Only now it is one to be kept: before, anybody could have asked in the name of another.
         let thanks = Sent::new(What::Ack, sent.from, sent.to);
-        match bed.ingress("eth0", &thanks)?.0 {
+        match fixture.ingress("eth0", &thanks)?.0 {
             UNSPEC => kept.push(sent),
             SHOT => refused += 1,
             other => bail!("{other}"),
@@ -634,15 +634,15 @@ fn a_full_conntrack_refuses_new_flows_and_keeps_old_ones() -> Result<()> {
         (kept.len() as u32, refused),
         (CAPACITIES.conntrack / 2, 100 - CAPACITIES.conntrack / 2)
     );
-    assert_eq!(bed.dropped(DropReason::ConntrackFull)?, u64::from(refused));
+    assert_eq!(fixture.dropped(DropReason::ConntrackFull)?, u64::from(refused));
     // Many that nobody answers.
     for port in 10_000..14_000 {
-        let sent = Sent::new(What::Syn, client(false, port), bed.own(false, 30080));
-        assert_eq!(bed.ingress("eth0", &sent)?.0, UNSPEC);
+        let sent = Sent::new(What::Syn, client(false, port), fixture.own(false, 30080));
+        assert_eq!(fixture.ingress("eth0", &sent)?.0, UNSPEC);
     }
     for sent in kept {
         let data = Sent::new(What::Ack, sent.from, sent.to);
-        let (verdict, out) = bed.ingress("eth0", &data)?;
+        let (verdict, out) = fixture.ingress("eth0", &data)?;
         assert_eq!((verdict, Sent::read(&out)?.to.port()), (UNSPEC, 8080), "{sent:?}");
     }
     Ok(())
@@ -650,13 +650,13 @@ fn a_full_conntrack_refuses_new_flows_and_keeps_old_ones() -> Result<()> {
 
 #[test]
 fn two_packets_that_begin_one_flow_at_once_go_one_way_and_count_once() -> Result<()> {
-    let mut bed = Bed::new()?;
+    let mut fixture = Fixture::new()?;
     // One of them behind another device, and with a source of the node.
-    let backends = [(bed.pod("n1", false), "n1"), (bed.pod("n2", false), "n2")];
-    bed.serve("races", 20, 30080, &backends);
-    let rounds = scaled(4000);
-    let hook = bed.hook(program_name::INGRESS, "eth0")?;
-    let own = bed.own(false, 30080);
+    let backends = [(fixture.pod("n1", false), "n1"), (fixture.pod("n2", false), "n2")];
+    fixture.serve("races", 20, 30080, &backends);
+    let rounds = scaled_count(4000);
+    let hook = fixture.hook(program_name::INGRESS, "eth0")?;
+    let own = fixture.own(false, 30080);
     // Both of a round begin together: whoever comes first waits for the other.
     let arrived = AtomicU64::new(0);
     let one = || {
@@ -673,7 +673,7 @@ fn two_packets_that_begin_one_flow_at_once_go_one_way_and_count_once() -> Result
         // All, whatever comes of one: the other would wait.
         outs.collect::<Vec<Result<_>>>()
     };
-    let (first, second) = bed.node().within(|| {
+    let (first, second) = fixture.node().within(|| {
         thread::scope(|scope| {
             let other = scope.spawn(one);
             (one(), other.join().expect("a thread"))
@@ -682,53 +682,54 @@ fn two_packets_that_begin_one_flow_at_once_go_one_way_and_count_once() -> Result
     for (round, (first, second)) in first.into_iter().zip(second).enumerate() {
         assert_eq!(first?, second?, "round {round}");
     }
-    assert_eq!(bed.counted()?, (rounds, 0));
+    assert_eq!(fixture.counted()?, (rounds, 0));
     Ok(())
 }
 
 #[test]
 fn a_client_that_comes_again_from_its_port_has_the_same_one_behind_the_node() -> Result<()> {
-    let mut bed = Bed::new()?;
+    let mut fixture = Fixture::new()?;
     for v6 in [false, true] {
-        bed.serve("there", 20, 30080, &[(bed.pod("n2", v6), "n2")]);
+        fixture.serve("there", 20, 30080, &[(fixture.pod("n2", v6), "n2")]);
         // One connection, both of whose sides say that they send no more, from one port every time.
-        let connect = |bed: &Bed| -> Result<Sent> {
-            let segment = |kind| Sent::new(kind, client(v6, 4000), bed.own(v6, 30080));
-            let there = Sent::read(&bed.ingress("eth0", &segment(What::Syn))?.1)?;
-            bed.ingress("flannel.1", &there.answer(What::SynAck))?;
-            bed.ingress("eth0", &segment(What::Ack))?;
-            bed.ingress("flannel.1", &there.answer(What::Fin))?;
-            bed.ingress("eth0", &segment(What::Fin))?;
+        let connect = |fixture: &Fixture| -> Result<Sent> {
+            let segment = |kind| Sent::new(kind, client(v6, 4000), fixture.own(v6, 30080));
+            let there = Sent::read(&fixture.ingress("eth0", &segment(What::Syn))?.1)?;
+            fixture.ingress("flannel.1", &there.answer(What::SynAck))?;
+            fixture.ingress("eth0", &segment(What::Ack))?;
+            fixture.ingress("flannel.1", &there.answer(What::Fin))?;
+            fixture.ingress("eth0", &segment(What::Fin))?;
             Ok(there)
         };
-        let first = connect(&bed)?;
+        let first = connect(&fixture)?;
         assert!(SNAT.contains(&first.from.port()), "{first:?}");
         for again in 0..5 {
-            assert_eq!(connect(&bed)?, first, "{again}");
+            assert_eq!(connect(&fixture)?, first, "{again}");
         }
         // Where it is no longer one of those that may be used, another is.
         let others = *SNAT.end() + 1..=*SNAT.end() + 10;
-        bed.reconciler
+        fixture
+            .reconciler
             .maps_mut()
             .pinned_mut()
             .write_snat_ports(Some(others.clone()));
-        assert!(others.contains(&connect(&bed)?.from.port()));
-        bed.reconciler.maps_mut().pinned_mut().write_snat_ports(Some(SNAT));
+        assert!(others.contains(&connect(&fixture)?.from.port()));
+        fixture.reconciler.maps_mut().pinned_mut().write_snat_ports(Some(SNAT));
     }
     Ok(())
 }
 
 #[test]
 fn a_closed_connection_gives_its_port_to_the_next_where_there_is_no_other() -> Result<()> {
-    let mut bed = Bed::new()?;
-    bed.serve("there", 20, 30080, &[(bed.pod("n2", false), "n2")]);
+    let mut fixture = Fixture::new()?;
+    fixture.serve("there", 20, 30080, &[(fixture.pod("n2", false), "n2")]);
     let few = *SNAT.start()..=*SNAT.start() + 3;
-    bed.reconciler.maps_mut().pinned_mut().write_snat_ports(Some(few));
-    let segment = |kind, port| Sent::new(kind, client(false, port), bed.own(false, 30080));
+    fixture.reconciler.maps_mut().pinned_mut().write_snat_ports(Some(few));
+    let segment = |kind, port| Sent::new(kind, client(false, port), fixture.own(false, 30080));
     // Some ports are tried, by chance: who asks often enough gets the last one.
     let begin = |port| -> Result<Option<Sent>> {
         for _ in 0..40 {
-            let (verdict, out) = bed.ingress("eth0", &segment(What::Syn, port))?;
+            let (verdict, out) = fixture.ingress("eth0", &segment(What::Syn, port))?;
             if verdict == REDIRECT {
                 return Ok(Some(Sent::read(&out)?));
             }
@@ -738,20 +739,20 @@ fn a_closed_connection_gives_its_port_to_the_next_where_there_is_no_other() -> R
     let mut flows = Vec::new();
     for port in 4000..4004 {
         let there = begin(port)?.with_context(|| format!("no port for {port}"))?;
-        bed.ingress("flannel.1", &there.answer(What::SynAck))?;
-        bed.ingress("eth0", &segment(What::Ack, port))?;
+        fixture.ingress("flannel.1", &there.answer(What::SynAck))?;
+        fixture.ingress("eth0", &segment(What::Ack, port))?;
         flows.push(there);
     }
     assert_eq!(begin(4004)?, None);
     // Who wants to break a connection off is not believed, nor one side alone.
-    bed.ingress("eth0", &segment(What::Rst, 4000))?;
-    bed.ingress("eth0", &segment(What::Fin, 4001))?;
+    fixture.ingress("eth0", &segment(What::Rst, 4000))?;
+    fixture.ingress("eth0", &segment(What::Fin, 4001))?;
     assert_eq!(begin(4004)?, None);
-    bed.ingress("flannel.1", &flows[1].answer(What::Fin))?;
+    fixture.ingress("flannel.1", &flows[1].answer(What::Fin))?;
     let again = begin(4004)?.context("no port, though one connection is closed")?;
     assert_eq!(again.from, flows[1].from);
     for (port, there) in [(4000, 0), (4002, 2), (4003, 3)] {
-        let (verdict, out) = bed.ingress("eth0", &segment(What::Ack, port))?;
+        let (verdict, out) = fixture.ingress("eth0", &segment(What::Ack, port))?;
         assert_eq!((verdict, Sent::read(&out)?.from), (REDIRECT, flows[there].from));
     }
     Ok(())

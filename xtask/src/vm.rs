@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use anyhow::{Context as _, Result};
-use lb_tests::patience_factor;
+use lb_tests::timeout_factor;
 
 use self::console::{Console, Outcome};
 pub(crate) use self::job::Job;
@@ -79,7 +79,7 @@ fn on(version: &str, job: &Job) -> Result<Tally> {
     println!(
         "{version}: {} on {accelerator}, repetitions / {slow}, timeouts * {}",
         kernel.package,
-        patience_factor(slow)
+        timeout_factor(slow)
     );
     let archive = initramfs::write(&kernel, job, slow).context("cannot make the first file system")?;
     let console = Console::new(version);

@@ -21,7 +21,7 @@ pub const COUNT: &str = "COUNT";
 /// The "packet" that a run of the program takes: look `key` up, and judge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub struct Question {
+pub struct LookupRequest {
     /// Where a packet has its Ethernet header, which the kernel reads.
     pub header: [u8; 16],
     /// The frontend, which is always there.
@@ -31,13 +31,13 @@ pub struct Question {
     /// Which bits of an address tell whose it is.
     pub mask: u32,
     /// One of so many lookups lingers in between, less one; a power of two less one.
-    pub seldom: u32,
+    pub linger_mask: u32,
 }
 
 const _: () = {
-    assert!(size_of::<Question>() == 48);
-    assert!(offset_of!(Question, key) == 16);
-    assert!(offset_of!(Question, owner) == 36);
+    assert!(size_of::<LookupRequest>() == 48);
+    assert!(offset_of!(LookupRequest, key) == 16);
+    assert!(offset_of!(LookupRequest, owner) == 36);
 };
 
 /// How a lookup ended.
@@ -47,17 +47,17 @@ pub enum Verdict {
     /// At a backend of the owner.
     Good,
     /// No such frontend.
-    Miss,
+    NoFrontend,
     /// The frontend is no cluster IP.
-    Kind,
+    WrongKind,
     /// The service index is out of range.
-    Index,
+    IndexOutOfRange,
     /// The set has no member.
-    Empty,
+    EmptySet,
     /// The slot is out of range.
-    Slot,
+    SlotOutOfRange,
     /// The address is not the owner's.
-    Stranger,
+    ForeignBackend,
     /// What the slot says of its backend is not what BACKENDS says of it, or said last: its id is somebody else's.
     Stale,
 }
@@ -69,12 +69,12 @@ impl Verdict {
     /// All, in the order of their numbers.
     pub const ALL: [Self; Self::COUNT] = [
         Self::Good,
-        Self::Miss,
-        Self::Kind,
-        Self::Index,
-        Self::Empty,
-        Self::Slot,
-        Self::Stranger,
+        Self::NoFrontend,
+        Self::WrongKind,
+        Self::IndexOutOfRange,
+        Self::EmptySet,
+        Self::SlotOutOfRange,
+        Self::ForeignBackend,
         Self::Stale,
     ];
 
@@ -83,12 +83,12 @@ impl Verdict {
     pub const fn text(self) -> &'static str {
         match self {
             Self::Good => "good",
-            Self::Miss => "no frontend",
-            Self::Kind => "a frontend of another kind",
-            Self::Index => "a service index out of range",
-            Self::Empty => "an empty set",
-            Self::Slot => "a slot out of range",
-            Self::Stranger => "a stranger's backend",
+            Self::NoFrontend => "no frontend",
+            Self::WrongKind => "a frontend of another kind",
+            Self::IndexOutOfRange => "a service index out of range",
+            Self::EmptySet => "an empty set",
+            Self::SlotOutOfRange => "a slot out of range",
+            Self::ForeignBackend => "a stranger's backend",
             Self::Stale => "a backend id that is another's",
         }
     }

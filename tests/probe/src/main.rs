@@ -17,7 +17,7 @@ use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
 use lb_common::abi::{Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Service, SetWord, capacity};
 use lb_common::logic::connect;
-use lb_probe::{Question, Tally, Verdict};
+use lb_probe::{LookupRequest, Tally, Verdict};
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
@@ -43,22 +43,22 @@ static BACKENDS: Array<Backend, { capacity::BACKENDS as usize }, MMAPABLE> = Arr
 #[btf_map]
 static TALLY: PerCpuArray<Tally, 1> = PerCpuArray::new();
 
-/// Answers a [`Question`]. `TC_ACT_SHOT`: that was none.
+/// Answers a [`LookupRequest`]. `TC_ACT_SHOT`: that was none.
 #[classifier]
 pub(crate) fn lb_probe(ctx: TcContext) -> i32 {
     let at = ctx.data();
-    if at + size_of::<Question>() > ctx.data_end() {
+    if at + size_of::<LookupRequest>() > ctx.data_end() {
         return TC_ACT_SHOT;
     }
-    // SAFETY: the bounds were checked, and every bit pattern is a `Question`; packet data is not aligned.
-    let question = unsafe { (at as *const Question).read_unaligned() };
+    // SAFETY: the bounds were checked, and every bit pattern is a `LookupRequest`; packet data is not aligned.
+    let request = unsafe { (at as *const LookupRequest).read_unaligned() };
     let Some(tally) = TALLY.get_ptr_mut(0) else {
         return TC_ACT_SHOT;
     };
     // SAFETY: the entry is this CPU's own, and a program of this type is not interrupted by another.
     let tally = unsafe { &mut *tally };
     let mut trace = Trace::default();
-    match look_up(&question, &mut trace) {
+    match look_up(&request, &mut trace) {
         Ok(()) => tally.counts[Verdict::Good as usize] += 1,
         Err(verdict) => {
             if let Some(count) = tally.counts.get_mut(verdict as usize) {
@@ -102,28 +102,28 @@ struct Trace {
 }
 
 #[inline(always)]
-fn look_up(question: &Question, trace: &mut Trace) -> Result<(), Verdict> {
+fn look_up(request: &LookupRequest, trace: &mut Trace) -> Result<(), Verdict> {
     // SAFETY: the helper takes nothing.
     let random = unsafe { bpf_get_prandom_u32() };
     // Where this lookup lingers: at one of four places, the last of which is none.
-    let place = if (random >> 2) & question.seldom == 0 {
+    let place = if (random >> 2) & request.linger_mask == 0 {
         random & 3
     } else {
         3
     };
 
-    let word = FRONTENDS.get_ptr(question.key).ok_or(Verdict::Miss)?;
+    let word = FRONTENDS.get_ptr(request.key).ok_or(Verdict::NoFrontend)?;
     // SAFETY: the pointer is to a value of the map, 8 bytes and aligned so; it may change at any time.
     let frontend = Frontend::from_word(unsafe { ptr::read_volatile(word.cast::<u64>()) });
     trace.service = frontend.service;
     if frontend.kind != FrontendKind::ClusterIp as u8 {
-        return Err(Verdict::Kind);
+        return Err(Verdict::WrongKind);
     }
     if place == 0 {
         linger();
     }
 
-    let service = SERVICES.get_ptr(frontend.service).ok_or(Verdict::Index)?;
+    let service = SERVICES.get_ptr(frontend.service).ok_or(Verdict::IndexOutOfRange)?;
     // SAFETY: the pointer is to a value of the map; a set word is 8 bytes and aligned so.
     let word = unsafe { ptr::read_volatile((&raw const (*service).internal).cast::<u64>()) };
     let set = SetWord::from_word(word);
@@ -133,9 +133,9 @@ fn look_up(question: &Question, trace: &mut Trace) -> Result<(), Verdict> {
 
     // SAFETY: the helper takes nothing.
     let random = unsafe { bpf_get_prandom_u32() };
-    let at = connect::slot(set, random).map_err(|_| Verdict::Empty)?;
+    let at = connect::slot(set, random).map_err(|_| Verdict::EmptySet)?;
     trace.slot = at;
-    let slot = BACKEND_SLOTS.get_ptr(at).ok_or(Verdict::Slot)?;
+    let slot = BACKEND_SLOTS.get_ptr(at).ok_or(Verdict::SlotOutOfRange)?;
     // SAFETY: the pointer is to a value of the map.
     let (addr, port) = unsafe {
         (
@@ -148,8 +148,8 @@ fn look_up(question: &Question, trace: &mut Trace) -> Result<(), Verdict> {
     trace.backend = unsafe { ptr::read_volatile(&raw const (*slot).backend) };
     // SAFETY: as above.
     trace.slot_generation = unsafe { ptr::read_volatile(&raw const (*slot).generation) };
-    if addr & question.mask != question.owner {
-        return Err(Verdict::Stranger);
+    if addr & request.mask != request.owner {
+        return Err(Verdict::ForeignBackend);
     }
     if place == 2 {
         linger();

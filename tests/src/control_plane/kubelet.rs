@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1;
 use serde_json::{Value, json};
 
 use super::{ControlPlane, Objects};
-use crate::{Cluster, Node, Place, Pod};
+use crate::{Cluster, Netns, Node, Pod};
 
 /// When all pods were started, as far as the API is concerned.
 const STARTED: &str = "2026-01-01T00:00:00Z";
@@ -19,14 +19,14 @@ const FIRST_ADDRESS: u8 = 20;
 
 /// What a pod is made like.
 #[derive(Debug, Clone, Default)]
-pub struct Template {
+pub struct PodTemplate {
     labels: BTreeMap<String, String>,
     ports: Vec<Value>,
     gates: Vec<String>,
     host_network: bool,
 }
 
-impl Template {
+impl PodTemplate {
     /// A pod with the label `app`.
     #[must_use]
     pub fn app(name: &str) -> Self {
@@ -65,7 +65,7 @@ impl Template {
 
 /// A pod as its kubelet sees it. Dropping this leaves it as it is.
 #[derive(Debug)]
-pub struct Kubelet<'a> {
+pub struct KubeletPod<'a> {
     objects: &'a Objects,
     namespace: String,
     name: String,
@@ -74,19 +74,19 @@ pub struct Kubelet<'a> {
     gates: Vec<String>,
     /// Conditions that decide whether the pod is ready: `ContainersReady`, and gates.
     conditions: Mutex<BTreeMap<String, bool>>,
-    place: Place,
+    netns: Netns,
     /// None where the pod has the node's network.
     pod: Option<Pod>,
 }
 
-impl<'a> Kubelet<'a> {
+impl<'a> KubeletPod<'a> {
     pub(super) fn start(
         control_plane: &'a ControlPlane,
         namespace: &str,
         cluster: &Cluster,
         node: &str,
         name: &str,
-        template: &Template,
+        template: &PodTemplate,
     ) -> Result<Self> {
         let objects = control_plane.objects();
         let node = cluster.node(node);
@@ -97,7 +97,7 @@ impl<'a> Kubelet<'a> {
             let name = format!("{namespace}-{name}");
             Some(cluster.add_pod_at(node.name(), &name, control_plane.next_address(node)?)?)
         };
-        let place = pod.as_ref().map_or_else(|| Place::clone(node), |pod| Place::clone(pod));
+        let netns = pod.as_ref().map_or_else(|| Netns::clone(node), |pod| Netns::clone(pod));
         let gates: Vec<_> = template
             .gates
             .iter()
@@ -124,7 +124,7 @@ impl<'a> Kubelet<'a> {
             node_addresses: [node.address().into(), node.address6().into()],
             gates: template.gates.clone(),
             conditions: Mutex::default(),
-            place,
+            netns,
             pod,
         };
         new.report()?;
@@ -145,8 +145,8 @@ impl<'a> Kubelet<'a> {
 
     /// Where its processes run.
     #[must_use]
-    pub fn place(&self) -> &Place {
-        &self.place
+    pub fn netns(&self) -> &Netns {
+        &self.netns
     }
 
     /// Its addresses, IPv4 first.

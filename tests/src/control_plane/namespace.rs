@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use serde_json::{Value, json};
 
-use super::{ControlPlane, Kubelet, Objects, Template};
+use super::{ControlPlane, KubeletPod, Objects, PodTemplate};
 use crate::{Cluster, eventually_within};
 
 /// A namespace. Dropping it deletes the Services and pods in it; the name stays taken.
@@ -131,8 +131,14 @@ impl<'a> Namespace<'a> {
     ///
     /// # Errors
     /// When the node has such a pod, or the API server refuses it.
-    pub fn start_pod(&self, cluster: &Cluster, node: &str, name: &str, template: &Template) -> Result<Kubelet<'a>> {
-        Kubelet::start(self.control_plane, &self.name, cluster, node, name, template)
+    pub fn start_pod(
+        &self,
+        cluster: &Cluster,
+        node: &str,
+        name: &str,
+        template: &PodTemplate,
+    ) -> Result<KubeletPod<'a>> {
+        KubeletPod::start(self.control_plane, &self.name, cluster, node, name, template)
     }
 }
 

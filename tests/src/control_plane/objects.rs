@@ -17,7 +17,7 @@ use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::timeout;
 
-use crate::{Place, patience};
+use crate::{Netns, scaled_timeout};
 
 /// How long one request may take.
 const REQUEST: Duration = Duration::from_secs(20);
@@ -53,8 +53,8 @@ impl<K> Namespaced for K where K: Object + Resource<Scope = NamespaceResourceSco
 
 impl Objects {
     /// One that is not connected yet.
-    pub(super) fn new(place: &Place) -> Result<Self> {
-        let netns = place.netns()?;
+    pub(super) fn new(netns: &Netns) -> Result<Self> {
+        let netns = netns.open()?;
         let runtime = Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -89,7 +89,9 @@ impl Objects {
 
     /// Runs a request on a thread that is in the namespace.
     pub(super) fn run<T: Send + 'static>(&self, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
-        let task = self.runtime.spawn(async { timeout(patience(REQUEST), work).await });
+        let task = self
+            .runtime
+            .spawn(async { timeout(scaled_timeout(REQUEST), work).await });
         let done = self.runtime.block_on(task).context("a request panicked")?;
         done.context("the API server does not answer")?
     }

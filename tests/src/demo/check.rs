@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
-use super::callers::{Answer, call};
+use super::cluster::DemoCluster;
+use super::curl::{CurlResult, call};
 use super::manifests::ServicePort;
-use super::say;
+use super::print_line;
 use super::signals::Signals;
-use super::stage::Stage;
 use crate::load::Summary;
-use crate::{Connect, chi_squared_p, patience};
+use crate::{Connect, chi_squared_p, scaled_timeout};
 
 /// Connections per Service and round, from all places together.
 const SAMPLES: u64 = 400;
@@ -25,89 +25,89 @@ const LEAST_P: f64 = 0.001;
 const LONGEST: Duration = Duration::from_secs(5);
 
 /// What was found, printed as it comes.
-struct Findings {
+struct CheckResults {
     failed: u32,
 }
 
-impl Findings {
+impl CheckResults {
     fn note(&mut self, well: bool, what: &str) -> Result<()> {
         if !well {
             self.failed += 1;
         }
-        say(&format!("{}  {what}", if well { "  ok" } else { "FAIL" }))
+        print_line(&format!("{}  {what}", if well { "  ok" } else { "FAIL" }))
     }
 }
 
 /// Runs all checks; whether all were passed.
-pub(super) fn run(stage: &mut Stage, signals: &Signals) -> Result<bool> {
-    let mut findings = Findings { failed: 0 };
-    for service in &stage.services {
+pub(super) fn run(demo: &mut DemoCluster, signals: &Signals) -> Result<bool> {
+    let mut results = CheckResults { failed: 0 };
+    for service in &demo.services {
         if signals.arrived() {
             bail!("interrupted");
         }
-        say(&format!(
+        print_line(&format!(
             "{}/{} at {}",
             service.namespace, service.name, service.frontend
         ))?;
-        curl(stage, service, &mut findings)?;
-        spread(stage, service, signals, &mut findings)?;
+        curl(demo, service, &mut results)?;
+        spread(demo, service, signals, &mut results)?;
     }
-    say("the nodes")?;
-    machine(stage, &mut findings)?;
-    if findings.failed == 0 {
-        say("all well")?;
+    print_line("the nodes")?;
+    machine(demo, &mut results)?;
+    if results.failed == 0 {
+        print_line("all well")?;
     } else {
-        say(&format!("{} checks failed", findings.failed))?;
-        for agent in &stage.agents {
-            say(&format!(
+        print_line(&format!("{} checks failed", results.failed))?;
+        for agent in &demo.agents {
+            print_line(&format!(
                 "the log of lb-agent on {}:\n{}",
                 agent.node(),
                 agent.log_tail()
             ))?;
         }
     }
-    Ok(findings.failed == 0)
+    Ok(results.failed == 0)
 }
 
 /// Real curl from everywhere.
-fn curl(stage: &Stage, service: &ServicePort, findings: &mut Findings) -> Result<()> {
-    for (place_name, place, address) in stage.calls(service) {
-        let (well, text) = match call(place, address)? {
-            Answer::From(name) => (service.backends.iter().any(|backend| backend.pod == name), name),
-            Answer::Failed(why) => (false, why),
+fn curl(demo: &DemoCluster, service: &ServicePort, results: &mut CheckResults) -> Result<()> {
+    for (client, netns, address) in demo.client_targets(service) {
+        let (well, text) = match call(netns, address)? {
+            CurlResult::From(name) => (service.backends.iter().any(|backend| backend.pod == name), name),
+            CurlResult::Failed(why) => (false, why),
         };
-        findings.note(well, &format!("curl from {place_name} to {address}: {text}"))?;
+        results.note(well, &format!("curl from {client} to {address}: {text}"))?;
     }
     Ok(())
 }
 
 /// Many connections from everywhere, counted per backend.
-fn spread(stage: &Stage, service: &ServicePort, signals: &Signals, findings: &mut Findings) -> Result<()> {
-    let places = stage.calls(service);
-    let each = SAMPLES.div_ceil(places.len() as u64);
+fn spread(demo: &DemoCluster, service: &ServicePort, signals: &Signals, results: &mut CheckResults) -> Result<()> {
+    let targets = demo.client_targets(service);
+    let each = SAMPLES.div_ceil(targets.len() as u64);
     for round in 1..=2 {
         let mut counts: BTreeMap<&str, u64> = service.backends.iter().map(|backend| (&*backend.pod, 0)).collect();
         let mut right = true;
-        for (place_name, place, address) in &places {
+        for (client, netns, address) in &targets {
             if signals.arrived() {
                 bail!("interrupted");
             }
             let connect = Connect::to(&[*address])
                 .count(each)
-                .seconds(patience(LONGEST).as_secs_f64())
+                .seconds(scaled_timeout(LONGEST).as_secs_f64())
                 .threads(4)
                 .http()
                 .peer_check();
-            let summary = stage.testbed.connect(place, &connect)?;
+            let summary = demo.testbed.connect(netns, &connect)?;
             let trouble = trouble(&summary, each, &counts);
             right &= trouble.is_none();
             if round == 1 || trouble.is_some() {
                 let text = trouble
                     .as_deref()
                     .unwrap_or("all answered, all peers are who was asked");
-                findings.note(
+                results.note(
                     trouble.is_none(),
-                    &format!("{} connections from {place_name}: {text}", summary.connections),
+                    &format!("{} connections from {client}: {text}", summary.connections),
                 )?;
             }
             for (name, count) in &mut counts {
@@ -122,9 +122,9 @@ fn spread(stage: &Stage, service: &ServicePort, signals: &Signals, findings: &mu
         let text: Vec<String> = counts.iter().map(|(name, count)| format!("{name} {count}")).collect();
         let text = format!("spread: {} (chi-squared p = {p:.4})", text.join(", "));
         if even || round == 2 {
-            return findings.note(even, &text);
+            return results.note(even, &text);
         }
-        say(&format!("      {text}: once more"))?;
+        print_line(&format!("      {text}: once more"))?;
     }
     Ok(())
 }
@@ -135,7 +135,7 @@ fn trouble(summary: &Summary, wanted: u64, backends: &BTreeMap<&str, u64>) -> Op
         return Some(format!("{error:#}"));
     }
     if summary.connections < wanted {
-        return Some(format!("{wanted} take more than {:?}", patience(LONGEST)));
+        return Some(format!("{wanted} take more than {:?}", scaled_timeout(LONGEST)));
     }
     let strangers: Vec<&str> = summary
         .per_backend
@@ -147,13 +147,13 @@ fn trouble(summary: &Summary, wanted: u64, backends: &BTreeMap<&str, u64>) -> Op
 }
 
 /// What the agents may and may not have done to the nodes.
-fn machine(stage: &mut Stage, findings: &mut Findings) -> Result<()> {
-    for (node, before) in stage.cluster.nodes().iter().zip(&stage.rules_before) {
+fn machine(demo: &mut DemoCluster, results: &mut CheckResults) -> Result<()> {
+    for (node, before) in demo.cluster.nodes().iter().zip(&demo.rules_before) {
         let same = node.ruleset()? == *before;
         let text = if same { "not touched" } else { "changed" };
-        findings.note(same, &format!("{}: iptables and nftables rules {text}", node.name()))?;
+        results.note(same, &format!("{}: iptables and nftables rules {text}", node.name()))?;
         let addresses = node.addresses()?;
-        let taken = stage
+        let taken = demo
             .services
             .iter()
             .find(|service| addresses.contains(&service.frontend.ip()));
@@ -161,18 +161,18 @@ fn machine(stage: &mut Stage, findings: &mut Findings) -> Result<()> {
             || "no virtual address is on an interface".to_owned(),
             |service| format!("{} is on an interface", service.frontend.ip()),
         );
-        findings.note(taken.is_none(), &format!("{}: {text}", node.name()))?;
+        results.note(taken.is_none(), &format!("{}: {text}", node.name()))?;
     }
-    for agent in &mut stage.agents {
+    for agent in &mut demo.agents {
         let runs = agent.process().is_running()?;
         let text = if runs { "runs" } else { "has ended" };
-        findings.note(runs, &format!("{}: lb-agent {text}", agent.node()))?;
+        results.note(runs, &format!("{}: lb-agent {text}", agent.node()))?;
         let result = agent.verify();
         let text = result.as_ref().map_or_else(
             |error| format!("lb-agent verify: {error:#}"),
             |()| "lb-agent verify finds the maps as they should be".to_owned(),
         );
-        findings.note(result.is_ok(), &format!("{}: {text}", agent.node()))?;
+        results.note(result.is_ok(), &format!("{}: {text}", agent.node()))?;
     }
     Ok(())
 }

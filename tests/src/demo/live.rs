@@ -14,9 +14,9 @@ use crossterm::style::Print;
 use crossterm::terminal::{Clear, ClearType, size};
 use serde::Deserialize;
 
-use super::callers::{Answer, Caller};
+use super::cluster::DemoCluster;
+use super::curl::{CurlLoop, CurlResult};
 use super::signals::Signals;
-use super::stage::Stage;
 
 /// Time between two pictures.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -26,21 +26,21 @@ const DEFAULT_WIDTH: u16 = 120;
 
 /// What one Service port's clients have seen.
 #[derive(Default)]
-struct Seen {
+struct PortCounts {
     /// Per backend: connections in all, and up to the picture before.
     backends: BTreeMap<String, (u64, u64)>,
     failed: u64,
 }
 
 /// Shows the table until a signal comes or the time is over. Whether every answer was right.
-pub(super) fn run(stage: &Stage, seconds: Option<u64>, signals: &Signals) -> Result<bool> {
-    let mut callers = Vec::new();
-    for (index, service) in stage.services.iter().enumerate() {
-        for (name, place, address) in stage.calls(service) {
-            callers.push((index, name, Caller::start(place, address)?));
+pub(super) fn run(demo: &DemoCluster, seconds: Option<u64>, signals: &Signals) -> Result<bool> {
+    let mut loops = Vec::new();
+    for (index, service) in demo.services.iter().enumerate() {
+        for (name, netns, address) in demo.client_targets(service) {
+            loops.push((index, name, CurlLoop::start(netns, address)?));
         }
     }
-    let mut seen: Vec<Seen> = stage.services.iter().map(|_| Seen::default()).collect();
+    let mut counts: Vec<PortCounts> = demo.services.iter().map(|_| PortCounts::default()).collect();
     let mut last_trouble = None;
     let mut screen = Screen::new();
     let begin = Instant::now();
@@ -50,31 +50,33 @@ pub(super) fn run(stage: &Stage, seconds: Option<u64>, signals: &Signals) -> Res
         if signals.arrived() || seconds.is_some_and(|seconds| begin.elapsed() >= Duration::from_secs(seconds)) {
             break;
         }
-        for (index, name, caller) in &mut callers {
-            for answer in caller.answers() {
-                let service = &stage.services[*index];
+        for (index, name, curl) in &mut loops {
+            for answer in curl.answers() {
+                let service = &demo.services[*index];
                 let trouble = match answer {
-                    Answer::From(pod) if service.backends.iter().any(|backend| backend.pod == pod) => {
-                        seen[*index].backends.entry(pod).or_default().0 += 1;
+                    CurlResult::From(pod) if service.backends.iter().any(|backend| backend.pod == pod) => {
+                        counts[*index].backends.entry(pod).or_default().0 += 1;
                         continue;
                     }
-                    Answer::From(stranger) => format!("answered by {stranger}"),
-                    Answer::Failed(why) => why,
+                    CurlResult::From(stranger) => format!("answered by {stranger}"),
+                    CurlResult::Failed(why) => why,
                 };
-                seen[*index].failed += 1;
+                counts[*index].failed += 1;
                 last_trouble = Some(format!("{} from {name}: {trouble}", service.frontend));
             }
         }
         let now = Instant::now();
-        let picture = picture(stage, &mut seen, (now - before).as_secs_f64(), last_trouble.as_deref());
+        let frame = frame(demo, &mut counts, (now - before).as_secs_f64(), last_trouble.as_deref());
         before = now;
-        screen.show(&picture)?;
+        screen.show(&frame)?;
     }
-    Ok(seen.iter().all(|seen| seen.failed == 0 && !seen.backends.is_empty()))
+    Ok(counts
+        .iter()
+        .all(|counts| counts.failed == 0 && !counts.backends.is_empty()))
 }
 
 /// The table and the lines around it.
-fn picture(stage: &Stage, seen: &mut [Seen], seconds: f64, trouble: Option<&str>) -> String {
+fn frame(demo: &DemoCluster, counts: &mut [PortCounts], seconds: f64, trouble: Option<&str>) -> String {
     let mut table = Table::new();
     table
         .load_style(UTF8_FULL_CONDENSED)
@@ -86,10 +88,10 @@ fn picture(stage: &Stage, seen: &mut [Seen], seconds: f64, trouble: Option<&str>
     for column in table.column_iter_mut().skip(5) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    for (service, seen) in stage.services.iter().zip(seen) {
-        let total: u64 = seen.backends.values().map(|(count, _)| count).sum();
+    for (service, counts) in demo.services.iter().zip(counts) {
+        let total: u64 = counts.backends.values().map(|(count, _)| count).sum();
         for (number, backend) in service.backends.iter().enumerate() {
-            let (count, before) = seen.backends.entry(backend.pod.clone()).or_default();
+            let (count, before) = counts.backends.entry(backend.pod.clone()).or_default();
             let rate = (*count - *before) as f64 / seconds.max(0.001);
             let share = *count as f64 * 100.0 / total.max(1) as f64;
             *before = *count;
@@ -111,24 +113,24 @@ fn picture(stage: &Stage, seen: &mut [Seen], seconds: f64, trouble: Option<&str>
                 format!("{share:.1} %"),
             ]);
         }
-        if seen.failed > 0 {
-            let failed = seen.failed.to_string();
+        if counts.failed > 0 {
+            let failed = counts.failed.to_string();
             table.add_row(["", "", "wrong or no answer", "", "", "", &failed, ""]);
         }
     }
     let mut text = format!("{table}\n");
-    for line in agents(stage) {
+    for line in agents(demo) {
         let _ = writeln!(text, "{line}");
     }
     if let Some(trouble) = trouble {
         let _ = writeln!(text, "last trouble: {trouble}");
     }
-    let mut places: Vec<String> = stage.places().map(|(name, _)| name).collect();
-    places.push("a client outside, which asks both nodes' ports".to_owned());
+    let mut clients: Vec<String> = demo.namespaces().map(|(name, _)| name).collect();
+    clients.push("a client outside, which asks both nodes' ports".to_owned());
     let _ = writeln!(
         text,
         "curl runs on {}. Ctrl-C ends this and removes everything.",
-        places.join(", ")
+        clients.join(", ")
     );
     text
 }
@@ -146,9 +148,8 @@ struct ServiceRow {
 }
 
 /// A line per node: the agent's state, and what the kernel has counted.
-fn agents(stage: &Stage) -> Vec<String> {
-    stage
-        .agents
+fn agents(demo: &DemoCluster) -> Vec<String> {
+    demo.agents
         .iter()
         .map(|agent| {
             let state = match agent.status() {
@@ -205,14 +206,14 @@ impl Screen {
         }
     }
 
-    fn show(&mut self, picture: &str) -> Result<()> {
-        self.draw(picture).context("writing to standard output")
+    fn show(&mut self, frame: &str) -> Result<()> {
+        self.draw(frame).context("writing to standard output")
     }
 
-    fn draw(&mut self, picture: &str) -> std::io::Result<()> {
+    fn draw(&mut self, frame: &str) -> std::io::Result<()> {
         let mut out = stdout().lock();
         if !self.terminal {
-            write!(out, "{picture}")?;
+            write!(out, "{frame}")?;
             return out.flush();
         }
         // A line that wraps, or one that scrolls out, cannot be drawn over.
@@ -222,7 +223,7 @@ impl Screen {
         }
         queue!(out, Clear(ClearType::FromCursorDown))?;
         self.lines = 0;
-        for line in picture.lines().take(height.saturating_sub(1).into()) {
+        for line in frame.lines().take(height.saturating_sub(1).into()) {
             let line: String = line.chars().take(width.into()).collect();
             queue!(out, Print(line), Print("\r\n"))?;
             self.lines += 1;

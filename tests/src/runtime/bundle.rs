@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::{CGROUP2, Image, More};
+use super::{CGROUP2, ContainerExtras, Image};
 
 /// What containerd's default is for a container that does not say.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -83,7 +83,7 @@ pub(super) struct Bundle<'a> {
 }
 
 impl Bundle<'_> {
-    pub(super) fn config(&self, pod: &Value, container: &Value, more: &More<'_>) -> Result<Value> {
+    pub(super) fn config(&self, pod: &Value, container: &Value, more: &ContainerExtras<'_>) -> Result<Value> {
         ensure!(
             pod["hostNetwork"] == true,
             "only pods with the node's network are known here"
@@ -157,7 +157,7 @@ impl Bundle<'_> {
     }
 
     /// `command` stands for the image's entry point, `args` follow.
-    fn command_line(&self, container: &Value, more: &More<'_>) -> Result<Vec<String>> {
+    fn command_line(&self, container: &Value, more: &ContainerExtras<'_>) -> Result<Vec<String>> {
         let words = |value: &Value| {
             array(value)
                 .map(|word| text(word).map(str::to_owned))
@@ -178,7 +178,7 @@ impl Bundle<'_> {
         Ok(line)
     }
 
-    fn env(&self, container: &Value, more: &More<'_>) -> Result<Vec<String>> {
+    fn env(&self, container: &Value, more: &ContainerExtras<'_>) -> Result<Vec<String>> {
         let own = self.variables(container)?;
         let own = own.into_iter().map(|(name, value)| format!("{name}={value}"));
         let more = more.env.iter().map(|(name, value)| format!("{name}={value}"));
@@ -198,7 +198,7 @@ impl Bundle<'_> {
     }
 
     /// Where a volume of the pod is.
-    fn volume(&self, pod: &Value, name: &str, more: &More<'_>) -> Result<PathBuf> {
+    fn volume(&self, pod: &Value, name: &str, more: &ContainerExtras<'_>) -> Result<PathBuf> {
         if let Some(folder) = more.volumes.get(name) {
             return Ok(folder.clone());
         }

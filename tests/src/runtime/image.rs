@@ -39,7 +39,7 @@ impl Image {
     ///
     /// # Errors
     /// When it is not one.
-    pub fn of_archive(archive: &Path, folder: &Path) -> Result<Self> {
+    pub fn from_archive(archive: &Path, folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
         unpack(archive, folder)?;
         let read = |path: PathBuf| -> Result<Value> {
@@ -65,7 +65,7 @@ impl Image {
     ///
     /// # Errors
     /// When the program has no name.
-    pub fn of_machine(program: &Path) -> Result<Self> {
+    pub fn from_host(program: &Path) -> Result<Self> {
         let name = program.file_name().context("a program has a name")?;
         let own = |path: &&&str| Path::new(path).exists();
         let mut binds: Vec<_> = MACHINE

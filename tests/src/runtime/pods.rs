@@ -13,7 +13,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use serde_json::{Value, json};
 
 use super::bundle::array;
-use super::{Container, More, Runtime};
+use super::{Container, ContainerExtras, Runtime};
 use crate::control_plane::{ControlPlane, Objects};
 
 /// Between two looks at the API.
@@ -61,7 +61,7 @@ impl Pods {
             authority: control_plane.authority(),
             runtimes,
             arguments: Box::new(arguments),
-            running: BTreeMap::new(),
+            states: BTreeMap::new(),
         };
         let (stopped, noted) = (Arc::clone(&stop), Arc::clone(&errors));
         // All containers are started by this thread, and die with it.
@@ -69,7 +69,7 @@ impl Pods {
             .name("pods".to_owned())
             .spawn(move || {
                 while !stopped.load(Ordering::Relaxed) {
-                    if let Err(error) = kubelet.look() {
+                    if let Err(error) = kubelet.sync() {
                         noted
                             .lock()
                             .unwrap_or_else(PoisonError::into_inner)
@@ -128,7 +128,7 @@ impl Drop for Pods {
 }
 
 /// What runc is told besides of a pod on a node.
-type Arguments = Box<dyn Fn(&Runtime, &Value) -> Vec<String> + Send>;
+type ExtraArguments = Box<dyn Fn(&Runtime, &Value) -> Vec<String> + Send>;
 
 struct Kubelet {
     objects: Arc<Objects>,
@@ -136,14 +136,14 @@ struct Kubelet {
     server: (String, u16),
     authority: PathBuf,
     runtimes: Vec<Runtime>,
-    arguments: Arguments,
+    arguments: ExtraArguments,
     /// By uid.
-    running: BTreeMap<String, Running>,
+    states: BTreeMap<String, PodState>,
 }
 
 /// A pod that was begun.
 #[derive(Debug, Default)]
-struct Running {
+struct PodState {
     /// How many of its init containers have ended well.
     initialized: usize,
     container: Option<Container>,
@@ -156,17 +156,12 @@ struct Running {
 
 impl Kubelet {
     /// Looks at all pods once, and does for each what is next.
-    fn look(&mut self) -> Result<()> {
+    fn sync(&mut self) -> Result<()> {
         let pods = self.objects.list::<Pod>(&self.namespace, "")?;
         let pods: Vec<Value> = pods.iter().map(serde_json::to_value).collect::<Result<_, _>>()?;
         let uid = |pod: &Value| pod["metadata"]["uid"].as_str().map(str::to_owned);
         let known: Vec<_> = pods.iter().filter_map(uid).collect();
-        let gone: Vec<_> = self
-            .running
-            .keys()
-            .filter(|uid| !known.contains(uid))
-            .cloned()
-            .collect();
+        let gone: Vec<_> = self.states.keys().filter(|uid| !known.contains(uid)).cloned().collect();
         for uid in gone {
             self.end(&uid)?;
         }
@@ -193,54 +188,54 @@ impl Kubelet {
             self.end(uid)?;
             return self.objects.delete::<Pod>(&self.namespace, name, Some(0));
         }
-        let index = self.runtimes.iter().position(|runtime| runtime.place().name() == node);
+        let index = self.runtimes.iter().position(|runtime| runtime.netns().name() == node);
         let index = index.with_context(|| format!("there is no node {node}"))?;
-        if !self.running.contains_key(uid) {
+        if !self.states.contains_key(uid) {
             let folder = self.runtimes[index].folder.join(format!("pod-{uid}"));
             fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-            let new = Running {
+            let new = PodState {
                 folder,
-                ..Running::default()
+                ..PodState::default()
             };
-            self.running.insert(uid.to_owned(), new);
+            self.states.insert(uid.to_owned(), new);
         }
-        let mut running = self.running.remove(uid).context("it was put there")?;
-        let done = self.step(pod, index, &mut running);
-        let done = done.and_then(|status| self.report(name, &mut running, status));
-        self.running.insert(uid.to_owned(), running);
+        let mut state = self.states.remove(uid).context("it was put there")?;
+        let done = self.step(pod, index, &mut state);
+        let done = done.and_then(|status| self.report(name, &mut state, status));
+        self.states.insert(uid.to_owned(), state);
         done
     }
 
     /// Does what is next for a pod, and returns its status.
-    fn step(&self, pod: &Value, index: usize, running: &mut Running) -> Result<Value> {
+    fn step(&self, pod: &Value, index: usize, state: &mut PodState) -> Result<Value> {
         let (runtime, spec) = (&self.runtimes[index], &pod["spec"]);
-        if running.finished {
-            return Ok(running.status.clone());
+        if state.finished {
+            return Ok(state.status.clone());
         }
         let first: Vec<_> = array(&spec["initContainers"]).collect();
         let main = spec["containers"].get(0).context("a pod has a container")?;
-        let container = first.get(running.initialized).copied().unwrap_or(main);
-        let Some(process) = &mut running.container else {
-            let more = self.more(runtime, spec, container, &running.folder)?;
-            running.container = Some(runtime.start(spec, container, &more)?);
-            return Ok(status(pod, running, false, runtime));
+        let container = first.get(state.initialized).copied().unwrap_or(main);
+        let Some(process) = &mut state.container else {
+            let extras = self.extras(runtime, spec, container, &state.folder)?;
+            state.container = Some(runtime.start(spec, container, &extras)?);
+            return Ok(status(pod, state, false, runtime));
         };
         if process.is_running()? {
-            let ready = running.initialized == first.len() && is_ready(runtime, main);
-            return Ok(status(pod, running, ready, runtime));
+            let ready = state.initialized == first.len() && is_ready(runtime, main);
+            return Ok(status(pod, state, ready, runtime));
         }
         let ended = process.succeed(Duration::ZERO);
-        running.container = None;
+        state.container = None;
         match ended {
-            Ok(()) if running.initialized < first.len() => running.initialized += 1,
-            Ok(()) if spec["restartPolicy"] != "Always" => running.finished = true,
-            Ok(()) => running.restarts += 1,
+            Ok(()) if state.initialized < first.len() => state.initialized += 1,
+            Ok(()) if spec["restartPolicy"] != "Always" => state.finished = true,
+            Ok(()) => state.restarts += 1,
             Err(error) => {
-                running.restarts += 1;
+                state.restarts += 1;
                 return Err(error);
             }
         }
-        Ok(status(pod, running, false, runtime))
+        Ok(status(pod, state, false, runtime))
     }
 
     /// Binds a DaemonSet's pod to the node that it is made for.
@@ -259,18 +254,24 @@ impl Kubelet {
 
     /// Ends a pod, if it runs.
     fn end(&mut self, uid: &str) -> Result<()> {
-        let container = self.running.remove(uid).and_then(|running| running.container);
+        let container = self.states.remove(uid).and_then(|state| state.container);
         container.map_or(Ok(()), Container::stop)
     }
 
     /// Volumes, the service account, and where the API server is.
-    fn more(&self, runtime: &Runtime, spec: &Value, container: &Value, folder: &Path) -> Result<More<'static>> {
-        let mut more = More {
+    fn extras(
+        &self,
+        runtime: &Runtime,
+        spec: &Value,
+        container: &Value,
+        folder: &Path,
+    ) -> Result<ContainerExtras<'static>> {
+        let mut extras = ContainerExtras {
             arguments: (self.arguments)(runtime, container),
-            ..More::default()
+            ..ContainerExtras::default()
         };
         let (host, port) = &self.server;
-        more.env = vec![
+        extras.env = vec![
             ("KUBERNETES_SERVICE_HOST", host.clone()),
             ("KUBERNETES_SERVICE_PORT", port.to_string()),
         ];
@@ -288,7 +289,7 @@ impl Kubelet {
                     .flatten()
                     .map(|(name, content)| (name.as_str(), content.as_str())),
             )?;
-            more.volumes.insert(name.to_owned(), at);
+            extras.volumes.insert(name.to_owned(), at);
         }
         if spec["automountServiceAccountToken"] != false
             && let Some(account) = spec["serviceAccountName"].as_str()
@@ -301,19 +302,19 @@ impl Kubelet {
             let files = [("token", token), ("ca.crt", &authority), ("namespace", &self.namespace)];
             let at = folder.join("account");
             write_files(&at, files)?;
-            more.mounts.push((at, ACCOUNT));
+            extras.mounts.push((at, ACCOUNT));
         }
-        Ok(more)
+        Ok(extras)
     }
 
     /// Tells the API server of a status that is new.
-    fn report(&self, name: &str, running: &mut Running, status: Value) -> Result<()> {
-        if running.status == status {
+    fn report(&self, name: &str, state: &mut PodState, status: Value) -> Result<()> {
+        if state.status == status {
             return Ok(());
         }
         self.objects
             .patch_status::<Pod>(&self.namespace, name, json!({"status": status}))?;
-        running.status = status;
+        state.status = status;
         Ok(())
     }
 }
@@ -334,17 +335,17 @@ fn is_ready(runtime: &Runtime, container: &Value) -> bool {
     };
     let url = format!("http://127.0.0.1:{port}{path}");
     let arguments = ["--silent", "--fail", "--max-time", "2", "--output", "/dev/null", &url];
-    runtime.place().run("curl", &arguments).is_ok()
+    runtime.netns().run("curl", &arguments).is_ok()
 }
 
-fn status(pod: &Value, running: &Running, ready: bool, runtime: &Runtime) -> Value {
+fn status(pod: &Value, state: &PodState, ready: bool, runtime: &Runtime) -> Value {
     let container = &pod["spec"]["containers"][0];
-    let phase = match (running.finished, &running.container) {
+    let phase = match (state.finished, &state.container) {
         (true, _) => "Succeeded",
-        (false, Some(_)) if running.initialized == array(&pod["spec"]["initContainers"]).count() => "Running",
+        (false, Some(_)) if state.initialized == array(&pod["spec"]["initContainers"]).count() => "Running",
         (false, _) => "Pending",
     };
-    let state = match phase {
+    let container_state = match phase {
         "Succeeded" => {
             json!({"terminated": {"exitCode": 0, "reason": "Completed", "startedAt": TIME, "finishedAt": TIME}})
         }
@@ -363,7 +364,7 @@ fn status(pod: &Value, running: &Running, ready: bool, runtime: &Runtime) -> Val
         "conditions": conditions,
         "containerStatuses": [{
             "name": container["name"], "image": container["image"], "imageID": "",
-            "restartCount": running.restarts, "ready": ready, "started": phase == "Running", "state": state,
+            "restartCount": state.restarts, "ready": ready, "started": phase == "Running", "state": container_state,
         }],
     })
 }

@@ -51,12 +51,12 @@ pub fn ids(service: &str) -> [ObjectId; 2] {
 
 /// As the source tells of it.
 #[must_use]
-pub fn of_service(service: Service) -> Object {
+pub fn service_object(service: Service) -> Object {
     Object::Service(Arc::new(service))
 }
 
 /// As the source tells of it.
 #[must_use]
-pub fn of_slice(slice: EndpointSlice) -> Object {
+pub fn slice_object(slice: EndpointSlice) -> Object {
     Object::EndpointSlice(Arc::new(slice))
 }

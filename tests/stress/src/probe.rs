@@ -10,14 +10,14 @@ use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use lb_agent::maps::Capacities;
 use lb_common::abi::{FrontendKey, map_name};
-use lb_probe::{PROGRAM, Question, TALLY, Tally, Verdict};
+use lb_probe::{LookupRequest, PROGRAM, TALLY, Tally, Verdict};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
 /// The kernel program, as the build script made it.
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-probe"));
 
 /// One of so many lookups lingers.
-const SELDOM: u32 = 8192;
+const LOOKUPS_PER_LINGER: u32 = 8192;
 
 const TALLY_SIZE: usize = size_of::<Tally>();
 
@@ -63,12 +63,12 @@ impl Probe {
     ///
     /// # Errors
     /// When the program cannot be run.
-    pub fn ask(&self, key: FrontendKey, owner: u8, times: u32) -> Result<()> {
-        let mut question = Question::new_zeroed();
-        question.key = key;
-        question.owner = u32::from_ne_bytes([0, owner, 0, 0]);
-        question.mask = u32::from_ne_bytes([0, 0xff, 0, 0]);
-        question.seldom = SELDOM - 1;
+    pub fn look_up(&self, key: FrontendKey, owner: u8, times: u32) -> Result<()> {
+        let mut request = LookupRequest::new_zeroed();
+        request.key = key;
+        request.owner = u32::from_ne_bytes([0, owner, 0, 0]);
+        request.mask = u32::from_ne_bytes([0, 0xff, 0, 0]);
+        request.linger_mask = LOOKUPS_PER_LINGER - 1;
         let program: &SchedClassifier = self
             .programs
             .program(PROGRAM)
@@ -76,7 +76,7 @@ impl Probe {
             .try_into()?;
         let result = program
             .test_run(TestRunOptions {
-                data_in: Some(question.as_bytes()),
+                data_in: Some(request.as_bytes()),
                 repeat: times,
                 ..TestRunOptions::new()
             })
@@ -89,31 +89,31 @@ impl Probe {
     ///
     /// # Errors
     /// When the map cannot be read.
-    pub fn answers(&self) -> Result<Answers> {
-        let mut answers = Answers::default();
+    pub fn counts(&self) -> Result<LookupCounts> {
+        let mut counts = LookupCounts::default();
         for bytes in self.tally.get(&0, 0).context("reading the tally")?.iter() {
             let tally: Tally = zerocopy::transmute!(*bytes);
-            for (sum, count) in answers.counts.iter_mut().zip(tally.counts) {
+            for (sum, count) in counts.counts.iter_mut().zip(tally.counts) {
                 *sum += count;
             }
             if tally.verdict != Verdict::Good as u32 {
-                answers.newest = Some(tally);
+                counts.newest = Some(tally);
             }
         }
-        Ok(answers)
+        Ok(counts)
     }
 }
 
 /// What a probe has found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Answers {
+pub struct LookupCounts {
     /// Lookups, in the order of [`Verdict::ALL`].
     counts: [u64; Verdict::COUNT],
     /// What the newest that was not good has read, on one of the CPUs that had such.
     newest: Option<Tally>,
 }
 
-impl Answers {
+impl LookupCounts {
     /// Lookups that ended so.
     #[must_use]
     pub fn count(&self, verdict: Verdict) -> u64 {
@@ -133,7 +133,7 @@ impl Answers {
     }
 }
 
-impl fmt::Display for Answers {
+impl fmt::Display for LookupCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} lookups, {} of them bad", self.lookups(), self.bad())?;
         for verdict in Verdict::ALL.into_iter().filter(|verdict| *verdict != Verdict::Good) {

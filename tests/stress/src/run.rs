@@ -14,9 +14,9 @@ use lb_agent::maps::faulty::Fault;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
-use crate::probe::{Answers, Probe};
-use crate::site::Site;
-use crate::world::{Kind, World};
+use crate::in_process_agent::InProcessAgent;
+use crate::probe::{LookupCounts, Probe};
+use crate::workload::{ChangeKind, Workload};
 
 /// Lookups in one system call: some half a millisecond, so that grace periods are not held up.
 const CHUNK: u32 = 2048;
@@ -52,7 +52,7 @@ pub struct Progress {
     /// Lookups that were made.
     pub lookups: u64,
     /// Changes by kind.
-    pub changes: BTreeMap<Kind, u64>,
+    pub changes: BTreeMap<ChangeKind, u64>,
     /// Stores of a frontend in place, beside those that the changes made.
     pub stores: u64,
     /// Operations that failed on purpose.
@@ -90,17 +90,17 @@ impl fmt::Display for Progress {
 
 /// How a run ended.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct Report {
     /// What was done.
     pub progress: Progress,
     /// What the lookups found.
-    pub answers: Answers,
+    pub counts: LookupCounts,
 }
 
-impl fmt::Display for Outcome {
+impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}\nmeanwhile: {}", self.answers, self.progress)?;
-        if self.answers.bad() > 0 {
+        write!(f, "{}\nmeanwhile: {}", self.counts, self.progress)?;
+        if self.counts.bad() > 0 {
             write!(f, "\nat the end: {}", self.progress.newest)?;
         }
         Ok(())
@@ -111,11 +111,11 @@ impl fmt::Display for Outcome {
 ///
 /// # Errors
 /// When the maps are not as desired in between, or the kernel refuses something. Bad lookups are in the outcome.
-pub fn run(pins: &PinPath, options: &Options, mut report: impl FnMut(&Progress)) -> Result<Outcome> {
-    let mut site = Site::new(pins)?;
-    let mut world = World::new(Rng::with_seed(options.seed));
-    site.apply(world.all())?;
-    site.check().context("at the beginning")?;
+pub fn run(pins: &PinPath, options: &Options, mut report: impl FnMut(&Progress)) -> Result<Report> {
+    let mut agent = InProcessAgent::new(pins)?;
+    let mut workload = Workload::new(Rng::with_seed(options.seed));
+    agent.apply(workload.all())?;
+    agent.check().context("at the beginning")?;
     let probe = Probe::load(&pins.maps(), &crate::CAPACITIES)?;
     let (lookups, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     let progress = thread::scope(|scope| {
@@ -126,11 +126,11 @@ pub fn run(pins: &PinPath, options: &Options, mut report: impl FnMut(&Progress))
             .into_iter()
             .map(|cpu| scope.spawn(move || read(cpu, probe, lookups, stop)))
             .collect();
-        let changed = change(&mut site, &mut world, options, |progress| {
+        let changed = change(&mut agent, &mut workload, options, |progress| {
             progress.lookups = lookups.load(Ordering::Relaxed);
             report(progress);
             let ended = readers.iter().any(ScopedJoinHandle::is_finished);
-            Ok(ended || probe.answers()?.bad() > 0)
+            Ok(ended || probe.counts()?.bad() > 0)
         });
         stop.store(true, Ordering::Relaxed);
         for reader in readers {
@@ -138,12 +138,12 @@ pub fn run(pins: &PinPath, options: &Options, mut report: impl FnMut(&Progress))
         }
         changed
     })?;
-    let answers = probe.answers()?;
-    if answers.bad() == 0 {
-        site.apply(world.disperse())?;
-        site.check().context("at the end")?;
+    let counts = probe.counts()?;
+    if counts.bad() == 0 {
+        agent.apply(workload.disperse())?;
+        agent.check().context("at the end")?;
     }
-    Ok(Outcome { progress, answers })
+    Ok(Report { progress, counts })
 }
 
 /// Tells the readers to stop.
@@ -173,8 +173,8 @@ fn cpus() -> Result<Vec<CpuSet>> {
 fn read(cpu: CpuSet, probe: &Probe, lookups: &AtomicU64, stop: &AtomicBool) -> Result<()> {
     sched_setaffinity(Pid::from_raw(0), &cpu).context("sched_setaffinity")?;
     while !stop.load(Ordering::Relaxed) {
-        for target in World::targets() {
-            probe.ask(target.key, target.owner, CHUNK)?;
+        for target in Workload::targets() {
+            probe.look_up(target.key, target.owner, CHUNK)?;
             lookups.fetch_add(CHUNK.into(), Ordering::Relaxed);
         }
         // Otherwise the one who changes would wait for the scheduler.
@@ -185,8 +185,8 @@ fn read(cpu: CpuSet, probe: &Probe, lookups: &AtomicU64, stop: &AtomicBool) -> R
 
 /// Changes until there were enough changes and lookups, or `look` says that it is over.
 fn change(
-    site: &mut Site,
-    world: &mut World,
+    agent: &mut InProcessAgent,
+    workload: &mut Workload,
     options: &Options,
     mut look: impl FnMut(&mut Progress) -> Result<bool>,
 ) -> Result<Progress> {
@@ -199,10 +199,14 @@ fn change(
             break;
         }
         if kinds.is_empty() {
-            kinds = Kind::round(&mut random);
+            kinds = ChangeKind::round(&mut random);
         }
-        let ends_crowd = world.is_crowded() && random.usize(..CROWDED_FOR) == 0;
-        let kind = if ends_crowd { Some(Kind::Crowd) } else { kinds.pop() };
+        let ends_crowd = workload.is_crowded() && random.usize(..CROWDED_FOR) == 0;
+        let kind = if ends_crowd {
+            Some(ChangeKind::Crowd)
+        } else {
+            kinds.pop()
+        };
         let kind = kind.context("no kind of change is left")?;
         let (dies, fails) = (number % DEATH_EVERY == 0, number % FAILURE_EVERY == 0);
         let fault = match (dies, fails) {
@@ -216,36 +220,36 @@ fn change(
             Fault::None => kind.text().into(),
             fault => format!("{}, {fault:?} at operation {at}", kind.text()),
         };
-        site.reconciler()?.maps_mut().arm(at, fault);
-        site.apply(world.change(kind))?;
+        agent.reconciler()?.maps_mut().arm(at, fault);
+        agent.apply(workload.change(kind))?;
         *progress.changes.entry(kind).or_default() += 1;
         if dies {
             // Where the operation was not reached, it dies after the last.
-            site.restart()?;
-            site.apply(world.all())?;
+            agent.restart()?;
+            agent.apply(workload.all())?;
             progress.adoptions += 1;
         } else if fails {
-            site.reconciler()?.maps_mut().arm(0, Fault::None);
+            agent.reconciler()?.maps_mut().arm(0, Fault::None);
             progress.failures += 1;
         }
         match kind {
-            Kind::Endpoints => {
+            ChangeKind::Endpoints => {
                 for _ in 1..BURST {
-                    site.apply(world.change(kind))?;
+                    agent.apply(workload.change(kind))?;
                 }
             }
-            Kind::Pass => progress.stores += store(&mut site.reconciler()?.maps_mut().inner)?,
-            Kind::Services | Kind::Settings | Kind::Crowd => {}
+            ChangeKind::Pass => progress.stores += store(&mut agent.reconciler()?.maps_mut().inner)?,
+            ChangeKind::Services | ChangeKind::Settings | ChangeKind::Crowd => {}
         }
-        site.reconciler()?.reclaim();
-        let (usage, capacities) = site.reconciler()?.usage();
+        agent.reconciler()?.reclaim();
+        let (usage, capacities) = agent.reconciler()?.usage();
         progress.fullest = progress.fullest.max(usage.frontends * 100 / capacities.frontends);
         if number % CHECK_EVERY == 0 {
-            if world.is_crowded() {
-                site.reconciler()?.settle()?;
+            if workload.is_crowded() {
+                agent.reconciler()?.settle()?;
             } else {
                 let what = || format!("after {number} changes, the last: {}", progress.newest);
-                site.check().with_context(what)?;
+                agent.check().with_context(what)?;
                 progress.checks += 1;
             }
         }

@@ -9,9 +9,9 @@ use lb_agent::maps::faulty::Fault;
 use lb_agent::model::{Change, Object, ObjectId};
 use lb_agent::reconcile::Usage;
 use lb_common::abi::FrontendKey;
-use lb_stress::objects::{of_service, of_slice, service, slice};
-use lb_stress::{NODE, Site};
-use lb_tests::{Cluster, scaled};
+use lb_stress::objects::{service, service_object, slice, slice_object};
+use lb_stress::{InProcessAgent, NODE};
+use lb_tests::{Cluster, scaled_count};
 
 use crate::reader::{Always, Reader};
 
@@ -32,9 +32,9 @@ fn state(second: bool) -> BTreeMap<ObjectId, Object> {
     // Always there, at port 80.
     let mut web = service("web", WEB.0, &[("", 80)], 0);
     web.affinity_timeout = second.then_some(30);
-    objects.push(of_service(web));
+    objects.push(service_object(web));
     let numbers: &[u8] = if second { &[2, 3, 4] } else { &[1, 2] };
-    objects.push(of_slice(slice("web", &[""], NODE, &addresses(WEB.1, numbers))));
+    objects.push(slice_object(slice("web", &[""], NODE, &addresses(WEB.1, numbers))));
     // Port 80 passes between these two, and port 81 between two ports of the first.
     let first: &[_] = if second {
         &[("new", 81)]
@@ -47,15 +47,20 @@ fn state(second: bool) -> BTreeMap<ObjectId, Object> {
         &[("own", 82)]
     };
     for (name, ports, number) in [("left", first, 1), ("right", other, 2)] {
-        objects.push(of_service(service(name, PASSING.0, ports, 0)));
+        objects.push(service_object(service(name, PASSING.0, ports, 0)));
         let names = ["shared", "old", "new", "own"];
-        objects.push(of_slice(slice(name, &names, NODE, &addresses(PASSING.1, &[number]))));
+        objects.push(slice_object(slice(
+            name,
+            &names,
+            NODE,
+            &addresses(PASSING.1, &[number]),
+        )));
     }
     // One of two is there.
     let (name, number) = if second { ("after", 4) } else { ("before", 3) };
     let address = Ipv4Addr::new(10, 96, 0, number);
-    objects.push(of_service(service(name, address, &[("", 80)], 0)));
-    objects.push(of_slice(slice(name, &[""], NODE, &addresses(number, &[1, 2]))));
+    objects.push(service_object(service(name, address, &[("", 80)], 0)));
+    objects.push(slice_object(slice(name, &[""], NODE, &addresses(number, &[1, 2]))));
     objects.into_iter().map(|object| (object.id(), object)).collect()
 }
 
@@ -84,40 +89,40 @@ fn all(state: &BTreeMap<ObjectId, Object>) -> Vec<Change> {
 
 /// A change in which the operation number `at` meets with a fault, and what puts it right. False where there are not so
 /// many.
-fn trial(site: &mut Site, second: bool, at: u64, fault: Fault) -> Result<bool> {
+fn trial(agent: &mut InProcessAgent, second: bool, at: u64, fault: Fault) -> Result<bool> {
     let (from, to) = (state(!second), state(second));
-    let maps = site.reconciler()?.maps_mut();
+    let maps = agent.reconciler()?.maps_mut();
     let before = maps.operations();
     maps.arm(at, fault);
-    site.apply(changes(&from, &to))?;
+    agent.apply(changes(&from, &to))?;
     // Clearing what is gone may be what fails.
-    let settled = site.reconciler()?.settle();
-    let reached = site.reconciler()?.maps().operations() - before > at;
+    let settled = agent.reconciler()?.settle();
+    let reached = agent.reconciler()?.maps().operations() - before > at;
     ensure!(fault == Fault::Fail || settled.is_ok(), "{settled:?}");
     if fault == Fault::Fail {
-        let reconciler = site.reconciler()?;
+        let reconciler = agent.reconciler()?;
         reconciler.maps_mut().arm(0, Fault::None);
         reconciler.reclaim();
     } else {
-        site.restart()?;
-        site.apply(all(&to))?;
+        agent.restart()?;
+        agent.apply(all(&to))?;
     }
-    site.check()?;
+    agent.check()?;
     Ok(reached)
 }
 
 #[test]
 fn after_a_fault_at_any_operation_all_is_put_right_and_no_reader_sees_it() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
-    let mut site = Site::new(&PinPath::new(cluster.pin_path(NODE)))?;
+    let mut agent = InProcessAgent::new(&PinPath::new(cluster.pin_path(NODE)))?;
     let mut second = false;
-    site.apply(all(&state(second)))?;
-    site.check()?;
-    let reader = Reader::start(site.open()?, always());
+    agent.apply(all(&state(second)))?;
+    agent.check()?;
+    let reader = Reader::start(agent.open()?, always());
     // What each state takes: nothing is ever lost.
     let mut usages: [Option<Usage>; 2] = [None; 2];
     // Where the machine is slow, every so many operations; those of each fault are others.
-    let stride = 100 / scaled(100);
+    let stride = 100 / scaled_count(100);
     let mut tried = [0; 2];
     // To the second state and back. What is not torn is a death before the operation, so that is tried both ways.
     for (first, faults) in [[Fault::Fail; 2], [Fault::Die, Fault::Tear]].into_iter().enumerate() {
@@ -127,8 +132,8 @@ fn after_a_fault_at_any_operation_all_is_put_right_and_no_reader_sees_it() -> Re
             for fault in faults {
                 second = !second;
                 let what = || format!("{fault:?} at operation {at}, to the second state: {second}");
-                reached |= trial(&mut site, second, at, fault).with_context(what)?;
-                let usage = site.reconciler()?.usage().0;
+                reached |= trial(&mut agent, second, at, fault).with_context(what)?;
+                let usage = agent.reconciler()?.usage().0;
                 let expected = *usages[usize::from(second)].get_or_insert(usage);
                 ensure!(usage == expected, "{}: {usage:?} in use, not {expected:?}", what());
                 if reader.has_ended() {

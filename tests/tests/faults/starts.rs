@@ -8,7 +8,7 @@ use lb_agent::loader::{self, Cgroup, PinPath};
 use lb_agent::maps::bpf::PinnedMaps;
 use lb_common::abi::FrontendKey;
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Agent, Cluster, Running, scaled};
+use lb_tests::{Agent, Cluster, RunningAgent, scaled_count};
 
 use crate::reader::{Always, Reader};
 use crate::trace::{self, Act, Call, Chosen, Ended};
@@ -49,14 +49,14 @@ fn changes_something(call: Call) -> bool {
     }
 }
 
-struct Bed {
+struct Fixture {
     agent: Agent,
     manifests: Manifests,
     pins: PinPath,
     cluster: Cluster,
 }
 
-impl Bed {
+impl Fixture {
     fn new() -> Result<Self> {
         let cluster = Cluster::builder().nodes(1).build()?;
         let manifests = Manifests::new(&cluster)?;
@@ -118,7 +118,7 @@ impl Bed {
 
     /// A start without a fault, after which all is as it should be. It is killed then.
     fn start_well(&self) -> Result<()> {
-        let mut running = Running::start(self.agent.clone(), &FLAGS)?;
+        let mut running = RunningAgent::start(self.agent.clone(), &FLAGS)?;
         running.wait_ready(&|| false)?;
         running.kill()?;
         let cgroup = Cgroup::open(Some(self.cluster.node(NODE).cgroup()))?.id();
@@ -142,14 +142,14 @@ impl Bed {
 
 /// Tries one fault at each call of a start in turn, and after each a start without; `before` each there is what it does.
 /// How many calls were tried.
-fn try_all(bed: &Bed, act: Act, first: u64, mut before: impl FnMut() -> Result<()>) -> Result<u64> {
-    let stride = 100 / scaled(100);
+fn try_all(fixture: &Fixture, act: Act, first: u64, mut before: impl FnMut() -> Result<()>) -> Result<u64> {
+    let stride = 100 / scaled_count(100);
     let mut tried = 0;
     let mut at = first % stride;
     loop {
         before()?;
         let what = || format!("{act:?} at call {at}");
-        let (ended, reached) = bed.start(Chosen { at, act }).with_context(what)?;
+        let (ended, reached) = fixture.start(Chosen { at, act }).with_context(what)?;
         let expected = match (act, reached) {
             (_, false) => ended == Ended::Done,
             // The thread that waits for grace periods may still be in its call when the agent serves.
@@ -158,7 +158,7 @@ fn try_all(bed: &Bed, act: Act, first: u64, mut before: impl FnMut() -> Result<(
             (Act::Fail, true) => matches!(ended, Ended::Done | Ended::Exited(1)),
         };
         ensure!(expected, "{}: {ended:?}", what());
-        bed.start_well().with_context(what)?;
+        fixture.start_well().with_context(what)?;
         if !reached {
             return Ok(tried);
         }
@@ -168,38 +168,38 @@ fn try_all(bed: &Bed, act: Act, first: u64, mut before: impl FnMut() -> Result<(
 }
 
 fn faults_at_a_first_start(act: Act) -> Result<()> {
-    let bed = Bed::new()?;
-    bed.write(false)?;
+    let fixture = Fixture::new()?;
+    fixture.write(false)?;
     // By a process of its own: a lock of this one is shared with what another test forks, until that is a program.
-    let cleanup = || bed.agent.ask(&["cleanup"]).map(drop);
-    let tried = try_all(&bed, act, 0, cleanup)?;
+    let cleanup = || fixture.agent.output(&["cleanup"]).map(drop);
+    let tried = try_all(&fixture, act, 0, cleanup)?;
     println!("{act:?} at {tried} calls of a first start");
     // Pins of maps and links, and entries of two Services.
-    ensure!(tried >= scaled(25), "too few calls");
+    ensure!(tried >= scaled_count(25), "too few calls");
     cleanup()
 }
 
 fn faults_at_the_next_start(act: Act) -> Result<()> {
-    let bed = Bed::new()?;
+    let fixture = Fixture::new()?;
     let mut second = false;
-    bed.write(second)?;
-    bed.start_well()?;
+    fixture.write(second)?;
+    fixture.start_well()?;
     let web: std::net::Ipv4Addr = "10.96.0.1".parse()?;
     let always = Always {
         key: FrontendKey::new(web.into(), 80, 6),
         owner: 1,
     };
-    let reader = Reader::start(PinnedMaps::open(&bed.pins.maps())?, vec![always]);
-    let tried = try_all(&bed, act, 3, || {
+    let reader = Reader::start(PinnedMaps::open(&fixture.pins.maps())?, vec![always]);
+    let tried = try_all(&fixture, act, 3, || {
         ensure!(!reader.has_ended(), "the reader has ended");
         second = !second;
-        bed.write(second)
+        fixture.write(second)
     });
     // What it has seen comes first.
     let seen = reader.stop()?;
     let tried = tried?;
     println!("{act:?} at {tried} calls of the next start; {seen:?}");
-    ensure!(tried >= scaled(8), "too few calls");
+    ensure!(tried >= scaled_count(8), "too few calls");
     ensure!(seen.chains > 0, "the reader has concluded nothing");
     Ok(())
 }

@@ -2,12 +2,12 @@
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::discovery::v1::Endpoint;
-use lb_tests::control_plane::{ENDPOINTS_PER_SLICE, Namespace, Template, slice_endpoints};
+use lb_tests::control_plane::{ENDPOINTS_PER_SLICE, Namespace, PodTemplate, slice_endpoints};
 use lb_tests::eventually;
 use serde_json::json;
 
 use crate::Test;
-use crate::bed::Bed;
+use crate::fixture::Fixture;
 
 pub(crate) const TESTS: &[Test] = &[
     ("slices_follow_pods", slices_follow_pods),
@@ -29,16 +29,16 @@ fn wait_for(namespace: &Namespace<'_>, conditions: [bool; 3]) -> Result<Vec<Endp
     })
 }
 
-fn slices_follow_pods(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("slices")?;
+fn slices_follow_pods(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("slices")?;
     let ports = json!([{"name": "http", "port": 80, "targetPort": "web"}]);
     let spec = json!({"selector": {"app": "web"}, "ipFamilyPolicy": "RequireDualStack", "ports": ports});
     let service = namespace.create_service("web", spec)?;
     let addresses = service.spec.and_then(|spec| spec.cluster_ips).unwrap_or_default();
     ensure!(addresses.len() == 2, "{addresses:?}");
 
-    let template = Template::app("web").port("web", 8080, "TCP").gate("test/gate");
-    let pod = namespace.start_pod(&bed.cluster, "n3", "web", &template)?;
+    let template = PodTemplate::app("web").port("web", 8080, "TCP").gate("test/gate");
+    let pod = namespace.start_pod(&fixture.cluster, "n3", "web", &template)?;
     wait_for(&namespace, [false, false, false])?;
     pod.set_ready(true)?;
     pod.set_condition("test/gate", true)?;
@@ -60,7 +60,7 @@ fn slices_follow_pods(bed: &Bed) -> Result<()> {
     wait_for(&namespace, [false, true, true])?;
     pod.set_ready(false)?;
     wait_for(&namespace, [false, false, true])?;
-    pod.finish(&bed.cluster)?;
+    pod.finish(&fixture.cluster)?;
     eventually("no endpoint", || {
         let endpoints = slice_endpoints(&namespace.slices("web")?).count();
         ensure!(endpoints == 0, "{endpoints}");
@@ -68,13 +68,18 @@ fn slices_follow_pods(bed: &Bed) -> Result<()> {
     })
 }
 
-fn slices_are_small(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("small")?;
+fn slices_are_small(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("small")?;
     let spec = json!({"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]});
     namespace.create_service("web", spec)?;
     let count = ENDPOINTS_PER_SLICE + 1;
     for number in 0..count {
-        let pod = namespace.start_pod(&bed.cluster, "n1", &format!("web-{number}"), &Template::app("web"))?;
+        let pod = namespace.start_pod(
+            &fixture.cluster,
+            "n1",
+            &format!("web-{number}"),
+            &PodTemplate::app("web"),
+        )?;
         pod.set_ready(true)?;
     }
     eventually("two slices with all endpoints", || {
@@ -87,9 +92,9 @@ fn slices_are_small(bed: &Bed) -> Result<()> {
     })
 }
 
-fn kubectl_sees_the_nodes(bed: &Bed) -> Result<()> {
+fn kubectl_sees_the_nodes(fixture: &Fixture) -> Result<()> {
     let columns = "custom-columns=:.metadata.name,:.spec.podCIDRs,:.status.addresses[0].address";
-    let said = bed
+    let said = fixture
         .control_plane
         .kubectl(&["get", "nodes", "--no-headers", "--output", columns], "")?;
     let nodes: Vec<Vec<_>> = said.lines().map(|line| line.split_whitespace().collect()).collect();

@@ -5,12 +5,12 @@ use std::net::IpAddr;
 use anyhow::{Result, ensure};
 use k8s_openapi::api::core::v1::Service;
 use lb_tests::Connect;
-use lb_tests::control_plane::{ENDPOINTS_PER_SLICE, Namespace, Template, slice_endpoints};
+use lb_tests::control_plane::{ENDPOINTS_PER_SLICE, Namespace, PodTemplate, slice_endpoints};
 use lb_tests::eventually;
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::bed::{Backend, Bed, ECONNREFUSED, EHOSTUNREACH, Outcome, TARGET, tcp, udp};
+use crate::fixture::{Backend, ECONNREFUSED, EHOSTUNREACH, Fixture, Outcome, TARGET, tcp, udp};
 
 pub(crate) const TESTS: &[Test] = &[
     ("none_is_refused", none_is_refused),
@@ -51,66 +51,66 @@ fn web(namespace: &Namespace<'_>, more: &[(&str, Value)]) -> Result<Service> {
 }
 
 /// A backend of it.
-fn backend<'a>(bed: &Bed, namespace: &Namespace<'a>, node: &str, name: &str) -> Result<Backend<'a>> {
-    bed.backend(namespace, node, name, &Template::app("web"))
+fn backend<'a>(fixture: &Fixture, namespace: &Namespace<'a>, node: &str, name: &str) -> Result<Backend<'a>> {
+    fixture.backend(namespace, node, name, &PodTemplate::app("web"))
 }
 
 fn names(names: &[&str]) -> Outcome {
     Outcome::names(names)
 }
 
-fn none_is_refused(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("none")?;
+fn none_is_refused(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("none")?;
     let service = web(&namespace, &[])?;
     let refused = Outcome::Failed(ECONNREFUSED);
     for target in [tcp(&service, 80)?, udp(&service, 80)?] {
-        bed.expect(&bed.everybody(), target, &refused)?;
+        fixture.expect(&fixture.everybody(), target, &refused)?;
     }
-    let pod = backend(bed, &namespace, "n3", "web")?;
+    let pod = backend(fixture, &namespace, "n3", "web")?;
     for target in [tcp(&service, 80)?, udp(&service, 80)?] {
-        bed.expect(&bed.everybody(), target, &names(&["web"]))?;
+        fixture.expect(&fixture.everybody(), target, &names(&["web"]))?;
     }
-    pod.kubelet.finish(&bed.cluster)?;
+    pod.kubelet.finish(&fixture.cluster)?;
     for target in [tcp(&service, 80)?, udp(&service, 80)?] {
-        bed.expect(&bed.everybody(), target, &refused)?;
+        fixture.expect(&fixture.everybody(), target, &refused)?;
     }
     Ok(())
 }
 
-fn readiness_and_its_gates(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("ready")?;
+fn readiness_and_its_gates(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("ready")?;
     let target = tcp(&web(&namespace, &[])?, 80)?;
-    let a = bed.backend(&namespace, "n1", "a", &Template::app("web").gate("test/gate"))?;
-    let b = backend(bed, &namespace, "n2", "b")?;
-    bed.expect(&bed.everybody(), target, &names(&["b"]))?;
+    let a = fixture.backend(&namespace, "n1", "a", &PodTemplate::app("web").gate("test/gate"))?;
+    let b = backend(fixture, &namespace, "n2", "b")?;
+    fixture.expect(&fixture.everybody(), target, &names(&["b"]))?;
     a.kubelet.set_condition("test/gate", true)?;
-    bed.expect(&bed.everybody(), target, &names(&["a", "b"]))?;
+    fixture.expect(&fixture.everybody(), target, &names(&["a", "b"]))?;
     b.kubelet.set_ready(false)?;
-    bed.expect(&bed.everybody(), target, &names(&["a"]))?;
+    fixture.expect(&fixture.everybody(), target, &names(&["a"]))?;
     a.kubelet.set_condition("test/gate", false)?;
-    bed.expect(&bed.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
+    fixture.expect(&fixture.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
     b.kubelet.set_ready(true)?;
-    bed.expect(&bed.everybody(), target, &names(&["b"]))
+    fixture.expect(&fixture.everybody(), target, &names(&["b"]))
 }
 
-fn not_ready_ones_are_published(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("published")?;
+fn not_ready_ones_are_published(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("published")?;
     let target = tcp(&web(&namespace, &[("publishNotReadyAddresses", json!(true))])?, 80)?;
     let pods = [
-        backend(bed, &namespace, "n1", "a")?,
-        backend(bed, &namespace, "n2", "b")?,
+        backend(fixture, &namespace, "n1", "a")?,
+        backend(fixture, &namespace, "n2", "b")?,
     ];
     let both = names(&["a", "b"]);
-    bed.expect(&bed.everybody(), target, &both)?;
+    fixture.expect(&fixture.everybody(), target, &both)?;
     pods[0].kubelet.set_ready(false)?;
     eventually("the pod is not ready", || {
-        let pod = bed
+        let pod = fixture
             .control_plane
             .kubectl(&["get", "pod", "a", "--namespace", "published"], "")?;
         ensure!(pod.contains("0/1"), "{pod}");
         Ok(())
     })?;
-    bed.expect(&bed.everybody(), target, &both)?;
+    fixture.expect(&fixture.everybody(), target, &both)?;
     // Terminating ones too: such an endpoint counts as ready whatever happens to its pod.
     pods[0].kubelet.terminate()?;
     eventually("the endpoint is terminating", || {
@@ -122,55 +122,59 @@ fn not_ready_ones_are_published(bed: &Bed) -> Result<()> {
         );
         Ok(())
     })?;
-    bed.expect(&bed.everybody(), target, &both)?;
+    fixture.expect(&fixture.everybody(), target, &both)?;
     namespace.patch_service("web", json!({"spec": {"publishNotReadyAddresses": false}}))?;
-    bed.expect(&bed.everybody(), target, &names(&["b"]))
+    fixture.expect(&fixture.everybody(), target, &names(&["b"]))
 }
 
-fn pods_with_the_network_of_their_node(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("host")?;
+fn pods_with_the_network_of_their_node(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("host")?;
     let port = 18_080;
     let ports = json!([{"port": 80, "targetPort": port}]);
     let service = namespace.create_service("web", json!({"selector": {"app": "web"}, "ports": ports}))?;
-    let template = Template::app("web").host_network();
-    let pods = ["n1", "n2"].map(|node| bed.backend_at(&namespace, node, &format!("on-{node}"), &template, &[port]));
+    let template = PodTemplate::app("web").host_network();
+    let pods = ["n1", "n2"].map(|node| fixture.backend_at(&namespace, node, &format!("on-{node}"), &template, &[port]));
     let pods = pods.into_iter().collect::<Result<Vec<_>>>()?;
-    bed.expect(&bed.everybody(), tcp(&service, 80)?, &names(&["on-n1", "on-n2"]))?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &names(&["on-n1", "on-n2"]))?;
     pods[0].kubelet.set_ready(false)?;
-    bed.expect(&bed.everybody(), tcp(&service, 80)?, &names(&["on-n2"]))?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &names(&["on-n2"]))?;
     // Such a pod is one of its node where policies ask for that.
     namespace.patch_service("web", json!({"spec": {"internalTrafficPolicy": "Local"}}))?;
-    bed.expect(&bed.all_on("n1"), tcp(&service, 80)?, &Outcome::Failed(EHOSTUNREACH))?;
-    bed.expect(&bed.all_on("n2"), tcp(&service, 80)?, &names(&["on-n2"]))
+    fixture.expect(
+        &fixture.all_on("n1"),
+        tcp(&service, 80)?,
+        &Outcome::Failed(EHOSTUNREACH),
+    )?;
+    fixture.expect(&fixture.all_on("n2"), tcp(&service, 80)?, &names(&["on-n2"]))
 }
 
 /// By another with another address, on the other node.
-fn a_pod_is_replaced(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("replaced")?;
+fn a_pod_is_replaced(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("replaced")?;
     let service = web(&namespace, &[])?;
-    let mut old = backend(bed, &namespace, "n1", "web-0")?;
+    let mut old = backend(fixture, &namespace, "n1", "web-0")?;
     for number in 1..=3 {
         let name = format!("web-{number}");
-        let new = backend(bed, &namespace, ["n1", "n2"][number % 2], &name)?;
+        let new = backend(fixture, &namespace, ["n1", "n2"][number % 2], &name)?;
         old.kubelet.terminate()?;
-        old.kubelet.finish(&bed.cluster)?;
-        bed.expect(&bed.everybody(), tcp(&service, 80)?, &names(&[&name]))?;
-        bed.expect(&bed.everybody(), udp(&service, 80)?, &names(&[&name]))?;
+        old.kubelet.finish(&fixture.cluster)?;
+        fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &names(&[&name]))?;
+        fixture.expect(&fixture.everybody(), udp(&service, 80)?, &names(&[&name]))?;
         old = new;
     }
     Ok(())
 }
 
-fn terminating_ones_are_the_last_resort(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("terminating")?;
+fn terminating_ones_are_the_last_resort(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("terminating")?;
     let target = tcp(&web(&namespace, &[])?, 80)?;
     let at = target.address();
-    let a = backend(bed, &namespace, "n1", "a")?;
-    let b = backend(bed, &namespace, "n2", "b")?;
-    bed.expect(&bed.everybody(), target, &names(&["a", "b"]))?;
-    let held = Bed::testbed().hold(bed.pod_on("n2"), &[at], 50)?;
+    let a = backend(fixture, &namespace, "n1", "a")?;
+    let b = backend(fixture, &namespace, "n2", "b")?;
+    fixture.expect(&fixture.everybody(), target, &names(&["a", "b"]))?;
+    let held = Fixture::testbed().hold(fixture.pod_on("n2"), &[at], 50)?;
     a.kubelet.terminate()?;
-    bed.expect(&bed.everybody(), target, &names(&["b"]))?;
+    fixture.expect(&fixture.everybody(), target, &names(&["b"]))?;
     // Those who are connected stay so.
     let held = held.finish()?;
     ensure!(
@@ -178,53 +182,53 @@ fn terminating_ones_are_the_last_resort(bed: &Bed) -> Result<()> {
         "{held:?}"
     );
     b.kubelet.set_ready(false)?;
-    bed.expect(&bed.everybody(), target, &names(&["a"]))?;
+    fixture.expect(&fixture.everybody(), target, &names(&["a"]))?;
     // One that fails its probe as well serves no more.
     a.kubelet.set_ready(false)?;
-    bed.expect(&bed.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
+    fixture.expect(&fixture.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
     b.kubelet.set_ready(true)?;
-    bed.expect(&bed.everybody(), target, &names(&["b"]))?;
-    a.kubelet.finish(&bed.cluster)?;
+    fixture.expect(&fixture.everybody(), target, &names(&["b"]))?;
+    a.kubelet.finish(&fixture.cluster)?;
     b.kubelet.terminate()?;
-    bed.expect(&bed.everybody(), target, &names(&["b"]))
+    fixture.expect(&fixture.everybody(), target, &names(&["b"]))
 }
 
-fn terminating_ones_of_this_node_with_policy_local(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("terminating-local")?;
+fn terminating_ones_of_this_node_with_policy_local(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("terminating-local")?;
     let target = tcp(&web(&namespace, &[("internalTrafficPolicy", json!("Local"))])?, 80)?;
-    let a = backend(bed, &namespace, "n1", "a")?;
-    let b = backend(bed, &namespace, "n2", "b")?;
-    bed.expect(&bed.all_on("n1"), target, &names(&["a"]))?;
-    bed.expect(&bed.all_on("n2"), target, &names(&["b"]))?;
+    let a = backend(fixture, &namespace, "n1", "a")?;
+    let b = backend(fixture, &namespace, "n2", "b")?;
+    fixture.expect(&fixture.all_on("n1"), target, &names(&["a"]))?;
+    fixture.expect(&fixture.all_on("n2"), target, &names(&["b"]))?;
     // That another node has a ready one is no help.
     a.kubelet.terminate()?;
-    bed.expect(&bed.all_on("n1"), target, &names(&["a"]))?;
-    let c = backend(bed, &namespace, "n1", "c")?;
-    bed.expect(&bed.all_on("n1"), target, &names(&["c"]))?;
+    fixture.expect(&fixture.all_on("n1"), target, &names(&["a"]))?;
+    let c = backend(fixture, &namespace, "n1", "c")?;
+    fixture.expect(&fixture.all_on("n1"), target, &names(&["c"]))?;
     c.kubelet.terminate()?;
-    bed.expect(&bed.all_on("n1"), target, &names(&["a", "c"]))?;
-    a.kubelet.finish(&bed.cluster)?;
-    c.kubelet.finish(&bed.cluster)?;
-    bed.expect(&bed.all_on("n1"), target, &Outcome::Failed(EHOSTUNREACH))?;
-    bed.expect(&bed.all_on("n2"), target, &names(&["b"]))?;
+    fixture.expect(&fixture.all_on("n1"), target, &names(&["a", "c"]))?;
+    a.kubelet.finish(&fixture.cluster)?;
+    c.kubelet.finish(&fixture.cluster)?;
+    fixture.expect(&fixture.all_on("n1"), target, &Outcome::Failed(EHOSTUNREACH))?;
+    fixture.expect(&fixture.all_on("n2"), target, &names(&["b"]))?;
     drop(b);
     Ok(())
 }
 
-fn internal_policy_local_on_and_off(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("local")?;
+fn internal_policy_local_on_and_off(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("local")?;
     let service = web(&namespace, &[])?;
     let targets = [tcp(&service, 80)?, udp(&service, 80)?];
-    let _a = backend(bed, &namespace, "n1", "a")?;
-    let _c = backend(bed, &namespace, "n3", "c")?;
+    let _a = backend(fixture, &namespace, "n1", "a")?;
+    let _c = backend(fixture, &namespace, "n3", "c")?;
     for _ in 0..2 {
         for target in targets {
-            bed.expect(&bed.everybody(), target, &names(&["a", "c"]))?;
+            fixture.expect(&fixture.everybody(), target, &names(&["a", "c"]))?;
         }
         namespace.patch_service("web", json!({"spec": {"internalTrafficPolicy": "Local"}}))?;
         for target in targets {
-            bed.expect(&bed.all_on("n1"), target, &names(&["a"]))?;
-            bed.expect(&bed.all_on("n2"), target, &Outcome::Failed(EHOSTUNREACH))?;
+            fixture.expect(&fixture.all_on("n1"), target, &names(&["a"]))?;
+            fixture.expect(&fixture.all_on("n2"), target, &Outcome::Failed(EHOSTUNREACH))?;
         }
         namespace.patch_service("web", json!({"spec": {"internalTrafficPolicy": "Cluster"}}))?;
     }
@@ -232,16 +236,16 @@ fn internal_policy_local_on_and_off(bed: &Bed) -> Result<()> {
 }
 
 /// Zone a has the first node, zone b the second and the third.
-fn hints_by_zone_and_node(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("distribution")?;
+fn hints_by_zone_and_node(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("distribution")?;
     let target = tcp(&web(&namespace, &[])?, 80)?;
-    let _a = backend(bed, &namespace, "n1", "a")?;
-    let b = backend(bed, &namespace, "n2", "b")?;
-    let c = backend(bed, &namespace, "n3", "c")?;
+    let _a = backend(fixture, &namespace, "n1", "a")?;
+    let b = backend(fixture, &namespace, "n2", "b")?;
+    let c = backend(fixture, &namespace, "n3", "c")?;
     let all = names(&["a", "b", "c"]);
     let expect = |first: &Outcome, second: &Outcome| {
-        bed.expect(&bed.all_on("n1"), target, first)?;
-        bed.expect(&bed.all_on("n2"), target, second)
+        fixture.expect(&fixture.all_on("n1"), target, first)?;
+        fixture.expect(&fixture.all_on("n2"), target, second)
     };
     let set = |distribution: Option<&str>| {
         namespace.patch_service("web", json!({"spec": {"trafficDistribution": distribution}}))
@@ -276,38 +280,38 @@ fn hints_by_zone_and_node(bed: &Bed) -> Result<()> {
     // A node that moves to another zone, or out of all.
     let moves = || -> Result<()> {
         for (zone, outcome) in [(Some("a"), ["a"].as_slice()), (None, &["a", "c"])] {
-            bed.control_plane.set_zone("n2", zone)?;
+            fixture.control_plane.set_zone("n2", zone)?;
             expect(&names(&["a"]), &names(outcome))?;
         }
         Ok(())
     };
     let moved = moves();
-    bed.control_plane.set_zone("n2", Some("b"))?;
+    fixture.control_plane.set_zone("n2", Some("b"))?;
     moved?;
     expect(&names(&["a"]), &names(&["c"]))
 }
 
-fn several_slices(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("several")?;
+fn several_slices(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("several")?;
     let target = tcp(&web(&namespace, &[])?, 80)?;
     let count = ENDPOINTS_PER_SLICE + 2;
     let mut pods = Vec::new();
     let mut all = Vec::new();
     for number in 0..count {
         let name = format!("web-{number}");
-        pods.push(backend(bed, &namespace, ["n1", "n2", "n3"][number % 3], &name)?);
+        pods.push(backend(fixture, &namespace, ["n1", "n2", "n3"][number % 3], &name)?);
         all.push(name);
     }
     let expect = |all: &[String]| {
         let all: Vec<_> = all.iter().map(String::as_str).collect();
-        bed.expect(&bed.everybody(), target, &names(&all))
+        fixture.expect(&fixture.everybody(), target, &names(&all))
     };
     expect(&all)?;
     let slices = namespace.slices("web")?;
     ensure!(slices.len() >= 2, "{slices:?}");
     // From the first on: slices empty, and are merged.
     for _ in 1..count {
-        pods.remove(0).kubelet.finish(&bed.cluster)?;
+        pods.remove(0).kubelet.finish(&fixture.cluster)?;
         all.remove(0);
         expect(&all)?;
     }
@@ -315,14 +319,14 @@ fn several_slices(bed: &Bed) -> Result<()> {
 }
 
 /// A Service without a selector, whose slices somebody else makes; one endpoint is in two of them, as while one moves.
-fn slices_by_hand_with_duplicates(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("by-hand")?;
+fn slices_by_hand_with_duplicates(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("by-hand")?;
     let ports = json!([{"port": 80, "targetPort": TARGET}]);
     let target = tcp(&namespace.create_service("web", json!({"ports": ports}))?, 80)?;
-    bed.expect(&bed.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
+    fixture.expect(&fixture.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
     let pods = [
-        backend(bed, &namespace, "n1", "a")?,
-        backend(bed, &namespace, "n3", "c")?,
+        backend(fixture, &namespace, "n1", "a")?,
+        backend(fixture, &namespace, "n3", "c")?,
     ];
     let [a, c] = [&pods[0], &pods[1]].map(|pod| pod.kubelet.addresses()[0]);
     let apply = |name: &str, endpoints: &[(IpAddr, bool)]| {
@@ -336,24 +340,25 @@ fn slices_by_hand_with_duplicates(bed: &Bed) -> Result<()> {
             "ports": [{"port": TARGET}],
             "endpoints": endpoints.iter().map(endpoint).collect::<Vec<_>>(),
         });
-        bed.control_plane
+        fixture
+            .control_plane
             .kubectl(&["apply", "--filename", "-"], &slice.to_string())
     };
     apply("one", &[(a, true)])?;
-    bed.expect(&bed.everybody(), target, &names(&["a"]))?;
+    fixture.expect(&fixture.everybody(), target, &names(&["a"]))?;
     apply("two", &[(a, true), (c, true)])?;
-    bed.expect(&bed.everybody(), target, &names(&["a", "c"]))?;
+    fixture.expect(&fixture.everybody(), target, &names(&["a", "c"]))?;
     // Twice is not twice as often.
     let at = target.address();
-    let summary = Bed::testbed().connect(bed.pod_on("n1"), &Connect::to(&[at]).count(4000))?;
+    let summary = Fixture::testbed().connect(fixture.pod_on("n1"), &Connect::to(&[at]).count(4000))?;
     summary.all_well()?;
     let share = summary.reached("a");
     ensure!((1800..=2200).contains(&share), "{share} of 4000");
     apply("one", &[])?;
-    bed.expect(&bed.everybody(), target, &names(&["a", "c"]))?;
+    fixture.expect(&fixture.everybody(), target, &names(&["a", "c"]))?;
     apply("two", &[(c, true)])?;
-    bed.expect(&bed.everybody(), target, &names(&["c"]))?;
+    fixture.expect(&fixture.everybody(), target, &names(&["c"]))?;
     let delete = ["delete", "endpointslice", "one", "two", "--namespace", "by-hand"];
-    bed.control_plane.kubectl(&delete, "")?;
-    bed.expect(&bed.everybody(), target, &Outcome::Failed(ECONNREFUSED))
+    fixture.control_plane.kubectl(&delete, "")?;
+    fixture.expect(&fixture.everybody(), target, &Outcome::Failed(ECONNREFUSED))
 }

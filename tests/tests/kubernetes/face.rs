@@ -5,14 +5,14 @@ use std::net::{IpAddr, Ipv4Addr};
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::events::v1::Event;
-use lb_tests::Place;
-use lb_tests::control_plane::{Namespace, Template};
+use lb_tests::Netns;
+use lb_tests::control_plane::{Namespace, PodTemplate};
 use lb_tests::eventually;
 use lb_tests::http::{Response, get};
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::bed::{Bed, TARGET};
+use crate::fixture::{Fixture, TARGET};
 
 pub(crate) const TESTS: &[Test] = &[
     ("a_node_that_leaves_is_not_healthy", a_node_that_leaves_is_not_healthy),
@@ -27,12 +27,12 @@ pub(crate) const TESTS: &[Test] = &[
 const NODES: [&str; 2] = ["n1", "n2"];
 
 /// The answer on a node's own loopback.
-fn ask(node: &Place, port: u16, path: &str) -> Result<Response> {
+fn ask(node: &Netns, port: u16, path: &str) -> Result<Response> {
     get(node, (IpAddr::from(Ipv4Addr::LOCALHOST), port).into(), path)
 }
 
-fn a_node_that_leaves_is_not_healthy(bed: &Bed) -> Result<()> {
-    let node = bed.node("n2");
+fn a_node_that_leaves_is_not_healthy(fixture: &Fixture) -> Result<()> {
+    let node = fixture.node("n2");
     let healthz = |status: u16| {
         eventually(&format!("/healthz says {status}"), || {
             let response = ask(node, 10256, "/healthz")?;
@@ -45,21 +45,24 @@ fn a_node_that_leaves_is_not_healthy(bed: &Bed) -> Result<()> {
     };
     let taint = |taints: Value| {
         let change = json!({"spec": {"taints": taints}});
-        bed.control_plane.objects().patch_global::<Node>("n2", change, false)
+        fixture
+            .control_plane
+            .objects()
+            .patch_global::<Node>("n2", change, false)
     };
     healthz(200)?;
     taint(json!([{"key": "ToBeDeletedByClusterAutoscaler", "value": "1", "effect": "NoSchedule"}]))?;
     healthz(503)?;
     ensure!(
-        ask(bed.node("n1"), 10256, "/healthz")?.status == 200,
+        ask(fixture.node("n1"), 10256, "/healthz")?.status == 200,
         "the other node stays"
     );
     taint(json!(null))?;
     healthz(200)
 }
 
-fn health_checks_count_endpoints_here(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("health-checks")?;
+fn health_checks_count_endpoints_here(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("health-checks")?;
     let spec = json!({
         "type": "LoadBalancer",
         "externalTrafficPolicy": "Local",
@@ -72,7 +75,7 @@ fn health_checks_count_endpoints_here(bed: &Bed) -> Result<()> {
     let told = |expected: [usize; 2]| {
         eventually(&format!("endpoints {expected:?}"), || {
             for (node, endpoints) in NODES.into_iter().zip(expected) {
-                let response = ask(bed.node(node), port, "/")?;
+                let response = ask(fixture.node(node), port, "/")?;
                 let body: Value = response.json()?;
                 ensure!(body["localEndpoints"] == json!(endpoints), "{node}: {body}");
                 ensure!(
@@ -85,7 +88,7 @@ fn health_checks_count_endpoints_here(bed: &Bed) -> Result<()> {
         })
     };
     told([0, 0])?;
-    let pod = |node, name| namespace.start_pod(&bed.cluster, node, name, &Template::app("web"));
+    let pod = |node, name| namespace.start_pod(&fixture.cluster, node, name, &PodTemplate::app("web"));
     let pods = [pod("n1", "web-1")?, pod("n1", "web-2")?, pod("n2", "web-3")?];
     for pod in &pods {
         pod.set_ready(true)?;
@@ -98,14 +101,14 @@ fn health_checks_count_endpoints_here(bed: &Bed) -> Result<()> {
     namespace.patch_service("web", json!({"spec": {"externalTrafficPolicy": "Cluster"}}))?;
     eventually("nobody listens", || {
         for node in NODES {
-            ensure!(ask(bed.node(node), port, "/").is_err(), "{node}");
+            ensure!(ask(fixture.node(node), port, "/").is_err(), "{node}");
         }
         Ok(())
     })
 }
 
 /// A number that a node's agent tells; zero where it is not there.
-fn metric(node: &Place, name: &str) -> Result<f64> {
+fn metric(node: &Netns, name: &str) -> Result<f64> {
     let response = ask(node, 10249, "/metrics")?;
     let line = response
         .body
@@ -114,17 +117,18 @@ fn metric(node: &Place, name: &str) -> Result<f64> {
     Ok(line.map(str::parse).transpose()?.unwrap_or_default())
 }
 
-fn what_a_change_takes_is_measured(bed: &Bed) -> Result<()> {
+fn what_a_change_takes_is_measured(fixture: &Fixture) -> Result<()> {
     const MEASURED: [&str; 2] = [
         "lb_event_to_map_seconds_count",
         "kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"}",
     ];
-    let namespace = bed.control_plane.namespace("measured")?;
-    let measured = |node| -> Result<Vec<f64>> { MEASURED.iter().map(|name| metric(bed.node(node), name)).collect() };
+    let namespace = fixture.control_plane.namespace("measured")?;
+    let measured =
+        |node| -> Result<Vec<f64>> { MEASURED.iter().map(|name| metric(fixture.node(node), name)).collect() };
     let before = [measured("n1")?, measured("n2")?];
     let spec = json!({"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": TARGET}]});
     namespace.create_service("web", spec)?;
-    let pod = namespace.start_pod(&bed.cluster, "n1", "web", &Template::app("web"))?;
+    let pod = namespace.start_pod(&fixture.cluster, "n1", "web", &PodTemplate::app("web"))?;
     pod.set_ready(true)?;
     for (node, before) in NODES.into_iter().zip(&before) {
         eventually("it was measured", || {
@@ -143,14 +147,14 @@ fn conflicts(namespace: &Namespace<'_>) -> Result<Vec<Event>> {
     Ok(events)
 }
 
-fn a_conflict_is_one_event_of_all_nodes(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("conflicts")?;
+fn a_conflict_is_one_event_of_all_nodes(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("conflicts")?;
     let spec = json!({"externalIPs": ["192.0.2.77"], "ports": [{"port": 80}]});
     let services = [
         namespace.create_service("one", spec.clone())?,
         namespace.create_service("other", spec)?,
     ];
-    let published = |node| metric(bed.node(node), "lb_events_total{result=\"published\"}");
+    let published = |node| metric(fixture.node(node), "lb_events_total{result=\"published\"}");
     let event = eventually("the loser has an Event", || {
         let event = conflicts(&namespace)?.pop().context("no Event")?;
         for node in NODES {
@@ -164,7 +168,7 @@ fn a_conflict_is_one_event_of_all_nodes(bed: &Bed) -> Result<()> {
     let loser = loser.context("of another object")?;
     ensure!(loser.metadata.name == regarding.name, "{regarding:?}");
     let name = regarding.name.unwrap_or_default();
-    let said = bed
+    let said = fixture
         .control_plane
         .kubectl(&["--namespace", "conflicts", "describe", "service", &name], "")?;
     ensure!(

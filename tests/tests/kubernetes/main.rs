@@ -3,10 +3,10 @@
 //! Tests share one cluster, one control plane, and an agent on each node; each has a namespace of its own in the API.
 //! Those that take the API server away have all of that for themselves.
 
-mod bed;
 mod control_plane;
 mod endpoints;
 mod face;
+mod fixture;
 mod outages;
 mod services;
 
@@ -17,19 +17,19 @@ use std::thread;
 use anyhow::Result;
 use libtest_mimic::{Arguments, Failed, Trial};
 
-use self::bed::Bed;
+use self::fixture::Fixture;
 
 /// A test, and its name.
-type Test = (&'static str, fn(&Bed) -> Result<()>);
+type Test = (&'static str, fn(&Fixture) -> Result<()>);
 /// The same of a test that has a bed of its own, and how that is made.
-type TestAlone = (&'static str, fn() -> Result<Bed>, fn(&Bed) -> Result<()>);
+type TestAlone = (&'static str, fn() -> Result<Fixture>, fn(&Fixture) -> Result<()>);
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     // Made by the first test that is run: a list of tests, or a filter that leaves none, needs no control plane.
-    let bed = Arc::new(OnceLock::new());
+    let fixture = Arc::new(OnceLock::new());
     let tests = [control_plane::TESTS, services::TESTS, endpoints::TESTS, face::TESTS].concat();
-    let tests = tests.into_iter().map(|test| trial(test, &bed));
+    let tests = tests.into_iter().map(|test| trial(test, &fixture));
     let trials = outages::TESTS
         .iter()
         .map(|&test| trial_alone(test))
@@ -37,24 +37,25 @@ fn main() -> ExitCode {
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     // `Conclusion::exit` would leave the cluster behind.
-    drop(bed);
+    drop(fixture);
     conclusion.exit_code()
 }
 
 /// A test that makes a bed of its own.
 fn trial_alone((name, make, test): TestAlone) -> Trial {
     Trial::test(name, move || {
-        let bed = make().map_err(|error| format!("{error:?}"))?;
-        test(&bed).map_err(|error| failed(name, &bed, &error))
+        let fixture = make().map_err(|error| format!("{error:?}"))?;
+        test(&fixture).map_err(|error| failed(name, &fixture, &error))
     })
 }
 
-fn trial((name, test): Test, bed: &Arc<OnceLock<Result<Bed, String>>>) -> Trial {
-    let bed = Arc::clone(bed);
+fn trial((name, test): Test, fixture: &Arc<OnceLock<Result<Fixture, String>>>) -> Trial {
+    let fixture = Arc::clone(fixture);
     Trial::test(name, move || {
-        let bed = bed.get_or_init(|| on_a_thread_that_stays(|| Bed::new().map_err(|error| format!("{error:?}"))));
-        let bed = bed.as_ref().map_err(|error| Failed::from(error.as_str()))?;
-        test(bed).map_err(|error| failed(name, bed, &error))
+        let fixture =
+            fixture.get_or_init(|| on_a_thread_that_stays(|| Fixture::new().map_err(|error| format!("{error:?}"))));
+        let fixture = fixture.as_ref().map_err(|error| Failed::from(error.as_str()))?;
+        test(fixture).map_err(|error| failed(name, fixture, &error))
     })
 }
 
@@ -72,7 +73,7 @@ fn on_a_thread_that_stays<T: Send + 'static>(make: fn() -> Result<T, String>) ->
 }
 
 /// Tells of a failure at once: others may go on for minutes.
-fn failed(name: &str, bed: &Bed, error: &anyhow::Error) -> Failed {
-    eprintln!("{name}: {error:?}\n{}", bed.log_tails());
+fn failed(name: &str, fixture: &Fixture, error: &anyhow::Error) -> Failed {
+    eprintln!("{name}: {error:?}\n{}", fixture.log_tails());
     Failed::without_message()
 }

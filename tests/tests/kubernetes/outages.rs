@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use lb_tests::control_plane::{Namespace, Template};
+use lb_tests::control_plane::{Namespace, PodTemplate};
 use lb_tests::load::Load;
-use lb_tests::{Connect, Random, scaled};
+use lb_tests::{Connect, Random, scaled_count};
 use serde_json::{Value, json};
 
 use crate::TestAlone;
-use crate::bed::{Backend, Bed, Outcome, TARGET, Target, USER, tcp};
+use crate::fixture::{Backend, Fixture, Outcome, TARGET, Target, USER, tcp};
 
 /// Tests that make their bed themselves.
 pub(crate) const TESTS: &[TestAlone] = &[
@@ -28,13 +28,13 @@ pub(crate) const TESTS: &[TestAlone] = &[
 ];
 
 /// Agents that can be cut off.
-fn plain() -> Result<Bed> {
-    Bed::with(|control_plane| Ok(Some(control_plane.mixer(USER, None)?)))
+fn plain() -> Result<Fixture> {
+    Fixture::with(|control_plane| Ok(Some(control_plane.watch_proxy(USER, None)?)))
 }
 
 /// Agents that are told things in another order.
-fn mixing() -> Result<Bed> {
-    Bed::with(|control_plane| Ok(Some(control_plane.mixer(USER, Some(Random::from_env()))?)))
+fn mixing() -> Result<Fixture> {
+    Fixture::with(|control_plane| Ok(Some(control_plane.watch_proxy(USER, Some(Random::from_env()))?)))
 }
 
 /// For so many seconds the API server is away; a minute where this is not set.
@@ -49,24 +49,24 @@ struct Steady<'a> {
 }
 
 impl<'a> Steady<'a> {
-    fn new(bed: &Bed, namespace: &Namespace<'a>) -> Result<Self> {
+    fn new(fixture: &Fixture, namespace: &Namespace<'a>) -> Result<Self> {
         let ports = json!([{"port": 80, "targetPort": TARGET}]);
         let spec = json!({"selector": {"app": "steady"}, "ports": ports});
         let target = tcp(&namespace.create_service("steady", spec)?, 80)?;
-        let template = Template::app("steady");
+        let template = PodTemplate::app("steady");
         let backends = [
-            bed.backend(namespace, "n1", "a", &template)?,
-            bed.backend(namespace, "n2", "b", &template)?,
+            fixture.backend(namespace, "n1", "a", &template)?,
+            fixture.backend(namespace, "n2", "b", &template)?,
         ];
-        bed.expect(&bed.everybody(), target, &Outcome::names(&["a", "b"]))?;
+        fixture.expect(&fixture.everybody(), target, &Outcome::names(&["a", "b"]))?;
         Ok(Self { target, backends })
     }
 
     /// Connections from a pod on each node, until [`untouched`].
-    fn load(&self, bed: &Bed) -> Result<Vec<Load>> {
+    fn load(&self, fixture: &Fixture) -> Result<Vec<Load>> {
         let connect = Connect::to(&[self.target.address()]).rate(100.0);
-        let pods = bed.pods();
-        let loads = pods.into_iter().map(|pod| Bed::testbed().start(pod, &connect));
+        let pods = fixture.pods();
+        let loads = pods.into_iter().map(|pod| Fixture::testbed().start(pod, &connect));
         loads.collect()
     }
 }
@@ -91,19 +91,19 @@ fn away() -> Result<Duration> {
     Ok(Duration::from_secs(seconds))
 }
 
-fn the_api_server_goes_and_comes(bed: &Bed) -> Result<()> {
-    let control_plane = &bed.control_plane;
-    let mixer = bed.mixer.as_ref().context("no mixer")?;
+fn the_api_server_goes_and_comes(fixture: &Fixture) -> Result<()> {
+    let control_plane = &fixture.control_plane;
+    let watch_proxy = fixture.watch_proxy.as_ref().context("no mixer")?;
     let namespace = control_plane.namespace("outage")?;
-    let steady = Steady::new(bed, &namespace)?;
-    let loads = steady.load(bed)?;
-    let everybody = bed.everybody();
-    let expect = |names: &[&str]| bed.expect_within(BACK, &everybody, steady.target, &Outcome::names(names));
+    let steady = Steady::new(fixture, &namespace)?;
+    let loads = steady.load(fixture)?;
+    let everybody = fixture.everybody();
+    let expect = |names: &[&str]| fixture.expect_within(BACK, &everybody, steady.target, &Outcome::names(names));
 
     // Killed, and started again.
     control_plane.kill_api_server()?;
     control_plane.start_api_server()?;
-    let c = bed.backend(&namespace, "n3", "c", &Template::app("steady"))?;
+    let c = fixture.backend(&namespace, "n3", "c", &PodTemplate::app("steady"))?;
     expect(&["a", "b", "c"])?;
 
     // Silent: what is asked gets no answer.
@@ -116,10 +116,10 @@ fn the_api_server_goes_and_comes(bed: &Bed) -> Result<()> {
     // Away. Agents that start meanwhile serve what is pinned.
     let until = Instant::now() + away()?;
     control_plane.kill_api_server()?;
-    bed.restart_agents()?;
-    for place in bed.everybody() {
-        let found = steady.target.outcome(place)?;
-        ensure!(found == Outcome::names(&["a", "b"]), "{found:?} from {}", place.name());
+    fixture.restart_agents()?;
+    for netns in fixture.everybody() {
+        let found = steady.target.outcome(netns)?;
+        ensure!(found == Outcome::names(&["a", "b"]), "{found:?} from {}", netns.name());
     }
     sleep(until.saturating_duration_since(Instant::now()));
     control_plane.start_api_server()?;
@@ -127,8 +127,8 @@ fn the_api_server_goes_and_comes(bed: &Bed) -> Result<()> {
     expect(&["a", "b", "c"])?;
 
     // Cut off while things change, and what was seen last is forgotten: by etcd, and by an API server that is new.
-    let before = mixer.mixed().gone;
-    mixer.shut();
+    let before = watch_proxy.stats().gone;
+    watch_proxy.shut();
     steady.backends[0].kubelet.set_ready(false)?;
     let ports = json!([{"port": 80, "targetPort": TARGET}]);
     let other = namespace.create_service("other", json!({"selector": {"app": "steady"}, "ports": ports}))?;
@@ -136,10 +136,10 @@ fn the_api_server_goes_and_comes(bed: &Bed) -> Result<()> {
     control_plane.compact()?;
     control_plane.kill_api_server()?;
     control_plane.start_api_server()?;
-    mixer.open();
+    watch_proxy.open();
     expect(&["b", "c"])?;
-    bed.expect(&everybody, tcp(&other, 80)?, &Outcome::names(&["b", "c"]))?;
-    let gone = mixer.mixed().gone - before;
+    fixture.expect(&everybody, tcp(&other, 80)?, &Outcome::names(&["b", "c"]))?;
+    let gone = watch_proxy.stats().gone - before;
     ensure!(gone > 0, "nobody was told 410 Gone");
     untouched(loads, &["a", "b", "c"])
 }
@@ -147,15 +147,15 @@ fn the_api_server_goes_and_comes(bed: &Bed) -> Result<()> {
 /// Services of a test that are made, changed and deleted, with slices by hand.
 const SERVICES: u64 = 8;
 
-fn events_in_another_order_and_twice(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("mixed")?;
-    let steady = Steady::new(bed, &namespace)?;
-    let loads = steady.load(bed)?;
-    let mixer = bed.mixer.as_ref().context("no mixer")?;
+fn events_in_another_order_and_twice(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("mixed")?;
+    let steady = Steady::new(fixture, &namespace)?;
+    let loads = steady.load(fixture)?;
+    let watch_proxy = fixture.watch_proxy.as_ref().context("no mixer")?;
     let addresses = steady.backends.each_ref().map(|backend| backend.kubelet.addresses()[0]);
     let mut random = Random::from_env();
     let mut there = [false; SERVICES as usize];
-    for _ in 0..scaled(6) {
+    for _ in 0..scaled_count(6) {
         for _ in 0..60 {
             let nth = random.below(SERVICES) as usize;
             let name = format!("s{nth}");
@@ -166,7 +166,7 @@ fn events_in_another_order_and_twice(bed: &Bed) -> Result<()> {
                 there[nth] = true;
             }
         }
-        bed.verify()?;
+        fixture.verify()?;
     }
     // And sockets see the last of it.
     for nth in (0..SERVICES).filter(|nth| there[*nth as usize]) {
@@ -181,15 +181,15 @@ fn events_in_another_order_and_twice(bed: &Bed) -> Result<()> {
     }
     for nth in (0..SERVICES).filter(|nth| there[*nth as usize]) {
         let service: Service = namespace.objects().get(namespace.name(), &format!("s{nth}"))?;
-        bed.expect(&bed.everybody(), tcp(&service, 80)?, &Outcome::names(&["b"]))?;
+        fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &Outcome::names(&["b"]))?;
     }
-    let mixed = mixer.mixed();
+    let mixed = watch_proxy.stats();
     println!("{mixed:?}");
     ensure!(
         mixed.late > 20 && mixed.repeated > 20 && mixed.ended > 2,
         "hardly anything was mixed: {mixed:?}"
     );
-    bed.expect(&bed.everybody(), steady.target, &Outcome::names(&["a", "b"]))?;
+    fixture.expect(&fixture.everybody(), steady.target, &Outcome::names(&["a", "b"]))?;
     untouched(loads, &["a", "b"])
 }
 
@@ -201,7 +201,7 @@ fn ports(port: u16) -> Value {
 fn make(namespace: &Namespace<'_>, name: &str, random: &mut Random, addresses: [IpAddr; 2]) -> Result<()> {
     let number: u8 = name.trim_start_matches('s').parse()?;
     let address = SocketAddr::from(([10, 96, 0, 100 + number], 80)).ip();
-    let first = random.coin();
+    let first = random.next_bool();
     if first {
         set_slice(namespace, name, &addresses[..1])?;
     }
@@ -223,11 +223,11 @@ fn change(namespace: &Namespace<'_>, name: &str, random: &mut Random, addresses:
             namespace.patch_service(name, json!({"spec": {"ports": ports(port)}}))?;
         }
         4 => {
-            let affinity = if random.coin() { "ClientIP" } else { "None" };
+            let affinity = if random.next_bool() { "ClientIP" } else { "None" };
             namespace.patch_service(name, json!({"spec": {"sessionAffinity": affinity}}))?;
         }
         5 => {
-            let policy = if random.coin() { "Local" } else { "Cluster" };
+            let policy = if random.next_bool() { "Local" } else { "Cluster" };
             namespace.patch_service(name, json!({"spec": {"internalTrafficPolicy": policy}}))?;
         }
         _ => {

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use lb_tests::Connect;
-use lb_tests::control_plane::{Namespace, Template};
+use lb_tests::control_plane::{Namespace, PodTemplate};
 use lb_tests::eventually;
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::bed::{Backend, Bed, ECONNREFUSED, Outcome, TARGET, Target, addresses, tcp, udp};
+use crate::fixture::{Backend, ECONNREFUSED, Fixture, Outcome, TARGET, Target, addresses, tcp, udp};
 
 pub(crate) const TESTS: &[Test] = &[
     ("dns_as_kubectl_applies_it", dns_as_kubectl_applies_it),
@@ -50,17 +50,17 @@ fn with(mut spec: Value, more: &[(&str, Value)]) -> Value {
 }
 
 /// A backend on each of the two nodes: `NAME-1` and `NAME-2`, with the label `app: NAME`.
-fn pair<'a>(bed: &Bed, namespace: &Namespace<'a>, name: &str) -> Result<[Backend<'a>; 2]> {
-    let template = Template::app(name);
+fn pair<'a>(fixture: &Fixture, namespace: &Namespace<'a>, name: &str) -> Result<[Backend<'a>; 2]> {
+    let template = PodTemplate::app(name);
     Ok([
-        bed.backend(namespace, "n1", &format!("{name}-1"), &template)?,
-        bed.backend(namespace, "n2", &format!("{name}-2"), &template)?,
+        fixture.backend(namespace, "n1", &format!("{name}-1"), &template)?,
+        fixture.backend(namespace, "n2", &format!("{name}-2"), &template)?,
     ])
 }
 
 /// Several ports, the same in both protocols, named targets.
-fn dns_as_kubectl_applies_it(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("dns")?;
+fn dns_as_kubectl_applies_it(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("dns")?;
     let manifest = json!({
         "apiVersion": "v1",
         "kind": "Service",
@@ -75,126 +75,128 @@ fn dns_as_kubectl_applies_it(bed: &Bed) -> Result<()> {
             ],
         },
     });
-    let said = bed
+    let said = fixture
         .control_plane
         .kubectl(&["apply", "--filename", "-"], &manifest.to_string())?;
     ensure!(said.contains("service/kube-dns created"), "{said}");
-    let template = Template::app("dns")
+    let template = PodTemplate::app("dns")
         .port("dns", 5353, "UDP")
         .port("dns-tcp", 5353, "TCP");
     let _backends = [
-        bed.backend_at(&namespace, "n1", "dns-1", &template, &[5353, 9153])?,
-        bed.backend_at(&namespace, "n2", "dns-2", &template, &[5353, 9153])?,
+        fixture.backend_at(&namespace, "n1", "dns-1", &template, &[5353, 9153])?,
+        fixture.backend_at(&namespace, "n2", "dns-2", &template, &[5353, 9153])?,
     ];
     let at = |port| SocketAddr::from(([10, 96, 0, 10], port));
     let both = Outcome::names(&["dns-1", "dns-2"]);
     for target in [Target::Udp(at(53)), Target::Tcp(at(53)), Target::Tcp(at(9153))] {
-        bed.expect(&bed.everybody(), target, &both)?;
+        fixture.expect(&fixture.everybody(), target, &both)?;
     }
     // A port that the address does not have in this protocol, or at all.
     for target in [Target::Udp(at(9153)), Target::Tcp(at(54))] {
-        bed.expect(&bed.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
+        fixture.expect(&fixture.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
     }
-    let said = bed
+    let said = fixture
         .control_plane
         .kubectl(&["delete", "--filename", "-"], &manifest.to_string())?;
     ensure!(said.contains("deleted"), "{said}");
-    bed.expect(&bed.everybody(), Target::Tcp(at(53)), &Outcome::Nobody)
+    fixture.expect(&fixture.everybody(), Target::Tcp(at(53)), &Outcome::Nobody)
 }
 
 /// The Service that the API server makes for itself, with a slice of its own making.
-fn the_api_server_by_its_service(bed: &Bed) -> Result<()> {
+fn the_api_server_by_its_service(fixture: &Fixture) -> Result<()> {
     let url = "https://10.96.0.1/readyz";
     let arguments = ["--silent", "--show-error", "--fail", "--insecure", url];
     for node in ["n1", "n2"] {
-        let said = eventually("an answer of the API server", || bed.node(node).run("curl", &arguments))?;
+        let said = eventually("an answer of the API server", || {
+            fixture.node(node).run("curl", &arguments)
+        })?;
         ensure!(said == "ok", "{said}");
     }
     Ok(())
 }
 
-fn target_ports_by_name_differ_per_endpoint(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("named")?;
+fn target_ports_by_name_differ_per_endpoint(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("named")?;
     let ports = json!([{"port": 80, "targetPort": "http"}]);
     let service = namespace.create_service("web", json!({"selector": {"app": "web"}, "ports": ports}))?;
-    let template = |port| Template::app("web").port("http", port, "TCP");
-    let _a = bed.backend_at(&namespace, "n1", "a", &template(8081), &[8081])?;
-    let _b = bed.backend_at(&namespace, "n2", "b", &template(8082), &[8082])?;
+    let template = |port| PodTemplate::app("web").port("http", port, "TCP");
+    let _a = fixture.backend_at(&namespace, "n1", "a", &template(8081), &[8081])?;
+    let _b = fixture.backend_at(&namespace, "n2", "b", &template(8082), &[8082])?;
     // One that has no such port is no endpoint.
-    let _c = bed.backend(&namespace, "n2", "c", &Template::app("web"))?;
-    bed.expect(&bed.everybody(), tcp(&service, 80)?, &Outcome::names(&["a", "b"]))
+    let _c = fixture.backend(&namespace, "n2", "c", &PodTemplate::app("web"))?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &Outcome::names(&["a", "b"]))
 }
 
-fn ports_are_added_and_removed(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("ports")?;
+fn ports_are_added_and_removed(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("ports")?;
     let service = namespace.create_service("web", web("web"))?;
-    let _backends = pair(bed, &namespace, "web")?;
+    let _backends = pair(fixture, &namespace, "web")?;
     let both = Outcome::names(&["web-1", "web-2"]);
     let refused = Outcome::Failed(ECONNREFUSED);
-    bed.expect(&bed.everybody(), tcp(&service, 80)?, &both)?;
-    bed.expect(&bed.everybody(), tcp(&service, 81)?, &refused)?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &both)?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 81)?, &refused)?;
     let set = |ports: &[(&str, u16, &str)]| {
         let port = |&(name, port, protocol): &(&str, u16, &str)| json!({"name": name, "port": port, "protocol": protocol, "targetPort": TARGET});
         let ports: Vec<_> = ports.iter().map(port).collect();
         namespace.patch_service("web", json!({"spec": {"ports": ports}}))
     };
     set(&[("http", 80, "TCP"), ("more", 81, "TCP"), ("more-udp", 81, "UDP")])?;
-    bed.expect(&bed.everybody(), tcp(&service, 81)?, &both)?;
-    bed.expect(&bed.everybody(), udp(&service, 81)?, &both)?;
-    bed.expect(&bed.everybody(), tcp(&service, 80)?, &both)?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 81)?, &both)?;
+    fixture.expect(&fixture.everybody(), udp(&service, 81)?, &both)?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &both)?;
     set(&[("more", 81, "TCP")])?;
-    bed.expect(&bed.everybody(), tcp(&service, 80)?, &refused)?;
-    bed.expect(&bed.everybody(), udp(&service, 81)?, &refused)?;
-    bed.expect(&bed.everybody(), tcp(&service, 81)?, &both)?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &refused)?;
+    fixture.expect(&fixture.everybody(), udp(&service, 81)?, &refused)?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 81)?, &both)?;
     // Another number for the same port.
     set(&[("more", 82, "TCP")])?;
-    bed.expect(&bed.everybody(), tcp(&service, 82)?, &both)?;
-    bed.expect(&bed.everybody(), tcp(&service, 81)?, &refused)
+    fixture.expect(&fixture.everybody(), tcp(&service, 82)?, &both)?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 81)?, &refused)
 }
 
-fn made_again_with_the_same_address(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("again")?;
+fn made_again_with_the_same_address(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("again")?;
     let service = namespace.create_service("web", web("old"))?;
     let target = tcp(&service, 80)?;
     let address = addresses(&service)?[0];
-    let _old = bed.backend(&namespace, "n1", "old", &Template::app("old"))?;
-    let _new = bed.backend(&namespace, "n2", "new", &Template::app("new"))?;
-    bed.expect(&bed.everybody(), target, &Outcome::names(&["old"]))?;
+    let _old = fixture.backend(&namespace, "n1", "old", &PodTemplate::app("old"))?;
+    let _new = fixture.backend(&namespace, "n2", "new", &PodTemplate::app("new"))?;
+    fixture.expect(&fixture.everybody(), target, &Outcome::names(&["old"]))?;
     namespace.delete_service("web")?;
-    bed.expect(&bed.everybody(), target, &Outcome::Nobody)?;
+    fixture.expect(&fixture.everybody(), target, &Outcome::Nobody)?;
     namespace.create_service("web", with(web("new"), &[("clusterIP", json!(address))]))?;
-    bed.expect(&bed.everybody(), target, &Outcome::names(&["new"]))?;
+    fixture.expect(&fixture.everybody(), target, &Outcome::names(&["new"]))?;
     // And at once, with nobody to see that it is gone in between.
     namespace.delete_service("web")?;
     namespace.create_service("web", with(web("old"), &[("clusterIP", json!(address))]))?;
-    bed.expect(&bed.everybody(), target, &Outcome::names(&["old"]))
+    fixture.expect(&fixture.everybody(), target, &Outcome::names(&["old"]))
 }
 
-fn an_address_handed_to_another_service(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("handed")?;
+fn an_address_handed_to_another_service(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("handed")?;
     let service = namespace.create_service("first", web("first"))?;
     let target = tcp(&service, 80)?;
     let address = addresses(&service)?[0];
     let _backends = [
-        bed.backend(&namespace, "n1", "first", &Template::app("first"))?,
-        bed.backend(&namespace, "n2", "second", &Template::app("second"))?,
+        fixture.backend(&namespace, "n1", "first", &PodTemplate::app("first"))?,
+        fixture.backend(&namespace, "n2", "second", &PodTemplate::app("second"))?,
     ];
-    bed.expect(&bed.everybody(), target, &Outcome::names(&["first"]))?;
+    fixture.expect(&fixture.everybody(), target, &Outcome::names(&["first"]))?;
     namespace.delete_service("first")?;
     namespace.create_service("second", with(web("second"), &[("clusterIP", json!(address))]))?;
-    bed.expect(&bed.everybody(), target, &Outcome::names(&["second"]))
+    fixture.expect(&fixture.everybody(), target, &Outcome::names(&["second"]))
 }
 
 /// ClusterIP, ExternalName, headless, NodePort and back.
-fn changes_of_type(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("types")?;
+fn changes_of_type(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("types")?;
     let service = namespace.create_service("web", web("web"))?;
-    let _backends = pair(bed, &namespace, "web")?;
+    let _backends = pair(fixture, &namespace, "web")?;
     let both = Outcome::names(&["web-1", "web-2"]);
     let gone = Outcome::Nobody;
     let target = tcp(&service, 80)?;
     let address = addresses(&service)?[0];
-    bed.expect(&bed.everybody(), target, &both)?;
+    fixture.expect(&fixture.everybody(), target, &both)?;
     // An address is let go only by this type.
     let external_name = json!({"spec": {
         "type": "ExternalName", "externalName": "example.org", "clusterIP": null, "clusterIPs": null,
@@ -204,23 +206,23 @@ fn changes_of_type(bed: &Bed) -> Result<()> {
     let headless = json!({"spec": {"type": "ClusterIP", "externalName": null, "clusterIP": "None"}});
     for _ in 0..2 {
         namespace.patch_service("web", external_name.clone())?;
-        bed.expect(&bed.everybody(), target, &gone)?;
+        fixture.expect(&fixture.everybody(), target, &gone)?;
         namespace.patch_service("web", cluster_ip.clone())?;
-        bed.expect(&bed.everybody(), target, &both)?;
+        fixture.expect(&fixture.everybody(), target, &both)?;
     }
     namespace.patch_service("web", external_name.clone())?;
     namespace.patch_service("web", headless)?;
-    bed.expect(&bed.everybody(), target, &gone)?;
+    fixture.expect(&fixture.everybody(), target, &gone)?;
     namespace.patch_service("web", external_name)?;
     namespace.patch_service("web", cluster_ip)?;
-    bed.expect(&bed.everybody(), target, &both)?;
+    fixture.expect(&fixture.everybody(), target, &both)?;
     let service = namespace.patch_service("web", json!({"spec": {"type": "NodePort"}}))?;
     let port = node_port(&service)?;
     let at = |number: u8| Target::Tcp(([192, 168, 77, number], port).into());
-    bed.expect(&bed.all_on("n1"), at(1), &both)?;
+    fixture.expect(&fixture.all_on("n1"), at(1), &both)?;
     namespace.patch_service("web", json!({"spec": {"type": "ClusterIP"}}))?;
-    bed.expect(&bed.all_on("n1"), at(1), &Outcome::Failed(ECONNREFUSED))?;
-    bed.expect(&bed.everybody(), target, &both)
+    fixture.expect(&fixture.all_on("n1"), at(1), &Outcome::Failed(ECONNREFUSED))?;
+    fixture.expect(&fixture.everybody(), target, &both)
 }
 
 /// The node port of a Service's first port.
@@ -232,13 +234,13 @@ fn node_port(service: &k8s_openapi::api::core::v1::Service) -> Result<u16> {
 }
 
 /// A Service that is another proxy's, or that is to be treated as headless, is not served while that is so.
-fn labels_that_exclude(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("labels")?;
+fn labels_that_exclude(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("labels")?;
     let service = namespace.create_service("web", web("web"))?;
-    let _backends = pair(bed, &namespace, "web")?;
+    let _backends = pair(fixture, &namespace, "web")?;
     let both = Outcome::names(&["web-1", "web-2"]);
     let target = tcp(&service, 80)?;
-    bed.expect(&bed.everybody(), target, &both)?;
+    fixture.expect(&fixture.everybody(), target, &both)?;
     for label in [
         "service.kubernetes.io/service-proxy-name",
         "service.kubernetes.io/headless",
@@ -246,22 +248,22 @@ fn labels_that_exclude(bed: &Bed) -> Result<()> {
         // Its value does not matter.
         for value in ["other", ""] {
             namespace.patch_service("web", json!({"metadata": {"labels": {label: value}}}))?;
-            bed.expect(&bed.everybody(), target, &Outcome::Nobody)?;
+            fixture.expect(&fixture.everybody(), target, &Outcome::Nobody)?;
         }
         namespace.patch_service("web", json!({"metadata": {"labels": {label: null}}}))?;
-        bed.expect(&bed.everybody(), target, &both)?;
+        fixture.expect(&fixture.everybody(), target, &both)?;
         // Made with it.
         let labels = json!({label: "x"});
         let labelled = namespace.create_labelled_service("labelled", labels, web("web"))?;
-        bed.expect(&bed.everybody(), tcp(&labelled, 80)?, &Outcome::Nobody)?;
+        fixture.expect(&fixture.everybody(), tcp(&labelled, 80)?, &Outcome::Nobody)?;
         namespace.delete_service("labelled")?;
     }
     Ok(())
 }
 
-fn both_families_in_either_order(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("families")?;
-    let _backends = pair(bed, &namespace, "web")?;
+fn both_families_in_either_order(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("families")?;
+    let _backends = pair(fixture, &namespace, "web")?;
     let both = Outcome::names(&["web-1", "web-2"]);
     for (name, families) in [("four", ["IPv4", "IPv6"]), ("six", ["IPv6", "IPv4"])] {
         let more = [
@@ -272,7 +274,7 @@ fn both_families_in_either_order(bed: &Bed) -> Result<()> {
         let all = addresses(&service)?;
         ensure!(all.len() == 2 && all[0].is_ipv4() == (families[0] == "IPv4"), "{all:?}");
         for address in all {
-            bed.expect(&bed.everybody(), Target::Tcp((address, 80).into()), &both)?;
+            fixture.expect(&fixture.everybody(), Target::Tcp((address, 80).into()), &both)?;
         }
     }
     // One family alone, then the other besides, then one again.
@@ -282,54 +284,54 @@ fn both_families_in_either_order(bed: &Bed) -> Result<()> {
     ];
     let service = namespace.create_service("alone", with(web("web"), &more))?;
     ensure!(addresses(&service)?.len() == 1, "{service:?}");
-    bed.expect(&bed.everybody(), tcp(&service, 80)?, &both)?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &both)?;
     let service = namespace.patch_service("alone", json!({"spec": {"ipFamilyPolicy": "PreferDualStack"}}))?;
     let all = addresses(&service)?;
     ensure!(all.len() == 2 && all[1].is_ipv4(), "{all:?}");
     let second = Target::Tcp((all[1], 80).into());
-    bed.expect(&bed.everybody(), second, &both)?;
+    fixture.expect(&fixture.everybody(), second, &both)?;
     let one = json!({"spec": {"ipFamilyPolicy": "SingleStack", "clusterIPs": [all[0]], "ipFamilies": ["IPv6"]}});
     namespace.patch_service("alone", one)?;
-    bed.expect(&bed.everybody(), second, &Outcome::Nobody)?;
-    bed.expect(&bed.everybody(), Target::Tcp((all[0], 80).into()), &both)
+    fixture.expect(&fixture.everybody(), second, &Outcome::Nobody)?;
+    fixture.expect(&fixture.everybody(), Target::Tcp((all[0], 80).into()), &both)
 }
 
-fn session_affinity_on_and_off(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("affinity")?;
+fn session_affinity_on_and_off(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("affinity")?;
     let service = namespace.create_service("web", web("web"))?;
-    let _backends = pair(bed, &namespace, "web")?;
+    let _backends = pair(fixture, &namespace, "web")?;
     let target = tcp(&service, 80)?;
     let both = Outcome::names(&["web-1", "web-2"]);
-    bed.expect(&bed.everybody(), target, &both)?;
+    fixture.expect(&fixture.everybody(), target, &both)?;
     for _ in 0..2 {
         namespace.patch_service("web", json!({"spec": {"sessionAffinity": "ClientIP"}}))?;
         eventually("each client has one backend", || {
-            for place in bed.everybody() {
-                let Outcome::Names(names) = target.outcome(place)? else {
+            for netns in fixture.everybody() {
+                let Outcome::Names(names) = target.outcome(netns)? else {
                     anyhow::bail!("{target} does not answer");
                 };
-                ensure!(names.len() == 1, "{names:?} from {}", place.name());
+                ensure!(names.len() == 1, "{names:?} from {}", netns.name());
             }
             Ok(())
         })?;
-        bed.verify()?;
+        fixture.verify()?;
         // A client stays with it.
-        for place in bed.everybody() {
-            let first = target.outcome(place)?;
+        for netns in fixture.everybody() {
+            let first = target.outcome(netns)?;
             for _ in 0..3 {
-                let next = target.outcome(place)?;
+                let next = target.outcome(netns)?;
                 ensure!(next == first, "{first:?}, then {next:?}");
             }
         }
         namespace.patch_service("web", json!({"spec": {"sessionAffinity": "None"}}))?;
-        bed.expect(&bed.everybody(), target, &both)?;
+        fixture.expect(&fixture.everybody(), target, &both)?;
     }
     Ok(())
 }
 
 /// At the addresses of each node, for its pods and itself: what is decided at connect().
-fn node_ports(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("nodeports")?;
+fn node_ports(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("nodeports")?;
     let ports = json!([
         {"name": "http", "port": 80, "targetPort": TARGET, "nodePort": 30080},
         {"name": "udp", "port": 80, "targetPort": TARGET, "nodePort": 30080, "protocol": "UDP"},
@@ -338,60 +340,60 @@ fn node_ports(bed: &Bed) -> Result<()> {
     let spec = with(with(web("web"), &families), &[("type", json!("NodePort"))]);
     let service = namespace.create_service("web", spec)?;
     // On the third node: reached from both.
-    let _backend = bed.backend(&namespace, "n3", "web", &Template::app("web"))?;
+    let _backend = fixture.backend(&namespace, "n3", "web", &PodTemplate::app("web"))?;
     let web = Outcome::names(&["web"]);
     let served = |port: u16, expected: &Outcome| -> Result<()> {
         for name in ["n1", "n2"] {
-            let node = bed.cluster.node(name);
+            let node = fixture.cluster.node(name);
             let gateways: [SocketAddr; 2] = [(node.gateway(), port).into(), (node.gateway6(), port).into()];
             let own: [SocketAddr; 2] = [(node.address(), port).into(), (node.address6(), port).into()];
             for at in own.into_iter().chain(gateways) {
-                bed.expect(&bed.all_on(name), Target::Tcp(at), expected)?;
+                fixture.expect(&fixture.all_on(name), Target::Tcp(at), expected)?;
             }
-            bed.expect(&bed.all_on(name), Target::Udp(own[0]), expected)?;
+            fixture.expect(&fixture.all_on(name), Target::Udp(own[0]), expected)?;
             let loopback = Target::Tcp(([127, 0, 0, 1], port).into());
-            bed.expect(&[bed.node(name)], loopback, expected)?;
+            fixture.expect(&[fixture.node(name)], loopback, expected)?;
             // A pod's own loopback is its own.
-            bed.expect(&[bed.pod_on(name)], loopback, &Outcome::Failed(ECONNREFUSED))?;
+            fixture.expect(&[fixture.pod_on(name)], loopback, &Outcome::Failed(ECONNREFUSED))?;
         }
         Ok(())
     };
     served(30080, &web)?;
-    bed.expect(&bed.everybody(), tcp(&service, 80)?, &web)?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &web)?;
     // Another port, and the old one is nobody's.
     let ports = json!([{"name": "http", "port": 80, "targetPort": TARGET, "nodePort": 30081}]);
     namespace.patch_service("web", json!({"spec": {"ports": ports}}))?;
-    let own = |port| Target::Tcp((bed.cluster.node("n1").address(), port).into());
-    bed.expect(&bed.all_on("n1"), own(30081), &web)?;
-    bed.expect(&bed.all_on("n1"), own(30080), &Outcome::Failed(ECONNREFUSED))
+    let own = |port| Target::Tcp((fixture.cluster.node("n1").address(), port).into());
+    fixture.expect(&fixture.all_on("n1"), own(30081), &web)?;
+    fixture.expect(&fixture.all_on("n1"), own(30080), &Outcome::Failed(ECONNREFUSED))
 }
 
 /// Pods and nodes reach external addresses as they do cluster IPs, whatever the policy for traffic from outside.
-fn external_addresses(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("external")?;
+fn external_addresses(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("external")?;
     let first: SocketAddr = "198.51.100.10:80".parse()?;
     let second: SocketAddr = "198.51.100.11:80".parse()?;
     let more = [("externalIPs", json!([first.ip()]))];
-    let _backends = pair(bed, &namespace, "web")?;
+    let _backends = pair(fixture, &namespace, "web")?;
     let both = Outcome::names(&["web-1", "web-2"]);
     let gone = Outcome::Nobody;
     let service = namespace.create_service("web", with(web("web"), &more))?;
-    bed.expect(&bed.everybody(), Target::Tcp(first), &both)?;
-    bed.expect(&bed.everybody(), Target::Tcp(second), &gone)?;
+    fixture.expect(&fixture.everybody(), Target::Tcp(first), &both)?;
+    fixture.expect(&fixture.everybody(), Target::Tcp(second), &gone)?;
     namespace.patch_service("web", json!({"spec": {"externalIPs": [second.ip()]}}))?;
-    bed.expect(&bed.everybody(), Target::Tcp(second), &both)?;
-    bed.expect(&bed.everybody(), Target::Tcp(first), &gone)?;
+    fixture.expect(&fixture.everybody(), Target::Tcp(second), &both)?;
+    fixture.expect(&fixture.everybody(), Target::Tcp(first), &gone)?;
     let local = json!({"spec": {"type": "NodePort", "externalTrafficPolicy": "Local"}});
     namespace.patch_service("web", local)?;
-    bed.expect(&bed.everybody(), Target::Tcp(second), &both)?;
+    fixture.expect(&fixture.everybody(), Target::Tcp(second), &both)?;
     namespace.patch_service("web", json!({"spec": {"externalIPs": null}}))?;
-    bed.expect(&bed.everybody(), Target::Tcp(second), &gone)?;
-    bed.expect(&bed.everybody(), tcp(&service, 80)?, &both)
+    fixture.expect(&fixture.everybody(), Target::Tcp(second), &gone)?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &both)
 }
 
 /// Addresses that a cloud's controller writes into the status, unless it says that it is the one who answers there.
-fn load_balancer_addresses(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("balancer")?;
+fn load_balancer_addresses(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("balancer")?;
     let at: SocketAddr = "203.0.113.10:80".parse()?;
     let more = [
         ("type", json!("LoadBalancer")),
@@ -399,52 +401,55 @@ fn load_balancer_addresses(bed: &Bed) -> Result<()> {
     ];
     let service = namespace.create_service("web", with(web("web"), &more))?;
     ensure!(node_port(&service).is_err(), "{service:?}");
-    let _backends = pair(bed, &namespace, "web")?;
+    let _backends = pair(fixture, &namespace, "web")?;
     let both = Outcome::names(&["web-1", "web-2"]);
     let gone = Outcome::Nobody;
-    bed.expect(&bed.everybody(), tcp(&service, 80)?, &both)?;
+    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &both)?;
     let set = |ingress: Value| {
         let status = json!({"status": {"loadBalancer": {"ingress": ingress}}});
         namespace.patch_service_status("web", status)
     };
     for (mode, outcome) in [("VIP", &both), ("Proxy", &gone), ("VIP", &both)] {
         set(json!([{"ip": at.ip(), "ipMode": mode}]))?;
-        bed.expect(&bed.everybody(), Target::Tcp(at), outcome)?;
+        fixture.expect(&fixture.everybody(), Target::Tcp(at), outcome)?;
     }
     set(json!([{"hostname": "example.org"}]))?;
-    bed.expect(&bed.everybody(), Target::Tcp(at), &gone)?;
+    fixture.expect(&fixture.everybody(), Target::Tcp(at), &gone)?;
     // VIP is what it is when nothing is said.
     set(json!([{"ip": at.ip()}]))?;
-    bed.expect(&bed.everybody(), Target::Tcp(at), &both)?;
+    fixture.expect(&fixture.everybody(), Target::Tcp(at), &both)?;
     // Where node ports are made, they are served too.
     let service = namespace.patch_service("web", json!({"spec": {"allocateLoadBalancerNodePorts": true}}))?;
-    let own = Target::Tcp((bed.cluster.node("n2").address(), node_port(&service)?).into());
-    bed.expect(&bed.all_on("n2"), own, &both)?;
+    let own = Target::Tcp((fixture.cluster.node("n2").address(), node_port(&service)?).into());
+    fixture.expect(&fixture.all_on("n2"), own, &both)?;
     namespace.patch_service("web", json!({"spec": {"type": "ClusterIP"}}))?;
-    bed.expect(&bed.everybody(), Target::Tcp(at), &gone)?;
-    bed.expect(&bed.all_on("n2"), own, &Outcome::Failed(ECONNREFUSED))
+    fixture.expect(&fixture.everybody(), Target::Tcp(at), &gone)?;
+    fixture.expect(&fixture.all_on("n2"), own, &Outcome::Failed(ECONNREFUSED))
 }
 
 /// The older Service has it; when that goes, the other, without a connection that fails.
-fn two_claim_one_address(bed: &Bed) -> Result<()> {
-    let namespace = bed.control_plane.namespace("claims")?;
+fn two_claim_one_address(fixture: &Fixture) -> Result<()> {
+    let namespace = fixture.control_plane.namespace("claims")?;
     let at: SocketAddr = "198.51.100.20:80".parse()?;
     let claim = |name| with(web(name), &[("externalIPs", json!([at.ip()]))]);
     let _backends = [
-        bed.backend(&namespace, "n1", "older", &Template::app("older"))?,
-        bed.backend(&namespace, "n2", "younger", &Template::app("younger"))?,
+        fixture.backend(&namespace, "n1", "older", &PodTemplate::app("older"))?,
+        fixture.backend(&namespace, "n2", "younger", &PodTemplate::app("younger"))?,
     ];
     // Not by their names: of two that were made in the same second, the first by name would have it.
     namespace.create_service("z", claim("older"))?;
-    bed.expect(&bed.everybody(), Target::Tcp(at), &Outcome::names(&["older"]))?;
+    fixture.expect(&fixture.everybody(), Target::Tcp(at), &Outcome::names(&["older"]))?;
     sleep(Duration::from_millis(1100));
     namespace.create_service("a", claim("younger"))?;
-    bed.expect(&bed.everybody(), Target::Tcp(at), &Outcome::names(&["older"]))?;
+    fixture.expect(&fixture.everybody(), Target::Tcp(at), &Outcome::names(&["older"]))?;
     let connect = Connect::to(&[at]).rate(200.0);
-    let loads = bed.pods().into_iter().map(|pod| Bed::testbed().start(pod, &connect));
+    let loads = fixture
+        .pods()
+        .into_iter()
+        .map(|pod| Fixture::testbed().start(pod, &connect));
     let loads = loads.collect::<Result<Vec<_>>>()?;
     namespace.delete_service("z")?;
-    bed.expect(&bed.everybody(), Target::Tcp(at), &Outcome::names(&["younger"]))?;
+    fixture.expect(&fixture.everybody(), Target::Tcp(at), &Outcome::names(&["younger"]))?;
     for load in loads {
         let summary = load.stop()?;
         summary.all_well()?;

@@ -4,7 +4,7 @@ use std::env;
 use std::time::{Duration, Instant};
 
 use lb_agent::node::devices::Layer;
-use lb_tests::{Random, scaled};
+use lb_tests::{Random, scaled_count};
 
 use super::*;
 
@@ -22,20 +22,20 @@ const HOOKS: [(&str, &str); 5] = [
 ];
 
 /// A packet that is right: from few clients to few addresses, or back from a backend, so that many belong to a flow.
-fn right(bed: &Bed, random: &mut Random) -> Sent {
-    let v6 = random.coin();
+fn right(fixture: &Fixture, random: &mut Random) -> Sent {
+    let v6 = random.next_bool();
     let asker = client(v6, 4000 + random.below(8) as u16);
-    let backend = SocketAddr::new(bed.pod(["n1", "n2"][random.below(2) as usize], v6), 8080);
+    let backend = SocketAddr::new(fixture.pod(["n1", "n2"][random.below(2) as usize], v6), 8080);
     let port = PORTS[random.below(4) as usize];
     let vip: IpAddr = if v6 { "fd00:96::20" } else { "10.96.0.20" }
         .parse()
         .expect("an address");
     let snat = *SNAT.start() + random.below(4) as u16;
     let (from, to) = match random.below(8) {
-        0..4 => (asker, bed.own(v6, port)),
+        0..4 => (asker, fixture.own(v6, port)),
         4 => (asker, SocketAddr::new(vip, [80, 81][random.below(2) as usize])),
         5 => (backend, asker),
-        6 => (backend, bed.own(v6, snat)),
+        6 => (backend, fixture.own(v6, snat)),
         _ => (backend, SocketAddr::new(vip, 80)),
     };
     let kinds = [
@@ -50,7 +50,7 @@ fn right(bed: &Bed, random: &mut Random) -> Sent {
     Sent {
         ttl: [1, 2, 64, 255][random.below(4) as usize],
         payload: (0..[0, 1, 8, 33, 1400, 1460][random.below(6) as usize])
-            .map(|_| random.number() as u8)
+            .map(|_| random.next_u64() as u8)
             .collect(),
         ..Sent::new(kinds[random.below(7) as usize], from, to)
     }
@@ -65,12 +65,12 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
         let place = at(random, end);
         match random.below(8) {
             0 => bytes.truncate(14.max(at(random, end) + 1)),
-            1 => bytes.insert(place, random.number() as u8),
-            2 => bytes[14..].fill_with(|| random.number() as u8),
+            1 => bytes.insert(place, random.next_u64() as u8),
+            2 => bytes[14..].fill_with(|| random.next_u64() as u8),
             3 if bytes.len() > 24 => {
                 // What decides: version, lengths, protocol, fragments.
                 let decides = [12, 13, 14, 16, 17, 18, 19, 20, 21, 23];
-                bytes[decides[at(random, decides.len())]] = random.number() as u8;
+                bytes[decides[at(random, decides.len())]] = random.next_u64() as u8;
             }
             _ => bytes[place] ^= 1 << random.below(8),
         }
@@ -150,20 +150,20 @@ fn whatever_comes_is_translated_well_or_left_alone() -> Result<()> {
     let seconds: Option<u64> = env::var(SECONDS).ok().map(|text| text.parse()).transpose()?;
     let end = Instant::now() + Duration::from_secs(seconds.unwrap_or(0));
     let mut random = Random::from_env();
-    let mut bed = Bed::new()?;
+    let mut fixture = Fixture::new()?;
     // No device here would need these.
-    loader::load_programs(bed.reconciler.maps_mut().programs_mut(), Layer::Network)?;
+    loader::load_programs(fixture.reconciler.maps_mut().programs_mut(), Layer::Network)?;
     for (number, (name, node)) in [("here", "n1"), ("there", "n2")].into_iter().enumerate() {
-        let backends = [false, true].map(|v6| (bed.pod(node, v6), node));
-        bed.serve(name, 20 + number as u8, PORTS[number], &backends);
+        let backends = [false, true].map(|v6| (fixture.pod(node, v6), node));
+        fixture.serve(name, 20 + number as u8, PORTS[number], &backends);
     }
-    bed.serve("nobody", 22, PORTS[2], &[]);
-    let wanted = scaled(PACKETS);
+    fixture.serve("nobody", 22, PORTS[2], &[]);
+    let wanted = scaled_count(PACKETS);
     let mut count = 0_u64;
     let mut seen = BTreeMap::new();
     while count < wanted || Instant::now() < end {
         count += 1;
-        let packet = right(&bed, &mut random);
+        let packet = right(&fixture, &mut random);
         let was_right = random.below(3) == 0;
         let mut bytes = packet.bytes();
         if !was_right {
@@ -177,7 +177,7 @@ fn whatever_comes_is_translated_well_or_left_alone() -> Result<()> {
             link = 0;
             bytes.drain(..14);
         }
-        let (verdict, after) = match bed.run(program, device, &bytes) {
+        let (verdict, after) = match fixture.run(program, device, &bytes) {
             Ok(done) => done,
             // The kernel itself has something against it.
             Err(_) if !was_right => continue,

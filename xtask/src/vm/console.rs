@@ -93,14 +93,14 @@ mod tests {
         let mut outcome = Outcome::default();
         for line in [
             "lb-vm: ended lb-tests/races 101",
-            "lb-vm: ended lb-tests/bed 0",
+            "lb-vm: ended lb-tests/testbed 0",
             "anything else",
             "[    9.1] Oops: int3: 0000 [#1] PREEMPT SMP",
             "[    9.2] Kernel panic - not syncing: Fatal exception",
         ] {
             outcome.note(line);
         }
-        let codes = [("lb-tests/races".to_owned(), 101), ("lb-tests/bed".to_owned(), 0)];
+        let codes = [("lb-tests/races".to_owned(), 101), ("lb-tests/testbed".to_owned(), 0)];
         assert_eq!(outcome.codes, BTreeMap::from(codes));
         assert_eq!(
             outcome.complaint.as_deref(),

@@ -26,7 +26,7 @@ const KNOWN: [&str; 9] = [
 /// the other tests make, the agent's HTTP servers and Events, what it does when its own calls fail, what its commands
 /// print, and what needs no kernel at all. None of it depends on the kernel's version, and emulation takes more than ten
 /// minutes for it.
-const LEFT_OUT: [&str; 6] = ["bed", "explain", "face", "faults", "inspection", "packet_bytes"];
+const LEFT_OUT: [&str; 6] = ["testbed", "explain", "face", "faults", "inspection", "packet_bytes"];
 
 /// What one of several machines does for all, in turn, unless a filter asks for it, to save time.
 const SHARED: [&str; 5] = ["affinity", "demo", "resolvers", "stress", "trace"];

@@ -139,7 +139,7 @@ pub(crate) fn compare(
         for (scenario, found) in scenarios.iter().zip(&mut found) {
             for at in shuffled(workers.len(), &mut random) {
                 let (maker, worker) = &mut workers[at];
-                let seed = random.number();
+                let seed = random.next_u64();
                 let mut costs = Vec::with_capacity(calls.len());
                 for step in steps {
                     let from = match maker {

@@ -10,7 +10,7 @@ use aya::programs::{CgroupAttachMode, Program, ProgramInfo};
 use aya::{Ebpf, EbpfLoader};
 use lb_agent::loader::PinPath;
 use lb_common::abi::{SOCKETS_MASK_GLOBAL, map_name, program_name};
-use lb_tests::Place;
+use lb_tests::Netns;
 use serde::Serialize;
 
 /// The source of all on sockets but lb's.
@@ -169,8 +169,8 @@ pub(crate) fn load(object: &[u8], pins: &PinPath, sockets: u32) -> Result<Ebpf> 
 }
 
 /// Attaches the C programs of one maker to a place, for as long as `programs` lives.
-pub(crate) fn attach(programs: &mut Ebpf, maker: Maker, place: &Place) -> Result<()> {
-    let path = place.process_cgroup().context("the place has no cgroup")?;
+pub(crate) fn attach(programs: &mut Ebpf, maker: Maker, netns: &Netns) -> Result<()> {
+    let path = netns.process_cgroup().context("the place has no cgroup")?;
     let cgroup = File::open(path).with_context(|| format!("opening {}", path.display()))?;
     for hook in Hook::ALL {
         let name = hook.program(maker);

@@ -11,7 +11,7 @@ use std::process::{ChildStdin, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use lb_tests::{Place, Process, Random, monotonic_ns};
+use lb_tests::{Netns, Process, Random, monotonic_ns};
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::socket::sockopt::{Ipv6RecvPacketInfo, Linger, ReceiveTimeout, SendTimeout};
@@ -124,10 +124,10 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn start(place: &Place) -> Result<Self> {
+    pub(crate) fn start(netns: &Netns) -> Result<Self> {
         let program = current_exe().context("finding this program")?;
-        let cgroup = place.process_cgroup().context("the place has no cgroup")?;
-        let mut command = place.command(program)?;
+        let cgroup = netns.process_cgroup().context("the place has no cgroup")?;
+        let mut command = netns.command(program)?;
         command.arg("worker").arg("--cgroup").arg(cgroup).stdin(Stdio::piped());
         let mut process = Process::spawn_reading(&mut command)?;
         let orders = process.take_stdin().context("a worker has a standard input")?;

@@ -39,7 +39,7 @@ fn main() -> Result<ExitCode> {
     let style = "{elapsed_precise} {bar:40} {human_pos}/{human_len} lookups, {eta} left\n{msg}";
     bar.set_style(ProgressStyle::with_template(style).context("the progress bar's template")?);
     let (began, mut told) = (Instant::now(), Instant::now());
-    let outcome = lb_stress::run(&pins, &options, |progress| {
+    let report = lb_stress::run(&pins, &options, |progress| {
         bar.set_position(progress.lookups);
         if told.elapsed() > Duration::from_millis(200) {
             told = Instant::now();
@@ -47,12 +47,12 @@ fn main() -> Result<ExitCode> {
         }
     });
     bar.finish_and_clear();
-    let outcome = outcome?;
+    let report = report?;
     let seconds = began.elapsed().as_secs_f64();
-    println!("{outcome}");
-    let rate = outcome.answers.lookups() as f64 / seconds;
+    println!("{report}");
+    let rate = report.counts.lookups() as f64 / seconds;
     println!("{seconds:.1} s, {} lookups a second", HumanCount(rate as u64));
-    Ok(if outcome.answers.bad() == 0 {
+    Ok(if report.counts.bad() == 0 {
         println!("no lookup missed, none ended at a stranger's backend");
         ExitCode::SUCCESS
     } else {

@@ -1,4 +1,4 @@
-//! Sockets that are made and connected one after the other, as fast as can be; see `lb_tests::puppet`.
+//! Sockets that are made and connected one after the other, as fast as can be; see `lb_tests::scripted_socket`.
 
 use std::collections::VecDeque;
 use std::io::{Read as _, stdin};
@@ -9,17 +9,17 @@ use std::thread;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use lb_tests::Kind;
+use lb_tests::SocketKind;
 use nix::sys::socket::{SockaddrStorage, connect};
 
-use crate::{puppet, say};
+use crate::{print_line, scripted_socket};
 
 /// Flags of `lb-testbed churn`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// Kind of socket
-    #[arg(long, value_parser = puppet::kind)]
-    kind: Kind,
+    #[arg(long, value_parser = scripted_socket::parse_kind)]
+    kind: SocketKind,
     /// Where to
     #[arg(long)]
     to: SocketAddr,
@@ -34,14 +34,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let to = SockaddrStorage::from(options.to);
     let mut kept = VecDeque::new();
     let mut count = 0_u64;
-    say("ready")?;
+    print_line("ready")?;
     let reader = thread::spawn(|| {
         let told = stdin().read(&mut [0]);
         ENOUGH.store(true, Ordering::Relaxed);
         told
     });
     while !ENOUGH.load(Ordering::Relaxed) {
-        let socket = puppet::open(options.kind)?;
+        let socket = scripted_socket::open(options.kind)?;
         connect(socket.as_raw_fd(), &to).with_context(|| format!("connecting to {}", options.to))?;
         kept.push_back(socket);
         if kept.len() > options.keep {
@@ -52,7 +52,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if let Ok(told) = reader.join() {
         told.context("reading standard input")?;
     }
-    say(&count.to_string())?;
+    print_line(&count.to_string())?;
     stdin().read_to_end(&mut Vec::new()).context("reading standard input")?;
     Ok(())
 }

@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use lb_tests::load::{Failure, Mismatch, Record, Stage, Summary};
+use lb_tests::load::{ConnectStep, Failure, Mismatch, Record, Summary};
 use lb_tests::monotonic_ns;
 use nix::errno::Errno;
 use nix::sys::socket::{
     self, AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, setsockopt, socket, sockopt,
 };
 
-use crate::{hold, say};
+use crate::{hold, print_line};
 
 /// How many failures a summary has in detail.
 pub(crate) const DETAILS: usize = 100;
@@ -75,26 +75,26 @@ impl Options {
 }
 
 /// What a server said.
-pub(crate) struct Answer {
+pub(crate) struct Greeting {
     pub(crate) backend: String,
     source: Option<String>,
     peer: Option<SocketAddr>,
 }
 
 /// A step that failed.
-pub(crate) struct Trouble {
+pub(crate) struct StepError {
     error: io::Error,
-    stage: Stage,
+    step: ConnectStep,
 }
 
-impl Trouble {
+impl StepError {
     pub(crate) fn into_failure(self, to: SocketAddr, at_ns: u64) -> Failure {
         Failure {
             to,
             errno: self.errno(),
             kind: format!("{:?}", self.error.kind()),
             at_ns,
-            stage: self.stage,
+            step: self.step,
         }
     }
 
@@ -110,8 +110,8 @@ impl Trouble {
 }
 
 /// Marks an IO error with the step it came from.
-pub(crate) fn at(stage: Stage) -> impl Fn(io::Error) -> Trouble {
-    move |error| Trouble { error, stage }
+pub(crate) fn at(step: ConnectStep) -> impl Fn(io::Error) -> StepError {
+    move |error| StepError { error, step }
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -153,7 +153,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             .and_then(|()| file.flush())
             .with_context(|| format!("writing {}", path.display()))?;
     }
-    say(&serde_json::to_string(&total.summary).context("writing JSON")?)
+    print_line(&serde_json::to_string(&total.summary).context("writing JSON")?)
 }
 
 /// What one thread did.
@@ -190,7 +190,7 @@ impl Tally {
         self.records.extend(other.records);
     }
 
-    fn note(&mut self, options: &Options, to: SocketAddr, start_ns: u64, result: Result<Answer, Trouble>) {
+    fn note(&mut self, options: &Options, to: SocketAddr, start_ns: u64, result: Result<Greeting, StepError>) {
         let summary = &mut self.summary;
         summary.connections += 1;
         if options.log.is_some() {
@@ -201,7 +201,7 @@ impl Tally {
                 outcome: result
                     .as_ref()
                     .map(|answer| answer.backend.clone())
-                    .map_err(Trouble::errno),
+                    .map_err(StepError::errno),
             });
         }
         match result {
@@ -223,10 +223,10 @@ impl Tally {
                 *backends.entry(answer.backend.clone()).or_default() += 1;
                 *summary.per_backend.entry(answer.backend).or_default() += 1;
             }
-            Err(trouble) => {
+            Err(error) => {
                 summary.failure_count += 1;
                 if summary.failures.len() < DETAILS {
-                    summary.failures.push(trouble.into_failure(to, start_ns));
+                    summary.failures.push(error.into_failure(to, start_ns));
                 }
             }
         }
@@ -294,7 +294,7 @@ fn refused(options: &Options, begin: Instant) -> Tally {
             client = new();
             tally.summary.connections -= 1;
             let error = io::Error::from_raw_os_error(errno);
-            tally.note(options, *to, monotonic_ns(), Err(at(Stage::Connect)(error)));
+            tally.note(options, *to, monotonic_ns(), Err(at(ConnectStep::Connect)(error)));
         }
     }
     tally
@@ -305,10 +305,10 @@ fn stopped(options: &Options) -> bool {
 }
 
 /// One connection from beginning to end.
-fn visit(options: &Options, to: SocketAddr) -> Result<Answer, Trouble> {
+fn visit(options: &Options, to: SocketAddr) -> Result<Greeting, StepError> {
     let mut stream = open(options, to)?;
     let peer = if options.peer_check {
-        Some(stream.peer_addr().map_err(at(Stage::Peer))?)
+        Some(stream.peer_addr().map_err(at(ConnectStep::Peer))?)
     } else {
         None
     };
@@ -323,8 +323,8 @@ fn visit(options: &Options, to: SocketAddr) -> Result<Answer, Trouble> {
 }
 
 /// Connects a socket that will be closed by RST, so that neither side is left with a connection in TIME_WAIT.
-pub(crate) fn open(options: &Options, to: SocketAddr) -> Result<TcpStream, Trouble> {
-    let stream = TcpStream::connect_timeout(&to, options.timeout()).map_err(at(Stage::Connect))?;
+pub(crate) fn open(options: &Options, to: SocketAddr) -> Result<TcpStream, StepError> {
+    let stream = TcpStream::connect_timeout(&to, options.timeout()).map_err(at(ConnectStep::Connect))?;
     let set_up = || -> io::Result<()> {
         let linger = libc::linger {
             l_onoff: 1,
@@ -334,18 +334,18 @@ pub(crate) fn open(options: &Options, to: SocketAddr) -> Result<TcpStream, Troub
         stream.set_read_timeout(Some(options.timeout()))?;
         stream.set_write_timeout(Some(options.timeout()))
     };
-    set_up().map_err(at(Stage::Peer))?;
+    set_up().map_err(at(ConnectStep::Peer))?;
     Ok(stream)
 }
 
 /// The line that a server of the bed writes on its own.
-pub(crate) fn first_line(stream: &mut TcpStream) -> Result<String, Trouble> {
+pub(crate) fn first_line(stream: &mut TcpStream) -> Result<String, StepError> {
     let mut text = Vec::new();
     let mut buffer = [0; 256];
     loop {
-        let read = stream.read(&mut buffer).map_err(at(Stage::Read))?;
+        let read = stream.read(&mut buffer).map_err(at(ConnectStep::Read))?;
         if read == 0 || text.len() > LONGEST_ANSWER {
-            return Err(at(Stage::Read)(ErrorKind::UnexpectedEof.into()));
+            return Err(at(ConnectStep::Read)(ErrorKind::UnexpectedEof.into()));
         }
         text.extend_from_slice(&buffer[..read]);
         if let Some(end) = text.iter().position(|&byte| byte == b'\n') {
@@ -355,22 +355,22 @@ pub(crate) fn first_line(stream: &mut TcpStream) -> Result<String, Trouble> {
 }
 
 /// Asks for `/` and returns the first line of the body.
-fn http_line(stream: &mut TcpStream, to: SocketAddr) -> Result<String, Trouble> {
+fn http_line(stream: &mut TcpStream, to: SocketAddr) -> Result<String, StepError> {
     let request = format!("GET / HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).map_err(at(Stage::Write))?;
+    stream.write_all(request.as_bytes()).map_err(at(ConnectStep::Write))?;
     let mut answer = Vec::new();
     let mut buffer = [0; 4096];
     loop {
-        let read = stream.read(&mut buffer).map_err(at(Stage::Read))?;
+        let read = stream.read(&mut buffer).map_err(at(ConnectStep::Read))?;
         if read == 0 || answer.len() > LONGEST_ANSWER {
             break;
         }
         answer.extend_from_slice(&buffer[..read]);
     }
     let text = String::from_utf8_lossy(&answer);
-    let invalid = |why: &str| at(Stage::Read)(io::Error::new(ErrorKind::InvalidData, why.to_owned()));
+    let invalid = |why: &str| at(ConnectStep::Read)(io::Error::new(ErrorKind::InvalidData, why.to_owned()));
     if text.is_empty() {
-        return Err(at(Stage::Read)(ErrorKind::UnexpectedEof.into()));
+        return Err(at(ConnectStep::Read)(ErrorKind::UnexpectedEof.into()));
     }
     let (head, body) = text.split_once("\r\n\r\n").ok_or_else(|| invalid("no HTTP answer"))?;
     if head.split(' ').nth(1) != Some("200") {
@@ -380,12 +380,12 @@ fn http_line(stream: &mut TcpStream, to: SocketAddr) -> Result<String, Trouble> 
 }
 
 /// `NAME` or `NAME SOURCE`.
-pub(crate) fn parse(line: &str) -> Result<Answer, Trouble> {
+pub(crate) fn parse(line: &str) -> Result<Greeting, StepError> {
     let mut words = line.split_whitespace();
     let Some(backend) = words.next() else {
-        return Err(at(Stage::Read)(ErrorKind::InvalidData.into()));
+        return Err(at(ConnectStep::Read)(ErrorKind::InvalidData.into()));
     };
-    Ok(Answer {
+    Ok(Greeting {
         backend: backend.to_owned(),
         source: words.next().map(str::to_owned),
         peer: None,

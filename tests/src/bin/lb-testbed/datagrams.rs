@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use clap::Args;
 
-use crate::say;
+use crate::print_line;
 
 /// Flags of `lb-testbed serve-datagrams`.
 #[derive(Debug, Args)]
@@ -17,7 +17,7 @@ pub(crate) struct Options {
     listen: Vec<String>,
     /// Between the name and the datagram, the client's address as seen here
     #[arg(long)]
-    tell_source: bool,
+    report_source: bool,
     /// End after so many seconds whatever happens
     #[arg(long, default_value_t = 3600)]
     max_seconds: u64,
@@ -27,14 +27,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for entry in &options.listen {
         let (address, name) = entry.split_once('=').context("a listener has a name")?;
         let name = name.to_owned();
-        let tell_source = options.tell_source;
+        let report_source = options.report_source;
         let socket = UdpSocket::bind(address).with_context(|| format!("listening on {address}"))?;
         thread::spawn(move || {
             let mut buffer = [0; 65_536];
             // An error is that of an earlier answer: its client has gone.
             loop {
                 if let Ok((length, from)) = socket.recv_from(&mut buffer) {
-                    let seen = if tell_source {
+                    let seen = if report_source {
                         format!("{} ", from.ip().to_canonical())
                     } else {
                         String::new()
@@ -45,7 +45,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             }
         });
     }
-    say("ready")?;
+    print_line("ready")?;
     thread::sleep(Duration::from_secs(options.max_seconds));
     Ok(())
 }

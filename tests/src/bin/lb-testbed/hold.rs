@@ -7,17 +7,17 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use lb_tests::load::{Held, Stage};
+use lb_tests::load::{ConnectStep, HeldSummary};
 use lb_tests::monotonic_ns;
 
-use crate::connect::{DETAILS, Options, Trouble, at, first_line, open, parse};
-use crate::say;
+use crate::connect::{DETAILS, Options, StepError, at, first_line, open, parse};
+use crate::print_line;
 
 /// A client that nobody stops ends after this time.
 const LONGEST: Duration = Duration::from_secs(600);
 
 pub(crate) fn run(options: &Options, connections: u32) -> Result<()> {
-    let mut held = Held {
+    let mut held = HeldSummary {
         held: 0,
         live: 0,
         per_backend: Default::default(),
@@ -37,10 +37,10 @@ pub(crate) fn run(options: &Options, connections: u32) -> Result<()> {
                 *held.per_backend.entry(backend.clone()).or_default() += 1;
                 streams.push((to, backend, stream));
             }
-            Err(trouble) => note(&mut held, trouble, to, start_ns),
+            Err(error) => note(&mut held, error, to, start_ns),
         }
     }
-    say("ready")?;
+    print_line("ready")?;
     wait_for_end_of_input();
     for (number, (to, backend, stream)) in streams.iter_mut().enumerate() {
         let start_ns = monotonic_ns();
@@ -49,15 +49,15 @@ pub(crate) fn run(options: &Options, connections: u32) -> Result<()> {
                 held.live += 1;
                 *held.live_per_backend.entry(backend.clone()).or_default() += 1;
             }
-            Err(trouble) => note(&mut held, trouble, *to, start_ns),
+            Err(error) => note(&mut held, error, *to, start_ns),
         }
     }
-    say(&serde_json::to_string(&held).context("writing JSON")?)
+    print_line(&serde_json::to_string(&held).context("writing JSON")?)
 }
 
-fn note(held: &mut Held, trouble: Trouble, to: SocketAddr, at_ns: u64) {
+fn note(held: &mut HeldSummary, error: StepError, to: SocketAddr, at_ns: u64) {
     if held.failures.len() < DETAILS {
-        held.failures.push(trouble.into_failure(to, at_ns));
+        held.failures.push(error.into_failure(to, at_ns));
     }
 }
 
@@ -72,12 +72,12 @@ fn wait_for_end_of_input() {
 }
 
 /// Sends a line and expects it back.
-fn echo(stream: &mut TcpStream, line: &str) -> Result<(), Trouble> {
-    stream.write_all(line.as_bytes()).map_err(at(Stage::Write))?;
+fn echo(stream: &mut TcpStream, line: &str) -> Result<(), StepError> {
+    stream.write_all(line.as_bytes()).map_err(at(ConnectStep::Write))?;
     let mut answer = vec![0; line.len()];
-    stream.read_exact(&mut answer).map_err(at(Stage::Read))?;
+    stream.read_exact(&mut answer).map_err(at(ConnectStep::Read))?;
     if answer != line.as_bytes() {
-        return Err(at(Stage::Read)(ErrorKind::InvalidData.into()));
+        return Err(at(ConnectStep::Read)(ErrorKind::InvalidData.into()));
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ mod churn;
 mod connect;
 mod datagrams;
 mod hold;
-mod puppet;
+mod scripted_socket;
 mod serve;
 
 use std::env::current_exe;
@@ -32,7 +32,7 @@ enum Command {
     /// UDP servers that send back what they get, after their name; prints `ready` when all of them listen
     ServeDatagrams(datagrams::Options),
     /// A socket that makes the calls that standard input says, a line of JSON each; answers are lines of JSON
-    Puppet(puppet::Options),
+    ScriptedSocket(scripted_socket::Options),
     /// Connects socket after socket until a byte comes on standard input, tells how many, and holds the last until it ends
     Churn(churn::Options),
     /// Opens connections and tells as JSON how they went
@@ -74,7 +74,7 @@ fn main() -> Result<ExitCode> {
     match arguments.command {
         Command::Serve(options) => serve::run(&options)?,
         Command::ServeDatagrams(options) => datagrams::run(&options)?,
-        Command::Puppet(options) => puppet::run(&options)?,
+        Command::ScriptedSocket(options) => scripted_socket::run(&options)?,
         Command::Churn(options) => churn::run(&options)?,
         Command::Connect(options) => connect::run(&options)?,
         Command::Cluster { nodes, routes, pods } => {
@@ -107,23 +107,23 @@ fn cluster(nodes: u8, underlay: Underlay, pods: u8) -> Result<()> {
         .underlay(underlay)
         .client(true)
         .build()?;
-    let bed = Testbed::new(current_exe().context("finding this program")?);
+    let testbed = Testbed::new(current_exe().context("finding this program")?);
     let mut servers = Vec::new();
     for node in cluster.nodes() {
         for number in 1..=pods {
             let name = format!("pod{number}");
             let pod = cluster.add_pod(node.name(), &name)?;
-            servers.push(bed.serve(&pod, &[&format!("0.0.0.0:8080={}-{name}", node.name())])?);
+            servers.push(testbed.serve(&pod, &[&format!("0.0.0.0:8080={}-{name}", node.name())])?);
         }
     }
-    say(cluster.prefix())?;
-    say("ready")?;
+    print_line(cluster.prefix())?;
+    print_line("ready")?;
     stdin().read_to_end(&mut Vec::new()).context("reading standard input")?;
     Ok(())
 }
 
 /// Writes a line at once.
-fn say(line: &str) -> Result<()> {
+fn print_line(line: &str) -> Result<()> {
     let mut out = stdout().lock();
     writeln!(out, "{line}")
         .and_then(|()| out.flush())

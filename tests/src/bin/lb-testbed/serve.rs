@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{Backlog, listen};
 
-use crate::say;
+use crate::print_line;
 
 /// Connections that may wait for `accept`: enough for bursts while this process does not run.
 const BACKLOG: i32 = 4096;
@@ -34,7 +34,7 @@ pub(crate) struct Options {
     http: bool,
     /// After the name, a blank and the client's address as seen here
     #[arg(long)]
-    tell_source: bool,
+    report_source: bool,
     /// End after so many seconds whatever happens
     #[arg(long, default_value_t = 3600)]
     max_seconds: u64,
@@ -66,7 +66,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for entry in &options.listen {
         server.listen(entry).with_context(|| format!("listening on {entry}"))?;
     }
-    say("ready")?;
+    print_line("ready")?;
     let deadline = Instant::now() + Duration::from_secs(options.max_seconds);
     let mut events = [EpollEvent::empty(); 256];
     while Instant::now() < deadline {
@@ -146,7 +146,7 @@ impl Server<'_> {
     }
 
     fn greeting(&self, name: &str, source: SocketAddr) -> String {
-        if self.options.tell_source {
+        if self.options.report_source {
             format!("{name} {}\n", source.ip().to_canonical())
         } else {
             format!("{name}\n")

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use lb_tests::{Place, Process};
+use lb_tests::{Netns, Process};
 use which::which;
 
 use crate::objects::{self, BACKEND_PORT, Family, SERVICE_PORT, Services};
@@ -52,13 +52,13 @@ fn backends(services: Services, service: u32) -> impl Iterator<Item = u32> {
 
 /// Loads the rules of nftables mode; how long that took.
 pub(crate) fn load_nftables(
-    place: &Place,
+    netns: &Netns,
     services: Services,
     node_ports: &[NodePort],
     scratch: &Path,
 ) -> Result<Duration> {
     let text = nftables(services, node_ports)?;
-    load(place, "nft", &["-f"], &text, &scratch.join("rules.nft"))
+    load(netns, "nft", &["-f"], &text, &scratch.join("rules.nft"))
 }
 
 /// Loads the rules of iptables mode; how long that took, and by which program.
@@ -66,7 +66,7 @@ pub(crate) fn load_nftables(
 /// iptables-legacy, where there is one: it takes seconds where iptables-nft takes minutes, and the kernel gets through
 /// its rules faster, so the comparison errs in kube-proxy's favour.
 pub(crate) fn load_iptables(
-    place: &Place,
+    netns: &Netns,
     services: Services,
     node_ports: &[NodePort],
     scratch: &Path,
@@ -80,14 +80,14 @@ pub(crate) fn load_iptables(
         .find(|program| which(program).is_ok())
         .with_context(|| format!("no {}: install iptables", programs[1]))?;
     let text = iptables(services, node_ports)?;
-    let time = load(place, program, &["--noflush"], &text, &scratch.join("rules.iptables"))?;
+    let time = load(netns, program, &["--noflush"], &text, &scratch.join("rules.iptables"))?;
     Ok((time, program))
 }
 
-fn load(place: &Place, program: &str, arguments: &[&str], rules: &str, file: &Path) -> Result<Duration> {
+fn load(netns: &Netns, program: &str, arguments: &[&str], rules: &str, file: &Path) -> Result<Duration> {
     fs::write(file, rules).with_context(|| format!("writing {}", file.display()))?;
     let start = Instant::now();
-    let mut process = Process::spawn(place.command(program)?.args(arguments).arg(file))?;
+    let mut process = Process::spawn(netns.command(program)?.args(arguments).arg(file))?;
     let status = process.wait(LOADING)?;
     anyhow::ensure!(status.success(), "{program} {}: {status}", file.display());
     Ok(start.elapsed())

@@ -52,7 +52,8 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
                     Way::Direct | Way::DirectAgain => scenario.missed(),
                     _ => scenario,
                 };
-                let mut done = worker.order(&from.order(bed.services, Task::Connect, CONNECTIONS, random.number()))?;
+                let mut done =
+                    worker.order(&from.order(bed.services, Task::Connect, CONNECTIONS, random.next_u64()))?;
                 if round == 0 {
                     continue;
                 }

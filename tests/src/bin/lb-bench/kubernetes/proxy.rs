@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use lb_tests::control_plane::ControlPlane;
-use lb_tests::{Agent, Cluster, Place, Process};
+use lb_tests::{Agent, Cluster, Netns, Process};
 use serde::Serialize;
 use serde_json::json;
 
@@ -47,7 +47,7 @@ impl Kind {
 pub(crate) struct Proxy {
     kind: Kind,
     process: Process,
-    place: Place,
+    netns: Netns,
     program: PathBuf,
     pin_path: PathBuf,
     log: PathBuf,
@@ -108,7 +108,7 @@ impl Proxy {
         Ok(Self {
             kind,
             process: Process::spawn(&mut command)?,
-            place: Place::clone(node),
+            netns: Netns::clone(node),
             program,
             pin_path,
             log,
@@ -116,8 +116,8 @@ impl Proxy {
     }
 
     /// Waits until /healthz says 200.
-    pub(crate) fn wait_healthy(&mut self, patience: Duration) -> Result<()> {
-        let deadline = Instant::now() + patience;
+    pub(crate) fn wait_healthy(&mut self, scaled_timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + scaled_timeout;
         let arguments = [
             "--silent",
             "--fail",
@@ -125,7 +125,7 @@ impl Proxy {
             "/dev/null",
             "http://127.0.0.1:10256/healthz",
         ];
-        while self.place.run("curl", &arguments).is_err() {
+        while self.netns.run("curl", &arguments).is_err() {
             let running = self.process.is_running()?;
             ensure!(
                 running && Instant::now() < deadline,
@@ -153,9 +153,9 @@ impl Proxy {
         match self.kind {
             Kind::Lb => {
                 let pins = self.pin_path.to_str().context("a path is not UTF-8")?;
-                self.place.run(program, &["cleanup", "--pin-path", pins])
+                self.netns.run(program, &["cleanup", "--pin-path", pins])
             }
-            Kind::KubeProxy => self.place.run(program, &["--cleanup"]),
+            Kind::KubeProxy => self.netns.run(program, &["--cleanup"]),
         }
         .map(drop)
     }

@@ -16,7 +16,7 @@ use axum::serve::ListenerExt as _;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use hyper::client::conn::http1::{Connection, SendRequest, handshake};
 use hyper_util::rt::TokioIo;
-use lb_tests::{Place, Process, monotonic_ns};
+use lb_tests::{Netns, Process, monotonic_ns};
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream};
@@ -61,8 +61,8 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    pub(crate) fn start(place: &Place) -> Result<Self> {
-        let mut command = place.command(current_exe().context("finding this program")?)?;
+    pub(crate) fn start(netns: &Netns) -> Result<Self> {
+        let mut command = netns.command(current_exe().context("finding this program")?)?;
         let mut process = Process::spawn_reading(command.arg("http-client").stdin(Stdio::piped()))?;
         let orders = process.take_stdin().context("a client has a standard input")?;
         Ok(Self { process, orders })
@@ -78,8 +78,8 @@ impl Client {
 }
 
 /// Starts a server on all addresses of a place.
-pub(crate) fn serve(place: &Place) -> Result<Process> {
-    let mut command = place.command(current_exe().context("finding this program")?)?;
+pub(crate) fn serve(netns: &Netns) -> Result<Process> {
+    let mut command = netns.command(current_exe().context("finding this program")?)?;
     Process::spawn_ready(command.arg("http-server"), START)
 }
 

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use lb_agent::model::Protocol;
 use lb_common::abi::DropReason;
 use lb_tests::manifests::{self, Manifests, Port};
-use lb_tests::{Cluster, Node, Place, Pod, Process, Random, Running, Underlay};
+use lb_tests::{Cluster, Netns, Node, Pod, Process, Random, RunningAgent, Underlay};
 use serde::Serialize;
 
 use super::http::{self, Client, Order};
@@ -94,7 +94,7 @@ struct Rounds {
 pub(crate) struct Bed {
     client: Client,
     _servers: Vec<Process>,
-    agent: Running,
+    agent: RunningAgent,
     pods: Vec<(Way, Pod)>,
     far: Pod,
     /// Last, so that what is in it goes before it does.
@@ -139,7 +139,7 @@ impl Bed {
             let services = others(services, family);
             for (way, pod) in &pods {
                 let ports = || node_ports(family, cluster.node(node(*way)), pod, &far);
-                let place: &Place = cluster.node(node(*way));
+                let place: &Netns = cluster.node(node(*way));
                 match way {
                     Way::KubeProxyNftables => {
                         kube_proxy::load_nftables(place, services, &ports(), cluster.scratch())?;
@@ -299,7 +299,7 @@ fn node_ports(family: Family, node: &Node, own: &Pod, far: &Pod) -> [NodePort; 2
 }
 
 /// The agent on lb's node, with the same Services.
-fn start_lb(cluster: &Cluster, services: u32, own: &Pod, far: &Pod) -> Result<Running> {
+fn start_lb(cluster: &Cluster, services: u32, own: &Pod, far: &Pod) -> Result<RunningAgent> {
     let manifests = Manifests::new(cluster)?;
     others(services, Family::Ipv4).write_manifests(manifests.path())?;
     let mut text: String = cluster.nodes().iter().map(manifests::node).collect();

@@ -79,7 +79,7 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
                         Way::Direct | Way::DirectAgain => scenario.missed(),
                         _ => scenario,
                     };
-                    let order = from.order(bed.services, Task::Exchange(manner), QUESTIONS, random.number());
+                    let order = from.order(bed.services, Task::Exchange(manner), QUESTIONS, random.next_u64());
                     let done = worker.order(&order)?;
                     if round > 0 {
                         ways[at].push(f64::from(QUESTIONS) / done.seconds);

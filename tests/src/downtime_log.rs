@@ -12,14 +12,14 @@ use crate::monotonic_ns;
 /// An absence begins when the change that takes the backend out has been made, and ends before the one that brings it
 /// back is begun. In between, no connection may be given that backend; on the edges, it may.
 #[derive(Debug, Default)]
-pub struct Absences {
-    /// Absences that have ended, in order.
+pub struct DowntimeLog {
+    /// Downtimes that have ended, in order.
     past: BTreeMap<String, Vec<(u64, u64)>>,
     /// Those that have not.
     since: BTreeMap<String, u64>,
 }
 
-impl Absences {
+impl DowntimeLog {
     /// The change that took `backend` out has been made.
     pub fn begin(&mut self, backend: &str) {
         self.since.entry(backend.to_owned()).or_insert_with(monotonic_ns);
@@ -92,11 +92,11 @@ mod tests {
 
     #[test]
     fn only_connections_that_lie_within_an_absence_are_wrong() {
-        let absences = Absences {
+        let log = DowntimeLog {
             past: BTreeMap::from([("a".to_owned(), vec![(10, 20), (30, 40)])]),
             since: BTreeMap::from([("a".to_owned(), 50)]),
         };
-        assert_eq!(absences.count(), 3);
+        assert_eq!(log.count(), 3);
         for (start, end, right) in [
             (5, 9, true),
             (5, 15, true),
@@ -108,29 +108,29 @@ mod tests {
             (41, 60, true),
             (50, 51, false),
         ] {
-            let result = absences.check(&[record(start, end, "a")]);
+            let result = log.check(&[record(start, end, "a")]);
             assert_eq!(result.is_ok(), right, "{start} to {end}: {result:?}");
-            assert!(absences.check(&[record(start, end, "b")]).is_ok());
+            assert!(log.check(&[record(start, end, "b")]).is_ok());
         }
         let failed = Record {
             outcome: Err(libc::ENETUNREACH),
             ..record(1, 2, "")
         };
-        assert!(absences.check(&[failed]).is_err());
+        assert!(log.check(&[failed]).is_err());
     }
 
     #[test]
     fn an_absence_has_a_beginning_and_an_end() {
-        let mut absences = Absences::default();
-        absences.end("a");
-        assert_eq!(absences.count(), 0, "it was never out");
-        absences.begin("a");
+        let mut log = DowntimeLog::default();
+        log.end("a");
+        assert_eq!(log.count(), 0, "it was never out");
+        log.begin("a");
         let now = monotonic_ns();
         let during = record(now, now, "a");
-        absences.end("a");
-        assert_eq!(absences.count(), 1);
-        assert!(absences.check(&[during]).is_err());
+        log.end("a");
+        assert_eq!(log.count(), 1);
+        assert!(log.check(&[during]).is_err());
         let later = monotonic_ns() + 1;
-        assert!(absences.check(&[record(now, later, "a")]).is_ok());
+        assert!(log.check(&[record(now, later, "a")]).is_ok());
     }
 }

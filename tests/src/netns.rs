@@ -26,7 +26,7 @@ const LINK: Duration = Duration::from_secs(10);
 /// Runs `work` on a fresh thread in the network namespace `netns` and returns what it returns.
 ///
 /// Sockets that `work` opens belong to that namespace and may leave the closure. Child processes should not be spawned
-/// here: [`Place::command`] ties a child's life to the thread that spawns it.
+/// here: [`Netns::command`] ties a child's life to the thread that spawns it.
 ///
 /// # Errors
 /// When the namespace cannot be entered.
@@ -47,13 +47,13 @@ pub fn in_netns<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send)
 
 /// A network namespace with the cgroup that its processes live in.
 #[derive(Debug, Clone)]
-pub struct Place {
+pub struct Netns {
     name: String,
     netns: String,
     cgroup: Option<PathBuf>,
 }
 
-impl Place {
+impl Netns {
     pub(crate) fn new(name: &str, netns: &str, cgroup: Option<PathBuf>) -> Self {
         Self {
             name: name.to_owned(),
@@ -84,7 +84,7 @@ impl Place {
     ///
     /// # Errors
     /// When the namespace is gone.
-    pub fn netns(&self) -> Result<File> {
+    pub fn open(&self) -> Result<File> {
         let path = Path::new(NETNS_DIRECTORY).join(&self.netns);
         File::open(&path).with_context(|| format!("opening {}", path.display()))
     }
@@ -94,7 +94,7 @@ impl Place {
     /// # Errors
     /// When the namespace cannot be entered.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
-        in_netns(self.netns()?.as_fd(), work)
+        in_netns(self.open()?.as_fd(), work)
     }
 
     /// Index of a network device.
@@ -114,7 +114,7 @@ impl Place {
     /// # Errors
     /// When the namespace or the cgroup is gone.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Result<Command> {
-        let netns = self.netns()?;
+        let netns = self.open()?;
         let cgroup = self
             .cgroup
             .as_ref()
@@ -264,9 +264,9 @@ impl Place {
     /// The packet-filter rules of this namespace.
     ///
     /// # Errors
-    /// See [`Ruleset::of`].
+    /// See [`Ruleset::read`].
     pub fn ruleset(&self) -> Result<Ruleset> {
-        Ruleset::of(self)
+        Ruleset::read(self)
     }
 }
 

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-use crate::{Place, Process, patience};
+use crate::{Netns, Process, scaled_timeout};
 
-/// Requests a second of one [`Caller`].
+/// Requests a second of one [`CurlLoop`].
 const RATE: u32 = 5;
 
 /// How long one request may take.
@@ -19,7 +19,7 @@ const MARK: &str = "#curl ";
 
 /// One answer to curl, or none.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Answer {
+pub(super) enum CurlResult {
     /// The name that the backend gave.
     From(String),
     /// What went wrong.
@@ -27,15 +27,15 @@ pub(super) enum Answer {
 }
 
 /// A curl that asks an address again and again, with a new connection each time.
-pub(super) struct Caller {
+pub(super) struct CurlLoop {
     address: SocketAddr,
     process: Process,
     body: Option<String>,
 }
 
-impl Caller {
-    pub(super) fn start(place: &Place, address: SocketAddr) -> Result<Self> {
-        let mut command = place.command("curl")?;
+impl CurlLoop {
+    pub(super) fn start(netns: &Netns, address: SocketAddr) -> Result<Self> {
+        let mut command = netns.command("curl")?;
         command
             .args(arguments())
             .args(["--rate", &format!("{RATE}/s")])
@@ -51,12 +51,12 @@ impl Caller {
     }
 
     /// The answers since the last call.
-    pub(super) fn answers(&mut self) -> Vec<Answer> {
+    pub(super) fn answers(&mut self) -> Vec<CurlResult> {
         let mut answers = Vec::new();
         for line in self.process.pending_lines() {
             match line.strip_prefix(MARK) {
                 None => self.body = Some(line),
-                Some(status) => answers.push(judge(self.body.take(), status, self.address)),
+                Some(status) => answers.push(parse_result(self.body.take(), status, self.address)),
             }
         }
         answers
@@ -64,8 +64,8 @@ impl Caller {
 }
 
 /// One request by curl.
-pub(super) fn call(place: &Place, address: SocketAddr) -> Result<Answer> {
-    let output = place
+pub(super) fn call(netns: &Netns, address: SocketAddr) -> Result<CurlResult> {
+    let output = netns
         .command("curl")?
         .args(arguments())
         .arg(format!("http://{address}/"))
@@ -74,7 +74,7 @@ pub(super) fn call(place: &Place, address: SocketAddr) -> Result<Answer> {
         .context("running curl")?;
     let output = String::from_utf8_lossy(&output.stdout);
     let (body, status) = output.rsplit_once(MARK).unwrap_or((&output, "says nothing"));
-    Ok(judge(Some(body.trim().to_owned()), status.trim(), address))
+    Ok(parse_result(Some(body.trim().to_owned()), status.trim(), address))
 }
 
 fn arguments() -> [String; 7] {
@@ -83,17 +83,17 @@ fn arguments() -> [String; 7] {
         "--noproxy".to_owned(),
         "*".to_owned(),
         "--max-time".to_owned(),
-        patience(LONGEST).as_secs().to_string(),
+        scaled_timeout(LONGEST).as_secs().to_string(),
         "--write-out".to_owned(),
         format!("{MARK}%{{exitcode}} %{{http_code}} %{{remote_ip}}:%{{remote_port}} %{{errormsg}}\\n"),
     ]
 }
 
 /// Right is: success, from the address that was asked.
-fn judge(body: Option<String>, status: &str, address: SocketAddr) -> Answer {
+fn parse_result(body: Option<String>, status: &str, address: SocketAddr) -> CurlResult {
     match body {
-        Some(name) if status.trim_end() == format!("0 200 {address}") => Answer::From(name),
-        _ => Answer::Failed(format!("curl: {}", status.trim_end())),
+        Some(name) if status.trim_end() == format!("0 200 {address}") => CurlResult::From(name),
+        _ => CurlResult::Failed(format!("curl: {}", status.trim_end())),
     }
 }
 
@@ -106,15 +106,18 @@ mod tests {
         let address = "10.96.0.80:80".parse().unwrap();
         let body = || Some("a".to_owned());
         assert_eq!(
-            judge(body(), "0 200 10.96.0.80:80 ", address),
-            Answer::From("a".to_owned())
+            parse_result(body(), "0 200 10.96.0.80:80 ", address),
+            CurlResult::From("a".to_owned())
         );
         for wrong in ["0 200 10.10.1.2:80 ", "0 404 10.96.0.80:80 ", "7 000 : refused"] {
-            assert!(matches!(judge(body(), wrong, address), Answer::Failed(_)), "{wrong}");
+            assert!(
+                matches!(parse_result(body(), wrong, address), CurlResult::Failed(_)),
+                "{wrong}"
+            );
         }
         assert!(matches!(
-            judge(None, "0 200 10.96.0.80:80 ", address),
-            Answer::Failed(_)
+            parse_result(None, "0 200 10.96.0.80:80 ", address),
+            CurlResult::Failed(_)
         ));
     }
 }

@@ -8,16 +8,16 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::Result;
-use lb_tests::load::{Record, Stage};
+use lb_tests::load::{ConnectStep, Record};
 use lb_tests::{
-    BPFFS, Cluster, Connect, Process, Testbed, Underlay, cgroup2_root, ensure_bpffs, monotonic_ns, patience,
-    remove_leftovers,
+    BPFFS, Cluster, Connect, Process, Testbed, Underlay, cgroup2_root, ensure_bpffs, monotonic_ns, remove_leftovers,
+    scaled_timeout,
 };
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 
-fn bed() -> Testbed {
-    Testbed::new(BED)
+fn testbed() -> Testbed {
+    Testbed::new(TESTBED)
 }
 
 /// Everything on this machine whose name begins with `prefix`.
@@ -50,11 +50,11 @@ fn pods_reach_each_other_on_either_underlay() -> Result<()> {
             cluster.add_pod("n1", "b")?,
             cluster.add_pod("n2", "c")?,
         );
-        let _server_b = bed().serve_with(&b, &["0.0.0.0:8080=b"], &["--tell-source"])?;
-        let _server_c = bed().serve_with(&c, &["0.0.0.0:8080=c", "0.0.0.0:8081"], &["--tell-source"])?;
+        let _server_b = testbed().serve_with(&b, &["0.0.0.0:8080=b"], &["--report-source"])?;
+        let _server_c = testbed().serve_with(&c, &["0.0.0.0:8080=c", "0.0.0.0:8081"], &["--report-source"])?;
 
         let targets = [b.socket(8080), c.socket(8080)];
-        let summary = bed().connect(&a, &Connect::to(&targets).count(20).threads(2).peer_check())?;
+        let summary = testbed().connect(&a, &Connect::to(&targets).count(20).threads(2).peer_check())?;
         summary.all_well()?;
         assert_eq!((summary.reached("b"), summary.reached("c")), (10, 10));
         assert_eq!(
@@ -65,7 +65,7 @@ fn pods_reach_each_other_on_either_underlay() -> Result<()> {
         assert_eq!(summary.per_source, BTreeMap::from([(a.address().to_string(), 20)]));
 
         // From the node, over the overlay: the source is the device's own address.
-        let summary = bed().connect(cluster.node("n1"), &Connect::to(&[c.socket(8080)]).count(3))?;
+        let summary = testbed().connect(cluster.node("n1"), &Connect::to(&[c.socket(8080)]).count(3))?;
         summary.all_well()?;
         let source = match underlay {
             Underlay::Vxlan => cluster.node("n1").pod_network(),
@@ -74,7 +74,7 @@ fn pods_reach_each_other_on_either_underlay() -> Result<()> {
         assert_eq!(summary.per_source, BTreeMap::from([(source.to_string(), 3)]));
 
         // Without a name of its own, a server is known by where it listens.
-        let summary = bed().connect(&a, &Connect::to(&[c.socket(8081)]).count(1))?;
+        let summary = testbed().connect(&a, &Connect::to(&[c.socket(8081)]).count(1))?;
         assert_eq!(summary.reached("0.0.0.0:8081"), 1);
     }
     Ok(())
@@ -84,21 +84,21 @@ fn pods_reach_each_other_on_either_underlay() -> Result<()> {
 fn a_client_reaches_nodes_and_nothing_leaves() -> Result<()> {
     let cluster = Cluster::builder().nodes(2).clients(2).build()?;
     let node = cluster.node("n2");
-    let _server = bed().serve_with(node, &["0.0.0.0:8080=n2"], &["--tell-source"])?;
+    let _server = testbed().serve_with(node, &["0.0.0.0:8080=n2"], &["--report-source"])?;
     for client in cluster.clients() {
-        let summary = bed().connect(client, &Connect::to(&[node.socket(8080)]).count(5))?;
+        let summary = testbed().connect(client, &Connect::to(&[node.socket(8080)]).count(5))?;
         summary.all_well()?;
         assert_eq!(summary.per_source, BTreeMap::from([(client.address().to_string(), 5)]));
     }
     let pod = cluster.add_pod("n1", "a")?;
     let service = "10.96.0.80:80".parse()?;
     let timeout = Duration::from_millis(300);
-    for place in [&**cluster.client(), &**cluster.node("n1")] {
-        let summary = bed().connect(place, &Connect::to(&[service]).count(1).timeout(timeout))?;
+    for netns in [&**cluster.client(), &**cluster.node("n1")] {
+        let summary = testbed().connect(netns, &Connect::to(&[service]).count(1).timeout(timeout))?;
         assert_eq!(summary.failures[0].errno, libc::ENETUNREACH, "{summary:?}");
     }
     // The pod has a default route; its node then has none.
-    let summary = bed().connect(&pod, &Connect::to(&[service]).count(1).timeout(timeout))?;
+    let summary = testbed().connect(&pod, &Connect::to(&[service]).count(1).timeout(timeout))?;
     assert_eq!(summary.failure_count, 1, "{summary:?}");
     Ok(())
 }
@@ -108,8 +108,8 @@ fn processes_live_in_their_place() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).client(true).build()?;
     let node = cluster.node("n1");
     let pod = cluster.add_pod("n1", "a")?;
-    let cgroup_of = |place: &lb_tests::Place| -> Result<String> {
-        let text = place.run("cat", &["/proc/self/cgroup"])?;
+    let cgroup_of = |netns: &lb_tests::Netns| -> Result<String> {
+        let text = netns.run("cat", &["/proc/self/cgroup"])?;
         let line = text.lines().find(|line| line.starts_with("0::")).unwrap();
         Ok(line["0::/".len()..].to_owned())
     };
@@ -132,8 +132,8 @@ fn processes_live_in_their_place() -> Result<()> {
     assert!(pod.addresses()?.contains(&pod.address().into()));
 
     pod.add_address("10.10.1.50/32", "lo")?;
-    let _server = bed().serve(&pod, &["10.10.1.50:80=extra"])?;
-    let summary = bed().connect(&pod, &Connect::to(&["10.10.1.50:80".parse()?]).count(1))?;
+    let _server = testbed().serve(&pod, &["10.10.1.50:80=extra"])?;
+    let summary = testbed().connect(&pod, &Connect::to(&["10.10.1.50:80".parse()?]).count(1))?;
     assert_eq!(summary.reached("extra"), 1);
 
     pod.sysctl("net.ipv4.ip_nonlocal_bind", "1")?;
@@ -146,13 +146,13 @@ fn processes_live_in_their_place() -> Result<()> {
 fn failures_are_told() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let pod = cluster.add_pod("n1", "a")?;
-    let summary = bed().connect(&pod, &Connect::to(&[pod.socket(81)]).count(150))?;
+    let summary = testbed().connect(&pod, &Connect::to(&[pod.socket(81)]).count(150))?;
     assert_eq!(
         (summary.connections, summary.failure_count, summary.failures.len()),
         (150, 150, 100)
     );
     let first = &summary.failures[0];
-    assert_eq!((first.errno, first.stage), (libc::ECONNREFUSED, Stage::Connect));
+    assert_eq!((first.errno, first.step), (libc::ECONNREFUSED, ConnectStep::Connect));
     assert!(summary.all_well().is_err());
 
     // A listener that never accepts.
@@ -160,16 +160,16 @@ fn failures_are_told() -> Result<()> {
     let connect = Connect::to(&[pod.socket(82)])
         .count(1)
         .timeout(Duration::from_millis(100));
-    let summary = bed().connect(&pod, &connect)?;
+    let summary = testbed().connect(&pod, &connect)?;
     assert_eq!(
         (summary.failures[0].errno, summary.failures[0].stage),
-        (libc::EAGAIN, Stage::Read)
+        (libc::EAGAIN, ConnectStep::Read)
     );
 
     // Nobody has that address: the kernel asks for it in vain for 3 s.
     let nobody = "10.10.1.77:80".parse()?;
     let connect = Connect::to(&[nobody]).count(1).timeout(Duration::from_millis(100));
-    assert_eq!(bed().connect(&pod, &connect)?.failures[0].errno, libc::ETIMEDOUT);
+    assert_eq!(testbed().connect(&pod, &connect)?.failures[0].errno, libc::ETIMEDOUT);
     Ok(())
 }
 
@@ -177,20 +177,20 @@ fn failures_are_told() -> Result<()> {
 fn load_is_logged_and_stops_when_told() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let (a, b) = (cluster.add_pod("n1", "a")?, cluster.add_pod("n1", "b")?);
-    let server = bed().serve(&b, &["0.0.0.0:8080=b"])?;
+    let server = testbed().serve(&b, &["0.0.0.0:8080=b"])?;
     let log = cluster.scratch().join("log");
     let begin = monotonic_ns();
-    let mut load = bed().start(
+    let mut load = testbed().start(
         &a,
         &Connect::to(&[b.socket(8080)])
             .threads(2)
-            .timeout(patience(Duration::from_millis(200)))
+            .timeout(scaled_timeout(Duration::from_millis(200)))
             .log(&log),
     )?;
-    std::thread::sleep(patience(Duration::from_millis(500)));
+    std::thread::sleep(scaled_timeout(Duration::from_millis(500)));
     server.kill()?;
     let killed = monotonic_ns();
-    std::thread::sleep(patience(Duration::from_millis(100)));
+    std::thread::sleep(scaled_timeout(Duration::from_millis(100)));
     assert!(load.is_running()?);
     let summary = load.stop()?;
     let records = Record::read_log(&log)?;
@@ -217,22 +217,22 @@ fn load_is_logged_and_stops_when_told() -> Result<()> {
 fn held_connections_and_rates() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let (a, b) = (cluster.add_pod("n1", "a")?, cluster.add_pod("n1", "b")?);
-    let first = bed().serve_with(&b, &["0.0.0.0:8080=first"], &["--echo"])?;
-    let _second = bed().serve_with(&b, &["0.0.0.0:8081=second"], &["--echo"])?;
+    let first = testbed().serve_with(&b, &["0.0.0.0:8080=first"], &["--echo"])?;
+    let _second = testbed().serve_with(&b, &["0.0.0.0:8081=second"], &["--echo"])?;
     let targets = [b.socket(8080), b.socket(8081)];
 
-    let held = bed().hold(&a, &targets, 1500)?.finish()?;
+    let held = testbed().hold(&a, &targets, 1500)?.finish()?;
     assert_eq!((held.held, held.live), (1500, 1500), "{held:?}");
 
-    let holding = bed().hold(&a, &targets, 10)?;
+    let holding = testbed().hold(&a, &targets, 10)?;
     first.kill()?;
     let held = holding.finish()?;
     assert_eq!((held.held, held.live), (10, 5), "{held:?}");
     assert_eq!(held.live_per_backend, BTreeMap::from([("second".to_owned(), 5)]));
 
-    let time = patience(Duration::from_millis(500));
+    let time = scaled_timeout(Duration::from_millis(500));
     let load = Connect::to(&targets[1..]).rate(100.0).seconds(time.as_secs_f64());
-    let summary = bed().connect(&a, &load.threads(4))?;
+    let summary = testbed().connect(&a, &load.threads(4))?;
     summary.all_well()?;
     let most = time.as_millis() as u64 / 10 + 1;
     assert!((10..=most).contains(&summary.connections), "{summary:?}");
@@ -243,7 +243,7 @@ fn held_connections_and_rates() -> Result<()> {
 fn http_answers() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let (a, b) = (cluster.add_pod("n1", "a")?, cluster.add_pod("n1", "b")?);
-    let _server = bed().serve_with(&b, &["0.0.0.0:80=b"], &["--http"])?;
+    let _server = testbed().serve_with(&b, &["0.0.0.0:80=b"], &["--http"])?;
     assert_eq!(
         a.run(
             "curl",
@@ -251,7 +251,7 @@ fn http_answers() -> Result<()> {
         )?,
         "b\n"
     );
-    let summary = bed().connect(&a, &Connect::to(&[b.socket(80)]).http().count(50))?;
+    let summary = testbed().connect(&a, &Connect::to(&[b.socket(80)]).http().count(50))?;
     summary.all_well()?;
     assert_eq!(summary.reached("b"), 50);
     Ok(())
@@ -262,7 +262,7 @@ fn pods_come_and_go() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let a = cluster.add_pod("n1", "a")?;
     let b = cluster.add_pod("n1", "b")?;
-    let mut server = bed().serve(&b, &["0.0.0.0:8080=b"])?;
+    let mut server = testbed().serve(&b, &["0.0.0.0:8080=b"])?;
     cluster.remove_pod(&b)?;
     assert!(!server.is_running()?);
     assert_eq!(remains(b.netns_name()), [""; 0]);
@@ -272,8 +272,8 @@ fn pods_come_and_go() -> Result<()> {
     assert!(cluster.add_pod_at("n1", "c", a.address()).is_err());
     assert!(cluster.add_pod_at("n1", "c", "10.10.2.9".parse()?).is_err());
     let c = cluster.add_pod_at("n1", "c", b.address())?;
-    let _server = bed().serve(&c, &["0.0.0.0:8080=c"])?;
-    let summary = bed().connect(&a, &Connect::to(&[c.socket(8080)]).count(3))?;
+    let _server = testbed().serve(&c, &["0.0.0.0:8080=c"])?;
+    let summary = testbed().connect(&a, &Connect::to(&[c.socket(8080)]).count(3))?;
     summary.all_well()?;
     assert_eq!(summary.reached("c"), 3);
     Ok(())
@@ -300,7 +300,7 @@ fn rules_are_seen() -> Result<()> {
 fn nothing_remains() -> Result<()> {
     let cluster = Cluster::builder().nodes(2).client(true).build()?;
     let pod = cluster.add_pod("n1", "a")?;
-    let server = bed().serve(&pod, &["0.0.0.0:8080"])?;
+    let server = testbed().serve(&pod, &["0.0.0.0:8080"])?;
     // A process whose guard nobody has, and one that was forked by another.
     let stray = pod.command("sleep")?.arg("1000").spawn()?;
     pod.run("sh", &["-c", "sleep 1000 >/dev/null 2>&1 &"])?;
@@ -326,7 +326,7 @@ fn nothing_remains_after_a_panic() {
         let cluster = Cluster::builder().nodes(1).build().unwrap();
         prefix = cluster.prefix().to_owned();
         let pod = cluster.add_pod("n1", "a").unwrap();
-        let _server = bed().serve(&pod, &["0.0.0.0:8080"]).unwrap();
+        let _server = testbed().serve(&pod, &["0.0.0.0:8080"]).unwrap();
         panic!("this panic is part of the test");
     }));
     assert!(panicked.is_err());
@@ -339,11 +339,11 @@ fn leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not() -> Result
     let mine = Cluster::builder().nodes(1).build()?;
     ensure_bpffs()?;
     let mut owner = Process::spawn_reading(
-        Command::new(BED)
+        Command::new(TESTBED)
             .args(["cluster", "--nodes=1", "--pods=1"])
             .stdin(Stdio::piped()),
     )?;
-    let start = patience(Duration::from_secs(20));
+    let start = scaled_timeout(Duration::from_secs(20));
     let prefix = owner.line(start)?;
     assert_eq!(owner.line(start)?, "ready");
     fs::create_dir_all(Path::new(BPFFS).join(format!("{prefix}n1")))?;

@@ -7,8 +7,8 @@ use fastrand::Rng;
 use lb_agent::model::{Change, Object, ObjectId};
 use lb_common::abi::FrontendKey;
 
-use crate::objects::{ids, of_service, of_slice, service, slice};
-use crate::site::NODE;
+use crate::in_process_agent::NODE;
+use crate::objects::{ids, service, service_object, slice, slice_object};
 
 /// A frontend that is looked up: always there, and served by backends whose address has `owner` as its second byte.
 #[derive(Debug, Clone, Copy)]
@@ -33,7 +33,7 @@ const CROWD: usize = 5;
 
 /// What changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
+pub enum ChangeKind {
     /// Other endpoints of the Services that are looked up: sets are published, backends come and go.
     Endpoints,
     /// Other Services come and go: frontends are inserted and deleted, indexes, ids and slots used again.
@@ -46,7 +46,7 @@ pub enum Kind {
     Crowd,
 }
 
-impl Kind {
+impl ChangeKind {
     /// All, in the order of their numbers.
     pub const ALL: [Self; 5] = [Self::Endpoints, Self::Services, Self::Pass, Self::Settings, Self::Crowd];
 
@@ -74,7 +74,7 @@ impl Kind {
 }
 
 /// All objects, as the source knows them.
-pub(crate) struct World {
+pub(crate) struct Workload {
     objects: BTreeMap<ObjectId, Object>,
     random: Rng,
     present: Vec<u8>,
@@ -84,7 +84,7 @@ pub(crate) struct World {
     affinity: bool,
 }
 
-impl World {
+impl Workload {
     pub(crate) fn new(random: Rng) -> Self {
         let mut new = Self {
             objects: BTreeMap::new(),
@@ -126,26 +126,26 @@ impl World {
     }
 
     /// Something changes.
-    pub(crate) fn change(&mut self, kind: Kind) -> Vec<Change> {
+    pub(crate) fn change(&mut self, kind: ChangeKind) -> Vec<Change> {
         match kind {
-            Kind::Endpoints => {
+            ChangeKind::Endpoints => {
                 let at = [0, 0, 1, 2][self.random.usize(..4)];
                 let endpoints = self.endpoints(at);
                 self.set([endpoints])
             }
-            Kind::Services => self.swap_some(),
-            Kind::Pass => {
+            ChangeKind::Services => self.swap_some(),
+            ChangeKind::Pass => {
                 self.owner = 1 - self.owner;
                 let claims = self.claims();
                 self.set(claims)
             }
-            Kind::Settings => {
+            ChangeKind::Settings => {
                 self.affinity = !self.affinity;
                 let fixed = self.fixed();
                 self.set([fixed])
             }
-            Kind::Crowd if self.is_crowded() => self.disperse(),
-            Kind::Crowd => {
+            ChangeKind::Crowd if self.is_crowded() => self.disperse(),
+            ChangeKind::Crowd => {
                 for _ in 0..CROWD {
                     let comes = take(&mut self.random, &mut self.absent);
                     self.crowd.push(comes);
@@ -166,7 +166,7 @@ impl World {
     fn fixed(&self) -> Object {
         let mut fixed = service(FIXED.0, FIXED.1, &[("", 80)], 0);
         fixed.affinity_timeout = self.affinity.then_some(30);
-        of_service(fixed)
+        service_object(fixed)
     }
 
     /// Who has the port that passes: the only one that claims it, or the older of the two.
@@ -177,7 +177,7 @@ impl World {
             if side == self.owner || both {
                 ports.push(("shared", 80));
             }
-            of_service(service(
+            service_object(service(
                 CLAIMANTS[side],
                 PASSING.0,
                 &ports,
@@ -200,7 +200,7 @@ impl World {
             .iter()
             .map(|number| Ipv4Addr::new(10, owner, third, *number))
             .collect();
-        of_slice(slice(name, ports, NODE, &addresses))
+        slice_object(slice(name, ports, NODE, &addresses))
     }
 
     fn other_name(number: u8) -> String {
@@ -213,8 +213,8 @@ impl World {
             .map(|last| Ipv4Addr::new(10, 100 + number, 0, last))
             .collect();
         [
-            of_service(service(&name, Ipv4Addr::new(10, 96, 1, number), &[("", 80)], 0)),
-            of_slice(slice(&name, &[""], NODE, &addresses)),
+            service_object(service(&name, Ipv4Addr::new(10, 96, 1, number), &[("", 80)], 0)),
+            slice_object(slice(&name, &[""], NODE, &addresses)),
         ]
     }
 

@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use k8s_openapi::api::core::v1::Service;
-use lb_tests::control_plane::{ControlPlane, Kubelet, Mixer, Namespace, Template};
-use lb_tests::load::Stage;
+use lb_tests::control_plane::{ControlPlane, KubeletPod, Namespace, PodTemplate, WatchProxy};
+use lb_tests::load::ConnectStep;
 use lb_tests::{
-    Agent, Answer, Call, Cluster, Connect, Kind, Place, Pod, Process, Running, Testbed, eventually_within, patience,
+    Agent, CallResult, Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketCall, SocketKind, Testbed,
+    eventually_within, scaled_timeout,
 };
 
-const BED: &str = env!("CARGO_BIN_EXE_lb-testbed");
+const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 /// Where servers in pods listen, for streams and for datagrams.
 pub(crate) const TARGET: u16 = 8080;
 /// Streams that find out who answers. Of five backends, one is not among them in one of 10^9 cases.
@@ -37,12 +38,12 @@ const ETIMEDOUT: i32 = 110;
 const SILENCE: Duration = Duration::from_millis(500);
 
 /// Three nodes, the first of zone a, the others of zone b.
-pub(crate) struct Bed {
-    agents: Vec<Mutex<Running>>,
+pub(crate) struct Fixture {
+    agents: Vec<Mutex<RunningAgent>>,
     /// The same, but for `verify`, which asks the API server itself.
     direct: Vec<Agent>,
     /// What stands between the agents and the API server.
-    pub(crate) mixer: Option<Mixer>,
+    pub(crate) watch_proxy: Option<WatchProxy>,
     pub(crate) control_plane: ControlPlane,
     clients: Vec<Pod>,
     pub(crate) cluster: Cluster,
@@ -68,40 +69,42 @@ impl Outcome {
 
 /// A pod with servers of streams and datagrams that tell its name.
 pub(crate) struct Backend<'a> {
-    pub(crate) kubelet: Kubelet<'a>,
+    pub(crate) kubelet: KubeletPod<'a>,
     _servers: Vec<Process>,
 }
 
-impl Bed {
+impl Fixture {
     /// With agents that ask the API server.
     pub(crate) fn new() -> Result<Self> {
         Self::with(|_| Ok(None))
     }
 
     /// With agents that ask what `mixer` makes.
-    pub(crate) fn with(mixer: impl FnOnce(&ControlPlane) -> Result<Option<Mixer>>) -> Result<Self> {
+    pub(crate) fn with(watch_proxy: impl FnOnce(&ControlPlane) -> Result<Option<WatchProxy>>) -> Result<Self> {
         let cluster = Cluster::builder().nodes(3).client(true).build()?;
         let control_plane = ControlPlane::start(&cluster, cluster.client())?;
         for (node, zone) in [("n1", "a"), ("n2", "b"), ("n3", "b")] {
             control_plane.set_zone(node, Some(zone))?;
         }
-        let mixer = mixer(&control_plane)?;
-        let program = Agent::find(BED.as_ref())?;
+        let watch_proxy = watch_proxy(&control_plane)?;
+        let program = Agent::find(TESTBED.as_ref())?;
         let config = control_plane.kubeconfig(USER);
-        let agent = |node, url: &str| Agent::of_kubernetes(&cluster, cluster.node(node), &program, &config, url);
+        let agent = |node, url: &str| Agent::with_api_server(&cluster, cluster.node(node), &program, &config, url);
         let mut agents = Vec::new();
         let mut direct = Vec::new();
         let mut clients = Vec::new();
         for node in SERVED {
-            let url = mixer.as_ref().map_or_else(|| control_plane.url(), Mixer::url);
-            agents.push(Mutex::new(Running::start(agent(node, &url), &[])?));
+            let url = watch_proxy
+                .as_ref()
+                .map_or_else(|| control_plane.url(), WatchProxy::url);
+            agents.push(Mutex::new(RunningAgent::start(agent(node, &url), &[])?));
             direct.push(agent(node, &control_plane.url()));
             clients.push(cluster.add_pod(node, "client")?);
         }
         let new = Self {
             agents,
             direct,
-            mixer,
+            watch_proxy,
             control_plane,
             clients,
             cluster,
@@ -111,7 +114,7 @@ impl Bed {
     }
 
     pub(crate) fn testbed() -> Testbed {
-        Testbed::new(BED)
+        Testbed::new(TESTBED)
     }
 
     /// What the programs have logged last.
@@ -146,29 +149,29 @@ impl Bed {
     }
 
     /// A client pod on each node.
-    pub(crate) fn pods(&self) -> Vec<&Place> {
+    pub(crate) fn pods(&self) -> Vec<&Netns> {
         self.clients.iter().map(|pod| &**pod).collect()
     }
 
     /// The client pod on a node.
-    pub(crate) fn pod_on(&self, node: &str) -> &Place {
+    pub(crate) fn pod_on(&self, node: &str) -> &Netns {
         let pod = self.clients.iter().find(|pod| pod.node() == node);
         pod.unwrap_or_else(|| panic!("no client on {node}"))
     }
 
     /// A node's own processes.
-    pub(crate) fn node(&self, node: &str) -> &Place {
+    pub(crate) fn node(&self, node: &str) -> &Netns {
         self.cluster.node(node)
     }
 
     /// Both nodes and a pod on each: everybody who is served.
-    pub(crate) fn everybody(&self) -> Vec<&Place> {
+    pub(crate) fn everybody(&self) -> Vec<&Netns> {
         let nodes = SERVED.map(|node| self.node(node));
         self.pods().into_iter().chain(nodes).collect()
     }
 
     /// Everybody on one node.
-    pub(crate) fn all_on(&self, node: &str) -> Vec<&Place> {
+    pub(crate) fn all_on(&self, node: &str) -> Vec<&Netns> {
         vec![self.pod_on(node), self.node(node)]
     }
 
@@ -178,7 +181,7 @@ impl Bed {
         namespace: &Namespace<'a>,
         node: &str,
         name: &str,
-        template: &Template,
+        template: &PodTemplate,
     ) -> Result<Backend<'a>> {
         self.backend_at(namespace, node, name, template, &[TARGET])
     }
@@ -189,15 +192,15 @@ impl Bed {
         namespace: &Namespace<'a>,
         node: &str,
         name: &str,
-        template: &Template,
+        template: &PodTemplate,
         ports: &[u16],
     ) -> Result<Backend<'a>> {
         let kubelet = namespace.start_pod(&self.cluster, node, name, template)?;
         let listen: Vec<_> = ports.iter().map(|port| format!("[::]:{port}={name}")).collect();
         let listen: Vec<_> = listen.iter().map(String::as_str).collect();
         let servers = vec![
-            Self::testbed().serve_with(kubelet.place(), &listen, &["--echo"])?,
-            Self::testbed().serve_datagrams(kubelet.place(), &listen)?,
+            Self::testbed().serve_with(kubelet.netns(), &listen, &["--echo"])?,
+            Self::testbed().serve_datagrams(kubelet.netns(), &listen)?,
         ];
         kubelet.set_ready(true)?;
         Ok(Backend {
@@ -208,19 +211,19 @@ impl Bed {
 
     /// Waits until those who connect from each of these places have this outcome, with streams and, if `datagrams`, with
     /// datagrams. Then the agents' maps must be what the API says, and the outcome still the same.
-    pub(crate) fn expect(&self, from: &[&Place], to: Target, expected: &Outcome) -> Result<()> {
+    pub(crate) fn expect(&self, from: &[&Netns], to: Target, expected: &Outcome) -> Result<()> {
         self.expect_within(Duration::from_secs(20), from, to, expected)
     }
 
     /// The same with another limit.
-    pub(crate) fn expect_within(&self, limit: Duration, from: &[&Place], to: Target, expected: &Outcome) -> Result<()> {
+    pub(crate) fn expect_within(&self, limit: Duration, from: &[&Netns], to: Target, expected: &Outcome) -> Result<()> {
         let check = || {
-            for place in from {
-                let found = to.outcome(place)?;
+            for netns in from {
+                let found = to.outcome(netns)?;
                 ensure!(
                     found == *expected,
                     "{to} from {}: {found:?}, not {expected:?}",
-                    place.name()
+                    netns.name()
                 );
             }
             Ok(())
@@ -256,25 +259,25 @@ impl Target {
     }
 
     /// What happens to those who connect from `place` now.
-    pub(crate) fn outcome(self, place: &Place) -> Result<Outcome> {
+    pub(crate) fn outcome(self, netns: &Netns) -> Result<Outcome> {
         match self {
-            Self::Tcp(to) => streams(place, to),
-            Self::Udp(to) => datagrams(place, to),
+            Self::Tcp(to) => streams(netns, to),
+            Self::Udp(to) => datagrams(netns, to),
         }
     }
 }
 
-fn streams(place: &Place, to: SocketAddr) -> Result<Outcome> {
+fn streams(netns: &Netns, to: SocketAddr) -> Result<Outcome> {
     let connect = Connect::to(&[to]).peer_check();
     // One to see whether there is anybody.
-    let probe = Bed::testbed().connect(place, &connect.clone().count(1).timeout(patience(SILENCE)))?;
-    let errno = probe.failures.first().map(|failure| (failure.stage, failure.errno));
-    if let Some((Stage::Connect, ENETUNREACH | ETIMEDOUT)) = errno {
+    let probe = Fixture::testbed().connect(netns, &connect.clone().count(1).timeout(scaled_timeout(SILENCE)))?;
+    let errno = probe.failures.first().map(|failure| (failure.step, failure.errno));
+    if let Some((ConnectStep::Connect, ENETUNREACH | ETIMEDOUT)) = errno {
         return Ok(Outcome::Nobody);
     }
     // Not for long: where that changes meanwhile, each of them may meet silence.
-    let connect = connect.count(CONNECTIONS).seconds(patience(SOME).as_secs_f64());
-    let summary = Bed::testbed().connect(place, &connect)?;
+    let connect = connect.count(CONNECTIONS).seconds(scaled_timeout(SOME).as_secs_f64());
+    let summary = Fixture::testbed().connect(netns, &connect)?;
     ensure!(summary.peer_mismatches == 0, "{:?}", summary.mismatches);
     ensure!(summary.connections == CONNECTIONS, "they take long: {summary:?}");
     if summary.failure_count == 0 {
@@ -283,7 +286,7 @@ fn streams(place: &Place, to: SocketAddr) -> Result<Outcome> {
     ensure!(summary.failure_count == CONNECTIONS, "some fail: {summary:?}");
     let failures = summary.failures.iter();
     let ways: BTreeSet<_> = failures
-        .map(|failure| (failure.stage == Stage::Connect, failure.errno))
+        .map(|failure| (failure.step == ConnectStep::Connect, failure.errno))
         .collect();
     match ways.into_iter().collect::<Vec<_>>()[..] {
         [(true, errno)] => Ok(Outcome::Failed(errno)),
@@ -291,12 +294,16 @@ fn streams(place: &Place, to: SocketAddr) -> Result<Outcome> {
     }
 }
 
-fn datagrams(place: &Place, to: SocketAddr) -> Result<Outcome> {
-    let kind = if to.is_ipv4() { Kind::Udp4 } else { Kind::Udp6 };
-    let mut socket = Bed::testbed().puppet(place, kind)?;
+fn datagrams(netns: &Netns, to: SocketAddr) -> Result<Outcome> {
+    let kind = if to.is_ipv4() {
+        SocketKind::Udp4
+    } else {
+        SocketKind::Udp6
+    };
+    let mut socket = Fixture::testbed().scripted_socket(netns, kind)?;
     let mut names = BTreeSet::new();
     for _ in 0..DATAGRAMS {
-        if let Answer::Failed(errno) = socket.call(&Call::Connect(to))? {
+        if let CallResult::Failed(errno) = socket.call(&SocketCall::Connect(to))? {
             ensure!(names.is_empty(), "{names:?} answered, then error {errno}");
             return Ok(Outcome::Failed(errno));
         }

@@ -27,22 +27,22 @@ pub const CAPACITIES: Capacities = Capacities {
 };
 
 /// The pinned maps, and the reconciler that writes them.
-pub struct Site {
+pub struct InProcessAgent {
     /// `None` between the death of one and the start of the next.
     reconciler: Option<Reconciler<FaultyMaps<BpfMaps>>>,
     lock: Lock,
 }
 
-impl Site {
+impl InProcessAgent {
     /// Loads the product's programs and makes, or adopts, the maps below a pin path.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub fn new(pins: &PinPath) -> Result<Self> {
         let lock = Lock::take(pins)?;
-        let mut site = Self { reconciler: None, lock };
-        site.restart()?;
-        Ok(site)
+        let mut agent = Self { reconciler: None, lock };
+        agent.restart()?;
+        Ok(agent)
     }
 
     /// What `kill -9` and the start of the next agent do: nothing of the old one is left but what is pinned.

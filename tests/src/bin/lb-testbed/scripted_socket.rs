@@ -1,4 +1,4 @@
-//! A socket that does what standard input says; see `lb_tests::puppet`.
+//! A socket that does what standard input says; see `lb_tests::scripted_socket`.
 
 use std::io::stdin;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
@@ -6,12 +6,12 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use lb_tests::puppet::{Answer, Call, Kind};
+use lb_tests::scripted_socket::{CallResult, SocketCall, SocketKind};
 use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, MsgFlags, SockaddrStorage, setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike as _};
 
-use crate::say;
+use crate::print_line;
 
 /// The longest datagram.
 const LONGEST: usize = 65_536;
@@ -20,24 +20,24 @@ const LONGEST: usize = 65_536;
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// Kind of socket
-    #[arg(long, value_parser = kind)]
-    kind: Kind,
+    #[arg(long, value_parser = parse_kind)]
+    kind: SocketKind,
     /// Patience with receiving
     #[arg(long, default_value_t = 2000)]
     timeout_ms: i64,
 }
 
-pub(crate) fn kind(text: &str) -> Result<Kind, String> {
+pub(crate) fn parse_kind(text: &str) -> Result<SocketKind, String> {
     serde_json::from_value(text.into()).map_err(|error| error.to_string())
 }
 
 /// Makes a socket, for IPv6 not only.
-pub(crate) fn open(kind: Kind) -> Result<OwnedFd> {
+pub(crate) fn open(kind: SocketKind) -> Result<OwnedFd> {
     let family = family(kind);
     let (socket_type, protocol) = match kind {
-        Kind::Tcp4 | Kind::Tcp6 => (libc::SOCK_STREAM, 0),
-        Kind::Udp4 | Kind::Udp6 => (libc::SOCK_DGRAM, 0),
-        Kind::Mptcp4 | Kind::Mptcp6 => (libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
+        SocketKind::Tcp4 | SocketKind::Tcp6 => (libc::SOCK_STREAM, 0),
+        SocketKind::Udp4 | SocketKind::Udp6 => (libc::SOCK_DGRAM, 0),
+        SocketKind::Mptcp4 | SocketKind::Mptcp6 => (libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
     };
     // SAFETY: numbers only.
     let fd = Errno::result(unsafe { libc::socket(family as i32, socket_type | libc::SOCK_CLOEXEC, protocol) })
@@ -50,10 +50,10 @@ pub(crate) fn open(kind: Kind) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-fn family(kind: Kind) -> AddressFamily {
+fn family(kind: SocketKind) -> AddressFamily {
     match kind {
-        Kind::Tcp4 | Kind::Udp4 | Kind::Mptcp4 => AddressFamily::Inet,
-        Kind::Tcp6 | Kind::Udp6 | Kind::Mptcp6 => AddressFamily::Inet6,
+        SocketKind::Tcp4 | SocketKind::Udp4 | SocketKind::Mptcp4 => AddressFamily::Inet,
+        SocketKind::Tcp6 | SocketKind::Udp6 | SocketKind::Mptcp6 => AddressFamily::Inet6,
     }
 }
 
@@ -63,54 +63,54 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let timeout = TimeVal::milliseconds(options.timeout_ms);
     setsockopt(&socket, sockopt::ReceiveTimeout, &timeout).context("SO_RCVTIMEO")?;
     setsockopt(&socket, sockopt::SendTimeout, &timeout).context("SO_SNDTIMEO")?;
-    say("ready")?;
+    print_line("ready")?;
     for line in stdin().lines() {
         let line = line.context("reading standard input")?;
         let call = serde_json::from_str(&line).with_context(|| format!("not a call: {line}"))?;
         let answer = match make(&socket, family, &call) {
             Ok(answer) => answer,
             Err(error) => match error.downcast_ref::<Errno>() {
-                Some(errno) => Answer::Failed(*errno as i32),
+                Some(errno) => CallResult::Failed(*errno as i32),
                 None => return Err(error),
             },
         };
-        say(&serde_json::to_string(&answer)?)?;
+        print_line(&serde_json::to_string(&answer)?)?;
     }
     Ok(())
 }
 
-fn make(socket: &OwnedFd, family: AddressFamily, call: &Call) -> Result<Answer> {
+fn make(socket: &OwnedFd, family: AddressFamily, call: &SocketCall) -> Result<CallResult> {
     let fd = socket.as_raw_fd();
     Ok(match call {
-        Call::Bind(to) => {
+        SocketCall::Bind(to) => {
             socket::bind(fd, &mapped(*to, family))?;
-            Answer::Done
+            CallResult::Done
         }
-        Call::Connect(to) => {
+        SocketCall::Connect(to) => {
             socket::connect(fd, &SockaddrStorage::from(*to))?;
-            Answer::Done
+            CallResult::Done
         }
-        Call::Disconnect => {
+        SocketCall::Disconnect => {
             disconnect(socket)?;
-            Answer::Done
+            CallResult::Done
         }
-        Call::Send(text) => {
+        SocketCall::Send(text) => {
             socket::send(fd, text.as_bytes(), MsgFlags::empty())?;
-            Answer::Done
+            CallResult::Done
         }
-        Call::SendTo(to, text) => {
+        SocketCall::SendTo(to, text) => {
             socket::sendto(fd, text.as_bytes(), &mapped(*to, family), MsgFlags::empty())?;
-            Answer::Done
+            CallResult::Done
         }
-        Call::Receive => {
+        SocketCall::Receive => {
             let mut buffer = vec![0; LONGEST];
             let (length, from) = socket::recvfrom::<SockaddrStorage>(fd, &mut buffer)?;
             let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
-            Answer::Received(from.and_then(|from| address(&from)), text)
+            CallResult::Received(from.and_then(|from| address(&from)), text)
         }
-        Call::PeerName => named(&socket::getpeername(fd)?)?,
-        Call::Name => named(&socket::getsockname(fd)?)?,
-        Call::Cookie => Answer::Number(cookie(socket)?),
+        SocketCall::PeerName => named(&socket::getpeername(fd)?)?,
+        SocketCall::Name => named(&socket::getsockname(fd)?)?,
+        SocketCall::Cookie => CallResult::Number(cookie(socket)?),
     })
 }
 
@@ -130,9 +130,9 @@ fn address(from: &SockaddrStorage) -> Option<SocketAddr> {
     v4.or_else(|| from.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))
 }
 
-fn named(from: &SockaddrStorage) -> Result<Answer> {
+fn named(from: &SockaddrStorage) -> Result<CallResult> {
     match address(from) {
-        Some(address) => Ok(Answer::Address(address)),
+        Some(address) => Ok(CallResult::Address(address)),
         None => bail!("{from:?} is no IP address"),
     }
 }

@@ -10,15 +10,15 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::manifests::{Manifests, ServicePort};
 use super::signals::Signals;
-use super::{Options, say};
-use crate::{Agent, Cluster, Connect, Place, Pod, Process, Ruleset, Running, Testbed, Underlay, patience};
+use super::{Options, print_line};
+use crate::{Agent, Cluster, Connect, Netns, Pod, Process, Ruleset, RunningAgent, Testbed, Underlay, scaled_timeout};
 
 /// How long nginx may take to listen.
 const START: Duration = Duration::from_secs(10);
 
 /// All that the demo has set up. The order of the fields is that of removal.
-pub(super) struct Stage {
-    pub(super) agents: Vec<Running>,
+pub(super) struct DemoCluster {
+    pub(super) agents: Vec<RunningAgent>,
     _servers: Vec<Process>,
     /// A pod without server on each node, for clients.
     pub(super) client_pods: Vec<Pod>,
@@ -29,12 +29,12 @@ pub(super) struct Stage {
     pub(super) cluster: Cluster,
 }
 
-impl Stage {
+impl DemoCluster {
     pub(super) fn set_up(options: &Options, signals: &Signals) -> Result<Self> {
         let manifests = Manifests::read(&options.examples)?;
         let testbed = Testbed::new(&options.testbed);
         let count = u8::try_from(manifests.nodes.len()).context("too many nodes")?;
-        say(&format!("building {count} nodes joined by VXLAN, and a client outside"))?;
+        print_line(&format!("building {count} nodes joined by VXLAN, and a client outside"))?;
         let cluster = Cluster::builder()
             .nodes(count)
             .underlay(Underlay::Vxlan)
@@ -59,7 +59,7 @@ impl Stage {
             .iter()
             .map(|node| node.ruleset())
             .collect::<Result<_>>()?;
-        let mut stage = Self {
+        let mut demo = Self {
             agents: Vec::new(),
             _servers: servers,
             client_pods,
@@ -68,13 +68,13 @@ impl Stage {
             testbed,
             cluster,
         };
-        stage.ensure_silence()?;
-        stage.start_agents(options, signals)?;
-        Ok(stage)
+        demo.ensure_silence()?;
+        demo.start_agents(options, signals)?;
+        Ok(demo)
     }
 
     /// Where clients run: the hosts and a pod of every node.
-    pub(super) fn places(&self) -> impl Iterator<Item = (String, &Place)> {
+    pub(super) fn namespaces(&self) -> impl Iterator<Item = (String, &Netns)> {
         let hosts = self
             .cluster
             .nodes()
@@ -89,8 +89,8 @@ impl Stage {
 
     /// Who asks a Service's port, by name, and at which address: the hosts and pods at the virtual address, the client outside
     /// at the port of every node.
-    pub(super) fn calls(&self, service: &ServicePort) -> Vec<(String, &Place, SocketAddr)> {
-        let inside = self.places().map(|(name, place)| (name, place, service.frontend));
+    pub(super) fn client_targets(&self, service: &ServicePort) -> Vec<(String, &Netns, SocketAddr)> {
+        let inside = self.namespaces().map(|(name, netns)| (name, netns, service.frontend));
         let node_port = service.node_port.into_iter();
         let outside = node_port.flat_map(|port| {
             self.cluster.nodes().iter().map(move |node| {
@@ -104,12 +104,12 @@ impl Stage {
     /// Makes sure that it is the agents who make the virtual addresses answer.
     fn ensure_silence(&self) -> Result<()> {
         for service in &self.services {
-            for (place_name, place, address) in self.calls(service) {
+            for (client, netns, address) in self.client_targets(service) {
                 let connect = Connect::to(&[address]).count(1).timeout(Duration::from_millis(300));
-                let summary = self.testbed.connect(place, &connect)?;
+                let summary = self.testbed.connect(netns, &connect)?;
                 ensure!(
                     summary.failure_count == 1,
-                    "{address} answers from {place_name} before any agent was started"
+                    "{address} answers from {client} before any agent was started"
                 );
             }
         }
@@ -119,7 +119,7 @@ impl Stage {
     fn start_agents(&mut self, options: &Options, signals: &Signals) -> Result<()> {
         let begin = Instant::now();
         for node in self.cluster.nodes() {
-            self.agents.push(Running::start(
+            self.agents.push(RunningAgent::start(
                 Agent::new(&self.cluster, node, &options.agent, &options.examples),
                 &[],
             )?);
@@ -127,13 +127,13 @@ impl Stage {
         for agent in &mut self.agents {
             agent.wait_ready(&|| signals.arrived())?;
         }
-        say(&format!(
+        print_line(&format!(
             "lb-agent is ready on all nodes after {} ms",
             begin.elapsed().as_millis()
         ))?;
         for agent in &self.agents {
             for problem in agent.status()?.problems {
-                say(&format!(
+                print_line(&format!(
                     "{} says: {}: {}",
                     agent.node(),
                     problem.place,
@@ -155,7 +155,7 @@ fn start_servers(cluster: &Cluster, services: &[ServicePort], signals: &Signals)
             ports.push(backend.port);
         }
     }
-    say(&format!("starting {} pods with nginx", pods.len()))?;
+    print_line(&format!("starting {} pods with nginx", pods.len()))?;
     let mut servers = Vec::new();
     for ((node, name, address), ports) in pods {
         let pod = cluster.add_pod_at(node, name, address)?;
@@ -177,7 +177,7 @@ fn start_nginx(cluster: &Cluster, pod: &Pod, ports: &[u16], signals: &Signals) -
         .stdout(Stdio::null())
         .stderr(log);
     let mut process = Process::spawn(&mut command)?;
-    let deadline = Instant::now() + patience(START);
+    let deadline = Instant::now() + scaled_timeout(START);
     for &port in ports {
         while pod.within(|| TcpStream::connect(pod.socket(port)))?.is_err() {
             if signals.arrived() {

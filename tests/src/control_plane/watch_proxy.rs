@@ -41,7 +41,7 @@ const WAITING: usize = 1000;
 
 /// What a mixer has done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mixed {
+pub struct WatchProxyStats {
     /// Events that were told before one that is older.
     pub late: u64,
     /// Events that were told once more.
@@ -53,15 +53,15 @@ pub struct Mixed {
 }
 
 /// The proxy. It ends when this is dropped.
-pub struct Mixer {
+pub struct WatchProxy {
     shared: Arc<Shared>,
     address: SocketAddr,
     server: JoinHandle<()>,
 }
 
-impl fmt::Debug for Mixer {
+impl fmt::Debug for WatchProxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Mixer")
+        f.debug_struct("WatchProxy")
             .field("address", &self.address)
             .finish_non_exhaustive()
     }
@@ -83,7 +83,7 @@ impl ControlPlane {
     ///
     /// # Errors
     /// When it cannot listen.
-    pub fn mixer(&self, user: &str, random: Option<Random>) -> Result<Mixer> {
+    pub fn watch_proxy(&self, user: &str, random: Option<Random>) -> Result<WatchProxy> {
         let address = SocketAddr::new(self.address().into(), PORT);
         let shared = Arc::new(Shared {
             client: self.objects().client_of(&self.kubeconfig(user))?,
@@ -104,7 +104,7 @@ impl ControlPlane {
                 }
             }))
         })?;
-        Ok(Mixer {
+        Ok(WatchProxy {
             shared,
             address,
             server,
@@ -112,7 +112,7 @@ impl ControlPlane {
     }
 }
 
-impl Mixer {
+impl WatchProxy {
     /// Where agents find the API server.
     #[must_use]
     pub fn url(&self) -> String {
@@ -131,9 +131,9 @@ impl Mixer {
 
     /// What it has done so far.
     #[must_use]
-    pub fn mixed(&self) -> Mixed {
+    pub fn stats(&self) -> WatchProxyStats {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Mixed {
+        WatchProxyStats {
             late: count(&self.shared.late),
             repeated: count(&self.shared.repeated),
             ended: count(&self.shared.ended),
@@ -142,7 +142,7 @@ impl Mixer {
     }
 }
 
-impl Drop for Mixer {
+impl Drop for WatchProxy {
     fn drop(&mut self) {
         self.shut();
         self.server.abort();

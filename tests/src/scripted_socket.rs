@@ -8,14 +8,14 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::{Place, Process, Testbed, patience};
+use crate::{Netns, Process, Testbed, scaled_timeout};
 
 /// How long a puppet may take to start, or for one call.
 const CALL: Duration = Duration::from_secs(10);
 
 /// What kind of socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Kind {
+pub enum SocketKind {
     /// AF_INET, SOCK_STREAM.
     Tcp4,
     /// AF_INET6, SOCK_STREAM; not IPv6 only.
@@ -32,7 +32,7 @@ pub enum Kind {
 
 /// A call on the socket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Call {
+pub enum SocketCall {
     /// `bind`.
     Bind(SocketAddr),
     /// `connect`: the address of an IPv4 destination is of AF_INET, whatever the socket is.
@@ -55,7 +55,7 @@ pub enum Call {
 
 /// What a call returned.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Answer {
+pub enum CallResult {
     /// It succeeded.
     Done,
     /// It failed, with this error number.
@@ -70,7 +70,7 @@ pub enum Answer {
 
 /// A socket of a process of its own.
 #[derive(Debug)]
-pub struct Puppet {
+pub struct ScriptedSocket {
     process: Process,
     stdin: ChildStdin,
 }
@@ -80,28 +80,28 @@ impl Testbed {
     ///
     /// # Errors
     /// When it cannot be made.
-    pub fn puppet(&self, place: &Place, kind: Kind) -> Result<Puppet> {
-        let mut command = place.command(self.program())?;
+    pub fn scripted_socket(&self, netns: &Netns, kind: SocketKind) -> Result<ScriptedSocket> {
+        let mut command = netns.command(self.program())?;
         command
-            .args(["puppet", "--kind", &format!("{kind:?}")])
+            .args(["scripted-socket", "--kind", &format!("{kind:?}")])
             .stdin(Stdio::piped());
-        let mut process = Process::spawn_ready(&mut command, patience(CALL))?;
+        let mut process = Process::spawn_ready(&mut command, scaled_timeout(CALL))?;
         let stdin = process.take_stdin().context("no standard input")?;
-        Ok(Puppet { process, stdin })
+        Ok(ScriptedSocket { process, stdin })
     }
 
     /// Connects one socket after the other in `place`, as fast as it can; the last 2000 stay open.
     ///
     /// # Errors
     /// When the process cannot be started.
-    pub fn churn(&self, place: &Place, kind: Kind, to: SocketAddr) -> Result<Churn> {
-        let mut command = place.command(self.program())?;
+    pub fn churn(&self, netns: &Netns, kind: SocketKind, to: SocketAddr) -> Result<SocketChurn> {
+        let mut command = netns.command(self.program())?;
         command
             .args(["churn", "--kind", &format!("{kind:?}"), "--to", &to.to_string()])
             .stdin(Stdio::piped());
-        let mut process = Process::spawn_ready(&mut command, patience(CALL))?;
+        let mut process = Process::spawn_ready(&mut command, scaled_timeout(CALL))?;
         let stdin = process.take_stdin().context("no standard input")?;
-        Ok(Churn { process, stdin })
+        Ok(SocketChurn { process, stdin })
     }
 
     /// Starts a server of datagrams in `place`; `listen` has entries `ADDR:PORT=NAME`. It answers each datagram with its
@@ -109,33 +109,33 @@ impl Testbed {
     ///
     /// # Errors
     /// When it is not ready in time.
-    pub fn serve_datagrams(&self, place: &Place, listen: &[&str]) -> Result<Process> {
-        self.serve_datagrams_with(place, listen, &[])
+    pub fn serve_datagrams(&self, netns: &Netns, listen: &[&str]) -> Result<Process> {
+        self.serve_datagrams_with(netns, listen, &[])
     }
 
-    /// The same, with more flags: `--tell-source`.
+    /// The same, with more flags: `--report-source`.
     ///
     /// # Errors
     /// When it is not ready in time.
-    pub fn serve_datagrams_with(&self, place: &Place, listen: &[&str], flags: &[&str]) -> Result<Process> {
-        let mut command = place.command(self.program())?;
+    pub fn serve_datagrams_with(&self, netns: &Netns, listen: &[&str], flags: &[&str]) -> Result<Process> {
+        let mut command = netns.command(self.program())?;
         command.arg("serve-datagrams").args(flags).stdin(Stdio::null());
         for listen in listen {
             command.arg(format!("--listen={listen}"));
         }
-        Process::spawn_ready(&mut command, patience(CALL))
-            .with_context(|| format!("serving {listen:?} in {}", place.name()))
+        Process::spawn_ready(&mut command, scaled_timeout(CALL))
+            .with_context(|| format!("serving {listen:?} in {}", netns.name()))
     }
 }
 
-impl Puppet {
+impl ScriptedSocket {
     /// Makes one call.
     ///
     /// # Errors
-    /// When the process is gone; an error of the call is an [`Answer`].
-    pub fn call(&mut self, call: &Call) -> Result<Answer> {
+    /// When the process is gone; an error of the call is an [`CallResult`].
+    pub fn call(&mut self, call: &SocketCall) -> Result<CallResult> {
         writeln!(self.stdin, "{}", serde_json::to_string(call)?).context("writing to a puppet")?;
-        let line = self.process.line(patience(CALL))?;
+        let line = self.process.line(scaled_timeout(CALL))?;
         serde_json::from_str(&line).with_context(|| format!("not an answer: {line}"))
     }
 
@@ -145,9 +145,9 @@ impl Puppet {
         self.process.id()
     }
 
-    fn done(&mut self, call: &Call) -> Result<()> {
+    fn done(&mut self, call: &SocketCall) -> Result<()> {
         match self.call(call)? {
-            Answer::Done => Ok(()),
+            CallResult::Done => Ok(()),
             other => bail!("{call:?}: {other:?}"),
         }
     }
@@ -157,7 +157,7 @@ impl Puppet {
     /// # Errors
     /// When it does not.
     pub fn connect(&mut self, to: SocketAddr) -> Result<()> {
-        self.done(&Call::Connect(to))
+        self.done(&SocketCall::Connect(to))
     }
 
     /// `sendto` that must succeed.
@@ -165,7 +165,7 @@ impl Puppet {
     /// # Errors
     /// When it does not.
     pub fn send_to(&mut self, to: SocketAddr, text: &str) -> Result<()> {
-        self.done(&Call::SendTo(to, text.to_owned()))
+        self.done(&SocketCall::SendTo(to, text.to_owned()))
     }
 
     /// `send` that must succeed.
@@ -173,7 +173,7 @@ impl Puppet {
     /// # Errors
     /// When it does not.
     pub fn send(&mut self, text: &str) -> Result<()> {
-        self.done(&Call::Send(text.to_owned()))
+        self.done(&SocketCall::Send(text.to_owned()))
     }
 
     /// `recvfrom` that must succeed: the source, with v4-mapped addresses made plain, and the text.
@@ -181,8 +181,8 @@ impl Puppet {
     /// # Errors
     /// When it does not.
     pub fn receive(&mut self) -> Result<(Option<SocketAddr>, String)> {
-        match self.call(&Call::Receive)? {
-            Answer::Received(from, text) => Ok((from.map(plain), text)),
+        match self.call(&SocketCall::Receive)? {
+            CallResult::Received(from, text) => Ok((from.map(plain), text)),
             other => bail!("receiving: {other:?}"),
         }
     }
@@ -192,8 +192,8 @@ impl Puppet {
     /// # Errors
     /// When it fails.
     pub fn peer(&mut self) -> Result<SocketAddr> {
-        match self.call(&Call::PeerName)? {
-            Answer::Address(address) => Ok(plain(address)),
+        match self.call(&SocketCall::PeerName)? {
+            CallResult::Address(address) => Ok(plain(address)),
             other => bail!("getpeername: {other:?}"),
         }
     }
@@ -203,8 +203,8 @@ impl Puppet {
     /// # Errors
     /// When it fails.
     pub fn cookie(&mut self) -> Result<u64> {
-        match self.call(&Call::Cookie)? {
-            Answer::Number(cookie) => Ok(cookie),
+        match self.call(&SocketCall::Cookie)? {
+            CallResult::Number(cookie) => Ok(cookie),
             other => bail!("SO_COOKIE: {other:?}"),
         }
     }
@@ -214,16 +214,16 @@ impl Puppet {
     ///
     /// # Errors
     /// When there is no answer, or it is another's.
-    pub fn ask(&mut self, to: SocketAddr, question: &str) -> Result<String> {
+    pub fn exchange(&mut self, to: SocketAddr, question: &str) -> Result<String> {
         self.send_to(to, question)?;
-        self.answered(to, question)
+        self.receive_reply(to, question)
     }
 
-    /// Waits for the answer to a question; see [`Self::ask`].
+    /// Waits for the answer to a question; see [`Self::exchange`].
     ///
     /// # Errors
     /// When there is no answer, or it is another's.
-    pub fn answered(&mut self, by: SocketAddr, question: &str) -> Result<String> {
+    pub fn receive_reply(&mut self, by: SocketAddr, question: &str) -> Result<String> {
         let (from, text) = self.receive()?;
         ensure!(
             from == Some(by),
@@ -239,9 +239,9 @@ impl Puppet {
     ///
     /// # Errors
     /// When it succeeds.
-    pub fn errno(&mut self, call: &Call) -> Result<i32> {
+    pub fn errno(&mut self, call: &SocketCall) -> Result<i32> {
         match self.call(call)? {
-            Answer::Failed(errno) => Ok(errno),
+            CallResult::Failed(errno) => Ok(errno),
             other => bail!("{call:?}: {other:?}, not an error"),
         }
     }
@@ -249,20 +249,20 @@ impl Puppet {
 
 /// A process that connects one socket after the other. Its last sockets are closed when this is dropped.
 #[derive(Debug)]
-pub struct Churn {
+pub struct SocketChurn {
     process: Process,
     stdin: ChildStdin,
 }
 
-impl Churn {
+impl SocketChurn {
     /// Makes no more, and returns how many there were.
     ///
     /// # Errors
     /// When one could not be connected.
-    pub fn enough(&mut self) -> Result<u64> {
+    pub fn stop(&mut self) -> Result<u64> {
         // Where it has ended, that shows in the next line.
         let _ = self.stdin.write_all(b"\n");
-        let line = self.process.line(patience(CALL))?;
+        let line = self.process.line(scaled_timeout(CALL))?;
         line.parse().with_context(|| format!("no number: {line}"))
     }
 }

@@ -26,7 +26,7 @@ fn factor(value: Option<&str>) -> u32 {
 
 /// How many times longer than elsewhere tests wait on a machine that `LB_SLOW` calls `slow` times slower.
 #[must_use]
-pub fn patience_factor(slow: u32) -> u32 {
+pub fn timeout_factor(slow: u32) -> u32 {
     slow.min(MOST_PATIENCE)
 }
 
@@ -40,16 +40,16 @@ pub fn patience_factor(slow: u32) -> u32 {
 /// assert_eq!(lb_tests::scaled(100_000), 100_000);
 /// ```
 #[must_use]
-pub fn scaled(count: u64) -> u64 {
-    scaled_above(count, 1)
+pub fn scaled_count(count: u64) -> u64 {
+    scaled_count_above(count, 1)
 }
 
 /// The same, but not fewer than `least`: what the statistic needs that is made of them.
 ///
 /// # Panics
-/// As [`scaled`].
+/// As [`scaled_count`].
 #[must_use]
-pub fn scaled_above(count: u64, least: u64) -> u64 {
+pub fn scaled_count_above(count: u64, least: u64) -> u64 {
     let few = fewer(count, least, *SLOW);
     if few < count {
         println!("{few} repetitions of {count} ({VARIABLE}={})", *SLOW);
@@ -64,15 +64,15 @@ fn fewer(count: u64, least: u64, slow: u32) -> u64 {
 /// How long to wait for what takes `time` at most on this machine, unless `LB_SLOW` calls it slow.
 ///
 /// # Panics
-/// As [`scaled`].
+/// As [`scaled_count`].
 #[must_use]
-pub fn patience(time: Duration) -> Duration {
-    time * patience_factor(*SLOW)
+pub fn scaled_timeout(time: Duration) -> Duration {
+    time * timeout_factor(*SLOW)
 }
 
 /// Waits before a question is asked again that was asked at `asked`: twice as long as the answer took, since to ask is
 /// to start a program, and whoever is asked about needs the processor.
-pub fn pause_after(asked: Instant) {
+pub fn pause_between_polls(asked: Instant) {
     sleep((asked.elapsed() * 2).max(Duration::from_millis(10)));
 }
 
@@ -89,7 +89,7 @@ pub fn eventually<T>(what: &str, check: impl FnMut() -> Result<T>) -> Result<T> 
 /// # Errors
 /// When it does not, with its last words.
 pub fn eventually_within<T>(limit: Duration, what: &str, mut check: impl FnMut() -> Result<T>) -> Result<T> {
-    let deadline = Instant::now() + patience(limit);
+    let deadline = Instant::now() + scaled_timeout(limit);
     loop {
         match check() {
             Ok(value) => return Ok(value),
@@ -106,7 +106,7 @@ mod tests {
     #[test]
     fn factors() {
         assert_eq!([factor(None), factor(Some("1")), factor(Some("20"))], [1, 1, 20]);
-        assert_eq!([1, 3, 20].map(patience_factor), [1, 3, 5]);
+        assert_eq!([1, 3, 20].map(timeout_factor), [1, 3, 5]);
     }
 
     #[test]
