@@ -1,4 +1,4 @@
-//! lb-agent on a node, and what its subcommands say.
+//! lb-agent on a node of the test bed: its processes and the output of its subcommands.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -17,97 +17,97 @@ use serde::de::DeserializeOwned;
 
 use crate::{Cluster, Netns, Node, Process, pause_between_polls, scaled_timeout};
 
-/// How long an agent may take from start to completeness, and from a change to the maps.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Time limit for an agent to apply everything after its start, and to apply a change.
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The part of `lb-agent status -o json` that tests look at.
+/// The part of the output of `lb-agent status -o json` that tests use.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Status {
-    /// The process.
+    /// The agent's process.
     pub agent: AgentStatus,
-    /// The hooks.
+    /// The programs of the cgroup hooks.
     pub programs: Vec<ProgramStatus>,
-    /// The devices.
+    /// The network devices.
     pub devices: Vec<DeviceStatus>,
-    /// How full the maps are.
+    /// The maps and their numbers of entries.
     pub maps: Vec<MapStatus>,
-    /// What was refused, and why.
+    /// The drop counters, one per reason.
     pub drops: Vec<DropStatus>,
-    /// What could not be used.
+    /// The problems that the agent reports.
     pub problems: Vec<Problem>,
 }
 
-/// The process, as it last told of itself.
+/// The state of the agent's process, as it last stored it.
 #[derive(Debug, Clone, Deserialize)]
 pub struct AgentStatus {
-    /// Some agent holds the pin path.
+    /// Whether an agent holds the lock of the pin path.
     pub running: bool,
-    /// Its process id.
+    /// The process id of the agent.
     pub pid: u32,
-    /// How many batches it has applied.
+    /// The number of batches that the agent has applied.
     pub applies: u64,
-    /// Everything was applied at least once.
+    /// Whether the agent has applied everything at least once.
     pub complete: bool,
 }
 
-/// A hook.
+/// The program of a cgroup hook.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct ProgramStatus {
     /// Name of the program.
     pub name: String,
-    /// Whether it is attached.
+    /// Whether the program is attached.
     pub attached: bool,
-    /// Hash of its instructions.
+    /// The kernel's hash of the program's instructions.
     pub tag: String,
 }
 
 /// A network device.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct DeviceStatus {
-    /// Its name.
+    /// The device's name.
     pub name: String,
-    /// Its index.
+    /// The device's index.
     pub index: u32,
-    /// How programs are attached to it, if they are.
+    /// How programs are attached to the device, if they are.
     pub attached: Option<String>,
-    /// Source of IPv4 packets that leave by it.
+    /// Source address of IPv4 packets that leave by the device.
     pub source_v4: Option<IpAddr>,
-    /// Source of IPv6 packets.
+    /// Source address of IPv6 packets that leave by the device.
     pub source_v6: Option<IpAddr>,
 }
 
 /// A map.
 #[derive(Debug, Clone, Deserialize)]
 pub struct MapStatus {
-    /// Its name.
+    /// The map's name.
     pub name: String,
-    /// Entries in use.
+    /// Number of entries in use.
     pub used: u64,
 }
 
 /// A drop counter.
 #[derive(Debug, Clone, Deserialize)]
 pub struct DropStatus {
-    /// Label of the reason.
+    /// The label of the drop reason.
     pub reason: String,
-    /// How often.
+    /// How often packets or calls were refused for it.
     pub count: u64,
 }
 
-/// Something that could not be used.
+/// A problem that the agent reports.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Problem {
-    /// Where.
+    /// The object that the problem concerns.
     pub place: String,
-    /// What.
+    /// The text of the problem.
     pub message: String,
 }
 
 impl Status {
-    /// How many entries of a map are in use.
+    /// Returns how many entries of a map are in use.
     ///
     /// # Errors
-    /// Where there is no such map.
+    /// If there is no such map.
     pub fn used(&self, map: &str) -> Result<u64> {
         let map = self
             .maps
@@ -117,10 +117,10 @@ impl Status {
         Ok(map.used)
     }
 
-    /// How often something was refused.
+    /// Returns the counter of a drop reason.
     ///
     /// # Errors
-    /// Where there is no such reason.
+    /// If there is no such reason.
     pub fn dropped(&self, reason: &str) -> Result<u64> {
         let drop = self
             .drops
@@ -131,43 +131,43 @@ impl Status {
     }
 }
 
-/// The capabilities that the systemd unit grants, as setpriv(1) has a bounding set: `-all,+bpf,+net_admin`.
+/// Returns the capabilities that the systemd unit grants, in the form of a bounding set of setpriv(1):
+/// `-all,+bpf,+net_admin`.
 ///
 /// # Errors
-/// Where the unit cannot be read, or says nothing of them.
+/// If the unit cannot be read, or does not set `CapabilityBoundingSet`.
 pub fn unit_capabilities() -> Result<String> {
     let unit = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/lb-agent.service");
     let text = fs::read_to_string(unit).with_context(|| format!("reading {unit}"))?;
     let granted = text
         .lines()
         .find_map(|line| line.strip_prefix("CapabilityBoundingSet="))
-        .with_context(|| format!("no capabilities in {unit}"))?;
+        .with_context(|| format!("no CapabilityBoundingSet in {unit}"))?;
     let names = granted.split_whitespace().map(|name| name.trim_start_matches("CAP_"));
     Ok(names.fold("-all".to_owned(), |set, name| format!("{set},+{}", name.to_lowercase())))
 }
 
-/// How the agent of a node is started, and asked: binary, manifests and pins. Several processes of it may be started,
-/// one after the other or at once.
+/// The binary, source and pin path of a node's agent, to start it and to run its subcommands. Several of its processes may
+/// be started, one after another or at the same time.
 #[derive(Debug, Clone)]
 pub struct Agent {
     program: PathBuf,
     netns: Netns,
     cgroup: PathBuf,
     pin_path: PathBuf,
-    /// The flags of `run` and `verify` that say where Services come from.
+    /// The flags of `run` and `verify` that set the source of Services.
     source: Vec<OsString>,
     log: PathBuf,
-    env: Vec<(String, String)>,
 }
 
 impl Agent {
-    /// The agent of a node, its manifests in a file or folder.
+    /// Creates the agent of a node that reads manifests from a file or directory.
     #[must_use]
     pub fn new(cluster: &Cluster, node: &Node, program: &Path, manifests: &Path) -> Self {
         Self::with_source(cluster, node, program, vec!["--manifests".into(), manifests.into()])
     }
 
-    /// The agent of a node that has its Services from API servers, and who it is there from a kubeconfig.
+    /// Creates the agent of a node that reads Services from API servers, with the credentials of a kubeconfig.
     #[must_use]
     pub fn with_api_server(cluster: &Cluster, node: &Node, program: &Path, kubeconfig: &Path, servers: &str) -> Self {
         let flags = [
@@ -187,19 +187,10 @@ impl Agent {
             pin_path: cluster.pin_path(node.name()),
             source,
             log: cluster.scratch().join(format!("lb-agent-{}.log", node.name())),
-            env: Vec::new(),
         }
     }
 
-    /// The same with an environment variable for `run`.
-    #[must_use]
-    pub fn with_env(&self, name: &str, value: &str) -> Self {
-        let mut new = self.clone();
-        new.env.push((name.into(), value.into()));
-        new
-    }
-
-    /// The same, told which networks are inside the cluster: `run` and `verify` alike.
+    /// Returns a copy of this agent with `--cluster-cidr` for both `run` and `verify`.
     #[must_use]
     pub fn with_cluster_cidr(&self, networks: &str) -> Self {
         let mut new = self.clone();
@@ -207,40 +198,40 @@ impl Agent {
         new
     }
 
-    /// Where the binary is: what the environment variable `LB_AGENT` says, or else `lb-agent` in the folder of the
-    /// binary `beside`.
+    /// Returns the path of the lb-agent binary: the value of the environment variable `LB_AGENT`, or else `lb-agent` in the
+    /// directory of `other`, another binary of this build.
     ///
     /// # Errors
-    /// When there is no such binary.
-    pub fn find(beside: &Path) -> Result<PathBuf> {
+    /// If there is no such binary.
+    pub fn find(other: &Path) -> Result<PathBuf> {
         let program = match env::var_os("LB_AGENT") {
             Some(path) => PathBuf::from(path),
-            None => beside.with_file_name("lb-agent"),
+            None => other.with_file_name("lb-agent"),
         };
         ensure!(
             program.is_file(),
-            "there is no {}: build it (`cargo build -p lb-agent`), or say in LB_AGENT where it is",
+            "{} does not exist: build it (`cargo build -p lb-agent`), or set LB_AGENT to its path",
             program.display()
         );
         Ok(program)
     }
 
-    /// Name of the node.
+    /// The name of the node.
     #[must_use]
     pub fn node(&self) -> &str {
         self.netns.name()
     }
 
-    /// The folder that it pins below.
+    /// The agent's pin path.
     #[must_use]
     pub fn pin_path(&self) -> &Path {
         &self.pin_path
     }
 
-    /// Starts `lb-agent run`, with more flags; returns at once.
+    /// Starts `lb-agent run` with additional flags, without waiting for it to be ready.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// If the process cannot be started.
     pub fn start(&self, flags: &[&str]) -> Result<Process> {
         let log = OpenOptions::new().create(true).append(true).open(&self.log);
         let log = log.with_context(|| format!("opening {}", self.log.display()))?;
@@ -252,7 +243,6 @@ impl Agent {
             .arg("--pin-path")
             .arg(&self.pin_path)
             .args(flags);
-        command.envs(self.env.iter().cloned());
         command
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("the agent's log")?)
@@ -260,10 +250,10 @@ impl Agent {
         Process::spawn(&mut command)
     }
 
-    /// Starts `lb-agent run`, and waits until it has applied everything and its programs are attached.
+    /// Starts `lb-agent run` and waits until it has applied everything and its programs are attached.
     ///
     /// # Errors
-    /// When it ends, or is not ready in time; the message has the end of its log.
+    /// If the process ends, or is not ready in time; the message contains the end of its log.
     pub fn start_ready(&self, flags: &[&str]) -> Result<Process> {
         let mut process = self.start(flags)?;
         self.wait_ready(&mut process)?;
@@ -273,19 +263,20 @@ impl Agent {
     /// Waits until the process has applied everything and its programs are attached.
     ///
     /// # Errors
-    /// As [`Self::start_ready`].
+    /// If the process ends, or is not ready in time; the message contains the end of its log.
     pub fn wait_ready(&self, process: &mut Process) -> Result<()> {
         self.wait(process, "ready", &|| false, Self::is_complete)
     }
 
-    /// Whether the process has applied everything. What an earlier one told of itself is there until this one is ready.
+    /// Checks that the process has applied everything. The state of an earlier process stays visible until this one is
+    /// ready.
     fn is_complete(&self, pid: u32) -> Result<()> {
         let agent = self.status()?.agent;
         ensure!(agent.running && agent.complete && agent.pid == pid, "{agent:?}");
         Ok(())
     }
 
-    /// Waits until `check` succeeds; it gets the process id.
+    /// Waits until `check`, which gets the process id, succeeds.
     fn wait(
         &self,
         process: &mut Process,
@@ -293,9 +284,9 @@ impl Agent {
         interrupted: &dyn Fn() -> bool,
         check: impl Fn(&Self, u32) -> Result<()>,
     ) -> Result<()> {
-        let deadline = Instant::now() + scaled_timeout(PATIENCE);
+        let deadline = Instant::now() + scaled_timeout(READY_TIMEOUT);
         loop {
-            let asked = Instant::now();
+            let start = Instant::now();
             let Err(last) = check(self, process.id()) else {
                 return Ok(());
             };
@@ -312,14 +303,14 @@ impl Agent {
                     self.log_tail()
                 );
             }
-            pause_between_polls(asked);
+            pause_between_polls(start);
         }
     }
 
-    /// Runs a subcommand to its end and returns what it writes.
+    /// Runs a subcommand until it exits and returns its standard output.
     ///
     /// # Errors
-    /// When it does not succeed; the message has all its output.
+    /// If the subcommand fails; the message contains all its output.
     pub fn output<T: AsRef<OsStr> + Debug>(&self, arguments: &[T]) -> Result<String> {
         let mut command = self.netns.command(&self.program)?;
         let output = command.args(arguments).arg("--pin-path").arg(&self.pin_path).output();
@@ -335,19 +326,20 @@ impl Agent {
         Ok(text(&output.stdout))
     }
 
-    /// The answer of a subcommand with `-o json`.
+    /// Runs a subcommand with `-o json` and returns its parsed output.
     ///
     /// # Errors
-    /// When it does not succeed, or its answer is not of that type.
+    /// If the subcommand fails, or its output does not have that type.
     pub fn json<T: DeserializeOwned>(&self, arguments: &[&str]) -> Result<T> {
         let text = self.output(&[arguments, &["-o", "json"]].concat())?;
-        serde_json::from_str(&text).with_context(|| format!("not as expected: {text}"))
+        serde_json::from_str(&text).with_context(|| format!("unexpected output: {text}"))
     }
 
-    /// Connections and flows that the programs have counted for a Service, at all its ports or at one by its name.
+    /// Returns how many connections and flows the programs have counted for a Service, at all its ports or at the named
+    /// one.
     ///
     /// # Errors
-    /// When there is none of that name.
+    /// If there is no such Service or port.
     pub fn connections(&self, service: &str, port_name: Option<&str>) -> Result<u64> {
         #[derive(Deserialize)]
         struct Row {
@@ -361,24 +353,24 @@ impl Agent {
         Ok(rows.iter().map(|row| row.connections).sum())
     }
 
-    /// `lb-agent status`.
+    /// Returns the output of `lb-agent status`.
     ///
     /// # Errors
-    /// When it does not succeed.
+    /// If the subcommand fails.
     pub fn status(&self) -> Result<Status> {
         self.json(&["status"])
     }
 
-    /// Whether the maps hold what the source asks for now.
+    /// Runs `lb-agent verify`, which compares the maps with the desired state of the source.
     ///
     /// # Errors
-    /// When they do not, with the differences.
+    /// If they differ; the message contains the differences.
     pub fn verify(&self) -> Result<()> {
-        let words = ["verify", "--node-name", self.node()].map(OsString::from);
-        self.output(&[&words, self.source.as_slice()].concat()).map(drop)
+        let arguments = ["verify", "--node-name", self.node()].map(OsString::from);
+        self.output(&[&arguments, self.source.as_slice()].concat()).map(drop)
     }
 
-    /// The end of what all its processes have logged.
+    /// Returns the last lines of the log, which all processes of this agent share.
     #[must_use]
     pub fn log_tail(&self) -> String {
         let text = fs::read_to_string(&self.log).unwrap_or_default();
@@ -387,7 +379,7 @@ impl Agent {
     }
 }
 
-/// An agent with its process, which is killed when this is dropped; what it has pinned stays as long as the cluster.
+/// An agent with its process. Dropping this kills the process; its pins stay as long as the cluster.
 #[derive(Debug)]
 pub struct RunningAgent {
     agent: Agent,
@@ -403,45 +395,45 @@ impl Deref for RunningAgent {
 }
 
 impl RunningAgent {
-    /// Starts an agent; that it ends later is told by [`Self::wait_ready`].
+    /// Starts an agent. If it ends early, [`Self::wait_ready`] reports that.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// If the process cannot be started.
     pub fn start(agent: Agent, flags: &[&str]) -> Result<Self> {
         let process = agent.start(flags)?;
         Ok(Self { agent, process })
     }
 
-    /// Starts it once more, after [`Self::kill`].
+    /// Starts the agent again, after [`Self::kill`].
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// If the process cannot be started.
     pub fn start_again(&mut self) -> Result<()> {
         self.process = self.agent.start(&[])?;
         Ok(())
     }
 
-    /// The process.
+    /// The agent's process.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
     }
 
-    /// Kills it as `kill -9` does, if it runs; what it has pinned stays.
+    /// Kills the process by SIGKILL, if it runs. Its pins stay.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn kill(&mut self) -> Result<()> {
         if !self.process.is_running()? {
             return Ok(());
         }
         self.process.signal(Signal::SIGKILL)?;
-        self.process.wait(scaled_timeout(PATIENCE)).map(drop)
+        self.process.wait(scaled_timeout(READY_TIMEOUT)).map(drop)
     }
 
-    /// Waits until the agent has applied everything that its source says now.
+    /// Waits until the agent has applied everything that its source contains now.
     ///
     /// # Errors
-    /// When it ends, or is not ready in time, or `interrupted` says so.
+    /// If the process ends or is not ready in time, or `interrupted` returns true.
     pub fn wait_ready(&mut self, interrupted: &dyn Fn() -> bool) -> Result<()> {
         self.agent.wait(&mut self.process, "ready", interrupted, |agent, pid| {
             agent.is_complete(pid)?;
@@ -452,7 +444,7 @@ impl RunningAgent {
     /// Waits until `check` succeeds.
     ///
     /// # Errors
-    /// When the agent ends, or the check fails for too long; with its last words and the agent's log.
+    /// If the agent ends or the check fails for too long; the message contains the last error and the agent's log.
     pub fn wait(&mut self, what: &str, check: impl Fn(&Agent) -> Result<()>) -> Result<()> {
         self.agent
             .wait(&mut self.process, what, &|| false, |agent, _| check(agent))

@@ -1,9 +1,9 @@
-//! Names of everything that the bed makes, and their removal.
+//! Names of everything that the test bed creates, and its removal.
 //!
-//! Network namespaces, cgroups, pin directories and scratch directories begin with
-//! `lbt-<pid>-<sequence>-<start>-`: the process that owns them, a number that grows with each cluster of that process,
-//! and the start time of the process in clock ticks after boot (field 22 of `/proc/<pid>/stat`), so that a process id
-//! that was handed out again is not taken for the owner.
+//! The names of network namespaces, cgroups, pin directories and scratch directories begin with
+//! `lbt-<pid>-<sequence>-<start>-`: the id of the process that owns them, a number that grows with each cluster of that
+//! process, and the start time of the process in clock ticks after boot (field 22 of `/proc/<pid>/stat`). The start time
+//! distinguishes the owner from a later process with the same id.
 
 use std::fs;
 use std::io;
@@ -21,47 +21,47 @@ use nix::unistd::Pid;
 use crate::mounts::{BPFFS, cgroup2_root, has_bpffs};
 use crate::scaled_timeout;
 
-/// Where iproute2 keeps named network namespaces.
+/// Directory in which iproute2 keeps named network namespaces.
 pub(crate) const NETNS_DIRECTORY: &str = "/run/netns";
 
-/// How long killed processes may take to leave their cgroup.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Time limit for killed processes to leave their cgroup.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The name prefix of a new cluster of this process, with the dash at its end.
+/// Returns the name prefix of a new cluster of this process, including the dash at its end.
 pub(crate) fn new_prefix() -> Result<String> {
     static SEQUENCE: AtomicU32 = AtomicU32::new(0);
     let pid = std::process::id();
-    let start = start_time(pid).context("this process is not in /proc")?;
+    let start = start_time(pid).context("reading the start time of this process from /proc")?;
     let sequence = SEQUENCE.fetch_add(1, Ordering::Relaxed);
     Ok(format!("lbt-{pid}-{sequence}-{start}-"))
 }
 
-/// Removes every namespace, cgroup (with its processes), pin directory and scratch directory of test beds whose owner
-/// is dead, and returns their names. What belongs to a living process is left alone.
+/// Removes every namespace, cgroup (with its processes), pin directory and scratch directory of test beds whose owner has
+/// ended, and returns their names. Test beds of running processes are left alone.
 ///
 /// # Errors
-/// When something cannot be removed; the rest is removed nevertheless.
+/// If an item cannot be removed; the others are removed nevertheless.
 pub fn remove_leftovers() -> Result<Vec<String>> {
     crate::require_root()?;
-    remove(|name| owner(name).is_some_and(|(pid, start)| start_time(pid) != Some(start)))
+    remove(|name| parse_owner(name).is_some_and(|(pid, start)| start_time(pid) != Some(start)))
 }
 
-/// Removes everything whose name satisfies `doomed`, in the order in which nothing is in use.
-pub(crate) fn remove(doomed: impl Fn(&str) -> bool) -> Result<Vec<String>> {
-    let cgroups = matching(&cgroup2_root()?, &doomed)?;
+/// Removes everything whose name satisfies `selected`. The order ensures that an item is not in use when it is removed.
+pub(crate) fn remove(selected: impl Fn(&str) -> bool) -> Result<Vec<String>> {
+    let cgroups = matching(&cgroup2_root()?, &selected)?;
     let pins = if has_bpffs()? {
-        matching(Path::new(BPFFS), &doomed)?
+        matching(Path::new(BPFFS), &selected)?
     } else {
         Vec::new()
     };
-    let namespaces = matching(Path::new(NETNS_DIRECTORY), &doomed)?;
-    let scratch = matching(&std::env::temp_dir(), &doomed)?;
+    let namespaces = matching(Path::new(NETNS_DIRECTORY), &selected)?;
+    let scratch = matching(&std::env::temp_dir(), &selected)?;
 
     let mut errors = Vec::new();
     let mut act = |path: &Path, action: fn(&Path) -> Result<()>| {
         errors.extend(until_gone(path, action).err());
     };
-    // Kill in all of them before waiting for any.
+    // Kill the processes of all cgroups before removing anything.
     for path in &cgroups {
         act(path, kill_processes);
     }
@@ -91,8 +91,8 @@ pub(crate) fn remove(doomed: impl Fn(&str) -> bool) -> Result<Vec<String>> {
     bail!("{}", errors.join("; "))
 }
 
-/// Acts on a path. Another process may be removing the same leftovers: what is gone is as it should be, and what is
-/// half gone is tried again.
+/// Runs a removal until the path does not exist. Another process may remove the same leftovers at the same time, so a path
+/// that is gone is a success, and a failure on one that exists is tried again.
 fn until_gone(path: &Path, action: fn(&Path) -> Result<()>) -> Result<()> {
     let mut attempts = 5;
     loop {
@@ -105,13 +105,13 @@ fn until_gone(path: &Path, action: fn(&Path) -> Result<()>) -> Result<()> {
     }
 }
 
-/// Kills every process in the cgroup and below, and waits until none is left.
+/// Kills every process in the cgroup and below, and waits until all have ended.
 pub(crate) fn kill_processes(cgroup: &Path) -> Result<()> {
     let switch = cgroup.join("cgroup.kill");
-    let deadline = Instant::now() + scaled_timeout(PATIENCE);
+    let deadline = Instant::now() + scaled_timeout(EXIT_TIMEOUT);
     loop {
         match fs::write(&switch, "1") {
-            // Before Linux 5.14.
+            // Kernels before Linux 5.14 do not have cgroup.kill.
             Err(error) if error.kind() == io::ErrorKind::NotFound => kill_one_by_one(cgroup)?,
             result => result.with_context(|| format!("writing {}", switch.display()))?,
         }
@@ -121,21 +121,21 @@ pub(crate) fn kill_processes(cgroup: &Path) -> Result<()> {
             return Ok(());
         }
         if Instant::now() >= deadline {
-            bail!("processes in {} do not die", cgroup.display());
+            bail!("killed processes in {} have not ended in time", cgroup.display());
         }
         thread::sleep(Duration::from_millis(1));
     }
 }
 
-/// Removes a cgroup and those below it. Nothing may run in them any more.
+/// Removes a cgroup and its children. Their processes must have ended.
 pub(crate) fn remove_cgroup(cgroup: &Path) -> Result<()> {
     for child in directories(cgroup)? {
         remove_cgroup(&child)?;
     }
-    let deadline = Instant::now() + scaled_timeout(PATIENCE);
+    let deadline = Instant::now() + scaled_timeout(EXIT_TIMEOUT);
     loop {
         match fs::remove_dir(cgroup) {
-            // A process that is on its last steps still holds it.
+            // An exiting process still holds the cgroup.
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {
                 thread::sleep(Duration::from_millis(1));
             }
@@ -144,12 +144,12 @@ pub(crate) fn remove_cgroup(cgroup: &Path) -> Result<()> {
     }
 }
 
-/// What `ip netns delete` does.
+/// Removes a named network namespace, as `ip netns delete` does.
 pub(crate) fn remove_netns(path: &Path) -> Result<()> {
     loop {
         match umount2(path, MntFlags::MNT_DETACH) {
             Ok(()) => {}
-            // Nothing is mounted there (any more).
+            // Nothing is mounted there any more.
             Err(Errno::EINVAL) => break,
             Err(errno) => {
                 return Err(errno).with_context(|| format!("unmounting {}", path.display()));
@@ -178,7 +178,7 @@ fn kill_one_by_one(cgroup: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The directories in a directory.
+/// Returns the directories in a directory.
 fn directories(path: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(path).with_context(|| format!("listing {}", path.display()))? {
@@ -190,8 +190,8 @@ fn directories(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The entries of a directory whose name satisfies `doomed`; none where there is no such directory.
-fn matching(directory: &Path, doomed: &impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
+/// Returns the entries of a directory whose name satisfies `selected`; none if the directory does not exist.
+fn matching(directory: &Path, selected: &impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         result => result.with_context(|| format!("listing {}", directory.display()))?,
@@ -199,15 +199,15 @@ fn matching(directory: &Path, doomed: &impl Fn(&str) -> bool) -> Result<Vec<Path
     let mut found = Vec::new();
     for entry in entries {
         let entry = entry.with_context(|| format!("listing {}", directory.display()))?;
-        if entry.file_name().to_str().is_some_and(doomed) {
+        if entry.file_name().to_str().is_some_and(selected) {
             found.push(entry.path());
         }
     }
     Ok(found)
 }
 
-/// Process id and start time of the owner that a name tells of.
-fn owner(name: &str) -> Option<(u32, u64)> {
+/// Parses the process id and the start time of the owner in a name.
+fn parse_owner(name: &str) -> Option<(u32, u64)> {
     let mut words = name.strip_prefix("lbt-")?.splitn(4, '-');
     let pid = words.next()?.parse().ok()?;
     let _sequence: u32 = words.next()?.parse().ok()?;
@@ -216,10 +216,10 @@ fn owner(name: &str) -> Option<(u32, u64)> {
     Some((pid, start))
 }
 
-/// When a living process was started, in clock ticks after boot. A zombie does not live.
+/// Returns the start time of a running process in clock ticks after boot. A zombie does not run.
 fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the program's name in parentheses, and may itself have blanks and parentheses.
+    // The second field is the program's name in parentheses, which may itself contain blanks and parentheses.
     let (_, rest) = stat.rsplit_once(") ")?;
     let mut fields = rest.split(' ');
     let state = fields.next()?;
@@ -235,18 +235,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_tells_its_owner() {
-        assert_eq!(owner("lbt-12-0-3456-n1"), Some((12, 3456)));
-        assert_eq!(owner("lbt-12-0-3456-n1-pod-a"), Some((12, 3456)));
+    fn names_contain_their_owner() {
+        assert_eq!(parse_owner("lbt-12-0-3456-n1"), Some((12, 3456)));
+        assert_eq!(parse_owner("lbt-12-0-3456-n1-pod-a"), Some((12, 3456)));
         for foreign in ["lbt-12-0-3456", "lbt-x-0-1-n1", "lb-1-2-3-n1", "n1", "lbt-1-2-n1-x"] {
-            assert_eq!(owner(foreign), None, "{foreign}");
+            assert_eq!(parse_owner(foreign), None, "{foreign}");
         }
     }
 
     #[test]
-    fn this_process_has_a_start_time_and_its_prefix_is_its_own() {
+    fn prefixes_are_unique_and_contain_this_process() {
         let prefix = new_prefix().unwrap();
-        let (pid, start) = owner(&format!("{prefix}n1")).unwrap();
+        let (pid, start) = parse_owner(&format!("{prefix}n1")).unwrap();
         assert_eq!(pid, std::process::id());
         assert_eq!(start_time(pid), Some(start));
         assert_ne!(new_prefix().unwrap(), prefix);

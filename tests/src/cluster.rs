@@ -1,4 +1,4 @@
-//! Nodes, pods and clients, laid out as flannel does it.
+//! Clusters of nodes, pods and outside clients, laid out as flannel does it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use crate::cleanup::{self, NETNS_DIRECTORY};
 use crate::{BPFFS, Netns, Process, cgroup2_root, ensure_bpffs, require_root};
 
-/// How packets for pods travel between nodes.
+/// How packets for pods are carried between nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Underlay {
     /// flannel's `vxlan` backend: device `flannel.1`, MTU 1450.
@@ -25,7 +25,7 @@ pub enum Underlay {
 }
 
 impl Underlay {
-    /// MTU of `cni0` and of the pods.
+    /// Returns the MTU of `cni0` and of the pods.
     fn mtu(self) -> u16 {
         match self {
             Self::Vxlan => 1450,
@@ -34,7 +34,7 @@ impl Underlay {
     }
 }
 
-/// What a cluster shall consist of.
+/// Builds a [`Cluster`].
 #[derive(Debug, Clone)]
 pub struct ClusterBuilder {
     nodes: u8,
@@ -43,37 +43,37 @@ pub struct ClusterBuilder {
 }
 
 impl ClusterBuilder {
-    /// The number of nodes, 1 to 99; 2 if not said. They are named `n1`, `n2` and so on.
+    /// Sets the number of nodes, 1 to 99; the default is 2. The nodes are named `n1`, `n2` and so on.
     #[must_use]
     pub fn nodes(mut self, nodes: u8) -> Self {
         self.nodes = nodes;
         self
     }
 
-    /// How nodes are joined; VXLAN if not said.
+    /// Sets how nodes are joined; the default is VXLAN.
     #[must_use]
     pub fn underlay(mut self, underlay: Underlay) -> Self {
         self.underlay = underlay;
         self
     }
 
-    /// Whether there is a client outside the cluster.
+    /// Sets whether there is an outside client.
     #[must_use]
     pub fn client(self, client: bool) -> Self {
         self.clients(client.into())
     }
 
-    /// The number of clients outside the cluster, up to 99, named `client1`, `client2` and so on.
+    /// Sets the number of outside clients, up to 99. They are named `client1`, `client2` and so on.
     #[must_use]
     pub fn clients(mut self, clients: u8) -> Self {
         self.clients = clients;
         self
     }
 
-    /// Builds it. On failure, what was made so far is removed again.
+    /// Builds the cluster. After a failure, the parts that were created are removed.
     ///
     /// # Errors
-    /// When not root, iproute2 is missing, or the kernel refuses something.
+    /// If this process is not root, iproute2 is missing, or the kernel refuses an operation.
     pub fn build(self) -> Result<Cluster> {
         require_root()?;
         ensure!((1..=99).contains(&self.nodes), "a cluster has 1 to 99 nodes");
@@ -91,7 +91,7 @@ impl ClusterBuilder {
         let clients = (1..=self.clients)
             .map(|number| Client::new(number, &prefix, &cgroups))
             .collect();
-        // From here on, its drop removes all.
+        // From here on, dropping the cluster removes everything.
         let cluster = Cluster {
             fabric: Netns::new("fab", &format!("{prefix}fab"), None),
             prefix,
@@ -105,7 +105,7 @@ impl ClusterBuilder {
     }
 }
 
-/// A cluster of network namespaces and cgroups on this machine. Dropping it removes everything and kills what runs in it.
+/// A cluster of network namespaces and cgroups on this machine. Dropping it kills its processes and removes everything.
 #[derive(Debug)]
 pub struct Cluster {
     prefix: String,
@@ -117,7 +117,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Two nodes joined by VXLAN and no outside client, unless the builder is told otherwise.
+    /// Returns a builder with the defaults: two nodes joined by VXLAN, and no outside client.
     #[must_use]
     pub fn builder() -> ClusterBuilder {
         ClusterBuilder {
@@ -127,7 +127,7 @@ impl Cluster {
         }
     }
 
-    /// What all names of this cluster begin with, dash included.
+    /// The prefix of all names of this cluster, including the dash.
     #[must_use]
     pub fn prefix(&self) -> &str {
         &self.prefix
@@ -139,10 +139,10 @@ impl Cluster {
         &self.nodes
     }
 
-    /// A node by its name.
+    /// Returns a node by its name.
     ///
     /// # Panics
-    /// When there is none.
+    /// If there is no such node.
     #[must_use]
     pub fn node(&self, name: &str) -> &Node {
         self.nodes
@@ -154,7 +154,7 @@ impl Cluster {
     /// The first outside client.
     ///
     /// # Panics
-    /// When the cluster was built without.
+    /// If the cluster was built without a client.
     #[must_use]
     pub fn client(&self) -> &Client {
         self.clients.first().expect("the cluster was built without a client")
@@ -166,7 +166,7 @@ impl Cluster {
         &self.clients
     }
 
-    /// The directory for the pins of a node's agent. The agent makes it, the cluster removes it.
+    /// The pin path of a node's agent. The agent creates the directory, and the cluster removes it.
     #[must_use]
     pub fn pin_path(&self, node: &str) -> PathBuf {
         Path::new(BPFFS).join(format!("{}{node}", self.prefix))
@@ -178,36 +178,36 @@ impl Cluster {
         self.scratch.path()
     }
 
-    /// Starts a pod on a node: a namespace with `eth0` on the node's bridge and a cgroup, no process yet. It gets the
-    /// lowest free address.
+    /// Creates a pod on a node: a namespace with `eth0` on the node's bridge and a cgroup, without a process. The pod gets
+    /// the lowest free address.
     ///
     /// # Errors
-    /// When the node has no address left, or has such a pod.
+    /// If the node has no address left, or has a pod of this name.
     pub fn add_pod(&self, node: &str, name: &str) -> Result<Pod> {
         self.make_pod(node, name, None)
     }
 
-    /// As [`Self::add_pod`], with a given address of the node's range.
+    /// Creates a pod like [`Self::add_pod`], with a given address of the node's range.
     ///
     /// # Errors
-    /// When the address is taken or not the node's.
+    /// If the address is in use or not in the node's range.
     pub fn add_pod_at(&self, node: &str, name: &str, address: Ipv4Addr) -> Result<Pod> {
         self.make_pod(node, name, Some(address))
     }
 
-    /// Ends a pod: kills its processes, removes its namespace and cgroup, frees its address.
+    /// Removes a pod: kills its processes, removes its namespace and cgroup, and frees its address.
     ///
     /// # Errors
-    /// When something cannot be removed.
+    /// If a part of the pod cannot be removed.
     pub fn remove_pod(&self, pod: &Pod) -> Result<()> {
         let node = self.node(&pod.node);
         let cgroup = pod.process_cgroup().context("a pod has a cgroup")?;
         cleanup::kill_processes(cgroup)?;
-        // The veth pair ends with its namespace, but later: the kernel does that in the background.
+        // Removing the namespace would remove the veth pair too, but only later, in the background.
         node.ip(&format!("link delete {}", pod.host_device()))?;
         cleanup::remove_netns(&Path::new(NETNS_DIRECTORY).join(pod.netns_name()))?;
         cleanup::remove_cgroup(cgroup)?;
-        node.taken().remove(&pod.address.octets()[3]);
+        node.used_octets().remove(&pod.address.octets()[3]);
         Ok(())
     }
 
@@ -227,7 +227,7 @@ impl Cluster {
     }
 
     fn connect_pod(&self, node: &Node, pod: &Pod) -> Result<()> {
-        make(pod)?;
+        create_netns(pod)?;
         let mtu = self.underlay.mtu();
         let device = pod.host_device();
         node.ip_batch(&[
@@ -236,7 +236,7 @@ impl Cluster {
                 pod.netns_name()
             ),
             format!("link set {device} master cni0 up"),
-            // A pod may reach itself through its own Service; flannel's CNI configuration has hairpinMode.
+            // A pod may connect to itself through its own Service; flannel's CNI configuration sets hairpinMode.
             format!("link set {device} type bridge_slave hairpin on"),
         ])?;
         pod.ip_batch(&[
@@ -252,17 +252,17 @@ impl Cluster {
         node.wait_for_link("cni0")
     }
 
-    /// Makes everything but pods.
+    /// Creates everything except pods.
     fn set_up(&self) -> Result<()> {
-        make(&self.fabric)?;
+        create_netns(&self.fabric)?;
         for node in &self.nodes {
-            make(node)?;
-            make_cgroup(&node.cgroup.join("pods"))?;
+            create_netns(node)?;
+            create_cgroup(&node.cgroup.join("pods"))?;
         }
         for client in &self.clients {
-            make(client)?;
+            create_netns(client)?;
         }
-        self.lay_cables()?;
+        self.create_fabric()?;
         for node in &self.nodes {
             self.configure_node(node)
                 .with_context(|| format!("configuring {}", node.name()))?;
@@ -285,8 +285,8 @@ impl Cluster {
         self.fabric.wait_for_link("br0")
     }
 
-    /// A bridge in a namespace of its own joins all nodes and clients: the network between the machines.
-    fn lay_cables(&self) -> Result<()> {
+    /// Creates the network between the machines: a bridge in its own namespace that joins all nodes and clients.
+    fn create_fabric(&self) -> Result<()> {
         let mut commands = vec!["link set lo up".to_owned(), "link add br0 type bridge".to_owned()];
         let namespaces = self
             .nodes
@@ -308,7 +308,7 @@ impl Cluster {
     fn configure_node(&self, node: &Node) -> Result<()> {
         node.sysctl("net.ipv4.ip_forward", "1")?;
         node.sysctl("net.ipv6.conf.all.forwarding", "1")?;
-        // What systemd sets on most distributions.
+        // systemd sets this value on most distributions.
         node.sysctl("net.ipv4.conf.all.rp_filter", "2")?;
         node.sysctl("net.ipv4.conf.default.rp_filter", "2")?;
         let mtu = self.underlay.mtu();
@@ -319,7 +319,8 @@ impl Cluster {
             "route add 172.30.99.0/24 dev eth0".to_owned(),
             format!("address add {}/64 dev eth0 nodad", node.address6()),
             "route add fd00:172:30:99::/64 dev eth0".to_owned(),
-            // A fixed address, or the bridge takes on that of its lowest port, and its neighbours' entries go stale.
+            // Without a fixed hardware address the bridge takes the lowest one of its ports, and the neighbor entries of
+            // the pods become stale.
             format!(
                 "link add cni0 address {} mtu {mtu} type bridge",
                 node.hardware_address(0xc0)
@@ -329,7 +330,7 @@ impl Cluster {
             "link set cni0 up".to_owned(),
         ];
         let others = || self.nodes.iter().filter(|other| other.number != node.number);
-        // IPv6 goes by plain routes, whatever IPv4 does.
+        // IPv6 always uses plain routes, independently of the underlay of IPv4.
         for other in others() {
             commands.push(format!(
                 "route add {}/64 via {} dev eth0",
@@ -385,14 +386,14 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        // One way of removal for a cluster in any state: by name.
+        // Removal is by name, so that it works for a cluster in any state.
         if let Err(error) = cleanup::remove(|name| name.starts_with(&self.prefix)) {
             eprintln!("test bed: {error:#}");
         }
     }
 }
 
-/// A node: `eth0` on the network between nodes, `cni0` for its pods. Derefs to the [`Netns`] of processes of the host.
+/// A node: `eth0` on the network between nodes, `cni0` for its pods. Derefs to the [`Netns`] of the host's processes.
 #[derive(Debug)]
 pub struct Node {
     netns: Netns,
@@ -400,7 +401,7 @@ pub struct Node {
     address: Ipv4Addr,
     cgroup: PathBuf,
     /// Last octets of the pods' addresses.
-    taken: Mutex<BTreeSet<u8>>,
+    used_octets: Mutex<BTreeSet<u8>>,
 }
 
 impl Node {
@@ -413,7 +414,7 @@ impl Node {
             number,
             address: Ipv4Addr::new(192, 168, 77, number),
             cgroup,
-            taken: Mutex::default(),
+            used_octets: Mutex::default(),
         }
     }
 
@@ -423,7 +424,7 @@ impl Node {
         self.address
     }
 
-    /// A port of [`Self::address`].
+    /// Returns the socket address of a port of [`Self::address`].
     #[must_use]
     pub fn socket(&self, port: u16) -> SocketAddr {
         SocketAddr::new(IpAddr::V4(self.address), port)
@@ -459,33 +460,33 @@ impl Node {
         pod_address6(self.number, 0)
     }
 
-    /// The cgroup2 directory of the whole node, pods included: where its agent attaches.
+    /// The cgroup2 directory of the whole node, including pods. The node's agent attaches its programs there.
     #[must_use]
     pub fn cgroup(&self) -> &Path {
         &self.cgroup
     }
 
-    /// A locally administered hardware address that no other node has.
+    /// Returns a locally administered hardware address that no other node has.
     fn hardware_address(&self, kind: u8) -> String {
         format!("02:1b:00:00:{kind:02x}:{:02x}", self.number)
     }
 
-    fn taken(&self) -> std::sync::MutexGuard<'_, BTreeSet<u8>> {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    fn used_octets(&self) -> std::sync::MutexGuard<'_, BTreeSet<u8>> {
+        self.used_octets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn take_address(&self, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr> {
-        let mut taken = self.taken();
+        let mut used = self.used_octets();
         let octet = match wanted.map(|address| address.octets()) {
             Some([10, 10, third, octet]) if third == self.number && (2..=254).contains(&octet) => octet,
-            Some(_) => anyhow::bail!("{wanted:?} is no pod address of {}", self.name()),
+            Some(_) => anyhow::bail!("{wanted:?} is not a pod address of {}", self.name()),
             None => (2..=254)
-                .find(|octet| !taken.contains(octet))
+                .find(|octet| !used.contains(octet))
                 .with_context(|| format!("{} has no address left", self.name()))?,
         };
         ensure!(
-            taken.insert(octet),
-            "a pod of {} has 10.10.{}.{octet}",
+            used.insert(octet),
+            "another pod of {} has 10.10.{}.{octet}",
             self.name(),
             self.number
         );
@@ -501,8 +502,8 @@ impl Deref for Node {
     }
 }
 
-/// A pod: a namespace and a cgroup below its node's. Derefs to its [`Netns`]. It lives until
-/// [`Cluster::remove_pod`] or the end of the cluster; this is only a handle.
+/// A handle to a pod: a namespace, and a cgroup below the one of its node. Derefs to its [`Netns`]. The pod exists until
+/// [`Cluster::remove_pod`] or the end of the cluster.
 #[derive(Debug, Clone)]
 pub struct Pod {
     netns: Netns,
@@ -517,7 +518,7 @@ impl Pod {
         self.address
     }
 
-    /// A port of [`Self::address`].
+    /// Returns the socket address of a port of [`Self::address`].
     #[must_use]
     pub fn socket(&self, port: u16) -> SocketAddr {
         SocketAddr::new(IpAddr::V4(self.address), port)
@@ -530,7 +531,7 @@ impl Pod {
         pod_address6(node, octet)
     }
 
-    /// A port of [`Self::address6`].
+    /// Returns the socket address of a port of [`Self::address6`].
     #[must_use]
     pub fn socket6(&self, port: u16) -> SocketAddr {
         SocketAddr::new(IpAddr::V6(self.address6()), port)
@@ -557,8 +558,8 @@ impl Deref for Pod {
     }
 }
 
-/// A machine outside the cluster: it reaches the nodes' addresses and nothing else, and is in no node's cgroup. Derefs
-/// to its [`Netns`].
+/// A machine outside the cluster. It reaches only the nodes' addresses, and is not in a node's cgroup. Derefs to its
+/// [`Netns`].
 #[derive(Debug)]
 pub struct Client {
     netns: Netns,
@@ -598,25 +599,25 @@ impl Deref for Client {
     }
 }
 
-/// An IPv6 address of the pods of a node.
+/// Returns an IPv6 address in the pod network of a node.
 fn pod_address6(node: u8, last: u8) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 0x10, 0x10, node.into(), 0, 0, 0, last.into())
 }
 
-/// Makes the namespace and the cgroup of a place.
-fn make(netns: &Netns) -> Result<()> {
+/// Creates a network namespace and its cgroup.
+fn create_netns(netns: &Netns) -> Result<()> {
     let mut command = std::process::Command::new("ip");
     command.args(["netns", "add", netns.netns_name()]);
     let status = Process::spawn(&mut command)
         .context("iproute2 is needed")?
         .wait(Duration::from_secs(10))?;
     ensure!(status.success(), "ip netns add {}: {status}", netns.netns_name());
-    // New IPv6 addresses shall be usable at once. A kernel without IPv6 has no such file.
+    // New IPv6 addresses must be usable at once. A kernel without IPv6 does not have these sysctls.
     let _ = netns.sysctl("net.ipv6.conf.all.accept_dad", "0");
     let _ = netns.sysctl("net.ipv6.conf.default.accept_dad", "0");
-    netns.process_cgroup().map_or(Ok(()), make_cgroup)
+    netns.process_cgroup().map_or(Ok(()), create_cgroup)
 }
 
-fn make_cgroup(path: &Path) -> Result<()> {
-    fs::create_dir_all(path).with_context(|| format!("making cgroup {}", path.display()))
+fn create_cgroup(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).with_context(|| format!("creating cgroup {}", path.display()))
 }

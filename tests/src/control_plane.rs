@@ -100,7 +100,7 @@ impl ControlPlane {
     /// work.
     ///
     /// # Errors
-    /// When a program is missing, or is not ready in time; the message has the end of its log.
+    /// If a program is missing, or is not ready in time; the message has the end of its log.
     pub fn start(cluster: &Cluster, machine: &Client) -> Result<Self> {
         let programs = env::var_os(PROGRAMS).map(PathBuf::from).with_context(|| {
             format!(
@@ -189,7 +189,7 @@ impl ControlPlane {
     /// Runs kubectl as `admin`, with text for its standard input, and returns its output.
     ///
     /// # Errors
-    /// When it does not succeed; the message has its standard error.
+    /// If it does not succeed; the message has its standard error.
     pub fn kubectl(&self, arguments: &[&str], input: &str) -> Result<String> {
         let (program, config) = (self.program("kubectl"), self.kubeconfig("admin"));
         let program = program.to_str().context("the path of kubectl is not UTF-8")?;
@@ -201,7 +201,7 @@ impl ControlPlane {
     /// Kills the API server as `kill -9` does, if it runs.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn kill_api_server(&self) -> Result<()> {
         lock(&self.api_server).take().map_or(Ok(()), Process::kill)
     }
@@ -209,7 +209,7 @@ impl ControlPlane {
     /// Stops the API server as `kill -STOP` does: connections stay open, and nothing is answered.
     ///
     /// # Errors
-    /// When it does not run.
+    /// If it does not run.
     pub fn freeze_api_server(&self) -> Result<()> {
         self.signal_api_server(Signal::SIGSTOP)
     }
@@ -217,7 +217,7 @@ impl ControlPlane {
     /// Lets it go on.
     ///
     /// # Errors
-    /// When it does not run.
+    /// If it does not run.
     pub fn thaw_api_server(&self) -> Result<()> {
         self.signal_api_server(Signal::SIGCONT)
     }
@@ -230,7 +230,7 @@ impl ControlPlane {
     /// Starts the API server (again) and waits until it is ready. The process dies with the thread that calls this.
     ///
     /// # Errors
-    /// When it is not ready in time.
+    /// If it is not ready in time.
     pub fn start_api_server(&self) -> Result<()> {
         let path = |name: &str| self.folder.join(name).display().to_string();
         let flags = [
@@ -269,7 +269,7 @@ impl ControlPlane {
     /// asks etcd.
     ///
     /// # Errors
-    /// When it does not do that.
+    /// If it does not do that.
     pub fn compact(&self) -> Result<()> {
         let ask = |path: &str, body: &Value| -> Result<Value> {
             let url = format!("http://127.0.0.1:2379/v3/{path}");

@@ -1,8 +1,8 @@
-//! The demo behind `cargo xtask run`: two nodes, pods with nginx, lb-agent on each node, and clients that curl the
-//! virtual addresses.
+//! The demo of `cargo xtask run`: two nodes, pods with nginx, lb-agent on each node, and clients that send requests to the
+//! cluster IPs and node ports by curl.
 //!
-//! Which nodes, pods and Services there are is read from the manifests that the agents get: the demo makes a pod for
-//! every endpoint. NodePorts are not shown yet.
+//! The nodes, pods and Services are those of the manifests that the agents read: the demo creates a pod for every
+//! endpoint.
 
 mod check;
 mod cluster;
@@ -18,27 +18,27 @@ use anyhow::{Context as _, Result, bail};
 
 use cluster::DemoCluster;
 
-/// What the demo needs to know.
+/// Options of the demo.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The `lb-agent` binary.
+    /// Path of the `lb-agent` binary.
     pub agent: PathBuf,
-    /// The `lb-testbed` binary.
+    /// Path of the `lb-testbed` binary.
     pub testbed: PathBuf,
-    /// The folder of manifests: `examples`.
+    /// Directory of manifests: `examples`.
     pub examples: PathBuf,
-    /// Verify for a few seconds, without a terminal, in place of the live table.
+    /// Check the demo for a few seconds, without a terminal, instead of showing the live table.
     pub check: bool,
-    /// End the live table after so many seconds in place of waiting for Ctrl-C.
+    /// End the live table after this many seconds instead of waiting for Ctrl-C.
     pub seconds: Option<u64>,
 }
 
-/// Runs the demo until Ctrl-C (or SIGTERM, SIGHUP), or runs its check. Returns whether all was well.
+/// Runs the demo until Ctrl-C (or SIGTERM, SIGHUP), or runs its check. Returns whether every response was right.
 ///
-/// Whatever happens, everything that it has made is removed when it returns.
+/// Everything that the demo has created is removed when it returns, also after an error.
 ///
 /// # Errors
-/// When the demo cannot be set up: not root, a program is missing, the agents do not get ready.
+/// If the demo cannot be set up: this process is not root, a program is missing, or an agent is not ready in time.
 pub fn run(options: &Options) -> Result<bool> {
     crate::require_root()?;
     for program in ["ip", "bridge", "nginx", "curl"] {
@@ -48,7 +48,7 @@ pub fn run(options: &Options) -> Result<bool> {
     let signals = signals::Signals::install()?;
     let leftovers = crate::remove_leftovers()?.len();
     if leftovers > 0 {
-        print_line(&format!("removed {leftovers} things that an earlier run had left over"))?;
+        print_line(&format!("removed {leftovers} leftovers of an earlier run"))?;
     }
     let result = DemoCluster::set_up(options, &signals).and_then(|mut demo| {
         if options.check {
@@ -57,9 +57,9 @@ pub fn run(options: &Options) -> Result<bool> {
             live::run(&demo, options.seconds, &signals)
         }
     });
-    // A signal from the terminal also ends what runs in the cluster: errors from that are no news.
+    // A signal from the terminal also ends the processes in the cluster, so errors are expected then.
     if signals.arrived() && options.check {
-        bail!("interrupted; everything is removed");
+        bail!("interrupted; everything was removed");
     }
     if signals.arrived() {
         return Ok(true);
@@ -67,7 +67,8 @@ pub fn run(options: &Options) -> Result<bool> {
     result
 }
 
-/// Writes a line to standard output. Unlike `println!` it does not panic when nobody reads, so that all is cleaned up.
+/// Writes a line to standard output. Unlike `println!` it does not panic if the reader has closed the pipe, so that
+/// everything is cleaned up.
 fn print_line(line: &str) -> Result<()> {
     writeln!(stdout().lock(), "{line}").context("writing to standard output")
 }

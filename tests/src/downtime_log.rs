@@ -1,4 +1,4 @@
-//! Who was certainly out of use, and when.
+//! Times during which a backend was certainly out of service.
 
 use std::collections::BTreeMap;
 
@@ -7,25 +7,25 @@ use anyhow::{Result, ensure};
 use crate::load::Record;
 use crate::monotonic_ns;
 
-/// From when to when each backend was out of use, in nanoseconds of `CLOCK_MONOTONIC`.
+/// The downtimes of each backend, in nanoseconds of `CLOCK_MONOTONIC`.
 ///
-/// An absence begins when the change that takes the backend out has been made, and ends before the one that brings it
-/// back is begun. In between, no connection may be given that backend; on the edges, it may.
+/// A downtime begins after the change that removes the backend was applied, and ends before the change that adds it
+/// again begins. In between, no connection may be translated to that backend; at the edges, both results are right.
 #[derive(Debug, Default)]
 pub struct DowntimeLog {
-    /// Downtimes that have ended, in order.
+    /// Downtimes that have ended, as start and end, in order.
     past: BTreeMap<String, Vec<(u64, u64)>>,
-    /// Those that have not.
+    /// Starts of the downtimes that have not ended.
     since: BTreeMap<String, u64>,
 }
 
 impl DowntimeLog {
-    /// The change that took `backend` out has been made.
+    /// Records that the change that removes `backend` was applied.
     pub fn begin(&mut self, backend: &str) {
         self.since.entry(backend.to_owned()).or_insert_with(monotonic_ns);
     }
 
-    /// The change that brings `backend` back comes next.
+    /// Records that the change that adds `backend` again comes next.
     pub fn end(&mut self, backend: &str) {
         if let Some(since) = self.since.remove(backend) {
             let past = self.past.entry(backend.to_owned()).or_default();
@@ -33,17 +33,17 @@ impl DowntimeLog {
         }
     }
 
-    /// How many there were.
+    /// Returns the number of downtimes, including those that have not ended.
     #[must_use]
     pub fn count(&self) -> usize {
         self.past.values().map(Vec::len).sum::<usize>() + self.since.len()
     }
 
-    /// Fails unless every connection succeeded and none was given a backend that was out of use from before
-    /// `connect()` until after its end.
+    /// Checks that every connection succeeded, and that none reached a backend that was out of service from before
+    /// `connect()` until after the end of the connection.
     ///
     /// # Errors
-    /// See above.
+    /// If a connection failed or reached such a backend.
     pub fn check(&self, records: &[Record]) -> Result<()> {
         let failed: Vec<_> = records.iter().filter(|record| record.outcome.is_err()).collect();
         ensure!(
@@ -56,7 +56,7 @@ impl DowntimeLog {
         let wrong: Vec<_> = records.iter().filter(|record| self.covers(record)).collect();
         ensure!(
             wrong.is_empty(),
-            "{} of {} connections reached a backend that was out of use: {:?}",
+            "{} of {} connections reached a backend that was out of service: {:?}",
             wrong.len(),
             records.len(),
             &wrong[..wrong.len().min(5)]
@@ -64,14 +64,14 @@ impl DowntimeLog {
         Ok(())
     }
 
-    /// Whether the backend that a connection reached was out of use all the while.
+    /// Returns whether the backend of a connection was out of service for the whole time of the connection.
     fn covers(&self, record: &Record) -> bool {
         let Ok(backend) = &record.outcome else { return false };
         if self.since.get(backend).is_some_and(|&since| since <= record.start_ns) {
             return true;
         }
         let past = self.past.get(backend).map_or(&[][..], Vec::as_slice);
-        // The last absence that began before the connection.
+        // The last downtime that began before the connection.
         let before = past.partition_point(|&(since, _)| since <= record.start_ns);
         before > 0 && record.end_ns <= past[before - 1].1
     }
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn only_connections_that_lie_within_an_absence_are_wrong() {
+    fn only_connections_within_a_downtime_are_wrong() {
         let log = DowntimeLog {
             past: BTreeMap::from([("a".to_owned(), vec![(10, 20), (30, 40)])]),
             since: BTreeMap::from([("a".to_owned(), 50)]),
@@ -120,10 +120,10 @@ mod tests {
     }
 
     #[test]
-    fn an_absence_has_a_beginning_and_an_end() {
+    fn a_downtime_begins_and_ends() {
         let mut log = DowntimeLog::default();
         log.end("a");
-        assert_eq!(log.count(), 0, "it was never out");
+        assert_eq!(log.count(), 0, "the backend was never out of service");
         log.begin("a");
         let now = monotonic_ns();
         let during = record(now, now, "a");

@@ -1,4 +1,4 @@
-//! Clients outside the cluster: two nodes with an agent each, a pod on each, and what who asks a node port gets.
+//! A fixture for tests of outside clients: two nodes with an agent and a server pod each, and the outcomes of requests.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -14,41 +14,41 @@ use crate::{
     pause_between_polls, scaled_timeout,
 };
 
-/// The ports of streams and datagrams at which pods serve.
+/// The TCP and the UDP port of the server pods.
 pub const POD_PORTS: [u16; 2] = [8080, 5353];
 
-/// What a client gets: who answers, and whom that saw; or an errno.
+/// The outcome of a request: the server that answered and the source address that it saw, or an error number.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Outcome {
-    /// An answer.
+    /// A server answered.
     Served {
-        /// The name of who answers.
+        /// The name of the server.
         by: String,
-        /// The client's address as that sees it.
+        /// The client's address, as the server saw it.
         seen: IpAddr,
     },
-    /// The error number.
+    /// The request failed with this error number.
     Failed(i32),
 }
 
 impl Outcome {
-    /// Fails unless it was served by `by`, who saw `seen` where that is said.
+    /// Checks that `by` answered, and that it saw `seen` if that is given.
     ///
     /// # Errors
-    /// See above.
+    /// If the outcome is another one.
     pub fn ensure_served_by(&self, by: &str, seen: Option<IpAddr>, what: &str) -> Result<()> {
         let Self::Served { by: is, seen: saw } = self else {
-            bail!("{what}: {self:?}, not served by {by}");
+            bail!("{what}: {self:?}, expected an answer of {by}");
         };
         ensure!(
             is == by && seen.is_none_or(|seen| seen == *saw),
-            "{what}: {self:?}, not {by} {seen:?}"
+            "{what}: {self:?}, expected {by} {seen:?}"
         );
         Ok(())
     }
 }
 
-/// The kind of socket for TCP or UDP to an address.
+/// Returns the kind of socket for TCP or UDP to an address.
 #[must_use]
 pub fn socket_kind(udp: bool, to: IpAddr) -> SocketKind {
     match (udp, to.is_ipv4()) {
@@ -59,33 +59,33 @@ pub fn socket_kind(udp: bool, to: IpAddr) -> SocketKind {
     }
 }
 
-/// Two nodes with an agent each, clients outside, and a pod on each node: `one` and `two`, which serve streams and datagrams.
+/// Two nodes with an agent each, outside clients, and a pod on each node: `one` and `two`, with a TCP and a UDP server.
 pub struct TwoNodeFixture {
     /// The agents of the nodes.
     pub agents: [RunningAgent; 2],
-    /// What they serve.
+    /// The manifests that the agents read.
     pub manifests: Manifests,
-    /// The pods.
+    /// The pods `one` and `two`.
     pub pods: [Pod; 2],
     testbed: Testbed,
     _servers: Vec<Process>,
-    /// All else; the last to go.
+    /// The cluster; the last field, so that it is dropped last.
     pub cluster: Cluster,
 }
 
 impl TwoNodeFixture {
-    /// With one client outside; `bed` is the path of `lb-testbed`.
+    /// Builds the fixture with one outside client. `program` is the path of `lb-testbed`.
     ///
     /// # Errors
-    /// When something cannot be made or started.
+    /// If a part of it cannot be created or started.
     pub fn new(program: &str, underlay: Underlay) -> Result<Self> {
         Self::with(program, underlay, 1, &[])
     }
 
-    /// With so many clients, and flags for the agents.
+    /// Builds the fixture with a number of outside clients, and with flags for the agents.
     ///
     /// # Errors
-    /// When something cannot be made or started.
+    /// If a part of it cannot be created or started.
     pub fn with(program: &str, underlay: Underlay, clients: u8, flags: &[&str]) -> Result<Self> {
         let testbed = Testbed::new(program);
         let cluster = Cluster::builder()
@@ -115,30 +115,30 @@ impl TwoNodeFixture {
         })
     }
 
-    /// A node by its name.
+    /// Returns a node by its name.
     #[must_use]
     pub fn node(&self, name: &str) -> &Node {
         self.cluster.node(name)
     }
 
-    /// The first client.
+    /// Returns the first outside client.
     #[must_use]
     pub fn client(&self) -> &Netns {
         self.cluster.client()
     }
 
-    /// Asks once, from a new socket, by TCP or UDP.
+    /// Sends one request from a new socket, by TCP or UDP.
     ///
     /// # Errors
-    /// When another answers than who was asked, or the answer is not understood.
+    /// If the reply has another source than `to`, or cannot be parsed.
     pub fn request(&self, from: &Netns, udp: bool, to: SocketAddr) -> Result<Outcome> {
         self.testbed.request(from, udp, to)
     }
 
-    /// Writes a manifest, and waits until both agents have applied it.
+    /// Writes a manifest, waits until both agents have applied it, and runs `verify` on both.
     ///
     /// # Errors
-    /// When they do not, or their maps are not as they should be then.
+    /// If an agent does not apply it in time, or its maps differ from the desired state.
     pub fn write(&self, name: &str, text: &str) -> Result<()> {
         let applies = |agent: &RunningAgent| anyhow::Ok(agent.status()?.agent.applies);
         let before = [applies(&self.agents[0])?, applies(&self.agents[1])?];
@@ -147,7 +147,7 @@ impl TwoNodeFixture {
         for (agent, before) in self.agents.iter().zip(before) {
             let mut asked = Instant::now();
             while applies(agent)? == before {
-                ensure!(Instant::now() < deadline, "{name} is not applied");
+                ensure!(Instant::now() < deadline, "{name} was not applied in time");
                 pause_between_polls(asked);
                 asked = Instant::now();
             }
@@ -155,16 +155,16 @@ impl TwoNodeFixture {
         self.agents.iter().try_for_each(|agent| agent.verify())
     }
 
-    /// Both pods, in both families, as endpoints.
+    /// Returns both pods, in both families, as endpoints: addresses with the names of their nodes.
     #[must_use]
     pub fn endpoints(&self) -> Vec<(IpAddr, &str)> {
         self.pods.iter().flat_map(endpoints_of).collect()
     }
 
-    /// How many packets both agents have dropped, or passed on, for a reason.
+    /// Returns the sum of both nodes' counters of a drop reason.
     ///
     /// # Errors
-    /// When one does not answer.
+    /// If `status` fails or does not have the reason.
     pub fn dropped(&self, reason: &str) -> Result<u64> {
         let all = self.agents.iter().map(|agent| agent.status()?.dropped(reason));
         all.sum()
@@ -172,22 +172,23 @@ impl TwoNodeFixture {
 }
 
 impl Testbed {
-    /// Servers of streams and datagrams on all addresses of a place, which tell a name and the address that they see.
+    /// Starts a TCP and a UDP server on all addresses of `netns`. Both reply with `name` and the source address that they
+    /// see.
     ///
     /// # Errors
-    /// When they are not ready in time.
+    /// If a server is not ready in time.
     pub fn serve_both(&self, netns: &Netns, name: &str, [tcp, udp]: [u16; 2]) -> Result<[Process; 2]> {
-        let tell = ["--report-source"];
+        let flags = ["--report-source"];
         Ok([
-            self.serve_with(netns, &[&format!("[::]:{tcp}={name}")], &tell)?,
-            self.serve_datagrams_with(netns, &[&format!("[::]:{udp}={name}")], &tell)?,
+            self.serve_with(netns, &[&format!("[::]:{tcp}={name}")], &flags)?,
+            self.serve_datagrams_with(netns, &[&format!("[::]:{udp}={name}")], &flags)?,
         ])
     }
 
-    /// Asks such a server once, from a new socket, by TCP or UDP.
+    /// Sends one request to a server of [`Self::serve_both`], from a new socket, by TCP or UDP.
     ///
     /// # Errors
-    /// When another answers than who was asked, or the answer is not understood.
+    /// If the reply has another source than `to`, or cannot be parsed.
     pub fn request(&self, from: &Netns, udp: bool, to: SocketAddr) -> Result<Outcome> {
         let mut socket = self.scripted_socket(from, socket_kind(udp, to.ip()))?;
         if let CallResult::Failed(errno) = socket.call(&SocketCall::Connect(to))? {
@@ -200,7 +201,7 @@ impl Testbed {
             CallResult::Received(by, text) => {
                 ensure!(
                     by.is_none_or(|by| plain(by) == plain(to)),
-                    "{to} was asked, {by:?} answered"
+                    "the reply to a request to {to} came from {by:?}"
                 );
                 let mut words = text.split_whitespace();
                 let (Some(by), Some(seen)) = (words.next(), words.next()) else {
@@ -216,22 +217,22 @@ impl Testbed {
         }
     }
 
-    /// All that answer at an address and the sources that they see, asked often.
+    /// Sends a number of requests to an address and returns the different outcomes.
     ///
     /// # Errors
-    /// As [`Self::request`].
+    /// If a reply has another source than `to`, or cannot be parsed.
     pub fn request_many(&self, from: &Netns, udp: bool, to: SocketAddr, times: u64) -> Result<BTreeSet<Outcome>> {
         (0..times).map(|_| self.request(from, udp, to)).collect()
     }
 }
 
-/// A pod as endpoints.
+/// Returns a pod as endpoints: its IPv4 and its IPv6 address, with the name of its node.
 #[must_use]
 pub fn endpoints_of(pod: &Pod) -> [(IpAddr, &str); 2] {
     [(pod.address().into(), pod.node()), (pod.address6().into(), pod.node())]
 }
 
-/// The addresses of a node that a client outside reaches.
+/// Returns the addresses of a node that outside clients reach: IPv4 and IPv6.
 #[must_use]
 pub fn node_addresses(node: &Node) -> [IpAddr; 2] {
     [node.address().into(), node.address6().into()]

@@ -1,4 +1,4 @@
-//! Requests as load balancers, probes and Prometheus make them.
+//! HTTP requests as load balancers, probes and Prometheus send them.
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
@@ -10,51 +10,51 @@ use serde::de::DeserializeOwned;
 
 use crate::{Netns, scaled_timeout};
 
-/// How long an answer may take.
-const ANSWER: Duration = Duration::from_secs(10);
+/// Time limit for connecting, and for each read of the response.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// An answer.
+/// An HTTP response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Response {
-    /// Status code.
+    /// The status code.
     pub status: u16,
     headers: BTreeMap<String, String>,
-    /// What it says.
+    /// The body.
     pub body: String,
 }
 
 impl Response {
-    /// A header, by its name in lower case.
+    /// Returns a header by its name in lower case.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).map(String::as_str)
     }
 
-    /// The body as JSON.
+    /// Parses the body as JSON.
     ///
     /// # Errors
-    /// Where it is not, or is not of that type.
+    /// If the body is not JSON, or does not have that type.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T> {
-        serde_json::from_str(&self.body).with_context(|| format!("not as expected: {}", self.body))
+        serde_json::from_str(&self.body).with_context(|| format!("unexpected body: {}", self.body))
     }
 }
 
-/// Asks from a place.
+/// Sends a GET request from a network namespace and returns the response.
 ///
 /// # Errors
-/// When nobody listens, or the answer is none of HTTP.
+/// If the connection fails, or the response is not HTTP.
 pub fn get(from: &Netns, at: SocketAddr, path: &str) -> Result<Response> {
-    let asked = from.within(|| ask(at, path))?;
-    asked.with_context(|| format!("GET {at}{path} from {}", from.name()))
+    let response = from.within(|| request(at, path))?;
+    response.with_context(|| format!("GET {at}{path} from {}", from.name()))
 }
 
-fn ask(at: SocketAddr, path: &str) -> Result<Response> {
-    let mut stream = TcpStream::connect_timeout(&at, scaled_timeout(ANSWER))?;
-    stream.set_read_timeout(Some(scaled_timeout(ANSWER)))?;
+fn request(at: SocketAddr, path: &str) -> Result<Response> {
+    let mut stream = TcpStream::connect_timeout(&at, scaled_timeout(TIMEOUT))?;
+    stream.set_read_timeout(Some(scaled_timeout(TIMEOUT)))?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: {at}\r\nConnection: close\r\n\r\n")?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
-    parse(&text).with_context(|| format!("no answer of HTTP: {text}"))
+    parse(&text).with_context(|| format!("not an HTTP response: {text}"))
 }
 
 fn parse(text: &str) -> Option<Response> {

@@ -1,9 +1,9 @@
 //! The test bed of lb: clusters made of network namespaces and cgroups on one Linux machine.
 //!
-//! A [`Cluster`] has nodes joined by VXLAN or plain routes as flannel lays them out, pods behind a bridge per node, and
-//! clients outside. Each node has a cgroup2 directory of its own, since cgroup hooks act per cgroup and not per network
-//! namespace. Nothing in a cluster has a route out of the machine. All of it is taken down on drop, also after a panic;
-//! what a killed process left behind is removed by [`remove_leftovers`].
+//! A [`Cluster`] has nodes, pods and outside clients. The nodes are joined by VXLAN or plain routes, laid out as flannel
+//! does it, and each has a bridge for its pods. Each node has its own cgroup2 directory, because cgroup hooks act per
+//! cgroup and not per network namespace. Nothing in a cluster has a route out of the machine. Dropping a cluster removes
+//! everything, also after a panic; [`remove_leftovers`] removes the leftovers of a killed process.
 //!
 //! ```no_run
 //! use lb_tests::{Cluster, Connect, Testbed, Underlay};
@@ -19,7 +19,7 @@
 //! # }
 //! ```
 //!
-//! Everything here needs root and iproute2. This library knows lb-agent only as a program ([`Agent`]).
+//! Everything here needs root and iproute2. This library uses lb-agent only as a program ([`Agent`]).
 
 mod agent;
 mod cleanup;
@@ -65,19 +65,19 @@ use anyhow::ensure;
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Uid;
 
-/// Fails with a clear message unless this process is root.
+/// Checks that this process runs as root.
 ///
 /// # Errors
-/// When the effective user is not root.
+/// If the effective user is not root.
 pub fn require_root() -> anyhow::Result<()> {
     ensure!(
         Uid::effective().is_root(),
-        "the test bed makes network namespaces and cgroups: run it as root"
+        "the test bed creates network namespaces and cgroups: run it as root"
     );
     Ok(())
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC`: the clock of every timestamp in [`load`], the same in all processes.
+/// Returns nanoseconds of `CLOCK_MONOTONIC`, the clock of every timestamp in [`load`]. All processes share it.
 ///
 /// # Panics
 /// Never on Linux, which always has that clock.

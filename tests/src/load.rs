@@ -1,7 +1,7 @@
-//! Servers and load: how tests run the helper binary `lb-testbed`, and what it answers.
+//! Servers and load generators: how tests run the helper program `lb-testbed`, and its results.
 //!
-//! A server writes its name on every connection, so that a client knows which backend it has reached. All times are
-//! nanoseconds of `CLOCK_MONOTONIC` (see [`crate::monotonic_ns`]).
+//! A server writes its name on every connection, so that a client can identify the backend. All times are nanoseconds of
+//! `CLOCK_MONOTONIC` (see [`crate::monotonic_ns`]).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,41 +16,41 @@ use tempfile::TempDir;
 
 use crate::{Netns, Process, scaled_timeout};
 
-/// How long a process of the bed may take to start.
+/// Time limit for the start of a process of the test bed.
 const START: Duration = Duration::from_secs(20);
-/// How long a connection may take whose first SYN is lost.
-const RESENT: Duration = Duration::from_secs(5);
+/// Time limit for a connection whose first SYN was lost.
+const SYN_RETRY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What `lb-testbed connect` did.
+/// The result of `lb-testbed connect`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Summary {
-    /// Connections tried, failed ones included.
+    /// Attempted connections, including failed ones.
     pub connections: u64,
-    /// How many of them failed.
+    /// Number of failed connections.
     pub failure_count: u64,
     /// The first 100 failures.
     pub failures: Vec<Failure>,
-    /// Connections per name that a server gave.
+    /// Connections per server name.
     pub per_backend: BTreeMap<String, u64>,
-    /// The same, per address asked (as `ADDR:PORT`).
+    /// Connections per server name, for each requested address (`ADDR:PORT`).
     pub per_target: BTreeMap<String, BTreeMap<String, u64>>,
-    /// Connections per source address that the server saw; empty unless it runs with `--report-source`.
+    /// Connections per source address that the server saw; empty unless the server runs with `--report-source`.
     pub per_source: BTreeMap<String, u64>,
-    /// Connections whose peer was not the address asked; 0 without `--peer-check`.
+    /// Connections whose peer was not the requested address; 0 without `--peer-check`.
     pub peer_mismatches: u64,
-    /// The first 100 of them.
+    /// The first 100 connections with another peer.
     pub mismatches: Vec<Mismatch>,
-    /// From the first connection to the last.
+    /// Time from the first connection to the last.
     pub elapsed_ns: u64,
 }
 
 impl Summary {
-    /// Fails with the reasons unless every connection succeeded and, where checked, every peer was the address asked.
+    /// Checks that every connection succeeded and, with `--peer-check`, that every peer was the requested address.
     ///
     /// # Errors
-    /// See above.
+    /// If that is not so, or there was no connection; the message contains the first failures.
     pub fn all_well(&self) -> Result<()> {
-        ensure!(self.connections > 0, "no connection was tried");
+        ensure!(self.connections > 0, "no connection was attempted");
         ensure!(
             self.failure_count == 0 && self.peer_mismatches == 0,
             "{} of {} connections failed, {} had another peer: {:?} {:?}",
@@ -63,36 +63,36 @@ impl Summary {
         Ok(())
     }
 
-    /// Connections that reached `backend`.
+    /// Returns the number of connections that reached `backend`.
     #[must_use]
     pub fn reached(&self, backend: &str) -> u64 {
         self.per_backend.get(backend).copied().unwrap_or_default()
     }
 }
 
-/// A connection that failed.
+/// A failed connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
-    /// The address asked.
+    /// The requested address.
     pub to: SocketAddr,
-    /// The error number; 0 where there was none (the end of the stream before a name).
+    /// The error number; 0 if there was none, as for a stream that ended before a name.
     pub errno: i32,
-    /// The error in words, as `ConnectionRefused`.
+    /// The name of the error's kind, for example `ConnectionRefused`.
     pub kind: String,
-    /// When `connect` was called.
+    /// Time of the call of `connect`.
     pub at_ns: u64,
-    /// What failed.
+    /// The step that failed.
     pub step: ConnectStep,
 }
 
-/// A connection whose `getpeername` did not give the address asked.
+/// A connection whose `getpeername` did not return the requested address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mismatch {
-    /// The address asked.
+    /// The requested address.
     pub to: SocketAddr,
-    /// What `getpeername` gave.
+    /// The address that `getpeername` returned.
     pub peer: SocketAddr,
-    /// When `connect` was called.
+    /// Time of the call of `connect`.
     pub at_ns: u64,
 }
 
@@ -110,30 +110,30 @@ pub enum ConnectStep {
     Read,
 }
 
-/// What `lb-testbed connect --hold` tells at its end.
+/// The result of `lb-testbed connect --hold`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeldSummary {
-    /// Connections that were opened.
+    /// Number of opened connections.
     pub held: u64,
-    /// Those that still answered at the end.
+    /// Number of connections that still echoed at the end.
     pub live: u64,
     /// Opened connections per backend.
     pub per_backend: BTreeMap<String, u64>,
-    /// Those per backend that still answered.
+    /// Connections per backend that still echoed at the end.
     pub live_per_backend: BTreeMap<String, u64>,
-    /// Those that could not be opened, or did not answer any more; the first 100.
+    /// The first 100 connections that could not be opened, or did not echo any more.
     pub failures: Vec<Failure>,
 }
 
-/// One line of a log that `lb-testbed connect --log` wrote: `START END TARGET BACKEND`, or for a failure
-/// `START END TARGET !ERRNO`.
+/// One line of a log of `lb-testbed connect --log`: `START END TARGET BACKEND`, or `START END TARGET !ERRNO` for a failed
+/// connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// When `connect` was called.
+    /// Time of the call of `connect`.
     pub start_ns: u64,
-    /// When the name had been read, or the failure was known.
+    /// Time at which the name was read, or the connection failed.
     pub end_ns: u64,
-    /// The address asked.
+    /// The requested address.
     pub to: SocketAddr,
     /// The backend's name or the error number.
     pub outcome: Result<String, i32>,
@@ -143,7 +143,7 @@ impl Record {
     /// Reads a log.
     ///
     /// # Errors
-    /// When it cannot be read or is not one.
+    /// If the file cannot be read, or a line is not a record.
     pub fn read_log(path: &Path) -> Result<Vec<Self>> {
         let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
         text.lines()
@@ -151,7 +151,7 @@ impl Record {
             .collect()
     }
 
-    /// The line of the log, without its end.
+    /// Returns the record as a line of the log, without a newline.
     #[must_use]
     pub fn line(&self) -> String {
         let outcome = match &self.outcome {
@@ -161,7 +161,7 @@ impl Record {
         format!("{} {} {} {outcome}", self.start_ns, self.end_ns, self.to)
     }
 
-    /// Reads a line of a log.
+    /// Parses a line of a log.
     #[must_use]
     pub fn parse(line: &str) -> Option<Self> {
         let mut words = line.splitn(4, ' ');
@@ -182,7 +182,7 @@ impl Record {
     }
 }
 
-/// What a client shall do. See `lb-testbed connect --help`.
+/// The options of a client. See `lb-testbed connect --help`.
 #[derive(Debug, Clone)]
 pub struct Connect {
     targets: Vec<SocketAddr>,
@@ -198,8 +198,8 @@ pub struct Connect {
 }
 
 impl Connect {
-    /// Connections to these addresses in turn, one thread, a second of patience with each. Without count or time, as
-    /// many as the binary's bounds let through.
+    /// Creates options for connections to these addresses in turn, on one thread, with a timeout of one second. Without a
+    /// count or a time, the client stops at the default limits of `lb-testbed`.
     #[must_use]
     pub fn to(targets: &[SocketAddr]) -> Self {
         Self {
@@ -216,57 +216,57 @@ impl Connect {
         }
     }
 
-    /// So many connections.
+    /// Sets the number of connections.
     #[must_use]
     pub fn count(mut self, count: u64) -> Self {
         self.count = Some(count);
         self
     }
 
-    /// For so long.
+    /// Sets the time after which the client stops.
     #[must_use]
     pub fn seconds(mut self, seconds: f64) -> Self {
         self.seconds = Some(seconds);
         self
     }
 
-    /// At most so many connections a second, all threads together.
+    /// Sets the highest number of connections per second, of all threads together.
     #[must_use]
     pub fn rate(mut self, rate: f64) -> Self {
         self.rate = Some(rate);
         self
     }
 
-    /// So many at once.
+    /// Sets the number of threads, which is the number of simultaneous connections.
     #[must_use]
     pub fn threads(mut self, threads: u16) -> Self {
         self.threads = threads;
         self
     }
 
-    /// Patience with each step of a connection.
+    /// Sets the timeout of each step of a connection.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// Compares `getpeername` with the address asked.
+    /// Compares `getpeername` with the requested address.
     #[must_use]
     pub fn peer_check(mut self) -> Self {
         self.peer_check = true;
         self
     }
 
-    /// Sends a GET request; the backend's name is the first line of the answer's body.
+    /// Sends a GET request on each connection. The backend's name is the first line of the response's body.
     #[must_use]
     pub fn http(mut self) -> Self {
         self.http = true;
         self
     }
 
-    /// Connections that the programs of lb refuse, before a packet is sent; all others count as failed. There is no end
-    /// to them but time or [`Load::stop`], and they are many: a million a second.
+    /// Expects that lb's programs refuse every connection before a packet is sent; all others count as failed. The number
+    /// of connections is not limited: the client runs until its time or [`Load::stop`], at about a million per second.
     #[must_use]
     pub fn refused(mut self) -> Self {
         self.refused = true;
@@ -274,7 +274,7 @@ impl Connect {
         self
     }
 
-    /// Writes a line per connection to a file; see [`Record::read_log`].
+    /// Writes one line per connection to a file; see [`Record::read_log`].
     #[must_use]
     pub fn log(mut self, path: &Path) -> Self {
         self.log = Some(path.to_owned());
@@ -314,14 +314,14 @@ impl Connect {
     }
 }
 
-/// The helper binary `lb-testbed`. Integration tests of this package find it at `env!("CARGO_BIN_EXE_lb-testbed")`.
+/// The helper program `lb-testbed`. Integration tests of this package find it at `env!("CARGO_BIN_EXE_lb-testbed")`.
 #[derive(Debug, Clone)]
 pub struct Testbed {
     program: PathBuf,
 }
 
 impl Testbed {
-    /// The binary at `program`.
+    /// Creates a handle of the program at this path.
     #[must_use]
     pub fn new(program: impl Into<PathBuf>) -> Self {
         Self {
@@ -329,24 +329,24 @@ impl Testbed {
         }
     }
 
-    /// Where the binary is.
+    /// The path of the program.
     #[must_use]
     pub fn program(&self) -> &Path {
         &self.program
     }
 
-    /// Starts a server in `place` that writes a name on each connection; `listen` has entries `ADDR:PORT[=NAME]`.
+    /// Starts a server in `netns` that writes a name on each connection; `listen` has entries `ADDR:PORT[=NAME]`.
     ///
     /// # Errors
-    /// When it does not listen in time.
+    /// If the server does not listen in time.
     pub fn serve(&self, netns: &Netns, listen: &[&str]) -> Result<Process> {
         self.serve_with(netns, listen, &[])
     }
 
-    /// As [`Self::serve`], with more flags: `--echo`, `--http`, `--report-source`.
+    /// Starts a server like [`Self::serve`], with more flags: `--echo`, `--http`, `--report-source`.
     ///
     /// # Errors
-    /// When it does not listen in time.
+    /// If the server does not listen in time.
     pub fn serve_with(&self, netns: &Netns, listen: &[&str], flags: &[&str]) -> Result<Process> {
         let mut command = netns.command(&self.program)?;
         command.arg("serve").args(flags).stdin(Stdio::null());
@@ -357,10 +357,10 @@ impl Testbed {
             .with_context(|| format!("serving {listen:?} in {}", netns.name()))
     }
 
-    /// Runs a client in `place` to its end.
+    /// Runs a client in `netns` until it exits.
     ///
     /// # Errors
-    /// When it cannot be run. Failed connections are no error here: see [`Summary::all_well`].
+    /// If the client cannot be run. Failed connections are not an error here; see [`Summary::all_well`].
     pub fn connect(&self, netns: &Netns, connect: &Connect) -> Result<Summary> {
         let arguments = connect.arguments();
         let program = self.program.to_str().context("the path of lb-testbed is not UTF-8")?;
@@ -368,12 +368,12 @@ impl Testbed {
         serde_json::from_str(&output).with_context(|| format!("not a summary: {output}"))
     }
 
-    /// Starts a client in `place` that goes on until [`Load::stop`] (or its own bounds).
+    /// Starts a client in `netns` that connects until [`Load::stop`] or its own limits.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// If the client cannot be started.
     pub fn start(&self, netns: &Netns, connect: &Connect) -> Result<Load> {
-        let directory = tempfile::tempdir().context("making a scratch directory")?;
+        let directory = tempfile::tempdir().context("creating a scratch directory")?;
         let stop = directory.path().join("stop");
         let mut command = netns.command(&self.program)?;
         command
@@ -388,15 +388,19 @@ impl Testbed {
         })
     }
 
-    /// Opens `connections` in `place` and keeps them open; the server runs with `--echo`. A SYN that is lost may be sent again,
-    /// after a second.
+    /// Opens `connections` connections in `netns` and keeps them open. The server must run with `--echo`. The timeout allows
+    /// the kernel to send a lost SYN again, which it does after one second.
     ///
     /// # Errors
-    /// When they are not all tried in time. Those that fail are in [`HeldSummary::failures`].
+    /// If not all connections are attempted in time. Failed ones are in [`HeldSummary::failures`].
     pub fn hold(&self, netns: &Netns, targets: &[SocketAddr], connections: u32) -> Result<HeldConnections> {
         let mut command = netns.command(&self.program)?;
         command
-            .args(Connect::to(targets).timeout(scaled_timeout(RESENT)).arguments())
+            .args(
+                Connect::to(targets)
+                    .timeout(scaled_timeout(SYN_RETRY_TIMEOUT))
+                    .arguments(),
+            )
             .arg(format!("--hold={connections}"))
             .stdin(Stdio::piped());
         Ok(HeldConnections {
@@ -405,7 +409,7 @@ impl Testbed {
     }
 }
 
-/// A client that runs until told to stop. Dropping it kills it.
+/// A client that connects until it is stopped. Dropping this kills the client.
 #[derive(Debug)]
 pub struct Load {
     process: Process,
@@ -414,18 +418,18 @@ pub struct Load {
 }
 
 impl Load {
-    /// Whether it runs still.
+    /// Returns whether the client still runs.
     ///
     /// # Errors
-    /// When the kernel does not say.
+    /// If waiting for the process fails.
     pub fn is_running(&mut self) -> Result<bool> {
         self.process.is_running()
     }
 
-    /// Lets it finish the connections it has begun, and returns what it did.
+    /// Stops the client after the connections that it has begun, and returns its result.
     ///
     /// # Errors
-    /// When it does not end well and in time.
+    /// If the client does not end in time, or without a result.
     pub fn stop(mut self) -> Result<Summary> {
         fs::write(&self.stop, "").with_context(|| format!("writing {}", self.stop.display()))?;
         let line = self.process.line(scaled_timeout(START))?;
@@ -433,21 +437,21 @@ impl Load {
     }
 }
 
-/// A client that keeps connections open. Dropping it kills it.
+/// A client that keeps connections open. Dropping this kills the client.
 #[derive(Debug)]
 pub struct HeldConnections {
     process: Process,
 }
 
 impl HeldConnections {
-    /// Has every connection echo a line, and tells how many did.
+    /// Sends a line on every connection, and returns how many echoed it.
     ///
     /// # Errors
-    /// When the client does not answer in time.
+    /// If the client does not answer in time.
     pub fn finish(mut self) -> Result<HeldSummary> {
         drop(self.process.take_stdin());
         let line = self.process.line(scaled_timeout(START))?;
-        serde_json::from_str(&line).with_context(|| format!("not an account of held connections: {line}"))
+        serde_json::from_str(&line).with_context(|| format!("not a summary of held connections: {line}"))
     }
 }
 
@@ -456,7 +460,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn records_survive_the_log() {
+    fn a_record_is_parsed_from_its_line() {
         for outcome in [Ok("a backend".to_owned()), Err(111)] {
             let record = Record {
                 start_ns: 5,

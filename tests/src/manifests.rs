@@ -1,4 +1,4 @@
-//! Manifests for tests, as text.
+//! Kubernetes manifests for tests, as YAML text.
 
 use std::fs;
 use std::net::IpAddr;
@@ -7,21 +7,21 @@ use std::path::{Path, PathBuf};
 use crate::{Agent, Cluster, Node, RunningAgent};
 use anyhow::{Context as _, Result};
 
-/// A port of a Service of the tests, or of its endpoints.
+/// A port of a Service, or of its endpoints.
 #[derive(Debug, Clone, Copy)]
 pub struct Port<'a> {
-    /// Its name.
+    /// The port's name.
     pub name: &'a str,
-    /// Its number.
+    /// The port number.
     pub port: u16,
     /// `TCP`, `UDP` or `SCTP`.
     pub protocol: &'a str,
-    /// Of a Service only.
+    /// The node port; only of a Service.
     pub node_port: Option<u16>,
 }
 
 impl<'a> Port<'a> {
-    /// A TCP port.
+    /// Creates a TCP port.
     #[must_use]
     pub const fn tcp(name: &'a str, port: u16) -> Self {
         Self {
@@ -32,7 +32,7 @@ impl<'a> Port<'a> {
         }
     }
 
-    /// A UDP port.
+    /// Creates a UDP port.
     #[must_use]
     pub const fn udp(name: &'a str, port: u16) -> Self {
         Self {
@@ -41,7 +41,7 @@ impl<'a> Port<'a> {
         }
     }
 
-    /// The same, also on a port of every node.
+    /// Returns the port with a node port.
     #[must_use]
     pub const fn on_nodes(self, port: u16) -> Self {
         Self {
@@ -51,7 +51,8 @@ impl<'a> Port<'a> {
     }
 }
 
-/// A Service at `ips` (one address, or one of each family with a comma between), as YAML; `more` is added to its spec.
+/// Returns a Service with the cluster IPs `ips`: one address, or one of each family with a comma between. `more` is added
+/// to its spec.
 #[must_use]
 pub fn service(name: &str, ips: &str, ports: &[Port<'_>], more: &str) -> String {
     let first = ips.split(',').next().unwrap_or_default();
@@ -84,15 +85,15 @@ pub fn service(name: &str, ips: &str, ports: &[Port<'_>], more: &str) -> String 
     text
 }
 
-/// The endpoints of one port of a Service, all of one family, as YAML: addresses with the names of their nodes. Without
-/// endpoints the slice is one of IPv4.
+/// Returns the EndpointSlice of one port of a Service. The endpoints, addresses with the names of their nodes, are all of
+/// one family. Without endpoints the slice is of IPv4.
 #[must_use]
 pub fn slice(service: &str, port: Port<'_>, endpoints: &[(IpAddr, &str)]) -> String {
     let endpoints: Vec<_> = endpoints.iter().map(|&(ip, node)| (ip, node, "")).collect();
     slice_with_conditions(service, port, &endpoints)
 }
 
-/// The same, with what stands in the braces of `conditions`.
+/// Returns an EndpointSlice like [`slice`]; the third part of an endpoint is the content of its `conditions`.
 #[must_use]
 pub fn slice_with_conditions(service: &str, port: Port<'_>, endpoints: &[(IpAddr, &str, &str)]) -> String {
     let Port {
@@ -121,8 +122,9 @@ pub fn slice_with_conditions(service: &str, port: Port<'_>, endpoints: &[(IpAddr
     text
 }
 
-/// A Service `web` by TCP and `dns` by UDP, at ports 80 and 53 of 10.96.0.`last` and its like of IPv6, with the ports of
-/// its endpoints, which are of either family or both; as YAML. `more` is added to its spec.
+/// Returns a Service with the TCP port `web` (80) and the UDP port `dns` (53) at the addresses of [`vips`], and its
+/// EndpointSlices. The endpoints are of one family or both; `target` has their TCP and UDP port. `more` is added to the
+/// spec of the Service.
 #[must_use]
 pub fn web_and_dns(
     name: &str,
@@ -144,15 +146,16 @@ pub fn web_and_dns(
         .fold(text, |text, port| text + &slices(name, port, endpoints))
 }
 
-/// A Service of type NodePort by TCP alone, at port 80 of 10.96.0.`last` and its like of IPv6, on a port of every node, with
-/// the port of its endpoints; as YAML.
+/// Returns a Service of type NodePort with the TCP port `web` (80) at the addresses of [`vips`], and its EndpointSlices.
+/// `target` is the port of the endpoints.
 #[must_use]
 pub fn web(name: &str, last: u8, node_port: u16, endpoints: &[(IpAddr, &str)], target: u16) -> String {
     let ports = [Port::tcp("web", 80).on_nodes(node_port)];
     service(name, &ips(last), &ports, "type: NodePort") + &slices(name, Port::tcp("web", target), endpoints)
 }
 
-/// The addresses of a Service of the tests, IPv4 and IPv6, by their last part: its digits are the same in both.
+/// Returns the IPv4 and the IPv6 cluster IP with this last part, whose digits are equal in both: 10.96.0.`last` and
+/// fd00:96::`last`.
 ///
 /// # Panics
 /// Never.
@@ -161,13 +164,14 @@ pub fn vips(last: u8) -> [IpAddr; 2] {
     [format!("10.96.0.{last}"), format!("fd00:96::{last}")].map(|ip| ip.parse().expect("an address"))
 }
 
-/// The same as [`service`] takes them.
+/// Returns the addresses of [`vips`] in the form that [`service`] takes.
 #[must_use]
 pub fn ips(last: u8) -> String {
     vips(last).map(|ip| ip.to_string()).join(",")
 }
 
-/// EndpointSlices of endpoints of either family or both: one for each family that there is, and one without any endpoint.
+/// Returns EndpointSlices for endpoints of one family or both: one slice per family, and one without endpoints if there are
+/// none.
 #[must_use]
 pub fn slices(service: &str, port: Port<'_>, endpoints: &[(IpAddr, &str)]) -> String {
     let (v4, v6): (Vec<_>, Vec<_>) = endpoints.iter().partition(|(ip, _)| ip.is_ipv4());
@@ -178,7 +182,7 @@ pub fn slices(service: &str, port: Port<'_>, endpoints: &[(IpAddr, &str)]) -> St
     text
 }
 
-/// The Node object of a node: the networks of its pods, and its addresses; as YAML.
+/// Returns the Node object of a node, with the networks of its pods and its addresses.
 #[must_use]
 pub fn node(node: &Node) -> String {
     format!(
@@ -192,43 +196,43 @@ pub fn node(node: &Node) -> String {
     )
 }
 
-/// A folder of manifests of a cluster.
+/// A directory of manifests in the scratch directory of a cluster.
 pub struct Manifests(PathBuf);
 
 impl Manifests {
-    /// An empty folder, which goes with the cluster.
+    /// Creates an empty directory, which is removed with the cluster.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// If the directory cannot be created.
     pub fn new(cluster: &Cluster) -> Result<Self> {
-        let folder = cluster.scratch().join("manifests");
-        fs::create_dir_all(&folder)?;
-        Ok(Self(folder))
+        let directory = cluster.scratch().join("manifests");
+        fs::create_dir_all(&directory)?;
+        Ok(Self(directory))
     }
 
-    /// The folder.
+    /// The path of the directory.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// Replaces a file at once, as an editor would.
+    /// Replaces a file atomically by renaming, as an editor does.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// If the file cannot be written.
     pub fn write(&self, name: &str, text: &str) -> Result<()> {
         let new = self.0.join(format!(".{name}.new"));
         fs::write(&new, text)?;
         fs::rename(&new, self.0.join(name)).context("renaming a manifest")
     }
 
-    /// Starts an agent on a node with these manifests, and waits until all is served. Its binary is found `beside`
-    /// another.
+    /// Starts an agent on a node with these manifests, and waits until it has applied them. [`Agent::find`] finds its binary
+    /// by `other`.
     ///
     /// # Errors
-    /// When it is not ready in time.
-    pub fn serve(&self, cluster: &Cluster, node: &str, beside: &Path, flags: &[&str]) -> Result<RunningAgent> {
-        let agent = Agent::new(cluster, cluster.node(node), &Agent::find(beside)?, &self.0);
+    /// If the agent is not ready in time.
+    pub fn serve(&self, cluster: &Cluster, node: &str, other: &Path, flags: &[&str]) -> Result<RunningAgent> {
+        let agent = Agent::new(cluster, cluster.node(node), &Agent::find(other)?, &self.0);
         let mut running = RunningAgent::start(agent, flags)?;
         running.wait_ready(&|| false)?;
         Ok(running)

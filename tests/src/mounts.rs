@@ -1,4 +1,4 @@
-//! The kernel file systems that the bed needs: cgroup2 and bpffs.
+//! The kernel file systems that the test bed needs: cgroup2 and bpffs.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -7,26 +7,26 @@ use anyhow::{Context as _, Result};
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 
-/// Where bpffs is mounted.
+/// The mount point of bpffs.
 pub const BPFFS: &str = "/sys/fs/bpf";
 
-/// The mount point of the cgroup2 hierarchy, from `/proc/mounts`: `/sys/fs/cgroup` on most machines,
+/// Returns the mount point of the cgroup2 hierarchy from `/proc/mounts`: `/sys/fs/cgroup` on most machines,
 /// `/sys/fs/cgroup/unified` on hybrid ones.
 ///
 /// # Errors
-/// When `/proc/mounts` cannot be read or names no cgroup2.
+/// If `/proc/mounts` cannot be read or contains no cgroup2 mount.
 pub fn cgroup2_root() -> Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/mounts").context("reading /proc/mounts")?;
     mount_point(&mounts, "cgroup2").context("no cgroup2 mount in /proc/mounts")
 }
 
-/// Mounts a bpffs at [`BPFFS`] unless one is there. Safe to call from several processes at once.
+/// Mounts a bpffs at [`BPFFS`] unless one is mounted there. Several processes may call this at the same time.
 ///
 /// # Errors
-/// When `/sys/fs/bpf` is missing, or the mount is refused.
+/// If `/sys/fs/bpf` is missing, or the kernel refuses the mount.
 pub fn ensure_bpffs() -> Result<()> {
-    // Two mounts on top of each other would hide what was pinned in the first: one caller at a time looks and mounts.
-    // Whoever opens the directory after the mount locks another inode, but then finds the mount.
+    // A second mount on top of the first would hide its pins, so one caller at a time checks and mounts. A caller that
+    // opens the directory after the mount locks another inode, but then finds the mount.
     let directory = File::open(BPFFS).with_context(|| format!("opening {BPFFS}"))?;
     let _lock = Flock::lock(directory, FlockArg::LockExclusive)
         .map_err(|(_, errno)| errno)
@@ -44,23 +44,23 @@ pub fn ensure_bpffs() -> Result<()> {
     .with_context(|| format!("mounting bpffs at {BPFFS}"))
 }
 
-/// Whether [`BPFFS`] is a bpffs.
+/// Returns whether a bpffs is mounted at [`BPFFS`].
 pub(crate) fn has_bpffs() -> Result<bool> {
     let mounts = fs::read_to_string("/proc/mounts").context("reading /proc/mounts")?;
     Ok(fields(&mounts).any(|(point, kind)| kind == "bpf" && point == Path::new(BPFFS)))
 }
 
-/// The first mount point of file system `kind` in the text of `/proc/mounts`.
+/// Returns the first mount point of file system `kind` in the text of `/proc/mounts`.
 fn mount_point(mounts: &str, kind: &str) -> Option<PathBuf> {
     fields(mounts).find_map(|(point, found)| (found == kind).then_some(point))
 }
 
-/// Mount point and type of every line of `/proc/mounts`.
+/// Returns the mount point and type of every line of `/proc/mounts`.
 fn fields(mounts: &str) -> impl Iterator<Item = (PathBuf, &str)> {
     mounts.lines().filter_map(|line| {
         let mut words = line.split(' ').skip(1);
         let (point, kind) = (words.next()?, words.next()?);
-        // The kernel writes blank, tab, newline and backslash as octal.
+        // The kernel writes a blank, tab, newline or backslash as an octal number.
         let point = point
             .replace("\\040", " ")
             .replace("\\011", "\t")

@@ -1,4 +1,4 @@
-//! A place where processes run: a network namespace, and mostly a cgroup.
+//! Network namespaces of the test bed, most of them with a cgroup for their processes.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
@@ -20,19 +20,19 @@ use nix::unistd::{Pid, getpid, getppid, write};
 use crate::Ruleset;
 use crate::cleanup::NETNS_DIRECTORY;
 
-/// How long a device may take to carry packets.
+/// Time limit for a device to carry packets.
 const LINK: Duration = Duration::from_secs(10);
 
-/// Runs `work` on a fresh thread in the network namespace `netns` and returns what it returns.
+/// Runs `work` on a new thread in the network namespace `netns` and returns its result.
 ///
-/// Sockets that `work` opens belong to that namespace and may leave the closure. Child processes should not be spawned
-/// here: [`Netns::command`] ties a child's life to the thread that spawns it.
+/// Sockets that `work` opens belong to that namespace and may leave the closure. Do not spawn child processes in `work`:
+/// [`Netns::command`] ties the lifetime of a child to the thread that spawns it.
 ///
 /// # Errors
-/// When the namespace cannot be entered.
+/// If the namespace cannot be entered.
 ///
 /// # Panics
-/// When `work` does, with the same payload.
+/// If `work` panics, with its payload.
 pub fn in_netns<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> Result<T> {
     thread::scope(|scope| {
         scope
@@ -45,7 +45,7 @@ pub fn in_netns<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send)
     })
 }
 
-/// A network namespace with the cgroup that its processes live in.
+/// A network namespace and the cgroup of its processes.
 #[derive(Debug, Clone)]
 pub struct Netns {
     name: String,
@@ -62,57 +62,58 @@ impl Netns {
         }
     }
 
-    /// The short name: that of the node, pod or client.
+    /// The short name: the name of the node, pod or client.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The name that `ip netns` knows.
+    /// The full name, as `ip netns` lists it.
     #[must_use]
     pub fn netns_name(&self) -> &str {
         &self.netns
     }
 
-    /// The cgroup2 directory that processes of this place join.
+    /// The cgroup2 directory that processes of this namespace join.
     #[must_use]
     pub fn process_cgroup(&self) -> Option<&Path> {
         self.cgroup.as_deref()
     }
 
-    /// The network namespace, opened anew. Whoever keeps it keeps the namespace alive.
+    /// Opens the network namespace. The returned file keeps the namespace alive.
     ///
     /// # Errors
-    /// When the namespace is gone.
+    /// If the namespace does not exist any more.
     pub fn open(&self) -> Result<File> {
         let path = Path::new(NETNS_DIRECTORY).join(&self.netns);
         File::open(&path).with_context(|| format!("opening {}", path.display()))
     }
 
-    /// Runs `work` on a fresh thread in this network namespace (in the caller's cgroup); see [`in_netns`].
+    /// Runs `work` on a new thread in this network namespace, but in the caller's cgroup; see [`in_netns`].
     ///
     /// # Errors
-    /// When the namespace cannot be entered.
+    /// If the namespace cannot be entered.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         in_netns(self.open()?.as_fd(), work)
     }
 
-    /// Index of a network device.
+    /// Returns the index of a network device.
     ///
     /// # Errors
-    /// When there is none of this name.
+    /// If there is no device of this name.
     pub fn device_index(&self, device: &str) -> Result<u32> {
         self.within(|| nix::net::if_::if_nametoindex(device))?
             .with_context(|| format!("the index of {device}"))
     }
 
-    /// A command that will run here: in this network namespace and cgroup, with the machine's own mounts.
+    /// Returns a command that runs in this network namespace and cgroup, with the machine's own mounts.
     ///
-    /// The process dies with the *thread* that spawns it (`PR_SET_PDEATHSIG`), so that nothing outlives a test: spawn
-    /// from the test's thread. Processes that it forks in turn do not; the cluster's end finds them by their cgroup.
+    /// The process dies with the *thread* that spawns it (`PR_SET_PDEATHSIG`), so that nothing outlives a test: spawn it
+    /// from the test's thread. Processes that it forks do not die with that thread; dropping the cluster finds them by
+    /// their cgroup.
     ///
     /// # Errors
-    /// When the namespace or the cgroup is gone.
+    /// If the namespace or the cgroup does not exist any more.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Result<Command> {
         let netns = self.open()?;
         let cgroup = self
@@ -128,23 +129,24 @@ impl Netns {
             .transpose()?;
         let parent = getpid();
         let mut command = Command::new(program);
-        // SAFETY: `enter` makes system calls only; it neither allocates nor takes a lock.
+        // SAFETY: between fork and exec, `enter` only makes system calls; it neither allocates nor takes a lock.
         unsafe { command.pre_exec(move || enter(&netns, cgroup.as_ref(), parent)) };
         Ok(command)
     }
 
-    /// Runs a program here to its end and returns its standard output.
+    /// Runs a program in this namespace until it exits and returns its standard output.
     ///
     /// # Errors
-    /// When it cannot be run, or does not succeed; the message has its standard error.
+    /// If the program cannot be run or fails; the message contains its standard error.
     pub fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
         self.run_with_input(program, arguments, "")
     }
 
-    /// As [`Self::run`], with text for its standard input (small: it is written before anything is read).
+    /// Runs a program like [`Self::run`], with text for its standard input. The text must be small, because it is written
+    /// before any output is read.
     ///
     /// # Errors
-    /// As [`Self::run`].
+    /// If the program cannot be run or fails; the message contains its standard error.
     pub fn run_with_input(&self, program: &str, arguments: &[&str], input: &str) -> Result<String> {
         let mut child = self
             .command(program)?
@@ -156,7 +158,7 @@ impl Netns {
             .with_context(|| format!("running {program} in {}", self.name))?;
         if let Some(mut stdin) = child.stdin.take() {
             match stdin.write_all(input.as_bytes()) {
-                // It ended without reading: its status says why.
+                // The program exited without reading its input: its exit status has the reason.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
                 result => result.with_context(|| format!("writing to {program}"))?,
             }
@@ -180,28 +182,28 @@ impl Netns {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Runs `ip` here with blank-separated arguments, as `ip("route add 10.96.0.0/16 dev eth0")`.
+    /// Runs `ip` in this namespace with blank-separated arguments, for example `ip("route add 10.96.0.0/16 dev eth0")`.
     ///
     /// # Errors
-    /// When it does not succeed.
+    /// If `ip` fails.
     pub fn ip(&self, arguments: &str) -> Result<String> {
         self.run("ip", &arguments.split_whitespace().collect::<Vec<_>>())
     }
 
-    /// Runs many `ip` commands in one process, up to the first that fails.
+    /// Runs several `ip` commands in one process, up to the first that fails.
     ///
     /// # Errors
-    /// When one does not succeed.
+    /// If one of the commands fails.
     pub fn ip_batch(&self, commands: &[String]) -> Result<()> {
         self.run_with_input("ip", &["-batch", "-"], &(commands.join("\n") + "\n"))
             .map(drop)
     }
 
-    /// Waits until a device carries packets. The kernel tells its queues and bridges of a new carrier in the background,
-    /// at most once a second when many devices come (`linkwatch` in `net/core`); until then what is sent is lost.
+    /// Waits until a device carries packets. The kernel notifies queues and bridges of a new carrier in the background, at
+    /// most once a second when many devices come up (`linkwatch` in `net/core`). Packets sent before that are lost.
     ///
     /// # Errors
-    /// When the device is not ready after some seconds.
+    /// If the device is not ready within the time limit.
     pub(crate) fn wait_for_link(&self, device: &str) -> Result<()> {
         let deadline = Instant::now() + LINK;
         loop {
@@ -209,31 +211,35 @@ impl Netns {
             if state.contains("state UP") {
                 return Ok(());
             }
-            ensure!(Instant::now() < deadline, "in {}: not up: {state}", self.name);
+            ensure!(
+                Instant::now() < deadline,
+                "{device} in {} is not up: {state}",
+                self.name
+            );
             thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Adds an address, as `add_address("10.10.1.50/32", "lo")`.
+    /// Adds an address to a device, for example `add_address("10.10.1.50/32", "lo")`.
     ///
     /// # Errors
-    /// When `ip` does not succeed.
+    /// If `ip` fails.
     pub fn add_address(&self, address: &str, device: &str) -> Result<()> {
         self.ip(&format!("address add {address} dev {device}")).map(drop)
     }
 
-    /// Removes an address again.
+    /// Removes an address from a device.
     ///
     /// # Errors
-    /// When `ip` does not succeed.
+    /// If `ip` fails.
     pub fn remove_address(&self, address: &str, device: &str) -> Result<()> {
         self.ip(&format!("address delete {address} dev {device}")).map(drop)
     }
 
-    /// All addresses of the namespace's interfaces, `lo` included.
+    /// Returns all addresses of the namespace's interfaces, including `lo`.
     ///
     /// # Errors
-    /// When `ip` does not succeed or writes something unknown.
+    /// If `ip` fails or its output cannot be parsed.
     pub fn addresses(&self) -> Result<Vec<IpAddr>> {
         let text = self.ip("-oneline address show")?;
         text.lines()
@@ -245,11 +251,11 @@ impl Netns {
             .collect()
     }
 
-    /// Sets a sysctl of this network namespace, as `sysctl("net.ipv4.ip_forward", "1")`. Interface names with dots are
-    /// written with slashes around: `net/ipv4/conf/flannel.1/rp_filter`.
+    /// Sets a sysctl of this network namespace, for example `sysctl("net.ipv4.ip_forward", "1")`. A key with an interface
+    /// name that contains a dot is written with slashes: `net/ipv4/conf/flannel.1/rp_filter`.
     ///
     /// # Errors
-    /// When there is no such sysctl, or the value is refused.
+    /// If the sysctl does not exist, or the kernel refuses the value.
     pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
         let key = if key.contains('/') {
             key.to_owned()
@@ -261,20 +267,20 @@ impl Netns {
             .with_context(|| format!("writing {value} to {} in {}", path.display(), self.name))
     }
 
-    /// The packet-filter rules of this namespace.
+    /// Returns the packet-filter rules of this namespace.
     ///
     /// # Errors
-    /// See [`Ruleset::read`].
+    /// If [`Ruleset::read`] fails.
     pub fn ruleset(&self) -> Result<Ruleset> {
         Ruleset::read(self)
     }
 }
 
-/// Takes the child, between fork and exec, to where it belongs.
+/// Moves the child process into the cgroup and the namespace, between fork and exec.
 fn enter(netns: &File, cgroup: Option<&File>, parent: Pid) -> io::Result<()> {
     set_pdeathsig(Signal::SIGKILL)?;
     if getppid() != parent {
-        // The parent died before the call above: no signal will come.
+        // The parent died before `set_pdeathsig`: no signal will arrive.
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
     if let Some(cgroup) = cgroup {

@@ -1,4 +1,4 @@
-//! A child process that does not outlive its guard.
+//! Child processes that end with their guard.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// A running child process. Dropping it kills and reaps it.
+/// A child process. Dropping this kills and reaps the process.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -19,10 +19,10 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts a command as it is.
+    /// Starts a command with its own settings of standard input and output.
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// If the program cannot be started.
     pub fn spawn(command: &mut Command) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let child = command.spawn().with_context(|| format!("starting {name}"))?;
@@ -33,15 +33,15 @@ impl Process {
         })
     }
 
-    /// Starts a command whose standard output is read line by line; see [`Self::line`].
+    /// Starts a command and reads its standard output line by line; see [`Self::line`].
     ///
     /// # Errors
-    /// When it cannot be started.
+    /// If the program cannot be started.
     pub fn spawn_reading(command: &mut Command) -> Result<Self> {
         let mut process = Self::spawn(command.stdout(Stdio::piped()))?;
         let stdout = process.child.stdout.take().context("no standard output")?;
         let (sender, receiver) = mpsc::channel();
-        // Ends when all writers of the pipe are gone, or nobody listens any more.
+        // The thread ends when all writers of the pipe have closed it, or the receiver was dropped.
         thread::spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
                 if sender.send(line).is_err() {
@@ -56,7 +56,7 @@ impl Process {
     /// Starts a command and waits until it has written the line `ready`.
     ///
     /// # Errors
-    /// When it cannot be started, ends, or is not ready in time.
+    /// If the program cannot be started, ends, or is not ready in time.
     pub fn spawn_ready(command: &mut Command, timeout: Duration) -> Result<Self> {
         let mut process = Self::spawn_reading(command)?;
         let deadline = Instant::now() + timeout;
@@ -68,10 +68,10 @@ impl Process {
         }
     }
 
-    /// The next line of its standard output.
+    /// Waits for the next line of the standard output and returns it.
     ///
     /// # Errors
-    /// When none came in time, there will be no more, or the output is not read.
+    /// If no line arrives in time, the output has ended, or the process was not started to be read.
     pub fn line(&mut self, timeout: Duration) -> Result<String> {
         let lines = self.lines.as_ref().context("the output is not read")?;
         match lines.recv_timeout(timeout) {
@@ -86,26 +86,26 @@ impl Process {
         }
     }
 
-    /// The lines written so far that nobody has taken yet.
+    /// Returns the lines that were written so far and not returned yet, without waiting.
     pub fn pending_lines(&self) -> impl Iterator<Item = String> {
         self.lines.iter().flat_map(Receiver::try_iter)
     }
 
-    /// Its process id.
+    /// The process id.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// Its standard input, if that is a pipe and was not taken before. Dropping it closes it.
+    /// Takes the standard input, if it is a pipe and was not taken before. Dropping it closes the pipe.
     pub fn take_stdin(&mut self) -> Option<ChildStdin> {
         self.child.stdin.take()
     }
 
-    /// Whether it has not ended yet.
+    /// Returns whether the process has not ended yet.
     ///
     /// # Errors
-    /// When the kernel does not say.
+    /// If waiting for the process fails.
     pub fn is_running(&mut self) -> Result<bool> {
         Ok(self.child.try_wait()?.is_none())
     }
@@ -113,16 +113,16 @@ impl Process {
     /// Sends a signal.
     ///
     /// # Errors
-    /// When it has ended.
+    /// If the process has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.child.id()).context("process id")?;
         kill(Pid::from_raw(pid), signal).with_context(|| format!("sending {signal} to {}", self.name))
     }
 
-    /// Waits for its end.
+    /// Waits until the process ends.
     ///
     /// # Errors
-    /// When it has not ended in time (it runs on).
+    /// If it has not ended in time; it continues to run.
     pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -136,19 +136,19 @@ impl Process {
         }
     }
 
-    /// Asks it to end by SIGTERM and waits.
+    /// Sends SIGTERM and waits until the process ends.
     ///
     /// # Errors
-    /// When it does not end in time; it is killed then.
+    /// If it does not end in time; it is killed then.
     pub fn stop(mut self, timeout: Duration) -> Result<ExitStatus> {
         self.signal(Signal::SIGTERM)?;
         self.wait(timeout)
     }
 
-    /// Kills it by SIGKILL and reaps it.
+    /// Kills the process by SIGKILL and reaps it.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn kill(mut self) -> Result<()> {
         self.child.kill().with_context(|| format!("killing {}", self.name))?;
         self.child.wait().with_context(|| format!("reaping {}", self.name))?;
@@ -158,7 +158,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Both fail only for a process that has been reaped already.
+        // Both calls fail only for a process that was already reaped.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,4 +1,4 @@
-//! What packet-filter rules a namespace has, to show that the product writes none.
+//! The packet-filter rules of a namespace, to show that lb-agent writes none.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 
 use crate::Netns;
 
-/// The programs that print rules, with their arguments. `--stateless` leaves out counters.
+/// The programs that print rules, with their arguments. `--stateless` omits counters.
 const PRINTERS: [(&str, &[&str]); 5] = [
     ("iptables-legacy-save", &[]),
     ("ip6tables-legacy-save", &[]),
@@ -15,17 +15,17 @@ const PRINTERS: [(&str, &[&str]); 5] = [
     ("nft", &["--stateless", "list", "ruleset"]),
 ];
 
-/// Every iptables (legacy and nft) and nftables rule of a namespace, as text without counters and times.
+/// All iptables (legacy and nft) and nftables rules of a namespace, as text without counters and times.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ruleset {
     parts: Vec<(&'static str, String)>,
 }
 
 impl Ruleset {
-    /// Takes the rules of `place`'s network namespace.
+    /// Reads the rules of a network namespace.
     ///
     /// # Errors
-    /// When none of the programs that could print rules is installed, or one of them fails.
+    /// If none of the programs that print rules is installed, or one of them fails.
     pub fn read(netns: &Netns) -> Result<Self> {
         let mut parts = Vec::new();
         for (program, arguments) in PRINTERS {
@@ -41,7 +41,7 @@ impl Ruleset {
         Ok(Self { parts })
     }
 
-    /// Whether any of the texts contains `needle`.
+    /// Returns whether any rule contains `needle`.
     #[must_use]
     pub fn mentions(&self, needle: &str) -> bool {
         self.parts.iter().any(|(_, text)| text.contains(needle))
@@ -57,7 +57,8 @@ impl fmt::Display for Ruleset {
     }
 }
 
-/// `iptables-save` writes the time in comments, and packet counts after each chain.
+/// Removes the parts that change without a change of rules: `iptables-save` writes the time in comments, and packet counts
+/// after each chain.
 fn without_noise(text: &str) -> String {
     text.lines()
         .filter(|line| !line.starts_with('#'))
@@ -73,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counters_and_times_do_not_count() {
+    fn counters_and_times_are_ignored() {
         let first = "# Generated on Monday\n*nat\n:INPUT ACCEPT [1:60]\n-A INPUT -s 10.0.0.1\nCOMMIT\n";
         let second = "# Generated on Tuesday\n*nat\n:INPUT ACCEPT [2:90]\n-A INPUT -s 10.0.0.1\nCOMMIT\n";
         assert_eq!(without_noise(first), without_noise(second));

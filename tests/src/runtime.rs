@@ -65,7 +65,7 @@ impl Runtime {
     /// That of a node.
     ///
     /// # Errors
-    /// When its folder cannot be made, or there is no runc.
+    /// If its folder cannot be made, or there is no runc.
     pub fn new(cluster: &Cluster, node: &Node) -> Result<Self> {
         which::which("runc").context("there is no runc")?;
         let folder = cluster.scratch().join(format!("runtime-{}", node.name()));
@@ -105,7 +105,7 @@ impl Runtime {
     /// Starts a container of a pod: `pod` is the pod's specification, `container` one of its containers.
     ///
     /// # Errors
-    /// When the pod asks for what is not known here, or the container cannot be started.
+    /// If the pod asks for what is not known here, or the container cannot be started.
     pub fn start(&self, pod: &Value, container: &Value, more: &ContainerExtras<'_>) -> Result<Container> {
         let name = container["name"].as_str().context("a container has a name")?;
         let name = format!("{name}-{}", self.sequence.fetch_add(1, Ordering::Relaxed));
@@ -166,7 +166,7 @@ impl Container {
     /// Whether it runs.
     ///
     /// # Errors
-    /// When the kernel does not say.
+    /// If the kernel does not say.
     pub fn is_running(&mut self) -> Result<bool> {
         self.process.is_running()
     }
@@ -184,7 +184,7 @@ impl Container {
     /// Asks it to end, and kills it where it does not.
     ///
     /// # Errors
-    /// When its processes do not die.
+    /// If its processes do not die.
     pub fn stop(mut self) -> Result<()> {
         // runc passes the signal on, and removes what it has made when the container has ended.
         if self.process.signal(Signal::SIGTERM).is_ok() && self.process.wait(scaled_timeout(END)).is_ok() {
@@ -196,7 +196,7 @@ impl Container {
     /// The process ids in it.
     ///
     /// # Errors
-    /// When the kernel does not say.
+    /// If the kernel does not say.
     pub fn processes(&self) -> Result<Vec<u32>> {
         let path = self.cgroup.join("cgroup.procs");
         let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;

@@ -1,4 +1,4 @@
-//! A socket somewhere in a cluster that does what a test says, call by call; and one that is made anew all the while.
+//! Sockets in a cluster that a test drives call by call, a process that connects sockets in a loop, and UDP servers.
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Netns, Process, Testbed, scaled_timeout};
 
-/// How long a puppet may take to start, or for one call.
+/// Time limit for the start of a scripted socket, and for one call.
 const CALL: Duration = Duration::from_secs(10);
 
-/// What kind of socket.
+/// Family and protocol of a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SocketKind {
     /// AF_INET, SOCK_STREAM.
@@ -30,20 +30,20 @@ pub enum SocketKind {
     Mptcp6,
 }
 
-/// A call on the socket.
+/// A system call on the socket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SocketCall {
     /// `bind`.
     Bind(SocketAddr),
-    /// `connect`: the address of an IPv4 destination is of AF_INET, whatever the socket is.
+    /// `connect`. The address of an IPv4 destination is of AF_INET, also on an AF_INET6 socket.
     Connect(SocketAddr),
     /// `connect` with AF_UNSPEC.
     Disconnect,
     /// `send`.
     Send(String),
-    /// `sendto`: to an IPv4 destination on an AF_INET6 socket with a v4-mapped address.
+    /// `sendto`. An AF_INET6 socket sends to an IPv4 destination by its v4-mapped address.
     SendTo(SocketAddr, String),
-    /// `recvfrom` with a time limit.
+    /// `recvfrom`, with a time limit.
     Receive,
     /// `getpeername`.
     PeerName,
@@ -53,14 +53,14 @@ pub enum SocketCall {
     Cookie,
 }
 
-/// What a call returned.
+/// The result of a call.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CallResult {
-    /// It succeeded.
+    /// The call succeeded and has no value.
     Done,
-    /// It failed, with this error number.
+    /// The call failed with this error number.
     Failed(i32),
-    /// What was received, and from whom (v4-mapped addresses as they are).
+    /// The source and the received text. A v4-mapped source stays v4-mapped.
     Received(Option<SocketAddr>, String),
     /// An address.
     Address(SocketAddr),
@@ -68,7 +68,7 @@ pub enum CallResult {
     Number(u64),
 }
 
-/// A socket of a process of its own.
+/// A socket in a process of its own.
 #[derive(Debug)]
 pub struct ScriptedSocket {
     process: Process,
@@ -76,10 +76,10 @@ pub struct ScriptedSocket {
 }
 
 impl Testbed {
-    /// Makes a socket in `place`.
+    /// Creates a socket in `netns`.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// If the process or its socket cannot be created.
     pub fn scripted_socket(&self, netns: &Netns, kind: SocketKind) -> Result<ScriptedSocket> {
         let mut command = netns.command(self.program())?;
         command
@@ -90,10 +90,10 @@ impl Testbed {
         Ok(ScriptedSocket { process, stdin })
     }
 
-    /// Connects one socket after the other in `place`, as fast as it can; the last 2000 stay open.
+    /// Connects one socket after another in `netns`, as fast as possible. The last 2000 stay open.
     ///
     /// # Errors
-    /// When the process cannot be started.
+    /// If the process cannot be started.
     pub fn churn(&self, netns: &Netns, kind: SocketKind, to: SocketAddr) -> Result<SocketChurn> {
         let mut command = netns.command(self.program())?;
         command
@@ -104,19 +104,19 @@ impl Testbed {
         Ok(SocketChurn { process, stdin })
     }
 
-    /// Starts a server of datagrams in `place`; `listen` has entries `ADDR:PORT=NAME`. It answers each datagram with its
-    /// name, a blank and what it got.
+    /// Starts a UDP server in `netns`; `listen` has entries `ADDR:PORT=NAME`. The server answers each datagram with its
+    /// name, a blank and the payload.
     ///
     /// # Errors
-    /// When it is not ready in time.
+    /// If the server is not ready in time.
     pub fn serve_datagrams(&self, netns: &Netns, listen: &[&str]) -> Result<Process> {
         self.serve_datagrams_with(netns, listen, &[])
     }
 
-    /// The same, with more flags: `--report-source`.
+    /// Starts a UDP server like [`Self::serve_datagrams`], with more flags (`--report-source`).
     ///
     /// # Errors
-    /// When it is not ready in time.
+    /// If the server is not ready in time.
     pub fn serve_datagrams_with(&self, netns: &Netns, listen: &[&str], flags: &[&str]) -> Result<Process> {
         let mut command = netns.command(self.program())?;
         command.arg("serve-datagrams").args(flags).stdin(Stdio::null());
@@ -129,17 +129,17 @@ impl Testbed {
 }
 
 impl ScriptedSocket {
-    /// Makes one call.
+    /// Makes one call and returns its result; a failed call is [`CallResult::Failed`].
     ///
     /// # Errors
-    /// When the process is gone; an error of the call is an [`CallResult`].
+    /// If the process has ended or does not answer in time.
     pub fn call(&mut self, call: &SocketCall) -> Result<CallResult> {
-        writeln!(self.stdin, "{}", serde_json::to_string(call)?).context("writing to a puppet")?;
+        writeln!(self.stdin, "{}", serde_json::to_string(call)?).context("writing to a scripted socket")?;
         let line = self.process.line(scaled_timeout(CALL))?;
-        serde_json::from_str(&line).with_context(|| format!("not an answer: {line}"))
+        serde_json::from_str(&line).with_context(|| format!("not the result of a call: {line}"))
     }
 
-    /// The id of its process.
+    /// The id of the process that owns the socket.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.process.id()
@@ -152,34 +152,34 @@ impl ScriptedSocket {
         }
     }
 
-    /// `connect` that must succeed.
+    /// Calls `connect`, which must succeed.
     ///
     /// # Errors
-    /// When it does not.
+    /// If the call fails.
     pub fn connect(&mut self, to: SocketAddr) -> Result<()> {
         self.done(&SocketCall::Connect(to))
     }
 
-    /// `sendto` that must succeed.
+    /// Calls `sendto`, which must succeed.
     ///
     /// # Errors
-    /// When it does not.
+    /// If the call fails.
     pub fn send_to(&mut self, to: SocketAddr, text: &str) -> Result<()> {
         self.done(&SocketCall::SendTo(to, text.to_owned()))
     }
 
-    /// `send` that must succeed.
+    /// Calls `send`, which must succeed.
     ///
     /// # Errors
-    /// When it does not.
+    /// If the call fails.
     pub fn send(&mut self, text: &str) -> Result<()> {
         self.done(&SocketCall::Send(text.to_owned()))
     }
 
-    /// `recvfrom` that must succeed: the source, with v4-mapped addresses made plain, and the text.
+    /// Calls `recvfrom`, which must succeed, and returns the source and the text. A v4-mapped source is returned as IPv4.
     ///
     /// # Errors
-    /// When it does not.
+    /// If the call fails.
     pub fn receive(&mut self) -> Result<(Option<SocketAddr>, String)> {
         match self.call(&SocketCall::Receive)? {
             CallResult::Received(from, text) => Ok((from.map(plain), text)),
@@ -187,10 +187,10 @@ impl ScriptedSocket {
         }
     }
 
-    /// `getpeername`, with v4-mapped addresses made plain.
+    /// Returns the address of `getpeername`. A v4-mapped address is returned as IPv4.
     ///
     /// # Errors
-    /// When it fails.
+    /// If the call fails.
     pub fn peer(&mut self) -> Result<SocketAddr> {
         match self.call(&SocketCall::PeerName)? {
             CallResult::Address(address) => Ok(plain(address)),
@@ -198,10 +198,10 @@ impl ScriptedSocket {
         }
     }
 
-    /// `SO_COOKIE`.
+    /// Returns the socket's `SO_COOKIE`.
     ///
     /// # Errors
-    /// When it fails.
+    /// If the call fails.
     pub fn cookie(&mut self) -> Result<u64> {
         match self.call(&SocketCall::Cookie)? {
             CallResult::Number(cookie) => Ok(cookie),
@@ -209,36 +209,35 @@ impl ScriptedSocket {
         }
     }
 
-    /// Sends a question to a datagram server by `sendto`, and returns the name of the server; the answer must come from
-    /// `to`.
+    /// Sends a text to a UDP server by `sendto` and returns the name of the server. The reply must come from `to`.
     ///
     /// # Errors
-    /// When there is no answer, or it is another's.
-    pub fn exchange(&mut self, to: SocketAddr, question: &str) -> Result<String> {
-        self.send_to(to, question)?;
-        self.receive_reply(to, question)
+    /// If no reply arrives, or it has another source or text.
+    pub fn exchange(&mut self, to: SocketAddr, text: &str) -> Result<String> {
+        self.send_to(to, text)?;
+        self.receive_reply(to, text)
     }
 
-    /// Waits for the answer to a question; see [`Self::exchange`].
+    /// Waits for the reply to a text that was sent to `by`, and returns the name of the server; see [`Self::exchange`].
     ///
     /// # Errors
-    /// When there is no answer, or it is another's.
-    pub fn receive_reply(&mut self, by: SocketAddr, question: &str) -> Result<String> {
-        let (from, text) = self.receive()?;
+    /// If no reply arrives, or it has another source or text.
+    pub fn receive_reply(&mut self, by: SocketAddr, text: &str) -> Result<String> {
+        let (from, reply) = self.receive()?;
         ensure!(
             from == Some(by),
-            "{question:?} was answered by {from:?}, not {by}: {text:?}"
+            "the reply to {text:?} came from {from:?}, not {by}: {reply:?}"
         );
-        match text.split_once(' ') {
-            Some((name, rest)) if rest == question => Ok(name.to_owned()),
-            _ => bail!("{question:?} was answered with {text:?}"),
+        match reply.split_once(' ') {
+            Some((name, rest)) if rest == text => Ok(name.to_owned()),
+            _ => bail!("the reply to {text:?} was {reply:?}"),
         }
     }
 
-    /// The error number of a call that must fail.
+    /// Makes a call that must fail and returns its error number.
     ///
     /// # Errors
-    /// When it succeeds.
+    /// If the call succeeds.
     pub fn errno(&mut self, call: &SocketCall) -> Result<i32> {
         match self.call(call)? {
             CallResult::Failed(errno) => Ok(errno),
@@ -247,7 +246,7 @@ impl ScriptedSocket {
     }
 }
 
-/// A process that connects one socket after the other. Its last sockets are closed when this is dropped.
+/// A process that connects one socket after another. Dropping this closes its last sockets.
 #[derive(Debug)]
 pub struct SocketChurn {
     process: Process,
@@ -255,19 +254,19 @@ pub struct SocketChurn {
 }
 
 impl SocketChurn {
-    /// Makes no more, and returns how many there were.
+    /// Stops connecting and returns the number of sockets that were connected.
     ///
     /// # Errors
-    /// When one could not be connected.
+    /// If a socket could not be connected.
     pub fn stop(&mut self) -> Result<u64> {
-        // Where it has ended, that shows in the next line.
+        // If the process has ended, reading its next line fails.
         let _ = self.stdin.write_all(b"\n");
         let line = self.process.line(scaled_timeout(CALL))?;
-        line.parse().with_context(|| format!("no number: {line}"))
+        line.parse().with_context(|| format!("not a number: {line}"))
     }
 }
 
-/// A v4-mapped address as the IPv4 address that it is.
+/// Converts a v4-mapped address to IPv4.
 #[must_use]
 pub fn plain(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())

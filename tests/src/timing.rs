@@ -1,4 +1,4 @@
-//! Fewer repetitions and more patience on a slow machine.
+//! Timeouts and repetition counts that adapt to a slow machine, and polling.
 
 use std::env;
 use std::sync::LazyLock;
@@ -7,34 +7,35 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-/// The variable that says how many times slower than others this machine is, as a virtual one may be.
+/// Environment variable with the number of times that this machine is slower than others, for example because it is
+/// emulated.
 const VARIABLE: &str = "LB_SLOW";
 
-/// Waiting longer than this many times would hide a hang.
-const MOST_PATIENCE: u32 = 5;
+/// Highest factor for timeouts: longer ones would hide a hang.
+const MAX_TIMEOUT_FACTOR: u32 = 5;
 
 static SLOW: LazyLock<u32> = LazyLock::new(|| factor(env::var(VARIABLE).ok().as_deref()));
 
-/// What a value of the variable means.
+/// Parses the value of the variable.
 fn factor(value: Option<&str>) -> u32 {
     let Some(value) = value else { return 1 };
     match value.parse() {
         Ok(slow) if slow > 0 => slow,
-        _ => panic!("{VARIABLE} is a number from 1, not {value:?}"),
+        _ => panic!("{VARIABLE} must be a number from 1, not {value:?}"),
     }
 }
 
-/// How many times longer than elsewhere tests wait on a machine that `LB_SLOW` calls `slow` times slower.
+/// Returns the factor of timeouts on a machine that is `slow` times slower, as `LB_SLOW` sets it.
 #[must_use]
 pub fn timeout_factor(slow: u32) -> u32 {
-    slow.min(MOST_PATIENCE)
+    slow.min(MAX_TIMEOUT_FACTOR)
 }
 
-/// How many repetitions of `count` this machine shall make: all, or on one that `LB_SLOW` calls so many times slower,
-/// fewer by that factor; which is told on standard output. Only for numbers that are large to find what is rare.
+/// Returns the number of repetitions for this machine: `count`, divided by `LB_SLOW` if that is set. A reduced number is
+/// printed to standard output. Use it only for counts that are large in order to find rare failures.
 ///
 /// # Panics
-/// When `LB_SLOW` is not a number from 1.
+/// If `LB_SLOW` is not a number from 1.
 ///
 /// ```
 /// assert_eq!(lb_tests::scaled(100_000), 100_000);
@@ -44,10 +45,11 @@ pub fn scaled_count(count: u64) -> u64 {
     scaled_count_above(count, 1)
 }
 
-/// The same, but not fewer than `least`: what the statistic needs that is made of them.
+/// Returns the number of repetitions for this machine like [`scaled_count`], but at least `least`: the number of samples
+/// that the statistic of the test needs.
 ///
 /// # Panics
-/// As [`scaled_count`].
+/// If `LB_SLOW` is not a number from 1.
 #[must_use]
 pub fn scaled_count_above(count: u64, least: u64) -> u64 {
     let few = fewer(count, least, *SLOW);
@@ -61,33 +63,33 @@ fn fewer(count: u64, least: u64, slow: u32) -> u64 {
     (count / u64::from(slow)).max(least).min(count)
 }
 
-/// How long to wait for what takes `time` at most on this machine, unless `LB_SLOW` calls it slow.
+/// Returns the timeout for this machine: `time`, multiplied by [`timeout_factor`] if `LB_SLOW` is set.
 ///
 /// # Panics
-/// As [`scaled_count`].
+/// If `LB_SLOW` is not a number from 1.
 #[must_use]
 pub fn scaled_timeout(time: Duration) -> Duration {
     time * timeout_factor(*SLOW)
 }
 
-/// Waits before a question is asked again that was asked at `asked`: twice as long as the answer took, since to ask is
-/// to start a program, and whoever is asked about needs the processor.
-pub fn pause_between_polls(asked: Instant) {
-    sleep((asked.elapsed() * 2).max(Duration::from_millis(10)));
+/// Waits before the next poll, after one that began at `start`. The pause is twice as long as the poll took, because a
+/// poll starts a program, and the polled process needs the processor.
+pub fn pause_between_polls(start: Instant) {
+    sleep((start.elapsed() * 2).max(Duration::from_millis(10)));
 }
 
-/// Waits until `check` succeeds, for what controllers and agents do in their own time.
+/// Waits up to 20 seconds until `check` succeeds, for work that controllers and agents do asynchronously.
 ///
 /// # Errors
-/// When it does not, with its last words.
+/// If it does not succeed in time: the last error of `check`.
 pub fn eventually<T>(what: &str, check: impl FnMut() -> Result<T>) -> Result<T> {
     eventually_within(Duration::from_secs(20), what, check)
 }
 
-/// The same with another limit.
+/// Waits up to `limit` until `check` succeeds.
 ///
 /// # Errors
-/// When it does not, with its last words.
+/// If it does not succeed in time: the last error of `check`.
 pub fn eventually_within<T>(limit: Duration, what: &str, mut check: impl FnMut() -> Result<T>) -> Result<T> {
     let deadline = Instant::now() + scaled_timeout(limit);
     loop {
@@ -104,13 +106,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn factors() {
+    fn timeout_factor_is_limited() {
         assert_eq!([factor(None), factor(Some("1")), factor(Some("20"))], [1, 1, 20]);
         assert_eq!([1, 3, 20].map(timeout_factor), [1, 3, 5]);
     }
 
     #[test]
-    fn repetitions() {
+    fn repetitions_shrink_to_the_minimum() {
         assert_eq!(fewer(1000, 1, 1), 1000);
         assert_eq!(fewer(1000, 1, 20), 50);
         assert_eq!(fewer(1000, 80, 20), 80);
@@ -118,8 +120,8 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "LB_SLOW is a number from 1")]
-    fn no_time_at_all() {
+    #[should_panic(expected = "LB_SLOW must be a number from 1")]
+    fn zero_is_refused() {
         factor(Some("0"));
     }
 }

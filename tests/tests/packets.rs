@@ -139,7 +139,7 @@ fn who_is_served_by_what() -> Result<()> {
         "route add 2001:db8:7::/64 via {}",
         setup.node("n1").address6()
     ))?;
-    let served = |by: &str, seen: Option<IpAddr>, got: Outcome, what: &str| got.ensure(by, seen, what);
+    let served = |by: &str, seen: Option<IpAddr>, got: Outcome, what: &str| got.ensure_served_by(by, seen, what);
     for (v6, client_address) in [(false, client4), (true, client6)] {
         let pick = |node: &str| node_addresses(setup.node(node))[usize::from(v6)];
         for udp in [false, true] {

@@ -160,7 +160,7 @@ impl<'a> KubeletPod<'a> {
     /// Its containers pass their readiness probes, or do not.
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// If the API server refuses it.
     pub fn set_ready(&self, ready: bool) -> Result<()> {
         self.set_condition("ContainersReady", ready)
     }
@@ -168,7 +168,7 @@ impl<'a> KubeletPod<'a> {
     /// A condition holds, or does not; one that a gate names decides with.
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// If the API server refuses it.
     pub fn set_condition(&self, condition: &str, holds: bool) -> Result<()> {
         let mut conditions = self.conditions.lock().unwrap_or_else(PoisonError::into_inner);
         conditions.insert(condition.to_owned(), holds);
@@ -179,7 +179,7 @@ impl<'a> KubeletPod<'a> {
     /// Somebody deletes the pod: it has time to end, and is terminating until [`Self::finish`].
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// If the API server refuses it.
     pub fn terminate(&self) -> Result<()> {
         self.objects
             .delete::<v1::Pod>(&self.namespace, &self.name, Some(30))
@@ -189,7 +189,7 @@ impl<'a> KubeletPod<'a> {
     /// All its containers have ended: the object goes, and so do the namespace and all processes in it.
     ///
     /// # Errors
-    /// When something cannot be removed.
+    /// If something cannot be removed.
     pub fn finish(self, cluster: &Cluster) -> Result<()> {
         self.objects
             .delete::<v1::Pod>(&self.namespace, &self.name, Some(0))
@@ -273,7 +273,7 @@ impl ControlPlane {
     /// Labels a node as one of a zone, or of none.
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// If the API server refuses it.
     pub fn set_zone(&self, node: &str, zone: Option<&str>) -> Result<()> {
         let labels = json!({"metadata": {"labels": {"topology.kubernetes.io/zone": zone}}});
         self.objects()

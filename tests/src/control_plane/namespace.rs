@@ -22,7 +22,7 @@ impl ControlPlane {
     /// Makes a namespace.
     ///
     /// # Errors
-    /// When there is such a one already.
+    /// If there is such a one already.
     pub fn namespace(&self, name: &str) -> Result<Namespace<'_>> {
         let object = json!({"metadata": {"name": name}});
         self.objects
@@ -52,7 +52,7 @@ impl<'a> Namespace<'a> {
     /// Makes a Service; what the API server has added, its addresses for one, is in what is returned.
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// If the API server refuses it.
     pub fn create_service(&self, name: &str, spec: Value) -> Result<Service> {
         self.create_labelled_service(name, json!({}), spec)
     }
@@ -60,7 +60,7 @@ impl<'a> Namespace<'a> {
     /// The same with labels.
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// If the API server refuses it.
     pub fn create_labelled_service(&self, name: &str, labels: Value, spec: Value) -> Result<Service> {
         let mut object = json!({"metadata": {"name": name}});
         object["metadata"]["labels"] = labels;
@@ -73,7 +73,7 @@ impl<'a> Namespace<'a> {
     /// Changes a Service by a merge patch.
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// If the API server refuses it.
     pub fn patch_service(&self, name: &str, change: Value) -> Result<Service> {
         self.objects
             .patch(&self.name, name, change)
@@ -83,7 +83,7 @@ impl<'a> Namespace<'a> {
     /// Changes the status of a Service by a merge patch, as a cloud's controller does.
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// If the API server refuses it.
     pub fn patch_service_status(&self, name: &str, change: Value) -> Result<Service> {
         self.objects
             .patch_status(&self.name, name, change)
@@ -93,7 +93,7 @@ impl<'a> Namespace<'a> {
     /// Deletes a Service.
     ///
     /// # Errors
-    /// When there is none.
+    /// If there is none.
     pub fn delete_service(&self, name: &str) -> Result<()> {
         self.objects
             .delete::<Service>(&self.name, name, None)
@@ -103,7 +103,7 @@ impl<'a> Namespace<'a> {
     /// The slices of a Service.
     ///
     /// # Errors
-    /// When the API server does not answer.
+    /// If the API server does not answer.
     pub fn slices(&self, service: &str) -> Result<Vec<EndpointSlice>> {
         self.objects
             .list(&self.name, &format!("kubernetes.io/service-name={service}"))
@@ -112,7 +112,7 @@ impl<'a> Namespace<'a> {
     /// Waits until the slices of a Service have so many endpoints that are ready.
     ///
     /// # Errors
-    /// When that takes too long.
+    /// If that takes too long.
     pub fn wait_for_ready(&self, service: &str, count: usize) -> Result<()> {
         eventually_within(
             Duration::from_secs(60),
@@ -130,7 +130,7 @@ impl<'a> Namespace<'a> {
     /// Starts a pod on a node of the cluster and tells the API server of it; it is not ready yet.
     ///
     /// # Errors
-    /// When the node has such a pod, or the API server refuses it.
+    /// If the node has such a pod, or the API server refuses it.
     pub fn start_pod(
         &self,
         cluster: &Cluster,

@@ -104,7 +104,7 @@ impl Objects {
     /// Runs a request of the caller's own making.
     ///
     /// # Errors
-    /// When it fails, or takes too long.
+    /// If it fails, or takes too long.
     pub fn with<T, F>(&self, request: impl FnOnce(Client) -> F) -> Result<T>
     where
         T: Send + 'static,
@@ -116,7 +116,7 @@ impl Objects {
     /// Posts to a path, as to a subresource of an object, and returns the answer.
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// If the API server refuses it.
     pub fn post(&self, path: &str, object: &Value) -> Result<Value> {
         let request = http::Request::post(path)
             .header(http::header::CONTENT_TYPE, "application/json")
@@ -128,7 +128,7 @@ impl Objects {
     /// Makes an object.
     ///
     /// # Errors
-    /// When it is not one, or the API server refuses it.
+    /// If it is not one, or the API server refuses it.
     pub fn create<K: Namespaced>(&self, namespace: &str, object: Value) -> Result<K> {
         let object: K = serde_json::from_value(object).context("not such an object")?;
         let namespace = namespace.to_owned();
@@ -150,7 +150,7 @@ impl Objects {
     /// An object.
     ///
     /// # Errors
-    /// When there is none.
+    /// If there is none.
     pub fn get<K: Namespaced>(&self, namespace: &str, name: &str) -> Result<K> {
         let (namespace, name) = (namespace.to_owned(), name.to_owned());
         self.with(|client| async move { Ok(Api::<K>::namespaced(client, &namespace).get(&name).await?) })
@@ -159,7 +159,7 @@ impl Objects {
     /// Objects with these labels, as `app=web`.
     ///
     /// # Errors
-    /// When the API server does not answer.
+    /// If the API server does not answer.
     pub fn list<K: Namespaced>(&self, namespace: &str, labels: &str) -> Result<Vec<K>> {
         let (namespace, params) = (namespace.to_owned(), ListParams::default().labels(labels));
         self.with(|client| async move { Ok(Api::<K>::namespaced(client, &namespace).list(&params).await?.items) })
@@ -168,7 +168,7 @@ impl Objects {
     /// Merges a change into an object (RFC 7386: lists are replaced, null removes).
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// If the API server refuses it.
     pub fn patch<K: Namespaced>(&self, namespace: &str, name: &str, change: Value) -> Result<K> {
         let (namespace, name) = (namespace.to_owned(), name.to_owned());
         self.with(|client| async move {
@@ -180,7 +180,7 @@ impl Objects {
     /// The same for an object's status.
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// If the API server refuses it.
     pub fn patch_status<K: Namespaced>(&self, namespace: &str, name: &str, change: Value) -> Result<K> {
         let (namespace, name) = (namespace.to_owned(), name.to_owned());
         self.with(|client| async move {
@@ -194,7 +194,7 @@ impl Objects {
     /// Changes an object that is in no namespace, or its status.
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// If the API server refuses it.
     pub fn patch_global<K: Object>(&self, name: &str, change: Value, status: bool) -> Result<K> {
         let name = name.to_owned();
         self.with(|client| async move {
@@ -210,7 +210,7 @@ impl Objects {
     /// Deletes an object, with so many seconds of grace if it is one that needs time to end.
     ///
     /// # Errors
-    /// When the API server refuses it, or there is none.
+    /// If the API server refuses it, or there is none.
     pub fn delete<K: Namespaced>(&self, namespace: &str, name: &str, grace: Option<u32>) -> Result<()> {
         let (namespace, name) = (namespace.to_owned(), name.to_owned());
         let params = DeleteParams {
@@ -226,7 +226,7 @@ impl Objects {
     /// Deletes all objects of a kind in a namespace, without grace.
     ///
     /// # Errors
-    /// When the API server refuses it.
+    /// If the API server refuses it.
     pub fn delete_all<K: Namespaced>(&self, namespace: &str) -> Result<()> {
         let namespace = namespace.to_owned();
         let params = DeleteParams {

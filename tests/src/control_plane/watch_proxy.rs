@@ -82,7 +82,7 @@ impl ControlPlane {
     /// Starts a proxy that is open, for agents that are `user`; with `random`, it mixes events.
     ///
     /// # Errors
-    /// When it cannot listen.
+    /// If it cannot listen.
     pub fn watch_proxy(&self, user: &str, random: Option<Random>) -> Result<WatchProxy> {
         let address = SocketAddr::new(self.address().into(), PORT);
         let shared = Arc::new(Shared {

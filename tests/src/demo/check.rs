@@ -1,4 +1,4 @@
-//! The demo's check: is every answer right, and is the spread even?
+//! The check of the demo: every response is right, the distribution is even, and the nodes are as before.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -6,39 +6,38 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 
 use super::cluster::DemoCluster;
-use super::curl::{CurlResult, call};
+use super::curl::{self, CurlResult};
 use super::manifests::ServicePort;
 use super::print_line;
 use super::signals::Signals;
 use crate::load::Summary;
 use crate::{Connect, chi_squared_p, scaled_timeout};
 
-/// Connections per Service and round, from all places together.
+/// Connections per Service port and round, from all clients together.
 const SAMPLES: u64 = 400;
 
-/// A spread less likely than this counts as uneven. One in a thousand even ones fails; both of two rounds, one in a
-/// million.
-const LEAST_P: f64 = 0.001;
+/// A distribution with a lower p-value counts as uneven. One in a thousand even ones is below it; in both of two rounds,
+/// one in a million.
+const MIN_P: f64 = 0.001;
 
-/// How long the connections from one place may take: far more than they need, and the check of a broken system has
-/// an end.
-const LONGEST: Duration = Duration::from_secs(5);
+/// Time limit for the connections of one client: far more than they need, but a check of a broken system ends.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What was found, printed as it comes.
+/// The number of failed checks. Each result is printed at once.
 struct CheckResults {
     failed: u32,
 }
 
 impl CheckResults {
-    fn note(&mut self, well: bool, what: &str) -> Result<()> {
-        if !well {
+    fn record(&mut self, passed: bool, what: &str) -> Result<()> {
+        if !passed {
             self.failed += 1;
         }
-        print_line(&format!("{}  {what}", if well { "  ok" } else { "FAIL" }))
+        print_line(&format!("{}  {what}", if passed { "  ok" } else { "FAIL" }))
     }
 }
 
-/// Runs all checks; whether all were passed.
+/// Runs all checks and returns whether all have passed.
 pub(super) fn run(demo: &mut DemoCluster, signals: &Signals) -> Result<bool> {
     let mut results = CheckResults { failed: 0 };
     for service in &demo.services {
@@ -49,13 +48,13 @@ pub(super) fn run(demo: &mut DemoCluster, signals: &Signals) -> Result<bool> {
             "{}/{} at {}",
             service.namespace, service.name, service.frontend
         ))?;
-        curl(demo, service, &mut results)?;
-        spread(demo, service, signals, &mut results)?;
+        check_curl(demo, service, &mut results)?;
+        check_distribution(demo, service, signals, &mut results)?;
     }
     print_line("the nodes")?;
-    machine(demo, &mut results)?;
+    check_nodes(demo, &mut results)?;
     if results.failed == 0 {
-        print_line("all well")?;
+        print_line("all checks passed")?;
     } else {
         print_line(&format!("{} checks failed", results.failed))?;
         for agent in &demo.agents {
@@ -69,44 +68,49 @@ pub(super) fn run(demo: &mut DemoCluster, signals: &Signals) -> Result<bool> {
     Ok(results.failed == 0)
 }
 
-/// Real curl from everywhere.
-fn curl(demo: &DemoCluster, service: &ServicePort, results: &mut CheckResults) -> Result<()> {
+/// Checks one request by curl from every client.
+fn check_curl(demo: &DemoCluster, service: &ServicePort, results: &mut CheckResults) -> Result<()> {
     for (client, netns, address) in demo.client_targets(service) {
-        let (well, text) = match call(netns, address)? {
+        let (passed, text) = match curl::request(netns, address)? {
             CurlResult::From(name) => (service.backends.iter().any(|backend| backend.pod == name), name),
             CurlResult::Failed(why) => (false, why),
         };
-        results.note(well, &format!("curl from {client} to {address}: {text}"))?;
+        results.record(passed, &format!("curl from {client} to {address}: {text}"))?;
     }
     Ok(())
 }
 
-/// Many connections from everywhere, counted per backend.
-fn spread(demo: &DemoCluster, service: &ServicePort, signals: &Signals, results: &mut CheckResults) -> Result<()> {
+/// Checks many connections from every client, and their distribution over the backends.
+fn check_distribution(
+    demo: &DemoCluster,
+    service: &ServicePort,
+    signals: &Signals,
+    results: &mut CheckResults,
+) -> Result<()> {
     let targets = demo.client_targets(service);
     let each = SAMPLES.div_ceil(targets.len() as u64);
     for round in 1..=2 {
         let mut counts: BTreeMap<&str, u64> = service.backends.iter().map(|backend| (&*backend.pod, 0)).collect();
-        let mut right = true;
+        let mut all_passed = true;
         for (client, netns, address) in &targets {
             if signals.arrived() {
                 bail!("interrupted");
             }
             let connect = Connect::to(&[*address])
                 .count(each)
-                .seconds(scaled_timeout(LONGEST).as_secs_f64())
+                .seconds(scaled_timeout(TIMEOUT).as_secs_f64())
                 .threads(4)
                 .http()
                 .peer_check();
             let summary = demo.testbed.connect(netns, &connect)?;
-            let trouble = trouble(&summary, each, &counts);
-            right &= trouble.is_none();
-            if round == 1 || trouble.is_some() {
-                let text = trouble
+            let failure = find_failure(&summary, each, &counts);
+            all_passed &= failure.is_none();
+            if round == 1 || failure.is_some() {
+                let text = failure
                     .as_deref()
-                    .unwrap_or("all answered, all peers are who was asked");
-                results.note(
-                    trouble.is_none(),
+                    .unwrap_or("all succeeded, all peers are the requested address");
+                results.record(
+                    failure.is_none(),
                     &format!("{} connections from {client}: {text}", summary.connections),
                 )?;
             }
@@ -114,65 +118,68 @@ fn spread(demo: &DemoCluster, service: &ServicePort, signals: &Signals, results:
                 *count += summary.reached(name);
             }
         }
-        if counts.len() < 2 || !right {
+        if counts.len() < 2 || !all_passed {
             return Ok(());
         }
         let p = chi_squared_p(&counts.values().copied().collect::<Vec<_>>());
-        let even = p > LEAST_P;
+        let even = p > MIN_P;
         let text: Vec<String> = counts.iter().map(|(name, count)| format!("{name} {count}")).collect();
-        let text = format!("spread: {} (chi-squared p = {p:.4})", text.join(", "));
+        let text = format!("distribution: {} (chi-squared p = {p:.4})", text.join(", "));
         if even || round == 2 {
-            return results.note(even, &text);
+            return results.record(even, &text);
         }
-        print_line(&format!("      {text}: once more"))?;
+        print_line(&format!("      {text}: a second round follows"))?;
     }
     Ok(())
 }
 
-/// What is wrong with the answers that a client got.
-fn trouble(summary: &Summary, wanted: u64, backends: &BTreeMap<&str, u64>) -> Option<String> {
+/// Returns the first failure in the results of a client, if there is one.
+fn find_failure(summary: &Summary, wanted: u64, backends: &BTreeMap<&str, u64>) -> Option<String> {
     if let Err(error) = summary.all_well() {
         return Some(format!("{error:#}"));
     }
     if summary.connections < wanted {
-        return Some(format!("{wanted} take more than {:?}", scaled_timeout(LONGEST)));
+        return Some(format!(
+            "{wanted} connections take more than {:?}",
+            scaled_timeout(TIMEOUT)
+        ));
     }
-    let strangers: Vec<&str> = summary
+    let others: Vec<&str> = summary
         .per_backend
         .keys()
         .map(String::as_str)
         .filter(|name| !backends.contains_key(name))
         .collect();
-    (!strangers.is_empty()).then(|| format!("answers from {strangers:?}, which are not its backends"))
+    (!others.is_empty()).then(|| format!("answered by {others:?}, which are not its backends"))
 }
 
-/// What the agents may and may not have done to the nodes.
-fn machine(demo: &mut DemoCluster, results: &mut CheckResults) -> Result<()> {
+/// Checks that the agents run, that their maps are right, and that they have not changed rules and addresses of the nodes.
+fn check_nodes(demo: &mut DemoCluster, results: &mut CheckResults) -> Result<()> {
     for (node, before) in demo.cluster.nodes().iter().zip(&demo.rules_before) {
         let same = node.ruleset()? == *before;
-        let text = if same { "not touched" } else { "changed" };
-        results.note(same, &format!("{}: iptables and nftables rules {text}", node.name()))?;
+        let text = if same { "unchanged" } else { "changed" };
+        results.record(same, &format!("{}: iptables and nftables rules {text}", node.name()))?;
         let addresses = node.addresses()?;
         let taken = demo
             .services
             .iter()
             .find(|service| addresses.contains(&service.frontend.ip()));
         let text = taken.map_or_else(
-            || "no virtual address is on an interface".to_owned(),
+            || "no cluster IP is on an interface".to_owned(),
             |service| format!("{} is on an interface", service.frontend.ip()),
         );
-        results.note(taken.is_none(), &format!("{}: {text}", node.name()))?;
+        results.record(taken.is_none(), &format!("{}: {text}", node.name()))?;
     }
     for agent in &mut demo.agents {
         let runs = agent.process().is_running()?;
-        let text = if runs { "runs" } else { "has ended" };
-        results.note(runs, &format!("{}: lb-agent {text}", agent.node()))?;
+        let text = if runs { "is running" } else { "has ended" };
+        results.record(runs, &format!("{}: lb-agent {text}", agent.node()))?;
         let result = agent.verify();
         let text = result.as_ref().map_or_else(
             |error| format!("lb-agent verify: {error:#}"),
-            |()| "lb-agent verify finds the maps as they should be".to_owned(),
+            |()| "lb-agent verify: the maps have the desired state".to_owned(),
         );
-        results.note(result.is_ok(), &format!("{}: {text}", agent.node()))?;
+        results.record(result.is_ok(), &format!("{}: {text}", agent.node()))?;
     }
     Ok(())
 }

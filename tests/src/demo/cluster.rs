@@ -1,4 +1,4 @@
-//! The cluster of the demo with everything that runs in it, but for the clients.
+//! The cluster of the demo with everything that runs in it, except for the clients.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -13,16 +13,16 @@ use super::signals::Signals;
 use super::{Options, print_line};
 use crate::{Agent, Cluster, Connect, Netns, Pod, Process, Ruleset, RunningAgent, Testbed, Underlay, scaled_timeout};
 
-/// How long nginx may take to listen.
+/// Time limit for nginx to listen.
 const START: Duration = Duration::from_secs(10);
 
-/// All that the demo has set up. The order of the fields is that of removal.
+/// The cluster of the demo. Its fields are in the order of their removal.
 pub(super) struct DemoCluster {
     pub(super) agents: Vec<RunningAgent>,
     _servers: Vec<Process>,
-    /// A pod without server on each node, for clients.
+    /// A pod without a server on each node, for clients.
     pub(super) client_pods: Vec<Pod>,
-    /// Each node's rules before its agent was started.
+    /// Each node's packet-filter rules before its agent was started.
     pub(super) rules_before: Vec<Ruleset>,
     pub(super) services: Vec<ServicePort>,
     pub(super) testbed: Testbed,
@@ -34,7 +34,9 @@ impl DemoCluster {
         let manifests = Manifests::read(&options.examples)?;
         let testbed = Testbed::new(&options.testbed);
         let count = u8::try_from(manifests.nodes.len()).context("too many nodes")?;
-        print_line(&format!("building {count} nodes joined by VXLAN, and a client outside"))?;
+        print_line(&format!(
+            "building {count} nodes joined by VXLAN, and an outside client"
+        ))?;
         let cluster = Cluster::builder()
             .nodes(count)
             .underlay(Underlay::Vxlan)
@@ -43,7 +45,7 @@ impl DemoCluster {
         for ((name, range), node) in manifests.nodes.iter().zip(cluster.nodes()) {
             ensure!(
                 name == node.name() && *range == format!("{}/24", node.pod_network()),
-                "the demo's node {} has pods in {}/24; the manifests speak of {name} and {range}",
+                "the manifests have a node {name} with podCIDR {range}, but the demo creates {} with {}/24",
                 node.name(),
                 node.pod_network()
             );
@@ -68,13 +70,13 @@ impl DemoCluster {
             testbed,
             cluster,
         };
-        demo.ensure_silence()?;
+        demo.ensure_unserved()?;
         demo.start_agents(options, signals)?;
         Ok(demo)
     }
 
-    /// Where clients run: the hosts and a pod of every node.
-    pub(super) fn namespaces(&self) -> impl Iterator<Item = (String, &Netns)> {
+    /// Returns the clients in the cluster with their names: the host and a pod of every node.
+    pub(super) fn clients(&self) -> impl Iterator<Item = (String, &Netns)> {
         let hosts = self
             .cluster
             .nodes()
@@ -87,29 +89,33 @@ impl DemoCluster {
         hosts.chain(pods)
     }
 
-    /// Who asks a Service's port, by name, and at which address: the hosts and pods at the virtual address, the client outside
-    /// at the port of every node.
+    /// Returns the clients of a Service port with their names and the addresses that they connect to: the cluster IP for
+    /// hosts and pods, the node port of every node for the outside client.
     pub(super) fn client_targets(&self, service: &ServicePort) -> Vec<(String, &Netns, SocketAddr)> {
-        let inside = self.namespaces().map(|(name, netns)| (name, netns, service.frontend));
+        let inside = self.clients().map(|(name, netns)| (name, netns, service.frontend));
         let node_port = service.node_port.into_iter();
         let outside = node_port.flat_map(|port| {
             self.cluster.nodes().iter().map(move |node| {
                 let address = SocketAddr::new(node.address().into(), port);
-                (format!("outside by {}", node.name()), &**self.cluster.client(), address)
+                (
+                    format!("an outside client by {}", node.name()),
+                    &**self.cluster.client(),
+                    address,
+                )
             })
         });
         inside.chain(outside).collect()
     }
 
-    /// Makes sure that it is the agents who make the virtual addresses answer.
-    fn ensure_silence(&self) -> Result<()> {
+    /// Checks that no frontend answers before the agents are started.
+    fn ensure_unserved(&self) -> Result<()> {
         for service in &self.services {
             for (client, netns, address) in self.client_targets(service) {
                 let connect = Connect::to(&[address]).count(1).timeout(Duration::from_millis(300));
                 let summary = self.testbed.connect(netns, &connect)?;
                 ensure!(
                     summary.failure_count == 1,
-                    "{address} answers from {client} before any agent was started"
+                    "{address} answers to {client} before any agent was started"
                 );
             }
         }
@@ -117,7 +123,7 @@ impl DemoCluster {
     }
 
     fn start_agents(&mut self, options: &Options, signals: &Signals) -> Result<()> {
-        let begin = Instant::now();
+        let start = Instant::now();
         for node in self.cluster.nodes() {
             self.agents.push(RunningAgent::start(
                 Agent::new(&self.cluster, node, &options.agent, &options.examples),
@@ -129,12 +135,12 @@ impl DemoCluster {
         }
         print_line(&format!(
             "lb-agent is ready on all nodes after {} ms",
-            begin.elapsed().as_millis()
+            start.elapsed().as_millis()
         ))?;
         for agent in &self.agents {
             for problem in agent.status()?.problems {
                 print_line(&format!(
-                    "{} says: {}: {}",
+                    "{} reports a problem: {}: {}",
                     agent.node(),
                     problem.place,
                     problem.message
@@ -145,9 +151,9 @@ impl DemoCluster {
     }
 }
 
-/// Makes a pod with nginx for every backend.
+/// Creates a pod with nginx for every backend.
 fn start_servers(cluster: &Cluster, services: &[ServicePort], signals: &Signals) -> Result<Vec<Process>> {
-    // A pod may stand behind several Services and ports.
+    // A pod may be a backend of several Services and ports.
     let mut pods: BTreeMap<(&str, &str, Ipv4Addr), Vec<u16>> = BTreeMap::new();
     for backend in services.iter().flat_map(|service| &service.backends) {
         let ports = pods.entry((&backend.node, &backend.pod, backend.address)).or_default();
@@ -166,9 +172,9 @@ fn start_servers(cluster: &Cluster, services: &[ServicePort], signals: &Signals)
 
 fn start_nginx(cluster: &Cluster, pod: &Pod, ports: &[u16], signals: &Signals) -> Result<Process> {
     let directory = cluster.scratch().join(pod.name());
-    fs::create_dir(&directory).with_context(|| format!("making {}", directory.display()))?;
+    fs::create_dir(&directory).with_context(|| format!("creating {}", directory.display()))?;
     fs::write(directory.join("nginx.conf"), configuration(pod.name(), ports)).context("writing nginx.conf")?;
-    let log = File::create(directory.join("log")).context("making nginx's log")?;
+    let log = File::create(directory.join("log")).context("creating the log of nginx")?;
     let mut command = pod.command("nginx")?;
     command
         .args(["-e", "stderr", "-c", "nginx.conf", "-p"])
@@ -185,7 +191,7 @@ fn start_nginx(cluster: &Cluster, pod: &Pod, ports: &[u16], signals: &Signals) -
             }
             if !process.is_running()? || Instant::now() >= deadline {
                 let log = fs::read_to_string(directory.join("log")).unwrap_or_default();
-                bail!("nginx in {} does not listen on {port}: {log}", pod.name());
+                bail!("nginx in pod {} does not listen on port {port}: {log}", pod.name());
             }
             signals.sleep(Duration::from_millis(10));
         }
@@ -193,7 +199,8 @@ fn start_nginx(cluster: &Cluster, pod: &Pod, ports: &[u16], signals: &Signals) -
     Ok(process)
 }
 
-/// One process that needs nothing outside its directory, answers with the pod's name, and closes after each answer.
+/// Returns a configuration for one process that uses only its own directory, answers with the pod's name, and closes each
+/// connection after the response.
 fn configuration(name: &str, ports: &[u16]) -> String {
     let listen: String = ports
         .iter()

@@ -1,4 +1,4 @@
-//! curl, again and again, at a bounded rate.
+//! Requests by curl: single ones, and loops at a limited rate.
 
 use std::net::SocketAddr;
 use std::process::Stdio;
@@ -8,25 +8,26 @@ use anyhow::{Context as _, Result};
 
 use crate::{Netns, Process, scaled_timeout};
 
-/// Requests a second of one [`CurlLoop`].
+/// Requests per second of one [`CurlLoop`].
 const RATE: u32 = 5;
 
-/// How long one request may take.
-const LONGEST: Duration = Duration::from_secs(2);
+/// Time limit of one request.
+const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// After an answer's body curl writes a line with its exit status and the peer's address; no name begins like that.
+/// Beginning of the line with exit status and peer address that curl writes after a response's body. No name of a pod
+/// begins with this text.
 const MARK: &str = "#curl ";
 
-/// One answer to curl, or none.
+/// The result of one request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum CurlResult {
-    /// The name that the backend gave.
+    /// The name of the pod that answered.
     From(String),
-    /// What went wrong.
+    /// The reason of a failed request.
     Failed(String),
 }
 
-/// A curl that asks an address again and again, with a new connection each time.
+/// A curl process that sends requests to an address in a loop, each on a new connection.
 pub(super) struct CurlLoop {
     address: SocketAddr,
     process: Process,
@@ -39,7 +40,7 @@ impl CurlLoop {
         command
             .args(arguments())
             .args(["--rate", &format!("{RATE}/s")])
-            // curl takes each number of the range for another page: it will run for weeks.
+            // curl requests each number of the range as a page of its own, which takes weeks.
             .arg(format!("http://{address}/?[1-100000000]"))
             .stdin(Stdio::null())
             .stderr(Stdio::null());
@@ -50,21 +51,21 @@ impl CurlLoop {
         })
     }
 
-    /// The answers since the last call.
-    pub(super) fn answers(&mut self) -> Vec<CurlResult> {
-        let mut answers = Vec::new();
+    /// Returns the results since the last call.
+    pub(super) fn results(&mut self) -> Vec<CurlResult> {
+        let mut results = Vec::new();
         for line in self.process.pending_lines() {
             match line.strip_prefix(MARK) {
                 None => self.body = Some(line),
-                Some(status) => answers.push(parse_result(self.body.take(), status, self.address)),
+                Some(status) => results.push(parse_result(self.body.take(), status, self.address)),
             }
         }
-        answers
+        results
     }
 }
 
-/// One request by curl.
-pub(super) fn call(netns: &Netns, address: SocketAddr) -> Result<CurlResult> {
+/// Sends one request by curl.
+pub(super) fn request(netns: &Netns, address: SocketAddr) -> Result<CurlResult> {
     let output = netns
         .command("curl")?
         .args(arguments())
@@ -73,7 +74,7 @@ pub(super) fn call(netns: &Netns, address: SocketAddr) -> Result<CurlResult> {
         .output()
         .context("running curl")?;
     let output = String::from_utf8_lossy(&output.stdout);
-    let (body, status) = output.rsplit_once(MARK).unwrap_or((&output, "says nothing"));
+    let (body, status) = output.rsplit_once(MARK).unwrap_or((&output, "no status"));
     Ok(parse_result(Some(body.trim().to_owned()), status.trim(), address))
 }
 
@@ -83,13 +84,13 @@ fn arguments() -> [String; 7] {
         "--noproxy".to_owned(),
         "*".to_owned(),
         "--max-time".to_owned(),
-        scaled_timeout(LONGEST).as_secs().to_string(),
+        scaled_timeout(TIMEOUT).as_secs().to_string(),
         "--write-out".to_owned(),
         format!("{MARK}%{{exitcode}} %{{http_code}} %{{remote_ip}}:%{{remote_port}} %{{errormsg}}\\n"),
     ]
 }
 
-/// Right is: success, from the address that was asked.
+/// Parses the output of curl. A request succeeds if its status is 200 and its peer is the requested address.
 fn parse_result(body: Option<String>, status: &str, address: SocketAddr) -> CurlResult {
     match body {
         Some(name) if status.trim_end() == format!("0 200 {address}") => CurlResult::From(name),
@@ -102,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_address_asked_may_answer() {
+    fn only_the_requested_address_may_answer() {
         let address = "10.96.0.80:80".parse().unwrap();
         let body = || Some("a".to_owned());
         assert_eq!(

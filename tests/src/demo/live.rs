@@ -1,4 +1,4 @@
-//! The live table.
+//! The live table of the demo.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -18,21 +18,21 @@ use super::cluster::DemoCluster;
 use super::curl::{CurlLoop, CurlResult};
 use super::signals::Signals;
 
-/// Time between two pictures.
+/// Time between two frames.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// The width for output that is no terminal.
+/// Width of the table if standard output is not a terminal.
 const DEFAULT_WIDTH: u16 = 120;
 
-/// What one Service port's clients have seen.
+/// Results of the requests to one Service port.
 #[derive(Default)]
 struct PortCounts {
-    /// Per backend: connections in all, and up to the picture before.
+    /// Connections per backend: in total, and up to the last frame.
     backends: BTreeMap<String, (u64, u64)>,
     failed: u64,
 }
 
-/// Shows the table until a signal comes or the time is over. Whether every answer was right.
+/// Shows the table until a signal arrives or the time is over. Returns whether every response was right.
 pub(super) fn run(demo: &DemoCluster, seconds: Option<u64>, signals: &Signals) -> Result<bool> {
     let mut loops = Vec::new();
     for (index, service) in demo.services.iter().enumerate() {
@@ -41,7 +41,7 @@ pub(super) fn run(demo: &DemoCluster, seconds: Option<u64>, signals: &Signals) -
         }
     }
     let mut counts: Vec<PortCounts> = demo.services.iter().map(|_| PortCounts::default()).collect();
-    let mut last_trouble = None;
+    let mut last_failure = None;
     let mut screen = Screen::new();
     let begin = Instant::now();
     let mut before = begin;
@@ -51,22 +51,22 @@ pub(super) fn run(demo: &DemoCluster, seconds: Option<u64>, signals: &Signals) -
             break;
         }
         for (index, name, curl) in &mut loops {
-            for answer in curl.answers() {
+            for result in curl.results() {
                 let service = &demo.services[*index];
-                let trouble = match answer {
+                let failure = match result {
                     CurlResult::From(pod) if service.backends.iter().any(|backend| backend.pod == pod) => {
                         counts[*index].backends.entry(pod).or_default().0 += 1;
                         continue;
                     }
-                    CurlResult::From(stranger) => format!("answered by {stranger}"),
+                    CurlResult::From(other) => format!("answered by {other}, which is not a backend"),
                     CurlResult::Failed(why) => why,
                 };
                 counts[*index].failed += 1;
-                last_trouble = Some(format!("{} from {name}: {trouble}", service.frontend));
+                last_failure = Some(format!("{} from {name}: {failure}", service.frontend));
             }
         }
         let now = Instant::now();
-        let frame = frame(demo, &mut counts, (now - before).as_secs_f64(), last_trouble.as_deref());
+        let frame = frame(demo, &mut counts, (now - before).as_secs_f64(), last_failure.as_deref());
         before = now;
         screen.show(&frame)?;
     }
@@ -75,8 +75,8 @@ pub(super) fn run(demo: &DemoCluster, seconds: Option<u64>, signals: &Signals) -
         .all(|counts| counts.failed == 0 && !counts.backends.is_empty()))
 }
 
-/// The table and the lines around it.
-fn frame(demo: &DemoCluster, counts: &mut [PortCounts], seconds: f64, trouble: Option<&str>) -> String {
+/// Renders the table and the lines below it.
+fn frame(demo: &DemoCluster, counts: &mut [PortCounts], seconds: f64, failure: Option<&str>) -> String {
     let mut table = Table::new();
     table
         .load_style(UTF8_FULL_CONDENSED)
@@ -95,7 +95,7 @@ fn frame(demo: &DemoCluster, counts: &mut [PortCounts], seconds: f64, trouble: O
             let rate = (*count - *before) as f64 / seconds.max(0.001);
             let share = *count as f64 * 100.0 / total.max(1) as f64;
             *before = *count;
-            // The Service stands before its first backend only.
+            // Only the row of the first backend shows the Service.
             let (name, address) = if number == 0 {
                 let port = service.node_port.map_or_else(String::new, |port| format!(", *:{port}"));
                 (service.name.clone(), format!("{}{port}", service.frontend))
@@ -115,27 +115,27 @@ fn frame(demo: &DemoCluster, counts: &mut [PortCounts], seconds: f64, trouble: O
         }
         if counts.failed > 0 {
             let failed = counts.failed.to_string();
-            table.add_row(["", "", "wrong or no answer", "", "", "", &failed, ""]);
+            table.add_row(["", "", "wrong or no response", "", "", "", &failed, ""]);
         }
     }
     let mut text = format!("{table}\n");
     for line in agents(demo) {
         let _ = writeln!(text, "{line}");
     }
-    if let Some(trouble) = trouble {
-        let _ = writeln!(text, "last trouble: {trouble}");
+    if let Some(failure) = failure {
+        let _ = writeln!(text, "last failure: {failure}");
     }
-    let mut clients: Vec<String> = demo.namespaces().map(|(name, _)| name).collect();
-    clients.push("a client outside, which asks both nodes' ports".to_owned());
+    let mut clients: Vec<String> = demo.clients().map(|(name, _)| name).collect();
+    clients.push("an outside client, which connects to the node ports of both nodes".to_owned());
     let _ = writeln!(
         text,
-        "curl runs on {}. Ctrl-C ends this and removes everything.",
+        "curl runs on {}. Press Ctrl-C to end the demo and remove everything.",
         clients.join(", ")
     );
     text
 }
 
-/// What is always a problem here, where every node has a cgroup of its own.
+/// Number of problems that every agent of the demo reports, because every node has its own cgroup.
 const CGROUP_IS_NOT_ROOT: usize = 1;
 
 /// A row of `lb-agent service list`.
@@ -147,24 +147,24 @@ struct ServiceRow {
     refused: u64,
 }
 
-/// A line per node: the agent's state, and what the kernel has counted.
+/// Returns one line per node: the agent's state, and the connections that the programs have counted.
 fn agents(demo: &DemoCluster) -> Vec<String> {
     demo.agents
         .iter()
         .map(|agent| {
             let state = match agent.status() {
                 Ok(status) if status.agent.running => format!(
-                    "lb-agent pid {}, {} applies{}{}",
+                    "lb-agent pid {}, {} batches applied{}{}",
                     status.agent.pid,
                     status.agent.applies,
                     if status.agent.complete { "" } else { ", not complete" },
                     if status.problems.len() > CGROUP_IS_NOT_ROOT {
-                        ", has problems to tell"
+                        ", has problems (see `lb-agent status`)"
                     } else {
                         ""
                     },
                 ),
-                Ok(_) => "lb-agent does not run".to_owned(),
+                Ok(_) => "lb-agent is not running".to_owned(),
                 Err(error) => first_line(&format!("lb-agent status: {error:#}")),
             };
             let counted = match agent.json::<Vec<ServiceRow>>(&["service", "list"]) {
@@ -192,7 +192,7 @@ fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().to_owned()
 }
 
-/// Draws each picture over the one before, where the output is a terminal.
+/// Draws each frame over the last one if standard output is a terminal.
 struct Screen {
     terminal: bool,
     lines: u16,
@@ -216,7 +216,7 @@ impl Screen {
             write!(out, "{frame}")?;
             return out.flush();
         }
-        // A line that wraps, or one that scrolls out, cannot be drawn over.
+        // A line that wraps or scrolls out of the terminal cannot be overwritten.
         let (width, height) = size()?;
         if self.lines > 0 {
             queue!(out, MoveToPreviousLine(self.lines.min(height.saturating_sub(1))))?;

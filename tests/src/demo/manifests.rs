@@ -1,4 +1,5 @@
-//! What the demo reads of the manifests. It is not the agent's reader: it knows just enough to make the pods.
+//! Reads nodes, Services and endpoints from the manifests. This is not the agent's reader: it parses only what the demo
+//! needs to create the pods.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -53,7 +54,7 @@ struct NumberedPort {
     #[serde(default)]
     name: String,
     port: u16,
-    /// Of a Service only.
+    /// The node port; only of a Service.
     #[serde(default)]
     node_port: Option<u16>,
 }
@@ -71,10 +72,10 @@ struct TargetRef {
     name: String,
 }
 
-/// The cluster that the manifests speak of.
+/// The nodes and Services of the manifests.
 #[derive(Debug)]
 pub(super) struct Manifests {
-    /// Node names and the ranges of their pods, in order of name.
+    /// Node names with their podCIDR, in order of name.
     pub(super) nodes: Vec<(String, String)>,
     /// Every port of every Service.
     pub(super) services: Vec<ServicePort>,
@@ -85,9 +86,9 @@ pub(super) struct Manifests {
 pub(super) struct ServicePort {
     pub(super) namespace: String,
     pub(super) name: String,
-    /// The virtual address.
+    /// The cluster IP and the port.
     pub(super) frontend: SocketAddr,
-    /// The port that leads there on every node.
+    /// The node port.
     pub(super) node_port: Option<u16>,
     pub(super) backends: Vec<Backend>,
 }
@@ -102,11 +103,13 @@ pub(super) struct Backend {
 }
 
 impl Manifests {
-    /// Reads all `.yaml` files of a folder.
-    pub(super) fn read(folder: &Path) -> Result<Self> {
+    /// Reads all `.yaml` files of a directory.
+    pub(super) fn read(directory: &Path) -> Result<Self> {
         let mut documents = Vec::new();
-        for entry in fs::read_dir(folder).with_context(|| format!("listing {}", folder.display()))? {
-            let path = entry.with_context(|| format!("listing {}", folder.display()))?.path();
+        for entry in fs::read_dir(directory).with_context(|| format!("listing {}", directory.display()))? {
+            let path = entry
+                .with_context(|| format!("listing {}", directory.display()))?
+                .path();
             if path.extension().is_none_or(|extension| extension != "yaml") {
                 continue;
             }
@@ -162,13 +165,13 @@ impl Manifests {
             !nodes.is_empty() && !services.is_empty(),
             "the manifests have no Node or no Service"
         );
-        // Files are listed in any order.
+        // The order of the files in a directory is not defined.
         services.sort_by_key(|service| service.frontend);
         Ok(Self { nodes, services })
     }
 }
 
-/// The backends of a slice behind the Service port `name`.
+/// Returns the backends of a slice for the Service port `name`.
 fn backends<'a>(slice: &'a Document, name: &'a str) -> impl Iterator<Item = Backend> + 'a {
     let ports = slice.ports.iter().filter(move |port| port.name == name);
     ports.flat_map(|port| {
@@ -188,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_the_examples() {
+    fn the_examples_are_read() {
         let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
         let manifests = Manifests::read(&examples).unwrap();
         let names: Vec<_> = manifests.nodes.iter().map(|(name, _)| name.as_str()).collect();

@@ -1,4 +1,4 @@
-//! Ctrl-C and its like, as a flag.
+//! SIGINT, SIGTERM and SIGHUP as a flag.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -9,37 +9,38 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 
 static ARRIVED: AtomicBool = AtomicBool::new(false);
 
-extern "C" fn note(_signal: i32) {
+extern "C" fn set_flag(_signal: i32) {
     ARRIVED.store(true, Ordering::Relaxed);
 }
 
-/// The signals that ask the demo to end. While this lives, they only set a flag; then they act as before.
+/// Handlers of the signals that end the demo. While this exists, they only set a flag; dropping it restores the actions
+/// from before.
 pub(super) struct Signals {
     before: Vec<(Signal, SigAction)>,
 }
 
 impl Signals {
     pub(super) fn install() -> Result<Self> {
-        let action = SigAction::new(SigHandler::Handler(note), SaFlags::SA_RESTART, SigSet::empty());
+        let action = SigAction::new(SigHandler::Handler(set_flag), SaFlags::SA_RESTART, SigSet::empty());
         let mut before = Vec::new();
         for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-            // SAFETY: the handler stores to an atomic and does nothing else.
+            // SAFETY: the handler is async-signal-safe: it only stores to an atomic.
             let old = unsafe { sigaction(signal, &action) }.with_context(|| format!("handling {signal}"))?;
             before.push((signal, old));
         }
         Ok(Self { before })
     }
 
-    /// Whether one of them has come.
+    /// Returns whether one of the signals has arrived.
     #[expect(
         clippy::unused_self,
-        reason = "the flag means something only while the handlers are installed"
+        reason = "the flag is valid only while the handlers are installed"
     )]
     pub(super) fn arrived(&self) -> bool {
         ARRIVED.load(Ordering::Relaxed)
     }
 
-    /// Sleeps, but not on after a signal.
+    /// Sleeps until the time is over or a signal arrives.
     pub(super) fn sleep(&self, time: Duration) {
         let end = Instant::now() + time;
         while !self.arrived() && Instant::now() < end {
@@ -52,7 +53,7 @@ impl Signals {
 impl Drop for Signals {
     fn drop(&mut self) {
         for (signal, action) in &self.before {
-            // SAFETY: this is the action that was in force before.
+            // SAFETY: `action` is the action that `sigaction` returned in `install`, so its handler is still valid.
             let _ = unsafe { sigaction(*signal, action) };
         }
     }

@@ -38,7 +38,7 @@ impl Image {
     /// An OCI image layout in an archive, as `cargo xtask image` writes it; `folder` is where it is unpacked.
     ///
     /// # Errors
-    /// When it is not one.
+    /// If it is not one.
     pub fn from_archive(archive: &Path, folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
         unpack(archive, folder)?;
@@ -64,7 +64,7 @@ impl Image {
     /// The programs of this machine, which has all that kube-proxy calls, and one more in `/usr/local/bin`.
     ///
     /// # Errors
-    /// When the program has no name.
+    /// If the program has no name.
     pub fn from_host(program: &Path) -> Result<Self> {
         let name = program.file_name().context("a program has a name")?;
         let own = |path: &&&str| Path::new(path).exists();

@@ -44,7 +44,7 @@ impl Pods {
     /// `arguments` says what a container is told besides, by its runtime and its first argument.
     ///
     /// # Errors
-    /// When the thread cannot be started.
+    /// If the thread cannot be started.
     pub fn run(
         control_plane: &ControlPlane,
         namespace: &str,
@@ -90,7 +90,7 @@ impl Pods {
     /// The last lines of each container's log.
     ///
     /// # Errors
-    /// When they cannot be read.
+    /// If they cannot be read.
     pub fn log_tails(&self) -> Result<String> {
         let mut tails = String::new();
         for folder in &self.folders {

@@ -20,7 +20,7 @@ impl Counter {
     /// Loads it.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn load() -> Result<Self> {
         let mut loader = EbpfLoader::new();
         // Those of the other program in the object.
@@ -51,7 +51,7 @@ impl Counter {
     /// by a filter of a priority in a clsact qdisc that is there.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn attach(&mut self, device: &str, priority: Option<u16>) -> Result<()> {
         let options = match priority {
             None => TcAttachOptions::TcxOrder(LinkOrder::last()),
@@ -69,7 +69,7 @@ impl Counter {
     /// How many packets came by.
     ///
     /// # Errors
-    /// When the map cannot be read.
+    /// If the map cannot be read.
     pub fn count(&self) -> Result<u64> {
         self.count.get(&0, 0).context("reading the counter")
     }

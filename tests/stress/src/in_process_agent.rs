@@ -37,7 +37,7 @@ impl InProcessAgent {
     /// Loads the product's programs and makes, or adopts, the maps below a pin path.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn new(pins: &PinPath) -> Result<Self> {
         let lock = Lock::take(pins)?;
         let mut agent = Self { reconciler: None, lock };
@@ -48,7 +48,7 @@ impl InProcessAgent {
     /// What `kill -9` and the start of the next agent do: nothing of the old one is left but what is pinned.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn restart(&mut self) -> Result<()> {
         drop(self.reconciler.take());
         let maps = loader::load(OBJECT, &self.lock, &CAPACITIES, SocketLb::All)?;
@@ -60,7 +60,7 @@ impl InProcessAgent {
     /// The reconciler.
     ///
     /// # Errors
-    /// When the last restart has failed.
+    /// If the last restart has failed.
     pub fn reconciler(&mut self) -> Result<&mut Reconciler<FaultyMaps<BpfMaps>>> {
         self.reconciler.as_mut().context("the last restart has failed")
     }
@@ -68,7 +68,7 @@ impl InProcessAgent {
     /// Applies changes as a whole, from a source that has told everything.
     ///
     /// # Errors
-    /// When the last restart has failed.
+    /// If the last restart has failed.
     pub fn apply(&mut self, changes: Vec<Change>) -> Result<()> {
         self.reconciler()?.apply(Batch::of(changes));
         Ok(())
@@ -96,7 +96,7 @@ impl InProcessAgent {
     /// A reader's own view of the maps.
     ///
     /// # Errors
-    /// When they cannot be opened.
+    /// If they cannot be opened.
     pub fn open(&self) -> Result<PinnedMaps> {
         Ok(PinnedMaps::open(&self.lock.pins().maps())?)
     }

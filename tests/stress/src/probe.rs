@@ -31,7 +31,7 @@ impl Probe {
     /// Loads it with the maps that are pinned in a folder, of these sizes.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn load(maps: &Path, capacities: &Capacities) -> Result<Self> {
         let mut loader = EbpfLoader::new();
         for (name, size) in [
@@ -62,7 +62,7 @@ impl Probe {
     /// this second byte.
     ///
     /// # Errors
-    /// When the program cannot be run.
+    /// If the program cannot be run.
     pub fn look_up(&self, key: FrontendKey, owner: u8, times: u32) -> Result<()> {
         let mut request = LookupRequest::new_zeroed();
         request.key = key;
@@ -88,7 +88,7 @@ impl Probe {
     /// What was found so far, on all CPUs.
     ///
     /// # Errors
-    /// When the map cannot be read.
+    /// If the map cannot be read.
     pub fn counts(&self) -> Result<LookupCounts> {
         let mut counts = LookupCounts::default();
         for bytes in self.tally.get(&0, 0).context("reading the tally")?.iter() {

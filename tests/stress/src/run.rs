@@ -110,7 +110,7 @@ impl fmt::Display for Report {
 /// Looks up on every CPU while everything changes, until there were enough of both, or a lookup was bad.
 ///
 /// # Errors
-/// When the maps are not as desired in between, or the kernel refuses something. Bad lookups are in the outcome.
+/// If the maps are not as desired in between, or the kernel refuses something. Bad lookups are in the outcome.
 pub fn run(pins: &PinPath, options: &Options, mut report: impl FnMut(&Progress)) -> Result<Report> {
     let mut agent = InProcessAgent::new(pins)?;
     let mut workload = Workload::new(Rng::with_seed(options.seed));

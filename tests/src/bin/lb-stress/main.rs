@@ -1,4 +1,4 @@
-//! Lookups from every CPU while lb's maps change, for `cargo xtask stress`: the long run of the test `stress`.
+//! Looks frontends up on every CPU while lb's maps change, for `cargo xtask stress`: the long run of the test `stress`.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -10,17 +10,17 @@ use lb_agent::loader::PinPath;
 use lb_stress::{NODE, Options};
 use lb_tests::{Cluster, monotonic_ns};
 
-/// Looks frontends up on every CPU while the maps change, and fails if one lookup misses or ends at a stranger's backend.
+/// Look frontends up on every CPU while the maps change, and fail if a lookup misses or finds a backend of another Service
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// Lookups to make
+    /// Number of lookups
     #[arg(long, default_value_t = 100_000_000)]
     lookups: u64,
-    /// Changes to make, at least
+    /// Smallest number of changes
     #[arg(long, default_value_t = 10_000)]
     changes: u64,
-    /// The same seed makes the same choices [default: by the clock]
+    /// Seed of all choices: equal seeds make equal choices [default: from the clock]
     #[arg(long)]
     seed: Option<u64>,
 }
@@ -32,28 +32,28 @@ fn main() -> Result<ExitCode> {
         changes: arguments.changes,
         seed: arguments.seed.unwrap_or_else(monotonic_ns),
     };
-    println!("choices as with --seed {}", options.seed);
+    println!("use --seed {} to repeat these choices", options.seed);
     let cluster = Cluster::builder().nodes(1).build()?;
     let pins = PinPath::new(cluster.pin_path(NODE));
     let bar = ProgressBar::new(options.lookups);
     let style = "{elapsed_precise} {bar:40} {human_pos}/{human_len} lookups, {eta} left\n{msg}";
     bar.set_style(ProgressStyle::with_template(style).context("the progress bar's template")?);
-    let (began, mut told) = (Instant::now(), Instant::now());
+    let (start, mut last_message) = (Instant::now(), Instant::now());
     let report = lb_stress::run(&pins, &options, |progress| {
         bar.set_position(progress.lookups);
-        if told.elapsed() > Duration::from_millis(200) {
-            told = Instant::now();
+        if last_message.elapsed() > Duration::from_millis(200) {
+            last_message = Instant::now();
             bar.set_message(progress.to_string());
         }
     });
     bar.finish_and_clear();
     let report = report?;
-    let seconds = began.elapsed().as_secs_f64();
+    let seconds = start.elapsed().as_secs_f64();
     println!("{report}");
     let rate = report.counts.lookups() as f64 / seconds;
-    println!("{seconds:.1} s, {} lookups a second", HumanCount(rate as u64));
+    println!("{seconds:.1} s, {} lookups per second", HumanCount(rate as u64));
     Ok(if report.counts.bad() == 0 {
-        println!("no lookup missed, none ended at a stranger's backend");
+        println!("no lookup missed or found a backend of another Service");
         ExitCode::SUCCESS
     } else {
         println!("FAILED");

@@ -1,4 +1,5 @@
-//! Sockets that are made and connected one after the other, as fast as can be; see `lb_tests::scripted_socket`.
+//! `lb-testbed churn`: creates and connects one socket after another, as fast as possible; see
+//! `lb_tests::scripted_socket`.
 
 use std::collections::VecDeque;
 use std::io::{Read as _, stdin};
@@ -20,27 +21,28 @@ pub(crate) struct Options {
     /// Kind of socket
     #[arg(long, value_parser = scripted_socket::parse_kind)]
     kind: SocketKind,
-    /// Where to
+    /// Address to connect to
     #[arg(long)]
     to: SocketAddr,
-    /// How many sockets stay open, the last ones
+    /// How many of the last sockets stay open
     #[arg(long, default_value_t = 2000)]
     keep: usize,
 }
 
-/// Goes on until a byte comes on standard input, tells how many there were, and holds the last until it ends.
+/// Connects sockets until a byte arrives on standard input, prints their number, and keeps the last ones until standard
+/// input ends.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    static ENOUGH: AtomicBool = AtomicBool::new(false);
+    static STOP: AtomicBool = AtomicBool::new(false);
     let to = SockaddrStorage::from(options.to);
     let mut kept = VecDeque::new();
     let mut count = 0_u64;
     print_line("ready")?;
     let reader = thread::spawn(|| {
-        let told = stdin().read(&mut [0]);
-        ENOUGH.store(true, Ordering::Relaxed);
-        told
+        let result = stdin().read(&mut [0]);
+        STOP.store(true, Ordering::Relaxed);
+        result
     });
-    while !ENOUGH.load(Ordering::Relaxed) {
+    while !STOP.load(Ordering::Relaxed) {
         let socket = scripted_socket::open(options.kind)?;
         connect(socket.as_raw_fd(), &to).with_context(|| format!("connecting to {}", options.to))?;
         kept.push_back(socket);
@@ -49,8 +51,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
         count += 1;
     }
-    if let Ok(told) = reader.join() {
-        told.context("reading standard input")?;
+    if let Ok(result) = reader.join() {
+        result.context("reading standard input")?;
     }
     print_line(&count.to_string())?;
     stdin().read_to_end(&mut Vec::new()).context("reading standard input")?;

@@ -1,4 +1,4 @@
-//! Clients that connect again and again.
+//! `lb-testbed connect`: clients that open one connection after another.
 
 use std::fs;
 use std::io::{self, BufWriter, ErrorKind, Read as _, Write as _};
@@ -20,50 +20,50 @@ use nix::sys::socket::{
 
 use crate::{hold, print_line};
 
-/// How many failures a summary has in detail.
-pub(crate) const DETAILS: usize = 100;
+/// The highest number of failures that a summary lists.
+pub(crate) const MAX_LISTED: usize = 100;
 
-/// The longest HTTP answer that is read.
-const LONGEST_ANSWER: usize = 64 * 1024;
+/// The longest HTTP response, in bytes; the rest of a longer one is not read.
+const MAX_RESPONSE: usize = 64 * 1024;
 
 /// Flags of `lb-testbed connect`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Where to connect; with several, in turn
+    /// Address to connect to; several are used in turn
     #[arg(long, value_name = "ADDR:PORT", required = true)]
     pub(crate) to: Vec<SocketAddr>,
-    /// Stop after so many connections
+    /// Stop after this many connections
     #[arg(long, default_value_t = 1_000_000)]
     count: u64,
-    /// Stop after so many seconds
+    /// Stop after this many seconds
     #[arg(long, default_value_t = 300.0)]
     seconds: f64,
     /// Stop as soon as this file exists
     #[arg(long, value_name = "PATH")]
     until_file: Option<PathBuf>,
-    /// Connections at once
+    /// Number of simultaneous connections
     #[arg(long, default_value_t = 1)]
     threads: u16,
-    /// At most so many connections a second, all threads together
+    /// Highest number of connections per second, of all threads together
     #[arg(long)]
     rate: Option<f64>,
-    /// Patience with each step of a connection
+    /// Timeout of each step of a connection, in milliseconds
     #[arg(long, default_value_t = 1000)]
     timeout_ms: u64,
-    /// Write a line per connection: start, end (nanoseconds of CLOCK_MONOTONIC), target, backend or !errno
+    /// Write one line per connection: start, end (nanoseconds of CLOCK_MONOTONIC), target, backend or !errno
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
-    /// Compare getpeername with the address asked
+    /// Compare getpeername with the requested address
     #[arg(long)]
     peer_check: bool,
-    /// Send a GET request; the backend's name is the first line of the body
+    /// Send a GET request; the backend's name is the first line of the response's body
     #[arg(long)]
     http: bool,
-    /// Every connection is to be refused by the programs of lb, before a packet is sent; others count as failed. Much
-    /// faster than real connections: each thread has one socket
+    /// Expect that lb's programs refuse every connection before a packet is sent; others count as failed. This is much
+    /// faster than real connections: each thread uses one socket
     #[arg(long, conflicts_with_all = ["log", "http", "peer_check", "rate"])]
     refused: bool,
-    /// Open so many connections, print `ready`, keep them until standard input ends, then see which still echo
+    /// Open N connections, print `ready`, keep them until standard input ends, then count those that still echo
     #[arg(long, value_name = "N", conflicts_with_all = ["count", "until_file", "log", "http"])]
     pub(crate) hold: Option<u32>,
 }
@@ -74,14 +74,14 @@ impl Options {
     }
 }
 
-/// What a server said.
+/// The first line of a server, and the peer of the connection.
 pub(crate) struct Greeting {
     pub(crate) backend: String,
     source: Option<String>,
     peer: Option<SocketAddr>,
 }
 
-/// A step that failed.
+/// The error of a step of a connection.
 pub(crate) struct StepError {
     error: io::Error,
     step: ConnectStep,
@@ -99,7 +99,7 @@ impl StepError {
     }
 
     fn errno(&self) -> i32 {
-        // The standard library's own time limit on connect has no error number.
+        // The standard library's timeout of `connect` has no error number.
         let fallback = if self.error.kind() == ErrorKind::TimedOut {
             libc::ETIMEDOUT
         } else {
@@ -109,7 +109,7 @@ impl StepError {
     }
 }
 
-/// Marks an IO error with the step it came from.
+/// Returns a function that adds the failed step to an I/O error.
 pub(crate) fn at(step: ConnectStep) -> impl Fn(io::Error) -> StepError {
     move |error| StepError { error, step }
 }
@@ -127,14 +127,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
                     if options.refused {
                         refused(options, begin)
                     } else {
-                        work(options, &next, begin)
+                        connect_all(options, &next, begin)
                     }
                 })
             })
             .collect();
         workers
             .into_iter()
-            .map(|worker| worker.join().expect("a worker does not panic"))
+            .map(|worker| worker.join().expect("no worker panics"))
             .collect()
     });
     let mut total = Tally::default();
@@ -144,7 +144,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     total.summary.elapsed_ns = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
     if let Some(path) = &options.log {
         total.records.sort_by_key(|record| record.start_ns);
-        let file = fs::File::create(path).with_context(|| format!("making {}", path.display()))?;
+        let file = fs::File::create(path).with_context(|| format!("creating {}", path.display()))?;
         let mut file = BufWriter::new(file);
         total
             .records
@@ -156,7 +156,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     print_line(&serde_json::to_string(&total.summary).context("writing JSON")?)
 }
 
-/// What one thread did.
+/// The results of one thread.
 #[derive(Default)]
 struct Tally {
     summary: Summary,
@@ -170,11 +170,11 @@ impl Tally {
         into.failure_count += from.failure_count;
         into.failures.extend(from.failures);
         into.failures.sort_by_key(|failure| failure.at_ns);
-        into.failures.truncate(DETAILS);
+        into.failures.truncate(MAX_LISTED);
         into.peer_mismatches += from.peer_mismatches;
         into.mismatches.extend(from.mismatches);
         into.mismatches.sort_by_key(|mismatch| mismatch.at_ns);
-        into.mismatches.truncate(DETAILS);
+        into.mismatches.truncate(MAX_LISTED);
         for (name, count) in from.per_backend {
             *into.per_backend.entry(name).or_default() += count;
         }
@@ -190,7 +190,7 @@ impl Tally {
         self.records.extend(other.records);
     }
 
-    fn note(&mut self, options: &Options, to: SocketAddr, start_ns: u64, result: Result<Greeting, StepError>) {
+    fn record(&mut self, options: &Options, to: SocketAddr, start_ns: u64, result: Result<Greeting, StepError>) {
         let summary = &mut self.summary;
         summary.connections += 1;
         if options.log.is_some() {
@@ -200,15 +200,15 @@ impl Tally {
                 to,
                 outcome: result
                     .as_ref()
-                    .map(|answer| answer.backend.clone())
+                    .map(|greeting| greeting.backend.clone())
                     .map_err(StepError::errno),
             });
         }
         match result {
-            Ok(answer) => {
-                if let Some(peer) = answer.peer.filter(|&peer| peer != to) {
+            Ok(greeting) => {
+                if let Some(peer) = greeting.peer.filter(|&peer| peer != to) {
                     summary.peer_mismatches += 1;
-                    if summary.mismatches.len() < DETAILS {
+                    if summary.mismatches.len() < MAX_LISTED {
                         summary.mismatches.push(Mismatch {
                             to,
                             peer,
@@ -216,16 +216,16 @@ impl Tally {
                         });
                     }
                 }
-                if let Some(source) = answer.source {
+                if let Some(source) = greeting.source {
                     *summary.per_source.entry(source).or_default() += 1;
                 }
                 let backends = summary.per_target.entry(to.to_string()).or_default();
-                *backends.entry(answer.backend.clone()).or_default() += 1;
-                *summary.per_backend.entry(answer.backend).or_default() += 1;
+                *backends.entry(greeting.backend.clone()).or_default() += 1;
+                *summary.per_backend.entry(greeting.backend).or_default() += 1;
             }
             Err(error) => {
                 summary.failure_count += 1;
-                if summary.failures.len() < DETAILS {
+                if summary.failures.len() < MAX_LISTED {
                     summary.failures.push(error.into_failure(to, start_ns));
                 }
             }
@@ -233,8 +233,8 @@ impl Tally {
     }
 }
 
-/// Connects until one of the bounds is reached.
-fn work(options: &Options, next: &AtomicU64, begin: Instant) -> Tally {
+/// Connects until a limit of the options is reached.
+fn connect_all(options: &Options, next: &AtomicU64, begin: Instant) -> Tally {
     let mut tally = Tally::default();
     let end = begin + Duration::from_secs_f64(options.seconds.clamp(0.0, 86_400.0));
     loop {
@@ -244,7 +244,7 @@ fn work(options: &Options, next: &AtomicU64, begin: Instant) -> Tally {
         }
         if let Some(rate) = options.rate {
             let due = begin + Duration::from_secs_f64(number as f64 / rate.max(0.001));
-            // Sleep in short pieces, to see the end in time.
+            // Short sleeps, so that the end is noticed in time.
             while Instant::now() < due.min(end) && !stopped(options) {
                 thread::sleep(
                     due.saturating_duration_since(Instant::now())
@@ -258,16 +258,16 @@ fn work(options: &Options, next: &AtomicU64, begin: Instant) -> Tally {
         let index = usize::try_from(number).unwrap_or_default() % options.to.len();
         let to = options.to[index];
         let start_ns = monotonic_ns();
-        let result = visit(options, to);
-        tally.note(options, to, start_ns, result);
+        let result = connect_once(options, to);
+        tally.record(options, to, start_ns, result);
     }
     tally
 }
 
-/// Tries connections that are refused until one of the bounds is reached.
+/// Attempts connections that are refused, until a limit of the options is reached.
 fn refused(options: &Options, begin: Instant) -> Tally {
-    /// Connections between two looks at the bounds.
-    const AT_ONCE: usize = 1000;
+    /// Connections between two checks of the limits.
+    const BATCH: usize = 1000;
     let mut tally = Tally::default();
     let end = begin + Duration::from_secs_f64(options.seconds.clamp(0.0, 86_400.0));
     let addresses: Vec<(SocketAddr, Box<dyn SockaddrLike>)> = options
@@ -283,18 +283,18 @@ fn refused(options: &Options, begin: Instant) -> Tally {
     };
     let mut client = new();
     while Instant::now() < end && !stopped(options) && tally.summary.connections < options.count {
-        for (to, address) in addresses.iter().cycle().take(AT_ONCE) {
+        for (to, address) in addresses.iter().cycle().take(BATCH) {
             tally.summary.connections += 1;
             let errno = match socket::connect(client.as_raw_fd(), &**address) {
                 Err(Errno::ECONNREFUSED) => continue,
                 Err(errno) => errno as i32,
                 Ok(()) => 0,
             };
-            // Who knows what has become of that socket.
+            // The state of the socket is unknown after another result, so a new one is used.
             client = new();
             tally.summary.connections -= 1;
             let error = io::Error::from_raw_os_error(errno);
-            tally.note(options, *to, monotonic_ns(), Err(at(ConnectStep::Connect)(error)));
+            tally.record(options, *to, monotonic_ns(), Err(at(ConnectStep::Connect)(error)));
         }
     }
     tally
@@ -304,8 +304,8 @@ fn stopped(options: &Options) -> bool {
     options.until_file.as_ref().is_some_and(|path| path.exists())
 }
 
-/// One connection from beginning to end.
-fn visit(options: &Options, to: SocketAddr) -> Result<Greeting, StepError> {
+/// Opens a connection, reads the server's line, and closes the connection.
+fn connect_once(options: &Options, to: SocketAddr) -> Result<Greeting, StepError> {
     let mut stream = open(options, to)?;
     let peer = if options.peer_check {
         Some(stream.peer_addr().map_err(at(ConnectStep::Peer))?)
@@ -317,12 +317,12 @@ fn visit(options: &Options, to: SocketAddr) -> Result<Greeting, StepError> {
     } else {
         first_line(&mut stream)?
     };
-    let mut answer = parse(&line)?;
-    answer.peer = peer;
-    Ok(answer)
+    let mut greeting = parse(&line)?;
+    greeting.peer = peer;
+    Ok(greeting)
 }
 
-/// Connects a socket that will be closed by RST, so that neither side is left with a connection in TIME_WAIT.
+/// Connects a socket that closes with an RST, so that no connection remains in TIME_WAIT on either side.
 pub(crate) fn open(options: &Options, to: SocketAddr) -> Result<TcpStream, StepError> {
     let stream = TcpStream::connect_timeout(&to, options.timeout()).map_err(at(ConnectStep::Connect))?;
     let set_up = || -> io::Result<()> {
@@ -338,13 +338,13 @@ pub(crate) fn open(options: &Options, to: SocketAddr) -> Result<TcpStream, StepE
     Ok(stream)
 }
 
-/// The line that a server of the bed writes on its own.
+/// Reads the line that a server of the test bed writes on each connection.
 pub(crate) fn first_line(stream: &mut TcpStream) -> Result<String, StepError> {
     let mut text = Vec::new();
     let mut buffer = [0; 256];
     loop {
         let read = stream.read(&mut buffer).map_err(at(ConnectStep::Read))?;
-        if read == 0 || text.len() > LONGEST_ANSWER {
+        if read == 0 || text.len() > MAX_RESPONSE {
             return Err(at(ConnectStep::Read)(ErrorKind::UnexpectedEof.into()));
         }
         text.extend_from_slice(&buffer[..read]);
@@ -354,32 +354,34 @@ pub(crate) fn first_line(stream: &mut TcpStream) -> Result<String, StepError> {
     }
 }
 
-/// Asks for `/` and returns the first line of the body.
+/// Sends a GET request for `/` and returns the first line of the body.
 fn http_line(stream: &mut TcpStream, to: SocketAddr) -> Result<String, StepError> {
     let request = format!("GET / HTTP/1.1\r\nHost: {to}\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).map_err(at(ConnectStep::Write))?;
-    let mut answer = Vec::new();
+    let mut response = Vec::new();
     let mut buffer = [0; 4096];
     loop {
         let read = stream.read(&mut buffer).map_err(at(ConnectStep::Read))?;
-        if read == 0 || answer.len() > LONGEST_ANSWER {
+        if read == 0 || response.len() > MAX_RESPONSE {
             break;
         }
-        answer.extend_from_slice(&buffer[..read]);
+        response.extend_from_slice(&buffer[..read]);
     }
-    let text = String::from_utf8_lossy(&answer);
+    let text = String::from_utf8_lossy(&response);
     let invalid = |why: &str| at(ConnectStep::Read)(io::Error::new(ErrorKind::InvalidData, why.to_owned()));
     if text.is_empty() {
         return Err(at(ConnectStep::Read)(ErrorKind::UnexpectedEof.into()));
     }
-    let (head, body) = text.split_once("\r\n\r\n").ok_or_else(|| invalid("no HTTP answer"))?;
+    let (head, body) = text
+        .split_once("\r\n\r\n")
+        .ok_or_else(|| invalid("not an HTTP response"))?;
     if head.split(' ').nth(1) != Some("200") {
-        return Err(invalid("not 200"));
+        return Err(invalid("the status is not 200"));
     }
     Ok(body.lines().next().unwrap_or_default().to_owned())
 }
 
-/// `NAME` or `NAME SOURCE`.
+/// Parses a server's line: `NAME` or `NAME SOURCE`.
 pub(crate) fn parse(line: &str) -> Result<Greeting, StepError> {
     let mut words = line.split_whitespace();
     let Some(backend) = words.next() else {

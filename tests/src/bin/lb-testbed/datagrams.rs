@@ -1,4 +1,4 @@
-//! Servers of datagrams.
+//! `lb-testbed serve-datagrams`: UDP servers.
 
 use std::net::UdpSocket;
 use std::thread;
@@ -12,26 +12,28 @@ use crate::print_line;
 /// Flags of `lb-testbed serve-datagrams`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Where to listen; the name comes first in every answer
+    /// Address to listen on, and the name that begins every reply
     #[arg(long, value_name = "ADDR:PORT=NAME", required = true)]
     listen: Vec<String>,
-    /// Between the name and the datagram, the client's address as seen here
+    /// Insert the client's address, as the server sees it, between the name and the payload
     #[arg(long)]
     report_source: bool,
-    /// End after so many seconds whatever happens
+    /// End after this many seconds
     #[arg(long, default_value_t = 3600)]
     max_seconds: u64,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     for entry in &options.listen {
-        let (address, name) = entry.split_once('=').context("a listener has a name")?;
+        let (address, name) = entry
+            .split_once('=')
+            .context("a listener needs a name: ADDR:PORT=NAME")?;
         let name = name.to_owned();
         let report_source = options.report_source;
         let socket = UdpSocket::bind(address).with_context(|| format!("listening on {address}"))?;
         thread::spawn(move || {
             let mut buffer = [0; 65_536];
-            // An error is that of an earlier answer: its client has gone.
+            // An error concerns an earlier reply, whose client has closed its socket.
             loop {
                 if let Ok((length, from)) = socket.recv_from(&mut buffer) {
                     let seen = if report_source {

@@ -1,4 +1,4 @@
-//! Connections that are kept open, and asked at the end whether they live.
+//! `lb-testbed connect --hold`: connections that are kept open, and checked at the end by an echo.
 
 use std::io::{ErrorKind, Read as _, Write as _, stdin};
 use std::net::{SocketAddr, TcpStream};
@@ -10,11 +10,11 @@ use anyhow::{Context as _, Result};
 use lb_tests::load::{ConnectStep, HeldSummary};
 use lb_tests::monotonic_ns;
 
-use crate::connect::{DETAILS, Options, StepError, at, first_line, open, parse};
+use crate::connect::{MAX_LISTED, Options, StepError, at, first_line, open, parse};
 use crate::print_line;
 
-/// A client that nobody stops ends after this time.
-const LONGEST: Duration = Duration::from_secs(600);
+/// Time after which a client ends that is not stopped.
+const MAX_TIME: Duration = Duration::from_secs(600);
 
 pub(crate) fn run(options: &Options, connections: u32) -> Result<()> {
     let mut held = HeldSummary {
@@ -28,8 +28,8 @@ pub(crate) fn run(options: &Options, connections: u32) -> Result<()> {
     for (_, &to) in (0..connections).zip(options.to.iter().cycle()) {
         let start_ns = monotonic_ns();
         let opened = open(options, to).and_then(|mut stream| {
-            let answer = parse(&first_line(&mut stream)?)?;
-            Ok((stream, answer.backend))
+            let greeting = parse(&first_line(&mut stream)?)?;
+            Ok((stream, greeting.backend))
         });
         match opened {
             Ok((stream, backend)) => {
@@ -56,7 +56,7 @@ pub(crate) fn run(options: &Options, connections: u32) -> Result<()> {
 }
 
 fn note(held: &mut HeldSummary, error: StepError, to: SocketAddr, at_ns: u64) {
-    if held.failures.len() < DETAILS {
+    if held.failures.len() < MAX_LISTED {
         held.failures.push(error.into_failure(to, at_ns));
     }
 }
@@ -64,14 +64,14 @@ fn note(held: &mut HeldSummary, error: StepError, to: SocketAddr, at_ns: u64) {
 fn wait_for_end_of_input() {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
-        // An error ends it as well.
+        // An error ends the wait as well.
         let _ = stdin().read_to_end(&mut Vec::new());
         let _ = sender.send(());
     });
-    let _ = receiver.recv_timeout(LONGEST);
+    let _ = receiver.recv_timeout(MAX_TIME);
 }
 
-/// Sends a line and expects it back.
+/// Sends a line and checks that the server returns it.
 fn echo(stream: &mut TcpStream, line: &str) -> Result<(), StepError> {
     stream.write_all(line.as_bytes()).map_err(at(ConnectStep::Write))?;
     let mut answer = vec![0; line.len()];

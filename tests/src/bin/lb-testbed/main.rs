@@ -1,4 +1,4 @@
-//! Servers and clients for pods, nodes and outside clients of the test bed. Answers are JSON; see `lb_tests::load`.
+//! Servers and clients for the pods, nodes and outside clients of the test bed. Results are JSON; see `lb_tests::load`.
 
 mod churn;
 mod connect;
@@ -27,40 +27,41 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// TCP servers that write their name on each connection; prints `ready` when all of them listen
+    /// Run TCP servers that write their name on each connection; print `ready` when all of them listen
     Serve(serve::Options),
-    /// UDP servers that send back what they get, after their name; prints `ready` when all of them listen
+    /// Run UDP servers that reply with their name and the payload; print `ready` when all of them listen
     ServeDatagrams(datagrams::Options),
-    /// A socket that makes the calls that standard input says, a line of JSON each; answers are lines of JSON
+    /// Create a socket and make the calls that standard input contains, one line of JSON each; print results as JSON
     ScriptedSocket(scripted_socket::Options),
-    /// Connects socket after socket until a byte comes on standard input, tells how many, and holds the last until it ends
+    /// Connect one socket after another until a byte arrives on standard input, print their number, and keep the last ones
+    /// until standard input ends
     Churn(churn::Options),
-    /// Opens connections and tells as JSON how they went
+    /// Open connections and print a summary as JSON
     Connect(connect::Options),
-    /// Builds a cluster, prints its name prefix, and removes it when standard input ends
+    /// Build a cluster, print its name prefix, and remove it when standard input ends
     Cluster {
         /// Number of nodes
         #[arg(long, default_value_t = 2)]
         nodes: u8,
-        /// Join the nodes by plain routes in place of VXLAN
+        /// Join the nodes by plain routes instead of VXLAN
         #[arg(long)]
         routes: bool,
-        /// Number of pods on each node, named pod1 and so on, with a server on port 8080 each
+        /// Number of pods on each node, named pod1 and so on, each with a server on port 8080
         #[arg(long, default_value_t = 0)]
         pods: u8,
     },
-    /// The demo, as `cargo xtask run` shows it
+    /// Run the demo of `cargo xtask run`
     Demo {
-        /// The lb-agent binary
+        /// Path of the lb-agent binary
         #[arg(long)]
         agent: PathBuf,
-        /// The folder of manifests
+        /// Directory of manifests
         #[arg(long, default_value = "examples")]
         examples: PathBuf,
-        /// Verify for a few seconds in place of the live table
+        /// Check the demo for a few seconds instead of showing the live table
         #[arg(long)]
         check: bool,
-        /// End the live table after so many seconds
+        /// End the live table after this many seconds
         #[arg(long)]
         seconds: Option<u64>,
     },
@@ -68,7 +69,7 @@ enum Command {
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    // A server or client of thousands of connections needs as many files.
+    // A server or client with thousands of connections needs as many open files.
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("reading the limit of open files")?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raising the limit of open files")?;
     match arguments.command {
@@ -88,14 +89,14 @@ fn main() -> Result<ExitCode> {
             seconds,
         } => {
             let testbed = current_exe().context("finding this program")?;
-            let well = demo::run(&demo::Options {
+            let passed = demo::run(&demo::Options {
                 agent,
                 testbed,
                 examples,
                 check,
                 seconds,
             })?;
-            return Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+            return Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -122,7 +123,7 @@ fn cluster(nodes: u8, underlay: Underlay, pods: u8) -> Result<()> {
     Ok(())
 }
 
-/// Writes a line at once.
+/// Writes a line to standard output and flushes it.
 fn print_line(line: &str) -> Result<()> {
     let mut out = stdout().lock();
     writeln!(out, "{line}")

@@ -1,4 +1,4 @@
-//! A socket that does what standard input says; see `lb_tests::scripted_socket`.
+//! `lb-testbed scripted-socket`: a socket that makes the calls on standard input; see `lb_tests::scripted_socket`.
 
 use std::io::stdin;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
@@ -13,16 +13,16 @@ use nix::sys::time::{TimeVal, TimeValLike as _};
 
 use crate::print_line;
 
-/// The longest datagram.
-const LONGEST: usize = 65_536;
+/// The longest datagram, in bytes.
+const MAX_DATAGRAM: usize = 65_536;
 
-/// Flags of `lb-testbed puppet`.
+/// Flags of `lb-testbed scripted-socket`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// Kind of socket
     #[arg(long, value_parser = parse_kind)]
     kind: SocketKind,
-    /// Patience with receiving
+    /// Timeout of sending and receiving, in milliseconds
     #[arg(long, default_value_t = 2000)]
     timeout_ms: i64,
 }
@@ -31,7 +31,7 @@ pub(crate) fn parse_kind(text: &str) -> Result<SocketKind, String> {
     serde_json::from_value(text.into()).map_err(|error| error.to_string())
 }
 
-/// Makes a socket, for IPv6 not only.
+/// Creates a socket. An IPv6 socket is not IPv6 only.
 pub(crate) fn open(kind: SocketKind) -> Result<OwnedFd> {
     let family = family(kind);
     let (socket_type, protocol) = match kind {
@@ -39,10 +39,10 @@ pub(crate) fn open(kind: SocketKind) -> Result<OwnedFd> {
         SocketKind::Udp4 | SocketKind::Udp6 => (libc::SOCK_DGRAM, 0),
         SocketKind::Mptcp4 | SocketKind::Mptcp6 => (libc::SOCK_STREAM, libc::IPPROTO_MPTCP),
     };
-    // SAFETY: numbers only.
+    // SAFETY: `socket` takes integers only.
     let fd = Errno::result(unsafe { libc::socket(family as i32, socket_type | libc::SOCK_CLOEXEC, protocol) })
-        .context("making a socket")?;
-    // SAFETY: the kernel returned a new descriptor, which nobody else owns.
+        .context("creating a socket")?;
+    // SAFETY: `socket` returned a new descriptor, which has no other owner.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     if family == AddressFamily::Inet6 {
         setsockopt(&socket, sockopt::Ipv6V6Only, &false).context("IPV6_V6ONLY")?;
@@ -67,19 +67,19 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for line in stdin().lines() {
         let line = line.context("reading standard input")?;
         let call = serde_json::from_str(&line).with_context(|| format!("not a call: {line}"))?;
-        let answer = match make(&socket, family, &call) {
-            Ok(answer) => answer,
+        let result = match make_call(&socket, family, &call) {
+            Ok(result) => result,
             Err(error) => match error.downcast_ref::<Errno>() {
                 Some(errno) => CallResult::Failed(*errno as i32),
                 None => return Err(error),
             },
         };
-        print_line(&serde_json::to_string(&answer)?)?;
+        print_line(&serde_json::to_string(&result)?)?;
     }
     Ok(())
 }
 
-fn make(socket: &OwnedFd, family: AddressFamily, call: &SocketCall) -> Result<CallResult> {
+fn make_call(socket: &OwnedFd, family: AddressFamily, call: &SocketCall) -> Result<CallResult> {
     let fd = socket.as_raw_fd();
     Ok(match call {
         SocketCall::Bind(to) => {
@@ -103,7 +103,7 @@ fn make(socket: &OwnedFd, family: AddressFamily, call: &SocketCall) -> Result<Ca
             CallResult::Done
         }
         SocketCall::Receive => {
-            let mut buffer = vec![0; LONGEST];
+            let mut buffer = vec![0; MAX_DATAGRAM];
             let (length, from) = socket::recvfrom::<SockaddrStorage>(fd, &mut buffer)?;
             let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
             CallResult::Received(from.and_then(|from| address(&from)), text)
@@ -114,7 +114,7 @@ fn make(socket: &OwnedFd, family: AddressFamily, call: &SocketCall) -> Result<Ca
     })
 }
 
-/// On an AF_INET6 socket, an IPv4 address v4-mapped.
+/// Returns the address for a socket of this family: an IPv4 address for an AF_INET6 socket is v4-mapped.
 fn mapped(to: SocketAddr, family: AddressFamily) -> SockaddrStorage {
     match to {
         SocketAddr::V4(v4) if family == AddressFamily::Inet6 => {
@@ -133,25 +133,25 @@ fn address(from: &SockaddrStorage) -> Option<SocketAddr> {
 fn named(from: &SockaddrStorage) -> Result<CallResult> {
     match address(from) {
         Some(address) => Ok(CallResult::Address(address)),
-        None => bail!("{from:?} is no IP address"),
+        None => bail!("{from:?} is not an IP address"),
     }
 }
 
-/// `connect` with AF_UNSPEC, which the wrappers do not know.
+/// Calls `connect` with AF_UNSPEC, which `nix` cannot express.
 fn disconnect(socket: &OwnedFd) -> Result<()> {
-    // SAFETY: plain data, and all zero is a value of it.
-    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
-    nowhere.sa_family = libc::AF_UNSPEC as u16;
+    // SAFETY: `sockaddr` is plain data, for which all bytes zero is a valid value.
+    let mut unspecified: libc::sockaddr = unsafe { std::mem::zeroed() };
+    unspecified.sa_family = libc::AF_UNSPEC as u16;
     let length = size_of::<libc::sockaddr>() as libc::socklen_t;
-    // SAFETY: address and length are those of a value that lives as long as the call.
-    Errno::result(unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, length) })?;
+    // SAFETY: the pointer and the length describe `unspecified`, which outlives the call.
+    Errno::result(unsafe { libc::connect(socket.as_raw_fd(), &raw const unspecified, length) })?;
     Ok(())
 }
 
 fn cookie(socket: &OwnedFd) -> Result<u64> {
     let mut cookie = 0_u64;
     let mut length = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: value and length are valid for writes of the length that is given.
+    // SAFETY: `cookie` is valid for writes of `length` bytes, and `length` is valid for reads and writes.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),

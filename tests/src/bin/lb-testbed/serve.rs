@@ -1,4 +1,4 @@
-//! Many listening sockets and their connections on one thread.
+//! `lb-testbed serve`: TCP servers with many listening sockets and their connections on one thread.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -14,38 +14,38 @@ use nix::sys::socket::{Backlog, listen};
 
 use crate::print_line;
 
-/// Connections that may wait for `accept`: enough for bursts while this process does not run.
+/// How many connections may wait for `accept`: enough for bursts while this process is not scheduled.
 const BACKLOG: i32 = 4096;
 
-/// A request with longer headers is not answered.
-const LONGEST_REQUEST: usize = 16 * 1024;
+/// The longest HTTP request, in bytes. The server closes the connection of a longer one without a response.
+const MAX_REQUEST: usize = 16 * 1024;
 
 /// Flags of `lb-testbed serve`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Where to listen; NAME is what clients are told, ADDR:PORT if not said
+    /// Address to listen on, and the name that clients receive [default name: ADDR:PORT]
     #[arg(long, value_name = "ADDR:PORT[=NAME]", required = true)]
     listen: Vec<String>,
-    /// Send back what a client sends after the name
+    /// Echo everything that a client sends, after the name
     #[arg(long, conflicts_with = "http")]
     echo: bool,
-    /// Answer one HTTP request per connection, the name being the body
+    /// Answer one HTTP request per connection with the name as the body
     #[arg(long)]
     http: bool,
-    /// After the name, a blank and the client's address as seen here
+    /// Append a blank and the client's address, as the server sees it, to the name
     #[arg(long)]
     report_source: bool,
-    /// End after so many seconds whatever happens
+    /// End after this many seconds
     #[arg(long, default_value_t = 3600)]
     max_seconds: u64,
 }
 
-/// A connection that has not ended.
+/// An open connection.
 struct Connection {
     stream: TcpStream,
-    /// What is still to be said, in HTTP.
+    /// The line with the server's name: the body of the response in HTTP.
     greeting: String,
-    /// What the client has sent, in HTTP.
+    /// The bytes of an HTTP request that have arrived so far.
     request: Vec<u8>,
 }
 
@@ -59,7 +59,7 @@ struct Server<'a> {
 pub(crate) fn run(options: &Options) -> Result<()> {
     let mut server = Server {
         options,
-        epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("making an epoll")?,
+        epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("creating an epoll instance")?,
         listeners: HashMap::new(),
         connections: HashMap::new(),
     };
@@ -80,7 +80,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             if server.listeners.contains_key(&token) {
                 server.accept(token)?;
             } else if !server.serve(token) {
-                // Closing takes it out of the epoll.
+                // Closing the socket removes it from the epoll instance.
                 server.connections.remove(&token);
             }
         }
@@ -94,20 +94,20 @@ impl Server<'_> {
         let name = name.trim();
         ensure!(
             !name.is_empty() && !name.contains(char::is_whitespace),
-            "a name is one word"
+            "the name of a server must be one word"
         );
         let listener = TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;
-        // Listening again only sets the backlog: the standard library's is 128.
+        // Listening again only changes the backlog, which the standard library sets to 128.
         listen(&listener, Backlog::new(BACKLOG)?)?;
         let token = self.watch(&listener)?;
         self.listeners.insert(token, (listener, name.to_owned()));
         Ok(())
     }
 
-    /// Adds a socket to the epoll; its token is its descriptor.
+    /// Adds a socket to the epoll instance and returns its token, which is its descriptor.
     fn watch(&self, socket: &(impl AsFd + AsRawFd)) -> Result<u64> {
-        let token = u64::try_from(socket.as_raw_fd()).context("a descriptor is not negative")?;
+        let token = u64::try_from(socket.as_raw_fd()).context("a descriptor is negative")?;
         self.epoll
             .add(socket.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, token))
             .context("watching a socket")?;
@@ -120,7 +120,7 @@ impl Server<'_> {
             let (stream, source) = match listener.accept() {
                 Ok(accepted) => accepted,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
-                // The client has gone already.
+                // The client has already closed the connection.
                 Err(error) if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) => {
                     continue;
                 }
@@ -136,7 +136,7 @@ impl Server<'_> {
                 .stream
                 .set_nonblocking(true)
                 .context("unblocking a connection")?;
-            // A few bytes into an empty buffer: written at once, or the client has gone.
+            // A few bytes fit into the empty buffer, so a failed write means that the client has closed the connection.
             if !self.options.http && connection.stream.write_all(connection.greeting.as_bytes()).is_err() {
                 continue;
             }
@@ -153,7 +153,7 @@ impl Server<'_> {
         }
     }
 
-    /// Serves what has arrived; false when the connection is over.
+    /// Processes the bytes that have arrived; returns false if the connection is over.
     fn serve(&mut self, token: u64) -> bool {
         let Some(connection) = self.connections.get_mut(&token) else {
             return false;
@@ -178,11 +178,11 @@ impl Server<'_> {
                         "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
                         body.len()
                     );
-                    // Whether or not it gets through, this connection is over.
+                    // The connection is over, whether or not the client receives the response.
                     let _ = connection.stream.write_all(answer.as_bytes());
                     return false;
                 }
-                if connection.request.len() > LONGEST_REQUEST {
+                if connection.request.len() > MAX_REQUEST {
                     return false;
                 }
             }
