@@ -1,8 +1,8 @@
-//! A real control plane of Kubernetes beside a [`Cluster`]: etcd, kube-apiserver and kube-controller-manager on one of the
-//! cluster's outside machines, which all nodes reach by its plain address.
+//! A real control plane of Kubernetes for a [`Cluster`]: etcd, kube-apiserver and kube-controller-manager on one of the
+//! cluster's outside machines, which all nodes reach by its own address.
 //!
-//! There are no kubelets. Pods are those of the [`Cluster`], and [`KubeletPod`] tells the API server of them what a kubelet
-//! would; the endpoint slice controller makes of that what it makes everywhere.
+//! There are no kubelets. The pods are those of the [`Cluster`], and [`KubeletPod`] reports their status to the API server
+//! as a kubelet does. The endpoint slice controller creates EndpointSlices from that as in any cluster.
 //!
 //! ```no_run
 //! use lb_tests::Cluster;
@@ -46,22 +46,22 @@ pub use self::objects::Objects;
 pub use self::watch_proxy::{WatchProxy, WatchProxyStats};
 use crate::{Client, Cluster, Netns, Process, scaled_timeout};
 
-/// How long a program of the control plane may take to be ready, and what it does to be done.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Time limit for a program of the control plane to be ready.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// The API server's port.
 const PORT: u16 = 6443;
-/// Where Services get their addresses from: not where the addresses of manifests in other tests are.
+/// The networks of cluster IPs. They do not contain the addresses in the manifests of other tests.
 pub const SERVICE_NETWORKS: &str = "10.96.0.0/16,fd00:10:96::/112";
-/// The most endpoints in one slice: few, so that tests have Services of several.
+/// The highest number of endpoints in one slice: small, so that tests have Services with several slices.
 pub const ENDPOINTS_PER_SLICE: usize = 3;
-/// What the controller manager does; all else would only find that there is no kubelet. Pods of DaemonSets and Jobs run
-/// where a test has [`crate::runtime::Pods`].
+/// The enabled controllers; the others need a kubelet. Pods of DaemonSets and Jobs run only if a test has
+/// [`crate::runtime::Pods`].
 const CONTROLLERS: &str = "endpointslice-controller,endpointslice-mirroring-controller,namespace-controller,\
                            daemonset-controller,job-controller,garbage-collector-controller";
-/// The variable that has the folder with the programs.
+/// Environment variable with the directory of the programs.
 const PROGRAMS: &str = "LB_KUBERNETES";
 
-/// Who talks to the API server: the name of the kubeconfig, user and groups. Each has its name as its token.
+/// The users of the API server: name of the kubeconfig, user and groups. The token of each is its name.
 const USERS: [(&str, &str, &str); 3] = [
     ("admin", "admin", "system:masters"),
     (
@@ -69,18 +69,18 @@ const USERS: [(&str, &str, &str); 3] = [
         "system:kube-controller-manager",
         "system:masters",
     ),
-    // What upstream's own role for a Service proxy, system:node-proxier, is bound to.
+    // Upstream binds its own role for a Service proxy, system:node-proxier, to this user.
     ("kube-proxy", "system:kube-proxy", ""),
 ];
 
-/// A program that may run.
-type Running = Mutex<Option<Process>>;
+/// A program of the control plane, if it was started.
+type Program = Mutex<Option<Process>>;
 
-fn lock(running: &Running) -> MutexGuard<'_, Option<Process>> {
-    running.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(program: &Program) -> MutexGuard<'_, Option<Process>> {
+    program.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A control plane. Dropping it kills its programs; their files go with the cluster.
+/// A control plane. Dropping it kills its programs; their files are removed with the cluster.
 #[derive(Debug)]
 pub struct ControlPlane {
     machine: Netns,
@@ -88,27 +88,25 @@ pub struct ControlPlane {
     programs: PathBuf,
     folder: PathBuf,
     objects: Arc<Objects>,
-    /// The last number of the address that was given to a pod last, by node.
+    /// The last octet of the newest pod's address, by node.
     last_address: Mutex<BTreeMap<String, u8>>,
-    controller_manager: Running,
-    api_server: Running,
-    etcd: Running,
+    controller_manager: Program,
+    api_server: Program,
+    etcd: Program,
 }
 
 impl ControlPlane {
-    /// Starts one on `machine`, and tells it of the cluster's nodes; returns when the API is served and the controllers
-    /// work.
+    /// Starts a control plane on `machine` and creates the Node objects of the cluster. Returns when the API server is ready
+    /// and the controllers work.
     ///
     /// # Errors
-    /// If a program is missing, or is not ready in time; the message has the end of its log.
+    /// If a program is missing, or is not ready in time; the message contains the end of its log.
     pub fn start(cluster: &Cluster, machine: &Client) -> Result<Self> {
         let programs = env::var_os(PROGRAMS).map(PathBuf::from).with_context(|| {
-            format!(
-                "{PROGRAMS} is not set: `cargo xtask test --kubernetes` builds the programs and says where they are"
-            )
+            format!("{PROGRAMS} is not set: `cargo xtask test --kubernetes` builds the programs and sets it")
         })?;
         let folder = cluster.scratch().join("control-plane");
-        fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+        fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
         let address = machine.address();
         write_tokens(&folder)?;
         let new = Self {
@@ -118,11 +116,11 @@ impl ControlPlane {
             last_address: Mutex::default(),
             programs,
             folder,
-            controller_manager: Running::default(),
-            api_server: Running::default(),
-            etcd: Running::default(),
+            controller_manager: Program::default(),
+            api_server: Program::default(),
+            etcd: Program::default(),
         };
-        new.make_key()?;
+        new.create_key()?;
         new.start_etcd()?;
         new.start_api_server()?;
         for node in cluster.nodes() {
@@ -132,7 +130,7 @@ impl ControlPlane {
         Ok(new)
     }
 
-    /// `https://ADDRESS:PORT` of the API server.
+    /// Returns the URL of the API server: `https://ADDRESS:PORT`.
     #[must_use]
     pub fn url(&self) -> String {
         format!("https://{}:{PORT}", self.address)
@@ -144,43 +142,43 @@ impl ControlPlane {
         self.address
     }
 
-    /// Its port.
+    /// The API server's port.
     #[must_use]
     pub fn port(&self) -> u16 {
         PORT
     }
 
-    /// The certificate that clients check the API server's by.
+    /// Path of the certificate with which clients verify the API server.
     #[must_use]
     pub fn authority(&self) -> PathBuf {
         self.folder.join("certificates/apiserver.crt")
     }
 
-    /// The machine that it runs on.
+    /// The machine that the control plane runs on.
     #[must_use]
     pub fn machine(&self) -> &Netns {
         &self.machine
     }
 
-    /// A kubeconfig: `admin` may everything, `kube-proxy` what upstream's role for kube-proxy lets it do.
+    /// Path of a user's kubeconfig. `admin` has all permissions, `kube-proxy` those of upstream's role for kube-proxy.
     #[must_use]
     pub fn kubeconfig(&self, user: &str) -> PathBuf {
         self.folder.join(format!("{user}.kubeconfig"))
     }
 
-    /// What tests read and write.
+    /// The client with which tests read and write objects.
     #[must_use]
     pub fn objects(&self) -> &Arc<Objects> {
         &self.objects
     }
 
-    /// The folder with logs and other files.
+    /// The directory with logs and other files.
     #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// A program of Kubernetes, as `kubectl`.
+    /// Path of a program of Kubernetes, for example `kubectl`.
     #[must_use]
     pub fn program(&self, name: &str) -> PathBuf {
         self.programs.join(name)
@@ -189,7 +187,7 @@ impl ControlPlane {
     /// Runs kubectl as `admin`, with text for its standard input, and returns its output.
     ///
     /// # Errors
-    /// If it does not succeed; the message has its standard error.
+    /// If kubectl fails; the message contains its standard error.
     pub fn kubectl(&self, arguments: &[&str], input: &str) -> Result<String> {
         let (program, config) = (self.program("kubectl"), self.kubeconfig("admin"));
         let program = program.to_str().context("the path of kubectl is not UTF-8")?;
@@ -198,7 +196,7 @@ impl ControlPlane {
         self.machine.run_with_input(program, &arguments, input)
     }
 
-    /// Kills the API server as `kill -9` does, if it runs.
+    /// Kills the API server by SIGKILL, if it runs.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -206,18 +204,18 @@ impl ControlPlane {
         lock(&self.api_server).take().map_or(Ok(()), Process::kill)
     }
 
-    /// Stops the API server as `kill -STOP` does: connections stay open, and nothing is answered.
+    /// Stops the API server by SIGSTOP: connections stay open, and requests are not answered.
     ///
     /// # Errors
-    /// If it does not run.
+    /// If the API server does not run.
     pub fn freeze_api_server(&self) -> Result<()> {
         self.signal_api_server(Signal::SIGSTOP)
     }
 
-    /// Lets it go on.
+    /// Continues the API server by SIGCONT.
     ///
     /// # Errors
-    /// If it does not run.
+    /// If the API server does not run.
     pub fn thaw_api_server(&self) -> Result<()> {
         self.signal_api_server(Signal::SIGCONT)
     }
@@ -227,10 +225,11 @@ impl ControlPlane {
         process.as_ref().context("the API server does not run")?.signal(signal)
     }
 
-    /// Starts the API server (again) and waits until it is ready. The process dies with the thread that calls this.
+    /// Starts the API server, also after [`Self::kill_api_server`], and waits until it is ready. The process dies with the
+    /// calling thread.
     ///
     /// # Errors
-    /// If it is not ready in time.
+    /// If the API server is not ready in time.
     pub fn start_api_server(&self) -> Result<()> {
         let path = |name: &str| self.folder.join(name).display().to_string();
         let flags = [
@@ -245,14 +244,14 @@ impl ControlPlane {
             format!("--service-account-key-file={}", path("accounts.key")),
             format!("--service-account-signing-key-file={}", path("accounts.key")),
             "--authorization-mode=RBAC".to_owned(),
-            // Pods need no account: nothing runs in them that would use it.
+            // Pods need no service account: no program in them uses one.
             "--disable-admission-plugins=ServiceAccount".to_owned(),
             "--allow-privileged=true".to_owned(),
         ];
         let mut process = self.spawn("kube-apiserver", &flags)?;
         let authority = self.authority();
         wait(&mut process, "kube-apiserver", &self.log("kube-apiserver"), || {
-            ensure!(authority.is_file(), "it has no certificate yet");
+            ensure!(authority.is_file(), "there is no certificate yet");
             for (name, ..) in USERS {
                 self.write_kubeconfig(name, &authority)?;
             }
@@ -265,25 +264,25 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Has etcd forget all that is older than now: a watch that goes on from there is told 410 Gone, if the API server
-    /// asks etcd.
+    /// Compacts etcd at its present revision. A watch from an older revision then fails with 410 Gone, if the API server
+    /// reads it from etcd.
     ///
     /// # Errors
-    /// If it does not do that.
+    /// If etcd refuses.
     pub fn compact(&self) -> Result<()> {
-        let ask = |path: &str, body: &Value| -> Result<Value> {
+        let post = |path: &str, body: &Value| -> Result<Value> {
             let url = format!("http://127.0.0.1:2379/v3/{path}");
             let body = body.to_string();
-            let answer = self.curl(&["--data", &body, &url])?;
-            serde_json::from_str(&answer).with_context(|| format!("not JSON: {answer}"))
+            let response = self.curl(&["--data", &body, &url])?;
+            serde_json::from_str(&response).with_context(|| format!("not JSON: {response}"))
         };
-        // A range of one key that is not there: the answer's header has the revision.
-        let answer = ask("kv/range", &json!({"key": "bm9uZQ=="}))?;
-        let revision = answer["header"]["revision"].clone();
-        ask("kv/compaction", &json!({"revision": revision, "physical": true})).map(drop)
+        // A range of one key that does not exist: the header of the response contains the revision.
+        let response = post("kv/range", &json!({"key": "bm9uZQ=="}))?;
+        let revision = response["header"]["revision"].clone();
+        post("kv/compaction", &json!({"revision": revision, "physical": true})).map(drop)
     }
 
-    /// The last lines of each program's log.
+    /// Returns the last lines of each program's log.
     #[must_use]
     pub fn log_tails(&self) -> String {
         let programs = ["etcd", "kube-apiserver", "kube-controller-manager"];
@@ -306,7 +305,7 @@ impl ControlPlane {
             "--listen-peer-urls=http://127.0.0.1:2380".to_owned(),
             "--initial-advertise-peer-urls=http://127.0.0.1:2380".to_owned(),
             "--initial-cluster=default=http://127.0.0.1:2380".to_owned(),
-            // Nothing here outlives the machine.
+            // The data does not need to survive a crash of the machine.
             "--unsafe-no-fsync".to_owned(),
         ];
         let mut process = self.spawn("etcd", &flags)?;
@@ -317,7 +316,7 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Starts the controllers, and waits until they have made the slice of a first Service.
+    /// Starts the controllers, and waits until they have created the EndpointSlice of a first Service.
     fn start_controller_manager(&self) -> Result<()> {
         let config = self.kubeconfig("kube-controller-manager").display().to_string();
         let flags = [
@@ -328,7 +327,7 @@ impl ControlPlane {
             "--leader-elect=false".to_owned(),
             format!("--controllers={CONTROLLERS}"),
             format!("--max-endpoints-per-slice={ENDPOINTS_PER_SLICE}"),
-            // A slice per change, as in a cluster where nothing else happens.
+            // Every change updates a slice at once, as in a cluster without other changes.
             "--endpointslice-updates-batch-period=0s".to_owned(),
         ];
         let mut process = self.spawn("kube-controller-manager", &flags)?;
@@ -336,24 +335,26 @@ impl ControlPlane {
         probe.create_service("probe", json!({"selector": {"app": "probe"}, "ports": [{"port": 80}]}))?;
         let log = self.log("kube-controller-manager");
         wait(&mut process, "kube-controller-manager", &log, || {
-            ensure!(!probe.slices("probe")?.is_empty(), "there is no slice");
+            ensure!(!probe.slices("probe")?.is_empty(), "there is no EndpointSlice yet");
             Ok(())
         })?;
         *lock(&self.controller_manager) = Some(process);
         Ok(())
     }
 
-    /// A key for the tokens of service accounts, which the API server does not start without.
-    fn make_key(&self) -> Result<()> {
+    /// Creates the key for the tokens of service accounts, without which the API server does not start.
+    fn create_key(&self) -> Result<()> {
         let path = self.folder.join("accounts.key");
-        let path = path.to_str().context("the scratch folder is not UTF-8")?;
+        let path = path
+            .to_str()
+            .context("the path of the scratch directory is not UTF-8")?;
         let arguments = ["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", path];
         self.machine.run("openssl", &arguments).map(drop)
     }
 
     fn spawn(&self, name: &str, flags: &[String]) -> Result<Process> {
         let program = self.program(name);
-        ensure!(program.is_file(), "there is no {}", program.display());
+        ensure!(program.is_file(), "{} does not exist", program.display());
         let path = self.log(name);
         let log = OpenOptions::new().create(true).append(true).open(&path);
         let log = log.with_context(|| format!("opening {}", path.display()))?;
@@ -385,7 +386,7 @@ impl ControlPlane {
     }
 }
 
-/// Who may log in with which token.
+/// Writes the file of tokens and their users.
 fn write_tokens(folder: &Path) -> Result<()> {
     let lines = USERS.map(|(token, user, groups)| format!("{token},{user},{token},\"{groups}\"\n"));
     fs::write(folder.join("tokens.csv"), lines.concat()).context("writing the tokens")
@@ -393,7 +394,7 @@ fn write_tokens(folder: &Path) -> Result<()> {
 
 /// Waits until `ready` succeeds.
 fn wait(process: &mut Process, name: &str, log: &Path, ready: impl Fn() -> Result<()>) -> Result<()> {
-    let deadline = Instant::now() + scaled_timeout(PATIENCE);
+    let deadline = Instant::now() + scaled_timeout(READY_TIMEOUT);
     while let Err(last) = ready() {
         if !process.is_running()? {
             bail!("{name} has ended:\n{}", tail(log));
@@ -406,7 +407,7 @@ fn wait(process: &mut Process, name: &str, log: &Path, ready: impl Fn() -> Resul
     Ok(())
 }
 
-/// The last lines of a log.
+/// Returns the last lines of a log.
 fn tail(log: &Path) -> String {
     let text = fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<_> = text.lines().collect();

@@ -1,8 +1,9 @@
-//! Containers on a node of the [`Cluster`], as a kubelet and its runtime make them of a pod: by runc, with
-//! the file system of an image, and with the mounts, capabilities and namespaces that the pod asks for and no more.
+//! Containers on a node of the [`Cluster`], as a kubelet and its runtime create them for a pod: by runc, with the file
+//! system of an image, and with exactly the mounts, capabilities and namespaces that the pod requests.
 //!
 //! A container's processes are in the node's cgroup and, since all pods here have `hostNetwork`, in its network
-//! namespace. They see a machine whose only cgroup hierarchy is cgroup2, at its usual place, whatever the real one has.
+//! namespace. They see a machine whose only cgroup hierarchy is cgroup2, mounted at `/sys/fs/cgroup`, also if the real
+//! machine is a hybrid one.
 
 mod bundle;
 mod image;
@@ -24,14 +25,14 @@ pub use self::image::Image;
 pub use self::pods::Pods;
 use crate::{Cluster, Netns, Node, Process, cleanup, scaled_timeout};
 
-/// How long a container may take to end after SIGTERM.
-const END: Duration = Duration::from_secs(10);
+/// Time limit for a container to end after SIGTERM.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Takes the caller's mounts to those of a machine with cgroup2 alone, then runs the rest. In a mount namespace of its
-/// own.
+/// Shell script that replaces the mounts at `/sys/fs/cgroup` by cgroup2 alone and then executes its arguments. It runs in
+/// a new mount namespace.
 const ENTER: &str = "umount --lazy /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec \"$@\"";
 
-/// Where containers see the cgroup2 hierarchy.
+/// Mount point of the cgroup2 hierarchy in containers.
 const CGROUP2: &str = "/sys/fs/cgroup";
 
 /// The container runtime of a node.
@@ -40,7 +41,7 @@ pub struct Runtime {
     netns: Netns,
     /// The node's cgroup.
     cgroup: PathBuf,
-    /// The name of that below the root of the hierarchy.
+    /// The path of the node's cgroup from the root of the hierarchy.
     cgroup_name: PathBuf,
     address: Ipv4Addr,
     folder: PathBuf,
@@ -48,32 +49,32 @@ pub struct Runtime {
     sequence: AtomicU32,
 }
 
-/// What a container gets besides what its pod says.
+/// Additions to a container that are not in the specification of its pod.
 #[derive(Debug, Default)]
 pub struct ContainerExtras<'a> {
-    /// Folders for the volumes that are none of the node's own, by name.
+    /// Directories of the volumes that are not host paths, by name of the volume.
     pub volumes: BTreeMap<String, PathBuf>,
-    /// Folders at fixed places, as that of a service account.
+    /// Directories mounted at fixed paths, such as the one of a service account.
     pub mounts: Vec<(PathBuf, &'a str)>,
-    /// Variables.
+    /// Environment variables.
     pub env: Vec<(&'a str, String)>,
-    /// Arguments behind those of the pod: all nodes of a cluster are on one machine.
+    /// Arguments after those of the pod. They are needed because all nodes of a cluster are on one machine.
     pub arguments: Vec<String>,
 }
 
 impl Runtime {
-    /// That of a node.
+    /// Creates the container runtime of a node.
     ///
     /// # Errors
-    /// If its folder cannot be made, or there is no runc.
+    /// If its directory cannot be created, or runc is not installed.
     pub fn new(cluster: &Cluster, node: &Node) -> Result<Self> {
-        which::which("runc").context("there is no runc")?;
+        which::which("runc").context("runc is not installed")?;
         let folder = cluster.scratch().join(format!("runtime-{}", node.name()));
-        fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+        fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
         let cgroup_name = node
             .cgroup()
             .strip_prefix(crate::cgroup2_root()?)
-            .context("the node's cgroup is in the cgroup2 hierarchy")?;
+            .context("the node's cgroup is not in the cgroup2 hierarchy")?;
         Ok(Self {
             netns: Netns::clone(node),
             cgroup: node.cgroup().to_owned(),
@@ -85,47 +86,47 @@ impl Runtime {
         })
     }
 
-    /// Makes an image known by a name.
+    /// Adds an image with its name.
     pub fn add_image(&mut self, name: &str, image: Image) {
         self.images.insert(name.to_owned(), image);
     }
 
-    /// The node.
+    /// The network namespace of the node.
     #[must_use]
     pub fn netns(&self) -> &Netns {
         &self.netns
     }
 
-    /// The node's cgroup, as containers see it.
+    /// Returns the path of the node's cgroup in containers.
     #[must_use]
     pub fn cgroup_in_containers(&self) -> PathBuf {
         Path::new(CGROUP2).join(&self.cgroup_name)
     }
 
-    /// Starts a container of a pod: `pod` is the pod's specification, `container` one of its containers.
+    /// Starts a container: `pod` is the specification of its pod, `container` one of the pod's containers.
     ///
     /// # Errors
-    /// If the pod asks for what is not known here, or the container cannot be started.
-    pub fn start(&self, pod: &Value, container: &Value, more: &ContainerExtras<'_>) -> Result<Container> {
-        let name = container["name"].as_str().context("a container has a name")?;
+    /// If the pod requests a feature that this runtime does not have, or the container cannot be started.
+    pub fn start(&self, pod: &Value, container: &Value, extras: &ContainerExtras<'_>) -> Result<Container> {
+        let name = container["name"].as_str().context("the container has no name")?;
         let name = format!("{name}-{}", self.sequence.fetch_add(1, Ordering::Relaxed));
-        let image = container["image"].as_str().context("a container has an image")?;
+        let image = container["image"].as_str().context("the container has no image")?;
         let image = self
             .images
             .get(image)
             .with_context(|| format!("{} has no image {image:?}", self.netns.name()))?;
         let bundle = self.folder.join(&name);
-        fs::create_dir(&bundle).with_context(|| format!("making {}", bundle.display()))?;
+        fs::create_dir(&bundle).with_context(|| format!("creating {}", bundle.display()))?;
         let cgroup = Path::new("containers").join(&name);
         let config = bundle::Bundle {
             node: self.netns.name(),
             image,
-            // Each has its own: runc makes mount points in it.
-            rootfs: image.instance(&bundle)?,
+            // Each container has its own file system, because runc creates mount points in it.
+            rootfs: image.create_rootfs(&bundle)?,
             cgroup: Path::new("/").join(&self.cgroup_name).join(&cgroup),
             folder: &bundle,
         }
-        .config(pod, container, more)
+        .config(pod, container, extras)
         .with_context(|| format!("container {name} on {}", self.netns.name()))?;
         fs::write(bundle.join("config.json"), config.to_string()).context("writing a bundle")?;
 
@@ -139,7 +140,7 @@ impl Runtime {
             .arg("run")
             .arg("--bundle")
             .arg(&bundle)
-            .arg(format!("{}-{name}", self.unique()));
+            .arg(format!("{}-{name}", self.unique_name()));
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         Ok(Container {
             process: Process::spawn(&mut command)?,
@@ -148,13 +149,13 @@ impl Runtime {
         })
     }
 
-    /// A name that no other node of this machine has.
-    fn unique(&self) -> String {
+    /// Returns a name that no other node of this machine has.
+    fn unique_name(&self) -> String {
         self.cgroup_name.display().to_string().replace('/', "-")
     }
 }
 
-/// A container. Dropping it kills its processes.
+/// A container. Dropping this kills its processes.
 #[derive(Debug)]
 pub struct Container {
     process: Process,
@@ -163,47 +164,47 @@ pub struct Container {
 }
 
 impl Container {
-    /// Whether it runs.
+    /// Returns whether the container runs.
     ///
     /// # Errors
-    /// If the kernel does not say.
+    /// If waiting for the process fails.
     pub fn is_running(&mut self) -> Result<bool> {
         self.process.is_running()
     }
 
-    /// Waits for its end; fails unless that was a good one.
+    /// Waits until the container has ended successfully.
     ///
     /// # Errors
-    /// See above; the message has its output.
+    /// If it fails or does not end in time; the message contains its output.
     pub fn succeed(&mut self, timeout: Duration) -> Result<()> {
         let status = self.process.wait(timeout)?;
         ensure!(status.success(), "the container has ended: {status}\n{}", self.log());
         Ok(())
     }
 
-    /// Asks it to end, and kills it where it does not.
+    /// Stops the container by SIGTERM, and kills it if it does not end in time.
     ///
     /// # Errors
-    /// If its processes do not die.
+    /// If its processes do not end.
     pub fn stop(mut self) -> Result<()> {
-        // runc passes the signal on, and removes what it has made when the container has ended.
-        if self.process.signal(Signal::SIGTERM).is_ok() && self.process.wait(scaled_timeout(END)).is_ok() {
+        // runc forwards the signal, and removes its files and cgroups after the end of the container.
+        if self.process.signal(Signal::SIGTERM).is_ok() && self.process.wait(scaled_timeout(STOP_TIMEOUT)).is_ok() {
             return Ok(());
         }
         self.kill()
     }
 
-    /// The process ids in it.
+    /// Returns the ids of the container's processes.
     ///
     /// # Errors
-    /// If the kernel does not say.
+    /// If its cgroup cannot be read.
     pub fn processes(&self) -> Result<Vec<u32>> {
         let path = self.cgroup.join("cgroup.procs");
         let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         text.lines().map(|line| line.parse().context("a process id")).collect()
     }
 
-    /// What it has written.
+    /// Returns the container's output.
     #[must_use]
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
@@ -211,12 +212,12 @@ impl Container {
 
     fn kill(&mut self) -> Result<()> {
         match cleanup::kill_processes(&self.cgroup) {
-            // It has ended by itself, and runc has removed what it had made.
+            // The container has ended by itself, and runc has removed the cgroup.
             Err(_) if !self.cgroup.exists() => {}
             result => result?,
         }
-        // It has nothing more to wait for.
-        self.process.wait(scaled_timeout(END)).map(drop)
+        // runc ends now, because the container has ended.
+        self.process.wait(scaled_timeout(STOP_TIMEOUT)).map(drop)
     }
 }
 

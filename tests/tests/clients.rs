@@ -251,7 +251,7 @@ fn what_is_too_long_for_vxlan_is_told_so_over_ipv6() -> Result<()> {
     let client = fixture.client();
     let to = SocketAddr::new(n1.address6().into(), WEB[1]);
     let served = fixture.request(client, true, to)?;
-    served.ensure("two", Some(n1.pod_network6().into()), "over VXLAN")?;
+    served.ensure_served_by("two", Some(n1.pod_network6().into()), "over VXLAN")?;
     let mut socket = testbed().scripted_socket(client, SocketKind::Udp6)?;
     socket.connect(to)?;
     // 1,500 bytes with the headers.

@@ -158,13 +158,13 @@ impl Fixture {
 
 /// A Service of type ClusterIP.
 fn service(name: &str, address: Ipv4Addr, ports: &[(&str, u16)], created: i64) -> Change {
-    Change::Set(objects::of_service(objects::service(name, address, ports, created)))
+    Change::Set(objects::service_object(objects::service(name, address, ports, created)))
 }
 
 /// The one EndpointSlice of a Service, for all its ports.
 fn endpoints<'a>(service: &str, ports: &[&str], backends: impl IntoIterator<Item = &'a Backend>) -> Change {
     let addresses: Vec<_> = backends.into_iter().map(|backend| backend.address).collect();
-    Change::Set(objects::of_slice(objects::slice(service, ports, NODE, &addresses)))
+    Change::Set(objects::slice_object(objects::slice(service, ports, NODE, &addresses)))
 }
 
 /// Services that come and go, that nobody connects to, and that fill FRONTENDS.

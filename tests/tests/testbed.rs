@@ -162,7 +162,7 @@ fn failures_are_told() -> Result<()> {
         .timeout(Duration::from_millis(100));
     let summary = testbed().connect(&pod, &connect)?;
     assert_eq!(
-        (summary.failures[0].errno, summary.failures[0].stage),
+        (summary.failures[0].errno, summary.failures[0].step),
         (libc::EAGAIN, ConnectStep::Read)
     );
 

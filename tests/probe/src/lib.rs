@@ -1,4 +1,4 @@
-//! What the probe is asked, and what it finds: shared by the kernel program (`main.rs`) and the tests that run it.
+//! Input and results of the probe, shared by the kernel program (`main.rs`) and the tests that run it.
 #![no_std]
 
 use core::mem::offset_of;
@@ -6,31 +6,31 @@ use core::mem::offset_of;
 use lb_common::abi::FrontendKey;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// Name of the program.
+/// Name of the program that looks frontends up.
 pub const PROGRAM: &str = "lb_probe";
 
-/// Name of the map of one [`Tally`] for each CPU.
+/// Name of the per-CPU array with one [`Tally`].
 pub const TALLY: &str = "TALLY";
 
 /// Name of the program that counts packets.
 pub const COUNTER: &str = "lb_count";
 
-/// Name of the array of one u64 that it counts in.
+/// Name of the array with one u64, in which [`COUNTER`] counts.
 pub const COUNT: &str = "COUNT";
 
-/// The "packet" that a run of the program takes: look `key` up, and judge.
+/// The input packet of a run of [`PROGRAM`]: the frontend to look up and its backends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct LookupRequest {
-    /// Where a packet has its Ethernet header, which the kernel reads.
+    /// The place of the Ethernet header, which the kernel reads.
     pub header: [u8; 16],
-    /// The frontend, which is always there.
+    /// The frontend, which always exists.
     pub key: FrontendKey,
-    /// Last four bytes of an address, in network order, with the bits of `mask` alone: those of its backends.
+    /// The last four bytes of the addresses of its backends, in network order; only the bits of `mask` are set.
     pub owner: u32,
-    /// Which bits of an address tell whose it is.
+    /// The bits of an address that identify the Service of the backend.
     pub mask: u32,
-    /// One of so many lookups lingers in between, less one; a power of two less one.
+    /// One of `linger_mask + 1` lookups pauses between two reads. A power of two minus one.
     pub linger_mask: u32,
 }
 
@@ -40,33 +40,34 @@ const _: () = {
     assert!(offset_of!(LookupRequest, owner) == 36);
 };
 
-/// How a lookup ended.
+/// The result of a lookup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Verdict {
-    /// At a backend of the owner.
+    /// The lookup found a backend of the frontend's Service.
     Good,
-    /// No such frontend.
+    /// There is no such frontend.
     NoFrontend,
-    /// The frontend is no cluster IP.
+    /// The frontend is not a cluster IP.
     WrongKind,
     /// The service index is out of range.
     IndexOutOfRange,
-    /// The set has no member.
+    /// The set has no slots.
     EmptySet,
-    /// The slot is out of range.
+    /// The index of the slot is out of range.
     SlotOutOfRange,
-    /// The address is not the owner's.
+    /// The slot has an address of another Service's backend.
     ForeignBackend,
-    /// What the slot says of its backend is not what BACKENDS says of it, or said last: its id is somebody else's.
+    /// The slot does not match the current or the withdrawn entry of its backend in BACKENDS: the id belongs to another
+    /// backend.
     Stale,
 }
 
 impl Verdict {
-    /// How many there are.
+    /// Number of verdicts.
     pub const COUNT: usize = 8;
 
-    /// All, in the order of their numbers.
+    /// All verdicts, in the order of their numbers.
     pub const ALL: [Self; Self::COUNT] = [
         Self::Good,
         Self::NoFrontend,
@@ -78,7 +79,7 @@ impl Verdict {
         Self::Stale,
     ];
 
-    /// What it means, for people.
+    /// Returns the meaning of the verdict as text.
     #[must_use]
     pub const fn text(self) -> &'static str {
         match self {
@@ -88,32 +89,32 @@ impl Verdict {
             Self::IndexOutOfRange => "a service index out of range",
             Self::EmptySet => "an empty set",
             Self::SlotOutOfRange => "a slot out of range",
-            Self::ForeignBackend => "a stranger's backend",
-            Self::Stale => "a backend id that is another's",
+            Self::ForeignBackend => "a backend of another Service",
+            Self::Stale => "a backend id that belongs to another backend",
         }
     }
 }
 
-/// What the program has seen on one CPU.
+/// The results of the lookups on one CPU.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Tally {
-    /// Lookups by [`Verdict`].
+    /// Number of lookups by [`Verdict`].
     pub counts: [u64; Verdict::COUNT],
-    /// Of the newest that was not good: the [`Verdict`].
+    /// The [`Verdict`] of the newest lookup that was not good. The fields below describe that lookup.
     pub verdict: u32,
-    /// The service index.
+    /// The service index of the frontend.
     pub service: u32,
-    /// The slot.
+    /// The index of the slot.
     pub slot: u32,
-    /// Last four bytes of the address, in network order.
+    /// The last four bytes of the address in the slot, in network order.
     pub addr: u32,
-    /// The id of the backend.
+    /// The backend id in the slot.
     pub backend: u32,
-    /// Its generation, as the slot has it.
+    /// The backend's generation in the slot.
     pub slot_generation: u32,
-    /// Its generation, as BACKENDS has it.
+    /// The backend's generation in BACKENDS.
     pub backend_generation: u32,
-    /// Zero.
+    /// Padding, always zero.
     pub pad: u32,
 }

@@ -1,5 +1,5 @@
-//! The lookup of a frontend as lb's programs do it, judged at every step: for tests, which run it a million times a
-//! second by `BPF_PROG_TEST_RUN` while the maps change. It is no part of the product, and never attached.
+//! Looks frontends up as lb's programs do, and checks every step. Tests run the program a million times per second by
+//! `BPF_PROG_TEST_RUN` while the maps change. It is not part of lb-agent, and `lb_probe` is never attached.
 #![no_std]
 #![no_main]
 #![expect(
@@ -21,11 +21,11 @@ use lb_probe::{LookupRequest, Tally, Verdict};
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
-/// How often a lookup that lingers asks for the time: some 400 microseconds, as if an interrupt had come in between,
-/// and long enough for several changes.
+/// How often a lookup that pauses reads the clock. That takes some 400 microseconds, like an interrupt between two reads,
+/// and is long enough for several changes.
 const LINGER: u32 = 16_384;
 
-// The maps of lb: the test opens those that are pinned in place of these.
+// The maps of lb. The loader uses the pinned maps instead of creating these.
 
 #[btf_map]
 static FRONTENDS: HashMap<FrontendKey, Frontend, { capacity::FRONTENDS as usize }> = HashMap::new();
@@ -39,25 +39,25 @@ static BACKEND_SLOTS: Array<BackendSlot, { capacity::BACKEND_SLOTS as usize }, M
 #[btf_map]
 static BACKENDS: Array<Backend, { capacity::BACKENDS as usize }, MMAPABLE> = Array::new();
 
-/// What was found.
+/// The results of the lookups.
 #[btf_map]
 static TALLY: PerCpuArray<Tally, 1> = PerCpuArray::new();
 
-/// Answers a [`LookupRequest`]. `TC_ACT_SHOT`: that was none.
+/// Runs a [`LookupRequest`]. Returns `TC_ACT_SHOT` if the packet is not one.
 #[classifier]
 pub(crate) fn lb_probe(ctx: TcContext) -> i32 {
     let at = ctx.data();
     if at + size_of::<LookupRequest>() > ctx.data_end() {
         return TC_ACT_SHOT;
     }
-    // SAFETY: the bounds were checked, and every bit pattern is a `LookupRequest`; packet data is not aligned.
+    // SAFETY: the bounds were checked, every bit pattern is a valid `LookupRequest`, and the read does not need alignment.
     let request = unsafe { (at as *const LookupRequest).read_unaligned() };
     let Some(tally) = TALLY.get_ptr_mut(0) else {
         return TC_ACT_SHOT;
     };
-    // SAFETY: the entry is this CPU's own, and a program of this type is not interrupted by another.
+    // SAFETY: the entry belongs to this CPU, and no other program of this type interrupts this one.
     let tally = unsafe { &mut *tally };
-    let mut trace = Trace::default();
+    let mut trace = LookupTrace::default();
     match look_up(&request, &mut trace) {
         Ok(()) => tally.counts[Verdict::Good as usize] += 1,
         Err(verdict) => {
@@ -76,23 +76,24 @@ pub(crate) fn lb_probe(ctx: TcContext) -> i32 {
     TC_ACT_OK
 }
 
-/// How many packets came by.
+/// Number of counted packets.
 #[btf_map]
 static COUNT: Array<u64, 1> = Array::new();
 
-/// Counts a packet and ends the chain, as a program of a network plugin may: for tests that attach it beside lb's.
+/// Counts a packet and ends the chain of programs, as a program of a network plugin may do. Tests attach it next to lb's
+/// programs.
 #[classifier]
 pub(crate) fn lb_count(_ctx: TcContext) -> i32 {
     if let Some(count) = COUNT.get_ptr_mut(0) {
-        // SAFETY: the pointer is to a value of the map; that another CPU counts at the same instant does not matter.
+        // SAFETY: the pointer refers to a value of the map. A lost increment of a concurrent CPU does not matter.
         unsafe { ptr::write_volatile(count, ptr::read_volatile(count) + 1) };
     }
     TC_ACT_OK
 }
 
-/// What was read, as far as the lookup came.
+/// The values that a lookup has read so far.
 #[derive(Default)]
-struct Trace {
+struct LookupTrace {
     service: u32,
     slot: u32,
     addr: u32,
@@ -102,41 +103,42 @@ struct Trace {
 }
 
 #[inline(always)]
-fn look_up(request: &LookupRequest, trace: &mut Trace) -> Result<(), Verdict> {
-    // SAFETY: the helper takes nothing.
+fn look_up(request: &LookupRequest, trace: &mut LookupTrace) -> Result<(), Verdict> {
+    // SAFETY: the helper has no arguments and no preconditions.
     let random = unsafe { bpf_get_prandom_u32() };
-    // Where this lookup lingers: at one of four places, the last of which is none.
-    let place = if (random >> 2) & request.linger_mask == 0 {
+    // The read before which this lookup pauses; 3 stands for no pause.
+    let pause_at = if (random >> 2) & request.linger_mask == 0 {
         random & 3
     } else {
         3
     };
 
     let word = FRONTENDS.get_ptr(request.key).ok_or(Verdict::NoFrontend)?;
-    // SAFETY: the pointer is to a value of the map, 8 bytes and aligned so; it may change at any time.
+    // SAFETY: the pointer refers to a value of the map, which is 8 bytes long and 8-byte aligned. The value may change at
+    // any time, so the read is volatile.
     let frontend = Frontend::from_word(unsafe { ptr::read_volatile(word.cast::<u64>()) });
     trace.service = frontend.service;
     if frontend.kind != FrontendKind::ClusterIp as u8 {
         return Err(Verdict::WrongKind);
     }
-    if place == 0 {
+    if pause_at == 0 {
         linger();
     }
 
     let service = SERVICES.get_ptr(frontend.service).ok_or(Verdict::IndexOutOfRange)?;
-    // SAFETY: the pointer is to a value of the map; a set word is 8 bytes and aligned so.
+    // SAFETY: the pointer refers to a value of the map, in which a set word is 8 bytes long and 8-byte aligned.
     let word = unsafe { ptr::read_volatile((&raw const (*service).internal).cast::<u64>()) };
     let set = SetWord::from_word(word);
-    if place == 1 {
+    if pause_at == 1 {
         linger();
     }
 
-    // SAFETY: the helper takes nothing.
+    // SAFETY: the helper has no arguments and no preconditions.
     let random = unsafe { bpf_get_prandom_u32() };
     let at = connect::slot(set, random).map_err(|_| Verdict::EmptySet)?;
     trace.slot = at;
     let slot = BACKEND_SLOTS.get_ptr(at).ok_or(Verdict::SlotOutOfRange)?;
-    // SAFETY: the pointer is to a value of the map.
+    // SAFETY: `slot` refers to a value of BACKEND_SLOTS, whose fields are aligned.
     let (addr, port) = unsafe {
         (
             last(&raw const (*slot).addr),
@@ -144,66 +146,66 @@ fn look_up(request: &LookupRequest, trace: &mut Trace) -> Result<(), Verdict> {
         )
     };
     trace.addr = addr;
-    // SAFETY: as above.
+    // SAFETY: `slot` refers to a value of BACKEND_SLOTS, whose fields are aligned.
     trace.backend = unsafe { ptr::read_volatile(&raw const (*slot).backend) };
-    // SAFETY: as above.
+    // SAFETY: `slot` refers to a value of BACKEND_SLOTS, whose fields are aligned.
     trace.slot_generation = unsafe { ptr::read_volatile(&raw const (*slot).generation) };
     if addr & request.mask != request.owner {
         return Err(Verdict::ForeignBackend);
     }
-    if place == 2 {
+    if pause_at == 2 {
         linger();
     }
 
     let backend = BACKENDS.get_ptr(trace.backend).ok_or(Verdict::Stale)?;
-    // SAFETY: the pointer is to a value of the map.
+    // SAFETY: `backend` refers to a value of BACKENDS, whose fields are aligned.
     trace.backend_generation = unsafe { ptr::read_volatile(&raw const (*backend).generation) };
-    // It may have been withdrawn since the set was read, but its id is nobody else's before a grace period has passed.
+    // The backend may have been withdrawn since the set was read, but its id is not used again before a grace period.
     let withdrawn = trace.slot_generation.wrapping_add(1);
     let current = trace.backend_generation == trace.slot_generation || trace.backend_generation == withdrawn;
-    // SAFETY: as above.
-    let (is_addr, is_port, owner) = unsafe {
+    // SAFETY: `backend` refers to a value of BACKENDS, whose fields are aligned.
+    let (backend_addr, backend_port, owner) = unsafe {
         (
             last(&raw const (*backend).addr),
             ptr::read_volatile(&raw const (*backend).port),
             ptr::read_volatile(&raw const (*backend).service),
         )
     };
-    if !current || is_addr != addr || is_port != port || owner != frontend.service {
+    if !current || backend_addr != addr || backend_port != port || owner != frontend.service {
         return Err(Verdict::Stale);
     }
     Ok(())
 }
 
-/// The last four bytes of an address, as they are in memory.
+/// Returns the last four bytes of an address in the order of memory, which is network order.
 ///
 /// # Safety
 /// `at` must be valid for reads.
 #[inline(always)]
 unsafe fn last(at: *const Addr) -> u32 {
-    // SAFETY: an `Addr` is four aligned words; see above.
+    // SAFETY: the caller passes a pointer that is valid for reads, and an `Addr` consists of four aligned words.
     unsafe { at.cast::<u32>().add(3).read_volatile() }
 }
 
-/// Takes some time.
+/// Pauses for some 400 microseconds.
 #[inline(never)]
 fn linger() {
     let mut at = 0;
     while at < LINGER {
-        // SAFETY: the helper takes nothing.
+        // SAFETY: the helper has no arguments and no preconditions.
         black_box(unsafe { bpf_ktime_get_ns() });
         at += 1;
     }
 }
 
-/// The kernel side cannot panic: a panic path that survives in the object is a verifier rejection.
+/// Required by `no_std`. A kernel program cannot panic: the verifier rejects an object with a remaining panic path.
 #[cfg(not(test))]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// Some helpers are for programs under a GPL-compatible licence only.
+/// License of the programs. The kernel allows some helpers only under a GPL-compatible license.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

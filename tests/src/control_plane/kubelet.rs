@@ -1,4 +1,4 @@
-//! What a kubelet would tell the API server of its node and its pods.
+//! Nodes and pods in the API, with the status that a kubelet would report.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
@@ -11,13 +11,13 @@ use serde_json::{Value, json};
 use super::{ControlPlane, Objects};
 use crate::{Cluster, Netns, Node, Pod};
 
-/// When all pods were started, as far as the API is concerned.
+/// The start time of all pods in the API.
 const STARTED: &str = "2026-01-01T00:00:00Z";
 
-/// The last number of the address of a node's first pod; tests start pods of their own below.
+/// The last octet of the address of a node's first pod. Pods that are not in the API have lower addresses.
 const FIRST_ADDRESS: u8 = 20;
 
-/// What a pod is made like.
+/// The specification of a pod.
 #[derive(Debug, Clone, Default)]
 pub struct PodTemplate {
     labels: BTreeMap<String, String>,
@@ -27,20 +27,20 @@ pub struct PodTemplate {
 }
 
 impl PodTemplate {
-    /// A pod with the label `app`.
+    /// Creates the specification of a pod with the label `app`.
     #[must_use]
     pub fn app(name: &str) -> Self {
         Self::default().label("app", name)
     }
 
-    /// A label.
+    /// Adds a label.
     #[must_use]
     pub fn label(mut self, name: &str, value: &str) -> Self {
         self.labels.insert(name.to_owned(), value.to_owned());
         self
     }
 
-    /// A port with a name, which a Service may have as its target.
+    /// Adds a named port, which a Service can use as its target port.
     #[must_use]
     pub fn port(mut self, name: &str, port: u16, protocol: &str) -> Self {
         let port = json!({"name": name, "containerPort": port, "protocol": protocol});
@@ -48,14 +48,14 @@ impl PodTemplate {
         self
     }
 
-    /// A readiness gate: a condition that somebody else says the pod has.
+    /// Adds a readiness gate: a condition that another controller sets on the pod.
     #[must_use]
     pub fn gate(mut self, condition: &str) -> Self {
         self.gates.push(condition.to_owned());
         self
     }
 
-    /// The pod has the node's network namespace and addresses.
+    /// Gives the pod the node's network namespace and addresses.
     #[must_use]
     pub fn host_network(mut self) -> Self {
         self.host_network = true;
@@ -63,7 +63,8 @@ impl PodTemplate {
     }
 }
 
-/// A pod as its kubelet sees it. Dropping this leaves it as it is.
+/// A pod of the cluster and its object in the API, with the status that a kubelet would report. Dropping this changes
+/// neither.
 #[derive(Debug)]
 pub struct KubeletPod<'a> {
     objects: &'a Objects,
@@ -72,10 +73,10 @@ pub struct KubeletPod<'a> {
     node: String,
     node_addresses: [IpAddr; 2],
     gates: Vec<String>,
-    /// Conditions that decide whether the pod is ready: `ContainersReady`, and gates.
+    /// The conditions that decide whether the pod is ready: `ContainersReady` and the readiness gates.
     conditions: Mutex<BTreeMap<String, bool>>,
     netns: Netns,
-    /// None where the pod has the node's network.
+    /// `None` if the pod has the node's network.
     pod: Option<Pod>,
 }
 
@@ -93,7 +94,7 @@ impl<'a> KubeletPod<'a> {
         let pod = if template.host_network {
             None
         } else {
-            // Two namespaces may have pods of the same name on one node.
+            // Two namespaces of the API may have pods of the same name on one node.
             let name = format!("{namespace}-{name}");
             Some(cluster.add_pod_at(node.name(), &name, control_plane.next_address(node)?)?)
         };
@@ -115,7 +116,7 @@ impl<'a> KubeletPod<'a> {
         });
         objects
             .create::<v1::Pod>(namespace, object)
-            .with_context(|| format!("making pod {name}"))?;
+            .with_context(|| format!("creating pod {name}"))?;
         let new = Self {
             objects,
             namespace: namespace.to_owned(),
@@ -131,25 +132,25 @@ impl<'a> KubeletPod<'a> {
         Ok(new)
     }
 
-    /// Its name in the API.
+    /// The pod's name in the API.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The name of its node.
+    /// The name of the pod's node.
     #[must_use]
     pub fn node(&self) -> &str {
         &self.node
     }
 
-    /// Where its processes run.
+    /// The network namespace of the pod's processes.
     #[must_use]
     pub fn netns(&self) -> &Netns {
         &self.netns
     }
 
-    /// Its addresses, IPv4 first.
+    /// Returns the pod's addresses, IPv4 first.
     #[must_use]
     pub fn addresses(&self) -> [IpAddr; 2] {
         self.pod
@@ -157,7 +158,7 @@ impl<'a> KubeletPod<'a> {
             .map_or(self.node_addresses, |pod| [pod.address().into(), pod.address6().into()])
     }
 
-    /// Its containers pass their readiness probes, or do not.
+    /// Reports whether the pod's containers pass their readiness probes.
     ///
     /// # Errors
     /// If the API server refuses it.
@@ -165,7 +166,7 @@ impl<'a> KubeletPod<'a> {
         self.set_condition("ContainersReady", ready)
     }
 
-    /// A condition holds, or does not; one that a gate names decides with.
+    /// Sets a condition of the pod; the condition of a readiness gate decides whether the pod is ready.
     ///
     /// # Errors
     /// If the API server refuses it.
@@ -176,7 +177,7 @@ impl<'a> KubeletPod<'a> {
         self.report()
     }
 
-    /// Somebody deletes the pod: it has time to end, and is terminating until [`Self::finish`].
+    /// Deletes the pod with a grace period. It is terminating until [`Self::finish`].
     ///
     /// # Errors
     /// If the API server refuses it.
@@ -186,10 +187,10 @@ impl<'a> KubeletPod<'a> {
             .with_context(|| format!("deleting pod {}", self.name))
     }
 
-    /// All its containers have ended: the object goes, and so do the namespace and all processes in it.
+    /// Ends the pod: removes the object, the network namespace and all processes in it.
     ///
     /// # Errors
-    /// If something cannot be removed.
+    /// If one of them cannot be removed.
     pub fn finish(self, cluster: &Cluster) -> Result<()> {
         self.objects
             .delete::<v1::Pod>(&self.namespace, &self.name, Some(0))
@@ -197,10 +198,10 @@ impl<'a> KubeletPod<'a> {
         self.pod.map_or(Ok(()), |pod| cluster.remove_pod(&pod))
     }
 
-    /// Writes the pod's status.
+    /// Writes the pod's status to the API.
     fn report(&self) -> Result<()> {
-        let known = self.conditions.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let holds = |condition: &str| known.get(condition).copied().unwrap_or(false);
+        let current = self.conditions.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let holds = |condition: &str| current.get(condition).copied().unwrap_or(false);
         let containers = holds("ContainersReady");
         let ready = containers && self.gates.iter().all(|gate| holds(gate));
         let mut conditions = vec![condition("Initialized", true), condition("PodScheduled", true)];
@@ -230,8 +231,8 @@ impl<'a> KubeletPod<'a> {
 }
 
 impl ControlPlane {
-    /// An address of a node that no pod has had: nobody tells its neighbours of the hardware address of the next one, as
-    /// a CNI does.
+    /// Returns an address of a node that no pod has had before. Addresses are not used again, because the test bed does not
+    /// announce the hardware address of a new pod to its neighbors, as a CNI plugin does.
     fn next_address(&self, node: &Node) -> Result<Ipv4Addr> {
         let mut last = self.last_address.lock().unwrap_or_else(PoisonError::into_inner);
         let last = last.entry(node.name().to_owned()).or_insert(FIRST_ADDRESS - 1);
@@ -242,7 +243,7 @@ impl ControlPlane {
         Ok(Ipv4Addr::new(a, b, c, *last))
     }
 
-    /// Tells the API server of a node: its addresses, and those of its pods.
+    /// Creates the Node object of a node, with its addresses and the networks of its pods.
     pub(super) fn add_node(&self, node: &Node) -> Result<()> {
         let pods = [
             format!("{}/24", node.pod_network()),
@@ -254,14 +255,14 @@ impl ControlPlane {
         });
         self.objects()
             .create_global::<v1::Node>(object)
-            .with_context(|| format!("making node {}", node.name()))?;
+            .with_context(|| format!("creating node {}", node.name()))?;
         let addresses = json!([
             {"type": "InternalIP", "address": node.address()},
             {"type": "InternalIP", "address": node.address6()},
             {"type": "Hostname", "address": node.name()},
         ]);
         let ready = condition("Ready", true);
-        // The share of a zone in all processors decides about hints in topology mode Auto.
+        // Hints in topology mode Auto depend on the share of each zone in the processors of all nodes.
         let room = json!({"cpu": "4", "memory": "8Gi", "pods": "110"});
         let status = json!({"addresses": addresses, "conditions": [ready], "capacity": room, "allocatable": room});
         self.objects()
@@ -270,7 +271,7 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Labels a node as one of a zone, or of none.
+    /// Sets or removes the zone label of a node.
     ///
     /// # Errors
     /// If the API server refuses it.
@@ -278,7 +279,7 @@ impl ControlPlane {
         let labels = json!({"metadata": {"labels": {"topology.kubernetes.io/zone": zone}}});
         self.objects()
             .patch_global::<v1::Node>(node, labels, false)
-            .with_context(|| format!("labelling node {node}"))?;
+            .with_context(|| format!("labeling node {node}"))?;
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! A namespace of the API for one test.
+//! Namespaces of the API, one per test.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{ControlPlane, KubeletPod, Objects, PodTemplate};
 use crate::{Cluster, eventually_within};
 
-/// A namespace. Dropping it deletes the Services and pods in it; the name stays taken.
+/// A namespace. Dropping this deletes the Services, EndpointSlices and pods in it, but not the namespace itself.
 #[derive(Debug)]
 pub struct Namespace<'a> {
     control_plane: &'a ControlPlane,
@@ -19,15 +19,15 @@ pub struct Namespace<'a> {
 }
 
 impl ControlPlane {
-    /// Makes a namespace.
+    /// Creates a namespace.
     ///
     /// # Errors
-    /// If there is such a one already.
+    /// If there is already a namespace of this name.
     pub fn namespace(&self, name: &str) -> Result<Namespace<'_>> {
         let object = json!({"metadata": {"name": name}});
         self.objects
             .create_global::<k8s_openapi::api::core::v1::Namespace>(object)
-            .with_context(|| format!("making namespace {name}"))?;
+            .with_context(|| format!("creating namespace {name}"))?;
         Ok(Namespace {
             control_plane: self,
             objects: &self.objects,
@@ -37,7 +37,7 @@ impl ControlPlane {
 }
 
 impl<'a> Namespace<'a> {
-    /// Its name.
+    /// The name of the namespace.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
@@ -49,7 +49,7 @@ impl<'a> Namespace<'a> {
         self.objects
     }
 
-    /// Makes a Service; what the API server has added, its addresses for one, is in what is returned.
+    /// Creates a Service and returns it with the fields that the API server has added, such as its addresses.
     ///
     /// # Errors
     /// If the API server refuses it.
@@ -57,7 +57,7 @@ impl<'a> Namespace<'a> {
         self.create_labelled_service(name, json!({}), spec)
     }
 
-    /// The same with labels.
+    /// Creates a Service with labels, like [`Self::create_service`].
     ///
     /// # Errors
     /// If the API server refuses it.
@@ -67,7 +67,7 @@ impl<'a> Namespace<'a> {
         object["spec"] = spec;
         self.objects
             .create(&self.name, object)
-            .with_context(|| format!("making Service {name}"))
+            .with_context(|| format!("creating Service {name}"))
     }
 
     /// Changes a Service by a merge patch.
@@ -80,7 +80,7 @@ impl<'a> Namespace<'a> {
             .with_context(|| format!("changing Service {name}"))
     }
 
-    /// Changes the status of a Service by a merge patch, as a cloud's controller does.
+    /// Changes the status of a Service by a merge patch, as the controller of a cloud provider does.
     ///
     /// # Errors
     /// If the API server refuses it.
@@ -93,14 +93,14 @@ impl<'a> Namespace<'a> {
     /// Deletes a Service.
     ///
     /// # Errors
-    /// If there is none.
+    /// If there is no such Service.
     pub fn delete_service(&self, name: &str) -> Result<()> {
         self.objects
             .delete::<Service>(&self.name, name, None)
             .with_context(|| format!("deleting Service {name}"))
     }
 
-    /// The slices of a Service.
+    /// Returns the EndpointSlices of a Service.
     ///
     /// # Errors
     /// If the API server does not answer.
@@ -109,28 +109,28 @@ impl<'a> Namespace<'a> {
             .list(&self.name, &format!("kubernetes.io/service-name={service}"))
     }
 
-    /// Waits until the slices of a Service have so many endpoints that are ready.
+    /// Waits until the EndpointSlices of a Service have exactly `count` ready endpoints.
     ///
     /// # Errors
     /// If that takes too long.
     pub fn wait_for_ready(&self, service: &str, count: usize) -> Result<()> {
         eventually_within(
             Duration::from_secs(60),
-            &format!("{count} endpoints of {service}"),
+            &format!("{count} ready endpoints of {service}"),
             || {
                 let slices = self.slices(service)?;
                 let conditions = slice_endpoints(&slices).filter_map(|endpoint| endpoint.conditions.as_ref());
                 let ready = conditions.filter(|conditions| conditions.ready == Some(true)).count();
-                ensure!(ready == count, "{ready} of {slices:?}");
+                ensure!(ready == count, "{ready} are ready: {slices:?}");
                 Ok(())
             },
         )
     }
 
-    /// Starts a pod on a node of the cluster and tells the API server of it; it is not ready yet.
+    /// Creates a pod on a node of the cluster and in the API. It is not ready yet.
     ///
     /// # Errors
-    /// If the node has such a pod, or the API server refuses it.
+    /// If the node has a pod of this name, or the API server refuses it.
     pub fn start_pod(
         &self,
         cluster: &Cluster,
@@ -153,7 +153,7 @@ impl Drop for Namespace<'_> {
     }
 }
 
-/// All endpoints of slices.
+/// Returns all endpoints of several EndpointSlices.
 pub fn slice_endpoints(slices: &[EndpointSlice]) -> impl Iterator<Item = &Endpoint> {
     slices.iter().flat_map(|slice| slice.endpoints.iter().flatten())
 }

@@ -1,4 +1,4 @@
-//! Objects of the API, read and written from ordinary threads.
+//! A blocking client for objects of the Kubernetes API.
 
 use std::fmt::Debug;
 use std::path::Path;
@@ -19,12 +19,12 @@ use tokio::time::timeout;
 
 use crate::{Netns, scaled_timeout};
 
-/// How long one request may take.
+/// Time limit of one request.
 const REQUEST: Duration = Duration::from_secs(20);
 
-/// A client of the API server whose connections are made in a place.
+/// A client of the API server that opens its connections in a network namespace.
 pub struct Objects {
-    /// All of its threads have entered the place's network namespace.
+    /// All threads of the runtime have entered the network namespace.
     runtime: Runtime,
     client: Mutex<Option<Client>>,
 }
@@ -35,7 +35,7 @@ impl Debug for Objects {
     }
 }
 
-/// What the API has.
+/// A type of objects of the API.
 pub trait Object:
     Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Serialize + Send + Sync + 'static
 {
@@ -46,13 +46,13 @@ impl<K> Object for K where
 {
 }
 
-/// What it has in namespaces.
+/// A type of objects that belong to a namespace.
 pub trait Namespaced: Object + Resource<Scope = NamespaceResourceScope> {}
 
 impl<K> Namespaced for K where K: Object + Resource<Scope = NamespaceResourceScope> {}
 
 impl Objects {
-    /// One that is not connected yet.
+    /// Creates a client that is not connected yet.
     pub(super) fn new(netns: &Netns) -> Result<Self> {
         let netns = netns.open()?;
         let runtime = Builder::new_multi_thread()
@@ -60,8 +60,7 @@ impl Objects {
             .enable_all()
             .thread_name("objects")
             .on_thread_start(move || {
-                setns(&netns, CloneFlags::CLONE_NEWNET)
-                    .expect("a thread may enter the namespace that its cluster made");
+                setns(&netns, CloneFlags::CLONE_NEWNET).expect("a thread may enter a namespace of its own cluster");
             })
             .build()
             .context("starting a runtime")?;
@@ -71,14 +70,14 @@ impl Objects {
         })
     }
 
-    /// Takes server and credentials from a kubeconfig.
+    /// Sets server and credentials from a kubeconfig.
     pub(super) fn connect(&self, kubeconfig: &Path) -> Result<()> {
         let client = self.client_of(kubeconfig)?;
         *self.client.lock().unwrap_or_else(PoisonError::into_inner) = Some(client);
         Ok(())
     }
 
-    /// Another client, which works on threads of this one.
+    /// Returns a `kube` client for a kubeconfig. It must be used on threads of this runtime.
     pub(super) fn client_of(&self, kubeconfig: &Path) -> Result<Client> {
         let kubeconfig = Kubeconfig::read_from(kubeconfig).context("reading a kubeconfig")?;
         self.run(async move {
@@ -87,7 +86,7 @@ impl Objects {
         })
     }
 
-    /// Runs a request on a thread that is in the namespace.
+    /// Runs a request on a thread in the network namespace and waits for its result.
     pub(super) fn run<T: Send + 'static>(&self, work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
         let task = self
             .runtime
@@ -98,13 +97,13 @@ impl Objects {
 
     fn client(&self) -> Result<Client> {
         let client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        client.clone().context("there was no API server yet")
+        client.clone().context("the API server was not started yet")
     }
 
-    /// Runs a request of the caller's own making.
+    /// Runs a request that `request` makes with the client, and waits for its result.
     ///
     /// # Errors
-    /// If it fails, or takes too long.
+    /// If the request fails, or takes too long.
     pub fn with<T, F>(&self, request: impl FnOnce(Client) -> F) -> Result<T>
     where
         T: Send + 'static,
@@ -113,7 +112,7 @@ impl Objects {
         self.run(request(self.client()?))
     }
 
-    /// Posts to a path, as to a subresource of an object, and returns the answer.
+    /// Sends a POST request to a path, for example of a subresource, and returns the response.
     ///
     /// # Errors
     /// If the API server refuses it.
@@ -125,12 +124,12 @@ impl Objects {
         self.with(|client| async move { Ok(client.request(request).await?) })
     }
 
-    /// Makes an object.
+    /// Creates an object in a namespace.
     ///
     /// # Errors
-    /// If it is not one, or the API server refuses it.
+    /// If `object` is not of type `K`, or the API server refuses it.
     pub fn create<K: Namespaced>(&self, namespace: &str, object: Value) -> Result<K> {
-        let object: K = serde_json::from_value(object).context("not such an object")?;
+        let object: K = serde_json::from_value(object).context("not an object of that type")?;
         let namespace = namespace.to_owned();
         self.with(|client| async move {
             let api = Api::<K>::namespaced(client, &namespace);
@@ -138,25 +137,25 @@ impl Objects {
         })
     }
 
-    /// Makes an object that is in no namespace.
+    /// Creates an object without a namespace.
     ///
     /// # Errors
-    /// As [`Self::create`].
+    /// If `object` is not of type `K`, or the API server refuses it.
     pub fn create_global<K: Object>(&self, object: Value) -> Result<K> {
-        let object: K = serde_json::from_value(object).context("not such an object")?;
+        let object: K = serde_json::from_value(object).context("not an object of that type")?;
         self.with(|client| async move { Ok(Api::<K>::all(client).create(&PostParams::default(), &object).await?) })
     }
 
-    /// An object.
+    /// Returns an object.
     ///
     /// # Errors
-    /// If there is none.
+    /// If there is no such object.
     pub fn get<K: Namespaced>(&self, namespace: &str, name: &str) -> Result<K> {
         let (namespace, name) = (namespace.to_owned(), name.to_owned());
         self.with(|client| async move { Ok(Api::<K>::namespaced(client, &namespace).get(&name).await?) })
     }
 
-    /// Objects with these labels, as `app=web`.
+    /// Returns the objects with these labels, for example `app=web`.
     ///
     /// # Errors
     /// If the API server does not answer.
@@ -177,7 +176,7 @@ impl Objects {
         })
     }
 
-    /// The same for an object's status.
+    /// Merges a change into the status of an object, like [`Self::patch`].
     ///
     /// # Errors
     /// If the API server refuses it.
@@ -191,7 +190,7 @@ impl Objects {
         })
     }
 
-    /// Changes an object that is in no namespace, or its status.
+    /// Merges a change into an object without a namespace, or into its status.
     ///
     /// # Errors
     /// If the API server refuses it.
@@ -207,10 +206,10 @@ impl Objects {
         })
     }
 
-    /// Deletes an object, with so many seconds of grace if it is one that needs time to end.
+    /// Deletes an object, with a grace period in seconds for a pod.
     ///
     /// # Errors
-    /// If the API server refuses it, or there is none.
+    /// If the API server refuses it, or there is no such object.
     pub fn delete<K: Namespaced>(&self, namespace: &str, name: &str, grace: Option<u32>) -> Result<()> {
         let (namespace, name) = (namespace.to_owned(), name.to_owned());
         let params = DeleteParams {
@@ -223,7 +222,7 @@ impl Objects {
         })
     }
 
-    /// Deletes all objects of a kind in a namespace, without grace.
+    /// Deletes all objects of a type in a namespace, without a grace period.
     ///
     /// # Errors
     /// If the API server refuses it.

@@ -1,9 +1,8 @@
-//! Between agents and the API server: a proxy that breaks connections off, and tells events of different objects in
-//! another order and some twice.
+//! A proxy between agents and the API server that ends watches, reorders events of different objects, and repeats events.
 //!
-//! It does nothing that an agent must not be prepared for. The events of one object stay in their order; what is told
-//! twice is the newest event of an object; a bookmark, an error and the end of a watch come after everything that was
-//! held back. Plain HTTP, as whoever the kubeconfig says.
+//! An agent must tolerate everything that it does. The events of one object stay in their order, and only the newest event
+//! of an object is repeated. A bookmark, an error and the end of a watch follow after all events that were held back.
+//! Agents connect by plain HTTP; the proxy authenticates with the user of a kubeconfig.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -28,31 +27,31 @@ use tokio::task::JoinHandle;
 use super::ControlPlane;
 use crate::Random;
 
-/// Where it listens.
+/// Port of the proxy.
 const PORT: u16 = 8001;
-/// How long events are held back after the last of them.
-const HELD: Duration = Duration::from_millis(150);
-/// How many are.
-const MOST_HELD: usize = 12;
-/// A watch ends after so many events, on average.
-const LENGTH: u64 = 40;
-/// How many lines may wait for a slow agent.
-const WAITING: usize = 1000;
+/// Time without a new event after which pending events are released.
+const RELEASE_AFTER: Duration = Duration::from_millis(150);
+/// The highest number of pending events.
+const MAX_PENDING: usize = 12;
+/// Number of events after which the proxy ends a watch, on average.
+const EVENTS_PER_WATCH: u64 = 40;
+/// Capacity of the queue of lines to an agent.
+const QUEUE: usize = 1000;
 
-/// What a mixer has done.
+/// Counters of a [`WatchProxy`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WatchProxyStats {
-    /// Events that were told before one that is older.
-    pub late: u64,
-    /// Events that were told once more.
+    /// Events that were sent before an older one.
+    pub reordered: u64,
+    /// Events that were sent twice.
     pub repeated: u64,
-    /// Watches that it has ended.
+    /// Watches that the proxy has ended.
     pub ended: u64,
-    /// Watches that the API server would not go on with: 410 Gone.
+    /// Watches that the API server has ended or refused with 410 Gone.
     pub gone: u64,
 }
 
-/// The proxy. It ends when this is dropped.
+/// A proxy between agents and the API server. Dropping this ends it.
 pub struct WatchProxy {
     shared: Arc<Shared>,
     address: SocketAddr,
@@ -69,28 +68,28 @@ impl fmt::Debug for WatchProxy {
 
 struct Shared {
     client: kube::Client,
-    mix: bool,
+    reorder: bool,
     random: Mutex<Random>,
     open: watch::Sender<bool>,
-    late: AtomicU64,
+    reordered: AtomicU64,
     repeated: AtomicU64,
     ended: AtomicU64,
     gone: AtomicU64,
 }
 
 impl ControlPlane {
-    /// Starts a proxy that is open, for agents that are `user`; with `random`, it mixes events.
+    /// Starts a proxy that authenticates as `user`. With `random`, it reorders and repeats events and ends watches.
     ///
     /// # Errors
-    /// If it cannot listen.
+    /// If the proxy cannot listen.
     pub fn watch_proxy(&self, user: &str, random: Option<Random>) -> Result<WatchProxy> {
         let address = SocketAddr::new(self.address().into(), PORT);
         let shared = Arc::new(Shared {
             client: self.objects().client_of(&self.kubeconfig(user))?,
-            mix: random.is_some(),
+            reorder: random.is_some(),
             random: Mutex::new(random.unwrap_or_else(|| Random::new(0))),
             open: watch::Sender::new(true),
-            late: AtomicU64::default(),
+            reordered: AtomicU64::default(),
             repeated: AtomicU64::default(),
             ended: AtomicU64::default(),
             gone: AtomicU64::default(),
@@ -100,7 +99,7 @@ impl ControlPlane {
             let listener = TcpListener::bind(address).await.context("listening")?;
             Ok(tokio::spawn(async move {
                 if let Err(error) = axum::serve(listener, router).await {
-                    eprintln!("mixer: {error}");
+                    eprintln!("watch proxy: {error}");
                 }
             }))
         })?;
@@ -113,28 +112,28 @@ impl ControlPlane {
 }
 
 impl WatchProxy {
-    /// Where agents find the API server.
+    /// Returns the URL of the proxy, which agents use as API server.
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// Ends all watches, and answers nobody any more.
-    pub fn shut(&self) {
+    /// Ends all watches, and answers further requests with 503 Service Unavailable.
+    pub fn close(&self) {
         self.shared.open.send_replace(false);
     }
 
-    /// Serves again.
+    /// Serves requests again, after [`Self::close`].
     pub fn open(&self) {
         self.shared.open.send_replace(true);
     }
 
-    /// What it has done so far.
+    /// Returns the counters.
     #[must_use]
     pub fn stats(&self) -> WatchProxyStats {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         WatchProxyStats {
-            late: count(&self.shared.late),
+            reordered: count(&self.shared.reordered),
             repeated: count(&self.shared.repeated),
             ended: count(&self.shared.ended),
             gone: count(&self.shared.gone),
@@ -144,12 +143,12 @@ impl WatchProxy {
 
 impl Drop for WatchProxy {
     fn drop(&mut self) {
-        self.shut();
+        self.close();
         self.server.abort();
     }
 }
 
-/// Hands a request on.
+/// Forwards a request to the API server.
 async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     if !*shared.open.borrow() {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
@@ -160,44 +159,47 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
         .map(ToString::to_string)
         .unwrap_or_default();
     let method = request.method().clone();
-    let watches = request
+    let is_watch = request
         .uri()
         .query()
         .is_some_and(|query| query.split('&').any(|word| word == "watch=true"));
     let Ok(body) = axum::body::to_bytes(request.into_body(), usize::MAX).await else {
         return StatusCode::BAD_REQUEST.into_response();
     };
-    let onward = http::Request::builder()
+    let forwarded = http::Request::builder()
         .method(method)
         .uri(path)
         .header(header::CONTENT_TYPE, "application/json")
         .header(header::ACCEPT, "application/json")
         .body(body.to_vec());
-    let Ok(onward) = onward else {
+    let Ok(forwarded) = forwarded else {
         return StatusCode::BAD_REQUEST.into_response();
     };
-    if !watches {
-        let answer = shared.client.send(onward.map(Into::into)).await;
-        return answer.map_or_else(|error| refusal(&shared, &error), |answer| answer.map(Body::new));
+    if !is_watch {
+        let response = shared.client.send(forwarded.map(Into::into)).await;
+        return response.map_or_else(
+            |error| error_response(&shared, &error),
+            |response| response.map(Body::new),
+        );
     }
-    match shared.client.request_stream(onward).await {
-        Err(error) => refusal(&shared, &error),
+    match shared.client.request_stream(forwarded).await {
+        Err(error) => error_response(&shared, &error),
         Ok(lines) => {
-            let (sender, receiver) = mpsc::channel(WAITING);
-            tokio::spawn(mix(shared, lines.lines(), sender));
-            let told = stream::unfold(receiver, async |mut receiver| {
+            let (sender, receiver) = mpsc::channel(QUEUE);
+            tokio::spawn(forward_events(shared, lines.lines(), sender));
+            let lines = stream::unfold(receiver, async |mut receiver| {
                 receiver
                     .recv()
                     .await
                     .map(|line| (Ok::<_, std::convert::Infallible>(line), receiver))
             });
-            ([(header::CONTENT_TYPE, "application/json")], Body::from_stream(told)).into_response()
+            ([(header::CONTENT_TYPE, "application/json")], Body::from_stream(lines)).into_response()
         }
     }
 }
 
-/// What the API server refused, refused the same way; if it is not there, so is this.
-fn refusal(shared: &Shared, error: &kube::Error) -> Response {
+/// Returns the API server's own error response, or 503 Service Unavailable if it did not respond.
+fn error_response(shared: &Shared, error: &kube::Error) -> Response {
     let kube::Error::Api(status) = error else {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
     };
@@ -208,22 +210,22 @@ fn refusal(shared: &Shared, error: &kube::Error) -> Response {
     (code, axum::Json(status)).into_response()
 }
 
-/// Tells the events of one watch.
-async fn mix(
+/// Forwards the events of one watch to the agent.
+async fn forward_events(
     shared: Arc<Shared>,
     mut lines: impl Stream<Item = std::io::Result<String>> + Unpin,
     to: mpsc::Sender<String>,
 ) {
     let mut open = shared.open.subscribe();
-    let mut held = Held::default();
+    let mut pending = PendingEvents::default();
     loop {
         let line = tokio::select! {
             line = lines.next() => line,
-            () = tokio::time::sleep(HELD), if !held.is_empty() => {
-                if !held.release(&shared, &to).await { return }
+            () = tokio::time::sleep(RELEASE_AFTER), if !pending.is_empty() => {
+                if !pending.release(&shared, &to).await { return }
                 continue;
             }
-            () = shut(&mut open) => None,
+            () = closed(&mut open) => None,
         };
         let Some(Ok(line)) = line else { break };
         let event: Value = serde_json::from_str(&line).unwrap_or_default();
@@ -232,15 +234,15 @@ async fn mix(
         }
         let key = &event["object"]["metadata"];
         let is_change = matches!(event["type"].as_str(), Some("ADDED" | "MODIFIED" | "DELETED"));
-        if !shared.mix || !is_change {
-            if !held.release(&shared, &to).await || to.send(line + "\n").await.is_err() {
+        if !shared.reorder || !is_change {
+            if !pending.release(&shared, &to).await || to.send(line + "\n").await.is_err() {
                 return;
             }
             continue;
         }
-        held.add(format!("{}/{}", key["namespace"], key["name"]), line + "\n");
-        let (full, ends) = (held.len() >= MOST_HELD, shared.chance(LENGTH));
-        if full && !held.release(&shared, &to).await {
+        pending.add(format!("{}/{}", key["namespace"], key["name"]), line + "\n");
+        let (full, ends) = (pending.len() >= MAX_PENDING, shared.chance(EVENTS_PER_WATCH));
+        if full && !pending.release(&shared, &to).await {
             return;
         }
         if ends {
@@ -248,17 +250,17 @@ async fn mix(
             break;
         }
     }
-    held.release(&shared, &to).await;
+    pending.release(&shared, &to).await;
 }
 
-/// Returns when nobody is to be served any more.
-async fn shut(open: &mut watch::Receiver<bool>) {
-    // That the other end is gone means the same.
+/// Returns when the proxy is closed.
+async fn closed(open: &mut watch::Receiver<bool>) {
+    // An error means that the proxy was dropped, which also ends the watch.
     let _ = open.wait_for(|open| !open).await;
 }
 
 impl Shared {
-    /// Happens once in so many times.
+    /// Returns true once in `one_in` cases.
     fn chance(&self, one_in: u64) -> bool {
         self.below(one_in) == 0
     }
@@ -268,16 +270,16 @@ impl Shared {
     }
 }
 
-/// Events that wait.
+/// Events that are held back.
 #[derive(Debug, Default)]
-struct Held {
-    /// Object and line, as they came.
+struct PendingEvents {
+    /// Object and line of each event, in the order of arrival.
     events: VecDeque<(String, String)>,
-    /// The newest of each object that was told.
-    told: HashMap<String, String>,
+    /// The newest event of each object that was sent.
+    sent: HashMap<String, String>,
 }
 
-impl Held {
+impl PendingEvents {
     fn is_empty(&self) -> bool {
         self.events.is_empty()
     }
@@ -290,7 +292,8 @@ impl Held {
         self.events.push_back((key, line));
     }
 
-    /// Tells all of them, in an order in which each object's events are as they were; false if nobody listens.
+    /// Sends all events in a random order that keeps the order of each object's events. Returns false if the agent has
+    /// closed the watch.
     async fn release(&mut self, shared: &Shared, to: &mpsc::Sender<String>) -> bool {
         while !self.events.is_empty() {
             let any = shared.below(self.events.len() as u64) as usize;
@@ -298,18 +301,18 @@ impl Held {
             let key = self.events[any].0.clone();
             let first = self.events.iter().position(|(other, _)| *other == key).unwrap_or(any);
             if first > 0 {
-                shared.late.fetch_add(1, Ordering::Relaxed);
+                shared.reordered.fetch_add(1, Ordering::Relaxed);
             }
             let Some((key, line)) = self.events.remove(first) else {
                 break;
             };
-            self.told.insert(key, line.clone());
+            self.sent.insert(key, line.clone());
             if to.send(line).await.is_err() {
                 return false;
             }
             if shared.chance(3) {
-                let nth = shared.below(self.told.len() as u64) as usize;
-                let again = self.told.values().nth(nth).cloned().unwrap_or_default();
+                let nth = shared.below(self.sent.len() as u64) as usize;
+                let again = self.sent.values().nth(nth).cloned().unwrap_or_default();
                 shared.repeated.fetch_add(1, Ordering::Relaxed);
                 if to.send(again).await.is_err() {
                     return false;

@@ -1,4 +1,4 @@
-//! From a pod's specification to what runc takes (runtime-spec 1.0, config.json).
+//! Converts the specification of a pod to the configuration of runc (runtime-spec 1.0, config.json).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 
 use super::{CGROUP2, ContainerExtras, Image};
 
-/// What containerd's default is for a container that does not say.
+/// The PATH that containerd sets for a container without one.
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// What a container cannot see of /proc and /sys unless it is privileged, as runtimes have it by default.
+/// Paths of /proc and /sys that are hidden in a container that is not privileged, as runtimes do by default.
 const MASKED: [&str; 8] = [
     "/proc/acpi",
     "/proc/kcore",
@@ -23,7 +23,7 @@ const MASKED: [&str; 8] = [
     "/sys/firmware",
 ];
 
-/// What it cannot write.
+/// Paths that are read-only in a container that is not privileged.
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// Capabilities in the order of their numbers (linux/capability.h).
@@ -71,47 +71,44 @@ const CAPABILITIES: [&str; 41] = [
     "CHECKPOINT_RESTORE",
 ];
 
-/// A container to be.
+/// The configuration of a container.
 pub(super) struct Bundle<'a> {
     pub(super) node: &'a str,
     pub(super) image: &'a Image,
     pub(super) rootfs: PathBuf,
-    /// Its cgroup, from the root of the hierarchy.
+    /// The container's cgroup, from the root of the hierarchy.
     pub(super) cgroup: PathBuf,
-    /// For what it needs besides.
+    /// Directory for the container's empty volumes.
     pub(super) folder: &'a Path,
 }
 
 impl Bundle<'_> {
-    pub(super) fn config(&self, pod: &Value, container: &Value, more: &ContainerExtras<'_>) -> Result<Value> {
-        ensure!(
-            pod["hostNetwork"] == true,
-            "only pods with the node's network are known here"
-        );
+    pub(super) fn config(&self, pod: &Value, container: &Value, extras: &ContainerExtras<'_>) -> Result<Value> {
+        ensure!(pod["hostNetwork"] == true, "pods without hostNetwork are not supported");
         let security = &container["securityContext"];
         let privileged = security["privileged"] == true;
         let capabilities = capabilities(security)?;
-        let mut mounts = own_mounts(privileged);
+        let mut mounts = default_mounts(privileged);
         let mut propagation = "rslave";
         for mount in array(&container["volumeMounts"]) {
-            let how = match mount["mountPropagation"].as_str() {
+            let mode = match mount["mountPropagation"].as_str() {
                 None | Some("None") => "rprivate",
                 Some("HostToContainer") => "rslave",
                 Some("Bidirectional") if privileged => "rshared",
-                Some(other) => bail!("mount propagation {other}, which only a privileged container may have"),
+                Some(other) => bail!("mount propagation {other} needs a privileged container"),
             };
-            if how == "rshared" {
-                propagation = how;
+            if mode == "rshared" {
+                propagation = mode;
             }
             let access = if mount["readOnly"] == true { "ro" } else { "rw" };
             mounts.push(json!({
                 "destination": mount["mountPath"],
                 "type": "bind",
-                "source": self.volume(pod, text(&mount["name"])?, more)?,
-                "options": ["rbind", how, access],
+                "source": self.volume(pod, text(&mount["name"])?, extras)?,
+                "options": ["rbind", mode, access],
             }));
         }
-        let folders = more.mounts.iter().map(|(from, at)| (from.as_path(), Path::new(at)));
+        let folders = extras.mounts.iter().map(|(from, at)| (from.as_path(), Path::new(at)));
         let binds = self.image.binds.iter().map(|(from, at)| (from.as_path(), at.as_path()));
         for (from, at) in folders.chain(binds) {
             mounts.push(json!({
@@ -135,8 +132,8 @@ impl Bundle<'_> {
             "ociVersion": "1.0.2",
             "process": {
                 "user": {"uid": security["runAsUser"].as_u64().unwrap_or(0), "gid": 0},
-                "args": self.command_line(container, more)?,
-                "env": self.env(container, more)?,
+                "args": self.command_line(container, extras)?,
+                "env": self.env(container, extras)?,
                 "cwd": "/",
                 "noNewPrivileges": security["allowPrivilegeEscalation"] == false,
                 "capabilities": {
@@ -156,8 +153,8 @@ impl Bundle<'_> {
         }))
     }
 
-    /// `command` stands for the image's entry point, `args` follow.
-    fn command_line(&self, container: &Value, more: &ContainerExtras<'_>) -> Result<Vec<String>> {
+    /// Returns the command line: `command` replaces the image's entry point, and `args` follow.
+    fn command_line(&self, container: &Value, extras: &ContainerExtras<'_>) -> Result<Vec<String>> {
         let words = |value: &Value| {
             array(value)
                 .map(|word| text(word).map(str::to_owned))
@@ -168,8 +165,8 @@ impl Bundle<'_> {
             line.clone_from(&self.image.entrypoint);
         }
         line.extend(words(&container["args"])?);
-        line.extend(more.arguments.iter().cloned());
-        // As $(NODE_NAME) in an argument.
+        line.extend(extras.arguments.iter().cloned());
+        // Replaces references to variables, for example $(NODE_NAME) in an argument.
         for (name, value) in self.variables(container)? {
             for word in &mut line {
                 *word = word.replace(&format!("$({name})"), &value);
@@ -178,10 +175,10 @@ impl Bundle<'_> {
         Ok(line)
     }
 
-    fn env(&self, container: &Value, more: &ContainerExtras<'_>) -> Result<Vec<String>> {
+    fn env(&self, container: &Value, extras: &ContainerExtras<'_>) -> Result<Vec<String>> {
         let own = self.variables(container)?;
         let own = own.into_iter().map(|(name, value)| format!("{name}={value}"));
-        let more = more.env.iter().map(|(name, value)| format!("{name}={value}"));
+        let more = extras.env.iter().map(|(name, value)| format!("{name}={value}"));
         Ok([PATH.to_owned()].into_iter().chain(own).chain(more).collect())
     }
 
@@ -197,34 +194,34 @@ impl Bundle<'_> {
             .collect()
     }
 
-    /// Where a volume of the pod is.
-    fn volume(&self, pod: &Value, name: &str, more: &ContainerExtras<'_>) -> Result<PathBuf> {
-        if let Some(folder) = more.volumes.get(name) {
+    /// Returns the directory of a volume of the pod.
+    fn volume(&self, pod: &Value, name: &str, extras: &ContainerExtras<'_>) -> Result<PathBuf> {
+        if let Some(folder) = extras.volumes.get(name) {
             return Ok(folder.clone());
         }
         let volume = array(&pod["volumes"]).find(|volume| volume["name"] == name);
         let volume = volume.with_context(|| format!("the pod has no volume {name}"))?;
         let path = volume["hostPath"]["path"].as_str();
-        let path = PathBuf::from(path.with_context(|| format!("volume {name} is none of the node's"))?);
+        let path = PathBuf::from(path.with_context(|| format!("volume {name} is not a host path"))?);
         if path.exists() {
             return Ok(path);
         }
         match volume["hostPath"]["type"].as_str() {
-            Some("FileOrCreate") => fs::write(&path, "").with_context(|| format!("making {}", path.display()))?,
-            // The runtime makes a folder. Not on this machine.
+            Some("FileOrCreate") => fs::write(&path, "").with_context(|| format!("creating {}", path.display()))?,
+            // A runtime would create the directory on the host. Here it is created in the container's own directory.
             None | Some("") => {
                 let empty = self.folder.join(name);
-                fs::create_dir_all(&empty).with_context(|| format!("making {}", empty.display()))?;
+                fs::create_dir_all(&empty).with_context(|| format!("creating {}", empty.display()))?;
                 return Ok(empty);
             }
-            Some(kind) => bail!("there is no {} ({kind})", path.display()),
+            Some(kind) => bail!("{} ({kind}) does not exist", path.display()),
         }
         Ok(path)
     }
 }
 
-/// What runtimes mount before all volumes. A cgroup namespace shows the container's own cgroup.
-fn own_mounts(privileged: bool) -> Vec<Value> {
+/// Returns the mounts that runtimes add before the volumes. A cgroup namespace shows the container's own cgroup.
+fn default_mounts(privileged: bool) -> Vec<Value> {
     let access = if privileged { "rw" } else { "ro" };
     let mount = |destination: &str, kind: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
     vec![
@@ -235,26 +232,26 @@ fn own_mounts(privileged: bool) -> Vec<Value> {
     ]
 }
 
-/// What a container may do. Of those that are not privileged only such are known here that drop all first.
+/// Returns the capabilities of a container. A container that is not privileged must drop all capabilities first.
 fn capabilities(security: &Value) -> Result<Vec<String>> {
     if security["privileged"] == true {
-        return own_capabilities();
+        return bounding_capabilities();
     }
     ensure!(
         security["capabilities"]["drop"] == json!(["ALL"]),
-        "a container that is not privileged drops all capabilities: {security}"
+        "a container that is not privileged must drop all capabilities: {security}"
     );
     array(&security["capabilities"]["add"])
         .map(|name| {
             let name = text(name)?;
-            ensure!(CAPABILITIES.contains(&name), "no capability {name}");
+            ensure!(CAPABILITIES.contains(&name), "unknown capability {name}");
             Ok(format!("CAP_{name}"))
         })
         .collect()
 }
 
-/// All that this process may pass on.
-fn own_capabilities() -> Result<Vec<String>> {
+/// Returns all capabilities in the bounding set of this process.
+fn bounding_capabilities() -> Result<Vec<String>> {
     let status = fs::read_to_string("/proc/self/status").context("reading /proc/self/status")?;
     let bits = status.lines().find_map(|line| line.strip_prefix("CapBnd:"));
     let bits = u64::from_str_radix(bits.context("no CapBnd")?.trim(), 16).context("CapBnd")?;
@@ -263,13 +260,13 @@ fn own_capabilities() -> Result<Vec<String>> {
     Ok(names.map(|(_, name)| format!("CAP_{name}")).collect())
 }
 
-/// The members of a list, none where there is none.
+/// Returns the elements of a JSON array; none if the value is not an array.
 pub(super) fn array(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
 fn text(value: &Value) -> Result<&str> {
-    value.as_str().with_context(|| format!("not a text: {value}"))
+    value.as_str().with_context(|| format!("not a string: {value}"))
 }
 
 #[cfg(test)]
@@ -277,7 +274,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn capabilities_are_those_of_the_pod_and_no_more() {
+    fn capabilities_are_exactly_those_of_the_pod() {
         let security = json!({"capabilities": {"drop": ["ALL"], "add": ["BPF", "NET_ADMIN"]}});
         assert_eq!(capabilities(&security).unwrap(), ["CAP_BPF", "CAP_NET_ADMIN"]);
         for wrong in [

@@ -1,4 +1,5 @@
-//! The pods of DaemonSets and Jobs: bound to their nodes as the scheduler would, run as a kubelet would.
+//! Runs the pods of DaemonSets and Jobs: binds them to their nodes as the scheduler does, and runs their containers as a
+//! kubelet does.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,32 +17,32 @@ use super::bundle::array;
 use super::{Container, ContainerExtras, Runtime};
 use crate::control_plane::{ControlPlane, Objects};
 
-/// Between two looks at the API.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Time between two reads of the API.
+const PERIOD: Duration = Duration::from_millis(100);
 
-/// Lines of a log that are told.
-const LOG: usize = 10;
+/// Number of lines of each log in [`Pods::log_tails`].
+const LOG_LINES: usize = 10;
 
-/// Where a pod finds its service account.
+/// Directory of the service account in a container.
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
-/// When everything happened, as far as the API is concerned.
+/// The time of all changes of state in the API.
 const TIME: &str = "2026-01-01T00:00:00Z";
 
-/// Runs the pods of a namespace until it is dropped; all of them end then.
+/// Runs the pods of a namespace. Dropping this ends all of them.
 #[derive(Debug)]
 pub struct Pods {
     stop: Arc<AtomicBool>,
     errors: Arc<Mutex<Vec<String>>>,
-    /// Where the runtimes keep logs.
+    /// The directories with the logs of the runtimes.
     folders: Vec<PathBuf>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Pods {
-    /// Begins to run the pods of a namespace on these nodes.
+    /// Starts to run the pods of a namespace on the nodes of the runtimes.
     ///
-    /// `arguments` says what a container is told besides, by its runtime and its first argument.
+    /// `arguments` returns additional arguments for a container, depending on its runtime and its specification.
     ///
     /// # Errors
     /// If the thread cannot be started.
@@ -63,19 +64,19 @@ impl Pods {
             arguments: Box::new(arguments),
             states: BTreeMap::new(),
         };
-        let (stopped, noted) = (Arc::clone(&stop), Arc::clone(&errors));
-        // All containers are started by this thread, and die with it.
+        let (stopped, recorded) = (Arc::clone(&stop), Arc::clone(&errors));
+        // This thread starts all containers, and they die with it.
         let thread = thread::Builder::new()
             .name("pods".to_owned())
             .spawn(move || {
                 while !stopped.load(Ordering::Relaxed) {
                     if let Err(error) = kubelet.sync() {
-                        noted
+                        recorded
                             .lock()
                             .unwrap_or_else(PoisonError::into_inner)
                             .push(format!("{error:#}"));
                     }
-                    thread::sleep(PAUSE);
+                    thread::sleep(PERIOD);
                 }
             })
             .context("starting a thread")?;
@@ -87,10 +88,10 @@ impl Pods {
         })
     }
 
-    /// The last lines of each container's log.
+    /// Returns the last lines of each container's log.
     ///
     /// # Errors
-    /// If they cannot be read.
+    /// If a log cannot be read.
     pub fn log_tails(&self) -> Result<String> {
         let mut tails = String::new();
         for folder in &self.folders {
@@ -101,14 +102,14 @@ impl Pods {
                 }
                 let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
                 let lines: Vec<_> = text.lines().collect();
-                let last = lines[lines.len().saturating_sub(LOG)..].join("\n");
+                let last = lines[lines.len().saturating_sub(LOG_LINES)..].join("\n");
                 tails.push_str(&format!("{}:\n{last}\n", path.display()));
             }
         }
         Ok(tails)
     }
 
-    /// What went wrong last.
+    /// Returns the last errors.
     #[must_use]
     pub fn errors(&self) -> String {
         let errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
@@ -122,12 +123,12 @@ impl Drop for Pods {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            eprintln!("test bed: the thread of pods panicked: {}", self.errors());
+            eprintln!("test bed: the thread that runs pods has panicked: {}", self.errors());
         }
     }
 }
 
-/// What runc is told besides of a pod on a node.
+/// Returns additional arguments for a container, by its runtime and its specification.
 type ExtraArguments = Box<dyn Fn(&Runtime, &Value) -> Vec<String> + Send>;
 
 struct Kubelet {
@@ -137,25 +138,25 @@ struct Kubelet {
     authority: PathBuf,
     runtimes: Vec<Runtime>,
     arguments: ExtraArguments,
-    /// By uid.
+    /// The state of each pod that was started, by its uid.
     states: BTreeMap<String, PodState>,
 }
 
-/// A pod that was begun.
+/// The state of a pod that was started.
 #[derive(Debug, Default)]
 struct PodState {
-    /// How many of its init containers have ended well.
+    /// How many of the pod's init containers have succeeded.
     initialized: usize,
     container: Option<Container>,
     folder: PathBuf,
     restarts: u32,
-    /// What was last reported.
+    /// The last reported status.
     status: Value,
     finished: bool,
 }
 
 impl Kubelet {
-    /// Looks at all pods once, and does for each what is next.
+    /// Reads all pods from the API and takes the next step for each of them.
     fn sync(&mut self) -> Result<()> {
         let pods = self.objects.list::<Pod>(&self.namespace, "")?;
         let pods: Vec<Value> = pods.iter().map(serde_json::to_value).collect::<Result<_, _>>()?;
@@ -179,8 +180,8 @@ impl Kubelet {
     }
 
     fn advance(&mut self, pod: &Value) -> Result<()> {
-        let uid = pod["metadata"]["uid"].as_str().context("a pod has a uid")?;
-        let name = pod["metadata"]["name"].as_str().context("a pod has a name")?;
+        let uid = pod["metadata"]["uid"].as_str().context("a pod has no uid")?;
+        let name = pod["metadata"]["name"].as_str().context("a pod has no name")?;
         let Some(node) = pod["spec"]["nodeName"].as_str() else {
             return self.bind(pod, name);
         };
@@ -189,31 +190,31 @@ impl Kubelet {
             return self.objects.delete::<Pod>(&self.namespace, name, Some(0));
         }
         let index = self.runtimes.iter().position(|runtime| runtime.netns().name() == node);
-        let index = index.with_context(|| format!("there is no node {node}"))?;
+        let index = index.with_context(|| format!("no runtime for node {node}"))?;
         if !self.states.contains_key(uid) {
             let folder = self.runtimes[index].folder.join(format!("pod-{uid}"));
-            fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+            fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
             let new = PodState {
                 folder,
                 ..PodState::default()
             };
             self.states.insert(uid.to_owned(), new);
         }
-        let mut state = self.states.remove(uid).context("it was put there")?;
+        let mut state = self.states.remove(uid).context("the pod has no state")?;
         let done = self.step(pod, index, &mut state);
         let done = done.and_then(|status| self.report(name, &mut state, status));
         self.states.insert(uid.to_owned(), state);
         done
     }
 
-    /// Does what is next for a pod, and returns its status.
+    /// Takes the next step for a pod and returns its status.
     fn step(&self, pod: &Value, index: usize, state: &mut PodState) -> Result<Value> {
         let (runtime, spec) = (&self.runtimes[index], &pod["spec"]);
         if state.finished {
             return Ok(state.status.clone());
         }
         let first: Vec<_> = array(&spec["initContainers"]).collect();
-        let main = spec["containers"].get(0).context("a pod has a container")?;
+        let main = spec["containers"].get(0).context("the pod has no container")?;
         let container = first.get(state.initialized).copied().unwrap_or(main);
         let Some(process) = &mut state.container else {
             let extras = self.extras(runtime, spec, container, &state.folder)?;
@@ -238,12 +239,12 @@ impl Kubelet {
         Ok(status(pod, state, false, runtime))
     }
 
-    /// Binds a DaemonSet's pod to the node that it is made for.
+    /// Binds a pod of a DaemonSet to the node in its node affinity.
     fn bind(&self, pod: &Value, name: &str) -> Result<()> {
         let terms = &pod["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"];
         let node = terms["nodeSelectorTerms"][0]["matchFields"][0]["values"][0]
             .as_str()
-            .context("for no node in particular")?;
+            .context("the pod has no node affinity for one node")?;
         let path = format!("/api/v1/namespaces/{}/pods/{name}/binding", self.namespace);
         let binding = json!({
             "apiVersion": "v1", "kind": "Binding", "metadata": {"name": name},
@@ -252,13 +253,13 @@ impl Kubelet {
         self.objects.post(&path, &binding).map(drop)
     }
 
-    /// Ends a pod, if it runs.
+    /// Stops a pod, if it runs.
     fn end(&mut self, uid: &str) -> Result<()> {
         let container = self.states.remove(uid).and_then(|state| state.container);
         container.map_or(Ok(()), Container::stop)
     }
 
-    /// Volumes, the service account, and where the API server is.
+    /// Returns the additions to a container: volumes, the service account, and the address of the API server.
     fn extras(
         &self,
         runtime: &Runtime,
@@ -276,7 +277,7 @@ impl Kubelet {
             ("KUBERNETES_SERVICE_PORT", port.to_string()),
         ];
         for volume in array(&spec["volumes"]) {
-            let name = volume["name"].as_str().context("a volume has a name")?;
+            let name = volume["name"].as_str().context("a volume has no name")?;
             let Some(map) = volume["configMap"]["name"].as_str() else {
                 continue;
             };
@@ -298,7 +299,7 @@ impl Kubelet {
             let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}});
             let answer = self.objects.post(&path, &request)?;
             let token = answer["status"]["token"].as_str().context("no token")?;
-            let authority = fs::read_to_string(&self.authority).context("reading the authority")?;
+            let authority = fs::read_to_string(&self.authority).context("reading the certificate of the API server")?;
             let files = [("token", token), ("ca.crt", &authority), ("namespace", &self.namespace)];
             let at = folder.join("account");
             write_files(&at, files)?;
@@ -307,7 +308,7 @@ impl Kubelet {
         Ok(extras)
     }
 
-    /// Tells the API server of a status that is new.
+    /// Writes a status to the API if it has changed.
     fn report(&self, name: &str, state: &mut PodState, status: Value) -> Result<()> {
         if state.status == status {
             return Ok(());
@@ -320,14 +321,14 @@ impl Kubelet {
 }
 
 fn write_files<'a>(folder: &Path, files: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<()> {
-    fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
     for (name, content) in files {
         fs::write(folder.join(name), content).with_context(|| format!("writing {name}"))?;
     }
     Ok(())
 }
 
-/// What its probe says; without one, that it runs.
+/// Returns whether the readiness probe of a container succeeds; true without a probe.
 fn is_ready(runtime: &Runtime, container: &Value) -> bool {
     let probe = &container["readinessProbe"]["httpGet"];
     let (Some(path), Some(port)) = (probe["path"].as_str(), probe["port"].as_u64()) else {

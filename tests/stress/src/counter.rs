@@ -1,4 +1,4 @@
-//! A program of somebody else's at a network device, which counts packets.
+//! A program at a network device that counts packets, in place of a program of another product.
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, MapData};
@@ -10,20 +10,20 @@ use lb_probe::{COUNT, COUNTER};
 
 use crate::probe::OBJECT;
 
-/// The loaded program. It is taken from its devices when this is dropped.
+/// The loaded program. Dropping this detaches it from its devices.
 pub struct Counter {
     programs: Ebpf,
     count: Array<MapData, u64>,
 }
 
 impl Counter {
-    /// Loads it.
+    /// Loads the program.
     ///
     /// # Errors
     /// If the kernel refuses.
     pub fn load() -> Result<Self> {
         let mut loader = EbpfLoader::new();
-        // Those of the other program in the object.
+        // The maps of the other program in the object.
         for name in [
             map_name::FRONTENDS,
             map_name::SERVICES,
@@ -33,7 +33,7 @@ impl Counter {
             loader.map_max_entries(name, 1);
         }
         let mut programs = loader.load(OBJECT).context("loading the counter")?;
-        let count = programs.take_map(COUNT).context("the object has no such map")?;
+        let count = programs.take_map(COUNT).context("the object has no map COUNT")?;
         let mut counter = Self {
             programs,
             count: count.try_into()?,
@@ -44,11 +44,11 @@ impl Counter {
 
     fn program(&mut self) -> Result<&mut SchedClassifier> {
         let program = self.programs.program_mut(COUNTER);
-        Ok(program.context("the object has no such program")?.try_into()?)
+        Ok(program.context("the object has no counter program")?.try_into()?)
     }
 
-    /// Attaches it behind all others to what comes in by a device of the calling thread's network namespace: by tcx, or
-    /// by a filter of a priority in a clsact qdisc that is there.
+    /// Attaches the program after all others to the ingress of a device in the calling thread's network namespace: by tcx, or
+    /// by a filter with a priority in an existing clsact qdisc.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -66,7 +66,7 @@ impl Counter {
         attached.context("attaching the counter").map(drop)
     }
 
-    /// How many packets came by.
+    /// Returns the number of counted packets.
     ///
     /// # Errors
     /// If the map cannot be read.

@@ -1,4 +1,4 @@
-//! The product on a pin path of its own, without a process of its own.
+//! The loader, maps and reconciler of lb-agent in this process, on a pin path of their own.
 
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
@@ -9,10 +9,10 @@ use lb_agent::model::{Batch, Change};
 use lb_agent::reconcile::Reconciler;
 use lb_agent::verify::verify;
 
-/// The node that the product thinks it runs on.
+/// Name of the agent's node.
 pub const NODE: &str = "n1";
 
-/// Small, so that FRONTENDS can be full, and indexes, ids and slots are soon used again.
+/// Capacities of the maps: small, so that FRONTENDS can become full, and indexes, ids and slots are soon used again.
 pub const CAPACITIES: Capacities = Capacities {
     services: 76,
     frontends: 100,
@@ -26,15 +26,15 @@ pub const CAPACITIES: Capacities = Capacities {
     conntrack_new: 64,
 };
 
-/// The pinned maps, and the reconciler that writes them.
+/// The pinned maps and the reconciler that writes them.
 pub struct InProcessAgent {
-    /// `None` between the death of one and the start of the next.
+    /// `None` between the end of one reconciler and the start of the next.
     reconciler: Option<Reconciler<FaultyMaps<BpfMaps>>>,
     lock: Lock,
 }
 
 impl InProcessAgent {
-    /// Loads the product's programs and makes, or adopts, the maps below a pin path.
+    /// Loads lb's programs and creates or adopts the maps below a pin path.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -45,7 +45,7 @@ impl InProcessAgent {
         Ok(agent)
     }
 
-    /// What `kill -9` and the start of the next agent do: nothing of the old one is left but what is pinned.
+    /// Starts again as after `kill -9`: only the pins of the old agent remain.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -57,7 +57,7 @@ impl InProcessAgent {
         Ok(())
     }
 
-    /// The reconciler.
+    /// Returns the reconciler.
     ///
     /// # Errors
     /// If the last restart has failed.
@@ -65,7 +65,7 @@ impl InProcessAgent {
         self.reconciler.as_mut().context("the last restart has failed")
     }
 
-    /// Applies changes as a whole, from a source that has told everything.
+    /// Applies changes as one batch of a source that is complete.
     ///
     /// # Errors
     /// If the last restart has failed.
@@ -74,41 +74,41 @@ impl InProcessAgent {
         Ok(())
     }
 
-    /// Waits until everything that is out of use is free again, and fails unless the maps are as desired and the same
-    /// once more writes nothing.
+    /// Waits until everything that is pending free is free, and checks that the maps have the desired state and that an
+    /// empty batch writes nothing.
     ///
     /// # Errors
-    /// With the differences.
+    /// If the maps differ; the message contains the differences.
     pub fn check(&mut self) -> Result<()> {
         let reconciler = self.reconciler()?;
         reconciler.settle()?;
         let problems: Vec<_> = reconciler.problems().into_iter().filter(is_failure).collect();
         ensure!(problems.is_empty(), "{problems:?}");
         let drifts = verify(reconciler.desired(), &reconciler.maps().dump()?);
-        ensure!(drifts.is_empty(), "the maps are not as they should be: {drifts:?}");
+        ensure!(drifts.is_empty(), "the maps differ from the desired state: {drifts:?}");
         let before = reconciler.maps().written();
         self.apply(Vec::new())?;
         let written = self.reconciler()?.maps().written() - before;
-        ensure!(written == 0, "{written} bytes were written for nothing");
+        ensure!(written == 0, "{written} bytes were written without a change");
         Ok(())
     }
 
-    /// A reader's own view of the maps.
+    /// Opens the pinned maps for a reader.
     ///
     /// # Errors
-    /// If they cannot be opened.
+    /// If the maps cannot be opened.
     pub fn open(&self) -> Result<PinnedMaps> {
         Ok(PinnedMaps::open(&self.lock.pins().maps())?)
     }
 
-    /// The lock, and with it the pin path.
+    /// Returns the lock, which has the pin path.
     #[must_use]
     pub fn lock(&self) -> &Lock {
         &self.lock
     }
 }
 
-/// Where two Services claim an address, that is told and nothing is wrong.
+/// Returns whether a problem is a failure. A conflict of two Services over an address is reported too, but expected.
 fn is_failure(problem: &lb_agent::model::Problem) -> bool {
     problem.message.contains("not served as it should be")
 }

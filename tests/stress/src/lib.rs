@@ -1,9 +1,8 @@
-//! Lookups from every CPU while the maps of lb change in every way that they do: no lookup of a frontend that is always
-//! there may miss, and none may end at a stranger's backend.
+//! Looks frontends up on every CPU while the maps of lb change in every way. No lookup of a frontend that always exists may
+//! miss, and none may find a backend of another Service.
 //!
-//! The product is taken as it is: its loader, its maps, its reconciler ([`InProcessAgent`]). The lookups are made by a program in
-//! the kernel (`lb-probe`), which reads the same maps in the same order as lb's own programs and judges what it finds;
-//! [`run`] puts the two together.
+//! The test uses lb-agent's own loader, maps and reconciler ([`InProcessAgent`]). A kernel program (`lb-probe`) makes the
+//! lookups: it reads the same maps in the same order as lb's own programs and checks the values. [`run`] runs both.
 
 pub mod objects;
 

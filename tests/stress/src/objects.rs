@@ -1,4 +1,4 @@
-//! Services and their endpoints, as the source tells of them.
+//! Services and EndpointSlices as objects of the agent's source.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use lb_agent::model::{
 /// The port of every backend.
 pub const BACKEND_PORT: u16 = 8080;
 
-/// Service `default/NAME` of type ClusterIP, with TCP ports by name.
+/// Returns the Service `default/NAME` of type ClusterIP, with named TCP ports.
 #[must_use]
 pub fn service(name: &str, address: Ipv4Addr, ports: &[(&str, u16)], created: i64) -> Service {
     Service {
@@ -22,7 +22,7 @@ pub fn service(name: &str, address: Ipv4Addr, ports: &[(&str, u16)], created: i6
     }
 }
 
-/// The one EndpointSlice of a Service, for all its ports; every endpoint is ready and on `node`.
+/// Returns the only EndpointSlice of a Service, for all its ports. Every endpoint is ready and on `node`.
 #[must_use]
 pub fn slice(service: &str, ports: &[&str], node: &str, addresses: &[Ipv4Addr]) -> EndpointSlice {
     let endpoint = |address: &Ipv4Addr| Endpoint::ready((*address).into(), intern::place(Place::on(node)));
@@ -39,7 +39,7 @@ fn slice_key(service: &str) -> ObjectKey {
     ObjectKey::new("default", &format!("{service}-slice"))
 }
 
-/// A Service and its slice, as the source names them when they are gone.
+/// Returns the ids of a Service and its EndpointSlice, for their removal.
 #[must_use]
 pub fn ids(service: &str) -> [ObjectId; 2] {
     [
@@ -49,13 +49,13 @@ pub fn ids(service: &str) -> [ObjectId; 2] {
     .map(|(kind, key)| ObjectId { kind, key })
 }
 
-/// As the source tells of it.
+/// Wraps a Service as an object of the source.
 #[must_use]
 pub fn service_object(service: Service) -> Object {
     Object::Service(Arc::new(service))
 }
 
-/// As the source tells of it.
+/// Wraps an EndpointSlice as an object of the source.
 #[must_use]
 pub fn slice_object(slice: EndpointSlice) -> Object {
     Object::EndpointSlice(Arc::new(slice))

@@ -1,4 +1,4 @@
-//! The program that looks frontends up, beside those of the product and on the same maps.
+//! The program that looks frontends up in the maps of lb.
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -13,22 +13,22 @@ use lb_common::abi::{FrontendKey, map_name};
 use lb_probe::{LookupRequest, PROGRAM, TALLY, Tally, Verdict};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
-/// The kernel program, as the build script made it.
+/// The object file of the kernel programs, which the build script creates.
 pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-probe"));
 
-/// One of so many lookups lingers.
+/// One of this many lookups pauses between two reads; a power of two.
 const LOOKUPS_PER_LINGER: u32 = 8192;
 
 const TALLY_SIZE: usize = size_of::<Tally>();
 
-/// The loaded program.
+/// The loaded lookup program.
 pub struct Probe {
     programs: Ebpf,
     tally: PerCpuArray<MapData, [u8; TALLY_SIZE]>,
 }
 
 impl Probe {
-    /// Loads it with the maps that are pinned in a folder, of these sizes.
+    /// Loads the program with the maps that are pinned in a directory and have these capacities.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -41,25 +41,25 @@ impl Probe {
             (map_name::BACKENDS, capacities.backends),
         ] {
             let pin = maps.join(name);
-            // Where there is none, the loader would make one that nobody else writes.
+            // Without a pinned map, the loader would create a new one, which the agent does not write.
             ensure!(pin.exists(), "{} is not pinned", pin.display());
             loader.map_max_entries(name, size).map_pin_path(name, pin);
         }
         let mut programs = loader.load(OBJECT).context("loading the probe")?;
         let program: &mut SchedClassifier = programs
             .program_mut(PROGRAM)
-            .context("the object has no such program")?
+            .context("the object has no lookup program")?
             .try_into()?;
         program.load().context("loading the probe")?;
-        let tally = programs.take_map(TALLY).context("the object has no such map")?;
+        let tally = programs.take_map(TALLY).context("the object has no map TALLY")?;
         Ok(Self {
             programs,
             tally: tally.try_into()?,
         })
     }
 
-    /// Looks a frontend up so many times, on the CPU of the calling thread. Its backends are those whose address has
-    /// this second byte.
+    /// Looks a frontend up `times` times, on the CPU of the calling thread. The second byte of the address of its backends is
+    /// `owner`.
     ///
     /// # Errors
     /// If the program cannot be run.
@@ -72,7 +72,7 @@ impl Probe {
         let program: &SchedClassifier = self
             .programs
             .program(PROGRAM)
-            .context("the object has no such program")?
+            .context("the object has no lookup program")?
             .try_into()?;
         let result = program
             .test_run(TestRunOptions {
@@ -81,11 +81,11 @@ impl Probe {
                 ..TestRunOptions::new()
             })
             .context("BPF_PROG_TEST_RUN of the probe")?;
-        ensure!(result.return_value == 0, "the probe does not understand the question");
+        ensure!(result.return_value == 0, "the probe refused the request");
         Ok(())
     }
 
-    /// What was found so far, on all CPUs.
+    /// Returns the results so far, of all CPUs.
     ///
     /// # Errors
     /// If the map cannot be read.
@@ -104,29 +104,29 @@ impl Probe {
     }
 }
 
-/// What a probe has found.
+/// The results of the lookups of a [`Probe`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LookupCounts {
-    /// Lookups, in the order of [`Verdict::ALL`].
+    /// Number of lookups, in the order of [`Verdict::ALL`].
     counts: [u64; Verdict::COUNT],
-    /// What the newest that was not good has read, on one of the CPUs that had such.
+    /// The newest lookup that was not good, of one of the CPUs that had such.
     newest: Option<Tally>,
 }
 
 impl LookupCounts {
-    /// Lookups that ended so.
+    /// Returns the number of lookups with a verdict.
     #[must_use]
     pub fn count(&self, verdict: Verdict) -> u64 {
         self.counts[verdict as usize]
     }
 
-    /// All lookups.
+    /// Returns the number of all lookups.
     #[must_use]
     pub fn lookups(&self) -> u64 {
         self.counts.iter().sum()
     }
 
-    /// Those that were not good.
+    /// Returns the number of lookups that were not good.
     #[must_use]
     pub fn bad(&self) -> u64 {
         self.lookups() - self.count(Verdict::Good)
@@ -147,7 +147,7 @@ impl fmt::Display for LookupCounts {
                 .map_or("", |verdict| verdict.text());
             write!(
                 f,
-                "; such as {verdict}: service {}, slot {}, {}, backend {} of generation {}, which is {} now",
+                "; for example {verdict}: service {}, slot {}, {}, backend {} of generation {}, which is {} now",
                 tally.service,
                 tally.slot,
                 Ipv4Addr::from(tally.addr.to_ne_bytes()),

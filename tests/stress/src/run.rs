@@ -1,4 +1,4 @@
-//! A run: readers on every CPU, and one that changes.
+//! A run: readers on every CPU, and one thread that changes the maps.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,57 +18,58 @@ use crate::in_process_agent::InProcessAgent;
 use crate::probe::{LookupCounts, Probe};
 use crate::workload::{ChangeKind, Workload};
 
-/// Lookups in one system call: some half a millisecond, so that grace periods are not held up.
+/// Lookups in one system call. They take about half a millisecond, so that grace periods are not delayed.
 const CHUNK: u32 = 2048;
 
-/// How often the agent dies or an operation fails: once in so many changes.
+/// The agent ends and starts again once in this many changes.
 const DEATH_EVERY: u64 = 48;
+/// An operation fails once in this many changes.
 const FAILURE_EVERY: u64 = 21;
-/// Operations of a change that one of them meets, at most: enough for any change.
+/// Number of operations of a change among which one ends or fails: enough for any change.
 const OPERATIONS: u64 = 24;
-/// Sets that are published one after the other: as soon as the next lookup, if they are not kept apart.
+/// Number of sets that are published in sequence. Without a pause, the next one is published before the next lookup.
 const BURST: u32 = 6;
-/// Stores of frontends in place, after each that changes one.
+/// Stores of frontends in place after each change that moves one.
 const STORES: usize = 2000;
-/// How many changes FRONTENDS stays full for, about.
-const CROWDED_FOR: usize = 6;
-/// How often everything settles and is compared with what is desired, likewise.
+/// Number of changes for which FRONTENDS stays full, on average.
+const OVERFULL_FOR: usize = 6;
+/// The maps settle and are compared with the desired state once in this many changes.
 const CHECK_EVERY: u64 = 10;
 
-/// What to do.
+/// Options of a run.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// Lookups to make, at least.
+    /// The smallest number of lookups.
     pub lookups: u64,
-    /// Changes to make, at least.
+    /// The smallest number of changes.
     pub changes: u64,
-    /// The same seed makes the same choices.
+    /// Seed of all choices; equal seeds make equal choices.
     pub seed: u64,
 }
 
-/// How far a run has come.
+/// Counters of a run.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Lookups that were made.
+    /// Number of lookups.
     pub lookups: u64,
-    /// Changes by kind.
+    /// Number of changes by kind.
     pub changes: BTreeMap<ChangeKind, u64>,
-    /// Stores of a frontend in place, beside those that the changes made.
+    /// Stores of a frontend in place, in addition to those of the changes.
     pub stores: u64,
-    /// Operations that failed on purpose.
+    /// Injected failures of operations.
     pub failures: u64,
-    /// Agents that died and were followed by one that adopted the maps.
+    /// Restarts in which the next agent adopted the maps.
     pub adoptions: u64,
-    /// Comparisons with what is desired.
+    /// Comparisons with the desired state.
     pub checks: u64,
-    /// Frontends in the map, at most and in percent.
+    /// The highest fill level of FRONTENDS, in percent.
     pub fullest: u32,
-    /// The newest change, and what happened at it.
+    /// The newest change, with the injected fault.
     pub newest: String,
 }
 
 impl Progress {
-    /// Changes of every kind.
+    /// Returns the number of changes of all kinds.
     #[must_use]
     pub fn changed(&self) -> u64 {
         self.changes.values().sum()
@@ -88,38 +89,38 @@ impl fmt::Display for Progress {
     }
 }
 
-/// How a run ended.
+/// The result of a run.
 #[derive(Debug)]
 pub struct Report {
-    /// What was done.
+    /// The counters of the run.
     pub progress: Progress,
-    /// What the lookups found.
+    /// The results of the lookups.
     pub counts: LookupCounts,
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}\nmeanwhile: {}", self.counts, self.progress)?;
+        write!(f, "{}\nduring: {}", self.counts, self.progress)?;
         if self.counts.bad() > 0 {
-            write!(f, "\nat the end: {}", self.progress.newest)?;
+            write!(f, "\nlast change: {}", self.progress.newest)?;
         }
         Ok(())
     }
 }
 
-/// Looks up on every CPU while everything changes, until there were enough of both, or a lookup was bad.
+/// Looks frontends up on every CPU while the maps change, until there were enough lookups and changes, or a lookup was bad.
 ///
 /// # Errors
-/// If the maps are not as desired in between, or the kernel refuses something. Bad lookups are in the outcome.
+/// If the maps differ from the desired state, or the kernel refuses an operation. Bad lookups are in the report.
 pub fn run(pins: &PinPath, options: &Options, mut report: impl FnMut(&Progress)) -> Result<Report> {
     let mut agent = InProcessAgent::new(pins)?;
     let mut workload = Workload::new(Rng::with_seed(options.seed));
     agent.apply(workload.all())?;
-    agent.check().context("at the beginning")?;
+    agent.check().context("before the first change")?;
     let probe = Probe::load(&pins.maps(), &crate::CAPACITIES)?;
     let (lookups, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     let progress = thread::scope(|scope| {
-        // Also where something below panics: the scope waits for its threads.
+        // Stops the readers also after a panic below, because the scope waits for its threads.
         let _guard = StopOnDrop(&stop);
         let (probe, lookups, stop) = (&probe, &lookups, &stop);
         let readers: Vec<_> = cpus()?
@@ -140,13 +141,13 @@ pub fn run(pins: &PinPath, options: &Options, mut report: impl FnMut(&Progress))
     })?;
     let counts = probe.counts()?;
     if counts.bad() == 0 {
-        agent.apply(workload.disperse())?;
-        agent.check().context("at the end")?;
+        agent.apply(workload.end_overflow())?;
+        agent.check().context("after the last change")?;
     }
     Ok(Report { progress, counts })
 }
 
-/// Tells the readers to stop.
+/// Stops the readers when it is dropped.
 struct StopOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for StopOnDrop<'_> {
@@ -155,7 +156,7 @@ impl Drop for StopOnDrop<'_> {
     }
 }
 
-/// The CPUs that this process may run on.
+/// Returns the CPUs that this process may run on, as one set per CPU.
 fn cpus() -> Result<Vec<CpuSet>> {
     let all = sched_getaffinity(Pid::from_raw(0)).context("sched_getaffinity")?;
     let mut cpus = Vec::new();
@@ -169,7 +170,7 @@ fn cpus() -> Result<Vec<CpuSet>> {
     Ok(cpus)
 }
 
-/// Looks the targets up in turn, on one CPU.
+/// Looks the frontends up in turn, on one CPU.
 fn read(cpu: CpuSet, probe: &Probe, lookups: &AtomicU64, stop: &AtomicBool) -> Result<()> {
     sched_setaffinity(Pid::from_raw(0), &cpu).context("sched_setaffinity")?;
     while !stop.load(Ordering::Relaxed) {
@@ -177,23 +178,23 @@ fn read(cpu: CpuSet, probe: &Probe, lookups: &AtomicU64, stop: &AtomicBool) -> R
             probe.look_up(target.key, target.owner, CHUNK)?;
             lookups.fetch_add(CHUNK.into(), Ordering::Relaxed);
         }
-        // Otherwise the one who changes would wait for the scheduler.
+        // Without this, the thread that changes the maps would wait for the scheduler.
         thread::yield_now();
     }
     Ok(())
 }
 
-/// Changes until there were enough changes and lookups, or `look` says that it is over.
+/// Changes the maps until there were enough changes and lookups, or `is_over` returns true.
 fn change(
     agent: &mut InProcessAgent,
     workload: &mut Workload,
     options: &Options,
-    mut look: impl FnMut(&mut Progress) -> Result<bool>,
+    mut is_over: impl FnMut(&mut Progress) -> Result<bool>,
 ) -> Result<Progress> {
     let mut random = Rng::with_seed(options.seed ^ 1);
     let mut progress = Progress::default();
     let mut kinds = Vec::new();
-    while !look(&mut progress)? {
+    while !is_over(&mut progress)? {
         let number = progress.changed() + 1;
         if progress.lookups >= options.lookups && number > options.changes {
             break;
@@ -201,9 +202,9 @@ fn change(
         if kinds.is_empty() {
             kinds = ChangeKind::round(&mut random);
         }
-        let ends_crowd = workload.is_crowded() && random.usize(..CROWDED_FOR) == 0;
-        let kind = if ends_crowd {
-            Some(ChangeKind::Crowd)
+        let ends_overflow = workload.is_overfull() && random.usize(..OVERFULL_FOR) == 0;
+        let kind = if ends_overflow {
+            Some(ChangeKind::Overflow)
         } else {
             kinds.pop()
         };
@@ -224,7 +225,7 @@ fn change(
         agent.apply(workload.change(kind))?;
         *progress.changes.entry(kind).or_default() += 1;
         if dies {
-            // Where the operation was not reached, it dies after the last.
+            // If the operation was not reached, the agent ends after the last one.
             agent.restart()?;
             agent.apply(workload.all())?;
             progress.adoptions += 1;
@@ -238,14 +239,14 @@ fn change(
                     agent.apply(workload.change(kind))?;
                 }
             }
-            ChangeKind::Pass => progress.stores += store(&mut agent.reconciler()?.maps_mut().inner)?,
-            ChangeKind::Services | ChangeKind::Settings | ChangeKind::Crowd => {}
+            ChangeKind::MoveFrontend => progress.stores += store(&mut agent.reconciler()?.maps_mut().inner)?,
+            ChangeKind::Services | ChangeKind::Settings | ChangeKind::Overflow => {}
         }
         agent.reconciler()?.reclaim();
         let (usage, capacities) = agent.reconciler()?.usage();
         progress.fullest = progress.fullest.max(usage.frontends * 100 / capacities.frontends);
         if number % CHECK_EVERY == 0 {
-            if workload.is_crowded() {
+            if workload.is_overfull() {
                 agent.reconciler()?.settle()?;
             } else {
                 let what = || format!("after {number} changes, the last: {}", progress.newest);
@@ -254,11 +255,12 @@ fn change(
             }
         }
     }
-    ensure!(progress.changed() > 0, "nothing was changed");
+    ensure!(progress.changed() > 0, "no change was made");
     Ok(progress)
 }
 
-/// Stores frontends in place, by the values that they have: a miss is as rare as a change is quick.
+/// Stores frontends in place with their present values. Many stores are needed, because one takes so little time that a
+/// lookup rarely coincides with it.
 fn store(maps: &mut BpfMaps) -> Result<u64> {
     let frontends: Vec<_> = maps.dump()?.frontends.into_iter().collect();
     for (key, value) in frontends.into_iter().cycle().take(STORES) {

@@ -1,4 +1,4 @@
-//! The Services of a run, and the ways in which they change.
+//! The Services of a run, and their random changes.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -10,7 +10,7 @@ use lb_common::abi::FrontendKey;
 use crate::in_process_agent::NODE;
 use crate::objects::{ids, service, service_object, slice, slice_object};
 
-/// A frontend that is looked up: always there, and served by backends whose address has `owner` as its second byte.
+/// A frontend that is looked up. It always exists, and the second byte of the address of its backends is `owner`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Target {
     pub(crate) key: FrontendKey,
@@ -18,39 +18,47 @@ pub(crate) struct Target {
 }
 
 const TCP: u8 = 6;
-/// One Service has it all the time.
+/// Name, address and owner byte of a Service that has its frontend all the time.
 const FIXED: (&str, Ipv4Addr, u8) = ("fixed", Ipv4Addr::new(10, 96, 0, 1), 1);
-/// Two Services claim it in turn.
-const PASSING: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 96, 0, 2), 2);
+/// Address and owner byte of a frontend that two Services claim in turn.
+const CONTESTED: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 96, 0, 2), 2);
+/// The Services that claim it.
 const CLAIMANTS: [&str; 2] = ["left", "right"];
-/// Backends of each of these three; one to eight of them serve at a time.
+/// Number of possible backends of each of these three Services; one to eight of them are endpoints at a time.
 const BACKENDS: u8 = 16;
-/// Services that nobody looks up: they fill FRONTENDS to 90 % and more, each with two entries.
+/// Number of Services that are not looked up. Each has two entries in FRONTENDS, which they fill to 90 % and more.
 const OTHERS: u8 = 66;
+/// How many of them exist at a time.
 const PRESENT: u8 = 44;
-/// What FRONTENDS cannot hold.
-const CROWD: usize = 5;
+/// Number of additional Services for which FRONTENDS has no room.
+const OVERFLOW: usize = 5;
 
-/// What changes.
+/// A kind of change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ChangeKind {
-    /// Other endpoints of the Services that are looked up: sets are published, backends come and go.
+    /// Other endpoints of a Service that is looked up: sets are published, backends added and removed.
     Endpoints,
-    /// Other Services come and go: frontends are inserted and deleted, indexes, ids and slots used again.
+    /// Other Services are added and removed: frontends are inserted and deleted; indexes, ids and slots are used again.
     Services,
-    /// The key of a frontend passes from one living Service to another.
-    Pass,
-    /// Settings of a Service change beside its sets.
+    /// The key of a frontend moves from one existing Service to another.
+    MoveFrontend,
+    /// Settings of a Service change, but not its sets.
     Settings,
-    /// More Services come than FRONTENDS has room for, or they go again.
-    Crowd,
+    /// More Services are added than FRONTENDS has room for, or they are removed again.
+    Overflow,
 }
 
 impl ChangeKind {
-    /// All, in the order of their numbers.
-    pub const ALL: [Self; 5] = [Self::Endpoints, Self::Services, Self::Pass, Self::Settings, Self::Crowd];
+    /// All kinds, in the order of their numbers.
+    pub const ALL: [Self; 5] = [
+        Self::Endpoints,
+        Self::Services,
+        Self::MoveFrontend,
+        Self::Settings,
+        Self::Overflow,
+    ];
 
-    /// Twenty changes, of every kind, in any order: those that are quick more often.
+    /// Returns twenty changes in random order. Every kind is among them, the quick ones more often.
     pub(crate) fn round(random: &mut Rng) -> Vec<Self> {
         let mut round = Vec::new();
         for (kind, times) in Self::ALL.into_iter().zip([9, 5, 4, 1, 1]) {
@@ -60,26 +68,26 @@ impl ChangeKind {
         round
     }
 
-    /// A word for people.
+    /// Returns the name of the kind for reports.
     #[must_use]
     pub const fn text(self) -> &'static str {
         match self {
             Self::Endpoints => "endpoints",
             Self::Services => "services",
-            Self::Pass => "passed keys",
+            Self::MoveFrontend => "moved frontends",
             Self::Settings => "settings",
-            Self::Crowd => "crowds",
+            Self::Overflow => "overflows",
         }
     }
 }
 
-/// All objects, as the source knows them.
+/// All objects of the source, and the choices for their changes.
 pub(crate) struct Workload {
     objects: BTreeMap<ObjectId, Object>,
     random: Rng,
     present: Vec<u8>,
     absent: Vec<u8>,
-    crowd: Vec<u8>,
+    overflow: Vec<u8>,
     owner: usize,
     affinity: bool,
 }
@@ -91,7 +99,7 @@ impl Workload {
             random,
             present: (0..PRESENT).collect(),
             absent: (PRESENT..OTHERS).collect(),
-            crowd: Vec::new(),
+            overflow: Vec::new(),
             owner: 0,
             affinity: false,
         };
@@ -107,25 +115,25 @@ impl Workload {
         new
     }
 
-    /// What is looked up.
+    /// Returns the frontends that are looked up.
     pub(crate) fn targets() -> [Target; 2] {
-        [(FIXED.1, FIXED.2), PASSING].map(|(address, owner)| Target {
+        [(FIXED.1, FIXED.2), CONTESTED].map(|(address, owner)| Target {
             key: FrontendKey::new(address.into(), 80, TCP),
             owner,
         })
     }
 
-    /// Everything that there is, as a source tells the next agent.
+    /// Returns all objects, for the first batch of an agent.
     pub(crate) fn all(&self) -> Vec<Change> {
         self.objects.values().cloned().map(Change::Set).collect()
     }
 
-    /// Whether there is more than FRONTENDS has room for.
-    pub(crate) fn is_crowded(&self) -> bool {
-        !self.crowd.is_empty()
+    /// Returns whether there are more frontends than FRONTENDS has room for.
+    pub(crate) fn is_overfull(&self) -> bool {
+        !self.overflow.is_empty()
     }
 
-    /// Something changes.
+    /// Makes a change of this kind and returns it.
     pub(crate) fn change(&mut self, kind: ChangeKind) -> Vec<Change> {
         match kind {
             ChangeKind::Endpoints => {
@@ -133,8 +141,8 @@ impl Workload {
                 let endpoints = self.endpoints(at);
                 self.set([endpoints])
             }
-            ChangeKind::Services => self.swap_some(),
-            ChangeKind::Pass => {
+            ChangeKind::Services => self.replace_some(),
+            ChangeKind::MoveFrontend => {
                 self.owner = 1 - self.owner;
                 let claims = self.claims();
                 self.set(claims)
@@ -144,23 +152,23 @@ impl Workload {
                 let fixed = self.fixed();
                 self.set([fixed])
             }
-            ChangeKind::Crowd if self.is_crowded() => self.disperse(),
-            ChangeKind::Crowd => {
-                for _ in 0..CROWD {
-                    let comes = take(&mut self.random, &mut self.absent);
-                    self.crowd.push(comes);
+            ChangeKind::Overflow if self.is_overfull() => self.end_overflow(),
+            ChangeKind::Overflow => {
+                for _ in 0..OVERFLOW {
+                    let added = take(&mut self.random, &mut self.absent);
+                    self.overflow.push(added);
                 }
-                let objects: Vec<_> = self.crowd.clone().into_iter().flat_map(|n| self.other(n)).collect();
+                let objects: Vec<_> = self.overflow.clone().into_iter().flat_map(|n| self.other(n)).collect();
                 self.set(objects)
             }
         }
     }
 
-    /// The crowd goes.
-    pub(crate) fn disperse(&mut self) -> Vec<Change> {
-        let gone = std::mem::take(&mut self.crowd);
-        self.absent.extend(&gone);
-        gone.into_iter().flat_map(|number| self.remove(number)).collect()
+    /// Removes the Services for which FRONTENDS has no room.
+    pub(crate) fn end_overflow(&mut self) -> Vec<Change> {
+        let removed = std::mem::take(&mut self.overflow);
+        self.absent.extend(&removed);
+        removed.into_iter().flat_map(|number| self.remove(number)).collect()
     }
 
     fn fixed(&self) -> Object {
@@ -169,7 +177,7 @@ impl Workload {
         service_object(fixed)
     }
 
-    /// Who has the port that passes: the only one that claims it, or the older of the two.
+    /// Returns the two Services that claim the moving frontend. Its owner is the only one that claims it, or the older one.
     fn claims(&mut self) -> [Object; 2] {
         let both = self.random.bool();
         [0, 1].map(|side| {
@@ -179,20 +187,20 @@ impl Workload {
             }
             service_object(service(
                 CLAIMANTS[side],
-                PASSING.0,
+                CONTESTED.0,
                 &ports,
                 i64::from(side != self.owner),
             ))
         })
     }
 
-    /// New endpoints, never none, of one of the three that are looked up.
+    /// Returns new endpoints, at least one, of one of the three Services that are looked up.
     fn endpoints(&mut self, at: usize) -> Object {
         let (name, owner, third, ports): (_, _, _, &[&str]) = match at {
             0 => (FIXED.0, FIXED.2, 0, &[""]),
-            side => (CLAIMANTS[side - 1], PASSING.1, side as u8, &["own", "shared"]),
+            side => (CLAIMANTS[side - 1], CONTESTED.1, side as u8, &["own", "shared"]),
         };
-        // Mostly of one size of ranges, so that one Service soon gets the range of another.
+        // Most of these numbers need the same size of range, so that one Service soon gets the range of another.
         let len = self.random.choice([1, 2, 5, 6, 7, 8]).unwrap_or(8);
         let mut numbers: Vec<u8> = (0..BACKENDS).collect();
         self.random.shuffle(&mut numbers);
@@ -218,17 +226,17 @@ impl Workload {
         ]
     }
 
-    /// Up to three go, and as many others come.
-    fn swap_some(&mut self) -> Vec<Change> {
+    /// Removes one to three Services, and adds as many others.
+    fn replace_some(&mut self) -> Vec<Change> {
         let mut changes = Vec::new();
         for _ in 0..=self.random.usize(..3) {
-            let goes = take(&mut self.random, &mut self.present);
-            let comes = take(&mut self.random, &mut self.absent);
-            let objects = self.other(comes);
+            let removed = take(&mut self.random, &mut self.present);
+            let added = take(&mut self.random, &mut self.absent);
+            let objects = self.other(added);
             changes.extend(self.set(objects));
-            changes.extend(self.remove(goes));
-            self.present.push(comes);
-            self.absent.push(goes);
+            changes.extend(self.remove(removed));
+            self.present.push(added);
+            self.absent.push(removed);
         }
         changes
     }

@@ -128,7 +128,7 @@ fn the_api_server_goes_and_comes(fixture: &Fixture) -> Result<()> {
 
     // Cut off while things change, and what was seen last is forgotten: by etcd, and by an API server that is new.
     let before = watch_proxy.stats().gone;
-    watch_proxy.shut();
+    watch_proxy.close();
     steady.backends[0].kubelet.set_ready(false)?;
     let ports = json!([{"port": 80, "targetPort": TARGET}]);
     let other = namespace.create_service("other", json!({"selector": {"app": "steady"}, "ports": ports}))?;
@@ -186,7 +186,7 @@ fn events_in_another_order_and_twice(fixture: &Fixture) -> Result<()> {
     let mixed = watch_proxy.stats();
     println!("{mixed:?}");
     ensure!(
-        mixed.late > 20 && mixed.repeated > 20 && mixed.ended > 2,
+        mixed.reordered > 20 && mixed.repeated > 20 && mixed.ended > 2,
         "hardly anything was mixed: {mixed:?}"
     );
     fixture.expect(&fixture.everybody(), steady.target, &Outcome::names(&["a", "b"]))?;

@@ -249,7 +249,7 @@ impl Bed {
     /// Removes it all.
     pub(crate) fn take_down(mut self) -> Result<()> {
         self.agent.kill()?;
-        self.agent.ask(&["cleanup"]).map(drop)
+        self.agent.output(&["cleanup"]).map(drop)
     }
 }
 
