@@ -50,7 +50,7 @@ fn maps_of(manifest: &Path) -> String {
 }
 
 #[test]
-fn manifests_give_the_blessed_maps() {
+fn manifests_produce_the_golden_maps() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let entries = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
     let (mut manifests, texts): (Vec<PathBuf>, Vec<PathBuf>) =
@@ -113,7 +113,7 @@ fn help(command: &str) -> String {
 }
 
 #[test]
-fn the_command_line_is_as_blessed() {
+fn help_texts_match_the_golden_file() {
     let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/help.txt");
     let is: String = COMMANDS
         .iter()

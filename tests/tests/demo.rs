@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use lb_tests::demo::{Options, run};
 
 #[test]
-fn an_agent_that_ends_fails_the_demo() {
+fn demo_fails_when_the_agent_exits() {
     let options = Options {
         agent: PathBuf::from("false"),
         testbed: PathBuf::from(env!("CARGO_BIN_EXE_lb-testbed")),

@@ -245,7 +245,7 @@ fn qdiscs(node: &Node, device: &str) -> Result<BTreeSet<String>> {
 }
 
 #[test]
-fn programs_are_at_the_devices_that_packets_pass() -> Result<()> {
+fn programs_are_attached_to_the_default_devices() -> Result<()> {
     for way in Way::BOTH {
         let setup = Setup::new(way, &[])?;
         let node = setup.node();
@@ -281,7 +281,7 @@ fn programs_are_at_the_devices_that_packets_pass() -> Result<()> {
 }
 
 #[test]
-fn devices_come_go_and_change() -> Result<()> {
+fn attachments_follow_device_changes() -> Result<()> {
     for way in Way::BOTH {
         let setup = Setup::new(way, &[])?;
         let node = setup.node();
@@ -366,7 +366,7 @@ fn devices_come_go_and_change() -> Result<()> {
 }
 
 #[test]
-fn a_device_without_a_link_layer_has_programs_for_that() -> Result<()> {
+fn tun_device_gets_layer_3_programs() -> Result<()> {
     for way in Way::BOTH {
         let setup = Setup::new(way, &[])?;
         let node = setup.node();
@@ -385,7 +385,7 @@ fn a_device_without_a_link_layer_has_programs_for_that() -> Result<()> {
 }
 
 #[test]
-fn patterns_say_which_devices_are_served() -> Result<()> {
+fn devices_flag_patterns_select_devices() -> Result<()> {
     for way in Way::BOTH {
         let mut setup = Setup::new(way, &["--devices", "eth?,fla*"])?;
         setup.ensure_served("eth0")?;
@@ -410,7 +410,7 @@ fn patterns_say_which_devices_are_served() -> Result<()> {
 }
 
 #[test]
-fn a_restart_keeps_what_is_attached_and_brings_its_own_programs() -> Result<()> {
+fn restart_keeps_links_and_replaces_programs() -> Result<()> {
     for way in Way::BOTH {
         let mut setup = Setup::new(way, &[])?;
         let before = setup.ensure_served("eth0")?;
@@ -462,7 +462,7 @@ fn a_restart_keeps_what_is_attached_and_brings_its_own_programs() -> Result<()> 
 }
 
 #[test]
-fn another_way_takes_over() -> Result<()> {
+fn switching_between_tcx_and_clsact_reattaches() -> Result<()> {
     let mut setup = Setup::new(Way::Native, &[])?;
     for way in [Way::Clsact, Way::Native] {
         setup.restart(way, &[])?;
@@ -509,7 +509,7 @@ fn ensure_counting(setup: &Setup, counter: &Counter) -> Result<()> {
 }
 
 #[test]
-fn programs_of_others_run_as_before() -> Result<()> {
+fn foreign_tc_programs_keep_running() -> Result<()> {
     for way in Way::BOTH {
         // By filters there is one of the same priority as lb's, and one of another.
         let places: &[Option<u16>] = match way.name()? {
@@ -580,7 +580,7 @@ fn order(node: &Node, device: &str, way: &str) -> Result<Vec<String>> {
 }
 
 #[test]
-fn lb_comes_before_those_that_are_there() -> Result<()> {
+fn lb_ingress_runs_before_existing_programs() -> Result<()> {
     for way in Way::BOTH {
         let place = (way.name()? == "clsact").then_some(1);
         let mut early = Counter::load()?;
@@ -599,7 +599,7 @@ fn lb_comes_before_those_that_are_there() -> Result<()> {
 }
 
 #[test]
-fn a_cleanup_leaves_nothing() -> Result<()> {
+fn cleanup_removes_programs_qdiscs_and_reserved_ports() -> Result<()> {
     for way in Way::BOTH {
         let qdiscs_of = |node: &Node| -> Result<Vec<_>> { SERVED.iter().map(|device| qdiscs(node, device)).collect() };
         let mut before = Vec::new();
@@ -628,7 +628,7 @@ fn a_cleanup_leaves_nothing() -> Result<()> {
 }
 
 #[test]
-fn what_others_take_away_is_put_back() -> Result<()> {
+fn deleted_clsact_qdisc_is_restored() -> Result<()> {
     let setup = Setup::new(Way::Clsact, &[])?;
     setup.node().run("tc", &["qdisc", "delete", "dev", "eth0", "clsact"])?;
     ensure_bare(setup.node(), "eth0")?;
@@ -652,7 +652,7 @@ fn what_others_take_away_is_put_back() -> Result<()> {
 }
 
 #[test]
-fn source_ports_are_reserved() -> Result<()> {
+fn snat_ports_are_reserved_by_sysctl() -> Result<()> {
     let mut setup = Setup::new(Way::Native, &["--snat-ports", "50000-50999"])?;
     let node = setup.cluster.node("n1");
     let says = |expected: &str| -> Result<()> {

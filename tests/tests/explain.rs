@@ -571,37 +571,37 @@ fn every_row(proto: Protocol, family: Family) -> Result<()> {
 }
 
 #[test]
-fn every_row_by_tcp_on_ipv4() -> Result<()> {
+fn explain_matches_tcp_connect_over_ipv4() -> Result<()> {
     every_row(Protocol::Tcp, Family::V4)
 }
 
 #[test]
-fn every_row_by_udp_on_ipv4() -> Result<()> {
+fn explain_matches_udp_connect_over_ipv4() -> Result<()> {
     every_row(Protocol::Udp, Family::V4)
 }
 
 #[test]
-fn every_row_by_tcp_on_ipv6() -> Result<()> {
+fn explain_matches_tcp_connect_over_ipv6() -> Result<()> {
     every_row(Protocol::Tcp, Family::V6)
 }
 
 #[test]
-fn every_row_by_udp_on_ipv6() -> Result<()> {
+fn explain_matches_udp_connect_over_ipv6() -> Result<()> {
     every_row(Protocol::Udp, Family::V6)
 }
 
 #[test]
-fn every_row_by_tcp_on_ipv6_sockets_to_ipv4() -> Result<()> {
+fn explain_matches_tcp_connect_over_v4_mapped() -> Result<()> {
     every_row(Protocol::Tcp, Family::Mapped)
 }
 
 #[test]
-fn every_row_by_udp_on_ipv6_sockets_to_ipv4() -> Result<()> {
+fn explain_matches_udp_connect_over_v4_mapped() -> Result<()> {
     every_row(Protocol::Udp, Family::Mapped)
 }
 
 #[test]
-fn explain_says_what_connect_does_whatever_the_services() -> Result<()> {
+fn explain_matches_connect_for_random_services() -> Result<()> {
     const ROUNDS: usize = 2;
     const SERVICES: u8 = 3;
     let mut random = Random::from_env();
@@ -663,7 +663,7 @@ fn one(affinity: bool, pods: usize) -> Result<String> {
 }
 
 #[test]
-fn who_asks_decides() -> Result<()> {
+fn explain_distinguishes_pod_node_and_outside_clients() -> Result<()> {
     let setup = setup(|_| one(false, 3), &["--socket-lb", "node"])?;
     let maps = setup.maps()?;
     let to: SocketAddr = "10.96.1.1:80".parse()?;
@@ -716,7 +716,7 @@ fn who_asks_decides() -> Result<()> {
 }
 
 #[test]
-fn clients_with_affinity_are_listed_until_their_backend_is_gone() -> Result<()> {
+fn affinity_list_shows_clients_and_marks_removed_backends() -> Result<()> {
     let mut setup = setup(|_| one(true, 3), &[])?;
     let list = |setup: &Setup| -> Result<Vec<Value>> { setup.agent.json(&["affinity", "list"]) };
     assert!(list(&setup)?.is_empty());

@@ -186,7 +186,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
 }
 
 #[test]
-fn node_ports_are_served_on_this_nodes_addresses_and_on_its_loopback() -> Result<()> {
+fn node_ports_are_served_on_local_addresses_and_host_loopback() -> Result<()> {
     let setup = setup(&[])?;
     let (n1, n2) = (setup.node(), setup.cluster.node("n2"));
     let own: [IpAddr; 5] = [
@@ -239,7 +239,7 @@ fn node_ports_are_served_on_this_nodes_addresses_and_on_its_loopback() -> Result
 }
 
 #[test]
-fn the_client_keeps_its_address() -> Result<()> {
+fn nodeport_connect_keeps_the_client_address() -> Result<()> {
     let setup = setup(&[])?;
     let n1 = setup.node();
     let _server = testbed().serve_with(&setup.far, &["[::]:8081=far"], &["--report-source"])?;
@@ -268,7 +268,7 @@ fn the_client_keeps_its_address() -> Result<()> {
 }
 
 #[test]
-fn addresses_come_and_go() -> Result<()> {
+fn node_ports_follow_address_changes() -> Result<()> {
     let setup = setup(&[])?;
     let n1 = setup.node();
     n1.ip("link add extra0 type bridge")?;
@@ -301,7 +301,7 @@ fn addresses_come_and_go() -> Result<()> {
 }
 
 #[test]
-fn flags_say_which_addresses_serve() -> Result<()> {
+fn nodeport_addresses_and_devices_flags_select_addresses() -> Result<()> {
     let mut setup = setup(&["--nodeport-addresses", "192.168.77.0/24"])?;
     let n1 = setup.cluster.node("n1");
     let [eth4, cni4]: [IpAddr; 2] = [n1.address().into(), n1.gateway().into()];
@@ -356,7 +356,7 @@ fn flags_say_which_addresses_serve() -> Result<()> {
 }
 
 #[test]
-fn a_node_port_cannot_be_bound_on_the_node() -> Result<()> {
+fn bind_to_a_node_port_fails_with_eaddrinuse_on_the_node() -> Result<()> {
     let setup = setup(&[])?;
     let n1 = setup.node();
     let kinds = [
@@ -412,7 +412,7 @@ fn a_node_port_cannot_be_bound_on_the_node() -> Result<()> {
 }
 
 #[test]
-fn a_backend_reaches_itself_and_a_node_may_be_one() -> Result<()> {
+fn hairpin_and_host_network_backends_are_reached() -> Result<()> {
     let setup = setup(&[])?;
     let (n1, n2) = (setup.node(), setup.cluster.node("n2"));
     let near = setup.cluster.add_pod("n1", "near")?;

@@ -337,7 +337,7 @@ fn random_services(random: &mut Random) -> Vec<Service> {
 const KILLS: u32 = 20;
 
 #[test]
-fn killed_twenty_times_at_any_moment_and_no_connection_fails() -> Result<()> {
+fn agent_kills_at_random_moments_fail_no_connection() -> Result<()> {
     let mut random = Random::from_env();
     let fixture = Fixture::new()?;
     fixture.write(&random_services(&mut random))?;
@@ -395,7 +395,7 @@ fn killed_twenty_times_at_any_moment_and_no_connection_fails() -> Result<()> {
 }
 
 #[test]
-fn killed_in_its_first_start_and_the_next_one_serves() -> Result<()> {
+fn agent_killed_in_its_first_start_is_recovered_by_the_next() -> Result<()> {
     let mut random = Random::from_env();
     let fixture = Fixture::new()?;
     let web = Service::new("web", 10, &[0, 1]);
@@ -434,7 +434,7 @@ fn killed_in_its_first_start_and_the_next_one_serves() -> Result<()> {
 }
 
 #[test]
-fn manifests_change_while_the_agent_is_down_and_what_stays_is_left_alone() -> Result<()> {
+fn changes_made_while_the_agent_is_down_leave_other_entries_alone() -> Result<()> {
     let fixture = Fixture::new()?;
     let keep = Service::new("keep", 10, &[0, 1]);
     let grow = Service::new("grow", 11, &[2, 3]);
@@ -524,7 +524,7 @@ enum Broken {
 }
 
 #[test]
-fn manifests_break_while_the_agent_is_down_and_what_was_served_still_is() -> Result<()> {
+fn manifests_broken_while_the_agent_is_down_keep_services_served() -> Result<()> {
     for broken in [Broken::Everything, Broken::Endpoints] {
         let fixture = Fixture::new()?;
         let web = Service::new("web", 10, &[0, 1]);
@@ -594,7 +594,7 @@ fn other_object() -> Result<Vec<u8>> {
 }
 
 #[test]
-fn another_build_takes_over_and_connections_live_on() -> Result<()> {
+fn another_build_takes_over_without_breaking_connections() -> Result<()> {
     let fixture = Fixture::new()?;
     let web = Service::new("web", 10, &[0, 1, 2]);
     fixture.write([&web])?;
@@ -646,7 +646,7 @@ fn another_build_takes_over_and_connections_live_on() -> Result<()> {
 }
 
 #[test]
-fn stopped_for_good_it_serves_until_the_cleanup() -> Result<()> {
+fn services_outlive_the_agent_until_cleanup() -> Result<()> {
     let fixture = Fixture::new()?;
     let web = Service::new("web", 10, &[0, 1]);
     fixture.write([&web])?;
@@ -701,7 +701,7 @@ fn stopped_for_good_it_serves_until_the_cleanup() -> Result<()> {
 }
 
 #[test]
-fn maps_of_another_layout_are_refused_and_go_on_serving() -> Result<()> {
+fn maps_of_another_layout_are_refused_and_keep_serving() -> Result<()> {
     let fixture = Fixture::new()?;
     let web = Service::new("web", 10, &[0, 1]);
     fixture.write([&web])?;

@@ -6,7 +6,7 @@ use lb_stress::{ChangeKind, NODE, Options};
 use lb_tests::{Cluster, Random, scaled_count};
 
 #[test]
-fn no_lookup_misses_and_none_ends_at_a_strangers_backend() -> Result<()> {
+fn lookups_never_miss_or_return_a_foreign_backend() -> Result<()> {
     const LOOKUPS: u64 = 5_000_000;
     const CHANGES: u64 = 400;
     /// Every kind of change, and a death and a failure among them.

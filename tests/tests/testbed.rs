@@ -42,7 +42,7 @@ fn runs(pid: u32) -> bool {
 }
 
 #[test]
-fn pods_reach_each_other_on_either_underlay() -> Result<()> {
+fn pods_reach_each_other_over_vxlan_and_routes() -> Result<()> {
     for underlay in [Underlay::Vxlan, Underlay::Routes] {
         let cluster = Cluster::builder().nodes(2).underlay(underlay).build()?;
         let (a, b, c) = (
@@ -81,7 +81,7 @@ fn pods_reach_each_other_on_either_underlay() -> Result<()> {
 }
 
 #[test]
-fn a_client_reaches_nodes_and_nothing_leaves() -> Result<()> {
+fn outside_client_reaches_nodes_and_service_addresses_are_unroutable() -> Result<()> {
     let cluster = Cluster::builder().nodes(2).clients(2).build()?;
     let node = cluster.node("n2");
     let _server = testbed().serve_with(node, &["0.0.0.0:8080=n2"], &["--report-source"])?;
@@ -104,7 +104,7 @@ fn a_client_reaches_nodes_and_nothing_leaves() -> Result<()> {
 }
 
 #[test]
-fn processes_live_in_their_place() -> Result<()> {
+fn processes_run_in_their_namespace_and_cgroup() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).client(true).build()?;
     let node = cluster.node("n1");
     let pod = cluster.add_pod("n1", "a")?;
@@ -143,7 +143,7 @@ fn processes_live_in_their_place() -> Result<()> {
 }
 
 #[test]
-fn failures_are_told() -> Result<()> {
+fn failed_connections_report_stage_and_errno() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let pod = cluster.add_pod("n1", "a")?;
     let summary = testbed().connect(&pod, &Connect::to(&[pod.socket(81)]).count(150))?;
@@ -174,7 +174,7 @@ fn failures_are_told() -> Result<()> {
 }
 
 #[test]
-fn load_is_logged_and_stops_when_told() -> Result<()> {
+fn load_logs_connections_and_stops_on_request() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let (a, b) = (cluster.add_pod("n1", "a")?, cluster.add_pod("n1", "b")?);
     let server = testbed().serve(&b, &["0.0.0.0:8080=b"])?;
@@ -214,7 +214,7 @@ fn load_is_logged_and_stops_when_told() -> Result<()> {
 }
 
 #[test]
-fn held_connections_and_rates() -> Result<()> {
+fn held_connections_and_rate_limits_are_counted() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let (a, b) = (cluster.add_pod("n1", "a")?, cluster.add_pod("n1", "b")?);
     let first = testbed().serve_with(&b, &["0.0.0.0:8080=first"], &["--echo"])?;
@@ -240,7 +240,7 @@ fn held_connections_and_rates() -> Result<()> {
 }
 
 #[test]
-fn http_answers() -> Result<()> {
+fn http_server_answers_curl_and_load() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let (a, b) = (cluster.add_pod("n1", "a")?, cluster.add_pod("n1", "b")?);
     let _server = testbed().serve_with(&b, &["0.0.0.0:80=b"], &["--http"])?;
@@ -258,7 +258,7 @@ fn http_answers() -> Result<()> {
 }
 
 #[test]
-fn pods_come_and_go() -> Result<()> {
+fn removed_pod_frees_its_address() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let a = cluster.add_pod("n1", "a")?;
     let b = cluster.add_pod("n1", "b")?;
@@ -280,7 +280,7 @@ fn pods_come_and_go() -> Result<()> {
 }
 
 #[test]
-fn rules_are_seen() -> Result<()> {
+fn ruleset_reflects_nft_changes() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let node = cluster.node("n1");
     let before = node.ruleset()?;
@@ -297,7 +297,7 @@ fn rules_are_seen() -> Result<()> {
 }
 
 #[test]
-fn nothing_remains() -> Result<()> {
+fn dropping_a_cluster_removes_everything() -> Result<()> {
     let cluster = Cluster::builder().nodes(2).client(true).build()?;
     let pod = cluster.add_pod("n1", "a")?;
     let server = testbed().serve(&pod, &["0.0.0.0:8080"])?;
@@ -320,7 +320,7 @@ fn nothing_remains() -> Result<()> {
 }
 
 #[test]
-fn nothing_remains_after_a_panic() {
+fn panic_removes_the_cluster() {
     let mut prefix = String::new();
     let panicked = catch_unwind(AssertUnwindSafe(|| {
         let cluster = Cluster::builder().nodes(1).build().unwrap();
@@ -335,7 +335,7 @@ fn nothing_remains_after_a_panic() {
 }
 
 #[test]
-fn leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not() -> Result<()> {
+fn leftovers_of_ended_owners_are_removed_and_of_running_owners_kept() -> Result<()> {
     let mine = Cluster::builder().nodes(1).build()?;
     ensure_bpffs()?;
     let mut owner = Process::spawn_reading(

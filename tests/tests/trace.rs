@@ -130,7 +130,7 @@ impl Setup {
 }
 
 #[test]
-fn connects_and_refusals_are_told_as_they_happen() -> Result<()> {
+fn trace_shows_connects_and_refusals() -> Result<()> {
     let setup = setup()?;
     // Of what happens before, nothing is told.
     connect(&setup, "10.96.0.10:80", 3, true)?;
@@ -172,7 +172,7 @@ fn connects_and_refusals_are_told_as_they_happen() -> Result<()> {
 }
 
 #[test]
-fn datagrams_are_told_on_both_families() -> Result<()> {
+fn trace_shows_udp_in_both_families() -> Result<()> {
     let setup = setup()?;
     let mut tracer = setup.trace(&["--service", "default/web"])?;
     for (kind, to, backend) in [
@@ -212,7 +212,7 @@ fn datagrams_are_told_on_both_families() -> Result<()> {
 }
 
 #[test]
-fn a_destroyed_socket_is_told() -> Result<()> {
+fn trace_shows_destroyed_sockets() -> Result<()> {
     let setup = setup()?;
     let mut tracer = setup.trace(&["--service", "default/web"])?;
     let mut sockets = Vec::new();
@@ -245,7 +245,7 @@ fn a_destroyed_socket_is_told() -> Result<()> {
 }
 
 #[test]
-fn only_one_service_where_that_is_asked() -> Result<()> {
+fn trace_filters_by_service() -> Result<()> {
     let setup = setup()?;
     let mut tracer = setup.trace(&["--service", "default/db", "--count", "3"])?;
     for (to, well) in [
@@ -271,7 +271,7 @@ fn only_one_service_where_that_is_asked() -> Result<()> {
 }
 
 #[test]
-fn what_a_killed_tracer_asked_for_is_taken_back() -> Result<()> {
+fn events_are_disabled_after_the_tracer_is_killed() -> Result<()> {
     let mut setup = setup()?;
     // No agent runs that could.
     setup.agent.kill()?;
@@ -319,7 +319,7 @@ fn what_a_killed_tracer_asked_for_is_taken_back() -> Result<()> {
 }
 
 #[test]
-fn lost_events_are_counted_and_told() -> Result<()> {
+fn lost_events_are_counted_and_shown() -> Result<()> {
     // The ring buffer has room for fewer.
     const COUNT: u64 = 4_000;
     let setup = setup()?;
@@ -357,7 +357,7 @@ fn lost_events_are_counted_and_told() -> Result<()> {
 }
 
 #[test]
-fn the_agents_own_events_are_told_where_somebody_asks() -> Result<()> {
+fn agent_events_reach_the_tracer() -> Result<()> {
     const SMALL: Capacities = Capacities {
         services: 16,
         frontends: 16,

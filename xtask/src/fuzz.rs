@@ -101,8 +101,8 @@ fn in_kernel(seconds: u64) -> anyhow::Result<bool> {
         bail!("the setup is not complete");
     }
     let done = test::long(Long {
-        target: "translation",
-        test: "random::whatever_comes_is_translated_well_or_left_alone",
+        target: "tc_programs",
+        test: "random::random_packets_are_translated_correctly_or_left_alone",
         variable: ("LB_FUZZ_SECONDS", seconds.to_string()),
         kubernetes: false,
     })?;

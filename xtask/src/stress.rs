@@ -40,15 +40,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.outage {
         return test::long(Long {
             target: "kubernetes",
-            test: "the_api_server_goes_and_comes",
+            test: "services_survive_api_server_outages",
             variable: ("LB_API_AWAY", OUTAGE.to_string()),
             kubernetes: true,
         });
     }
     if args.flood {
         return test::long(Long {
-            target: "flood",
-            test: "connections_live_through_a_flood_of_unanswered_syns",
+            target: "syn_flood",
+            test: "connections_survive_a_flood_of_unanswered_syns",
             variable: ("LB_FLOOD", SYNS.to_string()),
             kubernetes: false,
         });

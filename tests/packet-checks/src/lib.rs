@@ -1,5 +1,5 @@
 //! What must hold for the bytes of any packet: called by the targets of cargo-fuzz with what it finds, and by the test
-//! `packet_bytes` with the corpus and the regressions.
+//! `fuzz_corpus` with the corpus and the regressions.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 

@@ -112,7 +112,7 @@ fn trial(agent: &mut InProcessAgent, second: bool, at: u64, fault: Fault) -> Res
 }
 
 #[test]
-fn after_a_fault_at_any_operation_all_is_put_right_and_no_reader_sees_it() -> Result<()> {
+fn map_faults_are_repaired_and_never_visible_to_readers() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let mut agent = InProcessAgent::new(&PinPath::new(cluster.pin_path(NODE)))?;
     let mut second = false;

@@ -10,9 +10,15 @@ use crate::Test;
 use crate::fixture::Fixture;
 
 pub(crate) const TESTS: &[Test] = &[
-    ("slices_follow_pods", slices_follow_pods),
-    ("slices_are_small", slices_are_small),
-    ("kubectl_sees_the_nodes", kubectl_sees_the_nodes),
+    (
+        "endpoint_slices_follow_pod_conditions",
+        endpoint_slices_follow_pod_conditions,
+    ),
+    (
+        "endpoint_slice_controller_splits_slices",
+        endpoint_slice_controller_splits_slices,
+    ),
+    ("kubectl_lists_the_nodes", kubectl_lists_the_nodes),
 ];
 
 /// Waits until every endpoint of a Service, of either family, has these conditions: ready, serving, terminating.
@@ -29,7 +35,7 @@ fn wait_for(namespace: &Namespace<'_>, conditions: [bool; 3]) -> Result<Vec<Endp
     })
 }
 
-fn slices_follow_pods(fixture: &Fixture) -> Result<()> {
+fn endpoint_slices_follow_pod_conditions(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("slices")?;
     let ports = json!([{"name": "http", "port": 80, "targetPort": "web"}]);
     let spec = json!({"selector": {"app": "web"}, "ipFamilyPolicy": "RequireDualStack", "ports": ports});
@@ -68,7 +74,7 @@ fn slices_follow_pods(fixture: &Fixture) -> Result<()> {
     })
 }
 
-fn slices_are_small(fixture: &Fixture) -> Result<()> {
+fn endpoint_slice_controller_splits_slices(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("small")?;
     let spec = json!({"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8080}]});
     namespace.create_service("web", spec)?;
@@ -92,7 +98,7 @@ fn slices_are_small(fixture: &Fixture) -> Result<()> {
     })
 }
 
-fn kubectl_sees_the_nodes(fixture: &Fixture) -> Result<()> {
+fn kubectl_lists_the_nodes(fixture: &Fixture) -> Result<()> {
     let columns = "custom-columns=:.metadata.name,:.spec.podCIDRs,:.status.addresses[0].address";
     let said = fixture
         .control_plane

@@ -13,26 +13,44 @@ use crate::Test;
 use crate::fixture::{Backend, ECONNREFUSED, EHOSTUNREACH, Fixture, Outcome, TARGET, tcp, udp};
 
 pub(crate) const TESTS: &[Test] = &[
-    ("none_is_refused", none_is_refused),
-    ("readiness_and_its_gates", readiness_and_its_gates),
-    ("not_ready_ones_are_published", not_ready_ones_are_published),
     (
-        "pods_with_the_network_of_their_node",
-        pods_with_the_network_of_their_node,
+        "service_without_endpoints_is_refused",
+        service_without_endpoints_is_refused,
     ),
-    ("a_pod_is_replaced", a_pod_is_replaced),
+    ("readiness_gates_decide_readiness", readiness_gates_decide_readiness),
     (
-        "terminating_ones_are_the_last_resort",
-        terminating_ones_are_the_last_resort,
+        "publish_not_ready_addresses_serves_unready_pods",
+        publish_not_ready_addresses_serves_unready_pods,
+    ),
+    ("host_network_pods_are_endpoints", host_network_pods_are_endpoints),
+    (
+        "replaced_pod_is_served_at_its_new_address",
+        replaced_pod_is_served_at_its_new_address,
     ),
     (
-        "terminating_ones_of_this_node_with_policy_local",
-        terminating_ones_of_this_node_with_policy_local,
+        "terminating_endpoints_serve_when_none_is_ready",
+        terminating_endpoints_serve_when_none_is_ready,
     ),
-    ("internal_policy_local_on_and_off", internal_policy_local_on_and_off),
-    ("hints_by_zone_and_node", hints_by_zone_and_node),
-    ("several_slices", several_slices),
-    ("slices_by_hand_with_duplicates", slices_by_hand_with_duplicates),
+    (
+        "local_policy_falls_back_to_local_terminating_endpoints",
+        local_policy_falls_back_to_local_terminating_endpoints,
+    ),
+    (
+        "internal_traffic_policy_can_be_switched",
+        internal_traffic_policy_can_be_switched,
+    ),
+    (
+        "topology_hints_select_endpoints_by_zone_and_node",
+        topology_hints_select_endpoints_by_zone_and_node,
+    ),
+    (
+        "endpoints_of_several_slices_are_merged",
+        endpoints_of_several_slices_are_merged,
+    ),
+    (
+        "duplicate_endpoints_in_manual_slices_count_once",
+        duplicate_endpoints_in_manual_slices_count_once,
+    ),
 ];
 
 /// A Service on port 80, TCP and UDP, of the pods with the label `app: web`, with more in its spec.
@@ -59,7 +77,7 @@ fn names(names: &[&str]) -> Outcome {
     Outcome::names(names)
 }
 
-fn none_is_refused(fixture: &Fixture) -> Result<()> {
+fn service_without_endpoints_is_refused(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("none")?;
     let service = web(&namespace, &[])?;
     let refused = Outcome::Failed(ECONNREFUSED);
@@ -77,7 +95,7 @@ fn none_is_refused(fixture: &Fixture) -> Result<()> {
     Ok(())
 }
 
-fn readiness_and_its_gates(fixture: &Fixture) -> Result<()> {
+fn readiness_gates_decide_readiness(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("ready")?;
     let target = tcp(&web(&namespace, &[])?, 80)?;
     let a = fixture.backend(&namespace, "n1", "a", &PodTemplate::app("web").gate("test/gate"))?;
@@ -93,7 +111,7 @@ fn readiness_and_its_gates(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.everybody(), target, &names(&["b"]))
 }
 
-fn not_ready_ones_are_published(fixture: &Fixture) -> Result<()> {
+fn publish_not_ready_addresses_serves_unready_pods(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("published")?;
     let target = tcp(&web(&namespace, &[("publishNotReadyAddresses", json!(true))])?, 80)?;
     let pods = [
@@ -127,7 +145,7 @@ fn not_ready_ones_are_published(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.everybody(), target, &names(&["b"]))
 }
 
-fn pods_with_the_network_of_their_node(fixture: &Fixture) -> Result<()> {
+fn host_network_pods_are_endpoints(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("host")?;
     let port = 18_080;
     let ports = json!([{"port": 80, "targetPort": port}]);
@@ -149,7 +167,7 @@ fn pods_with_the_network_of_their_node(fixture: &Fixture) -> Result<()> {
 }
 
 /// By another with another address, on the other node.
-fn a_pod_is_replaced(fixture: &Fixture) -> Result<()> {
+fn replaced_pod_is_served_at_its_new_address(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("replaced")?;
     let service = web(&namespace, &[])?;
     let mut old = backend(fixture, &namespace, "n1", "web-0")?;
@@ -165,7 +183,7 @@ fn a_pod_is_replaced(fixture: &Fixture) -> Result<()> {
     Ok(())
 }
 
-fn terminating_ones_are_the_last_resort(fixture: &Fixture) -> Result<()> {
+fn terminating_endpoints_serve_when_none_is_ready(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("terminating")?;
     let target = tcp(&web(&namespace, &[])?, 80)?;
     let at = target.address();
@@ -193,7 +211,7 @@ fn terminating_ones_are_the_last_resort(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.everybody(), target, &names(&["b"]))
 }
 
-fn terminating_ones_of_this_node_with_policy_local(fixture: &Fixture) -> Result<()> {
+fn local_policy_falls_back_to_local_terminating_endpoints(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("terminating-local")?;
     let target = tcp(&web(&namespace, &[("internalTrafficPolicy", json!("Local"))])?, 80)?;
     let a = backend(fixture, &namespace, "n1", "a")?;
@@ -215,7 +233,7 @@ fn terminating_ones_of_this_node_with_policy_local(fixture: &Fixture) -> Result<
     Ok(())
 }
 
-fn internal_policy_local_on_and_off(fixture: &Fixture) -> Result<()> {
+fn internal_traffic_policy_can_be_switched(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("local")?;
     let service = web(&namespace, &[])?;
     let targets = [tcp(&service, 80)?, udp(&service, 80)?];
@@ -236,7 +254,7 @@ fn internal_policy_local_on_and_off(fixture: &Fixture) -> Result<()> {
 }
 
 /// Zone a has the first node, zone b the second and the third.
-fn hints_by_zone_and_node(fixture: &Fixture) -> Result<()> {
+fn topology_hints_select_endpoints_by_zone_and_node(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("distribution")?;
     let target = tcp(&web(&namespace, &[])?, 80)?;
     let _a = backend(fixture, &namespace, "n1", "a")?;
@@ -291,7 +309,7 @@ fn hints_by_zone_and_node(fixture: &Fixture) -> Result<()> {
     expect(&names(&["a"]), &names(&["c"]))
 }
 
-fn several_slices(fixture: &Fixture) -> Result<()> {
+fn endpoints_of_several_slices_are_merged(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("several")?;
     let target = tcp(&web(&namespace, &[])?, 80)?;
     let count = ENDPOINTS_PER_SLICE + 2;
@@ -319,7 +337,7 @@ fn several_slices(fixture: &Fixture) -> Result<()> {
 }
 
 /// A Service without a selector, whose slices somebody else makes; one endpoint is in two of them, as while one moves.
-fn slices_by_hand_with_duplicates(fixture: &Fixture) -> Result<()> {
+fn duplicate_endpoints_in_manual_slices_count_once(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("by-hand")?;
     let ports = json!([{"port": 80, "targetPort": TARGET}]);
     let target = tcp(&namespace.create_service("web", json!({"ports": ports}))?, 80)?;

@@ -5,9 +5,9 @@
 
 mod control_plane;
 mod endpoints;
-mod face;
 mod fixture;
 mod outages;
+mod server;
 mod services;
 
 use std::process::ExitCode;
@@ -28,7 +28,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     // Made by the first test that is run: a list of tests, or a filter that leaves none, needs no control plane.
     let fixture = Arc::new(OnceLock::new());
-    let tests = [control_plane::TESTS, services::TESTS, endpoints::TESTS, face::TESTS].concat();
+    let tests = [control_plane::TESTS, services::TESTS, endpoints::TESTS, server::TESTS].concat();
     let tests = tests.into_iter().map(|test| trial(test, &fixture));
     let trials = outages::TESTS
         .iter()

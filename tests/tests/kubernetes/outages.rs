@@ -19,11 +19,15 @@ use crate::fixture::{Backend, Fixture, Outcome, TARGET, Target, USER, tcp};
 
 /// Tests that make their bed themselves.
 pub(crate) const TESTS: &[TestAlone] = &[
-    ("the_api_server_goes_and_comes", plain, the_api_server_goes_and_comes),
     (
-        "events_in_another_order_and_twice",
+        "services_survive_api_server_outages",
+        plain,
+        services_survive_api_server_outages,
+    ),
+    (
+        "reordered_and_repeated_watch_events_converge",
         mixing,
-        events_in_another_order_and_twice,
+        reordered_and_repeated_watch_events_converge,
     ),
 ];
 
@@ -91,7 +95,7 @@ fn away() -> Result<Duration> {
     Ok(Duration::from_secs(seconds))
 }
 
-fn the_api_server_goes_and_comes(fixture: &Fixture) -> Result<()> {
+fn services_survive_api_server_outages(fixture: &Fixture) -> Result<()> {
     let control_plane = &fixture.control_plane;
     let watch_proxy = fixture.watch_proxy.as_ref().context("no mixer")?;
     let namespace = control_plane.namespace("outage")?;
@@ -147,7 +151,7 @@ fn the_api_server_goes_and_comes(fixture: &Fixture) -> Result<()> {
 /// Services of a test that are made, changed and deleted, with slices by hand.
 const SERVICES: u64 = 8;
 
-fn events_in_another_order_and_twice(fixture: &Fixture) -> Result<()> {
+fn reordered_and_repeated_watch_events_converge(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("mixed")?;
     let steady = Steady::new(fixture, &namespace)?;
     let loads = steady.load(fixture)?;

@@ -14,26 +14,50 @@ use crate::Test;
 use crate::fixture::{Backend, ECONNREFUSED, Fixture, Outcome, TARGET, Target, addresses, tcp, udp};
 
 pub(crate) const TESTS: &[Test] = &[
-    ("dns_as_kubectl_applies_it", dns_as_kubectl_applies_it),
-    ("the_api_server_by_its_service", the_api_server_by_its_service),
     (
-        "target_ports_by_name_differ_per_endpoint",
-        target_ports_by_name_differ_per_endpoint,
+        "kubectl_applied_dns_service_is_served",
+        kubectl_applied_dns_service_is_served,
     ),
-    ("ports_are_added_and_removed", ports_are_added_and_removed),
-    ("made_again_with_the_same_address", made_again_with_the_same_address),
     (
-        "an_address_handed_to_another_service",
-        an_address_handed_to_another_service,
+        "api_server_is_reached_by_its_service",
+        api_server_is_reached_by_its_service,
     ),
-    ("changes_of_type", changes_of_type),
-    ("labels_that_exclude", labels_that_exclude),
-    ("both_families_in_either_order", both_families_in_either_order),
-    ("session_affinity_on_and_off", session_affinity_on_and_off),
-    ("node_ports", node_ports),
-    ("external_addresses", external_addresses),
-    ("load_balancer_addresses", load_balancer_addresses),
-    ("two_claim_one_address", two_claim_one_address),
+    (
+        "named_target_ports_may_differ_per_endpoint",
+        named_target_ports_may_differ_per_endpoint,
+    ),
+    (
+        "service_ports_can_be_added_and_removed",
+        service_ports_can_be_added_and_removed,
+    ),
+    (
+        "recreated_service_is_served_at_its_old_cluster_ip",
+        recreated_service_is_served_at_its_old_cluster_ip,
+    ),
+    (
+        "cluster_ip_moves_to_another_service",
+        cluster_ip_moves_to_another_service,
+    ),
+    ("service_type_can_change", service_type_can_change),
+    (
+        "proxy_name_and_headless_labels_exclude_a_service",
+        proxy_name_and_headless_labels_exclude_a_service,
+    ),
+    (
+        "dual_stack_services_in_either_order_are_served",
+        dual_stack_services_in_either_order_are_served,
+    ),
+    ("session_affinity_can_be_switched", session_affinity_can_be_switched),
+    ("node_ports_are_served_on_each_node", node_ports_are_served_on_each_node),
+    (
+        "external_ips_use_cluster_policy_from_inside",
+        external_ips_use_cluster_policy_from_inside,
+    ),
+    ("load_balancer_ip_mode_is_respected", load_balancer_ip_mode_is_respected),
+    (
+        "older_service_wins_an_address_conflict",
+        older_service_wins_an_address_conflict,
+    ),
 ];
 
 /// One TCP port, 80, of pods with the label `app: NAME`.
@@ -59,7 +83,7 @@ fn pair<'a>(fixture: &Fixture, namespace: &Namespace<'a>, name: &str) -> Result<
 }
 
 /// Several ports, the same in both protocols, named targets.
-fn dns_as_kubectl_applies_it(fixture: &Fixture) -> Result<()> {
+fn kubectl_applied_dns_service_is_served(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("dns")?;
     let manifest = json!({
         "apiVersion": "v1",
@@ -103,7 +127,7 @@ fn dns_as_kubectl_applies_it(fixture: &Fixture) -> Result<()> {
 }
 
 /// The Service that the API server makes for itself, with a slice of its own making.
-fn the_api_server_by_its_service(fixture: &Fixture) -> Result<()> {
+fn api_server_is_reached_by_its_service(fixture: &Fixture) -> Result<()> {
     let url = "https://10.96.0.1/readyz";
     let arguments = ["--silent", "--show-error", "--fail", "--insecure", url];
     for node in ["n1", "n2"] {
@@ -115,7 +139,7 @@ fn the_api_server_by_its_service(fixture: &Fixture) -> Result<()> {
     Ok(())
 }
 
-fn target_ports_by_name_differ_per_endpoint(fixture: &Fixture) -> Result<()> {
+fn named_target_ports_may_differ_per_endpoint(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("named")?;
     let ports = json!([{"port": 80, "targetPort": "http"}]);
     let service = namespace.create_service("web", json!({"selector": {"app": "web"}, "ports": ports}))?;
@@ -127,7 +151,7 @@ fn target_ports_by_name_differ_per_endpoint(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &Outcome::names(&["a", "b"]))
 }
 
-fn ports_are_added_and_removed(fixture: &Fixture) -> Result<()> {
+fn service_ports_can_be_added_and_removed(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("ports")?;
     let service = namespace.create_service("web", web("web"))?;
     let _backends = pair(fixture, &namespace, "web")?;
@@ -154,7 +178,7 @@ fn ports_are_added_and_removed(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.everybody(), tcp(&service, 81)?, &refused)
 }
 
-fn made_again_with_the_same_address(fixture: &Fixture) -> Result<()> {
+fn recreated_service_is_served_at_its_old_cluster_ip(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("again")?;
     let service = namespace.create_service("web", web("old"))?;
     let target = tcp(&service, 80)?;
@@ -172,7 +196,7 @@ fn made_again_with_the_same_address(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.everybody(), target, &Outcome::names(&["old"]))
 }
 
-fn an_address_handed_to_another_service(fixture: &Fixture) -> Result<()> {
+fn cluster_ip_moves_to_another_service(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("handed")?;
     let service = namespace.create_service("first", web("first"))?;
     let target = tcp(&service, 80)?;
@@ -188,7 +212,7 @@ fn an_address_handed_to_another_service(fixture: &Fixture) -> Result<()> {
 }
 
 /// ClusterIP, ExternalName, headless, NodePort and back.
-fn changes_of_type(fixture: &Fixture) -> Result<()> {
+fn service_type_can_change(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("types")?;
     let service = namespace.create_service("web", web("web"))?;
     let _backends = pair(fixture, &namespace, "web")?;
@@ -234,7 +258,7 @@ fn node_port(service: &k8s_openapi::api::core::v1::Service) -> Result<u16> {
 }
 
 /// A Service that is another proxy's, or that is to be treated as headless, is not served while that is so.
-fn labels_that_exclude(fixture: &Fixture) -> Result<()> {
+fn proxy_name_and_headless_labels_exclude_a_service(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("labels")?;
     let service = namespace.create_service("web", web("web"))?;
     let _backends = pair(fixture, &namespace, "web")?;
@@ -261,7 +285,7 @@ fn labels_that_exclude(fixture: &Fixture) -> Result<()> {
     Ok(())
 }
 
-fn both_families_in_either_order(fixture: &Fixture) -> Result<()> {
+fn dual_stack_services_in_either_order_are_served(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("families")?;
     let _backends = pair(fixture, &namespace, "web")?;
     let both = Outcome::names(&["web-1", "web-2"]);
@@ -296,7 +320,7 @@ fn both_families_in_either_order(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.everybody(), Target::Tcp((all[0], 80).into()), &both)
 }
 
-fn session_affinity_on_and_off(fixture: &Fixture) -> Result<()> {
+fn session_affinity_can_be_switched(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("affinity")?;
     let service = namespace.create_service("web", web("web"))?;
     let _backends = pair(fixture, &namespace, "web")?;
@@ -330,7 +354,7 @@ fn session_affinity_on_and_off(fixture: &Fixture) -> Result<()> {
 }
 
 /// At the addresses of each node, for its pods and itself: what is decided at connect().
-fn node_ports(fixture: &Fixture) -> Result<()> {
+fn node_ports_are_served_on_each_node(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("nodeports")?;
     let ports = json!([
         {"name": "http", "port": 80, "targetPort": TARGET, "nodePort": 30080},
@@ -369,7 +393,7 @@ fn node_ports(fixture: &Fixture) -> Result<()> {
 }
 
 /// Pods and nodes reach external addresses as they do cluster IPs, whatever the policy for traffic from outside.
-fn external_addresses(fixture: &Fixture) -> Result<()> {
+fn external_ips_use_cluster_policy_from_inside(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("external")?;
     let first: SocketAddr = "198.51.100.10:80".parse()?;
     let second: SocketAddr = "198.51.100.11:80".parse()?;
@@ -392,7 +416,7 @@ fn external_addresses(fixture: &Fixture) -> Result<()> {
 }
 
 /// Addresses that a cloud's controller writes into the status, unless it says that it is the one who answers there.
-fn load_balancer_addresses(fixture: &Fixture) -> Result<()> {
+fn load_balancer_ip_mode_is_respected(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("balancer")?;
     let at: SocketAddr = "203.0.113.10:80".parse()?;
     let more = [
@@ -428,7 +452,7 @@ fn load_balancer_addresses(fixture: &Fixture) -> Result<()> {
 }
 
 /// The older Service has it; when that goes, the other, without a connection that fails.
-fn two_claim_one_address(fixture: &Fixture) -> Result<()> {
+fn older_service_wins_an_address_conflict(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("claims")?;
     let at: SocketAddr = "198.51.100.20:80".parse()?;
     let claim = |name| with(web(name), &[("externalIPs", json!([at.ip()]))]);

@@ -11,14 +11,14 @@ use crate::workspace::{current_program, root};
 
 /// Test programs in the order of what is best known first; all others follow.
 const KNOWN: [&str; 9] = [
-    "programs",
-    "translation",
-    "packets",
+    "verifier",
+    "tc_programs",
+    "packet_path",
     "devices",
-    "sockets",
-    "datagrams",
-    "resolvers",
-    "races",
+    "socket_lb",
+    "udp",
+    "dns_clients",
+    "updates_under_load",
     "restart",
 ];
 
@@ -26,10 +26,10 @@ const KNOWN: [&str; 9] = [
 /// the other tests make, the agent's HTTP servers and Events, what it does when its own calls fail, what its commands
 /// print, and what needs no kernel at all. None of it depends on the kernel's version, and emulation takes more than ten
 /// minutes for it.
-const LEFT_OUT: [&str; 6] = ["testbed", "explain", "face", "faults", "inspection", "packet_bytes"];
+const LEFT_OUT: [&str; 6] = ["explain", "faults", "fuzz_corpus", "pinned_maps", "server", "testbed"];
 
 /// What one of several machines does for all, in turn, unless a filter asks for it, to save time.
-const SHARED: [&str; 5] = ["affinity", "demo", "resolvers", "stress", "trace"];
+const SHARED: [&str; 5] = ["demo", "dns_clients", "session_affinity", "stress", "trace"];
 
 /// How long one program may run, in seconds. One that hangs keeps the others from running no longer.
 pub(super) const PROGRAM_LIMIT: u32 = 15 * 60;

@@ -74,7 +74,7 @@ fn blocks(page: &str, part: &str) -> Vec<Block> {
 }
 
 #[test]
-fn the_page_has_commands_for_both_ways() -> Result<()> {
+fn migration_page_has_commands_for_both_directions() -> Result<()> {
     let page = fs::read_to_string(root().join(PAGE)).context("reading the page")?;
     let headings = |part| {
         blocks(&page, part)
@@ -111,12 +111,12 @@ fn the_page_has_commands_for_both_ways() -> Result<()> {
 }
 
 #[test]
-fn there_and_back_with_nftables() -> Result<()> {
+fn migrates_from_nftables_kube_proxy_and_back() -> Result<()> {
     there_and_back("nftables")
 }
 
 #[test]
-fn there_and_back_with_iptables() -> Result<()> {
+fn migrates_from_iptables_kube_proxy_and_back() -> Result<()> {
     there_and_back("iptables")
 }
 

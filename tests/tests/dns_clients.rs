@@ -159,7 +159,7 @@ fn resolver(library: &str) -> Result<String> {
 }
 
 #[test]
-fn dig_asks_by_udp_and_tcp() -> Result<()> {
+fn dig_queries_over_udp_and_tcp() -> Result<()> {
     let setup = setup()?;
     for netns in setup.clients() {
         let dig = |words: &[&str]| netns.run("dig", &[&["+time=5", "+tries=1"], words].concat());
@@ -190,7 +190,7 @@ fn dig_asks_by_udp_and_tcp() -> Result<()> {
 }
 
 #[test]
-fn glibc_resolves_and_curl_follows() -> Result<()> {
+fn glibc_resolves_names_and_curl_fetches() -> Result<()> {
     let setup = setup()?;
     for netns in setup.clients() {
         for server in DNS {
@@ -219,7 +219,7 @@ fn glibc_resolves_and_curl_follows() -> Result<()> {
 }
 
 #[test]
-fn musl_asks_all_servers_at_once_on_one_socket() -> Result<()> {
+fn musl_queries_all_servers_from_one_socket() -> Result<()> {
     let setup = setup()?;
     let program = resolver("musl")?;
     let count = 20;
@@ -252,7 +252,7 @@ fn musl_asks_all_servers_at_once_on_one_socket() -> Result<()> {
 }
 
 #[test]
-fn python_sees_the_services() -> Result<()> {
+fn python_clients_see_service_addresses() -> Result<()> {
     let setup = setup()?;
     let client = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/client.py");
     let client = client.to_str().context("a path is not UTF-8")?;
@@ -366,7 +366,7 @@ fn connected_to(netns: &Netns, address: IpAddr) -> Result<Vec<String>> {
 }
 
 #[test]
-fn names_resolve_while_the_server_is_replaced_100_times() -> Result<()> {
+fn names_resolve_while_the_dns_server_is_replaced_100_times() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let client = cluster.add_pod("n1", "client")?;
     let pods: Vec<Pod> = (0..8)

@@ -220,7 +220,7 @@ impl Others {
 const OTHERS_EVERY: u64 = 4;
 
 #[test]
-fn endpoints_come_and_go_and_no_connection_fails() -> Result<()> {
+fn endpoint_churn_fails_no_connection() -> Result<()> {
     let mut random = Random::from_env();
     let backends = Backend::several("b", 100, 8);
     let mut fixture = Fixture::new(&backends)?;
@@ -273,7 +273,7 @@ fn endpoints_come_and_go_and_no_connection_fails() -> Result<()> {
 }
 
 #[test]
-fn a_port_passes_between_two_services_and_no_connection_fails() -> Result<()> {
+fn port_moving_between_services_fails_no_connection() -> Result<()> {
     let mut random = Random::from_env();
     let sides = [Backend::several("left", 100, 3), Backend::several("right", 110, 3)];
     let names = ["left", "right"];
@@ -345,7 +345,7 @@ fn a_port_passes_between_two_services_and_no_connection_fails() -> Result<()> {
 /// there are a thousand times as many as above, for what happens as seldom. (A map update in place of the store is found
 /// within a second.)
 #[test]
-fn a_frontend_that_changes_is_never_missed() -> Result<()> {
+fn frontend_updates_are_never_missed_by_lookups() -> Result<()> {
     const STORES: u64 = 1_000_000;
     let stores = scaled_count(STORES);
     let backend = Backend::several("b", 100, 1).remove(0);
@@ -376,7 +376,7 @@ fn a_frontend_that_changes_is_never_missed() -> Result<()> {
 }
 
 #[test]
-fn connections_are_spread_evenly() -> Result<()> {
+fn connections_are_distributed_evenly() -> Result<()> {
     // 500 to each of four backends are enough to see a share that is off by a seventh.
     let count = scaled_count_above(10_000, 2_000);
     let backends = Backend::several("b", 100, 4);

@@ -85,7 +85,7 @@ fn wait_for_no_records(agent: &Agent) -> Result<()> {
 }
 
 #[test]
-fn peers_are_the_vip_and_100_000_closed_sockets_leave_no_record() -> Result<()> {
+fn getpeername_is_the_vip_and_100_000_closed_sockets_leave_no_record() -> Result<()> {
     let count = scaled_count(100_000);
     let setup = setup(&[])?;
     let load = Connect::to(&[addr(VIP)]).count(count).threads(4).peer_check();
@@ -105,7 +105,7 @@ fn peers_are_the_vip_and_100_000_closed_sockets_leave_no_record() -> Result<()> 
 }
 
 #[test]
-fn the_host_is_served_like_its_pods_and_sources_are_kept() -> Result<()> {
+fn host_processes_and_hairpin_pods_are_served() -> Result<()> {
     let setup = setup(&[])?;
     let node = setup.cluster.node("n1");
     testbed()
@@ -119,7 +119,7 @@ fn the_host_is_served_like_its_pods_and_sources_are_kept() -> Result<()> {
 }
 
 #[test]
-fn live_sockets_are_listed_with_their_backend() -> Result<()> {
+fn socket_list_shows_live_sockets_with_their_backend() -> Result<()> {
     let setup = setup(&[])?;
     let held = testbed().hold(&setup.client, &[addr(VIP)], 50)?;
     let rows: Vec<Value> = setup.agent.json(&["socket", "list"])?;
@@ -166,7 +166,7 @@ fn live_sockets_are_listed_with_their_backend() -> Result<()> {
 }
 
 #[test]
-fn records_that_find_their_slot_taken_go_to_the_hash_and_a_full_hash_is_counted() -> Result<()> {
+fn socket_records_overflow_to_the_hash_and_a_full_hash_is_counted() -> Result<()> {
     let setup = setup(&["--max-sockets", "16", "--max-sockets-more", "100"])?;
     let held = testbed().hold(&setup.client, &[addr(VIP)], 100)?;
     let status = setup.agent.status()?;
@@ -205,7 +205,7 @@ fn refused(setup: &Setup, to: &str, errno: i32) -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_served_is_refused_with_its_reason() -> Result<()> {
+fn connect_without_endpoint_is_refused_with_the_right_errno() -> Result<()> {
     let mut setup = setup(&[])?;
     let elsewhere = [("10.10.9.9".parse()?, "n9")];
     let text = service("empty", "10.96.0.11", &[HTTP], "")
@@ -246,7 +246,7 @@ fn what_cannot_be_served_is_refused_with_its_reason() -> Result<()> {
 }
 
 #[test]
-fn a_client_of_another_cgroup_is_not_touched() -> Result<()> {
+fn client_in_another_cgroup_is_not_translated() -> Result<()> {
     let cluster = Cluster::builder().nodes(2).build()?;
     let (server, stranger) = (cluster.add_pod("n1", "a")?, cluster.add_pod("n2", "b")?);
     let _process = testbed().serve(&server, &["0.0.0.0:8080=a"])?;

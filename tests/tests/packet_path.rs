@@ -76,17 +76,17 @@ fn an_outside_client_reaches_all(underlay: Underlay) -> Result<()> {
 }
 
 #[test]
-fn an_outside_client_reaches_pods_of_all_nodes_over_vxlan() -> Result<()> {
+fn outside_client_reaches_pods_of_all_nodes_over_vxlan() -> Result<()> {
     an_outside_client_reaches_all(Underlay::Vxlan)
 }
 
 #[test]
-fn an_outside_client_reaches_pods_of_all_nodes_by_plain_routes() -> Result<()> {
+fn outside_client_reaches_pods_of_all_nodes_over_routes() -> Result<()> {
     an_outside_client_reaches_all(Underlay::Routes)
 }
 
 #[test]
-fn who_is_served_by_what() -> Result<()> {
+fn outside_clients_reach_the_backends_of_each_policy() -> Result<()> {
     let setup = setup(Underlay::Vxlan)?;
     let [one, two] = &setup.pods;
     let (client4, client6): (IpAddr, IpAddr) = (
@@ -197,7 +197,7 @@ fn serve_by(setup: &TwoNodeFixture, endpoints: &[(IpAddr, &str)]) -> Result<()> 
 }
 
 #[test]
-fn flows_to_a_backend_that_is_gone_go_elsewhere_or_end() -> Result<()> {
+fn flows_to_a_removed_backend_move_or_are_reset() -> Result<()> {
     let setup = setup(Underlay::Vxlan)?;
     let [one, two] = &setup.pods;
     let echo = [8081, 8082].map(|port| {
@@ -280,7 +280,7 @@ fn flows_to_a_backend_that_is_gone_go_elsewhere_or_end() -> Result<()> {
 }
 
 #[test]
-fn a_client_keeps_its_backend_where_the_service_wants_that() -> Result<()> {
+fn session_affinity_applies_to_outside_clients() -> Result<()> {
     let setup = TwoNodeFixture::with(TESTBED, Underlay::Vxlan, 2, &[])?;
     let more = "type: NodePort\n  sessionAffinity: ClientIP";
     setup.write("web.yaml", &web(&setup.endpoints(), more))?;
@@ -302,7 +302,7 @@ fn a_client_keeps_its_backend_where_the_service_wants_that() -> Result<()> {
 }
 
 #[test]
-fn what_is_too_long_or_too_old_for_the_way_on_is_told_so() -> Result<()> {
+fn oversized_or_expired_packets_get_icmp_errors() -> Result<()> {
     let setup = setup(Underlay::Vxlan)?;
     serve_by(&setup, &endpoints_of(&setup.pods[1]))?;
     let (n1, client) = (setup.node("n1"), setup.client());
@@ -361,7 +361,7 @@ fn what_is_too_long_or_too_old_for_the_way_on_is_told_so() -> Result<()> {
 }
 
 #[test]
-fn flows_outlive_the_agent() -> Result<()> {
+fn flows_survive_an_agent_restart() -> Result<()> {
     let mut setup = setup(Underlay::Vxlan)?;
     let endpoints = endpoints_of(&setup.pods[1]);
     let _echo = testbed().serve_with(&setup.pods[1], &["[::]:8081=echo"], &["--echo"])?;

@@ -126,7 +126,7 @@ impl Setup {
 }
 
 #[test]
-fn an_external_address_is_marked_while_it_is_no_nodes() -> Result<()> {
+fn external_address_is_marked_unless_a_node_has_it() -> Result<()> {
     let setup = setup(&[])?;
     setup.is_marked(true)?;
     let address = format!("{BALANCER}/32");
@@ -142,7 +142,7 @@ fn an_external_address_is_marked_while_it_is_no_nodes() -> Result<()> {
 }
 
 #[test]
-fn source_ranges_follow_the_service_also_over_a_restart() -> Result<()> {
+fn source_ranges_follow_the_service_across_a_restart() -> Result<()> {
     let mut setup = setup(&[])?;
     let expect = |setup: &Setup, ranges: &[&str]| {
         let expected: BTreeSet<String> = ranges.iter().map(|&text| text.to_owned()).collect();
@@ -177,7 +177,7 @@ fn source_ranges_follow_the_service_also_over_a_restart() -> Result<()> {
 }
 
 #[test]
-fn who_is_inside_the_cluster_follows_nodes_and_addresses() -> Result<()> {
+fn inside_networks_follow_nodes_and_their_addresses() -> Result<()> {
     const INSIDE: u32 = cluster_flags::INSIDE;
     const POD: u32 = cluster_flags::INSIDE | cluster_flags::HERE;
     let setup = setup(&[])?;
@@ -209,7 +209,7 @@ fn who_is_inside_the_cluster_follows_nodes_and_addresses() -> Result<()> {
 }
 
 #[test]
-fn networks_inside_the_cluster_may_be_given() -> Result<()> {
+fn cluster_cidr_flag_sets_inside_networks() -> Result<()> {
     let setup = setup_with(&[], |agent| agent.with_cluster_cidr("10.0.0.0/8,2001:db8::/32"))?;
     for (address, flags) in [
         ("10.10.1.7", cluster_flags::INSIDE | cluster_flags::HERE),
@@ -269,7 +269,7 @@ fn put(map: &mut FlowMap, flow: &[(CtKey, CtEntry)]) -> Result<()> {
 }
 
 #[test]
-fn flows_that_are_over_go_and_the_others_are_listed() -> Result<()> {
+fn conntrack_gc_removes_expired_flows_and_list_shows_the_others() -> Result<()> {
     const TCP: u8 = ip_protocol::TCP;
     const UDP: u8 = ip_protocol::UDP;
     let setup = setup(&[])?;
@@ -340,7 +340,7 @@ fn flows_that_are_over_go_and_the_others_are_listed() -> Result<()> {
 
 /// More entries than a batch has.
 #[test]
-fn every_entry_of_a_large_map_is_found_once() -> Result<()> {
+fn iterating_a_large_conntrack_map_yields_each_entry_once() -> Result<()> {
     let setup = setup(&["--max-conntrack", "200000"])?;
     let mut flows = setup.flows()?;
     let seen = now()?;

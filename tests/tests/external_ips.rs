@@ -101,7 +101,7 @@ fn is_served(from: &Netns, to: &str) -> Result<bool> {
 }
 
 #[test]
-fn addresses_from_outside_are_served_inside_with_cluster_semantics() -> Result<()> {
+fn external_addresses_use_cluster_policy_from_inside() -> Result<()> {
     let setup = setup(&[])?;
     for netns in [&*setup.client, &**setup.cluster.node("n1")] {
         for (to, served) in SERVED {
@@ -112,7 +112,7 @@ fn addresses_from_outside_are_served_inside_with_cluster_semantics() -> Result<(
 }
 
 #[test]
-fn only_the_nodes_own_sockets_are_served_where_the_flag_says_so() -> Result<()> {
+fn socket_lb_node_leaves_pod_sockets_to_the_packet_path() -> Result<()> {
     let setup = setup(&["--socket-lb", "node"])?;
     assert!(is_served(setup.cluster.node("n1"), "10.96.0.20:80")?);
     assert!(is_served(setup.cluster.node("n1"), "[fd00:96::20]:80")?);

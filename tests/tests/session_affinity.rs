@@ -86,7 +86,7 @@ fn write(manifests: &Manifests, servers: &[Pod], more: &str) -> Result<()> {
 }
 
 #[test]
-fn a_client_stays_with_its_backend_until_that_leaves() -> Result<()> {
+fn client_keeps_its_backend_until_the_backend_is_removed() -> Result<()> {
     let mut setup = Setup::new()?;
     let clients: [&Netns; 3] = [&setup.clients[0], &setup.clients[1], setup.cluster.node("n1")];
     let mut first = Vec::new();
@@ -119,7 +119,7 @@ fn a_client_stays_with_its_backend_until_that_leaves() -> Result<()> {
 }
 
 #[test]
-fn datagrams_of_a_client_stay_with_its_backend() -> Result<()> {
+fn udp_sockets_of_one_client_share_a_backend() -> Result<()> {
     let setup = Setup::new()?;
     let mut names = BTreeSet::new();
     for i in 0..ENOUGH {
@@ -138,7 +138,7 @@ fn datagrams_of_a_client_stay_with_its_backend() -> Result<()> {
 }
 
 #[test]
-fn affinity_is_switched_off_and_on_live() -> Result<()> {
+fn affinity_can_be_disabled_and_enabled_at_runtime() -> Result<()> {
     let mut setup = Setup::new()?;
     let client = setup.clients[0].clone();
     let servers = setup.servers.clone();
@@ -151,7 +151,7 @@ fn affinity_is_switched_off_and_on_live() -> Result<()> {
 }
 
 #[test]
-fn a_timeout_ends_it_and_use_prolongs_it() -> Result<()> {
+fn affinity_times_out_when_idle_and_is_refreshed_by_use() -> Result<()> {
     let mut setup = Setup::new()?;
     let servers = setup.servers.clone();
     let client = setup.clients[0].clone();

@@ -146,7 +146,7 @@ fn before_link(packet: &[u8]) -> [u8; 14] {
 }
 
 #[test]
-fn whatever_comes_is_translated_well_or_left_alone() -> Result<()> {
+fn random_packets_are_translated_correctly_or_left_alone() -> Result<()> {
     let seconds: Option<u64> = env::var(SECONDS).ok().map(|text| text.parse()).transpose()?;
     let end = Instant::now() + Duration::from_secs(seconds.unwrap_or(0));
     let mut random = Random::from_env();

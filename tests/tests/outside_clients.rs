@@ -111,7 +111,7 @@ fn talk(netns: &Netns, port: u16, to: SocketAddr, end: End) -> Result<String> {
 }
 
 #[test]
-fn a_client_uses_its_port_again_at_once() -> Result<()> {
+fn reused_client_port_connects_at_once() -> Result<()> {
     const ASKED_FOR: [u16; 2] = [30081, 30082];
     let fixture = TwoNodeFixture::new(TESTBED, Underlay::Vxlan)?;
     let mut servers = Vec::new();
@@ -154,7 +154,7 @@ fn a_client_uses_its_port_again_at_once() -> Result<()> {
 }
 
 #[test]
-fn clients_with_one_source_port_are_told_apart() -> Result<()> {
+fn clients_with_the_same_source_port_are_separate_flows() -> Result<()> {
     // One after the other: a closed connection keeps its own for a minute.
     let mut source_ports = 5000..;
     let fixture = TwoNodeFixture::with(TESTBED, Underlay::Vxlan, 2, &[])?;
@@ -225,7 +225,7 @@ fn clients_with_one_source_port_are_told_apart() -> Result<()> {
 }
 
 #[test]
-fn what_is_too_long_for_vxlan_is_told_so_over_ipv6() -> Result<()> {
+fn oversized_ipv6_packet_over_vxlan_gets_packet_too_big() -> Result<()> {
     let fixture = TwoNodeFixture::new(TESTBED, Underlay::Vxlan)?;
     let [n1, n2] = ["n1", "n2"].map(|name| fixture.node(name));
     for (node, other, number) in [(n1, n2, 2), (n2, n1, 1)] {
@@ -395,12 +395,12 @@ fn packet(udp: bool, from: SocketAddr, to: SocketAddr) -> Vec<u8> {
 }
 
 #[test]
-fn a_client_beyond_a_device_without_a_link_layer_is_served_here_and_refused() -> Result<()> {
+fn client_behind_tun_reaches_local_backend_and_is_refused_without_endpoints() -> Result<()> {
     by_tun(0)
 }
 
 #[test]
-fn a_client_beyond_a_device_without_a_link_layer_is_served_elsewhere() -> Result<()> {
+fn client_behind_tun_reaches_remote_backend() -> Result<()> {
     by_tun(1)
 }
 

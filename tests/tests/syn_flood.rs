@@ -133,7 +133,7 @@ fn echo(testbed: &Testbed, fixture: &TwoNodeFixture) -> Result<Vec<Process>> {
 }
 
 #[test]
-fn connections_live_through_a_flood_of_unanswered_syns() -> Result<()> {
+fn connections_survive_a_flood_of_unanswered_syns() -> Result<()> {
     let size = Size::wanted()?;
     let map = size.map.to_string();
     let flags = ["--max-conntrack", &map, "--max-conntrack-new", &map];
@@ -187,7 +187,7 @@ fn connections_live_through_a_flood_of_unanswered_syns() -> Result<()> {
 
 /// The clients are not there, but the servers are: each SYN is answered, and that is all.
 #[test]
-fn others_are_served_after_a_flood_of_syns_that_servers_answer() -> Result<()> {
+fn new_clients_are_served_after_a_flood_of_answered_syns() -> Result<()> {
     let map = "2000";
     let fixture = TwoNodeFixture::with(
         TESTBED,

@@ -15,12 +15,18 @@ use crate::Test;
 use crate::fixture::{Fixture, TARGET};
 
 pub(crate) const TESTS: &[Test] = &[
-    ("a_node_that_leaves_is_not_healthy", a_node_that_leaves_is_not_healthy),
-    ("health_checks_count_endpoints_here", health_checks_count_endpoints_here),
-    ("what_a_change_takes_is_measured", what_a_change_takes_is_measured),
     (
-        "a_conflict_is_one_event_of_all_nodes",
-        a_conflict_is_one_event_of_all_nodes,
+        "node_marked_for_deletion_fails_healthz",
+        node_marked_for_deletion_fails_healthz,
+    ),
+    (
+        "health_check_node_port_counts_local_endpoints",
+        health_check_node_port_counts_local_endpoints,
+    ),
+    ("programming_latency_is_measured", programming_latency_is_measured),
+    (
+        "address_conflict_is_one_event_for_all_nodes",
+        address_conflict_is_one_event_for_all_nodes,
     ),
 ];
 
@@ -31,7 +37,7 @@ fn ask(node: &Netns, port: u16, path: &str) -> Result<Response> {
     get(node, (IpAddr::from(Ipv4Addr::LOCALHOST), port).into(), path)
 }
 
-fn a_node_that_leaves_is_not_healthy(fixture: &Fixture) -> Result<()> {
+fn node_marked_for_deletion_fails_healthz(fixture: &Fixture) -> Result<()> {
     let node = fixture.node("n2");
     let healthz = |status: u16| {
         eventually(&format!("/healthz says {status}"), || {
@@ -61,7 +67,7 @@ fn a_node_that_leaves_is_not_healthy(fixture: &Fixture) -> Result<()> {
     healthz(200)
 }
 
-fn health_checks_count_endpoints_here(fixture: &Fixture) -> Result<()> {
+fn health_check_node_port_counts_local_endpoints(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("health-checks")?;
     let spec = json!({
         "type": "LoadBalancer",
@@ -117,7 +123,7 @@ fn metric(node: &Netns, name: &str) -> Result<f64> {
     Ok(line.map(str::parse).transpose()?.unwrap_or_default())
 }
 
-fn what_a_change_takes_is_measured(fixture: &Fixture) -> Result<()> {
+fn programming_latency_is_measured(fixture: &Fixture) -> Result<()> {
     const MEASURED: [&str; 2] = [
         "lb_event_to_map_seconds_count",
         "kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"}",
@@ -147,7 +153,7 @@ fn conflicts(namespace: &Namespace<'_>) -> Result<Vec<Event>> {
     Ok(events)
 }
 
-fn a_conflict_is_one_event_of_all_nodes(fixture: &Fixture) -> Result<()> {
+fn address_conflict_is_one_event_for_all_nodes(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("conflicts")?;
     let spec = json!({"externalIPs": ["192.0.2.77"], "ports": [{"port": 80}]});
     let services = [

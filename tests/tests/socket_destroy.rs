@@ -289,7 +289,7 @@ impl Sockets {
 }
 
 #[test]
-fn connected_udp_sockets_of_a_removed_backend_are_destroyed_and_no_others() -> Result<()> {
+fn only_connected_udp_sockets_of_a_removed_backend_are_destroyed() -> Result<()> {
     let setup = setup(&[])?;
     let [a, b] = &setup.servers;
     let mut sockets = Vec::new();
@@ -326,7 +326,7 @@ fn connected_udp_sockets_of_a_removed_backend_are_destroyed_and_no_others() -> R
 }
 
 #[test]
-fn a_terminating_backend_keeps_its_sockets_until_it_is_gone() -> Result<()> {
+fn terminating_backend_keeps_its_udp_sockets() -> Result<()> {
     let setup = setup(&[])?;
     let [a, b] = &setup.servers;
     let open = |way: Way, server| Ok((way, connect(&setup.client, way, server)?));
@@ -350,7 +350,7 @@ fn a_terminating_backend_keeps_its_sockets_until_it_is_gone() -> Result<()> {
 }
 
 #[test]
-fn no_socket_that_connects_while_its_backend_is_removed_stays() -> Result<()> {
+fn udp_sockets_connecting_during_backend_removal_are_destroyed() -> Result<()> {
     let setup = setup(&[])?;
     let [a, b] = &setup.servers;
     for round in 0..scaled_count_above(6, 2) {
@@ -378,7 +378,7 @@ fn no_socket_that_connects_while_its_backend_is_removed_stays() -> Result<()> {
 /// A program of connect() may have chosen a backend a moment before its removal, and the socket gets its peer only after
 /// the agent has looked. Here the record of such a call is written by the test.
 #[test]
-fn a_connect_that_ends_after_its_backend_was_removed_is_caught() -> Result<()> {
+fn connect_finishing_after_backend_removal_is_destroyed() -> Result<()> {
     let setup = setup(&[])?;
     let [a, b] = &setup.servers;
     let folder = PinPath::new(setup.agent.pin_path()).maps();
@@ -422,7 +422,7 @@ fn a_connect_that_ends_after_its_backend_was_removed_is_caught() -> Result<()> {
 }
 
 #[test]
-fn sockets_whose_backend_went_while_no_agent_ran_are_destroyed_at_the_next_start() -> Result<()> {
+fn agent_start_destroys_sockets_of_backends_removed_while_down() -> Result<()> {
     let mut setup = setup(&[])?;
     let [a, b] = setup.servers.clone();
     let mut sockets = Vec::new();
@@ -443,7 +443,7 @@ fn sockets_whose_backend_went_while_no_agent_ran_are_destroyed_at_the_next_start
 }
 
 #[test]
-fn what_an_agent_may_not_reach_is_named_and_left_to_the_next() -> Result<()> {
+fn missing_cap_sys_admin_is_reported_and_pod_sockets_wait_for_the_next_agent() -> Result<()> {
     let mut setup = setup(&[])?;
     let [a, b] = setup.servers.clone();
     let node = setup.cluster.node("n1");
@@ -483,7 +483,7 @@ fn what_an_agent_may_not_reach_is_named_and_left_to_the_next() -> Result<()> {
 }
 
 #[test]
-fn the_capabilities_of_the_systemd_unit_reach_pods() -> Result<()> {
+fn systemd_unit_capabilities_suffice_to_destroy_pod_sockets() -> Result<()> {
     let mut setup = setup(&[])?;
     let [a, b] = setup.servers.clone();
     setup.agent.kill()?;
@@ -522,7 +522,7 @@ fn restricted(setup: &Setup, bounding_set: &str) -> Result<Process> {
 }
 
 #[test]
-fn tcp_sockets_are_destroyed_where_that_is_asked_for() -> Result<()> {
+fn destroy_tcp_flag_destroys_tcp_sockets() -> Result<()> {
     let setup = setup(&["--destroy-tcp"])?;
     let [a, b] = &setup.servers;
     let mut old = Vec::new();
@@ -555,7 +555,7 @@ fn tcp_sockets_are_destroyed_where_that_is_asked_for() -> Result<()> {
 }
 
 #[test]
-fn records_without_a_socket_are_swept_and_others_stay() -> Result<()> {
+fn stale_socket_records_are_swept() -> Result<()> {
     let setup = setup(&["--sweep-age", "1000"])?;
     let [a, b] = &setup.servers;
     let all = || dns().into_iter().chain(streams());
@@ -614,7 +614,7 @@ fn records_without_a_socket_are_swept_and_others_stay() -> Result<()> {
 }
 
 #[test]
-fn destroyed_sockets_are_told_to_who_traces() -> Result<()> {
+fn trace_reports_cookie_and_backend_of_a_destroyed_socket() -> Result<()> {
     let setup = setup(&[])?;
     let [a, b] = &setup.servers;
     let (kind, vip) = dns()[1];

@@ -41,11 +41,11 @@ fn check(target: &str, check: fn(&[u8]), changed: u64) -> Result<()> {
 }
 
 #[test]
-fn what_is_taken_for_a_packet_is_one() -> Result<()> {
+fn parsed_packets_agree_with_etherparse() -> Result<()> {
     check("parse", checks::parse, 20_000)
 }
 
 #[test]
-fn a_translated_packet_has_the_checksums_of_a_new_one() -> Result<()> {
+fn rewritten_packets_have_correct_checksums() -> Result<()> {
     check("rewrite", checks::rewrite, 20_000)
 }

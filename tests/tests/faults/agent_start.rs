@@ -10,8 +10,8 @@ use lb_common::abi::FrontendKey;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{Agent, Cluster, RunningAgent, scaled_count};
 
+use crate::ptrace::{self, Act, Call, Chosen, Ended};
 use crate::reader::{Always, Reader};
-use crate::trace::{self, Act, Call, Chosen, Ended};
 
 const NODE: &str = "n1";
 
@@ -112,7 +112,7 @@ impl Fixture {
             .stdout(Stdio::null())
             .stderr(file);
         let serves = |call: Call| Ok(call.number == libc::SYS_write && fs::read_to_string(&log)?.contains("serving"));
-        trace::run(&mut command, chosen, changes_something, serves)
+        ptrace::run(&mut command, chosen, changes_something, serves)
             .with_context(|| fs::read_to_string(&log).unwrap_or_default())
     }
 
@@ -205,21 +205,21 @@ fn faults_at_the_next_start(act: Act) -> Result<()> {
 }
 
 #[test]
-fn a_first_start_that_dies_at_any_call_is_completed_by_the_next() -> Result<()> {
+fn first_start_killed_at_any_syscall_is_completed_by_the_next() -> Result<()> {
     faults_at_a_first_start(Act::Die)
 }
 
 #[test]
-fn a_first_start_of_which_any_call_fails_is_completed_by_the_next() -> Result<()> {
+fn first_start_with_any_failing_syscall_is_completed_by_the_next() -> Result<()> {
     faults_at_a_first_start(Act::Fail)
 }
 
 #[test]
-fn a_next_start_that_dies_at_any_call_is_completed_by_another() -> Result<()> {
+fn restart_killed_at_any_syscall_is_completed_by_the_next() -> Result<()> {
     faults_at_the_next_start(Act::Die)
 }
 
 #[test]
-fn a_next_start_of_which_any_call_fails_is_completed_by_another() -> Result<()> {
+fn restart_with_any_failing_syscall_is_completed_by_the_next() -> Result<()> {
     faults_at_the_next_start(Act::Fail)
 }

@@ -61,7 +61,7 @@ fn render(arguments: &[&str]) -> Result<Result<String, String>> {
 }
 
 #[test]
-fn manifests_are_what_the_chart_renders() -> Result<()> {
+fn deploy_manifests_equal_the_rendered_chart() -> Result<()> {
     for (name, arguments) in RENDERED {
         let path = deploy(name);
         let rendered = render(arguments)?.map_err(anyhow::Error::msg)?;
@@ -79,7 +79,7 @@ fn manifests_are_what_the_chart_renders() -> Result<()> {
 }
 
 #[test]
-fn the_chart_wants_to_know_where_the_api_server_is() -> Result<()> {
+fn chart_requires_an_api_server_address() -> Result<()> {
     let said = render(&[])?.expect_err("neither kubeApiserver nor kubeProxyConfigMap is set");
     ensure!(
         said.contains("kubeApiserver") && said.contains("kubeProxyConfigMap"),
@@ -134,7 +134,7 @@ fn rights(process: u32) -> Result<(u64, u64, bool)> {
 const NEEDED: u64 = 1 << 12 | 1 << 19 | 1 << 21 | 1 << 38 | 1 << 39;
 
 #[test]
-fn the_image_serves_with_the_capabilities_of_the_manifest() -> Result<()> {
+fn image_serves_with_the_capabilities_of_the_manifest() -> Result<()> {
     let status = serves("lb.yaml", |container| {
         let processes = container.processes()?;
         let [process] = processes.as_slice() else {
@@ -151,7 +151,7 @@ fn the_image_serves_with_the_capabilities_of_the_manifest() -> Result<()> {
 }
 
 #[test]
-fn the_image_serves_when_it_is_privileged() -> Result<()> {
+fn image_serves_when_privileged() -> Result<()> {
     let status = serves("lb-privileged.yaml", |_| Ok(()))?;
     only_the_cgroup(&status)
 }

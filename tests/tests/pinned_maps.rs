@@ -87,7 +87,7 @@ fn mapped(last: [u8; 4]) -> Value {
 }
 
 #[test]
-fn bpftool_prints_named_fields() -> Result<()> {
+fn bpftool_dump_prints_named_fields() -> Result<()> {
     let setup = setup(&[])?;
     let frontends = setup.dump("FRONTENDS")?;
     let web = frontends
@@ -246,7 +246,7 @@ fn differences(reconciler: &Reconciler<BpfMaps>) -> Result<Vec<Drift>> {
 }
 
 #[test]
-fn every_corrupted_field_is_named_and_put_right_by_a_restart() -> Result<()> {
+fn verify_names_every_corrupted_field_and_a_restart_repairs_it() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let manifests = Manifests::new(&cluster)?;
     let endpoints: [(IpAddr, &str); 2] = [("10.10.1.5".parse()?, "n1"), ("10.10.7.7".parse()?, "n7")];
@@ -291,7 +291,7 @@ fn every_corrupted_field_is_named_and_put_right_by_a_restart() -> Result<()> {
 }
 
 #[test]
-fn verify_tells_drift_by_its_exit_code_and_a_restart_mends_it() -> Result<()> {
+fn verify_exit_code_reports_drift_and_a_restart_repairs_it() -> Result<()> {
     let mut setup = setup(&[])?;
     setup.agent.kill()?;
     let maps = setup.agent.pin_path().join(format!("v{VERSION}/maps"));
@@ -304,7 +304,7 @@ fn verify_tells_drift_by_its_exit_code_and_a_restart_mends_it() -> Result<()> {
 }
 
 #[test]
-fn a_full_map_names_itself_its_flag_and_what_did_not_fit() -> Result<()> {
+fn full_map_problem_names_map_flag_and_rejected_frontend() -> Result<()> {
     // FRONTENDS: two entries for each of web and db, so one more Service does not fit.
     let mut setup = setup(&["--max-frontends", "5"])?;
     let more = service("more", "10.96.0.30", &[HTTP], "");
@@ -333,7 +333,7 @@ fn a_full_map_names_itself_its_flag_and_what_did_not_fit() -> Result<()> {
 }
 
 #[test]
-fn a_broken_manifest_is_told_and_disturbs_nobody() -> Result<()> {
+fn broken_manifest_is_reported_and_other_services_are_unaffected() -> Result<()> {
     let mut setup = setup(&[])?;
     let good = service("new", "10.96.0.40", &[HTTP], "");
     let broken =
@@ -386,7 +386,7 @@ fn a_broken_manifest_is_told_and_disturbs_nobody() -> Result<()> {
 }
 
 #[test]
-fn the_capabilities_of_the_systemd_unit_are_enough() -> Result<()> {
+fn systemd_unit_capabilities_suffice_to_serve() -> Result<()> {
     let mut setup = setup(&[])?;
     setup.agent.kill()?;
     let node = setup.cluster.node("n1");
@@ -430,7 +430,7 @@ fn the_capabilities_of_the_systemd_unit_are_enough() -> Result<()> {
 }
 
 #[test]
-fn the_bpf_file_system_is_mounted_where_it_is_not() -> Result<()> {
+fn agent_mounts_a_missing_bpffs() -> Result<()> {
     let setup = setup(&[])?;
     let node = setup.cluster.node("n1");
     let mut command = node.command("unshare")?;
@@ -502,7 +502,7 @@ fn open_sockets(client: &Pod) -> Result<Vec<(ScriptedSocket, Value)>> {
 }
 
 #[test]
-fn sockets_are_listed_by_service_and_backend_and_the_dead_are_marked() -> Result<()> {
+fn socket_list_is_sorted_by_service_and_marks_dead_sockets() -> Result<()> {
     const TARGETS: [Port<'static>; 2] = [Port::tcp("http", 8080), Port::udp("dns", 5353)];
     let mut setup = setup(&["--sweep-age", "600000"])?;
     let pod = setup.cluster.add_pod("n1", "both")?;

@@ -25,7 +25,7 @@ use lb_common::abi::{Device, DropReason, program_name};
 use lb_tests::manifests::vips;
 use lb_tests::{Cluster, Node, Underlay, scaled_count};
 
-#[path = "translation/random.rs"]
+#[path = "tc_programs/random.rs"]
 mod random;
 
 const CAPACITIES: Capacities = Capacities {
@@ -401,7 +401,7 @@ fn cases() -> impl Iterator<Item = (bool, What, What)> {
 }
 
 #[test]
-fn to_a_backend_here_the_client_stays_who_it_is_and_the_answer_comes_from_the_frontend() -> Result<()> {
+fn local_backend_sees_the_client_and_the_reply_comes_from_the_frontend() -> Result<()> {
     let mut fixture = Fixture::new()?;
     let backends = [false, true].map(|v6| (fixture.pod("n1", v6), "n1"));
     fixture.serve("here", 20, 30080, &backends);
@@ -425,7 +425,7 @@ fn to_a_backend_here_the_client_stays_who_it_is_and_the_answer_comes_from_the_fr
 }
 
 #[test]
-fn to_a_backend_elsewhere_it_goes_from_this_node_and_the_answer_finds_back() -> Result<()> {
+fn remote_backend_sees_the_snat_address_and_the_reply_is_translated_back() -> Result<()> {
     let mut fixture = Fixture::new()?;
     let backends = [false, true].map(|v6| (fixture.pod("n2", v6), "n2"));
     fixture.serve("there", 20, 30080, &backends);
@@ -472,7 +472,7 @@ fn to_a_backend_elsewhere_it_goes_from_this_node_and_the_answer_finds_back() -> 
 }
 
 #[test]
-fn who_has_no_endpoint_is_refused() -> Result<()> {
+fn no_endpoint_gets_tcp_reset_or_icmp_port_unreachable() -> Result<()> {
     let mut fixture = Fixture::new()?;
     fixture.serve("nobody", 20, 30080, &[]);
     for (v6, ask, _) in cases() {
@@ -503,7 +503,7 @@ fn who_has_no_endpoint_is_refused() -> Result<()> {
 }
 
 #[test]
-fn who_cannot_go_on_is_told_why() -> Result<()> {
+fn expired_and_oversized_packets_get_icmp_errors() -> Result<()> {
     let mut fixture = Fixture::new()?;
     let backends = [false, true].map(|v6| (fixture.pod("n2", v6), "n2"));
     fixture.serve("there", 20, 30080, &backends);
@@ -529,7 +529,7 @@ fn who_cannot_go_on_is_told_why() -> Result<()> {
 }
 
 #[test]
-fn no_checksum_stays_no_checksum() -> Result<()> {
+fn zero_udp_checksum_stays_zero() -> Result<()> {
     let mut fixture = Fixture::new()?;
     fixture.serve("here", 20, 30080, &[(fixture.pod("n1", false), "n1")]);
     let mut bytes = Sent::new(What::Datagram, client(false, 4000), fixture.own(false, 30080)).bytes();
@@ -541,7 +541,7 @@ fn no_checksum_stays_no_checksum() -> Result<()> {
 }
 
 #[test]
-fn what_is_not_translated_passes_as_it_came_and_is_counted() -> Result<()> {
+fn untranslatable_packets_pass_unchanged_and_are_counted() -> Result<()> {
     let mut fixture = Fixture::new()?;
     let backends = [false, true].map(|v6| (fixture.pod("n1", v6), "n1"));
     fixture.serve("here", 20, 30080, &backends);
@@ -586,7 +586,7 @@ fn what_is_not_translated_passes_as_it_came_and_is_counted() -> Result<()> {
 }
 
 #[test]
-fn a_flow_whose_backend_is_gone_is_reset_and_a_new_one_goes_elsewhere() -> Result<()> {
+fn flow_to_a_removed_backend_is_reset_and_a_new_one_selects_again() -> Result<()> {
     let mut fixture = Fixture::new()?;
     for v6 in [false, true] {
         let (here, there) = ((fixture.pod("n1", v6), "n1"), (fixture.pod("n2", v6), "n2"));
@@ -611,7 +611,7 @@ fn a_flow_whose_backend_is_gone_is_reset_and_a_new_one_goes_elsewhere() -> Resul
 }
 
 #[test]
-fn a_full_conntrack_refuses_new_flows_and_keeps_old_ones() -> Result<()> {
+fn full_conntrack_refuses_new_flows_and_keeps_established_ones() -> Result<()> {
     let mut fixture = Fixture::new()?;
     fixture.serve("here", 20, 30080, &[(fixture.pod("n1", false), "n1")]);
     let mut kept = Vec::new();
@@ -649,7 +649,7 @@ fn a_full_conntrack_refuses_new_flows_and_keeps_old_ones() -> Result<()> {
 }
 
 #[test]
-fn two_packets_that_begin_one_flow_at_once_go_one_way_and_count_once() -> Result<()> {
+fn concurrent_first_packets_create_one_flow() -> Result<()> {
     let mut fixture = Fixture::new()?;
     // One of them behind another device, and with a source of the node.
     let backends = [(fixture.pod("n1", false), "n1"), (fixture.pod("n2", false), "n2")];
@@ -687,7 +687,7 @@ fn two_packets_that_begin_one_flow_at_once_go_one_way_and_count_once() -> Result
 }
 
 #[test]
-fn a_client_that_comes_again_from_its_port_has_the_same_one_behind_the_node() -> Result<()> {
+fn reused_client_port_keeps_its_snat_port() -> Result<()> {
     let mut fixture = Fixture::new()?;
     for v6 in [false, true] {
         fixture.serve("there", 20, 30080, &[(fixture.pod("n2", v6), "n2")]);
@@ -720,7 +720,7 @@ fn a_client_that_comes_again_from_its_port_has_the_same_one_behind_the_node() ->
 }
 
 #[test]
-fn a_closed_connection_gives_its_port_to_the_next_where_there_is_no_other() -> Result<()> {
+fn snat_port_of_a_closed_connection_is_reused_when_none_is_free() -> Result<()> {
     let mut fixture = Fixture::new()?;
     fixture.serve("there", 20, 30080, &[(fixture.pod("n2", false), "n2")]);
     let few = *SNAT.start()..=*SNAT.start() + 3;

@@ -110,7 +110,7 @@ fn families() -> [(SocketKind, Vip); 3] {
 }
 
 #[test]
-fn connected_sockets_see_the_vip() -> Result<()> {
+fn connected_udp_sockets_report_the_vip_as_peer() -> Result<()> {
     let setup = setup(&[])?;
     for (kind, vip) in families() {
         let to = vip(10, 53);
@@ -133,7 +133,7 @@ fn connected_sockets_see_the_vip() -> Result<()> {
 }
 
 #[test]
-fn unconnected_sockets_see_the_vip_and_stay_with_their_backend() -> Result<()> {
+fn unconnected_udp_sockets_keep_their_backend_and_receive_from_the_vip() -> Result<()> {
     let setup = setup(&[])?;
     for (kind, vip) in families() {
         let mut socket = testbed().scripted_socket(&setup.client, kind)?;
@@ -161,7 +161,7 @@ fn unconnected_sockets_see_the_vip_and_stay_with_their_backend() -> Result<()> {
 }
 
 #[test]
-fn two_services_with_the_same_backend_on_one_socket() -> Result<()> {
+fn udp_socket_uses_two_services_with_the_same_backend() -> Result<()> {
     let setup = setup(&[])?;
     for (kind, vip) in families() {
         let (one, uno) = (vip(11, 53), vip(12, 53));
@@ -181,7 +181,7 @@ fn two_services_with_the_same_backend_on_one_socket() -> Result<()> {
 }
 
 #[test]
-fn a_fifth_service_replaces_the_least_recently_used() -> Result<()> {
+fn fifth_udp_destination_evicts_the_least_recently_used() -> Result<()> {
     let setup = setup(&[])?;
     let more: String = (20..26)
         .map(|i| served(&format!("s{i}"), &format!("10.96.0.{i}"), &[&setup.servers[0]], ""))
@@ -206,7 +206,7 @@ fn a_fifth_service_replaces_the_least_recently_used() -> Result<()> {
 }
 
 #[test]
-fn sockets_that_connect_again_or_elsewhere() -> Result<()> {
+fn udp_socket_reconnects_disconnects_and_sends_elsewhere() -> Result<()> {
     let setup = setup(&[])?;
     let direct = setup.servers[0].socket(5353);
     let one = addr("10.96.0.11:53");
@@ -242,7 +242,7 @@ fn sockets_that_connect_again_or_elsewhere() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_served_is_refused_at_the_call() -> Result<()> {
+fn udp_without_endpoint_fails_at_sendto_and_connect() -> Result<()> {
     let setup = setup(&[])?;
     let local = service(
         "local",
@@ -281,7 +281,7 @@ fn what_cannot_be_served_is_refused_at_the_call() -> Result<()> {
 }
 
 #[test]
-fn streams_of_both_families_and_mptcp() -> Result<()> {
+fn tcp_and_mptcp_connect_in_both_families() -> Result<()> {
     let setup = setup(&[])?;
     let four = addr("10.96.0.10:80");
     let six = addr("[fd00:96::10]:80");
@@ -328,7 +328,7 @@ fn streams_of_both_families_and_mptcp() -> Result<()> {
 }
 
 #[test]
-fn families_in_either_order_and_one_alone() -> Result<()> {
+fn single_and_dual_stack_services_are_reached() -> Result<()> {
     let setup = setup(&[])?;
     let all: Vec<_> = setup.servers.iter().collect();
     let more = [
@@ -357,7 +357,7 @@ fn families_in_either_order_and_one_alone() -> Result<()> {
 }
 
 #[test]
-fn a_node_without_ipv4() -> Result<()> {
+fn ipv6_only_node_is_served() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let (client, server) = (cluster.add_pod("n1", "client")?, cluster.add_pod("n1", "a")?);
     let node = cluster.node("n1");

@@ -155,19 +155,19 @@ fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
 }
 
 #[test]
-fn beside_flannels_rules_all_are_served_over_vxlan() -> Result<()> {
+fn services_work_beside_flannel_rules_over_vxlan() -> Result<()> {
     beside_flannels_rules(Underlay::Vxlan)
 }
 
 #[test]
-fn beside_flannels_rules_all_are_served_by_plain_routes() -> Result<()> {
+fn services_work_beside_flannel_rules_over_routes() -> Result<()> {
     beside_flannels_rules(Underlay::Routes)
 }
 
 /// What came by a bridge is received once more, so a packet that is translated again and again must end some time: as one
 /// that routers send round in a circle.
 #[test]
-fn a_packet_to_services_that_are_each_others_backends_ends() -> Result<()> {
+fn translation_loop_between_services_ends_by_ttl() -> Result<()> {
     let fixture = TwoNodeFixture::with(TESTBED, Underlay::Routes, 1, &["--socket-lb", "node"])?;
     let [n1, n2] = ["n1", "n2"].map(|name| fixture.node(name));
     // Nowhere to go from there.

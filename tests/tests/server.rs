@@ -137,7 +137,7 @@ impl Metrics {
 }
 
 #[test]
-fn health_is_told_to_everybody_and_follows_the_node() -> Result<()> {
+fn healthz_and_livez_follow_the_node_object() -> Result<()> {
     let setup = Setup::new(&[("node.yaml", &node_object("", ""))], &[])?;
     let is_up_to_date = |response: &Response, eligible: Option<bool>, status: u16| {
         let Ok(body) = response.json::<serde_json::Value>() else {
@@ -203,7 +203,7 @@ fn pod(node: u8, number: u8) -> IpAddr {
 }
 
 #[test]
-fn health_check_node_ports_follow_the_service_and_its_endpoints_here() -> Result<()> {
+fn health_check_node_port_counts_local_endpoints() -> Result<()> {
     let there = slice("web", Port::tcp("web", 8080), &[(pod(2, 7), "n2")]);
     let setup = Setup::new(&[("web.yaml", &balanced(CHECK, "Local")), ("slice.yaml", &there)], &[])?;
     let tells = |endpoints: usize| {
@@ -250,7 +250,7 @@ fn health_check_node_ports_follow_the_service_and_its_endpoints_here() -> Result
 }
 
 #[test]
-fn health_checks_are_served_where_node_ports_are() -> Result<()> {
+fn health_check_node_port_respects_nodeport_addresses() -> Result<()> {
     let files = [("web.yaml", &*balanced(CHECK, "Local"))];
     let mut setup = Setup::new(&files, &["--nodeport-addresses", "primary"])?;
     let node = setup.node();
@@ -281,7 +281,7 @@ fn health_checks_are_served_where_node_ports_are() -> Result<()> {
 }
 
 #[test]
-fn what_cannot_be_listened_at_is_told_and_tried_again() -> Result<()> {
+fn occupied_ports_are_reported_and_retried() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let node = cluster.node("n1");
     let taken = [HEALTHZ, METRICS, CHECK];
@@ -322,7 +322,7 @@ fn what_cannot_be_listened_at_is_told_and_tried_again() -> Result<()> {
 }
 
 #[test]
-fn servers_can_be_switched_off_and_moved() -> Result<()> {
+fn bind_address_flags_disable_and_move_servers() -> Result<()> {
     let flags = ["--healthz-bind-address", "", "--metrics-bind-address", "[::1]:9000"];
     let setup = Setup::new(&[("node.yaml", &node_object("", ""))], &flags)?;
     let node = setup.node();
@@ -343,7 +343,7 @@ fn documented() -> BTreeSet<&'static str> {
 }
 
 #[test]
-fn metrics_have_kube_proxys_names_and_tell_what_happens() -> Result<()> {
+fn metrics_match_the_documentation_and_count_connections() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let (node, testbed) = (cluster.node("n1"), Testbed::new(TESTBED));
     let backend = cluster.add_pod("n1", "backend")?;
@@ -423,7 +423,7 @@ fn metrics_have_kube_proxys_names_and_tell_what_happens() -> Result<()> {
 }
 
 #[test]
-fn kube_proxys_configuration_is_applied_and_flags_win() -> Result<()> {
+fn kube_proxy_configuration_is_applied_and_flags_override_it() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let node = cluster.node("n1");
     let manifests = Manifests::new(&cluster)?;

@@ -26,7 +26,7 @@ const CAPACITIES: Capacities = Capacities {
 const LIMIT: u32 = 25_000;
 
 #[test]
-fn the_verifier_accepts_every_program_and_maps_are_laid_out_as_the_loader_expects() -> Result<()> {
+fn verifier_accepts_every_program_and_map_layouts_match_the_loader() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let pins = PinPath::new(cluster.pin_path("n1"));
     let lock = Lock::take(&pins)?;
@@ -148,7 +148,7 @@ fn loads_before_next_call(code: &[Instruction], from: usize) -> Vec<Vec<u8>> {
 /// A set word is published by one 8-byte store; whoever reads base and length by two loads could see halves of two
 /// sets. From the random number to the lookup of the slot that it picks, nothing else is read.
 #[test]
-fn a_set_word_is_read_by_one_load() -> Result<()> {
+fn set_word_is_read_by_a_single_load() -> Result<()> {
     const RANDOM: i32 = 7;
     let object = object::File::parse(OBJECT)?;
     for hook in ["connect4", "connect6", "sendmsg4", "sendmsg6"] {
@@ -242,7 +242,7 @@ fn functions(object: &object::File<'_>) -> Result<BTreeMap<Place, Function>> {
 /// Linux 6.1 counts each frame in steps of 32 bytes (`check_max_stack_depth`), 6.12 in smaller ones: what this kernel takes may
 /// be too much there.
 #[test]
-fn no_chain_of_calls_needs_more_stack_than_older_kernels_give() -> Result<()> {
+fn call_chains_fit_the_stack_limit_of_older_kernels() -> Result<()> {
     const STACK: u32 = 512;
     const STEP: u32 = 32;
     let object = object::File::parse(OBJECT)?;
