@@ -1,8 +1,8 @@
-//! Manifests in, a text dump of the maps out: every `golden/NAME.yaml` against its `golden/NAME.maps.txt`.
+//! Golden tests: every manifest `golden/NAME.yaml` must give the map dump in `golden/NAME.maps.txt`.
 //!
-//! Beside it, what `lb-agent COMMAND --help` says, against `help.txt`: the command line is a contract.
+//! The output of `lb-agent COMMAND --help` must match `help.txt`, since the command line is a contract.
 //!
-//! `LB_BLESS=1 cargo test -p lb-agent --test golden` writes the texts anew; the diff is then for a person to judge.
+//! `LB_BLESS=1 cargo test -p lb-agent --test golden` rewrites the files; review the diff before committing it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,12 +27,12 @@ const CAPACITIES: Capacities = Capacities {
     conntrack_new: 64,
 };
 
-/// Whether texts are to be written anew.
+/// Returns whether the golden files are to be rewritten.
 fn blesses() -> bool {
     std::env::var_os("LB_BLESS").is_some_and(|value| value == "1")
 }
 
-/// What node n1 makes of a manifest.
+/// Returns the map dump and the problems of node n1 for a manifest.
 fn maps_of(manifest: &Path) -> String {
     let mut source = ManifestSource::new(vec![manifest.to_owned()]);
     let mut lb = Reconciler::adopt(FakeMaps::new(CAPACITIES), "n1").expect("maps in memory");
@@ -42,7 +42,7 @@ fn maps_of(manifest: &Path) -> String {
     assert_eq!(verify(lb.desired(), &dump), [], "{}", manifest.display());
     let mut text = dump::render(&dump);
     for problem in lb.problems() {
-        // Not where the repository stands.
+        // Without the path of the repository.
         let folder = manifest.parent().unwrap_or(Path::new("")).display().to_string();
         text += &format!("problem: {}\n", problem.to_string().replace(&format!("{folder}/"), ""));
     }
@@ -84,7 +84,7 @@ fn manifests_produce_the_golden_maps() {
     );
 }
 
-/// The commands, as one types them.
+/// Commands, as typed.
 const COMMANDS: [&str; 12] = [
     "",
     "run",
@@ -100,7 +100,7 @@ const COMMANDS: [&str; 12] = [
     "cleanup",
 ];
 
-/// What the program says of a command.
+/// Returns the help text of a command.
 fn help(command: &str) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_lb-agent"))
         .args(command.split_whitespace())

@@ -1,4 +1,4 @@
-//! The demo without an agent. With one, it is `cargo xtask run --check`.
+//! The demo with an agent that exits at once. The demo with a real agent is `cargo xtask run --check`.
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,4 @@
-//! Programs at the node's devices: where they are, how they come and go, and who else is there.
+//! Programs attached to the node's devices: on which devices, how attachments follow changes, and other programs there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,7 +15,7 @@ use serde_json::Value;
 
 const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 
-/// How programs are attached: what the kernel would have, and what kernels before 6.6 have.
+/// How programs are attached: with tcx if the kernel has it, or with clsact filters as on kernels before 6.6.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
     Native,
@@ -32,7 +32,7 @@ impl Way {
         }
     }
 
-    /// What `status` calls it.
+    /// Name in the output of `status`.
     fn name(self) -> Result<&'static str> {
         Ok(match self {
             Self::Native if has_tcx()? => "tcx",
@@ -41,7 +41,7 @@ impl Way {
     }
 }
 
-/// Whether the kernel has tcx, by its version.
+/// Returns whether the kernel has tcx, by its version.
 fn has_tcx() -> Result<bool> {
     let text = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let mut numbers = text.split('.').map_while(|word| word.parse::<u32>().ok());
@@ -50,11 +50,11 @@ fn has_tcx() -> Result<bool> {
     Ok(version >= (6, 6))
 }
 
-/// Ids of programs by their names.
+/// Program ids by program name.
 type Programs = BTreeMap<String, u32>;
 
-/// The programs at the sides of a device, as the kernel tells: by links, and by filters. What is there twice counts as an
-/// error.
+/// Returns the programs at ingress and egress of a device as the kernel reports them: tcx links and clsact filters. A
+/// program that is attached twice is an error.
 fn at(node: &Netns, device: &str) -> Result<[Programs; 2]> {
     let mut at = [Programs::new(), Programs::new()];
     let sides = [(TcAttachType::Ingress, "ingress"), (TcAttachType::Egress, "egress")];
@@ -70,7 +70,7 @@ fn at(node: &Netns, device: &str) -> Result<[Programs; 2]> {
         let filters: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
         for filter in filters.as_array().context("no list")? {
             let options = &filter["options"];
-            // The kernel tells of the place, then of what stands there.
+            // The kernel lists the chain first, then the filter in it.
             let Some(id) = options["prog"]["id"].as_u64() else {
                 continue;
             };
@@ -86,7 +86,7 @@ fn names(programs: &Programs) -> Vec<&str> {
     programs.keys().map(String::as_str).collect()
 }
 
-/// Fails unless both programs of lb are at a device, and nothing else.
+/// Fails unless both programs of lb are attached to a device, and no others.
 fn ensure_served(node: &Node, device: &str, way: &str) -> Result<[u32; 2]> {
     let at = at(node, device)?;
     let [ingress, egress] = at.each_ref().map(names);
@@ -96,14 +96,14 @@ fn ensure_served(node: &Node, device: &str, way: &str) -> Result<[u32; 2]> {
     Ok([at[0][&names[0]], at[1][&names[1]]])
 }
 
-/// Fails if anything is at a device.
+/// Fails if any program is attached to a device.
 fn ensure_bare(node: &Netns, device: &str) -> Result<()> {
     let at = at(node, device)?;
     ensure!(at.iter().all(Programs::is_empty), "{device}: {at:?}");
     Ok(())
 }
 
-/// Index of a device.
+/// Returns the interface index of a device.
 fn index(node: &Node, device: &str) -> Result<u32> {
     let text = node.ip(&format!("-oneline link show dev {device}"))?;
     let index = text.split(':').next().unwrap_or_default();
@@ -121,7 +121,7 @@ impl Setup {
         Self::with(way, flags, |_| Ok(()))
     }
 
-    /// A node with a pod, and an agent that finds what `before` has done to it.
+    /// Creates a node with a pod, runs `before` on the node, then starts the agent.
     fn with(way: Way, flags: &[&str], before: impl FnOnce(&Node) -> Result<()>) -> Result<Self> {
         let cluster = Cluster::builder().nodes(1).client(true).build()?;
         cluster.add_pod("n1", "pod")?;
@@ -160,14 +160,14 @@ impl Setup {
         Ok(devices.map(|device| (device.name.clone(), device)).collect())
     }
 
-    /// Problems, but that of a test bed: not all processes are below the cgroup.
+    /// Returns the problems without the one that every test bed has: not all processes are below the cgroup.
     fn problems(&self) -> Result<Vec<Problem>> {
         let mut problems = self.agent.status()?.problems;
         problems.retain(|problem| !problem.place.starts_with("cgroup "));
         Ok(problems)
     }
 
-    /// Waits until `status` and the kernel agree that a device is served.
+    /// Waits until `status` and the kernel agree that the programs are attached to a device.
     fn eventually_served(&self, device: &str) -> Result<[u32; 2]> {
         eventually(device, || {
             let ids = self.ensure_served(device)?;
@@ -178,7 +178,7 @@ impl Setup {
         })
     }
 
-    /// Waits until they agree that it is not.
+    /// Waits until `status` and the kernel agree that no program is attached to a device.
     fn eventually_bare(&self, device: &str) -> Result<()> {
         eventually(device, || {
             ensure_bare(self.node(), device)?;
@@ -189,7 +189,7 @@ impl Setup {
         })
     }
 
-    /// The same for what `status` says nothing of, such as loopback.
+    /// Waits until no program is attached to a device that `status` does not list, such as loopback.
     fn eventually_bare_in_kernel(&self, device: &str) -> Result<()> {
         eventually(device, || ensure_bare(self.node(), device))
     }
@@ -200,7 +200,7 @@ impl Setup {
         Ok(self)
     }
 
-    /// Indexes of devices that links are pinned for, each as often as there are.
+    /// Returns the interface indexes in the names of pinned links, one per link.
     fn pins(&self) -> Result<Vec<u32>> {
         let links = self.agent.pin_path().join(format!("v{VERSION}/links"));
         let mut indexes = Vec::new();
@@ -214,7 +214,7 @@ impl Setup {
         Ok(indexes)
     }
 
-    /// Fails unless links are pinned for these devices alone, or none where there are no links.
+    /// Fails unless links are pinned for exactly these devices. With clsact there are no links, so none may be pinned.
     fn ensure_pins(&self, devices: &[&str]) -> Result<()> {
         let indexes = devices.iter().map(|device| index(self.node(), device));
         let mut indexes: Vec<u32> = indexes.collect::<Result<_>>()?;
@@ -231,10 +231,10 @@ impl Setup {
 
 const SERVED: [&str; 3] = ["cni0", "eth0", "flannel.1"];
 
-/// What nobody serves: loopback, and the pod's port of the bridge.
+/// Devices without programs: loopback, and the pod's port of the bridge.
 const BARE: [&str; 2] = ["lo", "veth2"];
 
-/// The qdiscs of a device, by their kinds.
+/// Returns the kinds of the qdiscs of a device.
 fn qdiscs(node: &Node, device: &str) -> Result<BTreeSet<String>> {
     let text = node.run("tc", &["-j", "qdisc", "show", "dev", device])?;
     let list: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
@@ -256,7 +256,7 @@ fn programs_are_attached_to_the_default_devices() -> Result<()> {
             ensure_bare(node, device)?;
         }
         setup.ensure_pins(&SERVED)?;
-        // The source of what leaves by a device is its own address, or the node's.
+        // The source address for packets that leave by a device is the device's own address, or else the node's.
         let text = |ip: Option<IpAddr>| ip.map_or_else(|| "-".to_owned(), |ip| ip.to_string());
         let rows = setup.devices()?;
         let rows = rows.values().map(|row| {
@@ -287,12 +287,12 @@ fn attachments_follow_device_changes() -> Result<()> {
         let node = setup.node();
         let eth0 = setup.ensure_served("eth0")?;
 
-        // A pair, as pods of plugins have it that join nothing to a bridge.
+        // A veth pair outside any bridge, as CNI plugins without a bridge create it for pods.
         node.ip("link add cali0 type veth peer name other0")?;
         let ids = setup.eventually_served("cali0")?;
         ensure!(ids == eth0, "{ids:?} are other programs than {eth0:?}");
         setup.eventually_served("other0")?;
-        // Down or up, under this name or another.
+        // The device is set up, and its peer gets another name.
         node.ip("link set cali0 up")?;
         node.ip("link set other0 name other-one")?;
         eventually("another name", || {
@@ -300,7 +300,7 @@ fn attachments_follow_device_changes() -> Result<()> {
             ensure!(!devices.contains_key("other0"), "{devices:?}");
             setup.ensure_served("other-one").map(drop)
         })?;
-        // What becomes a port of a bridge is the bridge's, until it is none any more.
+        // A device that becomes a port of a bridge is served by the bridge until it leaves the bridge.
         node.ip("link set cali0 master cni0")?;
         setup.eventually_bare("cali0")?;
         setup.ensure_served("cni0")?;
@@ -308,7 +308,7 @@ fn attachments_follow_device_changes() -> Result<()> {
         setup.eventually_served("cali0")?;
         setup.ensure_pins(&["cali0", "cni0", "eth0", "flannel.1", "other-one"])?;
 
-        // An address added later.
+        // Addresses are added later.
         let source = |device: &str| -> Result<String> {
             let devices = setup.devices()?;
             let row = devices.get(device).context("no such device")?;
@@ -330,7 +330,8 @@ fn attachments_follow_device_changes() -> Result<()> {
             Ok(())
         })?;
 
-        // A pod's end of a pair is made here and moved: what the pod has is not the node's business.
+        // CNI plugins create the pod's end of a pair on the node and move it. A device in a pod's namespace is not the
+        // agent's.
         let client = setup.cluster.client();
         node.ip(&format!("link set other-one netns {}", client.netns_name()))?;
         eventually("moved", || {
@@ -339,7 +340,7 @@ fn attachments_follow_device_changes() -> Result<()> {
         })?;
         setup.ensure_served("cali0")?;
 
-        // Another device by the same index, at once.
+        // Another device gets the index of a deleted one at once.
         let number = index(node, "cali0")?;
         node.ip_batch(&[
             "link delete cali0".to_owned(),
@@ -348,7 +349,7 @@ fn attachments_follow_device_changes() -> Result<()> {
         setup.eventually_served("again0")?;
         setup.eventually_served("other-two")?;
         setup.ensure_pins(&["again0", "cni0", "eth0", "flannel.1", "other-two"])?;
-        // And another by the same name.
+        // Another device gets the name of a deleted one.
         node.ip("link delete again0")?;
         node.ip("link add again0 type veth peer name other-two")?;
         setup.eventually_served("again0")?;
@@ -395,10 +396,10 @@ fn devices_flag_patterns_select_devices() -> Result<()> {
         setup.node().ip("link add eth7 type veth peer name cali7")?;
         setup.eventually_served("eth7")?;
         ensure_bare(setup.node(), "cali7")?;
-        // It gets a name that is not served.
+        // The device gets a name that no pattern matches.
         setup.node().ip("link set eth7 name cali8")?;
         setup.eventually_bare("cali8")?;
-        // A port of a bridge that is named, and nothing else: what is left of the run before goes.
+        // Only a named port of a bridge and loopback: the attachments of the previous run are removed.
         setup.restart(way, &["--devices", "veth2,lo"])?;
         setup.ensure_served("veth2")?;
         for device in ["lo", "eth0", "flannel.1", "cni0", "cali7", "cali8"] {
@@ -421,7 +422,7 @@ fn restart_keeps_links_and_replaces_programs() -> Result<()> {
             }
             let mut ids = BTreeSet::new();
             for link in loaded_links() {
-                // One may go while they are listed.
+                // A link may disappear while links are listed.
                 ids.extend(
                     link.ok()
                         .filter(|link| programs.contains(&link.program_id()))
@@ -432,14 +433,14 @@ fn restart_keeps_links_and_replaces_programs() -> Result<()> {
             Ok(ids)
         };
         let before_links = links(&setup)?;
-        // Killed, it is served still; what is new meanwhile is not.
+        // After a kill the programs stay attached. A device created meanwhile gets none.
         setup.agent.kill()?;
         let kept = setup.ensure_served("eth0")?;
         ensure!(kept == before, "{kept:?}");
         setup.node().ip("link add late0 type veth peer name late1")?;
         setup.node().ip("link delete flannel.1")?;
         ensure_bare(setup.node(), "late0")?;
-        // A start loads programs of its own, as another build does.
+        // A start loads its own programs, as another build would.
         setup.restart(way, &[])?;
         let after = setup.eventually_served("eth0")?;
         ensure!(
@@ -486,7 +487,7 @@ fn knock(setup: &Setup) -> Result<()> {
     let socket = setup.cluster.client().within(|| UdpSocket::bind("0.0.0.0:0"))??;
     for _ in 0..KNOCKS {
         match socket.send_to(b"knock", to) {
-            // That nobody listens is told with the next.
+            // The kernel reports the ICMP error for one datagram at the next send.
             Err(error) if error.kind() != std::io::ErrorKind::ConnectionRefused => return Err(error.into()),
             _ => {}
         }
@@ -496,13 +497,13 @@ fn knock(setup: &Setup) -> Result<()> {
 
 const KNOCKS: u64 = 20;
 
-/// Fails unless a counter sees what is sent, by eth0, and only once.
+/// Fails unless a counter sees each packet that is sent to eth0 exactly once.
 fn ensure_counting(setup: &Setup, counter: &Counter) -> Result<()> {
     let before = counter.count()?;
     knock(setup)?;
     eventually("counting", || {
         let counted = counter.count()? - before;
-        // Something of the neighbours comes as well.
+        // Neighbor discovery adds a few packets.
         ensure!((KNOCKS..2 * KNOCKS).contains(&counted), "{counted} packets");
         Ok(())
     })
@@ -511,7 +512,7 @@ fn ensure_counting(setup: &Setup, counter: &Counter) -> Result<()> {
 #[test]
 fn foreign_tc_programs_keep_running() -> Result<()> {
     for way in Way::BOTH {
-        // By filters there is one of the same priority as lb's, and one of another.
+        // With filters, one program has the same priority as lb's and another has a different one.
         let places: &[Option<u16>] = match way.name()? {
             "tcx" => &[None, Some(1)],
             _ => &[Some(1), Some(100)],
@@ -542,7 +543,7 @@ fn foreign_tc_programs_keep_running() -> Result<()> {
             };
             ensure!(seen()? == both(), "{:?}", seen()?);
             ensure_counting(&setup, &early)?;
-            // Another comes after lb.
+            // Another program is attached after lb's.
             setup.node().ip("link add late0 type veth peer name late1")?;
             setup.eventually_served("late0")?;
             let mut late = Counter::load()?;
@@ -565,7 +566,7 @@ fn foreign_tc_programs_keep_running() -> Result<()> {
     Ok(())
 }
 
-/// Names of the programs at the ingress of a device, in the order in which they see a packet.
+/// Returns the names of the programs at the ingress of a device, in the order in which they see a packet.
 fn order(node: &Node, device: &str, way: &str) -> Result<Vec<String>> {
     if way == "tcx" {
         let (_, programs) = node.within(|| SchedClassifier::query_tcx(device, TcAttachType::Ingress))??;
@@ -605,7 +606,7 @@ fn cleanup_removes_programs_qdiscs_and_reserved_ports() -> Result<()> {
         let mut before = Vec::new();
         let setup = Setup::with(way, &[], |node| {
             node.sysctl("net.ipv4.ip_local_reserved_ports", "8080,9148")?;
-            // Somebody else's qdisc stays, also an empty one.
+            // A qdisc that lb did not add stays, even if it is empty.
             node.within(|| qdisc_add_clsact("cni0"))??;
             before = qdiscs_of(node)?;
             Ok(())
@@ -633,7 +634,7 @@ fn deleted_clsact_qdisc_is_restored() -> Result<()> {
     setup.node().run("tc", &["qdisc", "delete", "dev", "eth0", "clsact"])?;
     ensure_bare(setup.node(), "eth0")?;
     setup.eventually_served("eth0")?;
-    // A qdisc in the way of clsact is a problem of this device, until it goes.
+    // A qdisc that excludes clsact is a problem of this device until it is deleted.
     setup.node().run("tc", &["qdisc", "delete", "dev", "cni0", "clsact"])?;
     setup.node().run("tc", &["qdisc", "add", "dev", "cni0", "ingress"])?;
     eventually("a problem", || {
@@ -662,14 +663,14 @@ fn snat_ports_are_reserved_by_sysctl() -> Result<()> {
         Ok(())
     };
     says("50000-50999")?;
-    // Another range in place of the first; the first was lb's own.
+    // Another range replaces the first, which lb itself had reserved.
     setup.agent.kill()?;
     *setup.agent.process() = setup.agent.start_ready(&["--snat-ports", "61000-65535"])?;
     says("61000-65535")?;
-    // Somebody sets what they want, and knows nothing of lb.
+    // An administrator overwrites the setting without lb's range.
     node.sysctl("net.ipv4.ip_local_reserved_ports", "8080")?;
     eventually("8080", || says("8080,61000-65535"))?;
-    // What was reserved before lb came stays when it goes.
+    // Ports that were reserved before lb started stay reserved after cleanup.
     setup.agent.kill()?;
     setup.agent.output(&["cleanup"])?;
     says("8080")?;

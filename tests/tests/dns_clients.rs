@@ -1,5 +1,5 @@
-//! Names and pages as programs of everyday use get them: a real DNS server and a web server behind services, asked by
-//! dig, the resolvers of glibc and musl, curl and Python.
+//! DNS and HTTP clients that are in everyday use: a real DNS server and a web server behind Services, queried by dig,
+//! the resolvers of glibc and musl, curl and Python.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -19,21 +19,21 @@ use serde_json::{Value, json};
 
 const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 
-/// The name that is asked for, and its addresses: the service of the web server.
+/// The name that clients look up, and its addresses: those of the web server's Service.
 const NAME: &str = "web.example.test";
 const WEB: [&str; 2] = ["10.96.0.20", "fd00:96::20"];
-/// The service of the DNS server.
+/// The addresses of the DNS Service.
 const DNS: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
-/// Another one, with a server of its own.
+/// The addresses of a second DNS Service with a server of its own.
 const OTHER: [&str; 2] = ["10.96.0.11", "fd00:96::11"];
-/// One without a server.
+/// The address of a Service without a server.
 const NOBODY: &str = "10.96.0.12";
 
 fn testbed() -> Testbed {
     Testbed::new(TESTBED)
 }
 
-/// dnsmasq in a pod, on port 5353, UDP and TCP.
+/// Starts dnsmasq in a pod, on port 5353, UDP and TCP.
 fn serve_names(pod: &Pod) -> Result<Process> {
     let long = "long,".to_owned() + &["x".repeat(250).as_str(); 6].join(",");
     let mut command = pod.command("sh")?;
@@ -50,7 +50,7 @@ fn serve_names(pod: &Pod) -> Result<Process> {
         "--port=5353",
         "--log-facility=-",
         &format!("--host-record={NAME},{},{}", WEB[0], WEB[1]),
-        // Longer than an answer by UDP may be.
+        // Longer than a response over UDP may be.
         &format!("--txt-record={long}"),
     ]);
     let mut process = Process::spawn_reading(&mut command)?;
@@ -61,7 +61,7 @@ fn serve_names(pod: &Pod) -> Result<Process> {
     Ok(process)
 }
 
-/// A service in both families.
+/// Returns the manifest of a Service in both families.
 fn in_both(name: &str, ips: [&str; 2], ports: &[(Port<'_>, u16)], pods: &[&Pod]) -> String {
     let frontends: Vec<_> = ports.iter().map(|(port, _)| *port).collect();
     let mut text = service(name, &ips.join(","), &frontends, "");
@@ -75,7 +75,7 @@ fn in_both(name: &str, ips: [&str; 2], ports: &[(Port<'_>, u16)], pods: &[&Pod])
     text
 }
 
-/// kube-dns: names by UDP and TCP, and metrics.
+/// Returns the manifest of a Service like kube-dns: DNS over UDP and TCP, and metrics.
 fn names(name: &str, ips: [&str; 2], pods: &[&Pod]) -> String {
     let ports = [
         (Port::udp("dns", 53), 5353),
@@ -92,7 +92,7 @@ struct Setup {
     cluster: Cluster,
 }
 
-/// Two DNS servers, a service each, and a web server.
+/// Creates two DNS servers with a Service each, and a web server.
 fn setup() -> Result<Setup> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let [client, dns, other, web] = ["client", "dns", "other", "web"]
@@ -122,12 +122,12 @@ fn setup() -> Result<Setup> {
 }
 
 impl Setup {
-    /// A pod and the node.
+    /// Returns a pod and the node.
     fn clients(&self) -> [&Netns; 2] {
         [self.client.deref(), self.cluster.node("n1").deref()]
     }
 
-    /// A `resolv.conf`.
+    /// Writes a `resolv.conf` and returns its path.
     fn servers(&self, servers: &[&str], options: &str) -> Result<PathBuf> {
         let path = self.cluster.scratch().join("resolv.conf");
         let lines: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
@@ -136,7 +136,7 @@ impl Setup {
     }
 }
 
-/// A program with this `resolv.conf`, as a container has one of its own.
+/// Returns the arguments of unshare(1) for a program that sees this `resolv.conf`, as a container sees one of its own.
 fn resolving<'a>(conf: &'a Path, words: &[&'a str]) -> Result<Vec<&'a str>> {
     let conf = conf.to_str().context("a path is not UTF-8")?;
     let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
@@ -147,7 +147,7 @@ fn run_resolving(netns: &Netns, conf: &Path, words: &[&str]) -> Result<String> {
     netns.run("unshare", &resolving(conf, words)?)
 }
 
-/// The program that asks the resolver of a C library: `glibc` or `musl`.
+/// Returns the path of the program that calls the resolver of a C library: `glibc` or `musl`.
 fn resolver(library: &str) -> Result<String> {
     let path = Path::new(TESTBED).with_file_name(format!("lb-resolve-{library}"));
     ensure!(
@@ -171,11 +171,11 @@ fn dig_queries_over_udp_and_tcp() -> Result<()> {
             }
             let told = dig(&[&at, NAME, "AAAA", "+short"])?;
             ensure!(told.trim() == WEB[1], "{} {at}: {told}", netns.name());
-            // Who answered, in its own words; it tells as well when an answer comes from elsewhere.
+            // dig reports the server that answered, and warns if an answer comes from another address.
             let told = dig(&[&at, NAME])?;
             ensure!(told.contains(&format!("SERVER: {server}#53")), "{told}");
             ensure!(!told.contains("unexpected source"), "{told}");
-            // Cut short by UDP, and asked for again by TCP.
+            // The response is truncated over UDP, and dig retries over TCP.
             let told = dig(&[&at, "long", "TXT", "+noedns", "+bufsize=512"])?;
             ensure!(told.contains("Truncated, retrying in TCP mode"), "{told}");
             ensure!(told.matches(&"x".repeat(250)).count() == 6, "{told}");
@@ -204,7 +204,7 @@ fn glibc_resolves_names_and_curl_fetches() -> Result<()> {
                 let page = run_resolving(netns, &conf, &["curl", family, "-sS", "--max-time", "20", &url])?;
                 ensure!(page.trim_end() == "page", "{} {server} {family}: {page}", netns.name());
             }
-            // The third port of that address.
+            // The third port of that Service.
             let host = if server.contains(':') {
                 format!("[{server}]")
             } else {
@@ -226,7 +226,8 @@ fn musl_queries_all_servers_from_one_socket() -> Result<()> {
     let lookups = count.to_string();
     for netns in setup.clients() {
         for (servers, others) in [
-            // Of one family, of both (a socket of IPv6 that sends to v4-mapped addresses), and one that refuses.
+            // Two servers of one family, two of both families (an IPv6 socket sends to v4-mapped addresses), and one
+            // server that refuses.
             (&[DNS[0], OTHER[0]][..], count),
             (&[DNS[0], OTHER[1]][..], count),
             (&[DNS[1], OTHER[1]][..], count),
@@ -270,7 +271,7 @@ fn python_clients_see_service_addresses() -> Result<()> {
     Ok(())
 }
 
-/// A resolver at work until its standard input is closed.
+/// A resolver that runs until its standard input is closed.
 struct Lookups {
     process: Process,
     input: std::process::ChildStdin,
@@ -287,7 +288,7 @@ impl Lookups {
         Ok(Self { process, input })
     }
 
-    /// How many lookups it made; none may have failed.
+    /// Returns the number of lookups; fails if one failed.
     fn finish(mut self) -> Result<u64> {
         drop(self.input);
         let mut lines = Vec::new();
@@ -304,13 +305,13 @@ impl Lookups {
     }
 }
 
-/// A client with one socket that is connected once, and anew when that is of no use any more.
+/// A client with one connected socket. It connects a new socket only after a failure.
 struct Patient<'a> {
     netns: &'a Netns,
     server: SocketAddr,
     kind: SocketKind,
     socket: ScriptedSocket,
-    /// Sockets that were closed under it.
+    /// Number of sockets that were closed under the client.
     closed: u64,
 }
 
@@ -333,7 +334,7 @@ impl<'a> Patient<'a> {
     }
 
     fn attempt(socket: &mut ScriptedSocket) -> Result<CallResult> {
-        // A question for the A record of a name that there is not.
+        // A query for the A record of a name that does not exist.
         let question = "\x01\x02\x01\0\0\x01\0\0\0\0\0\0\x04none\x04test\0\0\x01\0\x01";
         match socket.call(&SocketCall::Send(question.to_owned()))? {
             CallResult::Done => socket.call(&SocketCall::Receive),
@@ -341,7 +342,7 @@ impl<'a> Patient<'a> {
         }
     }
 
-    /// Asks: a second attempt must be answered.
+    /// Sends a query. If the first attempt fails, a second one on a new socket must be answered.
     fn ask(&mut self) -> Result<()> {
         let first = Self::attempt(&mut self.socket)?;
         if matches!(first, CallResult::Received(..)) {
@@ -355,7 +356,7 @@ impl<'a> Patient<'a> {
     }
 }
 
-/// Sockets of a network namespace that are connected to an address, as the kernel tells.
+/// Returns the sockets of a network namespace that the kernel shows as connected to an address.
 fn connected_to(netns: &Netns, address: IpAddr) -> Result<Vec<String>> {
     let address = match address {
         IpAddr::V4(address) => address.to_string(),
@@ -380,7 +381,7 @@ fn names_resolve_while_the_dns_server_is_replaced_100_times() -> Result<()> {
     let node: &Netns = cluster.node("n1");
     let namespaces: [&Netns; 2] = [&client, node];
 
-    // Each library takes a number of seconds to mean two attempts of one: glibc's is for an attempt, musl's for all.
+    // Two attempts of one second each: glibc takes the timeout for one attempt, musl for all attempts together.
     let second = scaled_timeout(Duration::from_secs(1));
     let mut lookups = Vec::new();
     let mut sockets = Vec::new();
@@ -420,7 +421,7 @@ fn names_resolve_while_the_dns_server_is_replaced_100_times() -> Result<()> {
         };
         Ok(used(pod.address().into()) && used(pod.address6().into()))
     };
-    // Those that left, and have not been looked at a second later.
+    // Time of removal of the servers that have not been checked yet, which happens a second later.
     let mut removed: Vec<Option<Instant>> = vec![None; pods.len()];
     let mut looked = 0;
     let mut check = |removed: &mut [Option<Instant>]| -> Result<()> {
@@ -450,7 +451,7 @@ fn names_resolve_while_the_dns_server_is_replaced_100_times() -> Result<()> {
             sleep(Duration::from_millis(5));
         }
         removed[old] = Some(Instant::now());
-        // It answers no more, and its port is closed.
+        // The old server answers no more, and its port is closed.
         server.kill()?;
         server = next;
         let turn = i % sockets.len();

@@ -1,4 +1,4 @@
-//! `lb-agent explain` against what `connect()` does on a real kernel, and `affinity list`.
+//! `lb-agent explain` compared with what `connect()` does on a real kernel, and `affinity list`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -25,13 +25,13 @@ fn testbed() -> Testbed {
     Testbed::new(TESTBED)
 }
 
-/// Connections made to each destination.
+/// Number of connections made to each destination.
 const TRIES: u64 = 2;
 
-/// A Service of which everything is left to chance. Its addresses end in `n`.
+/// A Service with random settings. Its addresses end in `n`.
 struct Service {
     n: u8,
-    /// In `10.10.1.x`, by the name of a backend: the node that it says it is on, and whether it terminates.
+    /// Address in `10.10.1.x`, node name in the manifest, and whether the endpoint is terminating.
     endpoints: Vec<(String, &'static str, bool)>,
     local: bool,
     affinity: bool,
@@ -100,7 +100,7 @@ impl Service {
         Ok(text)
     }
 
-    /// Everything that it may be asked at, and some places where it may not.
+    /// Returns all addresses and ports of the Service, and some that it does not have.
     fn destinations(&self, node: std::net::Ipv4Addr) -> Vec<SocketAddr> {
         let (n, port) = (self.n, self.node_port());
         let octets = [
@@ -119,11 +119,11 @@ impl Service {
     }
 }
 
-/// What the programs have counted.
+/// Counters of the programs.
 #[derive(Debug, PartialEq, Eq)]
 struct Counters {
     connections: u64,
-    /// By label.
+    /// Counts by label of the drop reason.
     drops: BTreeMap<&'static str, u64>,
 }
 
@@ -133,7 +133,7 @@ impl Counters {
         for index in maps.names()?.into_keys() {
             connections += maps.stats(index)?.connections;
         }
-        // Packets of others that were passed on say nothing of a connection.
+        // Packets that were passed to the stack untranslated do not belong to a connection of the test.
         let passed = |reason: &DropReason| translation::reject_with(*reason) == translation::RejectWith::Pass;
         let drops = DropReason::ALL
             .iter()
@@ -158,7 +158,7 @@ impl Counters {
     }
 }
 
-/// A place, and a process there that lives as long as this: who `explain` is asked about.
+/// A network namespace, and a process in it that `explain --from` refers to. The process lives as long as this value.
 struct Client<'a> {
     netns: &'a Netns,
     process: Process,
@@ -175,13 +175,13 @@ impl<'a> Client<'a> {
     }
 }
 
-/// Addresses to which the connection may go, by what was explained.
+/// Returns the addresses that the connection may reach according to `explain`.
 fn backends(answer: &Value) -> BTreeSet<&str> {
     let backends = answer["outcome"]["backends"].as_array().into_iter().flatten();
     backends.filter_map(Value::as_str).collect()
 }
 
-/// Addresses of the candidates that are said to be eligible.
+/// Returns the addresses of the candidates that `explain` shows as eligible.
 fn eligible(answer: &Value) -> BTreeSet<&str> {
     let candidates = answer["candidates"].as_array().into_iter().flatten();
     let eligible = candidates.filter(|candidate| candidate["eligible"] == true);
@@ -203,14 +203,14 @@ impl Protocol {
     }
 }
 
-/// What became of [`TRIES`] connections.
+/// Result of [`TRIES`] connections.
 #[derive(Debug, Default)]
 struct Tried {
-    /// Names that answered.
+    /// Names of the servers that answered.
     reached: BTreeSet<String>,
-    /// Of connect() that failed.
+    /// Error numbers of failed connect() calls.
     errnos: Vec<i32>,
-    /// Those that were not answered.
+    /// Number of connections without an answer.
     failed: u64,
 }
 
@@ -228,7 +228,7 @@ fn connect_tcp(from: &Netns, to: SocketAddr) -> Result<Tried> {
     })
 }
 
-/// `served`: an answer is to be waited for.
+/// Connects UDP sockets. If `served`, waits for an answer to a datagram on each.
 fn connect_udp(from: &Netns, to: SocketAddr, served: bool) -> Result<Tried> {
     let kind = if to.is_ipv4() {
         SocketKind::Udp4
@@ -253,7 +253,7 @@ fn connect_udp(from: &Netns, to: SocketAddr, served: bool) -> Result<Tried> {
     Ok(tried)
 }
 
-/// Asks, connects, and compares.
+/// Runs `explain`, connects, and compares the results.
 fn compare(setup: &Setup, maps: &PinnedMaps, client: &Client<'_>, proto: Protocol, to: SocketAddr) -> Result<Value> {
     let answer = client.explain(&setup.agent, &format!("{to}/{}", proto.name()))?;
     let outcome = &answer["outcome"];
@@ -281,7 +281,7 @@ fn compare(setup: &Setup, maps: &PinnedMaps, client: &Client<'_>, proto: Protoco
                 && counted.connections == 0
                 && counted.drops == BTreeMap::from([(reason, TRIES)])
         }
-        // A UDP socket that connects sends nothing.
+        // connect() on a UDP socket sends no packet.
         "untouched" if proto == Protocol::Tcp => of_packets(setup, &answer, &tried, &counted)?,
         "untouched" => tried.reached.is_empty() && counted.connections == 0 && counted.drops.is_empty(),
         _ => bail!("{answer:#}"),
@@ -295,9 +295,9 @@ fn compare(setup: &Setup, maps: &PinnedMaps, client: &Client<'_>, proto: Protoco
     Ok(answer)
 }
 
-/// Whether connections of a socket that is left alone went as its packets are said to go.
+/// Returns whether the connections of a socket that the hooks left alone went as `explain` predicts for their packets.
 fn of_packets(setup: &Setup, answer: &Value, tried: &Tried, counted: &Counters) -> Result<bool> {
-    // ENETUNREACH: there is no way out of here, so no packet was sent.
+    // ENETUNREACH: the client has no route, so no packet was sent.
     if !tried.errnos.is_empty() && tried.errnos.iter().all(|errno| *errno == 101) {
         return Ok(tried.reached.is_empty() && counted.connections == 0 && counted.drops.is_empty());
     }
@@ -319,7 +319,7 @@ fn of_packets(setup: &Setup, answer: &Value, tried: &Tried, counted: &Counters) 
             let refused = tried.errnos.len() as u64 == TRIES && tried.errnos.iter().all(|errno| *errno == 111);
             refused && counted.connections == 0 && counted.drops == BTreeMap::from([(reason()?, TRIES)])
         }
-        // However often the kernel tried.
+        // The kernel retransmits the SYN, so the count is not compared.
         Some("dropped") => {
             let reasons: Vec<_> = counted.drops.keys().copied().collect();
             tried.reached.is_empty() && counted.connections == 0 && reasons == [reason()?]
@@ -344,8 +344,8 @@ struct Setup {
     cluster: Cluster,
 }
 
-/// A node with a client and three pods that serve TCP and UDP on port 8080, and a client outside; `text` is what the
-/// agent is told of the pods.
+/// Creates a node with a client and three pods that serve TCP and UDP on port 8080, and an outside client. `text`
+/// returns the manifests for the agent.
 fn setup(text: impl FnOnce(&[Pod]) -> Result<String>, flags: &[&str]) -> Result<Setup> {
     let cluster = Cluster::builder().nodes(1).client(true).build()?;
     let client = cluster.add_pod("n1", "client")?;
@@ -380,7 +380,7 @@ impl Setup {
         self.cluster.node("n1")
     }
 
-    /// Where the pod of a name serves.
+    /// Returns the addresses at which the pod with this name serves.
     fn addresses(&self, name: &str) -> Vec<String> {
         let pods = self.pods.iter().filter(|pod| pod.name() == name);
         pods.flat_map(|pod| [pod.socket(8080), pod.socket6(8080)].map(|at| at.to_string()))
@@ -388,7 +388,7 @@ impl Setup {
     }
 }
 
-/// Where a row of [`ROWS`] connects to.
+/// Destination of a row of [`ROWS`].
 #[derive(Debug, Clone, Copy)]
 enum To {
     ClusterIp,
@@ -416,7 +416,7 @@ impl To {
             (Self::Balancer, true) => six([0x2001, 0xdb8, 2]),
             (Self::Node, false) => node.address().into(),
             (Self::Node, true) => node.address6().into(),
-            // In no network of the cluster.
+            // An address in no network of the cluster.
             (Self::OtherNode, false) => v4([203, 0, 113, n]),
             (Self::OtherNode, true) => six([0x2001, 0xdb8, 3]),
             (Self::Loopback, false) => v4([127, 0, 0, 1]),
@@ -427,8 +427,7 @@ impl To {
     }
 }
 
-/// The services of [`ROWS`]: what is added to their spec, and their endpoints: names of pods, and the nodes that they
-/// are said to be on.
+/// The Services of [`ROWS`]: additions to the spec, and endpoints as pairs of pod name and node name.
 const SERVICES: [(&str, &[(&str, &str)]); 6] = [
     ("", &[("a", "n1"), ("b", "n2")]),
     ("\n  internalTrafficPolicy: Local", &[("a", "n1"), ("b", "n2")]),
@@ -447,7 +446,7 @@ const SERVICES: [(&str, &[(&str, &str)]); 6] = [
     ),
 ];
 
-/// Destination: of which service (from 1), port; what a pod finds, what the node finds.
+/// Rows of destination, number of the Service (from 1), port, expected result in a pod, expected result on the node.
 const ROWS: &[(To, u8, u16, &str, &str)] = &[
     (To::ClusterIp, 1, 80, "ClusterIP connects", "ClusterIP connects"),
     (To::ClusterIp, 1, 81, NO_PORT, NO_PORT),
@@ -467,14 +466,14 @@ const ROWS: &[(To, u8, u16, &str, &str)] = &[
         "ExternalIP ECONNREFUSED",
     ),
     (To::Balancer, 1, 80, "LoadBalancer connects", "LoadBalancer connects"),
-    // Who may come is for the packet path to say.
+    // The socket hook does not know the source address, so source ranges are enforced by the packet path.
     (To::Balancer, 5, 80, "LoadBalancer untouched", "LoadBalancer untouched"),
     (To::Node, 1, 30001, "NodePort connects", "NodePort connects"),
     (To::Node, 3, 30003, "NodePort connects", "NodePort connects"),
     (To::Node, 4, 30004, "NodePort ECONNREFUSED", "NodePort ECONNREFUSED"),
     (To::Node, 1, 80, NONE, NONE),
     (To::OtherNode, 1, 30001, NONE, NONE),
-    // A pod's loopback is its own.
+    // Loopback in a pod is the pod's own.
     (To::Loopback, 1, 30001, NONE, "NodePort connects"),
     (To::Loopback, 4, 30004, NONE, "NodePort ECONNREFUSED"),
     (To::Loopback, 1, 80, NONE, NONE),
@@ -484,7 +483,7 @@ const ROWS: &[(To, u8, u16, &str, &str)] = &[
 const NONE: &str = "no frontend, untouched";
 const NO_PORT: &str = "no frontend, ECONNREFUSED";
 
-/// [`SERVICES`] as manifests: dual-stack, one port in TCP and UDP.
+/// Returns [`SERVICES`] as manifests: dual-stack, one port in TCP and UDP.
 fn services(pods: &[Pod]) -> String {
     let mut text = String::new();
     for ((more, endpoints), n) in SERVICES.iter().zip(1_u8..) {
@@ -516,7 +515,7 @@ fn services(pods: &[Pod]) -> String {
     text
 }
 
-/// An answer as [`ROWS`] has it.
+/// Returns a result of `explain` in the notation of [`ROWS`].
 fn in_short(answer: &Value) -> String {
     let outcome = &answer["outcome"];
     let end = outcome["errno"].as_str().or(outcome["result"].as_str()).unwrap_or("?");
@@ -530,7 +529,7 @@ fn in_short(answer: &Value) -> String {
 enum Family {
     V4,
     V6,
-    /// IPv4 as an IPv6 socket names it.
+    /// IPv4 address in v4-mapped notation on an IPv6 socket.
     Mapped,
 }
 
@@ -543,7 +542,7 @@ impl Family {
     }
 }
 
-/// All rows, from the client pod and from the node.
+/// Checks all rows, from the client pod and from the node.
 fn every_row(proto: Protocol, family: Family) -> Result<()> {
     let setup = setup(|pods| Ok(services(pods)), &[])?;
     let maps = setup.maps()?;
@@ -559,7 +558,7 @@ fn every_row(proto: Protocol, family: Family) -> Result<()> {
                 client.netns.name()
             );
             if !answer["set"].is_null() {
-                // Every backend is there, each with a reason.
+                // Every backend is listed, each with a reason.
                 let candidates = answer["candidates"].as_array().context("no candidates")?;
                 let reasons = candidates.iter().filter_map(|it| it["why"].as_str());
                 let endpoints = SERVICES[usize::from(n - 1)].1.len();
@@ -628,7 +627,7 @@ fn explain_matches_connect_for_random_services() -> Result<()> {
                 if answer["outcome"]["result"] != "connects" {
                     continue;
                 }
-                // With affinity, what the first connections got is what the next get.
+                // With affinity, later connections reach the backend of the first ones.
                 let again = compare(&setup, &maps, &client, Protocol::Tcp, to)?;
                 ensure!(again["affinity"].is_object() == service.affinity, "{again:#}");
                 if service.affinity {
@@ -649,7 +648,7 @@ fn explain_matches_connect_for_random_services() -> Result<()> {
     Ok(())
 }
 
-/// One Service `s1` with every pod as endpoint on this node.
+/// Returns a Service `s1` with every pod as endpoint on this node.
 fn one(affinity: bool, pods: usize) -> Result<String> {
     let endpoints = (3..).take(pods).map(|octet| (format!("10.10.1.{octet}"), "n1", false));
     let service = Service {
@@ -668,7 +667,7 @@ fn explain_distinguishes_pod_node_and_outside_clients() -> Result<()> {
     let maps = setup.maps()?;
     let to: SocketAddr = "10.96.1.1:80".parse()?;
     let (pod, node) = (Client::new(&setup.client)?, Client::new(setup.node())?);
-    // Lower than that of its device, and no source of packets that leave.
+    // A lower address than that of the pod's device; the kernel does not select it as source of outgoing packets.
     setup.client.add_address("10.0.0.1/32", "lo")?;
     let source = setup.client.address().to_string();
     let why = |answer: &Value| answer["outcome"]["why"].as_str().unwrap_or_default().to_owned();
@@ -678,7 +677,7 @@ fn explain_distinguishes_pod_node_and_outside_clients() -> Result<()> {
         assert_eq!(answer["client"]["on_node"], false);
         assert_eq!(answer["packets"]["from"], *source, "{answer:#}");
     }
-    // What does not leave has no packets.
+    // Connections within the namespace have no packets that lb could see.
     for own in [&source, "127.0.0.1", "[::1]"] {
         let answer = pod.explain(&setup.agent, &format!("{own}:80"))?;
         assert!(answer["packets"].is_null(), "{answer:#}");
@@ -689,14 +688,14 @@ fn explain_distinguishes_pod_node_and_outside_clients() -> Result<()> {
         (3, &Value::from(true))
     );
 
-    // One that is in no node's cgroup.
+    // A process in no node's cgroup.
     let outside = Client::new(setup.cluster.client())?;
     let answer = compare(&setup, &maps, &outside, Protocol::Tcp, to)?;
     assert_eq!(answer["client"]["below_cgroup"], false);
     assert!(why(&answer).contains("not below the cgroup"), "{answer:#}");
 
     let from = |from: &str| -> Result<Value> { setup.agent.json(&["explain", "--from", from, "--to", "10.96.1.1:80"]) };
-    // A client outside sends packets, which any endpoint of a cluster IP may get.
+    // An outside client sends packets. At a cluster IP it may reach any endpoint.
     let answer = from("172.30.99.2")?;
     assert_eq!(backends(&answer).len(), 3, "{answer:#}");
     assert_eq!(answer["source"]["inside"], false, "{answer:#}");
@@ -705,7 +704,7 @@ fn explain_distinguishes_pod_node_and_outside_clients() -> Result<()> {
     }
     assert!(from("4194305").is_err_and(|error| error.to_string().contains("no process")));
 
-    // For people, and for UDP, which this Service has not.
+    // The table output, for UDP, a protocol that this Service does not have.
     let id = node.process.id().to_string();
     let text = setup
         .agent
@@ -736,11 +735,11 @@ fn affinity_list_shows_clients_and_marks_removed_backends() -> Result<()> {
     let client = Client::new(&setup.client)?;
     let answer = client.explain(&setup.agent, "10.96.1.1:80")?;
     assert_eq!(answer["client"]["netns"], row["netns"]);
-    // As by default in Kubernetes, 10,800 s.
+    // 10,800 s, the default of Kubernetes.
     let remaining = row["remaining"].as_u64().context("remaining")?;
     assert!((10_000..=10_800).contains(&remaining), "{row:#}");
 
-    // Its backend leaves.
+    // The client's backend is removed.
     let pods: Vec<_> = setup.pods.iter().filter(|pod| pod.name() != name).collect();
     let endpoints = pods
         .iter()

@@ -1,4 +1,4 @@
-//! External and load-balancer addresses at connect time, and which sockets are served at all.
+//! External and load-balancer addresses at connect time, and `--socket-lb`.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -11,18 +11,18 @@ const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const TARGET: Port<'static> = Port::tcp("web", 8080);
 const NODE_PORT: u16 = 30080;
 
-/// Who is served, in the cluster.
+/// Destinations, and whether the socket hooks translate them inside the cluster.
 const SERVED: [(&str, bool); 8] = [
     ("198.51.100.7:80", true),
     ("[2001:db8::7]:80", true),
     ("192.0.2.1:80", true),
-    // The load balancer proxies: its address is its own.
+    // `ipMode: Proxy`: connections go to the load balancer itself.
     ("192.0.2.2:80", false),
-    // Who may come by it is for the packet path to say; a socket hook does not know the source.
+    // Source ranges are enforced by the packet path; a socket hook does not know the source address.
     ("192.0.2.3:80", false),
     ("10.96.0.22:80", true),
     ("10.96.0.23:80", true),
-    // Ports that an external address does not have are no socket hook's business, and packets to them are refused.
+    // The socket hooks ignore ports that an external address does not have; the packet path refuses packets to them.
     ("198.51.100.7:81", false),
 ];
 
@@ -59,7 +59,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
         "external",
         "10.96.0.20,fd00:96::20",
         &[Port::tcp("web", 80).on_nodes(NODE_PORT)],
-        // No endpoint is on n1: clients inside the cluster are served by all the same.
+        // No endpoint is on n1, but the policy Local does not apply to clients inside the cluster.
         "type: NodePort\n  externalTrafficPolicy: Local\n  externalIPs: [198.51.100.7, \"2001:db8::7\"]",
     ) + &slice("external", TARGET, &[(remote.address().into(), "n2")])
         + &slice("external", TARGET, &[(remote.address6().into(), "n2")])
@@ -116,7 +116,7 @@ fn socket_lb_node_leaves_pod_sockets_to_the_packet_path() -> Result<()> {
     let setup = setup(&["--socket-lb", "node"])?;
     assert!(is_served(setup.cluster.node("n1"), "10.96.0.20:80")?);
     assert!(is_served(setup.cluster.node("n1"), "[fd00:96::20]:80")?);
-    // Of a pod the packets are, at addresses of every kind.
+    // The packet path translates the packets of a pod, at addresses of every kind.
     let node = setup.cluster.node("n1");
     let own = [IpAddr::from(node.address()), node.address6().into()];
     let own = own.map(|ip| SocketAddr::new(ip, NODE_PORT).to_string());
@@ -129,7 +129,7 @@ fn socket_lb_node_leaves_pod_sockets_to_the_packet_path() -> Result<()> {
         let flows = setup.agent.output(&["conntrack", "list"])?;
         assert_eq!(flows.contains(to), served, "{to}: {flows}");
     }
-    // The send is not refused, though the port is none of the service's: the packet is.
+    // The Service has no such port. In the pod the send succeeds and the packet is refused; on the node the send fails.
     let text = "x".to_owned();
     let to = addr("10.96.0.20:53");
     let mut pod = testbed().scripted_socket(&setup.client, SocketKind::Udp4)?;

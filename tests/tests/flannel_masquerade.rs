@@ -1,10 +1,11 @@
-//! The packet path beside the rules of a CNI: flannel's masquerading and forwarding, on nodes that filter what their bridge
-//! carries (`br_netfilter`) and drop what conntrack finds invalid.
+//! The packet path next to the rules of a CNI: flannel's masquerading and forwarding, on nodes that filter bridged
+//! packets (`br_netfilter`) and drop packets that nf_conntrack finds invalid.
 //!
-//! flannel masquerades what pods send beyond the pods' network, and what comes from beyond for pods of *other* nodes. What
-//! lb sends to another node skips the stack both ways, with a source of this node, so no rule sees it; what goes up the
-//! stack to a pod here keeps its client by flannel's own rule for that, as it does with kube-proxy. What a pod sends that no
-//! socket hook has seen comes by the bridge, where conntrack sees it before lb does: lb has it received once more.
+//! flannel masquerades packets of pods to destinations outside the pod networks, and packets from outside to pods of
+//! *other* nodes. Packets that lb sends to another node skip the stack in both directions and have a source address of
+//! this node, so no rule sees them. Packets that go up the stack to a local pod keep their client's address by
+//! flannel's own rule, as they do with kube-proxy. Packets that a pod sends without a socket hook come by the bridge,
+//! where nf_conntrack sees them before lb does: lb has the kernel receive them a second time.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::thread::sleep;
@@ -16,19 +17,20 @@ use lb_tests::manifests::{Port, ips, service, slices, vips, web_and_dns};
 use lb_tests::{Netns, Node, Ruleset, Testbed, Underlay, eventually};
 
 const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-/// The networks of all pods.
+/// Networks of all pods.
 const PODS: [&str; 2] = ["10.10.0.0/16", "fd00:10:10::/48"];
 const MULTICAST: [&str; 2] = ["224.0.0.0/4", "ff00::/8"];
 
-/// Services by name, with the last part of their addresses and their node ports.
+/// Name of a Service, last part of its addresses, and its node ports.
 type Web = (&'static str, u8, [u16; 2]);
 const ONE: Web = ("one", 21, [30081, 30054]);
 const TWO: Web = ("two", 22, [30082, 30055]);
 const LOCAL: Web = ("local", 23, [30083, 30056]);
 const HOST: Web = ("host", 24, [30084, 30057]);
 
-/// What flannel 0.28 writes with `--ip-masq` and `--iptables-forward-rules` (pkg/trafficmngr/iptables/iptables.go), on a
-/// node that forwards nothing else: docker sets that policy, and many a firewall drops what is invalid.
+/// Returns the rules that flannel 0.28 writes with `--ip-masq` and `--iptables-forward-rules`
+/// (pkg/trafficmngr/iptables/iptables.go), on a node that forwards nothing else: docker sets the policy DROP, and many
+/// firewalls drop invalid packets.
 fn flannels_rules(all: &str, own: &str, multicast: &str) -> String {
     let comment = "-m comment --comment \"flanneld masq\"";
     format!(
@@ -68,7 +70,7 @@ fn install(node: &Node) -> Result<Ruleset> {
     node.ruleset()
 }
 
-/// Whether rules see what the node's bridge carries, as they do on most nodes of Kubernetes.
+/// Sets whether rules see bridged packets, as they do on most Kubernetes nodes.
 fn filter_bridge(node: &Node, filter: bool) -> Result<()> {
     ["iptables", "ip6tables"].into_iter().try_for_each(|family| {
         let key = format!("net/bridge/bridge-nf-call-{family}");
@@ -78,7 +80,7 @@ fn filter_bridge(node: &Node, filter: bool) -> Result<()> {
 
 fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
     let testbed = Testbed::new(TESTBED);
-    // Pods' sockets are left alone: their packets meet lb, and the rules.
+    // The socket hooks leave pods alone, so their packets pass lb and the rules.
     let fixture = TwoNodeFixture::with(TESTBED, underlay, 1, &["--socket-lb", "node"])?;
     let [n1, n2] = ["n1", "n2"].map(|name| fixture.node(name));
     let rules = [install(n1)?, install(n2)?];
@@ -114,7 +116,7 @@ fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
         let pick = |node: &Node| node_addresses(node)[v6];
         let pod = |pod: &lb_tests::Pod| endpoints_of(pod)[v6].0;
         let vip = |(_, last, _): Web| vips(last)[v6];
-        // What the first node sends on to the second has this source.
+        // Source of the packets that the first node sends to the second.
         let sent_by_n1 = match (underlay, v6) {
             (Underlay::Vxlan, 0) => n1.pod_network().into(),
             _ => pick(n1),
@@ -124,24 +126,24 @@ fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
             let ask = |from: &Netns, to: IpAddr, [tcp, datagrams]: [u16; 2], by: &str, seen: IpAddr| -> Result<()> {
                 let to = SocketAddr::new(to, if udp { datagrams } else { tcp });
                 let what = format!("{to} udp={udp} from {}", from.name());
-                // A flow of its own each time: the second meets what the first has left.
+                // Each attempt has a flow of its own; the second one meets the state that the first one left.
                 (0..2).try_for_each(|_| fixture.request(from, udp, to)?.ensure_served_by(by, Some(seen), &what))
             };
             // The rules are in force.
             ask(one, client, POD_PORTS, "outside", pick(n1))?;
-            // A pod of the node that is asked sees the client, also with policy Cluster.
+            // A pod on the requested node sees the client's address, with policy Cluster too.
             ask(fixture.client(), pick(n1), ONE.2, "one", client)?;
             ask(fixture.client(), pick(n2), TWO.2, "two", client)?;
             ask(fixture.client(), pick(n2), LOCAL.2, "two", client)?;
-            // Elsewhere it sees the node.
+            // A backend elsewhere sees the node's address.
             ask(fixture.client(), pick(n1), TWO.2, "two", sent_by_n1)?;
             ask(fixture.client(), pick(n2), HOST.2, "host", client)?;
             ask(fixture.client(), pick(n1), HOST.2, "host", pick(n1))?;
-            // Pods whose packets lb translates, by way of their own bridge.
+            // lb translates the packets of pods, which come by their own bridge.
             let ports = [80, 53];
             ask(&asker, vip(ONE), ports, "one", gateway)?;
             ask(one, vip(ONE), ports, "one", gateway)?;
-            // Up the stack: pods see the pod, and a node sees the node that masquerades.
+            // Up the stack: a pod sees the pod's address, and a node sees the address of the masquerading node.
             ask(&asker, vip(TWO), ports, "two", pod(&asker))?;
             ask(two, vip(ONE), ports, "one", pod(two))?;
             ask(&asker, vip(HOST), ports, "host", pick(n1))?;
@@ -164,13 +166,13 @@ fn services_work_beside_flannel_rules_over_routes() -> Result<()> {
     beside_flannels_rules(Underlay::Routes)
 }
 
-/// What came by a bridge is received once more, so a packet that is translated again and again must end some time: as one
-/// that routers send round in a circle.
+/// A bridged packet is received a second time, so a packet that is translated again and again must end at some point,
+/// like a packet in a routing loop.
 #[test]
 fn translation_loop_between_services_ends_by_ttl() -> Result<()> {
     let fixture = TwoNodeFixture::with(TESTBED, Underlay::Routes, 1, &["--socket-lb", "node"])?;
     let [n1, n2] = ["n1", "n2"].map(|name| fixture.node(name));
-    // Nowhere to go from there.
+    // Without these routes, packets would have nowhere to go.
     n1.ip_batch(&[
         format!("route add 10.96.0.0/24 via {}", n2.address()),
         format!("route add fd00:96::/64 via {}", n2.address6()),
@@ -194,7 +196,7 @@ fn translation_loop_between_services_ends_by_ttl() -> Result<()> {
             Ok(())
         })?;
     }
-    // They ended once: nothing of them is left.
+    // Each packet ended once; none is still in the loop.
     sleep(Duration::from_millis(200));
     let ended = fixture.dropped("ttl_exceeded")?;
     ensure!(ended == 2, "{ended} packets have ended");

@@ -1,4 +1,5 @@
-//! The bytes of packets, by the targets of cargo-fuzz: the corpus and what once failed, and some that are always the same.
+//! Packet parsing and rewriting with the functions that cargo-fuzz calls: the corpus, inputs that failed once, and
+//! random changes of these.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use lb_packet_checks as checks;
 use lb_tests::{Random, scaled_count};
 
-/// Checks the inputs of a target, and as many that come of them by a few changed bytes.
+/// Checks the inputs of a target, and `changed` more inputs that differ from them in a few bytes.
 fn check(target: &str, check: fn(&[u8]), changed: u64) -> Result<()> {
     let mut inputs = Vec::new();
     for kind in ["corpus", "regressions"] {

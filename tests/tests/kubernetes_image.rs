@@ -1,5 +1,4 @@
-//! The image and the manifests: started by runc as a kubelet would have it started, with what the pod asks for and no
-//! more.
+//! The image and the manifests: runc starts them as a kubelet would, with exactly the privileges that the pod asks for.
 
 use std::env;
 use std::fs;
@@ -17,7 +16,7 @@ const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const NODE: &str = "n1";
 const VIP: &str = "10.96.0.80:80";
 const BACKEND_PORT: u16 = 8080;
-/// What renders the manifests, besides the chart and the namespace.
+/// Rendered manifests, with the further arguments of helm after the chart and the namespace.
 const RENDERED: [(&str, &[&str]); 2] = [
     ("lb.yaml", &["--set", "kubeProxyConfigMap=kube-proxy"]),
     (
@@ -30,14 +29,14 @@ fn deploy(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(name)
 }
 
-/// What `cargo xtask test --kubernetes` says of where things are.
+/// Returns a path that `cargo xtask test --kubernetes` passes in a variable.
 fn variable(name: &str) -> Result<PathBuf> {
     let value =
         env::var_os(name).with_context(|| format!("{name} is not set: `cargo xtask test --kubernetes` sets it"))?;
     Ok(value.into())
 }
 
-/// `helm template lb deploy/chart` with more arguments; its output, or what it says of an error.
+/// Runs `helm template lb deploy/chart` with more arguments. Returns its output, or the error message that it prints.
 fn render(arguments: &[&str]) -> Result<Result<String, String>> {
     let output = Command::new(variable("LB_KUBERNETES")?.join("helm"))
         .args([
@@ -97,14 +96,14 @@ fn chart_requires_an_api_server_address() -> Result<()> {
     Ok(())
 }
 
-/// The specification of the DaemonSet's pods.
+/// Returns the specification of the DaemonSet's pods.
 fn pod(manifest: &str) -> Result<Value> {
     let documents: Vec<Value> = serde_saphyr::from_multiple(manifest).context("not YAML")?;
     let set = documents.into_iter().find(|document| document["kind"] == "DaemonSet");
     Ok(set.context("there is no DaemonSet")?["spec"]["template"]["spec"].take())
 }
 
-/// The pod with manifests in place of Kubernetes; the volume is called `manifests`.
+/// Returns the pod with manifests as its source instead of Kubernetes; the volume is called `manifests`.
 fn with_manifests(mut pod: Value) -> Result<Value> {
     let container = &mut pod["containers"][0];
     let arguments = container["args"].as_array_mut().context("no arguments")?;
@@ -119,7 +118,7 @@ fn with_manifests(mut pod: Value) -> Result<Value> {
     Ok(pod)
 }
 
-/// `CapEff` and others of a process, and whether it can get new privileges.
+/// Returns `CapEff` and `CapBnd` of a process, and whether it has `NoNewPrivs`.
 fn rights(process: u32) -> Result<(u64, u64, bool)> {
     let status = fs::read_to_string(format!("/proc/{process}/status")).context("reading a process's status")?;
     let field = |name: &str| {
@@ -156,7 +155,8 @@ fn image_serves_when_privileged() -> Result<()> {
     only_the_cgroup(&status)
 }
 
-/// Nothing is out of its reach; that it serves one node of this machine alone is what the bed wants.
+/// Fails if there are problems. The one about the cgroup is expected: the agent of a test bed serves only a part of
+/// this machine.
 fn only_the_cgroup(status: &Status) -> Result<()> {
     let others: Vec<_> = status
         .problems
@@ -167,14 +167,14 @@ fn only_the_cgroup(status: &Status) -> Result<()> {
     Ok(())
 }
 
-/// A configuration of kube-proxy with a time-out that nobody else sets.
+/// A configuration of kube-proxy with a timeout that differs from every default.
 const CONFIG: &str = "\
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
 conntrack: {maxPerCore: 0, tcpCloseWaitTimeout: 77m}
 ";
 
-/// Starts the pod of a manifest from the image, and has it serve; returns what it says of itself.
+/// Starts the pod of a manifest from the image, and checks that it serves. Returns its status.
 fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Status> {
     let cluster = Cluster::builder().nodes(2).build()?;
     let testbed = Testbed::new(TESTBED);
@@ -188,7 +188,7 @@ fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Sta
     fs::create_dir(&manifests).context("making a folder")?;
     let write = |addresses: &[String]| {
         let file = manifests.join("web.json");
-        // At once, by a new name.
+        // Renamed into place, so that the change is atomic.
         fs::write(cluster.scratch().join("web.json"), objects(addresses).to_string())?;
         fs::rename(cluster.scratch().join("web.json"), file)
     };
@@ -205,7 +205,7 @@ fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Sta
     let agent = Agent::new(&cluster, node, &Agent::find(Path::new(TESTBED))?, &manifests);
     let mut more = ContainerExtras::default();
     more.volumes.insert("manifests".to_owned(), manifests.clone());
-    // As the ConfigMap of kube-proxy has it; the container may not write to its own /proc/sys.
+    // Mounted as the ConfigMap of kube-proxy is. The container cannot write to its own /proc/sys.
     fs::write(manifests.join("kube-proxy.conf"), CONFIG).context("writing a configuration")?;
     more.arguments = vec![
         "--config=/manifests/kube-proxy.conf".to_owned(),
@@ -249,7 +249,7 @@ fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Sta
     Ok(status)
 }
 
-/// Waits until the readiness probe succeeds; returns what it answers.
+/// Waits until the readiness probe succeeds, and returns the response.
 fn wait_ready(runtime: &Runtime, container: &Value, started: &mut Container) -> Result<String> {
     let probe = &container["readinessProbe"]["httpGet"];
     let (port, path) = (&probe["port"], probe["path"].as_str().context("no path")?);
@@ -270,7 +270,7 @@ fn wait_ready(runtime: &Runtime, container: &Value, started: &mut Container) -> 
     }
 }
 
-/// A Service and its endpoints.
+/// Returns a Service and its endpoints.
 fn objects(addresses: &[String]) -> Value {
     let (address, port) = VIP.split_once(':').expect("an address and a port");
     let port: u16 = port.parse().expect("a port");

@@ -1,5 +1,5 @@
-//! From kube-proxy to lb and back, as docs/migrate-from-kube-proxy.md says: its commands are read from the page and run,
-//! against a real control plane, while connections are made and held.
+//! From kube-proxy to lb and back, as described in docs/migrate-from-kube-proxy.md: its commands are read from the page
+//! and run against a real control plane, while connections are made and held.
 
 use std::env;
 use std::fs;
@@ -22,16 +22,16 @@ const PAGE: &str = "docs/migrate-from-kube-proxy.md";
 const BACKEND_PORT: u16 = 8080;
 const PORT: u16 = 80;
 const NODE_PORT: u16 = 30080;
-/// Connections that are kept open in each place.
+/// Number of connections that each client keeps open.
 const HELD: u32 = 20;
-/// New connections while all of this goes on, at least; and how many a second are tried in each place.
+/// Minimum number of new connections during the migration, and rate per second of each client.
 const NEW: u64 = 10_000;
 const RATE: f64 = 250.0;
-/// Images by the names that the manifests have for them.
+/// Image names in the manifests.
 const KUBE_PROXY: &str = "kube-proxy:test";
 const LB: &str = "localhost/lb-agent:0.1.0";
 
-/// Some commands of the page, and where they are typed.
+/// A block of commands of the page, and where to run it.
 #[derive(Debug, PartialEq, Eq)]
 struct Block {
     heading: String,
@@ -43,7 +43,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// All blocks of commands below one of the page's main headings.
+/// Returns all blocks of commands below one of the page's main headings.
 fn blocks(page: &str, part: &str) -> Vec<Block> {
     let mut blocks = Vec::new();
     let (mut inside, mut heading) = (false, String::new());
@@ -137,14 +137,14 @@ fn there_and_back(mode: &str) -> Result<()> {
     })
 }
 
-/// Runs what the manifests make in `kube-system`.
+/// Runs the pods that the manifests create in `kube-system`.
 fn run_pods(cluster: &Cluster, control_plane: &ControlPlane) -> Result<Pods> {
     let archive = env::var_os("LB_IMAGE").context("LB_IMAGE is not set: `cargo xtask test --kubernetes` sets it")?;
     let image = Image::from_archive(Path::new(&archive), &cluster.scratch().join("image"))?;
     let kube_proxy = Image::from_host(&control_plane.program("kube-proxy"))?;
     let mut runtimes = Vec::new();
     for node in cluster.nodes() {
-        // Rules come to see a node's own packets after they have a route; nothing leaves by this one.
+        // netfilter's output hook sees a node's own packets only after they have a route; nothing leaves by this one.
         node.ip("route add 10.96.0.0/16 dev eth0")?;
         // So that a pod reaches another pod of its node through kube-proxy's rules.
         node.sysctl("net/bridge/bridge-nf-call-iptables", "1")?;
@@ -210,7 +210,7 @@ impl Migration<'_> {
         let (loads, begun) = (self.load(&namespaces, vip)?, Instant::now());
         for block in blocks(&page, "To lb") {
             if block.on_each_node {
-                // What the page says to wait for.
+                // The page says to wait with this block until the old connections have ended.
                 break;
             }
             self.type_in(&block, &tools)?;
@@ -245,7 +245,7 @@ impl Migration<'_> {
                 .connect(netns, &Connect::to(&[vip]).count(50))?
                 .all_well()?;
         }
-        // As many as were promised, and some more, since this machine may be slow.
+        // As many as required and some more, since this machine may be slow.
         let long_enough = Duration::from_secs_f64(1.5 * NEW as f64 / RATE / namespaces.len() as f64);
         sleep(long_enough.saturating_sub(begun.elapsed()));
         let mut connections = 0;
@@ -261,7 +261,7 @@ impl Migration<'_> {
         Ok(())
     }
 
-    /// A folder with the programs that the page calls.
+    /// Creates a directory with the programs that the page calls.
     fn tools(&self) -> Result<PathBuf> {
         let folder = self.cluster.scratch().join("bin");
         fs::create_dir(&folder).context("making a folder")?;
@@ -269,7 +269,7 @@ impl Migration<'_> {
         Ok(folder)
     }
 
-    /// Types commands where they belong.
+    /// Runs a block of commands on the control plane's machine, or on each node.
     fn type_in(&self, block: &Block, tools: &Path) -> Result<()> {
         let run = |netns: &Netns| -> Result<()> {
             let mut command = netns.command("sh")?;
@@ -299,7 +299,7 @@ impl Migration<'_> {
         done.try_for_each(|result| result.with_context(|| format!("{:?}", block.heading)))
     }
 
-    /// What kubeadm makes of kube-proxy, in one of its modes.
+    /// Creates the objects that kubeadm creates for kube-proxy, in one of its modes.
     fn install_kube_proxy(&self, mode: &str) -> Result<()> {
         let config = json!({
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
@@ -307,7 +307,7 @@ impl Migration<'_> {
             "mode": mode,
             "clientConnection": {"kubeconfig": "/var/lib/kube-proxy/kubeconfig.conf"},
             "clusterCIDR": "10.10.0.0/16,fd00:10:10::/48",
-            // These are the machine's, and no node of it may write them.
+            // These settings are global to the machine, and its network namespaces may not write them.
             "conntrack": {"maxPerCore": 0, "min": 0},
         });
         let account = "/var/run/secrets/kubernetes.io/serviceaccount";
@@ -379,7 +379,7 @@ impl Migration<'_> {
             .map(drop)
     }
 
-    /// A Service with a backend on each node.
+    /// Creates a Service with a backend on each node.
     fn shop(&self) -> Result<(Vec<Process>, Service, Vec<KubeletPod<'_>>)> {
         let spec = json!({
             "type": "NodePort",
@@ -434,7 +434,7 @@ impl Migration<'_> {
             .collect()
     }
 
-    /// Whether all nodes have rules of kube-proxy's; fails where some have.
+    /// Returns whether the nodes have rules of kube-proxy; fails if only some have.
     fn kube_proxy_rules(&self) -> Result<bool> {
         let nodes = self.cluster.nodes();
         let mut have = 0;
@@ -452,7 +452,7 @@ impl Migration<'_> {
         Ok(have > 0)
     }
 
-    /// Fails unless the agents of all nodes have everything.
+    /// Fails unless the agents of all nodes are complete.
     fn served_by_lb(&self) -> Result<()> {
         for node in self.cluster.nodes() {
             let agent = Agent::new(

@@ -1,4 +1,4 @@
-//! Node ports at connect time and at bind(): on which addresses, of which nodes, for whose sockets.
+//! Node ports at connect() and bind(): on which addresses, of which nodes, for which processes.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -15,7 +15,7 @@ use lb_tests::{
 
 const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const EADDRINUSE: i32 = 98;
-/// The node port of streams, and that of datagrams.
+/// The node ports for TCP and for UDP.
 const WEB: u16 = 30080;
 const DNS: u16 = 30053;
 
@@ -27,7 +27,7 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-/// Starts servers of streams and datagrams, which tell a name, on two ports of some addresses.
+/// Starts TCP and UDP servers, which answer with a name, on two ports of some addresses.
 fn serve(netns: &Netns, name: &str, addresses: &[IpAddr], [tcp, udp]: [u16; 2]) -> Result<[Process; 2]> {
     let listen = |port| -> Vec<String> {
         let at = addresses.iter().map(|ip| SocketAddr::new(*ip, port));
@@ -42,7 +42,7 @@ fn serve(netns: &Netns, name: &str, addresses: &[IpAddr], [tcp, udp]: [u16; 2]) 
     ])
 }
 
-/// The ways to ask at an address: TCP and UDP, for IPv4 also by IPv6 sockets.
+/// Returns the kinds of sockets that can reach an address: TCP and UDP, for IPv4 also IPv6 sockets.
 fn ways(address: IpAddr, [tcp, udp]: [u16; 2]) -> Vec<(SocketKind, SocketAddr)> {
     let at = |ip: IpAddr, port| SocketAddr::new(ip, port);
     match address {
@@ -62,7 +62,7 @@ fn ways(address: IpAddr, [tcp, udp]: [u16; 2]) -> Vec<(SocketKind, SocketAddr)> 
     }
 }
 
-/// Who answers a new socket that connects somewhere, if anybody does.
+/// Connects a new socket, and returns the name of the server that answers, if one does.
 fn asked(from: &Netns, kind: SocketKind, to: SocketAddr) -> Result<Option<String>> {
     let mut socket = testbed().scripted_socket(from, kind)?;
     if let CallResult::Failed(_) = socket.call(&SocketCall::Connect(to))? {
@@ -80,7 +80,7 @@ fn asked(from: &Netns, kind: SocketKind, to: SocketAddr) -> Result<Option<String
         by.is_none_or(|by| plain(by) == plain(to)),
         "{to} was asked, {by:?} answered"
     );
-    // Zero is loopback, and the kernel says so.
+    // The unspecified address means loopback, and getpeername() returns loopback.
     let peer = socket.peer()?;
     ensure!(
         to.ip().to_canonical().is_unspecified() || peer == plain(to),
@@ -89,7 +89,7 @@ fn asked(from: &Netns, kind: SocketKind, to: SocketAddr) -> Result<Option<String
     Ok(text.split_whitespace().next().map(str::to_owned))
 }
 
-/// Who answers at two ports of an address; it must be the same in all ways.
+/// Returns the name of the server at two ports of an address; all kinds of sockets must reach the same one.
 fn at(from: &Netns, address: IpAddr, ports: [u16; 2]) -> Result<Option<String>> {
     let mut names = BTreeSet::new();
     for (kind, to) in ways(address, ports) {
@@ -99,7 +99,7 @@ fn at(from: &Netns, address: IpAddr, ports: [u16; 2]) -> Result<Option<String>> 
     Ok(names.pop_first().flatten())
 }
 
-/// The same, of the node ports.
+/// Returns the name of the server at the node ports of an address.
 fn answers(from: &Netns, address: IpAddr) -> Result<Option<String>> {
     at(from, address, [WEB, DNS])
 }
@@ -108,12 +108,12 @@ fn name(name: &str) -> Option<String> {
     Some(name.to_owned())
 }
 
-/// Waits until an address is answered for as expected.
+/// Waits until the expected server, or none, answers at the node ports of an address.
 fn eventually(from: &Netns, address: IpAddr, expected: Option<&str>) -> Result<()> {
     let deadline = Instant::now() + scaled_timeout(Duration::from_secs(10));
     loop {
         let late = Instant::now() >= deadline;
-        // In the middle of a change, some ways are served and others not.
+        // During a change, some kinds of sockets may be served while others are not.
         let last = match answers(from, address) {
             Ok(name) if name.as_deref() == expected => return Ok(()),
             last => last,
@@ -123,7 +123,7 @@ fn eventually(from: &Netns, address: IpAddr, expected: Option<&str>) -> Result<(
     }
 }
 
-/// Two nodes of which the first has an agent; what serves the node ports is a pod of the second.
+/// Two nodes, the first with an agent. The backend of the node ports is a pod of the second.
 struct Setup {
     agent: RunningAgent,
     manifests: Manifests,
@@ -169,7 +169,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     let addresses = [far.address().into(), far.address6().into()];
     let servers = serve(&far, "far", &addresses, TARGET)?;
     let manifests = Manifests::new(&cluster)?;
-    // No endpoint is on this node: clients inside the cluster are served by all the same.
+    // No endpoint is on this node, but the policy Local does not apply to clients inside the cluster.
     let policy = "type: NodePort\n  externalTrafficPolicy: Local";
     let endpoints = addresses.map(|ip| (ip, "n2"));
     let text = web_and_dns("web", 20, Some([WEB, DNS]), policy, &endpoints, TARGET);
@@ -207,7 +207,7 @@ fn node_ports_are_served_on_local_addresses_and_host_loopback() -> Result<()> {
                 netns.name()
             );
         }
-        // Without connect().
+        // Sendmsg without connect().
         let mut socket = testbed().scripted_socket(netns, SocketKind::Udp6)?;
         for address in own {
             assert_eq!(socket.exchange(SocketAddr::new(address, DNS), "hello")?, "far");
@@ -218,11 +218,11 @@ fn node_ports_are_served_on_local_addresses_and_host_loopback() -> Result<()> {
         let before = setup.agent.connections("web", None)?;
         assert_eq!(answers(n1, address)?, name("far"), "{address} on the node");
         assert_eq!(answers(&setup.client, address)?, None, "{address} in a pod");
-        // Those of the node are counted, and only those.
+        // Connections of the node are counted, and no others.
         let counted = ways(address, [WEB, DNS]).len() as u64;
         assert_eq!(setup.agent.connections("web", None)? - before, counted, "{address}");
     }
-    // A pod's loopback is its own, and another node's ports are that node's.
+    // Loopback in a pod is the pod's own, and node ports of another node are that node's.
     let _pod = serve(&setup.client, "pod", &[ip("127.0.0.1"), ip("::1")], [WEB, DNS])?;
     let other: [IpAddr; 2] = [n2.address().into(), n2.address6().into()];
     let _other = serve(n2, "n2", &other, [WEB, DNS])?;
@@ -278,7 +278,7 @@ fn node_ports_follow_address_changes() -> Result<()> {
         ("lo", "2001:db8::9/128"),
         ("extra0", "203.0.113.9/32"),
         ("extra0", "2001:db8:1::9/128"),
-        // A secondary one.
+        // A secondary address.
         ("eth0", "192.168.77.51/24"),
     ] {
         let ip = ip(address.split('/').next().unwrap_or_default());
@@ -318,7 +318,7 @@ fn nodeport_addresses_and_devices_flags_select_addresses() -> Result<()> {
         Ok(())
     };
     check(&setup, &[eth4, eth6, cni6])?;
-    // A port of an address that serves none is the node's own, as ever.
+    // At an address without node ports, the node's own server keeps the port.
     let own = serve(n1, "own", &[cni4], [WEB, DNS])?;
     assert_eq!(answers(&setup.client, cni4)?, name("own"));
     drop(own);
@@ -334,7 +334,7 @@ fn nodeport_addresses_and_devices_flags_select_addresses() -> Result<()> {
         setup.restart(&flags)?;
         check(&setup, expected)?;
     }
-    // A default route, that leads nowhere.
+    // A default route by a device that leads nowhere.
     let n1 = setup.cluster.node("n1");
     n1.ip("link add extra0 type bridge")?;
     n1.ip("link set extra0 up")?;
@@ -344,7 +344,7 @@ fn nodeport_addresses_and_devices_flags_select_addresses() -> Result<()> {
     check(&setup, &[])?;
     n1.ip("route delete default dev extra0")?;
     eventually(n1, ip("203.0.113.9"), None)?;
-    // The Node object, as soon as there is one.
+    // The addresses of the Node object count as soon as it exists.
     let node = format!(
         "apiVersion: v1\nkind: Node\nmetadata: {{name: n1}}\nstatus:\n  addresses:\n  \
          - {{type: Hostname, address: n1}}\n  - {{type: InternalIP, address: {cni4}}}\n  \
@@ -379,7 +379,7 @@ fn bind_to_a_node_port_fails_with_eaddrinuse_on_the_node() -> Result<()> {
         let six = matches!(kind, SocketKind::Tcp6 | SocketKind::Udp6);
         let mut addresses = vec![ip("0.0.0.0"), ip("127.0.0.1"), n1.address().into(), n1.gateway().into()];
         if six {
-            // Those of IPv4 are v4-mapped then.
+            // An IPv6 socket binds the IPv4 addresses in v4-mapped notation.
             addresses.extend([Ipv6Addr::UNSPECIFIED.into(), ip("::1"), n1.address6().into()]);
         }
         for address in addresses {

@@ -1,4 +1,4 @@
-//! What real clients outside do with their ports, and clients that come by a device without a link layer.
+//! Port reuse by real outside clients, and clients that come by a device without a link layer.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -22,11 +22,11 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike as _};
 
 const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-/// The node ports of streams and of datagrams.
+/// The node ports for TCP and for UDP.
 const WEB: [u16; 2] = [30080, 30053];
-/// What a client sends again is sent after a second.
+/// Limit for a connection without retransmission: a SYN is retransmitted after a second.
 const AT_ONCE: Duration = Duration::from_millis(900);
-/// How long a connection may take where this machine is busy.
+/// Timeout of a connection on a busy machine.
 const AT_LAST: Duration = Duration::from_secs(5);
 
 fn testbed() -> Testbed {
@@ -36,16 +36,16 @@ fn testbed() -> Testbed {
 /// How a connection ends.
 #[derive(Debug, Clone, Copy)]
 enum End {
-    /// The server says that no more comes, then the client.
+    /// The server closes first, then the client.
     Server,
-    /// The client, then the server.
+    /// The client closes first, then the server.
     Client,
-    /// The client resets it.
+    /// The client resets the connection.
     Reset,
 }
 
-/// A connection from a given port of a place, also where that was used a moment ago: as soon as the client's own kernel has
-/// heard that the server knows of the end.
+/// Connects from a given port, which may have been in use a moment ago. Retries until the client's kernel has received
+/// the last ACK of the old connection.
 fn connect_from(netns: &Netns, port: u16, to: SocketAddr) -> Result<TcpStream> {
     let deadline = Instant::now() + scaled_timeout(AT_ONCE);
     loop {
@@ -80,7 +80,7 @@ fn try_connect(netns: &Netns, port: u16, to: SocketAddr) -> Result<TcpStream> {
     Ok(TcpStream::from(connected??))
 }
 
-/// A connection from a port: what the server says, to its end.
+/// Connects from a port, and returns all that the server sends.
 fn talk(netns: &Netns, port: u16, to: SocketAddr, end: End) -> Result<String> {
     let mut stream = connect_from(netns, port, to)?;
     let mut text = String::new();
@@ -123,7 +123,7 @@ fn reused_client_port_connects_at_once() -> Result<()> {
     let text = web("plain", 20, plain, &ends, POD_PORTS[0]) + &web("http", 21, http, &ends, 8081);
     fixture.write("web.yaml", &text)?;
     let client = fixture.cluster.client();
-    // What waits for late segments would keep the port for a minute.
+    // TIME_WAIT would keep the port for a minute.
     client.sysctl("net.ipv4.tcp_max_tw_buckets", "0")?;
     let mut late = 0;
     for (v6, address) in node_addresses(fixture.node("n1")).into_iter().enumerate() {
@@ -144,18 +144,18 @@ fn reused_client_port_connects_at_once() -> Result<()> {
                     _ => bail!("{to}, ended by {end:?}: {text:?}"),
                 }
             }
-            // 2^-14 that one of two is missed in fifteen.
+            // One of two backends is missed in fifteen connections with a probability of 2^-14.
             ensure!(by.iter().all(|times| *times > 0), "{to}, ended by {end:?}: {by:?}");
         }
     }
-    // This machine may do something else for a while.
+    // This machine may be busy for a moment.
     ensure!(late <= 2, "{late} connections were late");
     Ok(())
 }
 
 #[test]
 fn clients_with_the_same_source_port_are_separate_flows() -> Result<()> {
-    // One after the other: a closed connection keeps its own for a minute.
+    // Each round uses another port: a closed connection keeps its port for a minute.
     let mut source_ports = 5000..;
     let fixture = TwoNodeFixture::with(TESTBED, Underlay::Vxlan, 2, &[])?;
     let [_, two] = &fixture.pods;
@@ -211,7 +211,7 @@ fn clients_with_the_same_source_port_are_separate_flows() -> Result<()> {
                         socket.receive_reply(to(port), &format!("{number}-{round}"))?;
                     }
                 }
-                // Both at once: the backend sees one client, and must not take the two for one.
+                // Both at once: the backend sees one client address, and must not mix up the two.
                 for socket in &mut datagrams {
                     socket.send_to(to(30053), "a")?;
                     socket.receive_reply(to(30053), "a")?;
@@ -271,7 +271,7 @@ fn oversized_ipv6_packet_over_vxlan_gets_packet_too_big() -> Result<()> {
         CallResult::Failed(EMSGSIZE),
         "the socket is told too"
     );
-    // As long as may be, less what the answer has before it.
+    // The longest payload that fits, minus the prefix of the answer.
     let text = "x".repeat(1450 - 48 - 64);
     socket.send(&text)?;
     ensure!(socket.receive()?.1.ends_with(&text), "another answer");
@@ -284,7 +284,7 @@ fn oversized_ipv6_packet_over_vxlan_gets_packet_too_big() -> Result<()> {
     Ok(())
 }
 
-/// A device without a link layer, and what comes and goes by it.
+/// A tun device, and the packets that this test sends and receives by it.
 struct Tun(File);
 
 impl Tun {
@@ -297,13 +297,13 @@ impl Tun {
                 .write(true)
                 .open("/dev/net/tun")
                 .context("opening tun")?;
-            // SAFETY: plain data, and all zero is a value of it.
+            // SAFETY: ifreq is plain data for which all zeros is a valid value.
             let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
             for (to, byte) in request.ifr_name.iter_mut().zip(Self::NAME.bytes()) {
                 *to = byte as libc::c_char;
             }
             request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI) as libc::c_short;
-            // SAFETY: the request lives as long as the call, which reads and writes as much as it is long.
+            // SAFETY: TUNSETIFF reads and writes one ifreq, and `request` lives until the call returns.
             Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
             fcntl(&file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
             Ok(file)
@@ -311,7 +311,7 @@ impl Tun {
         Ok(Self(file))
     }
 
-    /// Sends a packet in, and waits for the one that is for its sender's address and port.
+    /// Sends a packet, and returns the first one received for its source address and port.
     fn ask(&mut self, packet: &[u8], from: SocketAddr) -> Result<Vec<u8>> {
         self.0.write_all(packet).context("sending")?;
         let deadline = Instant::now() + scaled_timeout(Duration::from_secs(2));
@@ -334,7 +334,8 @@ impl Tun {
     }
 }
 
-/// From and to whom a packet is, and what is in it: "syn-ack", "reset", or a datagram's text. Its checksums must be right.
+/// Returns source and destination of a packet, and its content: "syn-ack", "reset", or a datagram's text. Fails if a
+/// checksum is wrong.
 fn addresses(packet: &[u8]) -> Result<(SocketAddr, SocketAddr, String)> {
     let headers = PacketHeaders::from_ip_slice(packet)?;
     let payload = headers.payload.slice();
@@ -377,7 +378,7 @@ fn addresses(packet: &[u8]) -> Result<(SocketAddr, SocketAddr, String)> {
     Ok((SocketAddr::new(from, from_port), SocketAddr::new(to, to_port), what))
 }
 
-/// A SYN or a datagram.
+/// Returns a SYN or a datagram.
 fn packet(udp: bool, from: SocketAddr, to: SocketAddr) -> Vec<u8> {
     let ip = match (from.ip(), to.ip()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => PacketBuilder::ipv4(from.octets(), to.octets(), 64),

@@ -1,4 +1,4 @@
-//! The packet path: clients outside the cluster, and those that no socket hook sees.
+//! The packet path: clients outside the cluster, and clients that no socket hook sees.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -12,7 +12,7 @@ use lb_tests::{CallResult, Netns, SocketCall, SocketKind, Testbed, Underlay, sca
 
 const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const ECONNREFUSED: i32 = 111;
-/// The node port of streams, and that of datagrams.
+/// The node ports for TCP and for UDP.
 const WEB: u16 = 30080;
 const DNS: u16 = 30053;
 
@@ -24,12 +24,12 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-/// Asks once, from a new socket, by TCP or UDP.
+/// Sends one request from a new socket, by TCP or UDP.
 fn ask(from: &Netns, udp: bool, to: SocketAddr) -> Result<Outcome> {
     testbed().request(from, udp, to)
 }
 
-/// All that answer at an address and the sources that they see, asked often.
+/// Sends many requests, and returns all servers that answer and the source addresses that they see.
 fn all(from: &Netns, udp: bool, to: SocketAddr, times: u64) -> Result<BTreeSet<Outcome>> {
     testbed().request_many(from, udp, to, times)
 }
@@ -38,7 +38,7 @@ fn setup(underlay: Underlay) -> Result<TwoNodeFixture> {
     TwoNodeFixture::new(TESTBED, underlay)
 }
 
-/// A Service with node ports in both families and both protocols.
+/// Returns a Service with node ports in both families and both protocols.
 fn web(endpoints: &[(IpAddr, &str)], more: &str) -> String {
     web_and_dns("web", 20, Some([WEB, DNS]), more, endpoints, POD_PORTS)
 }
@@ -59,7 +59,7 @@ fn an_outside_client_reaches_all(underlay: Underlay) -> Result<()> {
         for address in node_addresses(node) {
             for (udp, port) in [(false, WEB), (true, DNS)] {
                 let to = SocketAddr::new(address, port);
-                // One of 2^15 rounds of sixteen misses one of two.
+                // Sixteen requests miss one of two backends with a probability of 2^-15.
                 let got = all(setup.client(), udp, to, scaled_count_above(40, 16))?;
                 assert_eq!(by(&got), BTreeSet::from(["one", "two"]), "{to} udp={udp}: {got:?}");
                 for got in got {
@@ -93,7 +93,7 @@ fn outside_clients_reach_the_backends_of_each_policy() -> Result<()> {
         setup.cluster.client().address().into(),
         setup.cluster.client().address6().into(),
     );
-    // A server of the second node itself.
+    // A server in the host network of the second node.
     let host = setup.node("n2");
     let _host = testbed().serve_both(host, "host", POD_PORTS)?;
     let on_host = [(IpAddr::from(host.address()), "n2"), (host.address6().into(), "n2")];
@@ -133,7 +133,7 @@ fn outside_clients_reach_the_backends_of_each_policy() -> Result<()> {
     ];
     setup.write("web.yaml", &texts.concat())?;
     let client = setup.client();
-    // External addresses are on no machine; the first node is the way to them.
+    // No machine has the external addresses; the client routes them to the first node.
     client.ip(&format!("route add 203.0.113.0/24 via {}", setup.node("n1").address()))?;
     client.ip(&format!(
         "route add 2001:db8:7::/64 via {}",
@@ -145,7 +145,8 @@ fn outside_clients_reach_the_backends_of_each_policy() -> Result<()> {
         for udp in [false, true] {
             let at = |address: IpAddr, tcp: u16, dns: u16| SocketAddr::new(address, if udp { dns } else { tcp });
             let what = format!("v6={v6} udp={udp}");
-            // Local: on the node that has it, with the client's address; on the other, silence.
+            // Local: served on the node that has the endpoint, with the client's address; the other node drops the
+            // packets.
             let got = ask(client, udp, at(pick("n2"), 30081, 30054))?;
             served("two", Some(client_address), got, &what)?;
             // No endpoint anywhere.
@@ -153,7 +154,7 @@ fn outside_clients_reach_the_backends_of_each_policy() -> Result<()> {
                 let got = ask(client, udp, at(pick(node), 30082, 30055))?;
                 assert_eq!(got, Outcome::Failed(ECONNREFUSED), "{what}");
             }
-            // A server of a node, by that node and by another.
+            // A host-network backend, requested at its own node and at another one.
             served(
                 "host",
                 Some(client_address),
@@ -174,11 +175,11 @@ fn outside_clients_reach_the_backends_of_each_policy() -> Result<()> {
                 Outcome::Failed(ECONNREFUSED),
                 "{what}"
             );
-            // A load balancer's address for some clients.
+            // A load-balancer address with source ranges that contain the client.
             let balancer = ip(if v6 { "2001:db8:7::8" } else { "203.0.113.8" });
             let got = ask(client, udp, at(balancer, 80, 53))?;
             served("two", None, got, &format!("{what} load balancer"))?;
-            // Not for a pod of the first node, nor for the node.
+            // A pod of the first node is in none of the source ranges.
             let got = ask(one, udp, at(balancer, 80, 53))?;
             assert!(!matches!(got, Outcome::Served { .. }), "{what}: {got:?}");
         }
@@ -191,7 +192,7 @@ fn outside_clients_reach_the_backends_of_each_policy() -> Result<()> {
     Ok(())
 }
 
-/// Puts a Service with node ports on one backend, in both families.
+/// Writes a Service with node ports and these endpoints, in both families.
 fn serve_by(setup: &TwoNodeFixture, endpoints: &[(IpAddr, &str)]) -> Result<()> {
     setup.write("web.yaml", &web(endpoints, "type: NodePort"))
 }
@@ -245,7 +246,7 @@ fn flows_to_a_removed_backend_move_or_are_reset() -> Result<()> {
                 }
                 loop {
                     let answer = stream.call(&SocketCall::Receive)?;
-                    // The server's name comes first, alone or not.
+                    // The server's name comes first, alone or together with the answer.
                     if !matches!(&answer, CallResult::Received(_, said) if said == "echo\n") {
                         return Ok(answer);
                     }
@@ -253,11 +254,11 @@ fn flows_to_a_removed_backend_move_or_are_reset() -> Result<()> {
             };
             let answer = say("begin")?;
             ensure!(heard(&answer, "begin"), "{answer:?}");
-            // It ends what it has begun.
+            // A terminating backend keeps its connections.
             setup.write("echo.yaml", &echo("ready: false, serving: true, terminating: true"))?;
             let answer = say("lives")?;
             ensure!(heard(&answer, "lives"), "{address} at {node}: {answer:?}");
-            // It is gone.
+            // The backend is removed.
             serve_by(&setup, &endpoints_of(one))?;
             setup.write(
                 "echo.yaml",
@@ -295,7 +296,7 @@ fn session_affinity_applies_to_outside_clients() -> Result<()> {
             }
         }
     }
-    // 2^-7 that all eight are the same.
+    // All eight choices are the same with a probability of 2^-7.
     println!("{chosen:?}");
     ensure!(!chosen.contains("nobody"), "{chosen:?}");
     Ok(())
@@ -325,12 +326,12 @@ fn oversized_or_expired_packets_get_icmp_errors() -> Result<()> {
     client.sysctl("net.ipv4.ip_default_ttl", "1")?;
     client.sysctl("net.ipv6.conf.eth0.hop_limit", "1")?;
     for address in node_addresses(n1) {
-        // The kernel keeps this from a socket that does not ask for it.
+        // The kernel does not report these errors to a socket without IP_RECVERR.
         let got = ask(client, true, SocketAddr::new(address, DNS))?;
         assert!(matches!(got, Outcome::Failed(_)), "{address}: {got:?}");
     }
     assert!(setup.dropped("ttl_exceeded")? >= 2);
-    // What came was right in the eyes of the client's kernel.
+    // The client's kernel found no error in the ICMP packets that it received.
     let names = client.run(
         "awk",
         &[
@@ -350,7 +351,7 @@ fn oversized_or_expired_packets_get_icmp_errors() -> Result<()> {
     let names = client.run("cat", &["/proc/net/snmp6"])?;
     assert_eq!(count(&names, "Icmp6InErrors"), 0, "{names}");
     assert!(count(&names, "Icmp6InTimeExcds") > 0, "{names}");
-    // Two nodes are on the way to the pod.
+    // Two nodes forward the packet on its way to the pod.
     client.sysctl("net.ipv4.ip_default_ttl", "3")?;
     client.sysctl("net.ipv6.conf.eth0.hop_limit", "3")?;
     for address in node_addresses(n1) {

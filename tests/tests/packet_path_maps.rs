@@ -1,5 +1,5 @@
-//! What packets from outside need in the maps (marks of external addresses, source ranges, networks inside the cluster),
-//! and flows that are over: the agent alone.
+//! Map entries for packets from outside (address marks, source ranges, networks inside the cluster), and expired flows.
+//! Only the agent is tested, without traffic.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -50,7 +50,7 @@ fn setup_with(flags: &[&str], change: impl Fn(&Agent) -> Agent) -> Result<Setup>
     })
 }
 
-/// A load balancer's Service for some sources.
+/// Returns a load-balancer Service with source ranges.
 fn web(ranges: &[&str]) -> String {
     let spec = format!(
         "type: LoadBalancer\n  loadBalancerSourceRanges: [{}]",
@@ -92,7 +92,7 @@ impl Setup {
         Ok(mark.and_then(|mark| FrontendKind::from_u8(mark.kind)))
     }
 
-    /// Whether the address becomes marked, or not, with nothing else wrong.
+    /// Waits until the address is marked, or not marked, and checks that the maps have no other difference.
     fn is_marked(&self, marked: bool) -> Result<()> {
         eventually("the mark follows", || {
             let mark = self.mark()?;
@@ -103,14 +103,14 @@ impl Setup {
         self.agent.verify()
     }
 
-    /// Whom the load balancer's address serves.
+    /// Returns the source ranges of the load-balancer address.
     fn ranges(&self) -> Result<BTreeSet<String>> {
         let ranges = self.maps()?.source_ranges()?;
         let networks = ranges.keys().map(|range| range.network().context("no network"));
         networks.map(|net| Ok(net?.to_string())).collect()
     }
 
-    /// What CLUSTER_CIDRS says of an address, by the kernel's rules.
+    /// Returns the flags of the longest prefix of CLUSTER_CIDRS that contains an address, as an LPM trie lookup does.
     fn flags(&self, address: &str) -> Result<u32> {
         let cidrs = self.maps()?.cluster_cidrs()?;
         let around = cidrs.iter().filter(|(cidr, _)| cidr.contains(ip(address).into()));
@@ -162,7 +162,7 @@ fn source_ranges_follow_the_service_across_a_restart() -> Result<()> {
     setup.manifests.write("web.yaml", &web(&["198.51.100.0/25"]))?;
     setup.agent.start_again()?;
     expect(&setup, &["198.51.100.0/25"])?;
-    // What is none is named, and all else goes on.
+    // An invalid range is reported, and the others stay in force.
     setup
         .manifests
         .write("web.yaml", &web(&["198.51.100.0/25", "nowhere"]))?;
@@ -221,7 +221,7 @@ fn cluster_cidr_flag_sets_inside_networks() -> Result<()> {
         assert_eq!(setup.flags(address)?, flags, "{address}");
     }
     setup.agent.verify()?;
-    // Who compares has to be told the same.
+    // `verify` needs the flag that the agent has, or it finds a difference.
     let program = Agent::find(TESTBED.as_ref())?;
     let untold = Agent::new(&setup.cluster, setup.node(), &program, setup.manifests.path());
     let drift = untold.verify().unwrap_err().to_string();
@@ -234,7 +234,8 @@ fn now() -> Result<u64> {
     Ok(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
 }
 
-/// The flow of a client with that number, last seen so many seconds ago: what it asks, and what is answered.
+/// Returns both entries of the flow of client `n`, last seen `idle` seconds ago: original direction and reply
+/// direction.
 fn flow(n: u8, proto: u8, idle: u64, state: u8) -> Result<[(CtKey, CtEntry); 2]> {
     let seen = now()?.saturating_sub(idle * 1_000_000_000);
     let addr = |text: &str| Addr::from(ip(text));
@@ -278,7 +279,7 @@ fn conntrack_gc_removes_expired_flows_and_list_shows_the_others() -> Result<()> 
     put(&mut flows.answered, &lasting)?;
     let reset = flow(2, TCP, 11, ct_state::RST)?;
     put(&mut flows.answered, &reset)?;
-    // The kernel may not be up for so long: then these go later.
+    // If the kernel has been up for less than the idle time, these expire later.
     let unanswered = flow(3, UDP, 31, 0)?;
     put(&mut flows.new, &unanswered)?;
     let [alone, _] = flow(4, TCP, 11, ct_state::RST)?;
@@ -331,14 +332,14 @@ fn conntrack_gc_removes_expired_flows_and_list_shows_the_others() -> Result<()> 
         text.contains("203.0.113.1:4000") && text.contains("established"),
         "{text}"
     );
-    // The map of flows without an answer may have forgotten, but has nothing else.
+    // The LRU map of unreplied flows may have evicted some, but contains no others.
     let keys: BTreeSet<CtKey> = flows.new.all()?.into_iter().map(|(key, _)| key).collect();
     let own = far_from_over.iter().map(|(key, _)| *key).collect();
     assert!(keys.is_subset(&own), "{keys:?}");
     Ok(())
 }
 
-/// More entries than a batch has.
+/// The map has more entries than one batch.
 #[test]
 fn iterating_a_large_conntrack_map_yields_each_entry_once() -> Result<()> {
     let setup = setup(&["--max-conntrack", "200000"])?;

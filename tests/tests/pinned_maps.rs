@@ -1,4 +1,4 @@
-//! What is pinned: readable by bpftool, checked by `verify`, put right by a restart, bounded by flags.
+//! Pinned maps: readable with bpftool, checked by `verify`, repaired by a restart, limited by flags.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -41,7 +41,7 @@ struct Setup {
     cluster: Cluster,
 }
 
-/// A node with Services `web` (served by a pod, two endpoints that are the same program) and `db` (one of them).
+/// Creates a node with Services `web` (a local endpoint and a remote one) and `db` (the local one).
 fn setup(more: &[&str]) -> Result<Setup> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let (client, pod) = (cluster.add_pod("n1", "client")?, cluster.add_pod("n1", "a")?);
@@ -63,7 +63,7 @@ fn setup(more: &[&str]) -> Result<Setup> {
 }
 
 impl Setup {
-    /// What `bpftool -j map dump` says of a pinned map: the formatted entries.
+    /// Returns the formatted entries that `bpftool -j map dump` prints for a pinned map.
     fn dump(&self, name: &str) -> Result<Vec<Value>> {
         let path = self.agent.pin_path().join(format!("v{VERSION}/maps")).join(name);
         let output = Command::new("bpftool")
@@ -119,11 +119,11 @@ fn bpftool_dump_prints_named_fields() -> Result<()> {
     Ok(())
 }
 
-/// One way to change one field of one entry from outside: the name that `verify` gives to it, and the bytes to flip.
+/// A change of one field of one entry from outside: the name that `verify` gives the field, and the byte to change.
 struct Corruption {
     map: &'static str,
     field: &'static str,
-    /// Where the field is, in the value.
+    /// Offset of the byte in the value.
     at: usize,
 }
 
@@ -164,8 +164,8 @@ const CORRUPTIONS: &[Corruption] = &[
 ];
 
 impl Corruption {
-    /// Flips a bit of the field in some entry that is in use, and says which. Bit 1: of a generation it leaves the entry
-    /// in use, of a base it leads to another set.
+    /// Flips a bit of the field in an entry that is in use, and returns the name of the field. The bit is bit 1: a
+    /// changed generation still means that the entry is in use, and a changed base leads to another set.
     fn apply(&self, maps: &Path) -> Result<String> {
         if self.map == "FRONTENDS" {
             let mut map: HashMap<_, [u8; 20], [u8; 8]> = Map::HashMap(pinned(maps, self.map)?).try_into()?;
@@ -178,7 +178,7 @@ impl Corruption {
             return self.apply_at::<40>(maps, |value| value[32] & 1 == 1);
         }
         if self.map == "BACKEND_SLOTS" {
-            // What is in no set is nobody's: the first slot of some service's whole-cluster set.
+            // A slot in no set belongs to no Service, so this takes the first slot of some Service's cluster set.
             let services: Array<_, [u8; 40]> = Map::Array(pinned(maps, "SERVICES")?).try_into()?;
             let live = services
                 .iter()
@@ -191,14 +191,14 @@ impl Corruption {
         self.apply_at::<32>(maps, |value| value[24] & 1 == 1)
     }
 
-    /// The same in the first entry of an array that is in use.
+    /// Flips the bit in the first entry of an array that is in use.
     fn apply_at<const N: usize>(&self, maps: &Path, in_use: impl Fn(&[u8; N]) -> bool) -> Result<String> {
         let map: Array<_, [u8; N]> = Map::Array(pinned(maps, self.map)?).try_into()?;
         let index = (0..map.len()).find(|index| map.get(index, 0).is_ok_and(|value| in_use(&value)));
         self.apply_at_index::<N>(maps, index.context("no entry is in use")?)
     }
 
-    /// The same in an entry of an array.
+    /// Flips the bit in one entry of an array.
     fn apply_at_index<const N: usize>(&self, maps: &Path, index: u32) -> Result<String> {
         let mut map: Array<_, [u8; N]> = Map::Array(pinned(maps, self.map)?).try_into()?;
         let mut value = map.get(&index, 0)?;
@@ -212,7 +212,7 @@ fn pinned(maps: &Path, name: &str) -> Result<MapData> {
     Ok(MapData::from_pin(maps.join(name))?)
 }
 
-/// Some frontend that is no mark of an address.
+/// Returns some frontend that is no address mark.
 fn first_frontend(map: &HashMap<MapData, [u8; 20], [u8; 8]>) -> Result<([u8; 20], [u8; 8])> {
     map.iter()
         .filter_map(Result::ok)
@@ -220,7 +220,7 @@ fn first_frontend(map: &HashMap<MapData, [u8; 20], [u8; 8]>) -> Result<([u8; 20]
         .context("no frontend")
 }
 
-/// What the binary does at start, within this process: loads, adopts what is pinned, applies the manifests.
+/// Does in this process what the agent does at start: loads, adopts the pinned maps, applies the manifests.
 fn start(lock: &Lock, manifests: &Manifests) -> Result<Reconciler<BpfMaps>> {
     const CAPACITIES: Capacities = Capacities {
         services: 16,
@@ -268,7 +268,7 @@ fn verify_names_every_corrupted_field_and_a_restart_repairs_it() -> Result<()> {
         let left = differences(&agent)?;
         ensure!(left.is_empty(), "{netns} is not put right by a restart: {left:?}");
     }
-    // A key: the entry is missing, and a stray one is there.
+    // A changed key: the entry is missing, and there is one that is not wanted.
     for at in [15, 16, 18, 19] {
         let mut map: HashMap<_, [u8; 20], [u8; 8]> = Map::HashMap(pinned(&pins.maps(), "FRONTENDS")?).try_into()?;
         let (mut key, value) = first_frontend(&map)?;
@@ -305,7 +305,7 @@ fn verify_exit_code_reports_drift_and_a_restart_repairs_it() -> Result<()> {
 
 #[test]
 fn full_map_problem_names_map_flag_and_rejected_frontend() -> Result<()> {
-    // FRONTENDS: two entries for each of web and db, so one more Service does not fit.
+    // FRONTENDS has two entries for each of web and db, so one more Service does not fit.
     let mut setup = setup(&["--max-frontends", "5"])?;
     let more = service("more", "10.96.0.30", &[HTTP], "");
     setup.manifests.write("more.yaml", &more)?;
@@ -320,12 +320,12 @@ fn full_map_problem_names_map_flag_and_rejected_frontend() -> Result<()> {
         Ok(())
     };
     setup.agent.wait("refusing the third Service", has_problem)?;
-    // Everything else is served, and changes.
+    // The other Services are served, and can change.
     let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
     testbed().connect(&setup.client, &load)?.all_well()?;
     let two = service("db", "10.96.0.20", &[HTTP], "sessionAffinity: ClientIP");
     setup.manifests.write("all.yaml", &two)?;
-    // `web` is gone: there is room, without a restart.
+    // `web` is removed, which frees its entries without a restart.
     setup.agent.wait_ready(&|| false)?;
     let problems = setup.agent.status()?.problems;
     ensure!(!problems.iter().any(|p| p.message.contains("full")), "{problems:?}");
@@ -354,12 +354,12 @@ fn broken_manifest_is_reported_and_other_services_are_unaffected() -> Result<()>
         "the good document of a file that was never good is used"
     );
 
-    // The source is looked at every 3 s; what is still broken is nothing to apply.
+    // The source is read every 3 s; a file that is still broken causes no apply.
     let applies = setup.agent.status()?.agent.applies;
     std::thread::sleep(std::time::Duration::from_secs(7));
     assert_eq!(setup.agent.status()?.agent.applies, applies);
 
-    // A file that breaks later stays in force as it was, also over a restart of the agent.
+    // The last valid content of a file that breaks later stays in force, across a restart of the agent too.
     let all = std::fs::read_to_string(setup.manifests.path().join("all.yaml"))?;
     setup.manifests.write("all.yaml", &all[..all.len() / 2])?;
     let told = |agent: &Agent| {
@@ -434,7 +434,7 @@ fn agent_mounts_a_missing_bpffs() -> Result<()> {
     let setup = setup(&[])?;
     let node = setup.cluster.node("n1");
     let mut command = node.command("unshare")?;
-    // A mount namespace of its own, without the BPF file system; what is mounted and pinned there goes with it.
+    // A mount namespace of its own without the BPF file system. Everything mounted and pinned there disappears with it.
     let script = "umount --lazy /sys/fs/bpf && exec \"$@\"";
     command
         .args(["--mount", "sh", "-c", script, "sh"])
@@ -467,8 +467,8 @@ fn agent_mounts_a_missing_bpffs() -> Result<()> {
     }
 }
 
-/// Opens a socket of each kind to a Service in both families, unconnected ones too: each with its cookie, by what it
-/// asked for, how, and of which protocol.
+/// Opens a socket of each kind to a Service in both families, connected and unconnected. Returns each with the fields
+/// that `socket list` must show: requested destination, protocol, kind and cookie.
 fn open_sockets(client: &Pod) -> Result<Vec<(ScriptedSocket, Value)>> {
     let mut sockets = Vec::new();
     for (kind, protocol, to, connects) in [
@@ -482,7 +482,7 @@ fn open_sockets(client: &Pod) -> Result<Vec<(ScriptedSocket, Value)>> {
     ] {
         let mut socket = testbed().scripted_socket(client, kind)?;
         let at = match (kind, addr(to)) {
-            // Of family AF_INET6.
+            // A v4-mapped address, of family AF_INET6.
             (SocketKind::Tcp6, SocketAddr::V4(v4)) => SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()),
             (_, at) => at,
         };
@@ -562,7 +562,8 @@ fn socket_list_is_sorted_by_service_and_marks_dead_sockets() -> Result<()> {
         .collect();
     assert!(keys.is_sorted_by_key(|(port, _)| port), "by service: {keys:?}");
 
-    // Without a program at the release of sockets, as for those that the kernel itself opens, records are left over.
+    // Without the program at socket release, records are left over, as they are for sockets that the kernel itself
+    // opens.
     setup.agent.kill()?;
     let link = setup.agent.pin_path().join(format!("v{VERSION}/links/lb_sock_release"));
     let output = Command::new("bpftool")
@@ -575,7 +576,7 @@ fn socket_list_is_sorted_by_service_and_marks_dead_sockets() -> Result<()> {
         .enumerate()
         .partition::<Vec<_>, _>(|(i, _)| i % 2 == 0);
     let dead: Vec<Value> = closed.into_iter().map(|(_, (_, row))| row["cookie"].clone()).collect();
-    // A record is young for a second: its socket may be about to connect.
+    // A record counts as young for a second, since its socket may be about to connect.
     let deadline = std::time::Instant::now() + scaled_timeout(std::time::Duration::from_secs(10));
     loop {
         let rows = list(&setup)?;

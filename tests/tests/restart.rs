@@ -19,10 +19,10 @@ use serde_json::{Value, json};
 const NODE: &str = "n1";
 const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const BACKEND_PORT: u16 = 8080;
-/// Programs at hooks.
+/// Number of programs at cgroup hooks.
 const HOOKS: usize = 11;
 
-/// A Service with its endpoints, as a manifest tells of them.
+/// A Service with its endpoints, as written to a manifest.
 #[derive(Debug, Clone)]
 struct Service {
     name: String,
@@ -30,12 +30,12 @@ struct Service {
     ports: Vec<(&'static str, u16)>,
     /// Numbers of the backends.
     backends: Vec<u8>,
-    /// The older of two that claim an address has it.
+    /// The older of two Services that claim an address has it.
     age: u8,
 }
 
 impl Service {
-    /// On one port, 80.
+    /// Returns a Service with one port, 80.
     fn new(name: &str, address: u8, backends: &[u8]) -> Self {
         Self {
             name: name.to_owned(),
@@ -91,24 +91,24 @@ impl Service {
     }
 }
 
-/// The address of a backend; its name is `b` and its number.
+/// Returns the address of a backend; its name is `b` and its number.
 fn address(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 10, 1, 100 + number)
 }
 
-/// What a restart must leave alone: of each service port, by `name:port-name`.
+/// Identity of each service port, which a restart must not change, by `name:port-name`.
 type Identities = BTreeMap<String, Identity>;
 
-/// Of a service port.
+/// Identity of a service port.
 #[derive(Debug, PartialEq)]
 struct Identity {
     index: Value,
     generation: Value,
-    /// Id and generation by address.
+    /// Backend id and generation by address.
     backends: BTreeMap<String, [Value; 2]>,
 }
 
-/// A node with eight backends and manifests; clients are processes of the node's host.
+/// A node with eight backends and manifests; clients are processes of the host network.
 struct Fixture {
     agent: Agent,
     _server: Process,
@@ -153,17 +153,17 @@ impl Fixture {
         fs::rename(&new, self.folder.join("all.json")).context("putting manifests in place")
     }
 
-    /// Two threads that connect to these addresses in turn until stopped.
+    /// Starts two threads that connect to these addresses in turn until stopped.
     fn start_clients(&self, targets: &[SocketAddr]) -> Result<Load> {
         self.testbed.start(self.node(), &clients(targets).threads(2))
     }
 
-    /// So many connections, one after the other.
+    /// Makes `count` connections, one after the other.
     fn connect(&self, target: SocketAddr, count: u64) -> Result<Summary> {
         self.testbed.connect(self.node(), &clients(&[target]).count(count))
     }
 
-    /// Fails unless connections to the address work, and the programs know of them.
+    /// Fails unless connections to the address succeed, and the programs count them.
     fn check_serving(&self, service: &Service) -> Result<()> {
         let before = self.agent.connections(&service.name, None)?;
         let summary = self.connect(service.vip(), 20)?;
@@ -174,7 +174,7 @@ impl Fixture {
         Ok(())
     }
 
-    /// Fails unless connections to the address fail at once, for want of a route.
+    /// Fails unless connections to the address fail at once because there is no route.
     fn check_gone(&self, target: SocketAddr) -> Result<()> {
         let begin = Instant::now();
         let summary = self.connect(target, 5)?;
@@ -184,7 +184,7 @@ impl Fixture {
         Ok(())
     }
 
-    /// What the agent's lists say of all service ports.
+    /// Returns the identities of all service ports, from the agent's lists.
     fn identities(&self) -> Result<Identities> {
         let name = |row: &Value| {
             let word = |field: &str| row[field].as_str().unwrap_or_default().to_owned();
@@ -207,7 +207,8 @@ impl Fixture {
         Ok(all)
     }
 
-    /// Whether the agent left a Service that nothing leads to: one of those that nobody else claims the address of.
+    /// Returns whether the agent left an orphan: a service port without a frontend, among those that share their
+    /// address with no other Service.
     fn is_half_done(&self) -> Result<bool> {
         let other = |row: &Value| row["name"].as_str().is_some_and(|name| name.starts_with("other-"));
         let services = self.list("service")?;
@@ -219,7 +220,7 @@ impl Fixture {
         list.as_array().cloned().context("not a list")
     }
 
-    /// The programs attached, by name: id and tag.
+    /// Returns id and tag of the attached programs, by name.
     fn programs(&self) -> Result<BTreeMap<String, (u64, String)>> {
         let status = self.agent.json::<Value>(&["status"])?;
         let rows = status["programs"].as_array().context("no programs")?;
@@ -234,7 +235,7 @@ impl Fixture {
         Ok(all)
     }
 
-    /// The inodes of the pinned maps: another map would have another.
+    /// Returns the inodes of the pinned maps, by name. A replaced map would have another inode.
     fn maps(&self) -> Result<BTreeMap<String, u64>> {
         use std::os::unix::fs::MetadataExt as _;
         let folder = self.agent.pin_path().join(format!("v{VERSION}/maps"));
@@ -250,7 +251,7 @@ impl Fixture {
         Ok(all)
     }
 
-    /// Names of the programs that the kernel has at the node's cgroup.
+    /// Returns the names of the programs that the kernel has at the node's cgroup.
     fn attached(&self) -> Result<Vec<String>> {
         let cgroup = self.node().cgroup().to_str().context("path")?;
         let text = bpftool(&["-j", "cgroup", "show", cgroup])?;
@@ -265,7 +266,7 @@ impl Fixture {
     }
 }
 
-/// Clients that are patient: the machine may be busy.
+/// Returns clients with a long timeout, since the machine may be busy.
 fn clients(targets: &[SocketAddr]) -> Connect {
     Connect::to(targets)
         .timeout(scaled_timeout(Duration::from_secs(5)))
@@ -281,7 +282,7 @@ fn bpftool(arguments: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Fails unless each address led to these backends (by number), and nowhere else.
+/// Fails unless connections to each address reached these backends (by number), and no others.
 fn check_backends(summary: &Summary, wanted: &[(SocketAddr, &[u8])]) -> Result<()> {
     for (target, backends) in wanted {
         let reached = summary
@@ -295,7 +296,7 @@ fn check_backends(summary: &Summary, wanted: &[(SocketAddr, &[u8])]) -> Result<(
     Ok(())
 }
 
-/// The message of a failure that is wanted.
+/// Returns the message of an expected failure.
 fn refusal<T: std::fmt::Debug>(result: Result<T>) -> Result<String> {
     match result {
         Ok(value) => bail!("this should have been refused: {value:?}"),
@@ -303,8 +304,8 @@ fn refusal<T: std::fmt::Debug>(result: Result<T>) -> Result<String> {
     }
 }
 
-/// Manifests that differ each time, but always have `stay`, `vary`, and `left` and `right`, one of which has port 80 of
-/// the address that both share.
+/// Returns manifests that differ each time, but always contain `stay`, `vary`, and `left` and `right`, one of which has
+/// port 80 of the address that both share.
 fn random_services(random: &mut Random) -> Vec<Service> {
     let vary: Vec<u8> = (2..6).filter(|_| random.next_bool()).collect();
     let owner = random.below(2) as usize;
@@ -324,7 +325,7 @@ fn random_services(random: &mut Random) -> Vec<Service> {
         side(0, "left", 8081, 6),
         side(1, "right", 8082, 7),
     ];
-    // And others, so that there is much to be done.
+    // More Services, so that an apply takes long enough to be interrupted.
     for number in 0..60 {
         if random.next_bool() {
             let backends: Vec<u8> = (0..=random.below(8) as u8).collect();
@@ -351,7 +352,7 @@ fn agent_kills_at_random_moments_fail_no_connection() -> Result<()> {
     let mut moments = Vec::new();
     let mut half_done = 0;
     for kill in 0..KILLS {
-        // In turn: while it starts, and while it applies.
+        // Alternates between a kill during the start and a kill during an apply.
         let starts = kill % 2 == 1;
         if !starts {
             fixture.agent.wait_ready(&mut process)?;
@@ -414,14 +415,14 @@ fn agent_killed_in_its_first_start_is_recovered_by_the_next() -> Result<()> {
             life.as_millis(),
             fixture.attached()?
         );
-        // Some maps may be pinned, some programs attached.
+        // Some maps may be pinned, and some programs attached.
         let process = fixture.agent.start_ready(&[])?;
         fixture.agent.verify()?;
         fixture.check_serving(&web)?;
         ensure!(fixture.attached()?.len() == HOOKS, "{:?}", fixture.attached()?);
         process.kill()?;
     }
-    // Killed when it had pinned a link for another cgroup, but had not yet put it in place.
+    // The state after a kill between pinning a link for another cgroup and renaming it into place.
     let links = fixture.agent.pin_path().join(format!("v{VERSION}/links"));
     let pin = links.join("lb_connect4");
     let new = links.join("lb_connect4-new");
@@ -498,7 +499,7 @@ fn changes_made_while_the_agent_is_down_leave_other_entries_alone() -> Result<()
     check_backends(&summary, &[(passed, &taker.backends)])?;
 
     let mut after = fixture.identities()?;
-    // What has grown is the same but for what it has grown by.
+    // The Service that grew is compared without its new backend.
     let old = after.get_mut("grow:http").context("grow is gone")?;
     ensure!(old.backends.len() == 3, "{old:?}");
     old.backends
@@ -516,7 +517,7 @@ fn changes_made_while_the_agent_is_down_leave_other_entries_alone() -> Result<()
     Ok(())
 }
 
-/// How much of the manifests cannot be read when the agent starts again.
+/// Which manifests cannot be read when the agent starts again.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Broken {
     Everything,
@@ -552,7 +553,7 @@ fn manifests_broken_while_the_agent_is_down_keep_services_served() -> Result<()>
             identities == fixture.identities()?,
             "{broken:?}: indexes or ids have changed"
         );
-        // And when they are whole again. At no moment are they gone: that would be an end of the Service.
+        // The manifests become valid again. They are never missing in between, which would remove the Service.
         fixture.write([&web])?;
         if broken == Broken::Endpoints {
             fs::remove_file(fixture.folder.join("service.json"))?;
@@ -572,7 +573,8 @@ fn manifests_broken_while_the_agent_is_down_keep_services_served() -> Result<()>
     Ok(())
 }
 
-/// The agent's eBPF object, but the program at the release of sockets returns 0, which nobody looks at.
+/// Returns the agent's eBPF object, changed so that the program at socket release returns 0. The kernel ignores that
+/// value.
 fn other_object() -> Result<Vec<u8>> {
     const MOV64_R0: u8 = 0xb7;
     const MOV32_R0: u8 = 0xb4;
@@ -607,7 +609,7 @@ fn another_build_takes_over_without_breaking_connections() -> Result<()> {
     let flag = format!("--ebpf-object={}", file.display());
     let held = fixture.testbed.hold(fixture.node(), &[web.vip()], 50)?;
     let load = fixture.start_clients(&[web.vip()])?;
-    // There and back again, by a stop and by a kill.
+    // To the other object and back: first with a stop, then with a kill.
     ensure!(process.stop(scaled_timeout(Duration::from_secs(10)))?.success());
     let process = fixture.agent.start_ready(&[&flag])?;
     let other = fixture.programs()?;
@@ -653,7 +655,7 @@ fn services_outlive_the_agent_until_cleanup() -> Result<()> {
     let process = fixture.agent.start_ready(&[])?;
     fixture.check_serving(&web)?;
 
-    // While it runs, nobody else may touch what is its own.
+    // While an agent runs, neither cleanup nor a second agent may touch its maps.
     let message = refusal(fixture.agent.output(&["cleanup"]))?;
     ensure!(message.contains("an agent is running"), "{message}");
     let mut second = fixture.agent.start(&[])?;
@@ -693,7 +695,7 @@ fn services_outlive_the_agent_until_cleanup() -> Result<()> {
     let again = fixture.agent.output(&["cleanup"])?;
     ensure!(again.contains("nothing is pinned"), "{again}");
 
-    // And from the beginning.
+    // A new start after the cleanup.
     let process = fixture.agent.start_ready(&[])?;
     fixture.check_serving(&web)?;
     ensure!(process.stop(scaled_timeout(Duration::from_secs(10)))?.success());
@@ -740,7 +742,7 @@ fn maps_of_another_layout_are_refused_and_keep_serving() -> Result<()> {
     refused("FRONTENDS: has (type, key size, value size, flags)")?;
     fs::rename(&aside, &pin).context("putting FRONTENDS back")?;
 
-    // With its own maps, it takes over again.
+    // With its own maps, the agent takes over again.
     let process = fixture.agent.start_ready(&[])?;
     fixture.agent.verify()?;
     fixture.check_serving(&web)?;

@@ -1,5 +1,5 @@
-//! What a cluster sees of a Service proxy besides its Services: health, health check node ports, metrics, and the
-//! configuration file of kube-proxy.
+//! HTTP servers and configuration that clusters expect of a Service proxy: health, health check node ports, metrics,
+//! and the configuration file of kube-proxy.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -23,7 +23,7 @@ fn at(ip: impl Into<IpAddr>, port: u16) -> SocketAddr {
     SocketAddr::new(ip.into(), port)
 }
 
-/// The addresses of a node that others reach.
+/// Returns the addresses of a node that other machines reach.
 fn addresses(node: &Node) -> [IpAddr; 2] {
     [node.address().into(), node.address6().into()]
 }
@@ -58,7 +58,8 @@ impl Setup {
         self.cluster.node("n1")
     }
 
-    /// From all who may ask: the node at its addresses and its loopback, another node, and who is outside.
+    /// Returns pairs of client and address: the node at its own addresses and its loopback, another node, and an
+    /// outside client.
     fn everywhere(&self, port: u16) -> Vec<(&Netns, SocketAddr)> {
         let node = self.node();
         let own = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
@@ -73,7 +74,7 @@ impl Setup {
         own.chain(others).collect()
     }
 
-    /// The answer that everybody gets.
+    /// Fails unless every client gets an expected response.
     fn told_everywhere(&self, port: u16, path: &str, expected: impl Fn(&Response) -> bool) -> Result<()> {
         for (netns, at) in self.everywhere(port) {
             let response = get(netns, at, path)?;
@@ -82,7 +83,7 @@ impl Setup {
         Ok(())
     }
 
-    /// Waits until everybody is refused.
+    /// Waits until every client is refused.
     fn refused_everywhere(&self, port: u16) -> Result<()> {
         eventually("nobody listens", || {
             for (netns, at) in self.everywhere(port) {
@@ -98,7 +99,7 @@ impl Setup {
     }
 }
 
-/// What was scraped.
+/// Scraped metrics.
 struct Metrics(Scrape);
 
 impl Metrics {
@@ -110,7 +111,7 @@ impl Metrics {
         Ok(Self(Scrape::parse(lines)?))
     }
 
-    /// The value of a counter or gauge, or how often a histogram was written to.
+    /// Returns the value of a counter or gauge, or the number of observations of a histogram.
     fn value(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
         let mut found = self.0.samples.iter().filter(|sample| {
             let is = |(label, value): &(&str, &str)| sample.labels.get(label) == Some(*value);
@@ -125,7 +126,7 @@ impl Metrics {
         }
     }
 
-    /// Histograms have one name here, as in the types that the text declares.
+    /// Returns the names of all metrics. A histogram has one name, as in the `# TYPE` lines.
     fn names(&self) -> BTreeSet<&str> {
         let all: BTreeSet<_> = self.0.samples.iter().map(|sample| sample.metric.as_str()).collect();
         let is_part = |name: &&str| {
@@ -168,7 +169,7 @@ fn healthz_and_livez_follow_the_node_object() -> Result<()> {
             ensure!(is_up_to_date(&response, Some(false), 503), "{response:?}");
             Ok(())
         })?;
-        // The agent itself is as well as before.
+        // The agent itself is still live.
         let response = healthz("/livez")?;
         ensure!(is_up_to_date(&response, None, 200), "{response:?}");
         let other = "taints: [{key: other, effect: NoSchedule}]";
@@ -187,7 +188,7 @@ fn healthz_and_livez_follow_the_node_object() -> Result<()> {
     Ok(())
 }
 
-/// A load balancer's Service; it has a health check node port only with policy Local.
+/// Returns a load-balancer Service; it has a health check node port only with policy Local.
 fn balanced(check: u16, policy: &str) -> String {
     let check = match policy {
         "Local" => format!("\n  healthCheckNodePort: {check}"),
@@ -227,7 +228,7 @@ fn health_check_node_port_counts_local_endpoints() -> Result<()> {
         })
     };
     eventually_tells(CHECK, 0)?;
-    // Any path will do.
+    // Every path is answered.
     setup.told_everywhere(CHECK, "/healthz", tells(0))?;
 
     let here = [(pod(1, 7), "n1", ""), (pod(1, 8), "n1", ""), (pod(2, 7), "n2", "")];
@@ -237,7 +238,7 @@ fn health_check_node_port_counts_local_endpoints() -> Result<()> {
         setup.manifests.write("slice.yaml", &text)?;
         eventually_tells(CHECK, expected)?;
     }
-    // Another port; another policy; and back.
+    // Another port, another policy, and back.
     setup.manifests.write("web.yaml", &balanced(CHECK + 1, "Local"))?;
     eventually_tells(CHECK + 1, 2)?;
     setup.refused_everywhere(CHECK)?;
@@ -255,7 +256,8 @@ fn health_check_node_port_respects_nodeport_addresses() -> Result<()> {
     let mut setup = Setup::new(&files, &["--nodeport-addresses", "primary"])?;
     let node = setup.node();
     let answers = |ip: IpAddr| get(node, at(ip, CHECK), "/").is_ok();
-    // Without a Node object: the addresses of the devices with a default route, of which a test node has none.
+    // Without a Node object these are the addresses of the devices with a default route, and the test node has no such
+    // route.
     ensure!(!answers(node.address().into()));
     let address = node.address();
     let text = format!(
@@ -333,7 +335,7 @@ fn bind_address_flags_disable_and_move_servers() -> Result<()> {
     Ok(())
 }
 
-/// The names in docs/metrics.md.
+/// Returns the metric names in docs/metrics.md.
 fn documented() -> BTreeSet<&'static str> {
     let text = include_str!("../../docs/metrics.md");
     let rows = text
@@ -356,7 +358,7 @@ fn metrics_match_the_documentation_and_count_connections() -> Result<()> {
         + &service("gone", "10.96.0.21", &[web], "")
         + &service("local", "10.96.0.22", &[web], "internalTrafficPolicy: Local")
         + &slice("local", Port::tcp("web", 8080), &[(pod(2, 7), "n2")])
-        // A second claim of the same address.
+        // A second claim of the address of `web`.
         + &service("web-too", "10.96.0.20", &[web], "");
     manifests.write("web.yaml", &text)?;
     let flags = ["--service-metrics", "--max-services", "5"];
@@ -410,13 +412,13 @@ fn metrics_match_the_documentation_and_count_connections() -> Result<()> {
     ensure!(grown("lb_service_connections_total", &web)? == 7.0);
     ensure!(grown("lb_service_refused_total", &web)? == 0.0);
 
-    // One more than there is room for.
+    // One Service more than the map has room for.
     manifests.write("more.yaml", &service("more", "10.96.0.23", &[Port::tcp("web", 80)], ""))?;
     eventually("the map is full", || {
         let now = scrape()?;
         ensure!(now.value("lb_problems", &[("kind", "map")])? >= 1.0);
         ensure!(now.value("lb_map_entries", &[("map", "SERVICES")])? == 4.0);
-        // The others are as well as before.
+        // The health of the agent does not change.
         ensure!(get(node, at(Ipv4Addr::LOCALHOST, HEALTHZ), "/healthz")?.status == 200);
         Ok(())
     })

@@ -12,7 +12,7 @@ use lb_tests::{Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketKind, 
 const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const VIP: &str = "10.96.0.10:80";
 const VIP6: &str = "[fd00:96::10]:80";
-/// Connections of one client to see whether they all go to one of four backends: by chance, once in 4^23 tries.
+/// Number of connections of one client. All of them reach the same of four backends by chance once in 4^23 runs.
 const ENOUGH: u64 = 24;
 
 fn testbed() -> Testbed {
@@ -63,7 +63,7 @@ impl Setup {
     }
 }
 
-/// The backends that a client's connections reach.
+/// Returns the backends that a client's connections reach.
 fn reached(client: &Netns, to: &str) -> Result<BTreeSet<String>> {
     let summary = testbed().connect(client, &Connect::to(&[addr(to)]).count(ENOUGH).threads(4))?;
     summary.all_well()?;
@@ -97,7 +97,7 @@ fn client_keeps_its_backend_until_the_backend_is_removed() -> Result<()> {
         first.extend(kept);
         assert_eq!(reached(client, VIP6)?.len(), 1);
     }
-    // The backend leaves, and is forgotten at once; the new one is kept likewise.
+    // The backend is removed, and the affinity ends at once; the client keeps its new backend.
     let client = setup.clients[0].clone();
     let rest: Vec<Pod> = setup
         .servers
@@ -111,7 +111,7 @@ fn client_keeps_its_backend_until_the_backend_is_removed() -> Result<()> {
         second.len() == 1 && !second.contains(&first[0]),
         "{first:?}, then {second:?}"
     );
-    // It comes back, as another backend with the same address: the client stays where it is.
+    // The old backend returns as another backend with the same address: the client keeps the second one.
     let all = setup.servers.clone();
     setup.change(&all, &affinity(3600))?;
     assert_eq!(reached(&client, VIP)?, second);
@@ -161,13 +161,14 @@ fn affinity_times_out_when_idle_and_is_refreshed_by_use() -> Result<()> {
         summary.all_well()?;
         Ok(summary.per_backend.into_keys().collect())
     };
-    // Used every two seconds, it outlives its three seconds several times.
+    // With a connection every two seconds, the affinity outlives its timeout of three seconds several times.
     let first = one()?;
     for _ in 0..4 {
         sleep(Duration::from_secs(2));
         assert_eq!(one()?, first);
     }
-    // Unused for longer, it is forgotten: of so many new picks, one is another. (By chance none: 4^-8 = 1.5e-5.)
+    // Without connections for longer than that, it expires: at least one of eight new choices is another backend. (By
+    // chance none: 4^-8 = 1.5e-5.)
     for _ in 0..8 {
         sleep(Duration::from_millis(3100));
         if one()? != first {

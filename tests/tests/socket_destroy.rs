@@ -1,4 +1,4 @@
-//! Sockets whose backend was removed are destroyed, and only those; records without a socket are swept.
+//! Sockets of removed backends are destroyed, and no others; records without a socket are swept.
 
 use std::fs::remove_file;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -23,20 +23,20 @@ const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const EDESTADDRREQ: i32 = 89;
 const ECONNABORTED: i32 = 103;
 const ENOTCONN: i32 = 107;
-/// Where servers listen, for datagrams and streams.
+/// Port of the servers, for UDP and TCP.
 const TARGET: u16 = 5353;
-/// How soon after its publication the removal of a backend must have reached its sockets.
+/// Time limit from the publication of a backend's removal to the destruction of its sockets.
 const AT_MOST: Duration = Duration::from_secs(1);
 
 fn testbed() -> Testbed {
     Testbed::new(TESTBED)
 }
 
-/// What a socket is, and where it connects to.
+/// Kind of a socket, and the address that it connects to.
 type Way = (SocketKind, SocketAddr);
 
-/// All ways in which a UDP socket names a port of two addresses: IPv4, IPv6, and IPv4 on an IPv6 socket, v4-mapped or as
-/// it is.
+/// Returns the ways in which a UDP socket can address a port of two addresses: IPv4, IPv6, and IPv4 on an IPv6 socket,
+/// in v4-mapped notation or as AF_INET.
 fn ways(v4: Ipv4Addr, v6: Ipv6Addr, port: u16) -> [Way; 4] {
     let mapped = v4.to_ipv6_mapped();
     [
@@ -47,12 +47,12 @@ fn ways(v4: Ipv4Addr, v6: Ipv6Addr, port: u16) -> [Way; 4] {
     ]
 }
 
-/// The Service whose backends change.
+/// The Service with changing backends.
 fn dns() -> [Way; 4] {
     ways(Ipv4Addr::new(10, 96, 0, 10), "fd00:96::10".parse().unwrap(), 53)
 }
 
-/// Another, whose backend is the first server at all times.
+/// A second Service. Its backend is always the first server.
 fn other() -> [Way; 4] {
     ways(Ipv4Addr::new(10, 96, 0, 11), "fd00:96::11".parse().unwrap(), 53)
 }
@@ -61,7 +61,7 @@ fn direct(pod: &Pod) -> [Way; 4] {
     ways(pod.address(), pod.address6(), TARGET)
 }
 
-/// TCP, and MPTCP, to the Service.
+/// TCP and MPTCP to the Service with changing backends.
 fn streams() -> [Way; 5] {
     let [(_, v4), (_, v6), (_, mapped), _] = dns();
     [
@@ -76,7 +76,7 @@ fn streams() -> [Way; 5] {
 const READY: &str = "ready: true";
 const TERMINATING: &str = "ready: false, serving: true, terminating: true";
 
-/// A Service in both families, UDP and TCP, and its endpoints with their conditions.
+/// Returns the manifest of a Service in both families, UDP and TCP, and of its endpoints with their conditions.
 fn manifest(name: &str, ips: &str, endpoints: &[(&Pod, &str)]) -> String {
     let mut text = service(name, ips, &[Port::udp("dns", 53), Port::tcp("dns-tcp", 53)], "");
     for port in [Port::udp("dns", TARGET), Port::tcp("dns-tcp", TARGET)] {
@@ -132,7 +132,7 @@ fn dns_with(endpoints: &[(&Pod, &str)]) -> String {
     manifest("dns", "10.96.0.10,fd00:96::10", endpoints)
 }
 
-/// Waits until `count` UDP sockets of each place are connected to a server; there must not be fewer at any time.
+/// Waits until exactly `count` UDP sockets of each namespace are connected to a server. Fails if there are ever fewer.
 fn only(count: usize, namespaces: &[&Netns], server: &Pod) -> Result<()> {
     in_time(AT_MOST, "sockets of a removed backend are destroyed", || {
         let mut all = true;
@@ -147,7 +147,7 @@ fn only(count: usize, namespaces: &[&Netns], server: &Pod) -> Result<()> {
 }
 
 impl Setup {
-    /// A pod's sockets and the node's.
+    /// Returns a pod and the node.
     fn namespaces(&self) -> [&Netns; 2] {
         [&self.client, self.cluster.node("n1")]
     }
@@ -161,21 +161,21 @@ impl Setup {
         })
     }
 
-    /// What is remembered of connected sockets.
+    /// Returns the records of connected sockets.
     fn records(&self) -> Result<Vec<Value>> {
         let mut rows: Vec<Value> = self.agent.json(&["socket", "list"])?;
         rows.retain(|row| row["kind"] == "connected");
         Ok(rows)
     }
 
-    /// How many unconnected sockets are remembered.
+    /// Returns the number of unconnected sockets that have UDP destinations.
     fn flows(&self) -> Result<usize> {
         let maps = PinnedMaps::open(&PinPath::new(self.agent.pin_path()).maps())?;
         Ok(maps.udp_flows()?.len())
     }
 }
 
-/// Waits until something is true.
+/// Waits until a condition is true.
 fn eventually(what: &str, check: impl FnMut() -> Result<bool>) -> Result<()> {
     in_time(Duration::from_secs(10), what, check)
 }
@@ -183,7 +183,7 @@ fn eventually(what: &str, check: impl FnMut() -> Result<bool>) -> Result<()> {
 fn in_time(time: Duration, what: &str, mut check: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + scaled_timeout(time);
     loop {
-        // What was looked at in time counts, however long that took.
+        // A check that begins before the deadline counts, even if it ends later.
         let late = Instant::now() >= deadline;
         if check()? {
             return Ok(());
@@ -193,7 +193,7 @@ fn in_time(time: Duration, what: &str, mut check: impl FnMut() -> Result<bool>) 
     }
 }
 
-/// How many sockets of a namespace the kernel has connected to a server: `kind` is `--udp` or `--tcp`.
+/// Returns the number of sockets of a namespace that are connected to a server; `kind` is `--udp` or `--tcp`.
 fn connected(netns: &Netns, kind: &str, server: &Pod) -> Result<usize> {
     let to = [server.socket(TARGET), server.socket6(TARGET)];
     let mut count = 0;
@@ -205,7 +205,7 @@ fn connected(netns: &Netns, kind: &str, server: &Pod) -> Result<usize> {
     Ok(count)
 }
 
-/// A socket that is connected, and was answered by a server.
+/// Returns a connected socket that was answered by a server.
 fn connect(netns: &Netns, (kind, to): Way, server: &Pod) -> Result<ScriptedSocket> {
     let mut socket = testbed().scripted_socket(netns, kind)?;
     socket.connect(to).with_context(|| format!("{kind:?} to {to}"))?;
@@ -213,7 +213,7 @@ fn connect(netns: &Netns, (kind, to): Way, server: &Pod) -> Result<ScriptedSocke
     Ok(socket)
 }
 
-/// Says something on a connected socket, which the server must answer; its answer comes from the address that was asked.
+/// Sends a message on a connected socket. The server must answer it, from the address that the socket is connected to.
 fn talk(socket: &mut ScriptedSocket, (kind, to): Way, server: &Pod) -> Result<()> {
     let context = || format!("{kind:?} to {to}");
     if matches!(kind, SocketKind::Udp4 | SocketKind::Udp6) {
@@ -222,7 +222,7 @@ fn talk(socket: &mut ScriptedSocket, (kind, to): Way, server: &Pod) -> Result<()
         ensure!(name == server.name(), "{kind:?} to {to}: {name}");
     } else {
         socket.send("hello").with_context(context)?;
-        // The greeting and the echo, in as many pieces as they come.
+        // The greeting and the echo, in any number of pieces.
         let mut heard = String::new();
         while !heard.ends_with("hello") {
             let (_, more) = socket.receive().with_context(context)?;
@@ -238,7 +238,7 @@ fn talk(socket: &mut ScriptedSocket, (kind, to): Way, server: &Pod) -> Result<()
     Ok(())
 }
 
-/// A socket whose backend was removed has no peer to send to, and the first who waits for an answer is told why.
+/// Fails unless a socket was destroyed: it has no peer to send to, and the first receive returns the reason.
 fn is_destroyed(socket: &mut ScriptedSocket) -> Result<()> {
     assert_eq!(socket.errno(&SocketCall::PeerName)?, ENOTCONN);
     assert_eq!(socket.errno(&SocketCall::Send("hello".into()))?, EDESTADDRREQ);
@@ -246,14 +246,14 @@ fn is_destroyed(socket: &mut ScriptedSocket) -> Result<()> {
     Ok(())
 }
 
-/// Sockets of one kind in one place.
+/// Sockets of one kind in one namespace.
 struct Sockets {
     dns: ScriptedSocket,
-    /// To the same server through another Service.
+    /// Connected to the same server through another Service.
     other: ScriptedSocket,
-    /// To the same server without a Service.
+    /// Connected to the same server without a Service.
     direct: ScriptedSocket,
-    /// Through the Service once, and elsewhere since.
+    /// Connected through the Service once, and elsewhere since.
     moved: ScriptedSocket,
     unconnected: ScriptedSocket,
 }
@@ -274,14 +274,14 @@ impl Sockets {
         })
     }
 
-    /// The first server was replaced by the second.
+    /// Checks each socket after the first server was replaced by the second.
     fn check(&mut self, way: usize, [a, b]: &[Pod; 2]) -> Result<()> {
         let vip = dns()[way].1;
         is_destroyed(&mut self.dns).with_context(|| format!("way {way}"))?;
         talk(&mut self.other, other()[way], a)?;
         talk(&mut self.direct, direct(a)[way], a)?;
         talk(&mut self.moved, direct(b)[way], b)?;
-        // An unconnected socket picks anew, and so does one that was destroyed, when it connects again.
+        // An unconnected socket selects a new backend, and so does a destroyed one when it connects again.
         assert_eq!(self.unconnected.exchange(plain(vip), "second")?, "b");
         self.dns.connect(vip)?;
         talk(&mut self.dns, dns()[way], b)
@@ -307,7 +307,7 @@ fn only_connected_udp_sockets_of_a_removed_backend_are_destroyed() -> Result<()>
     }
 
     setup.publish(&[(b, READY)])?;
-    // What is left goes there directly, or through the other Service.
+    // The remaining sockets are connected directly, or through the other Service.
     only(2 * dns().len(), &setup.namespaces(), a)?;
     for (way, sockets) in &mut sockets {
         sockets.check(*way, &setup.servers)?;
@@ -319,7 +319,7 @@ fn only_connected_udp_sockets_of_a_removed_backend_are_destroyed() -> Result<()>
     eventually("only the records of connected sockets are left", || {
         let records = setup.records()?;
         let gone = records.iter().filter(|row| row["current"] == false).count();
-        // Of each kind, the one to the other Service and the one that connected again.
+        // Of each kind, the socket of the other Service and the one that connected again.
         Ok((records.len(), gone) == (2 * sockets.len() + streams.len(), streams.len()))
     })?;
     setup.agent.verify()
@@ -333,7 +333,7 @@ fn terminating_backend_keeps_its_udp_sockets() -> Result<()> {
     let mut old: Vec<_> = dns().into_iter().map(|way| open(way, a)).collect::<Result<_>>()?;
     setup.publish(&[(a, TERMINATING), (b, READY)])?;
     let mut new: Vec<_> = dns().into_iter().map(|way| open(way, b)).collect::<Result<_>>()?;
-    // Longer than the sockets of a removed backend live.
+    // Longer than the time limit for sockets of a removed backend.
     sleep(scaled_timeout(AT_MOST) + AT_MOST / 2);
     for (way, socket) in &mut old {
         talk(socket, *way, a)?;
@@ -375,8 +375,8 @@ fn udp_sockets_connecting_during_backend_removal_are_destroyed() -> Result<()> {
     setup.agent.verify()
 }
 
-/// A program of connect() may have chosen a backend a moment before its removal, and the socket gets its peer only after
-/// the agent has looked. Here the record of such a call is written by the test.
+/// A program at connect() may have selected a backend a moment before its removal, while the socket gets its peer only
+/// after the agent has looked. The test writes the record of such a call itself.
 #[test]
 fn connect_finishing_after_backend_removal_is_destroyed() -> Result<()> {
     let setup = setup(&[])?;
@@ -385,7 +385,7 @@ fn connect_finishing_after_backend_removal_is_destroyed() -> Result<()> {
     let maps = PinnedMaps::open(&folder)?;
     let more = Map::HashMap(MapData::from_pin(folder.join(map_name::SOCKETS_MORE))?);
     let mut more: HashMap<_, u64, [u8; size_of::<SocketRecord>()]> = more.try_into()?;
-    // As if the call lasted as long as this test may, on a slow machine too.
+    // As if the call lasted as long as this test may take, on a slow machine too.
     let time = lb_tests::monotonic_ns() + scaled_timeout(Duration::from_secs(20)).as_nanos() as u64;
     let (mut late, mut elsewhere) = (Vec::new(), Vec::new());
     for way in 0..dns().len() {
@@ -412,7 +412,7 @@ fn connect_finishing_after_backend_removal_is_destroyed() -> Result<()> {
     setup.publish(&[(b, READY)])?;
     sleep(scaled_timeout(AT_MOST));
     assert_eq!(connected(&setup.client, "--udp", a)?, 0);
-    // The second half has called connect() once more meanwhile, for another peer.
+    // The sockets of the second half call connect() again for another peer.
     for (socket, (_, to)) in late.iter_mut().chain(&mut elsewhere) {
         socket.connect(*to)?;
     }
@@ -452,7 +452,7 @@ fn missing_cap_sys_admin_is_reported_and_pod_sockets_wait_for_the_next_agent() -
         sockets.push(connect(&setup.client, way, &a)?);
         nodes.push(connect(node, way, &a)?);
     }
-    // It publishes, and reaches sockets of the node only.
+    // This agent publishes the change, and can destroy sockets of the node only.
     setup.agent.kill()?;
     setup.manifests.write("dns.yaml", &dns_with(&[(&b, READY)]))?;
     let mut bound = restricted(&setup, "-all,+bpf,+perfmon,+net_admin")?;
@@ -504,7 +504,7 @@ fn systemd_unit_capabilities_suffice_to_destroy_pod_sockets() -> Result<()> {
     Ok(())
 }
 
-/// An agent with some capabilities only.
+/// Starts an agent with some capabilities only.
 fn restricted(setup: &Setup, bounding_set: &str) -> Result<Process> {
     let node = setup.cluster.node("n1");
     let mut command = node.command("setpriv")?;
@@ -545,7 +545,7 @@ fn destroy_tcp_flag_destroys_tcp_sockets() -> Result<()> {
         eventually("it is gone", || Ok(connected(netns, "--tcp", a)? == 0))?;
     }
     for ((kind, to), stream) in &mut old {
-        // With a server that knows no MPTCP, the end of the subflow is that of the connection.
+        // The server does not support MPTCP, so the end of the subflow ends the connection.
         assert_eq!(stream.errno(&SocketCall::Receive)?, ECONNABORTED, "{kind:?} to {to}");
     }
     for (way, stream) in &mut new {
@@ -559,7 +559,7 @@ fn stale_socket_records_are_swept() -> Result<()> {
     let setup = setup(&["--sweep-age", "1000"])?;
     let [a, b] = &setup.servers;
     let all = || dns().into_iter().chain(streams());
-    // A pod that goes, with its namespace, while sockets of it are remembered; the agent knows that namespace.
+    // A pod is removed with its namespace while its sockets still have records. The agent knows that namespace.
     let doomed = setup.cluster.add_pod("n1", "doomed")?;
     let old = connect(&doomed, dns()[0], a)?;
     setup.publish(&[(b, READY)])?;
@@ -587,11 +587,11 @@ fn stale_socket_records_are_swept() -> Result<()> {
     let lost_flows = [unconnected(&setup.client)?, unconnected(&doomed)?];
     assert_eq!(setup.records()?.len(), live.len() + lost.len());
     assert_eq!(setup.flows()?, 3);
-    // Nothing tells of the end of these sockets, as it is with those that the kernel opens for itself.
+    // The release of these sockets is not reported, as with sockets that the kernel opens for itself.
     let link = format!("v{VERSION}/links/lb_sock_release");
     let link = setup.agent.pin_path().join(link);
     remove_file(&link).with_context(|| format!("removing {}", link.display()))?;
-    // The kernel detaches a program some time after its link has gone.
+    // The kernel detaches a program some time after its link is gone.
     eventually("the end of a socket is not told", || {
         let before = setup.records()?.len();
         drop(connect(&setup.client, dns()[0], b)?);

@@ -1,4 +1,4 @@
-//! Sockets and the records of them, on a real kernel.
+//! Socket-level load balancing and socket records, on a real kernel.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -29,13 +29,13 @@ struct Setup {
     manifests: Manifests,
     client: Pod,
     backends: [Pod; 2],
-    /// Every namespace's rules before the agent was started.
+    /// Rules of every namespace before the agent was started.
     rules: Vec<Ruleset>,
     _servers: Vec<Process>,
     cluster: Cluster,
 }
 
-/// iptables' and nftables' rules of the node and of pods.
+/// Returns the iptables and nftables rules of the node and of pods.
 fn rules<'a>(cluster: &Cluster, pods: impl Iterator<Item = &'a Pod>) -> Result<Vec<Ruleset>> {
     pods.map(|pod| pod.ruleset())
         .chain([cluster.node("n1").ruleset()])
@@ -70,7 +70,7 @@ fn setup(more: &[&str]) -> Result<Setup> {
     })
 }
 
-/// Waits until no socket is remembered: release follows close, but not at once.
+/// Waits until there is no socket record: sockets are released shortly after close(), not at once.
 fn wait_for_no_records(agent: &Agent) -> Result<()> {
     let deadline = Instant::now() + scaled_timeout(Duration::from_secs(10));
     loop {
@@ -141,7 +141,7 @@ fn socket_list_shows_live_sockets_with_their_backend() -> Result<()> {
     let sockets: u64 = backends.iter().filter_map(|row| row["sockets"].as_u64()).sum();
     assert_eq!((backends.len(), sockets), (2, 50));
 
-    // A backend that leaves takes no socket with it, and its sockets are marked.
+    // The removal of a backend leaves its TCP sockets alone, and marks them in the list.
     let one = [(setup.backends[0].address().into(), "n1")];
     setup.manifests.write(
         "web.yaml",
@@ -172,7 +172,8 @@ fn socket_records_overflow_to_the_hash_and_a_full_hash_is_counted() -> Result<()
     let status = setup.agent.status()?;
     assert_eq!(status.used("SOCKETS")? + status.used("SOCKETS_MORE")?, 100);
     assert!(status.used("SOCKETS_MORE")? >= 84, "there are 16 slots");
-    // Others come and go meanwhile, all of them seen as the VIP: in slots, in the hash, and when that fills up.
+    // Other sockets are opened and closed meanwhile, and all of them see the VIP as peer: with a record in a slot, in
+    // the hash, and in the hash when it fills up.
     let summary = testbed().connect(
         &setup.client,
         &Connect::to(&[addr(VIP)]).count(2_000).threads(4).peer_check(),
@@ -181,7 +182,7 @@ fn socket_records_overflow_to_the_hash_and_a_full_hash_is_counted() -> Result<()
     assert_eq!(held.finish()?.live, 100);
     wait_for_no_records(&setup.agent)?;
 
-    // Both full: connections are made all the same.
+    // Both maps are full: connections succeed all the same.
     let held = testbed().hold(&setup.client, &[addr(VIP)], 300)?;
     let status = setup.agent.status()?;
     let recorded = status.used("SOCKETS")? + status.used("SOCKETS_MORE")?;
@@ -191,7 +192,7 @@ fn socket_records_overflow_to_the_hash_and_a_full_hash_is_counted() -> Result<()
     wait_for_no_records(&setup.agent)
 }
 
-/// Tries a few connections that must all fail at `connect`, with one error number.
+/// Makes connections that must all fail at connect() with one error number.
 fn refused(setup: &Setup, to: &str, errno: i32) -> Result<()> {
     let summary = testbed().connect(&setup.client, &Connect::to(&[addr(to)]).count(20))?;
     ensure!(summary.failure_count == 20, "{to}: {summary:?}");
@@ -237,7 +238,7 @@ fn connect_without_endpoint_is_refused_with_the_right_errno() -> Result<()> {
         (Some(20.into()), Some(20.into()), Some(0.into()))
     );
 
-    // What is not a service address is none of lb's business.
+    // Addresses outside of all Services are not translated.
     let direct = setup.backends[0].socket(8080);
     let summary = testbed().connect(&setup.client, &Connect::to(&[direct]).count(10).peer_check())?;
     summary.all_well()?;
@@ -267,7 +268,7 @@ fn client_in_another_cgroup_is_not_translated() -> Result<()> {
     Ok(())
 }
 
-/// Error numbers of Linux.
+/// Linux error numbers.
 mod libc_errno {
     pub(crate) const ECONNREFUSED: i32 = 111;
     pub(crate) const EHOSTUNREACH: i32 = 113;

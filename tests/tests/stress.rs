@@ -1,4 +1,4 @@
-//! The short run of `cargo xtask stress`: lookups from every CPU while everything changes.
+//! The short run of `cargo xtask stress`: lookups from every CPU while the maps change in every way.
 
 use anyhow::{Result, ensure};
 use lb_agent::loader::PinPath;
@@ -9,7 +9,7 @@ use lb_tests::{Cluster, Random, scaled_count};
 fn lookups_never_miss_or_return_a_foreign_backend() -> Result<()> {
     const LOOKUPS: u64 = 5_000_000;
     const CHANGES: u64 = 400;
-    /// Every kind of change, and a death and a failure among them.
+    /// Enough for every kind of change, a kill and a failure.
     const FEWEST: u64 = 60;
     let cluster = Cluster::builder().nodes(1).build()?;
     let options = Options {
@@ -21,7 +21,7 @@ fn lookups_never_miss_or_return_a_foreign_backend() -> Result<()> {
     println!("{report}");
     ensure!(report.counts.bad() == 0, "{}", report.counts);
     ensure!(report.counts.lookups() >= options.lookups);
-    // One of each kind at the least, and the map was full.
+    // At least one change of each kind, and the map was full.
     for kind in ChangeKind::ALL {
         ensure!(
             report.progress.changes.contains_key(&kind),

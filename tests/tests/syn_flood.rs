@@ -1,4 +1,4 @@
-//! A flood of SYNs that nobody answers, and connections that live through it: some with all tests, a million by
+//! A flood of SYNs without a reply, and connections that survive it: a small one in every test run, a million SYNs with
 //! `cargo xtask stress --flood`.
 
 use std::env;
@@ -16,20 +16,20 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socket};
 
 const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-/// How many SYNs, in place of a few.
+/// Variable with the number of SYNs.
 const SYNS: &str = "LB_FLOOD";
-/// Node ports of what answers, and of what does not.
+/// Node ports of a Service that answers, and of one that does not.
 const ECHO: u16 = 30080;
 const MUTE: u16 = 30081;
-/// The port at which pods send back what they get.
+/// Port of the echo servers in pods.
 const SERVED: u16 = 8081;
-/// How many SYNs between two looks at how many have come.
+/// Number of SYNs between two reads of the counter.
 const CHUNK: u64 = 20_000;
 
-/// How much of everything.
+/// Size of a run.
 struct Size {
     syns: u64,
-    /// Entries of either map of flows.
+    /// Capacity of CT and of CT_NEW.
     map: u64,
     connections: u32,
     idle: Duration,
@@ -55,23 +55,23 @@ impl Size {
     }
 }
 
-/// A socket of a place that sends frames as they are, by `eth0`.
+/// Opens a packet socket that sends raw frames by `eth0`.
 fn raw(netns: &Netns) -> Result<OwnedFd> {
     netns.within(|| -> Result<OwnedFd> {
-        // Without a protocol nothing is received.
+        // A socket without a protocol receives nothing.
         let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)?;
-        // SAFETY: plain data, and all zero is a value of it.
+        // SAFETY: sockaddr_ll is plain data for which all zeros is a valid value.
         let mut by: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         by.sll_family = libc::AF_PACKET as u16;
         by.sll_ifindex = nix::net::if_::if_nametoindex("eth0")? as i32;
         let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-        // SAFETY: address and length are those of a value that lives as long as the call.
+        // SAFETY: `by` and `length` describe one sockaddr_ll that lives until the call returns.
         Errno::result(unsafe { libc::bind(socket.as_raw_fd(), (&raw const by).cast(), length) })?;
         Ok(socket)
     })?
 }
 
-/// The hardware address of `eth0`.
+/// Returns the MAC address of `eth0`.
 fn hardware_address(netns: &Netns) -> Result<[u8; 6]> {
     let text = netns.ip("-oneline link show eth0")?;
     let mut words = text.split_whitespace().skip_while(|word| *word != "link/ether");
@@ -82,9 +82,9 @@ fn hardware_address(netns: &Netns) -> Result<[u8; 6]> {
     octets.try_into().ok().context("six octets")
 }
 
-/// The SYN with a number, from a client that there is not, in one family or the other.
+/// Returns the SYN with this number, from a client that does not exist; even numbers are IPv4, odd ones IPv6.
 fn syn(number: u64, macs: [[u8; 6]; 2], to: [IpAddr; 2], node_port: u16) -> Vec<u8> {
-    // 2^17 addresses of 198.18.0.0/15 (RFC 2544), and as many of IPv6 as one likes.
+    // 2^17 IPv4 addresses of 198.18.0.0/15 (RFC 2544), and any number of IPv6 addresses.
     let link = PacketBuilder::ethernet2(macs[0], macs[1]);
     let port = 1024 + (number >> 18) as u16;
     let host = (number >> 1) as u32 & 0x1_ffff;
@@ -115,8 +115,8 @@ fn send(socket: &OwnedFd, packet: &[u8]) -> Result<()> {
     }
 }
 
-/// Addresses of pods that there are not, on a node that tells nobody so. Many: each has a client's port of the first node
-/// for as long as a flow is remembered.
+/// Returns addresses of pods that do not exist, on a node that drops packets to them without an ICMP error. There are
+/// many of them: for each destination, a flow holds one SNAT port of the first node as long as it lives.
 fn mute(node: &Node) -> Result<Vec<(IpAddr, &str)>> {
     node.ip("route add blackhole 10.10.2.192/26")?;
     node.ip("route add blackhole fd00:10:10:2::c0/122")?;
@@ -126,7 +126,7 @@ fn mute(node: &Node) -> Result<Vec<(IpAddr, &str)>> {
     Ok(v4.chain(v6).map(|ip| (ip, node.name())).collect())
 }
 
-/// Servers in the pods that send back what they get.
+/// Starts echo servers in the pods.
 fn echo(testbed: &Testbed, fixture: &TwoNodeFixture) -> Result<Vec<Process>> {
     let serve = |pod: &Pod| testbed.serve_with(pod, &[&format!("[::]:{SERVED}={}", pod.name())], &["--echo"]);
     fixture.pods.iter().map(serve).collect()
@@ -156,7 +156,7 @@ fn connections_survive_a_flood_of_unanswered_syns() -> Result<()> {
     let mut sent = 0;
     let mut come = 0;
     while come < size.syns {
-        // Some may be lost on the way, where this machine is busy.
+        // Some SYNs may be lost on a busy machine.
         ensure!(sent < 4 * size.syns, "of {sent} only {come} have come");
         for _ in 0..CHUNK.min(size.syns) {
             send(&socket, &syn(sent, macs, to, MUTE))?;
@@ -166,7 +166,7 @@ fn connections_survive_a_flood_of_unanswered_syns() -> Result<()> {
     }
     let flooded = begun.elapsed();
     sleep(size.idle.saturating_sub(flooded));
-    // Others are served as well.
+    // New connections are served as well.
     let new = testbed.hold(client, &to.map(|ip| SocketAddr::new(ip, ECHO)), size.connections / 10)?;
     let new = new.finish()?;
     ensure!(new.live == u64::from(size.connections / 10), "new ones: {new:?}");
@@ -185,7 +185,7 @@ fn connections_survive_a_flood_of_unanswered_syns() -> Result<()> {
     fixture.agents.iter().try_for_each(|agent| agent.verify())
 }
 
-/// The clients are not there, but the servers are: each SYN is answered, and that is all.
+/// The clients do not exist, but the servers do: each SYN gets a SYN-ACK and no more.
 #[test]
 fn new_clients_are_served_after_a_flood_of_answered_syns() -> Result<()> {
     let map = "2000";
@@ -203,7 +203,7 @@ fn new_clients_are_served_after_a_flood_of_answered_syns() -> Result<()> {
     let [client, flooder] = fixture.cluster.clients() else {
         unreachable!("two clients were asked for");
     };
-    // Answers to who is not there have a way out of the node, as through a router.
+    // Replies to clients that do not exist have a route out of the node, as through a router.
     n1.ip_batch(&[
         "neighbour add 172.30.99.254 lladdr 02:00:00:00:00:99 dev eth0 nud permanent".to_owned(),
         "neighbour add fd00:172:30:99::254 lladdr 02:00:00:00:00:99 dev eth0 nud permanent".to_owned(),

@@ -38,7 +38,8 @@ const CAPACITIES: Capacities = Capacities {
     udp_flows: 16,
     affinity: 64,
     conntrack: 64,
-    // Older kernels (6.1) move 128 entries of an LRU hash to a processor at a time: a smaller one forgets at once.
+    // Older kernels (6.1) move 128 entries of an LRU hash to a processor at a time, so a smaller map would evict at
+    // once.
     conntrack_new: 1024,
 };
 /// Verdicts of tc programs.
@@ -46,11 +47,11 @@ const UNSPEC: i32 = -1;
 const SHOT: i32 = 2;
 const REDIRECT: i32 = 7;
 const SNAT: std::ops::RangeInclusive<u16> = 61000..=61999;
-/// Offset of `ifindex` in `struct __sk_buff`, and its size.
+/// Offset of `ifindex` in `struct __sk_buff`, and the size of that structure.
 const IFINDEX: usize = 40;
 const SK_BUFF: usize = 192;
 
-/// A packet as a test has it.
+/// A packet as the tests write it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Sent {
     from: SocketAddr,
@@ -79,7 +80,7 @@ impl Sent {
             to,
             kind,
             ttl: 64,
-            // Odd: a checksum has to mind that.
+            // An odd length, which checksum code must handle.
             payload: if kind == What::Datagram {
                 b"hello".to_vec()
             } else {
@@ -114,7 +115,7 @@ impl Sent {
         bytes
     }
 
-    /// Reads a packet, and fails where one of its checksums is wrong.
+    /// Reads a packet; fails if one of its checksums is wrong.
     fn read(bytes: &[u8]) -> Result<Self> {
         let headers = checked(bytes)?;
         let (from, to, ttl) = addresses(&headers)?;
@@ -150,7 +151,7 @@ fn addresses(headers: &PacketHeaders<'_>) -> Result<(IpAddr, IpAddr, u8)> {
     })
 }
 
-/// The headers of a packet whose checksums are right.
+/// Returns the headers of a packet; fails if one of its checksums is wrong.
 fn checked(bytes: &[u8]) -> Result<PacketHeaders<'_>> {
     let headers = PacketHeaders::from_ethernet_slice(bytes).context("not a packet")?;
     let payload = headers.payload.slice();
@@ -184,16 +185,17 @@ fn checked(bytes: &[u8]) -> Result<PacketHeaders<'_>> {
     Ok(headers)
 }
 
-/// What an ICMP error says, in either family.
+/// Meaning of an ICMP error, in either family.
 #[derive(Debug, PartialEq, Eq)]
 enum Told {
     NoSuchPort,
     TooOld,
-    /// What would not be: of IPv4.
+    /// Fragmentation needed, with the MTU of the next hop. Only IPv4 has it here.
     TooLong(u16),
 }
 
-/// What a packet is told that was sent: by the address that it asked, and with the beginning of it.
+/// Reads the ICMP error for a sent packet. Fails unless it comes from the destination of that packet and quotes its
+/// beginning.
 fn told(bytes: &[u8], sent: &Sent) -> Result<Told> {
     let headers = checked(bytes)?;
     let (from, to, _) = addresses(&headers)?;
@@ -218,7 +220,7 @@ fn told(bytes: &[u8], sent: &Sent) -> Result<Told> {
     })
 }
 
-/// A node whose maps this process fills, and whose programs it runs.
+/// A node. This process fills its maps and runs its programs.
 struct Fixture {
     reconciler: Reconciler<BpfMaps>,
     _lock: Lock,
@@ -286,7 +288,7 @@ impl Fixture {
         SocketAddr::new(ip, port)
     }
 
-    /// An address of a pod on a node: of none that is there, for who is asked here never answers.
+    /// Returns the address of a pod on a node. The pod does not exist, since no test needs its answer.
     fn pod(&self, node: &str, v6: bool) -> IpAddr {
         let node = self.cluster.node(node);
         if v6 {
@@ -299,7 +301,7 @@ impl Fixture {
         }
     }
 
-    /// A Service on a node port, TCP and UDP, and its backends by node.
+    /// Applies a Service with a node port, TCP and UDP, and backends given by address and node.
     fn serve(&mut self, name: &str, last: u8, port: u16, backends: &[(IpAddr, &str)]) {
         let key = ObjectKey::new("default", name);
         let port_of = |name: &str, protocol| ServicePort {
@@ -360,7 +362,7 @@ impl Fixture {
         self.run(program_name::EGRESS, device, &packet.bytes())
     }
 
-    /// Connections of all Services: served and refused.
+    /// Returns the connections of all Services: served and refused.
     fn counted(&self) -> Result<(u64, u64)> {
         (0..CAPACITIES.services).try_fold((0, 0), |(served, refused), index| {
             let one = self.reconciler.maps().pinned().stats(index)?;
@@ -380,7 +382,7 @@ struct Hook<'a> {
 }
 
 impl Hook<'_> {
-    /// Verdict and packet, in the network namespace of the caller.
+    /// Runs the program in the network namespace of the caller, and returns verdict and packet.
     fn run(&self, packet: &[u8]) -> Result<(i32, Vec<u8>)> {
         let mut out = vec![0; packet.len() + 256];
         let result = self.classifier.test_run(TestRunOptions {
@@ -411,13 +413,13 @@ fn local_backend_sees_the_client_and_the_reply_comes_from_the_frontend() -> Resu
         let got = Sent::read(&out)?;
         let to = SocketAddr::new(fixture.pod("n1", v6), 8080);
         assert_eq!((verdict, &got), (UNSPEC, &Sent { to, ..sent.clone() }));
-        // At the bridge it is no business of lb's yet.
+        // At the bridge, lb does not translate the reply yet.
         let answer = got.answer(tell);
         let (verdict, out) = fixture.ingress("cni0", &answer)?;
         assert_eq!((verdict, Sent::read(&out)?), (UNSPEC, answer.clone()));
         let (verdict, out) = fixture.egress("eth0", &answer)?;
         assert_eq!((verdict, Sent::read(&out)?), (UNSPEC, sent.answer(tell)));
-        // Again, now as a flow that was answered.
+        // A second packet, now of an established flow.
         let (verdict, out) = fixture.ingress("eth0", &sent)?;
         assert_eq!((verdict, Sent::read(&out)?), (UNSPEC, got));
     }
@@ -462,7 +464,7 @@ fn remote_backend_sees_the_snat_address_and_the_reply_is_translated_back() -> Re
                 ..sent.answer(tell)
             };
             assert_eq!((verdict, Sent::read(&out)?), (REDIRECT, answer));
-            // The same flow keeps its port.
+            // A flow keeps its SNAT port.
             let again = Sent::read(&fixture.ingress("eth0", &sent)?.1)?;
             assert_eq!(again.from, got.from);
         }
@@ -494,7 +496,7 @@ fn no_endpoint_gets_tcp_reset_or_icmp_port_unreachable() -> Result<()> {
         assert!(tcp.rst && tcp.ack && !tcp.syn, "{tcp:?}");
         assert_eq!((tcp.acknowledgment_number, tcp.source_port), (1001, 30080));
     }
-    // Nobody refuses a refusal.
+    // A reset is never answered with a reset.
     let sent = Sent::new(What::Rst, client(false, 4000), fixture.own(false, 30080));
     assert_eq!(fixture.ingress("eth0", &sent)?.0, UNSPEC);
     assert_eq!(fixture.dropped(DropReason::NoEndpoint)?, 4);
@@ -548,7 +550,7 @@ fn untranslatable_packets_pass_unchanged_and_are_counted() -> Result<()> {
     let good = |v6| Sent::new(What::Syn, client(v6, 4000), fixture.own(v6, 30080)).bytes();
     type Change = fn(&mut Vec<u8>);
     let changes: [(bool, Change, Option<DropReason>); 12] = [
-        // "More fragments".
+        // The flag "more fragments".
         (false, |p| p[14 + 6] = 0x20, Some(DropReason::Fragment)),
         (false, |p| p[14 + 7] = 1, Some(DropReason::Fragment)),
         (true, |p| p[14 + 6] = 44, Some(DropReason::Fragment)),
@@ -556,7 +558,7 @@ fn untranslatable_packets_pass_unchanged_and_are_counted() -> Result<()> {
         (true, |p| p[14 + 6] = 60, Some(DropReason::HeaderOptions)),
         (false, |p| p[14 + 9] = 132, Some(DropReason::OtherProtocol)),
         (false, |p| p[14] = 0x44, Some(DropReason::Malformed)),
-        // Longer than it is, and shorter than its headers.
+        // A total length beyond the packet, and one shorter than the headers.
         (false, |p| p[14 + 2] = 8, Some(DropReason::Malformed)),
         (false, |p| p[14 + 3] = 30, Some(DropReason::Malformed)),
         (true, |p| p[14 + 5] = 0, Some(DropReason::Malformed)),
@@ -574,10 +576,10 @@ fn untranslatable_packets_pass_unchanged_and_are_counted() -> Result<()> {
             assert_eq!(fixture.dropped(reason)?, before + 1, "{number} {reason:?}");
         }
     }
-    // A connection that lb has not seen begin.
+    // A connection without a SYN that lb has seen.
     let sent = Sent::new(What::Ack, client(false, 4000), fixture.own(false, 30080));
     assert_eq!(fixture.ingress("eth0", &sent)?, (UNSPEC, sent.bytes()));
-    // Nobody's address, and a port that is no node port's.
+    // An address of no Service, and a port that is no node port.
     for to in [SocketAddr::new(CLIENT[0].parse()?, 30080), fixture.own(false, 30081)] {
         let sent = Sent::new(What::Syn, client(false, 4000), to);
         assert_eq!(fixture.ingress("eth0", &sent)?, (UNSPEC, sent.bytes()), "{to}");
@@ -602,7 +604,7 @@ fn flow_to_a_removed_backend_is_reset_and_a_new_one_selects_again() -> Result<()
             (verdict, reset.kind, reset.from, reset.to),
             (REDIRECT, What::Rst, sent.to, sent.from)
         );
-        // From the same port, at once.
+        // A new connection from the same port, at once.
         let again = Sent::read(&fixture.ingress("eth0", &sent)?.1)?;
         assert_eq!(again.to.ip(), there.0);
     }
@@ -621,7 +623,7 @@ fn full_conntrack_refuses_new_flows_and_keeps_established_ones() -> Result<()> {
         let there = Sent::read(&fixture.ingress("eth0", &sent)?.1)?;
         let answer = there.answer(What::SynAck);
         assert_eq!(fixture.egress("eth0", &answer)?.0, UNSPEC);
-        // Only now it is one to be kept: before, anybody could have asked in the name of another.
+        // Only this ACK establishes the flow: the source address of a SYN may be spoofed.
         let thanks = Sent::new(What::Ack, sent.from, sent.to);
         match fixture.ingress("eth0", &thanks)?.0 {
             UNSPEC => kept.push(sent),
@@ -629,13 +631,13 @@ fn full_conntrack_refuses_new_flows_and_keeps_established_ones() -> Result<()> {
             other => bail!("{other}"),
         }
     }
-    // Two entries each.
+    // Two entries per flow.
     assert_eq!(
         (kept.len() as u32, refused),
         (CAPACITIES.conntrack / 2, 100 - CAPACITIES.conntrack / 2)
     );
     assert_eq!(fixture.dropped(DropReason::ConntrackFull)?, u64::from(refused));
-    // Many that nobody answers.
+    // Many flows without a reply.
     for port in 10_000..14_000 {
         let sent = Sent::new(What::Syn, client(false, port), fixture.own(false, 30080));
         assert_eq!(fixture.ingress("eth0", &sent)?.0, UNSPEC);
@@ -651,13 +653,13 @@ fn full_conntrack_refuses_new_flows_and_keeps_established_ones() -> Result<()> {
 #[test]
 fn concurrent_first_packets_create_one_flow() -> Result<()> {
     let mut fixture = Fixture::new()?;
-    // One of them behind another device, and with a source of the node.
+    // One of the two backends is behind another device and needs SNAT.
     let backends = [(fixture.pod("n1", false), "n1"), (fixture.pod("n2", false), "n2")];
     fixture.serve("races", 20, 30080, &backends);
     let rounds = scaled_count(4000);
     let hook = fixture.hook(program_name::INGRESS, "eth0")?;
     let own = fixture.own(false, 30080);
-    // Both of a round begin together: whoever comes first waits for the other.
+    // Both packets of a round are sent together: each thread waits for the other one.
     let arrived = AtomicU64::new(0);
     let one = || {
         let outs = (0..rounds).map(|round| {
@@ -670,7 +672,7 @@ fn concurrent_first_packets_create_one_flow() -> Result<()> {
             let (verdict, out) = hook.run(&packet)?;
             Ok((verdict, Sent::read(&out)?))
         });
-        // All, whatever comes of one: the other would wait.
+        // All rounds run even if one fails, or the other thread would wait forever.
         outs.collect::<Vec<Result<_>>>()
     };
     let (first, second) = fixture.node().within(|| {
@@ -691,7 +693,7 @@ fn reused_client_port_keeps_its_snat_port() -> Result<()> {
     let mut fixture = Fixture::new()?;
     for v6 in [false, true] {
         fixture.serve("there", 20, 30080, &[(fixture.pod("n2", v6), "n2")]);
-        // One connection, both of whose sides say that they send no more, from one port every time.
+        // A connection that both sides close, from the same client port each time.
         let connect = |fixture: &Fixture| -> Result<Sent> {
             let segment = |kind| Sent::new(kind, client(v6, 4000), fixture.own(v6, 30080));
             let there = Sent::read(&fixture.ingress("eth0", &segment(What::Syn))?.1)?;
@@ -706,7 +708,7 @@ fn reused_client_port_keeps_its_snat_port() -> Result<()> {
         for again in 0..5 {
             assert_eq!(connect(&fixture)?, first, "{again}");
         }
-        // Where it is no longer one of those that may be used, another is.
+        // If the SNAT port is no longer in the configured range, another one is used.
         let others = *SNAT.end() + 1..=*SNAT.end() + 10;
         fixture
             .reconciler
@@ -726,7 +728,7 @@ fn snat_port_of_a_closed_connection_is_reused_when_none_is_free() -> Result<()> 
     let few = *SNAT.start()..=*SNAT.start() + 3;
     fixture.reconciler.maps_mut().pinned_mut().write_snat_ports(Some(few));
     let segment = |kind, port| Sent::new(kind, client(false, port), fixture.own(false, 30080));
-    // Some ports are tried, by chance: who asks often enough gets the last one.
+    // The program tries some random ports per packet, so repeated attempts get the last free one.
     let begin = |port| -> Result<Option<Sent>> {
         for _ in 0..40 {
             let (verdict, out) = fixture.ingress("eth0", &segment(What::Syn, port))?;
@@ -744,7 +746,7 @@ fn snat_port_of_a_closed_connection_is_reused_when_none_is_free() -> Result<()> 
         flows.push(there);
     }
     assert_eq!(begin(4004)?, None);
-    // Who wants to break a connection off is not believed, nor one side alone.
+    // A reset of the client does not free the port, nor does a FIN of one side alone.
     fixture.ingress("eth0", &segment(What::Rst, 4000))?;
     fixture.ingress("eth0", &segment(What::Fin, 4001))?;
     assert_eq!(begin(4004)?, None);

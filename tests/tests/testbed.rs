@@ -20,7 +20,7 @@ fn testbed() -> Testbed {
     Testbed::new(TESTBED)
 }
 
-/// Everything on this machine whose name begins with `prefix`.
+/// Returns the names of all namespaces, cgroups, pins and temporary files on this machine that begin with `prefix`.
 fn remains(prefix: &str) -> Vec<String> {
     let cgroups = cgroup2_root().unwrap();
     [
@@ -36,7 +36,7 @@ fn remains(prefix: &str) -> Vec<String> {
     .collect()
 }
 
-/// Whether a process with this id runs.
+/// Returns whether a process with this id runs.
 fn runs(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
 }
@@ -61,10 +61,10 @@ fn pods_reach_each_other_over_vxlan_and_routes() -> Result<()> {
             summary.per_target[&targets[0].to_string()],
             BTreeMap::from([("b".to_owned(), 10)])
         );
-        // Nobody translates a pod's address on the way to another pod.
+        // Packets between pods keep their source address.
         assert_eq!(summary.per_source, BTreeMap::from([(a.address().to_string(), 20)]));
 
-        // From the node, over the overlay: the source is the device's own address.
+        // From the node, over the overlay: the source is the overlay device's own address.
         let summary = testbed().connect(cluster.node("n1"), &Connect::to(&[c.socket(8080)]).count(3))?;
         summary.all_well()?;
         let source = match underlay {
@@ -73,7 +73,7 @@ fn pods_reach_each_other_over_vxlan_and_routes() -> Result<()> {
         };
         assert_eq!(summary.per_source, BTreeMap::from([(source.to_string(), 3)]));
 
-        // Without a name of its own, a server is known by where it listens.
+        // A server without a name reports its listening address.
         let summary = testbed().connect(&a, &Connect::to(&[c.socket(8081)]).count(1))?;
         assert_eq!(summary.reached("0.0.0.0:8081"), 1);
     }
@@ -97,7 +97,7 @@ fn outside_client_reaches_nodes_and_service_addresses_are_unroutable() -> Result
         let summary = testbed().connect(netns, &Connect::to(&[service]).count(1).timeout(timeout))?;
         assert_eq!(summary.failures[0].errno, libc::ENETUNREACH, "{summary:?}");
     }
-    // The pod has a default route; its node then has none.
+    // The pod has a default route, but its node then has no route.
     let summary = testbed().connect(&pod, &Connect::to(&[service]).count(1).timeout(timeout))?;
     assert_eq!(summary.failure_count, 1, "{summary:?}");
     Ok(())
@@ -120,7 +120,7 @@ fn processes_run_in_their_namespace_and_cgroup() -> Result<()> {
     assert!(node.cgroup().ends_with(format!("{prefix}n1")));
     assert!(cluster.pin_path("n1").ends_with(format!("{prefix}n1")));
 
-    // The machine's mounts are there: bpffs is what it is outside.
+    // The mounts of the machine are visible: bpffs too.
     assert_eq!(
         node.run("stat", &["--file-system", "--format=%T", BPFFS])?.trim(),
         "bpf_fs"
@@ -166,7 +166,7 @@ fn failed_connections_report_stage_and_errno() -> Result<()> {
         (libc::EAGAIN, ConnectStep::Read)
     );
 
-    // Nobody has that address: the kernel asks for it in vain for 3 s.
+    // No machine has that address: the kernel sends ARP requests for 3 s without a reply.
     let nobody = "10.10.1.77:80".parse()?;
     let connect = Connect::to(&[nobody]).count(1).timeout(Duration::from_millis(100));
     assert_eq!(testbed().connect(&pod, &connect)?.failures[0].errno, libc::ETIMEDOUT);
@@ -202,7 +202,7 @@ fn load_logs_connections_and_stops_on_request() -> Result<()> {
             .iter()
             .all(|record| begin < record.start_ns && record.start_ns <= record.end_ns)
     );
-    // What began after the server's end failed.
+    // Connections that began after the server's end failed.
     assert!(records.iter().any(|record| record.start_ns > killed));
     assert!(
         records
@@ -268,7 +268,7 @@ fn removed_pod_frees_its_address() -> Result<()> {
     assert_eq!(remains(b.netns_name()), [""; 0]);
     assert!(b.command("true").is_err());
 
-    // Another takes its address.
+    // A new pod takes the address of the removed one.
     assert!(cluster.add_pod_at("n1", "c", a.address()).is_err());
     assert!(cluster.add_pod_at("n1", "c", "10.10.2.9".parse()?).is_err());
     let c = cluster.add_pod_at("n1", "c", b.address())?;
@@ -301,7 +301,7 @@ fn dropping_a_cluster_removes_everything() -> Result<()> {
     let cluster = Cluster::builder().nodes(2).client(true).build()?;
     let pod = cluster.add_pod("n1", "a")?;
     let server = testbed().serve(&pod, &["0.0.0.0:8080"])?;
-    // A process whose guard nobody has, and one that was forked by another.
+    // A process without a guard, and one that was forked by another process.
     let stray = pod.command("sleep")?.arg("1000").spawn()?;
     pod.run("sh", &["-c", "sleep 1000 >/dev/null 2>&1 &"])?;
     fs::create_dir_all(cluster.pin_path("n1").join("maps"))?;
@@ -354,7 +354,7 @@ fn leftovers_of_ended_owners_are_removed_and_of_running_owners_kept() -> Result<
     remove_leftovers()?;
     assert!(remains(&prefix).len() >= 5, "a living owner keeps its cluster");
     owner.kill()?;
-    // Somebody else on this machine may do the same at this moment.
+    // Another test on this machine may do this at the same moment.
     remove_leftovers()?;
     assert_eq!(remains(&prefix), [""; 0]);
     assert!(!runs(server));

@@ -1,4 +1,4 @@
-//! `lb-agent trace`: events as they happen, of one reader, counted where they are lost.
+//! `lb-agent trace`: events as they happen, for one reader, with a count of lost ones.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -40,7 +40,7 @@ struct Setup {
     cluster: Cluster,
 }
 
-/// Services `web` and `db`, of which a pod serves both, by TCP and UDP, IPv4 and IPv6.
+/// Returns the manifests of Services `web` and `db`, both served by one pod, by TCP and UDP, IPv4 and IPv6.
 fn manifest(pod: &Pod) -> String {
     let (v4, v6) = ([(pod.address().into(), "n1")], [(pod.address6().into(), "n1")]);
     let mut text = String::new();
@@ -74,12 +74,12 @@ fn setup() -> Result<Setup> {
     })
 }
 
-/// The bits that say which events are written.
+/// Returns the bits that select which events are written.
 fn asked(pin_path: &Path) -> Result<u32> {
     Ok(PinnedMaps::open(&PinPath::new(pin_path).maps())?.config().events)
 }
 
-/// Starts `lb-agent trace -o json`, and waits until it is told of events.
+/// Starts `lb-agent trace -o json`, and waits until events are enabled.
 fn trace(netns: &Netns, pin_path: &Path, flags: &[&str]) -> Result<Process> {
     let mut command = netns.command(Agent::find(TESTBED.as_ref())?)?;
     command
@@ -96,7 +96,7 @@ fn trace(netns: &Netns, pin_path: &Path, flags: &[&str]) -> Result<Process> {
     Ok(process)
 }
 
-/// Waits until nobody asks for events any more.
+/// Waits until events are disabled.
 fn wait_for_nobody(setup: &Setup) -> Result<()> {
     let deadline = Instant::now() + scaled_timeout(2 * PATIENCE);
     while setup.asked()? != 0 {
@@ -111,7 +111,7 @@ fn event(tracer: &mut Process) -> Result<Value> {
     serde_json::from_str(&line).with_context(|| line.clone())
 }
 
-/// Connects, and expects all to succeed or all to fail.
+/// Connects, and expects all connections to succeed or all to fail.
 fn connect(setup: &Setup, to: &str, count: u64, well: bool) -> Result<()> {
     let to: SocketAddr = to.parse()?;
     let summary = testbed().connect(&setup.client, &Connect::to(&[to]).count(count))?;
@@ -132,7 +132,7 @@ impl Setup {
 #[test]
 fn trace_shows_connects_and_refusals() -> Result<()> {
     let setup = setup()?;
-    // Of what happens before, nothing is told.
+    // Connections before the start are not shown.
     connect(&setup, "10.96.0.10:80", 3, true)?;
     let mut tracer = setup.trace(&[])?;
     connect(&setup, "10.96.0.10:80", 2, true)?;
@@ -149,7 +149,7 @@ fn trace_shows_connects_and_refusals() -> Result<()> {
         );
         assert_eq!(row["backend"], setup.pod.socket(8080).to_string());
         assert_eq!((&row["protocol"], &row["reason"]), (&"TCP".into(), &Value::Null));
-        // The client may have ended before it is looked at.
+        // The client may have ended before the tracer looks up its name.
         assert!(command == "lb-testbed" || command == "?", "{row:#}");
         assert!(row["pid"].as_u64().is_some_and(|pid| pid > 1), "{row:#}");
     }
@@ -161,7 +161,7 @@ fn trace_shows_connects_and_refusals() -> Result<()> {
     );
     assert_eq!((&row["service"], &row["backend"]), (&Value::Null, &Value::Null));
 
-    // One can at a time.
+    // Only one tracer can run at a time.
     let second = setup.agent.output(&["trace", "--count", "1"]);
     assert!(second.is_err_and(|error| error.to_string().contains("one can at a time")));
 
@@ -226,7 +226,7 @@ fn trace_shows_destroyed_sockets() -> Result<()> {
         assert_eq!((&row["event"], &row["to"]), (&"connected".into(), &to.into()));
         sockets.push((socket, row));
     }
-    // Its endpoints leave.
+    // The endpoints are removed.
     let without = service("web", "10.96.0.10,fd00:96::10", &[HTTP, DNS], "");
     setup.manifests.write("all.yaml", &without)?;
     let mut destroyed = [event(&mut tracer)?, event(&mut tracer)?];
@@ -259,7 +259,7 @@ fn trace_filters_by_service() -> Result<()> {
     ] {
         connect(&setup, to, 1, well)?;
     }
-    // A port that the address does not have is the Service's too.
+    // A refused connection to a port that the address does not have belongs to the Service too.
     let rows = [event(&mut tracer)?, event(&mut tracer)?, event(&mut tracer)?];
     let to = rows
         .each_ref()
@@ -273,12 +273,12 @@ fn trace_filters_by_service() -> Result<()> {
 #[test]
 fn events_are_disabled_after_the_tracer_is_killed() -> Result<()> {
     let mut setup = setup()?;
-    // No agent runs that could.
+    // No agent runs that could disable events.
     setup.agent.kill()?;
     setup.trace(&[])?.kill()?;
     assert_ne!(setup.asked()?, 0);
     connect(&setup, "10.96.0.20:80", 1, true)?;
-    // What nobody read is not told to the next, which shows a table.
+    // The next tracer does not show events that were never read. Its output is a table.
     let mut command = setup.cluster.node("n1").command(Agent::find(TESTBED.as_ref())?)?;
     command
         .args(["trace", "--count", "1", "--pin-path"])
@@ -308,7 +308,7 @@ fn events_are_disabled_after_the_tracer_is_killed() -> Result<()> {
     setup.trace(&[])?.kill()?;
     wait_for_nobody(&setup).context("an agent that runs takes it back")?;
 
-    // But not from a tracer that lives.
+    // A restart of the agent keeps the events of a tracer that is still running.
     let mut tracer = setup.trace(&[])?;
     setup.agent.kill()?;
     setup.agent.start_again()?;
@@ -320,7 +320,7 @@ fn events_are_disabled_after_the_tracer_is_killed() -> Result<()> {
 
 #[test]
 fn lost_events_are_counted_and_shown() -> Result<()> {
-    // The ring buffer has room for fewer.
+    // The ring buffer has room for fewer events.
     const COUNT: u64 = 4_000;
     let setup = setup()?;
     let refused = Connect::to(&["10.96.0.10:81".parse()?]).refused().count(COUNT);
@@ -336,7 +336,7 @@ fn lost_events_are_counted_and_shown() -> Result<()> {
         "nothing is written while nobody asks"
     );
     let mut tracer = setup.trace(&[])?;
-    // It does not read while the ring buffer runs over.
+    // The tracer is stopped while the ring buffer overflows.
     tracer.signal(Signal::SIGSTOP)?;
     let summary = testbed().connect(&setup.client, &refused)?;
     assert_eq!(summary.connections, COUNT);
@@ -386,7 +386,7 @@ fn agent_events_reach_the_tracer() -> Result<()> {
         kind: EventKind::Destroyed as u8,
         ..Event::default()
     };
-    // Nobody asks.
+    // Events are disabled.
     maps.tell(&destroyed(1))?;
     let mut tracer = trace(cluster.node("n1"), pins.root(), &["--count", "2"])?;
     for port in [53, 54] {

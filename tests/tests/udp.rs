@@ -1,4 +1,4 @@
-//! UDP through services, IPv6, v4-mapped addresses and MPTCP, by single sockets that make one call after another.
+//! UDP, IPv6, v4-mapped addresses and MPTCP through Services, by scripted sockets that make one call after another.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -19,7 +19,7 @@ fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
-/// A node, a client pod, three servers of datagrams and of streams, and services in both families.
+/// A node, a client pod, three servers for UDP and TCP, and Services in both families.
 struct Setup {
     agent: RunningAgent,
     manifests: Manifests,
@@ -32,7 +32,8 @@ struct Setup {
 const DNS: Port<'static> = Port::udp("dns", 53);
 const WEB: Port<'static> = Port::tcp("web", 80);
 
-/// `both`: all servers, UDP and TCP, in both families. `one` and `uno`: the first server only. `two`: the second only.
+/// Returns the manifests. `both`: all servers, UDP and TCP, in both families. `one` and `uno`: the first server only.
+/// `two`: the second only.
 fn manifests(servers: &[Pod]) -> String {
     let all: Vec<_> = servers.iter().collect();
     [
@@ -92,20 +93,20 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     })
 }
 
-/// The address of a service, by its last number, and a port.
+/// Returns the address of a Service, by its last number, and a port.
 type Vip = fn(u16, u16) -> SocketAddr;
 
-/// The two families, and IPv4 on IPv6 sockets.
+/// Returns the two families, and IPv4 on IPv6 sockets.
 fn families() -> [(SocketKind, Vip); 3] {
     fn v4(last: u16, port: u16) -> SocketAddr {
         SocketAddr::new(IpAddr::from([10, 96, 0, last as u8]), port)
     }
     fn v6(last: u16, port: u16) -> SocketAddr {
-        // The last number as it is written.
+        // The digits of the last number are read as hexadecimal.
         let last = u16::from_str_radix(&last.to_string(), 16).unwrap();
         SocketAddr::new(Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, last).into(), port)
     }
-    // The third: v4-mapped.
+    // The third uses v4-mapped addresses.
     [(SocketKind::Udp4, v4), (SocketKind::Udp6, v6), (SocketKind::Udp6, v4)]
 }
 
@@ -121,7 +122,7 @@ fn connected_udp_sockets_report_the_vip_as_peer() -> Result<()> {
             ensure!(socket.peer()? == to, "{kind:?} {to}: getpeername {}", socket.peer()?);
             socket.send("hello")?;
             let name = socket.receive_reply(to, "hello")?;
-            // It keeps its backend, also where it names the destination that it is connected to.
+            // The socket keeps its backend, also if a send names the destination that it is connected to.
             socket.send("again")?;
             assert_eq!(socket.receive_reply(to, "again")?, name);
             assert_eq!(socket.exchange(to, "named")?, name, "{kind:?} {to}");
@@ -142,7 +143,7 @@ fn unconnected_udp_sockets_keep_their_backend_and_receive_from_the_vip() -> Resu
         for i in 1..10 {
             assert_eq!(socket.exchange(to, &i.to_string())?, first, "{kind:?} {to}");
         }
-        // Another service on the same socket, another backend, questions at once: musl's resolver asks like that.
+        // Another Service on the same socket, another backend, and two queries at once, as musl's resolver sends them.
         let other = vip(if first == "b" { 11 } else { 13 }, 53);
         socket.send_to(to, "x")?;
         socket.send_to(other, "y")?;
@@ -215,7 +216,7 @@ fn udp_socket_reconnects_disconnects_and_sends_elsewhere() -> Result<()> {
     socket.connect(one)?;
     socket.send("x")?;
     assert_eq!(socket.receive_reply(one, "x")?, "a");
-    // Straight to the same backend: nothing is translated any more.
+    // Directly to the same backend: nothing is translated any more.
     socket.connect(direct)?;
     assert_eq!(socket.peer()?, direct);
     socket.send("y")?;
@@ -224,7 +225,8 @@ fn udp_socket_reconnects_disconnects_and_sends_elsewhere() -> Result<()> {
     assert_eq!(socket.peer()?, two);
     socket.send("z")?;
     assert_eq!(socket.receive_reply(two, "z")?, "b");
-    // A connected socket may send elsewhere; the answer is not for it, but goes there it does.
+    // A connected socket may send to another address. The kernel delivers the datagram, but the answer does not match
+    // the socket's peer.
     socket.send_to(one, "elsewhere")?;
     socket.send("w")?;
     assert_eq!(socket.receive_reply(two, "w")?, "b");
@@ -273,7 +275,7 @@ fn udp_without_endpoint_fails_at_sendto_and_connect() -> Result<()> {
                 errno,
                 "{kind:?} connects to {to}"
             );
-            // The socket is as good as new.
+            // The socket works after the failed calls.
             socket.exchange(vip(10, 53), "well")?;
         }
     }

@@ -21,10 +21,10 @@ use lb_tests::{
 };
 
 const NODE: &str = "n1";
-/// Changes that are applied under load.
+/// Number of changes that are applied under load.
 const APPLIES: u64 = 1000;
 const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
-/// Small, so that 100 entries of FRONTENDS can be 90 % full, and indexes, ids and slots are soon used again.
+/// Small, so that 100 entries of FRONTENDS can be 90 % full, and indexes, ids and slots are soon reused.
 const CAPACITIES: Capacities = Capacities {
     services: 72,
     frontends: 100,
@@ -38,7 +38,7 @@ const CAPACITIES: Capacities = Capacities {
     conntrack_new: 64,
 };
 
-/// A backend: an address of the server pod. It answers with its name all the time, in use or not.
+/// A backend: an address of the server pod. It always answers with its name, whether a Service uses it or not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Backend {
     name: String,
@@ -46,7 +46,7 @@ struct Backend {
 }
 
 impl Backend {
-    /// `count` of them with names such as `a0`, at addresses that end in `from` and above.
+    /// Returns `count` backends with names such as `a0`, at addresses that end in `from` and above.
     fn several(prefix: &str, from: u8, count: u8) -> Vec<Self> {
         let backend = |number| Self {
             name: format!("{prefix}{number}"),
@@ -97,12 +97,12 @@ impl Fixture {
         self.reconciler.apply(Batch::of(changes));
     }
 
-    /// Fails unless the maps are as they should be.
+    /// Fails unless the maps match the desired state.
     fn check(&self) -> Result<()> {
         let drifts = verify(self.reconciler.desired(), &self.reconciler.maps().dump()?);
         ensure!(drifts.is_empty(), "the maps are not as they should be: {drifts:?}");
         let problems = self.reconciler.problems();
-        // Where two Services claim an address, that is told and nothing is wrong.
+        // An address that two Services claim is a problem too, but an expected one.
         let failed: Vec<_> = problems
             .iter()
             .filter(|problem| problem.message.contains("not served as it should be"))
@@ -123,7 +123,8 @@ impl Fixture {
         Ok(())
     }
 
-    /// Four threads that connect until the end; a little slower than they could, so that others can work too.
+    /// Starts four threads that connect until they are stopped, a little slower than they could, which leaves CPU time
+    /// to the reconciler.
     fn start_clients(&self, targets: &[SocketAddr]) -> Result<Load> {
         let connect = Connect::to(targets)
             .threads(4)
@@ -134,19 +135,19 @@ impl Fixture {
         self.testbed.start(&self.client, &connect)
     }
 
-    /// Ends the clients; what each of their connections did.
+    /// Stops the clients, and returns the records of all connections.
     fn stop_clients(&self, load: Load) -> Result<Vec<Record>> {
         let summary = load.stop()?;
         summary.all_well()?;
         self.records()
     }
 
-    /// What the clients have logged at their end.
+    /// Returns the records that the clients have written at their end.
     fn records(&self) -> Result<Vec<Record>> {
         Record::read_log(&self.cluster.scratch().join("connections"))
     }
 
-    /// Fails if a program has refused or missed anything for other reasons than these.
+    /// Fails if a program has counted a drop for any reason but these.
     fn check_drops(&self, expected: &[DropReason]) -> Result<()> {
         for reason in DropReason::ALL.iter().filter(|reason| !expected.contains(reason)) {
             let count = self.reconciler.maps().pinned().drops(*reason)?;
@@ -156,18 +157,18 @@ impl Fixture {
     }
 }
 
-/// A Service of type ClusterIP.
+/// Returns a Service of type ClusterIP.
 fn service(name: &str, address: Ipv4Addr, ports: &[(&str, u16)], created: i64) -> Change {
     Change::Set(objects::service_object(objects::service(name, address, ports, created)))
 }
 
-/// The one EndpointSlice of a Service, for all its ports.
+/// Returns the one EndpointSlice of a Service, for all its ports.
 fn endpoints<'a>(service: &str, ports: &[&str], backends: impl IntoIterator<Item = &'a Backend>) -> Change {
     let addresses: Vec<_> = backends.into_iter().map(|backend| backend.address).collect();
     Change::Set(objects::slice_object(objects::slice(service, ports, NODE, &addresses)))
 }
 
-/// Services that come and go, that nobody connects to, and that fill FRONTENDS.
+/// Services that no client connects to, that come and go, and that fill FRONTENDS.
 struct Others {
     present: Vec<u8>,
     absent: Vec<u8>,
@@ -201,7 +202,7 @@ impl Others {
         self.present.iter().flat_map(|&number| self.set(number))
     }
 
-    /// Up to three go, and as many others come.
+    /// Removes up to three Services, and adds as many others.
     fn swap_some(&mut self, random: &mut Random) -> Vec<Change> {
         let mut changes = Vec::new();
         for _ in 0..=random.below(3) {
@@ -216,7 +217,7 @@ impl Others {
     }
 }
 
-/// How often the others change: every so many applies.
+/// The other Services change at every n-th apply.
 const OTHERS_EVERY: u64 = 4;
 
 #[test]
@@ -241,7 +242,7 @@ fn endpoint_churn_fails_no_connection() -> Result<()> {
 
     let load = fixture.start_clients(&[SocketAddr::new(VIP.into(), 80)])?;
     for apply in 0..scaled_count(APPLIES) {
-        // Any number of them but none, and never the same as before.
+        // Any number of backends but none, and never the same as before.
         let before = present;
         while present == before {
             present = 1 + random.below(255);
@@ -259,7 +260,7 @@ fn endpoint_churn_fails_no_connection() -> Result<()> {
             downtime_log.begin(&backend.name);
         }
         if others_change {
-            // What is left of those that went is cleared after a grace period.
+            // The remaining entries of removed Services are cleared after a grace period.
             fixture.reconciler.settle()?;
         }
         fixture.check().with_context(|| format!("after apply {apply}"))?;
@@ -281,7 +282,7 @@ fn port_moving_between_services_fails_no_connection() -> Result<()> {
     let mut fixture = Fixture::new(&sides.concat())?;
     let mut others = Others::new(&sides[0][0]);
     let mut downtime_log = DowntimeLog::default();
-    // Who has port 80: the only one that claims it, or the older of the two.
+    // The owner of port 80 is the only Service that claims it, or the older of the two.
     let claims = |owner: usize, both: bool| {
         [0, 1].map(|side| {
             let mut ports = vec![("own", own_ports[side])];
@@ -316,7 +317,7 @@ fn port_moving_between_services_fails_no_connection() -> Result<()> {
         sides[before]
             .iter()
             .for_each(|backend| downtime_log.begin(&backend.name));
-        // A service port that went is cleared after a grace period.
+        // A removed service port is cleared after a grace period.
         fixture.reconciler.settle()?;
         fixture.check().with_context(|| format!("after apply {apply}"))?;
         fixture.check_fill()?;
@@ -341,9 +342,9 @@ fn port_moving_between_services_fails_no_connection() -> Result<()> {
     fixture.check_drops(&[])
 }
 
-/// Ports without endpoints: a connection is refused by a program and costs little, as does a store in FRONTENDS. So
-/// there are a thousand times as many as above, for what happens as seldom. (A map update in place of the store is found
-/// within a second.)
+/// Ports without endpoints: the program refuses the connection, which costs little, as does a store in FRONTENDS. So
+/// this test makes a thousand times as many as the tests above, to find rare misses. (With a map update instead of the
+/// store, this test fails within a second.)
 #[test]
 fn frontend_updates_are_never_missed_by_lookups() -> Result<()> {
     const STORES: u64 = 1_000_000;
@@ -370,14 +371,14 @@ fn frontend_updates_are_never_missed_by_lookups() -> Result<()> {
     let summary = load.stop()?;
     println!("{} connections refused, {stores} stores", summary.connections);
     summary.all_well()?;
-    // All of them for the right reason.
+    // All were refused for the right reason.
     fixture.check_drops(&[DropReason::NoEndpoint])?;
     fixture.check()
 }
 
 #[test]
 fn connections_are_distributed_evenly() -> Result<()> {
-    // 500 to each of four backends are enough to see a share that is off by a seventh.
+    // With 500 connections to each of four backends, a share that is off by a seventh is found.
     let count = scaled_count_above(10_000, 2_000);
     let backends = Backend::several("b", 100, 4);
     let mut fixture = Fixture::new(&backends)?;
@@ -390,7 +391,7 @@ fn connections_are_distributed_evenly() -> Result<()> {
         .count(count)
         .threads(2)
         .timeout(scaled_timeout(Duration::from_secs(5)));
-    // One even spread in a thousand looks like an uneven one: then once more.
+    // One even distribution in a thousand looks uneven, so the test tries twice.
     for attempt in 1..=2 {
         let summary = fixture.testbed.connect(&fixture.client, &connect)?;
         summary.all_well()?;

@@ -1,4 +1,4 @@
-//! The kernel programs themselves: the verifier's verdict, the layout of their maps, and their code where it matters.
+//! The eBPF object: the verifier's verdict, the layout of the maps, and code that matters in detail.
 
 use std::collections::BTreeMap;
 
@@ -22,7 +22,7 @@ const CAPACITIES: Capacities = Capacities {
     conntrack_new: 64,
 };
 
-/// Instructions that the verifier may walk through in one program; it gives up at 1,000,000.
+/// Limit for the instructions that the verifier processes in one program; the kernel's own limit is 1,000,000.
 const LIMIT: u32 = 25_000;
 
 #[test]
@@ -31,7 +31,7 @@ fn verifier_accepts_every_program_and_map_layouts_match_the_loader() -> Result<(
     let pins = PinPath::new(cluster.pin_path("n1"));
     let lock = Lock::take(&pins)?;
     let mut maps = loader::load(OBJECT, &lock, &CAPACITIES, SocketLb::All)?;
-    // There is no device that would need these.
+    // No device here needs the programs without a link layer.
     loader::load_programs(maps.programs_mut(), Layer::Network)?;
     let mut names = Vec::new();
     for program in loader::verified(maps.programs())? {
@@ -75,9 +75,9 @@ fn verifier_accepts_every_program_and_map_layouts_match_the_loader() -> Result<(
         ]
     );
     drop(maps);
-    // The second start compares every pinned map with what it expects, and takes them over.
+    // The second start compares every pinned map with its expected layout, and takes the maps over.
     loader::load(OBJECT, &lock, &CAPACITIES, SocketLb::All)?;
-    // Another size is no reason to refuse: what is pinned is kept.
+    // A map with another capacity is not refused; the pinned map is kept.
     let larger = Capacities {
         frontends: 32,
         ..CAPACITIES
@@ -116,7 +116,8 @@ const EXIT: u8 = 0x95;
 const LOAD_8_BYTES: u8 = 0x79;
 const FRAME_POINTER: u8 = 10;
 
-/// The loads (by opcode, those from the stack left out) on each path from an instruction to the next call or the end.
+/// Returns the opcodes of the loads (except those from the stack) on each path from an instruction to the next call or
+/// exit.
 fn loads_before_next_call(code: &[Instruction], from: usize) -> Vec<Vec<u8>> {
     const LOAD_CLASS: u8 = 0x01;
     const JUMP_CLASSES: [u8; 2] = [0x05, 0x06];
@@ -127,7 +128,7 @@ fn loads_before_next_call(code: &[Instruction], from: usize) -> Vec<Vec<u8>> {
             let to = |offset: i64| usize::try_from(at as i64 + 1 + offset).unwrap();
             match i.opcode {
                 CALL | EXIT => break,
-                // Jumps without a condition, by the offset and by the immediate.
+                // Unconditional jumps, by the offset and by the immediate.
                 0x05 => at = to(i.offset.into()),
                 0x06 => at = to(i.immediate.into()),
                 opcode => {
@@ -145,8 +146,8 @@ fn loads_before_next_call(code: &[Instruction], from: usize) -> Vec<Vec<u8>> {
     paths
 }
 
-/// A set word is published by one 8-byte store; whoever reads base and length by two loads could see halves of two
-/// sets. From the random number to the lookup of the slot that it picks, nothing else is read.
+/// A set word is published by one 8-byte store. A program that read base and length by two loads could see halves of
+/// two sets. Between the random number and the lookup of the selected slot, the program reads nothing else.
 #[test]
 fn set_word_is_read_by_a_single_load() -> Result<()> {
     const RANDOM: i32 = 7;
@@ -171,17 +172,17 @@ fn set_word_is_read_by_a_single_load() -> Result<()> {
     Ok(())
 }
 
-/// Where a function of the object is: its section, and where it begins there.
+/// Location of a function in the object: its section, and its offset there.
 type Place = (usize, u64);
 
 struct Function {
     name: String,
-    /// Bytes of the stack.
+    /// Stack frame in bytes.
     frame: u32,
     calls: Vec<Place>,
 }
 
-/// The bytes of the stack that code uses: how far below the frame pointer it reads, writes, or takes an address.
+/// Returns the stack frame of code in bytes: how far below the frame pointer it reads, writes, or takes an address.
 fn frame(code: &[Instruction]) -> u32 {
     const LOAD: u8 = 1;
     const STORES: [u8; 2] = [2, 3];
@@ -239,8 +240,8 @@ fn functions(object: &object::File<'_>) -> Result<BTreeMap<Place, Function>> {
     Ok(functions)
 }
 
-/// Linux 6.1 counts each frame in steps of 32 bytes (`check_max_stack_depth`), 6.12 in smaller ones: what this kernel takes may
-/// be too much there.
+/// Linux 6.1 rounds each frame up to 32 bytes (`check_max_stack_depth`), 6.12 to fewer: a program that this kernel
+/// accepts may be rejected there.
 #[test]
 fn call_chains_fit_the_stack_limit_of_older_kernels() -> Result<()> {
     const STACK: u32 = 512;

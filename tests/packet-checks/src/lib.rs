@@ -1,5 +1,5 @@
-//! What must hold for the bytes of any packet: called by the targets of cargo-fuzz with what it finds, and by the test
-//! `fuzz_corpus` with the corpus and the regressions.
+//! Properties that hold for the bytes of any packet. The targets of cargo-fuzz call them with generated inputs, and the
+//! test `fuzz_corpus` with the corpus and the regressions.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -13,12 +13,12 @@ use lb_common::logic::ip128::Ip128;
 use lb_common::logic::packet::{self, Bytes, ETHERNET, Packet, tcp_flags};
 use lb_common::logic::translation::Tuple;
 
-/// How much of a packet the programs read at most.
+/// Maximum number of bytes of a packet that the programs read.
 const HEADERS: usize = ETHERNET + 40 + 20;
-/// The longest payload with which an IPv6 packet has a length of 16 bits.
+/// The longest payload that fits the 16-bit length of an IPv6 packet.
 const LONGEST: u16 = u16::MAX - 40;
 
-/// A packet of which the first bytes alone can be read, as in the kernel.
+/// A packet of which only the first bytes can be read directly, as in the kernel.
 struct Memory<'a> {
     bytes: &'a [u8],
     readable: usize,
@@ -66,12 +66,12 @@ fn ip(words: Ip128) -> IpAddr {
     IpAddr::from(Addr::from(words)).to_canonical()
 }
 
-/// The first byte says how much can be read and whether it is several segments in one; the others are a packet, with and
-/// without a header of the link layer. What the parser takes for a packet is one, and has in it what it says; a plain packet
-/// it takes for one.
+/// Parses a packet. The first byte of the input selects how much of the packet can be read and whether it is several
+/// merged segments; the other bytes are the packet, tried with and without a link-layer header. A parsed packet must
+/// agree with etherparse, and a plain packet must be parsed.
 ///
 /// # Panics
-/// Where it is not so.
+/// If a property does not hold.
 pub fn parse(input: &[u8]) {
     let Some((&control, bytes)) = input.split_first() else {
         return;
@@ -93,7 +93,7 @@ pub fn parse(input: &[u8]) {
     }
 }
 
-/// Fails unless another reader finds in the bytes what is said to be there.
+/// Fails unless etherparse reads the same fields from the bytes.
 fn is_there(packet: &Packet, memory: &Memory<'_>, link: usize) {
     let bytes = &memory.bytes[link..];
     let Packet { ttl, tos, .. } = *packet;
@@ -158,7 +158,7 @@ fn is_there(packet: &Packet, memory: &Memory<'_>, link: usize) {
     }
 }
 
-/// Whether it is TCP or UDP over IP with nothing in between and nothing wrong.
+/// Returns whether the bytes are valid TCP or UDP directly over IP.
 fn is_plain(bytes: &[u8], link: usize) -> bool {
     let headers = if link == 0 {
         PacketHeaders::from_ip_slice(bytes).ok()
@@ -188,11 +188,12 @@ fn is_plain(bytes: &[u8], link: usize) -> bool {
     }
 }
 
-/// The bytes are a packet that is right, with a right checksum or a wrong one, and what it becomes. After that its checksums
-/// are those that a packet has that was made so; a wrong one stays wrong, and none stays none. The way back is the same.
+/// Rewrites a packet. The input selects a valid packet, with a correct or a wrong checksum, and its new addresses and
+/// ports. Afterwards its checksums must be those of a packet built that way; a wrong checksum stays wrong, and an
+/// absent one stays absent. The reverse translation must restore the packet.
 ///
 /// # Panics
-/// Where it is not so.
+/// If a property does not hold.
 pub fn rewrite(input: &[u8]) {
     let Some(case) = Case::read(input) else { return };
     let link = if case.ethernet { ETHERNET } else { 0 };
@@ -236,7 +237,7 @@ pub fn rewrite(input: &[u8]) {
     let right = right_checksum(&bytes, link);
     let is = [bytes[checksum], bytes[checksum + 1]];
     if case.wrong {
-        // 0 and 0xffff are the same in ones' complement.
+        // 0 and 0xffff are equal in ones' complement.
         assert_ne!(
             u16::from_be_bytes(is) % 0xffff,
             right % 0xffff,
@@ -262,7 +263,7 @@ fn words(ip: IpAddr) -> Ip128 {
     Ip128::from(Addr::from(ip))
 }
 
-/// A packet and what it becomes.
+/// A packet and its new addresses and ports.
 struct Case<'a> {
     udp: bool,
     ethernet: bool,
@@ -286,7 +287,7 @@ impl<'a> Case<'a> {
             let (octets, _) = addresses[n * 16..].split_first_chunk::<16>()?;
             let ip = if is(1) {
                 let ip = Ipv6Addr::from(*octets);
-                // No such address is on the wire.
+                // A v4-mapped address is never on the wire.
                 if ip.to_ipv4_mapped().is_some() {
                     return None;
                 }
@@ -314,7 +315,7 @@ impl<'a> Case<'a> {
         })
     }
 
-    /// A datagram whose checksum nobody has computed (RFC 768).
+    /// Returns whether the case is a datagram without a checksum (RFC 768).
     fn none(&self) -> bool {
         self.without && !self.wrong && self.udp && self.old[0].is_ipv4()
     }
@@ -360,7 +361,7 @@ impl<'a> Case<'a> {
     }
 }
 
-/// What `rewrite` of `lb-ebpf/src/send.rs` does, with the kernel's helpers as they are defined.
+/// Rewrites a packet as `rewrite` of `lb-ebpf/src/send.rs` does, with the kernel's helpers as they are defined.
 fn change(bytes: &mut [u8], link: usize, packet: &Packet, new: &Tuple, hop: bool) {
     let old = Tuple::of(packet);
     let (addresses, ports) = (old.addresses_to(new), old.ports_to(new));
@@ -394,7 +395,7 @@ fn store(bytes: &mut [u8], at: usize, value: &[u8]) {
     bytes[at..at + value.len()].copy_from_slice(value);
 }
 
-/// `csum_replace_by_diff` of the kernel; `may_be_zero`: `BPF_F_MARK_MANGLED_0`.
+/// Does what `csum_replace_by_diff` of the kernel does; `may_be_zero` is `BPF_F_MARK_MANGLED_0`.
 fn replace(bytes: &mut [u8], at: usize, change: Sum, may_be_zero: bool) {
     let old = u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
     if may_be_zero && old == 0 {
@@ -408,7 +409,7 @@ fn replace(bytes: &mut [u8], at: usize, change: Sum, may_be_zero: bool) {
     store(bytes, at, &new.to_ne_bytes());
 }
 
-/// The transport checksum as it should be, after a look at that of the IP header.
+/// Returns the correct transport checksum, after a check of the IP header's checksum.
 fn right_checksum(bytes: &[u8], link: usize) -> u16 {
     let headers = if link == 0 {
         PacketHeaders::from_ip_slice(bytes)

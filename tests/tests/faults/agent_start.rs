@@ -1,4 +1,4 @@
-//! Faults at the system calls of the real agent's start: it makes pins, fills maps and puts programs at hooks.
+//! Faults at the system calls of a real agent's start, which creates pins, fills maps and attaches programs.
 
 use std::fs::{self, OpenOptions};
 use std::process::Stdio;
@@ -15,7 +15,7 @@ use crate::reader::{Always, Reader};
 
 const NODE: &str = "n1";
 
-/// Small maps: the reader reads all of them.
+/// Small maps, since the reader reads all of them.
 const FLAGS: [&str; 12] = [
     "--max-services",
     "16",
@@ -31,12 +31,12 @@ const FLAGS: [&str; 12] = [
     "16",
 ];
 
-/// `eth0`, `cni0`, `flannel.1`.
+/// Number of served devices: `eth0`, `cni0`, `flannel.1`.
 const DEVICES: usize = 3;
 
-/// Commands of bpf(2) that change what others can see: elements of maps, pins and links. (`bpf_cmd` of the kernel's
-/// header: MAP_UPDATE_ELEM, MAP_DELETE_ELEM, OBJ_PIN, PROG_TEST_RUN, LINK_CREATE, LINK_UPDATE.) Between two of them, or
-/// of the calls that change folders, there is nothing that a death could leave otherwise.
+/// Commands of bpf(2) that change state visible to other processes: elements of maps, pins and links. (`bpf_cmd` of the
+/// kernel's header: MAP_UPDATE_ELEM, MAP_DELETE_ELEM, OBJ_PIN, PROG_TEST_RUN, LINK_CREATE, LINK_UPDATE.) Between two of
+/// these calls, or of those that change directories, a kill leaves the same state wherever it happens.
 const CHANGING: [u64; 6] = [2, 3, 6, 10, 28, 29];
 
 fn changes_something(call: Call) -> bool {
@@ -69,7 +69,7 @@ impl Fixture {
         })
     }
 
-    /// One of two states; a Service is in both.
+    /// Writes the manifests of one of two states; the Service `web` is in both.
     fn write(&self, second: bool) -> Result<()> {
         let (port, target) = (Port::tcp("http", 80), Port::tcp("http", 8080));
         let web: &[_] = if second {
@@ -93,7 +93,7 @@ impl Fixture {
         self.manifests.write("all.yaml", &text)
     }
 
-    /// Starts the agent with a fault, and kills it when it serves.
+    /// Starts the agent with a fault, and kills it once it serves.
     fn start(&self, chosen: Chosen) -> Result<(Ended, bool)> {
         let log = self.cluster.scratch().join("traced.log");
         let file = OpenOptions::new().create(true).write(true).truncate(true).open(&log)?;
@@ -116,7 +116,7 @@ impl Fixture {
             .with_context(|| fs::read_to_string(&log).unwrap_or_default())
     }
 
-    /// A start without a fault, after which all is as it should be. It is killed then.
+    /// Starts the agent without a fault, checks the result, and kills the agent.
     fn start_well(&self) -> Result<()> {
         let mut running = RunningAgent::start(self.agent.clone(), &FLAGS)?;
         running.wait_ready(&|| false)?;
@@ -127,7 +127,7 @@ impl Fixture {
             ensure!(attached.cgroup == cgroup, "{name} is attached elsewhere: {attached:?}");
         }
         let links = fs::read_dir(self.pins.links())?.count();
-        // Beside those of the cgroup there are two of each device that is served, but for kernels without tcx.
+        // In addition to the links of the cgroup hooks there are two per served device, except on kernels without tcx.
         let devices = self.agent.status()?.devices;
         let served: Vec<_> = devices.iter().filter_map(|device| device.attached.as_deref()).collect();
         ensure!(served.len() == DEVICES, "{devices:?}");
@@ -140,8 +140,8 @@ impl Fixture {
     }
 }
 
-/// Tries one fault at each call of a start in turn, and after each a start without; `before` each there is what it does.
-/// How many calls were tried.
+/// Injects one fault at each call of a start in turn, and starts without a fault after each. `before` runs before each
+/// fault. Returns the number of calls that were tried.
 fn try_all(fixture: &Fixture, act: Act, first: u64, mut before: impl FnMut() -> Result<()>) -> Result<u64> {
     let stride = 100 / scaled_count(100);
     let mut tried = 0;
@@ -154,7 +154,7 @@ fn try_all(fixture: &Fixture, act: Act, first: u64, mut before: impl FnMut() -> 
             (_, false) => ended == Ended::Done,
             // The thread that waits for grace periods may still be in its call when the agent serves.
             (Act::Die, true) => matches!(ended, Ended::Died | Ended::Done),
-            // What can be done without, or is tried again, does not end it.
+            // A failed call that is optional or retried does not end the agent.
             (Act::Fail, true) => matches!(ended, Ended::Done | Ended::Exited(1)),
         };
         ensure!(expected, "{}: {ended:?}", what());
@@ -170,7 +170,7 @@ fn try_all(fixture: &Fixture, act: Act, first: u64, mut before: impl FnMut() -> 
 fn faults_at_a_first_start(act: Act) -> Result<()> {
     let fixture = Fixture::new()?;
     fixture.write(false)?;
-    // By a process of its own: a lock of this one is shared with what another test forks, until that is a program.
+    // Runs in a process of its own: between fork and exec, a child of another test shares a lock of this process.
     let cleanup = || fixture.agent.output(&["cleanup"]).map(drop);
     let tried = try_all(&fixture, act, 0, cleanup)?;
     println!("{act:?} at {tried} calls of a first start");
@@ -195,7 +195,7 @@ fn faults_at_the_next_start(act: Act) -> Result<()> {
         second = !second;
         fixture.write(second)
     });
-    // What it has seen comes first.
+    // An error of the reader is reported before one of the trials.
     let seen = reader.stop()?;
     let tried = tried?;
     println!("{act:?} at {tried} calls of the next start; {seen:?}");

@@ -1,5 +1,5 @@
-//! Every operation fails in turn, and the agent dies before, within and after each: the next try, or the next agent,
-//! ends in the desired state, and a reader who looks at the maps all the while never sees an invariant broken.
+//! Fault injection: every operation fails in turn, and the agent is killed before, within and after each. The retry or
+//! the next agent must reach the desired state, and a concurrent reader of the maps must never see an invariant broken.
 
 #[cfg(target_arch = "x86_64")]
 mod agent_start;

@@ -19,8 +19,9 @@ const WEB: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 96, 0, 1), 1);
 const PASSING: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 96, 0, 2), 2);
 const TCP: u8 = 6;
 
-/// The objects in one of two states; from each to the other is a change of every kind: endpoints come and go, settings
-/// and policies change, a key passes to another Service, another to a new port of the same, Services come and go.
+/// Returns the objects of one of two states. Going from either to the other makes a change of every kind: endpoints,
+/// settings and policies change, one frontend moves to another Service and one to a new port of its Service, and
+/// Services are added and removed.
 fn state(second: bool) -> BTreeMap<ObjectId, Object> {
     let addresses = |owner: u8, numbers: &[u8]| -> Vec<_> {
         numbers
@@ -29,13 +30,13 @@ fn state(second: bool) -> BTreeMap<ObjectId, Object> {
             .collect()
     };
     let mut objects = Vec::new();
-    // Always there, at port 80.
+    // Always present, at port 80.
     let mut web = service("web", WEB.0, &[("", 80)], 0);
     web.affinity_timeout = second.then_some(30);
     objects.push(service_object(web));
     let numbers: &[u8] = if second { &[2, 3, 4] } else { &[1, 2] };
     objects.push(slice_object(slice("web", &[""], NODE, &addresses(WEB.1, numbers))));
-    // Port 80 passes between these two, and port 81 between two ports of the first.
+    // Port 80 moves between these two Services, and port 81 between two ports of the first.
     let first: &[_] = if second {
         &[("new", 81)]
     } else {
@@ -56,7 +57,7 @@ fn state(second: bool) -> BTreeMap<ObjectId, Object> {
             &addresses(PASSING.1, &[number]),
         )));
     }
-    // One of two is there.
+    // One of these two Services exists in each state.
     let (name, number) = if second { ("after", 4) } else { ("before", 3) };
     let address = Ipv4Addr::new(10, 96, 0, number);
     objects.push(service_object(service(name, address, &[("", 80)], 0)));
@@ -74,7 +75,7 @@ fn always() -> Vec<Always> {
         .into()
 }
 
-/// From one state to another, as the source tells of it.
+/// Returns the changes from one state to another, as a source reports them.
 fn changes(from: &BTreeMap<ObjectId, Object>, to: &BTreeMap<ObjectId, Object>) -> Vec<Change> {
     let set = to.iter().filter(|(id, object)| from.get(*id) != Some(*object));
     let gone = from.keys().filter(|id| !to.contains_key(*id));
@@ -87,15 +88,15 @@ fn all(state: &BTreeMap<ObjectId, Object>) -> Vec<Change> {
     changes(&BTreeMap::new(), state)
 }
 
-/// A change in which the operation number `at` meets with a fault, and what puts it right. False where there are not so
-/// many.
+/// Applies a change with a fault at operation number `at`, then recovers. Returns false if the change has fewer
+/// operations.
 fn trial(agent: &mut InProcessAgent, second: bool, at: u64, fault: Fault) -> Result<bool> {
     let (from, to) = (state(!second), state(second));
     let maps = agent.reconciler()?.maps_mut();
     let before = maps.operations();
     maps.arm(at, fault);
     agent.apply(changes(&from, &to))?;
-    // Clearing what is gone may be what fails.
+    // The fault may hit an operation that clears removed entries.
     let settled = agent.reconciler()?.settle();
     let reached = agent.reconciler()?.maps().operations() - before > at;
     ensure!(fault == Fault::Fail || settled.is_ok(), "{settled:?}");
@@ -119,12 +120,13 @@ fn map_faults_are_repaired_and_never_visible_to_readers() -> Result<()> {
     agent.apply(all(&state(second)))?;
     agent.check()?;
     let reader = Reader::start(agent.open()?, always());
-    // What each state takes: nothing is ever lost.
+    // Map usage of each state: it must be the same each time, so nothing leaks.
     let mut usages: [Option<Usage>; 2] = [None; 2];
-    // Where the machine is slow, every so many operations; those of each fault are others.
+    // On a slow machine only every n-th operation is tried, at a different offset for each fault.
     let stride = 100 / scaled_count(100);
     let mut tried = [0; 2];
-    // To the second state and back. What is not torn is a death before the operation, so that is tried both ways.
+    // To the second state and back. An operation that cannot be torn is killed before it runs with either fault, so
+    // that case is tried in both directions.
     for (first, faults) in [[Fault::Fail; 2], [Fault::Die, Fault::Tear]].into_iter().enumerate() {
         let mut at = first as u64 % stride;
         loop {

@@ -1,5 +1,5 @@
-//! A program under ptrace(2): it can be made to die after any of its system calls, and any can be made to fail. The
-//! registers are those of x86-64.
+//! Runs a program under ptrace(2), and kills it after a chosen system call or makes the call fail. The registers are
+//! those of x86-64.
 
 use std::collections::HashMap;
 use std::io;
@@ -13,12 +13,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-/// What happens at a system call.
+/// Fault at a system call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Act {
-    /// The process is killed when the call has returned.
+    /// The process is killed after the call has returned.
     Die,
-    /// The call is not made, and returns ENOMEM.
+    /// The call is not executed and returns ENOMEM.
     Fail,
 }
 
@@ -26,40 +26,40 @@ pub(crate) enum Act {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Call {
     pub(crate) number: i64,
-    /// The first argument: the command, where it is bpf(2).
+    /// First argument; for bpf(2) the command.
     pub(crate) first: u64,
 }
 
-/// How a run ended. Nothing of the process is left.
+/// How a run ended. The process is gone in each case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ended {
-    /// It was killed at the call that was chosen.
+    /// The process was killed at the chosen call.
     Died,
-    /// It came to its end, and was killed there.
+    /// The process reached its goal, and was killed there.
     Done,
-    /// It ended on its own, with this code.
+    /// The process exited on its own, with this code.
     Exited(i32),
 }
 
-/// Where the call was chosen.
+/// The chosen call and the fault there.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Chosen {
-    /// Its number among those that count.
+    /// Number of the call among the counted ones.
     pub(crate) at: u64,
     pub(crate) act: Act,
 }
 
-/// Runs a program until `done` says so when a call has returned; returns how it ended, and whether it came to the call
-/// that was chosen.
+/// Runs a program until `done` returns true after a system call. Returns how the run ended, and whether the chosen call
+/// was reached.
 pub(crate) fn run(
     command: &mut Command,
     chosen: Chosen,
     counts: impl Fn(Call) -> bool,
     done: impl Fn(Call) -> Result<bool>,
 ) -> Result<(Ended, bool)> {
-    // SAFETY: one system call.
+    // SAFETY: the closure makes one system call, PTRACE_TRACEME, which is async-signal-safe.
     unsafe { command.pre_exec(|| ptrace::traceme().map_err(io::Error::from)) };
-    // Waited for by its id, below.
+    // The child is reaped below by its process id.
     let child = command.spawn().context("starting a program")?;
     let pid = Pid::from_raw(child.id().try_into()?);
     waitpid(pid, Some(WaitPidFlag::__WALL)).context("waiting for its start")?;
@@ -67,11 +67,11 @@ pub(crate) fn run(
     ptrace::setoptions(pid, options).context("PTRACE_SETOPTIONS")?;
     resume(pid, None)?;
 
-    // Threads that are in a call, and whether it is the one that was chosen.
+    // Threads that are inside a system call, and whether the call is the chosen one.
     let mut calls: HashMap<Pid, (Call, bool)> = HashMap::new();
     let (mut number, mut reached, mut killed) = (0, false, None);
     loop {
-        // Of this thread's children, and their threads, alone.
+        // Waits for children of this thread and their threads only.
         let flags = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
         match waitpid(None, Some(flags)).context("waitpid")? {
             WaitStatus::Exited(who, code) if who == pid => return Ok((killed.unwrap_or(Ended::Exited(code)), reached)),
@@ -94,7 +94,7 @@ pub(crate) fn run(
                         number += u64::from(counted);
                         reached |= here;
                         if here && chosen.act == Act::Fail {
-                            // No such call: the kernel makes none.
+                            // No system call has this number, so the kernel executes none.
                             registers.orig_rax = u64::MAX;
                             gone_is_none(ptrace::setregs(thread, registers))?;
                         }
@@ -116,7 +116,7 @@ pub(crate) fn run(
                 }
                 resume(thread, None)?;
             }
-            // A thread begins with a stop.
+            // A new thread begins with a stop.
             WaitStatus::Stopped(thread, Signal::SIGSTOP | Signal::SIGTRAP) | WaitStatus::PtraceEvent(thread, _, _) => {
                 resume(thread, None)?;
             }
@@ -130,7 +130,7 @@ fn resume(thread: Pid, signal: Option<Signal>) -> Result<()> {
     gone_is_none(ptrace::syscall(thread, signal)).map(drop)
 }
 
-/// A thread that was killed in between cannot be asked any more.
+/// Maps ESRCH to `None`: the thread was killed in the meantime.
 fn gone_is_none<T>(result: nix::Result<T>) -> Result<Option<T>> {
     match result {
         Err(Errno::ESRCH) => Ok(None),

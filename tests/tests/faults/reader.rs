@@ -1,11 +1,11 @@
-//! A reader of the pinned maps that needs no lock, and what it may conclude.
+//! A lock-free reader of the pinned maps, and the checks that it may make.
 //!
-//! A dump is not atomic: what it says of one entry may be older than what it says of another. So a reader takes dump
-//! after dump, and concludes only from what two of them in a row agree on. Where both have the same frontend, leading to
-//! the same service entry and name, with the same slots and the same backends, all of these stood so at the instant
-//! between the two: none of them comes back once it was changed, since generations move (and a range is used again only
-//! after a grace period, which is longer than two dumps). That chain must then be sound. From one dump alone it follows
-//! that a frontend that is always there is in it.
+//! A dump is not atomic: one entry in it may be older than another. So the reader takes dump after dump, and checks
+//! only what two consecutive dumps agree on. If both contain the same frontend, leading to the same service entry and
+//! name, with the same slots and the same backends, then all of these were in the maps at the instant between the two
+//! dumps: an entry that changed never returns to its old value, since generations move on (and a range is reused only
+//! after a grace period, which is longer than two dumps). That chain must then be consistent. A single dump is enough
+//! to check that a permanent frontend is present.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +18,7 @@ use lb_agent::maps::bpf::PinnedMaps;
 use lb_common::abi::{Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord};
 use lb_common::logic::generation;
 
-/// A frontend that is there all the time, served by backends whose address has this second byte.
+/// A permanent frontend, served by backends with this second byte in their addresses.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Always {
     pub(crate) key: FrontendKey,
@@ -31,12 +31,12 @@ pub(crate) struct Reader {
     thread: JoinHandle<Result<Seen>>,
 }
 
-/// What a reader has concluded from.
+/// Counts of the reader's checks.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
-    /// Dumps that were taken.
+    /// Number of dumps.
     pub(crate) dumps: u64,
-    /// Chains that two dumps agreed on.
+    /// Number of chains that two dumps agreed on.
     pub(crate) chains: u64,
 }
 
@@ -51,7 +51,7 @@ impl Reader {
                 let now = maps.dump()?;
                 look(before.as_ref(), &now, &always, &mut seen)?;
                 before = Some(now);
-                // There are others who want to work.
+                // Leaves CPU time to the other threads.
                 thread::sleep(Duration::from_micros(200));
             }
             Ok(seen)
@@ -59,7 +59,7 @@ impl Reader {
         Self { stop, thread }
     }
 
-    /// Whether it has seen what may not be; [`Self::stop`] tells.
+    /// Returns whether the reader has ended, which means an error; [`Self::stop`] returns it.
     pub(crate) fn has_ended(&self) -> bool {
         self.thread.is_finished()
     }
@@ -70,13 +70,13 @@ impl Reader {
     }
 }
 
-/// All that a frontend leads to.
+/// All entries that a frontend leads to.
 #[derive(Debug, PartialEq)]
 struct Chain {
     frontend: Frontend,
     service: Option<Service>,
     name: Option<Name>,
-    /// Of the three sets, each slot with its backend; `None` where one is out of range.
+    /// Each slot of the three sets with its backend; `None` if one is out of range.
     sets: [Vec<(Option<BackendSlot>, Option<Backend>)>; 3],
 }
 
@@ -157,7 +157,7 @@ impl Chain {
     }
 }
 
-/// What follows from a dump, and from it and the one before.
+/// Checks a dump on its own, and together with the previous one.
 fn look(before: Option<&Dump>, now: &Dump, always: &[Always], seen: &mut Seen) -> Result<()> {
     seen.dumps += 1;
     for Always { key, .. } in always {

@@ -1,4 +1,4 @@
-//! The fixture itself: controllers make slices of what it tells them of pods.
+//! The fixture itself: controllers create slices from the pods that it reports.
 
 use anyhow::{Context as _, Result, ensure};
 use k8s_openapi::api::discovery::v1::Endpoint;
@@ -21,7 +21,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("kubectl_lists_the_nodes", kubectl_lists_the_nodes),
 ];
 
-/// Waits until every endpoint of a Service, of either family, has these conditions: ready, serving, terminating.
+/// Waits until both endpoints of a Service, one of each family, have these conditions: ready, serving, terminating.
 fn wait_for(namespace: &Namespace<'_>, conditions: [bool; 3]) -> Result<Vec<Endpoint>> {
     eventually(&format!("ready, serving, terminating {conditions:?}"), || {
         let endpoints: Vec<_> = slice_endpoints(&namespace.slices("web")?).cloned().collect();

@@ -53,7 +53,7 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
-/// A Service on port 80, TCP and UDP, of the pods with the label `app: web`, with more in its spec.
+/// Creates a Service on port 80, TCP and UDP, of the pods with the label `app: web`, with additions to its spec.
 fn web(namespace: &Namespace<'_>, more: &[(&str, Value)]) -> Result<Service> {
     let mut spec = json!({
         "selector": {"app": "web"},
@@ -68,7 +68,7 @@ fn web(namespace: &Namespace<'_>, more: &[(&str, Value)]) -> Result<Service> {
     namespace.create_service("web", spec)
 }
 
-/// A backend of it.
+/// Starts a backend of the Service `web`.
 fn backend<'a>(fixture: &Fixture, namespace: &Namespace<'a>, node: &str, name: &str) -> Result<Backend<'a>> {
     fixture.backend(namespace, node, name, &PodTemplate::app("web"))
 }
@@ -129,7 +129,7 @@ fn publish_not_ready_addresses_serves_unready_pods(fixture: &Fixture) -> Result<
         Ok(())
     })?;
     fixture.expect(&fixture.everybody(), target, &both)?;
-    // Terminating ones too: such an endpoint counts as ready whatever happens to its pod.
+    // Terminating pods too: with publishNotReadyAddresses such an endpoint counts as ready in every state of its pod.
     pods[0].kubelet.terminate()?;
     eventually("the endpoint is terminating", || {
         let slices = namespace.slices("web")?;
@@ -156,7 +156,7 @@ fn host_network_pods_are_endpoints(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &names(&["on-n1", "on-n2"]))?;
     pods[0].kubelet.set_ready(false)?;
     fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &names(&["on-n2"]))?;
-    // Such a pod is one of its node where policies ask for that.
+    // A host-network pod is local to its node for traffic policies.
     namespace.patch_service("web", json!({"spec": {"internalTrafficPolicy": "Local"}}))?;
     fixture.expect(
         &fixture.all_on("n1"),
@@ -166,7 +166,7 @@ fn host_network_pods_are_endpoints(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.all_on("n2"), tcp(&service, 80)?, &names(&["on-n2"]))
 }
 
-/// By another with another address, on the other node.
+/// Each replacement has another address and is on the other node.
 fn replaced_pod_is_served_at_its_new_address(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("replaced")?;
     let service = web(&namespace, &[])?;
@@ -193,7 +193,7 @@ fn terminating_endpoints_serve_when_none_is_ready(fixture: &Fixture) -> Result<(
     let held = Fixture::testbed().hold(fixture.pod_on("n2"), &[at], 50)?;
     a.kubelet.terminate()?;
     fixture.expect(&fixture.everybody(), target, &names(&["b"]))?;
-    // Those who are connected stay so.
+    // Established connections stay.
     let held = held.finish()?;
     ensure!(
         (held.held, held.live) == (50, 50) && held.live_per_backend.len() == 2,
@@ -201,7 +201,7 @@ fn terminating_endpoints_serve_when_none_is_ready(fixture: &Fixture) -> Result<(
     );
     b.kubelet.set_ready(false)?;
     fixture.expect(&fixture.everybody(), target, &names(&["a"]))?;
-    // One that fails its probe as well serves no more.
+    // A terminating pod that fails its readiness probe no longer serves.
     a.kubelet.set_ready(false)?;
     fixture.expect(&fixture.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
     b.kubelet.set_ready(true)?;
@@ -218,7 +218,7 @@ fn local_policy_falls_back_to_local_terminating_endpoints(fixture: &Fixture) -> 
     let b = backend(fixture, &namespace, "n2", "b")?;
     fixture.expect(&fixture.all_on("n1"), target, &names(&["a"]))?;
     fixture.expect(&fixture.all_on("n2"), target, &names(&["b"]))?;
-    // That another node has a ready one is no help.
+    // A ready endpoint on another node does not count.
     a.kubelet.terminate()?;
     fixture.expect(&fixture.all_on("n1"), target, &names(&["a"]))?;
     let c = backend(fixture, &namespace, "n1", "c")?;
@@ -269,7 +269,7 @@ fn topology_hints_select_endpoints_by_zone_and_node(fixture: &Fixture) -> Result
         namespace.patch_service("web", json!({"spec": {"trafficDistribution": distribution}}))
     };
     expect(&all, &all)?;
-    // Endpoints as the zones have processors: a third and two thirds.
+    // Endpoints are distributed as the zones have processors: a third and two thirds.
     let annotate = |mode: Option<&str>| {
         let annotations = json!({"service.kubernetes.io/topology-mode": mode});
         namespace.patch_service("web", json!({"metadata": {"annotations": annotations}}))
@@ -286,16 +286,16 @@ fn topology_hints_select_endpoints_by_zone_and_node(fixture: &Fixture) -> Result
     }
     set(Some("PreferSameNode"))?;
     expect(&names(&["a"]), &names(&["b"]))?;
-    // Without one on this node, those of the zone.
+    // If this node has none, the endpoints of its zone are used.
     b.kubelet.set_ready(false)?;
     expect(&names(&["a"]), &names(&["c"]))?;
-    // Without any in the zone, all.
+    // If the zone has none, all endpoints are used.
     c.kubelet.set_ready(false)?;
     expect(&names(&["a"]), &names(&["a"]))?;
     c.kubelet.set_ready(true)?;
     set(Some("PreferSameZone"))?;
     expect(&names(&["a"]), &names(&["c"]))?;
-    // A node that moves to another zone, or out of all.
+    // A node moves to another zone, or out of all zones.
     let moves = || -> Result<()> {
         for (zone, outcome) in [(Some("a"), ["a"].as_slice()), (None, &["a", "c"])] {
             fixture.control_plane.set_zone("n2", zone)?;
@@ -327,7 +327,7 @@ fn endpoints_of_several_slices_are_merged(fixture: &Fixture) -> Result<()> {
     expect(&all)?;
     let slices = namespace.slices("web")?;
     ensure!(slices.len() >= 2, "{slices:?}");
-    // From the first on: slices empty, and are merged.
+    // Removed from the first on, so that slices become empty and are merged.
     for _ in 1..count {
         pods.remove(0).kubelet.finish(&fixture.cluster)?;
         all.remove(0);
@@ -336,7 +336,8 @@ fn endpoints_of_several_slices_are_merged(fixture: &Fixture) -> Result<()> {
     Ok(())
 }
 
-/// A Service without a selector, whose slices somebody else makes; one endpoint is in two of them, as while one moves.
+/// A Service without a selector and with manual slices. One endpoint is in two of them, as it is while a controller
+/// moves it.
 fn duplicate_endpoints_in_manual_slices_count_once(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("by-hand")?;
     let ports = json!([{"port": 80, "targetPort": TARGET}]);
@@ -366,7 +367,7 @@ fn duplicate_endpoints_in_manual_slices_count_once(fixture: &Fixture) -> Result<
     fixture.expect(&fixture.everybody(), target, &names(&["a"]))?;
     apply("two", &[(a, true), (c, true)])?;
     fixture.expect(&fixture.everybody(), target, &names(&["a", "c"]))?;
-    // Twice is not twice as often.
+    // An endpoint in two slices is selected as often as any other.
     let at = target.address();
     let summary = Fixture::testbed().connect(fixture.pod_on("n1"), &Connect::to(&[at]).count(4000))?;
     summary.all_well()?;

@@ -1,4 +1,4 @@
-//! What all tests share: a cluster, its control plane, an agent on each of two nodes, and who asks them.
+//! Fixture of all tests: a cluster, its control plane, an agent on each of two nodes, and client pods.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -16,70 +16,71 @@ use lb_tests::{
 };
 
 const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-/// Where servers in pods listen, for streams and for datagrams.
+/// Port of the servers in pods, for TCP and UDP.
 pub(crate) const TARGET: u16 = 8080;
-/// Streams that find out who answers. Of five backends, one is not among them in one of 10^9 cases.
+/// Number of TCP connections to find out which backends answer. With five backends, one is missed in one of 10^9 cases.
 const CONNECTIONS: u64 = 100;
-/// How long they may take together.
+/// Time limit for all of these connections together.
 const SOME: Duration = Duration::from_secs(4);
-/// Datagrams that do; of two backends.
+/// Number of UDP sockets to find out which of two backends answer.
 const DATAGRAMS: u64 = 40;
-/// The nodes that have an agent, and a client pod. The third has pods for them to reach.
+/// Nodes that have an agent and a client pod. The third node has pods that serve.
 const SERVED: [&str; 2] = ["n1", "n2"];
 
-/// Who the agents are: what kube-proxy may, they may.
+/// User of the agents in the API, with the permissions of kube-proxy.
 pub(crate) const USER: &str = "kube-proxy";
 
 pub(crate) const ECONNREFUSED: i32 = 111;
 pub(crate) const EHOSTUNREACH: i32 = 113;
 const ENETUNREACH: i32 = 101;
 const ETIMEDOUT: i32 = 110;
-/// How long nobody answers. A pod's packets meet silence where its node has told it often that there is no route.
+/// Timeout of a probe that gets no answer. A pod's packets go unanswered if its node has reached the kernel's rate
+/// limit for ICMP errors to it.
 const SILENCE: Duration = Duration::from_millis(500);
 
-/// Three nodes, the first of zone a, the others of zone b.
+/// Three nodes: the first in zone a, the others in zone b.
 pub(crate) struct Fixture {
     agents: Vec<Mutex<RunningAgent>>,
-    /// The same, but for `verify`, which asks the API server itself.
+    /// The agents again, connected to the API server directly, for `verify`.
     direct: Vec<Agent>,
-    /// What stands between the agents and the API server.
+    /// Proxy between the agents and the API server.
     pub(crate) watch_proxy: Option<WatchProxy>,
     pub(crate) control_plane: ControlPlane,
     clients: Vec<Pod>,
     pub(crate) cluster: Cluster,
 }
 
-/// What happens to those who connect.
+/// Result of connecting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// These answered.
+    /// These servers answered.
     Names(BTreeSet<String>),
-    /// They are told at once that they cannot: the error number.
+    /// connect() failed at once with this error number.
     Failed(i32),
-    /// The address is none: nothing in a cluster has a route out of it.
+    /// The address belongs to no Service: the cluster has no route for it.
     Nobody,
 }
 
 impl Outcome {
-    /// These answer, and nobody else.
+    /// Returns the outcome in which exactly these servers answer.
     pub(crate) fn names(names: &[&str]) -> Self {
         Self::Names(names.iter().map(|&name| name.to_owned()).collect())
     }
 }
 
-/// A pod with servers of streams and datagrams that tell its name.
+/// A pod with TCP and UDP servers that answer with its name.
 pub(crate) struct Backend<'a> {
     pub(crate) kubelet: KubeletPod<'a>,
     _servers: Vec<Process>,
 }
 
 impl Fixture {
-    /// With agents that ask the API server.
+    /// Creates a fixture with agents that connect to the API server.
     pub(crate) fn new() -> Result<Self> {
         Self::with(|_| Ok(None))
     }
 
-    /// With agents that ask what `mixer` makes.
+    /// Creates a fixture with agents that connect to the proxy that `watch_proxy` returns.
     pub(crate) fn with(watch_proxy: impl FnOnce(&ControlPlane) -> Result<Option<WatchProxy>>) -> Result<Self> {
         let cluster = Cluster::builder().nodes(3).client(true).build()?;
         let control_plane = ControlPlane::start(&cluster, cluster.client())?;
@@ -117,7 +118,7 @@ impl Fixture {
         Testbed::new(TESTBED)
     }
 
-    /// What the programs have logged last.
+    /// Returns the last log lines of all programs.
     pub(crate) fn log_tails(&self) -> String {
         let agents = self.agents.iter().map(|agent| {
             let agent = agent.lock().unwrap_or_else(PoisonError::into_inner);
@@ -126,7 +127,7 @@ impl Fixture {
         agents.collect::<String>() + &self.control_plane.log_tails()
     }
 
-    /// Waits until both agents have in their maps what the API says, computed anew.
+    /// Waits until the maps of both agents match the objects of the API, as `verify` computes independently.
     pub(crate) fn verify(&self) -> Result<()> {
         for (agent, direct) in self.agents.iter().zip(&self.direct) {
             let mut agent = agent.lock().unwrap_or_else(PoisonError::into_inner);
@@ -148,34 +149,34 @@ impl Fixture {
         Ok(())
     }
 
-    /// A client pod on each node.
+    /// Returns a client pod on each node.
     pub(crate) fn pods(&self) -> Vec<&Netns> {
         self.clients.iter().map(|pod| &**pod).collect()
     }
 
-    /// The client pod on a node.
+    /// Returns the client pod on a node.
     pub(crate) fn pod_on(&self, node: &str) -> &Netns {
         let pod = self.clients.iter().find(|pod| pod.node() == node);
         pod.unwrap_or_else(|| panic!("no client on {node}"))
     }
 
-    /// A node's own processes.
+    /// Returns a node's own processes.
     pub(crate) fn node(&self, node: &str) -> &Netns {
         self.cluster.node(node)
     }
 
-    /// Both nodes and a pod on each: everybody who is served.
+    /// Returns all clients inside the cluster: both nodes and a pod on each.
     pub(crate) fn everybody(&self) -> Vec<&Netns> {
         let nodes = SERVED.map(|node| self.node(node));
         self.pods().into_iter().chain(nodes).collect()
     }
 
-    /// Everybody on one node.
+    /// Returns the clients on one node.
     pub(crate) fn all_on(&self, node: &str) -> Vec<&Netns> {
         vec![self.pod_on(node), self.node(node)]
     }
 
-    /// Starts a pod that serves streams and datagrams at [`TARGET`] and is ready.
+    /// Starts a pod that serves TCP and UDP at [`TARGET`] and is ready.
     pub(crate) fn backend<'a>(
         &self,
         namespace: &Namespace<'a>,
@@ -186,7 +187,7 @@ impl Fixture {
         self.backend_at(namespace, node, name, template, &[TARGET])
     }
 
-    /// The same at other ports.
+    /// Starts a pod that serves TCP and UDP at these ports and is ready.
     pub(crate) fn backend_at<'a>(
         &self,
         namespace: &Namespace<'a>,
@@ -209,13 +210,13 @@ impl Fixture {
         })
     }
 
-    /// Waits until those who connect from each of these places have this outcome, with streams and, if `datagrams`, with
-    /// datagrams. Then the agents' maps must be what the API says, and the outcome still the same.
+    /// Waits until connections from each of these clients have this outcome. Then the maps of the agents must match the
+    /// API, and the outcome must still be the same.
     pub(crate) fn expect(&self, from: &[&Netns], to: Target, expected: &Outcome) -> Result<()> {
         self.expect_within(Duration::from_secs(20), from, to, expected)
     }
 
-    /// The same with another limit.
+    /// Waits for an outcome as [`Self::expect`] does, with another time limit.
     pub(crate) fn expect_within(&self, limit: Duration, from: &[&Netns], to: Target, expected: &Outcome) -> Result<()> {
         let check = || {
             for netns in from {
@@ -234,7 +235,7 @@ impl Fixture {
     }
 }
 
-/// Where to connect to, and how.
+/// Protocol and address of a destination.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Target {
     Tcp(SocketAddr),
@@ -251,14 +252,14 @@ impl fmt::Display for Target {
 }
 
 impl Target {
-    /// Where it is.
+    /// Address and port.
     pub(crate) fn address(self) -> SocketAddr {
         match self {
             Self::Tcp(to) | Self::Udp(to) => to,
         }
     }
 
-    /// What happens to those who connect from `place` now.
+    /// Returns the result of connecting from `place` now.
     pub(crate) fn outcome(self, netns: &Netns) -> Result<Outcome> {
         match self {
             Self::Tcp(to) => streams(netns, to),
@@ -269,13 +270,13 @@ impl Target {
 
 fn streams(netns: &Netns, to: SocketAddr) -> Result<Outcome> {
     let connect = Connect::to(&[to]).peer_check();
-    // One to see whether there is anybody.
+    // A single connection first, to find out whether the address is served.
     let probe = Fixture::testbed().connect(netns, &connect.clone().count(1).timeout(scaled_timeout(SILENCE)))?;
     let errno = probe.failures.first().map(|failure| (failure.step, failure.errno));
     if let Some((ConnectStep::Connect, ENETUNREACH | ETIMEDOUT)) = errno {
         return Ok(Outcome::Nobody);
     }
-    // Not for long: where that changes meanwhile, each of them may meet silence.
+    // Limited in time: if the outcome changes meanwhile, each connection may run into a timeout.
     let connect = connect.count(CONNECTIONS).seconds(scaled_timeout(SOME).as_secs_f64());
     let summary = Fixture::testbed().connect(netns, &connect)?;
     ensure!(summary.peer_mismatches == 0, "{:?}", summary.mismatches);
@@ -315,7 +316,7 @@ fn datagrams(netns: &Netns, to: SocketAddr) -> Result<Outcome> {
     Ok(Outcome::Names(names))
 }
 
-/// The addresses of a Service, in its own order.
+/// Returns the addresses of a Service, in its own order.
 pub(crate) fn addresses(service: &Service) -> Result<Vec<IpAddr>> {
     let spec = service.spec.as_ref().context("a Service without spec")?;
     let all = spec.cluster_ips.as_deref().unwrap_or_default();
@@ -324,13 +325,13 @@ pub(crate) fn addresses(service: &Service) -> Result<Vec<IpAddr>> {
         .collect()
 }
 
-/// A TCP port of the first address of a Service.
+/// Returns a TCP port of the first address of a Service.
 pub(crate) fn tcp(service: &Service, port: u16) -> Result<Target> {
     let first = *addresses(service)?.first().context("a Service without address")?;
     Ok(Target::Tcp((first, port).into()))
 }
 
-/// A UDP port of the first address of a Service.
+/// Returns a UDP port of the first address of a Service.
 pub(crate) fn udp(service: &Service, port: u16) -> Result<Target> {
     let first = *addresses(service)?.first().context("a Service without address")?;
     Ok(Target::Udp((first, port).into()))

@@ -1,7 +1,7 @@
-//! Services that come from a real API server, on two nodes at once.
+//! Services from a real API server, on two nodes at once.
 //!
-//! Tests share one cluster, one control plane, and an agent on each node; each has a namespace of its own in the API.
-//! Those that take the API server away have all of that for themselves.
+//! Tests share one cluster, one control plane, and an agent on each node; each test has a namespace of its own in the
+//! API. Tests that stop the API server have a fixture of their own.
 
 mod control_plane;
 mod endpoints;
@@ -19,14 +19,14 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 use self::fixture::Fixture;
 
-/// A test, and its name.
+/// Name and function of a test.
 type Test = (&'static str, fn(&Fixture) -> Result<()>);
-/// The same of a test that has a bed of its own, and how that is made.
+/// Name and function of a test with a fixture of its own, and the function that creates it.
 type TestAlone = (&'static str, fn() -> Result<Fixture>, fn(&Fixture) -> Result<()>);
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
-    // Made by the first test that is run: a list of tests, or a filter that leaves none, needs no control plane.
+    // Created by the first test that runs: listing tests, or a filter that matches none, needs no control plane.
     let fixture = Arc::new(OnceLock::new());
     let tests = [control_plane::TESTS, services::TESTS, endpoints::TESTS, server::TESTS].concat();
     let tests = tests.into_iter().map(|test| trial(test, &fixture));
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     conclusion.exit_code()
 }
 
-/// A test that makes a bed of its own.
+/// Returns a trial that creates its own fixture.
 fn trial_alone((name, make, test): TestAlone) -> Trial {
     Trial::test(name, move || {
         let fixture = make().map_err(|error| format!("{error:?}"))?;
@@ -59,8 +59,8 @@ fn trial((name, test): Test, fixture: &Arc<OnceLock<Result<Fixture, String>>>) -
     })
 }
 
-/// Programs die with the thread that has started them; that of a test ends when no test is left for it, while others still
-/// go on.
+/// Runs `make` on a thread that never ends. Child processes are killed when the thread that started them ends, and the
+/// thread of a test ends when no test is left for it, while other tests still run.
 fn on_a_thread_that_stays<T: Send + 'static>(make: fn() -> Result<T, String>) -> Result<T, String> {
     let (made, result) = mpsc::channel();
     thread::spawn(move || {
@@ -72,7 +72,7 @@ fn on_a_thread_that_stays<T: Send + 'static>(make: fn() -> Result<T, String>) ->
     result.recv().map_err(|error| format!("making the bed: {error}"))?
 }
 
-/// Tells of a failure at once: others may go on for minutes.
+/// Prints a failure at once, since other tests may run for minutes.
 fn failed(name: &str, fixture: &Fixture, error: &anyhow::Error) -> Failed {
     eprintln!("{name}: {error:?}\n{}", fixture.log_tails());
     Failed::without_message()

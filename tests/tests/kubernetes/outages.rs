@@ -1,5 +1,5 @@
-//! An API server that goes, comes, forgets, and tells things in another order: what is in force stays in force, and in
-//! the end it is what a new list says. Each test has a control plane of its own.
+//! An API server that fails, returns, loses its history, and sends events in another order: the state in force stays in
+//! force, and converges to the result of a new list. Each test has a control plane of its own.
 
 use std::env;
 use std::net::{IpAddr, SocketAddr};
@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use crate::TestAlone;
 use crate::fixture::{Backend, Fixture, Outcome, TARGET, Target, USER, tcp};
 
-/// Tests that make their bed themselves.
+/// Tests that create their own fixture.
 pub(crate) const TESTS: &[TestAlone] = &[
     (
         "services_survive_api_server_outages",
@@ -31,19 +31,19 @@ pub(crate) const TESTS: &[TestAlone] = &[
     ),
 ];
 
-/// Agents that can be cut off.
+/// Creates agents that can be cut off from the API server.
 fn plain() -> Result<Fixture> {
     Fixture::with(|control_plane| Ok(Some(control_plane.watch_proxy(USER, None)?)))
 }
 
-/// Agents that are told things in another order.
+/// Creates agents that receive events in another order.
 fn mixing() -> Result<Fixture> {
     Fixture::with(|control_plane| Ok(Some(control_plane.watch_proxy(USER, Some(Random::from_env()))?)))
 }
 
-/// For so many seconds the API server is away; a minute where this is not set.
+/// Variable with the length of the outage in seconds; a minute if it is not set.
 const AWAY: &str = "LB_API_AWAY";
-/// How long it may take until all have found the API server again: they try less and less often.
+/// Time limit for the agents to reach the API server again: their retries back off.
 const BACK: Duration = Duration::from_secs(90);
 
 /// A Service that does not change, with a backend on each node.
@@ -66,7 +66,7 @@ impl<'a> Steady<'a> {
         Ok(Self { target, backends })
     }
 
-    /// Connections from a pod on each node, until [`untouched`].
+    /// Starts connections from a pod on each node, which run until [`untouched`].
     fn load(&self, fixture: &Fixture) -> Result<Vec<Load>> {
         let connect = Connect::to(&[self.target.address()]).rate(100.0);
         let pods = fixture.pods();
@@ -75,7 +75,7 @@ impl<'a> Steady<'a> {
     }
 }
 
-/// Not one connection has failed.
+/// Fails if any connection has failed.
 fn untouched(loads: Vec<Load>, names: &[&str]) -> Result<()> {
     for load in loads {
         let summary = load.stop()?;
@@ -104,20 +104,20 @@ fn services_survive_api_server_outages(fixture: &Fixture) -> Result<()> {
     let everybody = fixture.everybody();
     let expect = |names: &[&str]| fixture.expect_within(BACK, &everybody, steady.target, &Outcome::names(names));
 
-    // Killed, and started again.
+    // The API server is killed and started again.
     control_plane.kill_api_server()?;
     control_plane.start_api_server()?;
     let c = fixture.backend(&namespace, "n3", "c", &PodTemplate::app("steady"))?;
     expect(&["a", "b", "c"])?;
 
-    // Silent: what is asked gets no answer.
+    // The API server hangs: requests get no answer.
     control_plane.freeze_api_server()?;
     sleep(Duration::from_secs(3));
     control_plane.thaw_api_server()?;
     c.kubelet.set_ready(false)?;
     expect(&["a", "b"])?;
 
-    // Away. Agents that start meanwhile serve what is pinned.
+    // The API server is down. Agents that start meanwhile serve the pinned state.
     let until = Instant::now() + away()?;
     control_plane.kill_api_server()?;
     fixture.restart_agents()?;
@@ -130,7 +130,8 @@ fn services_survive_api_server_outages(fixture: &Fixture) -> Result<()> {
     c.kubelet.set_ready(true)?;
     expect(&["a", "b", "c"])?;
 
-    // Cut off while things change, and what was seen last is forgotten: by etcd, and by an API server that is new.
+    // The agents are cut off while objects change, and the version that they saw last is lost: etcd is compacted and
+    // the API server is new.
     let before = watch_proxy.stats().gone;
     watch_proxy.close();
     steady.backends[0].kubelet.set_ready(false)?;
@@ -148,7 +149,7 @@ fn services_survive_api_server_outages(fixture: &Fixture) -> Result<()> {
     untouched(loads, &["a", "b", "c"])
 }
 
-/// Services of a test that are made, changed and deleted, with slices by hand.
+/// Number of Services that are created, changed and deleted, with manual slices.
 const SERVICES: u64 = 8;
 
 fn reordered_and_repeated_watch_events_converge(fixture: &Fixture) -> Result<()> {
@@ -172,7 +173,7 @@ fn reordered_and_repeated_watch_events_converge(fixture: &Fixture) -> Result<()>
         }
         fixture.verify()?;
     }
-    // And sockets see the last of it.
+    // Sockets see the last state.
     for nth in (0..SERVICES).filter(|nth| there[*nth as usize]) {
         let name = format!("s{nth}");
         namespace.patch_service(
@@ -201,7 +202,7 @@ fn ports(port: u16) -> Value {
     json!([{"name": "http", "port": port, "targetPort": TARGET}])
 }
 
-/// Makes a Service at an address that is always the same, and its slice: in either order.
+/// Creates a Service at a fixed address, and its slice, in either order.
 fn make(namespace: &Namespace<'_>, name: &str, random: &mut Random, addresses: [IpAddr; 2]) -> Result<()> {
     let number: u8 = name.trim_start_matches('s').parse()?;
     let address = SocketAddr::from(([10, 96, 0, 100 + number], 80)).ip();
@@ -216,7 +217,7 @@ fn make(namespace: &Namespace<'_>, name: &str, random: &mut Random, addresses: [
     Ok(())
 }
 
-/// Changes a Service or its slice, or deletes both; returns whether it is there still.
+/// Changes a Service or its slice, or deletes both. Returns whether the Service still exists.
 fn change(namespace: &Namespace<'_>, name: &str, random: &mut Random, addresses: [IpAddr; 2]) -> Result<bool> {
     match random.below(7) {
         0 => set_slice(namespace, name, &[])?,
@@ -245,7 +246,7 @@ fn change(namespace: &Namespace<'_>, name: &str, random: &mut Random, addresses:
     Ok(true)
 }
 
-/// Makes the slice of a Service, or changes its endpoints.
+/// Creates the slice of a Service, or replaces its endpoints.
 fn set_slice(namespace: &Namespace<'_>, service: &str, addresses: &[IpAddr]) -> Result<()> {
     let endpoint = |address: &IpAddr| json!({"addresses": [address], "conditions": {"ready": true}});
     let endpoints: Vec<_> = addresses.iter().map(endpoint).collect();

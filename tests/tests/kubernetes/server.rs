@@ -1,4 +1,4 @@
-//! What a cluster sees of the agents besides Services: health, health check node ports, metrics, Events.
+//! Other interfaces of the agents for a cluster: health, health check node ports, metrics, Events.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -32,7 +32,7 @@ pub(crate) const TESTS: &[Test] = &[
 
 const NODES: [&str; 2] = ["n1", "n2"];
 
-/// The answer on a node's own loopback.
+/// Sends a request to a node's own loopback.
 fn ask(node: &Netns, port: u16, path: &str) -> Result<Response> {
     get(node, (IpAddr::from(Ipv4Addr::LOCALHOST), port).into(), path)
 }
@@ -113,7 +113,7 @@ fn health_check_node_port_counts_local_endpoints(fixture: &Fixture) -> Result<()
     })
 }
 
-/// A number that a node's agent tells; zero where it is not there.
+/// Returns a metric of a node's agent; zero if it is absent.
 fn metric(node: &Netns, name: &str) -> Result<f64> {
     let response = ask(node, 10249, "/metrics")?;
     let line = response

@@ -60,12 +60,12 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
-/// One TCP port, 80, of pods with the label `app: NAME`.
+/// Returns a spec with one TCP port, 80, of pods with the label `app: NAME`.
 fn web(name: &str) -> Value {
     json!({"selector": {"app": name}, "ports": [{"name": "http", "port": 80, "targetPort": TARGET}]})
 }
 
-/// `spec` with more in it.
+/// Returns `spec` with additions.
 fn with(mut spec: Value, more: &[(&str, Value)]) -> Value {
     for (key, value) in more {
         spec[*key] = value.clone();
@@ -73,7 +73,7 @@ fn with(mut spec: Value, more: &[(&str, Value)]) -> Value {
     spec
 }
 
-/// A backend on each of the two nodes: `NAME-1` and `NAME-2`, with the label `app: NAME`.
+/// Starts a backend on each of the two nodes: `NAME-1` and `NAME-2`, with the label `app: NAME`.
 fn pair<'a>(fixture: &Fixture, namespace: &Namespace<'a>, name: &str) -> Result<[Backend<'a>; 2]> {
     let template = PodTemplate::app(name);
     Ok([
@@ -82,7 +82,7 @@ fn pair<'a>(fixture: &Fixture, namespace: &Namespace<'a>, name: &str) -> Result<
     ])
 }
 
-/// Several ports, the same in both protocols, named targets.
+/// Several ports, one number in both protocols, named target ports.
 fn kubectl_applied_dns_service_is_served(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("dns")?;
     let manifest = json!({
@@ -115,7 +115,7 @@ fn kubectl_applied_dns_service_is_served(fixture: &Fixture) -> Result<()> {
     for target in [Target::Udp(at(53)), Target::Tcp(at(53)), Target::Tcp(at(9153))] {
         fixture.expect(&fixture.everybody(), target, &both)?;
     }
-    // A port that the address does not have in this protocol, or at all.
+    // A port that the address does not have in this protocol, or not at all.
     for target in [Target::Udp(at(9153)), Target::Tcp(at(54))] {
         fixture.expect(&fixture.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
     }
@@ -126,7 +126,7 @@ fn kubectl_applied_dns_service_is_served(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.everybody(), Target::Tcp(at(53)), &Outcome::Nobody)
 }
 
-/// The Service that the API server makes for itself, with a slice of its own making.
+/// The Service that the API server creates for itself, with a slice that it writes itself.
 fn api_server_is_reached_by_its_service(fixture: &Fixture) -> Result<()> {
     let url = "https://10.96.0.1/readyz";
     let arguments = ["--silent", "--show-error", "--fail", "--insecure", url];
@@ -146,7 +146,7 @@ fn named_target_ports_may_differ_per_endpoint(fixture: &Fixture) -> Result<()> {
     let template = |port| PodTemplate::app("web").port("http", port, "TCP");
     let _a = fixture.backend_at(&namespace, "n1", "a", &template(8081), &[8081])?;
     let _b = fixture.backend_at(&namespace, "n2", "b", &template(8082), &[8082])?;
-    // One that has no such port is no endpoint.
+    // A pod without a port of that name is no endpoint.
     let _c = fixture.backend(&namespace, "n2", "c", &PodTemplate::app("web"))?;
     fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &Outcome::names(&["a", "b"]))
 }
@@ -172,7 +172,7 @@ fn service_ports_can_be_added_and_removed(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &refused)?;
     fixture.expect(&fixture.everybody(), udp(&service, 81)?, &refused)?;
     fixture.expect(&fixture.everybody(), tcp(&service, 81)?, &both)?;
-    // Another number for the same port.
+    // Another number for the port of this name.
     set(&[("more", 82, "TCP")])?;
     fixture.expect(&fixture.everybody(), tcp(&service, 82)?, &both)?;
     fixture.expect(&fixture.everybody(), tcp(&service, 81)?, &refused)
@@ -190,7 +190,7 @@ fn recreated_service_is_served_at_its_old_cluster_ip(fixture: &Fixture) -> Resul
     fixture.expect(&fixture.everybody(), target, &Outcome::Nobody)?;
     namespace.create_service("web", with(web("new"), &[("clusterIP", json!(address))]))?;
     fixture.expect(&fixture.everybody(), target, &Outcome::names(&["new"]))?;
-    // And at once, with nobody to see that it is gone in between.
+    // Deleted and created at once: the agent may not see the state in between.
     namespace.delete_service("web")?;
     namespace.create_service("web", with(web("old"), &[("clusterIP", json!(address))]))?;
     fixture.expect(&fixture.everybody(), target, &Outcome::names(&["old"]))
@@ -221,7 +221,7 @@ fn service_type_can_change(fixture: &Fixture) -> Result<()> {
     let target = tcp(&service, 80)?;
     let address = addresses(&service)?[0];
     fixture.expect(&fixture.everybody(), target, &both)?;
-    // An address is let go only by this type.
+    // Only this type releases the cluster IP.
     let external_name = json!({"spec": {
         "type": "ExternalName", "externalName": "example.org", "clusterIP": null, "clusterIPs": null,
         "ipFamilies": null, "ipFamilyPolicy": null,
@@ -249,7 +249,7 @@ fn service_type_can_change(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.everybody(), target, &both)
 }
 
-/// The node port of a Service's first port.
+/// Returns the node port of a Service's first port.
 fn node_port(service: &k8s_openapi::api::core::v1::Service) -> Result<u16> {
     let ports = service.spec.iter().flat_map(|spec| spec.ports.iter().flatten());
     let port = ports.filter_map(|port| port.node_port).next().unwrap_or_default();
@@ -257,7 +257,7 @@ fn node_port(service: &k8s_openapi::api::core::v1::Service) -> Result<u16> {
     Ok(u16::try_from(port)?)
 }
 
-/// A Service that is another proxy's, or that is to be treated as headless, is not served while that is so.
+/// A Service with the label of another proxy or of a headless Service is not served while it has that label.
 fn proxy_name_and_headless_labels_exclude_a_service(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("labels")?;
     let service = namespace.create_service("web", web("web"))?;
@@ -269,14 +269,14 @@ fn proxy_name_and_headless_labels_exclude_a_service(fixture: &Fixture) -> Result
         "service.kubernetes.io/service-proxy-name",
         "service.kubernetes.io/headless",
     ] {
-        // Its value does not matter.
+        // The value of the label does not matter.
         for value in ["other", ""] {
             namespace.patch_service("web", json!({"metadata": {"labels": {label: value}}}))?;
             fixture.expect(&fixture.everybody(), target, &Outcome::Nobody)?;
         }
         namespace.patch_service("web", json!({"metadata": {"labels": {label: null}}}))?;
         fixture.expect(&fixture.everybody(), target, &both)?;
-        // Made with it.
+        // Created with the label.
         let labels = json!({label: "x"});
         let labelled = namespace.create_labelled_service("labelled", labels, web("web"))?;
         fixture.expect(&fixture.everybody(), tcp(&labelled, 80)?, &Outcome::Nobody)?;
@@ -301,7 +301,7 @@ fn dual_stack_services_in_either_order_are_served(fixture: &Fixture) -> Result<(
             fixture.expect(&fixture.everybody(), Target::Tcp((address, 80).into()), &both)?;
         }
     }
-    // One family alone, then the other besides, then one again.
+    // One family alone, then both, then one again.
     let more = [
         ("ipFamilyPolicy", json!("SingleStack")),
         ("ipFamilies", json!(["IPv6"])),
@@ -339,7 +339,7 @@ fn session_affinity_can_be_switched(fixture: &Fixture) -> Result<()> {
             Ok(())
         })?;
         fixture.verify()?;
-        // A client stays with it.
+        // Each client keeps its backend.
         for netns in fixture.everybody() {
             let first = target.outcome(netns)?;
             for _ in 0..3 {
@@ -353,7 +353,7 @@ fn session_affinity_can_be_switched(fixture: &Fixture) -> Result<()> {
     Ok(())
 }
 
-/// At the addresses of each node, for its pods and itself: what is decided at connect().
+/// At the addresses of each node, for its pods and itself: the decisions at connect().
 fn node_ports_are_served_on_each_node(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("nodeports")?;
     let ports = json!([
@@ -363,7 +363,7 @@ fn node_ports_are_served_on_each_node(fixture: &Fixture) -> Result<()> {
     let families = [("ipFamilyPolicy", json!("RequireDualStack")), ("ports", ports)];
     let spec = with(with(web("web"), &families), &[("type", json!("NodePort"))]);
     let service = namespace.create_service("web", spec)?;
-    // On the third node: reached from both.
+    // The backend is on the third node and reached from both others.
     let _backend = fixture.backend(&namespace, "n3", "web", &PodTemplate::app("web"))?;
     let web = Outcome::names(&["web"]);
     let served = |port: u16, expected: &Outcome| -> Result<()> {
@@ -377,14 +377,14 @@ fn node_ports_are_served_on_each_node(fixture: &Fixture) -> Result<()> {
             fixture.expect(&fixture.all_on(name), Target::Udp(own[0]), expected)?;
             let loopback = Target::Tcp(([127, 0, 0, 1], port).into());
             fixture.expect(&[fixture.node(name)], loopback, expected)?;
-            // A pod's own loopback is its own.
+            // Loopback in a pod is the pod's own.
             fixture.expect(&[fixture.pod_on(name)], loopback, &Outcome::Failed(ECONNREFUSED))?;
         }
         Ok(())
     };
     served(30080, &web)?;
     fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &web)?;
-    // Another port, and the old one is nobody's.
+    // Another node port replaces the old one, which is refused from then on.
     let ports = json!([{"name": "http", "port": 80, "targetPort": TARGET, "nodePort": 30081}]);
     namespace.patch_service("web", json!({"spec": {"ports": ports}}))?;
     let own = |port| Target::Tcp((fixture.cluster.node("n1").address(), port).into());
@@ -392,7 +392,7 @@ fn node_ports_are_served_on_each_node(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.all_on("n1"), own(30080), &Outcome::Failed(ECONNREFUSED))
 }
 
-/// Pods and nodes reach external addresses as they do cluster IPs, whatever the policy for traffic from outside.
+/// Pods and nodes reach external addresses as they do cluster IPs, with every external traffic policy.
 fn external_ips_use_cluster_policy_from_inside(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("external")?;
     let first: SocketAddr = "198.51.100.10:80".parse()?;
@@ -415,7 +415,8 @@ fn external_ips_use_cluster_policy_from_inside(fixture: &Fixture) -> Result<()> 
     fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &both)
 }
 
-/// Addresses that a cloud's controller writes into the status, unless it says that it is the one who answers there.
+/// Addresses that a cloud controller writes into the status, except those with `ipMode: Proxy`, where the load balancer
+/// itself answers.
 fn load_balancer_ip_mode_is_respected(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("balancer")?;
     let at: SocketAddr = "203.0.113.10:80".parse()?;
@@ -439,10 +440,10 @@ fn load_balancer_ip_mode_is_respected(fixture: &Fixture) -> Result<()> {
     }
     set(json!([{"hostname": "example.org"}]))?;
     fixture.expect(&fixture.everybody(), Target::Tcp(at), &gone)?;
-    // VIP is what it is when nothing is said.
+    // VIP is the default mode.
     set(json!([{"ip": at.ip()}]))?;
     fixture.expect(&fixture.everybody(), Target::Tcp(at), &both)?;
-    // Where node ports are made, they are served too.
+    // Node ports of a load-balancer Service are served if they are allocated.
     let service = namespace.patch_service("web", json!({"spec": {"allocateLoadBalancerNodePorts": true}}))?;
     let own = Target::Tcp((fixture.cluster.node("n2").address(), node_port(&service)?).into());
     fixture.expect(&fixture.all_on("n2"), own, &both)?;
@@ -451,7 +452,7 @@ fn load_balancer_ip_mode_is_respected(fixture: &Fixture) -> Result<()> {
     fixture.expect(&fixture.all_on("n2"), own, &Outcome::Failed(ECONNREFUSED))
 }
 
-/// The older Service has it; when that goes, the other, without a connection that fails.
+/// The older Service has the address. When it is deleted, the other one gets the address, and no connection fails.
 fn older_service_wins_an_address_conflict(fixture: &Fixture) -> Result<()> {
     let namespace = fixture.control_plane.namespace("claims")?;
     let at: SocketAddr = "198.51.100.20:80".parse()?;
@@ -460,7 +461,7 @@ fn older_service_wins_an_address_conflict(fixture: &Fixture) -> Result<()> {
         fixture.backend(&namespace, "n1", "older", &PodTemplate::app("older"))?,
         fixture.backend(&namespace, "n2", "younger", &PodTemplate::app("younger"))?,
     ];
-    // Not by their names: of two that were made in the same second, the first by name would have it.
+    // Age decides before the name: with equal ages, the Service with the lower name would have the address.
     namespace.create_service("z", claim("older"))?;
     fixture.expect(&fixture.everybody(), Target::Tcp(at), &Outcome::names(&["older"]))?;
     sleep(Duration::from_millis(1100));

@@ -1,4 +1,4 @@
-//! Packets that nobody has thought of, to the programs in the kernel.
+//! Random packets, sent to the programs in the kernel.
 
 use std::env;
 use std::time::{Duration, Instant};
@@ -8,10 +8,10 @@ use lb_tests::{Random, scaled_count};
 
 use super::*;
 
-/// Seconds of random packets, in place of a few.
+/// Variable with the number of seconds for random packets.
 const SECONDS: &str = "LB_FUZZ_SECONDS";
 const PACKETS: u64 = 6_000;
-/// Answered by a pod here, by one elsewhere, and by nobody; and no node port at all.
+/// Node ports of a Service with a local backend, with a remote one, and without any, and a port that is no node port.
 const PORTS: [u16; 4] = [30080, 30081, 30082, 30083];
 const HOOKS: [(&str, &str); 5] = [
     (program_name::INGRESS, "eth0"),
@@ -21,7 +21,8 @@ const HOOKS: [(&str, &str); 5] = [
     (program_name::EGRESS, "cni0"),
 ];
 
-/// A packet that is right: from few clients to few addresses, or back from a backend, so that many belong to a flow.
+/// Returns a valid packet: from few clients to few addresses, or back from a backend, so that many packets belong to a
+/// flow.
 fn right(fixture: &Fixture, random: &mut Random) -> Sent {
     let v6 = random.next_bool();
     let asker = client(v6, 4000 + random.below(8) as u16);
@@ -56,10 +57,10 @@ fn right(fixture: &Fixture, random: &mut Random) -> Sent {
     }
 }
 
-/// Bytes of a packet that are changed, cut off, doubled, or wholly random.
+/// Damages a packet: changes, removes, inserts or randomizes bytes.
 fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
     let at = |random: &mut Random, len: usize| random.below(len as u64) as usize;
-    // Headers are what is looked at.
+    // Mostly in the headers, which the programs read.
     for _ in 0..=random.below(3) {
         let end = bytes.len().min(80);
         let place = at(random, end);
@@ -68,7 +69,7 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
             1 => bytes.insert(place, random.next_u64() as u8),
             2 => bytes[14..].fill_with(|| random.next_u64() as u8),
             3 if bytes.len() > 24 => {
-                // What decides: version, lengths, protocol, fragments.
+                // The bytes that the parser decides on: version, lengths, protocol, fragments.
                 let decides = [12, 13, 14, 16, 17, 18, 19, 20, 21, 23];
                 bytes[decides[at(random, decides.len())]] = random.next_u64() as u8;
             }
@@ -80,11 +81,11 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
     }
 }
 
-/// What must hold of a packet and what became of it.
+/// Checks what must hold for a packet and the result of a program.
 fn judge(before: &[u8], link: usize, verdict: i32, after: &[u8], was_right: bool) -> Result<()> {
     ensure!([UNSPEC, SHOT, REDIRECT].contains(&verdict), "verdict {verdict}");
     if before == after || verdict == SHOT {
-        // A packet is not sent elsewhere as it is.
+        // An unchanged packet is never redirected.
         ensure!(verdict != REDIRECT, "sent on as it came");
         return Ok(());
     }
@@ -94,7 +95,7 @@ fn judge(before: &[u8], link: usize, verdict: i32, after: &[u8], was_right: bool
         }
         return Ok(());
     }
-    // What is sent on has got room for a header.
+    // A redirected packet without a link layer has got room for a header.
     let after = match after.strip_prefix(&[0; 14]) {
         Some(sent) if link == 0 && verdict == REDIRECT => sent,
         _ => after,
@@ -110,7 +111,7 @@ fn judge(before: &[u8], link: usize, verdict: i32, after: &[u8], was_right: bool
     checked(&after).map(drop).context("of what it became")?;
     if let (UNSPEC, Ok(new)) = (verdict, Sent::read(&after)) {
         let old = Sent::read(&framed(before))?;
-        // Addresses and ports, no more.
+        // Only addresses and ports differ.
         ensure!(
             new == Sent {
                 from: new.from,
@@ -123,7 +124,7 @@ fn judge(before: &[u8], link: usize, verdict: i32, after: &[u8], was_right: bool
     Ok(())
 }
 
-/// A packet that goes on is what it was, but for addresses, ports, checksums and the time to live.
+/// Fails if a packet that continues differs in more than addresses, ports, checksums and the time to live.
 fn is_in_place(before: &[u8], link: usize, after: &[u8]) -> Result<()> {
     ensure!(before.len() == after.len(), "another length");
     // Version, lengths, fragments, protocol.
@@ -138,7 +139,7 @@ fn is_in_place(before: &[u8], link: usize, after: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// A header for a packet that has none.
+/// Returns a link-layer header for a packet without one.
 fn before_link(packet: &[u8]) -> [u8; 14] {
     let mut header = [0; 14];
     header[12..].copy_from_slice(if packet[0] >> 4 == 4 { &[8, 0] } else { &[0x86, 0xdd] });
@@ -151,7 +152,7 @@ fn random_packets_are_translated_correctly_or_left_alone() -> Result<()> {
     let end = Instant::now() + Duration::from_secs(seconds.unwrap_or(0));
     let mut random = Random::from_env();
     let mut fixture = Fixture::new()?;
-    // No device here would need these.
+    // No device here needs the programs without a link layer.
     loader::load_programs(fixture.reconciler.maps_mut().programs_mut(), Layer::Network)?;
     for (number, (name, node)) in [("here", "n1"), ("there", "n2")].into_iter().enumerate() {
         let backends = [false, true].map(|v6| (fixture.pod(node, v6), node));
@@ -171,7 +172,7 @@ fn random_packets_are_translated_correctly_or_left_alone() -> Result<()> {
         }
         let (mut program, device) = HOOKS[random.below(HOOKS.len() as u64) as usize];
         let mut link = 14;
-        // Without a header of the link layer there must be as much all the same, or the kernel does not try.
+        // Without a link-layer header, the kernel still requires as many bytes as one has.
         if random.below(4) == 0 && bytes.len() > 2 * 14 {
             program = [program_name::INGRESS_L3, program_name::EGRESS_L3][random.below(2) as usize];
             link = 0;
@@ -179,7 +180,7 @@ fn random_packets_are_translated_correctly_or_left_alone() -> Result<()> {
         }
         let (verdict, after) = match fixture.run(program, device, &bytes) {
             Ok(done) => done,
-            // The kernel itself has something against it.
+            // The kernel itself rejects the packet.
             Err(_) if !was_right => continue,
             Err(error) => return Err(error).with_context(|| format!("{program} at {device}: {packet:?}")),
         };
