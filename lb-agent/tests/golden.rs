@@ -28,7 +28,7 @@ const CAPACITIES: Capacities = Capacities {
 };
 
 /// Returns whether the golden files are to be rewritten.
-fn blesses() -> bool {
+fn is_blessing() -> bool {
     std::env::var_os("LB_BLESS").is_some_and(|value| value == "1")
 }
 
@@ -61,12 +61,12 @@ fn manifests_produce_the_golden_maps() {
     for manifest in &manifests {
         let text = manifest.with_extension("maps.txt");
         let is = maps_of(manifest);
-        if blesses() {
+        if is_blessing() {
             fs::write(&text, &is).unwrap();
         }
         let blessed = fs::read_to_string(&text).unwrap_or_default();
         if is != blessed {
-            failures.push(format!("{}\n--- blessed\n{blessed}--- now\n{is}", text.display()));
+            failures.push(format!("{}\n--- expected\n{blessed}--- now\n{is}", text.display()));
         }
     }
     for text in texts {
@@ -74,12 +74,12 @@ fn manifests_produce_the_golden_maps() {
             .iter()
             .any(|manifest| manifest.with_extension("maps.txt") == text)
         {
-            failures.push(format!("{}: there is no such manifest", text.display()));
+            failures.push(format!("{}: no manifest has this name", text.display()));
         }
     }
     assert!(
         failures.is_empty(),
-        "{}\nIf that is right: LB_BLESS=1",
+        "{}\nIf the new output is correct, run with LB_BLESS=1",
         failures.join("\n")
     );
 }
@@ -119,12 +119,12 @@ fn help_texts_match_the_golden_file() {
         .iter()
         .map(|command| format!("$ lb-agent {command} --help\n{}\n", help(command)).replace("agent  --", "agent --"))
         .collect();
-    if blesses() {
+    if is_blessing() {
         fs::write(&text, &is).unwrap();
     }
     let blessed = fs::read_to_string(&text).unwrap_or_default();
     assert!(
         is == blessed,
-        "--- blessed\n{blessed}--- now\n{is}\nIf that is right: LB_BLESS=1"
+        "--- expected\n{blessed}--- now\n{is}\nIf the new output is correct, run with LB_BLESS=1"
     );
 }

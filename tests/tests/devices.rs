@@ -17,12 +17,12 @@ const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 
 /// How programs are attached: with tcx if the kernel has it, or with clsact filters as on kernels before 6.6.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum AttachMode {
     Native,
     Clsact,
 }
 
-impl Way {
+impl AttachMode {
     const BOTH: [Self; 2] = [Self::Native, Self::Clsact];
 
     fn flags(self) -> &'static [&'static str] {
@@ -44,7 +44,7 @@ impl Way {
 /// Returns whether the kernel has tcx, by its version.
 fn has_tcx() -> Result<bool> {
     let text = fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    let mut numbers = text.split('.').map_while(|word| word.parse::<u32>().ok());
+    let mut numbers = text.split('.').map_while(|part| part.parse::<u32>().ok());
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     ensure!(version > (1, 0), "{text}");
     Ok(version >= (6, 6))
@@ -55,20 +55,23 @@ type Programs = BTreeMap<String, u32>;
 
 /// Returns the programs at ingress and egress of a device as the kernel reports them: tcx links and clsact filters. A
 /// program that is attached twice is an error.
-fn at(node: &Netns, device: &str) -> Result<[Programs; 2]> {
-    let mut at = [Programs::new(), Programs::new()];
+fn attached_programs(node: &Netns, device: &str) -> Result<[Programs; 2]> {
+    let mut attached_programs = [Programs::new(), Programs::new()];
     let sides = [(TcAttachType::Ingress, "ingress"), (TcAttachType::Egress, "egress")];
-    for (programs, (side, word)) in at.iter_mut().zip(sides) {
+    for (programs, (side, direction)) in attached_programs.iter_mut().zip(sides) {
         if has_tcx()? {
             let (_, links) = node.within(|| SchedClassifier::query_tcx(device, side))??;
             for link in links {
                 let name = format!("tcx {}", link.name_as_str().unwrap_or("?"));
-                ensure!(programs.insert(name, link.id()).is_none(), "twice at {device}");
+                ensure!(
+                    programs.insert(name, link.id()).is_none(),
+                    "a program is attached twice to {device}"
+                );
             }
         }
-        let text = node.run("tc", &["-j", "filter", "show", "dev", device, word])?;
+        let text = node.run("tc", &["-j", "filter", "show", "dev", device, direction])?;
         let filters: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
-        for filter in filters.as_array().context("no list")? {
+        for filter in filters.as_array().context("not a list")? {
             let options = &filter["options"];
             // The kernel lists the chain first, then the filter in it.
             let Some(id) = options["prog"]["id"].as_u64() else {
@@ -76,10 +79,13 @@ fn at(node: &Netns, device: &str) -> Result<[Programs; 2]> {
             };
             let name = options["bpf_name"].as_str().unwrap_or("?");
             let name = format!("clsact {}", name.split('.').next().unwrap_or("?"));
-            ensure!(programs.insert(name, id as u32).is_none(), "twice at {device}: {text}");
+            ensure!(
+                programs.insert(name, id as u32).is_none(),
+                "a program is attached twice to {device}: {text}"
+            );
         }
     }
-    Ok(at)
+    Ok(attached_programs)
 }
 
 fn names(programs: &Programs) -> Vec<&str> {
@@ -87,19 +93,22 @@ fn names(programs: &Programs) -> Vec<&str> {
 }
 
 /// Fails unless both programs of lb are attached to a device, and no others.
-fn ensure_served(node: &Node, device: &str, way: &str) -> Result<[u32; 2]> {
-    let at = at(node, device)?;
-    let [ingress, egress] = at.each_ref().map(names);
+fn ensure_served(node: &Node, device: &str, mode: &str) -> Result<[u32; 2]> {
+    let attached_programs = attached_programs(node, device)?;
+    let [ingress, egress] = attached_programs.each_ref().map(names);
     let is = (ingress.as_slice(), egress.as_slice());
-    let names = ["lb_ingress", "lb_egress"].map(|name| format!("{way} {name}"));
+    let names = ["lb_ingress", "lb_egress"].map(|name| format!("{mode} {name}"));
     ensure!(is == (&[&*names[0]], &[&*names[1]]), "{device}: {is:?}");
-    Ok([at[0][&names[0]], at[1][&names[1]]])
+    Ok([attached_programs[0][&names[0]], attached_programs[1][&names[1]]])
 }
 
 /// Fails if any program is attached to a device.
-fn ensure_bare(node: &Netns, device: &str) -> Result<()> {
-    let at = at(node, device)?;
-    ensure!(at.iter().all(Programs::is_empty), "{device}: {at:?}");
+fn ensure_nothing_attached(node: &Netns, device: &str) -> Result<()> {
+    let attached_programs = attached_programs(node, device)?;
+    ensure!(
+        attached_programs.iter().all(Programs::is_empty),
+        "{device}: {attached_programs:?}"
+    );
     Ok(())
 }
 
@@ -112,17 +121,17 @@ fn index(node: &Node, device: &str) -> Result<u32> {
 
 struct Setup {
     agent: RunningAgent,
-    way: &'static str,
+    mode: &'static str,
     cluster: Cluster,
 }
 
 impl Setup {
-    fn new(way: Way, flags: &[&str]) -> Result<Self> {
-        Self::with(way, flags, |_| Ok(()))
+    fn new(mode: AttachMode, flags: &[&str]) -> Result<Self> {
+        Self::with(mode, flags, |_| Ok(()))
     }
 
     /// Creates a node with a pod, runs `before` on the node, then starts the agent.
-    fn with(way: Way, flags: &[&str], before: impl FnOnce(&Node) -> Result<()>) -> Result<Self> {
+    fn with(mode: AttachMode, flags: &[&str], before: impl FnOnce(&Node) -> Result<()>) -> Result<Self> {
         let cluster = Cluster::builder().nodes(1).client(true).build()?;
         cluster.add_pod("n1", "pod")?;
         before(cluster.node("n1"))?;
@@ -131,11 +140,11 @@ impl Setup {
         let text = service("web", "10.96.0.20", &[Port::tcp("web", 80).on_nodes(30080)], "")
             + &slice("web", Port::tcp("web", 8080), &[(pod, "n1")]);
         manifests.write("web.yaml", &text)?;
-        let flags: Vec<_> = way.flags().iter().chain(flags).copied().collect();
+        let flags: Vec<_> = mode.flags().iter().chain(flags).copied().collect();
         let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &flags)?;
-        let way = way.name()?;
-        println!("by {way}");
-        Ok(Self { agent, way, cluster })
+        let mode = mode.name()?;
+        println!("attached with {mode}");
+        Ok(Self { agent, mode, cluster })
     }
 
     fn node(&self) -> &Node {
@@ -143,16 +152,16 @@ impl Setup {
     }
 
     /// Kills the agent and starts it with other flags.
-    fn restart(&mut self, way: Way, flags: &[&str]) -> Result<()> {
+    fn restart(&mut self, mode: AttachMode, flags: &[&str]) -> Result<()> {
         self.agent.kill()?;
-        let flags: Vec<_> = way.flags().iter().chain(flags).copied().collect();
+        let flags: Vec<_> = mode.flags().iter().chain(flags).copied().collect();
         *self.agent.process() = self.agent.start_ready(&flags)?;
-        self.way = way.name()?;
+        self.mode = mode.name()?;
         Ok(())
     }
 
     fn ensure_served(&self, device: &str) -> Result<[u32; 2]> {
-        ensure_served(self.node(), device, self.way)
+        ensure_served(self.node(), device, self.mode)
     }
 
     fn devices(&self) -> Result<BTreeMap<String, DeviceStatus>> {
@@ -173,15 +182,15 @@ impl Setup {
             let ids = self.ensure_served(device)?;
             let devices = self.devices()?;
             let row = devices.get(device).with_context(|| format!("{devices:?}"))?;
-            ensure!(row.attached.as_deref() == Some(self.way), "{row:?}");
+            ensure!(row.attached.as_deref() == Some(self.mode), "{row:?}");
             Ok(ids)
         })
     }
 
     /// Waits until `status` and the kernel agree that no program is attached to a device.
-    fn eventually_bare(&self, device: &str) -> Result<()> {
+    fn eventually_nothing_attached(&self, device: &str) -> Result<()> {
         eventually(device, || {
-            ensure_bare(self.node(), device)?;
+            ensure_nothing_attached(self.node(), device)?;
             let devices = self.devices()?;
             let row = devices.get(device).with_context(|| format!("{devices:?}"))?;
             ensure!(row.attached.is_none(), "{row:?}");
@@ -190,8 +199,8 @@ impl Setup {
     }
 
     /// Waits until no program is attached to a device that `status` does not list, such as loopback.
-    fn eventually_bare_in_kernel(&self, device: &str) -> Result<()> {
-        eventually(device, || ensure_bare(self.node(), device))
+    fn eventually_nothing_attached_in_kernel(&self, device: &str) -> Result<()> {
+        eventually(device, || ensure_nothing_attached(self.node(), device))
     }
 
     /// Kills the agent.
@@ -219,7 +228,7 @@ impl Setup {
         let indexes = devices.iter().map(|device| index(self.node(), device));
         let mut indexes: Vec<u32> = indexes.collect::<Result<_>>()?;
         indexes.sort_unstable();
-        let expected: Vec<u32> = match self.way {
+        let expected: Vec<u32> = match self.mode {
             "tcx" => indexes.iter().flat_map(|index| [*index; 2]).collect(),
             _ => Vec::new(),
         };
@@ -232,13 +241,13 @@ impl Setup {
 const SERVED: [&str; 3] = ["cni0", "eth0", "flannel.1"];
 
 /// Devices without programs: loopback, and the pod's port of the bridge.
-const BARE: [&str; 2] = ["lo", "veth2"];
+const UNSERVED: [&str; 2] = ["lo", "veth2"];
 
 /// Returns the kinds of the qdiscs of a device.
 fn qdiscs(node: &Node, device: &str) -> Result<BTreeSet<String>> {
     let text = node.run("tc", &["-j", "qdisc", "show", "dev", device])?;
     let list: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
-    let kinds = list.as_array().context("no list")?.iter();
+    let kinds = list.as_array().context("not a list")?.iter();
     Ok(kinds
         .filter_map(|qdisc| qdisc["kind"].as_str().map(str::to_owned))
         .collect())
@@ -246,34 +255,34 @@ fn qdiscs(node: &Node, device: &str) -> Result<BTreeSet<String>> {
 
 #[test]
 fn programs_are_attached_to_the_default_devices() -> Result<()> {
-    for way in Way::BOTH {
-        let setup = Setup::new(way, &[])?;
+    for mode in AttachMode::BOTH {
+        let setup = Setup::new(mode, &[])?;
         let node = setup.node();
         for device in SERVED {
             setup.ensure_served(device)?;
         }
-        for device in BARE {
-            ensure_bare(node, device)?;
+        for device in UNSERVED {
+            ensure_nothing_attached(node, device)?;
         }
         setup.ensure_pins(&SERVED)?;
         // The source address for packets that leave by a device is the device's own address, or else the node's.
         let text = |ip: Option<IpAddr>| ip.map_or_else(|| "-".to_owned(), |ip| ip.to_string());
         let rows = setup.devices()?;
         let rows = rows.values().map(|row| {
-            let way = row.attached.as_deref().unwrap_or("-");
-            format!("{} {way} {} {}", row.name, text(row.source_v4), text(row.source_v6))
+            let mode = row.attached.as_deref().unwrap_or("-");
+            format!("{} {mode} {} {}", row.name, text(row.source_v4), text(row.source_v6))
         });
         let own = [
-            ("cni0", setup.way, "10.10.1.1", "fd00:10:10:1::1"),
-            ("eth0", setup.way, "192.168.77.1", "fd00:192:168:77::1"),
+            ("cni0", setup.mode, "10.10.1.1", "fd00:10:10:1::1"),
+            ("eth0", setup.mode, "192.168.77.1", "fd00:192:168:77::1"),
         ];
         let mut expected: Vec<_> = own
             .iter()
-            .map(|(name, way, v4, v6)| format!("{name} {way} {v4} {v6}"))
+            .map(|(name, mode, v4, v6)| format!("{name} {mode} {v4} {v6}"))
             .collect();
-        let way_out = "fd00:192:168:77::1";
-        expected.push(format!("flannel.1 {} 10.10.1.0 {way_out}", setup.way));
-        expected.push(format!("veth2 - 192.168.77.1 {way_out}"));
+        let egress_source = "fd00:192:168:77::1";
+        expected.push(format!("flannel.1 {} 10.10.1.0 {egress_source}", setup.mode));
+        expected.push(format!("veth2 - 192.168.77.1 {egress_source}"));
         assert_eq!(rows.collect::<Vec<_>>(), expected);
         assert_eq!(setup.problems()?, []);
     }
@@ -282,27 +291,27 @@ fn programs_are_attached_to_the_default_devices() -> Result<()> {
 
 #[test]
 fn attachments_follow_device_changes() -> Result<()> {
-    for way in Way::BOTH {
-        let setup = Setup::new(way, &[])?;
+    for mode in AttachMode::BOTH {
+        let setup = Setup::new(mode, &[])?;
         let node = setup.node();
         let eth0 = setup.ensure_served("eth0")?;
 
         // A veth pair outside any bridge, as CNI plugins without a bridge create it for pods.
         node.ip("link add cali0 type veth peer name other0")?;
         let ids = setup.eventually_served("cali0")?;
-        ensure!(ids == eth0, "{ids:?} are other programs than {eth0:?}");
+        ensure!(ids == eth0, "{ids:?} are not the programs of eth0, {eth0:?}");
         setup.eventually_served("other0")?;
         // The device is set up, and its peer gets another name.
         node.ip("link set cali0 up")?;
         node.ip("link set other0 name other-one")?;
-        eventually("another name", || {
+        eventually("the renamed device is listed", || {
             let devices = setup.devices()?;
             ensure!(!devices.contains_key("other0"), "{devices:?}");
             setup.ensure_served("other-one").map(drop)
         })?;
         // A device that becomes a port of a bridge is served by the bridge until it leaves the bridge.
         node.ip("link set cali0 master cni0")?;
-        setup.eventually_bare("cali0")?;
+        setup.eventually_nothing_attached("cali0")?;
         setup.ensure_served("cni0")?;
         node.ip("link set cali0 nomaster")?;
         setup.eventually_served("cali0")?;
@@ -317,14 +326,14 @@ fn attachments_follow_device_changes() -> Result<()> {
         let before = source("cali0")?;
         node.add_address("203.0.113.7/24", "cali0")?;
         node.add_address("2001:db8:7::7/64", "cali0")?;
-        eventually("an address", || {
+        eventually("the new addresses are listed", || {
             let now = source("cali0")?;
             ensure!(now == "Some(203.0.113.7) Some(2001:db8:7::7)", "{now}");
             Ok(())
         })?;
         node.remove_address("203.0.113.7/24", "cali0")?;
         node.remove_address("2001:db8:7::7/64", "cali0")?;
-        eventually("no address", || {
+        eventually("the removed addresses are gone", || {
             let now = source("cali0")?;
             ensure!(now == before, "{now}, not {before}");
             Ok(())
@@ -334,8 +343,8 @@ fn attachments_follow_device_changes() -> Result<()> {
         // agent's.
         let client = setup.cluster.client();
         node.ip(&format!("link set other-one netns {}", client.netns_name()))?;
-        eventually("moved", || {
-            ensure_bare(client, "other-one")?;
+        eventually("the moved device has no programs", || {
+            ensure_nothing_attached(client, "other-one")?;
             setup.ensure_pins(&["cali0", "cni0", "eth0", "flannel.1"])
         })?;
         setup.ensure_served("cali0")?;
@@ -354,13 +363,13 @@ fn attachments_follow_device_changes() -> Result<()> {
         node.ip("link add again0 type veth peer name other-two")?;
         setup.eventually_served("again0")?;
         node.ip("link delete again0")?;
-        eventually("gone", || {
+        eventually("the deleted device is not listed", || {
             let devices = setup.devices()?;
             ensure!(!devices.contains_key("again0"), "{devices:?}");
             setup.ensure_pins(&SERVED)
         })?;
         let now = setup.ensure_served("eth0")?;
-        ensure!(now == eth0, "{now:?} are other programs than {eth0:?}");
+        ensure!(now == eth0, "the programs of eth0 changed from {eth0:?} to {now:?}");
         assert_eq!(setup.problems()?, []);
     }
     Ok(())
@@ -368,16 +377,16 @@ fn attachments_follow_device_changes() -> Result<()> {
 
 #[test]
 fn tun_device_gets_layer_3_programs() -> Result<()> {
-    for way in Way::BOTH {
-        let setup = Setup::new(way, &[])?;
+    for mode in AttachMode::BOTH {
+        let setup = Setup::new(mode, &[])?;
         let node = setup.node();
         node.ip("tuntap add dev tun0 mode tun")?;
         eventually("tun0", || {
-            let at = at(node, "tun0")?;
-            let [ingress, egress] = at.each_ref().map(names);
-            let way = setup.way;
-            ensure!(ingress == [format!("{way} lb_ingress_l3")], "{ingress:?}");
-            ensure!(egress == [format!("{way} lb_egress_l3")], "{egress:?}");
+            let attached_programs = attached_programs(node, "tun0")?;
+            let [ingress, egress] = attached_programs.each_ref().map(names);
+            let mode = setup.mode;
+            ensure!(ingress == [format!("{mode} lb_ingress_l3")], "{ingress:?}");
+            ensure!(egress == [format!("{mode} lb_egress_l3")], "{egress:?}");
             Ok(())
         })?;
         node.ip("tuntap del dev tun0 mode tun")?;
@@ -387,23 +396,23 @@ fn tun_device_gets_layer_3_programs() -> Result<()> {
 
 #[test]
 fn devices_flag_patterns_select_devices() -> Result<()> {
-    for way in Way::BOTH {
-        let mut setup = Setup::new(way, &["--devices", "eth?,fla*"])?;
+    for mode in AttachMode::BOTH {
+        let mut setup = Setup::new(mode, &["--devices", "eth?,fla*"])?;
         setup.ensure_served("eth0")?;
         setup.ensure_served("flannel.1")?;
-        ensure_bare(setup.node(), "cni0")?;
+        ensure_nothing_attached(setup.node(), "cni0")?;
         setup.ensure_pins(&["eth0", "flannel.1"])?;
         setup.node().ip("link add eth7 type veth peer name cali7")?;
         setup.eventually_served("eth7")?;
-        ensure_bare(setup.node(), "cali7")?;
+        ensure_nothing_attached(setup.node(), "cali7")?;
         // The device gets a name that no pattern matches.
         setup.node().ip("link set eth7 name cali8")?;
-        setup.eventually_bare("cali8")?;
+        setup.eventually_nothing_attached("cali8")?;
         // Only a named port of a bridge and loopback: the attachments of the previous run are removed.
-        setup.restart(way, &["--devices", "veth2,lo"])?;
+        setup.restart(mode, &["--devices", "veth2,lo"])?;
         setup.ensure_served("veth2")?;
         for device in ["lo", "eth0", "flannel.1", "cni0", "cali7", "cali8"] {
-            setup.eventually_bare_in_kernel(device)?;
+            setup.eventually_nothing_attached_in_kernel(device)?;
         }
         setup.ensure_pins(&["veth2"])?;
     }
@@ -412,8 +421,8 @@ fn devices_flag_patterns_select_devices() -> Result<()> {
 
 #[test]
 fn restart_keeps_links_and_replaces_programs() -> Result<()> {
-    for way in Way::BOTH {
-        let mut setup = Setup::new(way, &[])?;
+    for mode in AttachMode::BOTH {
+        let mut setup = Setup::new(mode, &[])?;
         let before = setup.ensure_served("eth0")?;
         let links = |setup: &Setup| -> Result<BTreeSet<u32>> {
             let mut programs = BTreeSet::new();
@@ -429,7 +438,7 @@ fn restart_keeps_links_and_replaces_programs() -> Result<()> {
                         .map(|link| link.id()),
                 );
             }
-            ensure!(ids.len() == if setup.way == "tcx" { 6 } else { 0 }, "{ids:?}");
+            ensure!(ids.len() == if setup.mode == "tcx" { 6 } else { 0 }, "{ids:?}");
             Ok(ids)
         };
         let before_links = links(&setup)?;
@@ -439,13 +448,13 @@ fn restart_keeps_links_and_replaces_programs() -> Result<()> {
         ensure!(kept == before, "{kept:?}");
         setup.node().ip("link add late0 type veth peer name late1")?;
         setup.node().ip("link delete flannel.1")?;
-        ensure_bare(setup.node(), "late0")?;
+        ensure_nothing_attached(setup.node(), "late0")?;
         // A start loads its own programs, as another build would.
-        setup.restart(way, &[])?;
+        setup.restart(mode, &[])?;
         let after = setup.eventually_served("eth0")?;
         ensure!(
             after.iter().all(|id| !before.contains(id)),
-            "{after:?} are those of before"
+            "{after:?} contains programs of the previous run"
         );
         setup.ensure_served("late0")?;
         setup.ensure_pins(&["cni0", "eth0", "late0", "late1"])?;
@@ -453,10 +462,10 @@ fn restart_keeps_links_and_replaces_programs() -> Result<()> {
             .filter_map(|link| link.ok().map(|link| link.id()))
             .collect();
         let gone = before_links.difference(&now).count();
-        let expected = if setup.way == "tcx" { 2 } else { 0 };
+        let expected = if setup.mode == "tcx" { 2 } else { 0 };
         ensure!(
             gone == expected,
-            "{gone} links are not what they were, {expected} were at flannel.1"
+            "{gone} links are gone, not the {expected} of flannel.1"
         );
     }
     Ok(())
@@ -464,15 +473,15 @@ fn restart_keeps_links_and_replaces_programs() -> Result<()> {
 
 #[test]
 fn switching_between_tcx_and_clsact_reattaches() -> Result<()> {
-    let mut setup = Setup::new(Way::Native, &[])?;
-    for way in [Way::Clsact, Way::Native] {
-        setup.restart(way, &[])?;
+    let mut setup = Setup::new(AttachMode::Native, &[])?;
+    for mode in [AttachMode::Clsact, AttachMode::Native] {
+        setup.restart(mode, &[])?;
         for device in SERVED {
             setup.eventually_served(device)?;
         }
         setup.ensure_pins(&SERVED)?;
     }
-    if setup.way == "tcx" {
+    if setup.mode == "tcx" {
         for device in SERVED {
             let qdiscs = qdiscs(setup.node(), device)?;
             ensure!(!qdiscs.contains("clsact"), "{device}: {qdiscs:?}");
@@ -482,11 +491,11 @@ fn switching_between_tcx_and_clsact_reattaches() -> Result<()> {
 }
 
 /// Sends datagrams to the node from outside.
-fn knock(setup: &Setup) -> Result<()> {
+fn send_datagrams(setup: &Setup) -> Result<()> {
     let to = SocketAddr::new(setup.node().address().into(), 9);
     let socket = setup.cluster.client().within(|| UdpSocket::bind("0.0.0.0:0"))??;
-    for _ in 0..KNOCKS {
-        match socket.send_to(b"knock", to) {
+    for _ in 0..DATAGRAMS {
+        match socket.send_to(b"probe", to) {
             // The kernel reports the ICMP error for one datagram at the next send.
             Err(error) if error.kind() != std::io::ErrorKind::ConnectionRefused => return Err(error.into()),
             _ => {}
@@ -495,116 +504,116 @@ fn knock(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-const KNOCKS: u64 = 20;
+const DATAGRAMS: u64 = 20;
 
 /// Fails unless a counter sees each packet that is sent to eth0 exactly once.
 fn ensure_counting(setup: &Setup, counter: &Counter) -> Result<()> {
     let before = counter.count()?;
-    knock(setup)?;
-    eventually("counting", || {
+    send_datagrams(setup)?;
+    eventually("every packet is counted once", || {
         let counted = counter.count()? - before;
         // Neighbor discovery adds a few packets.
-        ensure!((KNOCKS..2 * KNOCKS).contains(&counted), "{counted} packets");
+        ensure!((DATAGRAMS..2 * DATAGRAMS).contains(&counted), "{counted} packets");
         Ok(())
     })
 }
 
 #[test]
 fn foreign_tc_programs_keep_running() -> Result<()> {
-    for way in Way::BOTH {
+    for mode in AttachMode::BOTH {
         // With filters, one program has the same priority as lb's and another has a different one.
-        let places: &[Option<u16>] = match way.name()? {
+        let priorities: &[Option<u16>] = match mode.name()? {
             "tcx" => &[None, Some(1)],
             _ => &[Some(1), Some(100)],
         };
-        for place in places {
-            let mut early = Counter::load()?;
-            let setup = Setup::with(way, &[], |node| {
+        for priority in priorities {
+            let mut existing = Counter::load()?;
+            let setup = Setup::with(mode, &[], |node| {
                 node.within(|| {
-                    if place.is_some() {
+                    if priority.is_some() {
                         qdisc_add_clsact("eth0")?;
                     }
-                    early.attach("eth0", *place)
+                    existing.attach("eth0", *priority)
                 })?
             })?;
-            let counter_name = if place.is_some() {
+            let counter_program = if priority.is_some() {
                 "clsact lb_count"
             } else {
                 "tcx lb_count"
             };
             let seen = || -> Result<Vec<String>> {
-                let [ingress, _] = at(setup.node(), "eth0")?;
+                let [ingress, _] = attached_programs(setup.node(), "eth0")?;
                 Ok(ingress.into_keys().collect())
             };
             let both = || {
-                let mut both = [counter_name.to_owned(), format!("{} lb_ingress", setup.way)];
+                let mut both = [counter_program.to_owned(), format!("{} lb_ingress", setup.mode)];
                 both.sort();
                 both
             };
             ensure!(seen()? == both(), "{:?}", seen()?);
-            ensure_counting(&setup, &early)?;
+            ensure_counting(&setup, &existing)?;
             // Another program is attached after lb's.
             setup.node().ip("link add late0 type veth peer name late1")?;
             setup.eventually_served("late0")?;
             let mut late = Counter::load()?;
             setup.node().within(|| {
-                if place.is_some() && setup.way == "tcx" {
+                if priority.is_some() && setup.mode == "tcx" {
                     qdisc_add_clsact("late0")?;
                 }
-                late.attach("late0", place.map(|_| 50))
+                late.attach("late0", priority.map(|_| 50))
             })??;
             let setup = setup.without_agent()?;
-            ensure_counting(&setup, &early)?;
+            ensure_counting(&setup, &existing)?;
             setup.agent.output(&["cleanup"])?;
-            let left = at(setup.node(), "eth0")?;
-            assert_eq!([names(&left[0]), names(&left[1])], [vec![counter_name], vec![]]);
-            let left = at(setup.node(), "late0")?;
+            let left = attached_programs(setup.node(), "eth0")?;
+            assert_eq!([names(&left[0]), names(&left[1])], [vec![counter_program], vec![]]);
+            let left = attached_programs(setup.node(), "late0")?;
             ensure!(left[0].len() == 1 && left[1].is_empty(), "{left:?}");
-            ensure_counting(&setup, &early)?;
+            ensure_counting(&setup, &existing)?;
         }
     }
     Ok(())
 }
 
 /// Returns the names of the programs at the ingress of a device, in the order in which they see a packet.
-fn order(node: &Node, device: &str, way: &str) -> Result<Vec<String>> {
-    if way == "tcx" {
+fn order(node: &Node, device: &str, mode: &str) -> Result<Vec<String>> {
+    if mode == "tcx" {
         let (_, programs) = node.within(|| SchedClassifier::query_tcx(device, TcAttachType::Ingress))??;
         let names = programs.iter().filter_map(|program| program.name_as_str());
         return Ok(names.map(str::to_owned).collect());
     }
     let text = node.run("tc", &["-j", "filter", "show", "dev", device, "ingress"])?;
     let filters: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
-    let names = filters.as_array().context("no list")?.iter();
+    let names = filters.as_array().context("not a list")?.iter();
     let names = names.filter_map(|filter| filter["options"]["prog"]["name"].as_str());
     Ok(names.map(str::to_owned).collect())
 }
 
 #[test]
 fn lb_ingress_runs_before_existing_programs() -> Result<()> {
-    for way in Way::BOTH {
-        let place = (way.name()? == "clsact").then_some(1);
-        let mut early = Counter::load()?;
-        let setup = Setup::with(way, &[], |node| {
+    for mode in AttachMode::BOTH {
+        let priority = (mode.name()? == "clsact").then_some(1);
+        let mut existing = Counter::load()?;
+        let setup = Setup::with(mode, &[], |node| {
             node.within(|| {
-                if place.is_some() {
+                if priority.is_some() {
                     qdisc_add_clsact("eth0")?;
                 }
-                early.attach("eth0", place)
+                existing.attach("eth0", priority)
             })?
         })?;
-        let order = order(setup.node(), "eth0", setup.way)?;
-        assert_eq!(order, ["lb_ingress", "lb_count"], "{}", setup.way);
+        let order = order(setup.node(), "eth0", setup.mode)?;
+        assert_eq!(order, ["lb_ingress", "lb_count"], "{}", setup.mode);
     }
     Ok(())
 }
 
 #[test]
 fn cleanup_removes_programs_qdiscs_and_reserved_ports() -> Result<()> {
-    for way in Way::BOTH {
+    for mode in AttachMode::BOTH {
         let qdiscs_of = |node: &Node| -> Result<Vec<_>> { SERVED.iter().map(|device| qdiscs(node, device)).collect() };
         let mut before = Vec::new();
-        let setup = Setup::with(way, &[], |node| {
+        let setup = Setup::with(mode, &[], |node| {
             node.sysctl("net.ipv4.ip_local_reserved_ports", "8080,9148")?;
             // A qdisc that lb did not add stays, even if it is empty.
             node.within(|| qdisc_add_clsact("cni0"))??;
@@ -619,7 +628,7 @@ fn cleanup_removes_programs_qdiscs_and_reserved_ports() -> Result<()> {
         let setup = setup.without_agent()?;
         setup.agent.output(&["cleanup"])?;
         for device in SERVED {
-            ensure_bare(setup.node(), device)?;
+            ensure_nothing_attached(setup.node(), device)?;
         }
         assert_eq!(qdiscs_of(setup.node())?, before);
         assert_eq!(reserved(&setup)?, "8080,9148");
@@ -630,22 +639,25 @@ fn cleanup_removes_programs_qdiscs_and_reserved_ports() -> Result<()> {
 
 #[test]
 fn deleted_clsact_qdisc_is_restored() -> Result<()> {
-    let setup = Setup::new(Way::Clsact, &[])?;
+    let setup = Setup::new(AttachMode::Clsact, &[])?;
     setup.node().run("tc", &["qdisc", "delete", "dev", "eth0", "clsact"])?;
-    ensure_bare(setup.node(), "eth0")?;
+    ensure_nothing_attached(setup.node(), "eth0")?;
     setup.eventually_served("eth0")?;
     // A qdisc that excludes clsact is a problem of this device until it is deleted.
     setup.node().run("tc", &["qdisc", "delete", "dev", "cni0", "clsact"])?;
     setup.node().run("tc", &["qdisc", "add", "dev", "cni0", "ingress"])?;
-    eventually("a problem", || {
+    eventually("the problem is reported", || {
         let problems = setup.problems()?;
-        ensure!(problems.iter().any(|problem| problem.place == "cni0"), "{problems:?}");
+        ensure!(
+            problems.iter().any(|problem| problem.place == "cni0"),
+            "{problems:?}"
+        );
         Ok(())
     })?;
     setup.ensure_served("eth0")?;
     setup.node().run("tc", &["qdisc", "delete", "dev", "cni0", "ingress"])?;
     setup.eventually_served("cni0")?;
-    eventually("no problem", || {
+    eventually("the problem is cleared", || {
         let problems = setup.problems()?;
         ensure!(problems.is_empty(), "{problems:?}");
         Ok(())
@@ -654,30 +666,30 @@ fn deleted_clsact_qdisc_is_restored() -> Result<()> {
 
 #[test]
 fn snat_ports_are_reserved_by_sysctl() -> Result<()> {
-    let mut setup = Setup::new(Way::Native, &["--snat-ports", "50000-50999"])?;
+    let mut setup = Setup::new(AttachMode::Native, &["--snat-ports", "50000-50999"])?;
     let node = setup.cluster.node("n1");
-    let says = |expected: &str| -> Result<()> {
+    let expect = |expected: &str| -> Result<()> {
         let read = || fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports");
         let text = node.within(read)??;
         ensure!(text.trim() == expected, "{text}, not {expected}");
         Ok(())
     };
-    says("50000-50999")?;
+    expect("50000-50999")?;
     // Another range replaces the first, which lb itself had reserved.
     setup.agent.kill()?;
     *setup.agent.process() = setup.agent.start_ready(&["--snat-ports", "61000-65535"])?;
-    says("61000-65535")?;
+    expect("61000-65535")?;
     // An administrator overwrites the setting without lb's range.
     node.sysctl("net.ipv4.ip_local_reserved_ports", "8080")?;
-    eventually("8080", || says("8080,61000-65535"))?;
+    eventually("8080", || expect("8080,61000-65535"))?;
     // Ports that were reserved before lb started stay reserved after cleanup.
     setup.agent.kill()?;
     setup.agent.output(&["cleanup"])?;
-    says("8080")?;
+    expect("8080")?;
     node.sysctl("net.ipv4.ip_local_reserved_ports", "60000-65535")?;
     *setup.agent.process() = setup.agent.start_ready(&[])?;
-    says("60000-65535")?;
+    expect("60000-65535")?;
     setup.agent.kill()?;
     setup.agent.output(&["cleanup"])?;
-    says("60000-65535")
+    expect("60000-65535")
 }

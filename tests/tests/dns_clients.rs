@@ -27,14 +27,14 @@ const DNS: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
 /// The addresses of a second DNS Service with a server of its own.
 const OTHER: [&str; 2] = ["10.96.0.11", "fd00:96::11"];
 /// The address of a Service without a server.
-const NOBODY: &str = "10.96.0.12";
+const NO_SERVER: &str = "10.96.0.12";
 
 fn testbed() -> Testbed {
     Testbed::new(TESTBED)
 }
 
 /// Starts dnsmasq in a pod, on port 5353, UDP and TCP.
-fn serve_names(pod: &Pod) -> Result<Process> {
+fn start_dnsmasq(pod: &Pod) -> Result<Process> {
     let long = "long,".to_owned() + &["x".repeat(250).as_str(); 6].join(",");
     let mut command = pod.command("sh")?;
     command
@@ -62,7 +62,7 @@ fn serve_names(pod: &Pod) -> Result<Process> {
 }
 
 /// Returns the manifest of a Service in both families.
-fn in_both(name: &str, ips: [&str; 2], ports: &[(Port<'_>, u16)], pods: &[&Pod]) -> String {
+fn dual_stack_service(name: &str, ips: [&str; 2], ports: &[(Port<'_>, u16)], pods: &[&Pod]) -> String {
     let frontends: Vec<_> = ports.iter().map(|(port, _)| *port).collect();
     let mut text = service(name, &ips.join(","), &frontends, "");
     for (port, target) in ports {
@@ -76,13 +76,13 @@ fn in_both(name: &str, ips: [&str; 2], ports: &[(Port<'_>, u16)], pods: &[&Pod])
 }
 
 /// Returns the manifest of a Service like kube-dns: DNS over UDP and TCP, and metrics.
-fn names(name: &str, ips: [&str; 2], pods: &[&Pod]) -> String {
+fn dns_service(name: &str, ips: [&str; 2], pods: &[&Pod]) -> String {
     let ports = [
         (Port::udp("dns", 53), 5353),
         (Port::tcp("dns-tcp", 53), 5353),
         (Port::tcp("metrics", 9153), 9153),
     ];
-    in_both(name, ips, &ports, pods)
+    dual_stack_service(name, ips, &ports, pods)
 }
 
 struct Setup {
@@ -99,17 +99,17 @@ fn setup() -> Result<Setup> {
         .map(|name| cluster.add_pod("n1", name).with_context(|| format!("pod {name}")));
     let (client, dns, other, web) = (client?, dns?, other?, web?);
     let processes = vec![
-        serve_names(&dns)?,
-        serve_names(&other)?,
+        start_dnsmasq(&dns)?,
+        start_dnsmasq(&other)?,
         testbed().serve_with(&dns, &["[::]:9153=metrics"], &["--http"])?,
         testbed().serve_with(&web, &["[::]:8080=page"], &["--http"])?,
     ];
     let manifests = Manifests::new(&cluster)?;
     let text = [
-        names("kube-dns", DNS, &[&dns]),
-        names("other-dns", OTHER, &[&other]),
-        service("nobody", NOBODY, &[Port::udp("dns", 53)], ""),
-        in_both("web", WEB, &[(Port::tcp("http", 80), 8080)], &[&web]),
+        dns_service("kube-dns", DNS, &[&dns]),
+        dns_service("other-dns", OTHER, &[&other]),
+        service("no-server", NO_SERVER, &[Port::udp("dns", 53)], ""),
+        dual_stack_service("web", WEB, &[(Port::tcp("http", 80), 8080)], &[&web]),
     ];
     manifests.write("services.yaml", &text.concat())?;
     let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
@@ -137,14 +137,14 @@ impl Setup {
 }
 
 /// Returns the arguments of unshare(1) for a program that sees this `resolv.conf`, as a container sees one of its own.
-fn resolving<'a>(conf: &'a Path, words: &[&'a str]) -> Result<Vec<&'a str>> {
+fn with_resolv_conf<'a>(conf: &'a Path, words: &[&'a str]) -> Result<Vec<&'a str>> {
     let conf = conf.to_str().context("a path is not UTF-8")?;
     let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
     Ok([&["--mount", "sh", "-c", script, conf], words].concat())
 }
 
-fn run_resolving(netns: &Netns, conf: &Path, words: &[&str]) -> Result<String> {
-    netns.run("unshare", &resolving(conf, words)?)
+fn run_with_resolv_conf(netns: &Netns, conf: &Path, words: &[&str]) -> Result<String> {
+    netns.run("unshare", &with_resolv_conf(conf, words)?)
 }
 
 /// Returns the path of the program that calls the resolver of a C library: `glibc` or `musl`.
@@ -152,7 +152,7 @@ fn resolver(library: &str) -> Result<String> {
     let path = Path::new(TESTBED).with_file_name(format!("lb-resolve-{library}"));
     ensure!(
         path.is_file(),
-        "there is no {}: cargo xtask test builds it",
+        "{} is missing: run cargo xtask test, which builds it",
         path.display()
     );
     Ok(path.to_str().context("a path is not UTF-8")?.to_owned())
@@ -166,24 +166,27 @@ fn dig_queries_over_udp_and_tcp() -> Result<()> {
         for server in DNS {
             let at = format!("@{server}");
             for how in ["+notcp", "+tcp"] {
-                let told = dig(&[&at, NAME, "A", "+short", how])?;
-                ensure!(told.trim() == WEB[0], "{} {at} {how}: {told}", netns.name());
+                let output = dig(&[&at, NAME, "A", "+short", how])?;
+                ensure!(output.trim() == WEB[0], "{} {at} {how}: {output}", netns.name());
             }
-            let told = dig(&[&at, NAME, "AAAA", "+short"])?;
-            ensure!(told.trim() == WEB[1], "{} {at}: {told}", netns.name());
+            let output = dig(&[&at, NAME, "AAAA", "+short"])?;
+            ensure!(output.trim() == WEB[1], "{} {at}: {output}", netns.name());
             // dig reports the server that answered, and warns if an answer comes from another address.
-            let told = dig(&[&at, NAME])?;
-            ensure!(told.contains(&format!("SERVER: {server}#53")), "{told}");
-            ensure!(!told.contains("unexpected source"), "{told}");
+            let output = dig(&[&at, NAME])?;
+            ensure!(output.contains(&format!("SERVER: {server}#53")), "{output}");
+            ensure!(!output.contains("unexpected source"), "{output}");
             // The response is truncated over UDP, and dig retries over TCP.
-            let told = dig(&[&at, "long", "TXT", "+noedns", "+bufsize=512"])?;
-            ensure!(told.contains("Truncated, retrying in TCP mode"), "{told}");
-            ensure!(told.matches(&"x".repeat(250)).count() == 6, "{told}");
+            let output = dig(&[&at, "long", "TXT", "+noedns", "+bufsize=512"])?;
+            ensure!(output.contains("Truncated, retrying in TCP mode"), "{output}");
+            ensure!(output.matches(&"x".repeat(250)).count() == 6, "{output}");
         }
     }
     for (port, least) in [("dns", 16), ("dns-tcp", 8)] {
         let counted = setup.agent.connections("kube-dns", Some(port))?;
-        ensure!(counted >= least, "{port}: {counted} of {least}");
+        ensure!(
+            counted >= least,
+            "{port}: {counted} connections, expected at least {least}"
+        );
     }
     ensure!(setup.agent.connections("other-dns", Some("dns"))? == 0);
     Ok(())
@@ -196,12 +199,12 @@ fn glibc_resolves_names_and_curl_fetches() -> Result<()> {
         for server in DNS {
             let conf = setup.servers(&[server], "timeout:5 attempts:1")?;
             for (database, address) in [("ahostsv4", WEB[0]), ("ahostsv6", WEB[1])] {
-                let told = run_resolving(netns, &conf, &["getent", database, NAME])?;
-                ensure!(told.starts_with(address), "{} {server}: {told}", netns.name());
+                let output = run_with_resolv_conf(netns, &conf, &["getent", database, NAME])?;
+                ensure!(output.starts_with(address), "{} {server}: {output}", netns.name());
             }
             for family in ["-4", "-6"] {
                 let url = format!("http://{NAME}/");
-                let page = run_resolving(netns, &conf, &["curl", family, "-sS", "--max-time", "20", &url])?;
+                let page = run_with_resolv_conf(netns, &conf, &["curl", family, "-sS", "--max-time", "20", &url])?;
                 ensure!(page.trim_end() == "page", "{} {server} {family}: {page}", netns.name());
             }
             // The third port of that Service.
@@ -231,20 +234,23 @@ fn musl_queries_all_servers_from_one_socket() -> Result<()> {
             (&[DNS[0], OTHER[0]][..], count),
             (&[DNS[0], OTHER[1]][..], count),
             (&[DNS[1], OTHER[1]][..], count),
-            (&[NOBODY, DNS[0]][..], 0),
+            (&[NO_SERVER, DNS[0]][..], 0),
         ] {
             let before = (
                 setup.agent.connections("kube-dns", Some("dns"))?,
                 setup.agent.connections("other-dns", Some("dns"))?,
             );
             let conf = setup.servers(servers, "timeout:5 attempts:1")?;
-            let told = run_resolving(netns, &conf, &[&program, NAME, "0", &lookups])?;
-            ensure!(told.contains(&format!("asked {count} failed 0")), "{servers:?}: {told}");
-            let asked = setup.agent.connections("kube-dns", Some("dns"))? - before.0;
-            let asked_others = setup.agent.connections("other-dns", Some("dns"))? - before.1;
+            let output = run_with_resolv_conf(netns, &conf, &[&program, NAME, "0", &lookups])?;
             ensure!(
-                (asked, asked_others) == (count, others),
-                "{} {servers:?}: flows {asked} and {asked_others}, expected {count} and {others}",
+                output.contains(&format!("asked {count} failed 0")),
+                "{servers:?}: {output}"
+            );
+            let asked = setup.agent.connections("kube-dns", Some("dns"))? - before.0;
+            let queries_to_other = setup.agent.connections("other-dns", Some("dns"))? - before.1;
+            ensure!(
+                (asked, queries_to_other) == (count, others),
+                "{} {servers:?}: flows {asked} and {queries_to_other}, expected {count} and {others}",
                 netns.name()
             );
         }
@@ -259,13 +265,13 @@ fn python_clients_see_service_addresses() -> Result<()> {
     let client = client.to_str().context("a path is not UTF-8")?;
     for netns in setup.clients() {
         for (dns, web) in DNS.into_iter().zip(WEB) {
-            let told = netns.run("python3", &["-I", client, dns, web])?;
-            let told: Value = serde_json::from_str(&told).with_context(|| told.clone())?;
+            let output = netns.run("python3", &["-I", client, dns, web])?;
+            let output: Value = serde_json::from_str(&output).with_context(|| output.clone())?;
             let server = json!([dns, 53]);
             let expected = json!({
                 "unconnected": server, "connected": [server, server], "stream": server, "page": "page\n",
             });
-            ensure!(told == expected, "{}: {told}", netns.name());
+            ensure!(output == expected, "{}: {output}", netns.name());
         }
     }
     Ok(())
@@ -281,7 +287,7 @@ impl Lookups {
     fn start(netns: &Netns, conf: &Path, program: &str) -> Result<Self> {
         let mut command = netns.command("unshare")?;
         command
-            .args(resolving(conf, &[program, NAME, "0", "0"])?)
+            .args(with_resolv_conf(conf, &[program, NAME, "0", "0"])?)
             .stdin(Stdio::piped());
         let mut process = Process::spawn_ready(&mut command, scaled_timeout(Duration::from_secs(10)))?;
         let input = process.take_stdin().context("no standard input")?;
@@ -306,7 +312,7 @@ impl Lookups {
 }
 
 /// A client with one connected socket. It connects a new socket only after a failure.
-struct Patient<'a> {
+struct ReconnectingClient<'a> {
     netns: &'a Netns,
     server: SocketAddr,
     kind: SocketKind,
@@ -315,7 +321,7 @@ struct Patient<'a> {
     closed: u64,
 }
 
-impl<'a> Patient<'a> {
+impl<'a> ReconnectingClient<'a> {
     fn new(netns: &'a Netns, kind: SocketKind, server: &str) -> Result<Self> {
         let server = SocketAddr::new(server.parse()?, 53);
         Ok(Self {
@@ -357,7 +363,7 @@ impl<'a> Patient<'a> {
 }
 
 /// Returns the sockets of a network namespace that the kernel shows as connected to an address.
-fn connected_to(netns: &Netns, address: IpAddr) -> Result<Vec<String>> {
+fn sockets_connected_to(netns: &Netns, address: IpAddr) -> Result<Vec<String>> {
     let address = match address {
         IpAddr::V4(address) => address.to_string(),
         IpAddr::V6(address) => format!("[{address}]"),
@@ -374,8 +380,8 @@ fn names_resolve_while_the_dns_server_is_replaced_100_times() -> Result<()> {
         .map(|i| cluster.add_pod("n1", &format!("dns-{i}")))
         .collect::<Result<_>>()?;
     let manifests = Manifests::new(&cluster)?;
-    let publish = |pod: &Pod| manifests.write("services.yaml", &names("kube-dns", DNS, &[pod]));
-    let mut server = serve_names(&pods[0])?;
+    let publish = |pod: &Pod| manifests.write("services.yaml", &dns_service("kube-dns", DNS, &[pod]));
+    let mut server = start_dnsmasq(&pods[0])?;
     publish(&pods[0])?;
     let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
     let node: &Netns = cluster.node("n1");
@@ -407,11 +413,11 @@ fn names_resolve_while_the_dns_server_is_replaced_100_times() -> Result<()> {
             (SocketKind::Udp6, DNS[1]),
             (SocketKind::Udp6, DNS[0]),
         ] {
-            sockets.push(Patient::new(netns, kind, server)?);
+            sockets.push(ReconnectingClient::new(netns, kind, server)?);
         }
     }
 
-    let is_in_force = |pod: &Pod| -> Result<bool> {
+    let is_published = |pod: &Pod| -> Result<bool> {
         let backends: Vec<Value> = agent.json(&["backend", "list"])?;
         let used = |address: IpAddr| {
             let address = address.to_string();
@@ -423,16 +429,16 @@ fn names_resolve_while_the_dns_server_is_replaced_100_times() -> Result<()> {
     };
     // Time of removal of the servers that have not been checked yet, which happens a second later.
     let mut removed: Vec<Option<Instant>> = vec![None; pods.len()];
-    let mut looked = 0;
+    let mut checks = 0;
     let mut check = |removed: &mut [Option<Instant>]| -> Result<()> {
         for (pod, removed) in pods.iter().zip(removed) {
             if removed.take_if(|removed| removed.elapsed() >= second).is_none() {
                 continue;
             }
-            looked += 1;
+            checks += 1;
             for netns in namespaces {
                 for address in [IpAddr::from(pod.address()), pod.address6().into()] {
-                    let sockets = connected_to(netns, address)?;
+                    let sockets = sockets_connected_to(netns, address)?;
                     ensure!(sockets.is_empty(), "{}: {address} is gone: {sockets:?}", netns.name());
                 }
             }
@@ -443,11 +449,11 @@ fn names_resolve_while_the_dns_server_is_replaced_100_times() -> Result<()> {
     for i in 1..=replacements {
         let (old, new) = ((i - 1) % pods.len(), i % pods.len());
         removed[new] = None;
-        let next = serve_names(&pods[new])?;
+        let next = start_dnsmasq(&pods[new])?;
         publish(&pods[new])?;
         let deadline = Instant::now() + scaled_timeout(Duration::from_secs(10));
-        while !is_in_force(&pods[new])? {
-            ensure!(Instant::now() < deadline, "{} is not in force", pods[new].name());
+        while !is_published(&pods[new])? {
+            ensure!(Instant::now() < deadline, "{} is not published", pods[new].name());
             sleep(Duration::from_millis(5));
         }
         removed[old] = Some(Instant::now());
@@ -461,13 +467,13 @@ fn names_resolve_while_the_dns_server_is_replaced_100_times() -> Result<()> {
     }
     sleep(second);
     check(&mut removed)?;
-    println!("{looked} times a second after a backend went, no socket is connected to it");
+    println!("{checks} checks a second after a backend was removed: no socket is connected to it");
     let mut asked = 0;
     for lookups in lookups {
         asked += lookups.finish()?;
     }
     let closed: u64 = sockets.iter().map(|socket| socket.closed).sum();
     println!("{replacements} replacements: {asked} lookups answered; {closed} sockets closed under their clients");
-    ensure!(looked > 0 && asked > replacements as u64 && closed > 0);
+    ensure!(checks > 0 && asked > replacements as u64 && closed > 0);
     agent.verify()
 }

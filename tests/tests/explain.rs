@@ -26,7 +26,7 @@ fn testbed() -> Testbed {
 }
 
 /// Number of connections made to each destination.
-const TRIES: u64 = 2;
+const ATTEMPTS: u64 = 2;
 
 /// A Service with random settings. Its addresses end in `n`.
 struct Service {
@@ -203,9 +203,9 @@ impl Protocol {
     }
 }
 
-/// Result of [`TRIES`] connections.
+/// Result of [`ATTEMPTS`] connections.
 #[derive(Debug, Default)]
-struct Tried {
+struct ConnectResult {
     /// Names of the servers that answered.
     reached: BTreeSet<String>,
     /// Error numbers of failed connect() calls.
@@ -214,14 +214,14 @@ struct Tried {
     failed: u64,
 }
 
-fn connect_tcp(from: &Netns, to: SocketAddr) -> Result<Tried> {
+fn connect_tcp(from: &Netns, to: SocketAddr) -> Result<ConnectResult> {
     let timeout = scaled_timeout(Duration::from_millis(300));
-    let summary = testbed().connect(from, &Connect::to(&[to]).count(TRIES).timeout(timeout))?;
+    let summary = testbed().connect(from, &Connect::to(&[to]).count(ATTEMPTS).timeout(timeout))?;
     let at_connect = summary
         .failures
         .iter()
         .filter(|failure| failure.step == ConnectStep::Connect);
-    Ok(Tried {
+    Ok(ConnectResult {
         reached: summary.per_backend.keys().cloned().collect(),
         errnos: at_connect.map(|failure| failure.errno).collect(),
         failed: summary.failure_count,
@@ -229,28 +229,28 @@ fn connect_tcp(from: &Netns, to: SocketAddr) -> Result<Tried> {
 }
 
 /// Connects UDP sockets. If `served`, waits for an answer to a datagram on each.
-fn connect_udp(from: &Netns, to: SocketAddr, served: bool) -> Result<Tried> {
+fn connect_udp(from: &Netns, to: SocketAddr, served: bool) -> Result<ConnectResult> {
     let kind = if to.is_ipv4() {
         SocketKind::Udp4
     } else {
         SocketKind::Udp6
     };
-    let mut tried = Tried::default();
-    for _ in 0..TRIES {
+    let mut connected = ConnectResult::default();
+    for _ in 0..ATTEMPTS {
         let mut socket = testbed().scripted_socket(from, kind)?;
         match socket.call(&SocketCall::Connect(to))? {
             CallResult::Failed(errno) => {
-                tried.errnos.push(errno);
-                tried.failed += 1;
+                connected.errnos.push(errno);
+                connected.failed += 1;
             }
             _ if served => {
                 socket.send("hello")?;
-                tried.reached.insert(socket.receive_reply(plain(to), "hello")?);
+                connected.reached.insert(socket.receive_reply(plain(to), "hello")?);
             }
             _ => {}
         }
     }
-    Ok(tried)
+    Ok(connected)
 }
 
 /// Runs `explain`, connects, and compares the results.
@@ -259,72 +259,74 @@ fn compare(setup: &Setup, maps: &PinnedMaps, client: &Client<'_>, proto: Protoco
     let outcome = &answer["outcome"];
     let result = outcome["result"].as_str().context("no result")?;
     let before = Counters::read(maps)?;
-    let tried = match proto {
+    let connected = match proto {
         Protocol::Tcp => connect_tcp(client.netns, to)?,
         Protocol::Udp => connect_udp(client.netns, to, result == "connects")?,
     };
     let counted = Counters::read(maps)?.since(&before);
     let agrees = match result {
         "connects" => {
-            let may = backends(&answer);
-            let is_one = |name: &String| setup.addresses(name).iter().any(|at| may.contains(at.as_str()));
-            tried.failed == 0
-                && !tried.reached.is_empty()
-                && tried.reached.iter().all(is_one)
-                && may == eligible(&answer)
-                && (counted.connections, counted.drops.len()) == (TRIES, 0)
+            let allowed = backends(&answer);
+            let is_one = |name: &String| setup.addresses(name).iter().any(|at| allowed.contains(at.as_str()));
+            connected.failed == 0
+                && !connected.reached.is_empty()
+                && connected.reached.iter().all(is_one)
+                && allowed == eligible(&answer)
+                && (counted.connections, counted.drops.len()) == (ATTEMPTS, 0)
         }
         "refused" => {
             let reason = label(outcome["reason"].as_str().context("no reason")?)?;
-            tried.errnos.len() as u64 == TRIES
-                && tried.errnos.iter().all(|errno| outcome["number"] == *errno)
+            connected.errnos.len() as u64 == ATTEMPTS
+                && connected.errnos.iter().all(|errno| outcome["number"] == *errno)
                 && counted.connections == 0
-                && counted.drops == BTreeMap::from([(reason, TRIES)])
+                && counted.drops == BTreeMap::from([(reason, ATTEMPTS)])
         }
         // connect() on a UDP socket sends no packet.
-        "untouched" if proto == Protocol::Tcp => of_packets(setup, &answer, &tried, &counted)?,
-        "untouched" => tried.reached.is_empty() && counted.connections == 0 && counted.drops.is_empty(),
+        "untouched" if proto == Protocol::Tcp => packets_agree(setup, &answer, &connected, &counted)?,
+        "untouched" => connected.reached.is_empty() && counted.connections == 0 && counted.drops.is_empty(),
         _ => bail!("{answer:#}"),
     };
     let netns = client.netns.name();
     ensure!(
         agrees,
-        "{netns} to {to}/{}: {answer:#}\n{tried:?}\n{counted:?}",
+        "{netns} to {to}/{}: {answer:#}\n{connected:?}\n{counted:?}",
         proto.name()
     );
     Ok(answer)
 }
 
 /// Returns whether the connections of a socket that the hooks left alone went as `explain` predicts for their packets.
-fn of_packets(setup: &Setup, answer: &Value, tried: &Tried, counted: &Counters) -> Result<bool> {
+fn packets_agree(setup: &Setup, answer: &Value, connected: &ConnectResult, counted: &Counters) -> Result<bool> {
     // ENETUNREACH: the client has no route, so no packet was sent.
-    if !tried.errnos.is_empty() && tried.errnos.iter().all(|errno| *errno == 101) {
-        return Ok(tried.reached.is_empty() && counted.connections == 0 && counted.drops.is_empty());
+    if !connected.errnos.is_empty() && connected.errnos.iter().all(|errno| *errno == 101) {
+        return Ok(connected.reached.is_empty() && counted.connections == 0 && counted.drops.is_empty());
     }
     let outcome = &answer["packets"]["outcome"];
     let reason = || label(outcome["reason"].as_str().context("no reason")?);
     Ok(match outcome["result"].as_str() {
         Some("connects") => {
-            let may: Vec<&str> = outcome["backends"]
+            let allowed: Vec<&str> = outcome["backends"]
                 .as_array()
                 .into_iter()
                 .flatten()
                 .filter_map(Value::as_str)
                 .collect();
-            let is_one = |name: &String| setup.addresses(name).iter().any(|at| may.contains(&at.as_str()));
-            let all_well = tried.failed == 0 && !tried.reached.is_empty() && tried.reached.iter().all(is_one);
-            all_well && (counted.connections, counted.drops.len()) == (TRIES, 0)
+            let is_one = |name: &String| setup.addresses(name).iter().any(|at| allowed.contains(&at.as_str()));
+            let all_well =
+                connected.failed == 0 && !connected.reached.is_empty() && connected.reached.iter().all(is_one);
+            all_well && (counted.connections, counted.drops.len()) == (ATTEMPTS, 0)
         }
         Some("rejected") => {
-            let refused = tried.errnos.len() as u64 == TRIES && tried.errnos.iter().all(|errno| *errno == 111);
-            refused && counted.connections == 0 && counted.drops == BTreeMap::from([(reason()?, TRIES)])
+            let refused =
+                connected.errnos.len() as u64 == ATTEMPTS && connected.errnos.iter().all(|errno| *errno == 111);
+            refused && counted.connections == 0 && counted.drops == BTreeMap::from([(reason()?, ATTEMPTS)])
         }
         // The kernel retransmits the SYN, so the count is not compared.
         Some("dropped") => {
             let reasons: Vec<_> = counted.drops.keys().copied().collect();
-            tried.reached.is_empty() && counted.connections == 0 && reasons == [reason()?]
+            connected.reached.is_empty() && counted.connections == 0 && reasons == [reason()?]
         }
-        _ => tried.reached.is_empty() && counted.connections == 0 && counted.drops.is_empty(),
+        _ => connected.reached.is_empty() && counted.connections == 0 && counted.drops.is_empty(),
     })
 }
 
@@ -332,7 +334,7 @@ fn label(text: &str) -> Result<&'static str> {
     let mut labels = DropReason::ALL.iter().map(|reason| reason.label());
     labels
         .find(|label| *label == text)
-        .with_context(|| format!("no reason {text}"))
+        .with_context(|| format!("no drop reason has the label {text}"))
 }
 
 struct Setup {
@@ -516,7 +518,7 @@ fn services(pods: &[Pod]) -> String {
 }
 
 /// Returns a result of `explain` in the notation of [`ROWS`].
-fn in_short(answer: &Value) -> String {
+fn short_form(answer: &Value) -> String {
     let outcome = &answer["outcome"];
     let end = outcome["errno"].as_str().or(outcome["result"].as_str()).unwrap_or("?");
     match answer["frontend"]["kind"].as_str() {
@@ -543,16 +545,16 @@ impl Family {
 }
 
 /// Checks all rows, from the client pod and from the node.
-fn every_row(proto: Protocol, family: Family) -> Result<()> {
+fn check_every_row(proto: Protocol, family: Family) -> Result<()> {
     let setup = setup(|pods| Ok(services(pods)), &[])?;
     let maps = setup.maps()?;
     let (pod, node) = (Client::new(&setup.client)?, Client::new(setup.node())?);
-    for (to, n, port, of_pod, of_node) in ROWS {
+    for (to, n, port, expected_in_pod, expected_on_node) in ROWS {
         let at = SocketAddr::new(family.write(to.address(*n, family == Family::V6, setup.node())), *port);
-        for (client, expected) in [(&pod, of_pod), (&node, of_node)] {
+        for (client, expected) in [(&pod, expected_in_pod), (&node, expected_on_node)] {
             let answer = compare(&setup, &maps, client, proto, at)?;
             assert_eq!(
-                in_short(&answer),
+                short_form(&answer),
                 **expected,
                 "{to:?} {at} from {}: {answer:#}",
                 client.netns.name()
@@ -571,32 +573,32 @@ fn every_row(proto: Protocol, family: Family) -> Result<()> {
 
 #[test]
 fn explain_matches_tcp_connect_over_ipv4() -> Result<()> {
-    every_row(Protocol::Tcp, Family::V4)
+    check_every_row(Protocol::Tcp, Family::V4)
 }
 
 #[test]
 fn explain_matches_udp_connect_over_ipv4() -> Result<()> {
-    every_row(Protocol::Udp, Family::V4)
+    check_every_row(Protocol::Udp, Family::V4)
 }
 
 #[test]
 fn explain_matches_tcp_connect_over_ipv6() -> Result<()> {
-    every_row(Protocol::Tcp, Family::V6)
+    check_every_row(Protocol::Tcp, Family::V6)
 }
 
 #[test]
 fn explain_matches_udp_connect_over_ipv6() -> Result<()> {
-    every_row(Protocol::Udp, Family::V6)
+    check_every_row(Protocol::Udp, Family::V6)
 }
 
 #[test]
 fn explain_matches_tcp_connect_over_v4_mapped() -> Result<()> {
-    every_row(Protocol::Tcp, Family::Mapped)
+    check_every_row(Protocol::Tcp, Family::Mapped)
 }
 
 #[test]
 fn explain_matches_udp_connect_over_v4_mapped() -> Result<()> {
-    every_row(Protocol::Udp, Family::Mapped)
+    check_every_row(Protocol::Udp, Family::Mapped)
 }
 
 #[test]
@@ -623,7 +625,7 @@ fn explain_matches_connect_for_random_services() -> Result<()> {
                 .flat_map(|service| service.destinations(node).into_iter().map(move |to| (service, to)))
             {
                 let answer = compare(&setup, &maps, &client, Protocol::Tcp, to)?;
-                *seen.entry(in_short(&answer)).or_default() += 1;
+                *seen.entry(short_form(&answer)).or_default() += 1;
                 if answer["outcome"]["result"] != "connects" {
                     continue;
                 }
@@ -722,7 +724,7 @@ fn affinity_list_shows_clients_and_marks_removed_backends() -> Result<()> {
     let to: SocketAddr = "10.96.1.1:80".parse()?;
     let summary = testbed().connect(&setup.client, &Connect::to(&[to]).count(10))?;
     summary.all_well()?;
-    let (name, count) = summary.per_backend.first_key_value().context("nobody answered")?;
+    let (name, count) = summary.per_backend.first_key_value().context("no server answered")?;
     assert_eq!(*count, 10);
     let rows = list(&setup)?;
     assert_eq!(rows.len(), 1);

@@ -31,7 +31,7 @@ const HOST: Web = ("host", 24, [30084, 30057]);
 /// Returns the rules that flannel 0.28 writes with `--ip-masq` and `--iptables-forward-rules`
 /// (pkg/trafficmngr/iptables/iptables.go), on a node that forwards nothing else: docker sets the policy DROP, and many
 /// firewalls drop invalid packets.
-fn flannels_rules(all: &str, own: &str, multicast: &str) -> String {
+fn flannel_rules(all: &str, own: &str, multicast: &str) -> String {
     let comment = "-m comment --comment \"flanneld masq\"";
     format!(
         "*nat\n\
@@ -64,7 +64,7 @@ fn install(node: &Node) -> Result<Ruleset> {
         .into_iter()
         .enumerate()
     {
-        let rules = flannels_rules(PODS[v6], &own[v6], MULTICAST[v6]);
+        let rules = flannel_rules(PODS[v6], &own[v6], MULTICAST[v6]);
         node.run_with_input(program, &[], &rules)?;
     }
     node.ruleset()
@@ -78,7 +78,7 @@ fn filter_bridge(node: &Node, filter: bool) -> Result<()> {
     })
 }
 
-fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
+fn services_work_beside_flannel_rules(underlay: Underlay) -> Result<()> {
     let testbed = Testbed::new(TESTBED);
     // The socket hooks leave pods alone, so their packets pass lb and the rules.
     let fixture = TwoNodeFixture::with(TESTBED, underlay, 1, &["--socket-lb", "node"])?;
@@ -86,7 +86,7 @@ fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
     let rules = [install(n1)?, install(n2)?];
     [n1, n2].into_iter().try_for_each(|node| filter_bridge(node, true))?;
     let [one, two] = &fixture.pods;
-    let asker = fixture.cluster.add_pod("n1", "asker")?;
+    let client_pod = fixture.cluster.add_pod("n1", "client")?;
     let _servers = [
         testbed.serve_both(n2, "host", POD_PORTS)?,
         testbed.serve_both(fixture.client(), "outside", POD_PORTS)?,
@@ -141,12 +141,12 @@ fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
             ask(fixture.client(), pick(n1), HOST.2, "host", pick(n1))?;
             // lb translates the packets of pods, which come by their own bridge.
             let ports = [80, 53];
-            ask(&asker, vip(ONE), ports, "one", gateway)?;
+            ask(&client_pod, vip(ONE), ports, "one", gateway)?;
             ask(one, vip(ONE), ports, "one", gateway)?;
             // Up the stack: a pod sees the pod's address, and a node sees the address of the masquerading node.
-            ask(&asker, vip(TWO), ports, "two", pod(&asker))?;
+            ask(&client_pod, vip(TWO), ports, "two", pod(&client_pod))?;
             ask(two, vip(ONE), ports, "one", pod(two))?;
-            ask(&asker, vip(HOST), ports, "host", pick(n1))?;
+            ask(&client_pod, vip(HOST), ports, "host", pick(n1))?;
         }
     }
     for (node, before) in [n1, n2].into_iter().zip(rules) {
@@ -158,12 +158,12 @@ fn beside_flannels_rules(underlay: Underlay) -> Result<()> {
 
 #[test]
 fn services_work_beside_flannel_rules_over_vxlan() -> Result<()> {
-    beside_flannels_rules(Underlay::Vxlan)
+    services_work_beside_flannel_rules(Underlay::Vxlan)
 }
 
 #[test]
 fn services_work_beside_flannel_rules_over_routes() -> Result<()> {
-    beside_flannels_rules(Underlay::Routes)
+    services_work_beside_flannel_rules(Underlay::Routes)
 }
 
 /// A bridged packet is received a second time, so a packet that is translated again and again must end at some point,
@@ -184,21 +184,21 @@ fn translation_loop_between_services_ends_by_ttl() -> Result<()> {
         text += &slices(name, port, &vips(other).map(|vip| (vip, "n2")));
     }
     fixture.write("round.yaml", &text)?;
-    let asker = fixture.cluster.add_pod("n1", "asker")?;
-    for (ended, vip) in (1..).zip(vips(31)) {
-        asker.within(|| -> Result<()> {
+    let client_pod = fixture.cluster.add_pod("n1", "client")?;
+    for (expired, vip) in (1..).zip(vips(31)) {
+        client_pod.within(|| -> Result<()> {
             let socket = UdpSocket::bind((if vip.is_ipv4() { "0.0.0.0" } else { "::" }, 0))?;
             socket.send_to(b"round", (vip, 53)).map(drop).context("sending")
         })??;
-        eventually(&format!("the packet to {vip} ends"), || {
+        eventually(&format!("the packet to {vip} expires"), || {
             let number = fixture.dropped("ttl_exceeded")?;
-            ensure!(number >= ended, "{number} packets have ended");
+            ensure!(number >= expired, "{number} packets have expired");
             Ok(())
         })?;
     }
     // Each packet ended once; none is still in the loop.
     sleep(Duration::from_millis(200));
-    let ended = fixture.dropped("ttl_exceeded")?;
-    ensure!(ended == 2, "{ended} packets have ended");
+    let expired = fixture.dropped("ttl_exceeded")?;
+    ensure!(expired == 2, "{expired} packets have expired");
     Ok(())
 }

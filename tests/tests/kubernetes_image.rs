@@ -30,7 +30,7 @@ fn deploy(name: &str) -> PathBuf {
 }
 
 /// Returns a path that `cargo xtask test --kubernetes` passes in a variable.
-fn variable(name: &str) -> Result<PathBuf> {
+fn path_from_variable(name: &str) -> Result<PathBuf> {
     let value =
         env::var_os(name).with_context(|| format!("{name} is not set: `cargo xtask test --kubernetes` sets it"))?;
     Ok(value.into())
@@ -38,7 +38,7 @@ fn variable(name: &str) -> Result<PathBuf> {
 
 /// Runs `helm template lb deploy/chart` with more arguments. Returns its output, or the error message that it prints.
 fn render(arguments: &[&str]) -> Result<Result<String, String>> {
-    let output = Command::new(variable("LB_KUBERNETES")?.join("helm"))
+    let output = Command::new(path_from_variable("LB_KUBERNETES")?.join("helm"))
         .args([
             "template",
             "lb",
@@ -70,7 +70,7 @@ fn deploy_manifests_equal_the_rendered_chart() -> Result<()> {
         let kept = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         ensure!(
             kept == rendered,
-            "deploy/{name} is not what `helm template lb deploy/chart --kube-version 1.36 --namespace kube-system {}` writes",
+            "deploy/{name} differs from the output of `helm template lb deploy/chart --kube-version 1.36 --namespace kube-system {}`",
             arguments.join(" ")
         );
     }
@@ -79,10 +79,10 @@ fn deploy_manifests_equal_the_rendered_chart() -> Result<()> {
 
 #[test]
 fn chart_requires_an_api_server_address() -> Result<()> {
-    let said = render(&[])?.expect_err("neither kubeApiserver nor kubeProxyConfigMap is set");
+    let message = render(&[])?.expect_err("neither kubeApiserver nor kubeProxyConfigMap is set");
     ensure!(
-        said.contains("kubeApiserver") && said.contains("kubeProxyConfigMap"),
-        "{said}"
+        message.contains("kubeApiserver") && message.contains("kubeProxyConfigMap"),
+        "{message}"
     );
     let servers = r#"kubeApiserver=["https://192.168.77.10:6443","https://192.168.77.11:6443"]"#;
     let text = render(&["--set-json", servers])?.map_err(anyhow::Error::msg)?;
@@ -119,7 +119,7 @@ fn with_manifests(mut pod: Value) -> Result<Value> {
 }
 
 /// Returns `CapEff` and `CapBnd` of a process, and whether it has `NoNewPrivs`.
-fn rights(process: u32) -> Result<(u64, u64, bool)> {
+fn privileges(process: u32) -> Result<(u64, u64, bool)> {
     let status = fs::read_to_string(format!("/proc/{process}/status")).context("reading a process's status")?;
     let field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name));
@@ -134,30 +134,30 @@ const NEEDED: u64 = 1 << 12 | 1 << 19 | 1 << 21 | 1 << 38 | 1 << 39;
 
 #[test]
 fn image_serves_with_the_capabilities_of_the_manifest() -> Result<()> {
-    let status = serves("lb.yaml", |container| {
+    let status = check_serving("lb.yaml", |container| {
         let processes = container.processes()?;
         let [process] = processes.as_slice() else {
             anyhow::bail!("not one process: {processes:?}");
         };
-        let (effective, bounding, no_new) = rights(*process)?;
+        let (effective, bounding, no_new) = privileges(*process)?;
         ensure!(
             (effective, bounding, no_new) == (NEEDED, NEEDED, true),
             "{effective:x} {bounding:x} {no_new}"
         );
         Ok(())
     })?;
-    only_the_cgroup(&status)
+    expect_only_the_cgroup_problem(&status)
 }
 
 #[test]
 fn image_serves_when_privileged() -> Result<()> {
-    let status = serves("lb-privileged.yaml", |_| Ok(()))?;
-    only_the_cgroup(&status)
+    let status = check_serving("lb-privileged.yaml", |_| Ok(()))?;
+    expect_only_the_cgroup_problem(&status)
 }
 
 /// Fails if there are problems. The one about the cgroup is expected: the agent of a test bed serves only a part of
 /// this machine.
-fn only_the_cgroup(status: &Status) -> Result<()> {
+fn expect_only_the_cgroup_problem(status: &Status) -> Result<()> {
     let others: Vec<_> = status
         .problems
         .iter()
@@ -175,7 +175,7 @@ conntrack: {maxPerCore: 0, tcpCloseWaitTimeout: 77m}
 ";
 
 /// Starts the pod of a manifest from the image, and checks that it serves. Returns its status.
-fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Status> {
+fn check_serving(manifest: &str, check: impl Fn(&Container) -> Result<()>) -> Result<Status> {
     let cluster = Cluster::builder().nodes(2).build()?;
     let testbed = Testbed::new(TESTBED);
     let (client, near) = (cluster.add_pod(NODE, "client")?, cluster.add_pod(NODE, "near")?);
@@ -185,7 +185,7 @@ fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Sta
         testbed.serve(&far, &[&format!("0.0.0.0:{BACKEND_PORT}=far")])?,
     ];
     let manifests = cluster.scratch().join("manifests");
-    fs::create_dir(&manifests).context("making a folder")?;
+    fs::create_dir(&manifests).context("creating a directory")?;
     let write = |addresses: &[String]| {
         let file = manifests.join("web.json");
         // Renamed into place, so that the change is atomic.
@@ -196,7 +196,7 @@ fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Sta
 
     let node = cluster.node(NODE);
     let mut runtime = Runtime::new(&cluster, node)?;
-    let image = Image::from_archive(&variable("LB_IMAGE")?, &cluster.scratch().join("image"))?;
+    let image = Image::from_archive(&path_from_variable("LB_IMAGE")?, &cluster.scratch().join("image"))?;
     let text = fs::read_to_string(deploy(manifest)).context("reading a manifest")?;
     let pod = with_manifests(pod(&text)?)?;
     let container = &pod["containers"][0];
@@ -215,7 +215,7 @@ fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Sta
     let mut started = runtime.start(&pod, container, &more)?;
     let ready = wait_ready(&runtime, container, &mut started)?;
     ensure!(ready.contains("lastUpdated"), "{ready}");
-    look(&started)?;
+    check(&started)?;
     let close_wait = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait";
     let seconds = node.run("cat", &[close_wait])?;
     ensure!(seconds.trim() == "4620", "{close_wait} is {seconds}: {}", started.log());
@@ -236,7 +236,7 @@ fn serves(manifest: &str, look: impl Fn(&Container) -> Result<()>) -> Result<Sta
         }
         ensure!(
             Instant::now() < deadline,
-            "the change of a manifest is not seen: {}",
+            "the change of a manifest is not applied: {}",
             started.log()
         );
         sleep(Duration::from_millis(20));

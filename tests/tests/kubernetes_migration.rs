@@ -112,15 +112,15 @@ fn migration_page_has_commands_for_both_directions() -> Result<()> {
 
 #[test]
 fn migrates_from_nftables_kube_proxy_and_back() -> Result<()> {
-    there_and_back("nftables")
+    migrate_and_back("nftables")
 }
 
 #[test]
 fn migrates_from_iptables_kube_proxy_and_back() -> Result<()> {
-    there_and_back("iptables")
+    migrate_and_back("iptables")
 }
 
-fn there_and_back(mode: &str) -> Result<()> {
+fn migrate_and_back(mode: &str) -> Result<()> {
     let cluster = Cluster::builder().nodes(2).client(true).build()?;
     let control_plane = ControlPlane::start(&cluster, cluster.client())?;
     let pods = run_pods(&cluster, &control_plane)?;
@@ -190,7 +190,7 @@ impl Migration<'_> {
                 .kubectl(&["apply", "--server-side", "--dry-run=server", "-f", path], "")?;
         }
         self.install_kube_proxy(mode)?;
-        let (_servers, service, _kubelets) = self.shop()?;
+        let (_servers, service, _kubelets) = self.create_service()?;
         let vip = SocketAddr::new(address(&service)?, PORT);
         let clients = [
             self.cluster.add_pod("n1", "client-a")?,
@@ -203,7 +203,7 @@ impl Migration<'_> {
         }
         ensure!(
             self.kube_proxy_rules()?,
-            "kube-proxy has written no rules: what does this test test?"
+            "kube-proxy has written no rules, so this test would prove nothing"
         );
 
         let before = self.hold(&namespaces, vip)?;
@@ -213,17 +213,17 @@ impl Migration<'_> {
                 // The page says to wait with this block until the old connections have ended.
                 break;
             }
-            self.type_in(&block, &tools)?;
+            self.run_block(&block, &tools)?;
         }
-        ensure!(!self.kube_proxy_rules()?, "kube-proxy's rules are left");
-        self.served_by_lb()?;
+        ensure!(!self.kube_proxy_rules()?, "rules of kube-proxy are left");
+        self.expect_served_by_lb()?;
         let during = self.hold(&namespaces, vip)?;
         sleep(Duration::from_secs(1));
         for held in before {
-            all_live(&held.finish()?).context("connections from before lb")?;
+            expect_all_live(&held.finish()?).context("connections from before lb")?;
         }
         for block in blocks(&page, "To lb").iter().filter(|block| block.on_each_node) {
-            self.type_in(block, &tools)?;
+            self.run_block(block, &tools)?;
         }
         for node in self.cluster.nodes() {
             let rules = node.ruleset()?;
@@ -231,13 +231,13 @@ impl Migration<'_> {
         }
 
         for block in blocks(&page, "Back to kube-proxy") {
-            self.type_in(&block, &tools)?;
+            self.run_block(&block, &tools)?;
         }
         ensure!(self.kube_proxy_rules()?, "kube-proxy is not back");
         for node in self.cluster.nodes() {
             ensure!(
                 !self.cluster.pin_path(node.name()).join("v2").exists(),
-                "lb has left something"
+                "lb has left pins"
             );
         }
         for netns in namespaces {
@@ -256,7 +256,7 @@ impl Migration<'_> {
         }
         ensure!(connections >= NEW, "only {connections} connections were tried");
         for held in during {
-            all_live(&held.finish()?).context("connections of lb's")?;
+            expect_all_live(&held.finish()?).context("connections made through lb")?;
         }
         Ok(())
     }
@@ -264,13 +264,13 @@ impl Migration<'_> {
     /// Creates a directory with the programs that the page calls.
     fn tools(&self) -> Result<PathBuf> {
         let folder = self.cluster.scratch().join("bin");
-        fs::create_dir(&folder).context("making a folder")?;
-        symlink(self.control_plane.program("kubectl"), folder.join("kubectl")).context("making a link")?;
+        fs::create_dir(&folder).context("creating a directory")?;
+        symlink(self.control_plane.program("kubectl"), folder.join("kubectl")).context("creating a symbolic link")?;
         Ok(folder)
     }
 
     /// Runs a block of commands on the control plane's machine, or on each node.
-    fn type_in(&self, block: &Block, tools: &Path) -> Result<()> {
+    fn run_block(&self, block: &Block, tools: &Path) -> Result<()> {
         let run = |netns: &Netns| -> Result<()> {
             let mut command = netns.command("sh")?;
             let path = env::var("PATH").unwrap_or_default();
@@ -380,7 +380,7 @@ impl Migration<'_> {
     }
 
     /// Creates a Service with a backend on each node.
-    fn shop(&self) -> Result<(Vec<Process>, Service, Vec<KubeletPod<'_>>)> {
+    fn create_service(&self) -> Result<(Vec<Process>, Service, Vec<KubeletPod<'_>>)> {
         let spec = json!({
             "type": "NodePort",
             "selector": {"app": "web"},
@@ -453,7 +453,7 @@ impl Migration<'_> {
     }
 
     /// Fails unless the agents of all nodes are complete.
-    fn served_by_lb(&self) -> Result<()> {
+    fn expect_served_by_lb(&self) -> Result<()> {
         for node in self.cluster.nodes() {
             let agent = Agent::new(
                 self.cluster,
@@ -480,7 +480,7 @@ fn address(service: &Service) -> Result<std::net::IpAddr> {
         .context("not an address")
 }
 
-fn all_live(held: &HeldSummary) -> Result<()> {
+fn expect_all_live(held: &HeldSummary) -> Result<()> {
     ensure!(held.held == u64::from(HELD) && held.live == held.held, "{held:?}");
     Ok(())
 }

@@ -43,7 +43,7 @@ fn serve(netns: &Netns, name: &str, addresses: &[IpAddr], [tcp, udp]: [u16; 2]) 
 }
 
 /// Returns the kinds of sockets that can reach an address: TCP and UDP, for IPv4 also IPv6 sockets.
-fn ways(address: IpAddr, [tcp, udp]: [u16; 2]) -> Vec<(SocketKind, SocketAddr)> {
+fn socket_kinds(address: IpAddr, [tcp, udp]: [u16; 2]) -> Vec<(SocketKind, SocketAddr)> {
     let at = |ip: IpAddr, port| SocketAddr::new(ip, port);
     match address {
         IpAddr::V4(v4) => {
@@ -63,7 +63,7 @@ fn ways(address: IpAddr, [tcp, udp]: [u16; 2]) -> Vec<(SocketKind, SocketAddr)> 
 }
 
 /// Connects a new socket, and returns the name of the server that answers, if one does.
-fn asked(from: &Netns, kind: SocketKind, to: SocketAddr) -> Result<Option<String>> {
+fn server_name(from: &Netns, kind: SocketKind, to: SocketAddr) -> Result<Option<String>> {
     let mut socket = testbed().scripted_socket(from, kind)?;
     if let CallResult::Failed(_) = socket.call(&SocketCall::Connect(to))? {
         return Ok(None);
@@ -78,13 +78,13 @@ fn asked(from: &Netns, kind: SocketKind, to: SocketAddr) -> Result<Option<String
     };
     ensure!(
         by.is_none_or(|by| plain(by) == plain(to)),
-        "{to} was asked, {by:?} answered"
+        "sent to {to}, but {by:?} replied"
     );
     // The unspecified address means loopback, and getpeername() returns loopback.
     let peer = socket.peer()?;
     ensure!(
         to.ip().to_canonical().is_unspecified() || peer == plain(to),
-        "{to} was asked, the peer is {peer}"
+        "connected to {to}, but the peer is {peer}"
     );
     Ok(text.split_whitespace().next().map(str::to_owned))
 }
@@ -92,15 +92,15 @@ fn asked(from: &Netns, kind: SocketKind, to: SocketAddr) -> Result<Option<String
 /// Returns the name of the server at two ports of an address; all kinds of sockets must reach the same one.
 fn at(from: &Netns, address: IpAddr, ports: [u16; 2]) -> Result<Option<String>> {
     let mut names = BTreeSet::new();
-    for (kind, to) in ways(address, ports) {
-        names.insert(asked(from, kind, to)?);
+    for (kind, to) in socket_kinds(address, ports) {
+        names.insert(server_name(from, kind, to)?);
     }
     ensure!(names.len() == 1, "{address} from {}: {names:?}", from.name());
     Ok(names.pop_first().flatten())
 }
 
 /// Returns the name of the server at the node ports of an address.
-fn answers(from: &Netns, address: IpAddr) -> Result<Option<String>> {
+fn name_at_node_ports(from: &Netns, address: IpAddr) -> Result<Option<String>> {
     at(from, address, [WEB, DNS])
 }
 
@@ -114,7 +114,7 @@ fn eventually(from: &Netns, address: IpAddr, expected: Option<&str>) -> Result<(
     loop {
         let late = Instant::now() >= deadline;
         // During a change, some kinds of sockets may be served while others are not.
-        let last = match answers(from, address) {
+        let last = match name_at_node_ports(from, address) {
             Ok(name) if name.as_deref() == expected => return Ok(()),
             last => last,
         };
@@ -143,11 +143,11 @@ impl Setup {
         let before = self.agent.status()?.agent.applies;
         self.manifests.write(name, text)?;
         let deadline = Instant::now() + scaled_timeout(Duration::from_secs(10));
-        let mut asked = Instant::now();
+        let mut last_poll = Instant::now();
         while self.agent.status()?.agent.applies == before {
             ensure!(Instant::now() < deadline, "{name} is not applied");
-            pause_between_polls(asked);
-            asked = Instant::now();
+            pause_between_polls(last_poll);
+            last_poll = Instant::now();
         }
         self.agent.verify()
     }
@@ -198,7 +198,12 @@ fn node_ports_are_served_on_local_addresses_and_host_loopback() -> Result<()> {
     ];
     for netns in [&*setup.client, &**n1] {
         for address in own {
-            assert_eq!(answers(netns, address)?, name("far"), "{address} from {}", netns.name());
+            assert_eq!(
+                name_at_node_ports(netns, address)?,
+                name("far"),
+                "{address} from {}",
+                netns.name()
+            );
             // A port that is no node port.
             assert_eq!(
                 at(netns, address, [30081, 30054])?,
@@ -216,10 +221,10 @@ fn node_ports_are_served_on_local_addresses_and_host_loopback() -> Result<()> {
     let loopback = ["127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "::"].map(ip);
     for address in loopback {
         let before = setup.agent.connections("web", None)?;
-        assert_eq!(answers(n1, address)?, name("far"), "{address} on the node");
-        assert_eq!(answers(&setup.client, address)?, None, "{address} in a pod");
+        assert_eq!(name_at_node_ports(n1, address)?, name("far"), "{address} on the node");
+        assert_eq!(name_at_node_ports(&setup.client, address)?, None, "{address} in a pod");
         // Connections of the node are counted, and no others.
-        let counted = ways(address, [WEB, DNS]).len() as u64;
+        let counted = socket_kinds(address, [WEB, DNS]).len() as u64;
         assert_eq!(setup.agent.connections("web", None)? - before, counted, "{address}");
     }
     // Loopback in a pod is the pod's own, and node ports of another node are that node's.
@@ -227,12 +232,17 @@ fn node_ports_are_served_on_local_addresses_and_host_loopback() -> Result<()> {
     let other: [IpAddr; 2] = [n2.address().into(), n2.address6().into()];
     let _other = serve(n2, "n2", &other, [WEB, DNS])?;
     for address in [ip("127.0.0.1"), ip("::1")] {
-        assert_eq!(answers(&setup.client, address)?, name("pod"), "{address}");
-        assert_eq!(answers(n1, address)?, name("far"), "{address}");
+        assert_eq!(name_at_node_ports(&setup.client, address)?, name("pod"), "{address}");
+        assert_eq!(name_at_node_ports(n1, address)?, name("far"), "{address}");
     }
     for netns in [&*setup.client, &**n1] {
         for address in other {
-            assert_eq!(answers(netns, address)?, name("n2"), "{address} from {}", netns.name());
+            assert_eq!(
+                name_at_node_ports(netns, address)?,
+                name("n2"),
+                "{address} from {}",
+                netns.name()
+            );
         }
     }
     setup.agent.verify()
@@ -244,8 +254,8 @@ fn nodeport_connect_keeps_the_client_address() -> Result<()> {
     let n1 = setup.node();
     let _server = testbed().serve_with(&setup.far, &["[::]:8081=far"], &["--report-source"])?;
     let endpoints = [(setup.far.address().into(), "n2"), (setup.far.address6().into(), "n2")];
-    let text = web_and_dns("told", 21, Some([30081, 30054]), "", &endpoints, [8081, 5354]);
-    setup.write("told.yaml", &text)?;
+    let text = web_and_dns("source", 21, Some([30081, 30054]), "", &endpoints, [8081, 5354]);
+    setup.write("source.yaml", &text)?;
     let (v4, v6): (IpAddr, IpAddr) = (setup.client.address().into(), setup.client.address6().into());
     for (to, port, source) in [
         (ip("10.96.0.21"), 80, v4),
@@ -254,7 +264,7 @@ fn nodeport_connect_keeps_the_client_address() -> Result<()> {
         (ip("fd00:96::21"), 80, v6),
         (n1.address6().into(), 30081, v6),
     ] {
-        for (kind, to) in ways(to, [port, 0]).into_iter().filter(|(_, to)| to.port() != 0) {
+        for (kind, to) in socket_kinds(to, [port, 0]).into_iter().filter(|(_, to)| to.port() != 0) {
             let mut socket = testbed().scripted_socket(&setup.client, kind)?;
             socket.connect(to)?;
             assert_eq!(
@@ -293,9 +303,9 @@ fn node_ports_follow_address_changes() -> Result<()> {
     n1.ip("link delete extra0")?;
     eventually(n1, ip("203.0.113.9"), None)?;
     assert_eq!(
-        answers(n1, n1.address().into())?,
+        name_at_node_ports(n1, n1.address().into())?,
         name("far"),
-        "others are served all the while"
+        "other addresses are still served"
     );
     Ok(())
 }
@@ -313,14 +323,14 @@ fn nodeport_addresses_and_devices_flags_select_addresses() -> Result<()> {
         for address in all {
             let served = expected.contains(&address) || loopback.contains(&address);
             let expected = served.then_some("far");
-            assert_eq!(answers(n1, address)?.as_deref(), expected, "{address}");
+            assert_eq!(name_at_node_ports(n1, address)?.as_deref(), expected, "{address}");
         }
         Ok(())
     };
     check(&setup, &[eth4, eth6, cni6])?;
     // At an address without node ports, the node's own server keeps the port.
     let own = serve(n1, "own", &[cni4], [WEB, DNS])?;
-    assert_eq!(answers(&setup.client, cni4)?, name("own"));
+    assert_eq!(name_at_node_ports(&setup.client, cni4)?, name("own"));
     drop(own);
     for (flags, expected) in [
         (
@@ -405,7 +415,7 @@ fn bind_to_a_node_port_fails_with_eaddrinuse_on_the_node() -> Result<()> {
         assert_eq!(
             bind(n1, kind, ip("0.0.0.0"), taken)?,
             0,
-            "{kind:?}: no Service has it any more"
+            "{kind:?}: no Service has the port any more"
         );
     }
     Ok(())

@@ -25,9 +25,9 @@ const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 /// The node ports for TCP and for UDP.
 const WEB: [u16; 2] = [30080, 30053];
 /// Limit for a connection without retransmission: a SYN is retransmitted after a second.
-const AT_ONCE: Duration = Duration::from_millis(900);
+const WITHOUT_RETRANSMISSION: Duration = Duration::from_millis(900);
 /// Timeout of a connection on a busy machine.
-const AT_LAST: Duration = Duration::from_secs(5);
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 fn testbed() -> Testbed {
     Testbed::new(TESTBED)
@@ -47,7 +47,7 @@ enum End {
 /// Connects from a given port, which may have been in use a moment ago. Retries until the client's kernel has received
 /// the last ACK of the old connection.
 fn connect_from(netns: &Netns, port: u16, to: SocketAddr) -> Result<TcpStream> {
-    let deadline = Instant::now() + scaled_timeout(AT_ONCE);
+    let deadline = Instant::now() + scaled_timeout(WITHOUT_RETRANSMISSION);
     loop {
         match try_connect(netns, port, to) {
             Err(error)
@@ -69,7 +69,7 @@ fn try_connect(netns: &Netns, port: u16, to: SocketAddr) -> Result<TcpStream> {
         };
         let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
         setsockopt(&socket, sockopt::ReuseAddr, &true)?;
-        let limit = TimeVal::milliseconds(scaled_timeout(AT_LAST).as_millis() as i64);
+        let limit = TimeVal::milliseconds(scaled_timeout(TIMEOUT).as_millis() as i64);
         setsockopt(&socket, sockopt::SendTimeout, &limit)?;
         setsockopt(&socket, sockopt::ReceiveTimeout, &limit)?;
         let from = SocketAddr::new(any, port);
@@ -81,7 +81,7 @@ fn try_connect(netns: &Netns, port: u16, to: SocketAddr) -> Result<TcpStream> {
 }
 
 /// Connects from a port, and returns all that the server sends.
-fn talk(netns: &Netns, port: u16, to: SocketAddr, end: End) -> Result<String> {
+fn transfer(netns: &Netns, port: u16, to: SocketAddr, end: End) -> Result<String> {
     let mut stream = connect_from(netns, port, to)?;
     let mut text = String::new();
     match end {
@@ -112,31 +112,31 @@ fn talk(netns: &Netns, port: u16, to: SocketAddr, end: End) -> Result<String> {
 
 #[test]
 fn reused_client_port_connects_at_once() -> Result<()> {
-    const ASKED_FOR: [u16; 2] = [30081, 30082];
+    const NODE_PORTS: [u16; 2] = [30081, 30082];
     let fixture = TwoNodeFixture::new(TESTBED, Underlay::Vxlan)?;
     let mut servers = Vec::new();
     for pod in &fixture.pods {
         servers.push(testbed().serve_with(pod, &[&format!("[::]:8081={}", pod.name())], &["--http"])?);
     }
-    let [plain, http] = ASKED_FOR;
+    let [plain, http] = NODE_PORTS;
     let ends = fixture.endpoints();
     let text = web("plain", 20, plain, &ends, POD_PORTS[0]) + &web("http", 21, http, &ends, 8081);
     fixture.write("web.yaml", &text)?;
     let client = fixture.cluster.client();
     // TIME_WAIT would keep the port for a minute.
     client.sysctl("net.ipv4.tcp_max_tw_buckets", "0")?;
-    let mut late = 0;
+    let mut retransmitted = 0;
     for (v6, address) in node_addresses(fixture.node("n1")).into_iter().enumerate() {
         for end in [End::Server, End::Client, End::Reset] {
             let to = SocketAddr::new(address, if matches!(end, End::Server) { http } else { plain });
             let mut by = [0_u32; 2];
             for time in 0..scaled_count_above(50, 15) {
-                let what = || format!("{to}, ended by {end:?}, {time} times before");
+                let what = || format!("{to}, ended by {end:?}, attempt {time}");
                 let begun = Instant::now();
-                let text = talk(client, 4000 + v6 as u16, to, end).with_context(what)?;
-                if begun.elapsed() > scaled_timeout(AT_ONCE) {
+                let text = transfer(client, 4000 + v6 as u16, to, end).with_context(what)?;
+                if begun.elapsed() > scaled_timeout(WITHOUT_RETRANSMISSION) {
                     println!("{:?} for {}", begun.elapsed(), what());
-                    late += 1;
+                    retransmitted += 1;
                 }
                 match (text.contains("one"), text.contains("two")) {
                     (true, false) => by[0] += 1,
@@ -149,7 +149,7 @@ fn reused_client_port_connects_at_once() -> Result<()> {
         }
     }
     // This machine may be busy for a moment.
-    ensure!(late <= 2, "{late} connections were late");
+    ensure!(retransmitted <= 2, "{retransmitted} connections took a retransmission");
     Ok(())
 }
 
@@ -261,15 +261,15 @@ fn oversized_ipv6_packet_over_vxlan_gets_packet_too_big() -> Result<()> {
         .ip(&format!("-6 route get {}", n1.address6()))?
         .contains("mtu 1450")
     {
-        ensure!(Instant::now() < deadline, "the client was not told");
+        ensure!(Instant::now() < deadline, "the client's route has no lower MTU");
         sleep(Duration::from_millis(20));
     }
-    ensure!(fixture.dropped("too_big")? > 0, "it is not counted");
+    ensure!(fixture.dropped("too_big")? > 0, "the drop is not counted");
     const EMSGSIZE: i32 = 90;
     assert_eq!(
         socket.call(&SocketCall::Send("a".to_owned()))?,
         CallResult::Failed(EMSGSIZE),
-        "the socket is told too"
+        "the socket reports the MTU too"
     );
     // The longest payload that fits, minus the prefix of the answer.
     let text = "x".repeat(1450 - 48 - 64);
@@ -325,7 +325,7 @@ impl Tun {
                     }
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                    ensure!(Instant::now() < deadline, "no answer");
+                    ensure!(Instant::now() < deadline, "no reply");
                     sleep(Duration::from_millis(2));
                 }
                 Err(error) => return Err(error).context("receiving"),
@@ -374,7 +374,7 @@ fn addresses(packet: &[u8]) -> Result<(SocketAddr, SocketAddr, String)> {
         }
         other => bail!("{other:?}"),
     };
-    ensure!(is == right, "a wrong checksum: {headers:?}");
+    ensure!(is == right, "wrong checksum: {headers:?}");
     Ok((SocketAddr::new(from, from_port), SocketAddr::new(to, to_port), what))
 }
 
@@ -397,20 +397,27 @@ fn packet(udp: bool, from: SocketAddr, to: SocketAddr) -> Vec<u8> {
 
 #[test]
 fn client_behind_tun_reaches_local_backend_and_is_refused_without_endpoints() -> Result<()> {
-    by_tun(0)
+    check_behind_tun(0)
 }
 
 #[test]
 fn client_behind_tun_reaches_remote_backend() -> Result<()> {
-    by_tun(1)
+    check_behind_tun(1)
 }
 
-fn by_tun(backend: usize) -> Result<()> {
-    const NOBODY: u16 = 30081;
+fn check_behind_tun(backend: usize) -> Result<()> {
+    const NO_ENDPOINTS: u16 = 30081;
     let fixture = TwoNodeFixture::new(TESTBED, Underlay::Vxlan)?;
     let pod = &fixture.pods[backend];
-    let nobody = web_and_dns("nobody", 21, Some([NOBODY, 30054]), "type: NodePort", &[], POD_PORTS);
-    let text = web_and_dns("web", 20, Some(WEB), "type: NodePort", &endpoints_of(pod), POD_PORTS) + &nobody;
+    let empty = web_and_dns(
+        "empty",
+        21,
+        Some([NO_ENDPOINTS, 30054]),
+        "type: NodePort",
+        &[],
+        POD_PORTS,
+    );
+    let text = web_and_dns("web", 20, Some(WEB), "type: NodePort", &endpoints_of(pod), POD_PORTS) + &empty;
     fixture.write("web.yaml", &text)?;
     let n1 = fixture.node("n1");
     let mut tun = Tun::new(n1)?;
@@ -437,7 +444,7 @@ fn by_tun(backend: usize) -> Result<()> {
                 .ask(&packet(udp, from, to), from)
                 .with_context(|| format!("{to} udp={udp}"))?;
             let (by, _, what) = addresses(&answer)?;
-            ensure!(by == to, "{to} was asked, {by} answered");
+            ensure!(by == to, "sent to {to}, but {by} replied");
             let right = if udp {
                 what.starts_with(&format!("{} ", pod.name()))
             } else {
@@ -446,7 +453,7 @@ fn by_tun(backend: usize) -> Result<()> {
             ensure!(right, "{to}: {what}");
         }
         let from = SocketAddr::new(client.parse()?, 4001);
-        let to = SocketAddr::new(address, NOBODY);
+        let to = SocketAddr::new(address, NO_ENDPOINTS);
         let (by, _, what) = addresses(&tun.ask(&packet(false, from, to), from)?)?;
         ensure!((by, what.as_str()) == (to, "reset"), "{to}: {what} from {by}");
     }

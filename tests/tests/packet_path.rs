@@ -43,11 +43,11 @@ fn web(endpoints: &[(IpAddr, &str)], more: &str) -> String {
     web_and_dns("web", 20, Some([WEB, DNS]), more, endpoints, POD_PORTS)
 }
 
-fn by(got: &BTreeSet<Outcome>) -> BTreeSet<&str> {
+fn servers(got: &BTreeSet<Outcome>) -> BTreeSet<&str> {
     got.iter()
         .map(|got| match got {
             Outcome::Served { by, .. } => by.as_str(),
-            Outcome::Failed(_) => "nobody",
+            Outcome::Failed(_) => "failed",
         })
         .collect()
 }
@@ -61,7 +61,7 @@ fn an_outside_client_reaches_all(underlay: Underlay) -> Result<()> {
                 let to = SocketAddr::new(address, port);
                 // Sixteen requests miss one of two backends with a probability of 2^-15.
                 let got = all(setup.client(), udp, to, scaled_count_above(40, 16))?;
-                assert_eq!(by(&got), BTreeSet::from(["one", "two"]), "{to} udp={udp}: {got:?}");
+                assert_eq!(servers(&got), BTreeSet::from(["one", "two"]), "{to} udp={udp}: {got:?}");
                 for got in got {
                     let Outcome::Served { by, seen } = got else { continue };
                     let is_client = seen == IpAddr::from(setup.cluster.client().address())
@@ -239,25 +239,25 @@ fn flows_to_a_removed_backend_move_or_are_reset() -> Result<()> {
                 },
             )?;
             stream.connect(SocketAddr::new(address, 30081))?;
-            let heard = |answer: &CallResult, text: &str| matches!(answer, CallResult::Received(_, said) if said.contains(text));
-            let mut say = |text: &str| -> Result<CallResult> {
+            let contains = |answer: &CallResult, text: &str| matches!(answer, CallResult::Received(_, received) if received.contains(text));
+            let mut exchange = |text: &str| -> Result<CallResult> {
                 if let CallResult::Failed(errno) = stream.call(&SocketCall::Send(text.to_owned()))? {
                     return Ok(CallResult::Failed(errno));
                 }
                 loop {
                     let answer = stream.call(&SocketCall::Receive)?;
                     // The server's name comes first, alone or together with the answer.
-                    if !matches!(&answer, CallResult::Received(_, said) if said == "echo\n") {
+                    if !matches!(&answer, CallResult::Received(_, received) if received == "echo\n") {
                         return Ok(answer);
                     }
                 }
             };
-            let answer = say("begin")?;
-            ensure!(heard(&answer, "begin"), "{answer:?}");
+            let answer = exchange("begin")?;
+            ensure!(contains(&answer, "begin"), "{answer:?}");
             // A terminating backend keeps its connections.
             setup.write("echo.yaml", &echo("ready: false, serving: true, terminating: true"))?;
-            let answer = say("lives")?;
-            ensure!(heard(&answer, "lives"), "{address} at {node}: {answer:?}");
+            let answer = exchange("lives")?;
+            ensure!(contains(&answer, "lives"), "{address} at {node}: {answer:?}");
             // The backend is removed.
             serve_by(&setup, &endpoints_of(one))?;
             setup.write(
@@ -272,7 +272,7 @@ fn flows_to_a_removed_backend_move_or_are_reset() -> Result<()> {
             datagrams.send("b")?;
             let text = datagrams.receive()?.1;
             ensure!(text.starts_with("one "), "{address} at {node}: {text}");
-            let answer = say("over")?;
+            let answer = exchange("over")?;
             const ECONNRESET: i32 = 104;
             assert_eq!(answer, CallResult::Failed(ECONNRESET), "{address} at {node}");
         }
@@ -291,14 +291,14 @@ fn session_affinity_applies_to_outside_clients() -> Result<()> {
             for address in node_addresses(node) {
                 let to = SocketAddr::new(address, WEB);
                 let got = all(client, false, to, 12)?;
-                assert_eq!(by(&got).len(), 1, "{to}: {got:?}");
-                chosen.extend(by(&got).into_iter().map(str::to_owned));
+                assert_eq!(servers(&got).len(), 1, "{to}: {got:?}");
+                chosen.extend(servers(&got).into_iter().map(str::to_owned));
             }
         }
     }
     // All eight choices are the same with a probability of 2^-7.
     println!("{chosen:?}");
-    ensure!(!chosen.contains("nobody"), "{chosen:?}");
+    ensure!(!chosen.contains("failed"), "{chosen:?}");
     Ok(())
 }
 
@@ -317,7 +317,7 @@ fn oversized_or_expired_packets_get_icmp_errors() -> Result<()> {
     while !known("mtu 1450")? {
         ensure!(
             Instant::now() < deadline,
-            "the client was not told: {}",
+            "the client's route has no lower MTU: {}",
             client.ip("route show cache")?
         );
         sleep(Duration::from_millis(20));

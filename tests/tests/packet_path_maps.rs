@@ -93,8 +93,8 @@ impl Setup {
     }
 
     /// Waits until the address is marked, or not marked, and checks that the maps have no other difference.
-    fn is_marked(&self, marked: bool) -> Result<()> {
-        eventually("the mark follows", || {
+    fn expect_mark(&self, marked: bool) -> Result<()> {
+        eventually("the mark is updated", || {
             let mark = self.mark()?;
             let expected = marked.then_some(FrontendKind::ExternalAddress);
             ensure!(mark == expected, "{mark:?}");
@@ -128,17 +128,17 @@ impl Setup {
 #[test]
 fn external_address_is_marked_unless_a_node_has_it() -> Result<()> {
     let setup = setup(&[])?;
-    setup.is_marked(true)?;
+    setup.expect_mark(true)?;
     let address = format!("{BALANCER}/32");
     setup.node().add_address(&address, "lo")?;
-    setup.is_marked(false)?;
+    setup.expect_mark(false)?;
     setup.node().remove_address(&address, "lo")?;
-    setup.is_marked(true)?;
+    setup.expect_mark(true)?;
     let nodes = |of_second: &str| node("n1", "10.10.1.0/24", "192.168.77.1") + &node("n2", "10.10.2.0/24", of_second);
     setup.manifests.write("nodes.yaml", &nodes(BALANCER))?;
-    setup.is_marked(false)?;
+    setup.expect_mark(false)?;
     setup.manifests.write("nodes.yaml", &nodes("192.168.77.2"))?;
-    setup.is_marked(true)
+    setup.expect_mark(true)
 }
 
 #[test]
@@ -146,7 +146,7 @@ fn source_ranges_follow_the_service_across_a_restart() -> Result<()> {
     let mut setup = setup(&[])?;
     let expect = |setup: &Setup, ranges: &[&str]| {
         let expected: BTreeSet<String> = ranges.iter().map(|&text| text.to_owned()).collect();
-        eventually("the ranges follow", || {
+        eventually("the ranges are updated", || {
             let found = setup.ranges()?;
             ensure!(found == expected, "{found:?}");
             Ok(())
@@ -166,7 +166,7 @@ fn source_ranges_follow_the_service_across_a_restart() -> Result<()> {
     setup
         .manifests
         .write("web.yaml", &web(&["198.51.100.0/25", "nowhere"]))?;
-    eventually("it is named", || {
+    eventually("the invalid range is reported", || {
         let status = setup.agent.output(&["status"])?;
         ensure!(status.contains("nowhere") && status.contains("default/web"), "{status}");
         Ok(())
@@ -223,8 +223,8 @@ fn cluster_cidr_flag_sets_inside_networks() -> Result<()> {
     setup.agent.verify()?;
     // `verify` needs the flag that the agent has, or it finds a difference.
     let program = Agent::find(TESTBED.as_ref())?;
-    let untold = Agent::new(&setup.cluster, setup.node(), &program, setup.manifests.path());
-    let drift = untold.verify().unwrap_err().to_string();
+    let without_flag = Agent::new(&setup.cluster, setup.node(), &program, setup.manifests.path());
+    let drift = without_flag.verify().unwrap_err().to_string();
     assert!(drift.contains("CLUSTER_CIDRS[10.0.0.0/8]"), "{drift}");
     Ok(())
 }
@@ -275,8 +275,8 @@ fn conntrack_gc_removes_expired_flows_and_list_shows_the_others() -> Result<()> 
     const UDP: u8 = ip_protocol::UDP;
     let setup = setup(&[])?;
     let mut flows = setup.flows()?;
-    let lasting = flow(1, TCP, 5, ct_state::SYN)?;
-    put(&mut flows.answered, &lasting)?;
+    let live = flow(1, TCP, 5, ct_state::SYN)?;
+    put(&mut flows.answered, &live)?;
     let reset = flow(2, TCP, 11, ct_state::RST)?;
     put(&mut flows.answered, &reset)?;
     // If the kernel has been up for less than the idle time, these expire later.
@@ -284,10 +284,10 @@ fn conntrack_gc_removes_expired_flows_and_list_shows_the_others() -> Result<()> 
     put(&mut flows.new, &unanswered)?;
     let [alone, _] = flow(4, TCP, 11, ct_state::RST)?;
     put(&mut flows.answered, &[alone])?;
-    let far_from_over = flow(5, UDP, 0, 0)?;
-    put(&mut flows.new, &far_from_over)?;
+    let recent = flow(5, UDP, 0, 0)?;
+    put(&mut flows.new, &recent)?;
 
-    eventually("what is over goes", || {
+    eventually("expired flows are removed", || {
         let flows = setup.flows()?;
         for (key, _) in reset.iter().chain([&alone]) {
             ensure!(flows.answered.get(key)?.is_none(), "{key:?}");
@@ -298,10 +298,10 @@ fn conntrack_gc_removes_expired_flows_and_list_shows_the_others() -> Result<()> 
         Ok(())
     })?;
     assert_eq!(flows.answered.all()?.len(), 2);
-    for (key, entry) in &lasting {
+    for (key, entry) in &live {
         assert_eq!(flows.answered.get(key)?.as_ref(), Some(entry));
     }
-    eventually("it is counted", || {
+    eventually("the removals are counted", || {
         for (reason, least) in [("reset", 2.0), ("new", 2.0), ("orphan", 1.0)] {
             let count = setup.metric(&format!("lb_conntrack_gc_removed_total{{reason=\"{reason}\"}}"))?;
             ensure!(count >= least, "{reason}: {count}");
@@ -313,9 +313,9 @@ fn conntrack_gc_removes_expired_flows_and_list_shows_the_others() -> Result<()> 
     })?;
 
     let listed: Value = setup.agent.json(&["conntrack", "list"])?;
-    let listed = listed.as_array().context("no list")?;
+    let listed = listed.as_array().context("not a list")?;
     let found = |client: &str| listed.iter().find(|row| row["client"] == client);
-    let row = found("203.0.113.1:4000").context("the flow that lasts is not listed")?;
+    let row = found("203.0.113.1:4000").context("the live flow is not listed")?;
     for (field, expected) in [
         ("frontend", "192.168.77.1:30001"),
         ("backend", "10.10.2.2:8080"),
@@ -334,7 +334,7 @@ fn conntrack_gc_removes_expired_flows_and_list_shows_the_others() -> Result<()> 
     );
     // The LRU map of unreplied flows may have evicted some, but contains no others.
     let keys: BTreeSet<CtKey> = flows.new.all()?.into_iter().map(|(key, _)| key).collect();
-    let own = far_from_over.iter().map(|(key, _)| *key).collect();
+    let own = recent.iter().map(|(key, _)| *key).collect();
     assert!(keys.is_subset(&own), "{keys:?}");
     Ok(())
 }
@@ -367,7 +367,7 @@ fn iterating_a_large_conntrack_map_yields_each_entry_once() -> Result<()> {
     assert_eq!(all.len(), keys.len());
     assert!(all.into_iter().all(|(key, _)| keys.remove(&key)));
     assert!(keys.is_empty());
-    eventually("the collector has seen them", || {
+    eventually("the collector has counted them", || {
         ensure!(setup.metric("lb_conntrack_entries{map=\"CT\"}")? == 40_000.0);
         Ok(())
     })

@@ -258,15 +258,15 @@ fn verify_names_every_corrupted_field_and_a_restart_repairs_it() -> Result<()> {
     let mut agent = start(&lock, &manifests)?;
     assert_eq!(differences(&agent)?, []);
     for corruption in CORRUPTIONS {
-        let netns = corruption.apply(&pins.maps())?;
+        let field = corruption.apply(&pins.maps())?;
         let found = differences(&agent)?;
-        let named = found.iter().any(|drift| drift.field.contains(&netns));
-        ensure!(named, "{netns} is not named: {found:?}");
-        println!("{netns}: {}", found[0]);
+        let named = found.iter().any(|drift| drift.field.contains(&field));
+        ensure!(named, "verify does not name {field}: {found:?}");
+        println!("{field}: {}", found[0]);
         drop(agent);
         agent = start(&lock, &manifests)?;
         let left = differences(&agent)?;
-        ensure!(left.is_empty(), "{netns} is not put right by a restart: {left:?}");
+        ensure!(left.is_empty(), "{field} is not repaired by a restart: {left:?}");
     }
     // A changed key: the entry is missing, and there is one that is not wanted.
     for at in [15, 16, 18, 19] {
@@ -284,7 +284,7 @@ fn verify_names_every_corrupted_field_and_a_restart_repairs_it() -> Result<()> {
         let left = differences(&agent)?;
         ensure!(
             left.is_empty(),
-            "byte {at} of a key is not put right by a restart: {left:?}"
+            "byte {at} of a key is not repaired by a restart: {left:?}"
         );
     }
     Ok(())
@@ -295,9 +295,14 @@ fn verify_exit_code_reports_drift_and_a_restart_repairs_it() -> Result<()> {
     let mut setup = setup(&[])?;
     setup.agent.kill()?;
     let maps = setup.agent.pin_path().join(format!("v{VERSION}/maps"));
-    let netns = corruption("SERVICES", "flags", 24).apply(&maps)?;
-    let told = setup.agent.verify().err().context("verify finds nothing")?.to_string();
-    ensure!(told.contains(&netns), "{told}");
+    let field = corruption("SERVICES", "flags", 24).apply(&maps)?;
+    let reported = setup
+        .agent
+        .verify()
+        .err()
+        .context("verify found no difference")?
+        .to_string();
+    ensure!(reported.contains(&field), "{reported}");
     setup.agent = setup.manifests.serve(&setup.cluster, "n1", TESTBED.as_ref(), &[])?;
     let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
     testbed().connect(&setup.client, &load)?.all_well()
@@ -339,19 +344,19 @@ fn broken_manifest_is_reported_and_other_services_are_unaffected() -> Result<()>
     let broken =
         "apiVersion: v1\nkind: Service\nmetadata: {name: bad}\nspec: {clusterIP: 10.96.0.41, ports: [{port: 70000}]}\n";
     setup.manifests.write("broken.yaml", &(good.clone() + broken))?;
-    let told = |agent: &Agent| {
+    let reported = |agent: &Agent| {
         let problems = agent.status()?.problems;
         let named = |p: &lb_tests::Problem| p.place.contains("broken.yaml") && p.message.contains("spec.ports[0].port");
         ensure!(problems.iter().any(named), "{problems:?}");
         Ok(())
     };
-    setup.agent.wait("telling of the broken manifest", told)?;
+    setup.agent.wait("reporting the broken manifest", reported)?;
     let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
     testbed().connect(&setup.client, &load)?.all_well()?;
     let services: Vec<Value> = setup.agent.json(&["service", "list"])?;
     assert!(
         services.iter().any(|s| s["name"] == "new"),
-        "the good document of a file that was never good is used"
+        "the valid document of a file with errors is used"
     );
 
     // The source is read every 3 s; a file that is still broken causes no apply.
@@ -362,19 +367,21 @@ fn broken_manifest_is_reported_and_other_services_are_unaffected() -> Result<()>
     // The last valid content of a file that breaks later stays in force, across a restart of the agent too.
     let all = std::fs::read_to_string(setup.manifests.path().join("all.yaml"))?;
     setup.manifests.write("all.yaml", &all[..all.len() / 2])?;
-    let told = |agent: &Agent| {
+    let reported = |agent: &Agent| {
         let problems = agent.status()?.problems;
         ensure!(problems.iter().any(|p| p.place.contains("all.yaml")), "{problems:?}");
         Ok(())
     };
-    setup.agent.wait("telling of the half file", told)?;
+    setup.agent.wait("reporting the truncated file", reported)?;
     testbed().connect(&setup.client, &load)?.all_well()?;
     setup.agent.kill()?;
     setup.agent.start_again()?;
-    setup.agent.wait("telling of the half file again", |agent| {
-        ensure!(agent.status()?.agent.running && !agent.status()?.agent.complete);
-        told(agent)
-    })?;
+    setup
+        .agent
+        .wait("reporting the truncated file after a restart", |agent| {
+            ensure!(agent.status()?.agent.running && !agent.status()?.agent.complete);
+            reported(agent)
+        })?;
     testbed().connect(&setup.client, &load)?.all_well()?;
 
     setup.manifests.write("all.yaml", &all)?;
@@ -461,7 +468,7 @@ fn agent_mounts_a_missing_bpffs() -> Result<()> {
         ensure!(process.is_running()?, "the agent has ended");
         ensure!(
             std::time::Instant::now() < deadline,
-            "{link} is not there; mounts: {mounts}"
+            "{link} does not exist; mounts: {mounts}"
         );
         std::thread::sleep(std::time::Duration::from_millis(50));
     }

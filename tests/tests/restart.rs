@@ -130,7 +130,7 @@ impl Fixture {
         }
         let listen: Vec<_> = listen.iter().map(String::as_str).collect();
         let folder = cluster.scratch().join("manifests");
-        fs::create_dir(&folder).context("making a folder for manifests")?;
+        fs::create_dir(&folder).context("creating a directory for manifests")?;
         Ok(Self {
             agent: Agent::new(&cluster, cluster.node(NODE), &Agent::find(TESTBED.as_ref())?, &folder),
             _server: testbed.serve_with(&pod, &listen, &["--echo"])?,
@@ -150,7 +150,7 @@ impl Fixture {
         let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
         let new = self.folder.join(".new");
         fs::write(&new, list.to_string()).context("writing manifests")?;
-        fs::rename(&new, self.folder.join("all.json")).context("putting manifests in place")
+        fs::rename(&new, self.folder.join("all.json")).context("renaming the manifests")
     }
 
     /// Starts two threads that connect to these addresses in turn until stopped.
@@ -209,7 +209,7 @@ impl Fixture {
 
     /// Returns whether the agent left an orphan: a service port without a frontend, among those that share their
     /// address with no other Service.
-    fn is_half_done(&self) -> Result<bool> {
+    fn has_orphan(&self) -> Result<bool> {
         let other = |row: &Value| row["name"].as_str().is_some_and(|name| name.starts_with("other-"));
         let services = self.list("service")?;
         Ok(services.iter().any(|row| other(row) && row["frontends"] == json!([])))
@@ -290,8 +290,11 @@ fn check_backends(summary: &Summary, wanted: &[(SocketAddr, &[u8])]) -> Result<(
             .get(&target.to_string())
             .with_context(|| format!("no connection to {target}"))?;
         let names: Vec<_> = backends.iter().map(|number| format!("b{number}")).collect();
-        let strange: Vec<_> = reached.keys().filter(|name| !names.contains(*name)).collect();
-        ensure!(strange.is_empty(), "{target} led to {strange:?}, not {names:?}");
+        let unexpected: Vec<_> = reached.keys().filter(|name| !names.contains(*name)).collect();
+        ensure!(
+            unexpected.is_empty(),
+            "connections to {target} reached {unexpected:?}, not {names:?}"
+        );
     }
     Ok(())
 }
@@ -350,7 +353,7 @@ fn agent_kills_at_random_moments_fail_no_connection() -> Result<()> {
     let vips = [10, 11, 12].map(|last| SocketAddr::new(Ipv4Addr::new(10, 96, 0, last).into(), 80));
     let load = fixture.start_clients(&vips)?;
     let mut moments = Vec::new();
-    let mut half_done = 0;
+    let mut orphans = 0;
     for kill in 0..KILLS {
         // Alternates between a kill during the start and a kill during an apply.
         let starts = kill % 2 == 1;
@@ -371,14 +374,14 @@ fn agent_kills_at_random_moments_fail_no_connection() -> Result<()> {
         );
         process.kill()?;
         moments.push(format!("{}{}", if starts { "s" } else { "a" }, life.as_millis()));
-        half_done += u32::from(fixture.is_half_done()?);
+        orphans += u32::from(fixture.has_orphan()?);
         process = fixture.agent.start(&[])?;
     }
     fixture.agent.wait_ready(&mut process)?;
     let summary = load.stop()?;
     println!(
-        "start takes {start_ms} ms; killed after ms of start (s) or applies (a): {}, {half_done} times with work half \
-         done; {} connections",
+        "start takes {start_ms} ms; killed after ms of start (s) or applies (a): {}, {orphans} times leaving \
+         an orphan; {} connections",
         moments.join(" "),
         summary.connections
     );
@@ -389,7 +392,7 @@ fn agent_kills_at_random_moments_fail_no_connection() -> Result<()> {
     )?;
     fixture.agent.verify()?;
     fixture.write(&random_services(&mut random))?;
-    eventually("the maps are as they should be", || fixture.agent.verify())?;
+    eventually("the maps match the desired state", || fixture.agent.verify())?;
     ensure!(fixture.attached()?.len() == HOOKS, "{:?}", fixture.attached()?);
     ensure!(process.stop(scaled_timeout(Duration::from_secs(10)))?.success());
     Ok(())
@@ -430,7 +433,7 @@ fn agent_killed_in_its_first_start_is_recovered_by_the_next() -> Result<()> {
     bpftool(&["link", "pin", "pinned", &from, &to])?;
     ensure!(new.exists());
     fixture.agent.start_ready(&[])?.kill()?;
-    ensure!(!new.exists(), "the link is there still");
+    ensure!(!new.exists(), "the temporary link still exists");
     fixture.check_serving(&web)
 }
 
@@ -474,7 +477,7 @@ fn changes_made_while_the_agent_is_down_leave_other_entries_alone() -> Result<()
         &giver.ports(&[own_6]),
         &taker.clone().ports(&[shared, own_7]),
     ])?;
-    ensure!(fixture.agent.verify().is_err(), "nobody has applied these manifests");
+    ensure!(fixture.agent.verify().is_err(), "no agent has applied these manifests");
     sleep(Duration::from_millis(200));
     let process = fixture.agent.start_ready(&[])?;
     sleep(Duration::from_millis(200));
@@ -490,7 +493,7 @@ fn changes_made_while_the_agent_is_down_leave_other_entries_alone() -> Result<()
             (passed, &[6, 7]),
         ],
     )?;
-    eventually("the maps are as they should be", || fixture.agent.verify())?;
+    eventually("the maps match the desired state", || fixture.agent.verify())?;
     fixture.check_serving(&keep)?;
     fixture.check_serving(&new)?;
     fixture.check_gone(gone.vip())?;
@@ -540,7 +543,7 @@ fn manifests_broken_while_the_agent_is_down_keep_services_served() -> Result<()>
             fs::write(fixture.folder.join("service.json"), web.manifests()[0].to_string())?;
         }
         let mut process = fixture.agent.start(&[])?;
-        eventually("it tells what is wrong", || {
+        eventually("the problem is reported", || {
             let status = fixture.agent.json::<Value>(&["status"])?;
             ensure!(status["agent"]["pid"] == process.id(), "{status}");
             ensure!(status["agent"]["complete"] == false, "{status}");
@@ -679,16 +682,16 @@ fn services_outlive_the_agent_until_cleanup() -> Result<()> {
     fixture.agent.output(&["cleanup"])?;
     ensure!(
         fixture.attached()?.is_empty(),
-        "attached still: {:?}",
+        "still attached: {:?}",
         fixture.attached()?
     );
     fixture.check_gone(web.vip())?;
-    ensure!(!fixture.agent.pin_path().exists(), "the pin path is there still");
+    ensure!(!fixture.agent.pin_path().exists(), "the pin path still exists");
     // The kernel frees programs in the background.
     eventually("the programs are freed", || {
         for (name, (id, _)) in &programs {
             let id = id.to_string();
-            ensure!(bpftool(&["prog", "show", "id", &id]).is_err(), "{name} is loaded still");
+            ensure!(bpftool(&["prog", "show", "id", &id]).is_err(), "{name} is still loaded");
         }
         Ok(())
     })?;
@@ -724,7 +727,7 @@ fn maps_of_another_layout_are_refused_and_keep_serving() -> Result<()> {
 
     for version in [VERSION - 1, VERSION + 1].map(|version| format!("v{version}")) {
         let folder = fixture.agent.pin_path().join(&version);
-        fs::create_dir(&folder).with_context(|| format!("making {}", folder.display()))?;
+        fs::create_dir(&folder).with_context(|| format!("creating {}", folder.display()))?;
         refused(&format!("{version}: belongs to another layout than v{VERSION}"))?;
         fs::remove_dir(&folder).with_context(|| format!("removing {}", folder.display()))?;
     }
@@ -750,7 +753,7 @@ fn maps_of_another_layout_are_refused_and_keep_serving() -> Result<()> {
     fixture.agent.output(&["cleanup"])?;
     ensure!(
         fixture.attached()?.is_empty(),
-        "attached still: {:?}",
+        "still attached: {:?}",
         fixture.attached()?
     );
     Ok(())

@@ -60,7 +60,7 @@ impl Setup {
 
     /// Returns pairs of client and address: the node at its own addresses and its loopback, another node, and an
     /// outside client.
-    fn everywhere(&self, port: u16) -> Vec<(&Netns, SocketAddr)> {
+    fn client_addresses(&self, port: u16) -> Vec<(&Netns, SocketAddr)> {
         let node = self.node();
         let own = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
         let own = own
@@ -75,8 +75,8 @@ impl Setup {
     }
 
     /// Fails unless every client gets an expected response.
-    fn told_everywhere(&self, port: u16, path: &str, expected: impl Fn(&Response) -> bool) -> Result<()> {
-        for (netns, at) in self.everywhere(port) {
+    fn expect_everywhere(&self, port: u16, path: &str, expected: impl Fn(&Response) -> bool) -> Result<()> {
+        for (netns, at) in self.client_addresses(port) {
             let response = get(netns, at, path)?;
             ensure!(expected(&response), "{at}{path} from {}: {response:?}", netns.name());
         }
@@ -84,9 +84,9 @@ impl Setup {
     }
 
     /// Waits until every client is refused.
-    fn refused_everywhere(&self, port: u16) -> Result<()> {
-        eventually("nobody listens", || {
-            for (netns, at) in self.everywhere(port) {
+    fn expect_refused_everywhere(&self, port: u16) -> Result<()> {
+        eventually("no process listens", || {
+            for (netns, at) in self.client_addresses(port) {
                 let response = get(netns, at, "/");
                 ensure!(response.is_err(), "{at} from {}: {response:?}", netns.name());
             }
@@ -154,9 +154,9 @@ fn healthz_and_livez_follow_the_node_object() -> Result<()> {
             && body["status"]["IPv4"]["healthy"] == json!(true)
             && body["status"]["IPv6"]["healthy"] == json!(true)
     };
-    setup.told_everywhere(HEALTHZ, "/healthz", |r| is_up_to_date(r, Some(true), 200))?;
-    setup.told_everywhere(HEALTHZ, "/livez", |r| is_up_to_date(r, None, 200))?;
-    setup.told_everywhere(HEALTHZ, "/nothing", |r| r.status == 404)?;
+    setup.expect_everywhere(HEALTHZ, "/healthz", |r| is_up_to_date(r, Some(true), 200))?;
+    setup.expect_everywhere(HEALTHZ, "/livez", |r| is_up_to_date(r, None, 200))?;
+    setup.expect_everywhere(HEALTHZ, "/nothing", |r| r.status == 404)?;
 
     let node = setup.node();
     let healthz = |path| get(node, at(Ipv4Addr::LOCALHOST, HEALTHZ), path);
@@ -164,7 +164,7 @@ fn healthz_and_livez_follow_the_node_object() -> Result<()> {
     let deleted = ", deletionTimestamp: \"2026-01-01T00:00:00Z\"";
     for leaving in [node_object("", taint), node_object(deleted, "")] {
         setup.manifests.write("node.yaml", &leaving)?;
-        eventually("a node that leaves is not eligible", || {
+        eventually("a node marked for deletion is not eligible", || {
             let response = healthz("/healthz")?;
             ensure!(is_up_to_date(&response, Some(false), 503), "{response:?}");
             Ok(())
@@ -174,7 +174,7 @@ fn healthz_and_livez_follow_the_node_object() -> Result<()> {
         ensure!(is_up_to_date(&response, None, 200), "{response:?}");
         let other = "taints: [{key: other, effect: NoSchedule}]";
         setup.manifests.write("node.yaml", &node_object("", other))?;
-        eventually("it stays after all", || {
+        eventually("the node is eligible again", || {
             let response = healthz("/healthz")?;
             ensure!(is_up_to_date(&response, Some(true), 200), "{response:?}");
             Ok(())
@@ -207,7 +207,7 @@ fn pod(node: u8, number: u8) -> IpAddr {
 fn health_check_node_port_counts_local_endpoints() -> Result<()> {
     let there = slice("web", Port::tcp("web", 8080), &[(pod(2, 7), "n2")]);
     let setup = Setup::new(&[("web.yaml", &balanced(CHECK, "Local")), ("slice.yaml", &there)], &[])?;
-    let tells = |endpoints: usize| {
+    let has_count = |endpoints: usize| {
         move |response: &Response| {
             let expected = json!({
                 "service": {"namespace": "default", "name": "web"},
@@ -222,32 +222,32 @@ fn health_check_node_port_counts_local_endpoints() -> Result<()> {
                 && response.header("content-type") == Some("application/json")
         }
     };
-    let eventually_tells = |port, endpoints| {
-        eventually("everybody is told so", || {
-            setup.told_everywhere(port, "/", tells(endpoints))
+    let eventually_counts = |port, endpoints| {
+        eventually("every client gets this count", || {
+            setup.expect_everywhere(port, "/", has_count(endpoints))
         })
     };
-    eventually_tells(CHECK, 0)?;
+    eventually_counts(CHECK, 0)?;
     // Every path is answered.
-    setup.told_everywhere(CHECK, "/healthz", tells(0))?;
+    setup.expect_everywhere(CHECK, "/healthz", has_count(0))?;
 
     let here = [(pod(1, 7), "n1", ""), (pod(1, 8), "n1", ""), (pod(2, 7), "n2", "")];
     let terminating = here.map(|(ip, node, _)| (ip, node, "ready: false, serving: true, terminating: true"));
     for (endpoints, expected) in [(&here, 2), (&terminating, 0), (&here, 2)] {
         let text = slice_with_conditions("web", Port::tcp("web", 8080), endpoints);
         setup.manifests.write("slice.yaml", &text)?;
-        eventually_tells(CHECK, expected)?;
+        eventually_counts(CHECK, expected)?;
     }
     // Another port, another policy, and back.
     setup.manifests.write("web.yaml", &balanced(CHECK + 1, "Local"))?;
-    eventually_tells(CHECK + 1, 2)?;
-    setup.refused_everywhere(CHECK)?;
+    eventually_counts(CHECK + 1, 2)?;
+    setup.expect_refused_everywhere(CHECK)?;
     setup.manifests.write("web.yaml", &balanced(CHECK, "Cluster"))?;
-    setup.refused_everywhere(CHECK + 1)?;
+    setup.expect_refused_everywhere(CHECK + 1)?;
     setup.manifests.write("web.yaml", &balanced(CHECK, "Local"))?;
-    eventually_tells(CHECK, 2)?;
+    eventually_counts(CHECK, 2)?;
     setup.manifests.write("web.yaml", &there)?;
-    setup.refused_everywhere(CHECK)
+    setup.expect_refused_everywhere(CHECK)
 }
 
 #[test]
@@ -255,17 +255,17 @@ fn health_check_node_port_respects_nodeport_addresses() -> Result<()> {
     let files = [("web.yaml", &*balanced(CHECK, "Local"))];
     let mut setup = Setup::new(&files, &["--nodeport-addresses", "primary"])?;
     let node = setup.node();
-    let answers = |ip: IpAddr| get(node, at(ip, CHECK), "/").is_ok();
+    let listens = |ip: IpAddr| get(node, at(ip, CHECK), "/").is_ok();
     // Without a Node object these are the addresses of the devices with a default route, and the test node has no such
     // route.
-    ensure!(!answers(node.address().into()));
+    ensure!(!listens(node.address().into()));
     let address = node.address();
     let text = format!(
         "apiVersion: v1\nkind: Node\nmetadata: {{name: n1}}\nstatus: {{addresses: [{{type: InternalIP, address: {address}}}]}}\n"
     );
     setup.manifests.write("node.yaml", &text)?;
     eventually("the Node's address is served", || {
-        ensure!(answers(address.into()));
+        ensure!(listens(address.into()));
         Ok(())
     })?;
     for ip in [
@@ -273,7 +273,7 @@ fn health_check_node_port_respects_nodeport_addresses() -> Result<()> {
         node.gateway().into(),
         Ipv4Addr::LOCALHOST.into(),
     ] {
-        ensure!(!answers(ip), "{ip}");
+        ensure!(!listens(ip), "{ip}");
     }
 
     setup.agent.kill()?;
@@ -303,14 +303,14 @@ fn occupied_ports_are_reported_and_retried() -> Result<()> {
         "Service default/web".to_owned(),
     ]
     .into();
-    agent.wait("telling what is taken", |agent| {
+    agent.wait("reporting the occupied addresses", |agent| {
         let problems = agent.status()?.problems.into_iter();
         let namespaces: BTreeSet<_> = problems.map(|problem| problem.place).collect();
         ensure!(expected.is_subset(&namespaces), "{namespaces:?}");
         Ok(())
     })?;
     drop(other);
-    agent.wait("listening after all", |agent| {
+    agent.wait("listening after a retry", |agent| {
         for port in [HEALTHZ, METRICS, CHECK] {
             get(node, at(Ipv4Addr::LOCALHOST, port), "/healthz")?;
         }
@@ -369,7 +369,7 @@ fn metrics_match_the_documentation_and_count_connections() -> Result<()> {
     let (names, documented) = (before.names(), documented());
     ensure!(
         names == documented,
-        "not in docs/metrics.md: {:?}; not told: {:?}",
+        "not in docs/metrics.md: {:?}; not exported: {:?}",
         &names - &documented,
         &documented - &names
     );
@@ -395,13 +395,13 @@ fn metrics_match_the_documentation_and_count_connections() -> Result<()> {
         ensure!(summary.per_backend.is_empty(), "{reason}: {summary:?}");
     }
     let after = scrape()?;
-    let grown = |name: &str, labels: &[(&str, &str)]| -> Result<f64> {
+    let increase = |name: &str, labels: &[(&str, &str)]| -> Result<f64> {
         Ok(after.value(name, labels)? - before.value(name, labels)?)
     };
-    ensure!(grown("lb_connections_total", &[])? == 7.0);
-    ensure!(grown("lb_refused_total", &[])? == 6.0);
-    ensure!(grown("lb_drops_total", &[("reason", "no_endpoint")])? == 3.0);
-    ensure!(grown("lb_drops_total", &[("reason", "no_local_endpoint")])? == 3.0);
+    ensure!(increase("lb_connections_total", &[])? == 7.0);
+    ensure!(increase("lb_refused_total", &[])? == 6.0);
+    ensure!(increase("lb_drops_total", &[("reason", "no_endpoint")])? == 3.0);
+    ensure!(increase("lb_drops_total", &[("reason", "no_local_endpoint")])? == 3.0);
     let web = [
         ("namespace", "default"),
         ("service", "web"),
@@ -409,8 +409,8 @@ fn metrics_match_the_documentation_and_count_connections() -> Result<()> {
         ("protocol", "TCP"),
         v4,
     ];
-    ensure!(grown("lb_service_connections_total", &web)? == 7.0);
-    ensure!(grown("lb_service_refused_total", &web)? == 0.0);
+    ensure!(increase("lb_service_connections_total", &web)? == 7.0);
+    ensure!(increase("lb_service_refused_total", &web)? == 0.0);
 
     // One Service more than the map has room for.
     manifests.write("more.yaml", &service("more", "10.96.0.23", &[Port::tcp("web", 80)], ""))?;
@@ -449,12 +449,12 @@ fn kube_proxy_configuration_is_applied_and_flags_override_it() -> Result<()> {
     let stream = setting("nf_conntrack_udp_timeout_stream")?;
     let flags = ["--config", path, "--metrics-bind-address", "127.0.0.1:9003"];
     let mut agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &flags)?;
-    let answers = |ip: IpAddr, port| get(node, at(ip, port), "/healthz").is_ok();
-    eventually("it listens where the file says", || {
-        ensure!(answers(Ipv4Addr::LOCALHOST.into(), 9001) && answers(node.address().into(), CHECK));
+    let listens = |ip: IpAddr, port| get(node, at(ip, port), "/healthz").is_ok();
+    eventually("it listens at the addresses in the file", || {
+        ensure!(listens(Ipv4Addr::LOCALHOST.into(), 9001) && listens(node.address().into(), CHECK));
         Ok(())
     })?;
-    ensure!(answers(Ipv4Addr::LOCALHOST.into(), 9003), "the flag wins");
+    ensure!(listens(Ipv4Addr::LOCALHOST.into(), 9003), "the flag wins");
     for (ip, port) in [
         (Ipv4Addr::LOCALHOST.into(), 9002),
         (Ipv4Addr::LOCALHOST.into(), HEALTHZ),
@@ -462,7 +462,7 @@ fn kube_proxy_configuration_is_applied_and_flags_override_it() -> Result<()> {
         (node.gateway().into(), CHECK),
         (node.address6().into(), CHECK),
     ] {
-        ensure!(!answers(ip, port), "{ip} {port}");
+        ensure!(!listens(ip, port), "{ip} {port}");
     }
     for (name, expected) in [
         ("nf_conntrack_tcp_timeout_close_wait", "420"),

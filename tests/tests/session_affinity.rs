@@ -93,7 +93,7 @@ fn client_keeps_its_backend_until_the_backend_is_removed() -> Result<()> {
     for client in clients {
         let kept = reached(client, VIP)?;
         assert_eq!(kept.len(), 1, "of {}: {kept:?}", client.name());
-        assert_eq!(reached(client, VIP)?, kept, "the same again");
+        assert_eq!(reached(client, VIP)?, kept, "the second run reaches the same backend");
         first.extend(kept);
         assert_eq!(reached(client, VIP6)?.len(), 1);
     }
@@ -144,9 +144,9 @@ fn affinity_can_be_disabled_and_enabled_at_runtime() -> Result<()> {
     let servers = setup.servers.clone();
     assert_eq!(reached(&client, VIP)?.len(), 1);
     setup.change(&servers, "")?;
-    assert!(reached(&client, VIP)?.len() > 1, "switched off");
+    assert!(reached(&client, VIP)?.len() > 1, "affinity is off");
     setup.change(&servers, &affinity(3600))?;
-    assert_eq!(reached(&client, VIP)?.len(), 1, "switched on again");
+    assert_eq!(reached(&client, VIP)?.len(), 1, "affinity is on again");
     Ok(())
 }
 
@@ -175,5 +175,5 @@ fn affinity_times_out_when_idle_and_is_refreshed_by_use() -> Result<()> {
             return Ok(());
         }
     }
-    anyhow::bail!("always {first}, though the timeout is over each time")
+    anyhow::bail!("always {first}, although the affinity has expired each time")
 }

@@ -26,18 +26,18 @@ const ENOTCONN: i32 = 107;
 /// Port of the servers, for UDP and TCP.
 const TARGET: u16 = 5353;
 /// Time limit from the publication of a backend's removal to the destruction of its sockets.
-const AT_MOST: Duration = Duration::from_secs(1);
+const DESTROY_LIMIT: Duration = Duration::from_secs(1);
 
 fn testbed() -> Testbed {
     Testbed::new(TESTBED)
 }
 
 /// Kind of a socket, and the address that it connects to.
-type Way = (SocketKind, SocketAddr);
+type SocketTarget = (SocketKind, SocketAddr);
 
 /// Returns the ways in which a UDP socket can address a port of two addresses: IPv4, IPv6, and IPv4 on an IPv6 socket,
 /// in v4-mapped notation or as AF_INET.
-fn ways(v4: Ipv4Addr, v6: Ipv6Addr, port: u16) -> [Way; 4] {
+fn ways(v4: Ipv4Addr, v6: Ipv6Addr, port: u16) -> [SocketTarget; 4] {
     let mapped = v4.to_ipv6_mapped();
     [
         (SocketKind::Udp4, (v4, port).into()),
@@ -48,21 +48,21 @@ fn ways(v4: Ipv4Addr, v6: Ipv6Addr, port: u16) -> [Way; 4] {
 }
 
 /// The Service with changing backends.
-fn dns() -> [Way; 4] {
+fn dns() -> [SocketTarget; 4] {
     ways(Ipv4Addr::new(10, 96, 0, 10), "fd00:96::10".parse().unwrap(), 53)
 }
 
 /// A second Service. Its backend is always the first server.
-fn other() -> [Way; 4] {
+fn other() -> [SocketTarget; 4] {
     ways(Ipv4Addr::new(10, 96, 0, 11), "fd00:96::11".parse().unwrap(), 53)
 }
 
-fn direct(pod: &Pod) -> [Way; 4] {
+fn direct(pod: &Pod) -> [SocketTarget; 4] {
     ways(pod.address(), pod.address6(), TARGET)
 }
 
 /// TCP and MPTCP to the Service with changing backends.
-fn streams() -> [Way; 5] {
+fn streams() -> [SocketTarget; 5] {
     let [(_, v4), (_, v6), (_, mapped), _] = dns();
     [
         (SocketKind::Tcp4, v4),
@@ -133,8 +133,8 @@ fn dns_with(endpoints: &[(&Pod, &str)]) -> String {
 }
 
 /// Waits until exactly `count` UDP sockets of each namespace are connected to a server. Fails if there are ever fewer.
-fn only(count: usize, namespaces: &[&Netns], server: &Pod) -> Result<()> {
-    in_time(AT_MOST, "sockets of a removed backend are destroyed", || {
+fn wait_for_count(count: usize, namespaces: &[&Netns], server: &Pod) -> Result<()> {
+    in_time(DESTROY_LIMIT, "sockets of a removed backend are destroyed", || {
         let mut all = true;
         for netns in namespaces {
             let connected = connected(netns, "--udp", server)?;
@@ -206,15 +206,15 @@ fn connected(netns: &Netns, kind: &str, server: &Pod) -> Result<usize> {
 }
 
 /// Returns a connected socket that was answered by a server.
-fn connect(netns: &Netns, (kind, to): Way, server: &Pod) -> Result<ScriptedSocket> {
+fn connect(netns: &Netns, (kind, to): SocketTarget, server: &Pod) -> Result<ScriptedSocket> {
     let mut socket = testbed().scripted_socket(netns, kind)?;
     socket.connect(to).with_context(|| format!("{kind:?} to {to}"))?;
-    talk(&mut socket, (kind, to), server)?;
+    exchange(&mut socket, (kind, to), server)?;
     Ok(socket)
 }
 
 /// Sends a message on a connected socket. The server must answer it, from the address that the socket is connected to.
-fn talk(socket: &mut ScriptedSocket, (kind, to): Way, server: &Pod) -> Result<()> {
+fn exchange(socket: &mut ScriptedSocket, (kind, to): SocketTarget, server: &Pod) -> Result<()> {
     let context = || format!("{kind:?} to {to}");
     if matches!(kind, SocketKind::Udp4 | SocketKind::Udp6) {
         socket.send("hello").with_context(context)?;
@@ -223,23 +223,23 @@ fn talk(socket: &mut ScriptedSocket, (kind, to): Way, server: &Pod) -> Result<()
     } else {
         socket.send("hello").with_context(context)?;
         // The greeting and the echo, in any number of pieces.
-        let mut heard = String::new();
-        while !heard.ends_with("hello") {
+        let mut received = String::new();
+        while !received.ends_with("hello") {
             let (_, more) = socket.receive().with_context(context)?;
             ensure!(!more.is_empty(), "{kind:?} to {to}: closed");
-            heard += &more;
+            received += &more;
         }
-        let name = heard.lines().next().filter(|line| *line != "hello");
+        let name = received.lines().next().filter(|line| *line != "hello");
         ensure!(
             name.is_none_or(|name| name == server.name()),
-            "{kind:?} to {to}: {heard}"
+            "{kind:?} to {to}: {received}"
         );
     }
     Ok(())
 }
 
 /// Fails unless a socket was destroyed: it has no peer to send to, and the first receive returns the reason.
-fn is_destroyed(socket: &mut ScriptedSocket) -> Result<()> {
+fn expect_destroyed(socket: &mut ScriptedSocket) -> Result<()> {
     assert_eq!(socket.errno(&SocketCall::PeerName)?, ENOTCONN);
     assert_eq!(socket.errno(&SocketCall::Send("hello".into()))?, EDESTADDRREQ);
     assert_eq!(socket.errno(&SocketCall::Receive)?, ECONNABORTED);
@@ -277,14 +277,14 @@ impl Sockets {
     /// Checks each socket after the first server was replaced by the second.
     fn check(&mut self, way: usize, [a, b]: &[Pod; 2]) -> Result<()> {
         let vip = dns()[way].1;
-        is_destroyed(&mut self.dns).with_context(|| format!("way {way}"))?;
-        talk(&mut self.other, other()[way], a)?;
-        talk(&mut self.direct, direct(a)[way], a)?;
-        talk(&mut self.moved, direct(b)[way], b)?;
+        expect_destroyed(&mut self.dns).with_context(|| format!("way {way}"))?;
+        exchange(&mut self.other, other()[way], a)?;
+        exchange(&mut self.direct, direct(a)[way], a)?;
+        exchange(&mut self.moved, direct(b)[way], b)?;
         // An unconnected socket selects a new backend, and so does a destroyed one when it connects again.
         assert_eq!(self.unconnected.exchange(plain(vip), "second")?, "b");
         self.dns.connect(vip)?;
-        talk(&mut self.dns, dns()[way], b)
+        exchange(&mut self.dns, dns()[way], b)
     }
 }
 
@@ -308,12 +308,12 @@ fn only_connected_udp_sockets_of_a_removed_backend_are_destroyed() -> Result<()>
 
     setup.publish(&[(b, READY)])?;
     // The remaining sockets are connected directly, or through the other Service.
-    only(2 * dns().len(), &setup.namespaces(), a)?;
+    wait_for_count(2 * dns().len(), &setup.namespaces(), a)?;
     for (way, sockets) in &mut sockets {
         sockets.check(*way, &setup.servers)?;
     }
     for (way, stream) in &mut streams {
-        talk(stream, *way, a).context("TCP lives on")?;
+        exchange(stream, *way, a).context("TCP connections survive")?;
     }
     assert_eq!(connected(&setup.client, "--tcp", a)?, streams.len());
     eventually("only the records of connected sockets are left", || {
@@ -329,22 +329,22 @@ fn only_connected_udp_sockets_of_a_removed_backend_are_destroyed() -> Result<()>
 fn terminating_backend_keeps_its_udp_sockets() -> Result<()> {
     let setup = setup(&[])?;
     let [a, b] = &setup.servers;
-    let open = |way: Way, server| Ok((way, connect(&setup.client, way, server)?));
+    let open = |way: SocketTarget, server| Ok((way, connect(&setup.client, way, server)?));
     let mut old: Vec<_> = dns().into_iter().map(|way| open(way, a)).collect::<Result<_>>()?;
     setup.publish(&[(a, TERMINATING), (b, READY)])?;
     let mut new: Vec<_> = dns().into_iter().map(|way| open(way, b)).collect::<Result<_>>()?;
     // Longer than the time limit for sockets of a removed backend.
-    sleep(scaled_timeout(AT_MOST) + AT_MOST / 2);
+    sleep(scaled_timeout(DESTROY_LIMIT) + DESTROY_LIMIT / 2);
     for (way, socket) in &mut old {
-        talk(socket, *way, a)?;
+        exchange(socket, *way, a)?;
     }
     setup.publish(&[(b, READY)])?;
-    only(0, &[&setup.client], a)?;
+    wait_for_count(0, &[&setup.client], a)?;
     for (_, socket) in &mut old {
-        is_destroyed(socket)?;
+        expect_destroyed(socket)?;
     }
     for (way, socket) in &mut new {
-        talk(socket, *way, b)?;
+        exchange(socket, *way, b)?;
     }
     Ok(())
 }
@@ -369,7 +369,10 @@ fn udp_sockets_connecting_during_backend_removal_are_destroyed() -> Result<()> {
         ensure!(count > 100, "only {count} sockets");
         for netns in setup.namespaces() {
             eventually("no socket is left", || Ok(connected(netns, "--udp", old)? == 0))?;
-            ensure!(connected(netns, "--udp", new)? > 0, "others live");
+            ensure!(
+                connected(netns, "--udp", new)? > 0,
+                "sockets of the new backend survive"
+            );
         }
     }
     setup.agent.verify()
@@ -410,15 +413,17 @@ fn connect_finishing_after_backend_removal_is_destroyed() -> Result<()> {
         }
     }
     setup.publish(&[(b, READY)])?;
-    sleep(scaled_timeout(AT_MOST));
+    sleep(scaled_timeout(DESTROY_LIMIT));
     assert_eq!(connected(&setup.client, "--udp", a)?, 0);
     // The sockets of the second half call connect() again for another peer.
     for (socket, (_, to)) in late.iter_mut().chain(&mut elsewhere) {
         socket.connect(*to)?;
     }
     eventually("no socket is left", || Ok(connected(&setup.client, "--udp", a)? == 0))?;
-    late.iter_mut().try_for_each(|(socket, _)| is_destroyed(socket))?;
-    elsewhere.iter_mut().try_for_each(|(socket, way)| talk(socket, *way, b))
+    late.iter_mut().try_for_each(|(socket, _)| expect_destroyed(socket))?;
+    elsewhere
+        .iter_mut()
+        .try_for_each(|(socket, way)| exchange(socket, *way, b))
 }
 
 #[test]
@@ -434,12 +439,12 @@ fn agent_start_destroys_sockets_of_backends_removed_while_down() -> Result<()> {
     setup.agent.kill()?;
     setup.manifests.write("dns.yaml", &dns_with(&[(&b, READY)]))?;
     for (way, socket) in &mut sockets {
-        talk(socket, *way, &a)?;
+        exchange(socket, *way, &a)?;
     }
     setup.agent.start_again()?;
     setup.agent.wait_ready(&|| false)?;
-    only(0, &setup.namespaces(), &a)?;
-    sockets.iter_mut().try_for_each(|(_, socket)| is_destroyed(socket))
+    wait_for_count(0, &setup.namespaces(), &a)?;
+    sockets.iter_mut().try_for_each(|(_, socket)| expect_destroyed(socket))
 }
 
 #[test]
@@ -460,7 +465,7 @@ fn missing_cap_sys_admin_is_reported_and_pod_sockets_wait_for_the_next_agent() -
         ensure!(bound.is_running()?, "{}", setup.agent.log_tail());
         Ok(setup.agent.verify().is_ok())
     })?;
-    eventually("status says what it cannot do", || {
+    eventually("status reports the missing capability", || {
         let problems = setup.agent.status()?.problems;
         Ok(problems
             .iter()
@@ -469,14 +474,14 @@ fn missing_cap_sys_admin_is_reported_and_pod_sockets_wait_for_the_next_agent() -
     eventually("sockets of the node are destroyed", || {
         Ok(connected(node, "--udp", &a)? == 0)
     })?;
-    nodes.iter_mut().try_for_each(is_destroyed)?;
-    sleep(scaled_timeout(AT_MOST) + AT_MOST / 2);
+    nodes.iter_mut().try_for_each(expect_destroyed)?;
+    sleep(scaled_timeout(DESTROY_LIMIT) + DESTROY_LIMIT / 2);
     assert_eq!(connected(&setup.client, "--udp", &a)?, sockets.len());
     bound.kill()?;
     setup.agent.start_again()?;
     setup.agent.wait_ready(&|| false)?;
-    only(0, &[&setup.client], &a)?;
-    sockets.iter_mut().try_for_each(is_destroyed)?;
+    wait_for_count(0, &[&setup.client], &a)?;
+    sockets.iter_mut().try_for_each(expect_destroyed)?;
     let problems = setup.agent.status()?.problems;
     ensure!(problems.iter().all(|p| p.place.starts_with("cgroup")), "{problems:?}");
     Ok(())
@@ -498,7 +503,7 @@ fn systemd_unit_capabilities_suffice_to_destroy_pod_sockets() -> Result<()> {
     for netns in setup.namespaces() {
         eventually("no socket is left", || Ok(connected(netns, "--udp", &a)? == 0))?;
     }
-    sockets.iter_mut().try_for_each(is_destroyed)?;
+    sockets.iter_mut().try_for_each(expect_destroyed)?;
     let problems = setup.agent.status()?.problems;
     ensure!(problems.iter().all(|p| p.place.starts_with("cgroup")), "{problems:?}");
     Ok(())
@@ -532,9 +537,9 @@ fn destroy_tcp_flag_destroys_tcp_sockets() -> Result<()> {
         }
     }
     setup.publish(&[(a, TERMINATING), (b, READY)])?;
-    sleep(scaled_timeout(AT_MOST) + AT_MOST / 2);
+    sleep(scaled_timeout(DESTROY_LIMIT) + DESTROY_LIMIT / 2);
     for (way, stream) in &mut old {
-        talk(stream, *way, a).context("the termination grace")?;
+        exchange(stream, *way, a).context("while the backend terminates")?;
     }
     let mut new = Vec::new();
     for way in streams() {
@@ -542,14 +547,16 @@ fn destroy_tcp_flag_destroys_tcp_sockets() -> Result<()> {
     }
     setup.publish(&[(b, READY)])?;
     for netns in setup.namespaces() {
-        eventually("it is gone", || Ok(connected(netns, "--tcp", a)? == 0))?;
+        eventually("the TCP sockets are destroyed", || {
+            Ok(connected(netns, "--tcp", a)? == 0)
+        })?;
     }
     for ((kind, to), stream) in &mut old {
         // The server does not support MPTCP, so the end of the subflow ends the connection.
         assert_eq!(stream.errno(&SocketCall::Receive)?, ECONNABORTED, "{kind:?} to {to}");
     }
     for (way, stream) in &mut new {
-        talk(stream, *way, b)?;
+        exchange(stream, *way, b)?;
     }
     Ok(())
 }
@@ -560,12 +567,12 @@ fn stale_socket_records_are_swept() -> Result<()> {
     let [a, b] = &setup.servers;
     let all = || dns().into_iter().chain(streams());
     // A pod is removed with its namespace while its sockets still have records. The agent knows that namespace.
-    let doomed = setup.cluster.add_pod("n1", "doomed")?;
-    let old = connect(&doomed, dns()[0], a)?;
+    let removed_pod = setup.cluster.add_pod("n1", "removed")?;
+    let old = connect(&removed_pod, dns()[0], a)?;
     setup.publish(&[(b, READY)])?;
-    only(0, &[&doomed], a)?;
+    wait_for_count(0, &[&removed_pod], a)?;
     drop(old);
-    eventually("it is forgotten", || Ok(setup.records()?.is_empty()))?;
+    eventually("the record is deleted", || Ok(setup.records()?.is_empty()))?;
 
     let (mut live, mut lost) = (Vec::new(), Vec::new());
     for netns in setup.namespaces() {
@@ -573,7 +580,7 @@ fn stale_socket_records_are_swept() -> Result<()> {
             live.push((way, connect(netns, way, b)?));
         }
     }
-    for netns in [&*doomed, &*setup.client] {
+    for netns in [&*removed_pod, &*setup.client] {
         for way in all() {
             lost.push(connect(netns, way, b)?);
         }
@@ -584,7 +591,7 @@ fn stale_socket_records_are_swept() -> Result<()> {
         Ok(socket)
     };
     let mut live_flows = unconnected(&setup.client)?;
-    let lost_flows = [unconnected(&setup.client)?, unconnected(&doomed)?];
+    let lost_flows = [unconnected(&setup.client)?, unconnected(&removed_pod)?];
     assert_eq!(setup.records()?.len(), live.len() + lost.len());
     assert_eq!(setup.flows()?, 3);
     // The release of these sockets is not reported, as with sockets that the kernel opens for itself.
@@ -592,22 +599,22 @@ fn stale_socket_records_are_swept() -> Result<()> {
     let link = setup.agent.pin_path().join(link);
     remove_file(&link).with_context(|| format!("removing {}", link.display()))?;
     // The kernel detaches a program some time after its link is gone.
-    eventually("the end of a socket is not told", || {
+    eventually("socket release is no longer reported", || {
         let before = setup.records()?.len();
         drop(connect(&setup.client, dns()[0], b)?);
         Ok(setup.records()?.len() > before)
     })?;
     drop((lost, lost_flows));
-    setup.cluster.remove_pod(&doomed)?;
-    eventually("what has no socket is swept", || {
+    setup.cluster.remove_pod(&removed_pod)?;
+    eventually("records without a socket are swept", || {
         Ok((setup.records()?.len(), setup.flows()?) == (live.len(), 1))
     })?;
     // Some more sweeps.
     sleep(Duration::from_secs(3));
     assert_eq!((setup.records()?.len(), setup.flows()?), (live.len(), 1));
     for (way, socket) in &mut live {
-        talk(socket, *way, b)?;
-        assert_eq!(socket.peer()?, plain(way.1), "it is still translated");
+        exchange(socket, *way, b)?;
+        assert_eq!(socket.peer()?, plain(way.1), "getpeername still returns the VIP");
     }
     assert_eq!(live_flows.exchange(dns()[0].1, "hello")?, "b");
     Ok(())
@@ -627,7 +634,7 @@ fn trace_reports_cookie_and_backend_of_a_destroyed_socket() -> Result<()> {
         .stdin(Stdio::null());
     let mut tracer = Process::spawn_reading(&mut command)?;
     let maps = PinnedMaps::open(&PinPath::new(setup.agent.pin_path()).maps())?;
-    eventually("somebody traces", || Ok(maps.config().events != 0))?;
+    eventually("tracing is enabled", || Ok(maps.config().events != 0))?;
     setup.publish(&[(b, READY)])?;
     let line = tracer.line(scaled_timeout(Duration::from_secs(10)))?;
     let row: Value = serde_json::from_str(&line)?;
@@ -635,5 +642,5 @@ fn trace_reports_cookie_and_backend_of_a_destroyed_socket() -> Result<()> {
     assert_eq!(row["cookie"], cookie, "{line}");
     assert_eq!(row["to"], vip.to_string(), "{line}");
     assert_eq!(row["backend"], a.socket6(TARGET).to_string(), "{line}");
-    is_destroyed(&mut socket)
+    expect_destroyed(&mut socket)
 }

@@ -99,7 +99,7 @@ fn getpeername_is_the_vip_and_100_000_closed_sockets_leave_no_record() -> Result
     let now = rules(&setup.cluster, setup.backends.iter().chain([&setup.client]))?;
     assert!(
         setup.rules == now,
-        "iptables-save and nft list ruleset are the same, in every namespace"
+        "the rules of a namespace changed (iptables-save, nft list ruleset)"
     );
     Ok(())
 }

@@ -20,7 +20,7 @@ const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const SYNS: &str = "LB_FLOOD";
 /// Node ports of a Service that answers, and of one that does not.
 const ECHO: u16 = 30080;
-const MUTE: u16 = 30081;
+const UNANSWERED: u16 = 30081;
 /// Port of the echo servers in pods.
 const SERVED: u16 = 8081;
 /// Number of SYNs between two reads of the counter.
@@ -56,7 +56,7 @@ impl Size {
 }
 
 /// Opens a packet socket that sends raw frames by `eth0`.
-fn raw(netns: &Netns) -> Result<OwnedFd> {
+fn packet_socket(netns: &Netns) -> Result<OwnedFd> {
     netns.within(|| -> Result<OwnedFd> {
         // A socket without a protocol receives nothing.
         let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)?;
@@ -117,7 +117,7 @@ fn send(socket: &OwnedFd, packet: &[u8]) -> Result<()> {
 
 /// Returns addresses of pods that do not exist, on a node that drops packets to them without an ICMP error. There are
 /// many of them: for each destination, a flow holds one SNAT port of the first node as long as it lives.
-fn mute(node: &Node) -> Result<Vec<(IpAddr, &str)>> {
+fn missing_pods(node: &Node) -> Result<Vec<(IpAddr, &str)>> {
     node.ip("route add blackhole 10.10.2.192/26")?;
     node.ip("route add blackhole fd00:10:10:2::c0/122")?;
     let numbers = 192..224_u8;
@@ -140,8 +140,9 @@ fn connections_survive_a_flood_of_unanswered_syns() -> Result<()> {
     let fixture = TwoNodeFixture::with(TESTBED, Underlay::Vxlan, 2, &flags)?;
     let testbed = Testbed::new(TESTBED);
     let _servers = echo(&testbed, &fixture)?;
-    let nobody = mute(fixture.node("n2"))?;
-    let text = web("echo", 20, ECHO, &fixture.endpoints(), SERVED) + &web("mute", 21, MUTE, &nobody, SERVED);
+    let missing = missing_pods(fixture.node("n2"))?;
+    let text =
+        web("echo", 20, ECHO, &fixture.endpoints(), SERVED) + &web("unanswered", 21, UNANSWERED, &missing, SERVED);
     fixture.write("web.yaml", &text)?;
 
     let n1 = fixture.node("n1");
@@ -151,28 +152,28 @@ fn connections_survive_a_flood_of_unanswered_syns() -> Result<()> {
     let to = node_addresses(n1);
     let held = testbed.hold(client, &to.map(|ip| SocketAddr::new(ip, ECHO)), size.connections)?;
     let begun = Instant::now();
-    let socket = raw(flooder)?;
+    let socket = packet_socket(flooder)?;
     let macs = [hardware_address(flooder)?, hardware_address(n1)?];
     let mut sent = 0;
-    let mut come = 0;
-    while come < size.syns {
+    let mut arrived = 0;
+    while arrived < size.syns {
         // Some SYNs may be lost on a busy machine.
-        ensure!(sent < 4 * size.syns, "of {sent} only {come} have come");
+        ensure!(sent < 4 * size.syns, "only {arrived} of {sent} SYNs arrived");
         for _ in 0..CHUNK.min(size.syns) {
-            send(&socket, &syn(sent, macs, to, MUTE))?;
+            send(&socket, &syn(sent, macs, to, UNANSWERED))?;
             sent += 1;
         }
-        come = fixture.agents[0].connections("mute", None)?;
+        arrived = fixture.agents[0].connections("unanswered", None)?;
     }
     let flooded = begun.elapsed();
     sleep(size.idle.saturating_sub(flooded));
     // New connections are served as well.
     let new = testbed.hold(client, &to.map(|ip| SocketAddr::new(ip, ECHO)), size.connections / 10)?;
     let new = new.finish()?;
-    ensure!(new.live == u64::from(size.connections / 10), "new ones: {new:?}");
+    ensure!(new.live == u64::from(size.connections / 10), "new connections: {new:?}");
     let held = held.finish()?;
     println!(
-        "{come} flows of {sent} SYNs within {:.1} s through maps of {map}; after {:.1} s {} of {} connections live",
+        "{arrived} flows of {sent} SYNs within {:.1} s through maps of {map}; after {:.1} s {} of {} connections live",
         flooded.as_secs_f64(),
         begun.elapsed().as_secs_f64(),
         held.live,
@@ -210,7 +211,7 @@ fn new_clients_are_served_after_a_flood_of_answered_syns() -> Result<()> {
         "route add 198.18.0.0/15 via 172.30.99.254 dev eth0".to_owned(),
         "route add 2001:db8:99::/48 via fd00:172:30:99::254 dev eth0".to_owned(),
     ])?;
-    let socket = raw(flooder)?;
+    let socket = packet_socket(flooder)?;
     let macs = [hardware_address(flooder)?, hardware_address(n1)?];
     for number in 0..5000 {
         send(&socket, &syn(number, macs, to, ECHO))?;

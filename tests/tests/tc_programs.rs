@@ -53,16 +53,16 @@ const SK_BUFF: usize = 192;
 
 /// A packet as the tests write it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Sent {
+struct TestPacket {
     from: SocketAddr,
     to: SocketAddr,
-    kind: What,
+    kind: PacketKind,
     ttl: u8,
     payload: Vec<u8>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum What {
+enum PacketKind {
     Syn,
     SynAck,
     Ack,
@@ -73,15 +73,15 @@ enum What {
 
 const MACS: ([u8; 6], [u8; 6]) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
 
-impl Sent {
-    fn new(kind: What, from: SocketAddr, to: SocketAddr) -> Self {
+impl TestPacket {
+    fn new(kind: PacketKind, from: SocketAddr, to: SocketAddr) -> Self {
         Self {
             from,
             to,
             kind,
             ttl: 64,
             // An odd length, which checksum code must handle.
-            payload: if kind == What::Datagram {
+            payload: if kind == PacketKind::Datagram {
                 b"hello".to_vec()
             } else {
                 Vec::new()
@@ -89,7 +89,7 @@ impl Sent {
         }
     }
 
-    fn answer(&self, kind: What) -> Self {
+    fn answer(&self, kind: PacketKind) -> Self {
         Self::new(kind, self.to, self.from)
     }
 
@@ -104,12 +104,12 @@ impl Sent {
         let (from, to) = (self.from.port(), self.to.port());
         let tcp = |ip: PacketBuilderStep<_>| ip.tcp(from, to, 1000, 512);
         match self.kind {
-            What::Datagram => ip.udp(from, to).write(&mut bytes, &self.payload),
-            What::Syn => tcp(ip).syn().write(&mut bytes, &self.payload),
-            What::SynAck => tcp(ip).syn().ack(1001).write(&mut bytes, &self.payload),
-            What::Ack => tcp(ip).ack(77).write(&mut bytes, &self.payload),
-            What::Fin => tcp(ip).fin().ack(77).write(&mut bytes, &self.payload),
-            What::Rst => tcp(ip).rst().write(&mut bytes, &self.payload),
+            PacketKind::Datagram => ip.udp(from, to).write(&mut bytes, &self.payload),
+            PacketKind::Syn => tcp(ip).syn().write(&mut bytes, &self.payload),
+            PacketKind::SynAck => tcp(ip).syn().ack(1001).write(&mut bytes, &self.payload),
+            PacketKind::Ack => tcp(ip).ack(77).write(&mut bytes, &self.payload),
+            PacketKind::Fin => tcp(ip).fin().ack(77).write(&mut bytes, &self.payload),
+            PacketKind::Rst => tcp(ip).rst().write(&mut bytes, &self.payload),
         }
         .expect("a packet");
         bytes
@@ -120,14 +120,14 @@ impl Sent {
         let headers = checked(bytes)?;
         let (from, to, ttl) = addresses(&headers)?;
         let (kind, from_port, to_port) = match headers.transport.as_ref().context("no transport")? {
-            TransportHeader::Udp(udp) => (What::Datagram, udp.source_port, udp.destination_port),
+            TransportHeader::Udp(udp) => (PacketKind::Datagram, udp.source_port, udp.destination_port),
             TransportHeader::Tcp(tcp) => {
                 let kind = match (tcp.syn, tcp.ack, tcp.rst) {
-                    (true, false, false) => What::Syn,
-                    (true, true, false) => What::SynAck,
-                    (_, _, true) => What::Rst,
-                    _ if tcp.fin => What::Fin,
-                    _ => What::Ack,
+                    (true, false, false) => PacketKind::Syn,
+                    (true, true, false) => PacketKind::SynAck,
+                    (_, _, true) => PacketKind::Rst,
+                    _ if tcp.fin => PacketKind::Fin,
+                    _ => PacketKind::Ack,
                 };
                 (kind, tcp.source_port, tcp.destination_port)
             }
@@ -187,16 +187,16 @@ fn checked(bytes: &[u8]) -> Result<PacketHeaders<'_>> {
 
 /// Meaning of an ICMP error, in either family.
 #[derive(Debug, PartialEq, Eq)]
-enum Told {
-    NoSuchPort,
-    TooOld,
+enum IcmpError {
+    PortUnreachable,
+    TimeExceeded,
     /// Fragmentation needed, with the MTU of the next hop. Only IPv4 has it here.
-    TooLong(u16),
+    FragmentationNeeded(u16),
 }
 
 /// Reads the ICMP error for a sent packet. Fails unless it comes from the destination of that packet and quotes its
 /// beginning.
-fn told(bytes: &[u8], sent: &Sent) -> Result<Told> {
+fn icmp_error(bytes: &[u8], sent: &TestPacket) -> Result<IcmpError> {
     let headers = checked(bytes)?;
     let (from, to, _) = addresses(&headers)?;
     ensure!((from, to) == (sent.to.ip(), sent.from.ip()), "from {from} to {to}");
@@ -204,16 +204,16 @@ fn told(bytes: &[u8], sent: &Sent) -> Result<Told> {
     ensure!(sent.bytes()[14..].starts_with(quoted), "{quoted:?}");
     Ok(match headers.transport {
         Some(TransportHeader::Icmpv4(icmp)) => match icmp.icmp_type {
-            Icmpv4Type::DestinationUnreachable(Unreachable::Port) => Told::NoSuchPort,
+            Icmpv4Type::DestinationUnreachable(Unreachable::Port) => IcmpError::PortUnreachable,
             Icmpv4Type::DestinationUnreachable(Unreachable::FragmentationNeeded { next_hop_mtu }) => {
-                Told::TooLong(next_hop_mtu)
+                IcmpError::FragmentationNeeded(next_hop_mtu)
             }
-            Icmpv4Type::TimeExceeded(_) => Told::TooOld,
+            Icmpv4Type::TimeExceeded(_) => IcmpError::TimeExceeded,
             other => bail!("{other:?}"),
         },
         Some(TransportHeader::Icmpv6(icmp)) => match icmp.icmp_type {
-            Icmpv6Type::DestinationUnreachable(DestUnreachableCode::Port) => Told::NoSuchPort,
-            Icmpv6Type::TimeExceeded(_) => Told::TooOld,
+            Icmpv6Type::DestinationUnreachable(DestUnreachableCode::Port) => IcmpError::PortUnreachable,
+            Icmpv6Type::TimeExceeded(_) => IcmpError::TimeExceeded,
             other => bail!("{other:?}"),
         },
         other => bail!("{other:?}"),
@@ -354,11 +354,11 @@ impl Fixture {
         })
     }
 
-    fn ingress(&self, device: &str, packet: &Sent) -> Result<(i32, Vec<u8>)> {
+    fn ingress(&self, device: &str, packet: &TestPacket) -> Result<(i32, Vec<u8>)> {
         self.run(program_name::INGRESS, device, &packet.bytes())
     }
 
-    fn egress(&self, device: &str, packet: &Sent) -> Result<(i32, Vec<u8>)> {
+    fn egress(&self, device: &str, packet: &TestPacket) -> Result<(i32, Vec<u8>)> {
         self.run(program_name::EGRESS, device, &packet.bytes())
     }
 
@@ -396,10 +396,13 @@ impl Hook<'_> {
     }
 }
 
-fn cases() -> impl Iterator<Item = (bool, What, What)> {
-    [false, true]
-        .into_iter()
-        .flat_map(|v6| [(v6, What::Syn, What::SynAck), (v6, What::Datagram, What::Datagram)])
+fn cases() -> impl Iterator<Item = (bool, PacketKind, PacketKind)> {
+    [false, true].into_iter().flat_map(|v6| {
+        [
+            (v6, PacketKind::Syn, PacketKind::SynAck),
+            (v6, PacketKind::Datagram, PacketKind::Datagram),
+        ]
+    })
 }
 
 #[test]
@@ -408,20 +411,20 @@ fn local_backend_sees_the_client_and_the_reply_comes_from_the_frontend() -> Resu
     let backends = [false, true].map(|v6| (fixture.pod("n1", v6), "n1"));
     fixture.serve("here", 20, 30080, &backends);
     for (v6, ask, tell) in cases() {
-        let sent = Sent::new(ask, client(v6, 4000), fixture.own(v6, 30080));
+        let sent = TestPacket::new(ask, client(v6, 4000), fixture.own(v6, 30080));
         let (verdict, out) = fixture.ingress("eth0", &sent)?;
-        let got = Sent::read(&out)?;
+        let got = TestPacket::read(&out)?;
         let to = SocketAddr::new(fixture.pod("n1", v6), 8080);
-        assert_eq!((verdict, &got), (UNSPEC, &Sent { to, ..sent.clone() }));
+        assert_eq!((verdict, &got), (UNSPEC, &TestPacket { to, ..sent.clone() }));
         // At the bridge, lb does not translate the reply yet.
         let answer = got.answer(tell);
         let (verdict, out) = fixture.ingress("cni0", &answer)?;
-        assert_eq!((verdict, Sent::read(&out)?), (UNSPEC, answer.clone()));
+        assert_eq!((verdict, TestPacket::read(&out)?), (UNSPEC, answer.clone()));
         let (verdict, out) = fixture.egress("eth0", &answer)?;
-        assert_eq!((verdict, Sent::read(&out)?), (UNSPEC, sent.answer(tell)));
+        assert_eq!((verdict, TestPacket::read(&out)?), (UNSPEC, sent.answer(tell)));
         // A second packet, now of an established flow.
         let (verdict, out) = fixture.ingress("eth0", &sent)?;
-        assert_eq!((verdict, Sent::read(&out)?), (UNSPEC, got));
+        assert_eq!((verdict, TestPacket::read(&out)?), (UNSPEC, got));
     }
     Ok(())
 }
@@ -444,9 +447,9 @@ fn remote_backend_sees_the_snat_address_and_the_reply_is_translated_back() -> Re
                     IpAddr::from(segments)
                 }
             });
-            let sent = Sent::new(ask, from, fixture.own(v6, 30080));
+            let sent = TestPacket::new(ask, from, fixture.own(v6, 30080));
             let (verdict, out) = fixture.ingress("eth0", &sent)?;
-            let got = Sent::read(&out)?;
+            let got = TestPacket::read(&out)?;
             let node = fixture.node();
             let source: IpAddr = if v6 {
                 node.address6().into()
@@ -459,13 +462,13 @@ fn remote_backend_sees_the_snat_address_and_the_reply_is_translated_back() -> Re
             ports.push(got.from.port());
             let device = if v6 { "eth0" } else { "flannel.1" };
             let (verdict, out) = fixture.ingress(device, &got.answer(tell))?;
-            let answer = Sent {
+            let answer = TestPacket {
                 ttl: 63,
                 ..sent.answer(tell)
             };
-            assert_eq!((verdict, Sent::read(&out)?), (REDIRECT, answer));
+            assert_eq!((verdict, TestPacket::read(&out)?), (REDIRECT, answer));
             // A flow keeps its SNAT port.
-            let again = Sent::read(&fixture.ingress("eth0", &sent)?.1)?;
+            let again = TestPacket::read(&fixture.ingress("eth0", &sent)?.1)?;
             assert_eq!(again.from, got.from);
         }
         assert_ne!(ports[0], ports[1]);
@@ -476,15 +479,15 @@ fn remote_backend_sees_the_snat_address_and_the_reply_is_translated_back() -> Re
 #[test]
 fn no_endpoint_gets_tcp_reset_or_icmp_port_unreachable() -> Result<()> {
     let mut fixture = Fixture::new()?;
-    fixture.serve("nobody", 20, 30080, &[]);
+    fixture.serve("empty", 20, 30080, &[]);
     for (v6, ask, _) in cases() {
-        let sent = Sent::new(ask, client(v6, 4000), fixture.own(v6, 30080));
+        let sent = TestPacket::new(ask, client(v6, 4000), fixture.own(v6, 30080));
         let (verdict, out) = fixture.ingress("eth0", &sent)?;
         assert_eq!(verdict, REDIRECT, "{sent:?}");
         let link = &out[..12];
-        assert_eq!(link, [MACS.0, MACS.1].concat(), "back to whom it came from");
-        if ask == What::Datagram {
-            assert_eq!(told(&out, &sent)?, Told::NoSuchPort);
+        assert_eq!(link, [MACS.0, MACS.1].concat(), "back to the MAC address of the sender");
+        if ask == PacketKind::Datagram {
+            assert_eq!(icmp_error(&out, &sent)?, IcmpError::PortUnreachable);
             continue;
         }
         let headers = checked(&out)?;
@@ -497,7 +500,7 @@ fn no_endpoint_gets_tcp_reset_or_icmp_port_unreachable() -> Result<()> {
         assert_eq!((tcp.acknowledgment_number, tcp.source_port), (1001, 30080));
     }
     // A reset is never answered with a reset.
-    let sent = Sent::new(What::Rst, client(false, 4000), fixture.own(false, 30080));
+    let sent = TestPacket::new(PacketKind::Rst, client(false, 4000), fixture.own(false, 30080));
     assert_eq!(fixture.ingress("eth0", &sent)?.0, UNSPEC);
     assert_eq!(fixture.dropped(DropReason::NoEndpoint)?, 4);
     assert_eq!(fixture.counted()?, (0, 4));
@@ -510,23 +513,26 @@ fn expired_and_oversized_packets_get_icmp_errors() -> Result<()> {
     let backends = [false, true].map(|v6| (fixture.pod("n2", v6), "n2"));
     fixture.serve("there", 20, 30080, &backends);
     for (v6, ask, _) in cases() {
-        let old = Sent {
+        let old = TestPacket {
             ttl: 1,
-            ..Sent::new(ask, client(v6, 4000), fixture.own(v6, 30080))
+            ..TestPacket::new(ask, client(v6, 4000), fixture.own(v6, 30080))
         };
         let (verdict, out) = fixture.ingress("eth0", &old)?;
-        assert_eq!((verdict, told(&out, &old)?), (REDIRECT, Told::TooOld));
+        assert_eq!((verdict, icmp_error(&out, &old)?), (REDIRECT, IcmpError::TimeExceeded));
     }
     // 1,500 bytes over VXLAN.
-    let long = Sent {
+    let long = TestPacket {
         payload: vec![7; 1472],
-        ..Sent::new(What::Datagram, client(false, 4001), fixture.own(false, 30080))
+        ..TestPacket::new(PacketKind::Datagram, client(false, 4001), fixture.own(false, 30080))
     };
     let (verdict, out) = fixture.ingress("eth0", &long)?;
-    assert_eq!((verdict, told(&out, &long)?), (REDIRECT, Told::TooLong(1450)));
+    assert_eq!(
+        (verdict, icmp_error(&out, &long)?),
+        (REDIRECT, IcmpError::FragmentationNeeded(1450))
+    );
     assert_eq!(fixture.dropped(DropReason::TooBig)?, 1);
     assert_eq!(fixture.dropped(DropReason::TtlExceeded)?, 4);
-    assert_eq!(fixture.counted()?.1, 0, "told something, not refused");
+    assert_eq!(fixture.counted()?.1, 0, "an ICMP error does not count as refused");
     Ok(())
 }
 
@@ -534,11 +540,11 @@ fn expired_and_oversized_packets_get_icmp_errors() -> Result<()> {
 fn zero_udp_checksum_stays_zero() -> Result<()> {
     let mut fixture = Fixture::new()?;
     fixture.serve("here", 20, 30080, &[(fixture.pod("n1", false), "n1")]);
-    let mut bytes = Sent::new(What::Datagram, client(false, 4000), fixture.own(false, 30080)).bytes();
+    let mut bytes = TestPacket::new(PacketKind::Datagram, client(false, 4000), fixture.own(false, 30080)).bytes();
     bytes[14 + 20 + 6..][..2].fill(0);
     let (_, out) = fixture.run(program_name::INGRESS, "eth0", &bytes)?;
     assert_eq!(out[14 + 20 + 6..][..2], [0, 0]);
-    assert_eq!(Sent::read(&out)?.to.port(), 8080);
+    assert_eq!(TestPacket::read(&out)?.to.port(), 8080);
     Ok(())
 }
 
@@ -547,7 +553,7 @@ fn untranslatable_packets_pass_unchanged_and_are_counted() -> Result<()> {
     let mut fixture = Fixture::new()?;
     let backends = [false, true].map(|v6| (fixture.pod("n1", v6), "n1"));
     fixture.serve("here", 20, 30080, &backends);
-    let good = |v6| Sent::new(What::Syn, client(v6, 4000), fixture.own(v6, 30080)).bytes();
+    let good = |v6| TestPacket::new(PacketKind::Syn, client(v6, 4000), fixture.own(v6, 30080)).bytes();
     type Change = fn(&mut Vec<u8>);
     let changes: [(bool, Change, Option<DropReason>); 12] = [
         // The flag "more fragments".
@@ -577,11 +583,11 @@ fn untranslatable_packets_pass_unchanged_and_are_counted() -> Result<()> {
         }
     }
     // A connection without a SYN that lb has seen.
-    let sent = Sent::new(What::Ack, client(false, 4000), fixture.own(false, 30080));
+    let sent = TestPacket::new(PacketKind::Ack, client(false, 4000), fixture.own(false, 30080));
     assert_eq!(fixture.ingress("eth0", &sent)?, (UNSPEC, sent.bytes()));
     // An address of no Service, and a port that is no node port.
     for to in [SocketAddr::new(CLIENT[0].parse()?, 30080), fixture.own(false, 30081)] {
-        let sent = Sent::new(What::Syn, client(false, 4000), to);
+        let sent = TestPacket::new(PacketKind::Syn, client(false, 4000), to);
         assert_eq!(fixture.ingress("eth0", &sent)?, (UNSPEC, sent.bytes()), "{to}");
     }
     Ok(())
@@ -593,19 +599,19 @@ fn flow_to_a_removed_backend_is_reset_and_a_new_one_selects_again() -> Result<()
     for v6 in [false, true] {
         let (here, there) = ((fixture.pod("n1", v6), "n1"), (fixture.pod("n2", v6), "n2"));
         fixture.serve("moves", 20, 30080, &[here]);
-        let sent = Sent::new(What::Syn, client(v6, 4000), fixture.own(v6, 30080));
-        let first = Sent::read(&fixture.ingress("eth0", &sent)?.1)?;
-        fixture.egress("eth0", &first.answer(What::SynAck))?;
+        let sent = TestPacket::new(PacketKind::Syn, client(v6, 4000), fixture.own(v6, 30080));
+        let first = TestPacket::read(&fixture.ingress("eth0", &sent)?.1)?;
+        fixture.egress("eth0", &first.answer(PacketKind::SynAck))?;
         fixture.serve("moves", 20, 30080, &[there]);
-        let data = Sent::new(What::Ack, sent.from, sent.to);
+        let data = TestPacket::new(PacketKind::Ack, sent.from, sent.to);
         let (verdict, out) = fixture.ingress("eth0", &data)?;
-        let reset = Sent::read(&out)?;
+        let reset = TestPacket::read(&out)?;
         assert_eq!(
             (verdict, reset.kind, reset.from, reset.to),
-            (REDIRECT, What::Rst, sent.to, sent.from)
+            (REDIRECT, PacketKind::Rst, sent.to, sent.from)
         );
         // A new connection from the same port, at once.
-        let again = Sent::read(&fixture.ingress("eth0", &sent)?.1)?;
+        let again = TestPacket::read(&fixture.ingress("eth0", &sent)?.1)?;
         assert_eq!(again.to.ip(), there.0);
     }
     assert_eq!(fixture.dropped(DropReason::BackendGone)?, 2);
@@ -619,13 +625,13 @@ fn full_conntrack_refuses_new_flows_and_keeps_established_ones() -> Result<()> {
     let mut kept = Vec::new();
     let mut refused = 0;
     for port in 4000..4100 {
-        let sent = Sent::new(What::Syn, client(false, port), fixture.own(false, 30080));
-        let there = Sent::read(&fixture.ingress("eth0", &sent)?.1)?;
-        let answer = there.answer(What::SynAck);
+        let sent = TestPacket::new(PacketKind::Syn, client(false, port), fixture.own(false, 30080));
+        let there = TestPacket::read(&fixture.ingress("eth0", &sent)?.1)?;
+        let answer = there.answer(PacketKind::SynAck);
         assert_eq!(fixture.egress("eth0", &answer)?.0, UNSPEC);
         // Only this ACK establishes the flow: the source address of a SYN may be spoofed.
-        let thanks = Sent::new(What::Ack, sent.from, sent.to);
-        match fixture.ingress("eth0", &thanks)?.0 {
+        let ack = TestPacket::new(PacketKind::Ack, sent.from, sent.to);
+        match fixture.ingress("eth0", &ack)?.0 {
             UNSPEC => kept.push(sent),
             SHOT => refused += 1,
             other => bail!("{other}"),
@@ -639,13 +645,13 @@ fn full_conntrack_refuses_new_flows_and_keeps_established_ones() -> Result<()> {
     assert_eq!(fixture.dropped(DropReason::ConntrackFull)?, u64::from(refused));
     // Many flows without a reply.
     for port in 10_000..14_000 {
-        let sent = Sent::new(What::Syn, client(false, port), fixture.own(false, 30080));
+        let sent = TestPacket::new(PacketKind::Syn, client(false, port), fixture.own(false, 30080));
         assert_eq!(fixture.ingress("eth0", &sent)?.0, UNSPEC);
     }
     for sent in kept {
-        let data = Sent::new(What::Ack, sent.from, sent.to);
+        let data = TestPacket::new(PacketKind::Ack, sent.from, sent.to);
         let (verdict, out) = fixture.ingress("eth0", &data)?;
-        assert_eq!((verdict, Sent::read(&out)?.to.port()), (UNSPEC, 8080), "{sent:?}");
+        assert_eq!((verdict, TestPacket::read(&out)?.to.port()), (UNSPEC, 8080), "{sent:?}");
     }
     Ok(())
 }
@@ -664,13 +670,13 @@ fn concurrent_first_packets_create_one_flow() -> Result<()> {
     let one = || {
         let outs = (0..rounds).map(|round| {
             let port = 10_000 + u16::try_from(round)?;
-            let packet = Sent::new(What::Datagram, client(false, port), own).bytes();
+            let packet = TestPacket::new(PacketKind::Datagram, client(false, port), own).bytes();
             arrived.fetch_add(1, Ordering::AcqRel);
             while arrived.load(Ordering::Acquire) < 2 * (round + 1) {
                 thread::yield_now();
             }
             let (verdict, out) = hook.run(&packet)?;
-            Ok((verdict, Sent::read(&out)?))
+            Ok((verdict, TestPacket::read(&out)?))
         });
         // All rounds run even if one fails, or the other thread would wait forever.
         outs.collect::<Vec<Result<_>>>()
@@ -694,13 +700,13 @@ fn reused_client_port_keeps_its_snat_port() -> Result<()> {
     for v6 in [false, true] {
         fixture.serve("there", 20, 30080, &[(fixture.pod("n2", v6), "n2")]);
         // A connection that both sides close, from the same client port each time.
-        let connect = |fixture: &Fixture| -> Result<Sent> {
-            let segment = |kind| Sent::new(kind, client(v6, 4000), fixture.own(v6, 30080));
-            let there = Sent::read(&fixture.ingress("eth0", &segment(What::Syn))?.1)?;
-            fixture.ingress("flannel.1", &there.answer(What::SynAck))?;
-            fixture.ingress("eth0", &segment(What::Ack))?;
-            fixture.ingress("flannel.1", &there.answer(What::Fin))?;
-            fixture.ingress("eth0", &segment(What::Fin))?;
+        let connect = |fixture: &Fixture| -> Result<TestPacket> {
+            let segment = |kind| TestPacket::new(kind, client(v6, 4000), fixture.own(v6, 30080));
+            let there = TestPacket::read(&fixture.ingress("eth0", &segment(PacketKind::Syn))?.1)?;
+            fixture.ingress("flannel.1", &there.answer(PacketKind::SynAck))?;
+            fixture.ingress("eth0", &segment(PacketKind::Ack))?;
+            fixture.ingress("flannel.1", &there.answer(PacketKind::Fin))?;
+            fixture.ingress("eth0", &segment(PacketKind::Fin))?;
             Ok(there)
         };
         let first = connect(&fixture)?;
@@ -727,13 +733,13 @@ fn snat_port_of_a_closed_connection_is_reused_when_none_is_free() -> Result<()> 
     fixture.serve("there", 20, 30080, &[(fixture.pod("n2", false), "n2")]);
     let few = *SNAT.start()..=*SNAT.start() + 3;
     fixture.reconciler.maps_mut().pinned_mut().write_snat_ports(Some(few));
-    let segment = |kind, port| Sent::new(kind, client(false, port), fixture.own(false, 30080));
+    let segment = |kind, port| TestPacket::new(kind, client(false, port), fixture.own(false, 30080));
     // The program tries some random ports per packet, so repeated attempts get the last free one.
-    let begin = |port| -> Result<Option<Sent>> {
+    let begin = |port| -> Result<Option<TestPacket>> {
         for _ in 0..40 {
-            let (verdict, out) = fixture.ingress("eth0", &segment(What::Syn, port))?;
+            let (verdict, out) = fixture.ingress("eth0", &segment(PacketKind::Syn, port))?;
             if verdict == REDIRECT {
-                return Ok(Some(Sent::read(&out)?));
+                return Ok(Some(TestPacket::read(&out)?));
             }
         }
         Ok(None)
@@ -741,21 +747,21 @@ fn snat_port_of_a_closed_connection_is_reused_when_none_is_free() -> Result<()> 
     let mut flows = Vec::new();
     for port in 4000..4004 {
         let there = begin(port)?.with_context(|| format!("no port for {port}"))?;
-        fixture.ingress("flannel.1", &there.answer(What::SynAck))?;
-        fixture.ingress("eth0", &segment(What::Ack, port))?;
+        fixture.ingress("flannel.1", &there.answer(PacketKind::SynAck))?;
+        fixture.ingress("eth0", &segment(PacketKind::Ack, port))?;
         flows.push(there);
     }
     assert_eq!(begin(4004)?, None);
     // A reset of the client does not free the port, nor does a FIN of one side alone.
-    fixture.ingress("eth0", &segment(What::Rst, 4000))?;
-    fixture.ingress("eth0", &segment(What::Fin, 4001))?;
+    fixture.ingress("eth0", &segment(PacketKind::Rst, 4000))?;
+    fixture.ingress("eth0", &segment(PacketKind::Fin, 4001))?;
     assert_eq!(begin(4004)?, None);
-    fixture.ingress("flannel.1", &flows[1].answer(What::Fin))?;
+    fixture.ingress("flannel.1", &flows[1].answer(PacketKind::Fin))?;
     let again = begin(4004)?.context("no port, though one connection is closed")?;
     assert_eq!(again.from, flows[1].from);
     for (port, there) in [(4000, 0), (4002, 2), (4003, 3)] {
-        let (verdict, out) = fixture.ingress("eth0", &segment(What::Ack, port))?;
-        assert_eq!((verdict, Sent::read(&out)?.from), (REDIRECT, flows[there].from));
+        let (verdict, out) = fixture.ingress("eth0", &segment(PacketKind::Ack, port))?;
+        assert_eq!((verdict, TestPacket::read(&out)?.from), (REDIRECT, flows[there].from));
     }
     Ok(())
 }

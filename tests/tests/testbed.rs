@@ -21,7 +21,7 @@ fn testbed() -> Testbed {
 }
 
 /// Returns the names of all namespaces, cgroups, pins and temporary files on this machine that begin with `prefix`.
-fn remains(prefix: &str) -> Vec<String> {
+fn names_with_prefix(prefix: &str) -> Vec<String> {
     let cgroups = cgroup2_root().unwrap();
     [
         cgroups.as_path(),
@@ -167,8 +167,8 @@ fn failed_connections_report_stage_and_errno() -> Result<()> {
     );
 
     // No machine has that address: the kernel sends ARP requests for 3 s without a reply.
-    let nobody = "10.10.1.77:80".parse()?;
-    let connect = Connect::to(&[nobody]).count(1).timeout(Duration::from_millis(100));
+    let unused = "10.10.1.77:80".parse()?;
+    let connect = Connect::to(&[unused]).count(1).timeout(Duration::from_millis(100));
     assert_eq!(testbed().connect(&pod, &connect)?.failures[0].errno, libc::ETIMEDOUT);
     Ok(())
 }
@@ -265,7 +265,7 @@ fn removed_pod_frees_its_address() -> Result<()> {
     let mut server = testbed().serve(&b, &["0.0.0.0:8080=b"])?;
     cluster.remove_pod(&b)?;
     assert!(!server.is_running()?);
-    assert_eq!(remains(b.netns_name()), [""; 0]);
+    assert_eq!(names_with_prefix(b.netns_name()), [""; 0]);
     assert!(b.command("true").is_err());
 
     // A new pod takes the address of the removed one.
@@ -312,9 +312,9 @@ fn dropping_a_cluster_removes_everything() -> Result<()> {
     assert!(pids.contains(&stray.id()) && pids.contains(&server.id()));
 
     let prefix = cluster.prefix().to_owned();
-    assert!(remains(&prefix).len() >= 8);
+    assert!(names_with_prefix(&prefix).len() >= 8);
     drop(cluster);
-    assert_eq!(remains(&prefix), [""; 0]);
+    assert_eq!(names_with_prefix(&prefix), [""; 0]);
     assert!(pids.iter().all(|&pid| !runs(pid)));
     Ok(())
 }
@@ -331,7 +331,7 @@ fn panic_removes_the_cluster() {
     }));
     assert!(panicked.is_err());
     assert!(!prefix.is_empty());
-    assert_eq!(remains(&prefix), [""; 0]);
+    assert_eq!(names_with_prefix(&prefix), [""; 0]);
 }
 
 #[test]
@@ -352,12 +352,15 @@ fn leftovers_of_ended_owners_are_removed_and_of_running_owners_kept() -> Result<
     assert!(runs(server));
 
     remove_leftovers()?;
-    assert!(remains(&prefix).len() >= 5, "a living owner keeps its cluster");
+    assert!(
+        names_with_prefix(&prefix).len() >= 5,
+        "the cluster of a running owner stays"
+    );
     owner.kill()?;
     // Another test on this machine may do this at the same moment.
     remove_leftovers()?;
-    assert_eq!(remains(&prefix), [""; 0]);
+    assert_eq!(names_with_prefix(&prefix), [""; 0]);
     assert!(!runs(server));
-    assert!(!remains(mine.prefix()).is_empty());
+    assert!(!names_with_prefix(mine.prefix()).is_empty());
     Ok(())
 }

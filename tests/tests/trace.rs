@@ -75,7 +75,7 @@ fn setup() -> Result<Setup> {
 }
 
 /// Returns the bits that select which events are written.
-fn asked(pin_path: &Path) -> Result<u32> {
+fn enabled_events(pin_path: &Path) -> Result<u32> {
     Ok(PinnedMaps::open(&PinPath::new(pin_path).maps())?.config().events)
 }
 
@@ -88,19 +88,19 @@ fn trace(netns: &Netns, pin_path: &Path, flags: &[&str]) -> Result<Process> {
         .args(flags);
     let mut process = Process::spawn_reading(command.stdin(Stdio::null()))?;
     let deadline = Instant::now() + scaled_timeout(PATIENCE);
-    while asked(pin_path)? == 0 {
+    while enabled_events(pin_path)? == 0 {
         ensure!(process.is_running()?, "the tracer has ended");
-        ensure!(Instant::now() < deadline, "the tracer does not ask for events");
+        ensure!(Instant::now() < deadline, "the tracer does not enable events");
         sleep(Duration::from_millis(10));
     }
     Ok(process)
 }
 
 /// Waits until events are disabled.
-fn wait_for_nobody(setup: &Setup) -> Result<()> {
+fn wait_for_disabled_events(setup: &Setup) -> Result<()> {
     let deadline = Instant::now() + scaled_timeout(2 * PATIENCE);
-    while setup.asked()? != 0 {
-        ensure!(Instant::now() < deadline, "events are still asked for");
+    while setup.enabled_events()? != 0 {
+        ensure!(Instant::now() < deadline, "events are still enabled");
         sleep(Duration::from_millis(50));
     }
     Ok(())
@@ -124,8 +124,8 @@ impl Setup {
         trace(self.cluster.node("n1"), self.agent.pin_path(), flags)
     }
 
-    fn asked(&self) -> Result<u32> {
-        asked(self.agent.pin_path())
+    fn enabled_events(&self) -> Result<u32> {
+        enabled_events(self.agent.pin_path())
     }
 }
 
@@ -165,9 +165,13 @@ fn trace_shows_connects_and_refusals() -> Result<()> {
     let second = setup.agent.output(&["trace", "--count", "1"]);
     assert!(second.is_err_and(|error| error.to_string().contains("one can at a time")));
 
-    assert_ne!(setup.asked()?, 0);
+    assert_ne!(setup.enabled_events()?, 0);
     assert!(tracer.stop(scaled_timeout(PATIENCE))?.success());
-    assert_eq!(setup.asked()?, 0, "SIGTERM ends it, and the events");
+    assert_eq!(
+        setup.enabled_events()?,
+        0,
+        "SIGTERM ends the tracer and disables events"
+    );
     Ok(())
 }
 
@@ -265,8 +269,11 @@ fn trace_filters_by_service() -> Result<()> {
         .each_ref()
         .map(|row| row["to"].as_str().unwrap_or_default().to_owned());
     assert_eq!(to, ["10.96.0.20:80", "10.96.0.20:81", "10.96.0.20:80"]);
-    assert!(tracer.wait(scaled_timeout(PATIENCE))?.success(), "it ends after three");
-    assert_eq!(setup.asked()?, 0);
+    assert!(
+        tracer.wait(scaled_timeout(PATIENCE))?.success(),
+        "the tracer ends after three events"
+    );
+    assert_eq!(setup.enabled_events()?, 0);
     Ok(())
 }
 
@@ -276,7 +283,7 @@ fn events_are_disabled_after_the_tracer_is_killed() -> Result<()> {
     // No agent runs that could disable events.
     setup.agent.kill()?;
     setup.trace(&[])?.kill()?;
-    assert_ne!(setup.asked()?, 0);
+    assert_ne!(setup.enabled_events()?, 0);
     connect(&setup, "10.96.0.20:80", 1, true)?;
     // The next tracer does not show events that were never read. Its output is a table.
     let mut command = setup.cluster.node("n1").command(Agent::find(TESTBED.as_ref())?)?;
@@ -297,16 +304,16 @@ fn events_are_disabled_after_the_tracer_is_killed() -> Result<()> {
         "{line}"
     );
     assert!(tracer.wait(scaled_timeout(PATIENCE))?.success());
-    assert_eq!(setup.asked()?, 0);
+    assert_eq!(setup.enabled_events()?, 0);
 
     setup.trace(&[])?.kill()?;
-    assert_ne!(setup.asked()?, 0);
+    assert_ne!(setup.enabled_events()?, 0);
     setup.agent.start_again()?;
     setup.agent.wait_ready(&|| false)?;
-    assert_eq!(setup.asked()?, 0, "a start of the agent takes it back");
+    assert_eq!(setup.enabled_events()?, 0, "the start of an agent disables events");
 
     setup.trace(&[])?.kill()?;
-    wait_for_nobody(&setup).context("an agent that runs takes it back")?;
+    wait_for_disabled_events(&setup).context("a running agent disables events")?;
 
     // A restart of the agent keeps the events of a tracer that is still running.
     let mut tracer = setup.trace(&[])?;
@@ -330,10 +337,10 @@ fn lost_events_are_counted_and_shown() -> Result<()> {
         (
             status.dropped("no_such_port")?,
             status.dropped("event_lost")?,
-            setup.asked()?
+            setup.enabled_events()?
         ),
         (COUNT, 0, 0),
-        "nothing is written while nobody asks"
+        "no event is written while events are disabled"
     );
     let mut tracer = setup.trace(&[])?;
     // The tracer is stopped while the ring buffer overflows.
@@ -343,16 +350,16 @@ fn lost_events_are_counted_and_shown() -> Result<()> {
     let lost = setup.agent.status()?.dropped("event_lost")?;
     assert!(lost > 0 && lost < COUNT, "{lost}");
     tracer.signal(Signal::SIGCONT)?;
-    let (mut told, mut said) = (0, 0);
-    while told + said < COUNT {
+    let (mut shown, mut lost_events) = (0, 0);
+    while shown + lost_events < COUNT {
         let row = event(&mut tracer)?;
         match row["event"].as_str() {
-            Some("lost") => said += row["count"].as_u64().context("count")?,
-            Some("refused") => told += 1,
+            Some("lost") => lost_events += row["count"].as_u64().context("count")?,
+            Some("refused") => shown += 1,
             _ => anyhow::bail!("{row:#}"),
         }
     }
-    assert_eq!((told + said, said), (COUNT, lost));
+    assert_eq!((shown + lost_events, lost_events), (COUNT, lost));
     Ok(())
 }
 

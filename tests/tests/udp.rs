@@ -157,7 +157,7 @@ fn unconnected_udp_sockets_keep_their_backend_and_receive_from_the_vip() -> Resu
         assert_eq!(socket.exchange(to, "still")?, first);
     }
     let flows = setup.agent.connections("both", Some("dns"))?;
-    assert_eq!(flows, 3, "one for each socket and service");
+    assert_eq!(flows, 3, "one connection per socket and Service");
     Ok(())
 }
 
@@ -197,7 +197,7 @@ fn fifth_udp_destination_evicts_the_least_recently_used() -> Result<()> {
     }
     assert_eq!(agent.status()?.dropped("udp_flow_replaced").unwrap_or(0), 0);
     socket.exchange(vip(20), "used again")?;
-    socket.exchange(vip(24), "the fifth, in place of 21")?;
+    socket.exchange(vip(24), "the fifth evicts 21")?;
     assert_eq!(agent.status()?.dropped("udp_flow_replaced")?, 1);
     for i in [20, 22, 23, 24] {
         socket.exchange(vip(i), "x")?;

@@ -100,7 +100,7 @@ impl Fixture {
     /// Fails unless the maps match the desired state.
     fn check(&self) -> Result<()> {
         let drifts = verify(self.reconciler.desired(), &self.reconciler.maps().dump()?);
-        ensure!(drifts.is_empty(), "the maps are not as they should be: {drifts:?}");
+        ensure!(drifts.is_empty(), "the maps differ from the desired state: {drifts:?}");
         let problems = self.reconciler.problems();
         // An address that two Services claim is a problem too, but an expected one.
         let failed: Vec<_> = problems
@@ -151,7 +151,7 @@ impl Fixture {
     fn check_drops(&self, expected: &[DropReason]) -> Result<()> {
         for reason in DropReason::ALL.iter().filter(|reason| !expected.contains(reason)) {
             let count = self.reconciler.maps().pinned().drops(*reason)?;
-            ensure!(count == 0, "the data plane says {count} times: {}", reason.text());
+            ensure!(count == 0, "the data plane counted {count} times: {}", reason.text());
         }
         Ok(())
     }
@@ -169,13 +169,13 @@ fn endpoints<'a>(service: &str, ports: &[&str], backends: impl IntoIterator<Item
 }
 
 /// Services that no client connects to, that come and go, and that fill FRONTENDS.
-struct Others {
+struct OtherServices {
     present: Vec<u8>,
     absent: Vec<u8>,
     backend: Backend,
 }
 
-impl Others {
+impl OtherServices {
     /// As many as fill FRONTENDS to 90 % and a little more (a Service is two entries), and half as many absent.
     fn new(backend: &Backend) -> Self {
         Self {
@@ -203,7 +203,7 @@ impl Others {
     }
 
     /// Removes up to three Services, and adds as many others.
-    fn swap_some(&mut self, random: &mut Random) -> Vec<Change> {
+    fn replace_some(&mut self, random: &mut Random) -> Vec<Change> {
         let mut changes = Vec::new();
         for _ in 0..=random.below(3) {
             let (goes, comes) = (random.take(&mut self.present), random.take(&mut self.absent));
@@ -225,7 +225,7 @@ fn endpoint_churn_fails_no_connection() -> Result<()> {
     let mut random = Random::from_env();
     let backends = Backend::several("b", 100, 8);
     let mut fixture = Fixture::new(&backends)?;
-    let mut others = Others::new(&backends[0]);
+    let mut others = OtherServices::new(&backends[0]);
     let mut present = u64::from(u8::MAX);
     let in_use = |present: u64| {
         let bits = backends.iter().enumerate();
@@ -250,7 +250,7 @@ fn endpoint_churn_fails_no_connection() -> Result<()> {
         let mut changes = vec![endpoints("web", &[""], in_use(present))];
         let others_change = apply % OTHERS_EVERY == 0;
         if others_change {
-            changes.extend(others.swap_some(&mut random));
+            changes.extend(others.replace_some(&mut random));
         }
         for backend in in_use(present & !before) {
             downtime_log.end(&backend.name);
@@ -280,7 +280,7 @@ fn port_moving_between_services_fails_no_connection() -> Result<()> {
     let names = ["left", "right"];
     let own_ports = [8081, 8082];
     let mut fixture = Fixture::new(&sides.concat())?;
-    let mut others = Others::new(&sides[0][0]);
+    let mut others = OtherServices::new(&sides[0][0]);
     let mut downtime_log = DowntimeLog::default();
     // The owner of port 80 is the only Service that claims it, or the older of the two.
     let claims = |owner: usize, both: bool| {
@@ -310,7 +310,7 @@ fn port_moving_between_services_fails_no_connection() -> Result<()> {
         owner = 1 - owner;
         let mut changes = Vec::from(claims(owner, random.next_bool()));
         if apply % OTHERS_EVERY == 0 {
-            changes.extend(others.swap_some(&mut random));
+            changes.extend(others.replace_some(&mut random));
         }
         sides[owner].iter().for_each(|backend| downtime_log.end(&backend.name));
         fixture.apply(changes);
@@ -325,7 +325,7 @@ fn port_moving_between_services_fails_no_connection() -> Result<()> {
     let records = fixture.stop_clients(load)?;
     let (to_shared, to_own): (Vec<_>, Vec<_>) = records.into_iter().partition(|record| record.to == shared);
     println!(
-        "{} connections to the port that passes, {} to others, {} downtime_log",
+        "{} connections to the shared port, {} to others, {} downtime_log",
         to_shared.len(),
         to_own.len(),
         downtime_log.count()
@@ -336,7 +336,7 @@ fn port_moving_between_services_fails_no_connection() -> Result<()> {
         let reached = record.outcome.as_deref().unwrap_or_default();
         ensure!(
             reached.starts_with(names[side]),
-            "a port of one Service alone led elsewhere: {record:?}"
+            "a port of one Service reached another Service: {record:?}"
         );
     }
     fixture.check_drops(&[])
@@ -354,7 +354,7 @@ fn frontend_updates_are_never_missed_by_lookups() -> Result<()> {
     let ports = [80, 81, 82, 83, 84, 85, 86, 87];
     let names = ports.map(|port| format!("port-{port}"));
     let named: Vec<_> = names.iter().map(String::as_str).zip(ports).collect();
-    let mut changes: Vec<_> = Others::new(&backend).all().collect();
+    let mut changes: Vec<_> = OtherServices::new(&backend).all().collect();
     changes.push(service("void", VIP, &named, 0));
     fixture.apply(changes);
     fixture.check()?;
@@ -403,5 +403,5 @@ fn connections_are_distributed_evenly() -> Result<()> {
             return fixture.check_drops(&[]);
         }
     }
-    panic!("{count} connections are not spread evenly, twice");
+    panic!("{count} connections are not distributed evenly in two attempts");
 }

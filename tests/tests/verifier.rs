@@ -37,7 +37,7 @@ fn verifier_accepts_every_program_and_map_layouts_match_the_loader() -> Result<(
     for program in loader::verified(maps.programs())? {
         let verified = program
             .verified
-            .context("this kernel does not tell verified instructions")?;
+            .context("this kernel does not report verified instructions")?;
         println!(
             "{:<20} tag {:016x}  {verified:>6} instructions verified  {:>6} bytes",
             program.name,
@@ -158,7 +158,7 @@ fn set_word_is_read_by_a_single_load() -> Result<()> {
         let code = instructions(section.data()?);
         let is_random = |i: &Instruction| i.opcode == CALL && i.source == 0 && i.immediate == RANDOM;
         let picks: Vec<_> = (0..code.len()).filter(|at| is_random(&code[*at])).collect();
-        assert!(!picks.is_empty(), "{hook} picks nothing");
+        assert!(!picks.is_empty(), "{hook} selects no slot");
         for at in picks {
             for loads in loads_before_next_call(&code, at + 1) {
                 assert_eq!(
@@ -173,13 +173,13 @@ fn set_word_is_read_by_a_single_load() -> Result<()> {
 }
 
 /// Location of a function in the object: its section, and its offset there.
-type Place = (usize, u64);
+type Location = (usize, u64);
 
 struct Function {
     name: String,
     /// Stack frame in bytes.
     frame: u32,
-    calls: Vec<Place>,
+    calls: Vec<Location>,
 }
 
 /// Returns the stack frame of code in bytes: how far below the frame pointer it reads, writes, or takes an address.
@@ -204,7 +204,7 @@ fn frame(code: &[Instruction]) -> u32 {
     below.min().unwrap_or(0).unsigned_abs()
 }
 
-fn functions(object: &object::File<'_>) -> Result<BTreeMap<Place, Function>> {
+fn functions(object: &object::File<'_>) -> Result<BTreeMap<Location, Function>> {
     const OF_THE_OBJECT: u8 = 1;
     let mut functions = BTreeMap::new();
     for symbol in object.symbols().filter(|symbol| symbol.kind() == SymbolKind::Text) {
@@ -248,7 +248,7 @@ fn call_chains_fit_the_stack_limit_of_older_kernels() -> Result<()> {
     const STEP: u32 = 32;
     let object = object::File::parse(OBJECT)?;
     let functions = functions(&object)?;
-    let mut open: Vec<(Place, u32, String)> = functions.keys().map(|at| (*at, 0, String::new())).collect();
+    let mut open: Vec<(Location, u32, String)> = functions.keys().map(|at| (*at, 0, String::new())).collect();
     let mut deepest = (0, String::new());
     while let Some((at, above, chain)) = open.pop() {
         let Function { name, frame, calls } = functions.get(&at).with_context(|| format!("{chain} calls {at:?}"))?;
@@ -259,6 +259,9 @@ fn call_chains_fit_the_stack_limit_of_older_kernels() -> Result<()> {
         deepest = deepest.max((depth, chain));
     }
     println!("{} bytes of {STACK}:{}", deepest.0, deepest.1);
-    assert!(deepest.1.contains("lb_step_"), "the packet path is deeper than that");
+    assert!(
+        deepest.1.contains("lb_step_"),
+        "the deepest chain must be in the packet path"
+    );
     Ok(())
 }

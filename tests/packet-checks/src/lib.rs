@@ -87,19 +87,19 @@ pub fn parse(input: &[u8]) {
     };
     for link in [0, ETHERNET] {
         match packet::parse(&memory, link) {
-            Ok(packet) => is_there(&packet, &memory, link),
+            Ok(packet) => expect_same_fields(&packet, &memory, link),
             Err(why) => assert!(!is_plain(bytes, link), "{why:?} in {bytes:?}, link {link}"),
         }
     }
 }
 
 /// Fails unless etherparse reads the same fields from the bytes.
-fn is_there(packet: &Packet, memory: &Memory<'_>, link: usize) {
+fn expect_same_fields(packet: &Packet, memory: &Memory<'_>, link: usize) {
     let bytes = &memory.bytes[link..];
     let Packet { ttl, tos, .. } = *packet;
     let addresses = (ip(packet.src), ip(packet.dst));
     let (header, next, len) = if packet.is_v4() {
-        let header = Ipv4HeaderSlice::from_slice(bytes).expect("a header of IPv4");
+        let header = Ipv4HeaderSlice::from_slice(bytes).expect("an IPv4 header");
         let right = (
             IpAddr::from(header.source_addr()),
             IpAddr::from(header.destination_addr()),
@@ -114,7 +114,7 @@ fn is_there(packet: &Packet, memory: &Memory<'_>, link: usize) {
             usize::from(header.total_len()),
         )
     } else {
-        let header = Ipv6HeaderSlice::from_slice(bytes).expect("a header of IPv6");
+        let header = Ipv6HeaderSlice::from_slice(bytes).expect("an IPv6 header");
         let right = (
             IpAddr::from(header.source_addr()),
             IpAddr::from(header.destination_addr()),
@@ -131,7 +131,7 @@ fn is_there(packet: &Packet, memory: &Memory<'_>, link: usize) {
     let rest = &bytes[header..];
     let ports = (packet.src_port, packet.dst_port);
     let (right, transport) = if packet.is_tcp() {
-        let tcp = TcpHeaderSlice::from_slice(rest).expect("a header of TCP");
+        let tcp = TcpHeaderSlice::from_slice(rest).expect("a TCP header");
         let flags = [
             (tcp.fin(), tcp_flags::FIN),
             (tcp.syn(), tcp_flags::SYN),
@@ -144,7 +144,7 @@ fn is_there(packet: &Packet, memory: &Memory<'_>, link: usize) {
         assert_eq!(packet.begins(), tcp.syn() && !tcp.ack() && !tcp.rst() && !tcp.fin());
         ((tcp.source_port(), tcp.destination_port()), tcp.slice().len())
     } else {
-        let udp = UdpHeaderSlice::from_slice(rest).expect("a header of UDP");
+        let udp = UdpHeaderSlice::from_slice(rest).expect("a UDP header");
         ((udp.source_port(), udp.destination_port()), 8)
     };
     assert_eq!(ports, right);
@@ -199,7 +199,7 @@ pub fn rewrite(input: &[u8]) {
     let link = if case.ethernet { ETHERNET } else { 0 };
     let mut bytes = case.bytes();
     let Ok(before) = packet::parse(&Memory::whole(&bytes), link) else {
-        panic!("{bytes:?} is no packet");
+        panic!("{bytes:?} is not parsed");
     };
     let checksum = link + before.ip_len() + if case.udp { 6 } else { 16 };
     if case.none() {
@@ -222,7 +222,7 @@ pub fn rewrite(input: &[u8]) {
     change(&mut bytes, link, &before, &new, case.hop);
 
     let Ok(after) = packet::parse(&Memory::whole(&bytes), link) else {
-        panic!("{original:?} has become {bytes:?}");
+        panic!("{original:?} was rewritten to {bytes:?}");
     };
     let ttl = before.ttl - u8::from(case.hop);
     let expected = Packet {
@@ -241,12 +241,12 @@ pub fn rewrite(input: &[u8]) {
         assert_ne!(
             u16::from_be_bytes(is) % 0xffff,
             right % 0xffff,
-            "{original:?} became right"
+            "the checksum of {original:?} became correct"
         );
     } else if case.none() {
         assert_eq!(is, [0, 0]);
     } else {
-        assert_eq!(u16::from_be_bytes(is), right, "{original:?} has become {bytes:?}");
+        assert_eq!(u16::from_be_bytes(is), right, "{original:?} was rewritten to {bytes:?}");
     }
     assert_eq!(tail(&bytes, checksum), tail(&original, checksum), "what follows");
     if !case.wrong && !case.hop {

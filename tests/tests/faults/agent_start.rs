@@ -10,7 +10,7 @@ use lb_common::abi::FrontendKey;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{Agent, Cluster, RunningAgent, scaled_count};
 
-use crate::ptrace::{self, Act, Call, Chosen, Ended};
+use crate::ptrace::{self, Call, FaultKind, FaultPoint, RunEnd};
 use crate::reader::{Always, Reader};
 
 const NODE: &str = "n1";
@@ -94,7 +94,7 @@ impl Fixture {
     }
 
     /// Starts the agent with a fault, and kills it once it serves.
-    fn start(&self, chosen: Chosen) -> Result<(Ended, bool)> {
+    fn start(&self, fault: FaultPoint) -> Result<(RunEnd, bool)> {
         let log = self.cluster.scratch().join("traced.log");
         let file = OpenOptions::new().create(true).write(true).truncate(true).open(&log)?;
         let node = self.cluster.node(NODE);
@@ -112,7 +112,7 @@ impl Fixture {
             .stdout(Stdio::null())
             .stderr(file);
         let serves = |call: Call| Ok(call.number == libc::SYS_write && fs::read_to_string(&log)?.contains("serving"));
-        ptrace::run(&mut command, chosen, changes_something, serves)
+        ptrace::run(&mut command, fault, changes_something, serves)
             .with_context(|| fs::read_to_string(&log).unwrap_or_default())
     }
 
@@ -142,22 +142,22 @@ impl Fixture {
 
 /// Injects one fault at each call of a start in turn, and starts without a fault after each. `before` runs before each
 /// fault. Returns the number of calls that were tried.
-fn try_all(fixture: &Fixture, act: Act, first: u64, mut before: impl FnMut() -> Result<()>) -> Result<u64> {
+fn try_all(fixture: &Fixture, kind: FaultKind, first: u64, mut before: impl FnMut() -> Result<()>) -> Result<u64> {
     let stride = 100 / scaled_count(100);
     let mut tried = 0;
     let mut at = first % stride;
     loop {
         before()?;
-        let what = || format!("{act:?} at call {at}");
-        let (ended, reached) = fixture.start(Chosen { at, act }).with_context(what)?;
-        let expected = match (act, reached) {
-            (_, false) => ended == Ended::Done,
+        let what = || format!("{kind:?} at call {at}");
+        let (end, reached) = fixture.start(FaultPoint { at, kind }).with_context(what)?;
+        let expected = match (kind, reached) {
+            (_, false) => end == RunEnd::Done,
             // The thread that waits for grace periods may still be in its call when the agent serves.
-            (Act::Die, true) => matches!(ended, Ended::Died | Ended::Done),
+            (FaultKind::Die, true) => matches!(end, RunEnd::Died | RunEnd::Done),
             // A failed call that is optional or retried does not end the agent.
-            (Act::Fail, true) => matches!(ended, Ended::Done | Ended::Exited(1)),
+            (FaultKind::Fail, true) => matches!(end, RunEnd::Done | RunEnd::Exited(1)),
         };
-        ensure!(expected, "{}: {ended:?}", what());
+        ensure!(expected, "{}: {end:?}", what());
         fixture.start_well().with_context(what)?;
         if !reached {
             return Ok(tried);
@@ -167,19 +167,19 @@ fn try_all(fixture: &Fixture, act: Act, first: u64, mut before: impl FnMut() -> 
     }
 }
 
-fn faults_at_a_first_start(act: Act) -> Result<()> {
+fn faults_at_a_first_start(kind: FaultKind) -> Result<()> {
     let fixture = Fixture::new()?;
     fixture.write(false)?;
     // Runs in a process of its own: between fork and exec, a child of another test shares a lock of this process.
     let cleanup = || fixture.agent.output(&["cleanup"]).map(drop);
-    let tried = try_all(&fixture, act, 0, cleanup)?;
-    println!("{act:?} at {tried} calls of a first start");
+    let tried = try_all(&fixture, kind, 0, cleanup)?;
+    println!("{kind:?} at {tried} calls of a first start");
     // Pins of maps and links, and entries of two Services.
     ensure!(tried >= scaled_count(25), "too few calls");
     cleanup()
 }
 
-fn faults_at_the_next_start(act: Act) -> Result<()> {
+fn faults_at_the_next_start(kind: FaultKind) -> Result<()> {
     let fixture = Fixture::new()?;
     let mut second = false;
     fixture.write(second)?;
@@ -190,7 +190,7 @@ fn faults_at_the_next_start(act: Act) -> Result<()> {
         owner: 1,
     };
     let reader = Reader::start(PinnedMaps::open(&fixture.pins.maps())?, vec![always]);
-    let tried = try_all(&fixture, act, 3, || {
+    let tried = try_all(&fixture, kind, 3, || {
         ensure!(!reader.has_ended(), "the reader has ended");
         second = !second;
         fixture.write(second)
@@ -198,28 +198,28 @@ fn faults_at_the_next_start(act: Act) -> Result<()> {
     // An error of the reader is reported before one of the trials.
     let seen = reader.stop()?;
     let tried = tried?;
-    println!("{act:?} at {tried} calls of the next start; {seen:?}");
+    println!("{kind:?} at {tried} calls of the next start; {seen:?}");
     ensure!(tried >= scaled_count(8), "too few calls");
-    ensure!(seen.chains > 0, "the reader has concluded nothing");
+    ensure!(seen.chains > 0, "the reader has checked no chain");
     Ok(())
 }
 
 #[test]
 fn first_start_killed_at_any_syscall_is_completed_by_the_next() -> Result<()> {
-    faults_at_a_first_start(Act::Die)
+    faults_at_a_first_start(FaultKind::Die)
 }
 
 #[test]
 fn first_start_with_any_failing_syscall_is_completed_by_the_next() -> Result<()> {
-    faults_at_a_first_start(Act::Fail)
+    faults_at_a_first_start(FaultKind::Fail)
 }
 
 #[test]
 fn restart_killed_at_any_syscall_is_completed_by_the_next() -> Result<()> {
-    faults_at_the_next_start(Act::Die)
+    faults_at_the_next_start(FaultKind::Die)
 }
 
 #[test]
 fn restart_with_any_failing_syscall_is_completed_by_the_next() -> Result<()> {
-    faults_at_the_next_start(Act::Fail)
+    faults_at_the_next_start(FaultKind::Fail)
 }

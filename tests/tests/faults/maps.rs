@@ -156,6 +156,6 @@ fn map_faults_are_repaired_and_never_visible_to_readers() -> Result<()> {
         tried.iter().all(|tried| tried * stride >= 30),
         "too few operations: {tried:?}"
     );
-    ensure!(seen.chains > 0, "the reader has concluded nothing");
+    ensure!(seen.chains > 0, "the reader has checked no chain");
     Ok(())
 }

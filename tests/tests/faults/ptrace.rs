@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 
 /// Fault at a system call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Act {
+pub(crate) enum FaultKind {
     /// The process is killed after the call has returned.
     Die,
     /// The call is not executed and returns ENOMEM.
@@ -32,7 +32,7 @@ pub(crate) struct Call {
 
 /// How a run ended. The process is gone in each case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Ended {
+pub(crate) enum RunEnd {
     /// The process was killed at the chosen call.
     Died,
     /// The process reached its goal, and was killed there.
@@ -43,20 +43,20 @@ pub(crate) enum Ended {
 
 /// The chosen call and the fault there.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Chosen {
+pub(crate) struct FaultPoint {
     /// Number of the call among the counted ones.
     pub(crate) at: u64,
-    pub(crate) act: Act,
+    pub(crate) kind: FaultKind,
 }
 
 /// Runs a program until `done` returns true after a system call. Returns how the run ended, and whether the chosen call
 /// was reached.
 pub(crate) fn run(
     command: &mut Command,
-    chosen: Chosen,
+    fault: FaultPoint,
     counts: impl Fn(Call) -> bool,
     done: impl Fn(Call) -> Result<bool>,
-) -> Result<(Ended, bool)> {
+) -> Result<(RunEnd, bool)> {
     // SAFETY: the closure makes one system call, PTRACE_TRACEME, which is async-signal-safe.
     unsafe { command.pre_exec(|| ptrace::traceme().map_err(io::Error::from)) };
     // The child is reaped below by its process id.
@@ -74,9 +74,11 @@ pub(crate) fn run(
         // Waits for children of this thread and their threads only.
         let flags = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
         match waitpid(None, Some(flags)).context("waitpid")? {
-            WaitStatus::Exited(who, code) if who == pid => return Ok((killed.unwrap_or(Ended::Exited(code)), reached)),
-            WaitStatus::Signaled(who, signal, _) if who == pid => {
-                let ended = killed.with_context(|| format!("the program died of {signal}"))?;
+            WaitStatus::Exited(process, code) if process == pid => {
+                return Ok((killed.unwrap_or(RunEnd::Exited(code)), reached));
+            }
+            WaitStatus::Signaled(process, signal, _) if process == pid => {
+                let ended = killed.with_context(|| format!("the program was killed by {signal}"))?;
                 return Ok((ended, reached));
             }
             WaitStatus::PtraceSyscall(thread) => {
@@ -90,10 +92,10 @@ pub(crate) fn run(
                             first: registers.rdi,
                         };
                         let counted = counts(call);
-                        let here = counted && chosen.at == number;
+                        let here = counted && fault.at == number;
                         number += u64::from(counted);
                         reached |= here;
-                        if here && chosen.act == Act::Fail {
+                        if here && fault.kind == FaultKind::Fail {
                             // No system call has this number, so the kernel executes none.
                             registers.orig_rax = u64::MAX;
                             gone_is_none(ptrace::setregs(thread, registers))?;
@@ -101,13 +103,13 @@ pub(crate) fn run(
                         calls.insert(thread, (call, here));
                         None
                     }
-                    Some((_, true)) if chosen.act == Act::Die => Some(Ended::Died),
+                    Some((_, true)) if fault.kind == FaultKind::Die => Some(RunEnd::Died),
                     Some((call, here)) => {
                         if here && let Some(mut registers) = gone_is_none(ptrace::getregs(thread))? {
                             registers.rax = (-i64::from(libc::ENOMEM)).cast_unsigned();
                             gone_is_none(ptrace::setregs(thread, registers))?;
                         }
-                        done(call)?.then_some(Ended::Done)
+                        done(call)?.then_some(RunEnd::Done)
                     }
                 };
                 if end.is_some() && killed.is_none() {

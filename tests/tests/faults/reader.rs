@@ -49,7 +49,7 @@ impl Reader {
             let mut before: Option<Dump> = None;
             while !stopped.load(Ordering::Relaxed) {
                 let now = maps.dump()?;
-                look(before.as_ref(), &now, &always, &mut seen)?;
+                check_dump(before.as_ref(), &now, &always, &mut seen)?;
                 before = Some(now);
                 // Leaves CPU time to the other threads.
                 thread::sleep(Duration::from_micros(200));
@@ -111,7 +111,7 @@ impl Chain {
             pad,
         } = self.frontend;
         ensure!(pad == [0; 3], "bytes in the padding");
-        let kind = FrontendKind::from_u8(kind).context("of no kind")?;
+        let kind = FrontendKind::from_u8(kind).context("unknown frontend kind")?;
         if kind.is_mark() {
             ensure!(index == 0, "a mark leads to a service");
             return Ok(());
@@ -122,23 +122,26 @@ impl Chain {
             "the service is not live"
         );
         let name = self.name.context("the service has no name")?;
-        ensure!(name.generation == service.generation, "the name is another's");
+        ensure!(
+            name.generation == service.generation,
+            "the name belongs to another service"
+        );
         for (slot, backend) in self.sets.iter().flatten() {
             let (Some(slot), Some(backend)) = (slot, backend) else {
                 bail!("a slot or a backend is out of range");
             };
             ensure!(
                 generation::is_current(backend.generation, slot.generation),
-                "{slot:?} leads to a backend that is gone: {backend:?}"
+                "{slot:?} leads to a removed backend: {backend:?}"
             );
-            ensure!(generation::is_sealed(backend), "{backend:?} was not written as a whole");
+            ensure!(generation::is_sealed(backend), "{backend:?} has a broken seal");
             ensure!(
                 (slot.addr, slot.port) == (backend.addr, backend.port),
                 "{slot:?} leads to another backend: {backend:?}"
             );
             ensure!(
                 backend.service == index,
-                "{slot:?} leads to a stranger's backend: {backend:?}"
+                "{slot:?} leads to a backend of another service: {backend:?}"
             );
         }
         Ok(())
@@ -147,18 +150,21 @@ impl Chain {
     fn check_owner(&self, owner: u8) -> Result<()> {
         let [internal, ..] = &self.sets;
         ensure!(!internal.is_empty(), "the set is empty");
-        let is_owners = |addr: Addr| addr.to_v4().is_some_and(|bytes| bytes[1] == owner);
-        let strangers: Vec<_> = internal
+        let belongs_to_owner = |addr: Addr| addr.to_v4().is_some_and(|bytes| bytes[1] == owner);
+        let foreign: Vec<_> = internal
             .iter()
-            .filter(|(slot, _)| slot.is_none_or(|slot| !is_owners(slot.addr)))
+            .filter(|(slot, _)| slot.is_none_or(|slot| !belongs_to_owner(slot.addr)))
             .collect();
-        ensure!(strangers.is_empty(), "it leads to strangers: {strangers:?}");
+        ensure!(
+            foreign.is_empty(),
+            "it leads to backends of another service: {foreign:?}"
+        );
         Ok(())
     }
 }
 
 /// Checks a dump on its own, and together with the previous one.
-fn look(before: Option<&Dump>, now: &Dump, always: &[Always], seen: &mut Seen) -> Result<()> {
+fn check_dump(before: Option<&Dump>, now: &Dump, always: &[Always], seen: &mut Seen) -> Result<()> {
     seen.dumps += 1;
     for Always { key, .. } in always {
         ensure!(now.frontends.contains_key(key), "{key:?} is missing");

@@ -100,10 +100,10 @@ fn endpoint_slice_controller_splits_slices(fixture: &Fixture) -> Result<()> {
 
 fn kubectl_lists_the_nodes(fixture: &Fixture) -> Result<()> {
     let columns = "custom-columns=:.metadata.name,:.spec.podCIDRs,:.status.addresses[0].address";
-    let said = fixture
+    let output = fixture
         .control_plane
         .kubectl(&["get", "nodes", "--no-headers", "--output", columns], "")?;
-    let nodes: Vec<Vec<_>> = said.lines().map(|line| line.split_whitespace().collect()).collect();
+    let nodes: Vec<Vec<_>> = output.lines().map(|line| line.split_whitespace().collect()).collect();
     let expected = [1, 2, 3].map(|number| {
         [
             format!("n{number}"),

@@ -82,15 +82,15 @@ fn service_without_endpoints_is_refused(fixture: &Fixture) -> Result<()> {
     let service = web(&namespace, &[])?;
     let refused = Outcome::Failed(ECONNREFUSED);
     for target in [tcp(&service, 80)?, udp(&service, 80)?] {
-        fixture.expect(&fixture.everybody(), target, &refused)?;
+        fixture.expect(&fixture.all_clients(), target, &refused)?;
     }
     let pod = backend(fixture, &namespace, "n3", "web")?;
     for target in [tcp(&service, 80)?, udp(&service, 80)?] {
-        fixture.expect(&fixture.everybody(), target, &names(&["web"]))?;
+        fixture.expect(&fixture.all_clients(), target, &names(&["web"]))?;
     }
     pod.kubelet.finish(&fixture.cluster)?;
     for target in [tcp(&service, 80)?, udp(&service, 80)?] {
-        fixture.expect(&fixture.everybody(), target, &refused)?;
+        fixture.expect(&fixture.all_clients(), target, &refused)?;
     }
     Ok(())
 }
@@ -100,15 +100,15 @@ fn readiness_gates_decide_readiness(fixture: &Fixture) -> Result<()> {
     let target = tcp(&web(&namespace, &[])?, 80)?;
     let a = fixture.backend(&namespace, "n1", "a", &PodTemplate::app("web").gate("test/gate"))?;
     let b = backend(fixture, &namespace, "n2", "b")?;
-    fixture.expect(&fixture.everybody(), target, &names(&["b"]))?;
+    fixture.expect(&fixture.all_clients(), target, &names(&["b"]))?;
     a.kubelet.set_condition("test/gate", true)?;
-    fixture.expect(&fixture.everybody(), target, &names(&["a", "b"]))?;
+    fixture.expect(&fixture.all_clients(), target, &names(&["a", "b"]))?;
     b.kubelet.set_ready(false)?;
-    fixture.expect(&fixture.everybody(), target, &names(&["a"]))?;
+    fixture.expect(&fixture.all_clients(), target, &names(&["a"]))?;
     a.kubelet.set_condition("test/gate", false)?;
-    fixture.expect(&fixture.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
+    fixture.expect(&fixture.all_clients(), target, &Outcome::Failed(ECONNREFUSED))?;
     b.kubelet.set_ready(true)?;
-    fixture.expect(&fixture.everybody(), target, &names(&["b"]))
+    fixture.expect(&fixture.all_clients(), target, &names(&["b"]))
 }
 
 fn publish_not_ready_addresses_serves_unready_pods(fixture: &Fixture) -> Result<()> {
@@ -119,7 +119,7 @@ fn publish_not_ready_addresses_serves_unready_pods(fixture: &Fixture) -> Result<
         backend(fixture, &namespace, "n2", "b")?,
     ];
     let both = names(&["a", "b"]);
-    fixture.expect(&fixture.everybody(), target, &both)?;
+    fixture.expect(&fixture.all_clients(), target, &both)?;
     pods[0].kubelet.set_ready(false)?;
     eventually("the pod is not ready", || {
         let pod = fixture
@@ -128,7 +128,7 @@ fn publish_not_ready_addresses_serves_unready_pods(fixture: &Fixture) -> Result<
         ensure!(pod.contains("0/1"), "{pod}");
         Ok(())
     })?;
-    fixture.expect(&fixture.everybody(), target, &both)?;
+    fixture.expect(&fixture.all_clients(), target, &both)?;
     // Terminating pods too: with publishNotReadyAddresses such an endpoint counts as ready in every state of its pod.
     pods[0].kubelet.terminate()?;
     eventually("the endpoint is terminating", || {
@@ -140,9 +140,9 @@ fn publish_not_ready_addresses_serves_unready_pods(fixture: &Fixture) -> Result<
         );
         Ok(())
     })?;
-    fixture.expect(&fixture.everybody(), target, &both)?;
+    fixture.expect(&fixture.all_clients(), target, &both)?;
     namespace.patch_service("web", json!({"spec": {"publishNotReadyAddresses": false}}))?;
-    fixture.expect(&fixture.everybody(), target, &names(&["b"]))
+    fixture.expect(&fixture.all_clients(), target, &names(&["b"]))
 }
 
 fn host_network_pods_are_endpoints(fixture: &Fixture) -> Result<()> {
@@ -153,17 +153,17 @@ fn host_network_pods_are_endpoints(fixture: &Fixture) -> Result<()> {
     let template = PodTemplate::app("web").host_network();
     let pods = ["n1", "n2"].map(|node| fixture.backend_at(&namespace, node, &format!("on-{node}"), &template, &[port]));
     let pods = pods.into_iter().collect::<Result<Vec<_>>>()?;
-    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &names(&["on-n1", "on-n2"]))?;
+    fixture.expect(&fixture.all_clients(), tcp(&service, 80)?, &names(&["on-n1", "on-n2"]))?;
     pods[0].kubelet.set_ready(false)?;
-    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &names(&["on-n2"]))?;
+    fixture.expect(&fixture.all_clients(), tcp(&service, 80)?, &names(&["on-n2"]))?;
     // A host-network pod is local to its node for traffic policies.
     namespace.patch_service("web", json!({"spec": {"internalTrafficPolicy": "Local"}}))?;
     fixture.expect(
-        &fixture.all_on("n1"),
+        &fixture.clients_on("n1"),
         tcp(&service, 80)?,
         &Outcome::Failed(EHOSTUNREACH),
     )?;
-    fixture.expect(&fixture.all_on("n2"), tcp(&service, 80)?, &names(&["on-n2"]))
+    fixture.expect(&fixture.clients_on("n2"), tcp(&service, 80)?, &names(&["on-n2"]))
 }
 
 /// Each replacement has another address and is on the other node.
@@ -176,8 +176,8 @@ fn replaced_pod_is_served_at_its_new_address(fixture: &Fixture) -> Result<()> {
         let new = backend(fixture, &namespace, ["n1", "n2"][number % 2], &name)?;
         old.kubelet.terminate()?;
         old.kubelet.finish(&fixture.cluster)?;
-        fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &names(&[&name]))?;
-        fixture.expect(&fixture.everybody(), udp(&service, 80)?, &names(&[&name]))?;
+        fixture.expect(&fixture.all_clients(), tcp(&service, 80)?, &names(&[&name]))?;
+        fixture.expect(&fixture.all_clients(), udp(&service, 80)?, &names(&[&name]))?;
         old = new;
     }
     Ok(())
@@ -189,10 +189,10 @@ fn terminating_endpoints_serve_when_none_is_ready(fixture: &Fixture) -> Result<(
     let at = target.address();
     let a = backend(fixture, &namespace, "n1", "a")?;
     let b = backend(fixture, &namespace, "n2", "b")?;
-    fixture.expect(&fixture.everybody(), target, &names(&["a", "b"]))?;
+    fixture.expect(&fixture.all_clients(), target, &names(&["a", "b"]))?;
     let held = Fixture::testbed().hold(fixture.pod_on("n2"), &[at], 50)?;
     a.kubelet.terminate()?;
-    fixture.expect(&fixture.everybody(), target, &names(&["b"]))?;
+    fixture.expect(&fixture.all_clients(), target, &names(&["b"]))?;
     // Established connections stay.
     let held = held.finish()?;
     ensure!(
@@ -200,15 +200,15 @@ fn terminating_endpoints_serve_when_none_is_ready(fixture: &Fixture) -> Result<(
         "{held:?}"
     );
     b.kubelet.set_ready(false)?;
-    fixture.expect(&fixture.everybody(), target, &names(&["a"]))?;
+    fixture.expect(&fixture.all_clients(), target, &names(&["a"]))?;
     // A terminating pod that fails its readiness probe no longer serves.
     a.kubelet.set_ready(false)?;
-    fixture.expect(&fixture.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
+    fixture.expect(&fixture.all_clients(), target, &Outcome::Failed(ECONNREFUSED))?;
     b.kubelet.set_ready(true)?;
-    fixture.expect(&fixture.everybody(), target, &names(&["b"]))?;
+    fixture.expect(&fixture.all_clients(), target, &names(&["b"]))?;
     a.kubelet.finish(&fixture.cluster)?;
     b.kubelet.terminate()?;
-    fixture.expect(&fixture.everybody(), target, &names(&["b"]))
+    fixture.expect(&fixture.all_clients(), target, &names(&["b"]))
 }
 
 fn local_policy_falls_back_to_local_terminating_endpoints(fixture: &Fixture) -> Result<()> {
@@ -216,19 +216,19 @@ fn local_policy_falls_back_to_local_terminating_endpoints(fixture: &Fixture) -> 
     let target = tcp(&web(&namespace, &[("internalTrafficPolicy", json!("Local"))])?, 80)?;
     let a = backend(fixture, &namespace, "n1", "a")?;
     let b = backend(fixture, &namespace, "n2", "b")?;
-    fixture.expect(&fixture.all_on("n1"), target, &names(&["a"]))?;
-    fixture.expect(&fixture.all_on("n2"), target, &names(&["b"]))?;
+    fixture.expect(&fixture.clients_on("n1"), target, &names(&["a"]))?;
+    fixture.expect(&fixture.clients_on("n2"), target, &names(&["b"]))?;
     // A ready endpoint on another node does not count.
     a.kubelet.terminate()?;
-    fixture.expect(&fixture.all_on("n1"), target, &names(&["a"]))?;
+    fixture.expect(&fixture.clients_on("n1"), target, &names(&["a"]))?;
     let c = backend(fixture, &namespace, "n1", "c")?;
-    fixture.expect(&fixture.all_on("n1"), target, &names(&["c"]))?;
+    fixture.expect(&fixture.clients_on("n1"), target, &names(&["c"]))?;
     c.kubelet.terminate()?;
-    fixture.expect(&fixture.all_on("n1"), target, &names(&["a", "c"]))?;
+    fixture.expect(&fixture.clients_on("n1"), target, &names(&["a", "c"]))?;
     a.kubelet.finish(&fixture.cluster)?;
     c.kubelet.finish(&fixture.cluster)?;
-    fixture.expect(&fixture.all_on("n1"), target, &Outcome::Failed(EHOSTUNREACH))?;
-    fixture.expect(&fixture.all_on("n2"), target, &names(&["b"]))?;
+    fixture.expect(&fixture.clients_on("n1"), target, &Outcome::Failed(EHOSTUNREACH))?;
+    fixture.expect(&fixture.clients_on("n2"), target, &names(&["b"]))?;
     drop(b);
     Ok(())
 }
@@ -241,12 +241,12 @@ fn internal_traffic_policy_can_be_switched(fixture: &Fixture) -> Result<()> {
     let _c = backend(fixture, &namespace, "n3", "c")?;
     for _ in 0..2 {
         for target in targets {
-            fixture.expect(&fixture.everybody(), target, &names(&["a", "c"]))?;
+            fixture.expect(&fixture.all_clients(), target, &names(&["a", "c"]))?;
         }
         namespace.patch_service("web", json!({"spec": {"internalTrafficPolicy": "Local"}}))?;
         for target in targets {
-            fixture.expect(&fixture.all_on("n1"), target, &names(&["a"]))?;
-            fixture.expect(&fixture.all_on("n2"), target, &Outcome::Failed(EHOSTUNREACH))?;
+            fixture.expect(&fixture.clients_on("n1"), target, &names(&["a"]))?;
+            fixture.expect(&fixture.clients_on("n2"), target, &Outcome::Failed(EHOSTUNREACH))?;
         }
         namespace.patch_service("web", json!({"spec": {"internalTrafficPolicy": "Cluster"}}))?;
     }
@@ -262,8 +262,8 @@ fn topology_hints_select_endpoints_by_zone_and_node(fixture: &Fixture) -> Result
     let c = backend(fixture, &namespace, "n3", "c")?;
     let all = names(&["a", "b", "c"]);
     let expect = |first: &Outcome, second: &Outcome| {
-        fixture.expect(&fixture.all_on("n1"), target, first)?;
-        fixture.expect(&fixture.all_on("n2"), target, second)
+        fixture.expect(&fixture.clients_on("n1"), target, first)?;
+        fixture.expect(&fixture.clients_on("n2"), target, second)
     };
     let set = |distribution: Option<&str>| {
         namespace.patch_service("web", json!({"spec": {"trafficDistribution": distribution}}))
@@ -322,7 +322,7 @@ fn endpoints_of_several_slices_are_merged(fixture: &Fixture) -> Result<()> {
     }
     let expect = |all: &[String]| {
         let all: Vec<_> = all.iter().map(String::as_str).collect();
-        fixture.expect(&fixture.everybody(), target, &names(&all))
+        fixture.expect(&fixture.all_clients(), target, &names(&all))
     };
     expect(&all)?;
     let slices = namespace.slices("web")?;
@@ -342,7 +342,7 @@ fn duplicate_endpoints_in_manual_slices_count_once(fixture: &Fixture) -> Result<
     let namespace = fixture.control_plane.namespace("by-hand")?;
     let ports = json!([{"port": 80, "targetPort": TARGET}]);
     let target = tcp(&namespace.create_service("web", json!({"ports": ports}))?, 80)?;
-    fixture.expect(&fixture.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
+    fixture.expect(&fixture.all_clients(), target, &Outcome::Failed(ECONNREFUSED))?;
     let pods = [
         backend(fixture, &namespace, "n1", "a")?,
         backend(fixture, &namespace, "n3", "c")?,
@@ -364,9 +364,9 @@ fn duplicate_endpoints_in_manual_slices_count_once(fixture: &Fixture) -> Result<
             .kubectl(&["apply", "--filename", "-"], &slice.to_string())
     };
     apply("one", &[(a, true)])?;
-    fixture.expect(&fixture.everybody(), target, &names(&["a"]))?;
+    fixture.expect(&fixture.all_clients(), target, &names(&["a"]))?;
     apply("two", &[(a, true), (c, true)])?;
-    fixture.expect(&fixture.everybody(), target, &names(&["a", "c"]))?;
+    fixture.expect(&fixture.all_clients(), target, &names(&["a", "c"]))?;
     // An endpoint in two slices is selected as often as any other.
     let at = target.address();
     let summary = Fixture::testbed().connect(fixture.pod_on("n1"), &Connect::to(&[at]).count(4000))?;
@@ -374,10 +374,10 @@ fn duplicate_endpoints_in_manual_slices_count_once(fixture: &Fixture) -> Result<
     let share = summary.reached("a");
     ensure!((1800..=2200).contains(&share), "{share} of 4000");
     apply("one", &[])?;
-    fixture.expect(&fixture.everybody(), target, &names(&["a", "c"]))?;
+    fixture.expect(&fixture.all_clients(), target, &names(&["a", "c"]))?;
     apply("two", &[(c, true)])?;
-    fixture.expect(&fixture.everybody(), target, &names(&["c"]))?;
+    fixture.expect(&fixture.all_clients(), target, &names(&["c"]))?;
     let delete = ["delete", "endpointslice", "one", "two", "--namespace", "by-hand"];
     fixture.control_plane.kubectl(&delete, "")?;
-    fixture.expect(&fixture.everybody(), target, &Outcome::Failed(ECONNREFUSED))
+    fixture.expect(&fixture.all_clients(), target, &Outcome::Failed(ECONNREFUSED))
 }

@@ -21,11 +21,11 @@ pub(crate) const TARGET: u16 = 8080;
 /// Number of TCP connections to find out which backends answer. With five backends, one is missed in one of 10^9 cases.
 const CONNECTIONS: u64 = 100;
 /// Time limit for all of these connections together.
-const SOME: Duration = Duration::from_secs(4);
+const CONNECT_LIMIT: Duration = Duration::from_secs(4);
 /// Number of UDP sockets to find out which of two backends answer.
 const DATAGRAMS: u64 = 40;
 /// Nodes that have an agent and a client pod. The third node has pods that serve.
-const SERVED: [&str; 2] = ["n1", "n2"];
+const AGENT_NODES: [&str; 2] = ["n1", "n2"];
 
 /// User of the agents in the API, with the permissions of kube-proxy.
 pub(crate) const USER: &str = "kube-proxy";
@@ -36,7 +36,7 @@ const ENETUNREACH: i32 = 101;
 const ETIMEDOUT: i32 = 110;
 /// Timeout of a probe that gets no answer. A pod's packets go unanswered if its node has reached the kernel's rate
 /// limit for ICMP errors to it.
-const SILENCE: Duration = Duration::from_millis(500);
+const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Three nodes: the first in zone a, the others in zone b.
 pub(crate) struct Fixture {
@@ -58,7 +58,7 @@ pub(crate) enum Outcome {
     /// connect() failed at once with this error number.
     Failed(i32),
     /// The address belongs to no Service: the cluster has no route for it.
-    Nobody,
+    NoRoute,
 }
 
 impl Outcome {
@@ -94,7 +94,7 @@ impl Fixture {
         let mut agents = Vec::new();
         let mut direct = Vec::new();
         let mut clients = Vec::new();
-        for node in SERVED {
+        for node in AGENT_NODES {
             let url = watch_proxy
                 .as_ref()
                 .map_or_else(|| control_plane.url(), WatchProxy::url);
@@ -131,7 +131,7 @@ impl Fixture {
     pub(crate) fn verify(&self) -> Result<()> {
         for (agent, direct) in self.agents.iter().zip(&self.direct) {
             let mut agent = agent.lock().unwrap_or_else(PoisonError::into_inner);
-            agent.wait("as the API says", |agent| {
+            agent.wait("consistent with the API", |agent| {
                 ensure!(agent.status()?.agent.complete, "not complete");
                 direct.verify()
             })?;
@@ -166,13 +166,13 @@ impl Fixture {
     }
 
     /// Returns all clients inside the cluster: both nodes and a pod on each.
-    pub(crate) fn everybody(&self) -> Vec<&Netns> {
-        let nodes = SERVED.map(|node| self.node(node));
+    pub(crate) fn all_clients(&self) -> Vec<&Netns> {
+        let nodes = AGENT_NODES.map(|node| self.node(node));
         self.pods().into_iter().chain(nodes).collect()
     }
 
     /// Returns the clients on one node.
-    pub(crate) fn all_on(&self, node: &str) -> Vec<&Netns> {
+    pub(crate) fn clients_on(&self, node: &str) -> Vec<&Netns> {
         vec![self.pod_on(node), self.node(node)]
     }
 
@@ -231,7 +231,7 @@ impl Fixture {
         };
         eventually_within(limit, &format!("{to}: {expected:?}"), check)?;
         self.verify()?;
-        check().context("that was so, and is no more")
+        check().context("the outcome changed again")
     }
 }
 
@@ -271,27 +271,35 @@ impl Target {
 fn streams(netns: &Netns, to: SocketAddr) -> Result<Outcome> {
     let connect = Connect::to(&[to]).peer_check();
     // A single connection first, to find out whether the address is served.
-    let probe = Fixture::testbed().connect(netns, &connect.clone().count(1).timeout(scaled_timeout(SILENCE)))?;
+    let probe = Fixture::testbed().connect(netns, &connect.clone().count(1).timeout(scaled_timeout(PROBE_TIMEOUT)))?;
     let errno = probe.failures.first().map(|failure| (failure.step, failure.errno));
     if let Some((ConnectStep::Connect, ENETUNREACH | ETIMEDOUT)) = errno {
-        return Ok(Outcome::Nobody);
+        return Ok(Outcome::NoRoute);
     }
     // Limited in time: if the outcome changes meanwhile, each connection may run into a timeout.
-    let connect = connect.count(CONNECTIONS).seconds(scaled_timeout(SOME).as_secs_f64());
+    let connect = connect
+        .count(CONNECTIONS)
+        .seconds(scaled_timeout(CONNECT_LIMIT).as_secs_f64());
     let summary = Fixture::testbed().connect(netns, &connect)?;
     ensure!(summary.peer_mismatches == 0, "{:?}", summary.mismatches);
-    ensure!(summary.connections == CONNECTIONS, "they take long: {summary:?}");
+    ensure!(
+        summary.connections == CONNECTIONS,
+        "the connections take too long: {summary:?}"
+    );
     if summary.failure_count == 0 {
         return Ok(Outcome::Names(summary.per_backend.into_keys().collect()));
     }
-    ensure!(summary.failure_count == CONNECTIONS, "some fail: {summary:?}");
+    ensure!(
+        summary.failure_count == CONNECTIONS,
+        "only some connections fail: {summary:?}"
+    );
     let failures = summary.failures.iter();
     let ways: BTreeSet<_> = failures
         .map(|failure| (failure.step == ConnectStep::Connect, failure.errno))
         .collect();
     match ways.into_iter().collect::<Vec<_>>()[..] {
         [(true, errno)] => Ok(Outcome::Failed(errno)),
-        _ => bail!("they fail in different ways: {:?}", summary.failures),
+        _ => bail!("connections fail in different ways: {:?}", summary.failures),
     }
 }
 
@@ -308,7 +316,7 @@ fn datagrams(netns: &Netns, to: SocketAddr) -> Result<Outcome> {
             ensure!(names.is_empty(), "{names:?} answered, then error {errno}");
             return Ok(Outcome::Failed(errno));
         }
-        ensure!(socket.peer()? == to, "the peer is another");
+        ensure!(socket.peer()? == to, "getpeername returns another address");
         socket.send("hello")?;
         let (_, text) = socket.receive()?;
         names.extend(text.split_whitespace().next().map(str::to_owned));

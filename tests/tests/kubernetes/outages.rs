@@ -21,30 +21,30 @@ use crate::fixture::{Backend, Fixture, Outcome, TARGET, Target, USER, tcp};
 pub(crate) const TESTS: &[TestAlone] = &[
     (
         "services_survive_api_server_outages",
-        plain,
+        cut_off_fixture,
         services_survive_api_server_outages,
     ),
     (
         "reordered_and_repeated_watch_events_converge",
-        mixing,
+        reordering_fixture,
         reordered_and_repeated_watch_events_converge,
     ),
 ];
 
 /// Creates agents that can be cut off from the API server.
-fn plain() -> Result<Fixture> {
+fn cut_off_fixture() -> Result<Fixture> {
     Fixture::with(|control_plane| Ok(Some(control_plane.watch_proxy(USER, None)?)))
 }
 
 /// Creates agents that receive events in another order.
-fn mixing() -> Result<Fixture> {
+fn reordering_fixture() -> Result<Fixture> {
     Fixture::with(|control_plane| Ok(Some(control_plane.watch_proxy(USER, Some(Random::from_env()))?)))
 }
 
 /// Variable with the length of the outage in seconds; a minute if it is not set.
-const AWAY: &str = "LB_API_AWAY";
+const OUTAGE_SECONDS: &str = "LB_API_AWAY";
 /// Time limit for the agents to reach the API server again: their retries back off.
-const BACK: Duration = Duration::from_secs(90);
+const RECONNECT_LIMIT: Duration = Duration::from_secs(90);
 
 /// A Service that does not change, with a backend on each node.
 struct Steady<'a> {
@@ -62,11 +62,11 @@ impl<'a> Steady<'a> {
             fixture.backend(namespace, "n1", "a", &template)?,
             fixture.backend(namespace, "n2", "b", &template)?,
         ];
-        fixture.expect(&fixture.everybody(), target, &Outcome::names(&["a", "b"]))?;
+        fixture.expect(&fixture.all_clients(), target, &Outcome::names(&["a", "b"]))?;
         Ok(Self { target, backends })
     }
 
-    /// Starts connections from a pod on each node, which run until [`untouched`].
+    /// Starts connections from a pod on each node, which run until [`expect_no_failures`].
     fn load(&self, fixture: &Fixture) -> Result<Vec<Load>> {
         let connect = Connect::to(&[self.target.address()]).rate(100.0);
         let pods = fixture.pods();
@@ -76,7 +76,7 @@ impl<'a> Steady<'a> {
 }
 
 /// Fails if any connection has failed.
-fn untouched(loads: Vec<Load>, names: &[&str]) -> Result<()> {
+fn expect_no_failures(loads: Vec<Load>, names: &[&str]) -> Result<()> {
     for load in loads {
         let summary = load.stop()?;
         summary.all_well()?;
@@ -87,11 +87,11 @@ fn untouched(loads: Vec<Load>, names: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn away() -> Result<Duration> {
-    let seconds = env::var(AWAY).unwrap_or_else(|_| "60".to_owned());
+fn outage() -> Result<Duration> {
+    let seconds = env::var(OUTAGE_SECONDS).unwrap_or_else(|_| "60".to_owned());
     let seconds = seconds
         .parse()
-        .with_context(|| format!("{AWAY} is a number of seconds, not {seconds}"))?;
+        .with_context(|| format!("{OUTAGE_SECONDS} must be a number of seconds, not {seconds}"))?;
     Ok(Duration::from_secs(seconds))
 }
 
@@ -101,8 +101,9 @@ fn services_survive_api_server_outages(fixture: &Fixture) -> Result<()> {
     let namespace = control_plane.namespace("outage")?;
     let steady = Steady::new(fixture, &namespace)?;
     let loads = steady.load(fixture)?;
-    let everybody = fixture.everybody();
-    let expect = |names: &[&str]| fixture.expect_within(BACK, &everybody, steady.target, &Outcome::names(names));
+    let all_clients = fixture.all_clients();
+    let expect =
+        |names: &[&str]| fixture.expect_within(RECONNECT_LIMIT, &all_clients, steady.target, &Outcome::names(names));
 
     // The API server is killed and started again.
     control_plane.kill_api_server()?;
@@ -118,10 +119,10 @@ fn services_survive_api_server_outages(fixture: &Fixture) -> Result<()> {
     expect(&["a", "b"])?;
 
     // The API server is down. Agents that start meanwhile serve the pinned state.
-    let until = Instant::now() + away()?;
+    let until = Instant::now() + outage()?;
     control_plane.kill_api_server()?;
     fixture.restart_agents()?;
-    for netns in fixture.everybody() {
+    for netns in fixture.all_clients() {
         let found = steady.target.outcome(netns)?;
         ensure!(found == Outcome::names(&["a", "b"]), "{found:?} from {}", netns.name());
     }
@@ -143,10 +144,10 @@ fn services_survive_api_server_outages(fixture: &Fixture) -> Result<()> {
     control_plane.start_api_server()?;
     watch_proxy.open();
     expect(&["b", "c"])?;
-    fixture.expect(&everybody, tcp(&other, 80)?, &Outcome::names(&["b", "c"]))?;
+    fixture.expect(&all_clients, tcp(&other, 80)?, &Outcome::names(&["b", "c"]))?;
     let gone = watch_proxy.stats().gone - before;
-    ensure!(gone > 0, "nobody was told 410 Gone");
-    untouched(loads, &["a", "b", "c"])
+    ensure!(gone > 0, "no watch ended with 410 Gone");
+    expect_no_failures(loads, &["a", "b", "c"])
 }
 
 /// Number of Services that are created, changed and deleted, with manual slices.
@@ -159,22 +160,22 @@ fn reordered_and_repeated_watch_events_converge(fixture: &Fixture) -> Result<()>
     let watch_proxy = fixture.watch_proxy.as_ref().context("no mixer")?;
     let addresses = steady.backends.each_ref().map(|backend| backend.kubelet.addresses()[0]);
     let mut random = Random::from_env();
-    let mut there = [false; SERVICES as usize];
+    let mut exists = [false; SERVICES as usize];
     for _ in 0..scaled_count(6) {
         for _ in 0..60 {
             let nth = random.below(SERVICES) as usize;
             let name = format!("s{nth}");
-            if there[nth] {
-                there[nth] = change(&namespace, &name, &mut random, addresses)?;
+            if exists[nth] {
+                exists[nth] = change(&namespace, &name, &mut random, addresses)?;
             } else {
                 make(&namespace, &name, &mut random, addresses)?;
-                there[nth] = true;
+                exists[nth] = true;
             }
         }
         fixture.verify()?;
     }
     // Sockets see the last state.
-    for nth in (0..SERVICES).filter(|nth| there[*nth as usize]) {
+    for nth in (0..SERVICES).filter(|nth| exists[*nth as usize]) {
         let name = format!("s{nth}");
         namespace.patch_service(
             &name,
@@ -184,18 +185,18 @@ fn reordered_and_repeated_watch_events_converge(fixture: &Fixture) -> Result<()>
         )?;
         set_slice(&namespace, &name, &[addresses[1]])?;
     }
-    for nth in (0..SERVICES).filter(|nth| there[*nth as usize]) {
+    for nth in (0..SERVICES).filter(|nth| exists[*nth as usize]) {
         let service: Service = namespace.objects().get(namespace.name(), &format!("s{nth}"))?;
-        fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &Outcome::names(&["b"]))?;
+        fixture.expect(&fixture.all_clients(), tcp(&service, 80)?, &Outcome::names(&["b"]))?;
     }
     let mixed = watch_proxy.stats();
     println!("{mixed:?}");
     ensure!(
         mixed.reordered > 20 && mixed.repeated > 20 && mixed.ended > 2,
-        "hardly anything was mixed: {mixed:?}"
+        "the proxy changed too few events: {mixed:?}"
     );
-    fixture.expect(&fixture.everybody(), steady.target, &Outcome::names(&["a", "b"]))?;
-    untouched(loads, &["a", "b"])
+    fixture.expect(&fixture.all_clients(), steady.target, &Outcome::names(&["a", "b"]))?;
+    expect_no_failures(loads, &["a", "b"])
 }
 
 fn ports(port: u16) -> Value {

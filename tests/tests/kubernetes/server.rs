@@ -33,19 +33,22 @@ pub(crate) const TESTS: &[Test] = &[
 const NODES: [&str; 2] = ["n1", "n2"];
 
 /// Sends a request to a node's own loopback.
-fn ask(node: &Netns, port: u16, path: &str) -> Result<Response> {
+fn get_local(node: &Netns, port: u16, path: &str) -> Result<Response> {
     get(node, (IpAddr::from(Ipv4Addr::LOCALHOST), port).into(), path)
 }
 
 fn node_marked_for_deletion_fails_healthz(fixture: &Fixture) -> Result<()> {
     let node = fixture.node("n2");
     let healthz = |status: u16| {
-        eventually(&format!("/healthz says {status}"), || {
-            let response = ask(node, 10256, "/healthz")?;
+        eventually(&format!("/healthz returns {status}"), || {
+            let response = get_local(node, 10256, "/healthz")?;
             ensure!(response.status == status, "{response:?}");
             let body: Value = response.json()?;
             ensure!(body["nodeEligible"] == json!(status == 200), "{body}");
-            ensure!(ask(node, 10256, "/livez")?.status == 200, "it is alive");
+            ensure!(
+                get_local(node, 10256, "/livez")?.status == 200,
+                "/livez must return 200"
+            );
             Ok(())
         })
     };
@@ -60,8 +63,8 @@ fn node_marked_for_deletion_fails_healthz(fixture: &Fixture) -> Result<()> {
     taint(json!([{"key": "ToBeDeletedByClusterAutoscaler", "value": "1", "effect": "NoSchedule"}]))?;
     healthz(503)?;
     ensure!(
-        ask(fixture.node("n1"), 10256, "/healthz")?.status == 200,
-        "the other node stays"
+        get_local(fixture.node("n1"), 10256, "/healthz")?.status == 200,
+        "the other node must stay healthy"
     );
     taint(json!(null))?;
     healthz(200)
@@ -77,11 +80,11 @@ fn health_check_node_port_counts_local_endpoints(fixture: &Fixture) -> Result<()
     });
     let service = namespace.create_service("web", spec)?;
     let port = |service: &Service| service.spec.as_ref()?.health_check_node_port;
-    let port = u16::try_from(port(&service).context("the API server gives no port")?)?;
-    let told = |expected: [usize; 2]| {
+    let port = u16::try_from(port(&service).context("the API server allocated no port")?)?;
+    let expect_counts = |expected: [usize; 2]| {
         eventually(&format!("endpoints {expected:?}"), || {
             for (node, endpoints) in NODES.into_iter().zip(expected) {
-                let response = ask(fixture.node(node), port, "/")?;
+                let response = get_local(fixture.node(node), port, "/")?;
                 let body: Value = response.json()?;
                 ensure!(body["localEndpoints"] == json!(endpoints), "{node}: {body}");
                 ensure!(
@@ -93,21 +96,21 @@ fn health_check_node_port_counts_local_endpoints(fixture: &Fixture) -> Result<()
             Ok(())
         })
     };
-    told([0, 0])?;
+    expect_counts([0, 0])?;
     let pod = |node, name| namespace.start_pod(&fixture.cluster, node, name, &PodTemplate::app("web"));
     let pods = [pod("n1", "web-1")?, pod("n1", "web-2")?, pod("n2", "web-3")?];
     for pod in &pods {
         pod.set_ready(true)?;
     }
-    told([2, 1])?;
+    expect_counts([2, 1])?;
     pods[2].terminate()?;
-    told([2, 0])?;
+    expect_counts([2, 0])?;
     pods[0].set_ready(false)?;
-    told([1, 0])?;
+    expect_counts([1, 0])?;
     namespace.patch_service("web", json!({"spec": {"externalTrafficPolicy": "Cluster"}}))?;
-    eventually("nobody listens", || {
+    eventually("no process listens", || {
         for node in NODES {
-            ensure!(ask(fixture.node(node), port, "/").is_err(), "{node}");
+            ensure!(get_local(fixture.node(node), port, "/").is_err(), "{node}");
         }
         Ok(())
     })
@@ -115,7 +118,7 @@ fn health_check_node_port_counts_local_endpoints(fixture: &Fixture) -> Result<()
 
 /// Returns a metric of a node's agent; zero if it is absent.
 fn metric(node: &Netns, name: &str) -> Result<f64> {
-    let response = ask(node, 10249, "/metrics")?;
+    let response = get_local(node, 10249, "/metrics")?;
     let line = response
         .body
         .lines()
@@ -137,7 +140,7 @@ fn programming_latency_is_measured(fixture: &Fixture) -> Result<()> {
     let pod = namespace.start_pod(&fixture.cluster, "n1", "web", &PodTemplate::app("web"))?;
     pod.set_ready(true)?;
     for (node, before) in NODES.into_iter().zip(&before) {
-        eventually("it was measured", || {
+        eventually("the latency is measured", || {
             for ((name, before), now) in MEASURED.iter().zip(before).zip(measured(node)?) {
                 ensure!(now > *before, "{node}: {name}: {before}, then {now}");
             }
@@ -164,22 +167,25 @@ fn address_conflict_is_one_event_for_all_nodes(fixture: &Fixture) -> Result<()> 
     let event = eventually("the loser has an Event", || {
         let event = conflicts(&namespace)?.pop().context("no Event")?;
         for node in NODES {
-            ensure!(published(node)? >= 1.0, "{node} has told nobody");
+            ensure!(published(node)? >= 1.0, "{node} has published no Event");
         }
         Ok(event)
     })?;
-    ensure!(conflicts(&namespace)?.len() == 1, "each node made its own");
-    let regarding = event.regarding.context("of nothing")?;
+    ensure!(
+        conflicts(&namespace)?.len() == 1,
+        "each node created an Event of its own"
+    );
+    let regarding = event.regarding.context("an Event that regards nothing")?;
     let loser = services.iter().find(|service| service.metadata.uid == regarding.uid);
-    let loser = loser.context("of another object")?;
+    let loser = loser.context("an Event that regards another object")?;
     ensure!(loser.metadata.name == regarding.name, "{regarding:?}");
     let name = regarding.name.unwrap_or_default();
-    let said = fixture
+    let output = fixture
         .control_plane
         .kubectl(&["--namespace", "conflicts", "describe", "service", &name], "")?;
     ensure!(
-        said.contains("AddressConflict") && said.contains("192.0.2.77"),
-        "{said}"
+        output.contains("AddressConflict") && output.contains("192.0.2.77"),
+        "{output}"
     );
     Ok(())
 }

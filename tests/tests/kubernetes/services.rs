@@ -99,10 +99,10 @@ fn kubectl_applied_dns_service_is_served(fixture: &Fixture) -> Result<()> {
             ],
         },
     });
-    let said = fixture
+    let output = fixture
         .control_plane
         .kubectl(&["apply", "--filename", "-"], &manifest.to_string())?;
-    ensure!(said.contains("service/kube-dns created"), "{said}");
+    ensure!(output.contains("service/kube-dns created"), "{output}");
     let template = PodTemplate::app("dns")
         .port("dns", 5353, "UDP")
         .port("dns-tcp", 5353, "TCP");
@@ -113,17 +113,17 @@ fn kubectl_applied_dns_service_is_served(fixture: &Fixture) -> Result<()> {
     let at = |port| SocketAddr::from(([10, 96, 0, 10], port));
     let both = Outcome::names(&["dns-1", "dns-2"]);
     for target in [Target::Udp(at(53)), Target::Tcp(at(53)), Target::Tcp(at(9153))] {
-        fixture.expect(&fixture.everybody(), target, &both)?;
+        fixture.expect(&fixture.all_clients(), target, &both)?;
     }
     // A port that the address does not have in this protocol, or not at all.
     for target in [Target::Udp(at(9153)), Target::Tcp(at(54))] {
-        fixture.expect(&fixture.everybody(), target, &Outcome::Failed(ECONNREFUSED))?;
+        fixture.expect(&fixture.all_clients(), target, &Outcome::Failed(ECONNREFUSED))?;
     }
-    let said = fixture
+    let output = fixture
         .control_plane
         .kubectl(&["delete", "--filename", "-"], &manifest.to_string())?;
-    ensure!(said.contains("deleted"), "{said}");
-    fixture.expect(&fixture.everybody(), Target::Tcp(at(53)), &Outcome::Nobody)
+    ensure!(output.contains("deleted"), "{output}");
+    fixture.expect(&fixture.all_clients(), Target::Tcp(at(53)), &Outcome::NoRoute)
 }
 
 /// The Service that the API server creates for itself, with a slice that it writes itself.
@@ -131,10 +131,10 @@ fn api_server_is_reached_by_its_service(fixture: &Fixture) -> Result<()> {
     let url = "https://10.96.0.1/readyz";
     let arguments = ["--silent", "--show-error", "--fail", "--insecure", url];
     for node in ["n1", "n2"] {
-        let said = eventually("an answer of the API server", || {
+        let output = eventually("an answer of the API server", || {
             fixture.node(node).run("curl", &arguments)
         })?;
-        ensure!(said == "ok", "{said}");
+        ensure!(output == "ok", "{output}");
     }
     Ok(())
 }
@@ -148,7 +148,7 @@ fn named_target_ports_may_differ_per_endpoint(fixture: &Fixture) -> Result<()> {
     let _b = fixture.backend_at(&namespace, "n2", "b", &template(8082), &[8082])?;
     // A pod without a port of that name is no endpoint.
     let _c = fixture.backend(&namespace, "n2", "c", &PodTemplate::app("web"))?;
-    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &Outcome::names(&["a", "b"]))
+    fixture.expect(&fixture.all_clients(), tcp(&service, 80)?, &Outcome::names(&["a", "b"]))
 }
 
 fn service_ports_can_be_added_and_removed(fixture: &Fixture) -> Result<()> {
@@ -157,25 +157,25 @@ fn service_ports_can_be_added_and_removed(fixture: &Fixture) -> Result<()> {
     let _backends = pair(fixture, &namespace, "web")?;
     let both = Outcome::names(&["web-1", "web-2"]);
     let refused = Outcome::Failed(ECONNREFUSED);
-    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &both)?;
-    fixture.expect(&fixture.everybody(), tcp(&service, 81)?, &refused)?;
+    fixture.expect(&fixture.all_clients(), tcp(&service, 80)?, &both)?;
+    fixture.expect(&fixture.all_clients(), tcp(&service, 81)?, &refused)?;
     let set = |ports: &[(&str, u16, &str)]| {
         let port = |&(name, port, protocol): &(&str, u16, &str)| json!({"name": name, "port": port, "protocol": protocol, "targetPort": TARGET});
         let ports: Vec<_> = ports.iter().map(port).collect();
         namespace.patch_service("web", json!({"spec": {"ports": ports}}))
     };
     set(&[("http", 80, "TCP"), ("more", 81, "TCP"), ("more-udp", 81, "UDP")])?;
-    fixture.expect(&fixture.everybody(), tcp(&service, 81)?, &both)?;
-    fixture.expect(&fixture.everybody(), udp(&service, 81)?, &both)?;
-    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &both)?;
+    fixture.expect(&fixture.all_clients(), tcp(&service, 81)?, &both)?;
+    fixture.expect(&fixture.all_clients(), udp(&service, 81)?, &both)?;
+    fixture.expect(&fixture.all_clients(), tcp(&service, 80)?, &both)?;
     set(&[("more", 81, "TCP")])?;
-    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &refused)?;
-    fixture.expect(&fixture.everybody(), udp(&service, 81)?, &refused)?;
-    fixture.expect(&fixture.everybody(), tcp(&service, 81)?, &both)?;
+    fixture.expect(&fixture.all_clients(), tcp(&service, 80)?, &refused)?;
+    fixture.expect(&fixture.all_clients(), udp(&service, 81)?, &refused)?;
+    fixture.expect(&fixture.all_clients(), tcp(&service, 81)?, &both)?;
     // Another number for the port of this name.
     set(&[("more", 82, "TCP")])?;
-    fixture.expect(&fixture.everybody(), tcp(&service, 82)?, &both)?;
-    fixture.expect(&fixture.everybody(), tcp(&service, 81)?, &refused)
+    fixture.expect(&fixture.all_clients(), tcp(&service, 82)?, &both)?;
+    fixture.expect(&fixture.all_clients(), tcp(&service, 81)?, &refused)
 }
 
 fn recreated_service_is_served_at_its_old_cluster_ip(fixture: &Fixture) -> Result<()> {
@@ -185,15 +185,15 @@ fn recreated_service_is_served_at_its_old_cluster_ip(fixture: &Fixture) -> Resul
     let address = addresses(&service)?[0];
     let _old = fixture.backend(&namespace, "n1", "old", &PodTemplate::app("old"))?;
     let _new = fixture.backend(&namespace, "n2", "new", &PodTemplate::app("new"))?;
-    fixture.expect(&fixture.everybody(), target, &Outcome::names(&["old"]))?;
+    fixture.expect(&fixture.all_clients(), target, &Outcome::names(&["old"]))?;
     namespace.delete_service("web")?;
-    fixture.expect(&fixture.everybody(), target, &Outcome::Nobody)?;
+    fixture.expect(&fixture.all_clients(), target, &Outcome::NoRoute)?;
     namespace.create_service("web", with(web("new"), &[("clusterIP", json!(address))]))?;
-    fixture.expect(&fixture.everybody(), target, &Outcome::names(&["new"]))?;
+    fixture.expect(&fixture.all_clients(), target, &Outcome::names(&["new"]))?;
     // Deleted and created at once: the agent may not see the state in between.
     namespace.delete_service("web")?;
     namespace.create_service("web", with(web("old"), &[("clusterIP", json!(address))]))?;
-    fixture.expect(&fixture.everybody(), target, &Outcome::names(&["old"]))
+    fixture.expect(&fixture.all_clients(), target, &Outcome::names(&["old"]))
 }
 
 fn cluster_ip_moves_to_another_service(fixture: &Fixture) -> Result<()> {
@@ -205,10 +205,10 @@ fn cluster_ip_moves_to_another_service(fixture: &Fixture) -> Result<()> {
         fixture.backend(&namespace, "n1", "first", &PodTemplate::app("first"))?,
         fixture.backend(&namespace, "n2", "second", &PodTemplate::app("second"))?,
     ];
-    fixture.expect(&fixture.everybody(), target, &Outcome::names(&["first"]))?;
+    fixture.expect(&fixture.all_clients(), target, &Outcome::names(&["first"]))?;
     namespace.delete_service("first")?;
     namespace.create_service("second", with(web("second"), &[("clusterIP", json!(address))]))?;
-    fixture.expect(&fixture.everybody(), target, &Outcome::names(&["second"]))
+    fixture.expect(&fixture.all_clients(), target, &Outcome::names(&["second"]))
 }
 
 /// ClusterIP, ExternalName, headless, NodePort and back.
@@ -217,10 +217,10 @@ fn service_type_can_change(fixture: &Fixture) -> Result<()> {
     let service = namespace.create_service("web", web("web"))?;
     let _backends = pair(fixture, &namespace, "web")?;
     let both = Outcome::names(&["web-1", "web-2"]);
-    let gone = Outcome::Nobody;
+    let gone = Outcome::NoRoute;
     let target = tcp(&service, 80)?;
     let address = addresses(&service)?[0];
-    fixture.expect(&fixture.everybody(), target, &both)?;
+    fixture.expect(&fixture.all_clients(), target, &both)?;
     // Only this type releases the cluster IP.
     let external_name = json!({"spec": {
         "type": "ExternalName", "externalName": "example.org", "clusterIP": null, "clusterIPs": null,
@@ -230,23 +230,23 @@ fn service_type_can_change(fixture: &Fixture) -> Result<()> {
     let headless = json!({"spec": {"type": "ClusterIP", "externalName": null, "clusterIP": "None"}});
     for _ in 0..2 {
         namespace.patch_service("web", external_name.clone())?;
-        fixture.expect(&fixture.everybody(), target, &gone)?;
+        fixture.expect(&fixture.all_clients(), target, &gone)?;
         namespace.patch_service("web", cluster_ip.clone())?;
-        fixture.expect(&fixture.everybody(), target, &both)?;
+        fixture.expect(&fixture.all_clients(), target, &both)?;
     }
     namespace.patch_service("web", external_name.clone())?;
     namespace.patch_service("web", headless)?;
-    fixture.expect(&fixture.everybody(), target, &gone)?;
+    fixture.expect(&fixture.all_clients(), target, &gone)?;
     namespace.patch_service("web", external_name)?;
     namespace.patch_service("web", cluster_ip)?;
-    fixture.expect(&fixture.everybody(), target, &both)?;
+    fixture.expect(&fixture.all_clients(), target, &both)?;
     let service = namespace.patch_service("web", json!({"spec": {"type": "NodePort"}}))?;
     let port = node_port(&service)?;
     let at = |number: u8| Target::Tcp(([192, 168, 77, number], port).into());
-    fixture.expect(&fixture.all_on("n1"), at(1), &both)?;
+    fixture.expect(&fixture.clients_on("n1"), at(1), &both)?;
     namespace.patch_service("web", json!({"spec": {"type": "ClusterIP"}}))?;
-    fixture.expect(&fixture.all_on("n1"), at(1), &Outcome::Failed(ECONNREFUSED))?;
-    fixture.expect(&fixture.everybody(), target, &both)
+    fixture.expect(&fixture.clients_on("n1"), at(1), &Outcome::Failed(ECONNREFUSED))?;
+    fixture.expect(&fixture.all_clients(), target, &both)
 }
 
 /// Returns the node port of a Service's first port.
@@ -264,7 +264,7 @@ fn proxy_name_and_headless_labels_exclude_a_service(fixture: &Fixture) -> Result
     let _backends = pair(fixture, &namespace, "web")?;
     let both = Outcome::names(&["web-1", "web-2"]);
     let target = tcp(&service, 80)?;
-    fixture.expect(&fixture.everybody(), target, &both)?;
+    fixture.expect(&fixture.all_clients(), target, &both)?;
     for label in [
         "service.kubernetes.io/service-proxy-name",
         "service.kubernetes.io/headless",
@@ -272,14 +272,14 @@ fn proxy_name_and_headless_labels_exclude_a_service(fixture: &Fixture) -> Result
         // The value of the label does not matter.
         for value in ["other", ""] {
             namespace.patch_service("web", json!({"metadata": {"labels": {label: value}}}))?;
-            fixture.expect(&fixture.everybody(), target, &Outcome::Nobody)?;
+            fixture.expect(&fixture.all_clients(), target, &Outcome::NoRoute)?;
         }
         namespace.patch_service("web", json!({"metadata": {"labels": {label: null}}}))?;
-        fixture.expect(&fixture.everybody(), target, &both)?;
+        fixture.expect(&fixture.all_clients(), target, &both)?;
         // Created with the label.
         let labels = json!({label: "x"});
         let labelled = namespace.create_labelled_service("labelled", labels, web("web"))?;
-        fixture.expect(&fixture.everybody(), tcp(&labelled, 80)?, &Outcome::Nobody)?;
+        fixture.expect(&fixture.all_clients(), tcp(&labelled, 80)?, &Outcome::NoRoute)?;
         namespace.delete_service("labelled")?;
     }
     Ok(())
@@ -298,7 +298,7 @@ fn dual_stack_services_in_either_order_are_served(fixture: &Fixture) -> Result<(
         let all = addresses(&service)?;
         ensure!(all.len() == 2 && all[0].is_ipv4() == (families[0] == "IPv4"), "{all:?}");
         for address in all {
-            fixture.expect(&fixture.everybody(), Target::Tcp((address, 80).into()), &both)?;
+            fixture.expect(&fixture.all_clients(), Target::Tcp((address, 80).into()), &both)?;
         }
     }
     // One family alone, then both, then one again.
@@ -308,16 +308,16 @@ fn dual_stack_services_in_either_order_are_served(fixture: &Fixture) -> Result<(
     ];
     let service = namespace.create_service("alone", with(web("web"), &more))?;
     ensure!(addresses(&service)?.len() == 1, "{service:?}");
-    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &both)?;
+    fixture.expect(&fixture.all_clients(), tcp(&service, 80)?, &both)?;
     let service = namespace.patch_service("alone", json!({"spec": {"ipFamilyPolicy": "PreferDualStack"}}))?;
     let all = addresses(&service)?;
     ensure!(all.len() == 2 && all[1].is_ipv4(), "{all:?}");
     let second = Target::Tcp((all[1], 80).into());
-    fixture.expect(&fixture.everybody(), second, &both)?;
+    fixture.expect(&fixture.all_clients(), second, &both)?;
     let one = json!({"spec": {"ipFamilyPolicy": "SingleStack", "clusterIPs": [all[0]], "ipFamilies": ["IPv6"]}});
     namespace.patch_service("alone", one)?;
-    fixture.expect(&fixture.everybody(), second, &Outcome::Nobody)?;
-    fixture.expect(&fixture.everybody(), Target::Tcp((all[0], 80).into()), &both)
+    fixture.expect(&fixture.all_clients(), second, &Outcome::NoRoute)?;
+    fixture.expect(&fixture.all_clients(), Target::Tcp((all[0], 80).into()), &both)
 }
 
 fn session_affinity_can_be_switched(fixture: &Fixture) -> Result<()> {
@@ -326,11 +326,11 @@ fn session_affinity_can_be_switched(fixture: &Fixture) -> Result<()> {
     let _backends = pair(fixture, &namespace, "web")?;
     let target = tcp(&service, 80)?;
     let both = Outcome::names(&["web-1", "web-2"]);
-    fixture.expect(&fixture.everybody(), target, &both)?;
+    fixture.expect(&fixture.all_clients(), target, &both)?;
     for _ in 0..2 {
         namespace.patch_service("web", json!({"spec": {"sessionAffinity": "ClientIP"}}))?;
         eventually("each client has one backend", || {
-            for netns in fixture.everybody() {
+            for netns in fixture.all_clients() {
                 let Outcome::Names(names) = target.outcome(netns)? else {
                     anyhow::bail!("{target} does not answer");
                 };
@@ -340,7 +340,7 @@ fn session_affinity_can_be_switched(fixture: &Fixture) -> Result<()> {
         })?;
         fixture.verify()?;
         // Each client keeps its backend.
-        for netns in fixture.everybody() {
+        for netns in fixture.all_clients() {
             let first = target.outcome(netns)?;
             for _ in 0..3 {
                 let next = target.outcome(netns)?;
@@ -348,7 +348,7 @@ fn session_affinity_can_be_switched(fixture: &Fixture) -> Result<()> {
             }
         }
         namespace.patch_service("web", json!({"spec": {"sessionAffinity": "None"}}))?;
-        fixture.expect(&fixture.everybody(), target, &both)?;
+        fixture.expect(&fixture.all_clients(), target, &both)?;
     }
     Ok(())
 }
@@ -372,9 +372,9 @@ fn node_ports_are_served_on_each_node(fixture: &Fixture) -> Result<()> {
             let gateways: [SocketAddr; 2] = [(node.gateway(), port).into(), (node.gateway6(), port).into()];
             let own: [SocketAddr; 2] = [(node.address(), port).into(), (node.address6(), port).into()];
             for at in own.into_iter().chain(gateways) {
-                fixture.expect(&fixture.all_on(name), Target::Tcp(at), expected)?;
+                fixture.expect(&fixture.clients_on(name), Target::Tcp(at), expected)?;
             }
-            fixture.expect(&fixture.all_on(name), Target::Udp(own[0]), expected)?;
+            fixture.expect(&fixture.clients_on(name), Target::Udp(own[0]), expected)?;
             let loopback = Target::Tcp(([127, 0, 0, 1], port).into());
             fixture.expect(&[fixture.node(name)], loopback, expected)?;
             // Loopback in a pod is the pod's own.
@@ -383,13 +383,13 @@ fn node_ports_are_served_on_each_node(fixture: &Fixture) -> Result<()> {
         Ok(())
     };
     served(30080, &web)?;
-    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &web)?;
+    fixture.expect(&fixture.all_clients(), tcp(&service, 80)?, &web)?;
     // Another node port replaces the old one, which is refused from then on.
     let ports = json!([{"name": "http", "port": 80, "targetPort": TARGET, "nodePort": 30081}]);
     namespace.patch_service("web", json!({"spec": {"ports": ports}}))?;
     let own = |port| Target::Tcp((fixture.cluster.node("n1").address(), port).into());
-    fixture.expect(&fixture.all_on("n1"), own(30081), &web)?;
-    fixture.expect(&fixture.all_on("n1"), own(30080), &Outcome::Failed(ECONNREFUSED))
+    fixture.expect(&fixture.clients_on("n1"), own(30081), &web)?;
+    fixture.expect(&fixture.clients_on("n1"), own(30080), &Outcome::Failed(ECONNREFUSED))
 }
 
 /// Pods and nodes reach external addresses as they do cluster IPs, with every external traffic policy.
@@ -400,19 +400,19 @@ fn external_ips_use_cluster_policy_from_inside(fixture: &Fixture) -> Result<()> 
     let more = [("externalIPs", json!([first.ip()]))];
     let _backends = pair(fixture, &namespace, "web")?;
     let both = Outcome::names(&["web-1", "web-2"]);
-    let gone = Outcome::Nobody;
+    let gone = Outcome::NoRoute;
     let service = namespace.create_service("web", with(web("web"), &more))?;
-    fixture.expect(&fixture.everybody(), Target::Tcp(first), &both)?;
-    fixture.expect(&fixture.everybody(), Target::Tcp(second), &gone)?;
+    fixture.expect(&fixture.all_clients(), Target::Tcp(first), &both)?;
+    fixture.expect(&fixture.all_clients(), Target::Tcp(second), &gone)?;
     namespace.patch_service("web", json!({"spec": {"externalIPs": [second.ip()]}}))?;
-    fixture.expect(&fixture.everybody(), Target::Tcp(second), &both)?;
-    fixture.expect(&fixture.everybody(), Target::Tcp(first), &gone)?;
+    fixture.expect(&fixture.all_clients(), Target::Tcp(second), &both)?;
+    fixture.expect(&fixture.all_clients(), Target::Tcp(first), &gone)?;
     let local = json!({"spec": {"type": "NodePort", "externalTrafficPolicy": "Local"}});
     namespace.patch_service("web", local)?;
-    fixture.expect(&fixture.everybody(), Target::Tcp(second), &both)?;
+    fixture.expect(&fixture.all_clients(), Target::Tcp(second), &both)?;
     namespace.patch_service("web", json!({"spec": {"externalIPs": null}}))?;
-    fixture.expect(&fixture.everybody(), Target::Tcp(second), &gone)?;
-    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &both)
+    fixture.expect(&fixture.all_clients(), Target::Tcp(second), &gone)?;
+    fixture.expect(&fixture.all_clients(), tcp(&service, 80)?, &both)
 }
 
 /// Addresses that a cloud controller writes into the status, except those with `ipMode: Proxy`, where the load balancer
@@ -428,28 +428,28 @@ fn load_balancer_ip_mode_is_respected(fixture: &Fixture) -> Result<()> {
     ensure!(node_port(&service).is_err(), "{service:?}");
     let _backends = pair(fixture, &namespace, "web")?;
     let both = Outcome::names(&["web-1", "web-2"]);
-    let gone = Outcome::Nobody;
-    fixture.expect(&fixture.everybody(), tcp(&service, 80)?, &both)?;
+    let gone = Outcome::NoRoute;
+    fixture.expect(&fixture.all_clients(), tcp(&service, 80)?, &both)?;
     let set = |ingress: Value| {
         let status = json!({"status": {"loadBalancer": {"ingress": ingress}}});
         namespace.patch_service_status("web", status)
     };
     for (mode, outcome) in [("VIP", &both), ("Proxy", &gone), ("VIP", &both)] {
         set(json!([{"ip": at.ip(), "ipMode": mode}]))?;
-        fixture.expect(&fixture.everybody(), Target::Tcp(at), outcome)?;
+        fixture.expect(&fixture.all_clients(), Target::Tcp(at), outcome)?;
     }
     set(json!([{"hostname": "example.org"}]))?;
-    fixture.expect(&fixture.everybody(), Target::Tcp(at), &gone)?;
+    fixture.expect(&fixture.all_clients(), Target::Tcp(at), &gone)?;
     // VIP is the default mode.
     set(json!([{"ip": at.ip()}]))?;
-    fixture.expect(&fixture.everybody(), Target::Tcp(at), &both)?;
+    fixture.expect(&fixture.all_clients(), Target::Tcp(at), &both)?;
     // Node ports of a load-balancer Service are served if they are allocated.
     let service = namespace.patch_service("web", json!({"spec": {"allocateLoadBalancerNodePorts": true}}))?;
     let own = Target::Tcp((fixture.cluster.node("n2").address(), node_port(&service)?).into());
-    fixture.expect(&fixture.all_on("n2"), own, &both)?;
+    fixture.expect(&fixture.clients_on("n2"), own, &both)?;
     namespace.patch_service("web", json!({"spec": {"type": "ClusterIP"}}))?;
-    fixture.expect(&fixture.everybody(), Target::Tcp(at), &gone)?;
-    fixture.expect(&fixture.all_on("n2"), own, &Outcome::Failed(ECONNREFUSED))
+    fixture.expect(&fixture.all_clients(), Target::Tcp(at), &gone)?;
+    fixture.expect(&fixture.clients_on("n2"), own, &Outcome::Failed(ECONNREFUSED))
 }
 
 /// The older Service has the address. When it is deleted, the other one gets the address, and no connection fails.
@@ -463,10 +463,10 @@ fn older_service_wins_an_address_conflict(fixture: &Fixture) -> Result<()> {
     ];
     // Age decides before the name: with equal ages, the Service with the lower name would have the address.
     namespace.create_service("z", claim("older"))?;
-    fixture.expect(&fixture.everybody(), Target::Tcp(at), &Outcome::names(&["older"]))?;
+    fixture.expect(&fixture.all_clients(), Target::Tcp(at), &Outcome::names(&["older"]))?;
     sleep(Duration::from_millis(1100));
     namespace.create_service("a", claim("younger"))?;
-    fixture.expect(&fixture.everybody(), Target::Tcp(at), &Outcome::names(&["older"]))?;
+    fixture.expect(&fixture.all_clients(), Target::Tcp(at), &Outcome::names(&["older"]))?;
     let connect = Connect::to(&[at]).rate(200.0);
     let loads = fixture
         .pods()
@@ -474,7 +474,7 @@ fn older_service_wins_an_address_conflict(fixture: &Fixture) -> Result<()> {
         .map(|pod| Fixture::testbed().start(pod, &connect));
     let loads = loads.collect::<Result<Vec<_>>>()?;
     namespace.delete_service("z")?;
-    fixture.expect(&fixture.everybody(), Target::Tcp(at), &Outcome::names(&["younger"]))?;
+    fixture.expect(&fixture.all_clients(), Target::Tcp(at), &Outcome::names(&["younger"]))?;
     for load in loads {
         let summary = load.stop()?;
         summary.all_well()?;

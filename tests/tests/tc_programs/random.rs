@@ -23,9 +23,9 @@ const HOOKS: [(&str, &str); 5] = [
 
 /// Returns a valid packet: from few clients to few addresses, or back from a backend, so that many packets belong to a
 /// flow.
-fn right(fixture: &Fixture, random: &mut Random) -> Sent {
+fn valid_packet(fixture: &Fixture, random: &mut Random) -> TestPacket {
     let v6 = random.next_bool();
-    let asker = client(v6, 4000 + random.below(8) as u16);
+    let client_address = client(v6, 4000 + random.below(8) as u16);
     let backend = SocketAddr::new(fixture.pod(["n1", "n2"][random.below(2) as usize], v6), 8080);
     let port = PORTS[random.below(4) as usize];
     let vip: IpAddr = if v6 { "fd00:96::20" } else { "10.96.0.20" }
@@ -33,27 +33,27 @@ fn right(fixture: &Fixture, random: &mut Random) -> Sent {
         .expect("an address");
     let snat = *SNAT.start() + random.below(4) as u16;
     let (from, to) = match random.below(8) {
-        0..4 => (asker, fixture.own(v6, port)),
-        4 => (asker, SocketAddr::new(vip, [80, 81][random.below(2) as usize])),
-        5 => (backend, asker),
+        0..4 => (client_address, fixture.own(v6, port)),
+        4 => (client_address, SocketAddr::new(vip, [80, 81][random.below(2) as usize])),
+        5 => (backend, client_address),
         6 => (backend, fixture.own(v6, snat)),
         _ => (backend, SocketAddr::new(vip, 80)),
     };
     let kinds = [
-        What::Syn,
-        What::Syn,
-        What::SynAck,
-        What::Ack,
-        What::Rst,
-        What::Datagram,
-        What::Datagram,
+        PacketKind::Syn,
+        PacketKind::Syn,
+        PacketKind::SynAck,
+        PacketKind::Ack,
+        PacketKind::Rst,
+        PacketKind::Datagram,
+        PacketKind::Datagram,
     ];
-    Sent {
+    TestPacket {
         ttl: [1, 2, 64, 255][random.below(4) as usize],
         payload: (0..[0, 1, 8, 33, 1400, 1460][random.below(6) as usize])
             .map(|_| random.next_u64() as u8)
             .collect(),
-        ..Sent::new(kinds[random.below(7) as usize], from, to)
+        ..TestPacket::new(kinds[random.below(7) as usize], from, to)
     }
 }
 
@@ -82,16 +82,16 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
 }
 
 /// Checks what must hold for a packet and the result of a program.
-fn judge(before: &[u8], link: usize, verdict: i32, after: &[u8], was_right: bool) -> Result<()> {
+fn check_result(before: &[u8], link: usize, verdict: i32, after: &[u8], was_valid: bool) -> Result<()> {
     ensure!([UNSPEC, SHOT, REDIRECT].contains(&verdict), "verdict {verdict}");
     if before == after || verdict == SHOT {
         // An unchanged packet is never redirected.
-        ensure!(verdict != REDIRECT, "sent on as it came");
+        ensure!(verdict != REDIRECT, "redirected unchanged");
         return Ok(());
     }
-    if !was_right {
+    if !was_valid {
         if verdict == UNSPEC {
-            is_in_place(before, link, after)?;
+            expect_only_rewritten_fields(before, link, after)?;
         }
         return Ok(());
     }
@@ -108,12 +108,12 @@ fn judge(before: &[u8], link: usize, verdict: i32, after: &[u8], was_right: bool
         }
     };
     let after = framed(after);
-    checked(&after).map(drop).context("of what it became")?;
-    if let (UNSPEC, Ok(new)) = (verdict, Sent::read(&after)) {
-        let old = Sent::read(&framed(before))?;
+    checked(&after).map(drop).context("in the translated packet")?;
+    if let (UNSPEC, Ok(new)) = (verdict, TestPacket::read(&after)) {
+        let old = TestPacket::read(&framed(before))?;
         // Only addresses and ports differ.
         ensure!(
-            new == Sent {
+            new == TestPacket {
                 from: new.from,
                 to: new.to,
                 ..old.clone()
@@ -125,8 +125,8 @@ fn judge(before: &[u8], link: usize, verdict: i32, after: &[u8], was_right: bool
 }
 
 /// Fails if a packet that continues differs in more than addresses, ports, checksums and the time to live.
-fn is_in_place(before: &[u8], link: usize, after: &[u8]) -> Result<()> {
-    ensure!(before.len() == after.len(), "another length");
+fn expect_only_rewritten_fields(before: &[u8], link: usize, after: &[u8]) -> Result<()> {
+    ensure!(before.len() == after.len(), "the length changed");
     // Version, lengths, fragments, protocol.
     let kept = if before[link] >> 4 == 4 {
         [0..link + 8, link + 9..link + 10]
@@ -134,7 +134,7 @@ fn is_in_place(before: &[u8], link: usize, after: &[u8]) -> Result<()> {
         [0..link + 7, 0..0]
     };
     for part in kept {
-        ensure!(before[part.clone()] == after[part], "another packet");
+        ensure!(before[part.clone()] == after[part], "other header fields changed");
     }
     Ok(())
 }
@@ -158,16 +158,16 @@ fn random_packets_are_translated_correctly_or_left_alone() -> Result<()> {
         let backends = [false, true].map(|v6| (fixture.pod(node, v6), node));
         fixture.serve(name, 20 + number as u8, PORTS[number], &backends);
     }
-    fixture.serve("nobody", 22, PORTS[2], &[]);
+    fixture.serve("empty", 22, PORTS[2], &[]);
     let wanted = scaled_count(PACKETS);
     let mut count = 0_u64;
     let mut seen = BTreeMap::new();
     while count < wanted || Instant::now() < end {
         count += 1;
-        let packet = right(&fixture, &mut random);
-        let was_right = random.below(3) == 0;
+        let packet = valid_packet(&fixture, &mut random);
+        let was_valid = random.below(3) == 0;
         let mut bytes = packet.bytes();
-        if !was_right {
+        if !was_valid {
             damage(&mut bytes, &mut random);
         }
         let (mut program, device) = HOOKS[random.below(HOOKS.len() as u64) as usize];
@@ -181,14 +181,14 @@ fn random_packets_are_translated_correctly_or_left_alone() -> Result<()> {
         let (verdict, after) = match fixture.run(program, device, &bytes) {
             Ok(done) => done,
             // The kernel itself rejects the packet.
-            Err(_) if !was_right => continue,
+            Err(_) if !was_valid => continue,
             Err(error) => return Err(error).with_context(|| format!("{program} at {device}: {packet:?}")),
         };
-        *seen.entry((verdict, bytes == after, was_right)).or_insert(0_u64) += 1;
-        judge(&bytes, link, verdict, &after, was_right)
+        *seen.entry((verdict, bytes == after, was_valid)).or_insert(0_u64) += 1;
+        check_result(&bytes, link, verdict, &after, was_valid)
             .with_context(|| format!("{program} at {device}: {bytes:02x?} became {after:02x?} ({verdict})"))?;
     }
-    println!("{count} packets; (verdict, unchanged, right): {seen:?}");
+    println!("{count} packets; (verdict, unchanged, valid): {seen:?}");
     for verdict in [UNSPEC, SHOT, REDIRECT] {
         ensure!(seen.keys().any(|(is, ..)| *is == verdict), "never {verdict}: {seen:?}");
     }
