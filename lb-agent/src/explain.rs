@@ -13,8 +13,9 @@ use lb_common::abi::{
     backend_flags, ip_protocol, service_flags,
 };
 use lb_common::logic::connect::{self, Set};
+use lb_common::logic::decide::{self, Admission, PacketTables, Services, SocketFrontend};
 use lb_common::logic::ip128::Ip128;
-use lb_common::logic::route::{self, Destination, Tables};
+use lb_common::logic::route::{Destination, Tables};
 use lb_common::logic::{affinity, generation};
 use nix::errno::Errno;
 use serde::Serialize;
@@ -217,6 +218,29 @@ impl Tables for View<'_> {
     }
 }
 
+impl<'a> Services for View<'a> {
+    type Service = &'a Service;
+
+    fn service(&self, index: u32) -> Option<&'a Service> {
+        self.maps.dump.services.get(index as usize)
+    }
+
+    fn flags(&self, service: &'a Service) -> u32 {
+        service.flags
+    }
+}
+
+impl PacketTables for View<'_> {
+    fn cluster_flags(&self, addr: Ip128) -> u32 {
+        self.maps.dump.cluster_cidr(addr.into()).map_or(0, |(_, flags)| flags)
+    }
+
+    fn is_in_source_range(&self, service: u32, addr: Ip128) -> bool {
+        let mut ranges = self.maps.dump.source_ranges.keys();
+        ranges.any(|range| range.admits(service, addr.into()))
+    }
+}
+
 impl Explanation {
     /// Adds what becomes of the packets of a socket that is left alone, where they come from an address: none leave from
     /// loopback.
@@ -253,16 +277,16 @@ pub(crate) fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explana
         on_node: asker.on_node,
     };
     let mut answer = Explanation::untouched(to, "");
-    if asker.node_only && !asker.on_node {
-        answer.outcome = Outcome::untouched(
-            "only sockets of the node's network namespace are served (--socket-lb node); others send packets to the \
-             destination, and what becomes of those is told for the address that they come from",
-        );
-        return answer;
-    }
-    let frontend = match route::frontend(&view, to) {
-        Ok(Some(frontend)) => frontend,
-        Ok(None) => {
+    let frontend = match decide::socket_frontend(&view, asker.node_only, to) {
+        Ok(SocketFrontend::Found(frontend)) => frontend,
+        Ok(SocketFrontend::OtherNamespace) => {
+            answer.outcome = Outcome::untouched(
+                "only sockets of the node's network namespace are served (--socket-lb node); others send packets to \
+                 the destination, and what becomes of those is told for the address that they come from",
+            );
+            return answer;
+        }
+        Ok(SocketFrontend::None) => {
             answer.outcome = Outcome::untouched(why_no_frontend(&view, to));
             return answer;
         }
@@ -273,28 +297,23 @@ pub(crate) fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explana
         }
     };
     answer.frontend = Some(Found::new(maps, frontend));
-    let set = connect::set_for_socket(frontend);
-    let service = maps.dump.services.get(frontend.service as usize);
-    let (set, service) = match (set, service) {
-        (Ok(set), Some(service)) => (set, service),
-        (Err(reason), _) => {
+    let admission = match decide::admit_socket(&view, frontend) {
+        Ok(Some(admission)) => admission,
+        Ok(None) => {
+            answer.outcome = Outcome::untouched(
+                "the load-balancer address is for some sources only (loadBalancerSourceRanges), and a socket's source \
+                 is not known when it connects: what becomes of its packets is told for the address that they come \
+                 from",
+            );
+            return answer;
+        }
+        Err(reason) => {
             answer.outcome = Outcome::refused(reason);
             return answer;
         }
-        (_, None) => {
-            answer.outcome = Outcome::refused(DropReason::BadServiceIndex);
-            return answer;
-        }
     };
-    if !route::is_for_sockets(frontend, service.flags) {
-        answer.outcome = Outcome::untouched(
-            "the load-balancer address is for some sources only (loadBalancerSourceRanges), and a socket's source is \
-             not known when it connects: what becomes of its packets is told for the address that they come from",
-        );
-        return answer;
-    }
     let client = AffinityKey::of_netns(asker.netns, frontend.service);
-    choose(maps, client, Chosen::new(frontend.service, set, service), &mut answer);
+    choose(maps, client, Chosen::new(frontend.service, admission), &mut answer);
     if to.proto == ip_protocol::UDP {
         answer.notes.push(
             "this is a new connect(), or a first datagram: an unconnected socket stays with the backend that it has \
@@ -315,7 +334,8 @@ struct Chosen<'a> {
 }
 
 impl<'a> Chosen<'a> {
-    fn new(index: u32, set: Set, service: &'a Service) -> Self {
+    fn new(index: u32, admission: Admission<&'a Service>) -> Self {
+        let Admission { service, set, .. } = admission;
         let [internal, external, cluster] = set_words(service);
         let word = match set {
             Set::Internal => internal,

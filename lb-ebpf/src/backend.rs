@@ -5,12 +5,12 @@ use core::ptr;
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, DropReason, Frontend, Service, SetWord, backend_flags, client_kind,
-    service_flags,
+    Addr, Affinity, AffinityKey, Backend, DropReason, Service, SetWord, backend_flags, client_kind, service_flags,
 };
 use lb_common::logic::connect::{self, Set};
+use lb_common::logic::decide::Admission;
 use lb_common::logic::ip128::Ip128;
-use lb_common::logic::{affinity, generation, idle, route};
+use lb_common::logic::{affinity, generation, idle};
 
 use crate::atomic::Shared;
 use crate::maps::{AFFINITY, BACKEND_SLOTS, BACKENDS, SERVICES};
@@ -36,12 +36,30 @@ impl Choice {
     }
 }
 
-/// A service and the set of it that serves a connection.
+/// An entry of SERVICES.
+#[derive(Clone, Copy)]
+pub(crate) struct ServiceRef {
+    at: *const Service,
+    /// See [`service_flags`].
+    pub(crate) flags: u32,
+}
+
+impl ServiceRef {
+    /// Returns the entry with an index, if the index is in range.
+    #[inline(always)]
+    pub(crate) fn of(index: u32) -> Option<Self> {
+        let at = SERVICES.get_ptr(index)?;
+        // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
+        let flags = unsafe { ptr::read_volatile(&raw const (*at).flags) };
+        Some(Self { at, flags })
+    }
+}
+
+/// A service and the set of it that a connection or flow selects from.
 pub(crate) struct Serving {
     index: u32,
     set: Set,
-    service: *const Service,
-    flags: u32,
+    service: ServiceRef,
 }
 
 /// Whether a backend, by id and generation, is still one: in some slice, if only to end what it has begun.
@@ -54,44 +72,31 @@ pub(crate) fn is_current(backend: u32, generation: u32) -> bool {
     })
 }
 
-/// The service of a frontend; `None` where the packet path is to decide.
-#[inline(always)]
-pub(crate) fn serving(frontend: Frontend) -> Result<Option<Serving>, DropReason> {
-    let set = connect::set_for_socket(frontend)?;
-    let service = SERVICES.get_ptr(frontend.service).ok_or(DropReason::BadServiceIndex)?;
-    let serving = Serving::new(frontend.service, service, set);
-    Ok(route::is_for_sockets(frontend, serving.flags).then_some(serving))
-}
-
 impl Serving {
-    /// One of a service's sets, whoever asks.
+    /// Returns a set of a service, if the index of the service is in range.
     #[inline(always)]
     pub(crate) fn of(index: u32, set: Set) -> Option<Self> {
-        SERVICES.get_ptr(index).map(|service| Self::new(index, service, set))
-    }
-
-    #[inline(always)]
-    fn new(index: u32, service: *const Service, set: Set) -> Self {
-        // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
-        let flags = unsafe { ptr::read_volatile(&raw const (*service).flags) };
-        Self {
+        Some(Self {
             index,
             set,
-            service,
-            flags,
-        }
+            service: ServiceRef::of(index)?,
+        })
     }
 
-    /// Whether a load-balancer address is for some clients only.
+    /// Returns the service and set of a decision.
     #[inline(always)]
-    pub(crate) fn has_source_ranges(&self) -> bool {
-        self.flags & service_flags::SOURCE_RANGES != 0
+    pub(crate) fn new(index: u32, admission: Admission<ServiceRef>) -> Self {
+        Self {
+            index,
+            set: admission.set,
+            service: admission.service,
+        }
     }
 
     /// A backend for a new connection: the one that the client had last, where the service wants that, or any.
     #[inline(always)]
     pub(crate) fn choose(&self, client: impl FnOnce() -> Client) -> Result<Choice, DropReason> {
-        if self.flags & service_flags::AFFINITY == 0 {
+        if self.service.flags & service_flags::AFFINITY == 0 {
             return self.any();
         }
         self.choose_by_affinity(client())
@@ -117,7 +122,7 @@ impl Serving {
     /// The set, read by one load: base and length always belong together.
     #[inline(always)]
     fn word(&self) -> SetWord {
-        let service = self.service;
+        let service = self.service.at;
         // SAFETY: the pointer is to a value of the map.
         let word = unsafe {
             match self.set {
@@ -132,7 +137,7 @@ impl Serving {
 
     /// The backend that is remembered by id and generation, if it may serve once more.
     #[inline(always)]
-    pub(crate) fn again(&self, backend: u32, generation: u32) -> Option<Choice> {
+    pub(crate) fn reusable_backend(&self, backend: u32, generation: u32) -> Option<Choice> {
         let entry: *const Backend = BACKENDS.get_ptr(backend)?;
         // The generation first: it moves before anything else does, and what it stands for is refilled only after this
         // program has ended.
@@ -164,7 +169,7 @@ impl Serving {
         // SAFETY: the helper takes nothing.
         let now = unsafe { bpf_ktime_get_coarse_ns() };
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
-        let timeout = unsafe { ptr::read_volatile(&raw const (*self.service).affinity_timeout) };
+        let timeout = unsafe { ptr::read_volatile(&raw const (*self.service.at).affinity_timeout) };
         let key = client.of(self.index);
         let Some(entry) = AFFINITY.get_ptr_mut(key.as_key()) else {
             let new = self.any()?;
@@ -176,7 +181,7 @@ impl Serving {
         let last_used = used.load();
         let (backend, generation) = Affinity::from_word(seen);
         if affinity::holds(last_used, now, timeout)
-            && let Some(choice) = self.again(backend, generation)
+            && let Some(choice) = self.reusable_backend(backend, generation)
         {
             if idle::is_to_refresh(last_used, now) {
                 used.store(now);
@@ -190,7 +195,7 @@ impl Serving {
         }
         // Another connection of the client was faster: both are to have the same.
         let (backend, generation) = Affinity::from_word(word.load());
-        Ok(self.again(backend, generation).unwrap_or(new))
+        Ok(self.reusable_backend(backend, generation).unwrap_or(new))
     }
 
     /// Remembers a client that is new; what another connection of it has just remembered stands.
@@ -209,7 +214,7 @@ impl Serving {
         };
         // SAFETY: the pointer is to a value of the map, whose first 8 bytes are one aligned word.
         let (backend, generation) = Affinity::from_word(unsafe { ptr::read_volatile(entry.cast::<u64>()) });
-        self.again(backend, generation).unwrap_or(new)
+        self.reusable_backend(backend, generation).unwrap_or(new)
     }
 }
 

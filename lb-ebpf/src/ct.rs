@@ -1,23 +1,50 @@
-//! CT and CT_NEW: flows of packets.
+//! CT and CT_NEW: the flows of the packet path.
 
 use core::ptr;
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
-use lb_common::abi::{CtEntry, CtKey, DropReason, ct_flags};
+use lb_common::abi::{CtEntry, CtKey, DropReason};
 use lb_common::logic::connect::Set;
 use lb_common::logic::ct::Phase;
+use lb_common::logic::delivery;
 use lb_common::logic::idle;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::tcp_state;
-use lb_common::logic::translation::{Tuple, opposite};
+use lb_common::logic::translation::Tuple;
 
 use crate::backend::Choice;
 use crate::maps::{CT, CT_NEW};
-use crate::packet_ctx::{PacketCtx, step};
+use crate::packet_ctx::{CtxRef, PacketCtx, outcome, steps};
 use crate::volatile;
 
-/// A [`CtKey`] in memory: what packets of one direction of a flow are.
+outcome! {
+    /// The insertion of a direction of a flow.
+    pub(crate) enum Claim {
+        /// The direction was inserted.
+        First,
+        /// Its tuple belongs to a flow already; nothing was inserted.
+        Lost,
+    }
+}
+
+outcome! {
+    /// The replacement of a flow by another one.
+    pub(crate) enum Replace {
+        /// The tuple is free.
+        Free,
+        /// The tuple belongs to a flow that has not ended.
+        InUse,
+    }
+}
+
+steps! {
+    pub(crate) fn claim_replies(ctx) -> Claim;
+    pub(crate) fn replace_closed(ctx) -> Replace;
+    pub(crate) fn establish(ctx) -> ();
+}
+
+/// A [`CtKey`] in memory: the tuple of one direction of a flow.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Key {
@@ -66,7 +93,7 @@ impl Key {
     }
 }
 
-/// A [`CtEntry`] in memory: what they become.
+/// A [`CtEntry`] in memory: the translation of one direction of a flow.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Entry {
@@ -87,7 +114,7 @@ pub(crate) struct Entry {
 const _: () = assert!(size_of::<Entry>() == size_of::<CtEntry>());
 
 impl Entry {
-    /// Of a new flow.
+    /// Returns the entry of a new flow.
     #[inline(always)]
     pub(crate) fn new(to: &Tuple, choice: Choice, service: u32, set: Set) -> Self {
         Self {
@@ -106,9 +133,9 @@ impl Entry {
         }
     }
 
-    /// What a packet becomes.
+    /// Returns the tuple of translated packets.
     #[inline(always)]
-    pub(crate) fn to(&self) -> Tuple {
+    pub(crate) fn translated(&self) -> Tuple {
         Tuple {
             src: Ip128(self.src),
             dst: Ip128(self.dst),
@@ -122,10 +149,15 @@ impl Entry {
         self.src = addr.0;
     }
 
-    /// How packets from client to backend go: [`ct_flags`].
+    /// Returns the [`lb_common::abi::ct_flags`].
     #[inline(always)]
-    pub(crate) fn set_way(&mut self, way: u16) {
-        self.flags = way;
+    pub(crate) fn flags(&self) -> u16 {
+        self.flags
+    }
+
+    #[inline(always)]
+    pub(crate) fn set_flags(&mut self, flags: u16) {
+        self.flags = flags;
     }
 
     #[inline(always)]
@@ -143,29 +175,28 @@ impl Entry {
         self.flags & flag != 0
     }
 
-    /// Whether the packet loses one of its time to live, as on every hop: what is sent on at ingress, and what is received
-    /// once more. So none goes round for ever, whatever Services have for backends.
+    /// Returns whether packets have their time to live decremented.
     #[inline(always)]
-    pub(crate) fn is_hop(&self) -> bool {
-        self.has(ct_flags::FORWARD | ct_flags::AGAIN) && !self.has(ct_flags::EGRESS)
+    pub(crate) fn decrements_ttl(&self) -> bool {
+        delivery::decrements_ttl(self.flags)
     }
 
-    /// What the packets of the other direction are.
+    /// Returns the key of the opposite direction.
     #[inline(always)]
-    pub(crate) fn other_key(&self, key: &Key) -> Key {
-        Key::new(&self.to().reversed(), key.proto())
+    pub(crate) fn reverse_key(&self, key: &Key) -> Key {
+        Key::new(&self.translated().reversed(), key.proto())
     }
 
-    /// What the packets of the other direction become; `key` is what those of this one are.
+    /// Returns the entry of the opposite direction. `key` is the key of this entry.
     #[inline(always)]
-    fn other(&self, key: &Key) -> Self {
-        let to = key.tuple().reversed();
+    fn reversed(&self, key: &Key) -> Self {
+        let translated = key.tuple().reversed();
         Self {
-            src: to.src.0,
-            dst: to.dst.0,
-            src_port: to.src_port,
-            dst_port: to.dst_port,
-            flags: opposite(self.flags),
+            src: translated.src.0,
+            dst: translated.dst.0,
+            src_port: translated.src_port,
+            dst_port: translated.dst_port,
+            flags: delivery::opposite(self.flags),
             state: 0,
             ..*self
         }
@@ -178,28 +209,34 @@ impl Entry {
     }
 }
 
-/// The entry of a packet.
+/// The entry that a lookup found.
 pub(crate) struct CtLookup {
     at: *mut CtEntry,
-    /// It stands in CT_NEW.
-    pub(crate) is_new: bool,
+    /// The entry is in CT_NEW.
+    pub(crate) is_unreplied: bool,
 }
 
 impl CtLookup {
+    /// Looks a key up in CT, then in CT_NEW.
     #[inline(always)]
     pub(crate) fn of(key: &Key) -> Option<Self> {
         if let Some(at) = CT.get_ptr_mut(key.as_key()) {
-            return Some(Self { at, is_new: false });
+            return Some(Self {
+                at,
+                is_unreplied: false,
+            });
         }
-        CT_NEW.get_ptr_mut(key.as_key()).map(|at| Self { at, is_new: true })
+        CT_NEW
+            .get_ptr_mut(key.as_key())
+            .map(|at| Self { at, is_unreplied: true })
     }
 
-    /// Copies what is there.
+    /// Copies the entry.
     #[inline(always)]
     pub(crate) fn read(&self, to: &mut Entry) {
-        // SAFETY: the pointer is to a value of the map, which is as long and as aligned. What does not change of an entry
-        // changes only where the element is used again; who reads that of another flow then sends one packet astray, which
-        // no checksum of a connection takes for its own.
+        // SAFETY: the pointer is to a value of the map, which has the size and alignment of an `Entry`. The fields that do
+        // not change during a flow change if the kernel reuses the element for another key. A program that reads such a
+        // mixture sends one packet to the wrong place, where no checksum of a connection accepts it.
         unsafe { volatile::copy(self.at.cast::<Entry>(), to) }
     }
 
@@ -209,11 +246,11 @@ impl CtLookup {
         unsafe { (&raw const (*self.at).state).read_volatile() }
     }
 
-    /// A packet has come: says when, at most once a second, and what it says of the connection.
+    /// Records a packet: its time, at most once a second, and the TCP flags of a segment.
     #[inline(always)]
     pub(crate) fn touch(&self, flags: u8, is_tcp: bool) {
         let now = now();
-        // SAFETY: as above; programs on other CPUs write the same, or a little older.
+        // SAFETY: the pointer is to a value of the map. Programs on other CPUs write the same values, or slightly older ones.
         unsafe {
             if idle::is_to_refresh((&raw const (*self.at).seen).read_volatile(), now) {
                 (&raw mut (*self.at).seen).write_volatile(now);
@@ -229,100 +266,101 @@ impl CtLookup {
 
 #[inline(always)]
 fn now() -> u64 {
-    // SAFETY: the helper takes nothing.
+    // SAFETY: the helper has no arguments.
     unsafe { bpf_ktime_get_coarse_ns() }
 }
 
-/// Whether packets like these belong to a flow.
+/// Returns whether a tuple belongs to a flow.
 #[inline(always)]
 fn is_taken(key: &Key) -> bool {
     CT.get_ptr(key.as_key()).is_some() || CT_NEW.get_ptr(key.as_key()).is_some()
 }
 
-/// Puts a direction of a new flow into CT_NEW. False where there is one already.
+/// Inserts a direction of a new flow into CT_NEW, unless that has its key.
 #[inline(always)]
-pub(crate) fn claim(key: &Key, entry: &Entry) -> bool {
-    CT_NEW
-        .insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST))
-        .is_ok()
-}
-
-step! {
-    /// The same with the direction of the answers. False where answers like those already belong to a flow.
-    pub(crate) fn claim_answers(ctx) {
-        let PacketCtx { key, entry, .. } = &*ctx;
-        let other_key = entry.other_key(key);
-        Ok(!is_taken(&other_key) && claim(&other_key, &entry.other(key)))
+pub(crate) fn claim(key: &Key, entry: &Entry) -> Claim {
+    match CT_NEW.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST)) {
+        Ok(()) => Claim::First,
+        Err(_) => Claim::Lost,
     }
 }
 
-step! {
-    /// Forgets the flow that has the answers which this one would have, if both of its sides have said that they send no
-    /// more. One that was reset stays: anybody may have sent that. False where it stays.
-    pub(crate) fn replace_closed(mut ctx) {
-        let other_key = ctx.entry.other_key(&ctx.key);
-        let Some(found) = CtLookup::of(&other_key) else {
-            return Ok(true);
-        };
-        found.read(&mut ctx.other);
-        let other = &ctx.other;
-        let is_closed = Phase::of(true, [found.state(), other_state(&other_key, other)]) == Phase::Closed;
-        if is_closed {
-            forget(&other_key, other);
-        }
-        Ok(is_closed)
+/// Step: inserts the direction of the replies, unless their tuple belongs to a flow.
+#[inline(always)]
+fn claim_replies(ctx: CtxRef) -> Result<Claim, DropReason> {
+    let PacketCtx { key, entry, .. } = &*ctx;
+    let reverse_key = entry.reverse_key(key);
+    if is_taken(&reverse_key) {
+        return Ok(Claim::Lost);
     }
+    Ok(claim(&reverse_key, &entry.reversed(key)))
 }
 
-/// Forgets both directions.
+/// Step: deletes the flow whose replies have the tuple of this flow's replies, if both of its sides have closed it. A flow
+/// that was reset stays, since the RST may be forged.
+#[inline(always)]
+fn replace_closed(mut ctx: CtxRef) -> Result<Replace, DropReason> {
+    let other_key = ctx.entry.reverse_key(&ctx.key);
+    let Some(found) = CtLookup::of(&other_key) else {
+        return Ok(Replace::Free);
+    };
+    found.read(&mut ctx.other);
+    let other = &ctx.other;
+    if Phase::of(true, [found.state(), reverse_state(&other_key, other)]) != Phase::Closed {
+        return Ok(Replace::InUse);
+    }
+    forget(&other_key, other);
+    Ok(Replace::Free)
+}
+
+/// Deletes both directions of a flow.
 #[inline(never)]
 pub(crate) fn forget(key: &Key, entry: &Entry) {
-    let other_key = entry.other_key(key);
-    for key in [key, &other_key] {
+    let reverse_key = entry.reverse_key(key);
+    for key in [key, &reverse_key] {
         let _ = CT.remove(key.as_key());
         let _ = CT_NEW.remove(key.as_key());
     }
 }
 
-/// Forgets the answers to a flow that is not to be.
+/// Deletes the direction of the replies of a flow that was not inserted.
 #[inline(never)]
-pub(crate) fn forget_answers(key: &Key, entry: &Entry) {
-    let _ = CT_NEW.remove(entry.other_key(key).as_key());
+pub(crate) fn forget_replies(key: &Key, entry: &Entry) {
+    let _ = CT_NEW.remove(entry.reverse_key(key).as_key());
 }
 
-/// The state of the other direction; zero where it is not known.
+/// Returns the state of the opposite direction, or zero if that has no entry.
 #[inline(never)]
-pub(crate) fn other_state(key: &Key, entry: &Entry) -> u8 {
-    CtLookup::of(&entry.other_key(key)).map_or(0, |other| other.state())
+pub(crate) fn reverse_state(key: &Key, entry: &Entry) -> u8 {
+    CtLookup::of(&entry.reverse_key(key)).map_or(0, |found| found.state())
 }
 
-step! {
-    /// Moves both directions of a flow to CT.
-    ///
-    /// # Errors
-    /// [`DropReason::ConntrackFull`]; both stay where they are.
-    pub(crate) fn establish(mut ctx) {
-        ctx.entry.seen = now();
-        ctx.entry.state = tcp_state::after(ctx.entry.state, ctx.packet.flags);
-        let PacketCtx { key, entry, .. } = &*ctx;
-        let other_key = entry.other_key(key);
-        let mut other = entry.other(key);
-        if let Some(at) = CT_NEW.get_ptr(other_key.as_key()) {
-            // SAFETY: the pointer is to a value of the map.
-            other.state = unsafe { (&raw const (*at).state).read_volatile() };
-        }
-        // Who finds one direction in CT must find the other.
-        if !keep(&other_key, &other) || !keep(key, entry) {
-            let _ = CT.remove(other_key.as_key());
-            return Err(DropReason::ConntrackFull);
-        }
-        let _ = CT_NEW.remove(key.as_key());
-        let _ = CT_NEW.remove(other_key.as_key());
-        Ok(true)
+/// Step: moves both directions of a flow to CT.
+///
+/// # Errors
+/// Returns [`DropReason::ConntrackFull`] if CT has no room. Both directions then stay in CT_NEW.
+#[inline(always)]
+fn establish(mut ctx: CtxRef) -> Result<(), DropReason> {
+    ctx.entry.seen = now();
+    ctx.entry.state = tcp_state::after(ctx.entry.state, ctx.packet.flags);
+    let PacketCtx { key, entry, .. } = &*ctx;
+    let reverse_key = entry.reverse_key(key);
+    let mut reversed = entry.reversed(key);
+    if let Some(at) = CT_NEW.get_ptr(reverse_key.as_key()) {
+        // SAFETY: the pointer is to a value of the map.
+        reversed.state = unsafe { (&raw const (*at).state).read_volatile() };
     }
+    // A program that finds one direction in CT must find the opposite one there.
+    if !keep(&reverse_key, &reversed) || !keep(key, entry) {
+        let _ = CT.remove(reverse_key.as_key());
+        return Err(DropReason::ConntrackFull);
+    }
+    let _ = CT_NEW.remove(key.as_key());
+    let _ = CT_NEW.remove(reverse_key.as_key());
+    Ok(())
 }
 
-/// Puts a direction into CT, unless it is there.
+/// Inserts a direction into CT, unless it is there. Returns whether it is there now.
 #[inline(always)]
 fn keep(key: &Key, entry: &Entry) -> bool {
     match CT.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST)) {

@@ -1,14 +1,17 @@
-//! The maps as `lb_common::logic` looks at them.
+//! The lookups that `lb_common::logic` makes.
 
 use core::ffi::c_void;
 use core::ptr;
 
+use aya_ebpf::btf_maps::lpm_trie::Key as Prefix;
 use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
-use lb_common::abi::Frontend;
+use lb_common::abi::{Addr, Frontend, SourceRange};
+use lb_common::logic::decide::{PacketTables, Services};
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::route::{Destination, Tables};
 
-use crate::maps::{FRONTENDS, NODE_ADDRS, node_netns};
+use crate::backend::ServiceRef;
+use crate::maps::{CLUSTER_CIDRS, FRONTENDS, NODE_ADDRS, SOURCE_RANGES, node_netns};
 use crate::volatile::{AddrKey, Key};
 
 /// FRONTENDS and NODE_ADDRS, and the socket of a program's context.
@@ -42,5 +45,39 @@ impl Tables for MapTables {
     #[inline(always)]
     fn is_on_node(&self) -> bool {
         self.netns() == node_netns()
+    }
+}
+
+impl Services for MapTables {
+    type Service = ServiceRef;
+
+    #[inline(always)]
+    fn service(&self, index: u32) -> Option<ServiceRef> {
+        ServiceRef::of(index)
+    }
+
+    #[inline(always)]
+    fn flags(&self, service: ServiceRef) -> u32 {
+        service.flags
+    }
+}
+
+impl PacketTables for MapTables {
+    #[inline(always)]
+    fn cluster_flags(&self, addr: Ip128) -> u32 {
+        let key = Prefix::new(128, Addr::from(addr));
+        CLUSTER_CIDRS.get(&key).map_or(0, |flags| {
+            // SAFETY: the reference is to a value of the map; the agent may store to it at any time.
+            unsafe { ptr::from_ref(flags).read_volatile() }
+        })
+    }
+
+    #[inline(always)]
+    fn is_in_source_range(&self, service: u32, addr: Ip128) -> bool {
+        let range = SourceRange {
+            service,
+            addr: Addr::from(addr),
+        };
+        SOURCE_RANGES.get(&Prefix::new(160, range)).is_some()
     }
 }

@@ -1,9 +1,9 @@
-//! What the packet path works with, and how it is cut into steps.
+//! The per-CPU context of the packet path, and the global functions ("steps") that the verifier checks separately.
 //!
-//! A step is a global function (`BTF_FUNC_GLOBAL`): the verifier looks at each once and by itself, whoever calls it and
-//! however often, and for a caller its result is any number. Else it would follow every path through all of them, ten times
-//! the ctx at every start of the agent. All that steps share stands in SCRATCH, since such a function is given nothing
-//! but numbers and the context.
+//! The verifier checks a global function (`BTF_FUNC_GLOBAL`) once and in isolation, however often it is called, and a
+//! caller may rely on nothing about its result. Without these boundaries the verifier would follow every path through all
+//! steps: ten times the work at every start of the agent. A global function takes only the program's context and numbers,
+//! so the steps share their state in SCRATCH and return a number.
 
 use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
@@ -18,47 +18,44 @@ use lb_common::logic::translation::{RejectWith, Tuple};
 use crate::backend::Choice;
 use crate::ct::{Entry, Key};
 use crate::maps::SCRATCH;
-use crate::send::Hop;
+use crate::send::NextHop;
 
-/// What a step says, or why the packet is not translated.
-pub(crate) type Result = core::result::Result<bool, DropReason>;
-
-/// A packet, and what came of it so far.
+/// A packet and the results of the steps so far: the value of SCRATCH.
 pub(crate) struct PacketCtx {
     pub(crate) packet: Packet,
-    /// Length of the link layer's header.
+    /// Length of the link-layer header.
     link: u8,
     pub(crate) at_egress: bool,
-    /// What the kernel is told.
+    /// Verdict of the program.
     pub(crate) verdict: i32,
-    /// Zero where no service was found.
+    /// Service index; zero if no service was found.
     pub(crate) service: u32,
-    /// How long a packet may be, for [`DropReason::TooBig`].
+    /// Maximum length of the packet, for [`DropReason::TooBig`].
     pub(crate) mtu: u32,
-    /// What to answer, where it is refused.
-    pub(crate) answer: RejectWith,
-    /// Why the last step failed, if it did.
+    /// Response to a packet that is not translated.
+    pub(crate) reject_with: RejectWith,
+    /// Error of the last step that failed.
     reason: DropReason,
-    /// The source port that the client's last flow like this one had behind this node, where it is over; zero else.
+    /// Source port at this node of the client's last flow with this tuple, if that flow is over; otherwise zero.
     pub(crate) last_port: u16,
-    /// What a new flow asks for.
+    /// Frontend of a new flow.
     pub(crate) frontend: Frontend,
     pub(crate) key: Key,
     pub(crate) entry: Entry,
-    /// That of another flow, which is in the way of this one.
+    /// Entry of another flow whose replies would have the tuple of this flow's replies.
     pub(crate) other: Entry,
     pub(crate) chosen: Chosen,
-    pub(crate) hop: Hop,
+    pub(crate) next_hop: NextHop,
 }
 
-/// What a new flow gets.
+/// The choices for a new flow.
 #[derive(Clone, Copy)]
 pub(crate) struct Chosen {
     pub(crate) backend: Choice,
     pub(crate) set: Set,
     /// The client is a pod of this node.
-    pub(crate) here: bool,
-    /// The source becomes this node's.
+    pub(crate) client_is_local: bool,
+    /// The source address becomes one of this node.
     pub(crate) snat: bool,
 }
 
@@ -72,57 +69,58 @@ impl PacketCtx {
         }
     }
 
+    /// Returns the tuple of the packet as it arrived.
     #[inline(always)]
-    pub(crate) const fn is(&self) -> Tuple {
+    pub(crate) const fn tuple(&self) -> Tuple {
         Tuple::of(&self.packet)
     }
 
-    /// Offset of the IP header.
+    /// Returns the offset of the IP header.
     #[inline(always)]
     pub(crate) fn ip(&self) -> usize {
         self.link.into()
     }
 
-    /// Offset of the transport header.
+    /// Returns the offset of the transport header.
     #[inline(always)]
     pub(crate) fn transport(&self) -> usize {
         self.ip() + self.packet.ip_len()
     }
 }
 
-/// This CPU's [`PacketCtx`]. A handle and no reference: each step has its own, and changes what its caller sees.
+/// A copyable handle of this CPU's [`PacketCtx`], not a reference: every step has its own, and all change the same value.
 #[derive(Clone, Copy)]
 pub(crate) struct CtxRef(NonNull<PacketCtx>);
 
 impl CtxRef {
-    /// The kernel runs one program at a tc hook at a time on a CPU, with softirqs off.
+    /// Returns this CPU's context. The kernel runs one program of a tc hook at a time on a CPU, with softirqs disabled.
     #[inline(always)]
-    fn here() -> Option<Self> {
+    fn scratch() -> Option<Self> {
         SCRATCH.get_ptr_mut(0).and_then(NonNull::new).map(Self)
     }
 
-    /// Of a packet.
+    /// Starts the context of a packet. `link`: length of the link-layer header.
     #[inline(always)]
     pub(crate) fn begin(packet: Packet, link: usize, at_egress: bool) -> Option<Self> {
-        let mut ctx = Self::here()?;
+        let mut ctx = Self::scratch()?;
         ctx.packet = packet;
         ctx.link = link as u8;
         ctx.at_egress = at_egress;
         ctx.verdict = TC_ACT_UNSPEC;
         ctx.service = 0;
         ctx.last_port = 0;
-        ctx.key = Key::new(&ctx.is(), packet.proto);
+        ctx.key = Key::new(&ctx.tuple(), packet.proto);
         Some(ctx)
     }
 
-    /// Does a step; what a global function returns.
+    /// Runs a step, and returns the number that its global function returns.
     #[inline(always)]
-    pub(crate) fn enter(step: impl FnOnce(Self) -> Result) -> u32 {
-        let Some(mut ctx) = Self::here() else {
+    pub(crate) fn enter<T: StepResult>(step: impl FnOnce(Self) -> Result<T, DropReason>) -> u32 {
+        let Some(mut ctx) = Self::scratch() else {
             return FAILED;
         };
         match step(ctx) {
-            Ok(result) => result.into(),
+            Ok(result) => result.to_number(),
             Err(reason) => {
                 ctx.reason = reason;
                 FAILED
@@ -130,17 +128,14 @@ impl CtxRef {
         }
     }
 
-    /// What a step came to.
+    /// Returns the result of a step, from the number that its global function returned.
     #[inline(always)]
-    pub(crate) fn leave(self, result: u32) -> Result {
-        match result {
-            0 => Ok(false),
-            1 => Ok(true),
-            _ => Err(self.reason),
-        }
+    pub(crate) fn leave<T: StepResult>(self, number: u32) -> Result<T, DropReason> {
+        T::from_number(number).ok_or(self.reason)
     }
 }
 
+/// The number of every step that failed. The error is in [`PacketCtx::reason`].
 const FAILED: u32 = 2;
 
 impl Deref for CtxRef {
@@ -148,8 +143,9 @@ impl Deref for CtxRef {
 
     #[inline(always)]
     fn deref(&self) -> &PacketCtx {
-        // SAFETY: a value of the map, of which zero bytes are one. No reference lives on while a step runs: they are of
-        // `self`'s life, and steps are given copies.
+        // SAFETY: the pointer is to the value of SCRATCH, which no other program uses while this one runs. Zero bytes, the
+        // value's first content, are valid for every field. A reference borrows `self`, and a step gets a copy of it, so
+        // none is alive while a step changes the value.
         unsafe { self.0.as_ref() }
     }
 }
@@ -157,42 +153,105 @@ impl Deref for CtxRef {
 impl DerefMut for CtxRef {
     #[inline(always)]
     fn deref_mut(&mut self) -> &mut PacketCtx {
-        // SAFETY: as above.
+        // SAFETY: the pointer is to the value of SCRATCH, which no other program uses while this one runs. The reference
+        // borrows `self` mutably, and steps, the only holders of copies, have returned or wait for this one.
         unsafe { self.0.as_mut() }
     }
 }
 
-/// Makes a step of a function of packet and [`CtxRef`], or of [`CtxRef`] alone: what is not used is not passed, and the
-/// verifier would miss it.
-macro_rules! step {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident($skb:ident, $ctx:pat_param) $body:block) => {
+/// The result of a step, as a number that a global function can return.
+pub(crate) trait StepResult: Sized {
+    /// Returns the number of the result. It is not [`FAILED`].
+    fn to_number(self) -> u32;
+    /// Returns the result with a number; `None` for every other number, since the verifier assumes nothing about it.
+    fn from_number(number: u32) -> Option<Self>;
+}
+
+impl StepResult for () {
+    #[inline(always)]
+    fn to_number(self) -> u32 {
+        0
+    }
+
+    #[inline(always)]
+    fn from_number(number: u32) -> Option<()> {
+        (number == 0).then_some(())
+    }
+}
+
+/// Defines an enum of two outcomes that a step returns.
+macro_rules! outcome {
+    ($(#[$doc:meta])* $vis:vis enum $name:ident {
+        $(#[$first_doc:meta])* $first:ident, $(#[$second_doc:meta])* $second:ident,
+    }) => {
         $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq)]
+        $vis enum $name {
+            $(#[$first_doc])* $first,
+            $(#[$second_doc])* $second,
+        }
+
+        impl $crate::packet_ctx::StepResult for $name {
+            #[inline(always)]
+            fn to_number(self) -> u32 {
+                self as u32
+            }
+
+            #[inline(always)]
+            fn from_number(number: u32) -> Option<Self> {
+                match number {
+                    0 => Some(Self::$first),
+                    1 => Some(Self::$second),
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+/// Defines the module `step` with the global function of each step: a function of the surrounding module whose arguments
+/// are the packet and the context, or the context alone. An unused packet must not be passed: the verifier rejects a global
+/// function whose argument has no type that it can check.
+///
+/// `step::choose(ctx)` calls the global function; a direct call of `choose(ctx)` would compile the step into its caller.
+macro_rules! steps {
+    ($($vis:vis fn $name:ident($($arg:ident),+) -> $result:tt;)*) => {
+        pub(crate) mod step {
+            $($crate::packet_ctx::step! { $vis fn $name($($arg),+) -> $result; })*
+        }
+    };
+}
+
+/// Defines the global function of one step; see [`steps`].
+macro_rules! step {
+    ($vis:vis fn $name:ident(skb, ctx) -> $result:tt;) => {
         #[inline(always)]
-        $vis fn $name(skb: $crate::skb::Skb, ctx: $crate::packet_ctx::CtxRef) -> $crate::packet_ctx::Result {
+        $vis fn $name(
+            skb: $crate::skb::Skb,
+            ctx: $crate::packet_ctx::CtxRef,
+        ) -> Result<$crate::packet_ctx::step_result!($result), lb_common::abi::DropReason> {
             #[unsafe(export_name = concat!("lb_step_", stringify!($name)))]
             #[inline(never)]
             extern "C" fn $name(skb: *mut aya_ebpf::bindings::__sk_buff) -> u32 {
                 $crate::packet_ctx::CtxRef::enter(
                     #[inline(always)]
-                    |$ctx| {
-                        let $skb = $crate::skb::Skb::new(skb);
-                        $body
-                    },
+                    |ctx| super::$name($crate::skb::Skb::new(skb), ctx),
                 )
             }
             ctx.leave($name(skb.as_ptr()))
         }
     };
-    ($(#[$doc:meta])* $vis:vis fn $name:ident($ctx:pat_param) $body:block) => {
-        $(#[$doc])*
+    ($vis:vis fn $name:ident(ctx) -> $result:tt;) => {
         #[inline(always)]
-        $vis fn $name(ctx: $crate::packet_ctx::CtxRef) -> $crate::packet_ctx::Result {
+        $vis fn $name(
+            ctx: $crate::packet_ctx::CtxRef,
+        ) -> Result<$crate::packet_ctx::step_result!($result), lb_common::abi::DropReason> {
             #[unsafe(export_name = concat!("lb_step_", stringify!($name)))]
             #[inline(never)]
             extern "C" fn $name() -> u32 {
                 $crate::packet_ctx::CtxRef::enter(
                     #[inline(always)]
-                    |$ctx| $body,
+                    |ctx| super::$name(ctx),
                 )
             }
             ctx.leave($name())
@@ -200,4 +259,14 @@ macro_rules! step {
     };
 }
 
-pub(crate) use step;
+/// The type of a step's result, as the module `step` refers to it.
+macro_rules! step_result {
+    (()) => {
+        ()
+    };
+    ($result:ident) => {
+        super::$result
+    };
+}
+
+pub(crate) use {outcome, step, step_result, steps};

@@ -14,16 +14,31 @@ use lb_common::logic::packet::{Bytes as _, ETHERNET, IPV4, IPV6, Packet, TCP, tc
 use lb_common::logic::translation::RejectWith;
 
 use crate::count;
-use crate::packet_ctx::{CtxRef, step};
+use crate::packet_ctx::{CtxRef, outcome, steps};
 use crate::skb::Skb;
 
-/// Time to live of what lb sends itself.
+/// Time to live of the responses that lb sends.
 const TTL: u8 = 64;
+
+outcome! {
+    /// The response to a packet.
+    pub(crate) enum Response {
+        /// The packet became a response.
+        Sent,
+        /// The packet must not be responded to.
+        None,
+    }
+}
+
+steps! {
+    pub(super) fn reset(skb, ctx) -> Response;
+    pub(super) fn icmp(skb, ctx) -> ();
+}
 
 /// Type and code of an ICMP error for IPv4 (RFC 792, RFC 1191) or IPv6 (RFC 4443), and the word after its checksum.
 #[inline(always)]
-const fn header(answer: RejectWith, mtu: u32, is_v4: bool) -> ([u8; 2], u32) {
-    match (answer, is_v4) {
+const fn header(reject_with: RejectWith, mtu: u32, is_v4: bool) -> ([u8; 2], u32) {
+    match (reject_with, is_v4) {
         (RejectWith::TooBig, true) => ([3, 4], (mtu & 0xffff).to_be()),
         (RejectWith::TooBig, false) => ([2, 0], mtu.to_be()),
         (RejectWith::TimeExceeded, true) => ([11, 0], 0),
@@ -85,9 +100,9 @@ fn write_ip(skb: Skb, ctx: CtxRef, proto: u8, payload: u16) -> Result<(), DropRe
     skb.store(ctx.ip(), &[start, from.0[0], from.0[1], to.0[0], to.0[1]])
 }
 
-/// Sends the answer where the packet came from.
+/// Sends the response back to the sender of the packet.
 #[inline(always)]
-fn send_back(skb: Skb, mut ctx: CtxRef) -> Result<bool, DropReason> {
+fn send_back(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
     if ctx.at_egress {
         // To the socket: as if it had come in by the device that the packet was to leave by, whose address the
         // packet's own source is.
@@ -100,7 +115,7 @@ fn send_back(skb: Skb, mut ctx: CtxRef) -> Result<bool, DropReason> {
         }
         // SAFETY: plain numbers.
         ctx.verdict = unsafe { bpf_redirect(skb.ifindex(), BPF_F_INGRESS.into()) as i32 };
-        return Ok(true);
+        return Ok(());
     }
     if ctx.ip() == ETHERNET {
         let half = |at| skb.half(at).map(u16::to_be).ok_or(DropReason::RewriteFailed);
@@ -109,21 +124,22 @@ fn send_back(skb: Skb, mut ctx: CtxRef) -> Result<bool, DropReason> {
     }
     // SAFETY: plain numbers.
     ctx.verdict = unsafe { bpf_redirect(skb.ifindex(), 0) as i32 };
-    Ok(true)
+    Ok(())
 }
 
-/// Sends the answer, and returns the verdict. Where it cannot be made there is none.
+/// Sends the response to a rejected packet, and returns the verdict. If the response cannot be built, the packet is
+/// dropped without one.
 #[inline(always)]
-pub(crate) fn with(skb: Skb, mut ctx: CtxRef, answer: RejectWith) -> i32 {
-    ctx.answer = answer;
-    let result = if ctx.packet.is_tcp() && answer == RejectWith::Refused {
-        reset(skb, ctx)
+pub(crate) fn with(skb: Skb, mut ctx: CtxRef, reject_with: RejectWith) -> i32 {
+    ctx.reject_with = reject_with;
+    let result = if ctx.packet.is_tcp() && reject_with == RejectWith::Refused {
+        step::reset(skb, ctx)
     } else {
-        icmp(skb, ctx)
+        step::icmp(skb, ctx).map(|()| Response::Sent)
     };
     match result {
-        Ok(true) => ctx.verdict,
-        Ok(false) => TC_ACT_SHOT,
+        Ok(Response::Sent) => ctx.verdict,
+        Ok(Response::None) => TC_ACT_SHOT,
         Err(reason) => {
             count::dropped(reason);
             TC_ACT_SHOT
@@ -131,91 +147,96 @@ pub(crate) fn with(skb: Skb, mut ctx: CtxRef, answer: RejectWith) -> i32 {
     }
 }
 
-step! {
-    /// Answers a TCP segment with RST (RFC 9293, 3.5.2). False: it gets none.
-    fn reset(skb, ctx) {
-        let Packet { flags, transport, dst, src, .. } = ctx.packet;
-        if flags & tcp_flags::RST != 0 {
-            return Ok(false);
-        }
-        let at = ctx.transport();
-        let word = |from: usize| skb.word(at + from).map(u32::from_be).ok_or(DropReason::RewriteFailed);
-        let (seq, ack) = (word(4)?, word(8)?);
-        let header = usize::from(transport);
-        let payload = (skb.len() as usize).saturating_sub(at + header) as u32;
-        let counts = |flag: u8| u32::from(flags & flag != 0);
-        let (seq, ack, flags) = if flags & tcp_flags::ACK != 0 {
-            (ack, 0, tcp_flags::RST)
-        } else {
-            let end = seq.wrapping_add(payload + counts(tcp_flags::SYN) + counts(tcp_flags::FIN));
-            (0, end, tcp_flags::RST | tcp_flags::ACK)
-        };
-        let partial = is_partial(skb, at + 16)?;
-        // SAFETY: plain numbers.
-        if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + TCP) as u32, 0) } != 0 {
-            return Err(DropReason::RewriteFailed);
-        }
-        write_ip(skb, ctx, ip_protocol::TCP, TCP as u16)?;
-        let ports = ctx.is().reversed().ports();
-        let start = [ports, seq.to_be(), ack.to_be(), u32::from_ne_bytes([0x50, flags, 0, 0])];
-        let sum = pseudo_header(dst, src, ip_protocol::TCP, TCP as u16);
-        let checksum = if partial {
-            sum.fold()
-        } else {
-            start.iter().fold(sum, |sum, word| sum.add(*word)).checksum()
-        };
-        let [a, b] = checksum.to_ne_bytes();
-        let [p, q, r, s] = start;
-        skb.store(at, &[p, q, r, s, u32::from_ne_bytes([a, b, 0, 0])])?;
-        send_back(skb, ctx)
+/// Step: turns a TCP segment into an RST (RFC 9293, 3.5.2). An RST gets no response.
+#[inline(always)]
+fn reset(skb: Skb, ctx: CtxRef) -> Result<Response, DropReason> {
+    let Packet {
+        flags,
+        transport,
+        dst,
+        src,
+        ..
+    } = ctx.packet;
+    if flags & tcp_flags::RST != 0 {
+        return Ok(Response::None);
     }
+    let at = ctx.transport();
+    let word = |from: usize| skb.word(at + from).map(u32::from_be).ok_or(DropReason::RewriteFailed);
+    let (seq, ack) = (word(4)?, word(8)?);
+    let header = usize::from(transport);
+    let payload = (skb.len() as usize).saturating_sub(at + header) as u32;
+    let counts = |flag: u8| u32::from(flags & flag != 0);
+    let (seq, ack, flags) = if flags & tcp_flags::ACK != 0 {
+        (ack, 0, tcp_flags::RST)
+    } else {
+        let end = seq.wrapping_add(payload + counts(tcp_flags::SYN) + counts(tcp_flags::FIN));
+        (0, end, tcp_flags::RST | tcp_flags::ACK)
+    };
+    let partial = is_partial(skb, at + 16)?;
+    // SAFETY: plain numbers.
+    if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + TCP) as u32, 0) } != 0 {
+        return Err(DropReason::RewriteFailed);
+    }
+    write_ip(skb, ctx, ip_protocol::TCP, TCP as u16)?;
+    let ports = ctx.tuple().reversed().ports();
+    let start = [ports, seq.to_be(), ack.to_be(), u32::from_ne_bytes([0x50, flags, 0, 0])];
+    let sum = pseudo_header(dst, src, ip_protocol::TCP, TCP as u16);
+    let checksum = if partial {
+        sum.fold()
+    } else {
+        start.iter().fold(sum, |sum, word| sum.add(*word)).checksum()
+    };
+    let [a, b] = checksum.to_ne_bytes();
+    let [p, q, r, s] = start;
+    skb.store(at, &[p, q, r, s, u32::from_ne_bytes([a, b, 0, 0])])?;
+    send_back(skb, ctx)?;
+    Ok(Response::Sent)
 }
 
-step! {
-    /// Answers a packet with an ICMP error that quotes its headers.
-    fn icmp(skb, ctx) {
-        let Packet { dst, src, .. } = ctx.packet;
-        let (is_v4, is_tcp) = (ctx.packet.is_v4(), ctx.packet.is_tcp());
-        let (answer, mtu) = (ctx.answer, ctx.mtu);
-        let ip = ctx.packet.ip_len();
-        // Of TCP all of its header: where its checksum is left to the device, no less can be.
-        let quoted = if is_tcp { TCP } else { 8 };
-        let at = ctx.transport();
-        let checksum_at = if is_tcp { at + 16 } else { at + 6 };
-        let kept = skb.half(checksum_at).ok_or(DropReason::RewriteFailed)?;
-        let partial = is_partial(skb, checksum_at)?;
-        skb.store(checksum_at, &kept.to_be())?;
-        // SAFETY: plain numbers.
-        if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + quoted) as u32, 0) } != 0 {
-            return Err(DropReason::RewriteFailed);
-        }
-        let mut sum = sum_of(skb, ctx.ip(), ip)?;
-        if partial {
-            // What the device writes there makes the sum of all from the transport header on, with what stands for the
-            // checksum now, zero.
-            sum = sum.add(u32::from(!kept.to_be()));
-        } else {
-            sum = sum.plus(sum_of(skb, at, quoted)?);
-        }
-        let room = (8 + ip) as i32;
-        // SAFETY: plain numbers.
-        if unsafe { bpf_skb_adjust_room(skb.as_ptr(), room, BPF_ADJ_ROOM_MAC, 0) } != 0 {
-            return Err(DropReason::RewriteFailed);
-        }
-        let ([kind, code], rest) = header(answer, mtu, is_v4);
-        let len = (8 + ip + quoted) as u16;
-        sum = sum.add(u32::from_ne_bytes([kind, code, 0, 0])).add(rest);
-        let proto = if is_v4 {
-            ip_protocol::ICMP
-        } else {
-            sum = sum.plus(pseudo_header(dst, src, ip_protocol::ICMPV6, len));
-            ip_protocol::ICMPV6
-        };
-        write_ip(skb, ctx, proto, len)?;
-        let [c, d] = sum.checksum().to_ne_bytes();
-        skb.store(at, &[u32::from_ne_bytes([kind, code, c, d]), rest])?;
-        send_back(skb, ctx)
+/// Step: turns a packet into an ICMP error that quotes its headers.
+#[inline(always)]
+fn icmp(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
+    let Packet { dst, src, .. } = ctx.packet;
+    let (is_v4, is_tcp) = (ctx.packet.is_v4(), ctx.packet.is_tcp());
+    let (reject_with, mtu) = (ctx.reject_with, ctx.mtu);
+    let ip = ctx.packet.ip_len();
+    // Of TCP all of its header: where its checksum is left to the device, no less can be.
+    let quoted = if is_tcp { TCP } else { 8 };
+    let at = ctx.transport();
+    let checksum_at = if is_tcp { at + 16 } else { at + 6 };
+    let kept = skb.half(checksum_at).ok_or(DropReason::RewriteFailed)?;
+    let partial = is_partial(skb, checksum_at)?;
+    skb.store(checksum_at, &kept.to_be())?;
+    // SAFETY: plain numbers.
+    if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + quoted) as u32, 0) } != 0 {
+        return Err(DropReason::RewriteFailed);
     }
+    let mut sum = sum_of(skb, ctx.ip(), ip)?;
+    if partial {
+        // What the device writes there makes the sum of all from the transport header on, with what stands for the
+        // checksum now, zero.
+        sum = sum.add(u32::from(!kept.to_be()));
+    } else {
+        sum = sum.plus(sum_of(skb, at, quoted)?);
+    }
+    let room = (8 + ip) as i32;
+    // SAFETY: plain numbers.
+    if unsafe { bpf_skb_adjust_room(skb.as_ptr(), room, BPF_ADJ_ROOM_MAC, 0) } != 0 {
+        return Err(DropReason::RewriteFailed);
+    }
+    let ([kind, code], rest) = header(reject_with, mtu, is_v4);
+    let len = (8 + ip + quoted) as u16;
+    sum = sum.add(u32::from_ne_bytes([kind, code, 0, 0])).add(rest);
+    let proto = if is_v4 {
+        ip_protocol::ICMP
+    } else {
+        sum = sum.plus(pseudo_header(dst, src, ip_protocol::ICMPV6, len));
+        ip_protocol::ICMPV6
+    };
+    write_ip(skb, ctx, proto, len)?;
+    let [c, d] = sum.checksum().to_ne_bytes();
+    skb.store(at, &[u32::from_ne_bytes([kind, code, c, d]), rest])?;
+    send_back(skb, ctx)
 }
 
 /// The sum of `len` bytes, a multiple of four and no more than an IPv6 header has.

@@ -1,4 +1,4 @@
-//! Changing a packet, and sending it on without the stack.
+//! Route lookup, rewriting of packets, and forwarding without the stack.
 
 use core::mem::MaybeUninit;
 use core::ptr;
@@ -8,83 +8,98 @@ use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_SUCCESS, bpf_check_mtu_flags, bpf_check_mtu_ret, bpf_fib_lookup, bpf_redir_neigh,
 };
 use aya_ebpf::helpers::generated::{bpf_check_mtu, bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_redirect_neigh};
-use lb_common::abi::{DropReason, ip_protocol};
+use lb_common::abi::{DropReason, device_flags, ip_protocol};
+use lb_common::logic::ip128::Ip128;
 use lb_common::logic::packet::Packet;
 
-use crate::packet_ctx::step;
+use crate::maps::DEVICES;
+use crate::packet_ctx::{CtxRef, outcome, steps};
 use crate::skb::{MAY_BE_ZERO, Skb};
 use crate::volatile;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
-/// The next hop on the way to an address.
-pub(crate) struct Hop {
+/// The next hop on the route to an address.
+pub(crate) struct NextHop {
     device: u32,
     neighbour: bpf_redir_neigh,
 }
 
-step! {
-    /// Looks for the way of a packet that becomes what its entry says, as the kernel would if it came in here like that.
-    /// False: it is here.
-    ///
-    /// # Errors
-    /// [`DropReason::NoRoute`]
-    pub(crate) fn route(skb, mut ctx) {
-        let to = ctx.entry.to();
-        let (proto, tos) = (ctx.packet.proto, ctx.packet.tos);
-        let mut room = MaybeUninit::<bpf_fib_lookup>::uninit();
-        // SAFETY: the kernel's structure is plain data, and all zero bytes is a value of it.
-        let params = unsafe { volatile::zero(&mut room) };
-        params.ifindex = skb.ifindex();
-        params.l4_protocol = proto;
-        if let (Some(src), Some(dst)) = (to.src.to_v4(), to.dst.to_v4()) {
-            params.family = AF_INET;
-            params.__bindgen_anon_2.tos = tos;
-            params.__bindgen_anon_3.ipv4_src = src;
-            params.__bindgen_anon_4.ipv4_dst = dst;
-        } else {
-            params.family = AF_INET6;
-            params.__bindgen_anon_3.ipv6_src = to.src.to_quarters();
-            params.__bindgen_anon_4.ipv6_dst = to.dst.to_quarters();
-        }
-        let len = size_of::<bpf_fib_lookup>() as i32;
-        // SAFETY: the parameters are as long as is said.
-        let result = unsafe { fib_lookup(skb.as_ptr().cast(), &raw mut *params, len, 0) };
-        if result == i64::from(BPF_FIB_LKUP_RET_NOT_FWDED) {
-            return Ok(false);
-        }
-        // Whether the packet is too long is asked later, of the segments that it may have to become.
-        let known = result == i64::from(BPF_FIB_LKUP_RET_SUCCESS)
-            || result == i64::from(BPF_FIB_LKUP_RET_NO_NEIGH)
-            || result == i64::from(BPF_FIB_LKUP_RET_FRAG_NEEDED);
-        if !known {
-            return Err(DropReason::NoRoute);
-        }
-        ctx.hop.device = params.ifindex;
-        ctx.hop.neighbour.nh_family = params.family.into();
-        // SAFETY: the destination is now that of the next hop, of the family that the parameters say; an IPv4 address is
-        // the first of four words.
-        ctx.hop.neighbour.__bindgen_anon_1.ipv6_nh = unsafe { params.__bindgen_anon_4.ipv6_dst };
-        Ok(true)
+outcome! {
+    /// The route of a translated packet.
+    pub(crate) enum Route {
+        /// The destination is an address of this node, or the kernel does not forward.
+        ThisNode,
+        /// The packet goes to [`PacketCtx::next_hop`].
+        NextHop,
     }
 }
 
-impl Hop {
-    /// Index of the device that it is beyond.
+steps! {
+    pub(crate) fn route(skb, ctx) -> Route;
+    pub(crate) fn rewrite(skb, ctx) -> ();
+}
+
+/// Step: looks up the route of the translated packet, as the kernel would if that packet arrived at this device.
+///
+/// # Errors
+/// Returns [`DropReason::NoRoute`] if the lookup fails.
+#[inline(always)]
+fn route(skb: Skb, mut ctx: CtxRef) -> Result<Route, DropReason> {
+    let translated = ctx.entry.translated();
+    let (proto, tos) = (ctx.packet.proto, ctx.packet.tos);
+    let mut room = MaybeUninit::<bpf_fib_lookup>::uninit();
+    // SAFETY: the kernel's structure has integers only, for which zero bytes are valid.
+    let params = unsafe { volatile::zero(&mut room) };
+    params.ifindex = skb.ifindex();
+    params.l4_protocol = proto;
+    if let (Some(src), Some(dst)) = (translated.src.to_v4(), translated.dst.to_v4()) {
+        params.family = AF_INET;
+        params.__bindgen_anon_2.tos = tos;
+        params.__bindgen_anon_3.ipv4_src = src;
+        params.__bindgen_anon_4.ipv4_dst = dst;
+    } else {
+        params.family = AF_INET6;
+        params.__bindgen_anon_3.ipv6_src = translated.src.to_quarters();
+        params.__bindgen_anon_4.ipv6_dst = translated.dst.to_quarters();
+    }
+    let len = size_of::<bpf_fib_lookup>() as i32;
+    // SAFETY: the context is that of the running program, and `len` is the size of the parameters.
+    let result = unsafe { fib_lookup(skb.as_ptr().cast(), &raw mut *params, len, 0) };
+    if result == i64::from(BPF_FIB_LKUP_RET_NOT_FWDED) {
+        return Ok(Route::ThisNode);
+    }
+    // The length of the packet is checked later, for the segments that it may be split into.
+    let known = result == i64::from(BPF_FIB_LKUP_RET_SUCCESS)
+        || result == i64::from(BPF_FIB_LKUP_RET_NO_NEIGH)
+        || result == i64::from(BPF_FIB_LKUP_RET_FRAG_NEEDED);
+    if !known {
+        return Err(DropReason::NoRoute);
+    }
+    ctx.next_hop.device = params.ifindex;
+    ctx.next_hop.neighbour.nh_family = params.family.into();
+    // SAFETY: the helper has stored the address of the next hop here, of the family in the parameters. An IPv4 address is
+    // the first of the four words, all of which are initialized.
+    ctx.next_hop.neighbour.__bindgen_anon_1.ipv6_nh = unsafe { params.__bindgen_anon_4.ipv6_dst };
+    Ok(Route::NextHop)
+}
+
+impl NextHop {
+    /// Returns the index of the device that leads to it.
     #[inline(always)]
     pub(crate) const fn device(&self) -> u32 {
         self.device
     }
 
-    /// Whether the packet goes through as it is. What it becomes has the same length.
+    /// Checks that the packet is short enough. The translated packet has the same length.
     ///
     /// # Errors
-    /// [`DropReason::TooBig`]; `mtu` is then the number of bytes, from the IP header on, that would.
+    /// Returns [`DropReason::TooBig`]; `mtu` is then the maximum length from the IP header on, in bytes.
     #[inline(always)]
     pub(crate) fn fits(&self, skb: Skb, mtu: &mut u32) -> Result<(), DropReason> {
         *mtu = 0;
-        // SAFETY: the place for the answer is as long as the helper's type.
+        // SAFETY: the context is that of the running program, and the helper stores an `u32` in `mtu`.
         let result = unsafe {
             let flags = u64::from(bpf_check_mtu_flags::BPF_MTU_CHK_SEGS);
             bpf_check_mtu(skb.as_ptr().cast(), self.device, ptr::from_mut(mtu), 0, flags)
@@ -96,59 +111,88 @@ impl Hop {
         }
     }
 
-    /// Sends the packet there; the verdict.
+    /// Sends the packet to the next hop, and returns the verdict.
     #[inline(always)]
     pub(crate) fn send(&mut self) -> i32 {
         let len = size_of::<bpf_redir_neigh>() as i32;
-        // SAFETY: the parameters are as long as is said.
+        // SAFETY: `len` is the size of the parameters.
         unsafe { bpf_redirect_neigh(self.device, &raw mut self.neighbour, len, 0) as i32 }
     }
 }
 
-/// Has the device that a packet came by receive it once more; the verdict.
+/// Makes the device of the hook receive the packet again, and returns the verdict.
 #[inline(always)]
 pub(crate) fn receive_again(skb: Skb) -> i32 {
     // SAFETY: the helper takes two numbers.
     unsafe { bpf_redirect(skb.ifindex(), u64::from(BPF_F_INGRESS)) as i32 }
 }
 
-step! {
-    /// Gives a packet the addresses and ports of its entry, and counts a hop.
-    ///
-    /// # Errors
-    /// [`DropReason::RewriteFailed`]; the packet is then of no use.
-    pub(crate) fn rewrite(skb, ctx) {
-        let Packet { proto, ttl, .. } = ctx.packet;
-        let hop = ctx.entry.is_hop();
-        let new = ctx.entry.to();
-        let old = ctx.is();
-        let (addresses, ports) = (old.addresses_to(&new), old.ports_to(&new));
-        let is_v4 = ctx.packet.is_v4();
-        let (ip, transport) = (ctx.ip(), ctx.transport());
-        let (checksum, flags) = if proto == ip_protocol::UDP {
-            (transport + 6, MAY_BE_ZERO)
+/// Returns whether a packet arrived by a bridge, whose rules may have passed it to the stack's conntrack.
+#[inline(always)]
+pub(crate) fn has_come_by_bridge(skb: Skb) -> bool {
+    DEVICES.get_ptr(skb.ifindex()).is_some_and(|device| {
+        // SAFETY: the pointer is to a value of the map.
+        let flags = unsafe { (&raw const (*device).flags).read_volatile() };
+        flags & device_flags::BRIDGE != 0
+    })
+}
+
+/// Returns the source address of packets that this node sends to a device, of the client's family.
+///
+/// # Errors
+/// Returns [`DropReason::NoSourceAddress`] if DEVICES has none.
+#[inline(always)]
+pub(crate) fn source_address(device: u32, client: Ip128) -> Result<Ip128, DropReason> {
+    let device = DEVICES.get_ptr(device).ok_or(DropReason::NoSourceAddress)?;
+    // SAFETY: the pointer is to a value of the map, whose addresses are aligned to 8 bytes.
+    let addr = unsafe {
+        if client.is_v4() {
+            volatile::load(&raw const (*device).v4)
         } else {
-            (transport + 16, 0)
-        };
-        if let (Some(src), Some(dst)) = (new.src.to_v4(), new.dst.to_v4()) {
-            skb.store(ip + 12, &[src, dst])?;
-            let mut header = addresses;
-            if hop {
-                let less = ttl.wrapping_sub(1);
-                skb.store(ip + 8, &less)?;
-                let word = |ttl: u8| u32::from(u16::from_ne_bytes([ttl, proto]));
-                header = header.sub(word(ttl)).add(word(less));
-            }
-            skb.replace_l3(ip + 10, header)?;
-        } else {
-            skb.store(ip + 8, &[new.src.0, new.dst.0])?;
-            if hop {
-                skb.store(ip + 7, &ttl.wrapping_sub(1))?;
-            }
+            volatile::load(&raw const (*device).v6)
         }
-        skb.replace_l4_addresses(checksum, addresses, is_v4, flags)?;
-        skb.replace_l4(checksum, ports, flags)?;
-        skb.store(transport, &new.ports())?;
-        Ok(true)
+    };
+    if addr.is_unset() {
+        return Err(DropReason::NoSourceAddress);
     }
+    Ok(addr)
+}
+
+/// Step: gives a packet the addresses and ports of its entry, and decrements its time to live if the entry requires that.
+///
+/// # Errors
+/// Returns [`DropReason::RewriteFailed`]. The packet may then be changed in part, and must be dropped.
+#[inline(always)]
+fn rewrite(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
+    let Packet { proto, ttl, .. } = ctx.packet;
+    let decrements_ttl = ctx.entry.decrements_ttl();
+    let new = ctx.entry.translated();
+    let old = ctx.tuple();
+    let (addresses, ports) = (old.addresses_to(&new), old.ports_to(&new));
+    let is_v4 = ctx.packet.is_v4();
+    let (ip, transport) = (ctx.ip(), ctx.transport());
+    let (checksum, flags) = if proto == ip_protocol::UDP {
+        (transport + 6, MAY_BE_ZERO)
+    } else {
+        (transport + 16, 0)
+    };
+    if let (Some(src), Some(dst)) = (new.src.to_v4(), new.dst.to_v4()) {
+        skb.store(ip + 12, &[src, dst])?;
+        let mut header = addresses;
+        if decrements_ttl {
+            let less = ttl.wrapping_sub(1);
+            skb.store(ip + 8, &less)?;
+            let word = |ttl: u8| u32::from(u16::from_ne_bytes([ttl, proto]));
+            header = header.sub(word(ttl)).add(word(less));
+        }
+        skb.replace_l3(ip + 10, header)?;
+    } else {
+        skb.store(ip + 8, &[new.src.0, new.dst.0])?;
+        if decrements_ttl {
+            skb.store(ip + 7, &ttl.wrapping_sub(1))?;
+        }
+    }
+    skb.replace_l4_addresses(checksum, addresses, is_v4, flags)?;
+    skb.replace_l4(checksum, ports, flags)?;
+    skb.store(transport, &new.ports())
 }

@@ -6,9 +6,10 @@ use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::abi::{DropReason, EventKind, ip_protocol};
 use lb_common::logic::connect;
-use lb_common::logic::route::{self, Destination, Tables as _};
+use lb_common::logic::decide::{self, SocketFrontend};
+use lb_common::logic::route::Destination;
 
-use crate::backend::{self, Choice, Client, Serving};
+use crate::backend::{Choice, Client, Serving};
 use crate::count::{self, TraceEvent};
 use crate::family::{Family, V4, V6, destination, set_destination};
 use crate::map_tables::MapTables;
@@ -81,18 +82,17 @@ pub(crate) fn lb_getpeername6(ctx: SockAddrContext) -> i32 {
     ALLOW
 }
 
-/// The service that a destination is served by; `None`: no business of this hook's.
+/// Returns the service index and set of a destination, or `None` if this hook does not translate it.
 #[inline(always)]
-fn serving(maps: &MapTables, to: Destination) -> Result<Option<(u32, Serving)>, Refusal> {
-    if node_only() && !maps.is_on_node() {
-        return Ok(None);
-    }
+fn serving(tables: &MapTables, to: Destination) -> Result<Option<(u32, Serving)>, Refusal> {
     let refusal = |service, reason| Refusal { to, service, reason };
-    let Some(frontend) = route::frontend(maps, to).map_err(|reason| refusal(0, reason))? else {
-        return Ok(None);
+    let frontend = match decide::socket_frontend(tables, node_only(), to).map_err(|reason| refusal(0, reason))? {
+        SocketFrontend::Found(frontend) => frontend,
+        SocketFrontend::None | SocketFrontend::OtherNamespace => return Ok(None),
     };
-    let serving = backend::serving(frontend).map_err(|reason| refusal(frontend.service, reason))?;
-    Ok(serving.map(|serving| (frontend.service, serving)))
+    let service = frontend.service;
+    let admission = decide::admit_socket(tables, frontend).map_err(|reason| refusal(service, reason))?;
+    Ok(admission.map(|admission| (service, Serving::new(service, admission))))
 }
 
 #[inline(always)]
@@ -161,7 +161,7 @@ fn try_send<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
 #[inline(always)]
 fn connected_again(serving: &Serving, cookie: u64, to: Destination) -> Option<Choice> {
     let (backend, generation) = Record::of(cookie)?.backend(to)?;
-    serving.again(backend, generation)
+    serving.reusable_backend(backend, generation)
 }
 
 /// The backend that an unconnected socket has for a destination while that is usable; else a new one, remembered.
@@ -178,7 +178,7 @@ fn choose_for_flow(
     let now = unsafe { bpf_ktime_get_ns() };
     let old = UdpDests::of(cookie).and_then(|flows| flows.ask(to, now));
     if let Some(old) = old
-        && let Some(choice) = serving.again(old.backend, old.generation)
+        && let Some(choice) = serving.reusable_backend(old.backend, old.generation)
     {
         return Ok(choice);
     }

@@ -1,61 +1,79 @@
-//! Hooks on packets: tc ingress and egress. They see what no socket hook has translated.
+//! tc programs of devices, at ingress and egress. They translate packets that no socket hook has translated.
 //!
-//! Verdicts are `TC_ACT_UNSPEC` for all that goes on, so that other programs at the hook run as well.
-
-use core::ptr;
+//! The verdict of every packet that continues is `TC_ACT_UNSPEC`, so that other programs at the hook run as well.
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
-use aya_ebpf::btf_maps::lpm_trie::Key as Prefix;
-use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use lb_common::abi::{Addr, DropReason, EventKind, FrontendKind, SourceRange, cluster_flags, ct_flags, device_flags};
-use lb_common::logic::connect;
-use lb_common::logic::ct::Phase;
-use lb_common::logic::ip128::Ip128;
-use lb_common::logic::packet::{self, ETHERNET, Packet, tcp_flags};
-use lb_common::logic::route;
-use lb_common::logic::select;
+use lb_common::abi::{DropReason, EventKind, ct_flags};
+use lb_common::logic::ct::{Action, FlowState, Match};
+use lb_common::logic::decide::{self, Arrival};
+use lb_common::logic::delivery::{self, Facts};
+use lb_common::logic::packet::{self, ETHERNET, tcp_flags};
 use lb_common::logic::tcp_state;
 use lb_common::logic::translation::{RejectWith, Tuple, reject_with};
 
 use crate::backend::{self, Client, Serving};
 use crate::count::{self, TraceEvent};
-use crate::ct::{self, CtLookup, Entry};
-use crate::listener;
+use crate::ct::{self, Claim, CtLookup, Entry};
 use crate::map_tables::MapTables;
-use crate::maps::{CLUSTER_CIDRS, CONFIG, DEVICES, SOURCE_RANGES};
-use crate::packet_ctx::{Chosen, CtxRef, PacketCtx, step};
+use crate::packet_ctx::{Chosen, CtxRef, PacketCtx, outcome, steps};
 use crate::reject;
-use crate::send;
+use crate::send::{self, Route};
 use crate::skb::Skb;
-use crate::volatile;
+use crate::snat_port;
 
-/// How many ports are tried for one flow before it is refused.
-const PORTS_TRIED: u32 = 16;
-
-/// What came in by a device with a link layer.
+/// Ingress of a device whose packets have a link-layer header.
 #[classifier]
 pub(crate) fn lb_ingress(ctx: TcContext) -> i32 {
     verdict(&ctx, ETHERNET, false)
 }
 
-/// What goes out by such a device.
+/// Egress of a device whose packets have a link-layer header.
 #[classifier]
 pub(crate) fn lb_egress(ctx: TcContext) -> i32 {
     verdict(&ctx, ETHERNET, true)
 }
 
-/// What came in by a device without a link layer.
+/// Ingress of a device whose packets have no link-layer header.
 #[classifier]
 pub(crate) fn lb_ingress_l3(ctx: TcContext) -> i32 {
     verdict(&ctx, 0, false)
 }
 
-/// What goes out by such a device.
+/// Egress of a device whose packets have no link-layer header.
 #[classifier]
 pub(crate) fn lb_egress_l3(ctx: TcContext) -> i32 {
     verdict(&ctx, 0, true)
+}
+
+outcome! {
+    /// The search for a packet's flow.
+    enum Lookup {
+        /// The packet belongs to no flow.
+        Miss,
+        /// The packet belongs to a flow, and was translated if this hook translates it.
+        Done,
+    }
+}
+
+outcome! {
+    /// The handling of a packet that belongs to no flow.
+    enum NewFlow {
+        /// The packet started a flow and was translated, or lb does not translate it.
+        Done,
+        /// Another packet of the flow was faster, and inserted it.
+        Lost,
+    }
+}
+
+steps! {
+    pub(super) fn existing(skb, ctx) -> Lookup;
+    pub(super) fn begin(skb, ctx) -> NewFlow;
+    pub(super) fn choose(ctx) -> ();
+    pub(super) fn plan_delivery(skb, ctx) -> ();
+    pub(super) fn claim(skb, ctx) -> Claim;
+    pub(super) fn forward(skb, ctx) -> ();
 }
 
 #[inline(always)]
@@ -79,340 +97,258 @@ fn verdict(ctx: &TcContext, link: usize, at_egress: bool) -> i32 {
     ctx.verdict
 }
 
-/// Counts, tells and gives the answer to a packet that is not translated.
+/// Translates a packet as its flow requires, and starts a flow if it has none.
+///
+/// # Errors
+/// Returns the reason if the packet is not translated.
+#[inline(always)]
+fn translate(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
+    match step::existing(skb, ctx)? {
+        Lookup::Done => return Ok(()),
+        Lookup::Miss => {}
+    }
+    match step::begin(skb, ctx)? {
+        NewFlow::Done => return Ok(()),
+        NewFlow::Lost => {}
+    }
+    match step::existing(skb, ctx)? {
+        Lookup::Done => Ok(()),
+        // The concurrent flow is already gone. The packet is dropped, and the client retransmits it.
+        Lookup::Miss => Err(DropReason::RewriteFailed),
+    }
+}
+
+/// Counts and traces a packet that is not translated, and sends the response to it.
 #[inline(always)]
 fn refuse(skb: Skb, ctx: CtxRef, reason: DropReason) -> i32 {
     count::dropped(reason);
-    let answer = reject_with(reason);
-    if ctx.service != 0 && matches!(answer, RejectWith::Refused | RejectWith::Drop) {
+    let reject_with = reject_with(reason);
+    if ctx.service != 0 && matches!(reject_with, RejectWith::Refused | RejectWith::Drop) {
         count::connection(ctx.service, false);
     }
     let event = TraceEvent::rejected(ctx.destination(), ctx.service, reason);
     count::packet_event(&ctx.packet, &event);
-    match answer {
+    match reject_with {
         RejectWith::Pass => TC_ACT_UNSPEC,
         RejectWith::Drop => TC_ACT_SHOT,
-        answer => reject::with(skb, ctx, answer),
+        RejectWith::Refused | RejectWith::TooBig | RejectWith::TimeExceeded => reject::with(skb, ctx, reject_with),
     }
 }
 
+/// Step: translates a packet of an existing flow.
 #[inline(always)]
-fn translate(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
-    if existing(skb, ctx)? || !begin(skb, ctx)? || existing(skb, ctx)? {
-        return Ok(());
+fn existing(skb: Skb, mut ctx: CtxRef) -> Result<Lookup, DropReason> {
+    let Some(found) = CtLookup::of(&ctx.key) else {
+        return Ok(Lookup::Miss);
+    };
+    found.read(&mut ctx.entry);
+    if !lb_common::logic::ct::is_translated_here(ctx.entry.flags(), ctx.at_egress, skb.has_vlan())? {
+        return Ok(Lookup::Done);
     }
-    // What the other packet began is over already: this one has no way, and comes again.
-    Err(DropReason::RewriteFailed)
-}
-
-step! {
-    /// A packet that belongs to a flow. False: it does not.
-    fn existing(skb, mut ctx) {
-        let Some(found) = CtLookup::of(&ctx.key) else {
-            return Ok(false);
-        };
-        found.read(&mut ctx.entry);
-        if ctx.entry.has(ct_flags::EGRESS) != ctx.at_egress {
-            return Ok(true);
-        }
-        if skb.has_vlan() {
-            return Err(DropReason::Vlan);
-        }
-        let Packet { flags, .. } = ctx.packet;
-        ctx.service = ctx.entry.service;
-        let is_tcp = ctx.packet.is_tcp();
-        let is_reply = ctx.entry.has(ct_flags::REPLY);
-        if !is_reply && !goes_on(ctx, &found)? {
+    ctx.service = ctx.entry.service;
+    match next(ctx, &found)? {
+        Action::Restart => {
             ctx.last_port = ctx.entry.src_port;
             ct::forget(&ctx.key, &ctx.entry);
-            return Ok(false);
+            return Ok(Lookup::Miss);
         }
-        if found.is_new && is_established(ctx) {
-            ct::establish(ctx)?;
-        } else {
-            found.touch(flags, is_tcp);
-            if found.is_new && !is_reply && ctx.packet.begins() {
-                // Sent again. The other direction may have been forgotten.
-                ct::claim_answers(ctx)?;
-            }
+        Action::Reset => {
+            found.touch(tcp_flags::RST, true);
+            return Err(DropReason::BackendGone);
         }
-        if !ctx.entry.has(ct_flags::FORWARD) {
-            return deliver(skb, ctx);
+        Action::Establish => ct::step::establish(ctx)?,
+        Action::Refresh => found.touch(ctx.packet.flags, ctx.packet.is_tcp()),
+        Action::Reclaim => {
+            found.touch(ctx.packet.flags, ctx.packet.is_tcp());
+            ct::step::claim_replies(ctx)?;
         }
-        if !send::route(skb, ctx)? {
-            return Err(DropReason::NoRoute);
-        }
-        forward(skb, ctx)
     }
+    if ctx.entry.has(ct_flags::FORWARD) {
+        match send::step::route(skb, ctx)? {
+            Route::ThisNode => return Err(DropReason::NoRoute),
+            Route::NextHop => step::forward(skb, ctx)?,
+        }
+    } else {
+        deliver(skb, ctx)?;
+    }
+    Ok(Lookup::Done)
 }
 
-/// Whether a flow that was new is one to be kept: with a datagram's answer, and with the segment by which a client says that
-/// it has the server's. Before that, nobody may be there who asked.
-#[inline(always)]
-fn is_established(ctx: CtxRef) -> bool {
-    let PacketCtx { packet, key, entry, .. } = &*ctx;
-    let is_reply = entry.has(ct_flags::REPLY);
-    if !packet.is_tcp() {
-        return is_reply;
-    }
-    !is_reply && packet.flags & (tcp_flags::SYN | tcp_flags::RST) == 0 && ct::other_state(key, entry) != 0
+/// The flow of a packet, in the maps.
+struct Flow<'a> {
+    ctx: CtxRef,
+    found: &'a CtLookup,
 }
 
-/// Whether a packet of a client still goes where the flow's went.
-#[inline(always)]
-fn goes_on(ctx: CtxRef, found: &CtLookup) -> Result<bool, DropReason> {
-    let PacketCtx { packet, key, entry, .. } = &*ctx;
-    if !packet.is_tcp() {
+impl FlowState for Flow<'_> {
+    #[inline(always)]
+    fn backend_is_usable(&self) -> Result<bool, DropReason> {
+        let entry = &self.ctx.entry;
         let set = entry.set().ok_or(DropReason::BadKind)?;
         let serving = Serving::of(entry.service, set).ok_or(DropReason::BadServiceIndex)?;
-        return Ok(serving.again(entry.backend, entry.generation).is_some());
+        Ok(serving.reusable_backend(entry.backend, entry.generation).is_some())
     }
-    let there = backend::is_current(entry.backend, entry.generation);
-    if packet.begins() {
-        let states = [found.state(), ct::other_state(key, entry)];
-        return Ok(there && !Phase::of(true, states).is_end());
+
+    #[inline(always)]
+    fn backend_is_current(&self) -> bool {
+        backend::is_current(self.ctx.entry.backend, self.ctx.entry.generation)
     }
-    if !there {
-        // The flow will soon be removed.
-        found.touch(tcp_flags::RST, true);
-        return Err(DropReason::BackendGone);
+
+    #[inline(always)]
+    fn state(&self) -> u8 {
+        self.found.state()
     }
-    Ok(true)
+
+    #[inline(always)]
+    fn reverse_state(&self) -> u8 {
+        ct::reverse_state(&self.ctx.key, &self.ctx.entry)
+    }
 }
 
-/// Whether the packet may go one hop further, where it goes one.
 #[inline(always)]
-fn lives(ctx: CtxRef) -> Result<(), DropReason> {
-    if ctx.entry.is_hop() && ctx.packet.ttl <= 1 {
+fn next(ctx: CtxRef, found: &CtLookup) -> Result<Action, DropReason> {
+    let PacketCtx { packet, entry, .. } = &*ctx;
+    let matched = Match {
+        packet,
+        flags: entry.flags(),
+        is_unreplied: found.is_unreplied,
+    };
+    lb_common::logic::ct::next(matched, &Flow { ctx, found })
+}
+
+/// Checks the time to live of a packet that this node forwards.
+#[inline(always)]
+fn check_ttl(ctx: CtxRef) -> Result<(), DropReason> {
+    if ctx.entry.decrements_ttl() && ctx.packet.ttl <= 1 {
         return Err(DropReason::TtlExceeded);
     }
     Ok(())
 }
 
-/// Changes a packet as its entry says, and leaves it to the stack.
+/// Translates a packet as its entry specifies, and passes it to the stack.
 #[inline(always)]
-fn deliver(skb: Skb, mut ctx: CtxRef) -> Result<bool, DropReason> {
-    lives(ctx)?;
-    send::rewrite(skb, ctx)?;
+fn deliver(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
+    check_ttl(ctx)?;
+    send::step::rewrite(skb, ctx)?;
     if ctx.entry.has(ct_flags::AGAIN) {
         ctx.verdict = send::receive_again(skb);
     }
-    Ok(true)
+    Ok(())
 }
 
-step! {
-    /// Changes a packet as its entry says, and sends it to the next hop.
-    fn forward(skb, mut ctx) {
-        lives(ctx)?;
-        let mut mtu = 0;
-        let fits = ctx.hop.fits(skb, &mut mtu);
-        ctx.mtu = mtu;
-        fits?;
-        send::rewrite(skb, ctx)?;
-        if ctx.ip() == 0 {
-            // The kernel takes a header of the link layer off, and drops what has none.
-            skb.add_link_header()?;
-        }
-        ctx.verdict = ctx.hop.send();
-        Ok(true)
-    }
-}
-
-step! {
-    /// A packet that belongs to no flow. True: another packet of its flow was faster.
-    fn begin(skb, mut ctx) {
-        let maps = MapTables {
-            ctx: skb.as_ptr().cast(),
-        };
-        ctx.service = 0;
-        let to = ctx.destination();
-        if ctx.at_egress && !skb.has_socket() {
-            // Nothing has translated it, and it may have nowhere to go but back.
-            return if route::is_service_address(&maps, to.addr) {
-                Err(DropReason::Untranslated)
-            } else {
-                Ok(false)
-            };
-        }
-        if ctx.packet.is_tcp() && !ctx.packet.begins() {
-            // A connection that began before lb, or that another has translated: whoever knows it will see it.
-            return Ok(false);
-        }
-        let Some(frontend) = route::packet_frontend(&maps, to)? else {
-            return Ok(false);
-        };
-        if skb.has_vlan() {
-            return Err(DropReason::Vlan);
-        }
-        ctx.service = frontend.service;
-        ctx.frontend = frontend;
-        choose(ctx)?;
-        find_way(skb, ctx)?;
-        if !claim(skb, ctx)? {
-            return Ok(true);
-        }
-        count::connection(ctx.service, true);
-        let event = TraceEvent::served(EventKind::Translated, to, ctx.service, ctx.chosen.backend);
-        count::packet_event(&ctx.packet, &event);
-        if ctx.entry.has(ct_flags::FORWARD) {
-            forward(skb, ctx)?;
-        } else {
-            deliver(skb, ctx)?;
-        }
-        Ok(false)
-    }
-}
-
-step! {
-    /// Finds how packets of a new flow get to its backend, and makes its entry.
-    fn find_way(skb, mut ctx) {
-        let Chosen { backend, set, here, .. } = ctx.chosen;
-        let wanted = Tuple {
-            dst: backend.addr,
-            dst_port: backend.port,
-            ..ctx.is()
-        };
-        ctx.entry = Entry::new(&wanted, backend, ctx.service, set);
-        let is_beyond = send::route(skb, ctx)?;
-        if !is_beyond && ctx.at_egress {
-            return Err(DropReason::NoRoute);
-        }
-        let elsewhere = ctx.hop.device() != skb.ifindex();
-        // Up the stack, where answers come by as well: on the way from another device than the client's.
-        let through = !is_beyond || !ctx.at_egress && elsewhere && (backend.is_local() || here);
-        let at_egress = ctx.at_egress;
-        let way = match through {
-            true if has_come_by_bridge(skb) => ct_flags::AGAIN,
-            true => 0,
-            false if at_egress => ct_flags::EGRESS | ct_flags::FORWARD,
-            false => ct_flags::FORWARD,
-        };
-        ctx.entry.set_way(way);
-        ctx.chosen.snat = !through && (elsewhere || !at_egress);
-        if ctx.chosen.snat {
-            let source = source_address(ctx.hop.device(), ctx.packet.src)?;
-            ctx.entry.set_source(source);
-        }
-        Ok(true)
-    }
-}
-
-step! {
-    /// Finds what a new flow gets.
-    fn choose(mut ctx) {
-        let frontend = ctx.frontend;
-        let client = ctx.packet.src;
-        let place = place(client);
-        let inside = ctx.at_egress || place & cluster_flags::INSIDE != 0;
-        ctx.chosen.here = place & cluster_flags::HERE != 0;
-        let set = connect::set_for_packet(frontend, inside)?;
-        ctx.chosen.set = set;
-        let serving = Serving::of(frontend.service, set).ok_or(DropReason::BadServiceIndex)?;
-        if frontend.kind == FrontendKind::LoadBalancer as u8
-            && serving.has_source_ranges()
-            && !is_in_range(frontend.service, client)
-        {
-            return Err(DropReason::SourceNotAllowed);
-        }
-        ctx.chosen.backend = serving.choose(|| Client::addr(client))?;
-        Ok(true)
-    }
-}
-
-/// [`cluster_flags`] of an address.
+/// Step: translates a packet as its entry specifies, and sends it to the next hop.
 #[inline(always)]
-fn place(addr: Ip128) -> u32 {
-    let key = Prefix::new(128, Addr::from(addr));
-    CLUSTER_CIDRS.get(&key).map_or(0, |flags| {
-        // SAFETY: a reference to a value of the map.
-        unsafe { ptr::from_ref(flags).read_volatile() }
-    })
+fn forward(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
+    check_ttl(ctx)?;
+    let mut mtu = 0;
+    let fits = ctx.next_hop.fits(skb, &mut mtu);
+    ctx.mtu = mtu;
+    fits?;
+    send::step::rewrite(skb, ctx)?;
+    if ctx.ip() == 0 {
+        // bpf_redirect_neigh removes a link-layer header, and drops a packet without one.
+        skb.add_link_header()?;
+    }
+    ctx.verdict = ctx.next_hop.send();
+    Ok(())
 }
 
-/// Whether a load-balancer address of a service is for a client.
+/// Step: starts the flow of a packet, if lb translates it.
 #[inline(always)]
-fn is_in_range(service: u32, addr: Ip128) -> bool {
-    let range = SourceRange {
-        service,
-        addr: Addr::from(addr),
+fn begin(skb: Skb, mut ctx: CtxRef) -> Result<NewFlow, DropReason> {
+    let tables = MapTables {
+        ctx: skb.as_ptr().cast(),
     };
-    SOURCE_RANGES.get(&Prefix::new(160, range)).is_some()
-}
-
-/// Whether a packet has come by a bridge, whose own rules may have shown it to conntrack.
-#[inline(always)]
-fn has_come_by_bridge(skb: Skb) -> bool {
-    DEVICES.get_ptr(skb.ifindex()).is_some_and(|device| {
-        // SAFETY: the pointer is to a value of the map.
-        let flags = unsafe { (&raw const (*device).flags).read_volatile() };
-        flags & device_flags::BRIDGE != 0
-    })
-}
-
-/// The address of this node that packets to a device have for a source.
-#[inline(always)]
-fn source_address(device: u32, client: Ip128) -> Result<Ip128, DropReason> {
-    let device = DEVICES.get_ptr(device).ok_or(DropReason::NoSourceAddress)?;
-    // SAFETY: the pointer is to a value of the map.
-    let addr = unsafe {
-        if client.is_v4() {
-            volatile::load(&raw const (*device).v4)
-        } else {
-            volatile::load(&raw const (*device).v6)
-        }
+    ctx.service = 0;
+    let to = ctx.destination();
+    let arrival = Arrival {
+        at_egress: ctx.at_egress,
+        has_socket: skb.has_socket(),
+        has_vlan: skb.has_vlan(),
+        can_start_flow: decide::can_start_flow(&ctx.packet),
     };
-    if addr.is_unset() {
-        return Err(DropReason::NoSourceAddress);
-    }
-    Ok(addr)
-}
-
-step! {
-    /// Makes a flow known, in both directions. Where the source is the node's, or answers could be those of another flow,
-    /// with a source port of the node's. False, and nothing is made known, where another packet of the flow was faster.
-    fn claim(skb, mut ctx) {
-        if ctx.chosen.snat || !ct::claim_answers(ctx)? {
-            claim_port(skb, ctx)?;
-        }
-        let state = tcp_state::after(0, ctx.packet.flags);
-        ctx.entry.set_state(state);
-        let is_first = ct::claim(&ctx.key, &ctx.entry);
-        if !is_first {
-            ct::forget_answers(&ctx.key, &ctx.entry);
-        }
-        Ok(is_first)
-    }
-}
-
-/// Finds a source port with which answers are this flow's only, and no socket's, and claims them.
-#[inline(always)]
-fn claim_port(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
-    let config = CONFIG.get_ptr(0).ok_or(DropReason::SnatPortsExhausted)?;
-    // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
-    let (first, last) = unsafe {
-        (
-            (&raw const (*config).snat_first).read_volatile(),
-            (&raw const (*config).snat_last).read_volatile(),
-        )
+    let Some(frontend) = decide::packet_frontend(&tables, arrival, to)? else {
+        return Ok(NewFlow::Done);
     };
-    // A server that still has the last connection from there (TIME_WAIT) takes a SYN for a new one if its sequence number or
-    // its timestamp is later (RFC 1122, 4.2.2.13; RFC 6191): those of one client's port are, those of another client need not be.
-    let mut again = (first..=last).contains(&ctx.last_port).then_some(ctx.last_port);
-    for tried in 0..PORTS_TRIED {
-        // SAFETY: the helper takes nothing.
-        let random = unsafe { bpf_get_prandom_u32() };
-        ctx.entry.src_port = again
-            .take()
-            .or_else(|| select::port(first, last, random))
-            .ok_or(DropReason::SnatPortsExhausted)?;
-        if listener::hears(skb, ctx)? {
-            continue;
-        }
-        // A connection that was closed keeps its port for stray segments, while there are others.
-        let may_replace = tried >= PORTS_TRIED / 2;
-        if ct::claim_answers(ctx)? || may_replace && ct::replace_closed(ctx)? && ct::claim_answers(ctx)? {
-            return Ok(());
-        }
+    ctx.service = frontend.service;
+    ctx.frontend = frontend;
+    step::choose(ctx)?;
+    step::plan_delivery(skb, ctx)?;
+    match step::claim(skb, ctx)? {
+        Claim::Lost => return Ok(NewFlow::Lost),
+        Claim::First => {}
     }
-    Err(DropReason::SnatPortsExhausted)
+    count::connection(ctx.service, true);
+    let event = TraceEvent::served(EventKind::Translated, to, ctx.service, ctx.chosen.backend);
+    count::packet_event(&ctx.packet, &event);
+    if ctx.entry.has(ct_flags::FORWARD) {
+        step::forward(skb, ctx)?;
+    } else {
+        deliver(skb, ctx)?;
+    }
+    Ok(NewFlow::Done)
+}
+
+/// Step: chooses the backend of a new flow.
+#[inline(always)]
+fn choose(mut ctx: CtxRef) -> Result<(), DropReason> {
+    let client = ctx.packet.src;
+    let tables = MapTables {
+        ctx: core::ptr::null_mut(),
+    };
+    let admission = decide::admit_packet(&tables, ctx.frontend, client, ctx.at_egress)?;
+    ctx.chosen.client_is_local = admission.client_is_local;
+    ctx.chosen.set = admission.set;
+    let serving = Serving::new(ctx.frontend.service, admission);
+    ctx.chosen.backend = serving.choose(|| Client::addr(client))?;
+    Ok(())
+}
+
+/// Step: decides how packets of a new flow get to its backend, and prepares its entry.
+#[inline(always)]
+fn plan_delivery(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
+    let Chosen {
+        backend,
+        set,
+        client_is_local,
+        ..
+    } = ctx.chosen;
+    let translated = Tuple {
+        dst: backend.addr,
+        dst_port: backend.port,
+        ..ctx.tuple()
+    };
+    ctx.entry = Entry::new(&translated, backend, ctx.service, set);
+    let route = send::step::route(skb, ctx)?;
+    let facts = Facts {
+        at_egress: ctx.at_egress,
+        has_next_hop: route == Route::NextHop,
+        changes_device: ctx.next_hop.device() != skb.ifindex(),
+        backend_is_local: backend.is_local(),
+        client_is_local,
+    };
+    let delivery = delivery::decide(facts, || send::has_come_by_bridge(skb))?;
+    ctx.entry.set_flags(delivery.flags);
+    ctx.chosen.snat = delivery.snat;
+    if delivery.snat {
+        let source = send::source_address(ctx.next_hop.device(), ctx.packet.src)?;
+        ctx.entry.set_source(source);
+    }
+    Ok(())
+}
+
+/// Step: inserts both directions of a flow. The flow gets a source port of the node if its source address is the node's, or
+/// if its replies could be those of another flow. If another packet of the flow was faster, nothing is inserted.
+#[inline(always)]
+fn claim(skb: Skb, mut ctx: CtxRef) -> Result<Claim, DropReason> {
+    if ctx.chosen.snat || ct::step::claim_replies(ctx)? == Claim::Lost {
+        snat_port::claim(skb, ctx)?;
+    }
+    let state = tcp_state::after(0, ctx.packet.flags);
+    ctx.entry.set_state(state);
+    let claim = ct::claim(&ctx.key, &ctx.entry);
+    if claim == Claim::Lost {
+        ct::forget_replies(&ctx.key, &ctx.entry);
+    }
+    Ok(claim)
 }

@@ -1,17 +1,27 @@
-//! What becomes of a packet that comes to this node, the first of a flow. The steps are those of `lb-ebpf`.
+//! Explains how a packet from outside is handled that starts a flow at this node, by the decisions of the packet path.
 
 use std::net::IpAddr;
 
-use lb_common::abi::{
-    Addr, AffinityKey, DropReason, FrontendKind, client_kind, cluster_flags, ct_flags, ip_protocol, service_flags,
-};
-use lb_common::logic::connect;
+use lb_common::abi::{Addr, AffinityKey, DropReason, client_kind, cluster_flags, ct_flags, ip_protocol};
+use lb_common::logic::decide::{self, Arrival};
+use lb_common::logic::delivery::{self, Facts};
 use lb_common::logic::route::{self, Destination};
 use lb_common::logic::translation::{self, RejectWith};
 
-use super::{Chosen, Explanation, Found, Outcome, Snapshot, Source, View, age, choose, ports_of, why_no_frontend};
+use super::{
+    Candidate, Chosen, Explanation, Found, Outcome, Snapshot, Source, View, age, choose, ports_of, why_no_frontend,
+};
 
-/// What a client is told, or not.
+/// The explained packet: the first one of a flow, at the ingress of a device. The device that leads to the backend is
+/// taken to be another one, since the routes are not among the maps.
+const FIRST_PACKET: Arrival = Arrival {
+    at_egress: false,
+    has_socket: false,
+    has_vlan: false,
+    can_start_flow: true,
+};
+
+/// Returns the response to a packet that is not translated.
 pub(super) fn refused(reason: DropReason, protocol: &str) -> Outcome {
     let (label, why) = (reason.label(), reason.text());
     match translation::reject_with(reason) {
@@ -39,7 +49,7 @@ pub(crate) fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explana
     let mut source = source(maps, from);
     answer.source = Some(source.clone());
     answer.notes = flows(maps, from.into(), to);
-    let frontend = match route::packet_frontend(&view, to) {
+    let frontend = match decide::packet_frontend(&view, FIRST_PACKET, to) {
         Ok(Some(frontend)) => frontend,
         Ok(None) => {
             answer.outcome = Outcome::untouched(why_no_frontend(&view, to));
@@ -52,22 +62,15 @@ pub(crate) fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explana
         }
     };
     answer.frontend = Some(Found::new(maps, frontend));
-    let Some(service) = maps.dump.services.get(frontend.service as usize) else {
-        answer.outcome = refused(DropReason::BadServiceIndex, answer.protocol);
-        return answer;
+    let admission = decide::admit_packet(&view, frontend, Addr::from(from).into(), FIRST_PACKET.at_egress);
+    let ranges = match &admission {
+        Ok(admission) => route::has_source_ranges(frontend, admission.service.flags),
+        Err(reason) => *reason == DropReason::SourceNotAllowed,
     };
-    if frontend.kind == FrontendKind::LoadBalancer as u8 && service.flags & service_flags::SOURCE_RANGES != 0 {
-        let mut ranges = maps.dump.source_ranges.keys();
-        let admitted = ranges.any(|range| range.admits(frontend.service, from.into()));
-        source.admitted = Some(admitted);
-        answer.source = Some(source.clone());
-        if !admitted {
-            answer.outcome = refused(DropReason::SourceNotAllowed, answer.protocol);
-            return answer;
-        }
-    }
-    let set = match connect::set_for_packet(frontend, source.inside) {
-        Ok(set) => set,
+    source.admitted = ranges.then_some(admission.is_ok());
+    answer.source = Some(source);
+    let admission = match admission {
+        Ok(admission) => admission,
         Err(reason) => {
             answer.outcome = refused(reason, answer.protocol);
             return answer;
@@ -78,12 +81,22 @@ pub(crate) fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explana
         service: frontend.service,
         kind: client_kind::ADDRESS,
     };
-    choose(maps, client, Chosen::new(frontend.service, set, service), &mut answer);
-    let elsewhere = answer
+    choose(maps, client, Chosen::new(frontend.service, admission), &mut answer);
+    let snat = |candidate: &Candidate| {
+        let facts = Facts {
+            at_egress: FIRST_PACKET.at_egress,
+            has_next_hop: true,
+            changes_device: true,
+            backend_is_local: candidate.local,
+            client_is_local: admission.client_is_local,
+        };
+        delivery::decide(facts, || false).is_ok_and(|delivery| delivery.snat)
+    };
+    if answer
         .candidates
         .iter()
-        .any(|candidate| candidate.eligible && !candidate.local);
-    if elsewhere && !source.here {
+        .any(|candidate| candidate.eligible && snat(candidate))
+    {
         let why = "a backend on another node sees an address of this node in place of the client's, so that its answers \
                    come back here";
         answer.notes.push(why.into());

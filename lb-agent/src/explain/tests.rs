@@ -1,4 +1,5 @@
 use lb_common::abi::DropReason;
+use lb_common::logic::route;
 use proptest::prelude::*;
 
 use super::*;
@@ -235,7 +236,7 @@ fn connected(maps: &Snapshot, asker: Asker, to: Destination, random: u32) -> Res
     let service = services
         .get(frontend.service as usize)
         .ok_or(DropReason::BadServiceIndex)?;
-    if !route::is_for_sockets(frontend, service.flags) {
+    if route::has_source_ranges(frontend, service.flags) {
         return Ok(None);
     }
     let again = |entry: &Affinity| {

@@ -1,31 +1,31 @@
-//! When a flow of packets is over: how long it may be idle.
+//! Flows of the packet path: idle timeouts, phases, and the action for a packet of an existing flow.
 
 use super::idle::SECOND;
+use super::packet::{Packet, tcp_flags};
 use super::translation::Tuple;
-use crate::abi::{CtEntry, CtKey, ct_state, ip_protocol};
+use crate::abi::{CtEntry, CtKey, DropReason, ct_flags, ct_state, ip_protocol};
 
-/// How long a flow may be idle, in nanoseconds.
+/// Idle timeouts of flows, in nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
-    /// TCP, from the segment on by which the client says that it has the server's answer.
+    /// TCP, after the client has acknowledged the server's SYN.
     pub established: u64,
     /// TCP, closed in one direction.
     pub half_closed: u64,
-    /// TCP, closed in both.
+    /// TCP, closed in both directions.
     pub closed: u64,
-    /// TCP, reset in either.
+    /// TCP, reset in either direction.
     pub reset: u64,
-    /// TCP before that.
+    /// TCP, before it is established.
     pub new: u64,
-    /// UDP, answered; and whatever is neither.
+    /// UDP with a reply, and every protocol that is neither TCP nor UDP.
     pub datagrams: u64,
-    /// UDP without an answer.
+    /// UDP without a reply.
     pub new_datagrams: u64,
 }
 
 impl Timeouts {
-    /// Where nobody says otherwise: those of kube-proxy where it sets them, else such as the kernel's own connection
-    /// tracking has.
+    /// The defaults: those of kube-proxy if it sets them, otherwise close to those of the kernel's conntrack.
     pub const DEFAULT: Self = Self {
         established: 24 * 3600 * SECOND,
         half_closed: 3600 * SECOND,
@@ -36,7 +36,7 @@ impl Timeouts {
         new_datagrams: 30 * SECOND,
     };
 
-    /// The shortest one: what was seen since is not over, whatever else is known.
+    /// Returns the shortest timeout. A flow that was used within this time is not expired, whatever its phase.
     #[must_use]
     pub fn shortest(&self) -> u64 {
         let Self {
@@ -52,7 +52,7 @@ impl Timeouts {
         streams.min(datagrams).min(new_datagrams)
     }
 
-    /// Of a flow in a phase.
+    /// Returns the timeout of a flow in a phase.
     #[must_use]
     pub const fn of(&self, proto: u8, phase: Phase) -> u64 {
         match (proto, phase) {
@@ -62,29 +62,29 @@ impl Timeouts {
             (ip_protocol::TCP, Phase::Closed) => self.closed,
             (ip_protocol::TCP, Phase::Reset) => self.reset,
             (_, Phase::New) => self.new_datagrams,
-            _ => self.datagrams,
+            (_, Phase::Established | Phase::HalfClosed | Phase::Closed | Phase::Reset) => self.datagrams,
         }
     }
 }
 
-/// How far a flow has come.
+/// Progress of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {
-    /// Nobody has answered; or, of TCP, the client has not heard of it.
+    /// No reply was seen; or, for TCP, the client has not acknowledged one.
     New,
-    /// It stands in CT.
+    /// The flow is in CT.
     Established,
-    /// One side has said that it sends nothing more.
+    /// One side has closed its direction.
     HalfClosed,
-    /// Both have.
+    /// Both sides have closed their direction.
     Closed,
-    /// One has broken it off.
+    /// One side has reset the connection.
     Reset,
 }
 
 impl Phase {
-    /// By what came in each direction ([`ct_state`]); a direction that is not known has zero. `established`: the flow
-    /// stands in CT.
+    /// Returns the phase of a flow with these [`ct_state`]s of its two directions, in either order; zero for a direction
+    /// that is not known. `established`: the flow is in CT.
     #[inline(always)]
     #[must_use]
     pub const fn of(established: bool, states: [u8; 2]) -> Self {
@@ -102,7 +102,7 @@ impl Phase {
         }
     }
 
-    /// Whether both sides are done, so that a SYN between the same ports is another connection.
+    /// Returns whether the flow has ended, so that a SYN between the same ports starts another connection.
     #[inline(always)]
     #[must_use]
     pub const fn is_end(self) -> bool {
@@ -110,16 +110,16 @@ impl Phase {
     }
 }
 
-/// The key of the other direction: the reverse of what packets of this one become.
+/// Returns the key of the opposite direction: the reverse of the translated tuple.
 #[must_use]
 pub fn reverse_key(entry: &CtEntry, proto: u8) -> CtKey {
-    let becomes = Tuple {
+    let translated = Tuple {
         src: entry.src.into(),
         dst: entry.dst.into(),
         src_port: entry.src_port,
         dst_port: entry.dst_port,
     };
-    let key = becomes.reversed();
+    let key = translated.reversed();
     CtKey {
         src: key.src.into(),
         dst: key.dst.into(),
@@ -128,6 +128,130 @@ pub fn reverse_key(entry: &CtEntry, proto: u8) -> CtKey {
         proto,
         pad: [0; 3],
     }
+}
+
+/// A packet that matches an entry of CT or CT_NEW.
+#[derive(Debug, Clone, Copy)]
+pub struct Match<'a> {
+    /// The packet.
+    pub packet: &'a Packet,
+    /// [`ct_flags`] of the entry.
+    pub flags: u16,
+    /// The entry is in CT_NEW.
+    pub is_unreplied: bool,
+}
+
+impl Match<'_> {
+    /// Returns whether the packet travels from the backend to the client.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_reply(&self) -> bool {
+        self.flags & ct_flags::REPLY != 0
+    }
+}
+
+/// The state of a flow, looked up only if the decision needs it.
+pub trait FlowState {
+    /// Returns whether the backend may still be selected for the set that serves the flow.
+    ///
+    /// # Errors
+    /// Returns a reason if the entry or the maps are inconsistent.
+    fn backend_is_usable(&self) -> Result<bool, DropReason>;
+    /// Returns whether the backend reference is current: the backend is in an EndpointSlice, possibly draining.
+    fn backend_is_current(&self) -> bool;
+    /// Returns the [`ct_state`] of the packet's direction.
+    fn state(&self) -> u8;
+    /// Returns the [`ct_state`] of the opposite direction, or zero if that has no entry.
+    fn reverse_state(&self) -> u8;
+}
+
+/// The action for a packet of an existing flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Record the packet in its direction, and translate it.
+    Refresh,
+    /// Record the packet and insert the opposite direction again if it is missing, then translate the packet. The client
+    /// repeats its SYN, and CT_NEW may have evicted the direction of the replies.
+    Reclaim,
+    /// Move both directions to CT, and translate the packet.
+    Establish,
+    /// The flow is over: delete both directions. The packet starts another flow.
+    Restart,
+    /// The backend is gone: mark the flow as reset, so that it is collected soon, and reject the packet.
+    Reset,
+}
+
+/// Returns whether a packet that matches an entry is translated at this hook. The other hook handles it otherwise.
+///
+/// # Errors
+/// Returns [`DropReason::Vlan`] for a packet with a VLAN tag.
+#[inline(always)]
+pub const fn is_translated_here(flags: u16, at_egress: bool, has_vlan: bool) -> Result<bool, DropReason> {
+    if (flags & ct_flags::EGRESS != 0) != at_egress {
+        return Ok(false);
+    }
+    if has_vlan {
+        return Err(DropReason::Vlan);
+    }
+    Ok(true)
+}
+
+/// Decides what happens to a packet of an existing flow.
+///
+/// # Errors
+/// Returns the errors of [`FlowState::backend_is_usable`].
+#[inline(always)]
+pub fn next(found: Match<'_>, flow: &impl FlowState) -> Result<Action, DropReason> {
+    if !found.is_reply() {
+        match validity(found.packet, flow)? {
+            Validity::Valid => {}
+            Validity::Over => return Ok(Action::Restart),
+            Validity::BackendGone => return Ok(Action::Reset),
+        }
+    }
+    Ok(if found.is_unreplied && is_established(found, flow) {
+        Action::Establish
+    } else if found.is_unreplied && !found.is_reply() && found.packet.begins() {
+        Action::Reclaim
+    } else {
+        Action::Refresh
+    })
+}
+
+/// Whether a packet of the client still belongs to the flow that its tuple matches.
+enum Validity {
+    Valid,
+    /// The tuple is free for another flow.
+    Over,
+    /// The packet belongs to the flow, whose backend does not exist any more.
+    BackendGone,
+}
+
+/// A datagram stays with its backend as long as a new flow could select it: UDP has no connection that would end. A
+/// segment stays as long as the backend exists, so that draining backends keep their connections. A SYN starts another
+/// connection once both sides have closed the last one.
+#[inline(always)]
+fn validity(packet: &Packet, flow: &impl FlowState) -> Result<Validity, DropReason> {
+    let is_valid = if !packet.is_tcp() {
+        flow.backend_is_usable()?
+    } else if packet.begins() {
+        flow.backend_is_current() && !Phase::of(true, [flow.state(), flow.reverse_state()]).is_end()
+    } else if flow.backend_is_current() {
+        true
+    } else {
+        return Ok(Validity::BackendGone);
+    };
+    Ok(if is_valid { Validity::Valid } else { Validity::Over })
+}
+
+/// Returns whether an unreplied flow becomes established: with the reply to a datagram, and with the segment by which the
+/// client acknowledges the server's SYN. Before that, the source address may be forged.
+#[inline(always)]
+fn is_established(found: Match<'_>, flow: &impl FlowState) -> bool {
+    if !found.packet.is_tcp() {
+        return found.is_reply();
+    }
+    !found.is_reply() && found.packet.flags & (tcp_flags::SYN | tcp_flags::RST) == 0 && flow.reverse_state() != 0
 }
 
 #[cfg(test)]
@@ -188,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn each_direction_finds_the_other() {
+    fn each_direction_leads_to_the_other() {
         let addr = |last| Addr::from_v4([192, 0, 2, last]);
         let key = |src, src_port, dst, dst_port| CtKey {
             src: addr(src),
@@ -198,17 +322,149 @@ mod tests {
             proto: 6,
             pad: [0; 3],
         };
-        let becomes = |key: CtKey| CtEntry {
+        let translated_to = |key: CtKey| CtEntry {
             src: key.src,
             dst: key.dst,
             src_port: key.src_port,
             dst_port: key.dst_port,
             ..CtEntry::default()
         };
-        // The client 1 asks the frontend 2; the node 3 sends that to the backend 4.
-        let (asked, sent) = (key(1, 1000, 2, 80), key(3, 61_000, 4, 8080));
-        let (answered, returned) = (key(4, 8080, 3, 61_000), key(2, 80, 1, 1000));
-        assert_eq!(reverse_key(&becomes(sent), 6), answered);
-        assert_eq!(reverse_key(&becomes(returned), 6), asked);
+        // Client 1 sends to frontend 2; node 3 forwards to backend 4.
+        let (request, forwarded) = (key(1, 1000, 2, 80), key(3, 61_000, 4, 8080));
+        let (reply, returned) = (key(4, 8080, 3, 61_000), key(2, 80, 1, 1000));
+        assert_eq!(reverse_key(&translated_to(forwarded), 6), reply);
+        assert_eq!(reverse_key(&translated_to(returned), 6), request);
+    }
+
+    /// A flow with fixed lookups; panics on one that the decision must not make.
+    #[derive(Clone, Copy)]
+    struct Fake {
+        usable: Option<bool>,
+        current: Option<bool>,
+        states: Option<[u8; 2]>,
+    }
+
+    impl FlowState for Fake {
+        fn backend_is_usable(&self) -> Result<bool, DropReason> {
+            self.usable.ok_or(DropReason::BadKind)
+        }
+
+        fn backend_is_current(&self) -> bool {
+            self.current.unwrap()
+        }
+
+        fn state(&self) -> u8 {
+            self.states.unwrap()[0]
+        }
+
+        fn reverse_state(&self) -> u8 {
+            self.states.unwrap()[1]
+        }
+    }
+
+    fn packet(proto: u8, flags: u8) -> Packet {
+        Packet {
+            src: Addr::from_v4([192, 0, 2, 1]).into(),
+            dst: Addr::from_v4([192, 0, 2, 2]).into(),
+            src_port: 1000,
+            dst_port: 80,
+            proto,
+            flags,
+            ttl: 64,
+            tos: 0,
+            transport: 20,
+        }
+    }
+
+    #[test]
+    fn table_of_tcp_actions() {
+        use tcp_flags as f;
+        let (syn, syn_ack, ack) = (f::SYN, f::SYN | f::ACK, f::ACK);
+        let (fin, rst) = (f::FIN | f::ACK, f::RST);
+        const REPLY: u16 = ct_flags::REPLY;
+        // Direction, in CT_NEW, segment, backend is current, states of this and of the opposite direction.
+        for (flags, is_unreplied, segment, current, states, expected) in [
+            (0, true, syn, true, [SYN, NONE], Action::Reclaim),
+            (0, true, syn, true, [SYN, SYN], Action::Reclaim),
+            (0, true, syn, true, [RST, NONE], Action::Restart),
+            (0, true, syn, false, [SYN, NONE], Action::Restart),
+            (0, true, ack, true, [SYN, NONE], Action::Refresh),
+            (0, true, ack, true, [SYN, SYN], Action::Establish),
+            (0, true, fin, true, [SYN, SYN], Action::Establish),
+            (0, true, rst, true, [SYN, SYN], Action::Refresh),
+            (0, true, ack, false, [SYN, SYN], Action::Reset),
+            (0, false, ack, true, [SYN, SYN], Action::Refresh),
+            (0, false, ack, false, [SYN, SYN], Action::Reset),
+            (0, false, syn, true, [SYN, SYN], Action::Refresh),
+            (0, false, syn, true, [FIN, SYN], Action::Refresh),
+            (0, false, syn, true, [FIN, FIN], Action::Restart),
+            (0, false, syn, true, [SYN, RST], Action::Restart),
+            (0, false, syn, false, [SYN, SYN], Action::Restart),
+            // A reply is translated whatever has become of the backend.
+            (REPLY, true, syn_ack, false, [NONE, SYN], Action::Refresh),
+            (REPLY, true, ack, false, [SYN, SYN], Action::Refresh),
+            (REPLY, true, rst, false, [NONE, SYN], Action::Refresh),
+            (REPLY, false, fin, false, [SYN, FIN], Action::Refresh),
+        ] {
+            let flow = Fake {
+                usable: None,
+                current: Some(current),
+                states: Some(states),
+            };
+            let packet = packet(ip_protocol::TCP, segment);
+            let found = Match {
+                packet: &packet,
+                flags,
+                is_unreplied,
+            };
+            assert_eq!(
+                next(found, &flow),
+                Ok(expected),
+                "flags {flags} unreplied {is_unreplied} segment {segment} current {current} {states:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn table_of_datagram_actions() {
+        let packet = packet(ip_protocol::UDP, 0);
+        for (flags, is_unreplied, usable, expected) in [
+            (0, true, Some(true), Ok(Action::Refresh)),
+            (0, false, Some(true), Ok(Action::Refresh)),
+            (0, true, Some(false), Ok(Action::Restart)),
+            (0, false, Some(false), Ok(Action::Restart)),
+            (0, false, None, Err(DropReason::BadKind)),
+            (ct_flags::REPLY, true, None, Ok(Action::Establish)),
+            (ct_flags::REPLY, false, None, Ok(Action::Refresh)),
+        ] {
+            let flow = Fake {
+                usable,
+                current: None,
+                states: None,
+            };
+            let found = Match {
+                packet: &packet,
+                flags,
+                is_unreplied,
+            };
+            assert_eq!(
+                next(found, &flow),
+                expected,
+                "flags {flags} unreplied {is_unreplied} {usable:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn each_direction_is_translated_at_its_hook() {
+        for (flags, at_egress) in [
+            (0, false),
+            (ct_flags::EGRESS, true),
+            (ct_flags::REPLY | ct_flags::EGRESS, true),
+        ] {
+            assert_eq!(is_translated_here(flags, at_egress, false), Ok(true));
+            assert_eq!(is_translated_here(flags, at_egress, true), Err(DropReason::Vlan));
+            assert_eq!(is_translated_here(flags, !at_egress, true), Ok(false));
+        }
     }
 }

@@ -4,6 +4,8 @@ pub mod affinity;
 pub mod checksum;
 pub mod connect;
 pub mod ct;
+pub mod decide;
+pub mod delivery;
 pub mod generation;
 pub mod idle;
 pub mod ip128;

@@ -114,12 +114,12 @@ pub fn is_service_address(tables: &impl Tables, addr: Ip128) -> bool {
     tables.frontend(Destination::mark(addr)).is_some()
 }
 
-/// Whether a socket hook may translate to a service with these flags: where a load-balancer address is for some sources
-/// only, the packet path decides, which knows the source.
+/// Returns whether a frontend is for the clients in SOURCE_RANGES only: a load-balancer address of a service with these
+/// flags. Socket hooks leave it to the packet path, which has the source address.
 #[inline(always)]
 #[must_use]
-pub const fn is_for_sockets(frontend: Frontend, service_flags: u32) -> bool {
-    frontend.kind != FrontendKind::LoadBalancer as u8 || service_flags & service_flags::SOURCE_RANGES == 0
+pub const fn has_source_ranges(frontend: Frontend, service_flags: u32) -> bool {
+    frontend.kind == FrontendKind::LoadBalancer as u8 && service_flags & service_flags::SOURCE_RANGES != 0
 }
 
 /// Whether a bind to this address and port takes a node port of the node: `node_port` tells whether a family (by its
@@ -263,14 +263,14 @@ mod tests {
     }
 
     #[test]
-    fn source_ranges_are_left_to_packets() {
+    fn source_ranges_apply_to_load_balancer_addresses() {
         let kind = |kind| Frontend::new(1, kind);
-        assert!(!is_for_sockets(
+        assert!(has_source_ranges(
             kind(FrontendKind::LoadBalancer),
             service_flags::SOURCE_RANGES
         ));
-        assert!(is_for_sockets(kind(FrontendKind::LoadBalancer), 0));
-        assert!(is_for_sockets(
+        assert!(!has_source_ranges(kind(FrontendKind::LoadBalancer), 0));
+        assert!(!has_source_ranges(
             kind(FrontendKind::ClusterIp),
             service_flags::SOURCE_RANGES
         ));

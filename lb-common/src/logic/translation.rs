@@ -3,7 +3,7 @@
 use super::checksum::Sum;
 use super::ip128::Ip128;
 use super::packet::Packet;
-use crate::abi::{DropReason, ct_flags};
+use crate::abi::DropReason;
 
 /// Addresses and ports of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,23 +70,6 @@ impl Tuple {
     }
 }
 
-/// [`ct_flags`] of the answers to packets that have these, and the other way round.
-///
-/// - What goes up the stack at ingress is answered through it: translated when it leaves.
-/// - What was sent on at ingress, with a source of this node, is answered to this node, and sent on.
-/// - What a socket of this node sends is translated when it leaves, and its answer at ingress, before the stack.
-#[inline(always)]
-#[must_use]
-pub const fn opposite(flags: u16) -> u16 {
-    let way = match flags & (ct_flags::EGRESS | ct_flags::FORWARD) {
-        0 if flags & ct_flags::REPLY == 0 => ct_flags::EGRESS,
-        0 => ct_flags::EGRESS | ct_flags::FORWARD,
-        ct_flags::FORWARD => ct_flags::FORWARD,
-        _ => 0,
-    };
-    way | (flags & ct_flags::REPLY) ^ ct_flags::REPLY
-}
-
 /// What a packet that is not translated gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RejectWith {
@@ -117,25 +100,5 @@ pub const fn reject_with(reason: DropReason) -> RejectWith {
         | DropReason::IcmpError
         | DropReason::Vlan => RejectWith::Pass,
         _ => RejectWith::Drop,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_way_has_one_back() {
-        use ct_flags::{AGAIN, EGRESS, FORWARD, REPLY};
-        for (there, back) in [
-            (0, REPLY | EGRESS),
-            (FORWARD, REPLY | FORWARD),
-            (EGRESS | FORWARD, REPLY),
-        ] {
-            assert_eq!(opposite(there), back, "{there}");
-            assert_eq!(opposite(back), there, "{back}");
-        }
-        // Answers leave by the bridge.
-        assert_eq!(opposite(AGAIN), REPLY | EGRESS);
     }
 }

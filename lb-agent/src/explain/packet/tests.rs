@@ -2,9 +2,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use ipnet::IpNet;
-use lb_common::abi::{Affinity, CtEntry, CtKey, FrontendKey};
-use lb_common::logic::affinity;
+use lb_common::abi::{Affinity, CtEntry, CtKey, FrontendKey, FrontendKind, service_flags};
 use lb_common::logic::connect::Set;
+use lb_common::logic::{affinity, connect};
 use proptest::prelude::*;
 
 use super::super::tests::{NODE_ADDRESS, any_maps, eligible, numbers, to, with_node_port};
