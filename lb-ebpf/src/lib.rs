@@ -1,3 +1,3 @@
-//! Nothing: a library target, so that the agent's build script can depend on this crate and cargo rebuilds the kernel
-//! object when it changes. The programs are in `main.rs`.
+//! Empty library target: the agent's build script depends on it, so that cargo rebuilds the kernel object when this crate
+//! changes. The programs are in `main.rs`.
 #![no_std]

@@ -1,7 +1,7 @@
-//! The kernel programs of lb: entry points by hook. They look up maps, call `lb_common::logic`, apply what it says,
-//! count, and return the verdict.
-#![no_std]
-#![no_main]
+//! The kernel programs of lb: entry points by hook. They look up maps, call `lb_common::logic`, apply its decision, count,
+//! and return the verdict.
+#![cfg_attr(target_arch = "bpf", no_std)]
+#![cfg_attr(target_arch = "bpf", no_main)]
 #![expect(
     clippy::needless_pass_by_value,
     reason = "the macros of entry points pass the context by value"
@@ -29,14 +29,18 @@ mod tc;
 mod udp_dests;
 mod volatile;
 
-/// The kernel side cannot panic: a panic path that survives in the object is a verifier rejection.
-#[cfg(not(test))]
+/// Never called: the verifier rejects a program with a path to a panic.
+#[cfg(target_arch = "bpf")]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// Some helpers are for programs under a GPL-compatible licence only.
+/// Other targets only check this crate, with the standard library: a dependency may enable that there.
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}
+
+/// Some helpers are available only to programs under a GPL-compatible license.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,17 +1,26 @@
-//! Answers to packets that go nowhere: TCP RST, and ICMP errors.
+//! Responses to rejected packets: TCP RST and ICMP errors.
 //!
-//! The packet itself becomes the answer, and goes back where it came from. Its checksum may be left to the device that it
-//! leaves by (`CHECKSUM_PARTIAL`: all that local sockets send, also through veth): the device then writes one where that
-//! of the old packet was, over all that follows its transport header. Programs cannot see whether it is so, nor change it;
-//! but where it is, the kernel's helper does not let them change the checksum by what the device will add.
+//! The program turns the packet itself into the response, and sends it back. The kernel may leave the packet's checksum to
+//! the device that it leaves by (`CHECKSUM_PARTIAL`: all packets of local sockets, also through veth). The device then
+//! stores a checksum at the offset of the original one, over everything from the original transport header on. A program
+//! can neither read nor change this state. But in this state, the kernel's helper ignores changes to the part of the
+//! checksum that the device will compute: see [`is_partial`].
+
+use core::mem::offset_of;
 
 use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail};
 use lb_common::abi::{DropReason, ip_protocol};
 use lb_common::logic::checksum::Sum;
+use lb_common::logic::headers::DONT_FRAGMENT;
 use lb_common::logic::ip128::Ip128;
-use lb_common::logic::packet::{Bytes as _, ETHERNET, IPV4, IPV6, Packet, TCP, tcp_flags};
+use lb_common::logic::packet::{Bytes as _, ETHERNET, Packet, tcp_flags};
 use lb_common::logic::translation::RejectWith;
+use network_types::eth::EthHdr;
+use network_types::icmp::Icmpv4Hdr;
+use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
+use network_types::tcp::TcpHdr;
+use network_types::udp::UdpHdr;
 
 use crate::count;
 use crate::packet_ctx::{CtxRef, outcome, steps};
@@ -35,7 +44,10 @@ steps! {
     pub(super) fn icmp(skb, ctx) -> ();
 }
 
-/// Type and code of an ICMP error for IPv4 (RFC 792, RFC 1191) or IPv6 (RFC 4443), and the word after its checksum.
+/// Length of the header of an ICMP error, in both families.
+const ICMP: usize = size_of::<Icmpv4Hdr>();
+
+/// Returns type and code of an ICMP error for IPv4 (RFC 792, RFC 1191) or IPv6 (RFC 4443), and the word after its checksum.
 #[inline(always)]
 const fn header(reject_with: RejectWith, mtu: u32, is_v4: bool) -> ([u8; 2], u32) {
     match (reject_with, is_v4) {
@@ -49,7 +61,7 @@ const fn header(reject_with: RejectWith, mtu: u32, is_v4: bool) -> ([u8; 2], u32
     }
 }
 
-/// Whether the checksum of the packet is left to the device. Changes the checksum where it is not.
+/// Returns whether the checksum of the packet is left to the device. Changes the checksum if it is not.
 #[inline(always)]
 fn is_partial(skb: Skb, at: usize) -> Result<bool, DropReason> {
     let before = skb.half(at).ok_or(DropReason::RewriteFailed)?;
@@ -58,7 +70,7 @@ fn is_partial(skb: Skb, at: usize) -> Result<bool, DropReason> {
     Ok(before == after)
 }
 
-/// The sum of the header that TCP, UDP and ICMPv6 checksums cover besides the packet (RFC 9293, RFC 8200).
+/// Returns the sum of the pseudo-header that the checksums of TCP, UDP and ICMPv6 include (RFC 9293, RFC 8200).
 #[inline(always)]
 fn pseudo_header(from: Ip128, to: Ip128, proto: u8, len: u16) -> Sum {
     let (Ip128([a, b]), Ip128([c, d])) = (from, to);
@@ -70,20 +82,20 @@ fn pseudo_header(from: Ip128, to: Ip128, proto: u8, len: u16) -> Sum {
     sum.add(u32::from(u16::from(proto).to_be())).add(u32::from(len.to_be()))
 }
 
-/// Writes the IP header of an answer.
+/// Writes the IP header of a response with a payload of `payload` bytes.
 #[inline(always)]
 fn write_ip(skb: Skb, ctx: CtxRef, proto: u8, payload: u16) -> Result<(), DropReason> {
     let (from, to) = (ctx.packet.dst, ctx.packet.src);
     if let (Some(from), Some(to)) = (from.to_v4(), to.to_v4()) {
-        let len = payload + IPV4 as u16;
+        let len = payload + Ipv4Hdr::LEN as u16;
         let word = |a: u16, b: u16| {
             let ([a, b], [c, d]) = (a.to_be_bytes(), b.to_be_bytes());
             u32::from_ne_bytes([a, b, c, d])
         };
-        // Do not fragment; nothing to tell it from others is needed then (RFC 6864).
+        // A packet that must not be fragmented needs no identification (RFC 6864).
         let mut words = [
             word(0x4500, len),
-            word(0, 0x4000),
+            word(0, DONT_FRAGMENT),
             word(u16::from_be_bytes([TTL, proto]), 0),
             from,
             to,
@@ -104,25 +116,34 @@ fn write_ip(skb: Skb, ctx: CtxRef, proto: u8, payload: u16) -> Result<(), DropRe
 #[inline(always)]
 fn send_back(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
     if ctx.at_egress {
-        // To the socket: as if it had come in by the device that the packet was to leave by, whose address the
-        // packet's own source is.
+        // The response goes to the socket, as if it had arrived by the device that the packet was about to leave by. Its
+        // destination is the address of that device, which is the source of the packet.
         if ctx.ip() == ETHERNET {
             let quarter = |at| skb.word(at).ok_or(DropReason::RewriteFailed);
             let half = |at| skb.half(at).ok_or(DropReason::RewriteFailed);
-            let (first, last) = (half(6)?, quarter(8)?);
+            let source = offset_of!(EthHdr, src_addr);
+            let (first, last) = (half(source)?, quarter(source + 2)?);
             skb.store(0, &first.to_be())?;
             skb.store(2, &last)?;
         }
-        // SAFETY: plain numbers.
+        // SAFETY: the helper takes two numbers.
         ctx.verdict = unsafe { bpf_redirect(skb.ifindex(), BPF_F_INGRESS.into()) as i32 };
         return Ok(());
     }
     if ctx.ip() == ETHERNET {
         let half = |at| skb.half(at).map(u16::to_be).ok_or(DropReason::RewriteFailed);
-        let swapped = [half(6)?, half(8)?, half(10)?, half(0)?, half(2)?, half(4)?];
+        let (dst, src) = (offset_of!(EthHdr, dst_addr), offset_of!(EthHdr, src_addr));
+        let swapped = [
+            half(src)?,
+            half(src + 2)?,
+            half(src + 4)?,
+            half(dst)?,
+            half(dst + 2)?,
+            half(dst + 4)?,
+        ];
         skb.store(0, &swapped)?;
     }
-    // SAFETY: plain numbers.
+    // SAFETY: the helper takes two numbers.
     ctx.verdict = unsafe { bpf_redirect(skb.ifindex(), 0) as i32 };
     Ok(())
 }
@@ -162,7 +183,7 @@ fn reset(skb: Skb, ctx: CtxRef) -> Result<Response, DropReason> {
     }
     let at = ctx.transport();
     let word = |from: usize| skb.word(at + from).map(u32::from_be).ok_or(DropReason::RewriteFailed);
-    let (seq, ack) = (word(4)?, word(8)?);
+    let (seq, ack) = (word(offset_of!(TcpHdr, seq))?, word(offset_of!(TcpHdr, ack_seq))?);
     let header = usize::from(transport);
     let payload = (skb.len() as usize).saturating_sub(at + header) as u32;
     let counts = |flag: u8| u32::from(flags & flag != 0);
@@ -172,15 +193,15 @@ fn reset(skb: Skb, ctx: CtxRef) -> Result<Response, DropReason> {
         let end = seq.wrapping_add(payload + counts(tcp_flags::SYN) + counts(tcp_flags::FIN));
         (0, end, tcp_flags::RST | tcp_flags::ACK)
     };
-    let partial = is_partial(skb, at + 16)?;
-    // SAFETY: plain numbers.
-    if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + TCP) as u32, 0) } != 0 {
+    let partial = is_partial(skb, at + offset_of!(TcpHdr, check))?;
+    // SAFETY: the context is that of the running program.
+    if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + TcpHdr::LEN) as u32, 0) } != 0 {
         return Err(DropReason::RewriteFailed);
     }
-    write_ip(skb, ctx, ip_protocol::TCP, TCP as u16)?;
+    write_ip(skb, ctx, ip_protocol::TCP, TcpHdr::LEN as u16)?;
     let ports = ctx.tuple().reversed().ports();
     let start = [ports, seq.to_be(), ack.to_be(), u32::from_ne_bytes([0x50, flags, 0, 0])];
-    let sum = pseudo_header(dst, src, ip_protocol::TCP, TCP as u16);
+    let sum = pseudo_header(dst, src, ip_protocol::TCP, TcpHdr::LEN as u16);
     let checksum = if partial {
         sum.fold()
     } else {
@@ -200,32 +221,36 @@ fn icmp(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
     let (is_v4, is_tcp) = (ctx.packet.is_v4(), ctx.packet.is_tcp());
     let (reject_with, mtu) = (ctx.reject_with, ctx.mtu);
     let ip = ctx.packet.ip_len();
-    // Of TCP all of its header: where its checksum is left to the device, no less can be.
-    let quoted = if is_tcp { TCP } else { 8 };
+    // The whole TCP header is quoted: if the checksum is left to the device, the kernel keeps that much of the packet.
+    let quoted = if is_tcp { TcpHdr::LEN } else { UdpHdr::LEN };
     let at = ctx.transport();
-    let checksum_at = if is_tcp { at + 16 } else { at + 6 };
+    let checksum_at = if is_tcp {
+        at + offset_of!(TcpHdr, check)
+    } else {
+        at + offset_of!(UdpHdr, check)
+    };
     let kept = skb.half(checksum_at).ok_or(DropReason::RewriteFailed)?;
     let partial = is_partial(skb, checksum_at)?;
     skb.store(checksum_at, &kept.to_be())?;
-    // SAFETY: plain numbers.
+    // SAFETY: the context is that of the running program.
     if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + quoted) as u32, 0) } != 0 {
         return Err(DropReason::RewriteFailed);
     }
     let mut sum = sum_of(skb, ctx.ip(), ip)?;
     if partial {
-        // What the device writes there makes the sum of all from the transport header on, with what stands for the
-        // checksum now, zero.
+        // The checksum that the device stores makes the sum from the transport header on zero, including the current value of
+        // the checksum field.
         sum = sum.add(u32::from(!kept.to_be()));
     } else {
         sum = sum.plus(sum_of(skb, at, quoted)?);
     }
-    let room = (8 + ip) as i32;
-    // SAFETY: plain numbers.
+    let room = (ICMP + ip) as i32;
+    // SAFETY: the context is that of the running program.
     if unsafe { bpf_skb_adjust_room(skb.as_ptr(), room, BPF_ADJ_ROOM_MAC, 0) } != 0 {
         return Err(DropReason::RewriteFailed);
     }
     let ([kind, code], rest) = header(reject_with, mtu, is_v4);
-    let len = (8 + ip + quoted) as u16;
+    let len = (ICMP + ip + quoted) as u16;
     sum = sum.add(u32::from_ne_bytes([kind, code, 0, 0])).add(rest);
     let proto = if is_v4 {
         ip_protocol::ICMP
@@ -239,11 +264,11 @@ fn icmp(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
     send_back(skb, ctx)
 }
 
-/// The sum of `len` bytes, a multiple of four and no more than an IPv6 header has.
+/// Returns the sum of `len` bytes: a multiple of four, and at most the length of an IPv6 header.
 #[inline(always)]
 fn sum_of(skb: Skb, at: usize, len: usize) -> Result<Sum, DropReason> {
     let mut sum = Sum::ZERO;
-    for word in 0..IPV6 / 4 {
+    for word in 0..Ipv6Hdr::LEN / 4 {
         if word * 4 >= len {
             break;
         }

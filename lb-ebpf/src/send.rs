@@ -1,6 +1,6 @@
 //! Route lookup, rewriting of packets, and forwarding without the stack.
 
-use core::mem::MaybeUninit;
+use core::mem::{MaybeUninit, offset_of};
 use core::ptr;
 
 use aya_ebpf::bindings::{
@@ -11,6 +11,9 @@ use aya_ebpf::helpers::generated::{bpf_check_mtu, bpf_fib_lookup as fib_lookup, 
 use lb_common::abi::{DropReason, device_flags, ip_protocol};
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::packet::Packet;
+use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
+use network_types::tcp::TcpHdr;
+use network_types::udp::UdpHdr;
 
 use crate::maps::DEVICES;
 use crate::packet_ctx::{CtxRef, outcome, steps};
@@ -172,24 +175,24 @@ fn rewrite(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
     let is_v4 = ctx.packet.is_v4();
     let (ip, transport) = (ctx.ip(), ctx.transport());
     let (checksum, flags) = if proto == ip_protocol::UDP {
-        (transport + 6, MAY_BE_ZERO)
+        (transport + offset_of!(UdpHdr, check), MAY_BE_ZERO)
     } else {
-        (transport + 16, 0)
+        (transport + offset_of!(TcpHdr, check), 0)
     };
     if let (Some(src), Some(dst)) = (new.src.to_v4(), new.dst.to_v4()) {
-        skb.store(ip + 12, &[src, dst])?;
+        skb.store(ip + offset_of!(Ipv4Hdr, src_addr), &[src, dst])?;
         let mut header = addresses;
         if decrements_ttl {
             let less = ttl.wrapping_sub(1);
-            skb.store(ip + 8, &less)?;
+            skb.store(ip + offset_of!(Ipv4Hdr, ttl), &less)?;
             let word = |ttl: u8| u32::from(u16::from_ne_bytes([ttl, proto]));
             header = header.sub(word(ttl)).add(word(less));
         }
-        skb.replace_l3(ip + 10, header)?;
+        skb.replace_l3(ip + offset_of!(Ipv4Hdr, check), header)?;
     } else {
-        skb.store(ip + 8, &[new.src.0, new.dst.0])?;
+        skb.store(ip + offset_of!(Ipv6Hdr, src_addr), &[new.src.0, new.dst.0])?;
         if decrements_ttl {
-            skb.store(ip + 7, &ttl.wrapping_sub(1))?;
+            skb.store(ip + offset_of!(Ipv6Hdr, hop_limit), &ttl.wrapping_sub(1))?;
         }
     }
     skb.replace_l4_addresses(checksum, addresses, is_v4, flags)?;

@@ -6,10 +6,12 @@ use aya_ebpf::helpers::generated::{
 };
 use lb_common::abi::DropReason;
 use lb_common::logic::checksum::Sum;
-use lb_common::logic::packet::{self, Bytes, ETHERNET};
+use lb_common::logic::packet::{Bytes, ETHERNET};
+use network_types::ip::Ipv6Hdr;
+use network_types::tcp::TcpHdr;
 
-/// All that is read of a packet.
-const HEADERS: u32 = (ETHERNET + packet::IPV6 + packet::TCP) as u32;
+/// Length of the longest headers that are read.
+const HEADERS: u32 = (ETHERNET + Ipv6Hdr::LEN + TcpHdr::LEN) as u32;
 
 /// `BPF_F_IPV6` of `bpf_l4_csum_replace` (Linux 6.16 and later stable releases): in IPv6 the sum of the whole packet does
 /// not change with its addresses, since no header checksum makes up for that of the transport.

@@ -7,6 +7,7 @@ pub mod ct;
 pub mod decide;
 pub mod delivery;
 pub mod generation;
+pub mod headers;
 pub mod idle;
 pub mod ip128;
 pub mod packet;

@@ -1,55 +1,39 @@
-//! What a packet is, as far as Services go.
+//! Parsing of packets: TCP segments and UDP datagrams over IP, as far as the packet path needs their headers.
 
+use core::mem::offset_of;
+
+use network_types::icmp::{Icmpv4Type, Icmpv6Type};
+use network_types::ip::{IpProto, Ipv4Hdr, Ipv6Hdr};
+use network_types::tcp::TcpHdr;
+use network_types::udp::UdpHdr;
+
+use super::headers::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRAGMENT, TCP_FLAGS, TCP_LENGTH};
 use super::ip128::Ip128;
 use crate::abi::{DropReason, ip_protocol};
 
-/// Length of an Ethernet header.
-pub const ETHERNET: usize = 14;
-/// Length of an IPv4 header without options.
-pub const IPV4: usize = 20;
-/// Length of an IPv6 header.
-pub const IPV6: usize = 40;
-/// Length of a TCP header without options.
-pub const TCP: usize = 20;
+pub use super::headers::{ETHERNET, tcp_flags};
 
-const ETHERTYPE_IPV4: u16 = 0x0800;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
-
-/// "More fragments" and the offset, in the word of an IPv4 header that has them.
-const FRAGMENT: u16 = 0x3fff;
-
-/// Flags of TCP, in the 14th byte of its header.
-pub mod tcp_flags {
-    /// No more data comes.
-    pub const FIN: u8 = 1;
-    /// Begins a connection.
-    pub const SYN: u8 = 2;
-    /// Ends it at once.
-    pub const RST: u8 = 4;
-    /// The acknowledgement number counts.
-    pub const ACK: u8 = 16;
-}
-
-/// A packet's bytes, from the header of the link layer on (or from that of IP, where there is none).
+/// The bytes of a packet, from its link-layer header on, or from its IP header if it has no link-layer header.
 pub trait Bytes {
-    /// One byte; `None` beyond the end.
+    /// Returns one byte, or `None` beyond the end.
     fn byte(&self, at: usize) -> Option<u8>;
-    /// Two bytes, in network order.
+    /// Returns two bytes as a number in network byte order.
     fn half(&self, at: usize) -> Option<u16>;
-    /// Four bytes, as they are in memory.
+    /// Returns four bytes in the byte order of memory.
     fn word(&self, at: usize) -> Option<u32>;
-    /// How many there are, also of those that cannot be read here.
+    /// Returns the length of the packet, including bytes that the other methods cannot read.
     fn size(&self) -> usize;
-    /// Whether it is several segments in one: lengths in its headers then mean little.
+    /// Returns whether the packet consists of several segments (GSO). The lengths in its headers are then not those of the
+    /// packet.
     fn is_merged(&self) -> bool;
 }
 
-/// A TCP segment or UDP datagram whose headers make sense.
+/// A TCP segment or UDP datagram with valid headers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Packet {
-    /// Source address; v4-mapped where the packet is IPv4.
+    /// Source address; v4-mapped for IPv4.
     pub src: Ip128,
-    /// Destination address.
+    /// Destination address; v4-mapped for IPv4.
     pub dst: Ip128,
     /// Source port, host byte order.
     pub src_port: u16,
@@ -63,33 +47,33 @@ pub struct Packet {
     pub ttl: u8,
     /// Type of service, or traffic class.
     pub tos: u8,
-    /// Length of the header of the transport protocol.
+    /// Length of the transport header.
     pub transport: u8,
 }
 
 impl Packet {
-    /// Whether it is IPv4.
+    /// Returns whether the packet is IPv4.
     #[inline(always)]
     #[must_use]
     pub const fn is_v4(&self) -> bool {
         self.src.is_v4()
     }
 
-    /// Length of its IP header.
+    /// Returns the length of the IP header.
     #[inline(always)]
     #[must_use]
     pub const fn ip_len(&self) -> usize {
-        if self.is_v4() { IPV4 } else { IPV6 }
+        if self.is_v4() { Ipv4Hdr::LEN } else { Ipv6Hdr::LEN }
     }
 
-    /// Whether it begins a TCP connection.
+    /// Returns whether the packet starts a TCP connection: a SYN without ACK, RST or FIN.
     #[inline(always)]
     #[must_use]
     pub const fn begins(&self) -> bool {
         self.flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST | tcp_flags::FIN) == tcp_flags::SYN
     }
 
-    /// Whether it is TCP.
+    /// Returns whether the packet is TCP.
     #[inline(always)]
     #[must_use]
     pub const fn is_tcp(&self) -> bool {
@@ -97,14 +81,14 @@ impl Packet {
     }
 }
 
-/// Why a packet is none of lb's: something else than TCP and UDP over IP, or, with a reason to be counted, what lb passes
-/// on untouched although it may be meant for a Service.
+/// A packet that is passed on without translation. `None`: the packet cannot be for a Service, since it is neither TCP nor
+/// UDP over IP. With a reason, which is counted: it could be, but lb does not translate such packets.
 pub type Foreign = Option<DropReason>;
 
-/// Reads the headers. `link` is the length of the header of the link layer: [`ETHERNET`] or zero.
+/// Parses the headers of a packet. `link`: length of the link-layer header, [`ETHERNET`] or zero.
 ///
 /// # Errors
-/// See [`Foreign`].
+/// Returns [`Foreign`] if the packet is passed on without translation.
 #[inline(always)]
 pub fn parse(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
     let version = if link == 0 {
@@ -114,7 +98,7 @@ pub fn parse(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
             _ => return Err(None),
         }
     } else {
-        bytes.half(link - 2).ok_or(None)?
+        bytes.half(link - size_of::<u16>()).ok_or(None)?
     };
     match version {
         ETHERTYPE_IPV4 => parse_v4(bytes, link),
@@ -123,56 +107,68 @@ pub fn parse(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
     }
 }
 
-const CUT: Foreign = Some(DropReason::Malformed);
+const TRUNCATED: Foreign = Some(DropReason::Malformed);
+
+/// Version 4 and a header length of five words, in [`Ipv4Hdr::vihl`].
+const V4_WITHOUT_OPTIONS: u8 = 0x45;
 
 #[inline(always)]
 fn parse_v4(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
-    // By two: the verifier does not follow a look at the very first byte alone.
-    let [first, tos] = bytes.half(link).ok_or(CUT)?.to_be_bytes();
-    let proto = bytes.byte(link + 9).ok_or(CUT)?;
+    // Two bytes at once: the verifier loses track of a load of the very first byte alone.
+    let [first, tos] = bytes.half(link).ok_or(TRUNCATED)?.to_be_bytes();
+    let proto = bytes.byte(link + offset_of!(Ipv4Hdr, proto)).ok_or(TRUNCATED)?;
     match proto {
         ip_protocol::TCP | ip_protocol::UDP => {}
         proto => return Err(other(proto, || bytes.half(link + (first & 15) as usize * 4))),
     }
-    if first != 0x45 {
-        // Version 4 and five words, or there are options. Fewer are nonsense.
-        return Err(Some(if first > 0x45 && first < 0x50 {
+    if first != V4_WITHOUT_OPTIONS {
+        // A longer header has options. A shorter one, or another version, is invalid.
+        return Err(Some(if first > V4_WITHOUT_OPTIONS && first < 0x50 {
             DropReason::HeaderOptions
         } else {
             DropReason::Malformed
         }));
     }
-    if bytes.half(link + 6).ok_or(CUT)? & FRAGMENT != 0 {
+    if bytes.half(link + offset_of!(Ipv4Hdr, frags)).ok_or(TRUNCATED)? & FRAGMENT != 0 {
         return Err(Some(DropReason::Fragment));
     }
     let packet = Packet {
-        src: Ip128::from_v4(bytes.word(link + 12).ok_or(CUT)?),
-        dst: Ip128::from_v4(bytes.word(link + 16).ok_or(CUT)?),
+        src: Ip128::from_v4(bytes.word(link + offset_of!(Ipv4Hdr, src_addr)).ok_or(TRUNCATED)?),
+        dst: Ip128::from_v4(bytes.word(link + offset_of!(Ipv4Hdr, dst_addr)).ok_or(TRUNCATED)?),
         src_port: 0,
         dst_port: 0,
         proto,
         flags: 0,
-        ttl: bytes.byte(link + 8).ok_or(CUT)?,
+        ttl: bytes.byte(link + offset_of!(Ipv4Hdr, ttl)).ok_or(TRUNCATED)?,
         tos,
         transport: 0,
     };
-    let len = bytes.half(link + 2).ok_or(CUT)?;
-    parse_transport::<IPV4>(bytes, link, packet, len)
+    let len = bytes.half(link + offset_of!(Ipv4Hdr, tot_len)).ok_or(TRUNCATED)?;
+    parse_transport::<{ Ipv4Hdr::LEN }>(bytes, link, packet, len)
 }
+
+const HOP_BY_HOP: u8 = IpProto::HopOpt as u8;
+const ROUTING: u8 = IpProto::Ipv6Route as u8;
+const FRAGMENT_HEADER: u8 = IpProto::Ipv6Frag as u8;
+const AUTHENTICATION: u8 = IpProto::Ah as u8;
+const DESTINATION_OPTIONS: u8 = IpProto::Ipv6Opts as u8;
+const MOBILITY: u8 = IpProto::MobilityHeader as u8;
 
 #[inline(always)]
 fn parse_v6(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
-    let first = bytes.half(link).ok_or(CUT)?;
-    let proto = bytes.byte(link + 6).ok_or(CUT)?;
+    let first = bytes.half(link).ok_or(TRUNCATED)?;
+    let proto = bytes.byte(link + offset_of!(Ipv6Hdr, next_hdr)).ok_or(TRUNCATED)?;
     match proto {
         ip_protocol::TCP | ip_protocol::UDP => {}
-        // Hop-by-hop, routing, authentication, destination options, mobility (RFC 8200, RFC 4302, RFC 6275).
-        0 | 43 | 51 | 60 | 135 => return Err(Some(DropReason::HeaderOptions)),
-        44 => return Err(Some(DropReason::Fragment)),
-        proto => return Err(other(proto, || bytes.half(link + IPV6))),
+        // Extension headers (RFC 8200, RFC 4302, RFC 6275).
+        HOP_BY_HOP | ROUTING | AUTHENTICATION | DESTINATION_OPTIONS | MOBILITY => {
+            return Err(Some(DropReason::HeaderOptions));
+        }
+        FRAGMENT_HEADER => return Err(Some(DropReason::Fragment)),
+        proto => return Err(other(proto, || bytes.half(link + Ipv6Hdr::LEN))),
     }
     if first >> 12 != 6 {
-        return Err(CUT);
+        return Err(TRUNCATED);
     }
     let addr = |at: usize| {
         Some(Ip128::from_quarters([
@@ -182,12 +178,13 @@ fn parse_v6(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
             bytes.word(at + 12)?,
         ]))
     };
-    let (src, dst) = (addr(link + 8).ok_or(CUT)?, addr(link + 24).ok_or(CUT)?);
+    let src = addr(link + offset_of!(Ipv6Hdr, src_addr)).ok_or(TRUNCATED)?;
+    let dst = addr(link + offset_of!(Ipv6Hdr, dst_addr)).ok_or(TRUNCATED)?;
     if src.is_v4() || dst.is_v4() {
-        // No such address is on the wire (RFC 4291, 2.5.5.2), and in the maps it would be another.
-        return Err(CUT);
+        // No packet may have a v4-mapped address (RFC 4291, 2.5.5.2). In the maps it would be that of an IPv4 packet.
+        return Err(TRUNCATED);
     }
-    let payload = bytes.half(link + 4).ok_or(CUT)?;
+    let payload = bytes.half(link + offset_of!(Ipv6Hdr, payload_len)).ok_or(TRUNCATED)?;
     let packet = Packet {
         src,
         dst,
@@ -195,31 +192,42 @@ fn parse_v6(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
         dst_port: 0,
         proto,
         flags: 0,
-        ttl: bytes.byte(link + 7).ok_or(CUT)?,
+        ttl: bytes.byte(link + offset_of!(Ipv6Hdr, hop_limit)).ok_or(TRUNCATED)?,
         tos: (first >> 4) as u8,
         transport: 0,
     };
     if payload == 0 && !bytes.is_merged() {
-        return Err(CUT);
+        return Err(TRUNCATED);
     }
-    parse_transport::<IPV6>(bytes, link, packet, payload.checked_add(IPV6 as u16).unwrap_or(0))
+    parse_transport::<{ Ipv6Hdr::LEN }>(
+        bytes,
+        link,
+        packet,
+        payload.checked_add(Ipv6Hdr::LEN as u16).unwrap_or(0),
+    )
 }
 
-/// `first`: the first two bytes after the IP header, type and code of ICMP.
+/// Type "time exceeded" of ICMP (RFC 792).
+const TIME_EXCEEDED: u8 = 11;
+/// Types "destination unreachable" to "parameter problem" of ICMPv6 (RFC 4443), which are all of its errors.
+const ICMPV6_ERRORS: core::ops::RangeInclusive<u8> = 1..=Icmpv6Type::ParameterProblem as u8;
+
+/// Classifies a packet of another protocol. `first`: the first two bytes after the IP header, type and code of ICMP.
 #[inline(always)]
 fn other(proto: u8, first: impl FnOnce() -> Option<u16>) -> Foreign {
+    const UNREACHABLE: u8 = Icmpv4Type::DestinationUnreachable as u8;
+    const PARAMETER_PROBLEM: u8 = Icmpv4Type::ParameterProblem as u8;
     let is_error = match proto {
         ip_protocol::SCTP => return Some(DropReason::OtherProtocol),
-        // Destination unreachable, time exceeded, parameter problem (RFC 792).
-        ip_protocol::ICMP => matches!(first()? >> 8, 3 | 11 | 12),
-        // The same and packet too big (RFC 4443).
-        ip_protocol::ICMPV6 => matches!(first()? >> 8, 1..=4),
+        ip_protocol::ICMP => matches!((first()? >> 8) as u8, UNREACHABLE | TIME_EXCEEDED | PARAMETER_PROBLEM),
+        ip_protocol::ICMPV6 => ICMPV6_ERRORS.contains(&((first()? >> 8) as u8)),
         _ => false,
     };
     is_error.then_some(DropReason::IcmpError)
 }
 
-/// `len`: of the whole packet from its IP header on, as that says.
+/// Parses the transport header after an IP header of length `IP`. `len`: length of the packet in the IP header, including
+/// that header.
 #[inline(always)]
 fn parse_transport<const IP: usize>(
     bytes: &impl Bytes,
@@ -228,28 +236,33 @@ fn parse_transport<const IP: usize>(
     len: u16,
 ) -> Result<Packet, Foreign> {
     let at = link + IP;
-    let there = bytes.size().saturating_sub(at);
-    packet.src_port = bytes.half(at).ok_or(CUT)?;
-    packet.dst_port = bytes.half(at + 2).ok_or(CUT)?;
+    let available = bytes.size().saturating_sub(at);
+    // Both protocols begin with the two ports.
+    packet.src_port = bytes.half(at + offset_of!(TcpHdr, source)).ok_or(TRUNCATED)?;
+    packet.dst_port = bytes.half(at + offset_of!(TcpHdr, dest)).ok_or(TRUNCATED)?;
     if packet.is_tcp() {
-        // In words of four bytes.
-        packet.transport = (bytes.byte(at + 12).ok_or(CUT)? >> 4) * 4;
-        packet.flags = bytes.byte(at + 13).ok_or(CUT)?;
-        if (packet.transport as usize) < TCP {
-            return Err(CUT);
+        packet.transport = (bytes.byte(at + TCP_LENGTH).ok_or(TRUNCATED)? >> 4) * 4;
+        packet.flags = bytes.byte(at + TCP_FLAGS).ok_or(TRUNCATED)?;
+        if (packet.transport as usize) < TcpHdr::LEN {
+            return Err(TRUNCATED);
         }
     } else {
-        packet.transport = 8;
-        let datagram = bytes.half(at + 4).ok_or(CUT)?;
-        let fits = datagram >= 8 && datagram as usize <= there;
+        packet.transport = UdpHdr::LEN as u8;
+        let datagram = bytes.half(at + offset_of!(UdpHdr, len)).ok_or(TRUNCATED)? as usize;
+        let fits = datagram >= UdpHdr::LEN && datagram <= available;
         if !fits && !bytes.is_merged() {
-            return Err(CUT);
+            return Err(TRUNCATED);
         }
     }
-    let says = (len as usize).saturating_sub(IP);
-    let fits = says >= packet.transport as usize && says <= there;
-    if !fits && !bytes.is_merged() || there < packet.transport as usize {
-        return Err(CUT);
+    let payload = (len as usize).saturating_sub(IP);
+    let fits = payload >= packet.transport as usize && payload <= available;
+    if !fits && !bytes.is_merged() || available < packet.transport as usize {
+        return Err(TRUNCATED);
     }
     Ok(packet)
 }
+
+const _: () = {
+    assert!(offset_of!(TcpHdr, source) == offset_of!(UdpHdr, src));
+    assert!(offset_of!(TcpHdr, dest) == offset_of!(UdpHdr, dst));
+};
