@@ -13,9 +13,9 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 use self::file::{File, Time};
-use crate::face::BindAddress;
 use crate::node::addrs::Wanted;
-use crate::node::conntrack;
+use crate::node::nf_conntrack;
+use crate::server::BindAddress;
 
 /// The one version there is.
 const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
@@ -85,7 +85,7 @@ pub struct Config {
     /// `oomScoreAdj`; `None` where the file does not say it.
     pub oom_score_adj: Option<i32>,
     /// `conntrack`.
-    pub conntrack: conntrack::Settings,
+    pub conntrack: nf_conntrack::Settings,
     /// Keys of the file that say something, and have no effect.
     pub without_effect: Vec<String>,
 }
@@ -148,7 +148,7 @@ impl Default for Config {
             healthz: everywhere(Ipv4Addr::UNSPECIFIED.into()),
             metrics: everywhere(Ipv4Addr::LOCALHOST.into()),
             oom_score_adj: None,
-            conntrack: conntrack::Settings::default(),
+            conntrack: nf_conntrack::Settings::default(),
             without_effect: Vec::new(),
         }
     }
@@ -285,7 +285,7 @@ fn wanted(words: &[String]) -> Result<Option<Wanted>, ParseError> {
         .map_err(|error| value("nodePortAddresses", format!("{words:?} is {error}")))
 }
 
-fn tracking(said: &file::Conntrack, default: conntrack::Settings) -> conntrack::Settings {
+fn tracking(said: &file::Conntrack, default: nf_conntrack::Settings) -> nf_conntrack::Settings {
     let file::Conntrack {
         max_per_core,
         min,
@@ -297,7 +297,7 @@ fn tracking(said: &file::Conntrack, default: conntrack::Settings) -> conntrack::
     } = said;
     // Zero leaves a setting as it is.
     let time = |said: &Option<Time>, default: Duration| said.map_or(default, |Time(time)| time);
-    conntrack::Settings {
+    nf_conntrack::Settings {
         max_per_core: max_per_core.unwrap_or(default.max_per_core),
         min: min.unwrap_or(default.min),
         tcp_established: time(tcp_established_timeout, default.tcp_established),

@@ -6,10 +6,10 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
-use crate::model::{Batch, Change};
-use crate::reconcile::random;
 use crate::source::parse::parse;
-use crate::testing::{ROOM, assert_clean, maps, start};
+use lb_core::model::{Batch, Change};
+use lb_core::reconcile::random;
+use lb_core::testing::{ROOM, assert_clean, maps, start};
 
 /// The bytes are a manifest: parsing ends, every problem names a place in the file, and what is valid can be applied.
 ///

@@ -8,11 +8,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use lb_agent::maps::fake::FakeMaps;
-use lb_agent::maps::{Capacities, Maps as _, dump};
-use lb_agent::reconcile::Reconciler;
 use lb_agent::source::manifests::ManifestSource;
-use lb_agent::verify::verify;
+use lb_core::maps::fake::FakeMaps;
+use lb_core::maps::{Capacities, Maps as _, dump};
+use lb_core::reconcile::Reconciler;
+use lb_core::verify::verify;
 
 const CAPACITIES: Capacities = Capacities {
     services: 32,

@@ -8,4 +8,5 @@
 #![forbid(unsafe_code)]
 
 pub mod abi;
+pub mod errno;
 pub mod logic;

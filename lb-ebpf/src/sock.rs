@@ -57,7 +57,7 @@ fn post_bind(ctx: &SockContext, addr: Ip128) -> i32 {
     let reason = DropReason::NodePortTaken;
     count::dropped(reason);
     // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
-    unsafe { bpf_set_retval(-connect::errno(reason)) };
+    unsafe { bpf_set_retval(-connect::errno(reason).number) };
     DENY
 }
 

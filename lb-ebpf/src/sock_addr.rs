@@ -238,6 +238,6 @@ fn verdict(ctx: &SockAddrContext, result: Result<(), Refusal>) -> i32 {
     }
     count::event(ctx.as_ptr(), &TraceEvent::refused(to, service, reason));
     // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
-    unsafe { bpf_set_retval(-connect::errno(reason)) };
+    unsafe { bpf_set_retval(-connect::errno(reason).number) };
     DENY
 }

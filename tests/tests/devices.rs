@@ -648,10 +648,7 @@ fn deleted_clsact_qdisc_is_restored() -> Result<()> {
     setup.node().run("tc", &["qdisc", "add", "dev", "cni0", "ingress"])?;
     eventually("the problem is reported", || {
         let problems = setup.problems()?;
-        ensure!(
-            problems.iter().any(|problem| problem.place == "cni0"),
-            "{problems:?}"
-        );
+        ensure!(problems.iter().any(|problem| problem.place == "cni0"), "{problems:?}");
         Ok(())
     })?;
     setup.ensure_served("eth0")?;

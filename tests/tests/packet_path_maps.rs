@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::PinPath;
 use lb_agent::maps::bpf::PinnedMaps;
-use lb_agent::maps::flows::{FlowMap, FlowMaps};
+use lb_agent::maps::ct::{FlowMap, FlowMaps};
 use lb_common::abi::{Addr, CtEntry, CtKey, FrontendKey, FrontendKind, cluster_flags, ct_flags, ct_state, ip_protocol};
 use lb_common::logic::ct::reverse_key;
 use lb_tests::http::get;

@@ -8,11 +8,11 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, HashMap, Map, MapData};
 use lb_agent::loader::{self, Lock, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
-use lb_agent::maps::{Capacities, Maps as _};
-use lb_agent::reconcile::Reconciler;
 use lb_agent::source::manifests::ManifestSource;
-use lb_agent::verify::{Drift, verify};
 use lb_common::abi::VERSION;
+use lb_core::maps::{Capacities, Maps as _};
+use lb_core::reconcile::Reconciler;
+use lb_core::verify::{Drift, verify};
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{
     Agent, CallResult, Cluster, Connect, Pod, Process, RunningAgent, ScriptedSocket, SocketCall, SocketKind, Testbed,

@@ -14,14 +14,14 @@ use etherparse::{
     Icmpv4Type, Icmpv6Type, NetHeaders, PacketBuilder, PacketBuilderStep, PacketHeaders, TransportHeader,
 };
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
-use lb_agent::maps::Capacities;
 use lb_agent::maps::bpf::BpfMaps;
-use lb_agent::model::{
+use lb_common::abi::{Device, DropReason, program_name};
+use lb_core::maps::Capacities;
+use lb_core::model::{
     Batch, Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectKey, Place as Where, Protocol, Service,
     ServicePort,
 };
-use lb_agent::reconcile::Reconciler;
-use lb_common::abi::{Device, DropReason, program_name};
+use lb_core::reconcile::Reconciler;
 use lb_tests::manifests::vips;
 use lb_tests::{Cluster, Node, Underlay, scaled_count};
 
@@ -310,7 +310,7 @@ impl Fixture {
             ..ServicePort::tcp(name, 80)
         };
         let service = Service {
-            service_type: lb_agent::model::ServiceType::NodePort,
+            service_type: lb_core::model::ServiceType::NodePort,
             cluster_ips: Box::new(vips(last)),
             ports: Box::new([port_of("tcp", Protocol::Tcp), port_of("udp", Protocol::Udp)]),
             ..Service::new(key)

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Lock, PinPath, SocketLb};
-use lb_agent::maps::Capacities;
 use lb_agent::maps::bpf::PinnedMaps;
 use lb_common::abi::{Addr, Event, EventKind};
+use lb_core::maps::Capacities;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{
     Agent, CallResult, Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketCall, SocketKind, Testbed,

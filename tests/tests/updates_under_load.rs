@@ -8,11 +8,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Cgroup, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
-use lb_agent::maps::{Capacities, Maps as _};
-use lb_agent::model::{Batch, Change};
-use lb_agent::reconcile::Reconciler;
-use lb_agent::verify::verify;
 use lb_common::abi::DropReason;
+use lb_core::maps::{Capacities, Maps as _};
+use lb_core::model::{Batch, Change};
+use lb_core::reconcile::Reconciler;
+use lb_core::verify::verify;
 use lb_stress::objects::{self, BACKEND_PORT};
 use lb_tests::load::{Load, Record};
 use lb_tests::{

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
-use lb_agent::maps::Capacities;
 use lb_agent::node::devices::Layer;
+use lb_core::maps::Capacities;
 use lb_tests::Cluster;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _, RelocationTarget, SymbolKind};
 

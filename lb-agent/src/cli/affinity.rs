@@ -10,14 +10,14 @@ use serde::Serialize;
 
 use super::{ReadArgs, output};
 use crate::clock::monotonic_ns;
-use crate::explain::{age, remaining};
-use crate::maps::Dump;
-use crate::owner::Owner;
+use lb_core::explain::{age, remaining};
+use lb_core::maps::Dump;
+use lb_core::names::ServicePortName;
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct Row {
     #[serde(flatten)]
-    owner: Owner,
+    owner: ServicePortName,
     /// Cookie of the client's network namespace, where that is what it is known by.
     netns: Option<u64>,
     /// The client's address, likewise.
@@ -71,7 +71,7 @@ fn row(dump: &Dump, now: u64, key: &AffinityKey, entry: Affinity) -> Row {
     };
     let age = age(used, now);
     Row {
-        owner: Owner::of(dump.names.get(&key.service)),
+        owner: ServicePortName::of(dump.names.get(&key.service)),
         netns: key.netns(),
         client: key.netns().is_none().then(|| key.client.into()),
         backend: backend.map(|backend| backend.addr.socket(backend.port)),
@@ -119,9 +119,9 @@ pub(super) fn list(args: &ReadArgs) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::maps::Maps as _;
-    use crate::testing::{Builder as _, Cluster, apply, maps, service, slice, start};
     use lb_common::abi::{client_kind, cluster_flags};
+    use lb_core::maps::Maps as _;
+    use lb_core::testing::{Builder as _, Cluster, apply, maps, service, slice, start};
 
     #[test]
     fn a_row_says_whether_it_holds() {

@@ -7,9 +7,9 @@ use clap::Args;
 use tracing::{info, warn};
 
 use crate::config::{Config, ConfigError};
-use crate::face::{BindAddress, NotAnAddress, Settings};
-use crate::node::conntrack::Conntrack;
+use crate::node::nf_conntrack::Conntrack;
 use crate::node::oom;
+use crate::server::{BindAddress, NotAnAddress, Settings};
 
 /// What load balancers, probes and those who watch are told, and kube-proxy's configuration.
 #[derive(Debug, Args)]

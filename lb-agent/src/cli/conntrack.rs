@@ -9,15 +9,16 @@ use serde::Serialize;
 
 use super::{ReadArgs, output};
 use crate::clock::monotonic_ns;
-use crate::explain::age;
-use crate::maps::flows::{Direction, FlowMaps};
-use crate::model::Protocol;
-use crate::owner::Owner;
+use crate::maps::ct::FlowMaps;
+use lb_core::explain::age;
+use lb_core::maps::Direction;
+use lb_core::model::Protocol;
+use lb_core::names::ServicePortName;
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct Row {
     #[serde(flatten)]
-    owner: Owner,
+    owner: ServicePortName,
     proto: &'static str,
     client: SocketAddr,
     /// What the client asked for.
@@ -68,7 +69,7 @@ fn row(
     let seen = other.map_or(entry.seen, |other| other.seen.max(entry.seen));
     let phase = Phase::of(answered, [entry.state, other.map_or(0, |other| other.state)]);
     Row {
-        owner: Owner::of(names.get(&entry.service)),
+        owner: ServicePortName::of(names.get(&entry.service)),
         proto: Protocol::name_of(key.proto),
         client,
         frontend,

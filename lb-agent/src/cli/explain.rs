@@ -12,10 +12,10 @@ use serde::Serialize;
 use super::process::{self, Below};
 use super::{Format, ReadArgs, output};
 use crate::clock::monotonic_ns;
-use crate::explain::{Asker, Explanation, Snapshot, explain, explain_packet};
 use crate::loader;
 use crate::maps::bpf::PinnedMaps;
-use crate::maps::flows::FlowMaps;
+use crate::maps::ct::FlowMaps;
+use lb_core::explain::{Asker, Explanation, Snapshot, explain, explain_packet};
 
 #[derive(Debug, Args)]
 pub(super) struct ExplainArgs {

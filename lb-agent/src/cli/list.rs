@@ -8,8 +8,8 @@ use lb_common::logic::generation;
 use serde::Serialize;
 
 use super::{ReadArgs, output};
-use crate::maps::Dump;
-use crate::owner::Owner;
+use lb_core::maps::Dump;
+use lb_core::names::ServicePortName;
 
 #[derive(Debug, Clone, Serialize)]
 struct FrontendRow {
@@ -21,7 +21,7 @@ struct FrontendRow {
 #[derive(Debug, Serialize)]
 struct ServiceRow {
     #[serde(flatten)]
-    owner: Owner,
+    owner: ServicePortName,
     index: u32,
     generation: u32,
     frontends: Vec<FrontendRow>,
@@ -64,7 +64,7 @@ pub(super) fn services(args: &ReadArgs) -> anyhow::Result<()> {
         };
         let stats = maps.stats(*index)?;
         rows.push(ServiceRow {
-            owner: Owner::of(Some(name)),
+            owner: ServicePortName::of(Some(name)),
             index: *index,
             generation: service.generation,
             frontends: frontends.remove(index).unwrap_or_default(),
@@ -98,7 +98,7 @@ pub(super) fn services(args: &ReadArgs) -> anyhow::Result<()> {
 #[derive(Debug, Serialize)]
 struct BackendRow {
     #[serde(flatten)]
-    owner: Owner,
+    owner: ServicePortName,
     address: IpAddr,
     /// Port of the backend.
     backend_port: u16,
@@ -135,7 +135,7 @@ pub(super) fn backends(args: &ReadArgs) -> anyhow::Result<()> {
                 .map(|(_, name)| *name)
                 .collect();
             BackendRow {
-                owner: Owner::of(dump.names.get(&backend.service)),
+                owner: ServicePortName::of(dump.names.get(&backend.service)),
                 address: backend.addr.into(),
                 backend_port: backend.port,
                 id,

@@ -25,10 +25,10 @@ use lb_common::abi::capacity;
 
 use crate::config::Config;
 use crate::loader::{self, PinPath};
-use crate::maps::Capacities;
 use crate::maps::bpf::PinnedMaps;
 use crate::source::Source;
 use crate::source::connect::Settings;
+use lb_core::maps::Capacities;
 
 /// Kubernetes Services in eBPF, beside any CNI.
 #[derive(Debug, Parser)]

@@ -12,10 +12,10 @@ use tracing::info;
 use crate::loader::{LoadError, PinPath, TcHooks, Trouble};
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
-use crate::model::{Problem, ProblemKind};
 use crate::node::devices::{Patterns, Served};
 use crate::node::links::Snapshot;
 use crate::node::ports::{PortRange, ReservedPorts, Settled};
+use lb_core::model::{Problem, ProblemKind};
 
 /// How packets are served.
 #[derive(Debug, Args)]

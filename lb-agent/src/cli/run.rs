@@ -15,21 +15,22 @@ use tracing::{debug, error, info, warn};
 use super::config::{ConfigArgs, tune};
 use super::packets::{PacketArgs, Packets};
 use super::{CapacityArgs, PinArgs, SourceArgs};
-use crate::actual::pad;
 use crate::config::Config;
-use crate::face::{Face, Notices};
+use crate::k8s_events::Notices;
 use crate::loader::{self, Cgroup, LoadError, Lock, OBJECT, PinPath, SocketLb, TraceLock};
-use crate::maps::Maps as _;
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
-use crate::model::{Batch, Problem, ProblemKind};
 use crate::node::addrs::{Selection, Wanted};
-use crate::node::conntrack::Conntrack;
+use crate::node::ct_gc::{self, Collector, Turn};
 use crate::node::destroy::{self, Destroyer};
 use crate::node::devices::Patterns;
-use crate::node::flows::{self, Collector, Turn};
 use crate::node::links;
-use crate::reconcile::Reconciler;
+use crate::node::nf_conntrack::Conntrack;
+use crate::server::Face;
+use lb_core::maps::Maps as _;
+use lb_core::model::{Batch, Problem, ProblemKind};
+use lb_core::names::pad;
+use lb_core::reconcile::Reconciler;
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
@@ -227,7 +228,7 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
     let mut trouble = destroyer.problems();
     let tracking = config.map(|config| config.conntrack).unwrap_or_default();
     let mut collector =
-        Collector::start(&lock.pins().maps(), flows::timeouts(&tracking)).context("looking after flows")?;
+        Collector::start(&lock.pins().maps(), ct_gc::timeouts(&tracking)).context("looking after flows")?;
     let mut withdrawals = agent.reconciler.withdrawals();
 
     loop {

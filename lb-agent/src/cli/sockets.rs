@@ -11,13 +11,13 @@ use serde::Serialize;
 
 use super::{ReadArgs, output};
 use crate::clock::monotonic_ns;
-use crate::explain::age;
-use crate::maps::Dump;
 use crate::maps::bpf::PinnedMaps;
 use crate::node::CONNECTING;
 use crate::node::netns::{Namespaces, Visit};
 use crate::node::sockdiag::{Protocol, Socket, Sockets, canonical, list_sockets};
-use crate::owner::Owner;
+use lb_core::explain::age;
+use lb_core::maps::Dump;
+use lb_core::names::ServicePortName;
 
 /// How a socket came to its backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -91,7 +91,7 @@ impl Given {
 
     /// Whose it is. An index that a Service left may be another's by now: it counts where the backend is in use, or
     /// where what was asked for still leads there.
-    fn owner(&self, dump: &Dump) -> Owner {
+    fn owner(&self, dump: &Dump) -> ServicePortName {
         let (addr, port) = self.original;
         let node_port = Ip128::from(addr).unspecified().into();
         let leads_there = |addr| {
@@ -99,7 +99,7 @@ impl Given {
             found.is_some_and(|found| found.service == self.service)
         };
         let known = self.is_current(dump) || leads_there(addr) || leads_there(node_port);
-        Owner::of(dump.names.get(&self.service).filter(|_| known))
+        ServicePortName::of(dump.names.get(&self.service).filter(|_| known))
     }
 }
 
@@ -131,7 +131,7 @@ impl State {
 #[derive(Debug, Serialize)]
 struct Row {
     #[serde(flatten)]
-    owner: Owner,
+    owner: ServicePortName,
     kind: Kind,
     cookie: u64,
     netns: u64,
@@ -269,8 +269,8 @@ fn unseen(wanted: &BTreeSet<u64>, sockets: &Visited) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::maps::Maps as _;
-    use crate::testing::{Cluster, apply, maps, service, slice, start};
+    use lb_core::maps::Maps as _;
+    use lb_core::testing::{Cluster, apply, maps, service, slice, start};
 
     const LATE: u64 = 100 * CONNECTING;
 

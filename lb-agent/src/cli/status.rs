@@ -8,9 +8,9 @@ use serde::Serialize;
 
 use super::devices::{self, DeviceRow};
 use super::{Format, ReadArgs, output};
-use crate::actual::text;
 use crate::loader::{self, Lock};
-use crate::maps::Dump;
+use lb_core::maps::Dump;
+use lb_core::names::text;
 
 #[derive(Debug, Serialize)]
 struct Status {
@@ -147,7 +147,7 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
         name,
         used,
         capacity,
-        flag: crate::maps::capacity_flag(name),
+        flag: lb_core::maps::capacity_flag(name),
     };
     let live = |generation: u32| generation::is_live(generation);
     let maps_rows = vec![

@@ -19,8 +19,8 @@ use crate::clock::monotonic_ns;
 use crate::loader::TraceLock;
 use crate::maps::bpf::PinnedMaps;
 use crate::maps::sys;
-use crate::model::Protocol;
-use crate::owner::Owner;
+use lb_core::model::Protocol;
+use lb_core::names::ServicePortName;
 
 #[derive(Debug, Args)]
 pub(super) struct TraceArgs {
@@ -55,7 +55,7 @@ impl FromStr for ServiceName {
 }
 
 impl ServiceName {
-    fn is(&self, owner: &Owner) -> bool {
+    fn is(&self, owner: &ServicePortName) -> bool {
         (&self.namespace, &self.name) == (&owner.namespace, &owner.name)
     }
 }
@@ -81,7 +81,7 @@ struct Row {
     /// Nanoseconds since 1970.
     time_ns: u64,
     /// `None` where no service was found.
-    service: Option<Owner>,
+    service: Option<ServicePortName>,
     /// Where a packet came from; `None` for a socket.
     client: Option<SocketAddr>,
     /// What was asked for.
@@ -100,7 +100,7 @@ struct Row {
 
 impl Row {
     /// `boot`: the time of day at which CLOCK_MONOTONIC was zero.
-    fn new(event: &Event, service: Option<Owner>, boot: u64, command: String) -> Self {
+    fn new(event: &Event, service: Option<ServicePortName>, boot: u64, command: String) -> Self {
         let kind = EventKind::from_u8(event.kind);
         let refused = matches!(kind, Some(EventKind::Refused | EventKind::Rejected));
         let packet = matches!(kind, Some(EventKind::Translated | EventKind::Rejected));
@@ -222,7 +222,7 @@ impl<'a> Tracer<'a> {
     fn show(&mut self, event: &Event) -> anyhow::Result<()> {
         let service = match event.service {
             0 => None,
-            index => Some(Owner::of(self.maps.name(index)?.as_ref())),
+            index => Some(ServicePortName::of(self.maps.name(index)?.as_ref())),
         };
         if let Some(wanted) = &self.args.service {
             let concerned = match &service {
@@ -252,7 +252,7 @@ impl<'a> Tracer<'a> {
             let names = self.maps.names()?;
             let its: BTreeSet<u32> = names
                 .iter()
-                .filter(|(_, name)| service.is(&Owner::of(Some(name))))
+                .filter(|(_, name)| service.is(&ServicePortName::of(Some(name))))
                 .map(|(index, _)| *index)
                 .collect();
             let frontends = self.maps.frontends()?.into_iter();
@@ -363,8 +363,8 @@ mod tests {
         }
     }
 
-    fn owner() -> Owner {
-        Owner {
+    fn owner() -> ServicePortName {
+        ServicePortName {
             namespace: "kube-system".into(),
             name: "kube-dns".into(),
             port_name: "dns".into(),

@@ -11,12 +11,12 @@ use lb_common::abi::Addr;
 
 use super::{Format, PinArgs, SourceArgs, output};
 use crate::config::Config;
-use crate::desired::{Desired, Site};
 use crate::maps::sys;
-use crate::model::Batch;
 use crate::node::addrs;
 use crate::node::netns::Namespaces;
-use crate::verify::Drift;
+use lb_core::desired::{Desired, Site};
+use lb_core::model::Batch;
+use lb_core::verify::Drift;
 
 #[derive(Debug, Args)]
 pub(super) struct VerifyArgs {
@@ -101,7 +101,7 @@ pub(super) fn verify(mut args: VerifyArgs) -> anyhow::Result<ExitCode> {
             addresses: addresses(netns)?,
         };
         let desired = Desired::of(batch.changes, site);
-        drifts = crate::verify::verify(&desired, &maps.dump()?);
+        drifts = lb_core::verify::verify(&desired, &maps.dump()?);
         if drifts.is_empty() {
             break;
         }

@@ -200,7 +200,7 @@ fn every_key_is_known_and_applied_or_named() {
         healthz: "192.0.2.7".parse().unwrap(),
         metrics: "[::1]:9000".parse().unwrap(),
         oom_score_adj: Some(-998),
-        conntrack: conntrack::Settings {
+        conntrack: nf_conntrack::Settings {
             max_per_core: 0,
             min: 1,
             tcp_established: seconds(86_400),

@@ -22,8 +22,9 @@ use lb_common::abi::{
 use tracing::{info, warn};
 
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
-use crate::maps::{Capacities, MapError, capacity_flag, sys};
+use crate::maps::sys;
 use crate::node::devices::Layer;
+use lb_core::maps::{Capacities, MapError, capacity_flag};
 
 pub use attach::{Attached, Cgroup, Hook, attach, attached};
 pub(crate) use attach::{is_root as is_root_cgroup, root as cgroup_root};

@@ -21,9 +21,9 @@ use tokio::sync::watch;
 use zerocopy::{FromBytes, FromZeros as _, IntoBytes};
 
 use super::grace::GraceThread;
-use super::prefix::Prefix;
 use super::sys::{MappedArray, word_of};
-use super::{Capacities, Dump, Epoch, MapError, Maps, capacity_flag};
+use lb_core::maps::prefix::Prefix;
+use lb_core::maps::{Capacities, Dump, Epoch, MapError, Maps, capacity_flag};
 
 pub(super) type Hash<const K: usize, const V: usize> = HashMap<MapData, [u8; K], [u8; V]>;
 type Trie<const K: usize> = LpmTrie<MapData, [u8; K], u32>;

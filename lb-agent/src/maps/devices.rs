@@ -6,8 +6,8 @@ use std::ops::RangeInclusive;
 
 use lb_common::abi::{Config, Device, map_name};
 
-use super::MapError;
 use super::bpf::{DEVICE, PinnedMaps, call, errno, is_missing, read_hash};
+use lb_core::maps::MapError;
 
 impl PinnedMaps {
     /// DEVICES, by index of the interface.

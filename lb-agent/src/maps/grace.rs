@@ -8,7 +8,7 @@ use std::thread;
 use tokio::sync::watch;
 
 use super::sys::GraceMap;
-use super::{Epoch, MapError};
+use lb_core::maps::{Epoch, MapError};
 
 #[derive(Debug, Default)]
 struct Progress {

@@ -17,9 +17,9 @@ use lb_common::logic::generation;
 use lb_common::logic::record::{self, LEAVING};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
-use super::MapError;
 use super::bpf::{BPF_NOEXIST, Hash, call, is_missing, lookup, mapped, read_hash, read_socket};
 use super::sys::{self, GraceMap, MappedArray, word_of};
+use lb_core::maps::MapError;
 
 const RECORD: usize = size_of::<SocketRecord>();
 const FLOWS: usize = size_of::<UdpFlows>();

@@ -18,13 +18,13 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 use tracing::{debug, info};
 
-use super::judge::{self, CONNECTING, Suspects, Trace, Verdict};
 use super::netns::{Namespaces, Visit};
 use super::sockdiag::{Destroyed, Protocol, SockDiag, Socket, list_sockets};
+use super::socket_verdict::{self, CONNECTING, Suspects, Trace, Verdict};
 use crate::clock::monotonic_ns;
-use crate::maps::MapError;
 use crate::maps::records::{Found, Records};
-use crate::model::{Problem, ProblemKind};
+use lb_core::maps::MapError;
+use lb_core::model::{Problem, ProblemKind};
 
 /// Time between two passes while a connect() may be under way.
 const STEP: Duration = Duration::from_millis(100);
@@ -394,7 +394,7 @@ fn try_destroy(records: &Records, dead: &[Found], begun: u64, done: &mut Done) -
     let listing = list_sockets(&protocols)?;
     let mut diag = SockDiag::open()?;
     for found in dead {
-        match judge::of_removed(&found.record, &listing, begun) {
+        match socket_verdict::of_removed(&found.record, &listing, begun) {
             Verdict::Forget => done.stale.push(*found),
             Verdict::Missing => done.missing.push(*found),
             Verdict::Wait => done.open += 1,

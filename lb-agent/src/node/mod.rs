@@ -5,18 +5,18 @@
 //! for it.
 
 pub mod addrs;
-pub mod conntrack;
+pub mod ct_gc;
 pub mod destroy;
 pub mod devices;
 pub(crate) mod filters;
-pub mod flows;
-mod judge;
 pub mod links;
 mod netlink;
 pub(crate) mod netns;
+pub mod nf_conntrack;
 pub mod oom;
 pub mod ports;
 pub(crate) mod sockdiag;
+mod socket_verdict;
 mod sysctl;
 
-pub(crate) use judge::CONNECTING;
+pub(crate) use socket_verdict::CONNECTING;

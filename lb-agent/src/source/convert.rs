@@ -14,8 +14,8 @@ use k8s_openapi::api::core::v1;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
-use crate::intern;
-use crate::model::{
+use lb_core::intern;
+use lb_core::model::{
     Endpoint, EndpointPort, EndpointSlice, Node, ObjectKey, Place, Protocol, Service, ServicePort, ServiceType,
     TrafficPolicy,
 };

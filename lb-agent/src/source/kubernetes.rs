@@ -28,7 +28,7 @@ use tracing::{debug, info};
 
 use super::connect::{Connection, Failures, chain};
 use super::convert::{self, ANNOTATION_TRIGGER_TIME, ConvertError, LABEL_HEADLESS, LABEL_SERVICE_PROXY_NAME, Quoted};
-use crate::model::{Batch, Change, Kind, Object, ObjectId, ObjectKey, Problem};
+use lb_core::model::{Batch, Change, Kind, Object, ObjectId, ObjectKey, Problem};
 
 /// The most changes that are applied at once, if more arrive while others are applied.
 const MAX_CHANGES: usize = 1000;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::parse::{self, Found, Position};
-use crate::model::{Batch, Change, Object, ObjectId, Problem};
+use lb_core::model::{Batch, Change, Object, ObjectId, Problem};
 
 /// The largest file that is read, in bytes.
 pub const MAX_FILE_BYTES: u64 = 256 << 20;

@@ -1,7 +1,7 @@
 //! Where API objects come from: parsing, validation, and what changed since the last look.
 //!
 //! A source hands [`Batch`]es of validated objects to the index. It knows nothing of maps, and it treats everything it
-//! reads as untrusted: bad input becomes a [`Problem`](crate::model::Problem), never a panic.
+//! reads as untrusted: bad input becomes a [`Problem`](lb_core::model::Problem), never a panic.
 
 pub mod connect;
 pub mod convert;
@@ -20,7 +20,7 @@ use self::connect::{ConnectError, Settings, connect};
 use self::kubernetes::KubernetesSource;
 use self::manifests::ManifestSource;
 use self::watch::Watcher;
-use crate::model::Batch;
+use lb_core::model::Batch;
 
 /// Either of the sources, followed as it changes.
 pub enum Source {

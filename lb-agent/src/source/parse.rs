@@ -19,7 +19,7 @@ use serde_path_to_error::Segment;
 use serde_saphyr::{MessageFormatter as _, Spanned, UserMessageFormatter};
 
 use super::convert::{self, ConvertError, Quoted};
-use crate::model::{Object, Problem};
+use lb_core::model::{Object, Problem};
 
 /// The most problems of one file that are told one by one.
 const MAX_PROBLEMS: usize = 100;

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use super::manifests::{MAX_FILE_BYTES, ManifestSource};
 use super::watch::Watcher;
-use crate::model::{Batch, Change, Kind, Object, ObjectId, ObjectKey, Service};
+use lb_core::model::{Batch, Change, Kind, Object, ObjectId, ObjectKey, Service};
 
 /// A good Service.
 fn service(name: &str, port: u16) -> String {
@@ -617,7 +617,7 @@ kind: ServiceList
 
 #[test]
 fn what_is_good_is_read_as_it_is_meant() {
-    use crate::model::{Protocol, ServiceType, TrafficPolicy};
+    use lb_core::model::{Protocol, ServiceType, TrafficPolicy};
     let mut bed = Bed::new();
     bed.write("all.yaml", FULL);
     // Several values in a row, and Windows line ends with a byte order mark.

@@ -2,6 +2,7 @@
 
 use super::generation;
 use crate::abi::{DropReason, Frontend, FrontendKind, SetWord, backend_flags, set_flags};
+use crate::errno::{self, Errno};
 
 /// Which of a service's three sets serves a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -106,12 +107,12 @@ pub const fn is_usable(
 /// bind to a node port.
 #[inline(always)]
 #[must_use]
-pub const fn errno(reason: DropReason) -> i32 {
+pub const fn errno(reason: DropReason) -> Errno {
     match reason {
-        DropReason::NoLocalEndpoint => 113,
-        DropReason::UdpSocketsFull | DropReason::UdpFlowsFull => 12,
-        DropReason::NodePortTaken => 98,
-        _ => 111,
+        DropReason::NoLocalEndpoint => errno::EHOSTUNREACH,
+        DropReason::UdpSocketsFull | DropReason::UdpFlowsFull => errno::ENOMEM,
+        DropReason::NodePortTaken => errno::EADDRINUSE,
+        _ => errno::ECONNREFUSED,
     }
 }
 
@@ -177,8 +178,8 @@ mod tests {
             ..empty
         };
         assert_eq!(slot(drops, 9), Err(DropReason::NoLocalEndpoint));
-        assert_eq!(errno(DropReason::NoEndpoint), 111);
-        assert_eq!(errno(DropReason::NoLocalEndpoint), 113);
+        assert_eq!(errno(DropReason::NoEndpoint).number, 111);
+        assert_eq!(errno(DropReason::NoLocalEndpoint).number, 113);
     }
 
     #[test]

@@ -3,11 +3,11 @@
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::{BpfMaps, PinnedMaps};
-use lb_agent::maps::faulty::{Fault, FaultyMaps};
-use lb_agent::maps::{Capacities, Maps as _};
-use lb_agent::model::{Batch, Change};
-use lb_agent::reconcile::Reconciler;
-use lb_agent::verify::verify;
+use lb_core::maps::faulty::{Fault, FaultyMaps};
+use lb_core::maps::{Capacities, Maps as _};
+use lb_core::model::{Batch, Change};
+use lb_core::reconcile::Reconciler;
+use lb_core::verify::verify;
 
 /// Name of the agent's node.
 pub const NODE: &str = "n1";
@@ -109,6 +109,6 @@ impl InProcessAgent {
 }
 
 /// Returns whether a problem is a failure. A conflict of two Services over an address is reported too, but expected.
-fn is_failure(problem: &lb_agent::model::Problem) -> bool {
+fn is_failure(problem: &lb_core::model::Problem) -> bool {
     problem.message.contains("not served as it should be")
 }

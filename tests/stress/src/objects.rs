@@ -3,8 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use lb_agent::intern;
-use lb_agent::model::{
+use lb_core::intern;
+use lb_core::model::{
     Endpoint, EndpointPort, EndpointSlice, Kind, Object, ObjectId, ObjectKey, Place, Service, ServicePort,
 };
 

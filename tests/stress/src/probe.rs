@@ -8,8 +8,8 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::{MapData, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
-use lb_agent::maps::Capacities;
 use lb_common::abi::{FrontendKey, map_name};
+use lb_core::maps::Capacities;
 use lb_probe::{LookupRequest, PROGRAM, TALLY, Tally, Verdict};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 

@@ -8,9 +8,9 @@ use std::thread::{self, ScopedJoinHandle};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use fastrand::Rng;
 use lb_agent::loader::PinPath;
-use lb_agent::maps::Maps as _;
 use lb_agent::maps::bpf::BpfMaps;
-use lb_agent::maps::faulty::Fault;
+use lb_core::maps::Maps as _;
+use lb_core::maps::faulty::Fault;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 

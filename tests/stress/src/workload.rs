@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use fastrand::Rng;
-use lb_agent::model::{Change, Object, ObjectId};
 use lb_common::abi::FrontendKey;
+use lb_core::model::{Change, Object, ObjectId};
 
 use crate::in_process_agent::NODE;
 use crate::objects::{ids, service, service_object, slice, slice_object};

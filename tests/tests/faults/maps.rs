@@ -5,10 +5,10 @@ use std::net::Ipv4Addr;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use lb_agent::loader::PinPath;
-use lb_agent::maps::faulty::Fault;
-use lb_agent::model::{Change, Object, ObjectId};
-use lb_agent::reconcile::Usage;
 use lb_common::abi::FrontendKey;
+use lb_core::maps::faulty::Fault;
+use lb_core::model::{Change, Object, ObjectId};
+use lb_core::reconcile::Usage;
 use lb_stress::objects::{service, service_object, slice, slice_object};
 use lb_stress::{InProcessAgent, NODE};
 use lb_tests::{Cluster, scaled_count};

@@ -13,10 +13,10 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use lb_agent::maps::Dump;
 use lb_agent::maps::bpf::PinnedMaps;
 use lb_common::abi::{Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord};
 use lb_common::logic::generation;
+use lb_core::maps::Dump;
 
 /// A permanent frontend, served by backends with this second byte in their addresses.
 #[derive(Debug, Clone, Copy)]

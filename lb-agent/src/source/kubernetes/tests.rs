@@ -4,8 +4,8 @@ use futures::stream;
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::{Node, Service};
-use crate::testing;
+use lb_core::model::{Node, Service};
+use lb_core::testing;
 
 /// A source of these events, which come as fast as they are taken.
 fn source(events: Vec<Told>) -> KubernetesSource {

@@ -3,11 +3,11 @@
 use anyhow::{Context as _, Result, ensure};
 use aya::Ebpf;
 use lb_agent::loader::{self, Cgroup, Lock, OBJECT, PinPath, SocketLb};
-use lb_agent::maps::Capacities;
 use lb_agent::maps::bpf::BpfMaps;
-use lb_agent::model::Batch;
-use lb_agent::reconcile::Reconciler;
 use lb_common::abi::capacity;
+use lb_core::maps::Capacities;
+use lb_core::model::Batch;
+use lb_core::reconcile::Reconciler;
 use lb_tests::{Cluster, Pod};
 use serde::Serialize;
 

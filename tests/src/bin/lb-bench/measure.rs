@@ -7,10 +7,10 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
-use lb_agent::maps::{Capacities, Maps as _};
-use lb_agent::model::{Batch, Protocol};
-use lb_agent::reconcile::Reconciler;
 use lb_agent::source::manifests::ManifestSource;
+use lb_core::maps::{Capacities, Maps as _};
+use lb_core::model::{Batch, Protocol};
+use lb_core::reconcile::Reconciler;
 use lb_tests::Cluster;
 use serde::{Deserialize, Serialize};
 

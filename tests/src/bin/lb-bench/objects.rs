@@ -8,8 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
-use lb_agent::intern;
-use lb_agent::model::{
+use lb_core::intern;
+use lb_core::model::{
     Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectKey, Place, Protocol, Service, ServicePort,
 };
 use serde::Serialize;

@@ -1,6 +1,6 @@
 //! Where connections and datagrams go.
 
-use lb_agent::model::Protocol;
+use lb_core::model::Protocol;
 use lb_tests::Random;
 use serde::Serialize;
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use lb_agent::model::Protocol;
+use lb_core::model::Protocol;
 
 use crate::objects::{Family, Services};
 use crate::programs;

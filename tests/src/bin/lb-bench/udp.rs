@@ -12,7 +12,7 @@ use anyhow::Result;
 use aya::sys::{Stats, enable_stats};
 use comfy_table::Table;
 use indicatif::ProgressBar;
-use lb_agent::model::Protocol;
+use lb_core::model::Protocol;
 use serde::Serialize;
 
 use crate::bed::{Bed, Way};

@@ -336,7 +336,7 @@ const LOCALNET: &str = "\
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lb_agent::model::Protocol;
+    use lb_core::model::Protocol;
 
     const SMALL: Services = Services {
         number: 2,

@@ -17,15 +17,15 @@ use aya::programs::{ProgramFd, SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use etherparse::{PacketBuilder, PacketBuilderStep};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
-use lb_agent::maps::Capacities;
 use lb_agent::maps::bpf::BpfMaps;
-use lb_agent::maps::flows::FlowMaps;
-use lb_agent::model::{
+use lb_agent::maps::ct::FlowMaps;
+use lb_common::abi::{Device, capacity, map_name, program_name};
+use lb_core::maps::Capacities;
+use lb_core::model::{
     Batch, Change, Endpoint, EndpointPort, EndpointSlice, Node as NodeObject, Object, ObjectKey, Place as Where,
     Protocol, Service, ServicePort, ServiceType,
 };
-use lb_agent::reconcile::Reconciler;
-use lb_common::abi::{Device, capacity, map_name, program_name};
+use lb_core::reconcile::Reconciler;
 use lb_tests::{Cluster, Node, Pod, Random, Underlay};
 use serde::Serialize;
 

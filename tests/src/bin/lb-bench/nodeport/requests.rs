@@ -6,8 +6,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
-use lb_agent::model::Protocol;
 use lb_common::abi::DropReason;
+use lb_core::model::Protocol;
 use lb_tests::manifests::{self, Manifests, Port};
 use lb_tests::{Cluster, Netns, Node, Pod, Process, Random, RunningAgent, Underlay};
 use serde::Serialize;

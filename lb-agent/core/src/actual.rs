@@ -1,0 +1,388 @@
+//! What the maps say, as far as the agent wrote it: kept beside them so that a change needs no reading back, and made
+//! anew from a dump of the maps at start.
+
+mod backends;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use lb_common::abi::{
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, SetWord, SourceRange, backend_flags, set_flags,
+};
+use lb_common::logic::connect::Set;
+use lb_common::logic::generation;
+
+pub(crate) use self::backends::{ActualBackend, BackendMap, Backends};
+use crate::alloc::{Indexes, Range, SlotRanges};
+use crate::desired::{DesiredSet, PortId, SETS};
+use crate::maps::prefix::Prefix;
+use crate::maps::{Capacities, Dump, Epoch};
+use crate::model::{ObjectKey, Protocol};
+use crate::names::{name_of, port_id};
+use crate::policy::Member;
+
+/// A published set.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct ActualSet {
+    /// The slots that belong to it; `None` where it is empty, or not known.
+    pub(crate) range: Option<Range>,
+    /// What they hold; `None` where that is not what it should be: it has to be written anew.
+    pub(crate) members: Option<Arc<[Member]>>,
+}
+
+/// What the entry of NAMES of a service port says beside its identity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Named {
+    pub(crate) port: u16,
+    pub(crate) generation: u32,
+}
+
+impl Named {
+    /// `None` where the entry is not as it should be for this identity.
+    fn of(id: &PortId, name: &Name) -> Option<Self> {
+        let Name { port, generation, .. } = *name;
+        (*name == name_of(id, port, generation)).then_some(Self { port, generation })
+    }
+}
+
+/// An entry of SOURCE_RANGES.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Admission {
+    /// It is as it should be.
+    Holds,
+    /// No longer wanted since a request for a grace period, after which it goes: a program may be about to look for it.
+    Leaves(Epoch),
+    /// It is not as it should be.
+    Broken,
+}
+
+/// A service index in use.
+#[derive(Debug, Clone)]
+pub(crate) struct ActualPort {
+    pub(crate) index: u32,
+    /// The entry of SERVICES.
+    pub(crate) value: Service,
+    /// The entry of NAMES; `None` where that is not what it should be.
+    pub(crate) named: Option<Named>,
+    /// In the order of [`SETS`].
+    pub(crate) sets: [ActualSet; 3],
+    pub(crate) backends: Backends,
+    /// Its entries of SOURCE_RANGES.
+    pub(crate) sources: BTreeMap<IpNet, Admission>,
+}
+
+impl ActualPort {
+    /// An index that nothing is known of but what SERVICES says.
+    pub(crate) fn new(index: u32, value: Service, named: Option<Named>) -> Self {
+        Self {
+            index,
+            value,
+            named,
+            sets: Default::default(),
+            backends: Backends::default(),
+            sources: BTreeMap::new(),
+        }
+    }
+
+    /// Whether a frontend may lead here: SERVICES was written, and its sets are known.
+    pub(crate) fn is_written(&self) -> bool {
+        generation::is_live(self.value.generation) && self.is_known()
+    }
+
+    /// Whether it is known what every set leads to.
+    pub(crate) fn is_known(&self) -> bool {
+        self.sets.iter().all(|set| set.members.is_some())
+    }
+
+    /// The sets as they are, as far as they are known, and the backends that are in none.
+    pub(crate) fn published(&self) -> ([DesiredSet; 3], Arc<[Member]>) {
+        let words = set_words(&self.value);
+        let sets = [0, 1, 2].map(|i| DesiredSet {
+            members: self.sets[i].members.clone().unwrap_or_default(),
+            empty_drops: words[i].flags & set_flags::EMPTY_DROPS != 0,
+        });
+        let members = self.backends.iter().map(|(member, backend)| Member {
+            local: backend.flags & backend_flags::LOCAL != 0,
+            ..*member
+        });
+        let draining = members
+            .filter(|member| !sets.iter().any(|set| set.members.contains(member)))
+            .collect();
+        (sets, draining)
+    }
+
+    /// The ranges that its sets are in, each once.
+    pub(crate) fn ranges(&self) -> BTreeSet<Range> {
+        self.sets.iter().filter_map(|set| set.range).collect()
+    }
+}
+
+/// The set words of a service, in the order of [`SETS`].
+pub(crate) fn set_words(service: &Service) -> [SetWord; 3] {
+    [service.internal, service.external, service.cluster]
+}
+
+/// One set word of a service.
+pub(crate) fn set_word_mut(service: &mut Service, set: Set) -> &mut SetWord {
+    match set {
+        Set::Internal => &mut service.internal,
+        Set::External => &mut service.external,
+        Set::Cluster => &mut service.cluster,
+    }
+}
+
+/// What no service port owns: left by an agent that died in between, or by somebody else's writes. Sets of which not all
+/// is known may still lead to it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Strays {
+    /// Entries of NAMES for indexes that SERVICES does not have.
+    pub(crate) names: BTreeSet<u32>,
+    /// Backends that are live.
+    pub(crate) backends: BTreeSet<u32>,
+    /// Slots, each a range of its own.
+    pub(crate) slots: BTreeSet<Range>,
+    /// Entries of SOURCE_RANGES that are no networks, or of indexes that SERVICES does not have. Nothing leads here.
+    pub(crate) sources: BTreeSet<Prefix<SourceRange>>,
+}
+
+/// The state of the maps.
+#[derive(Debug)]
+pub(crate) struct Actual {
+    /// Boxed, since a good part of a hash table is empty.
+    pub(crate) ports: HashMap<Arc<PortId>, Box<ActualPort>>,
+    /// A tree: a hash table of small entries may be twice as large.
+    pub(crate) frontends: BTreeMap<FrontendKey, Frontend>,
+    /// How many frontends lead to a service index.
+    pub(crate) references: HashMap<u32, u32>,
+    /// CLUSTER_CIDRS.
+    pub(crate) cidrs: BTreeMap<Prefix<Addr>, u32>,
+    pub(crate) slots: SlotRanges,
+    pub(crate) indexes: Indexes,
+    pub(crate) ids: Indexes,
+    /// Generation of each index and id, also while it is not in use, as the maps have it.
+    pub(crate) service_generations: Vec<u32>,
+    pub(crate) backend_generations: Vec<u32>,
+}
+
+impl Actual {
+    /// Takes over what the maps say. Everything in them may be wrong; what is wrong is told apart so that the next
+    /// application of the desired state puts it right.
+    ///
+    /// An index that is live or named or has source ranges, but is nobody's, becomes a service port with a name that no Service can have, so it
+    /// goes the way of a Service that was deleted.
+    pub(crate) fn adopt(dump: &Dump, capacities: Capacities) -> (Self, Strays) {
+        let mut actual = Self {
+            ports: HashMap::new(),
+            frontends: dump.frontends.clone(),
+            references: HashMap::new(),
+            cidrs: dump.cluster_cidrs.clone(),
+            slots: SlotRanges::new(capacities.backend_slots),
+            indexes: Indexes::new(capacities.services),
+            ids: Indexes::new(capacities.backends),
+            service_generations: dump.services.iter().map(|s| s.generation).collect(),
+            backend_generations: dump.backends.iter().map(|b| b.generation).collect(),
+        };
+        for value in dump.frontends.values() {
+            actual.count(*value, true);
+        }
+        let mut strays = Strays::default();
+        let mut names: Vec<_> = dump.names.iter().collect();
+        // Two of one identity: an agent died between adding a Service again and clearing the first. Frontends lead to
+        // the new one.
+        names.sort_by_key(|(index, _)| (!actual.references.contains_key(*index), **index));
+        for (index, name) in names {
+            let Some(entry) = dump.services.get(*index as usize) else {
+                strays.names.insert(*index);
+                continue;
+            };
+            let id = port_id(name).filter(|id| *index != 0 && !actual.ports.contains_key(id));
+            let id = id.unwrap_or_else(|| stray_id(*index));
+            let port = ActualPort::new(*index, *entry, Named::of(&id, name));
+            actual.ports.insert(Arc::new(id), Box::new(port));
+        }
+        let mut sources = adopt_sources(dump, &mut strays);
+        for (index, entry) in (0_u32..).zip(&dump.services) {
+            let in_use = generation::is_live(entry.generation) || sources.contains_key(&index);
+            if in_use && !dump.names.contains_key(&index) {
+                let port = ActualPort::new(index, *entry, None);
+                actual.ports.insert(Arc::new(stray_id(index)), Box::new(port));
+            }
+        }
+        for port in actual.ports.values_mut() {
+            actual.indexes.claim(port.index);
+            port.sources = sources.remove(&port.index).unwrap_or_default();
+        }
+        actual.adopt_backends(dump, &mut strays);
+        actual.adopt_sets(dump, &mut strays);
+        (actual, strays)
+    }
+
+    fn adopt_backends(&mut self, dump: &Dump, strays: &mut Strays) {
+        let mut owners: HashMap<u32, BackendMap> = self
+            .ports
+            .values()
+            .map(|port| (port.index, BackendMap::new()))
+            .collect();
+        for (id, backend) in (0_u32..)
+            .zip(&dump.backends)
+            .filter(|(_, b)| generation::is_live(b.generation))
+        {
+            let key = (backend.addr.into(), backend.port);
+            let owner = owners.get_mut(&backend.service).filter(|all| !all.contains_key(&key));
+            self.ids.claim(id);
+            match owner {
+                Some(all) if id != 0 && generation::is_sealed(backend) => {
+                    let known = ActualBackend {
+                        id,
+                        generation: backend.generation,
+                        flags: backend.flags,
+                    };
+                    all.insert(key, known);
+                }
+                _ => {
+                    strays.backends.insert(id);
+                }
+            }
+        }
+        for port in self.ports.values_mut() {
+            if let Some(all) = owners.get(&port.index) {
+                port.backends = Backends::of(all, []);
+            }
+        }
+    }
+
+    fn adopt_sets(&mut self, dump: &Dump, strays: &mut Strays) {
+        let mut unknown = Vec::new();
+        for port in self.ports.values_mut() {
+            for (i, word) in set_words(&port.value).into_iter().enumerate() {
+                let Some(members) = read_set(dump, port, word) else {
+                    unknown.push(word);
+                    continue;
+                };
+                if word.len != 0 {
+                    let range = Range {
+                        base: word.base,
+                        len: word.len,
+                    };
+                    let shared = port.sets.iter().any(|set| set.range == Some(range));
+                    if !shared && !self.slots.claim(range) {
+                        unknown.push(word);
+                        continue;
+                    }
+                    port.sets[i].range = Some(range);
+                }
+                port.sets[i].members = Some(members);
+            }
+        }
+        // Nobody writes to where these lead until they lead elsewhere.
+        for word in unknown {
+            for base in word.base..word.base.saturating_add(word.len.into()) {
+                let slot = Range { base, len: 1 };
+                if self.slots.claim(slot) {
+                    strays.slots.insert(slot);
+                }
+            }
+        }
+    }
+
+    /// Counts a frontend that leads to a service index, or does no more.
+    pub(crate) fn count(&mut self, value: Frontend, there: bool) {
+        if value.is_mark() {
+            return;
+        }
+        let count = self.references.entry(value.service).or_default();
+        *count = if there { *count + 1 } else { count.saturating_sub(1) };
+        if *count == 0 {
+            self.references.remove(&value.service);
+        }
+    }
+}
+
+/// Entries of SOURCE_RANGES by service index.
+fn adopt_sources(dump: &Dump, strays: &mut Strays) -> HashMap<u32, BTreeMap<IpNet, Admission>> {
+    let mut all: HashMap<u32, BTreeMap<IpNet, Admission>> = HashMap::new();
+    for (range, value) in &dump.source_ranges {
+        let index = range.data.service;
+        let is_there = (index as usize) < dump.services.len();
+        let Some(net) = range.network().filter(|_| is_there) else {
+            strays.sources.insert(*range);
+            continue;
+        };
+        let admission = if *value == 0 {
+            Admission::Holds
+        } else {
+            Admission::Broken
+        };
+        all.entry(index).or_default().insert(net, admission);
+    }
+    all
+}
+
+/// The members of a published set, if every slot of it is what this port's backends say.
+fn read_set(dump: &Dump, port: &ActualPort, word: SetWord) -> Option<Arc<[Member]>> {
+    let base = word.base as usize;
+    let slots = dump.slots.get(base..base.checked_add(usize::from(word.len))?)?;
+    let members: Option<Vec<Member>> = slots
+        .iter()
+        .map(|slot| {
+            let (addr, local) = (IpAddr::from(slot.addr), slot.flags == backend_flags::LOCAL);
+            let backend = port.backends.get(addr, slot.port)?;
+            let member = Member {
+                addr,
+                port: slot.port,
+                local,
+            };
+            (*slot == slot_of(&member, backend)).then_some(member)
+        })
+        .collect();
+    let members = members.filter(|members| members.is_sorted())?;
+    let all = port.backends.members();
+    Some(if **all == *members {
+        Arc::clone(all)
+    } else {
+        members.into()
+    })
+}
+
+/// The slot of a member.
+pub(crate) fn slot_of(member: &Member, backend: &ActualBackend) -> BackendSlot {
+    BackendSlot {
+        addr: Addr::from(member.addr),
+        port: member.port,
+        flags: if member.local { backend_flags::LOCAL } else { 0 },
+        backend: backend.id,
+        generation: backend.generation,
+        pad: 0,
+    }
+}
+
+/// The entry of BACKENDS of a member.
+pub(crate) fn backend_of(member: &Member, backend: &ActualBackend, service: u32) -> Backend {
+    let addr = Addr::from(member.addr);
+    Backend {
+        addr,
+        port: member.port,
+        flags: backend.flags,
+        service,
+        generation: backend.generation,
+        seal: generation::seal(addr, member.port, service, backend.generation),
+    }
+}
+
+/// What an index is called that is nobody's.
+fn stray_id(index: u32) -> PortId {
+    PortId {
+        service: ObjectKey::new("", &format!("(stray index {index})")),
+        port_name: "".into(),
+        protocol: Protocol::Tcp,
+        ipv6: false,
+    }
+}
+
+// `SETS` and `set_words` are in the same order.
+const _: () = assert!(matches!(SETS, [Set::Internal, Set::External, Set::Cluster]));
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,182 @@
+//! What a dump of the maps is taken for.
+
+use super::*;
+use crate::maps::Maps as _;
+use crate::names::{pad, text};
+use crate::testing::*;
+
+/// Maps that serve `web` (index 2: it comes after `db`) and `db`, and what is adopted of them after a change.
+fn adopted(change: impl FnOnce(&mut Dump)) -> (Actual, Strays) {
+    let mut lb = start(maps());
+    let objects = [
+        service("db", "10.96.0.2").into(),
+        slice("db", &["10.0.1.1"]).into(),
+        service("web", "10.96.0.1").local().into(),
+        slice("web", &["10.0.0.1 @n1", "10.0.0.2", "10.0.0.3 terminating"]).into(),
+    ];
+    apply(&mut lb, &mut Cluster::of(objects));
+    let mut dump = lb.maps().dump().unwrap();
+    change(&mut dump);
+    Actual::adopt(&dump, ROOM)
+}
+
+fn web(actual: &Actual) -> &ActualPort {
+    &actual.ports[&id("web", "")]
+}
+
+#[test]
+fn sound_maps_are_taken_over_as_they_are() {
+    let (actual, strays) = adopted(|_| ());
+    assert_eq!(strays, Strays::default());
+    assert_eq!(actual.ports.len(), 2);
+    let web = web(&actual);
+    assert_eq!((web.index, web.backends.iter().count()), (2, 3));
+    let lengths = web.sets.clone().map(|set| set.members.map(|members| members.len()));
+    assert_eq!(lengths, [Some(1), Some(1), Some(2)]);
+    assert_eq!(
+        web.sets[0].range, web.sets[1].range,
+        "sets with the same members share their slots"
+    );
+    assert_eq!(
+        (actual.indexes.used(), actual.ids.used(), actual.slots.used()),
+        (2, 4, 4)
+    );
+    assert_eq!(actual.references, [(1, 1), (2, 1)].into());
+}
+
+#[test]
+fn what_nobody_owns_is_kept_apart() {
+    // No name: the index, its backends and its slots go the way of a Service that was deleted.
+    let (actual, strays) = adopted(|dump| {
+        dump.names.remove(&2);
+    });
+    assert_eq!(strays, Strays::default());
+    assert_eq!(
+        (actual.indexes.used(), actual.ids.used(), actual.slots.used()),
+        (2, 4, 4)
+    );
+    assert!(!actual.ports.contains_key(&id("web", "")));
+    let (stray, port) = actual
+        .ports
+        .iter()
+        .find(|(id, _)| id.service.namespace.is_empty())
+        .unwrap();
+    assert_eq!(
+        (&*stray.service.name, port.index, port.backends.iter().count()),
+        ("(stray index 2)", 2, 3)
+    );
+
+    // A backend of an index that nobody has.
+    let (actual, strays) = adopted(|dump| {
+        let backend = dump.backends[1];
+        let service = 9;
+        let seal = generation::seal(backend.addr, backend.port, service, 1);
+        dump.backends[40] = Backend {
+            service,
+            seal,
+            generation: 1,
+            ..backend
+        };
+    });
+    assert_eq!(strays.backends, [40].into());
+    assert_eq!(actual.ids.used(), 5, "never given out again before it is withdrawn");
+
+    // A name beyond the end.
+    let (_, strays) = adopted(|dump| {
+        let name = dump.names[&1];
+        dump.names.insert(ROOM.services, name);
+    });
+    assert_eq!(strays.names, [ROOM.services].into());
+}
+
+#[test]
+fn a_set_that_is_not_what_it_should_be_is_not_known_and_its_slots_are_not_given_out() {
+    let cases: [fn(&mut Dump); 5] = [
+        |dump| dump.slots[dump.services[2].cluster.base as usize].pad = 1,
+        |dump| dump.slots[dump.services[2].cluster.base as usize + 1].generation = 3,
+        |dump| dump.services[2].cluster.base += 1,
+        |dump| dump.services[2].cluster.base = u32::MAX,
+        |dump| dump.services[2].cluster.len = u16::MAX,
+    ];
+    for (number, change) in cases.into_iter().enumerate() {
+        let mut word = SetWord::default();
+        let (mut actual, strays) = adopted(|dump| {
+            change(dump);
+            word = dump.services[2].cluster;
+        });
+        let set = &web(&actual).sets[2];
+        assert_eq!((set.range, set.members.is_none()), (None, true), "{number}");
+        assert!(web(&actual).sets[0].members.is_some(), "{number}");
+        let led_to = word.base..word.base.saturating_add(word.len.into());
+        while let Some(range) = actual.slots.alloc(1) {
+            assert!(!led_to.contains(&range.base), "{number}: slot {}", range.base);
+        }
+        assert!(strays.slots.iter().all(|slot| led_to.contains(&slot.base)), "{number}");
+    }
+}
+
+#[test]
+fn of_two_with_one_name_the_one_that_frontends_lead_to_stays() {
+    let (actual, _) = adopted(|dump| {
+        let name = dump.names[&2];
+        dump.names.insert(1, name);
+    });
+    assert_eq!(web(&actual).index, 1, "both are led to: the lower");
+    let (actual, _) = adopted(|dump| {
+        let name = dump.names[&2];
+        dump.names.insert(1, name);
+        dump.frontends.retain(|_, value| value.service != 1);
+    });
+    assert_eq!(web(&actual).index, 2);
+}
+
+#[test]
+fn an_index_that_was_cleared_but_still_has_its_name_gets_a_new_generation() {
+    let (actual, _) = adopted(|dump| {
+        dump.services[2] = Service {
+            generation: 2,
+            ..Service::default()
+        };
+    });
+    assert!(!web(&actual).is_written());
+    assert_eq!(actual.service_generations[2], 2);
+}
+
+#[test]
+fn a_field_is_padded_and_cut_at_a_character() {
+    assert_eq!(pad::<4>("ab"), *b"ab\0\0");
+    assert_eq!(pad::<4>("abcdef"), *b"abcd");
+    assert_eq!(pad::<4>("ab\u{20ac}"), *b"ab\0\0");
+    assert_eq!(
+        (text(b"ab\0\0"), text(b"abcd"), text(b"\xff")),
+        (Some("ab"), Some("abcd"), None)
+    );
+}
+
+#[test]
+fn a_name_gives_the_identity_back() {
+    for (ipv6, protocol) in [(false, Protocol::Tcp), (true, Protocol::Udp), (false, Protocol::Sctp)] {
+        let id = PortId {
+            ipv6,
+            protocol,
+            ..id("web", "http")
+        };
+        assert_eq!(port_id(&name_of(&id, 80, 1)), Some(id));
+    }
+    let good = name_of(&id("web", ""), 80, 1);
+    assert_eq!(port_id(&Name { proto: 1, ..good }), None);
+    assert_eq!(port_id(&Name { family: 5, ..good }), None);
+    assert_eq!(port_id(&Name { name: [0; 64], ..good }), None);
+    assert_eq!(
+        port_id(&Name {
+            namespace: [0xff; 64],
+            ..good
+        }),
+        None
+    );
+    assert_eq!(
+        port_id(&name_of(&stray_id(7), 0, 1)),
+        None,
+        "no entry can claim to be a stray"
+    );
+}

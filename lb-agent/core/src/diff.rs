@@ -1,0 +1,269 @@
+//! From what a service port should be and what it is to the steps between: pure, but for what it takes from the
+//! allocators.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use lb_common::abi::{Backend, BackendSlot, Service, SetWord, backend_flags, map_name, service_flags, set_flags};
+use lb_common::logic::connect::{Set, member_flag};
+use lb_common::logic::generation;
+
+use crate::actual::{Actual, ActualBackend, ActualPort, Admission, BackendMap, Named, backend_of, set_words, slot_of};
+use crate::alloc::Range;
+use crate::desired::{DesiredPort, PortId, SETS};
+use crate::maps::{MapError, capacity_flag};
+use crate::policy::Member;
+
+/// One write, and what is known of the maps after it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// NAMES.
+    Name(Named),
+    /// BACKENDS: a backend comes into use.
+    Fill(Backend, ActualBackend),
+    /// BACKENDS: membership or locality changes.
+    Flags((IpAddr, u16), u16),
+    /// BACKEND_SLOTS: a range that nobody sees yet.
+    Slots(Range, Vec<BackendSlot>),
+    /// SOURCE_RANGES: whom load-balancer addresses serve too. Before the flag that restricts them to those.
+    Admit(IpNet),
+    /// SERVICES: an index that no frontend leads to.
+    Service(Service, [(Option<Range>, Arc<[Member]>); 3]),
+    /// SERVICES: all but the set words.
+    Settings(Service),
+    /// SERVICES: a new set, seen at once by all frontends.
+    Publish(Set, SetWord, Option<Range>, Arc<[Member]>),
+    /// BACKENDS: a backend goes out of use.
+    Withdraw((IpAddr, u16)),
+    /// SOURCE_RANGES: whom they no longer serve, after a grace period: a program that has read the flag looks for them.
+    Dismiss(Vec<IpNet>),
+}
+
+/// The steps for one service port, in their order, and what they take.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    /// The service index.
+    pub(crate) index: u32,
+    /// Whether the index is newly taken.
+    pub(crate) new_index: bool,
+    /// Newly taken ranges.
+    pub(crate) new_ranges: Vec<Range>,
+    /// Newly taken backend ids.
+    pub(crate) new_ids: Vec<u32>,
+    /// What to write.
+    pub(crate) steps: Vec<Step>,
+}
+
+impl Plan {
+    /// Gives back what was taken; for a plan of which nothing was written.
+    pub(crate) fn cancel(self, actual: &mut Actual) {
+        if self.new_index {
+            actual.indexes.free(self.index);
+        }
+        self.new_ranges.into_iter().for_each(|range| actual.slots.free(range));
+        self.new_ids.into_iter().for_each(|id| actual.ids.free(id));
+    }
+}
+
+/// Plans what makes a service port as desired. No steps where it is.
+///
+/// # Errors
+/// [`MapError::Full`], or a set with more members than a set word can say; nothing is taken then.
+pub(crate) fn plan(id: &PortId, want: &DesiredPort, actual: &mut Actual) -> Result<Plan, MapError> {
+    // Taken out for the time of planning, which needs the allocators beside it; a copy would cost more than the plan.
+    let have = actual.ports.remove_entry(id);
+    let mut plan = Plan::default();
+    let filled = fill(want, have.as_ref().map(|(_, port)| &**port), actual, &mut plan);
+    actual.ports.extend(have);
+    match filled {
+        Ok(()) => Ok(plan),
+        Err(error) => {
+            plan.cancel(actual);
+            Err(error)
+        }
+    }
+}
+
+/// The error for a map that has no room left.
+fn full(map: &'static str, actual: &Actual) -> MapError {
+    MapError::Full {
+        map,
+        flag: capacity_flag(map),
+        capacity: match map {
+            map_name::SERVICES => actual.service_generations.len() as u32,
+            map_name::BACKENDS => actual.backend_generations.len() as u32,
+            _ => actual.slots.capacity(),
+        },
+    }
+}
+
+/// Adds the steps to a plan.
+fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan: &mut Plan) -> Result<(), MapError> {
+    let index = match have {
+        Some(have) => have.index,
+        None => {
+            let index = actual.indexes.alloc().ok_or_else(|| full(map_name::SERVICES, actual))?;
+            plan.new_index = true;
+            index
+        }
+    };
+    plan.index = index;
+    let current = actual.service_generations[index as usize];
+    let service_generation = if generation::is_live(current) {
+        current
+    } else {
+        generation::taken(current)
+    };
+
+    let named = Named {
+        port: want.port,
+        generation: service_generation,
+    };
+    if have.is_none_or(|have| have.named != Some(named)) {
+        plan.steps.push(Step::Name(named));
+    }
+
+    let flags = wanted_flags(want);
+    let mut backends = BackendMap::new();
+    for (member, flags) in &flags {
+        let key = (member.addr, member.port);
+        if let Some(known) = have.and_then(|have| have.backends.get(member.addr, member.port)) {
+            if known.flags != *flags {
+                plan.steps.push(Step::Flags(key, *flags));
+            }
+            backends.insert(key, *known);
+        } else {
+            let id = actual.ids.alloc().ok_or_else(|| full(map_name::BACKENDS, actual))?;
+            plan.new_ids.push(id);
+            let new = ActualBackend {
+                id,
+                generation: generation::taken(actual.backend_generations[id as usize]),
+                flags: *flags,
+            };
+            plan.steps.push(Step::Fill(backend_of(member, &new, index), new));
+            backends.insert(key, new);
+        }
+    }
+
+    let sets = place_sets(want, have, &backends, actual, plan)?;
+    let holds = |net: &IpNet| have.is_some_and(|have| have.sources.get(net) == Some(&Admission::Holds));
+    let admitted = want.source_ranges.iter().filter(|net| !holds(net));
+    plan.steps.extend(admitted.copied().map(Step::Admit));
+    let mut value = Service {
+        flags: want.flags,
+        affinity_timeout: want.affinity_timeout,
+        generation: service_generation,
+        ..Service::default()
+    };
+    (value.internal, value.external, value.cluster) = (sets[0].0, sets[1].0, sets[2].0);
+    match have {
+        None => plan
+            .steps
+            .push(Step::Service(value, sets.map(|(_, range, members)| (range, members)))),
+        Some(have) => {
+            let unset = |mut service: Service| {
+                (service.internal, service.external, service.cluster) = Default::default();
+                service
+            };
+            if unset(have.value) != unset(value) {
+                plan.steps.push(Step::Settings(value));
+            }
+            let words = set_words(&have.value);
+            for (i, (word, range, members)) in sets.into_iter().enumerate() {
+                if words[i] != word || have.sets[i].members.is_none() {
+                    plan.steps.push(Step::Publish(SETS[i], word, range, members));
+                }
+            }
+            let known = have.backends.members().iter().map(|member| (member.addr, member.port));
+            let gone = known.filter(|key| !backends.contains_key(key));
+            plan.steps.extend(gone.map(Step::Withdraw));
+            let stays = |net: &IpNet| want.source_ranges.binary_search(net).is_ok();
+            // What leaves already leaves anew where everybody is served from now on: who has read the flag before is not
+            // to find less than it did.
+            let opened = have.value.flags & !want.flags & service_flags::SOURCE_RANGES != 0;
+            let leaves = |admission: &Admission| matches!(admission, Admission::Leaves(_)) && !opened;
+            let dismissed = have.sources.iter().filter(|(net, at)| !stays(net) && !leaves(at));
+            let dismissed: Vec<_> = dismissed.map(|(net, _)| *net).collect();
+            if !dismissed.is_empty() {
+                plan.steps.push(Step::Dismiss(dismissed));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All backends of a service port with their flags, sorted.
+fn wanted_flags(want: &DesiredPort) -> Vec<(Member, u16)> {
+    let mut all: BTreeMap<(IpAddr, u16), (Member, u16)> = BTreeMap::new();
+    let sets = SETS
+        .iter()
+        .zip(&want.sets)
+        .map(|(set, s)| (member_flag(*set), &s.members));
+    for (flag, members) in sets.chain([(0, &want.draining)]) {
+        for member in members.iter() {
+            let local = if member.local { backend_flags::LOCAL } else { 0 };
+            all.entry((member.addr, member.port)).or_insert((*member, local)).1 |= flag;
+        }
+    }
+    all.into_values().collect()
+}
+
+/// A set as it will be: its word, its range and its members.
+type Placed = (SetWord, Option<Range>, Arc<[Member]>);
+
+/// Finds a range for each set: the one that it has where the members are the same, that of another set with the same
+/// members, or a new one.
+fn place_sets(
+    want: &DesiredPort,
+    have: Option<&ActualPort>,
+    backends: &BackendMap,
+    actual: &mut Actual,
+    plan: &mut Plan,
+) -> Result<[Placed; 3], MapError> {
+    let mut placed: [Placed; 3] = Default::default();
+    for (i, set) in want.sets.iter().enumerate() {
+        let flags = if set.empty_drops { set_flags::EMPTY_DROPS } else { 0 };
+        let len = u16::try_from(set.members.len()).map_err(|_| MapError::Unexpected {
+            map: map_name::BACKEND_SLOTS,
+            what: format!("{} endpoints in one set, {} at most", set.members.len(), u16::MAX),
+        })?;
+        let known = have.into_iter().flat_map(|have| &have.sets);
+        let known = known
+            .filter(|s| s.members.as_ref() == Some(&set.members))
+            .find_map(|s| s.range);
+        let new = placed[..i]
+            .iter()
+            .find(|(_, _, members)| *members == set.members)
+            .and_then(|(_, range, _)| *range);
+        let range = match (set.members.is_empty(), known.or(new)) {
+            (true, _) => None,
+            (false, Some(range)) => Some(range),
+            (false, None) => {
+                let range = actual
+                    .slots
+                    .alloc(len)
+                    .ok_or_else(|| full(map_name::BACKEND_SLOTS, actual))?;
+                plan.new_ranges.push(range);
+                let slots = set
+                    .members
+                    .iter()
+                    .map(|m| slot_of(m, &backends[&(m.addr, m.port)]))
+                    .collect();
+                plan.steps.push(Step::Slots(range, slots));
+                Some(range)
+            }
+        };
+        let word = SetWord {
+            base: range.map_or(0, |range| range.base),
+            len,
+            flags,
+        };
+        placed[i] = (word, range, Arc::clone(&set.members));
+    }
+    Ok(placed)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,565 @@
+//! What `connect()` would do, or becomes of a packet from outside, and why: the decision of the data plane, made from a
+//! copy of the maps by the same `lb_common::logic`.
+
+mod packet;
+mod text;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use lb_common::abi::{
+    Addr, Affinity, AffinityKey, Backend, DropReason, Frontend, FrontendKey, FrontendKind, Service, SetWord,
+    backend_flags, ip_protocol, service_flags,
+};
+use lb_common::logic::connect::{self, Set};
+use lb_common::logic::decide::{self, Admission, PacketTables, Services, SocketFrontend};
+use lb_common::logic::ip128::Ip128;
+use lb_common::logic::route::{Destination, Tables};
+use lb_common::logic::{affinity, generation};
+use serde::Serialize;
+
+use crate::actual::set_words;
+use crate::maps::Direction;
+use crate::maps::Dump;
+use crate::model::Protocol;
+use crate::names::ServicePortName;
+
+pub use packet::explain as explain_packet;
+
+/// The maps that decide, as they were at one time.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    pub dump: Dump,
+    pub node_addrs: BTreeSet<Addr>,
+    pub affinity: BTreeMap<AffinityKey, Affinity>,
+    /// CT and CT_NEW.
+    pub flows: Vec<Direction>,
+    /// When: nanoseconds of CLOCK_MONOTONIC.
+    pub now: u64,
+}
+
+/// The socket that asks.
+#[derive(Debug, Clone, Copy)]
+pub struct Asker {
+    /// Cookie of its network namespace.
+    pub netns: u64,
+    /// That is the node's.
+    pub on_node: bool,
+    /// Only sockets of the node's namespace are served.
+    pub node_only: bool,
+}
+
+/// The whole answer, step by step; a step that was not reached is `None`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Explanation {
+    pub to: SocketAddr,
+    pub protocol: &'static str,
+    pub frontend: Option<Found>,
+    /// Where a packet comes from; `None` for a socket.
+    pub source: Option<Source>,
+    pub set: Option<Serving>,
+    pub affinity: Option<Remembered>,
+    /// Every backend of the service port, those that may be chosen first.
+    pub candidates: Vec<Candidate>,
+    pub outcome: Outcome,
+    /// What becomes of the packets of a socket that is left alone; `None` where that was not asked.
+    pub packets: Option<Packets>,
+    /// What else is worth knowing.
+    pub notes: Vec<String>,
+}
+
+/// The frontend that the destination is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Found {
+    pub kind: &'static str,
+    pub service: ServicePortName,
+    /// Index into SERVICES.
+    pub index: u32,
+}
+
+/// What becomes of the packets that a socket sends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Packets {
+    pub from: IpAddr,
+    pub outcome: Outcome,
+}
+
+/// What is known of where a packet comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Source {
+    pub address: IpAddr,
+    /// It is inside the cluster.
+    pub inside: bool,
+    /// It is a pod of this node.
+    pub here: bool,
+    /// The longest of the networks that CLUSTER_CIDRS has it in.
+    pub network: Option<String>,
+    /// Whether the load-balancer address serves it; `None` where it serves everybody.
+    pub admitted: Option<bool>,
+}
+
+impl Found {
+    fn new(maps: &Snapshot, frontend: Frontend) -> Self {
+        Self {
+            kind: FrontendKind::from_u8(frontend.kind).map_or("(unknown kind)", FrontendKind::label),
+            service: ServicePortName::of(maps.dump.names.get(&frontend.service)),
+            index: frontend.service,
+        }
+    }
+}
+
+/// The set of the service that serves it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Serving {
+    pub name: &'static str,
+    pub why: &'static str,
+    pub members: u16,
+}
+
+/// What AFFINITY remembers of the client.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Remembered {
+    /// Seconds.
+    pub timeout: u32,
+    /// Address of the backend; `None` where the client is new, or the backend is gone.
+    pub backend: Option<SocketAddr>,
+    /// Seconds since the last use; `None` where the client is new.
+    pub age: Option<u64>,
+    /// Seconds until it is forgotten, while it holds.
+    pub remaining: Option<u64>,
+    /// It decides.
+    pub holds: bool,
+    pub why: &'static str,
+}
+
+/// A backend of the service port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Candidate {
+    pub address: SocketAddr,
+    /// Index into BACKENDS.
+    pub id: u32,
+    pub generation: u32,
+    /// It runs on this node.
+    pub local: bool,
+    /// The connection may get it.
+    pub eligible: bool,
+    pub why: String,
+}
+
+/// What `connect()` does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "result", rename_all = "snake_case")]
+pub enum Outcome {
+    /// lb leaves the destination as it is.
+    Untouched { why: String },
+    /// It goes to one of these; all are as likely.
+    Connects { backends: Vec<SocketAddr> },
+    /// A packet is answered at once, for the client to know.
+    Rejected {
+        /// With what.
+        answer: &'static str,
+        /// Label of the counter.
+        reason: &'static str,
+        why: &'static str,
+    },
+    /// A packet is dropped.
+    Dropped {
+        /// Label of the counter.
+        reason: &'static str,
+        why: &'static str,
+    },
+    /// It fails at once.
+    Refused {
+        /// Name of the error number.
+        errno: &'static str,
+        number: i32,
+        /// Label of the counter.
+        reason: &'static str,
+        why: &'static str,
+    },
+}
+
+impl Outcome {
+    fn refused(reason: DropReason) -> Self {
+        let errno = connect::errno(reason);
+        Self::Refused {
+            errno: errno.name,
+            number: errno.number,
+            reason: reason.label(),
+            why: reason.text(),
+        }
+    }
+
+    fn untouched(why: impl Into<String>) -> Self {
+        Self::Untouched { why: why.into() }
+    }
+}
+
+/// The maps as the decision looks at them.
+struct View<'a> {
+    maps: &'a Snapshot,
+    on_node: bool,
+}
+
+impl Tables for View<'_> {
+    fn frontend(&self, key: Destination) -> Option<Frontend> {
+        let key = FrontendKey::new(key.addr.into(), key.port, key.proto);
+        self.maps.dump.frontends.get(&key).copied()
+    }
+
+    fn is_node_address(&self, addr: Ip128) -> bool {
+        self.maps.node_addrs.contains(&addr.into())
+    }
+
+    fn is_on_node(&self) -> bool {
+        self.on_node
+    }
+}
+
+impl<'a> Services for View<'a> {
+    type Service = &'a Service;
+
+    fn service(&self, index: u32) -> Option<&'a Service> {
+        self.maps.dump.services.get(index as usize)
+    }
+
+    fn flags(&self, service: &'a Service) -> u32 {
+        service.flags
+    }
+}
+
+impl PacketTables for View<'_> {
+    fn cluster_flags(&self, addr: Ip128) -> u32 {
+        self.maps.dump.cluster_cidr(addr.into()).map_or(0, |(_, flags)| flags)
+    }
+
+    fn is_in_source_range(&self, service: u32, addr: Ip128) -> bool {
+        let mut ranges = self.maps.dump.source_ranges.keys();
+        ranges.any(|range| range.admits(service, addr.into()))
+    }
+}
+
+impl Explanation {
+    /// Adds what becomes of the packets of a socket that is left alone, where they come from an address: none leave from
+    /// loopback.
+    pub fn with_packets(mut self, maps: &Snapshot, from: Option<IpAddr>, to: Destination) -> Self {
+        let from = from.filter(|from| from.is_ipv4() == to.addr.is_v4() && !from.is_loopback());
+        if let (Outcome::Untouched { .. }, Some(from)) = (&self.outcome, from) {
+            let outcome = explain_packet(maps, from, to).outcome;
+            self.packets = Some(Packets { from, outcome });
+        }
+        self
+    }
+
+    /// An answer for a destination that no map was looked at for.
+    pub fn untouched(to: Destination, why: impl Into<String>) -> Self {
+        Self {
+            to: Addr::from(to.addr).socket(to.port),
+            protocol: Protocol::name_of(to.proto),
+            frontend: None,
+            source: None,
+            set: None,
+            affinity: None,
+            candidates: Vec::new(),
+            outcome: Outcome::untouched(why),
+            packets: None,
+            notes: Vec::new(),
+        }
+    }
+}
+
+/// What `connect()` to a destination does for a socket that the programs see. The steps are those of `lb-ebpf`.
+pub fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explanation {
+    let view = View {
+        maps,
+        on_node: asker.on_node,
+    };
+    let mut answer = Explanation::untouched(to, "");
+    let frontend = match decide::socket_frontend(&view, asker.node_only, to) {
+        Ok(SocketFrontend::Found(frontend)) => frontend,
+        Ok(SocketFrontend::OtherNamespace) => {
+            answer.outcome = Outcome::untouched(
+                "only sockets of the node's network namespace are served (--socket-lb node); others send packets to \
+                 the destination, and what becomes of those is told for the address that they come from",
+            );
+            return answer;
+        }
+        Ok(SocketFrontend::None) => {
+            answer.outcome = Outcome::untouched(why_no_frontend(&view, to));
+            return answer;
+        }
+        Err(reason) => {
+            answer.outcome = Outcome::refused(reason);
+            answer.notes.push(ports_of(maps, to));
+            return answer;
+        }
+    };
+    answer.frontend = Some(Found::new(maps, frontend));
+    let admission = match decide::admit_socket(&view, frontend) {
+        Ok(Some(admission)) => admission,
+        Ok(None) => {
+            answer.outcome = Outcome::untouched(
+                "the load-balancer address is for some sources only (loadBalancerSourceRanges), and a socket's source \
+                 is not known when it connects: what becomes of its packets is told for the address that they come \
+                 from",
+            );
+            return answer;
+        }
+        Err(reason) => {
+            answer.outcome = Outcome::refused(reason);
+            return answer;
+        }
+    };
+    let client = AffinityKey::of_netns(asker.netns, frontend.service);
+    choose(maps, client, Chosen::new(frontend.service, admission), &mut answer);
+    if to.proto == ip_protocol::UDP {
+        answer.notes.push(
+            "this is a new connect(), or a first datagram: an unconnected socket stays with the backend that it has \
+             for this address while that is usable"
+                .into(),
+        );
+    }
+    answer
+}
+
+/// A service, and the set of it that serves.
+#[derive(Clone, Copy)]
+struct Chosen<'a> {
+    index: u32,
+    set: Set,
+    service: &'a Service,
+    word: SetWord,
+}
+
+impl<'a> Chosen<'a> {
+    fn new(index: u32, admission: Admission<&'a Service>) -> Self {
+        let Admission { service, set, .. } = admission;
+        let [internal, external, cluster] = set_words(service);
+        let word = match set {
+            Set::Internal => internal,
+            Set::External => external,
+            Set::Cluster => cluster,
+        };
+        Self {
+            index,
+            set,
+            service,
+            word,
+        }
+    }
+
+    fn describe(&self) -> Serving {
+        let (name, why) = match self.set {
+            Set::Internal => ("internal", "cluster IPs: internalTrafficPolicy applies"),
+            Set::External => ("external", "clients outside: externalTrafficPolicy applies"),
+            Set::Cluster => (
+                "cluster",
+                "a client inside the cluster: external addresses have policy Cluster",
+            ),
+        };
+        Serving {
+            name,
+            why,
+            members: self.word.len,
+        }
+    }
+
+    /// The entry of BACKENDS, if it may serve once more.
+    fn again(&self, dump: &'a Dump, id: u32, generation: u32) -> Option<&'a Backend> {
+        let reference = (self.index, generation);
+        let entry = dump.backends.get(id as usize)?;
+        connect::is_usable(entry.generation, entry.service, entry.flags, reference, self.set).then_some(entry)
+    }
+}
+
+/// The backend: the one that the client had last, where the service wants that, or any of the set.
+fn choose(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>, answer: &mut Explanation) {
+    answer.set = Some(chosen.describe());
+    let mut kept = None;
+    if chosen.service.flags & service_flags::AFFINITY != 0 {
+        let (remembered, backend) = remembered(maps, client, chosen);
+        kept = backend.map(|backend| (backend, remembered.remaining.unwrap_or(0)));
+        answer.affinity = Some(remembered);
+    }
+    answer.candidates = candidates(&maps.dump, chosen, kept);
+    let eligible = || answer.candidates.iter().filter(|candidate| candidate.eligible);
+    let refused = |reason| match &answer.source {
+        Some(_) => packet::refused(reason, answer.protocol),
+        None => Outcome::refused(reason),
+    };
+    answer.outcome = match connect::slot(chosen.word, 0) {
+        Err(reason) if kept.is_none() => refused(reason),
+        _ if eligible().next().is_none() => refused(DropReason::BadSlot),
+        _ => Outcome::Connects {
+            backends: eligible().map(|candidate| candidate.address).collect(),
+        },
+    };
+}
+
+/// What AFFINITY says of the client, and the backend that it keeps.
+fn remembered(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>) -> (Remembered, Option<u32>) {
+    let timeout = chosen.service.affinity_timeout;
+    let mut remembered = Remembered {
+        timeout,
+        backend: None,
+        age: None,
+        remaining: None,
+        holds: false,
+        why: "the client is new to this service",
+    };
+    let Some(entry) = maps.affinity.get(&client) else {
+        return (remembered, None);
+    };
+    let age = age(entry.used, maps.now);
+    remembered.age = Some(age.as_secs());
+    let backend = maps.dump.backends.get(entry.backend as usize);
+    remembered.backend = backend
+        .filter(|backend| generation::is_current(backend.generation, entry.generation))
+        .map(|backend| backend.addr.socket(backend.port));
+    if !affinity::holds(entry.used, maps.now, timeout) {
+        remembered.why = "it was last used longer ago than the timeout";
+    } else if chosen.again(&maps.dump, entry.backend, entry.generation).is_none() {
+        remembered.why = "the backend is gone, or is no member of the set any more";
+    } else {
+        remembered.holds = true;
+        remembered.remaining = Some(remaining(age, timeout));
+        remembered.why = "used within the timeout, and the backend is usable";
+        return (remembered, Some(entry.backend));
+    }
+    (remembered, None)
+}
+
+/// How long ago something was.
+pub fn age(used: u64, now: u64) -> Duration {
+    Duration::from_nanos(now.saturating_sub(used))
+}
+
+/// Whole seconds until something of that age is forgotten, rounded up; zero where it is.
+pub fn remaining(age: Duration, timeout: u32) -> u64 {
+    let left = Duration::from_secs(timeout.into()).saturating_sub(age);
+    left.as_secs() + u64::from(left.subsec_nanos() > 0)
+}
+
+/// Every backend of the service port: the members of the set as its slots have them, then the others. `kept`: the one
+/// that affinity decides for, and for how many seconds more.
+fn candidates(dump: &Dump, chosen: Chosen<'_>, kept: Option<(u32, u64)>) -> Vec<Candidate> {
+    let slots =
+        connect::slot(chosen.word, 0).map_or(0..0, |base| base as usize..base as usize + usize::from(chosen.word.len));
+    let members = dump.slots.get(slots).unwrap_or_default();
+    let mut all: Vec<_> = members
+        .iter()
+        .map(|slot| {
+            let (eligible, why) = match kept {
+                None => (
+                    true,
+                    format!("one of {} in the {}", members.len(), set_name(chosen.set)),
+                ),
+                Some((id, left)) if id == slot.backend => (true, format!("affinity, for {left} s more")),
+                Some(_) => (false, "the client has affinity to another backend".into()),
+            };
+            Candidate {
+                address: slot.addr.socket(slot.port),
+                id: slot.backend,
+                generation: slot.generation,
+                local: slot.flags & backend_flags::LOCAL != 0,
+                eligible,
+                why,
+            }
+        })
+        .collect();
+    let in_set: BTreeSet<u32> = members.iter().map(|slot| slot.backend).collect();
+    let others = (0_u32..).zip(&dump.backends).filter(|(id, backend)| {
+        generation::is_live(backend.generation) && backend.service == chosen.index && !in_set.contains(id)
+    });
+    all.extend(others.map(|(id, backend)| {
+        // A backend that joins or leaves right now is a member by its flags before or after it is one by the slots.
+        let eligible = kept.is_some_and(|(kept, _)| kept == id);
+        Candidate {
+            address: backend.addr.socket(backend.port),
+            id,
+            generation: backend.generation,
+            local: backend.flags & backend_flags::LOCAL != 0,
+            eligible,
+            why: if eligible {
+                "affinity".into()
+            } else {
+                why_no_member(backend, chosen.set)
+            },
+        }
+    }));
+    all.sort_by_key(|candidate| (!candidate.eligible, candidate.address));
+    all
+}
+
+fn set_name(set: Set) -> &'static str {
+    match set {
+        Set::Internal => "internal set",
+        Set::External => "external set",
+        Set::Cluster => "whole-cluster set",
+    }
+}
+
+fn why_no_member(backend: &Backend, set: Set) -> String {
+    if backend.flags & backend_flags::SETS == 0 {
+        return "drains: it serves what it has, and gets nothing new".into();
+    }
+    let name = set_name(set);
+    let policy = match set {
+        Set::Internal => "internalTrafficPolicy",
+        Set::External => "externalTrafficPolicy",
+        Set::Cluster => return format!("not in the {name}"),
+    };
+    if backend.flags & backend_flags::LOCAL == 0 {
+        format!("not in the {name}: {policy} is Local, and it is on another node")
+    } else {
+        format!("not in the {name}")
+    }
+}
+
+/// Why a destination is no frontend.
+fn why_no_frontend(view: &View<'_>, to: Destination) -> String {
+    let addr = to.addr.or_loopback();
+    let proto = Protocol::name_of(to.proto);
+    let port = to.port;
+    if addr.is_loopback() {
+        return if view.on_node {
+            format!("loopback of the node, and {port}/{proto} is no node port")
+        } else {
+            "loopback of another network namespace than the node's: node ports are not served there".into()
+        };
+    }
+    let ip: IpAddr = Addr::from(addr).into();
+    if view.is_node_address(addr) {
+        format!("{ip} is an address of this node, and {port}/{proto} is no node port")
+    } else {
+        format!(
+            "no Service has {}/{proto}, and {ip} is no address of this node",
+            SocketAddr::new(ip, port)
+        )
+    }
+}
+
+/// The ports that a service address has.
+fn ports_of(maps: &Snapshot, to: Destination) -> String {
+    let addr = Addr::from(to.addr);
+    let ports: Vec<_> = maps
+        .dump
+        .frontends
+        .iter()
+        .filter(|(key, value)| key.addr == addr && !value.is_mark())
+        .map(|(key, value)| {
+            let owner = ServicePortName::of(maps.dump.names.get(&value.service));
+            format!("{}/{} ({owner})", key.port, Protocol::name_of(key.proto))
+        })
+        .collect();
+    let ip = IpAddr::from(addr);
+    if ports.is_empty() {
+        format!("{ip} is the address of a Service that has no port here")
+    } else {
+        format!("{ip} has {}", ports.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,147 @@
+//! Explains how a packet from outside is handled that starts a flow at this node, by the decisions of the packet path.
+
+use std::net::IpAddr;
+
+use lb_common::abi::{Addr, AffinityKey, DropReason, client_kind, cluster_flags, ct_flags, ip_protocol};
+use lb_common::logic::decide::{self, Arrival};
+use lb_common::logic::delivery::{self, Facts};
+use lb_common::logic::route::{self, Destination};
+use lb_common::logic::translation::{self, RejectWith};
+
+use super::{
+    Candidate, Chosen, Explanation, Found, Outcome, Snapshot, Source, View, age, choose, ports_of, why_no_frontend,
+};
+
+/// The explained packet: the first one of a flow, at the ingress of a device. The device that leads to the backend is
+/// taken to be another one, since the routes are not among the maps.
+const FIRST_PACKET: Arrival = Arrival {
+    at_egress: false,
+    has_socket: false,
+    has_vlan: false,
+    can_start_flow: true,
+};
+
+/// Returns the response to a packet that is not translated.
+pub(super) fn refused(reason: DropReason, protocol: &str) -> Outcome {
+    let (label, why) = (reason.label(), reason.text());
+    match translation::reject_with(reason) {
+        RejectWith::Refused => Outcome::Rejected {
+            answer: if protocol == "TCP" {
+                "a TCP reset"
+            } else {
+                "ICMP port unreachable"
+            },
+            reason: label,
+            why,
+        },
+        RejectWith::Pass | RejectWith::Drop | RejectWith::TooBig | RejectWith::TimeExceeded => {
+            Outcome::Dropped { reason: label, why }
+        }
+    }
+}
+
+/// What becomes of a packet from an address to a destination, where it comes in by a device that programs are attached
+/// to.
+pub fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explanation {
+    // Only sockets ask whether they are on the node.
+    let view = View { maps, on_node: false };
+    let mut answer = Explanation::untouched(to, "");
+    let mut source = source(maps, from);
+    answer.source = Some(source.clone());
+    answer.notes = flows(maps, from.into(), to);
+    let frontend = match decide::packet_frontend(&view, FIRST_PACKET, to) {
+        Ok(Some(frontend)) => frontend,
+        Ok(None) => {
+            answer.outcome = Outcome::untouched(why_no_frontend(&view, to));
+            return answer;
+        }
+        Err(reason) => {
+            answer.outcome = refused(reason, answer.protocol);
+            answer.notes.push(ports_of(maps, to));
+            return answer;
+        }
+    };
+    answer.frontend = Some(Found::new(maps, frontend));
+    let admission = decide::admit_packet(&view, frontend, Addr::from(from).into(), FIRST_PACKET.at_egress);
+    let ranges = match &admission {
+        Ok(admission) => route::has_source_ranges(frontend, admission.service.flags),
+        Err(reason) => *reason == DropReason::SourceNotAllowed,
+    };
+    source.admitted = ranges.then_some(admission.is_ok());
+    answer.source = Some(source);
+    let admission = match admission {
+        Ok(admission) => admission,
+        Err(reason) => {
+            answer.outcome = refused(reason, answer.protocol);
+            return answer;
+        }
+    };
+    let client = AffinityKey {
+        client: from.into(),
+        service: frontend.service,
+        kind: client_kind::ADDRESS,
+    };
+    choose(maps, client, Chosen::new(frontend.service, admission), &mut answer);
+    let snat = |candidate: &Candidate| {
+        let facts = Facts {
+            at_egress: FIRST_PACKET.at_egress,
+            has_next_hop: true,
+            changes_device: true,
+            backend_is_local: candidate.local,
+            client_is_local: admission.client_is_local,
+        };
+        delivery::decide(facts, || false).is_ok_and(|delivery| delivery.snat)
+    };
+    if answer
+        .candidates
+        .iter()
+        .any(|candidate| candidate.eligible && snat(candidate))
+    {
+        let why = "a backend on another node sees an address of this node in place of the client's, so that its answers \
+                   come back here";
+        answer.notes.push(why.into());
+    }
+    if to.proto == ip_protocol::TCP {
+        answer
+            .notes
+            .push("this is the first packet of a flow; those that follow go where it went".into());
+    }
+    answer
+}
+
+/// What CLUSTER_CIDRS says of an address.
+fn source(maps: &Snapshot, from: IpAddr) -> Source {
+    let longest = maps.dump.cluster_cidr(from.into());
+    let flags = longest.map_or(0, |(_, flags)| flags);
+    Source {
+        address: from,
+        inside: flags & cluster_flags::INSIDE != 0,
+        here: flags & cluster_flags::HERE != 0,
+        network: longest
+            .filter(|_| flags != 0)
+            .and_then(|(cidr, _)| cidr.network())
+            .map(|network| network.to_string()),
+        admitted: None,
+    }
+}
+
+/// Flows that the client has to the destination, by whichever of its ports: those stay with their backends.
+fn flows(maps: &Snapshot, from: Addr, to: Destination) -> Vec<String> {
+    let to_addr = Addr::from(to.addr);
+    let its = maps.flows.iter().filter(|(key, entry)| {
+        entry.flags & ct_flags::REPLY == 0
+            && (key.src, key.dst, key.dst_port, key.proto) == (from, to_addr, to.port, to.proto)
+    });
+    let notes = its.map(|(key, entry)| {
+        let idle = age(entry.seen, maps.now).as_secs();
+        let backend = entry.dst.socket(entry.dst_port);
+        format!(
+            "a flow from port {} goes to {backend}, its last packet came {idle} s ago",
+            key.src_port
+        )
+    });
+    notes.collect()
+}
+
+#[cfg(test)]
+mod tests;

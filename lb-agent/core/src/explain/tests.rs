@@ -1,0 +1,376 @@
+use lb_common::abi::DropReason;
+use lb_common::logic::route;
+use proptest::prelude::*;
+
+use super::*;
+use crate::maps::Maps as _;
+use crate::model::Service as Object;
+use crate::testing::{Builder as _, Cluster, apply, endpoint, maps, port, service, slice, start};
+
+const POD: Asker = Asker {
+    netns: 7,
+    on_node: false,
+    node_only: false,
+};
+const NODE: Asker = Asker {
+    netns: 1,
+    on_node: true,
+    node_only: false,
+};
+/// The address of node n1.
+pub(super) const NODE_ADDRESS: &str = "192.168.77.1";
+const SECOND: u64 = 1_000_000_000;
+
+pub(super) fn to(text: &str) -> Destination {
+    let to: SocketAddr = text.parse().unwrap();
+    Destination {
+        addr: Addr::from(to.ip()).into(),
+        port: to.port(),
+        proto: 6,
+    }
+}
+
+/// What a cluster's maps say, on node n1, whose address is 192.168.77.1.
+fn snapshot<const N: usize>(objects: [crate::model::Object; N]) -> Snapshot {
+    let mut lb = start(maps());
+    apply(&mut lb, &mut Cluster::of(objects));
+    Snapshot {
+        dump: lb.maps().dump().unwrap(),
+        node_addrs: [NODE_ADDRESS.parse::<IpAddr>().unwrap().into()].into(),
+        affinity: BTreeMap::new(),
+        flows: Vec::new(),
+        now: 100 * SECOND,
+    }
+}
+
+pub(super) fn with_node_port(mut service: Object, node_port: u16) -> Object {
+    let mut port = port("", 80);
+    port.node_port = Some(node_port);
+    service.ports = Box::new([port]);
+    service
+}
+
+/// Two endpoints, one of them here, and one that drains.
+fn web() -> [crate::model::Object; 2] {
+    let endpoints = ["10.10.1.2 @n1", "10.10.2.2 @n2", "10.10.2.3 @n2 terminating"];
+    [
+        with_node_port(service("web", "10.96.0.10").local(), 30001).into(),
+        slice("web", &endpoints).into(),
+    ]
+}
+
+pub(super) fn eligible(answer: &Explanation) -> Vec<String> {
+    let eligible = answer.candidates.iter().filter(|candidate| candidate.eligible);
+    eligible.map(|candidate| candidate.address.to_string()).collect()
+}
+
+#[test]
+fn the_whole_answer_for_people() {
+    let maps = snapshot(web());
+    let text = explain(&maps, POD, to("10.96.0.10:80")).to_string();
+    assert_eq!(
+        text,
+        "\
+to         10.96.0.10:80/TCP
+frontend   ClusterIP of default/web:80 (service 1)
+policy     internal set, members: 1 (cluster IPs: internalTrafficPolicy applies)
+candidate  yes 10.10.1.2:8080 (backend 1, this node): one of 1 in the internal set
+candidate  no  10.10.2.2:8080 (backend 2, other node): not in the internal set: internalTrafficPolicy is Local, and it \
+is on another node
+candidate  no  10.10.2.3:8080 (backend 3, other node): drains: it serves what it has, and gets nothing new
+connect()  goes to 10.10.1.2:8080"
+    );
+}
+
+#[test]
+fn node_ports_have_the_whole_cluster_on_this_nodes_addresses_and_loopback() {
+    let maps = snapshot(web());
+    let both = ["10.10.1.2:8080", "10.10.2.2:8080"];
+    for (asker, dest) in [
+        (POD, "192.168.77.1:30001"),
+        (NODE, "192.168.77.1:30001"),
+        (NODE, "127.0.0.1:30001"),
+        (NODE, "0.0.0.0:30001"),
+    ] {
+        let answer = explain(&maps, asker, to(dest));
+        assert_eq!(eligible(&answer), both, "{dest}");
+        assert_eq!(answer.set.unwrap().name, "cluster");
+        assert_eq!(answer.frontend.unwrap().kind, "NodePort");
+    }
+    for (asker, dest, why) in [
+        (POD, "127.0.0.1:30001", "another network namespace"),
+        (NODE, "127.0.0.1:30002", "30002/TCP is no node port"),
+        (POD, "192.168.77.1:80", "is an address of this node"),
+        (POD, "192.168.77.2:30001", "is no address of this node"),
+    ] {
+        let answer = explain(&maps, asker, to(dest));
+        let Outcome::Untouched { why: is } = answer.outcome else {
+            panic!("{dest}: {answer:?}");
+        };
+        assert!(is.contains(why), "{dest}: {is}");
+    }
+}
+
+#[test]
+fn refusals_have_their_error_number() {
+    let elsewhere = slice("local", &["10.10.2.2 @n2"]);
+    let maps = snapshot([
+        service("empty", "10.96.0.11").into(),
+        service("local", "10.96.0.12").local().into(),
+        elsewhere.into(),
+    ]);
+    for (dest, errno, reason) in [
+        ("10.96.0.11:80", "ECONNREFUSED", "no_endpoint"),
+        ("10.96.0.12:80", "EHOSTUNREACH", "no_local_endpoint"),
+        ("10.96.0.12:81", "ECONNREFUSED", "no_such_port"),
+    ] {
+        let answer = explain(&maps, POD, to(dest));
+        let Outcome::Refused {
+            errno: is, reason: why, ..
+        } = &answer.outcome
+        else {
+            panic!("{dest}: {answer:?}");
+        };
+        assert_eq!((*is, *why), (errno, reason), "{dest}");
+    }
+    let answer = explain(&maps, POD, to("10.96.0.12:81"));
+    assert_eq!(answer.notes, ["10.96.0.12 has 80/TCP (default/local:80)"]);
+}
+
+#[test]
+fn who_is_not_served_is_told_so() {
+    let maps = snapshot(web());
+    let node_only = |asker| Asker {
+        node_only: true,
+        ..asker
+    };
+    let answer = explain(&maps, node_only(POD), to("10.96.0.10:80"));
+    assert!(answer.to_string().contains("--socket-lb node"), "{answer}");
+    assert_eq!(
+        eligible(&explain(&maps, node_only(NODE), to("10.96.0.10:80"))),
+        ["10.10.1.2:8080"]
+    );
+}
+
+#[test]
+fn source_ranges_are_left_to_packets() {
+    let mut web = service("web", "10.96.0.10");
+    web.service_type = crate::model::ServiceType::LoadBalancer;
+    web.load_balancer_ips = Box::new(["192.0.2.1".parse().unwrap()]);
+    let open = snapshot([web.clone().into(), slice("web", &["10.10.1.2"]).into()]);
+    let closed = {
+        let mut closed = open.clone();
+        closed.dump.services[1].flags |= service_flags::SOURCE_RANGES;
+        closed
+    };
+    assert_eq!(eligible(&explain(&open, POD, to("192.0.2.1:80"))), ["10.10.1.2:8080"]);
+    let answer = explain(&closed, POD, to("192.0.2.1:80"));
+    assert!(answer.to_string().contains("loadBalancerSourceRanges"), "{answer}");
+    assert_eq!(
+        eligible(&explain(&closed, POD, to("10.96.0.10:80"))),
+        ["10.10.1.2:8080"]
+    );
+}
+
+#[test]
+fn affinity_decides_while_it_holds() {
+    let endpoints = ["10.10.1.2", "10.10.1.3"].map(|text| endpoint(text).address.to_string());
+    let endpoints: Vec<&str> = endpoints.iter().map(String::as_str).collect();
+    let mut maps = snapshot([
+        service("web", "10.96.0.10").affinity(60).into(),
+        slice("web", &endpoints).into(),
+    ]);
+    let dest = to("10.96.0.10:80");
+    let answer = explain(&maps, POD, dest);
+    assert_eq!(eligible(&answer).len(), 2);
+    assert!(!answer.affinity.unwrap().holds, "new");
+
+    let key = AffinityKey::of_netns(POD.netns, 1);
+    let entry = |backend, generation, used| Affinity {
+        backend,
+        generation,
+        used: used * SECOND,
+    };
+    maps.affinity.insert(key, entry(2, 1, 90));
+    let answer = explain(&maps, POD, dest);
+    assert_eq!(eligible(&answer), ["10.10.1.3:8080"]);
+    let line = "affinity   timeout 60 s: 10.10.1.3:8080, last used 10 s ago; used within the timeout, and the backend \
+                is usable; 50 s remain";
+    assert!(answer.to_string().contains(line), "{answer}");
+    assert_eq!(eligible(&explain(&maps, NODE, dest)).len(), 2, "another client");
+
+    maps.affinity.insert(key, entry(2, 1, 40));
+    assert_eq!(eligible(&explain(&maps, POD, dest)).len(), 2, "too old");
+    maps.affinity.insert(key, entry(2, 3, 90));
+    let answer = explain(&maps, POD, dest);
+    assert_eq!(eligible(&answer).len(), 2, "another generation");
+    assert!(answer.to_string().contains("a backend that is gone"), "{answer}");
+}
+
+#[test]
+fn broken_maps_give_what_the_programs_give() {
+    let mut maps = snapshot(web());
+    maps.dump.services[1].internal.base = u32::MAX;
+    let answer = explain(&maps, POD, to("10.96.0.10:80"));
+    assert!(answer.to_string().contains("bad_slot"), "{answer}");
+    maps.dump.services.truncate(1);
+    let answer = explain(&maps, POD, to("10.96.0.10:80"));
+    assert!(answer.to_string().contains("bad_service_index"), "{answer}");
+}
+
+/// What the programs do with a new TCP connection, by a random number: the steps of `lb-ebpf/src/{sock_addr,backend}.rs`
+/// one after another, on the same `lb_common::logic`. `None`: the destination stays.
+fn connected(maps: &Snapshot, asker: Asker, to: Destination, random: u32) -> Result<Option<SocketAddr>, DropReason> {
+    let view = View {
+        maps,
+        on_node: asker.on_node,
+    };
+    if asker.node_only && !asker.on_node {
+        return Ok(None);
+    }
+    let Some(frontend) = route::frontend(&view, to)? else {
+        return Ok(None);
+    };
+    let set = connect::set_for_socket(frontend)?;
+    let services = &maps.dump.services;
+    let service = services
+        .get(frontend.service as usize)
+        .ok_or(DropReason::BadServiceIndex)?;
+    if route::has_source_ranges(frontend, service.flags) {
+        return Ok(None);
+    }
+    let again = |entry: &Affinity| {
+        let backend = maps.dump.backends.get(entry.backend as usize)?;
+        let reference = (frontend.service, entry.generation);
+        connect::is_usable(backend.generation, backend.service, backend.flags, reference, set)
+            .then(|| backend.addr.socket(backend.port))
+    };
+    let key = AffinityKey::of_netns(asker.netns, frontend.service);
+    if service.flags & service_flags::AFFINITY != 0
+        && let Some(entry) = maps.affinity.get(&key)
+        && affinity::holds(entry.used, maps.now, service.affinity_timeout)
+        && let Some(backend) = again(entry)
+    {
+        return Ok(Some(backend));
+    }
+    let word = match set {
+        Set::Internal => service.internal,
+        Set::External => service.external,
+        Set::Cluster => service.cluster,
+    };
+    let slot = connect::slot(word, random)?;
+    let slot = maps.dump.slots.get(slot as usize).ok_or(DropReason::BadSlot)?;
+    Ok(Some(slot.addr.socket(slot.port)))
+}
+
+/// Random numbers that take every member of a small set.
+pub(super) fn numbers() -> impl Iterator<Item = u32> {
+    (0..64).map(|n| n << 26)
+}
+
+/// One Service of which all is left to chance: it is the `n`th.
+fn any_service(n: u8) -> impl Strategy<Value = [crate::model::Object; 2]> {
+    let condition = prop::sample::select(vec![None, Some(""), Some(" terminating"), Some(" unready")]);
+    let endpoints = prop::collection::vec(condition, 4);
+    let affinity = prop::option::of(1..100_u32);
+    (endpoints, affinity, any::<bool>()).prop_map(move |(conditions, affinity, local)| {
+        let mut web = service(&format!("s{n}"), &format!("10.96.0.{n}"));
+        web.service_type = crate::model::ServiceType::LoadBalancer;
+        web.external_ips = Box::new([[198, 51, 100, n].into()]);
+        web.load_balancer_ips = Box::new([[192, 0, 2, n].into()]);
+        web.affinity_timeout = affinity;
+        let web = with_node_port(if local { web.local() } else { web }, 30000 + u16::from(n));
+        let endpoints = conditions
+            .into_iter()
+            .enumerate()
+            .filter_map(|(i, condition)| Some(format!("10.10.{n}.{i} @n{}{}", 1 + i % 2, condition?)));
+        let endpoints: Vec<_> = endpoints.collect();
+        let endpoints: Vec<_> = endpoints.iter().map(String::as_str).collect();
+        [web.into(), slice(&format!("s{n}"), &endpoints).into()]
+    })
+}
+
+/// What three Services make of the maps, then clients that were seen, and changes that an update is in the middle of.
+pub(super) fn any_maps() -> impl Strategy<Value = Snapshot> {
+    let services = (any_service(1), any_service(2), any_service(3));
+    // A network namespace, a backend, whether it is the one that was meant, and when.
+    let client = (
+        prop::sample::select(vec![1, 7]),
+        0..13_u32,
+        prop::bool::weighted(0.8),
+        0..100_u64,
+    );
+    let clients = prop::collection::vec(client, 0..6);
+    let flags = prop::sample::select(vec![0, backend_flags::LOCAL, backend_flags::SETS]);
+    let backends = prop::collection::vec((0..13_usize, flags, prop::bool::weighted(0.2)), 0..4);
+    let (ranges, emptied) = (prop::option::of(1..4_usize), prop::option::of(1..4_usize));
+    let changes = (clients, backends, ranges, emptied);
+    (services, changes).prop_map(|(([a, b], [c, d], [e, f]), (clients, backends, ranges, emptied))| {
+        let mut maps = snapshot([a, b, c, d, e, f]);
+        for (id, flags, withdrawn) in backends {
+            if let Some(backend) = maps.dump.backends.get_mut(id) {
+                backend.flags = flags;
+                backend.generation += u32::from(withdrawn);
+            }
+        }
+        for (netns, id, is_meant, used) in clients {
+            if let Some(backend) = maps.dump.backends.get(id as usize) {
+                let entry = Affinity {
+                    backend: id,
+                    generation: backend.generation + if is_meant { 0 } else { 2 },
+                    used: used * SECOND,
+                };
+                maps.affinity
+                    .insert(AffinityKey::of_netns(netns, backend.service), entry);
+            }
+        }
+        if let Some(index) = ranges {
+            maps.dump.services[index].flags |= service_flags::SOURCE_RANGES;
+        }
+        if let Some(index) = emptied {
+            let service = &mut maps.dump.services[index];
+            (service.internal.len, service.cluster.len) = (0, 0);
+        }
+        maps
+    })
+}
+
+fn all_destinations() -> Vec<Destination> {
+    let of_services = (1..4).flat_map(|n| {
+        [
+            format!("10.96.0.{n}:80"),
+            format!("10.96.0.{n}:81"),
+            format!("198.51.100.{n}:80"),
+            format!("192.0.2.{n}:80"),
+            format!("192.168.77.1:3000{n}"),
+            format!("192.168.77.2:3000{n}"),
+            format!("127.0.0.1:3000{n}"),
+            format!("0.0.0.0:3000{n}"),
+            format!("[::1]:3000{n}"),
+        ]
+    });
+    of_services.map(|text| to(&text)).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_is_explained_is_what_the_programs_do(maps in any_maps()) {
+        let node_only = Asker { node_only: true, ..POD };
+        for asker in [POD, NODE, node_only] {
+            for dest in all_destinations() {
+                let done: Result<BTreeSet<_>, _> = numbers().map(|n| connected(&maps, asker, dest, n)).collect();
+                let answer = explain(&maps, asker, dest);
+                let said = match &answer.outcome {
+                    Outcome::Untouched { .. } => Ok([None].into()),
+                    Outcome::Connects { backends } => Ok(backends.iter().copied().map(Some).collect()),
+                    Outcome::Refused { reason, .. }
+                    | Outcome::Rejected { reason, .. }
+                    | Outcome::Dropped { reason, .. } => Err(*reason),
+                };
+                prop_assert_eq!(done.map_err(DropReason::label), said, "{:?}\n{}", asker, answer);
+            }
+        }
+    }
+}

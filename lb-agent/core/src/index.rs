@@ -1,0 +1,210 @@
+//! The objects, related to each other: which slices belong to which Service, and what a change concerns.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::Arc;
+
+use crate::by_key::{ByKey, Keyed};
+use crate::model::{Change, EndpointSlice, Kind, Node, Object, ObjectKey, Service};
+use crate::policy::Here;
+
+/// Nodes that changed, as they were before.
+pub(crate) type NodesBefore = BTreeMap<Arc<str>, Option<Arc<Node>>>;
+
+/// What changes concern.
+#[derive(Debug, Default)]
+pub(crate) struct Dirty {
+    pub(crate) services: BTreeSet<ObjectKey>,
+    pub(crate) nodes: NodesBefore,
+}
+
+/// All objects, by key. Synchronous, no IO.
+#[derive(Debug, Default)]
+pub(crate) struct Index {
+    related: HashSet<ByKey<Box<Related>>>,
+    /// By their own keys.
+    slices: HashSet<ByKey<Arc<EndpointSlice>>>,
+    nodes: BTreeMap<Arc<str>, Arc<Node>>,
+}
+
+/// A Service and its slices; either may be there without the other.
+#[derive(Debug)]
+struct Related {
+    key: ObjectKey,
+    service: Option<Arc<Service>>,
+    /// In the order of their own keys.
+    slices: Vec<Arc<EndpointSlice>>,
+}
+
+impl Keyed for Related {
+    fn key(&self) -> &ObjectKey {
+        &self.key
+    }
+}
+
+impl Keyed for EndpointSlice {
+    fn key(&self) -> &ObjectKey {
+        &self.key
+    }
+}
+
+impl Index {
+    /// Takes changes over; returns what they concern.
+    pub(crate) fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> Dirty {
+        let Dirty {
+            services: mut dirty,
+            mut nodes,
+        } = Dirty::default();
+        for change in changes {
+            match change {
+                Change::Set(Object::Service(service)) => {
+                    let key = service.key.clone();
+                    self.relate(&key, |related| related.service = Some(service));
+                    dirty.insert(key);
+                }
+                Change::Set(Object::EndpointSlice(slice)) => {
+                    let owner = slice.service_key();
+                    let before = self.slices.replace(ByKey(Arc::clone(&slice)));
+                    // A slice may change hands: the label can be edited.
+                    if let Some(ByKey(before)) = before.filter(|before| before.0.service != slice.service) {
+                        dirty.insert(self.remove_slice(&before));
+                    }
+                    self.relate(&owner, |Related { slices, .. }| {
+                        match slices.binary_search_by(|known| known.key.cmp(&slice.key)) {
+                            Ok(at) => slices[at] = slice,
+                            Err(at) => {
+                                // Most Services have one: the usual growth makes room for four.
+                                slices.reserve_exact(1);
+                                slices.insert(at, slice);
+                            }
+                        }
+                    });
+                    dirty.insert(owner);
+                }
+                Change::Set(Object::Node(node)) => {
+                    let name = Arc::clone(&node.name);
+                    let before = self.nodes.insert(Arc::clone(&name), node);
+                    nodes.entry(name).or_insert(before);
+                }
+                Change::Remove(id) => match id.kind {
+                    Kind::Service => {
+                        if self.service(&id.key).is_some() {
+                            self.relate(&id.key, |related| related.service = None);
+                            dirty.insert(id.key);
+                        }
+                    }
+                    Kind::EndpointSlice => {
+                        if let Some(ByKey(slice)) = self.slices.take(&id.key) {
+                            dirty.insert(self.remove_slice(&slice));
+                        }
+                    }
+                    Kind::Node => {
+                        let before = self.nodes.remove(&id.key.name);
+                        nodes.entry(id.key.name).or_insert(before);
+                    }
+                },
+            }
+        }
+        Dirty { services: dirty, nodes }
+    }
+
+    /// Changes what is known of a Service.
+    fn relate(&mut self, service: &ObjectKey, change: impl FnOnce(&mut Related)) {
+        let new = || {
+            Box::new(Related {
+                key: service.clone(),
+                service: None,
+                slices: Vec::new(),
+            })
+        };
+        let mut related = self.related.take(service).map_or_else(new, |known| known.0);
+        change(&mut related);
+        if related.service.is_some() || !related.slices.is_empty() {
+            self.related.insert(ByKey(related));
+        }
+    }
+
+    /// Takes a slice from its Service; the key of that.
+    fn remove_slice(&mut self, slice: &EndpointSlice) -> ObjectKey {
+        let owner = slice.service_key();
+        self.relate(&owner, |related| related.slices.retain(|known| known.key != slice.key));
+        owner
+    }
+
+    /// A Service.
+    #[must_use]
+    pub(crate) fn service(&self, key: &ObjectKey) -> Option<&Service> {
+        self.related.get(key)?.0.service.as_deref()
+    }
+
+    /// All Services.
+    pub(crate) fn services(&self) -> impl Iterator<Item = &Service> {
+        self.related.iter().filter_map(|related| related.0.service.as_deref())
+    }
+
+    /// What the choice of endpoints for a node depends on.
+    pub(crate) fn here<'a>(&'a self, node: &'a str) -> Here<'a> {
+        let zone = self.node(node).and_then(|node| node.zone.as_deref());
+        Here { node, zone }
+    }
+
+    /// A Node.
+    #[must_use]
+    pub(crate) fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.get(name).map(Arc::as_ref)
+    }
+
+    /// The slices of a Service, in the order of their names.
+    pub(crate) fn slices(&self, service: &ObjectKey) -> impl Iterator<Item = &EndpointSlice> + Clone {
+        let related = self.related.get(service).into_iter();
+        related.flat_map(|related| &related.0.slices).map(Arc::as_ref)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ObjectId;
+
+    fn slice(name: &str, service: &str) -> Change {
+        Change::Set(Object::EndpointSlice(Arc::new(EndpointSlice {
+            key: ObjectKey::new("ns", name),
+            service: service.into(),
+            ipv6: false,
+            endpoints: Box::default(),
+            ports: Box::default(),
+        })))
+    }
+
+    fn keys(names: &[&str]) -> BTreeSet<ObjectKey> {
+        names.iter().map(|name| ObjectKey::new("ns", name)).collect()
+    }
+
+    fn names(index: &Index, service: &str) -> Vec<String> {
+        index
+            .slices(&ObjectKey::new("ns", service))
+            .map(|s| s.key.name.to_string())
+            .collect()
+    }
+
+    #[test]
+    fn slices_concern_their_service_also_when_they_change_hands() {
+        let mut index = Index::default();
+        assert_eq!(
+            index.apply([slice("b", "web"), slice("a", "web")]).services,
+            keys(&["web"])
+        );
+        assert_eq!(names(&index, "web"), ["a", "b"]);
+        assert_eq!(index.apply([slice("a", "db")]).services, keys(&["web", "db"]));
+        assert_eq!(
+            (names(&index, "web"), names(&index, "db")),
+            (vec!["b".into()], vec!["a".into()])
+        );
+        let removed = Change::Remove(ObjectId {
+            kind: Kind::EndpointSlice,
+            key: ObjectKey::new("ns", "a"),
+        });
+        assert_eq!(index.apply([removed.clone()]).services, keys(&["db"]));
+        assert_eq!(index.apply([removed]).services, keys(&[]), "removed twice");
+        assert!(names(&index, "db").is_empty());
+    }
+}

@@ -1,0 +1,546 @@
+//! Maps in memory that enforce the rules of the real ones: what the kernel would refuse is refused, and what would hurt
+//! a program that runs at the same time is a panic.
+
+use std::collections::BTreeMap;
+
+use lb_common::abi::{
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, SourceRange, capacity,
+    map_name, service_flags,
+};
+use lb_common::logic::connect::Set;
+use lb_common::logic::generation;
+
+use super::prefix::Prefix;
+use super::{Capacities, Dump, Epoch, MapError, Maps, capacity_flag};
+use crate::actual::{set_word_mut, set_words};
+use crate::names::port_id;
+
+/// Maps in memory. Grace periods pass when [`Self::pass_grace`] or [`Maps::grace_wait`] says so.
+#[derive(Debug, Clone)]
+pub struct FakeMaps {
+    /// The contents; tests may corrupt them.
+    pub contents: Dump,
+    capacities: Capacities,
+    requested: Epoch,
+    passed: Epoch,
+    written: u64,
+    /// Request that the newest deletion of a frontend needs, if no period has passed since.
+    deleted: Option<Epoch>,
+    /// Slots that a program may still read, with the request that ends it.
+    slots_in_sight: BTreeMap<u32, Epoch>,
+    /// Service indexes that a program may still hold, likewise.
+    services_in_sight: BTreeMap<u32, Epoch>,
+    /// Backends that a program may still hold, likewise.
+    backends_in_sight: BTreeMap<u32, Epoch>,
+    /// Services that a program may still see as for some sources only, likewise.
+    restrictions_in_sight: BTreeMap<u32, Epoch>,
+    /// Room in SOURCE_RANGES.
+    source_ranges: u32,
+    checks: Checks,
+}
+
+/// What is looked at besides the one entry that is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Checks {
+    /// Nothing: for large states.
+    None,
+    /// Rules of a write that cost a look at everything.
+    Rules,
+    /// Also the soundness of everything after each write.
+    Sound,
+}
+
+impl FakeMaps {
+    /// Empty maps.
+    #[must_use]
+    pub fn new(capacities: Capacities) -> Self {
+        let zero = Service::default();
+        Self {
+            contents: Dump {
+                services: vec![zero; capacities.services as usize],
+                slots: vec![BackendSlot::default(); capacities.backend_slots as usize],
+                backends: vec![Backend::default(); capacities.backends as usize],
+                ..Dump::default()
+            },
+            capacities,
+            requested: 0,
+            passed: 0,
+            written: 0,
+            deleted: None,
+            slots_in_sight: BTreeMap::new(),
+            services_in_sight: BTreeMap::new(),
+            backends_in_sight: BTreeMap::new(),
+            restrictions_in_sight: BTreeMap::new(),
+            source_ranges: capacity::SOURCE_RANGES,
+            checks: Checks::Sound,
+        }
+    }
+
+    /// Without looking at everything at each write, for large states.
+    #[must_use]
+    pub fn unchecked(mut self) -> Self {
+        self.checks = Checks::None;
+        self
+    }
+
+    /// For contents that somebody has corrupted: every write keeps the rules, but the whole need not be sound.
+    #[must_use]
+    pub fn corrupted(mut self) -> Self {
+        self.checks = Checks::Rules;
+        self
+    }
+
+    /// With room for so many entries in SOURCE_RANGES.
+    #[must_use]
+    pub fn with_source_ranges(mut self, room: u32) -> Self {
+        self.source_ranges = room;
+        self
+    }
+
+    /// A grace period passes for all that was asked so far.
+    pub fn pass_grace(&mut self) {
+        self.pass_grace_until(self.requested);
+    }
+
+    /// A grace period passes that began after request `epoch`, and before any later one. What is in sight without a
+    /// request after it stays so.
+    pub fn pass_grace_until(&mut self, epoch: Epoch) {
+        self.passed = self.passed.max(epoch.min(self.requested));
+        let passed = self.passed;
+        for seen in [
+            &mut self.slots_in_sight,
+            &mut self.services_in_sight,
+            &mut self.backends_in_sight,
+            &mut self.restrictions_in_sight,
+        ] {
+            seen.retain(|_, epoch| *epoch > passed);
+        }
+        self.deleted = self.deleted.filter(|epoch| *epoch > passed);
+    }
+
+    /// Newest request for a grace period.
+    #[must_use]
+    pub fn grace_requested(&self) -> Epoch {
+        self.requested
+    }
+
+    /// Checks that no lookup of a frontend can miss its service, that no set leads to a missing backend or to one of
+    /// another service, that what a frontend leads to has a name, that no slot belongs to two services, and that a
+    /// service that a program may still hold is still there.
+    ///
+    /// # Panics
+    /// Where it is not so.
+    pub fn assert_sound(&self) {
+        for (key, value) in &self.contents.frontends {
+            assert_eq!((key.pad, value.pad), (0, [0; 3]), "{key:?} has bytes in its padding");
+            match FrontendKind::from_u8(value.kind) {
+                None => panic!("{key:?} is of no kind"),
+                Some(FrontendKind::Address | FrontendKind::ExternalAddress) => {
+                    assert_eq!(*key, FrontendKey::address_mark(key.addr), "a mark on a port");
+                    assert_eq!(value.service, 0, "a mark leads to a service");
+                }
+                Some(_) => {
+                    assert!(
+                        key.port != 0 && value.service != 0,
+                        "{key:?} leads to {}",
+                        value.service
+                    );
+                    self.assert_service(value.service, &format!("{key:?}"));
+                    let generation = self.contents.services[value.service as usize].generation;
+                    let named = self.contents.names.get(&value.service).map(|name| name.generation);
+                    assert_eq!(named, Some(generation), "{key:?} leads to a service without a name");
+                }
+            }
+        }
+        for index in self.services_in_sight.keys() {
+            let service = self.contents.services.get(*index as usize);
+            assert!(
+                service.is_some_and(|service| generation::is_live(service.generation)),
+                "service {index} is gone, but a program may hold it"
+            );
+        }
+        let mut owners = BTreeMap::new();
+        for (index, service) in self.contents.services.iter().enumerate() {
+            for word in set_words(service) {
+                for slot in word.base..word.base + u32::from(word.len) {
+                    let owner = *owners.entry(slot).or_insert(index);
+                    assert_eq!(owner, index, "slot {slot} belongs to two services");
+                }
+            }
+        }
+    }
+
+    fn assert_service(&self, index: u32, who: &str) {
+        let service = self.contents.services.get(index as usize);
+        let service = service.unwrap_or_else(|| panic!("{who} leads to service {index}, which is out of range"));
+        assert!(
+            generation::is_live(service.generation),
+            "{who} leads to a service that is not live"
+        );
+        for word in set_words(service) {
+            self.assert_set(index, word, who);
+        }
+    }
+
+    fn assert_set(&self, index: u32, word: SetWord, who: &str) {
+        let base = word.base as usize;
+        let slots = self.contents.slots.get(base..base + usize::from(word.len));
+        for slot in slots.unwrap_or_else(|| panic!("{who} leads to slots that are out of range: {word:?}")) {
+            let backend = self
+                .contents
+                .backends
+                .get(slot.backend as usize)
+                .copied()
+                .unwrap_or_default();
+            assert!(
+                generation::is_current(backend.generation, slot.generation) && generation::is_sealed(&backend),
+                "{who} leads to backend {} that is gone",
+                slot.backend
+            );
+            assert_eq!(
+                (backend.addr, backend.port),
+                (slot.addr, slot.port),
+                "{who} leads to another backend"
+            );
+            assert_eq!(backend.service, index, "{who} leads to a stranger's backend");
+        }
+    }
+
+    /// The request that would end all that runs now.
+    fn next_epoch(&self) -> Epoch {
+        self.requested + 1
+    }
+
+    fn wrote(&mut self, bytes: usize) {
+        self.written += bytes as u64;
+        if self.checks == Checks::Sound {
+            self.assert_sound();
+        }
+    }
+
+    /// A program may have read this frontend.
+    fn seen(&mut self, frontend: Frontend, epoch: Epoch) {
+        let service = self.contents.services.get(frontend.service as usize);
+        let live = service.is_some_and(|service| generation::is_live(service.generation));
+        if live && !frontend.is_mark() && self.checks > Checks::None {
+            self.services_in_sight.insert(frontend.service, epoch);
+        }
+    }
+
+    fn led_to(&self, index: u32) -> bool {
+        let mut frontends = self.contents.frontends.values();
+        frontends.any(|f| !f.is_mark() && f.service == index)
+    }
+
+    /// The service whose set word names any of these slots, led to or not.
+    fn published(&self, range: &std::ops::Range<u32>) -> Option<usize> {
+        let overlaps = |word: SetWord| {
+            let end = word.base.saturating_add(word.len.into());
+            word.len != 0 && word.base < range.end && range.start < end
+        };
+        self.contents
+            .services
+            .iter()
+            .position(|service| set_words(service).into_iter().any(overlaps))
+    }
+
+    fn has_source_ranges(&self, index: u32) -> bool {
+        let mut ranges = self.contents.source_ranges.keys();
+        self.checks > Checks::None && ranges.any(|range| range.data.service == index && range.network().is_some())
+    }
+
+    /// A generation moves by one at a time, so that none ever comes back.
+    fn check_generation(&self, index: u32, new: u32) {
+        if let Some(old) = self.contents.services.get(index as usize) {
+            let next = [generation::taken(old.generation), generation::withdrawn(old.generation)];
+            let by_one = next.contains(&new) && new.wrapping_sub(old.generation) < 2;
+            assert!(
+                new == old.generation || by_one,
+                "generation of service {index}: {} to {new}",
+                old.generation
+            );
+        }
+    }
+}
+
+fn out_of_range(map: &'static str, index: u32, len: usize) -> MapError {
+    MapError::OutOfRange {
+        map,
+        index,
+        capacity: len as u32,
+    }
+}
+
+fn full(map: &'static str, capacity: u32) -> MapError {
+    MapError::Full {
+        map,
+        flag: capacity_flag(map),
+        capacity,
+    }
+}
+
+impl Maps for FakeMaps {
+    fn capacities(&self) -> Capacities {
+        self.capacities
+    }
+
+    fn insert_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
+        assert!(
+            self.deleted.is_none(),
+            "insertion within a grace period after a deletion"
+        );
+        if self.contents.frontends.contains_key(&key) {
+            return Err(MapError::Unexpected {
+                map: map_name::FRONTENDS,
+                what: format!("{key:?} is there already"),
+            });
+        }
+        if self.contents.frontends.len() as u32 >= self.capacities.frontends {
+            return Err(full(map_name::FRONTENDS, self.capacities.frontends));
+        }
+        self.contents.frontends.insert(key, value);
+        self.wrote(size_of::<FrontendKey>() + size_of::<Frontend>());
+        Ok(())
+    }
+
+    fn store_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
+        let epoch = self.next_epoch();
+        let Some(old) = self.contents.frontends.get_mut(&key) else {
+            return Err(MapError::Unexpected {
+                map: map_name::FRONTENDS,
+                what: format!("{key:?} is not there"),
+            });
+        };
+        let before = std::mem::replace(old, value);
+        self.seen(before, epoch);
+        self.wrote(size_of::<Frontend>());
+        Ok(())
+    }
+
+    fn delete_frontend(&mut self, key: FrontendKey) -> Result<(), MapError> {
+        let epoch = self.next_epoch();
+        if let Some(old) = self.contents.frontends.remove(&key) {
+            self.deleted = Some(epoch);
+            self.seen(old, epoch);
+            self.wrote(size_of::<FrontendKey>());
+        }
+        Ok(())
+    }
+
+    fn write_service(&mut self, index: u32, value: Service) -> Result<(), MapError> {
+        assert!(
+            self.checks == Checks::None || !self.led_to(index),
+            "a service that frontends lead to is overwritten"
+        );
+        assert!(
+            !self.services_in_sight.contains_key(&index),
+            "a service that a program may hold is overwritten"
+        );
+        self.check_generation(index, value.generation);
+        if self.checks > Checks::None {
+            set_words(&value)
+                .into_iter()
+                .for_each(|word| self.assert_set(index, word, "a new service"));
+        }
+        let len = self.contents.services.len();
+        let at = self.contents.services.get_mut(index as usize);
+        *at.ok_or_else(|| out_of_range(map_name::SERVICES, index, len))? = value;
+        self.wrote(size_of::<Service>());
+        Ok(())
+    }
+
+    fn write_service_settings(&mut self, index: u32, value: Service) -> Result<(), MapError> {
+        self.check_generation(index, value.generation);
+        let len = self.contents.services.len();
+        let at = self.contents.services.get_mut(index as usize);
+        let at = at.ok_or_else(|| out_of_range(map_name::SERVICES, index, len))?;
+        let was_restricted = at.flags & service_flags::SOURCE_RANGES != 0;
+        *at = Service {
+            internal: at.internal,
+            external: at.external,
+            cluster: at.cluster,
+            ..value
+        };
+        if was_restricted && value.flags & service_flags::SOURCE_RANGES == 0 {
+            self.restrictions_in_sight.insert(index, self.next_epoch());
+        }
+        self.wrote(size_of::<Service>() - 3 * size_of::<SetWord>());
+        Ok(())
+    }
+
+    fn publish_set(&mut self, index: u32, set: Set, word: SetWord) -> Result<(), MapError> {
+        if self.checks > Checks::None {
+            self.assert_set(index, word, "a new set");
+        }
+        let epoch = self.next_epoch();
+        let len = self.contents.services.len();
+        let at = self.contents.services.get_mut(index as usize);
+        let old = set_word_mut(at.ok_or_else(|| out_of_range(map_name::SERVICES, index, len))?, set);
+        let before = std::mem::replace(old, word);
+        self.slots_in_sight
+            .extend((before.base..before.base.saturating_add(before.len.into())).map(|slot| (slot, epoch)));
+        self.wrote(size_of::<SetWord>());
+        Ok(())
+    }
+
+    fn write_slots(&mut self, base: u32, slots: &[BackendSlot]) -> Result<(), MapError> {
+        let range = base..base + slots.len() as u32;
+        let len = self.contents.slots.len();
+        if range.end as usize > len {
+            return Err(out_of_range(map_name::BACKEND_SLOTS, base, len));
+        }
+        if self.checks > Checks::None {
+            assert_eq!(self.published(&range), None, "published slots are overwritten");
+        }
+        for slot in range.clone() {
+            assert!(
+                !self.slots_in_sight.contains_key(&slot),
+                "slot {slot} is overwritten while a program may read it"
+            );
+        }
+        self.contents.slots[range.start as usize..range.end as usize].copy_from_slice(slots);
+        self.wrote(size_of_val(slots));
+        Ok(())
+    }
+
+    fn fill_backend(&mut self, id: u32, value: Backend) -> Result<(), MapError> {
+        assert!(
+            !self.backends_in_sight.contains_key(&id),
+            "backend {id} is refilled while a program may hold it"
+        );
+        let len = self.contents.backends.len();
+        let at = self.contents.backends.get_mut(id as usize);
+        let at = at.ok_or_else(|| out_of_range(map_name::BACKENDS, id, len))?;
+        assert!(!generation::is_live(at.generation), "backend {id} is in use");
+        assert_eq!(
+            value.generation,
+            generation::taken(at.generation),
+            "backend {id}: not the next generation"
+        );
+        assert!(generation::is_sealed(&value), "backend {id} is not sealed");
+        *at = value;
+        self.wrote(size_of::<Backend>());
+        Ok(())
+    }
+
+    fn write_backend_flags(&mut self, id: u32, flags: u16) -> Result<(), MapError> {
+        let len = self.contents.backends.len();
+        let at = self.contents.backends.get_mut(id as usize);
+        at.ok_or_else(|| out_of_range(map_name::BACKENDS, id, len))?.flags = flags;
+        self.wrote(8);
+        Ok(())
+    }
+
+    fn withdraw_backend(&mut self, id: u32, generation: u32) -> Result<(), MapError> {
+        let epoch = self.next_epoch();
+        let len = self.contents.backends.len();
+        let at = self.contents.backends.get_mut(id as usize);
+        let at = at.ok_or_else(|| out_of_range(map_name::BACKENDS, id, len))?;
+        assert_eq!(
+            generation,
+            generation::withdrawn(at.generation),
+            "backend {id}: not the next generation"
+        );
+        at.generation = generation;
+        at.seal = generation::seal(at.addr, at.port, at.service, generation);
+        self.backends_in_sight.insert(id, epoch);
+        self.wrote(8);
+        Ok(())
+    }
+
+    fn write_name(&mut self, index: u32, value: &Name) -> Result<(), MapError> {
+        let old = self.contents.names.get(&index);
+        let there = old.is_some();
+        assert!(
+            old.is_none_or(|old| port_id(old) == port_id(value)),
+            "index {index} gets the name of another before it is cleared"
+        );
+        assert!(
+            there || !self.has_source_ranges(index),
+            "index {index} gets a name while source ranges of an earlier one are there"
+        );
+        if !there && self.contents.names.len() as u32 >= self.capacities.services {
+            return Err(full(map_name::NAMES, self.capacities.services));
+        }
+        self.contents.names.insert(index, *value);
+        self.wrote(4 + size_of::<Name>());
+        Ok(())
+    }
+
+    fn delete_name(&mut self, index: u32) -> Result<(), MapError> {
+        let live = self
+            .contents
+            .services
+            .get(index as usize)
+            .is_some_and(|s| generation::is_live(s.generation));
+        assert!(!live, "the name of service {index} is removed while it is live");
+        assert!(
+            !self.has_source_ranges(index),
+            "the name of service {index} is removed, but not its source ranges"
+        );
+        if self.contents.names.remove(&index).is_some() {
+            self.wrote(4);
+        }
+        Ok(())
+    }
+
+    fn write_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError> {
+        let ranges = &mut self.contents.source_ranges;
+        if !ranges.contains_key(&range) && ranges.len() as u32 >= self.source_ranges {
+            return Err(MapError::Bound {
+                map: map_name::SOURCE_RANGES,
+                capacity: self.source_ranges,
+            });
+        }
+        ranges.insert(range, 0);
+        self.wrote(4 + size_of::<SourceRange>() + 4);
+        Ok(())
+    }
+
+    fn delete_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError> {
+        assert!(
+            !self.restrictions_in_sight.contains_key(&range.data.service),
+            "{range:?} is removed while a program may look for it"
+        );
+        if self.contents.source_ranges.remove(&range).is_some() {
+            self.wrote(4 + size_of::<SourceRange>());
+        }
+        Ok(())
+    }
+
+    fn write_cluster_cidr(&mut self, cidr: Prefix<Addr>, flags: u32) -> Result<(), MapError> {
+        self.contents.cluster_cidrs.insert(cidr, flags);
+        self.wrote(4 + size_of::<Addr>() + 4);
+        Ok(())
+    }
+
+    fn delete_cluster_cidr(&mut self, cidr: Prefix<Addr>) -> Result<(), MapError> {
+        if self.contents.cluster_cidrs.remove(&cidr).is_some() {
+            self.wrote(4 + size_of::<Addr>());
+        }
+        Ok(())
+    }
+
+    fn grace_begin(&mut self) -> Epoch {
+        self.requested += 1;
+        self.requested
+    }
+
+    fn grace_passed(&self) -> Epoch {
+        self.passed
+    }
+
+    fn grace_wait(&mut self, epoch: Epoch) -> Result<(), MapError> {
+        assert!(epoch <= self.requested, "nobody asked for grace period {epoch}");
+        self.pass_grace_until(epoch);
+        Ok(())
+    }
+
+    fn written(&self) -> u64 {
+        self.written
+    }
+
+    fn dump(&self) -> Result<Dump, MapError> {
+        Ok(self.contents.clone())
+    }
+}

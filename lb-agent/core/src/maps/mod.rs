@@ -1,0 +1,244 @@
+//! The maps as the reconciler writes them: a trait, implemented by `lb-agent` for the kernel and by [`fake`] in memory, which
+//! checks the rules of the update protocol.
+
+pub mod dump;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fake;
+#[cfg(any(test, feature = "test-support"))]
+pub mod faulty;
+pub mod prefix;
+
+use std::io;
+
+use lb_common::abi::{
+    Addr, Backend, BackendSlot, CtEntry, CtKey, Frontend, FrontendKey, Name, Service, SetWord, SourceRange, map_name,
+};
+use lb_common::logic::connect::Set;
+
+pub use dump::Dump;
+use prefix::Prefix;
+
+/// Numbers of entries of the maps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capacities {
+    /// SERVICES, NAMES and STATS; index zero is not used.
+    pub services: u32,
+    /// FRONTENDS.
+    pub frontends: u32,
+    /// BACKENDS; id zero is not used.
+    pub backends: u32,
+    /// BACKEND_SLOTS.
+    pub backend_slots: u32,
+    /// SOCKETS.
+    pub sockets: u32,
+    /// SOCKETS_MORE.
+    pub sockets_more: u32,
+    /// UDP_FLOWS.
+    pub udp_flows: u32,
+    /// AFFINITY.
+    pub affinity: u32,
+    /// CT.
+    pub conntrack: u32,
+    /// CT_NEW.
+    pub conntrack_new: u32,
+}
+
+/// A failed operation on a map.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// No room.
+    #[error("{map} is full ({capacity} entries): raise --{flag} (it takes effect after `lb-agent cleanup`)")]
+    Full {
+        /// Name of the map.
+        map: &'static str,
+        /// Flag of `lb-agent run` that sets its size.
+        flag: &'static str,
+        /// Its size.
+        capacity: u32,
+    },
+    /// No room, in a map whose size is always the same.
+    #[error("{map} is full ({capacity} entries, which no flag changes)")]
+    Bound {
+        /// Name of the map.
+        map: &'static str,
+        /// Its size.
+        capacity: u32,
+    },
+    /// A system call failed.
+    #[error("{map}: {call}: {source}")]
+    Call {
+        /// Name of the map.
+        map: &'static str,
+        /// What was tried.
+        call: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// An index beyond the end.
+    #[error("{map}: index {index} is out of range (0..{capacity})")]
+    OutOfRange {
+        /// Name of the map.
+        map: &'static str,
+        /// The index.
+        index: u32,
+        /// Its size.
+        capacity: u32,
+    },
+    /// The operation needs an entry that is not there, or needs that it is not there.
+    #[error("{map}: {what}")]
+    Unexpected {
+        /// Name of the map.
+        map: &'static str,
+        /// What was found.
+        what: String,
+    },
+}
+
+/// Flag of `lb-agent run` that sets the size of a map.
+#[must_use]
+pub fn capacity_flag(map: &str) -> &'static str {
+    match map {
+        map_name::FRONTENDS => "max-frontends",
+        map_name::BACKENDS => "max-backends",
+        map_name::BACKEND_SLOTS => "max-backend-slots",
+        map_name::SOCKETS => "max-sockets",
+        map_name::SOCKETS_MORE => "max-sockets-more",
+        map_name::UDP_FLOWS => "max-udp-flows",
+        map_name::AFFINITY => "max-affinity",
+        map_name::CT => "max-conntrack",
+        map_name::CT_NEW => "max-conntrack-new",
+        _ => "max-services",
+    }
+}
+
+/// A point in time that a grace period can pass: all programs that ran when [`Maps::grace_begin`] returned it have
+/// ended once [`Maps::grace_passed`] is at least as large.
+pub type Epoch = u64;
+
+/// One direction of a flow in conntrack.
+pub type Direction = (CtKey, CtEntry);
+
+/// Writes to the maps. Every method is one step of the update protocol (docs/architecture.md), safe at any instant for
+/// programs that run at the same time if the steps come in its order.
+pub trait Maps {
+    /// Sizes of the maps.
+    fn capacities(&self) -> Capacities;
+
+    /// Adds an entry to FRONTENDS; never changes one.
+    ///
+    /// # Errors
+    /// [`MapError::Full`], [`MapError::Unexpected`] where the key is there, or the system call's.
+    fn insert_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError>;
+
+    /// Changes an entry of FRONTENDS in place by one 8-byte store.
+    ///
+    /// # Errors
+    /// [`MapError::Unexpected`] where the key is not there, or the system call's.
+    fn store_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError>;
+
+    /// Removes an entry of FRONTENDS. Nothing may be inserted until a grace period has passed.
+    ///
+    /// # Errors
+    /// The system call's; a key that is not there is no error.
+    fn delete_frontend(&mut self, key: FrontendKey) -> Result<(), MapError>;
+
+    /// Writes an entry of SERVICES that no frontend leads to.
+    ///
+    /// # Errors
+    /// [`MapError::OutOfRange`].
+    fn write_service(&mut self, index: u32, value: Service) -> Result<(), MapError>;
+
+    /// Writes all of an entry of SERVICES but the set words; programs may be reading it.
+    ///
+    /// # Errors
+    /// [`MapError::OutOfRange`].
+    fn write_service_settings(&mut self, index: u32, value: Service) -> Result<(), MapError>;
+
+    /// Publishes a set by one 8-byte store.
+    ///
+    /// # Errors
+    /// [`MapError::OutOfRange`].
+    fn publish_set(&mut self, index: u32, set: Set, word: SetWord) -> Result<(), MapError>;
+
+    /// Writes slots that no published set contains.
+    ///
+    /// # Errors
+    /// [`MapError::OutOfRange`].
+    fn write_slots(&mut self, base: u32, slots: &[BackendSlot]) -> Result<(), MapError>;
+
+    /// Fills an entry of BACKENDS that is not in use, its generation last.
+    ///
+    /// # Errors
+    /// [`MapError::OutOfRange`].
+    fn fill_backend(&mut self, id: u32, value: Backend) -> Result<(), MapError>;
+
+    /// Writes the flags of a backend.
+    ///
+    /// # Errors
+    /// [`MapError::OutOfRange`].
+    fn write_backend_flags(&mut self, id: u32, flags: u16) -> Result<(), MapError>;
+
+    /// Withdraws a backend: moves its generation, which no reference names any more.
+    ///
+    /// # Errors
+    /// [`MapError::OutOfRange`].
+    fn withdraw_backend(&mut self, id: u32, generation: u32) -> Result<(), MapError>;
+
+    /// Adds or replaces an entry of NAMES.
+    ///
+    /// # Errors
+    /// [`MapError::Full`] or the system call's.
+    fn write_name(&mut self, index: u32, value: &Name) -> Result<(), MapError>;
+
+    /// Removes an entry of NAMES, and the counters of its service.
+    ///
+    /// # Errors
+    /// The system call's; an entry that is not there is no error.
+    fn delete_name(&mut self, index: u32) -> Result<(), MapError>;
+
+    /// Adds an entry to SOURCE_RANGES, or writes it once more. What a service has there is its own: written before its
+    /// flag says that only those are served, and gone before the index is another's.
+    ///
+    /// # Errors
+    /// [`MapError::Bound`] or the system call's.
+    fn write_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError>;
+
+    /// Removes an entry of SOURCE_RANGES.
+    ///
+    /// # Errors
+    /// The system call's; an entry that is not there is no error.
+    fn delete_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError>;
+
+    /// Adds or replaces an entry of CLUSTER_CIDRS; a program finds the old one or the new one.
+    ///
+    /// # Errors
+    /// [`MapError::Bound`] or the system call's.
+    fn write_cluster_cidr(&mut self, cidr: Prefix<Addr>, flags: u32) -> Result<(), MapError>;
+
+    /// Removes an entry of CLUSTER_CIDRS.
+    ///
+    /// # Errors
+    /// The system call's; an entry that is not there is no error.
+    fn delete_cluster_cidr(&mut self, cidr: Prefix<Addr>) -> Result<(), MapError>;
+
+    /// Asks for a grace period that begins now.
+    fn grace_begin(&mut self) -> Epoch;
+
+    /// The newest point in time that a grace period has passed.
+    fn grace_passed(&self) -> Epoch;
+
+    /// Waits until a grace period has passed `epoch`.
+    ///
+    /// # Errors
+    /// The system call's that gives the grace.
+    fn grace_wait(&mut self, epoch: Epoch) -> Result<(), MapError>;
+
+    /// Bytes written so far: values (and keys of hashes) by any of the methods above.
+    fn written(&self) -> u64;
+
+    /// Everything that there is.
+    ///
+    /// # Errors
+    /// The system call's.
+    fn dump(&self) -> Result<Dump, MapError>;
+}

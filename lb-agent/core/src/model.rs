@@ -1,0 +1,503 @@
+//! What lb reads of the Kubernetes API objects, and nothing more.
+//!
+//! These types stand between `source` (which parses and validates) and `index` (which relates the objects to each
+//! other). Everything in them has been validated: ports are in 1..=65535 where they are present, addresses are
+//! addresses, names are not empty and at most 63 bytes (253 for nodes and slices).
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use ipnet::IpNet;
+use lb_common::abi::ip_protocol;
+
+use crate::intern;
+
+/// Namespace and name of an object.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectKey {
+    /// `metadata.namespace`; `default` where a manifest has none; empty for cluster-scoped kinds.
+    pub namespace: Arc<str>,
+    /// `metadata.name`.
+    pub name: Arc<str>,
+}
+
+impl ObjectKey {
+    /// A key from borrowed parts.
+    #[must_use]
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self {
+            namespace: intern::text(namespace),
+            name: name.into(),
+        }
+    }
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.namespace.is_empty() {
+            f.write_str(&self.name)
+        } else {
+            write!(f, "{}/{}", self.namespace, self.name)
+        }
+    }
+}
+
+/// Transport protocol of a Service port. The discriminants are IANA protocol numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Protocol {
+    /// Transmission Control Protocol.
+    Tcp = ip_protocol::TCP,
+    /// User Datagram Protocol.
+    Udp = ip_protocol::UDP,
+    /// Stream Control Transmission Protocol.
+    Sctp = ip_protocol::SCTP,
+}
+
+impl Protocol {
+    /// By its IANA number.
+    #[must_use]
+    pub const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            ip_protocol::TCP => Some(Self::Tcp),
+            ip_protocol::UDP => Some(Self::Udp),
+            ip_protocol::SCTP => Some(Self::Sctp),
+            _ => None,
+        }
+    }
+
+    /// As manifests name it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
+        }
+    }
+
+    /// The name of an IANA number; a question mark for one that Services do not have.
+    pub fn name_of(number: u8) -> &'static str {
+        Self::from_number(number).map_or("?", Self::name)
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// `spec.type` of a Service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServiceType {
+    /// Reachable in the cluster only.
+    ClusterIp,
+    /// Also on a port of every node.
+    NodePort,
+    /// Also on addresses of a load balancer.
+    LoadBalancer,
+    /// A DNS alias; no business of a proxy.
+    ExternalName,
+}
+
+/// `internalTrafficPolicy` and `externalTrafficPolicy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TrafficPolicy {
+    /// Every usable endpoint of the cluster.
+    #[default]
+    Cluster,
+    /// Endpoints of this node only.
+    Local,
+}
+
+/// One entry of `spec.ports` of a Service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServicePort {
+    /// `name`; empty where the only port has none.
+    pub name: Arc<str>,
+    /// `protocol`, TCP by default.
+    pub protocol: Protocol,
+    /// `port`, host byte order.
+    pub port: u16,
+    /// `nodePort`, host byte order, of types NodePort and LoadBalancer.
+    pub node_port: Option<u16>,
+}
+
+impl ServicePort {
+    /// A TCP port without a node port.
+    #[must_use]
+    pub fn tcp(name: &str, port: u16) -> Self {
+        Self {
+            name: intern::text(name),
+            protocol: Protocol::Tcp,
+            port,
+            node_port: None,
+        }
+    }
+}
+
+/// A Service.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    /// Namespace and name.
+    pub key: ObjectKey,
+    /// `metadata.creationTimestamp` in seconds since 1970; who of two claimants of one address is older.
+    pub created: Option<i64>,
+    /// `spec.type`.
+    pub service_type: ServiceType,
+    /// `spec.clusterIPs` (or `clusterIP`); empty where the Service is headless.
+    pub cluster_ips: Box<[IpAddr]>,
+    /// `spec.externalIPs`.
+    pub external_ips: Box<[IpAddr]>,
+    /// `status.loadBalancer.ingress[].ip` of type LoadBalancer, those with `ipMode: Proxy` left out.
+    pub load_balancer_ips: Box<[IpAddr]>,
+    /// `spec.loadBalancerSourceRanges` of type LoadBalancer: as written, but without blanks around them, and maybe wrong.
+    pub source_ranges: Box<[Arc<str>]>,
+    /// `spec.ports`, in the order of the object. Names are distinct, and so are (protocol, port) pairs.
+    pub ports: Box<[ServicePort]>,
+    /// `spec.sessionAffinity: ClientIP` with its timeout in seconds (1..=86400).
+    pub affinity_timeout: Option<u32>,
+    /// `spec.internalTrafficPolicy`.
+    pub internal_policy: TrafficPolicy,
+    /// `spec.externalTrafficPolicy`.
+    pub external_policy: TrafficPolicy,
+    /// `spec.publishNotReadyAddresses`.
+    pub publish_not_ready: bool,
+    /// Label `service.kubernetes.io/service-proxy-name` is present: another proxy serves it.
+    pub other_proxy: bool,
+    /// Label `service.kubernetes.io/headless` is present.
+    pub headless_label: bool,
+    /// `spec.healthCheckNodePort`, host byte order, of type LoadBalancer with `externalTrafficPolicy: Local`.
+    pub health_check_node_port: Option<u16>,
+}
+
+impl Service {
+    /// A Service of type ClusterIP without addresses and ports, and with the API's defaults.
+    #[must_use]
+    pub fn new(key: ObjectKey) -> Self {
+        Self {
+            key,
+            created: None,
+            service_type: ServiceType::ClusterIp,
+            cluster_ips: Box::default(),
+            external_ips: Box::default(),
+            load_balancer_ips: Box::default(),
+            source_ranges: Box::default(),
+            ports: Box::default(),
+            affinity_timeout: None,
+            internal_policy: TrafficPolicy::Cluster,
+            external_policy: TrafficPolicy::Cluster,
+            publish_not_ready: false,
+            other_proxy: false,
+            headless_label: false,
+            health_check_node_port: None,
+        }
+    }
+}
+
+/// One entry of `endpoints` of an EndpointSlice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The first of `addresses`; the others have no meaning to a proxy.
+    pub address: IpAddr,
+    /// `conditions.ready`; unset means true.
+    pub ready: bool,
+    /// `conditions.serving`; unset means the value of `ready`.
+    pub serving: bool,
+    /// `conditions.terminating`; unset means false.
+    pub terminating: bool,
+    /// Where it is. Shared: there are far fewer places than endpoints.
+    pub place: Arc<Place>,
+}
+
+impl Endpoint {
+    /// An endpoint that is ready.
+    #[must_use]
+    pub fn ready(address: IpAddr, place: Arc<Place>) -> Self {
+        Self {
+            address,
+            ready: true,
+            serving: true,
+            terminating: false,
+            place,
+        }
+    }
+}
+
+/// Where an endpoint is, and for whom it is meant.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// `nodeName`.
+    pub node: Option<Box<str>>,
+    /// `hints.forZones`, sorted: the zones whose clients should use it.
+    pub for_zones: Box<[Arc<str>]>,
+    /// `hints.forNodes`, sorted: the nodes whose clients should use it.
+    pub for_nodes: Box<[Arc<str>]>,
+}
+
+impl Place {
+    /// The place of an endpoint on a node.
+    #[must_use]
+    pub fn on(node: &str) -> Self {
+        Self {
+            node: Some(node.into()),
+            ..Self::default()
+        }
+    }
+}
+
+/// One entry of `ports` of an EndpointSlice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointPort {
+    /// `name`: the name of the Service port that it belongs to.
+    pub name: Arc<str>,
+    /// `protocol`, TCP by default.
+    pub protocol: Protocol,
+    /// `port`, host byte order; `None` (all ports) is never used by a proxy.
+    pub port: Option<u16>,
+}
+
+impl EndpointPort {
+    /// A TCP port.
+    #[must_use]
+    pub fn tcp(name: &str, port: u16) -> Self {
+        Self {
+            name: intern::text(name),
+            protocol: Protocol::Tcp,
+            port: Some(port),
+        }
+    }
+}
+
+/// An EndpointSlice of address type IPv4 or IPv6 (FQDN slices are ignored by `source`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointSlice {
+    /// Namespace and name.
+    pub key: ObjectKey,
+    /// Label `kubernetes.io/service-name`: the Service of the same namespace that it belongs to.
+    pub service: Arc<str>,
+    /// `addressType` is IPv6.
+    pub ipv6: bool,
+    /// `endpoints`, in the order of the object.
+    pub endpoints: Box<[Endpoint]>,
+    /// `ports`.
+    pub ports: Box<[EndpointPort]>,
+}
+
+impl EndpointSlice {
+    /// The key of the Service that the slice belongs to.
+    #[must_use]
+    pub fn service_key(&self) -> ObjectKey {
+        ObjectKey {
+            namespace: Arc::clone(&self.key.namespace),
+            name: Arc::clone(&self.service),
+        }
+    }
+}
+
+/// A Node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// `metadata.name`.
+    pub name: Arc<str>,
+    /// `status.addresses` of types InternalIP and ExternalIP.
+    pub addresses: Vec<IpAddr>,
+    /// `spec.podCIDRs` (or `podCIDR`).
+    pub pod_cidrs: Vec<IpNet>,
+    /// Label `topology.kubernetes.io/zone`.
+    pub zone: Option<Arc<str>>,
+    /// It is being deleted, or the cluster autoscaler is about to (`ToBeDeletedByClusterAutoscaler` among its taints).
+    pub leaving: bool,
+}
+
+/// An object of one of the kinds that lb reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Object {
+    /// `v1` Service.
+    Service(Arc<Service>),
+    /// `discovery.k8s.io/v1` EndpointSlice.
+    EndpointSlice(Arc<EndpointSlice>),
+    /// `v1` Node.
+    Node(Arc<Node>),
+}
+
+/// Identity of an object: kind, and namespace and name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectId {
+    /// Which kind.
+    pub kind: Kind,
+    /// Namespace (empty for Node) and name.
+    pub key: ObjectKey,
+}
+
+impl fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {}", self.kind, self.key)
+    }
+}
+
+/// The kinds of objects that lb reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// `v1` Service.
+    Service,
+    /// `discovery.k8s.io/v1` EndpointSlice.
+    EndpointSlice,
+    /// `v1` Node.
+    Node,
+}
+
+impl Object {
+    /// The object's identity.
+    #[must_use]
+    pub fn id(&self) -> ObjectId {
+        match self {
+            Self::Service(o) => ObjectId {
+                kind: Kind::Service,
+                key: o.key.clone(),
+            },
+            Self::EndpointSlice(o) => ObjectId {
+                kind: Kind::EndpointSlice,
+                key: o.key.clone(),
+            },
+            Self::Node(o) => ObjectId {
+                kind: Kind::Node,
+                key: ObjectKey::new("", &o.name),
+            },
+        }
+    }
+}
+
+/// One change of one object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// The object is new, or differs from what it was.
+    Set(Object),
+    /// The object is gone.
+    Remove(ObjectId),
+}
+
+/// What a problem is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum ProblemKind {
+    /// The source could not be read, or not be understood.
+    #[default]
+    Source,
+    /// Two claim one thing.
+    Conflict,
+    /// The maps do not say what they should.
+    Map,
+    /// The node's addresses or settings.
+    Node,
+    /// Sockets of removed backends.
+    Sockets,
+    /// A `healthCheckNodePort` is not served.
+    HealthCheck,
+    /// A server of the agent's own does not listen.
+    Server,
+}
+
+impl ProblemKind {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Source,
+        Self::Conflict,
+        Self::Map,
+        Self::Node,
+        Self::Sockets,
+        Self::HealthCheck,
+        Self::Server,
+    ];
+
+    /// Label of the metric `lb_problems`.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Conflict => "conflict",
+            Self::Map => "map",
+            Self::Node => "node",
+            Self::Sockets => "sockets",
+            Self::HealthCheck => "health_check",
+            Self::Server => "server",
+        }
+    }
+}
+
+/// Something that is wrong, told to the operator by log, `status` and a metric.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Problem {
+    /// Where it stands: a file with the document's number and line, or an API object.
+    pub place: String,
+    /// What is wrong with which field.
+    pub message: String,
+    /// The Service whose owner must know, where it is one's.
+    pub service: Option<ObjectKey>,
+    /// What it is about.
+    pub kind: ProblemKind,
+}
+
+impl Problem {
+    /// A problem that is no Service's own.
+    #[must_use]
+    pub fn new(place: impl Into<String>, message: impl Into<String>) -> Self {
+        Self {
+            place: place.into(),
+            message: message.into(),
+            service: None,
+            kind: ProblemKind::default(),
+        }
+    }
+
+    /// What it is about.
+    #[must_use]
+    pub fn kind(mut self, kind: ProblemKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    /// Whose owner must know of it.
+    #[must_use]
+    pub fn of(mut self, service: &ObjectKey) -> Self {
+        self.service = Some(service.clone());
+        self
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.place, self.message)
+    }
+}
+
+/// What a source hands over: applied as a whole.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Changes since the last batch; at most one per object.
+    pub changes: Vec<Change>,
+    /// The source has told everything there is at least once. Until then nothing that is pinned from an earlier run
+    /// is removed.
+    pub complete: bool,
+    /// Everything that is wrong now (not only what is new).
+    pub problems: Vec<Problem>,
+    /// When the first of the changes arrived; unset where that has no meaning (a first list, a manifest).
+    pub received: Option<Instant>,
+    /// When what led to the changes happened, by the annotation `endpoints.kubernetes.io/last-change-trigger-time` of
+    /// EndpointSlices: one for each slice that has it.
+    pub triggers: Vec<SystemTime>,
+}
+
+impl Batch {
+    /// Changes after which everything has been told, and nothing is wrong.
+    #[must_use]
+    pub fn of(changes: Vec<Change>) -> Self {
+        Self {
+            changes,
+            complete: true,
+            ..Self::default()
+        }
+    }
+}

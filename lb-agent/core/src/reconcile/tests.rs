@@ -1,0 +1,884 @@
+//! The writer against maps in memory: what the maps say in the end, and what may never be on the way.
+
+use std::collections::BTreeMap;
+
+use super::random::{any_act, run};
+use super::*;
+use proptest::prelude::*;
+
+use crate::maps::fake::FakeMaps;
+use crate::maps::faulty::{Fault, FaultyMaps};
+
+use crate::model::{EndpointSlice, Node, Object};
+use crate::testing::*;
+
+/// A state of the cluster after another; each but the first is a change.
+type Story = Vec<Cluster>;
+
+/// The stories that every fault is tried on.
+fn stories() -> Vec<(&'static str, Story)> {
+    let story = |steps: &[&dyn Fn(&mut Cluster)]| -> Story {
+        let mut cluster = Cluster::default();
+        let states = steps.iter().map(|step| {
+            step(&mut cluster);
+            cluster.clone()
+        });
+        states.collect()
+    };
+    let web = |ip: &str| service("web", ip);
+    vec![
+        (
+            "endpoints come and go",
+            story(&[
+                &|c| {
+                    c.set(web("10.96.0.1"));
+                    c.set(slice("web", &["10.0.0.1", "10.0.0.2"]));
+                },
+                &|c| c.set(slice("web", &["10.0.0.2", "10.0.0.3", "10.0.0.4 @n1"])),
+                &|c| c.set(slice("web", &["10.0.0.2 terminating", "10.0.0.3 gone", "10.0.0.4 @n1"])),
+                &|c| c.set(slice("web", &[])),
+                &|c| c.set(slice("web", &["10.0.0.2"])),
+            ]),
+        ),
+        (
+            "a policy changes, affinity comes and goes",
+            story(&[
+                &|c| {
+                    c.set(web("10.96.0.1"));
+                    c.set(slice("web", &["10.0.0.1 @n1", "10.0.0.2 @n2"]));
+                },
+                &|c| c.set(web("10.96.0.1").local().affinity(30)),
+                &|c| c.set(slice("web", &["10.0.0.2 @n2"])),
+                &|c| c.set(web("10.96.0.1")),
+            ]),
+        ),
+        (
+            "ports are added, renamed, renumbered and removed",
+            story(&[
+                &|c| {
+                    c.set(web("10.96.0.1").ports([port("a", 80), port("b", 81)]));
+                    let ports = [("a", 8080), ("b", 8081), ("c", 8082)];
+                    c.set(named_slice("web-0", "web", &ports, &["10.0.0.1", "10.0.0.2"]));
+                },
+                &|c| c.set(web("10.96.0.1").ports([port("a", 80), port("c", 81)])),
+                &|c| c.set(web("10.96.0.1").ports([port("a", 90), port("c", 80)])),
+                &|c| c.set(web("10.96.0.1").ports([port("c", 81)])),
+            ]),
+        ),
+        (
+            "a service goes and comes back, and its address moves",
+            story(&[
+                &|c| {
+                    c.set(web("10.96.0.1"));
+                    c.set(slice("web", &["10.0.0.1"]));
+                },
+                &|c| c.remove_service("web"),
+                &|c| c.set(web("10.96.0.1")),
+                &|c| c.set(web("10.96.0.2")),
+            ]),
+        ),
+        (
+            "two claim one address",
+            story(&[
+                &|c| {
+                    c.set(web("10.96.0.1").created(2));
+                    c.set(slice("web", &["10.0.0.1"]));
+                },
+                &|c| {
+                    c.set(service("older", "10.96.0.1").created(1));
+                    c.set(slice("older", &["10.0.1.1", "10.0.1.2"]));
+                },
+                &|c| c.set(service("older", "10.96.0.2").created(1)),
+                &|c| c.set(service("older", "10.96.0.1").created(1)),
+                &|c| c.remove_service("older"),
+            ]),
+        ),
+        (
+            "a load balancer's sources change, and Nodes come and go",
+            story(&[
+                &|c| {
+                    c.set(balanced(
+                        "web",
+                        "10.96.0.1",
+                        "192.0.2.1",
+                        &["10.0.0.0/8", "172.16.0.0/12"],
+                    ));
+                    c.set(slice("web", &["10.0.0.1"]));
+                    c.set(node(NODE, &["192.168.0.1"], &["10.10.1.0/24"]));
+                },
+                &|c| {
+                    c.set(balanced(
+                        "web",
+                        "10.96.0.1",
+                        "192.0.2.1",
+                        &["10.0.0.0/8", "10.1.0.0/16"],
+                    ));
+                    c.set(node("n2", &["192.0.2.1"], &["10.10.2.0/24"]));
+                },
+                &|c| {
+                    c.set(balanced("web", "10.96.0.1", "192.0.2.1", &[]));
+                    c.set(node("n2", &["192.168.0.2"], &["10.10.3.0/24"]));
+                },
+                &|c| c.set(balanced("web", "10.96.0.1", "192.0.2.2", &["10.0.0.0/8"])),
+                &|c| c.remove_service("web"),
+                &|c| c.set(service("new", "10.96.0.2")),
+            ]),
+        ),
+    ]
+}
+
+/// Plays a story; after every state `between` may do something.
+fn play<M: Maps>(lb: &mut Reconciler<M>, story: &[Cluster], mut between: impl FnMut(&mut Reconciler<M>)) {
+    let mut told = Cluster::default();
+    for state in story {
+        told.become_like(state);
+        lb.apply(told.batch());
+        between(lb);
+    }
+}
+
+#[test]
+fn every_story_ends_well() {
+    for (name, story) in stories() {
+        let mut lb = start(maps());
+        play(&mut lb, &story, |lb| {
+            lb.settle().unwrap();
+            assert_clean(lb);
+        });
+        println!("{name}: {} bytes", lb.maps().written());
+        let mut hasty = start(maps());
+        play(&mut hasty, &story, |_| ());
+        hasty.settle().unwrap();
+        assert_clean(&hasty);
+    }
+}
+
+/// How many operations a story has.
+fn operations(story: &Story, settle: bool) -> u64 {
+    let mut lb = start(FaultyMaps::new(maps(), u64::MAX, Fault::None));
+    play(&mut lb, story, |lb| {
+        if settle {
+            lb.settle().unwrap();
+        }
+    });
+    lb.maps().operations()
+}
+
+#[test]
+fn after_death_at_any_operation_the_next_agent_puts_all_right() {
+    for (name, story) in stories() {
+        for (settle, fault) in [true, false]
+            .into_iter()
+            .flat_map(|s| [(s, Fault::Die), (s, Fault::Tear)])
+        {
+            for at in 0..operations(&story, settle) {
+                let mut lb = start(FaultyMaps::new(maps(), at, fault));
+                // The objects as they are when the next agent starts: as they were at the time of death, or newer.
+                let mut then = None;
+                let mut states = story.iter();
+                play(&mut lb, &story, |lb| {
+                    let state = states.next().unwrap();
+                    if settle {
+                        lb.settle().unwrap();
+                    }
+                    if lb.maps().is_dead() && then.is_none() {
+                        then = Some(state.clone());
+                    }
+                });
+                let left = lb.maps().inner.clone();
+                for now in then.iter().chain(story.last()) {
+                    let mut next = start(left.clone());
+                    apply(&mut next, &mut now.again());
+                    let before = next.maps().written();
+                    next.apply(now.again().batch());
+                    assert_eq!(next.maps().written(), before, "{name}, died at {at}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn after_a_failure_of_any_operation_the_next_try_puts_all_right() {
+    for (name, story) in stories() {
+        for settle in [true, false] {
+            for at in 0..operations(&story, settle) {
+                let maps = FaultyMaps::new(maps(), at, Fault::Fail);
+                let Ok(mut lb) = Reconciler::adopt(maps, NODE) else {
+                    continue;
+                };
+                play(&mut lb, &story, |lb| {
+                    if settle {
+                        lb.settle().ok();
+                    }
+                });
+                lb.apply(Batch {
+                    complete: true,
+                    ..Batch::default()
+                });
+                lb.settle().unwrap();
+                assert_clean(&lb);
+                assert_eq!(lb.problems().len(), 0, "{name}, failed at {at}: {:?}", lb.problems());
+            }
+        }
+    }
+}
+
+/// Service indexes and backend ids, by what they stand for.
+fn identities(lb: &Reconciler<FakeMaps>) -> BTreeMap<String, u32> {
+    let dump = lb.maps().dump().unwrap();
+    let names = dump
+        .names
+        .iter()
+        .map(|(index, name)| (crate::names::port_id(name).unwrap().to_string(), *index));
+    let live = (0..)
+        .zip(&dump.backends)
+        .filter(|(_, b)| generation::is_live(b.generation));
+    names
+        .chain(live.map(|(id, b)| (format!("{}:{} of {}", b.addr, b.port, b.service), id)))
+        .collect()
+}
+
+fn web() -> Cluster {
+    Cluster::of([
+        service("web", "10.96.0.1").into(),
+        slice("web", &["10.0.0.1", "10.0.0.2"]).into(),
+        service("db", "10.96.0.2").into(),
+        slice("db", &["10.0.1.1", "10.0.1.2"]).into(),
+    ])
+}
+
+/// An agent that serves [`web`].
+fn serving() -> (Reconciler<FakeMaps>, Cluster) {
+    let (mut lb, mut cluster) = (start(maps()), web());
+    apply(&mut lb, &mut cluster);
+    (lb, cluster)
+}
+
+/// The next agent, with the same maps.
+fn restart(lb: &Reconciler<FakeMaps>) -> Reconciler<FakeMaps> {
+    start(lb.maps().clone())
+}
+
+const WEB: [&str; 2] = ["10.0.0.1:8080", "10.0.0.2:8080"];
+
+#[track_caller]
+fn assert_served(lb: &Reconciler<FakeMaps>, ip: &str, port: u16, want: &[&str]) {
+    let is = served(lb.maps(), ip, port);
+    assert_eq!(
+        is.as_deref(),
+        Some(&want.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>()[..])
+    );
+}
+
+#[test]
+fn a_service_is_served() {
+    let (lb, _) = serving();
+    assert_served(&lb, "10.96.0.1", 80, &WEB);
+    assert_served(&lb, "10.96.0.2", 80, &["10.0.1.1:8080", "10.0.1.2:8080"]);
+    assert_eq!(served(lb.maps(), "10.96.0.1", 81), None);
+    let mark = FrontendKey::address_mark(key("10.96.0.1", 80).addr);
+    assert_eq!(
+        lb.maps().contents.frontends[&mark],
+        Frontend::new(0, FrontendKind::Address)
+    );
+    let (usage, _) = lb.usage();
+    let want = Usage {
+        services: 2,
+        frontends: 4,
+        backends: 4,
+        backend_slots: 4,
+    };
+    assert_eq!(usage, want);
+}
+
+#[test]
+fn the_same_again_writes_nothing_also_after_a_restart() {
+    let (mut lb, cluster) = serving();
+    let before = lb.maps().written();
+    lb.apply(cluster.again().batch());
+    assert_eq!(lb.maps().written(), before);
+    let mut next = restart(&lb);
+    apply(&mut next, &mut cluster.again());
+    assert_eq!(next.maps().written(), before);
+    assert_eq!(identities(&next), identities(&lb));
+    assert_eq!(next.usage(), lb.usage());
+}
+
+#[test]
+fn who_stays_keeps_index_and_ids_over_changes_and_a_restart() {
+    let (mut lb, mut cluster) = serving();
+    let before = identities(&lb);
+    cluster.set(slice("web", &["10.0.0.3", "10.0.0.2", "10.0.0.4"]));
+    cluster.set(service("web", "10.96.0.9").affinity(9).ports([port("", 81)]));
+    cluster.set(service("aaa", "10.96.0.3"));
+    apply(&mut lb, &mut cluster);
+    let mut lb = restart(&lb);
+    apply(&mut lb, &mut cluster.again());
+    let after = identities(&lb);
+    for (what, id) in before.iter().filter(|(what, _)| !what.starts_with("10.0.0.1:")) {
+        assert_eq!(after.get(what), Some(id), "{what}");
+    }
+    assert_served(
+        &lb,
+        "10.96.0.9",
+        81,
+        &["10.0.0.2:8080", "10.0.0.3:8080", "10.0.0.4:8080"],
+    );
+    assert_eq!(served(lb.maps(), "10.96.0.1", 80), None);
+}
+
+#[test]
+fn nothing_that_is_pinned_goes_before_the_source_is_complete() {
+    let (lb, _) = serving();
+    let pinned = lb.maps().contents.clone();
+    let mut next = restart(&lb);
+    let mut told = Cluster::default();
+    let still = |next: &Reconciler<FakeMaps>| {
+        assert_served(next, "10.96.0.1", 80, &WEB);
+        assert_served(next, "10.96.0.2", 80, &["10.0.1.1:8080", "10.0.1.2:8080"]);
+    };
+    // Nothing is known.
+    next.apply(told.incomplete());
+    next.settle().unwrap();
+    assert_eq!(next.maps().contents, pinned);
+    // A Service without its slices, and slices without their Service.
+    told.set(service("web", "10.96.0.1"));
+    told.set(slice("db", &["10.0.1.7"]));
+    next.apply(told.incomplete());
+    next.settle().unwrap();
+    assert_eq!(next.maps().contents, pinned);
+    // One that claims the address of a Service that may still be told of.
+    told.set(service("new", "10.96.0.2").created(3));
+    told.set(slice("new", &["10.0.2.1"]));
+    next.apply(told.incomplete());
+    next.settle().unwrap();
+    still(&next);
+    // Endpoints are followed as soon as there are any.
+    told.set(slice("web", &["10.0.0.2"]));
+    next.apply(told.incomplete());
+    next.settle().unwrap();
+    assert_served(&next, "10.96.0.1", 80, &["10.0.0.2:8080"]);
+    assert!(!next.is_complete());
+    // All told: what is not there is gone.
+    apply(&mut next, &mut told);
+    assert!(next.is_complete());
+    assert_served(&next, "10.96.0.2", 80, &["10.0.2.1:8080"]);
+    // The source has a problem again: what was told counts.
+    told.remove_service("new");
+    next.apply(told.incomplete());
+    next.settle().unwrap();
+    assert_clean(&next);
+    assert_eq!(served(next.maps(), "10.96.0.2", 80), None);
+}
+
+#[test]
+fn a_service_that_was_told_of_and_deleted_goes_at_once() {
+    let (lb, cluster) = serving();
+    let mut next = restart(&lb);
+    let mut told = cluster.again();
+    next.apply(told.incomplete());
+    told.remove_service("web");
+    next.apply(told.incomplete());
+    next.settle().unwrap();
+    assert_eq!(served(next.maps(), "10.96.0.1", 80), None);
+    let mut bare = restart(&lb);
+    let mut told = Cluster::of([service("web", "10.96.0.1").into()]);
+    bare.apply(told.incomplete());
+    told.remove_service("web");
+    bare.apply(told.incomplete());
+    bare.settle().unwrap();
+    assert_eq!(served(bare.maps(), "10.96.0.1", 80), None);
+    assert_served(&bare, "10.96.0.2", 80, &["10.0.1.1:8080", "10.0.1.2:8080"]);
+}
+
+#[test]
+fn a_frontend_passes_between_living_services_in_place() {
+    let (mut lb, mut cluster) = serving();
+    cluster.set(service("web", "10.96.0.2"));
+    cluster.set(service("db", "10.96.0.1"));
+    let before = lb.maps().written();
+    apply(&mut lb, &mut cluster);
+    assert_eq!(lb.maps().written() - before, 16, "two stores of a word");
+    assert_served(&lb, "10.96.0.2", 80, &WEB);
+}
+
+#[test]
+fn of_two_that_claim_a_frontend_the_older_has_it_until_it_goes() {
+    let (mut lb, mut cluster) = serving();
+    cluster.set(service("old", "10.96.0.1").created(1));
+    cluster.set(slice("old", &["10.0.9.9"]));
+    apply(&mut lb, &mut cluster);
+    assert_served(&lb, "10.96.0.1", 80, &["10.0.9.9:8080"]);
+    assert_eq!(lb.problems().len(), 1);
+    assert!(
+        lb.problems()[0].to_string().contains("default/web"),
+        "{:?}",
+        lb.problems()
+    );
+    let written = lb.maps().written();
+    let mut next = restart(&lb);
+    apply(&mut next, &mut cluster.again());
+    assert_eq!(next.maps().written(), written);
+    cluster.remove_service("old");
+    apply(&mut lb, &mut cluster);
+    assert_served(&lb, "10.96.0.1", 80, &WEB);
+    assert!(lb.problems().is_empty());
+}
+
+#[test]
+fn a_service_that_comes_back_before_the_grace_period_ends_gets_another_index() {
+    let (mut lb, mut cluster) = serving();
+    let index = lb.maps().contents.frontends[&key("10.96.0.1", 80)].service;
+    cluster.remove_service("web");
+    lb.apply(cluster.batch());
+    assert_eq!(served(lb.maps(), "10.96.0.1", 80), None);
+    assert_eq!(lb.maps().contents.names.len(), 2, "cleared only after the grace period");
+    cluster.set(service("web", "10.96.0.1"));
+    lb.apply(cluster.batch());
+    assert_ne!(lb.maps().contents.frontends[&key("10.96.0.1", 80)].service, index);
+    // Dies here: two entries of NAMES are of one identity.
+    let mut next = restart(&lb);
+    apply(&mut next, &mut cluster.again());
+    assert_eq!(next.usage().0.services, 2);
+    lb.settle().unwrap();
+    assert_clean(&lb);
+    assert_eq!(lb.usage().0.services, 2);
+}
+
+#[test]
+fn nothing_is_used_again_before_its_grace_period() {
+    let (mut lb, mut cluster) = serving();
+    // Without a grace period between, ever new slots and ids are taken...
+    for round in 0..6 {
+        cluster.set(slice("web", &[&format!("10.0.2.{round}"), "10.0.0.2"]));
+        lb.apply(cluster.batch());
+        assert_clean(&lb);
+    }
+    let (usage, _) = lb.usage();
+    assert_eq!((usage.backends, usage.backend_slots), (4 + 6, 4 + 12));
+    // ...and one gives all of them back.
+    lb.maps_mut().pass_grace();
+    lb.reclaim();
+    let (usage, _) = lb.usage();
+    assert_eq!((usage.backends, usage.backend_slots), (4, 4));
+}
+
+/// Fills one map after another; what did not fit is named, hurts nobody else, and follows when there is room.
+#[test]
+fn a_full_map_is_named_and_tried_again() {
+    let tight = |tighten: &dyn Fn(&mut Capacities)| {
+        let mut capacities = ROOM;
+        tighten(&mut capacities);
+        start(FakeMaps::new(capacities))
+    };
+    let cases: [(_, &str); 4] = [
+        (
+            tight(&|c| c.services = 3),
+            "SERVICES is full (3 entries): raise --max-services",
+        ),
+        (
+            tight(&|c| c.frontends = 4),
+            "FRONTENDS is full (4 entries): raise --max-frontends",
+        ),
+        (
+            tight(&|c| c.backends = 6),
+            "BACKENDS is full (6 entries): raise --max-backends",
+        ),
+        (
+            tight(&|c| c.backend_slots = 4),
+            "BACKEND_SLOTS is full (4 entries): raise --max-backend-slots",
+        ),
+    ];
+    for (mut lb, message) in cases {
+        let mut cluster = web();
+        apply(&mut lb, &mut cluster);
+        cluster.set(service("new", "10.96.0.3"));
+        cluster.set(slice("new", &["10.0.3.1", "10.0.3.2"]));
+        lb.apply(cluster.batch());
+        lb.settle().unwrap();
+        let problems = lb.problems();
+        assert!(
+            !problems.is_empty() && problems.iter().all(|p| p.message.contains(message)),
+            "{problems:?}"
+        );
+        assert_served(&lb, "10.96.0.1", 80, &WEB);
+        assert_eq!(served(lb.maps(), "10.96.0.3", 80), None);
+        // Others can change meanwhile, and nothing is written for the one that fails.
+        let written = lb.maps().written();
+        lb.apply(Batch::default());
+        lb.settle().unwrap();
+        assert_eq!(lb.maps().written(), written, "{message}");
+        cluster.remove_service("web");
+        lb.apply(cluster.batch());
+        lb.settle().unwrap();
+        assert_clean(&lb);
+        assert_eq!(lb.problems(), []);
+        assert_served(&lb, "10.96.0.3", 80, &["10.0.3.1:8080", "10.0.3.2:8080"]);
+        // In one batch, the room comes from what the batch removes.
+        cluster.remove_service("new");
+        cluster.set(service("web", "10.96.0.1"));
+        lb.apply(cluster.batch());
+        lb.settle().unwrap();
+        assert_clean(&lb);
+        assert_eq!(lb.problems(), []);
+        assert_served(&lb, "10.96.0.1", 80, &WEB);
+    }
+}
+
+#[test]
+fn a_full_frontends_map_has_room_for_what_the_same_batch_deletes() {
+    let capacities = Capacities { frontends: 4, ..ROOM };
+    let (mut lb, mut cluster) = (start(FakeMaps::new(capacities)), web());
+    apply(&mut lb, &mut cluster);
+    cluster.set(service("web", "10.96.0.7"));
+    lb.apply(cluster.batch());
+    assert_clean(&lb);
+    assert_eq!(lb.problems(), []);
+    assert_served(&lb, "10.96.0.7", 80, &WEB);
+}
+
+#[test]
+fn fragments_join_again() {
+    let capacities = Capacities {
+        backend_slots: 16,
+        ..ROOM
+    };
+    let (mut lb, mut cluster) = (start(FakeMaps::new(capacities)), Cluster::default());
+    for i in 0..8 {
+        cluster.set(service(&format!("s{i}"), &format!("10.96.0.{i}")));
+        cluster.set(slice(
+            &format!("s{i}"),
+            &[&format!("10.0.{i}.1"), &format!("10.0.{i}.2")],
+        ));
+    }
+    apply(&mut lb, &mut cluster);
+    // Every other range of two is free: no room for four.
+    for i in [0, 2, 4, 6] {
+        cluster.remove_service(&format!("s{i}"));
+    }
+    cluster.set(service("big", "10.96.1.1"));
+    cluster.set(slice("big", &["10.1.0.1", "10.1.0.2", "10.1.0.3"]));
+    lb.apply(cluster.batch());
+    lb.settle().unwrap();
+    assert!(
+        lb.problems()[0].message.contains("BACKEND_SLOTS is full"),
+        "{:?}",
+        lb.problems()
+    );
+    cluster.remove_service("s1");
+    apply(&mut lb, &mut cluster);
+    assert_eq!(lb.problems(), []);
+    assert_eq!(served(lb.maps(), "10.96.1.1", 80).map(|s| s.len()), Some(3));
+}
+
+#[test]
+fn endpoints_that_drain_keep_their_backend() {
+    let (mut lb, mut cluster) = serving();
+    let before = identities(&lb);
+    cluster.set(slice("web", &["10.0.0.1 terminating", "10.0.0.2"]));
+    apply(&mut lb, &mut cluster);
+    assert_served(&lb, "10.96.0.1", 80, &["10.0.0.2:8080"]);
+    assert_eq!(identities(&lb), before);
+    // All terminate: then they serve.
+    cluster.set(slice("web", &["10.0.0.1 terminating", "10.0.0.2 terminating"]));
+    apply(&mut lb, &mut cluster);
+    assert_served(&lb, "10.96.0.1", 80, &WEB);
+    cluster.set(slice("web", &["10.0.0.1 gone", "10.0.0.2 terminating"]));
+    apply(&mut lb, &mut cluster);
+    assert_served(&lb, "10.96.0.1", 80, &["10.0.0.2:8080"]);
+    assert_eq!(identities(&lb).len(), before.len() - 1);
+}
+
+#[test]
+fn a_local_policy_without_an_endpoint_here_drops_and_without_any_rejects() {
+    let (mut lb, mut cluster) = serving();
+    let flags = |lb: &Reconciler<FakeMaps>| {
+        let index = lb.maps().contents.frontends[&key("10.96.0.1", 80)].service;
+        let service = lb.maps().contents.services[index as usize];
+        crate::actual::set_words(&service).map(|word| (word.len, word.flags))
+    };
+    cluster.set(service("web", "10.96.0.1").local());
+    apply(&mut lb, &mut cluster);
+    assert_eq!(flags(&lb), [(0, 1), (0, 1), (2, 0)]);
+    cluster.set(slice("web", &["10.0.0.1 @n1", "10.0.0.2 @n2"]));
+    apply(&mut lb, &mut cluster);
+    assert_eq!(flags(&lb), [(1, 0), (1, 0), (2, 0)]);
+    cluster.set(slice("web", &[]));
+    apply(&mut lb, &mut cluster);
+    assert_eq!(flags(&lb), [(0, 0), (0, 0), (0, 0)]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_run_ends_as_desired(acts in prop::collection::vec(any_act(), 1..60)) {
+        run(ROOM, acts);
+    }
+
+    #[test]
+    fn any_run_in_tight_maps_ends_as_desired_or_names_what_is_full(
+        acts in prop::collection::vec(any_act(), 1..60),
+        (services, frontends, backends, backend_slots) in (3..7_u32, 4..10_u32, 5..20_u32, 8..24_u32),
+    ) {
+        run(Capacities { services, frontends, backends, backend_slots, ..ROOM }, acts);
+    }
+}
+
+#[test]
+fn one_endpoint_of_a_hundred_thousand_costs_what_changed() {
+    let room = Capacities {
+        services: 10_002,
+        frontends: 20_000,
+        backends: 100_100,
+        backend_slots: 200_000,
+        ..ROOM
+    };
+    let endpoints = |i: u32, tenth: &str| -> EndpointSlice {
+        let address = |j: u32| std::net::Ipv4Addr::from(0x0a00_0000 + i * 10 + j).to_string();
+        let mut texts: Vec<_> = (0..9).map(address).collect();
+        texts.push(tenth.replace("SAME", &address(9)));
+        slice(&format!("s{i}"), &texts.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let mut cluster = Cluster::default();
+    for i in 0..10_000 {
+        let ip = std::net::Ipv4Addr::from(0x0a60_0000 + i).to_string();
+        // Two thirds of them with sets that differ.
+        cluster.set(if i % 3 == 0 {
+            service(&format!("s{i}"), &ip)
+        } else {
+            service(&format!("s{i}"), &ip).local()
+        });
+        cluster.set(endpoints(i, "SAME"));
+    }
+    let mut lb = start(FakeMaps::new(room).unchecked());
+    apply(&mut lb, &mut cluster);
+    assert_eq!(lb.usage().0.backends, 100_000);
+    for i in [3000, 3001] {
+        for (change, length) in [
+            ("SAME terminating", 9),
+            ("SAME unready", 0), // It was in no set.
+            ("SAME", 10),
+            ("SAME unready", 9),
+            ("SAME", 10),
+            ("10.200.0.1", 10),
+            ("10.200.0.2", 10),
+            ("SAME", 10),
+        ] {
+            let batch = Batch::of(vec![crate::model::Change::Set(endpoints(i, change).into())]);
+            let before = lb.maps().written();
+            lb.apply(batch.clone());
+            lb.settle().unwrap();
+            let written = lb.maps().written() - before;
+            assert!(written > 0 && written <= 32 * length + 256, "{change}: {written} bytes");
+            lb.apply(batch);
+            assert_eq!(lb.maps().written() - before, written);
+        }
+    }
+    assert_clean(&lb);
+    let before = lb.maps().written();
+    lb.apply(cluster.again().batch());
+    assert_eq!(lb.maps().written(), before, "the same again");
+    let mut next = restart(&lb);
+    next.apply(cluster.again().batch());
+    assert_eq!(next.maps().written(), before, "the same again after a restart");
+}
+
+#[test]
+fn a_failure_is_tried_again_also_without_a_change() {
+    let (mut lb, mut cluster) = (start(FaultyMaps::new(maps(), 0, Fault::None)), web());
+    lb.apply(cluster.batch());
+    cluster.set(slice("web", &["10.0.0.1"]));
+    lb.maps_mut().arm(0, Fault::Fail);
+    lb.apply(cluster.batch());
+    assert!(
+        lb.problems()[0].message.contains("fails on purpose"),
+        "{:?}",
+        lb.problems()
+    );
+    lb.reclaim();
+    assert_eq!(lb.problems(), []);
+    assert_clean(&lb);
+}
+
+/// The service port that has it next cannot be written at first.
+#[test]
+fn a_frontend_that_passes_to_a_new_service_port_is_never_away() {
+    let failed_at = |at: u64| {
+        let (mut lb, mut cluster) = (start(FaultyMaps::new(maps(), 0, Fault::None)), Cluster::default());
+        cluster.set(service("web", "10.96.0.1").ports([port("a", 80)]));
+        cluster.set(named_slice("web-0", "web", &[("a", 8080), ("b", 8081)], &["10.0.0.1"]));
+        apply(&mut lb, &mut cluster);
+        let before = lb.maps().inner.contents.frontends.clone();
+        cluster.set(service("web", "10.96.0.1").ports([port("b", 80)]));
+        let operations = lb.maps().operations();
+        lb.maps_mut().arm(at, Fault::Fail);
+        lb.apply(cluster.batch());
+        let keys = |frontends: &BTreeMap<_, Frontend>| frontends.keys().copied().collect::<Vec<_>>();
+        let after = &lb.maps().inner.contents.frontends;
+        assert_eq!(keys(after), keys(&before), "failed at {at}");
+        let failed = lb.maps().operations() - operations > at;
+        lb.maps_mut().arm(0, Fault::None);
+        lb.reclaim();
+        lb.settle().unwrap();
+        assert_clean(&lb);
+        assert_eq!(
+            served(&lb.maps().inner, "10.96.0.1", 80),
+            Some(vec!["10.0.0.1:8081".to_owned()])
+        );
+        assert_eq!(lb.problems(), []);
+        failed
+    };
+    let tried = (0..).take_while(|at| failed_at(*at)).count();
+    assert!(tried >= 5, "{tried} operations");
+}
+
+/// Somebody has written to a set, and putting it right fails: frontends stay, and nothing that the set leads to is used
+/// for anything else.
+#[test]
+fn a_corrupted_service_keeps_its_frontends_also_where_it_cannot_be_put_right() {
+    let (lb, cluster) = serving();
+    let index = lb.maps().contents.frontends[&key("10.96.0.1", 80)].service as usize;
+    let corruptions: [fn(&mut Service); 4] = [
+        |service| service.internal.base += 1,
+        |service| service.cluster.len = 60,
+        |service| service.generation += 1,
+        |service| (service.internal.base, service.external.base) = (40, 41),
+    ];
+    for corrupt in corruptions {
+        let mut left = lb.maps().clone().corrupted();
+        corrupt(&mut left.contents.services[index]);
+        for at in 0..12 {
+            let mut next = start(FaultyMaps::new(left.clone(), u64::MAX, Fault::None));
+            next.maps_mut().arm(at, Fault::Fail);
+            next.apply(cluster.again().batch());
+            let frontends = &next.maps().inner.contents.frontends;
+            assert_eq!(*frontends, left.contents.frontends);
+            next.settle().ok();
+            next.reclaim();
+            next.settle().unwrap();
+            assert_clean(&next);
+            assert_eq!((next.problems(), next.usage()), (vec![], lb.usage()));
+        }
+    }
+}
+
+#[test]
+fn strays_stay_until_every_set_is_known() {
+    let (lb, cluster) = serving();
+    let mut left = lb.maps().clone().corrupted();
+    let index = left.contents.frontends[&key("10.96.0.1", 80)].service as usize;
+    // Its backend is nobody's now, so its set is not known, and putting it right fails at first.
+    let id = left.contents.slots[left.contents.services[index].internal.base as usize].backend;
+    left.contents.backends[id as usize].service = 14;
+    let mut next = start(FaultyMaps::new(left, u64::MAX, Fault::None));
+    next.maps_mut().arm(0, Fault::Fail);
+    next.apply(cluster.again().batch());
+    let is_live = |lb: &Reconciler<FaultyMaps<FakeMaps>>| {
+        generation::is_live(lb.maps().inner.contents.backends[id as usize].generation)
+    };
+    assert!(is_live(&next), "a set leads to it");
+    next.reclaim();
+    assert!(!is_live(&next));
+    next.settle().unwrap();
+    assert_clean(&next);
+}
+
+#[test]
+fn a_node_that_changes_its_zone_follows_other_hints() {
+    let node = |zone: Option<&str>| {
+        Object::Node(Arc::new(Node {
+            name: NODE.into(),
+            addresses: Vec::new(),
+            pod_cidrs: Vec::new(),
+            zone: zone.map(Into::into),
+            leaving: false,
+        }))
+    };
+    let hinted = ["10.0.0.1 @n2 zone:a", "10.0.0.2 @n3 zone:b"];
+    let mut cluster = Cluster::of([
+        service("web", "10.96.0.1").into(),
+        slice("web", &hinted).into(),
+        service("other", "10.96.0.2").into(),
+        slice("other", &["10.0.0.3", "10.0.0.4"]).into(),
+        node(Some("a")),
+    ]);
+    let mut lb = start(maps());
+    apply(&mut lb, &mut cluster);
+    let web = |lb: &Reconciler<FakeMaps>| served(lb.maps(), "10.96.0.1", 80).unwrap();
+    assert_eq!(web(&lb), ["10.0.0.1:8080"]);
+    cluster.set(node(Some("b")));
+    apply(&mut lb, &mut cluster);
+    assert_eq!(web(&lb), ["10.0.0.2:8080"]);
+    for zone in [Some("c"), None] {
+        cluster.set(node(zone));
+        apply(&mut lb, &mut cluster);
+        assert_eq!(web(&lb), ["10.0.0.1:8080", "10.0.0.2:8080"]);
+    }
+    cluster.set(node(Some("a")));
+    apply(&mut lb, &mut cluster);
+    assert_eq!(web(&lb), ["10.0.0.1:8080"]);
+    let before = lb.maps().written();
+    let mut same = cluster.batch();
+    same.changes.push(crate::model::Change::Set(node(Some("a"))));
+    lb.apply(same);
+    assert_eq!(lb.maps().written(), before, "the same zone once more");
+    cluster.remove(node(None));
+    apply(&mut lb, &mut cluster);
+    assert_eq!(web(&lb).len(), 2, "no Node, no zone");
+}
+
+#[test]
+fn health_checks_count_what_is_ready_on_this_node() {
+    let mut balanced = service("web", "10.96.0.1");
+    balanced.health_check_node_port = Some(32000);
+    let mut cluster = Cluster::of([balanced.clone().into()]);
+    let mut lb = start(maps());
+    let check = |lb: &Reconciler<FakeMaps>| {
+        let checks: Vec<_> = lb
+            .health_checks()
+            .iter()
+            .map(|(key, check)| (key.to_string(), *check))
+            .collect();
+        checks
+    };
+    let expected = |local_endpoints| {
+        let check = HealthCheck {
+            port: 32000,
+            local_endpoints,
+        };
+        vec![("default/web".to_owned(), check)]
+    };
+    apply(&mut lb, &mut cluster);
+    assert_eq!(check(&lb), expected(0));
+    let endpoints = [
+        "10.0.0.1 @n1",
+        "10.0.0.2 @n1 terminating",
+        "10.0.0.3 @n1 unready",
+        "10.0.0.4 @n2",
+    ];
+    cluster.set(slice("web", &endpoints));
+    // The same pod for another port.
+    cluster.set(named_slice(
+        "web-1",
+        "web",
+        &[("", 8081)],
+        &["10.0.0.1 @n1", "10.0.0.5 @n1"],
+    ));
+    apply(&mut lb, &mut cluster);
+    assert_eq!(check(&lb), expected(2));
+    assert!(lb.new_health_checks().is_some());
+    cluster.set(slice("other", &["10.0.0.9 @n1"]));
+    apply(&mut lb, &mut cluster);
+    assert!(lb.new_health_checks().is_none(), "of another Service");
+    cluster.set(service("web", "10.96.0.1"));
+    apply(&mut lb, &mut cluster);
+    assert!(check(&lb).is_empty(), "no longer a load balancer of policy Local");
+    cluster.set(balanced.clone());
+    apply(&mut lb, &mut cluster);
+    balanced.other_proxy = true;
+    cluster.set(balanced);
+    apply(&mut lb, &mut cluster);
+    assert!(check(&lb).is_empty(), "another proxy answers");
+}

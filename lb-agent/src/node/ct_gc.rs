@@ -1,0 +1,482 @@
+//! Flows of packets that are over are removed from CT and CT_NEW: one thread, beside the reconciler.
+//!
+//! It reads each map as a whole, in batches, again and again, and never looks at more than [`PER_SECOND`] entries in a
+//! second: what it costs does not depend on how many flows there are, only how soon one is found that is over.
+//!
+//! Both directions of a flow go together, that of the answers first: as long as the other is there, no program makes
+//! the flow anew. Before that both are looked up once more, and stay if a packet came.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lb_common::abi::{CtEntry, CtKey, ct_flags};
+use lb_common::logic::ct::{Phase, Timeouts, reverse_key};
+use lb_common::logic::idle;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tracing::warn;
+
+use super::nf_conntrack::Settings;
+use crate::clock::monotonic_ns;
+use crate::maps::ct::{FlowMap, FlowMaps, Position};
+use lb_core::maps::Direction;
+use lb_core::maps::MapError;
+use lb_core::model::{Problem, ProblemKind};
+
+/// Entries that are looked at in a second, at most (and those of a batch more).
+pub const PER_SECOND: usize = 1 << 16;
+/// Time between the beginnings of two turns.
+const TURN: Duration = Duration::from_secs(1);
+/// Time from the end of a sweep to the next.
+const PAUSE: Duration = Duration::from_secs(4);
+
+/// What is over, and why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    /// The flow was idle for as long as one in its phase may be.
+    Idle(Phase),
+    /// Only one direction was there, for as long.
+    Orphan,
+}
+
+impl Reason {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Idle(Phase::New),
+        Self::Idle(Phase::Established),
+        Self::Idle(Phase::HalfClosed),
+        Self::Idle(Phase::Closed),
+        Self::Idle(Phase::Reset),
+        Self::Orphan,
+    ];
+
+    /// Label of the metric `lb_conntrack_gc_removed_total`.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Idle(Phase::New) => "new",
+            Self::Idle(Phase::Established) => "idle",
+            Self::Idle(Phase::HalfClosed) => "half_closed",
+            Self::Idle(Phase::Closed) => "closed",
+            Self::Idle(Phase::Reset) => "reset",
+            Self::Orphan => "orphan",
+        }
+    }
+}
+
+/// The time-outs that kube-proxy's settings say. Zero says nothing.
+#[must_use]
+pub fn timeouts(settings: &Settings) -> Timeouts {
+    let or = |said: Duration, default| match u64::try_from(said.as_nanos()) {
+        Ok(0) => default,
+        Ok(said) => said,
+        Err(_) => u64::MAX,
+    };
+    let default = Timeouts::DEFAULT;
+    Timeouts {
+        established: or(settings.tcp_established, default.established),
+        half_closed: or(settings.tcp_close_wait, default.half_closed),
+        datagrams: or(settings.udp_stream, default.datagrams),
+        new_datagrams: or(settings.udp, default.new_datagrams),
+        ..default
+    }
+}
+
+/// What was done in a turn.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Turn {
+    /// How long that took.
+    pub took: Duration,
+    /// Entries looked at.
+    pub looked_at: usize,
+    /// Entries removed.
+    pub removed: BTreeMap<Reason, u64>,
+    /// Maps that were read to their end, and the entries that they have.
+    pub entries: Vec<(&'static str, usize)>,
+    /// What went wrong.
+    pub problem: Option<Problem>,
+}
+
+/// The thread that removes flows. It ends when this is dropped.
+#[derive(Debug)]
+pub struct Collector {
+    /// Nothing is ever sent: where this is dropped, the thread ends.
+    _stop: Sender<()>,
+    turns: UnboundedReceiver<Turn>,
+}
+
+/// Why flows cannot be collected.
+#[derive(Debug, thiserror::Error)]
+pub enum CollectorError {
+    /// The maps cannot be opened.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// No thread.
+    #[error("starting a thread: {0}")]
+    Thread(io::Error),
+}
+
+impl Collector {
+    /// Starts the thread, on the maps that are pinned in a folder.
+    ///
+    /// # Errors
+    /// Where the maps cannot be opened, or the thread not be started.
+    pub fn start(maps: &Path, timeouts: Timeouts) -> Result<Self, CollectorError> {
+        let maps = FlowMaps::open(maps)?;
+        let (stop, stopped) = mpsc::channel();
+        let (told, turns) = unbounded_channel();
+        let worker = Worker {
+            timeouts,
+            told,
+            begun: Instant::now(),
+            turn: Turn::default(),
+        };
+        thread::Builder::new()
+            .name("lb-flows".into())
+            .spawn(move || worker.run(maps, &stopped))
+            .map_err(CollectorError::Thread)?;
+        Ok(Self { _stop: stop, turns })
+    }
+
+    /// Waits for the end of the next turn; `None` where the thread has ended.
+    pub async fn turn(&mut self) -> Option<Turn> {
+        self.turns.recv().await
+    }
+}
+
+struct Worker {
+    timeouts: Timeouts,
+    told: UnboundedSender<Turn>,
+    /// When the turn began.
+    begun: Instant,
+    turn: Turn,
+}
+
+/// Whether the thread is to go on.
+fn goes_on(stopped: &Receiver<()>, wait: Duration) -> bool {
+    matches!(stopped.recv_timeout(wait), Err(RecvTimeoutError::Timeout))
+}
+
+impl Worker {
+    fn run(mut self, maps: FlowMaps, stopped: &Receiver<()>) {
+        let FlowMaps { answered, new } = maps;
+        let mut maps = [(answered, true), (new, false)];
+        loop {
+            self.begun = Instant::now();
+            for (map, answered) in &mut maps {
+                match self.sweep(map, *answered, stopped) {
+                    Ok(true) => {}
+                    Ok(false) => return,
+                    Err(error) => {
+                        warn!(%error, "flows that are over may stay");
+                        self.turn.problem =
+                            Some(Problem::new("collecting flows", error.to_string()).kind(ProblemKind::Map));
+                    }
+                }
+            }
+            self.end_turn();
+            if !goes_on(stopped, PAUSE) {
+                return;
+            }
+        }
+    }
+
+    /// Reads a map as a whole; false where the thread is to end.
+    fn sweep(&mut self, map: &mut FlowMap, answered: bool, stopped: &Receiver<()>) -> Result<bool, MapError> {
+        let mut position = Position::Begin;
+        let mut entries = 0;
+        while position != Position::End {
+            let (found, next) = map.read(position)?;
+            let removed = collect(map, &found, answered, &self.timeouts, monotonic_ns)?;
+            self.turn.looked_at += found.len();
+            entries += found.len();
+            entries -= removed.values().sum::<u64>().min(entries as u64) as usize;
+            for (reason, count) in removed {
+                *self.turn.removed.entry(reason).or_default() += count;
+            }
+            position = next;
+            if self.turn.looked_at >= PER_SECOND {
+                let begun = self.begun;
+                self.end_turn();
+                if !goes_on(stopped, TURN.saturating_sub(begun.elapsed())) {
+                    return Ok(false);
+                }
+                self.begun = Instant::now();
+            }
+        }
+        self.turn.entries.push((map.name(), entries));
+        Ok(true)
+    }
+
+    fn end_turn(&mut self) {
+        self.turn.took = self.begun.elapsed();
+        // Where nobody listens, the agent ends.
+        self.told.send(std::mem::take(&mut self.turn)).ok();
+    }
+}
+
+/// Entries by key.
+trait Entries {
+    fn get(&self, key: &CtKey) -> Result<Option<CtEntry>, MapError>;
+    fn remove(&mut self, key: &CtKey) -> Result<bool, MapError>;
+}
+
+impl Entries for FlowMap {
+    fn get(&self, key: &CtKey) -> Result<Option<CtEntry>, MapError> {
+        FlowMap::get(self, key)
+    }
+
+    fn remove(&mut self, key: &CtKey) -> Result<bool, MapError> {
+        FlowMap::remove(self, key)
+    }
+}
+
+/// Removes those of the entries that are over, with their other directions; how many, by reason.
+fn collect(
+    map: &mut impl Entries,
+    found: &[Direction],
+    answered: bool,
+    timeouts: &Timeouts,
+    now: impl Fn() -> u64,
+) -> Result<BTreeMap<Reason, u64>, MapError> {
+    let begun = now();
+    let mut removed = BTreeMap::new();
+    for (key, entry) in found {
+        // Most of a busy node's: one look is enough.
+        if !idle::is_over(entry.seen, begun, timeouts.shortest()) {
+            continue;
+        }
+        let other_key = reverse_key(entry, key.proto);
+        let other = map.get(&other_key)?;
+        let Some(reason) = judge(key.proto, answered, entry, other.as_ref(), timeouts, begun) else {
+            continue;
+        };
+        // Once more, since the entry was read a while ago; gone already where it was the other direction of another.
+        let is_as_before = |now: Option<CtEntry>, before: &CtEntry| now.is_some_and(|now| now.seen == before.seen);
+        if !is_as_before(map.get(key)?, entry) {
+            continue;
+        }
+        let mut keys = vec![(*key, entry.flags)];
+        if let Some(other) = other {
+            if !is_as_before(map.get(&other_key)?, &other) {
+                continue;
+            }
+            keys.push((other_key, other.flags));
+        }
+        keys.sort_by_key(|(_, flags)| flags & ct_flags::REPLY == 0);
+        for (key, _) in keys {
+            if map.remove(&key)? {
+                *removed.entry(reason).or_default() += 1;
+            }
+        }
+    }
+    Ok(removed)
+}
+
+/// Whether a flow is over, given as one of its directions and, if it is there, the other.
+fn judge(
+    proto: u8,
+    answered: bool,
+    entry: &CtEntry,
+    other: Option<&CtEntry>,
+    timeouts: &Timeouts,
+    now: u64,
+) -> Option<Reason> {
+    let seen = other.map_or(entry.seen, |other| other.seen.max(entry.seen));
+    let phase = Phase::of(answered, [entry.state, other.map_or(0, |other| other.state)]);
+    let reason = other.map_or(Reason::Orphan, |_| Reason::Idle(phase));
+    idle::is_over(seen, now, timeouts.of(proto, phase)).then_some(reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use lb_common::abi::{Addr, ct_state, ip_protocol};
+
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+    const TCP: u8 = ip_protocol::TCP;
+    const UDP: u8 = ip_protocol::UDP;
+
+    /// Entries in memory. After some look-ups, a packet of this direction comes.
+    #[derive(Default)]
+    struct Fake {
+        entries: BTreeMap<CtKey, CtEntry>,
+        packet: Option<CtKey>,
+        looks: Cell<usize>,
+        removed: Vec<CtKey>,
+    }
+
+    impl Entries for Fake {
+        fn get(&self, key: &CtKey) -> Result<Option<CtEntry>, MapError> {
+            self.looks.set(self.looks.get() + 1);
+            let mut entry = self.entries.get(key).copied();
+            if self.looks.get() > 1
+                && self.packet == Some(*key)
+                && let Some(entry) = &mut entry
+            {
+                entry.seen += 1;
+            }
+            Ok(entry)
+        }
+
+        fn remove(&mut self, key: &CtKey) -> Result<bool, MapError> {
+            self.removed.push(*key);
+            Ok(self.entries.remove(key).is_some())
+        }
+    }
+
+    /// A flow of a client with that number: what it asks, and what the backend answers, each seen so many seconds ago.
+    fn flow(n: u8, proto: u8, seen: [u64; 2], states: [u8; 2]) -> [Direction; 2] {
+        let (client, frontend) = (Addr::from_v4([192, 0, 2, n]), Addr::from_v4([10, 96, 0, 1]));
+        let (node, backend) = (Addr::from_v4([192, 168, 0, 1]), Addr::from_v4([10, 0, 0, 1]));
+        let key = |src, src_port, dst, dst_port| CtKey {
+            src,
+            dst,
+            src_port,
+            dst_port,
+            proto,
+            pad: [0; 3],
+        };
+        let asked = key(client, 1000, frontend, 80);
+        let sent = key(node, 61_000 + u16::from(n), backend, 8080);
+        let entry = |becomes: CtKey, reply, ago: u64, state| CtEntry {
+            src: becomes.src,
+            dst: becomes.dst,
+            src_port: becomes.src_port,
+            dst_port: becomes.dst_port,
+            seen: NOW - ago * SECOND,
+            flags: reply,
+            state,
+            ..CtEntry::default()
+        };
+        let reverse = |k: CtKey| key(k.dst, k.dst_port, k.src, k.src_port);
+        [
+            (asked, entry(sent, 0, seen[0], states[0])),
+            (
+                reverse(sent),
+                entry(reverse(asked), ct_flags::REPLY, seen[1], states[1]),
+            ),
+        ]
+    }
+
+    const NOW: u64 = 1_000_000 * SECOND;
+
+    fn of(flows: &[[Direction; 2]]) -> (Fake, Vec<Direction>) {
+        let all: Vec<_> = flows.iter().flatten().copied().collect();
+        let fake = Fake {
+            entries: all.iter().copied().collect(),
+            ..Fake::default()
+        };
+        (fake, all)
+    }
+
+    fn run(fake: &mut Fake, found: &[Direction], answered: bool) -> BTreeMap<Reason, u64> {
+        collect(fake, found, answered, &Timeouts::DEFAULT, || NOW).unwrap()
+    }
+
+    #[test]
+    fn a_flow_goes_when_both_directions_were_idle_for_the_time_of_its_phase() {
+        const FIN: u8 = ct_state::FIN;
+        const RST: u8 = ct_state::RST;
+        for (proto, answered, states, seconds, reason) in [
+            (TCP, true, [0, 0], 86_400, Reason::Idle(Phase::Established)),
+            (TCP, true, [0, FIN], 3600, Reason::Idle(Phase::HalfClosed)),
+            (TCP, true, [FIN, FIN], 120, Reason::Idle(Phase::Closed)),
+            (TCP, true, [0, RST], 10, Reason::Idle(Phase::Reset)),
+            (TCP, false, [0, 0], 60, Reason::Idle(Phase::New)),
+            (UDP, true, [0, 0], 120, Reason::Idle(Phase::Established)),
+            (UDP, false, [0, 0], 30, Reason::Idle(Phase::New)),
+        ] {
+            for (seen, goes) in [
+                ([seconds, seconds], true),
+                ([seconds, seconds - 1], false),
+                ([seconds - 1, seconds], false),
+                ([seconds + 9, seconds], true),
+            ] {
+                let (mut fake, found) = of(&[flow(1, proto, seen, states), flow(2, proto, [0, 0], [0, 0])]);
+                let removed = run(&mut fake, &found, answered);
+                let expected = if goes {
+                    BTreeMap::from([(reason, 2)])
+                } else {
+                    BTreeMap::new()
+                };
+                assert_eq!(removed, expected, "{proto} {reason:?} {seen:?}");
+                assert_eq!(fake.entries.len(), if goes { 2 } else { 4 });
+            }
+        }
+    }
+
+    #[test]
+    fn the_direction_of_the_answers_goes_first_whichever_was_found() {
+        let [asked, answered] = flow(1, TCP, [100, 100], [ct_state::RST, 0]);
+        for found in [asked, answered] {
+            let (mut fake, _) = of(&[[asked, answered]]);
+            run(&mut fake, &[found], true);
+            assert_eq!(fake.removed, [answered.0, asked.0]);
+        }
+    }
+
+    #[test]
+    fn a_packet_in_between_saves_the_flow() {
+        let both = flow(1, TCP, [100, 100], [ct_state::RST, 0]);
+        for direction in both {
+            for found in both {
+                let (mut fake, _) = of(&[both]);
+                fake.packet = Some(direction.0);
+                assert_eq!(run(&mut fake, &[found], true), BTreeMap::new());
+                assert_eq!(fake.entries.len(), 2);
+            }
+        }
+    }
+
+    #[test]
+    fn what_lacks_its_other_direction_goes_after_its_own_time() {
+        for (ago, goes) in [(59, false), (60, true)] {
+            for direction in flow(1, TCP, [ago, ago], [0, 0]) {
+                let mut fake = Fake::default();
+                fake.entries.insert(direction.0, direction.1);
+                let removed = run(&mut fake, &[direction], false);
+                assert_eq!(removed.get(&Reason::Orphan).copied(), goes.then_some(1), "{ago}");
+                assert_eq!(fake.entries.is_empty(), goes);
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_just_seen_costs_no_look() {
+        let (mut fake, found) = of(&[flow(1, TCP, [9, 9], [0, 0]), flow(2, UDP, [0, 1], [0, 0])]);
+        run(&mut fake, &found, true);
+        assert_eq!(fake.looks.get(), 0);
+    }
+
+    #[test]
+    fn timeouts_follow_the_configuration() {
+        assert_eq!(timeouts(&Settings::default()), Timeouts::DEFAULT);
+        let settings = Settings {
+            tcp_established: Duration::from_secs(7),
+            tcp_close_wait: Duration::ZERO,
+            udp: Duration::from_secs(5),
+            udp_stream: Duration::from_millis(1),
+            ..Settings::default()
+        };
+        let expected = Timeouts {
+            established: 7 * SECOND,
+            new_datagrams: 5 * SECOND,
+            datagrams: SECOND / 1000,
+            ..Timeouts::DEFAULT
+        };
+        assert_eq!(timeouts(&settings), expected);
+    }
+
+    #[test]
+    fn reasons_have_names_of_their_own() {
+        let labels: std::collections::BTreeSet<_> = Reason::ALL.map(Reason::label).into();
+        assert_eq!(labels.len(), Reason::ALL.len());
+    }
+}

@@ -1,0 +1,273 @@
+//! What the programs count, read from the pinned maps when somebody asks.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Mutex, PoisonError};
+
+use lb_common::abi::{DropReason, Name, Service, ServiceStats, map_name, set_flags};
+use lb_common::logic::generation;
+use prometheus::proto::MetricFamily;
+use prometheus::{IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry};
+
+use super::metrics::FAMILIES;
+use crate::maps::bpf::PinnedMaps;
+use lb_core::maps::MapError;
+use lb_core::names::ServicePortName;
+use lb_core::reconcile::Usage;
+
+/// The maps, opened once more: the agent's loop need not stand by.
+pub(super) struct Collector {
+    maps: PinnedMaps,
+    per_service: bool,
+    totals: Mutex<Totals>,
+}
+
+/// Why the maps cannot be told.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CollectError {
+    #[error(transparent)]
+    Map(#[from] MapError),
+    #[error(transparent)]
+    Metrics(#[from] prometheus::Error),
+}
+
+/// Connections over all Services. A Service's own counter goes with it; this one only ever grows.
+#[derive(Debug, Default)]
+struct Totals {
+    /// What was last read of each service index, by its generation.
+    seen: HashMap<(u32, u32), ServiceStats>,
+    /// Whether anything was read: what stood there before is no news.
+    begun: bool,
+    sum: ServiceStats,
+}
+
+impl Totals {
+    /// Takes what the maps say now, of everything that there is.
+    fn update(&mut self, now: HashMap<(u32, u32), ServiceStats>) {
+        for (key, stats) in &now {
+            let before = match self.seen.entry(*key) {
+                Entry::Occupied(entry) => *entry.get(),
+                Entry::Vacant(_) if self.begun => ServiceStats::default(),
+                Entry::Vacant(_) => *stats,
+            };
+            self.sum.connections += stats.connections.saturating_sub(before.connections);
+            self.sum.refused += stats.refused.saturating_sub(before.refused);
+        }
+        self.seen = now;
+        self.begun = true;
+    }
+}
+
+/// Services with policy Local that have endpoints, but none here.
+fn lacks_local(service: &Service) -> [(&'static str, bool); 2] {
+    [("internal", service.internal), ("external", service.external)]
+        .map(|(policy, set)| (policy, set.len == 0 && set.flags & set_flags::EMPTY_DROPS != 0))
+}
+
+fn ours(name: &str, help: &str) -> Opts {
+    Opts::new(name, help).namespace("lb")
+}
+
+impl Collector {
+    /// `per_service`: connections of each Service port too.
+    pub(super) fn new(maps: PinnedMaps, per_service: bool) -> Self {
+        Self {
+            maps,
+            per_service,
+            totals: Mutex::default(),
+        }
+    }
+
+    /// Everything, to be written out. `usage` is that of the maps that the agent fills.
+    pub(super) fn gather(&self, usage: Usage) -> Result<Vec<MetricFamily>, CollectError> {
+        let registry = Registry::new();
+        self.sizes(usage, &registry)?;
+        self.drops(&registry)?;
+        self.services(&registry)?;
+        Ok(registry.gather())
+    }
+
+    fn sizes(&self, usage: Usage, registry: &Registry) -> Result<(), CollectError> {
+        let capacity = IntGaugeVec::new(ours("map_capacity", "Entries that a map has room for"), &["map"])?;
+        let entries = IntGaugeVec::new(ours("map_entries", "Entries of a map that are in use"), &["map"])?;
+        let sizes = self.maps.capacities();
+        for (map, used, size) in [
+            (map_name::SERVICES, usage.services as usize, sizes.services),
+            (map_name::FRONTENDS, usage.frontends as usize, sizes.frontends),
+            (map_name::BACKENDS, usage.backends as usize, sizes.backends),
+            (
+                map_name::BACKEND_SLOTS,
+                usage.backend_slots as usize,
+                sizes.backend_slots,
+            ),
+            (map_name::SOCKETS, self.maps.sockets_used(), sizes.sockets),
+            (
+                map_name::SOCKETS_MORE,
+                self.maps.sockets_more_used()?,
+                sizes.sockets_more,
+            ),
+            (map_name::UDP_FLOWS, self.maps.udp_flows_used()?, sizes.udp_flows),
+            (map_name::AFFINITY, self.maps.affinity_used()?, sizes.affinity),
+        ] {
+            capacity.with_label_values(&[map]).set(size.into());
+            entries.with_label_values(&[map]).set(used as i64);
+        }
+        // How many entries these have is known by who looks at all of them.
+        for (map, size) in [(map_name::CT, sizes.conntrack), (map_name::CT_NEW, sizes.conntrack_new)] {
+            capacity.with_label_values(&[map]).set(size.into());
+        }
+        registry.register(Box::new(capacity))?;
+        registry.register(Box::new(entries))?;
+        Ok(())
+    }
+
+    fn drops(&self, registry: &Registry) -> Result<(), CollectError> {
+        let help = "What was refused, dropped, or served without something, by reason";
+        let drops = IntCounterVec::new(ours("drops_total", help), &["reason"])?;
+        for reason in DropReason::ALL {
+            drops
+                .with_label_values(&[reason.label()])
+                .inc_by(self.maps.drops(*reason)?);
+        }
+        registry.register(Box::new(drops))?;
+        Ok(())
+    }
+
+    fn services(&self, registry: &Registry) -> Result<(), CollectError> {
+        let no_local = Opts::new(
+            "sync_proxy_rules_no_local_endpoints_total",
+            "Service ports with traffic policy Local that have endpoints, but none on this node",
+        );
+        let no_local = IntGaugeVec::new(no_local.subsystem("kubeproxy"), &["traffic_policy", "ip_family"])?;
+        for policy in ["internal", "external"] {
+            for family in FAMILIES {
+                no_local.with_label_values(&[policy, family]);
+            }
+        }
+        let labels = ["namespace", "service", "port", "protocol", "ip_family"];
+        let connections = ours(
+            "service_connections_total",
+            "Connections that were given a backend, by Service port",
+        );
+        let connections = IntCounterVec::new(connections, &labels)?;
+        let refused = ours(
+            "service_refused_total",
+            "Connections that were refused, by Service port",
+        );
+        let refused = IntCounterVec::new(refused, &labels)?;
+
+        let mut all = HashMap::new();
+        for index in 1..self.maps.capacities().services {
+            let Some((service, stats)) = self.read(index)? else {
+                continue;
+            };
+            all.insert((index, service.generation), stats);
+            let lacks = lacks_local(&service).into_iter().filter(|(_, lacks)| *lacks);
+            let mut lacks = lacks.map(|(policy, _)| policy).peekable();
+            if !self.per_service && lacks.peek().is_none() {
+                continue;
+            }
+            let Some(name) = self.maps.name(index)? else { continue };
+            for policy in lacks {
+                no_local.with_label_values(&[policy, family(&name)]).inc();
+            }
+            if self.per_service {
+                let owner = ServicePortName::of(Some(&name));
+                let labels = [
+                    &*owner.namespace,
+                    &owner.name,
+                    &owner.port.to_string(),
+                    &owner.protocol,
+                    family(&name),
+                ];
+                connections.with_label_values(&labels).inc_by(stats.connections);
+                refused.with_label_values(&labels).inc_by(stats.refused);
+            }
+        }
+        registry.register(Box::new(no_local))?;
+        if self.per_service {
+            registry.register(Box::new(connections))?;
+            registry.register(Box::new(refused))?;
+        }
+
+        let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+        totals.update(all);
+        for (name, help, value) in [
+            (
+                "connections_total",
+                "Connections that were given a backend, since the agent started",
+                totals.sum.connections,
+            ),
+            (
+                "refused_total",
+                "Connections that a Service refused, since the agent started",
+                totals.sum.refused,
+            ),
+        ] {
+            let counter = IntCounter::with_opts(ours(name, help))?;
+            counter.inc_by(value);
+            registry.register(Box::new(counter))?;
+        }
+        Ok(())
+    }
+
+    /// A service index that is in use, and its counters.
+    fn read(&self, index: u32) -> Result<Option<(Service, ServiceStats)>, MapError> {
+        let Some(service) = self.maps.service(index).filter(|s| generation::is_live(s.generation)) else {
+            return Ok(None);
+        };
+        let stats = self.maps.stats(index)?;
+        // It may have passed to another in between.
+        let same = self
+            .maps
+            .service(index)
+            .is_some_and(|now| now.generation == service.generation);
+        Ok(same.then_some((service, stats)))
+    }
+}
+
+fn family(name: &Name) -> &'static str {
+    FAMILIES[usize::from(name.family == 6)]
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_common::abi::SetWord;
+
+    use super::*;
+
+    #[test]
+    fn totals_grow_also_where_services_go() {
+        let stats = |connections, refused| ServiceStats { connections, refused };
+        let mut totals = Totals::default();
+        // What an earlier agent has left.
+        totals.update([((1, 1), stats(100, 10))].into());
+        assert_eq!(totals.sum, stats(0, 0));
+        totals.update([((1, 1), stats(103, 10)), ((2, 1), stats(5, 1))].into());
+        assert_eq!(totals.sum, stats(8, 1));
+        // The index is another Service's now.
+        totals.update([((1, 3), stats(2, 0)), ((2, 1), stats(5, 1))].into());
+        assert_eq!(totals.sum, stats(10, 1));
+        totals.update(HashMap::new());
+        assert_eq!(totals.sum, stats(10, 1));
+    }
+
+    #[test]
+    fn only_empty_sets_of_policy_local_lack_endpoints() {
+        let set = |len, flags| SetWord { base: 0, len, flags };
+        let service = |internal, external| Service {
+            internal,
+            external,
+            ..Service::default()
+        };
+        let drops = set_flags::EMPTY_DROPS;
+        for (internal, external, expected) in [
+            (set(0, drops), set(0, 0), [true, false]),
+            (set(1, 0), set(0, drops), [false, true]),
+            (set(0, 0), set(2, drops), [false, false]),
+        ] {
+            let lacks = lacks_local(&service(internal, external));
+            assert_eq!(lacks.map(|(_, lacks)| lacks), expected, "{internal:?} {external:?}");
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! What the collection of flows that are over has done, and what it cost.
+
+use lb_common::abi::map_name;
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, exponential_buckets,
+};
+
+use crate::node::ct_gc::{Reason, Turn};
+
+/// Counters and gauges.
+#[derive(Debug)]
+pub(super) struct FlowMetrics {
+    seconds: Histogram,
+    looked_at: IntCounter,
+    removed: IntCounterVec,
+    entries: IntGaugeVec,
+}
+
+impl FlowMetrics {
+    /// All at zero.
+    pub(super) fn new(registry: &Registry) -> prometheus::Result<Self> {
+        let ours = |name: &str, help: &str| Opts::new(name, help).namespace("lb").subsystem("conntrack");
+        let seconds = ours(
+            "gc_seconds",
+            "Time that a turn took of those that look for flows that are over",
+        );
+        let new = Self {
+            seconds: Histogram::with_opts(
+                HistogramOpts::from(seconds).buckets(exponential_buckets(0.000_1, 2.0, 14)?),
+            )?,
+            looked_at: IntCounter::with_opts(ours("gc_entries_total", "Entries that were looked at for that"))?,
+            removed: IntCounterVec::new(
+                ours("gc_removed_total", "Entries that were removed, by what was over"),
+                &["reason"],
+            )?,
+            entries: IntGaugeVec::new(
+                ours(
+                    "entries",
+                    "Entries that there were when all were last looked at: two for each flow",
+                ),
+                &["map"],
+            )?,
+        };
+        let Self {
+            seconds,
+            looked_at,
+            removed,
+            entries,
+        } = &new;
+        registry.register(Box::new(seconds.clone()))?;
+        registry.register(Box::new(looked_at.clone()))?;
+        registry.register(Box::new(removed.clone()))?;
+        registry.register(Box::new(entries.clone()))?;
+        for map in [map_name::CT, map_name::CT_NEW] {
+            entries.with_label_values(&[map]);
+        }
+        for reason in Reason::ALL {
+            removed.with_label_values(&[reason.label()]);
+        }
+        Ok(new)
+    }
+
+    /// A turn has ended.
+    pub(super) fn turn(&self, turn: &Turn) {
+        self.seconds.observe(turn.took.as_secs_f64());
+        self.looked_at.inc_by(turn.looked_at as u64);
+        for (reason, count) in &turn.removed {
+            self.removed.with_label_values(&[reason.label()]).inc_by(*count);
+        }
+        for (map, entries) in &turn.entries {
+            self.entries.with_label_values(&[map]).set(*entries as i64);
+        }
+    }
+}
