@@ -1,13 +1,14 @@
-//! Memory that was freed, back to the kernel.
+//! The heap of the C library.
 #![expect(unsafe_code, reason = "a call of the C library")]
 
-/// Gives back what is free, also between what is in use. Takes some milliseconds per 100 MB.
+/// Returns freed heap memory to the kernel (`malloc_trim`), also from between blocks that are in use. It takes some
+/// milliseconds per 100 MB.
 ///
-/// The C library does so by itself only for the end of the heap, so what was needed for a moment, such as all texts of a
-/// large manifest, would stay for good.
-pub(crate) fn give_back() {
+/// By itself the C library returns only the free end of the heap, so memory that is needed for a moment, such as all
+/// texts of a large manifest, would stay with the process for good.
+pub(crate) fn trim() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: may be called at any time, from any thread.
+    // SAFETY: `malloc_trim` has no preconditions and is thread-safe: it takes the locks of the allocator itself.
     unsafe {
         libc::malloc_trim(0);
     }

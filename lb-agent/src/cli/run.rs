@@ -16,6 +16,7 @@ use super::config::{ConfigArgs, tune};
 use super::packets::{PacketArgs, Packets};
 use super::{CapacityArgs, PinArgs, SourceArgs};
 use crate::config::Config;
+use crate::heap;
 use crate::k8s_events::Notices;
 use crate::loader::{self, Cgroup, LoadError, Lock, OBJECT, PinPath, SocketLb, TraceLock};
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
@@ -30,7 +31,7 @@ use crate::server::Face;
 use lb_core::maps::Maps as _;
 use lb_core::model::{Batch, Problem, ProblemKind};
 use lb_core::names::pad;
-use lb_core::reconcile::Reconciler;
+use lb_core::reconcile::{LARGE, Reconciler};
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
@@ -382,6 +383,10 @@ impl Agent {
         self.outside.face.applied(&applying, &mut self.reconciler);
         let written = self.reconciler.maps().written() - before;
         debug!(changes, written, "applied");
+        if changes >= LARGE {
+            // The batch and the state that it replaced are freed by now.
+            heap::trim();
+        }
         self.state.applies += 1;
         self.state.applied = seconds_since_1970();
         self.state.complete = self.reconciler.is_complete().into();
