@@ -1,6 +1,6 @@
 //! One client of the API server, over several URLs.
 //!
-//! Nothing here needs a Service address: what makes those work is what the client fetches.
+//! Nothing here needs a Service address, since those work only after this client has fetched the Services.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,21 +27,21 @@ use tower::{BoxError, Service, ServiceBuilder};
 const CONNECT: Duration = Duration::from_secs(5);
 /// How long it may take until an answer begins.
 const ANSWER: Duration = Duration::from_secs(30);
-/// Silence after which the kernel asks whether a server is still there, and between two such questions.
+/// Idle time before the first TCP keepalive probe, and the interval between probes.
 const KEEPALIVE: Duration = Duration::from_secs(10);
-/// Questions without an answer after which a connection is given up.
+/// Unanswered keepalive probes after which the kernel closes a connection.
 const KEEPALIVE_TRIES: u32 = 3;
 
-/// Where the API server is, and who asks.
+/// Address of the API server, and the credentials of the client.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
     /// A kubeconfig file; without one, the service account of the pod.
     pub kubeconfig: Option<PathBuf>,
-    /// URLs of API servers of one cluster, which are tried in turn; without any, the one of the kubeconfig or the pod.
+    /// URLs of API servers of one cluster, tried in turn. If empty, the URL of the kubeconfig or the pod is used.
     pub servers: Vec<Uri>,
 }
 
-/// Why there is no client.
+/// Reasons why a client cannot be created.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectError {
@@ -50,7 +50,7 @@ pub enum ConnectError {
     Kubeconfig {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The reason.
         error: KubeconfigError,
     },
     /// There is neither a kubeconfig file nor a service account.
@@ -64,17 +64,17 @@ pub enum ConnectError {
     Credentials {
         /// The server.
         server: Uri,
-        /// What is wrong.
+        /// The reason.
         error: Box<kube::Error>,
     },
 }
 
-/// What cannot be fetched now: what the last answer to each path was, where that was an error.
+/// The last error of every path, if its last request failed.
 pub type Failures = BTreeMap<String, String>;
 
-/// A client, and how it is doing.
+/// A client, and the state of its requests.
 pub struct Connection {
-    /// Asks the servers in turn.
+    /// Sends each request to the servers in turn.
     pub client: Client,
     /// Changes when requests begin to fail, and when they succeed again.
     pub failures: watch::Receiver<Failures>,
@@ -90,10 +90,10 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// Makes a client. Nothing is sent yet. To be called in a Tokio runtime.
+/// Creates a client without sending a request. Must be called in a Tokio runtime.
 ///
 /// # Errors
-/// Where the settings cannot be used.
+/// Returns [`ConnectError`] if the settings cannot be used.
 pub async fn connect(settings: &Settings) -> Result<Connection, ConnectError> {
     let base = match &settings.kubeconfig {
         Some(path) => {
@@ -138,7 +138,7 @@ pub async fn connect(settings: &Settings) -> Result<Connection, ConnectError> {
     })
 }
 
-/// A client of one server: as `kube` makes it, with a look whether an idle connection still lives.
+/// A client of one server: the one that `kube` builds, with TCP keepalive on its connections.
 fn one(config: &Config) -> Result<Client, kube::Error> {
     let mut http = HttpConnector::new();
     http.enforce_http(false);
@@ -158,16 +158,16 @@ fn one(config: &Config) -> Result<Client, kube::Error> {
     Ok(ClientBuilder::new(service, config.default_namespace.clone()).build())
 }
 
-/// Asks one server until it fails, then the next.
+/// Sends requests to one server until it fails, then to the next.
 #[derive(Clone)]
 struct InTurn {
     clients: Arc<[Client]>,
-    /// Who is asked, modulo their number.
+    /// Index of the current server, modulo the number of servers.
     current: Arc<AtomicUsize>,
     noted: Arc<watch::Sender<Failures>>,
 }
 
-/// An answer that another server may give better.
+/// A response after which another server is tried.
 fn is_unavailable(status: StatusCode) -> bool {
     matches!(
         status,
@@ -179,7 +179,7 @@ impl InTurn {
     async fn send(self, request: Request<Body>) -> Result<Response<Body>, kube::Error> {
         let (parts, body) = request.into_parts();
         let path = parts.uri.path().to_owned();
-        // What has a body is sent once: it cannot be sent twice, and may have arrived.
+        // A request with a body is sent once: the body cannot be replayed, and the server may have received it.
         let tries = if parts.method == Method::GET {
             self.clients.len()
         } else {
@@ -197,7 +197,7 @@ impl InTurn {
             if result.as_ref().is_ok_and(|response| !is_unavailable(response.status())) {
                 break;
             }
-            // Whoever fails at the same time need not go on as well.
+            // Of several requests that fail at the same time only one advances to the next server.
             let next = at.wrapping_add(1);
             let _ = self
                 .current
@@ -207,11 +207,11 @@ impl InTurn {
         result
     }
 
-    /// Remembers what does not work.
+    /// Records the error of a path, or removes it.
     fn note(&self, path: String, result: &Result<Response<Body>, kube::Error>) {
         let failure = match result {
             Err(error) => Some(chain(error)),
-            // Gone: a new list is fetched, which is part of watching.
+            // 410 Gone: the watcher fetches a new list, which is its normal operation.
             Ok(response) if response.status() == StatusCode::GONE => None,
             Ok(response) => {
                 let status = response.status();
@@ -229,7 +229,7 @@ impl InTurn {
     }
 }
 
-/// An error with its causes, each said once.
+/// An error with its causes, without repetitions.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

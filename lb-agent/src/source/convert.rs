@@ -1,7 +1,7 @@
 //! From API objects to the model, with validation.
 //!
 //! The API server validates what it stores, but a manifest has met no API server, and an old one was more lenient than
-//! a new one. So everything is checked here, by the rules of `k8s.io/kubernetes/pkg/apis/core/validation` and
+//! a new one. Therefore everything is checked here, by the rules of `k8s.io/kubernetes/pkg/apis/core/validation` and
 //! `.../discovery/validation` as far as they matter to a proxy. Conversion stops at the first error.
 
 use std::collections::HashSet;
@@ -24,15 +24,15 @@ use lb_core::model::{
 pub const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// Label of a Service that another proxy serves.
 pub const LABEL_SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
-/// Label of a Service (or slice) that wants no proxy.
+/// Label of a Service (or slice) that no proxy serves.
 pub const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
 /// Label of a Node that names its zone.
 pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
 /// Taint that the cluster autoscaler puts on a Node that it is about to delete.
 pub const TAINT_TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
-/// Annotation of an EndpointSlice: when what led to its last change happened (RFC 3339).
+/// Annotation of an EndpointSlice: the time of the event that caused its last change (RFC 3339).
 pub const ANNOTATION_TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
-/// `sessionAffinityConfig.clientIP.timeoutSeconds` where none is given, in seconds.
+/// Default of `sessionAffinityConfig.clientIP.timeoutSeconds`, in seconds.
 pub const DEFAULT_AFFINITY_TIMEOUT: u32 = 10_800;
 /// The longest session affinity timeout, in seconds.
 pub const MAX_AFFINITY_TIMEOUT: u32 = 86_400;
@@ -44,17 +44,17 @@ const SUBDOMAIN_MAX: usize = 253;
 /// Longest piece of input that is quoted in a message, in characters.
 const QUOTE_MAX: usize = 80;
 
-/// One field of an object is not what it must be. Displays as `field: reason`.
+/// A field of an object with an invalid value. Displays as `field: reason`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {reason}")]
 pub struct ConvertError {
     /// Path of the field, such as `spec.ports[1].port` or `metadata.labels["kubernetes.io/service-name"]`.
     pub field: String,
-    /// What is wrong with it.
+    /// The reason.
     pub reason: Reason,
 }
 
-/// What is wrong with a field.
+/// Reasons why a field is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Reason {
@@ -88,7 +88,7 @@ pub enum Reason {
     /// A string is not an address with a prefix length.
     #[error("{} is not a CIDR", Quoted(.0))]
     NotACidr(String),
-    /// A valid address that cannot stand here.
+    /// A valid address of a kind that the field does not permit.
     #[error("{address} is {class}, which cannot be used here")]
     AddressClass {
         /// The address.
@@ -104,7 +104,7 @@ pub enum Reason {
         /// `IPv4` or `IPv6`.
         family: &'static str,
     },
-    /// Two addresses of one family where at most one of each may stand.
+    /// Two addresses of one family in a field that permits one of each.
     #[error("{0} is a second address of the same family")]
     SameFamily(IpAddr),
     /// A string is longer than Kubernetes allows.
@@ -123,12 +123,12 @@ pub enum Reason {
         /// Whether dots are valid.
         dots: bool,
     },
-    /// What must be distinct has been seen before.
+    /// A value that must be unique occurs twice.
     #[error("{} is there twice", Quoted(.0))]
     Duplicate(String),
 }
 
-/// Displays a string in quotes, escaped, and cut where it is long: input must not be able to forge a log line.
+/// Displays a string in quotes, escaped, and truncated if it is long, so that input cannot forge a log line.
 pub(crate) struct Quoted<'a>(pub(crate) &'a str);
 
 impl fmt::Display for Quoted<'_> {
@@ -152,7 +152,7 @@ type Result<T, E = ConvertError> = std::result::Result<T, E>;
 /// A Service that has no cluster IP yet (or ever, in a manifest) has empty `cluster_ips`, as a headless one has.
 ///
 /// # Errors
-/// The first field that is not valid.
+/// Returns the first invalid field.
 pub fn service(object: &v1::Service) -> Result<Service> {
     let meta = &object.metadata;
     let key = namespaced_key(meta, false)?;
@@ -206,11 +206,11 @@ pub fn service(object: &v1::Service) -> Result<Service> {
     })
 }
 
-/// A `discovery.k8s.io/v1` EndpointSlice; `None` where it is none of a proxy's business: address type FQDN, or no
+/// Converts a `discovery.k8s.io/v1` EndpointSlice; `None` if a proxy ignores it: address type FQDN, or no
 /// label that names a Service.
 ///
 /// # Errors
-/// The first field that is not valid.
+/// Returns the first invalid field.
 pub fn endpoint_slice(object: &discovery::EndpointSlice) -> Result<Option<EndpointSlice>> {
     let key = namespaced_key(&object.metadata, true)?;
     let ipv6 = match object.address_type.as_str() {
@@ -263,7 +263,7 @@ pub fn endpoint_slice(object: &discovery::EndpointSlice) -> Result<Option<Endpoi
 /// A `v1` Node.
 ///
 /// # Errors
-/// The first field that is not valid.
+/// Returns the first invalid field.
 pub fn node(object: &v1::Node) -> Result<Node> {
     let name = object.metadata.name.as_deref().unwrap_or_default();
     if name.is_empty() {
@@ -305,7 +305,7 @@ pub fn node(object: &v1::Node) -> Result<Node> {
     })
 }
 
-/// `spec.clusterIPs`, or `spec.clusterIP` where the former is absent, and whether the Service is headless.
+/// `spec.clusterIPs`, or `spec.clusterIP` if the former is absent, and whether the Service is headless.
 fn cluster_ips(spec: &v1::ServiceSpec) -> Result<(Vec<IpAddr>, bool)> {
     let several = spec.cluster_ips.as_deref().unwrap_or_default();
     let single = [spec.cluster_ip.clone().unwrap_or_default()];
@@ -367,7 +367,7 @@ fn external_ips(spec: &v1::ServiceSpec) -> Result<Box<[IpAddr]>> {
         .collect()
 }
 
-/// The addresses in `status.loadBalancer.ingress` that a proxy is to serve: where `ipMode` is `Proxy`, the load balancer
+/// The addresses in `status.loadBalancer.ingress` that a proxy serves: if `ipMode` is `Proxy`, the load balancer
 /// sends to node ports, and its own address must not be short-circuited (KEP-1860).
 fn load_balancer_ips(object: &v1::Service) -> Result<Box<[IpAddr]>> {
     let status = object.status.as_ref();
@@ -388,7 +388,7 @@ fn load_balancer_ips(object: &v1::Service) -> Result<Box<[IpAddr]>> {
         .collect()
 }
 
-/// `spec.loadBalancerSourceRanges`. The API server lets blanks pass around them, and empty ones. What is no range is no
+/// `spec.loadBalancerSourceRanges`. The API server accepts surrounding blanks and empty strings. An invalid range is no
 /// reason not to serve the Service.
 fn source_ranges(spec: &v1::ServiceSpec) -> Box<[Arc<str>]> {
     let given = spec.load_balancer_source_ranges.iter().flatten();
@@ -527,7 +527,7 @@ fn endpoint(i: usize, given: &discovery::Endpoint, ipv6: bool) -> Result<Endpoin
     })
 }
 
-/// Texts, each held once, sorted.
+/// Interned texts, sorted.
 fn shared<'a>(texts: impl Iterator<Item = &'a str>) -> Box<[Arc<str>]> {
     let mut texts: Vec<_> = texts.map(intern::text).collect();
     texts.sort_unstable();
@@ -535,7 +535,7 @@ fn shared<'a>(texts: impl Iterator<Item = &'a str>) -> Box<[Arc<str>]> {
     texts.into()
 }
 
-/// Why an address cannot be an endpoint (`ValidateEndpointIP` upstream).
+/// The reason why an address cannot be an endpoint (`ValidateEndpointIP` upstream).
 fn not_an_endpoint(ip: IpAddr) -> Option<&'static str> {
     let link_local = match ip {
         IpAddr::V4(v4) => v4.is_link_local(),

@@ -1,8 +1,8 @@
 //! Objects from the API server: lists, then watches, of Services, EndpointSlices and Nodes.
 //!
 //! `kube`'s watcher does the paging, the bookmarks, the resumption and the new list after a 410; this module makes
-//! batches of it. One event is one change. Only what the model has of an object is kept, and of what was told only the
-//! keys, so that a new list can tell what is gone.
+//! batches of it. One event is one change. Only the model's fields of an object are kept, and of delivered objects only the
+//! keys, so that a new list shows which objects are gone.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -35,21 +35,21 @@ const MAX_CHANGES: usize = 1000;
 
 /// Services, EndpointSlices and Nodes of a cluster.
 ///
-/// - The first batch comes when all lists are complete, and has everything: a Service whose slices are not known yet
+/// - The first batch comes when all lists are complete, and has everything: a Service without its slices
 ///   would be served without backends.
-/// - An object that cannot be used is a problem; what it said when it last could be used stays in force.
-/// - A new list (after 410 Gone) is told as a whole, with what is gone since the last.
+/// - An object that cannot be used is a problem; its last usable version stays in force.
+/// - A new list (after 410 Gone) is delivered as a whole, with the deletions since the last list.
 pub struct KubernetesSource {
     events: SelectAll<BoxStream<'static, Told>>,
     failures: watch::Receiver<Failures>,
     /// Hosts of the URLs of the API servers.
     hosts: Vec<String>,
-    /// What is wrong with them.
+    /// Problems of these URLs.
     server: Option<Problem>,
     kinds: BTreeMap<Kind, Known>,
-    /// What is wrong with objects.
+    /// Problems of objects.
     broken: BTreeMap<ObjectId, Problem>,
-    /// What goes into the next batch.
+    /// Contents of the next batch.
     pending: Pending,
     started: SystemTime,
     restarts: u64,
@@ -63,14 +63,14 @@ impl Debug for KubernetesSource {
     }
 }
 
-/// What is known of the objects of one kind.
+/// State of the objects of one kind.
 #[derive(Debug, Default)]
 struct Known {
-    /// All of them, also those that cannot be used.
+    /// Keys of all objects, including those that cannot be used.
     keys: HashSet<ObjectKey>,
-    /// While a list is being told: what it has so far.
+    /// Keys received so far of a list that is being fetched.
     listing: Option<Listing>,
-    /// One list was told as a whole.
+    /// At least one list was received completely.
     complete: bool,
 }
 
@@ -80,13 +80,13 @@ struct Listing {
     changes: Vec<Change>,
 }
 
-/// Changes that were not handed over yet, at most one per object.
+/// Changes that were not delivered yet, at most one per object.
 #[derive(Debug, Default)]
 struct Pending {
     changes: BTreeMap<ObjectId, Change>,
     received: Option<Instant>,
     triggers: Vec<SystemTime>,
-    /// There is something to tell besides changes.
+    /// The batch has news other than changes.
     news: bool,
 }
 
@@ -99,13 +99,13 @@ struct Told {
 /// An object, or that it cannot be used.
 struct Seen {
     key: ObjectKey,
-    /// `None` where it is none of a proxy's business.
+    /// `None` if a proxy ignores the object.
     object: Result<Option<Object>, String>,
     trigger: Option<SystemTime>,
 }
 
-/// Ever longer pauses after errors, up to ten seconds; short again after a minute without one. An event is no reason to
-/// begin anew, for the first event of a list comes before the list fails.
+/// Exponential backoff after errors, up to ten seconds; reset after a minute without an error. An event does not
+/// reset it, since the first event of a list arrives before the list can fail.
 struct Pauses {
     builder: ExponentialBuilder,
     pauses: backon::ExponentialBackoff,
@@ -151,11 +151,11 @@ impl Backoff for Pauses {
 }
 
 impl KubernetesSource {
-    /// A source that uses this connection. To be called in a Tokio runtime.
+    /// Creates a source that uses this connection. Must be called in a Tokio runtime.
     #[must_use]
     pub fn new(connection: &Connection) -> Self {
         let client = &connection.client;
-        // As kube-proxy does: the API server leaves out what other proxies serve.
+        // As in kube-proxy: the API server leaves out Services of other proxies.
         let ours = format!("!{LABEL_SERVICE_PROXY_NAME},!{LABEL_HEADLESS}");
         let ours = watcher::Config::default().labels(&ours);
         let service = |object: &v1::Service| {
@@ -177,7 +177,7 @@ impl KubernetesSource {
         Self::of(events, connection.failures.clone(), hosts)
     }
 
-    /// A source of these events.
+    /// Creates a source from streams of events.
     fn of(
         events: impl IntoIterator<Item = BoxStream<'static, Told>>,
         failures: watch::Receiver<Failures>,
@@ -198,7 +198,7 @@ impl KubernetesSource {
         }
     }
 
-    /// Waits for the next batch: what has changed, or only other problems. Whatever has arrived in the meantime is one
+    /// Waits for the next batch: changes, or only a change of problems. All events that arrived in the meantime are one
     /// batch. Until all lists are complete, a batch has problems only.
     ///
     /// May be dropped at any point without the loss of a change.
@@ -219,13 +219,13 @@ impl KubernetesSource {
         self.batch()
     }
 
-    /// How often a watch failed and was begun again; a new list after 410 Gone is one such failure.
+    /// Number of watches that failed and were restarted; a new list after 410 Gone counts as one.
     #[must_use]
     pub fn restarts(&self) -> u64 {
         self.restarts
     }
 
-    /// All lists were told at least once.
+    /// Whether all lists were received at least once.
     fn is_complete(&self) -> bool {
         self.kinds.values().all(|known| known.complete)
     }
@@ -286,7 +286,7 @@ impl KubernetesSource {
                 if let Some(change) = self.change(&id, seen.object) {
                     self.pending.changes.insert(id.clone(), change);
                     self.pending.received.get_or_insert_with(Instant::now);
-                    // What happened before this agent was there is not for it to answer for.
+                    // Events from before the start of this agent do not count as its latency.
                     let trigger = seen.trigger.filter(|trigger| *trigger > self.started);
                     self.pending.triggers.extend(trigger);
                 }
@@ -304,7 +304,7 @@ impl KubernetesSource {
         self.kinds.entry(kind).or_default()
     }
 
-    /// What an object means, if it can be used; otherwise the problem is noted.
+    /// Converts an object; records a problem and returns `None` if it cannot be used.
     fn change(&mut self, id: &ObjectId, object: Result<Option<Object>, String>) -> Option<Change> {
         if object.is_ok() && self.broken.remove(id).is_some() {
             self.pending.news = true;
@@ -331,7 +331,7 @@ impl KubernetesSource {
         self.pending.changes.insert(id.clone(), Change::Remove(id));
     }
 
-    /// A list is complete: what it does not have is gone.
+    /// Completes a list: objects that it does not contain are deleted.
     fn listed(&mut self, kind: Kind) {
         let known = self.known(kind);
         let Some(Listing { keys, changes }) = known.listing.take() else {
@@ -351,14 +351,14 @@ impl KubernetesSource {
         for key in gone {
             self.gone(ObjectId { kind, key });
         }
-        // Also where there is no object at all.
+        // Also if there is no object at all.
         self.pending.news |= self.is_complete();
         if kind == Kind::Service {
             self.look_for_own_server();
         }
     }
 
-    /// A Service address as that of the API server works only as long as somebody serves it.
+    /// Reports API server URLs with a Service address, which works only while a proxy serves it.
     fn look_for_own_server(&mut self) {
         let services = self.pending.changes.values().filter_map(|change| match change {
             Change::Set(Object::Service(service)) => Some(service),
@@ -422,7 +422,7 @@ fn key(meta: &ObjectMeta) -> ObjectKey {
     )
 }
 
-/// When what led to the last change of an EndpointSlice happened.
+/// Time of the event that caused the last change of an EndpointSlice.
 fn trigger(meta: &ObjectMeta) -> Option<SystemTime> {
     let time: Timestamp = meta.annotations.as_ref()?.get(ANNOTATION_TRIGGER_TIME)?.parse().ok()?;
     Some(time.into())

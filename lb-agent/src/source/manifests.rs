@@ -15,7 +15,7 @@ use lb_core::model::{Batch, Change, Object, ObjectId, Problem};
 pub const MAX_FILE_BYTES: u64 = 256 << 20;
 
 /// A file that was written less than this before it was read may be written again without a new time stamp, which has
-/// the resolution of the kernel's tick; it is read once more.
+/// the resolution of the kernel's tick; it is read again.
 const STAMP_RESOLUTION: Duration = Duration::from_millis(50);
 
 /// Services, EndpointSlices and Nodes from files and folders.
@@ -24,9 +24,9 @@ const STAMP_RESOLUTION: Duration = Duration::from_millis(50);
 /// read in the order of their names; hidden files and folders in it are not. Symbolic links are followed, so that a
 /// mounted ConfigMap works.
 ///
-/// - While a file has any problem, what it said when it last had none stays in force. If that was never, its good
+/// - While a file has a problem, its last version without problems stays in force. If there was none, its good
 ///   documents are used.
-/// - Where an object is defined twice, the first stays: the order is that of the paths, then of the file names, then of
+/// - If an object is defined twice, the first definition counts, in the order of the paths, then of the file names, then of
 ///   the documents.
 /// - A file that is gone takes its objects with it. A folder that is gone or cannot be read does not.
 #[derive(Debug)]
@@ -39,12 +39,12 @@ pub struct ManifestSource {
     contested: BTreeSet<ObjectId>,
 }
 
-/// An object that a file defines, or did when it was last told of.
+/// An object that a file defines now, or defined when it was last delivered.
 #[derive(Debug, Default)]
 struct Known {
-    /// Who defines it, in the order of precedence.
+    /// The files that define it, in order of precedence.
     claims: Vec<Claim>,
-    /// What was last told.
+    /// The version that was delivered last.
     delivered: Option<Object>,
 }
 
@@ -74,7 +74,7 @@ struct FileState {
     problems: Vec<Problem>,
 }
 
-/// What changes when a file changes.
+/// Objects whose claims change with a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Fingerprint {
     device: u64,
@@ -100,13 +100,13 @@ impl Fingerprint {
 #[derive(Debug, Default)]
 struct Scan {
     present: BTreeSet<FileId>,
-    /// Roots whose files stay as they are.
+    /// Roots with files that stay unchanged, because they cannot be listed.
     kept: HashSet<usize>,
     problems: Vec<Problem>,
 }
 
 impl ManifestSource {
-    /// A source that reads these files and folders, in this order of precedence. Nothing is read yet.
+    /// Creates a source for these files and folders, in order of precedence, without reading them.
     #[must_use]
     pub fn new(paths: Vec<PathBuf>) -> Self {
         let root = |path| Root {
@@ -121,16 +121,16 @@ impl ManifestSource {
         }
     }
 
-    /// Reads what has changed, and tells the difference to what the previous call told.
+    /// Reads changed files, and returns the difference from the previous call.
     ///
-    /// A file is read again where its device, inode, size or time stamps have changed. The batch is complete where
+    /// A file is read again if its device, inode, size or time stamps have changed. The batch is complete if
     /// there is no problem.
     pub fn rescan(&mut self) -> Batch {
         self.rescan_forced(&[])
     }
 
-    /// As [`rescan`](Self::rescan), but reads a file also where `forced` names it or its folder, whatever its time
-    /// stamps say. Paths are compared as absolute, not as canonical ones; see
+    /// Like [`rescan`](Self::rescan), but also reads a file if `forced` names it or its folder, whatever its time
+    /// stamps are. Paths are compared as absolute, not as canonical ones; see
     /// [`Watcher::changed`](super::watch::Watcher::changed).
     pub fn rescan_forced(&mut self, forced: &[PathBuf]) -> Batch {
         let forced: HashSet<PathBuf> = forced.iter().map(|path| absolute(path)).collect();
@@ -301,7 +301,7 @@ impl ManifestSource {
         }
     }
 
-    /// The change that makes an object what its first claim says, if any is needed.
+    /// The change that brings an object to its first definition, if one is needed.
     fn settle(&mut self, id: &ObjectId) -> Option<Change> {
         let known = self.known.get_mut(id)?;
         let Some(claim) = known.claims.first() else {
@@ -340,7 +340,7 @@ fn problem(path: &Path, message: impl Into<String>) -> Problem {
     Problem::new(display(path), message)
 }
 
-/// A path for people: file names may hold anything.
+/// A path for messages, since file names may contain any byte.
 fn display(path: &Path) -> String {
     path.to_string_lossy()
         .chars()
@@ -348,7 +348,7 @@ fn display(path: &Path) -> String {
         .collect()
 }
 
-/// An absolute path, without asking the file system.
+/// An absolute path, computed without the file system.
 pub(super) fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
@@ -376,7 +376,7 @@ fn folder(path: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Reads a file, with the fingerprint to compare with the next time; `None` where it cannot be trusted to change.
+/// Reads a file and its fingerprint for the next comparison; `None` if the fingerprint may miss a change.
 fn read(path: &Path) -> io::Result<(Option<Fingerprint>, Vec<u8>)> {
     // Opening a FIFO must not wait for its writer.
     let file: File = OpenOptions::new()
@@ -397,7 +397,7 @@ fn read(path: &Path) -> io::Result<(Option<Fingerprint>, Vec<u8>)> {
     if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > MAX_FILE_BYTES {
         return Err(too_large());
     }
-    // A time stamp in the future counts as old: it would be read for ever.
+    // A time stamp in the future counts as old: otherwise the file would be read at every scan.
     let fresh = meta
         .modified()
         .is_ok_and(|modified| now.duration_since(modified).is_ok_and(|age| age < STAMP_RESOLUTION));

@@ -1,4 +1,4 @@
-//! Where API objects come from: parsing, validation, and what changed since the last look.
+//! Sources of API objects: parsing, validation, and changes since the last scan.
 //!
 //! A source hands [`Batch`]es of validated objects to the index. It knows nothing of maps, and it treats everything it
 //! reads as untrusted: bad input becomes a [`Problem`](lb_core::model::Problem), never a panic.
@@ -30,22 +30,22 @@ pub enum Source {
     Kubernetes(Box<KubernetesSource>, kube::Client),
 }
 
-/// Manifests, and the watch that tells when to look at them.
+/// Manifests, and the watcher that reports changes.
 #[derive(Debug)]
 pub struct Files {
     watcher: Watcher,
-    /// With whoever reads, which may take a while.
+    /// Taken by the reading thread while it reads.
     source: Arc<Mutex<ManifestSource>>,
     reading: Option<JoinHandle<Batch>>,
-    /// They were read once.
+    /// Whether the manifests were read at least once.
     told: bool,
 }
 
 impl Source {
-    /// Manifests. To be called in a Tokio runtime.
+    /// Follows manifests. Must be called in a Tokio runtime.
     #[must_use]
     pub fn manifests(paths: &[PathBuf]) -> Self {
-        // Watching begins before the first look, so that no change falls in between.
+        // Watching begins before the first scan, so that no change is missed in between.
         let watcher = Watcher::new(paths);
         if let Some(why) = watcher.degraded() {
             warn!("changes of manifests are polled for: {why}");
@@ -58,10 +58,10 @@ impl Source {
         }))
     }
 
-    /// The API server. To be called in a Tokio runtime.
+    /// Follows the API server. Must be called in a Tokio runtime.
     ///
     /// # Errors
-    /// Where the settings cannot be used; a server that cannot be reached is none.
+    /// Returns [`ConnectError`](connect::ConnectError) if the settings cannot be used. An unreachable server is no error.
     pub async fn kubernetes(settings: &Settings) -> Result<Self, ConnectError> {
         let connection = connect(settings).await?;
         let servers: Vec<_> = connection.servers.iter().map(ToString::to_string).collect();
@@ -70,13 +70,13 @@ impl Source {
         Ok(Self::Kubernetes(Box::new(source), connection.client))
     }
 
-    /// Whether the first batch comes at once, and does not depend on others.
+    /// Whether the first batch arrives at once, without a remote server.
     #[must_use]
     pub fn is_here(&self) -> bool {
         matches!(self, Self::Manifests(_))
     }
 
-    /// The client of the API server, for others to use too; `None` without one.
+    /// The client of the API server, shared with other users; `None` without an API server.
     #[must_use]
     pub fn client(&self) -> Option<kube::Client> {
         match self {
@@ -85,7 +85,7 @@ impl Source {
         }
     }
 
-    /// How often a watch of the API had to be begun anew.
+    /// Number of times that a watch of the API was restarted.
     #[must_use]
     pub fn restarts(&self) -> u64 {
         match self {
@@ -97,7 +97,7 @@ impl Source {
     /// Waits for the next batch. May be dropped at any point without the loss of a change.
     ///
     /// # Errors
-    /// Where reading has panicked.
+    /// If the reading thread panicked.
     pub async fn next(&mut self) -> Result<Batch, JoinError> {
         match self {
             Self::Manifests(files) => files.next().await,

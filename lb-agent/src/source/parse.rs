@@ -1,9 +1,9 @@
 //! One manifest file: from bytes to objects of the model and problems.
 //!
 //! A file is cut into documents by text alone (a line `---` or `...`), so that a broken document hides no other. A
-//! document is parsed once, as JSON where it begins with a brace and as YAML elsewhere; every object (of a List: every
-//! item) is held as a [`Value`] only until it is converted. Where something is wrong the document is read again, up to
-//! the field in question, to tell its line.
+//! document is parsed once, as JSON if it begins with a brace and as YAML otherwise; every object (of a List: every
+//! item) is held as a [`Value`] only until it is converted. If an object is invalid, the document is read again, up to
+//! the field in question, to find its line.
 
 use std::fmt;
 use std::num::NonZero;
@@ -21,9 +21,9 @@ use serde_saphyr::{MessageFormatter as _, Spanned, UserMessageFormatter};
 use super::convert::{self, ConvertError, Quoted};
 use lb_core::model::{Object, Problem};
 
-/// The most problems of one file that are told one by one.
+/// The largest number of problems of one file that are reported individually.
 const MAX_PROBLEMS: usize = 100;
-/// The longest message, in characters. Messages quote what they complain about.
+/// The longest message, in characters. Messages quote the input.
 const MAX_MESSAGE: usize = 400;
 /// How much text of one file may be read again to find the lines of problems, in bytes.
 const LOCATE_BYTES: usize = 256 << 20;
@@ -57,12 +57,12 @@ const V1_KINDS: &[&str] = &[
     "Status",
 ];
 
-/// What a file holds.
+/// The contents of a file.
 #[derive(Debug, Default)]
 pub(crate) struct Parsed {
     /// The objects of the kinds that lb reads, in the order of the file.
     pub(crate) objects: Vec<Found>,
-    /// Everything that is wrong.
+    /// All problems of the file.
     pub(crate) problems: Vec<Problem>,
 }
 
@@ -73,7 +73,7 @@ pub(crate) struct Found {
     pub(crate) position: Position,
 }
 
-/// Where an object stands in its file.
+/// Location of an object in its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Position {
     /// Number of the document, from 1; documents without content do not count.
@@ -85,12 +85,12 @@ pub(crate) struct Position {
 }
 
 impl Position {
-    /// The place, as a [`Problem`] names it.
+    /// The location, in the form of [`Problem::place`].
     pub(super) fn place(&self, file: &str) -> String {
         place(file, self.document, self.line)
     }
 
-    /// What stands before a message: the item of the List.
+    /// Prefix of a message: the item of the List.
     pub(super) fn prefix(&self) -> String {
         self.item.map(|item| format!("items[{item}]: ")).unwrap_or_default()
     }
@@ -100,7 +100,7 @@ fn place(file: &str, document: usize, line: usize) -> String {
     format!("{file}: document {document} (line {line})")
 }
 
-/// Parses a file. `name` is only for [`Problem::place`]; `json` says that its name ends in `.json`.
+/// Parses a file. `name` is used for [`Problem::place`] only; `json`: the name ends in `.json`.
 pub(crate) fn parse(name: &str, bytes: &[u8], json: bool) -> Parsed {
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let mut parsed = Parsed::default();
@@ -181,7 +181,7 @@ fn parts<'a>(name: &'a str, bytes: &'a [u8], json: bool) -> Vec<Part<'a>> {
 /// The text of one document.
 #[derive(Debug, PartialEq, Eq)]
 struct Chunk {
-    /// Where in the file.
+    /// Its location in the file.
     range: Range<usize>,
     /// The line where it begins, from 1.
     line: usize,
@@ -221,12 +221,12 @@ fn documents(bytes: &[u8]) -> Vec<Chunk> {
     chunks
 }
 
-/// Whether there is nothing but space or a comment.
+/// Whether a line has only white space or a comment.
 fn is_blank(line: &[u8]) -> bool {
     matches!(line.trim_ascii_start().first(), None | Some(b'#'))
 }
 
-/// What is wrong with an object.
+/// A problem of an object.
 #[derive(Debug)]
 struct Fault {
     /// Path of the field, in the form of [`ConvertError::field`]; empty for the object itself.
@@ -242,7 +242,7 @@ impl Fault {
         }
     }
 
-    /// The same, of an object at `parent`.
+    /// Prepends the path of the parent object.
     fn within(self, parent: &str) -> Self {
         let dot = if self.field.is_empty() || self.field.starts_with('[') {
             ""
@@ -262,10 +262,10 @@ impl From<ConvertError> for Fault {
     }
 }
 
-/// What some of the documents of a file hold.
+/// The contents of a part of a file's documents.
 struct Part<'a> {
     name: &'a str,
-    /// How many documents there are so far; their numbers begin with 1 in every part.
+    /// Number of documents so far; numbering begins with 1 in every part.
     documents: usize,
     objects: Vec<Found>,
     problems: Vec<(Position, String)>,
@@ -303,7 +303,7 @@ impl<'a> Part<'a> {
         let mut at = line;
         if !fault.field.is_empty() && self.problems.len() < MAX_PROBLEMS {
             let path = segments(&fault.field);
-            // The field itself may be what is missing; then the line of what should hold it.
+            // The field itself may be missing; then the line of its parent is used.
             for length in (1..=path.len()).rev() {
                 let Some(left) = self.locate_bytes.checked_sub(text.len()) else {
                     break;
@@ -333,7 +333,7 @@ impl<'a> Part<'a> {
                 return self.problem(line_of(error.valid_up_to()), "not UTF-8");
             }
         };
-        // The parsers take some of these for the end of the text.
+        // The parsers treat some of these characters as the end of the text.
         let control = |&b: &u8| (b < 0x20 && !matches!(b, b'\t' | b'\n' | b'\r')) || b == 0x7f;
         if let Some(offset) = bytes.iter().position(control) {
             self.documents += 1;
@@ -451,7 +451,7 @@ impl<'a> Part<'a> {
 
 const NO_OBJECT: &str = "not an API object (a mapping with apiVersion and kind)";
 
-/// How YAML is read. Without aliases nothing can be larger than its text, and aliases are held tight.
+/// Options of the YAML parser. Without aliases no value is larger than its text, and aliases are strictly limited.
 fn options(text: &str) -> serde_saphyr::Options {
     let size = text.len().saturating_add(64);
     serde_saphyr::options! {
@@ -535,17 +535,17 @@ impl Ours {
     }
 }
 
-/// What to do with an object.
+/// How an object is handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Class {
     Ours(Ours),
-    /// A list, and the kind of items that do not tell theirs.
+    /// A list, and the kind of items without a kind of their own.
     List(Option<Ours>),
-    /// A kind that is none of ours.
+    /// A kind that lb ignores.
     Ignored,
 }
 
-/// What an object is by its `apiVersion` and `kind`.
+/// Classifies an object by its `apiVersion` and `kind`.
 fn classify(fields: &Map<String, Value>, default: Option<Ours>) -> Result<Class, Fault> {
     let text = |name: &'static str| match fields.get(name) {
         None | Some(Value::Null) => Ok(None),
@@ -571,7 +571,7 @@ fn classify(fields: &Map<String, Value>, default: Option<Ours>) -> Result<Class,
                 Class::Ours(ours)
             });
         }
-        // Other projects have a Service too, such as serving.knative.dev; theirs is none of ours.
+        // Other API groups have a Service too, such as serving.knative.dev; lb ignores these.
         let group = api_version.split_once('/').map_or("", |(group, _)| group);
         if !group.contains('.') || group.ends_with(".k8s.io") {
             let message = format!(
@@ -604,7 +604,7 @@ fn item(fields: Map<String, Value>) -> Result<Option<Object>, Fault> {
     }
 }
 
-/// An item that does not tell its kind, as in what the API server answers to a list request.
+/// An item without a kind, as in the API server's response to a list request.
 fn bare_item(fields: Map<String, Value>, default: Option<Ours>) -> Result<Option<Object>, Fault> {
     match default {
         Some(kind) => object(kind, fields),
@@ -624,7 +624,7 @@ fn object(kind: Ours, fields: Map<String, Value>) -> Result<Option<Object>, Faul
 }
 
 fn typed<T: DeserializeOwned>(mut fields: Map<String, Value>) -> Result<T, Fault> {
-    // Large, and nothing of it is read.
+    // Large, and unused.
     if let Some(Value::Object(metadata)) = fields.get_mut("metadata") {
         metadata.remove("managedFields");
         metadata.remove("annotations");
@@ -651,7 +651,7 @@ fn typed<T: DeserializeOwned>(mut fields: Map<String, Value>) -> Result<T, Fault
     })
 }
 
-/// A document as it comes from the parser: its fields, and the items of a List, converted as they come.
+/// A document in the course of parsing: its fields, and the items of a List, converted one by one.
 struct Top {
     fields: Map<String, Value>,
     items: Option<Items>,
@@ -665,7 +665,7 @@ enum Items {
 
 enum Item {
     Done(Result<Option<Object>, Fault>),
-    /// An item without `apiVersion` and `kind`, which the List may tell later in the text.
+    /// An item without `apiVersion` and `kind`, which the List may declare later in the text.
     Bare(Map<String, Value>),
 }
 
@@ -761,7 +761,7 @@ fn twice<E: de::Error>(key: &str) -> E {
     E::custom(format_args!("{} is there twice", Quoted(key)))
 }
 
-/// A value whose mappings have no key twice: serde_json would silently take the last.
+/// A value without duplicate keys in its mappings: serde_json would silently take the last one.
 struct Unique(Value);
 
 impl<'de> Deserialize<'de> for Unique {
@@ -868,7 +868,7 @@ fn segments(field: &str) -> Vec<Step> {
     steps
 }
 
-/// The line (from 1) where the value at a path stands in a document.
+/// The line (from 1) of the value at a path in a document.
 fn locate(text: &str, path: &[Step]) -> Option<usize> {
     let found = serde_saphyr::with_deserializer_from_str_with_options(text, options(text), |deserializer| {
         Locate(path).deserialize(deserializer)

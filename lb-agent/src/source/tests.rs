@@ -40,7 +40,7 @@ fn slice(family: &str, endpoint: &str) -> String {
 struct Bed {
     dir: TempDir,
     source: ManifestSource,
-    /// What the batches add up to.
+    /// The sum of the batches.
     state: BTreeMap<ObjectId, Object>,
 }
 
@@ -402,7 +402,7 @@ fn nothing_changes_twice() {
             ..Batch::default()
         }
     );
-    // Another text of the same meaning.
+    // Different text with the same meaning.
     bed.write("a.yaml", format!("# comment\n{}", service("a", 80)));
     assert_eq!(
         bed.rescan(),
@@ -430,9 +430,9 @@ fn the_last_good_state_stays() {
     bed.write("a.yaml", format!("{}---\n{}", service("a", 8080), service("B", 81)));
     let batch = bed.rescan();
     assert!(batch.changes.is_empty() && batch.problems.len() == 1);
-    // It is still a problem if nobody looks at the file.
+    // It stays a problem without another change of the file.
     assert_eq!(bed.rescan().problems, batch.problems);
-    // Truncated by an editor: still the same.
+    // Truncated by an editor: the last good version stays.
     bed.write("a.yaml", "");
     assert!(bed.rescan().changes.is_empty());
     bed.write("a.yaml", service("a", 8080));
@@ -440,7 +440,7 @@ fn the_last_good_state_stays() {
     assert!(batch.complete);
     assert_eq!((bed.port("a"), bed.port("b")), (Some(8080), None));
     assert_eq!(batch.changes.len(), 2);
-    // Never good: what is good counts, and follows.
+    // Never without problems: its good documents are served and followed.
     bed.write("c.yaml", format!("{}---\nkind: x\n", service("c", 1)));
     assert_eq!(bed.rescan().problems.len(), 1);
     assert_eq!(bed.port("c"), Some(1));
@@ -494,7 +494,7 @@ fn the_order_of_paths_counts_before_names() {
     let (z, a) = (dir.path().join("z.yaml"), dir.path().join("a.yaml"));
     fs::write(&z, service("x", 1)).unwrap();
     fs::write(&a, service("x", 2)).unwrap();
-    // The folder holds both files once more, which is no contradiction.
+    // The folder contains both files again, which is no contradiction.
     let batch = ManifestSource::new(vec![z, a.clone(), dir.path().to_owned()]).rescan();
     assert_eq!(batch.problems.len(), 1, "{:?}", batch.problems);
     assert!(batch.problems[0].place.starts_with(&a.display().to_string()));
@@ -747,7 +747,7 @@ proptest! {
     }
 }
 
-/// Waits until a change names a path; a look without reason does not count.
+/// Waits until a change names a path; a periodic scan does not count.
 async fn told(watcher: &mut Watcher) -> Vec<PathBuf> {
     tokio::time::timeout(Duration::from_secs(20), next(watcher))
         .await
@@ -764,7 +764,7 @@ async fn next(watcher: &mut Watcher) -> Vec<PathBuf> {
     }
 }
 
-/// Asserts that nothing is told for a while.
+/// Asserts that no change is reported for a while.
 async fn silent(watcher: &mut Watcher) {
     let told = tokio::time::timeout(Duration::from_millis(150), next(watcher)).await;
     assert!(told.is_err(), "{told:?}");
@@ -782,7 +782,7 @@ async fn a_folder_is_watched() {
     // Reading is no change.
     bed.rescan();
     silent(&mut watcher).await;
-    // What is no manifest, is none.
+    // Files with other names are ignored.
     bed.write(".a.yaml.swp", "x");
     silent(&mut watcher).await;
     // Saved as editors save.
@@ -797,7 +797,7 @@ async fn a_folder_is_watched() {
     // Dropped while waiting, nothing is lost.
     let _ = tokio::time::timeout(Duration::ZERO, watcher.changed()).await;
     bed.write("b.yaml", "1");
-    // (Where this test was kept from running for long enough, the change is told by then.)
+    // (If this test was delayed long enough, the change has been reported by then.)
     let paths = match tokio::time::timeout(Duration::from_millis(1), next(&mut watcher)).await {
         Ok(paths) => paths,
         Err(_) => told(&mut watcher).await,
@@ -836,7 +836,7 @@ async fn a_folder_that_comes_back_is_watched_again() {
         );
         fs::remove_dir_all(&folder).unwrap();
         assert!(told(&mut watcher).await.contains(&folder), "round {round}");
-        // What is left of the removal.
+        // Remaining events of the removal.
         while tokio::time::timeout(Duration::from_millis(100), watcher.changed())
             .await
             .is_ok()

@@ -1,4 +1,4 @@
-//! When to look at the manifests again: inotify, and a slow clock for what inotify does not see.
+//! Detects changes of manifests: inotify, and a slow timer for changes that inotify does not report.
 //!
 //! Folders are watched, never files: a file that an editor replaces by renaming has a new inode, and a mounted
 //! ConfigMap changes by the renaming of a link beside the files.
@@ -18,34 +18,34 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::manifests::{absolute, is_manifest};
 
-/// How long nothing must change for a change to be told.
+/// Quiet period after which a change is reported.
 const QUIET: Duration = Duration::from_millis(10);
-/// How long a change waits for quiet at most.
+/// Longest time that a change waits for the quiet period.
 const PATIENCE: Duration = Duration::from_millis(200);
-/// How often the files are looked at without a reason.
+/// Interval of scans without an inotify event.
 const PERIOD: Duration = Duration::from_secs(3);
-/// The most paths that are told one by one; beyond, every folder is told.
+/// The largest number of paths that are reported individually; beyond it, every folder is reported.
 const MAX_PATHS: usize = 4096;
 
-/// Tells when files may have changed.
+/// Reports when files may have changed.
 ///
-/// Where inotify cannot be had (its limits are per user, and small), the clock remains; see
+/// If inotify is unavailable (its limits are per user, and small), the timer remains; see
 /// [`degraded`](Self::degraded).
 #[derive(Debug)]
 pub struct Watcher {
     paths: Vec<PathBuf>,
     inotify: Option<RecommendedWatcher>,
     shared: Arc<Shared>,
-    /// The folders that are watched (canonical), with device and inode, by which a new folder of the same name is told.
+    /// The watched folders (canonical), with device and inode, which distinguish a new folder of the same name.
     watched: HashMap<PathBuf, (u64, u64)>,
     degraded: Option<String>,
-    /// When to look without a reason.
+    /// Time of the next scan without an event.
     next: Instant,
-    /// When the changes that are pending began.
+    /// Time of the first pending change.
     since: Option<Instant>,
 }
 
-/// What inotify's thread and the agent share.
+/// State shared by inotify's thread and the agent.
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<State>,
@@ -59,23 +59,23 @@ struct State {
     pending: BTreeSet<PathBuf>,
     /// Watched folders that were removed or moved away: their watches are dead or lie.
     stale: BTreeSet<PathBuf>,
-    /// Events were lost, or are too many to tell.
+    /// Events were lost, or are too many to report.
     overflow: bool,
 }
 
-/// What matters in a folder.
+/// The names of interest in a folder.
 #[derive(Debug, Default, Clone)]
 struct Interest {
     /// The paths by which the folder was given; all manifests in it matter then.
     folders: BTreeSet<PathBuf>,
-    /// Names that matter, with the paths that they are told as.
+    /// Names of interest, with the paths that they are reported as.
     names: HashMap<OsString, BTreeSet<PathBuf>>,
 }
 
 impl Interest {
-    /// The paths to tell when `name` has changed.
+    /// The paths to report when `name` has changed.
     fn paths(&self, name: &OsStr) -> Vec<PathBuf> {
-        // `..data` of a ConfigMap is behind all the files beside it.
+        // All files of a mounted ConfigMap are links through `..data`.
         if name.as_encoded_bytes().starts_with(b"..") {
             return self.all();
         }
@@ -120,7 +120,7 @@ fn is_read(kind: EventKind) -> bool {
 }
 
 impl State {
-    /// Notes what an event says; false if it does not matter.
+    /// Records an event; returns false if it concerns no manifest.
     fn event(&mut self, event: &Event) -> bool {
         let mut relevant = event.need_rescan();
         self.overflow |= relevant;
@@ -179,15 +179,15 @@ impl Watcher {
         watcher
     }
 
-    /// Why changes are seen late, if they are: something cannot be watched by inotify.
+    /// The reason why changes are detected late, if they are: a folder that inotify cannot watch.
     #[must_use]
     pub fn degraded(&self) -> Option<&str> {
         self.degraded.as_deref()
     }
 
-    /// Waits until something may have changed: absolute paths of files, or of folders where all files in them may have
+    /// Waits until something may have changed: absolute paths of files, or of folders if all files in them may have
     /// changed, for [`ManifestSource::rescan_forced`](super::manifests::ManifestSource::rescan_forced). No paths at all
-    /// mean that a few seconds have passed, and that a look at the time stamps is due.
+    /// mean that a few seconds have passed, and that the time stamps are to be compared.
     ///
     /// May be dropped at any point without the loss of a change.
     pub async fn changed(&mut self) -> Vec<PathBuf> {
@@ -223,7 +223,7 @@ impl Watcher {
         state.overflow || !state.pending.is_empty()
     }
 
-    /// Brings the watches in line with what is there now; returns the paths whose watches are new.
+    /// Updates the watches to the folders that exist now; returns the paths with new watches.
     fn rewatch(&mut self) -> Vec<PathBuf> {
         let Some(inotify) = &mut self.inotify else {
             return Vec::new();
@@ -243,7 +243,7 @@ impl Watcher {
         self.watched.retain(|folder, known| {
             let same = interests.contains_key(folder) && !stale.contains(folder) && identity(folder) == Some(*known);
             if !same {
-                // It fails where the kernel has dropped the watch, together with the folder.
+                // It fails if the kernel has dropped the watch together with the folder.
                 let _ = inotify.unwatch(folder);
             }
             same
@@ -270,8 +270,8 @@ impl Watcher {
     }
 }
 
-/// The folders to watch: each folder that is given; of every path the folder that holds it; and where a path is a link,
-/// the folder of what it leads to.
+/// The folders to watch: each given folder; the parent folder of every path; and if a path is a link,
+/// the folder of its target.
 fn interests(paths: &[PathBuf]) -> HashMap<PathBuf, Interest> {
     let mut interests: HashMap<PathBuf, Interest> = HashMap::new();
     for told in paths {

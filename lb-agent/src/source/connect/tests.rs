@@ -12,7 +12,7 @@ use tokio::net::TcpListener;
 
 use super::*;
 
-/// A server that answers every request with the status that is set, and an empty list where that is 200.
+/// A server that answers every request with a configured status, and with an empty list if that is 200.
 struct Server {
     address: SocketAddr,
     status: Arc<AtomicU16>,
@@ -48,7 +48,7 @@ impl Server {
     }
 }
 
-/// The URL of a port that nobody listens on.
+/// The URL of a port without a listener.
 async fn nobody() -> Uri {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     format!("http://{}", listener.local_addr().unwrap()).parse().unwrap()

@@ -1,4 +1,4 @@
-//! Events in all orders that an API server can send them, and a model of what they mean.
+//! Events in all orders that an API server can send them, and a model of their meaning.
 
 use futures::stream;
 use proptest::prelude::*;
@@ -219,17 +219,17 @@ fn pauses_grow_to_ten_seconds_and_no_further() {
     );
 }
 
-/// What happens to a cluster, and how the API server tells it.
+/// Changes of a cluster, and the events by which the API server reports them.
 #[derive(Debug, Clone)]
 enum Happening {
     /// Service `n` gets address `m`.
     Set(u8, u8),
     Delete(u8),
-    /// As after a resumed watch: an event once more.
+    /// A repeated event, as after a resumed watch.
     Repeat,
-    /// As after 410 Gone: changes that are not told one by one, then a new list.
+    /// Changes without events, then a new list, as after 410 Gone.
     Missed(Vec<(u8, Option<u8>)>),
-    /// A new list that breaks off, with this many objects told, and another.
+    /// A new list that breaks off after this many objects, and another list.
     Broken(usize),
 }
 
@@ -245,7 +245,7 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
 }
 
 proptest! {
-    /// Whatever was told, and however it was cut into batches: in the end, what the batches say is what there is.
+    /// Whatever the events and their division into batches: at the end, the sum of the batches is the state of the cluster.
     #[test]
     fn the_sum_of_all_batches_is_a_fresh_list(happenings in happenings(), cut in any::<u64>()) {
         let object = |n: u8, m: u8| service(&format!("s{n}"), &format!("10.96.1.{m}"));
