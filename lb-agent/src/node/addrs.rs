@@ -14,7 +14,7 @@ use super::links::Snapshot;
 /// `--nodeport-addresses`: which of the node's addresses serve node ports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Wanted {
-    /// Those in these networks. A family that no network is named of has all of its addresses.
+    /// Addresses in these networks. A family without a network in the list uses all of its addresses.
     Within(Vec<IpNet>),
     /// The first address of each family in the Node object of this node. Without such an object, the addresses of the
     /// devices that have a default route.
@@ -26,7 +26,7 @@ pub enum Wanted {
 #[error("neither \"primary\" nor a network such as 10.0.0.0/8")]
 pub struct NotWanted;
 
-/// All.
+/// All addresses.
 impl Default for Wanted {
     fn default() -> Self {
         Self::Within(Vec::new())
@@ -55,7 +55,7 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// Whether every address is selected, also one that comes later.
+    /// Whether every address is selected, including addresses that are added later.
     #[must_use]
     pub fn is_everything(&self) -> bool {
         let all = match &self.wanted {
@@ -68,7 +68,7 @@ impl Selection {
         all && self.devices.is_empty()
     }
 
-    /// Whether the selection depends on default routes. A node may have very many routes: they are not looked at without
+    /// Whether the selection depends on default routes. A node may have very many routes: they are not listed without
     /// need.
     #[must_use]
     pub fn looks_at_routes(&self) -> bool {
@@ -77,7 +77,7 @@ impl Selection {
 }
 
 impl Snapshot {
-    /// Every address of every device; loopback is no part of them.
+    /// Every address of every device except loopback.
     #[must_use]
     pub fn own_addresses(&self) -> BTreeSet<Addr> {
         self.select(&Selection::default(), None)
@@ -85,7 +85,7 @@ impl Snapshot {
 
     /// The addresses that serve node ports; `node` are those in the Node object of this node.
     ///
-    /// Loopback is no part of them: the programs know it, since it is another one in each network namespace.
+    /// Loopback is not included: the programs handle it, since every network namespace has its own.
     #[must_use]
     pub fn select(&self, selection: &Selection, node: Option<&[IpAddr]>) -> BTreeSet<Addr> {
         let Selection { devices, wanted } = selection;
@@ -110,7 +110,7 @@ impl Snapshot {
 /// The [own addresses](Snapshot::own_addresses) of the network namespace of the calling thread, now.
 ///
 /// # Errors
-/// The system call's.
+/// Returns the error of the system call.
 pub fn all() -> io::Result<BTreeSet<Addr>> {
     Ok(Snapshot::take(false)?.own_addresses())
 }
@@ -178,7 +178,7 @@ mod tests {
         assert_eq!(selected(&["lo"], "0.0.0.0/0", None), ["192.0.2.7"]);
         assert_eq!(selected(&["l?", "c*"], "0.0.0.0/0", None), ["10.10.1.1", "192.0.2.7"]);
         assert_eq!(selected(&[], "192.168.0.2/32,::/128", None), ["192.168.0.2"]);
-        // A family without a network has all.
+        // A family without a network uses all addresses.
         assert_eq!(
             selected(&[], "192.168.0.0/24", None),
             ["192.168.0.1", "192.168.0.2", "fd00::1", "fe80::1"]

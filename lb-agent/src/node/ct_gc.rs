@@ -1,10 +1,10 @@
-//! Flows of packets that are over are removed from CT and CT_NEW: one thread, beside the reconciler.
+//! The garbage collector of CT and CT_NEW: a thread, separate from the reconciler, that deletes expired flows.
 //!
-//! It reads each map as a whole, in batches, again and again, and never looks at more than [`PER_SECOND`] entries in a
-//! second: what it costs does not depend on how many flows there are, only how soon one is found that is over.
+//! It reads each map as a whole, in batches, again and again, and never examines more than [`PER_SECOND`] entries in a
+//! second. Its cost does not depend on the number of flows; only the delay until an expired flow is found does.
 //!
-//! Both directions of a flow go together, that of the answers first: as long as the other is there, no program makes
-//! the flow anew. Before that both are looked up once more, and stay if a packet came.
+//! Both directions of a flow are deleted together, the reply direction first: while the original direction exists, no program
+//! creates the flow again. Before the deletion both are looked up again, and stay if a packet arrived in the meantime.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -26,24 +26,24 @@ use lb_core::maps::Direction;
 use lb_core::maps::MapError;
 use lb_core::model::{Problem, ProblemKind};
 
-/// Entries that are looked at in a second, at most (and those of a batch more).
+/// The largest number of entries that are examined in a second, plus at most one batch.
 pub const PER_SECOND: usize = 1 << 16;
-/// Time between the beginnings of two turns.
+/// Time between the beginnings of two passes.
 const TURN: Duration = Duration::from_secs(1);
 /// Time from the end of a sweep to the next.
 const PAUSE: Duration = Duration::from_secs(4);
 
-/// What is over, and why.
+/// Reasons why an entry is deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
-    /// The flow was idle for as long as one in its phase may be.
+    /// The flow was idle for the time-out of its phase.
     Idle(Phase),
-    /// Only one direction was there, for as long.
+    /// The other direction was missing for the same time-out.
     Orphan,
 }
 
 impl Reason {
-    /// All of them.
+    /// All reasons.
     pub const ALL: [Self; 6] = [
         Self::Idle(Phase::New),
         Self::Idle(Phase::Established),
@@ -67,7 +67,7 @@ impl Reason {
     }
 }
 
-/// The time-outs that kube-proxy's settings say. Zero says nothing.
+/// Converts kube-proxy's settings to time-outs. Zero keeps the default.
 #[must_use]
 pub fn timeouts(settings: &Settings) -> Timeouts {
     let or = |said: Duration, default| match u64::try_from(said.as_nanos()) {
@@ -85,45 +85,45 @@ pub fn timeouts(settings: &Settings) -> Timeouts {
     }
 }
 
-/// What was done in a turn.
+/// The result of a pass.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Turn {
-    /// How long that took.
+    /// Duration of the pass.
     pub took: Duration,
-    /// Entries looked at.
+    /// Number of examined entries.
     pub looked_at: usize,
-    /// Entries removed.
+    /// Number of deleted entries, by reason.
     pub removed: BTreeMap<Reason, u64>,
-    /// Maps that were read to their end, and the entries that they have.
+    /// Maps that were read to their end, with their number of entries.
     pub entries: Vec<(&'static str, usize)>,
-    /// What went wrong.
+    /// The problem, if there is one.
     pub problem: Option<Problem>,
 }
 
-/// The thread that removes flows. It ends when this is dropped.
+/// Handle of the thread that deletes flows. The thread ends when the handle is dropped.
 #[derive(Debug)]
 pub struct Collector {
-    /// Nothing is ever sent: where this is dropped, the thread ends.
+    /// Carries no message: dropping it ends the thread.
     _stop: Sender<()>,
     turns: UnboundedReceiver<Turn>,
 }
 
-/// Why flows cannot be collected.
+/// Reasons why the garbage collector cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum CollectorError {
     /// The maps cannot be opened.
     #[error(transparent)]
     Map(#[from] MapError),
-    /// No thread.
+    /// The thread cannot be started.
     #[error("starting a thread: {0}")]
     Thread(io::Error),
 }
 
 impl Collector {
-    /// Starts the thread, on the maps that are pinned in a folder.
+    /// Starts the thread on the maps that are pinned in a directory.
     ///
     /// # Errors
-    /// Where the maps cannot be opened, or the thread not be started.
+    /// Returns an error if the maps cannot be opened or the thread cannot be started.
     pub fn start(maps: &Path, timeouts: Timeouts) -> Result<Self, CollectorError> {
         let maps = FlowMaps::open(maps)?;
         let (stop, stopped) = mpsc::channel();
@@ -141,7 +141,7 @@ impl Collector {
         Ok(Self { _stop: stop, turns })
     }
 
-    /// Waits for the end of the next turn; `None` where the thread has ended.
+    /// Waits for the end of the next pass; `None` if the thread has ended.
     pub async fn turn(&mut self) -> Option<Turn> {
         self.turns.recv().await
     }
@@ -150,12 +150,12 @@ impl Collector {
 struct Worker {
     timeouts: Timeouts,
     told: UnboundedSender<Turn>,
-    /// When the turn began.
+    /// Start of the pass.
     begun: Instant,
     turn: Turn,
 }
 
-/// Whether the thread is to go on.
+/// Whether the thread continues.
 fn goes_on(stopped: &Receiver<()>, wait: Duration) -> bool {
     matches!(stopped.recv_timeout(wait), Err(RecvTimeoutError::Timeout))
 }
@@ -184,7 +184,7 @@ impl Worker {
         }
     }
 
-    /// Reads a map as a whole; false where the thread is to end.
+    /// Reads a map as a whole; false if the thread should end.
     fn sweep(&mut self, map: &mut FlowMap, answered: bool, stopped: &Receiver<()>) -> Result<bool, MapError> {
         let mut position = Position::Begin;
         let mut entries = 0;
@@ -213,7 +213,7 @@ impl Worker {
 
     fn end_turn(&mut self) {
         self.turn.took = self.begun.elapsed();
-        // Where nobody listens, the agent ends.
+        // Without a receiver the agent is ending.
         self.told.send(std::mem::take(&mut self.turn)).ok();
     }
 }
@@ -234,7 +234,7 @@ impl Entries for FlowMap {
     }
 }
 
-/// Removes those of the entries that are over, with their other directions; how many, by reason.
+/// Deletes the expired entries and their other directions; returns the number by reason.
 fn collect(
     map: &mut impl Entries,
     found: &[Direction],
@@ -245,7 +245,7 @@ fn collect(
     let begun = now();
     let mut removed = BTreeMap::new();
     for (key, entry) in found {
-        // Most of a busy node's: one look is enough.
+        // True for most entries of a busy node, and settled without a lookup.
         if !idle::is_over(entry.seen, begun, timeouts.shortest()) {
             continue;
         }
@@ -254,7 +254,7 @@ fn collect(
         let Some(reason) = judge(key.proto, answered, entry, other.as_ref(), timeouts, begun) else {
             continue;
         };
-        // Once more, since the entry was read a while ago; gone already where it was the other direction of another.
+        // Looked up again, since the entry was read a while ago; missing if it was deleted as the other direction of another entry.
         let is_as_before = |now: Option<CtEntry>, before: &CtEntry| now.is_some_and(|now| now.seen == before.seen);
         if !is_as_before(map.get(key)?, entry) {
             continue;
@@ -276,7 +276,7 @@ fn collect(
     Ok(removed)
 }
 
-/// Whether a flow is over, given as one of its directions and, if it is there, the other.
+/// Whether a flow has expired, given one of its directions and, if it exists, the other.
 fn judge(
     proto: u8,
     answered: bool,
@@ -303,7 +303,7 @@ mod tests {
     const TCP: u8 = ip_protocol::TCP;
     const UDP: u8 = ip_protocol::UDP;
 
-    /// Entries in memory. After some look-ups, a packet of this direction comes.
+    /// Entries in memory. After a number of lookups, a packet of this direction arrives.
     #[derive(Default)]
     struct Fake {
         entries: BTreeMap<CtKey, CtEntry>,
@@ -331,7 +331,7 @@ mod tests {
         }
     }
 
-    /// A flow of a client with that number: what it asks, and what the backend answers, each seen so many seconds ago.
+    /// The flow of a client with this number: original and reply direction, each last seen the given number of seconds ago.
     fn flow(n: u8, proto: u8, seen: [u64; 2], states: [u8; 2]) -> [Direction; 2] {
         let (client, frontend) = (Addr::from_v4([192, 0, 2, n]), Addr::from_v4([10, 96, 0, 1]));
         let (node, backend) = (Addr::from_v4([192, 168, 0, 1]), Addr::from_v4([10, 0, 0, 1]));

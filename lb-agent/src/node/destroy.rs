@@ -1,10 +1,10 @@
-//! Sockets whose backend was removed are destroyed, and records without a socket are swept: one thread, beside the
+//! Destroys sockets that are connected to removed backends, and sweeps records without a socket: one thread, separate from the
 //! reconciler.
 //!
-//! A backend is removed when its generation moves. From then on no connect() chooses it, but one that did so before may
-//! still be under way. So what names a generation that is not current is looked at in passes, until one that began a
-//! second after the removal finds no socket connected. The records tell what is to be done, so nothing is lost when the
-//! agent dies: the next one begins with a pass.
+//! A backend is removed when its generation moves. From then on no connect() selects it, but an earlier connect() may
+//! still be in progress. Therefore records with a generation that is not current are examined in passes, until a pass that began a
+//! second after the removal finds no connected socket. The records contain all the work to be done, so nothing is lost when the
+//! agent dies: the next agent begins with a pass.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -26,15 +26,15 @@ use crate::maps::records::{Found, Records};
 use lb_core::maps::MapError;
 use lb_core::model::{Problem, ProblemKind};
 
-/// Time between two passes while a connect() may be under way.
+/// Time between two passes while a connect() may be in progress.
 const STEP: Duration = Duration::from_millis(100);
 /// Least time between two passes, however many backends are removed.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Place of a problem of one namespace; its cookie follows.
+/// Prefix of the place of a problem in one namespace; the cookie follows.
 const NAMESPACE: &str = "network namespace";
 
-/// What is done to sockets.
+/// Settings of the thread.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
     /// TCP sockets of removed backends are destroyed too.
@@ -43,7 +43,7 @@ pub struct Settings {
     pub sweep: Duration,
 }
 
-/// The thread that destroys and sweeps. It ends when this is dropped.
+/// Handle of the thread that destroys sockets and sweeps records. The thread ends when the handle is dropped.
 #[derive(Debug)]
 pub struct Destroyer {
     wake: Sender<()>,
@@ -52,10 +52,10 @@ pub struct Destroyer {
 }
 
 impl Destroyer {
-    /// Starts the thread, on the maps that are pinned in a folder. The calling thread's network namespace is the node's.
+    /// Starts the thread on the maps that are pinned in a directory. The calling thread's network namespace is the node's.
     ///
     /// # Errors
-    /// Where the maps cannot be opened, or /proc cannot be read.
+    /// Returns an error if the maps cannot be opened or /proc cannot be read.
     pub fn start(maps: &Path, settings: Settings) -> Result<Self, DestroyError> {
         let records = Records::open(maps)?;
         let namespaces = Namespaces::new().map_err(DestroyError::Proc)?;
@@ -79,34 +79,34 @@ impl Destroyer {
         Ok(Self { wake, problems, events })
     }
 
-    /// Says that backends were removed; returns at once.
+    /// Notifies the thread that backends were removed; returns at once.
     pub fn wake(&self) {
-        // Where the thread has ended, it has said why.
+        // If the thread has ended, it has logged the reason.
         self.wake.send(()).ok();
     }
 
-    /// What could not be done.
+    /// Problems of the thread.
     #[must_use]
     pub fn problems(&self) -> watch::Receiver<Vec<Problem>> {
         self.problems.clone()
     }
 
-    /// Waits for the next socket that was destroyed; `None` where the thread has ended.
+    /// Waits for the next destroyed socket; `None` if the thread has ended.
     pub async fn destroyed(&mut self) -> Option<Event> {
         self.events.recv().await
     }
 }
 
-/// Why sockets cannot be looked after.
+/// Reasons why the thread cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum DestroyError {
     /// The maps cannot be opened.
     #[error(transparent)]
     Map(#[from] MapError),
-    /// Processes cannot be looked at.
+    /// The processes cannot be listed.
     #[error("/proc: {0}")]
     Proc(io::Error),
-    /// No thread.
+    /// The thread cannot be started.
     #[error("starting a thread: {0}")]
     Thread(io::Error),
 }
@@ -115,21 +115,21 @@ struct Worker {
     settings: Settings,
     records: Records,
     namespaces: Namespaces,
-    /// What the last sweep found no socket for.
+    /// Records without a socket in the last sweep.
     suspects: Suspects,
-    /// The same of the last pass, with removed backends.
+    /// Records of removed backends without a socket in the last pass.
     missing: Suspects,
-    /// What is told, by place.
+    /// The reported problems, by place.
     problems: BTreeMap<String, String>,
     told: watch::Sender<Vec<Problem>>,
     destroyed: UnboundedSender<Event>,
 }
 
-/// What a pass did in one namespace.
+/// The result of a pass in one namespace.
 #[derive(Default)]
 struct Done {
     destroyed: Vec<(Found, Socket)>,
-    /// Records of sockets that are connected elsewhere, or no more.
+    /// Records of sockets that are connected elsewhere, or no longer connected.
     stale: Vec<Found>,
     /// Records of sockets that were not listed.
     missing: Vec<Found>,
@@ -173,7 +173,7 @@ impl Worker {
         }
     }
 
-    /// Whether this kernel can destroy sockets: said before any has to be.
+    /// Checks whether this kernel can destroy sockets, before any socket has to be destroyed.
     fn probe(&mut self) {
         let tcp = self.settings.tcp;
         for protocol in Protocol::ALL.into_iter().filter(|p| *p == Protocol::Udp || tcp) {
@@ -192,8 +192,8 @@ impl Worker {
         self.tell();
     }
 
-    /// Destroys what is connected to removed backends, and forgets what no longer is. Returns how many sockets may still
-    /// be connected to one.
+    /// Destroys sockets that are connected to removed backends, and deletes obsolete records. Returns how many sockets may still
+    /// be connected to a removed backend.
     fn pass(&mut self) -> usize {
         let result = self.try_pass();
         let (open, why) = match result {
@@ -225,7 +225,7 @@ impl Worker {
             destroy(records, dead, begun)
         });
         self.refusals(&visit);
-        // Who is in a namespace that could not be looked into is not known.
+        // The sockets of a namespace that could not be entered are unknown.
         let is_seen = |netns: &&u64| visit.visited.contains_key(netns) || visit.missing.contains(netns);
         let mut open = wanted.len() - wanted.iter().filter(is_seen).count();
         let (mut stale, mut missing) = (Vec::new(), Vec::new());
@@ -247,7 +247,7 @@ impl Worker {
         Ok(open)
     }
 
-    /// Forgets what had no socket in two listings of its namespace.
+    /// Deletes records without a socket in two listings of their namespace.
     fn sweep(&mut self) -> Result<(), MapError> {
         self.records.free_left_over()?;
         let oldest = monotonic_ns().saturating_sub(self.settings.sweep.as_nanos() as u64);
@@ -270,7 +270,7 @@ impl Worker {
             .collect();
         let visit = self.namespaces.visit(&wanted, |_| list_sockets(&Protocol::ALL));
         self.refusals(&visit);
-        // Where a namespace could not be listed, nothing is known to be gone.
+        // If a namespace could not be listed, none of its sockets is known to be gone.
         let is_gone = |netns: u64, cookie: u64| match visit.visited.get(&netns) {
             Some(Ok(listing)) => !listing.contains_key(&cookie),
             Some(Err(_)) => false,
@@ -307,7 +307,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Logs a socket that was destroyed, and says so to whoever traces.
+    /// Logs a destroyed socket, and reports it to `lb-agent trace`.
     fn tell_of_destroyed(&self, found: &Found, socket: &Socket) {
         let record = &found.record;
         debug!(
@@ -329,11 +329,11 @@ impl Worker {
             service: record.service,
             ..Event::default()
         };
-        // Where nobody listens, the agent ends.
+        // Without a receiver the agent is ending.
         self.destroyed.send(event).ok();
     }
 
-    /// Tells of namespaces that cannot be looked into.
+    /// Reports namespaces that cannot be entered.
     fn refusals<T>(&mut self, visit: &Visit<T>) {
         let why = visit.refused.first().map(|(path, error)| {
             let path = path.display();
@@ -342,7 +342,7 @@ impl Worker {
         self.note("other network namespaces", why);
     }
 
-    /// Notes what is wrong in a place, or that nothing is.
+    /// Sets or clears the problem of a place.
     fn note(&mut self, place: &str, why: Option<String>) {
         match why {
             Some(why) => self.problems.insert(place.into(), why),
@@ -350,7 +350,7 @@ impl Worker {
         };
     }
 
-    /// Tells problems, where they are others than before.
+    /// Publishes the problems if they have changed.
     fn tell(&self) {
         let problems: Vec<_> = self
             .problems
@@ -365,7 +365,7 @@ impl Worker {
     }
 }
 
-/// What a kernel's refusal to destroy sockets means.
+/// Explains the kernel's refusal to destroy sockets.
 fn why_not_destroyed(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::EOPNOTSUPP) => {
@@ -398,7 +398,7 @@ fn try_destroy(records: &Records, dead: &[Found], begun: u64, done: &mut Done) -
             Verdict::Forget => done.stale.push(*found),
             Verdict::Missing => done.missing.push(*found),
             Verdict::Wait => done.open += 1,
-            // It has connected once more since: there is another record, to be judged by itself.
+            // The socket has connected again: it has another record, which is examined separately.
             Verdict::Destroy(_) if !records.is_unchanged(found).map_err(io::Error::other)? => done.open += 1,
             Verdict::Destroy(socket) => match diag.destroy(&socket) {
                 Ok(Destroyed::Yes) => done.destroyed.push((*found, socket)),
@@ -413,7 +413,7 @@ fn try_destroy(records: &Records, dead: &[Found], begun: u64, done: &mut Done) -
     Ok(())
 }
 
-/// When an unconnected socket last sent something to a service.
+/// Time of the last datagram of an unconnected socket to a Service.
 fn last_use(flows: &UdpFlows) -> u64 {
     flows.flows.iter().map(|flow| flow.asked).max().unwrap_or(0)
 }

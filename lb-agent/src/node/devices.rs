@@ -1,4 +1,4 @@
-//! At which devices packets are served, and which source they get that lb sends out by one.
+//! Selects the devices with programs, and the source address of packets that lb sends out by a device.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -8,19 +8,19 @@ use wildmatch::WildMatch;
 
 use super::links::{Kind, Link, Snapshot};
 
-/// `--devices`: names of devices, in which `*` stands for anything and `?` for one character. None selects all that lb
-/// has business with.
+/// `--devices`: names of devices with the wildcards `*` and `?`. An empty list selects all devices that lb
+/// serves by default.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Patterns(Vec<WildMatch>);
 
 impl Patterns {
-    /// From names.
+    /// Creates patterns from names.
     #[must_use]
     pub fn new(names: &[impl AsRef<str>]) -> Self {
         Self(names.iter().map(|name| WildMatch::new(name.as_ref())).collect())
     }
 
-    /// Whether nobody has named a device.
+    /// Whether the list is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -33,26 +33,26 @@ impl Patterns {
     }
 }
 
-/// What packets look like that a device hands over.
+/// Form of the packets of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layer {
-    /// They begin with a header of the link layer.
+    /// Packets begin with a link-layer header.
     Link,
-    /// They begin with that of IP (tun, WireGuard).
+    /// Packets begin with the IP header (tun, WireGuard).
     Network,
 }
 
-/// A device that programs are to be at.
+/// A device that gets programs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Served {
-    /// Its name at the moment.
+    /// Its current name.
     pub name: String,
-    /// What packets look like.
+    /// Form of its packets.
     pub layer: Layer,
 }
 
-/// Whether programs are to be at a device. Sockets serve loopback; what comes in by a port of a bridge is seen at the
-/// bridge as far as it is for the node or beyond, and what passes from port to port is nobody's business.
+/// Whether a device gets programs. Socket hooks serve loopback; packets that arrive by a port of a bridge are seen at the
+/// bridge if they are for the node or beyond, and packets from port to port are not translated.
 fn is_served(link: &Link, patterns: &Patterns) -> bool {
     match link.kind {
         Kind::Loopback => false,
@@ -63,7 +63,7 @@ fn is_served(link: &Link, patterns: &Patterns) -> bool {
 }
 
 impl Snapshot {
-    /// The devices that programs are to be at, by index.
+    /// The devices that get programs, by index.
     #[must_use]
     pub fn served(&self, patterns: &Patterns) -> BTreeMap<u32, Served> {
         let served = self.links.iter().filter(|(_, link)| is_served(link, patterns));
@@ -75,7 +75,7 @@ impl Snapshot {
         self.links.keys().copied()
     }
 
-    /// What DEVICES is to say: every device by which a packet may leave. `node` are the addresses in the Node object of
+    /// The desired contents of DEVICES: every device by which a packet may leave. `node` has the addresses in the Node object of
     /// this node.
     #[must_use]
     pub fn sources(&self, node: &[IpAddr]) -> BTreeMap<u32, Device> {
@@ -97,8 +97,8 @@ impl Snapshot {
         .collect()
     }
 
-    /// The node's address of a family: the first in its Node object that it really has; else that of the device by
-    /// which packets leave for elsewhere; else that of any.
+    /// The node's address of a family: the first address in its Node object that it really has; else the address of the device by
+    /// which packets leave for other networks; else the address of any device.
     fn primary(&self, v6: bool, node: &[IpAddr]) -> Option<Addr> {
         let is_own = |ip: IpAddr| {
             let mut own = self.links.values().flat_map(|link| &link.addresses);
@@ -123,10 +123,10 @@ impl Link {
         }
     }
 
-    /// The address of a family that packets have which leave by this device.
+    /// The source address of packets that leave by this device, by family.
     fn source(&self, v6: bool) -> Option<Addr> {
         let global = self.addresses.iter().filter(|a| a.ip.is_ipv6() == v6 && a.is_global);
-        // Stable: of equals the first.
+        // A stable sort: the first of equals wins.
         global.min_by_key(|a| a.is_secondary).map(|a| Addr::from(a.ip))
     }
 }
@@ -154,7 +154,7 @@ mod tests {
             device("eth0", Kind::Other, false),
             device("cni0", Kind::Other, false),
             device("flannel.1", Kind::Other, false),
-            // A port of the bridge, and a pod's that is in none.
+            // A port of the bridge, and the veth of a pod that is in no bridge.
             device("veth1", Kind::Other, true),
             device("cali7", Kind::Other, false),
             device("dummy0", Kind::Dummy, false),
@@ -164,7 +164,7 @@ mod tests {
             (&[], &["eth0", "cni0", "flannel.1", "cali7"]),
             (&["eth0"], &["eth0"]),
             (&["eth*", "flannel.?"], &["eth0", "flannel.1"]),
-            // A name says more than a kind, but for loopback.
+            // A name overrides the kind, except for loopback.
             (&["veth?", "dummy0"], &["veth1", "dummy0"]),
             (
                 &["*"],
@@ -192,7 +192,7 @@ mod tests {
         );
     }
 
-    /// The sources of a device, as text; `-` where there is none.
+    /// The source addresses of a device, as text; `-` if there is none.
     fn sources(snapshot: &Snapshot, node: &[&str], index: u32) -> [String; 2] {
         let node: Vec<IpAddr> = node.iter().map(|ip| ip.parse().unwrap()).collect();
         let device = snapshot.sources(&node)[&index];
@@ -217,7 +217,7 @@ mod tests {
     fn a_packet_gets_the_address_of_the_device_it_leaves_by() {
         let snapshot = snapshot();
         assert_eq!(sources(&snapshot, &[], 3), ["192.168.0.1", "fd00::1"]);
-        // The Node object does not matter where the device has an address.
+        // The Node object does not matter if the device has an address.
         assert_eq!(sources(&snapshot, &["192.168.0.2"], 3), ["192.168.0.1", "fd00::1"]);
         assert_eq!(sources(&snapshot, &[], 2), ["10.10.1.1", "fd00::1"]);
         assert_eq!(
@@ -230,7 +230,7 @@ mod tests {
     #[test]
     fn a_device_without_an_address_has_the_node_s() {
         let snapshot = snapshot();
-        // That of the device with the default route, and where there is none any.
+        // The address of the device with the default route, and without a default route any address.
         assert_eq!(sources(&snapshot, &[], 4), ["192.168.0.1", "fd00::1"]);
         let node = ["203.0.113.9", "192.168.0.2", "10.10.1.1"];
         assert_eq!(sources(&snapshot, &node, 4), ["192.168.0.2", "fd00::1"]);
@@ -250,7 +250,7 @@ mod tests {
         };
         set(&mut snapshot, 0, |a| a.is_global = false);
         assert_eq!(sources(&snapshot, &[], 1)[1], "fd00::2");
-        // A temporary one only where there is no other.
+        // A temporary address only if there is no other.
         set(&mut snapshot, 1, |a| a.is_secondary = true);
         assert_eq!(sources(&snapshot, &[], 1)[1], "fd00::3");
         set(&mut snapshot, 2, |a| a.is_global = false);

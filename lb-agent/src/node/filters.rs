@@ -1,7 +1,7 @@
 //! Programs as filters of a clsact qdisc, by netlink: for kernels without tcx.
 //!
-//! Filters of others are never touched, and nothing is read of what they say but where they stand. One is lb's by its
-//! place (priority, protocol and handle) and the name that it has.
+//! Foreign filters are never changed, and only their position is read. A filter is lb's by its
+//! position (priority, protocol and handle) and its name.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
@@ -18,11 +18,11 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::netlink::Netlink;
 
-/// The first place of all.
+/// The highest priority.
 const PRIORITY: u32 = 1;
 /// `ETH_P_ALL`, in network byte order.
 const EVERY_PROTOCOL: u32 = (libc::ETH_P_ALL as u16).to_be() as u32;
-/// Ours among those of the same priority: "lb".
+/// The handle of lb's filter among filters of the same priority: "lb".
 const HANDLE: u32 = 0x6c62;
 const CLSACT: &str = "clsact";
 
@@ -33,12 +33,12 @@ const TCA_OPTIONS: u16 = 2;
 const TCA_BPF_NAME: u16 = 7;
 const TCA_BPF_ID: u16 = 11;
 
-/// Which packets of a device a program sees.
+/// The direction of the packets that a program sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
-    /// What comes in.
+    /// Received packets.
     Ingress,
-    /// What goes out.
+    /// Sent packets.
     Egress,
 }
 
@@ -57,14 +57,14 @@ impl Side {
     }
 }
 
-/// What stands in lb's place.
+/// The filter at lb's position.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// Nothing.
+    /// No filter.
     Empty,
     /// A filter of lb's, with the program of this id.
     Ours(u32),
-    /// Somebody else's.
+    /// A foreign filter.
     Foreign,
 }
 
@@ -72,12 +72,12 @@ pub(crate) enum Place {
 pub(crate) struct Filters(Netlink);
 
 impl Filters {
-    /// For the network namespace of the calling thread.
+    /// Opens the network namespace of the calling thread.
     pub(crate) fn open() -> io::Result<Self> {
         Netlink::open(NETLINK_ROUTE).map(Self)
     }
 
-    /// What stands in lb's place at a side of a device.
+    /// Returns the filter at lb's position in a direction of a device.
     pub(crate) fn look(&mut self, index: u32, side: Side) -> io::Result<Place> {
         match self
             .0
@@ -89,7 +89,7 @@ impl Filters {
         }
     }
 
-    /// Puts a program in lb's place, or in place of the one that is there, in one step. The qdisc must be there.
+    /// Adds a program at lb's position, or replaces the one there, in one step. The qdisc must exist.
     pub(crate) fn put(&mut self, index: u32, side: Side, name: &str, program: BorrowedFd<'_>) -> io::Result<()> {
         if self.look(index, side)? == Place::Foreign {
             return Err(io::Error::other(format!(
@@ -111,7 +111,7 @@ impl Filters {
         }
     }
 
-    /// Removes lb's filter; false where there is none.
+    /// Removes lb's filter; false if there is none.
     pub(crate) fn remove(&mut self, index: u32, side: Side) -> io::Result<bool> {
         let Place::Ours(_) = self.look(index, side)? else {
             return Ok(false);
@@ -123,7 +123,7 @@ impl Filters {
         }
     }
 
-    /// Sees to it that a device has a clsact qdisc; true where it was made for that.
+    /// Ensures that a device has a clsact qdisc; true if it was created.
     pub(crate) fn add_qdisc(&mut self, index: u32) -> io::Result<bool> {
         let order = RouteNetlinkMessage::NewQueueDiscipline(clsact(index));
         match self.0.order_with(order, NLM_F_CREATE | NLM_F_EXCL) {
@@ -142,7 +142,7 @@ impl Filters {
         }
     }
 
-    /// Removes the clsact qdisc of a device where no filter is left, of whomever.
+    /// Removes the clsact qdisc of a device if no filter of any owner is left.
     pub(crate) fn remove_qdisc(&mut self, index: u32) -> io::Result<()> {
         for side in Side::BOTH {
             let mut question = TcMessage::default();
@@ -169,7 +169,7 @@ fn is_missing(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENODEV))
 }
 
-/// Lb's place at a side of a device.
+/// lb's position in a direction of a device.
 fn ours(index: u32, side: Side) -> TcMessage {
     let mut message = TcMessage::default();
     message.header = TcHeader {
@@ -199,8 +199,8 @@ fn clsact(index: u32) -> TcMessage {
     message
 }
 
-/// What the kernel says of a filter or qdisc, as far as lb wants to know: others may say things that nobody here
-/// understands.
+/// The attributes of a filter or qdisc that lb reads; foreign ones may have attributes that lb does not
+/// understand.
 #[derive(Debug, Default)]
 struct Told {
     kind: String,

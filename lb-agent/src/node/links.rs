@@ -1,4 +1,4 @@
-//! The node's network devices, their addresses and the way out, followed as they come and go.
+//! The node's network devices, their addresses and the default route, followed as they change.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -18,21 +18,21 @@ use tracing::warn;
 
 use super::netlink::{Listing, Netlink, Subscription};
 
-/// Time for the rest of a burst of changes to come.
+/// Time to wait for the rest of a burst of changes.
 const BURST: Duration = Duration::from_millis(20);
-/// Time until the kernel is asked again after it failed to answer.
+/// Time until a failed listing is repeated.
 const AGAIN: Duration = Duration::from_secs(1);
-/// Time between two looks where nothing was told: of routes, little is.
+/// Interval of listings without a notification: few changes of routes are notified.
 const LOOK: Duration = Duration::from_secs(10);
-/// How often a listing is begun anew because of changes.
+/// How often a listing is restarted because of changes.
 const TRIES: usize = 10;
 
 /// An address on its device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Address {
     pub(super) ip: IpAddr,
-    /// Others can be sent packets from it: it is not local to the link or the host, not deprecated, and known to be
-    /// nobody else's.
+    /// Usable as a source address: not local to the link or the host, not deprecated, and known to be
+    /// unique.
     pub(super) is_global: bool,
     /// One of several of a network, or one that is temporary.
     pub(super) is_secondary: bool,
@@ -43,19 +43,19 @@ pub(super) struct Address {
 pub(super) struct Link {
     pub(super) name: String,
     pub(super) kind: Kind,
-    /// Packets have a header of the link layer, as on Ethernet.
+    /// Packets have a link-layer header, as on Ethernet.
     pub(super) has_link_header: bool,
-    /// What comes in by it goes on as if it had come in by another device: a bridge, bond or team that it is a port of.
+    /// Packets that it receives continue as if received by another device: a bridge, bond or team that it is a port of.
     pub(super) is_port: bool,
     /// In the kernel's order.
     pub(super) addresses: Vec<Address>,
 }
 
-/// What kind of device one is, as far as that matters.
+/// The kind of a device, as far as lb distinguishes kinds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Loopback,
-    /// Nothing comes in by it: addresses stand there (`kube-ipvs0`).
+    /// Receives no packets, only holds addresses (`kube-ipvs0`).
     Dummy,
     Bridge,
     Other,
@@ -66,17 +66,17 @@ pub(super) enum Kind {
 pub struct Snapshot {
     /// Devices by their index.
     pub(super) links: BTreeMap<u32, Link>,
-    /// Devices that the default routes of a family (true: IPv6) lead to; not looked at without need.
+    /// Devices of the default routes of a family (true: IPv6); not listed without need.
     pub(super) defaults: BTreeSet<(bool, u32)>,
-    /// The device by which packets of a family leave for elsewhere.
+    /// The device by which packets of a family leave for other networks.
     pub(super) way_out: BTreeMap<bool, u32>,
 }
 
 impl Snapshot {
-    /// What the kernel says now, in the network namespace of the calling thread; default routes only if wanted.
+    /// Lists the devices of the network namespace of the calling thread; default routes only if wanted.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns the error of the system call.
     pub fn take(routes: bool) -> io::Result<Self> {
         for _ in 0..TRIES {
             if let Some(snapshot) = Self::try_take(routes)? {
@@ -86,7 +86,7 @@ impl Snapshot {
         Err(io::Error::other("devices change faster than they can be listed"))
     }
 
-    /// `None` where something changed meanwhile.
+    /// `None` if something changed during the listing.
     fn try_take(routes: bool) -> io::Result<Option<Self>> {
         let mut netlink = Netlink::open(NETLINK_ROUTE)?;
         let mut snapshot = Self::default();
@@ -122,7 +122,7 @@ impl Snapshot {
     }
 }
 
-/// What a listing says of a device; `None` where it has no name.
+/// Converts a device of a listing; `None` if it has no name.
 fn link(message: LinkMessage) -> Option<Link> {
     let header = message.header;
     let mut name = None;
@@ -159,14 +159,14 @@ fn link(message: LinkMessage) -> Option<Link> {
     })
 }
 
-/// The node's side of an address; `None` for one that another machine has too.
+/// The node's side of an address; `None` for an address that another machine has too.
 fn address(message: &AddressMessage) -> Option<Address> {
     let header = &message.header;
     if header.flags.contains(AddressHeaderFlags::Dadfailed) {
         return None;
     }
     let find = |pick: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(pick);
-    // Where both are there, the device is a point-to-point one and IFA_ADDRESS is the other side.
+    // If both are present, the device is point-to-point and IFA_ADDRESS is the other side.
     let local = find(|a| match a {
         AddressAttribute::Local(ip) => Some(*ip),
         _ => None,
@@ -193,8 +193,8 @@ fn address(message: &AddressMessage) -> Option<Address> {
     })
 }
 
-/// By which device a packet to somewhere far away leaves. The address is one that nobody has (RFC 5737, RFC 3849):
-/// one look-up says what a listing of all routes, which may be very many, would say.
+/// The device by which a packet to another network leaves. The destination is a documentation address (RFC 5737, RFC 3849):
+/// one lookup replaces a listing of all routes, of which there may be very many.
 fn way_out(netlink: &mut Netlink, v6: bool) -> io::Result<Option<u32>> {
     const FAR: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
     const FAR6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
@@ -207,11 +207,11 @@ fn way_out(netlink: &mut Netlink, v6: bool) -> io::Result<Option<u32>> {
     Ok(devices.next())
 }
 
-/// The address that packets get which a socket sends to another address, in the network namespace of the calling
-/// thread; `None` where no way leads there, or where they do not leave.
+/// The source address of packets that a socket sends to another address, in the network namespace of the calling
+/// thread; `None` if there is no route, or if the packets do not leave the node.
 ///
 /// # Errors
-/// The system call's.
+/// Returns the error of the system call.
 pub fn source(to: IpAddr) -> io::Result<Option<IpAddr>> {
     let route = route(&mut Netlink::open(NETLINK_ROUTE)?, to)?;
     let route = route.filter(|route| route.header.kind != RouteType::Local);
@@ -224,7 +224,7 @@ pub fn source(to: IpAddr) -> io::Result<Option<IpAddr>> {
     Ok(sources.next())
 }
 
-/// The route that the kernel takes to an address, if there is one.
+/// The kernel's route to an address, if there is one.
 fn route(netlink: &mut Netlink, to: IpAddr) -> io::Result<Option<RouteMessage>> {
     let (family, length, to) = match to {
         IpAddr::V4(ip) => (AddressFamily::Inet, 32, RouteAddress::Inet(ip)),
@@ -238,7 +238,7 @@ fn route(netlink: &mut Netlink, to: IpAddr) -> io::Result<Option<RouteMessage>> 
         Ok(RouteNetlinkMessage::NewRoute(route)) => Ok(Some(route)),
         Ok(_) => Ok(None),
         Err(error) => match error.raw_os_error() {
-            // No route, one that says no, or no such family.
+            // No route, a route of type unreachable, or no such family.
             Some(
                 libc::ENETUNREACH
                 | libc::EHOSTUNREACH
@@ -271,20 +271,20 @@ fn default_devices(route: &RouteMessage) -> Vec<u32> {
 }
 
 /// Follows the devices of the network namespace of the calling thread on a thread of its own, and default routes if
-/// wanted (a node may have very many routes). What there is when this returns is there already.
+/// wanted (a node may have very many routes). The first listing is complete when this returns.
 ///
 /// # Errors
-/// Where the kernel cannot be asked.
+/// Returns the error of the first listing.
 pub fn follow(routes: bool) -> io::Result<watch::Receiver<Snapshot>> {
     const ADDRESSES: i32 = libc::RTMGRP_LINK | libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR;
     const ROUTES: i32 = libc::RTMGRP_IPV4_ROUTE | libc::RTMGRP_IPV6_ROUTE;
     let groups = if routes { ADDRESSES | ROUTES } else { ADDRESSES };
-    // First, so that no change falls in between.
+    // Subscribed first, so that no change is missed in between.
     let subscription = Subscription::open(NETLINK_ROUTE, groups as u32, LOOK)?;
     let (told, snapshots) = watch::channel(Snapshot::take(routes)?);
     thread::Builder::new().name("lb-devices".into()).spawn(move || {
         while !told.is_closed() {
-            // Waits for a change; a failure is no reason not to look.
+            // Waits for a change; after a failure the listing happens all the same.
             if let Err(error) = subscription.wait() {
                 warn!(%error, "changes of devices and addresses may be seen late");
                 thread::sleep(AGAIN);
@@ -309,7 +309,7 @@ pub fn follow(routes: bool) -> io::Result<watch::Receiver<Snapshot>> {
 
 #[cfg(test)]
 impl Snapshot {
-    /// Devices with the indexes 1, 2 and so on: names, and addresses as the kernel would judge them.
+    /// Devices with the indexes 1, 2 and so on: names, and addresses with the kernel's flags.
     pub(super) fn of(devices: &[(&str, &[&str])]) -> Self {
         let links = (1..).zip(devices).map(|(index, (name, addresses))| {
             let addresses = addresses.iter().map(|text| {

@@ -1,8 +1,8 @@
-//! What the agent learns from the node's kernel, and does there, beside the maps: network namespaces, their sockets, the
-//! node's devices and addresses, and what stands at tc.
+//! The agent's view of the node's kernel apart from the maps: network namespaces, their sockets, the
+//! node's devices and addresses, tc filters, and settings.
 //!
-//! Threads of their own do this work, with maps that they opened themselves: applying what the source says never waits
-//! for it.
+//! Separate threads do this work, with their own map handles: applying changes of the source never waits
+//! for them.
 
 pub mod addrs;
 pub mod ct_gc;

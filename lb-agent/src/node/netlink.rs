@@ -1,4 +1,4 @@
-//! Requests to netlink, and their answers.
+//! Netlink requests and responses.
 
 use std::io;
 use std::time::Duration;
@@ -11,10 +11,10 @@ use netlink_sys::{Socket, SocketAddr};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike as _};
 
-/// As much as the kernel puts into one datagram of a listing (`netlink_dump`), and more than any other answer.
+/// The size of one datagram of a listing (`netlink_dump`), larger than any other response.
 const DATAGRAM: usize = 64 * 1024;
 
-/// `NLM_F_DUMP_INTR`: what is listed has changed meanwhile.
+/// `NLM_F_DUMP_INTR`: the listed objects changed during the listing.
 const DUMP_INTERRUPTED: u16 = 0x10;
 
 /// A socket to a netlink family, of the network namespace that the thread is in when it is opened.
@@ -23,12 +23,12 @@ pub(super) struct Netlink {
     datagram: Vec<u8>,
 }
 
-/// How a listing ended.
+/// The result of a listing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Listing {
-    /// Everything that was there all the time was told.
+    /// Every object that existed throughout was listed.
     Whole,
-    /// It changed meanwhile: something may be missing, or told twice.
+    /// The objects changed during the listing: some may be missing or listed twice.
     Interrupted,
 }
 
@@ -44,7 +44,7 @@ impl Netlink {
         })
     }
 
-    /// Asks for a listing and hands over each message of it.
+    /// Requests a listing and passes each of its messages on.
     pub(super) fn list<M>(&mut self, question: M, each: impl FnMut(M)) -> io::Result<Listing>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
@@ -52,7 +52,7 @@ impl Netlink {
         self.list_as(question, each)
     }
 
-    /// The same, with answers of another type than the question.
+    /// Requests a listing with responses of another type than the request.
     pub(super) fn list_as<A>(
         &mut self,
         question: impl NetlinkSerializable,
@@ -85,9 +85,9 @@ impl Netlink {
         }
     }
 
-    /// Asks for one thing: the last that is told of it.
+    /// Requests one object and returns the last message about it.
     pub(super) fn ask<A: NetlinkDeserializable>(&mut self, question: impl NetlinkSerializable) -> io::Result<A> {
-        // Some answers are told to who listens only, but for an echo.
+        // Some responses go to subscribers only, unless NLM_F_ECHO is set.
         self.send(question, NLM_F_REQUEST | NLM_F_ACK | NLM_F_ECHO)?;
         let mut answer = None;
         loop {
@@ -106,7 +106,7 @@ impl Netlink {
         }
     }
 
-    /// Asks for something to be done, and waits until it is.
+    /// Requests a change, and waits for its acknowledgment.
     pub(super) fn order<M>(&mut self, order: M) -> io::Result<()>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
@@ -114,7 +114,7 @@ impl Netlink {
         self.order_with(order, 0)
     }
 
-    /// The same, with more flags: `NLM_F_CREATE`, `NLM_F_EXCL`, `NLM_F_REPLACE`.
+    /// Requests a change with additional flags: `NLM_F_CREATE`, `NLM_F_EXCL`, `NLM_F_REPLACE`.
     pub(super) fn order_with<M>(&mut self, order: M, flags: u16) -> io::Result<()>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
@@ -142,13 +142,13 @@ impl Netlink {
         self.socket.send(&bytes, 0).map(drop)
     }
 
-    /// Receives one datagram, and hands over its messages until one is the last.
+    /// Receives one datagram, and passes its messages on up to the last one.
     fn receive<M: NetlinkDeserializable>(
         &mut self,
         mut each: impl FnMut(&NetlinkHeader, NetlinkPayload<M>) -> io::Result<bool>,
     ) -> io::Result<bool> {
         self.datagram.clear();
-        // With MSG_TRUNC the length is that of the datagram, also where it did not fit.
+        // With MSG_TRUNC the length is that of the datagram, even if it did not fit.
         let length = self.socket.recv(&mut self.datagram, libc::MSG_TRUNC)?;
         let mut rest = self
             .datagram
@@ -167,11 +167,11 @@ impl Netlink {
     }
 }
 
-/// A socket that is told of changes.
+/// A socket that receives notifications of changes.
 pub(super) struct Subscription(Socket);
 
 impl Subscription {
-    /// Subscribes to groups (bits `RTMGRP_*`) of a family. Nobody waits longer than `patience`.
+    /// Subscribes to groups (bits `RTMGRP_*`) of a family. A wait ends after `patience`.
     pub(super) fn open(family: isize, groups: u32, patience: Duration) -> io::Result<Self> {
         let mut socket = Socket::new(family)?;
         socket.bind(&SocketAddr::new(0, groups))?;
@@ -180,8 +180,8 @@ impl Subscription {
         Ok(Self(socket))
     }
 
-    /// Waits until something may have changed, be it told or lost, or patience is at its end; takes everything else that
-    /// was told until then.
+    /// Waits until something may have changed, whether the notification arrived or was lost, or until `patience` ends; takes all
+    /// other pending notifications.
     pub(super) fn wait(&self) -> io::Result<()> {
         let mut flags = 0;
         loop {
@@ -193,11 +193,11 @@ impl Subscription {
         }
     }
 
-    /// Takes one message, whatever it says: what there is now is listed afterwards.
+    /// Takes one message without regard to its contents: a listing follows.
     fn take(&self, flags: libc::c_int) -> io::Result<()> {
         let mut start = Vec::with_capacity(64);
         match self.0.recv(&mut start, flags) {
-            // More was told than the socket could keep.
+            // More notifications arrived than the socket's buffer holds.
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
             result => result.map(drop),

@@ -1,7 +1,7 @@
-//! Network namespaces by their cookie. The kernel has no such lookup, so they are looked for wherever one can be held: by
+//! Network namespaces by their cookie. The kernel has no such lookup, so they are searched wherever they can be held: by
 //! processes and threads, by open descriptors, and by bind mounts (`ip netns`, CNI).
 //!
-//! Needs `CAP_SYS_PTRACE` to see those of other processes, and `CAP_SYS_ADMIN` to enter one.
+//! Needs `CAP_SYS_PTRACE` to see the namespaces of other processes, and `CAP_SYS_ADMIN` to enter one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -14,14 +14,14 @@ use nix::sched::{CloneFlags, setns};
 
 use crate::maps::sys;
 
-/// Inode of the initial process namespace (`PROC_PID_INIT_INO`): /proc shows every process to those in it.
+/// Inode of the initial process namespace (`PROC_PID_INIT_INO`), in which /proc shows every process.
 const INITIAL_PIDS: u64 = 0xeffffffc;
 
 /// Runs `work` on a thread of its own in a network namespace. Sockets that it opens belong to that namespace, also after
 /// they have left the closure.
 ///
 /// # Errors
-/// Where the namespace cannot be entered.
+/// Returns an error if the namespace cannot be entered.
 pub(crate) fn within<T: Send>(netns: &File, work: impl FnOnce() -> T + Send) -> io::Result<T> {
     thread::scope(|scope| {
         let enter = move || {
@@ -34,19 +34,19 @@ pub(crate) fn within<T: Send>(netns: &File, work: impl FnOnce() -> T + Send) -> 
     })
 }
 
-/// What became of the wish to visit some namespaces.
+/// The result of visiting namespaces.
 #[derive(Debug)]
 pub(crate) struct Visit<T> {
-    /// What `work` returned, by cookie.
+    /// The results of `work`, by cookie.
     pub(crate) visited: BTreeMap<u64, T>,
     /// Cookies of namespaces that this walk would have found, if there were any.
     pub(crate) missing: BTreeSet<u64>,
-    /// Where some that were wanted are in neither of the above: what cannot be entered or looked at, and why. They may be
-    /// there.
+    /// If some of the wanted namespaces are in neither of the above: the namespaces that cannot be entered, with the reason. The wanted
+    /// namespaces may be among them.
     pub(crate) refused: Vec<(PathBuf, io::Error)>,
 }
 
-/// Where namespaces are held: inode to path.
+/// Paths that hold namespaces, by inode.
 type Handles = BTreeMap<u64, PathBuf>;
 
 /// The namespaces of this machine.
@@ -55,17 +55,17 @@ pub(crate) struct Namespaces {
     own_inode: u64,
     /// Cookies of namespaces that were entered, by inode. An inode can be another's later.
     cookies: BTreeMap<u64, u64>,
-    /// Cookies of all that were ever entered.
+    /// Cookies of all namespaces that were ever entered.
     entered: BTreeSet<u64>,
-    /// Every process can be seen.
+    /// Whether every process can be seen.
     sees_all: bool,
 }
 
 impl Namespaces {
-    /// The calling thread's namespace is the node's.
+    /// Opens the namespaces of this machine. The calling thread's namespace is the node's.
     ///
     /// # Errors
-    /// Where /proc cannot be read.
+    /// Returns an error if /proc cannot be read.
     pub(crate) fn new() -> io::Result<Self> {
         let own = sys::netns_cookie()?;
         let inode = |path| Ok::<_, io::Error>(inode_of(&fs::read_link(path)?).unwrap_or(0));
@@ -79,7 +79,7 @@ impl Namespaces {
         })
     }
 
-    /// Cookie of the node's.
+    /// Cookie of the node's namespace.
     pub(crate) fn own(&self) -> u64 {
         self.own
     }
@@ -89,15 +89,15 @@ impl Namespaces {
         self.sees_all
     }
 
-    /// Enters the namespace that it is in already: what is needed for that is needed for others.
+    /// Enters the current namespace, which needs the same privileges as entering another one.
     ///
     /// # Errors
-    /// Where that is not allowed.
+    /// Returns an error if that is not permitted.
     pub(crate) fn probe() -> io::Result<()> {
         within(&File::open("/proc/thread-self/ns/net")?, || ())
     }
 
-    /// Runs `work` in those of the wanted namespaces (by cookie) that can be found; it gets the cookie. To be called on
+    /// Runs `work` with the cookie in each wanted namespace that can be found. Must be called on
     /// a thread that is in the node's namespace.
     pub(crate) fn visit<T: Send>(&mut self, wanted: &BTreeSet<u64>, work: impl Fn(u64) -> T + Sync) -> Visit<T> {
         let mut visit = Visit {
@@ -122,8 +122,8 @@ impl Namespaces {
         }
         self.cookies.retain(|inode, _| search.found.contains_key(inode));
         let looked_for = visit.missing.len();
-        // One that could not be entered may be any of them. So may one that only processes hold that may not be looked
-        // at; but one that was entered before was held by others, and they are gone.
+        // A namespace that could not be entered may be any of them. So may one that is held only by inaccessible
+        // processes; but a namespace that was entered before had other holders, which are gone.
         let denied = |(_, error): &(_, io::Error)| error.kind() == io::ErrorKind::PermissionDenied;
         let sees_most = visit.refused.is_empty() && search.refused.iter().all(denied);
         let sees_all = self.sees_all && search.refused.is_empty();
@@ -138,8 +138,8 @@ impl Namespaces {
         visit
     }
 
-    /// Enters those that may be wanted: the known ones first, then the unknown, then those whose inode was known for
-    /// another.
+    /// Enters the candidates: the known namespaces first, then the unknown, then those with an inode that was known for
+    /// another namespace.
     fn enter<T: Send>(
         &mut self,
         found: &Handles,
@@ -195,7 +195,7 @@ impl Search {
         }
     }
 
-    /// The namespaces of threads, and those that descriptors are open for.
+    /// The namespaces of threads and of open descriptors.
     fn threads_and_descriptors(&mut self) {
         for process in self.entries(Path::new("/proc"), is_number) {
             for thread in self.entries(&process.join("task"), is_number) {
@@ -223,7 +223,7 @@ impl Search {
         }
     }
 
-    /// Notes the namespace that a link leads to, if it leads to one.
+    /// Records the namespace that a link refers to, if it does.
     fn link(&mut self, path: PathBuf) {
         match fs::read_link(&path) {
             Ok(target) => {
@@ -263,7 +263,7 @@ fn is_number(name: &str) -> bool {
     name.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// Whether the process, thread or mount has ended meanwhile.
+/// Whether the process, thread or mount has ended in the meantime.
 fn is_over(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::EINVAL))
 }
@@ -278,14 +278,14 @@ fn inode_in(target: &Path, prefix: &str) -> Option<u64> {
     inode.parse().ok()
 }
 
-/// Inode and mount point, where a line of mountinfo (proc_pid_mountinfo(5)) is the mount of a network namespace.
+/// Inode and mount point, if a line of mountinfo (proc_pid_mountinfo(5)) is the mount of a network namespace.
 fn bind_mount(line: &str) -> Option<(u64, String)> {
     let mut fields = line.split(' ').skip(3);
     let inode = inode_of(Path::new(fields.next()?))?;
     Some((inode, unescaped(fields.next()?)))
 }
 
-/// Undoes `\ooo`, which mountinfo has for blanks and backslashes.
+/// Decodes `\ooo`, which mountinfo uses for blanks and backslashes.
 fn unescaped(text: &str) -> String {
     let mut parts = text.split('\\');
     let mut plain = parts.next().unwrap_or_default().to_owned();

@@ -1,5 +1,5 @@
-//! The kernel's connection tracking, set as kube-proxy sets it: a node without that falls back to small defaults, and
-//! what CNIs masquerade breaks sooner.
+//! The kernel's connection tracking, configured as kube-proxy configures it: otherwise a node falls back to small defaults, and
+//! connections that CNIs masquerade break sooner.
 //!
 //! The limit and the size of the table are the machine's; time-outs are those of a network namespace.
 
@@ -16,7 +16,7 @@ use super::sysctl;
 use lb_core::model::{Problem, ProblemKind};
 
 const MAX: &str = "nf_conntrack_max";
-/// Chains of the table.
+/// Entries per hash bucket.
 const BUCKETS: &str = "nf_conntrack_buckets";
 /// The highest limit that follows from the number of processors, as kube-proxy has it.
 const MOST: u64 = 1 << 20;
@@ -26,17 +26,17 @@ const MOST: u64 = 1 << 20;
 pub struct Settings {
     /// Connections to be tracked for each processor.
     pub max_per_core: u32,
-    /// How many at least; without meaning where `max_per_core` is zero.
+    /// The minimum; ignored if `max_per_core` is zero.
     pub min: u32,
-    /// How long a TCP connection may be idle.
+    /// Time-out of an idle established TCP connection.
     pub tcp_established: Duration,
-    /// How long one may be half closed.
+    /// Time-out of a half-closed TCP connection.
     pub tcp_close_wait: Duration,
     /// Segments out of the window are not INVALID.
     pub tcp_be_liberal: bool,
-    /// How long UDP without an answer is remembered.
+    /// Time-out of unreplied UDP flows.
     pub udp: Duration,
-    /// How long UDP with answers is.
+    /// Time-out of UDP streams.
     pub udp_stream: Duration,
 }
 
@@ -82,12 +82,12 @@ impl Settings {
 #[derive(Debug)]
 pub struct Conntrack {
     sysctls: PathBuf,
-    /// What could not be set yet.
+    /// The settings that could not be applied yet.
     pending: Vec<(&'static str, u64)>,
 }
 
 impl Conntrack {
-    /// For the network namespace of the calling thread.
+    /// Opens the network namespace of the calling thread.
     #[must_use]
     pub fn new(settings: &Settings) -> Self {
         let processors = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
@@ -102,7 +102,7 @@ impl Conntrack {
         }
     }
 
-    /// Sets what is not set yet. To be called again: the kernel has no settings before something needs conntrack.
+    /// Applies the remaining settings. Must be called repeatedly: the kernel has no settings before conntrack is in use.
     pub fn apply(&mut self) -> Vec<Problem> {
         let mut problems = Vec::new();
         let mut pending = std::mem::take(&mut self.pending);
@@ -122,7 +122,7 @@ impl Conntrack {
     fn set(&self, name: &'static str, value: u64) -> io::Result<()> {
         let path = self.sysctls.join(name);
         if name == MAX && fs::metadata(&path)?.permissions().mode() & 0o222 == 0 {
-            // Of another network namespace than the machine's own, the kernel takes no limit.
+            // The kernel accepts a limit only in the initial network namespace.
             info!(
                 name,
                 "left as it is: it can be set in the machine's first network namespace only"
@@ -224,7 +224,7 @@ mod tests {
         assert_eq!(read(&file(MAX)).unwrap(), 262_144);
         assert_eq!(read(&file(BUCKETS)).unwrap(), 65_536);
         assert_eq!(read(&file("nf_conntrack_tcp_timeout_established")).unwrap(), 86_400);
-        // What somebody changes later is theirs.
+        // Later changes by others are kept.
         fs::write(file(MAX), "1000\n").unwrap();
         assert_eq!(conntrack.apply(), []);
         assert_eq!(read(&file(MAX)).unwrap(), 1000);

@@ -1,4 +1,4 @@
-//! The ports that packets to other nodes are given for a source: kept from the node's own sockets.
+//! The source ports of packets to other nodes, reserved from the node's own sockets.
 
 use std::fmt;
 use std::fs;
@@ -11,7 +11,7 @@ use super::sysctl;
 const RESERVED: &str = "ipv4/ip_local_reserved_ports";
 const LOCAL: &str = "ipv4/ip_local_port_range";
 
-/// Node ports, as API servers hand them out by default.
+/// The default range of node ports of the API server.
 const NODE_PORTS: PortRange = PortRange {
     first: 30000,
     last: 32767,
@@ -20,24 +20,24 @@ const NODE_PORTS: PortRange = PortRange {
 /// Ports from the first to the last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PortRange {
-    /// The first, not zero.
+    /// The first port, not zero.
     pub first: u16,
-    /// The last.
+    /// The last port, inclusive.
     pub last: u16,
 }
 
-/// What is no range, or not one for this.
+/// Reasons why a text is not a usable range.
 #[derive(Debug, thiserror::Error)]
 pub enum NoRange {
-    /// Not of the form.
+    /// The text is not of the form FIRST-LAST.
     #[error("not of the form FIRST-LAST, such as {0}")]
     Form(PortRange),
-    /// Where node ports are.
+    /// The range overlaps the node ports.
     #[error("overlaps the node ports {NODE_PORTS}")]
     NodePorts,
 }
 
-/// Above those that sockets get by default.
+/// Above the kernel's default range of ephemeral ports.
 impl Default for PortRange {
     fn default() -> Self {
         Self {
@@ -129,25 +129,25 @@ impl fmt::Display for Ports {
     }
 }
 
-/// What became of the wish to reserve a range.
+/// The result of reserving a range.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settled {
-    /// Packets may be given the ports.
+    /// Whether packets may use the ports.
     pub usable: bool,
-    /// What is reserved now that was not before lb came.
+    /// The range that lb added to the reserved ports.
     pub own: Option<PortRange>,
-    /// What could not be done.
+    /// Problems of the thread.
     pub problem: Option<String>,
 }
 
-/// Which ports are kept from sockets that ask for any, in a network namespace.
+/// The ports of a network namespace that bind(0) and connect() do not select.
 #[derive(Debug)]
 pub struct ReservedPorts {
     sysctls: PathBuf,
 }
 
 impl ReservedPorts {
-    /// Those of the network namespace that the calling thread is in whenever this is used.
+    /// Uses the network namespace of the calling thread at each call.
     #[must_use]
     pub fn new() -> Self {
         Self::at(&sysctl::net())
@@ -159,8 +159,8 @@ impl ReservedPorts {
         }
     }
 
-    /// Reserves a range, in place of `own` that was reserved before. Without that, the range can be used where sockets
-    /// are not given its ports anyway.
+    /// Reserves a range instead of the earlier range `own`. If that fails, the range is usable if sockets
+    /// do not get its ports anyway.
     #[must_use]
     pub fn settle(&self, range: PortRange, own: Option<PortRange>) -> Settled {
         match self.reserve(range, own) {
@@ -185,7 +185,7 @@ impl ReservedPorts {
         }
     }
 
-    /// Adds a range to those that others have reserved, and takes `old` out. False where all of it was there.
+    /// Adds a range to the reserved ports, and removes `old`. False if all of it was reserved already.
     fn reserve(&self, range: PortRange, old: Option<PortRange>) -> io::Result<bool> {
         let there = self.read()?;
         let mut ports = there.clone();
@@ -198,10 +198,10 @@ impl ReservedPorts {
         Ok(is_new)
     }
 
-    /// Takes a range out again.
+    /// Removes a range from the reserved ports.
     ///
     /// # Errors
-    /// The system call's, or where the kernel says what nobody understands.
+    /// Returns the error of the system call, or an error if the kernel's list cannot be parsed.
     pub fn release(&self, range: PortRange) -> io::Result<()> {
         let there = self.read()?;
         let mut ports = there.clone();
@@ -209,7 +209,7 @@ impl ReservedPorts {
         self.write(&there, &ports)
     }
 
-    /// Whether sockets that ask for any port get none of a range, reserved or not.
+    /// Whether no port of a range is an ephemeral port, reserved or not.
     fn is_beyond_local(&self, range: PortRange) -> io::Result<bool> {
         let text = fs::read_to_string(self.sysctls.join(LOCAL))?;
         let local = PortRange::parse(text.trim(), '\t').ok_or_else(|| unknown(&text))?;
@@ -304,7 +304,7 @@ mod tests {
         assert!(reserved.reserve(range(61000, 65535), None).unwrap());
         assert_eq!(says(), "8080,9148,61000-65535");
         assert!(!reserved.reserve(range(61000, 65535), None).unwrap(), "there already");
-        // Another range in place of ours.
+        // Another range instead of lb's.
         assert!(
             reserved
                 .reserve(range(60000, 62000), Some(range(61000, 65535)))
@@ -334,14 +334,14 @@ mod tests {
             assert_eq!(settled.own, None);
             settled.usable
         };
-        // Nobody knows which sockets get.
+        // The range of ephemeral ports is unknown.
         assert!(!usable(61000, 65535));
         fs::write(folder.path().join(LOCAL), "32768\t60999\n").unwrap();
         assert!(usable(61000, 65535));
         assert!(usable(1, 32767));
         assert!(!usable(60999, 65535));
         assert!(!usable(1, 65535));
-        // What an earlier run has reserved is still to be given back.
+        // The range that an earlier run reserved is still released.
         let own = Some(range(50000, 50999));
         assert_eq!(reserved.settle(range(61000, 65535), own).own, own);
         fs::remove_dir(folder.path().join(RESERVED)).unwrap();

@@ -34,12 +34,12 @@ pub(crate) struct Socket {
     pub(crate) protocol: Protocol,
     /// AF_INET or AF_INET6; sockets of the latter may have v4-mapped addresses.
     pub(crate) family: u8,
-    /// `enum tcp_state`, for UDP too: 1 is connected, 7 is not.
+    /// `enum tcp_state`, for UDP too: 1 is connected, 7 is unconnected.
     pub(crate) state: u8,
     pub(crate) local: SocketAddr,
-    /// All zero where it is not connected.
+    /// All zero if it is not connected.
     pub(crate) remote: SocketAddr,
-    /// The device that it is bound to; mostly zero.
+    /// The device that it is bound to; usually zero.
     pub(crate) interface: u32,
 }
 
@@ -84,7 +84,7 @@ pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
     SocketAddr::new(addr.ip().to_canonical(), addr.port())
 }
 
-/// The kernel has a cookie as two words, the lower first (`sock_diag_save_cookie`).
+/// The kernel passes a cookie as two words, the lower first (`sock_diag_save_cookie`).
 fn cookie_of(bytes: [u8; 8]) -> u64 {
     let [a, b, c, d, e, f, g, h] = bytes;
     let low = u32::from_ne_bytes([a, b, c, d]);
@@ -104,7 +104,7 @@ pub(crate) type Sockets = BTreeMap<u64, Socket>;
 /// The sockets of the network namespace of the calling thread.
 ///
 /// # Errors
-/// As [`SockDiag::list`].
+/// Returns the errors of [`SockDiag::list`].
 pub(crate) fn list_sockets(protocols: &[Protocol]) -> io::Result<Sockets> {
     let mut diag = SockDiag::open()?;
     let mut sockets = Sockets::new();
@@ -114,12 +114,12 @@ pub(crate) fn list_sockets(protocols: &[Protocol]) -> io::Result<Sockets> {
     Ok(sockets)
 }
 
-/// What became of the wish to destroy a socket.
+/// The result of destroying a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Destroyed {
-    /// Whatever it is called for next fails with ECONNABORTED.
+    /// The next call on the socket fails with ECONNABORTED.
     Yes,
-    /// There is no such socket any more, or it has other addresses now.
+    /// The socket does not exist any more, or has other addresses now.
     Gone,
 }
 
@@ -128,15 +128,15 @@ pub(crate) struct SockDiag(Netlink);
 
 impl SockDiag {
     /// # Errors
-    /// The system call's.
+    /// Returns the error of the system call.
     pub(crate) fn open() -> io::Result<Self> {
         Netlink::open(NETLINK_SOCK_DIAG).map(Self)
     }
 
-    /// All sockets of a protocol, IPv4 and IPv6; but not what is left of TCP sockets for a while after they were closed.
+    /// Lists all sockets of a protocol, IPv4 and IPv6, except closed TCP sockets (TIME_WAIT and the like).
     ///
     /// # Errors
-    /// The kernel's; where the listing may lack something, [`io::ErrorKind::Interrupted`].
+    /// Returns the kernel's error, or [`io::ErrorKind::Interrupted`] if the listing may be incomplete.
     pub(crate) fn list(&mut self, protocol: Protocol) -> io::Result<Vec<Socket>> {
         let mut sockets = Vec::new();
         for family in [AF_INET, AF_INET6] {
@@ -159,7 +159,7 @@ impl SockDiag {
     /// `SOCK_DESTROY` of the one socket that has this cookie and these addresses.
     ///
     /// # Errors
-    /// The kernel's: EOPNOTSUPP where it is built without `CONFIG_INET_DIAG_DESTROY`, EPERM without `CAP_NET_ADMIN`.
+    /// Returns the kernel's error: EOPNOTSUPP without `CONFIG_INET_DIAG_DESTROY`, EPERM without `CAP_NET_ADMIN`.
     pub(crate) fn destroy(&mut self, socket: &Socket) -> io::Result<Destroyed> {
         let request = request(socket.family, socket.protocol, socket.id());
         match self.0.order(SockDiagDestroy::new(request)) {
@@ -169,7 +169,7 @@ impl SockDiag {
         }
     }
 
-    /// Asks for a socket that is not there to be destroyed: the error of a kernel that cannot do it, if any.
+    /// Requests the destruction of a socket that does not exist: returns the error of a kernel that does not support it.
     pub(crate) fn probe(&mut self, protocol: Protocol) -> io::Result<()> {
         // A listing first, since the handler is a module that is loaded when it is needed.
         self.list(protocol)?;

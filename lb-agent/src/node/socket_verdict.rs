@@ -1,4 +1,4 @@
-//! Which sockets are to be destroyed, and which records are nobody's any more: decided from a record and a listing of the
+//! Decides which sockets are destroyed and which records are obsolete, from a record and a listing of the
 //! sockets of its network namespace.
 
 use std::collections::BTreeSet;
@@ -10,24 +10,24 @@ use super::sockdiag::{Socket, Sockets};
 /// How long connect() may take from the record of a choice to the socket's having that destination, in nanoseconds.
 pub(crate) const CONNECTING: u64 = 1_000_000_000;
 
-/// What to do about a record whose backend was removed.
+/// The action for a record of a removed backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// The socket is connected to the backend that was removed.
     Destroy(Socket),
-    /// The socket is connected elsewhere, or no more: the record is to be forgotten.
+    /// The socket is connected elsewhere, or no longer connected: the record is deleted.
     Forget,
-    /// The listing lacks the socket. A listing comes in parts, and what ends between two of them may hide another: only
-    /// what two listings lack is gone.
+    /// The listing lacks the socket. A listing arrives in parts, and a socket that ends between two of them may hide another: only
+    /// a socket that two listings lack is gone.
     Missing,
-    /// The call of connect() that left the record may not have ended yet.
+    /// The connect() that wrote the record may still be in progress.
     Wait,
 }
 
-/// Judges a record whose backend was removed, by a listing that was begun at `begun` (nanoseconds of CLOCK_MONOTONIC).
+/// Decides about a record of a removed backend, by a listing that began at `begun` (nanoseconds of CLOCK_MONOTONIC).
 ///
-/// A socket is destroyed only if cookie and destination are those of the record, and only if it is connected: one that
-/// was connected elsewhere since, or to nothing, is not the removed backend's.
+/// A socket is destroyed only if cookie and destination are those of the record, and only if it is connected: a socket that
+/// has since connected elsewhere, or disconnected, has nothing to do with the removed backend.
 pub(super) fn of_removed(record: &SocketRecord, listing: &Sockets, begun: u64) -> Verdict {
     let backend = record.backend_addr.socket(record.backend_port);
     let is_backends = |socket: &Socket| socket.protocol as u8 == record.proto && socket.is_connected_to(backend);
@@ -39,31 +39,31 @@ pub(super) fn of_removed(record: &SocketRecord, listing: &Sockets, begun: u64) -
     }
 }
 
-/// What is swept, by what it stands under and when it was last written.
+/// An entry that may be swept, by its key and the time of its last write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Trace {
     /// A record of a connected socket.
     Record {
         /// Key of the record.
         key: u64,
-        /// When it was connected.
+        /// Time of the connect().
         time: u64,
     },
     /// An unconnected socket's destinations.
     Flows {
         /// Cookie of the socket.
         cookie: u64,
-        /// When it last sent something.
+        /// Time of its last datagram.
         time: u64,
     },
 }
 
-/// Traces whose socket the last listing lacked.
+/// Entries without a socket in the last listing.
 #[derive(Debug, Default)]
 pub(super) struct Suspects(BTreeSet<Trace>);
 
 impl Suspects {
-    /// Notes the traces that have no socket now; those that had none the last time either are to be forgotten.
+    /// Records the entries without a socket; returns those that had none the last time either.
     pub(super) fn without_socket(&mut self, now: BTreeSet<Trace>) -> BTreeSet<Trace> {
         let twice = now.intersection(&self.0).copied().collect();
         self.0 = now;

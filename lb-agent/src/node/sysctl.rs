@@ -1,9 +1,9 @@
-//! Where settings of networking are.
+//! The location of the kernel's network settings.
 
 use std::path::{Path, PathBuf};
 
-/// In a container the machine's, as the manifest mounts them, since the container's own /proc/sys is read-only. The
-/// network namespace is in either case that of who opens a file.
+/// In a container the machine's settings, mounted by the manifest, since the container's own /proc/sys is read-only. The
+/// network namespace is in either case that of the thread that opens a file.
 const SYSCTLS: [&str; 2] = ["/host/proc/sys/net", "/proc/sys/net"];
 
 /// The folder `net` of settings.
