@@ -1,6 +1,6 @@
-"""A client in Python: what it sees of a DNS server and of a web server behind services, as JSON.
+"""A client in Python of a DNS server and a web server behind Services. It prints the addresses it sees and the page as JSON.
 
-client.py DNS-ADDRESS WEB-ADDRESS, or client.py --files: the files that it is made of, a line each.
+client.py DNS-ADDRESS WEB-ADDRESS, or client.py --files, which prints the files of its modules, one per line.
 """
 
 import json
@@ -8,9 +8,9 @@ import socket
 import sys
 import urllib.request
 
-# A question for the A record of web.example.test.
+# A query for the A record of web.example.test.
 QUERY = b"\x12\x34\x01\x00\x00\x01\0\0\0\0\0\0\x03web\x07example\x04test\0\0\x01\0\x01"
-PATIENCE = 20
+TIMEOUT = 20
 
 
 def family(address):
@@ -19,7 +19,7 @@ def family(address):
 
 def unconnected(server):
     with socket.socket(family(server), socket.SOCK_DGRAM) as asker:
-        asker.settimeout(PATIENCE)
+        asker.settimeout(TIMEOUT)
         asker.sendto(QUERY, (server, 53))
         answer, source = asker.recvfrom(512)
         assert answer[:2] == QUERY[:2]
@@ -28,7 +28,7 @@ def unconnected(server):
 
 def connected(server):
     with socket.socket(family(server), socket.SOCK_DGRAM) as asker:
-        asker.settimeout(PATIENCE)
+        asker.settimeout(TIMEOUT)
         asker.connect((server, 53))
         asker.send(QUERY)
         answer, _, _, source = asker.recvmsg(512)
@@ -37,7 +37,7 @@ def connected(server):
 
 
 def stream(server):
-    with socket.create_connection((server, 53), PATIENCE) as asker:
+    with socket.create_connection((server, 53), TIMEOUT) as asker:
         asker.sendall(len(QUERY).to_bytes(2, "big") + QUERY)
         answer = asker.recv(4096)
         assert answer[2:4] == QUERY[:2]
@@ -46,12 +46,12 @@ def stream(server):
 
 def fetched(server):
     host = f"[{server}]" if ":" in server else server
-    with urllib.request.urlopen(f"http://{host}/", timeout=PATIENCE) as page:
+    with urllib.request.urlopen(f"http://{host}/", timeout=TIMEOUT) as page:
         return page.read().decode()
 
 
 def main():
-    # A literal address is looked up too, by a codec that is imported then.
+    # The lookup of a literal address imports a codec, which must be among the listed files.
     socket.getaddrinfo("127.0.0.1", 80)
     if sys.argv[1:] == ["--files"]:
         for module in list(sys.modules.values()):

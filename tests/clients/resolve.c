@@ -1,7 +1,8 @@
-/* Looks a name up again and again by the resolver of the C library that this is linked with.
+/* Looks a name up repeatedly by the resolver of the linked C library.
  *
- * resolve NAME 4|6|0 COUNT: so many times, or if that is 0, with pauses of a millisecond until the standard input ends. A
- * line for each lookup that fails, and at the end "asked N failed N slowest N", the last in milliseconds. */
+ * resolve NAME 4|6|0 COUNT: makes COUNT lookups, or if COUNT is 0, lookups with pauses of a millisecond until standard
+ * input ends. Prints one line per failed lookup, and at the end "asked N failed N slowest N", with the slowest in
+ * milliseconds. */
 #include <netdb.h>
 #include <poll.h>
 #include <stdio.h>
@@ -19,8 +20,8 @@ static long milliseconds(void)
 	return now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-/* Waits a millisecond; whether whoever started this has closed the pipe. */
-static int told_to_end(void)
+/* Waits a millisecond. Returns whether the caller has closed the pipe of standard input. */
+static int input_ended(void)
 {
 	struct pollfd input = { .fd = STDIN_FILENO, .events = POLLIN };
 	char byte;
@@ -45,7 +46,7 @@ int main(int count, char **words)
 	wanted = strtoul(words[3], NULL, 10);
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	puts("ready");
-	while (wanted ? asked < wanted : !told_to_end()) {
+	while (wanted ? asked < wanted : !input_ended()) {
 		struct addrinfo *found = NULL;
 		long start = milliseconds(), took;
 		int error = getaddrinfo(words[1], NULL, &hints, &found);

@@ -1,6 +1,6 @@
 //go:build tools
 
-// Package tools names the programs of Kubernetes that tests start, for `go build` and `go mod tidy`.
+// Package tools imports the programs of Kubernetes that tests start, for `go build` and `go mod tidy`.
 package tools
 
 import (

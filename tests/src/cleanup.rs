@@ -36,8 +36,8 @@ pub(crate) fn new_prefix() -> Result<String> {
     Ok(format!("lbt-{pid}-{sequence}-{start}-"))
 }
 
-/// Removes every namespace, cgroup (with its processes), pin directory and scratch directory of test beds whose owner has
-/// ended, and returns their names. Test beds of running processes are left alone.
+/// Removes every namespace, cgroup (with its processes), pin directory and scratch directory of a test bed after the end
+/// of its owner, and returns their names. Test beds of running processes are left alone.
 ///
 /// # Errors
 /// If an item cannot be removed; the others are removed nevertheless.

@@ -84,7 +84,7 @@ impl ClusterBuilder {
         let scratch = tempfile::Builder::new()
             .prefix(&prefix)
             .tempdir()
-            .context("making a scratch directory")?;
+            .context("creating a scratch directory")?;
         let nodes = (1..=self.nodes)
             .map(|number| Node::new(number, &prefix, &cgroups))
             .collect();
@@ -544,8 +544,7 @@ impl Pod {
     }
 
     /// The node's end of the veth pair.
-    #[must_use]
-    pub fn host_device(&self) -> String {
+    fn host_device(&self) -> String {
         format!("veth{}", self.address.octets()[3])
     }
 }

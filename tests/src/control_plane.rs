@@ -51,7 +51,7 @@ const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// The API server's port.
 const PORT: u16 = 6443;
 /// The networks of cluster IPs. They do not contain the addresses in the manifests of other tests.
-pub const SERVICE_NETWORKS: &str = "10.96.0.0/16,fd00:10:96::/112";
+const SERVICE_NETWORKS: &str = "10.96.0.0/16,fd00:10:96::/112";
 /// The highest number of endpoints in one slice: small, so that tests have Services with several slices.
 pub const ENDPOINTS_PER_SLICE: usize = 3;
 /// The enabled controllers; the others need a kubelet. Pods of DaemonSets and Jobs run only if a test has

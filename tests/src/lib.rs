@@ -50,7 +50,7 @@ pub use cluster::{Client, Cluster, ClusterBuilder, Node, Pod, Underlay};
 pub use downtime_log::DowntimeLog;
 pub use load::{Connect, HeldConnections, Load, Testbed};
 pub use mounts::{BPFFS, cgroup2_root, ensure_bpffs};
-pub use netns::{Netns, in_netns};
+pub use netns::Netns;
 pub use process::Process;
 pub use random::Random;
 pub use ruleset::Ruleset;
@@ -69,7 +69,7 @@ use nix::unistd::Uid;
 ///
 /// # Errors
 /// If the effective user is not root.
-pub fn require_root() -> anyhow::Result<()> {
+fn require_root() -> anyhow::Result<()> {
     ensure!(
         Uid::effective().is_root(),
         "the test bed creates network namespaces and cgroups: run it as root"

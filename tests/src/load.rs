@@ -18,7 +18,7 @@ use crate::{Netns, Process, scaled_timeout};
 
 /// Time limit for the start of a process of the test bed.
 const START: Duration = Duration::from_secs(20);
-/// Time limit for a connection whose first SYN was lost.
+/// Time limit for a connection after the loss of its first SYN.
 const SYN_RETRY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The result of `lb-testbed connect`.
@@ -36,7 +36,7 @@ pub struct Summary {
     pub per_target: BTreeMap<String, BTreeMap<String, u64>>,
     /// Connections per source address that the server saw; empty unless the server runs with `--report-source`.
     pub per_source: BTreeMap<String, u64>,
-    /// Connections whose peer was not the requested address; 0 without `--peer-check`.
+    /// Connections with another peer than the requested address; 0 without `--peer-check`.
     pub peer_mismatches: u64,
     /// The first 100 connections with another peer.
     pub mismatches: Vec<Mismatch>,
@@ -85,7 +85,7 @@ pub struct Failure {
     pub step: ConnectStep,
 }
 
-/// A connection whose `getpeername` did not return the requested address.
+/// A connection with another `getpeername` than the requested address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mismatch {
     /// The requested address.

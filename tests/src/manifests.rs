@@ -154,7 +154,7 @@ pub fn web(name: &str, last: u8, node_port: u16, endpoints: &[(IpAddr, &str)], t
     service(name, &ips(last), &ports, "type: NodePort") + &slices(name, Port::tcp("web", target), endpoints)
 }
 
-/// Returns the IPv4 and the IPv6 cluster IP with this last part, whose digits are equal in both: 10.96.0.`last` and
+/// Returns the IPv4 and the IPv6 cluster IP with this last part, which has the same digits in both: 10.96.0.`last` and
 /// fd00:96::`last`.
 ///
 /// # Panics

@@ -23,17 +23,9 @@ use crate::cleanup::NETNS_DIRECTORY;
 /// Time limit for a device to carry packets.
 const LINK: Duration = Duration::from_secs(10);
 
-/// Runs `work` on a new thread in the network namespace `netns` and returns its result.
-///
-/// Sockets that `work` opens belong to that namespace and may leave the closure. Do not spawn child processes in `work`:
-/// [`Netns::command`] ties the lifetime of a child to the thread that spawns it.
-///
-/// # Errors
-/// If the namespace cannot be entered.
-///
-/// # Panics
-/// If `work` panics, with its payload.
-pub fn in_netns<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> Result<T> {
+/// Runs `work` on a new thread in the network namespace `netns` and returns its result. A panic of `work` continues in the
+/// caller.
+fn in_netns<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> Result<T> {
     thread::scope(|scope| {
         scope
             .spawn(move || {
@@ -89,10 +81,16 @@ impl Netns {
         File::open(&path).with_context(|| format!("opening {}", path.display()))
     }
 
-    /// Runs `work` on a new thread in this network namespace, but in the caller's cgroup; see [`in_netns`].
+    /// Runs `work` on a new thread in this network namespace, but in the caller's cgroup.
+    ///
+    /// Sockets that `work` opens belong to the namespace and may leave the closure. Do not spawn child processes in `work`:
+    /// [`Self::command`] ties the lifetime of a child to the thread that spawns it.
     ///
     /// # Errors
     /// If the namespace cannot be entered.
+    ///
+    /// # Panics
+    /// If `work` panics, with its payload.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         in_netns(self.open()?.as_fd(), work)
     }

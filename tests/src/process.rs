@@ -87,7 +87,7 @@ impl Process {
     }
 
     /// Returns the lines that were written so far and not returned yet, without waiting.
-    pub fn pending_lines(&self) -> impl Iterator<Item = String> {
+    pub(crate) fn pending_lines(&self) -> impl Iterator<Item = String> {
         self.lines.iter().flat_map(Receiver::try_iter)
     }
 

@@ -2,7 +2,7 @@
 //! system of an image, and with exactly the mounts, capabilities and namespaces that the pod requests.
 //!
 //! A container's processes are in the node's cgroup and, since all pods here have `hostNetwork`, in its network
-//! namespace. They see a machine whose only cgroup hierarchy is cgroup2, mounted at `/sys/fs/cgroup`, also if the real
+//! namespace. They see a machine with cgroup2 as its only cgroup hierarchy, mounted at `/sys/fs/cgroup`, also if the real
 //! machine is a hybrid one.
 
 mod bundle;

@@ -117,7 +117,7 @@ impl Testbed {
     ///
     /// # Errors
     /// If the server is not ready in time.
-    pub fn serve_datagrams_with(&self, netns: &Netns, listen: &[&str], flags: &[&str]) -> Result<Process> {
+    pub(crate) fn serve_datagrams_with(&self, netns: &Netns, listen: &[&str], flags: &[&str]) -> Result<Process> {
         let mut command = netns.command(self.program())?;
         command.arg("serve-datagrams").args(flags).stdin(Stdio::null());
         for listen in listen {

@@ -1,6 +1,7 @@
 //go:build tools
 
-// Package tools names etcd's server, which has a module of its own: its dependencies are not those of Kubernetes.
+// Package tools imports the server of etcd. It is a separate module, because etcd and Kubernetes need different
+// versions of their dependencies.
 package tools
 
 import _ "go.etcd.io/etcd/server/v3"

@@ -106,7 +106,7 @@ struct LookupTrace {
 fn look_up(request: &LookupRequest, trace: &mut LookupTrace) -> Result<(), Verdict> {
     // SAFETY: the helper has no arguments and no preconditions.
     let random = unsafe { bpf_get_prandom_u32() };
-    // The read before which this lookup pauses; 3 stands for no pause.
+    // The read before which this lookup pauses; 3 means no pause.
     let pause_at = if (random >> 2) & request.linger_mask == 0 {
         random & 3
     } else {
@@ -138,7 +138,7 @@ fn look_up(request: &LookupRequest, trace: &mut LookupTrace) -> Result<(), Verdi
     let at = connect::slot(set, random).map_err(|_| Verdict::EmptySet)?;
     trace.slot = at;
     let slot = BACKEND_SLOTS.get_ptr(at).ok_or(Verdict::SlotOutOfRange)?;
-    // SAFETY: `slot` refers to a value of BACKEND_SLOTS, whose fields are aligned.
+    // SAFETY: `slot` refers to a value of BACKEND_SLOTS, and the field is aligned.
     let (addr, port) = unsafe {
         (
             last(&raw const (*slot).addr),
@@ -146,9 +146,9 @@ fn look_up(request: &LookupRequest, trace: &mut LookupTrace) -> Result<(), Verdi
         )
     };
     trace.addr = addr;
-    // SAFETY: `slot` refers to a value of BACKEND_SLOTS, whose fields are aligned.
+    // SAFETY: `slot` refers to a value of BACKEND_SLOTS, and the field is aligned.
     trace.backend = unsafe { ptr::read_volatile(&raw const (*slot).backend) };
-    // SAFETY: `slot` refers to a value of BACKEND_SLOTS, whose fields are aligned.
+    // SAFETY: `slot` refers to a value of BACKEND_SLOTS, and the field is aligned.
     trace.slot_generation = unsafe { ptr::read_volatile(&raw const (*slot).generation) };
     if addr & request.mask != request.owner {
         return Err(Verdict::ForeignBackend);
@@ -158,12 +158,12 @@ fn look_up(request: &LookupRequest, trace: &mut LookupTrace) -> Result<(), Verdi
     }
 
     let backend = BACKENDS.get_ptr(trace.backend).ok_or(Verdict::Stale)?;
-    // SAFETY: `backend` refers to a value of BACKENDS, whose fields are aligned.
+    // SAFETY: `backend` refers to a value of BACKENDS, and the field is aligned.
     trace.backend_generation = unsafe { ptr::read_volatile(&raw const (*backend).generation) };
     // The backend may have been withdrawn since the set was read, but its id is not used again before a grace period.
     let withdrawn = trace.slot_generation.wrapping_add(1);
     let current = trace.backend_generation == trace.slot_generation || trace.backend_generation == withdrawn;
-    // SAFETY: `backend` refers to a value of BACKENDS, whose fields are aligned.
+    // SAFETY: `backend` refers to a value of BACKENDS, and the field is aligned.
     let (backend_addr, backend_port, owner) = unsafe {
         (
             last(&raw const (*backend).addr),

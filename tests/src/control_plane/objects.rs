@@ -180,7 +180,7 @@ impl Objects {
     ///
     /// # Errors
     /// If the API server refuses it.
-    pub fn patch_status<K: Namespaced>(&self, namespace: &str, name: &str, change: Value) -> Result<K> {
+    pub(crate) fn patch_status<K: Namespaced>(&self, namespace: &str, name: &str, change: Value) -> Result<K> {
         let (namespace, name) = (namespace.to_owned(), name.to_owned());
         self.with(|client| async move {
             let api = Api::<K>::namespaced(client, &namespace);
@@ -226,7 +226,7 @@ impl Objects {
     ///
     /// # Errors
     /// If the API server refuses it.
-    pub fn delete_all<K: Namespaced>(&self, namespace: &str) -> Result<()> {
+    pub(super) fn delete_all<K: Namespaced>(&self, namespace: &str) -> Result<()> {
         let namespace = namespace.to_owned();
         let params = DeleteParams {
             grace_period_seconds: Some(0),

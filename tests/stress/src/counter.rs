@@ -1,4 +1,4 @@
-//! A program at a network device that counts packets, in place of a program of another product.
+//! A program that counts packets at a network device, as a program of another product may do.
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, MapData};

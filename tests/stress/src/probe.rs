@@ -63,7 +63,7 @@ impl Probe {
     ///
     /// # Errors
     /// If the program cannot be run.
-    pub fn look_up(&self, key: FrontendKey, owner: u8, times: u32) -> Result<()> {
+    pub(crate) fn look_up(&self, key: FrontendKey, owner: u8, times: u32) -> Result<()> {
         let mut request = LookupRequest::new_zeroed();
         request.key = key;
         request.owner = u32::from_ne_bytes([0, owner, 0, 0]);

@@ -33,7 +33,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let socket = UdpSocket::bind(address).with_context(|| format!("listening on {address}"))?;
         thread::spawn(move || {
             let mut buffer = [0; 65_536];
-            // An error concerns an earlier reply, whose client has closed its socket.
+            // An error concerns an earlier reply: the client has closed its socket.
             loop {
                 if let Ok((length, from)) = socket.recv_from(&mut buffer) {
                     let seen = if report_source {
