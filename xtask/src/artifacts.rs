@@ -131,24 +131,34 @@ pub(crate) fn build_release(agent: Option<&Path>) -> anyhow::Result<Built> {
     Ok(built)
 }
 
-/// Builds the benchmarks and what they start, optimised as the programs that are delivered.
+/// Arguments of cargo for the benchmarks and the programs that they start.
+const BENCH: [&str; 14] = [
+    "build",
+    "--release",
+    "-p",
+    "lb-agent",
+    "-p",
+    "lb-tests",
+    "--bin",
+    "lb-agent",
+    "--bin",
+    "lb-testbed",
+    "--bin",
+    "lb-bench",
+    "--features",
+    "lb-tests/bench,lb-tests/kubernetes",
+];
+
+/// Builds the benchmarks and the programs that they start, optimized like the programs in a release.
 pub(crate) fn build_bench() -> anyhow::Result<Built> {
-    build(&[
-        "build",
-        "--release",
-        "-p",
-        "lb-agent",
-        "-p",
-        "lb-tests",
-        "--bin",
-        "lb-agent",
-        "--bin",
-        "lb-testbed",
-        "--bin",
-        "lb-bench",
-        "--features",
-        "lb-tests/bench,lb-tests/kubernetes",
-    ])
+    build(&BENCH)
+}
+
+/// Builds the benchmarks of another checkout of this repository into a target folder of its own.
+pub(crate) fn build_bench_of(source: &Path, target: &Path) -> anyhow::Result<Built> {
+    let mut command = cargo();
+    command.current_dir(source).args(BENCH).arg("--target-dir").arg(target);
+    build_by(command)
 }
 
 /// Builds the stress test, optimised too: the more changes, the more it finds.

@@ -105,12 +105,18 @@ pub(crate) fn run(scope: Scope) -> anyhow::Result<ExitCode> {
     bail!("setup did its work, and this is still missing: {left:?}");
 }
 
-/// Names what is of use and not there, and what for.
+/// Names the optional programs that are missing, and their purpose.
 pub(crate) fn name_optional() {
     let Tool { program, package } = COMPILER_OF_C;
     if !has(program) {
-        println!("setup: `cargo xtask bench` compares with C where there is {program} (package {package})");
+        println!("setup: `cargo xtask bench` compares with C only if {program} is installed (package {package})");
     }
+}
+
+/// Reports how to install the C compiler, if it is missing: `bench --against` needs it.
+pub(crate) fn ask_for_c_compiler() -> Option<ExitCode> {
+    let Tool { program, package } = COMPILER_OF_C;
+    (!has(program)).then(|| ask(&[format!("sudo apt-get install {package}")]))
 }
 
 /// There is a program of that name.

@@ -9,6 +9,7 @@ mod measure;
 mod nodeport;
 mod numbers;
 mod objects;
+mod observe;
 mod process;
 mod programs;
 mod report;
@@ -57,6 +58,9 @@ enum Command {
     /// A client of HTTP, in the place that it was started in; takes orders and answers in JSON
     #[command(hide = true)]
     HttpClient,
+    /// Reports the verified instructions of the programs that a command loads
+    #[command(hide = true)]
+    Observe(observe::Options),
     /// A server of HTTP
     #[command(hide = true)]
     HttpServer,
@@ -74,6 +78,7 @@ fn main() -> Result<ExitCode> {
         #[cfg(feature = "kubernetes")]
         Command::Watch(options) => kubernetes::watch::run(&options),
         Command::Worker(options) => worker::run(&options),
+        Command::Observe(options) => observe::run(&options),
         Command::HttpClient => nodeport::http::run_client(),
         Command::HttpServer => nodeport::http::run_server(),
     }

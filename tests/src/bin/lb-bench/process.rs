@@ -1,6 +1,6 @@
 //! What this process costs, as /proc tells it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use anyhow::{Context as _, Result};
@@ -31,6 +31,18 @@ pub(crate) fn map_bytes() -> Result<u64> {
         }
     }
     Ok(maps.values().sum())
+}
+
+/// Returns the kernel's ids of all BPF programs that a process has open. Descriptors that it closes meanwhile are left out.
+pub(crate) fn program_ids_of(process: u32) -> BTreeSet<u32> {
+    let entries = fs::read_dir(format!("/proc/{process}/fdinfo"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let texts = entries.filter_map(|entry| fs::read_to_string(entry.path()).ok());
+    texts
+        .filter_map(|text| value(&text, "prog_id")?.try_into().ok())
+        .collect()
 }
 
 /// Bytes of BPF maps that this process has mapped into its memory: they count as resident here, and as the maps' there.
