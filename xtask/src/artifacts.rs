@@ -1,4 +1,4 @@
-//! Building with cargo, and what came out.
+//! Builds with cargo, and the paths of the programs that they produce.
 
 use std::collections::HashMap;
 use std::env;
@@ -14,52 +14,52 @@ use crate::command::cargo;
 use crate::testbed::Programs;
 use crate::workspace::root;
 
-/// The program of the agent.
+/// Name of the agent's program.
 const AGENT: &str = "lb-agent";
 
-/// C compilers, how they link, and the names of what they make of the client that looks names up. Static with musl: its
-/// loader is not where tests run.
+/// C compilers of the client that resolves names: the compiler, its flag for linking, and the name of the program. The one
+/// with musl is static, because musl's loader is not installed in the places that tests run in.
 const RESOLVERS: [(&str, &str, &str); 2] = [
     ("cc", "-pie", "lb-resolve-glibc"),
     ("musl-gcc", "-static", "lb-resolve-musl"),
 ];
 
-/// An executable with tests.
+/// A test program: an executable that cargo builds from one target with tests.
 #[derive(Debug)]
 pub(crate) struct TestProgram {
     /// Name of the package.
     pub(crate) package: String,
     /// Folder of the package.
     pub(crate) dir: PathBuf,
-    /// Name of cargo's target: of the library, the program or the file in `tests/`.
+    /// Name of cargo's target: the library, the program or the file in `tests/`.
     pub(crate) target: String,
-    /// The executable.
+    /// Path of the executable.
     pub(crate) path: PathBuf,
 }
 
 impl TestProgram {
-    /// It changes the machine: whole-system tests, and those that load programs into the kernel.
+    /// Returns true for tests that change the machine: whole-system tests, and those that load programs into the kernel.
     pub(crate) fn needs_root(&self) -> bool {
         self.package == "lb-tests" || self.target.starts_with("kernel_")
     }
 
-    /// It starts the control plane of Kubernetes.
+    /// Returns true for tests that start the control plane of Kubernetes.
     pub(crate) fn needs_kubernetes(&self) -> bool {
         self.package == "lb-tests" && self.target.starts_with("kubernetes")
     }
 }
 
-/// What a build made.
+/// The executables of a build.
 #[derive(Debug, Default)]
 pub(crate) struct Built {
-    /// Executables with tests.
+    /// Test programs; those that need root come last.
     pub(crate) tests: Vec<TestProgram>,
     /// Programs by name.
     programs: HashMap<String, PathBuf>,
 }
 
 impl Built {
-    /// What the test bed starts.
+    /// Returns the programs that the test bed starts.
     pub(crate) fn programs(&self) -> anyhow::Result<Programs> {
         Ok(Programs {
             agent: self.program(AGENT)?,
@@ -67,12 +67,12 @@ impl Built {
         })
     }
 
-    /// All programs, by name.
+    /// Returns names and paths of all programs that are no tests.
     pub(crate) fn all_programs(&self) -> impl Iterator<Item = (&str, &PathBuf)> {
         self.programs.iter().map(|(name, path)| (name.as_str(), path))
     }
 
-    /// Builds what asks the resolver of a C library, for each library, beside the test bed.
+    /// Builds the client of each C library's resolver, into the folder of the test bed's program.
     fn add_resolvers(&mut self) -> anyhow::Result<()> {
         let source = root().join("tests/clients/resolve.c");
         let beside = self.program("lb-testbed")?;
@@ -84,21 +84,22 @@ impl Built {
                 .arg(&made)
                 .arg(&source);
             let done = command.status().with_context(|| format!("cannot run {compiler}"))?;
-            ensure!(done.success(), "{compiler} does not build {}", source.display());
+            ensure!(done.success(), "{compiler} cannot compile {}", source.display());
             self.programs.insert(name.to_owned(), made);
         }
         Ok(())
     }
 
-    /// A program.
+    /// Returns the path of a program.
     pub(crate) fn program(&self, name: &str) -> anyhow::Result<PathBuf> {
         let made = self.programs.get(name);
-        made.cloned().with_context(|| format!("the build made no {name}"))
+        made.cloned()
+            .with_context(|| format!("the build did not produce {name}"))
     }
 }
 
-/// Builds all tests and programs, those against Kubernetes too if so wanted. One call: the features of dependencies are
-/// those of the whole workspace.
+/// Builds all tests and programs, with `kubernetes` also the tests against Kubernetes. One call of cargo builds them all, so
+/// that dependencies have the features of the whole workspace.
 pub(crate) fn build_tests(kubernetes: bool) -> anyhow::Result<Built> {
     let features = if kubernetes {
         "lb-tests/bench,lb-tests/kubernetes"
@@ -120,8 +121,8 @@ pub(crate) fn build_tests(kubernetes: bool) -> anyhow::Result<Built> {
     Ok(built)
 }
 
-/// Builds the programs as they are delivered. Where the agent of the image was built already, it is taken, and the others
-/// are built as it was: with the libraries that are there from that.
+/// Builds the programs in release mode. If the agent of the image was built already, it is used, and the other programs are
+/// built with the same profile, which reuses the libraries of that build.
 pub(crate) fn build_release(agent: Option<&Path>) -> anyhow::Result<Built> {
     let Some(agent) = agent else {
         return build(&["build", "--release", "-p", "lb-agent", "-p", "lb-tests", "--bins"]);
@@ -161,7 +162,7 @@ pub(crate) fn build_bench_of(source: &Path, target: &Path) -> anyhow::Result<Bui
     build_by(command)
 }
 
-/// Builds the stress test, optimised too: the more changes, the more it finds.
+/// Builds the stress test, also optimized: more changes per second find more.
 pub(crate) fn build_stress() -> anyhow::Result<Built> {
     build(&[
         "build",
@@ -175,8 +176,8 @@ pub(crate) fn build_stress() -> anyhow::Result<Built> {
     ])
 }
 
-/// Builds the agent as the image has it: linked statically, with the C library of this machine, and without the paths of
-/// this machine in it. For a target by name, so that build scripts and macros are built as ever.
+/// Builds the agent of the container image: statically linked with the C library of this machine, and without paths of this
+/// machine in it. The target is named explicitly, so that the flags do not apply to build scripts and macros.
 pub(crate) fn build_agent_for_image() -> anyhow::Result<PathBuf> {
     build_for_image(&["-p", "lb-agent", "--bin", "lb-agent"])?.program(AGENT)
 }
@@ -245,7 +246,7 @@ fn build_by(mut command: Command) -> anyhow::Result<Built> {
     Ok(built)
 }
 
-/// What cargo knows of the workspace.
+/// Returns cargo's description of the workspace.
 fn metadata() -> anyhow::Result<Metadata> {
     MetadataCommand::new()
         .current_dir(root())
@@ -254,13 +255,13 @@ fn metadata() -> anyhow::Result<Metadata> {
         .context("cannot read the workspace")
 }
 
-/// A package of the workspace.
+/// Returns the description of one package of the workspace.
 pub(crate) fn package(name: &str) -> anyhow::Result<Package> {
     let package = metadata()?.packages.into_iter().find(|package| package.name == name);
     package.with_context(|| format!("there is no package {name}"))
 }
 
-/// Name and folder of each package of the workspace.
+/// Returns name and folder of each package of the workspace.
 fn packages() -> anyhow::Result<HashMap<PackageId, (String, PathBuf)>> {
     let described = metadata()?.packages.into_iter().map(|package| {
         let dir = package

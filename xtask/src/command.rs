@@ -1,4 +1,4 @@
-//! Commands as data: they can be shown before they are run.
+//! Commands of other programs: command lines as data, which can be printed before they run, and cargo in a clean environment.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -11,17 +11,17 @@ use crate::workspace::root;
 
 /// A command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Line {
-    /// Variables for this command only. `$PATH` in a value stands for the current one.
+pub(crate) struct CommandLine {
+    /// Environment variables of this command. `$PATH` in a value is replaced by the current search path.
     pub(crate) env: Vec<(&'static str, String)>,
     /// The program and its arguments.
     pub(crate) words: Vec<String>,
-    /// The program works as root only.
+    /// True if the program needs root.
     pub(crate) as_root: bool,
 }
 
-impl Line {
-    /// A command for anybody.
+impl CommandLine {
+    /// Returns a command that needs no privileges.
     pub(crate) fn new<'a>(words: impl IntoIterator<Item = &'a str>) -> Self {
         Self {
             env: Vec::new(),
@@ -30,19 +30,19 @@ impl Line {
         }
     }
 
-    /// The same with `name` set to `value`.
+    /// Sets the environment variable `name` to `value`.
     pub(crate) fn env(mut self, name: &'static str, value: &str) -> Self {
         self.env.push((name, value.to_owned()));
         self
     }
 
-    /// The same for root.
+    /// Marks the command as one that needs root.
     pub(crate) fn root(mut self) -> Self {
         self.as_root = true;
         self
     }
 
-    /// Runs it in the workspace's folder; its output is shown if it fails.
+    /// Runs the command in the workspace's folder. Its output is part of the error if it fails.
     pub(crate) fn run_quietly(&self) -> anyhow::Result<()> {
         let [program, arguments @ ..] = self.words.as_slice() else {
             bail!("an empty command");
@@ -57,17 +57,17 @@ impl Line {
         if output.status.success() {
             return Ok(());
         }
-        let said = [output.stdout, output.stderr].concat();
+        let text = [output.stdout, output.stderr].concat();
         bail!(
             "`{self}` failed ({}):\n{}",
             output.status,
-            String::from_utf8_lossy(&said).trim_end()
+            String::from_utf8_lossy(&text).trim_end()
         );
     }
 }
 
-/// What to type in a shell, with sudo where root is needed.
-impl fmt::Display for Line {
+/// Formats the command for a shell, with sudo if it needs root.
+impl fmt::Display for CommandLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.as_root {
             f.write_str("sudo ")?;
@@ -83,7 +83,7 @@ impl fmt::Display for Line {
     }
 }
 
-/// `word` as the shell wants it; `$PATH` stays.
+/// Quotes `word` for the shell; `$PATH` is not quoted.
 fn quoted(word: &str) -> String {
     let bare = |c: char| c.is_ascii_alphanumeric() || "-_=+:./,@%$".contains(c);
     if !word.is_empty() && word.chars().all(bare) {
@@ -93,8 +93,8 @@ fn quoted(word: &str) -> String {
     }
 }
 
-/// `program` in the workspace's folder, without the variables that `cargo run` made for xtask: they would make some
-/// build scripts run again at every change between `cargo xtask` and plain `cargo`.
+/// Returns a command of `program` in the workspace's folder, without the variables that `cargo run` sets for xtask. With
+/// them, some build scripts would run again at every change between `cargo xtask` and plain `cargo`.
 pub(crate) fn clean_command(program: impl AsRef<OsStr>) -> process::Command {
     let mut command = process::Command::new(program);
     command.current_dir(root());
@@ -117,7 +117,7 @@ pub(crate) fn clean_command(program: impl AsRef<OsStr>) -> process::Command {
     command
 }
 
-/// The cargo that runs xtask.
+/// Returns a command of the cargo that runs xtask.
 pub(crate) fn cargo() -> process::Command {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
     let mut command = clean_command(cargo);
@@ -130,26 +130,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shown_as_typed() {
-        let line = Line::new(["apt-get", "install", "nginx-light"])
+    fn command_line_is_formatted_for_a_shell() {
+        let command = CommandLine::new(["apt-get", "install", "nginx-light"])
             .root()
             .env("RUNLEVEL", "1");
-        assert_eq!(line.to_string(), "sudo RUNLEVEL=1 apt-get install nginx-light");
-        let line = Line::new(["cargo", "install", "it's"]).env("PATH", "/opt/bin:$PATH");
-        assert_eq!(line.to_string(), r"PATH=/opt/bin:$PATH cargo install 'it'\''s'");
+        assert_eq!(command.to_string(), "sudo RUNLEVEL=1 apt-get install nginx-light");
+        let command = CommandLine::new(["cargo", "install", "it's"]).env("PATH", "/opt/bin:$PATH");
+        assert_eq!(command.to_string(), r"PATH=/opt/bin:$PATH cargo install 'it'\''s'");
     }
 
     #[test]
-    fn a_failure_shows_the_output() {
-        let line = Line::new(["sh", "-c", "echo out; echo err >&2; exit 3"]);
-        let error = line.run_quietly().unwrap_err().to_string();
+    fn error_contains_the_output() {
+        let command = CommandLine::new(["sh", "-c", "echo out; echo err >&2; exit 3"]);
+        let error = command.run_quietly().unwrap_err().to_string();
         assert!(error.contains("exit status: 3"), "{error}");
         assert!(error.ends_with("out\nerr"), "{error}");
     }
 
     #[test]
     fn variables_reach_the_program() {
-        let line = Line::new(["sh", "-c", r#"test "$PATH" != "${PATH#/opt/x:/}""#]).env("PATH", "/opt/x:$PATH");
-        line.run_quietly().unwrap();
+        let command =
+            CommandLine::new(["sh", "-c", r#"test "$PATH" != "${PATH#/opt/x:/}""#]).env("PATH", "/opt/x:$PATH");
+        command.run_quietly().unwrap();
     }
 }

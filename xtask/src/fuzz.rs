@@ -1,4 +1,4 @@
-//! `fuzz`: random input for as long as one likes. What fails is kept below `tests/fuzz/regressions`.
+//! `fuzz`: random input for a given time. Input that fails is kept below `tests/fuzz/regressions`.
 
 use std::fs;
 use std::path::Path;
@@ -9,19 +9,19 @@ use clap::ValueEnum;
 
 use crate::command::{cargo, clean_command};
 use crate::setup::{self, Scope};
-use crate::test::{self, Long};
+use crate::test::{self, LongTest};
 use crate::workspace::root;
 
-/// The longest packet: one of Ethernet, with something to spare.
+/// Flag of libFuzzer for the longest input: a packet of Ethernet, with some room.
 const LONGEST: &str = "-max_len=1600";
 
 /// Arguments of `fuzz`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// For how long, each target
+    /// Seconds for each target
     #[arg(long, default_value_t = 60)]
     seconds: u64,
-    /// What is fuzzed [default: all]
+    /// Target to run [default: all]
     target: Option<Target>,
 }
 
@@ -29,11 +29,11 @@ pub(crate) struct Args {
 enum Target {
     /// Bytes of a manifest
     Manifests,
-    /// Runs of changes, faults and restarts against maps in memory
+    /// Sequences of changes, faults and restarts against maps in memory
     Apply,
-    /// Bytes of a packet, by cargo-fuzz
+    /// Bytes of a packet against the parser, by cargo-fuzz
     Parse,
-    /// What becomes of a packet and its checksums, by cargo-fuzz
+    /// Rewrite of a packet and its checksums, by cargo-fuzz
     Rewrite,
     /// Packets to the programs in the kernel, as root
     Packets,
@@ -63,8 +63,8 @@ fn of_agent(test: &str, seconds: u64) -> anyhow::Result<bool> {
     Ok(status.context("cannot run cargo")?.success())
 }
 
-/// A target of `tests/fuzz`. What it finds interesting stays below `target`; `cargo fuzz cmin` chooses what is worth a place
-/// in the tree.
+/// Runs a target of `tests/fuzz`. New interesting input stays below `target`; `cargo fuzz cmin` selects the part of it that
+/// is worth a place in the tree.
 fn by_cargo_fuzz(target: &str, seconds: u64) -> anyhow::Result<bool> {
     if which::which("cargo-fuzz").is_err() || which::which("rustup").is_err() {
         println!(
@@ -91,7 +91,7 @@ fn by_cargo_fuzz(target: &str, seconds: u64) -> anyhow::Result<bool> {
     Ok(status.context("cannot run rustup")?.success())
 }
 
-/// libFuzzer only puts the name of a file behind it.
+/// Returns a prefix for the names of files in a folder: libFuzzer only appends the name.
 fn as_folder(path: &Path) -> String {
     format!("{}/", path.display())
 }
@@ -100,7 +100,7 @@ fn in_kernel(seconds: u64) -> anyhow::Result<bool> {
     if setup::run(Scope::All)? != ExitCode::SUCCESS {
         bail!("the setup is not complete");
     }
-    let done = test::long(Long {
+    let done = test::run_long(LongTest {
         target: "tc_programs",
         test: "random::random_packets_are_translated_correctly_or_left_alone",
         variable: ("LB_FUZZ_SECONDS", seconds.to_string()),

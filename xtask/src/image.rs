@@ -1,8 +1,8 @@
-//! `image`: the agent as a container image, without a container engine.
+//! `image`: the container image of the agent, built without a container engine.
 //!
 //! An OCI image layout in a tar archive (image-spec v1.1, image-layout.md), which `ctr images import`, `podman load` and
-//! `skopeo copy oci-archive:` read. Its only layer has one file, the static agent. Nothing in it tells when or where it
-//! was made: the same agent gives the same bytes.
+//! `skopeo copy oci-archive:` read. Its only layer has one file, the static agent. It contains no time and no path of the
+//! machine that built it, so equal agents give equal bytes.
 
 use std::collections::HashMap;
 use std::fs;
@@ -24,25 +24,25 @@ use crate::artifacts::{build_agent_for_image, package};
 use crate::setup::{self, Scope};
 use crate::workspace::root;
 
-/// The name of the image without its tag. Without a registry: it is imported by every node.
+/// Default name of the image, without its tag. It names no registry, because every node imports the archive.
 const NAME: &str = "localhost/lb-agent";
 
-/// The agent within the image.
+/// Name of the agent within the image.
 const PROGRAM: &str = "lb-agent";
 
-/// What the image may have at most, in bytes: a node that has just joined waits for it.
+/// Largest size of the image in bytes: a node that has just joined waits for the image.
 const LIMIT: usize = 20_000_000;
 
-/// What containerd calls the name of an image in an archive.
+/// containerd's annotation for the name of an image in an archive.
 const CONTAINERD_NAME: &str = "io.containerd.image.name";
 
 /// Arguments of `image`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// The archive [default: target/image/lb-agent.tar]
+    /// Path of the archive [default: target/image/lb-agent.tar]
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Name of the image, without tag: the tag is the version
+    /// Name of the image without a tag; the tag is the version
     #[arg(long, default_value = NAME)]
     name: String,
 }
@@ -60,26 +60,26 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Where the archive goes when nobody says.
+/// Returns the default path of the archive.
 fn default_output() -> PathBuf {
     root().join("target/image/lb-agent.tar")
 }
 
-/// The same with the default name, at the default place; for tests.
+/// Writes the image with the default name to the default path, for tests; returns the path.
 pub(crate) fn write_default(agent: &Path) -> anyhow::Result<PathBuf> {
     let output = default_output();
     println!("{}", write(agent, NAME, &output)?);
     Ok(output)
 }
 
-/// Writes the image of an agent; returns a line about it.
+/// Writes the image of an agent; returns a line with its name, version and size.
 fn write(agent: &Path, name: &str, output: &Path) -> anyhow::Result<String> {
     let program = fs::read(agent).with_context(|| format!("cannot read {}", agent.display()))?;
     let about = About::of_agent(name)?;
     let image = archive(&about, &program)?;
     ensure!(
         image.len() <= LIMIT,
-        "the image has {} bytes, more than the {LIMIT} that it may have: what has the agent been linked with?",
+        "the image has {} bytes, more than the limit of {LIMIT}: check which libraries the agent was linked with",
         image.len()
     );
     if let Some(dir) = output.parent() {
@@ -90,7 +90,7 @@ fn write(agent: &Path, name: &str, output: &Path) -> anyhow::Result<String> {
     Ok(format!("{}:{} {megabytes:.1} MB", about.name, about.version))
 }
 
-/// What the image says of itself.
+/// Metadata of the image.
 #[derive(Debug)]
 struct About {
     name: String,
@@ -100,7 +100,7 @@ struct About {
 }
 
 impl About {
-    /// By the package of the agent.
+    /// Reads the metadata from the package of the agent.
     fn of_agent(name: &str) -> anyhow::Result<Self> {
         let package = package(PROGRAM)?;
         Ok(Self {
@@ -121,7 +121,7 @@ impl About {
         labels.map(|(name, value)| (name.to_owned(), value.to_owned())).into()
     }
 
-    /// What the index calls the image: the tag for the specification, the whole name for containerd.
+    /// Returns the names of the image in the index: the tag for the specification, the whole name for containerd.
     fn names(&self) -> HashMap<String, String> {
         let whole = format!("{}:{}", self.name, self.version);
         [
@@ -132,7 +132,7 @@ impl About {
     }
 }
 
-/// The whole archive.
+/// Returns the bytes of the archive.
 fn archive(about: &About, program: &[u8]) -> anyhow::Result<Vec<u8>> {
     let layer = tar([(PROGRAM, 0o755, program)])?;
     let compressed = gzip(&layer)?;
@@ -186,26 +186,26 @@ fn archive(about: &About, program: &[u8]) -> anyhow::Result<Vec<u8>> {
     ])
 }
 
-/// JSON with its keys in order: the types of the specification keep annotations in hash maps.
+/// Serializes to JSON with sorted keys: the types of the specification keep annotations in hash maps.
 fn json(value: &impl Serialize) -> anyhow::Result<Vec<u8>> {
     let mut value = serde_json::to_value(value)?;
     value.sort_all_objects();
     Ok(serde_json::to_vec(&value)?)
 }
 
-/// How the other parts of an image name `content`.
+/// Returns the descriptor by which other parts of an image refer to `content`.
 fn descriptor(media_type: MediaType, content: &[u8]) -> anyhow::Result<Descriptor> {
     let digest: Sha256Digest = sha256(content).parse()?;
     Ok(Descriptor::new(media_type, content.len() as u64, digest))
 }
 
-/// SHA-256 in lower-case hexadecimal digits.
+/// Returns the SHA-256 digest in lower-case hexadecimal digits.
 fn sha256(content: &[u8]) -> String {
     let digest = Sha256::digest(content);
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// An archive of files of root's, without times.
+/// Returns a tar archive of files that belong to root and have no times.
 fn tar<'a>(files: impl IntoIterator<Item = (&'a str, u32, &'a [u8])>) -> anyhow::Result<Vec<u8>> {
     let mut archive = tar::Builder::new(Vec::new());
     for (path, mode, content) in files {
@@ -222,7 +222,7 @@ fn tar<'a>(files: impl IntoIterator<Item = (&'a str, u32, &'a [u8])>) -> anyhow:
     Ok(archive.into_inner()?)
 }
 
-/// Compressed, without name and time.
+/// Compresses `content`, without name and time in the header.
 fn gzip(content: &[u8]) -> io::Result<Vec<u8>> {
     let mut writer = GzBuilder::new().mtime(0).write(Vec::new(), Compression::best());
     writer.write_all(content)?;
@@ -248,7 +248,7 @@ mod tests {
         }
     }
 
-    /// Path, mode and content of each file.
+    /// Returns mode and content of each file by its path.
     fn read(archive: &[u8]) -> BTreeMap<String, (u32, Vec<u8>)> {
         let mut archive = tar::Archive::new(archive);
         let entries = archive.entries().unwrap().map(Result::unwrap);
@@ -264,7 +264,7 @@ mod tests {
             .collect()
     }
 
-    /// The content that a descriptor names, with its size and digest checked.
+    /// Returns the content of a descriptor after a check of its size and digest.
     fn blob<'a>(files: &'a BTreeMap<String, (u32, Vec<u8>)>, descriptor: &Descriptor) -> &'a [u8] {
         let digest = descriptor.as_digest_sha256().unwrap();
         let (_, content) = &files[&format!("blobs/sha256/{digest}")];
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn one_layer_with_the_program_alone() {
+    fn image_has_one_layer_with_only_the_program() {
         let files = read(&archive(&about(), b"a program").unwrap());
         assert_eq!(files["oci-layout"].1, br#"{"imageLayoutVersion":"1.0.0"}"#);
         let index: ImageIndex = serde_json::from_slice(&files["index.json"].1).unwrap();
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_program_gives_the_same_bytes() {
+    fn equal_programs_give_equal_bytes() {
         let first = archive(&about(), b"a program").unwrap();
         for _ in 0..10 {
             assert_eq!(archive(&about(), b"a program").unwrap(), first);
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn sha256_is_that_of_the_standard() {
+    fn sha256_agrees_with_the_standard() {
         // FIPS 180-4, example of one block.
         assert_eq!(
             sha256(b"abc"),

@@ -1,4 +1,4 @@
-//! Whether the kernel of this machine can run lb, found by trying.
+//! Support of lb by the kernel of this machine, found by loading programs.
 
 use std::path::Path;
 use std::process::Output;
@@ -8,9 +8,9 @@ use serde_json::Value;
 
 use crate::privilege::{as_root, search_path};
 
-/// Why lb cannot run on this machine's kernel; nothing if it can. Asks as root.
+/// Returns the reason why lb cannot run on this machine's kernel, or nothing if it can. Probes as root.
 pub(crate) fn shortcoming() -> Result<Option<String>> {
-    // Loads a small program of each type, and tells which of them the kernel took.
+    // bpftool loads a small program of each type and reports the types that the kernel accepted.
     let probe = output_as_root("bpftool", &["--json", "feature", "probe", "kernel"])?;
     if let Some(why) = refusal(&serde_json::from_slice(&probe.stdout).unwrap_or_default()) {
         return Ok(Some(why));
@@ -22,19 +22,19 @@ pub(crate) fn shortcoming() -> Result<Option<String>> {
     Ok((!writable.status.success()).then(|| format!("{} cannot be written to", cgroups.display())))
 }
 
-/// What is wrong with the features that bpftool has found.
+/// Returns the reason why the features that bpftool found are not enough.
 fn refusal(features: &Value) -> Option<String> {
     if features["program_types"]["have_cgroup_sock_addr_prog_type"] == true {
         return None;
     }
     let error = features["error"]
         .as_str()
-        .unwrap_or("the kernel took no program for sockets of a cgroup");
+        .unwrap_or("the kernel accepts no program for sockets of a cgroup");
     Some(error.to_owned())
 }
 
 fn output_as_root(program: &str, arguments: &[&str]) -> Result<Output> {
-    as_root(Path::new(program), &[("PATH", search_path())], "looking at the kernel")?
+    as_root(Path::new(program), &[("PATH", search_path())], "probing the kernel")?
         .args(arguments)
         .output()
         .with_context(|| format!("cannot run {program}"))
@@ -47,10 +47,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kernel_that_took_the_program_will_do() {
-        let features = |took| json!({"program_types": {"have_cgroup_sock_addr_prog_type": took}});
+    fn kernel_that_accepts_the_program_is_supported() {
+        let features = |accepted| json!({"program_types": {"have_cgroup_sock_addr_prog_type": accepted}});
         assert_eq!(refusal(&features(true)), None);
-        let why = "the kernel took no program for sockets of a cgroup";
+        let why = "the kernel accepts no program for sockets of a cgroup";
         assert_eq!(refusal(&features(false)).as_deref(), Some(why));
         assert_eq!(refusal(&Value::Null).as_deref(), Some(why));
         assert_eq!(

@@ -1,4 +1,4 @@
-//! Debian's kernels, from its packages.
+//! Kernels for virtual machines, from Debian's packages.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::env::consts::ARCH;
@@ -11,14 +11,14 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::privilege::as_root;
 use crate::workspace::root;
 
-/// A kernel's files.
+/// Files of a kernel.
 #[derive(Debug)]
 pub(crate) struct Kernel {
     /// Name of the package.
     pub(crate) package: String,
-    /// What is booted.
+    /// Image to boot.
     pub(crate) image: PathBuf,
-    /// Files of modules by name.
+    /// Paths of modules by name.
     modules: BTreeMap<String, PathBuf>,
     /// Names of modules that are part of the image.
     builtin: BTreeSet<String>,
@@ -29,13 +29,13 @@ pub(crate) fn fetch_missing(versions: &[String]) -> Result<()> {
     versions.iter().try_for_each(|version| Kernel::get(version).map(drop))
 }
 
-/// Where kernels are kept.
+/// Returns the folder of the fetched kernels.
 pub(crate) fn cache() -> PathBuf {
     root().join("target/vm")
 }
 
 impl Kernel {
-    /// The newest of `version` (two numbers), which is fetched if it is not there.
+    /// Returns the newest kernel of `version` (two numbers), and fetches it if it is not in the cache.
     pub(crate) fn get(version: &str) -> Result<Self> {
         ensure!(
             ARCH == "x86_64",
@@ -68,7 +68,7 @@ impl Kernel {
         })
     }
 
-    /// These modules and those that they need, in the order of loading: name and content.
+    /// Returns name and content of these modules and their dependencies, in the order of loading.
     pub(crate) fn modules(&self, wanted: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
         let mut loaded = Vec::new();
         for name in wanted {
@@ -94,12 +94,12 @@ impl Kernel {
     }
 }
 
-/// Name of the newest package that apt knows, or else of the newest one that is here.
+/// Returns the name of the newest package that apt lists, or else of the newest one in the cache.
 fn newest(version: &str) -> Result<String> {
     let numbers: Vec<_> = version.split('.').collect();
     ensure!(
         numbers.len() == 2 && numbers.iter().all(|number| number.parse::<u32>().is_ok()),
-        "{version:?} is no version of a kernel: say two numbers, as in 6.12"
+        "{version:?} is not a kernel version: give two numbers, for example 6.12"
     );
     if let Some(name) = newest_name(version, known()?) {
         return Ok(name);
@@ -111,10 +111,10 @@ fn newest(version: &str) -> Result<String> {
     }
     update_lists()?;
     newest_name(version, known()?)
-        .with_context(|| format!("apt knows no linux-image-{version}.*-cloud-amd64-unsigned: Debian 12 has it"))
+        .with_context(|| format!("apt lists no package linux-image-{version}.*-cloud-amd64-unsigned; Debian 12 has it"))
 }
 
-/// Names of the packages of kernels that apt knows.
+/// Returns the names of the kernel packages that apt lists.
 fn known() -> Result<Vec<String>> {
     let output = Command::new("apt-cache")
         .args(["search", "--names-only", "^linux-image-.*-cloud-amd64-unsigned$"])
@@ -125,10 +125,10 @@ fn known() -> Result<Vec<String>> {
     Ok(names.map(str::to_owned).collect())
 }
 
-/// Has apt fetch its lists of packages.
+/// Lets apt fetch its package lists.
 fn update_lists() -> Result<()> {
-    println!("fetching the lists of packages");
-    run(as_root(Path::new("apt-get"), &[], "fetching the lists of packages")?.args(["update", "--quiet"]))
+    println!("fetching the package lists");
+    run(as_root(Path::new("apt-get"), &[], "fetching the package lists")?.args(["update", "--quiet"]))
 }
 
 fn newest_name(version: &str, names: Vec<String>) -> Option<String> {
@@ -139,7 +139,7 @@ fn newest_name(version: &str, names: Vec<String>) -> Option<String> {
         .max_by_key(|name| numbers(name))
 }
 
-/// All numbers in a text, which versions are compared by.
+/// Returns all numbers in a text, as the sort key of versions.
 fn numbers(text: &str) -> Vec<u64> {
     text.split(|c: char| !c.is_ascii_digit())
         .filter_map(|number| number.parse().ok())
@@ -155,7 +155,7 @@ fn fetch(package: &str, dir: &Path) -> Result<()> {
     }
     fs::create_dir_all(&scratch)?;
     let done = download(package, &scratch).or_else(|_| {
-        // The lists of packages may be old.
+        // The package lists may be outdated.
         update_lists()?;
         download(package, &scratch)
     });
@@ -190,7 +190,7 @@ fn run(command: &mut Command) -> Result<()> {
     );
 }
 
-/// A module as the kernel wants it.
+/// Reads a module and decompresses it, as the kernel's loader expects it.
 fn uncompressed(path: &Path) -> Result<Vec<u8>> {
     if path.extension().is_none_or(|extension| extension != "xz") {
         return fs::read(path).with_context(|| format!("cannot read {}", path.display()));
@@ -204,7 +204,7 @@ fn uncompressed(path: &Path) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// Names of the modules that a module needs, which it tells itself.
+/// Returns the names of a module's dependencies, from the field `depends` in the module itself.
 fn depends(module: &[u8]) -> Vec<String> {
     const FIELD: &[u8] = b"\0depends=";
     let Some(at) = module.windows(FIELD.len()).position(|bytes| bytes == FIELD) else {
@@ -219,7 +219,7 @@ fn depends(module: &[u8]) -> Vec<String> {
         .collect()
 }
 
-/// All modules below a folder.
+/// Collects all modules below a folder.
 fn collect(dir: &Path, modules: &mut BTreeMap<String, PathBuf>) -> Result<()> {
     for path in entries(dir)? {
         if path.is_dir() {
@@ -231,7 +231,7 @@ fn collect(dir: &Path, modules: &mut BTreeMap<String, PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// `nf_tables` of `net/netfilter/nf-tables.ko.xz`.
+/// Returns the name of a module from its path: `nf_tables` for `net/netfilter/nf-tables.ko.xz`.
 fn module_name(path: &Path) -> String {
     let name = name(path);
     name.split('.').next().unwrap_or_default().replace('-', "_")
@@ -241,7 +241,7 @@ fn name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// Paths of what is in a folder, in order.
+/// Returns the paths of a folder's entries, sorted.
 fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     let list = fs::read_dir(dir).with_context(|| format!("cannot list {}", dir.display()))?;
     let mut paths = list
@@ -256,7 +256,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_has_the_highest_numbers() {
+    fn newest_package_has_the_highest_numbers() {
         let names = [
             "linux-image-6.1.0-9-cloud-amd64-unsigned",
             "linux-image-6.1.0-56-cloud-amd64-unsigned",
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn a_module_tells_what_it_needs() {
+    fn dependencies_are_read_from_the_module() {
         assert_eq!(depends(b"x\0depends=stp,llc-x\0name=bridge\0"), ["stp", "llc_x"]);
         assert!(depends(b"x\0depends=\0name=veth\0").is_empty());
         assert!(depends(b"nothing").is_empty());

@@ -1,7 +1,8 @@
-//! The control plane of Kubernetes that tests run against, built from its own source by Go.
+//! The Kubernetes control plane for tests, built from its own source by Go.
 //!
-//! `tests/kubernetes/go.mod` says which version, and `tests/kubernetes/etcd/go.mod` and `tests/kubernetes/helm/go.mod`
-//! which etcd and which Helm. What was built is kept below `target/kubernetes`, in a folder named after all three.
+//! `tests/kubernetes/go.mod` has its version, `tests/kubernetes/etcd/go.mod` that of etcd, and
+//! `tests/kubernetes/helm/go.mod` that of Helm. The programs are kept below `target/kubernetes`, in a folder named after
+//! all three versions.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -14,12 +15,12 @@ use crate::command::clean_command;
 use crate::privilege::search_path;
 use crate::workspace::root;
 
-/// Where Go installs itself by its own instructions.
+/// Default folder of Go's programs by its installation instructions.
 const GO_FOLDER: &str = "/usr/local/go/bin";
-/// How to get it.
+/// Instructions for installing Go.
 const HOW: &str = "see https://go.dev/dl (Debian's own packages may be too old), and put its folder `bin` into PATH";
 
-/// A program, the package of Go that it is built from, and how long that takes from nothing on two processors.
+/// A program, its Go package, and the time of its first build on two processors.
 struct Source {
     program: &'static str,
     package: &'static str,
@@ -27,7 +28,7 @@ struct Source {
     time: &'static str,
 }
 
-/// A module of Go.
+/// A Go module of this repository.
 #[derive(Clone, Copy)]
 enum Module {
     Kubernetes,
@@ -36,7 +37,7 @@ enum Module {
 }
 
 impl Module {
-    /// Its folder.
+    /// Returns the module's folder.
     fn folder(self) -> PathBuf {
         let kubernetes = root().join("tests/kubernetes");
         match self {
@@ -46,7 +47,7 @@ impl Module {
         }
     }
 
-    /// What it is made for.
+    /// Returns the required module whose version counts.
     fn requires(self) -> &'static str {
         match self {
             Self::Kubernetes => "k8s.io/kubernetes",
@@ -60,7 +61,7 @@ impl Module {
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
     }
 
-    /// The version that is built, as `v1.36.3`.
+    /// Returns the version that is built, such as `v1.36.3`.
     fn version(self) -> Result<String> {
         let manifest = self.manifest()?;
         let version = required(&manifest, self.requires());
@@ -69,10 +70,10 @@ impl Module {
             .to_owned())
     }
 
-    /// What the linker is told.
+    /// Returns the flags of Go's linker.
     fn linker_flags(self, version: &str) -> String {
         match self {
-            // A client may refuse a server of an unknown version.
+            // Clients may refuse a server without a version.
             Self::Kubernetes => {
                 let minor = version.split('.').nth(1).unwrap_or_default();
                 let package = "k8s.io/component-base/version";
@@ -86,7 +87,7 @@ impl Module {
     }
 }
 
-/// Everything that is built.
+/// All programs that are built.
 const SOURCES: [Source; 6] = [
     Source {
         program: "etcd",
@@ -126,7 +127,8 @@ const SOURCES: [Source; 6] = [
     },
 ];
 
-/// What a person has to see to before the control plane can be built, if anything; nothing where it is built already.
+/// Returns the instruction that a person must follow before the control plane can be built, or nothing if Go is new enough
+/// or the control plane is built already.
 pub(crate) fn missing() -> Result<Option<String>> {
     let folder = folder()?;
     if SOURCES.iter().all(|source| folder.join(source.program).is_file()) {
@@ -135,23 +137,23 @@ pub(crate) fn missing() -> Result<Option<String>> {
     let manifest = Module::Kubernetes.manifest()?;
     let wanted = required(&manifest, "go").context("go.mod names no version of Go")?;
     let wants = format!("the control plane of Kubernetes is built by Go {wanted} or newer");
-    // In the folder of the module Go says itself if it is too old, or becomes a newer one.
+    // In the module's folder, an old Go reports that it is too old, or switches to a newer toolchain itself.
     let mut command = go(&Module::Kubernetes.folder());
     let Ok(output) = command.args(["env", "GOVERSION"]).stdin(Stdio::null()).output() else {
-        return Ok(Some(format!("{wants}, and there is none: {HOW}")));
+        return Ok(Some(format!("{wants}, which is not installed: {HOW}")));
     };
-    let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    let installed = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     if !output.status.success() {
         let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         return Ok(Some(format!("{wants}: {why}: {HOW}")));
     }
-    if number(&said) < number(wanted) {
-        return Ok(Some(format!("{wants}, and this is {said}: {HOW}")));
+    if number(&installed) < number(wanted) {
+        return Ok(Some(format!("{wants}, but {installed} is installed: {HOW}")));
     }
     Ok(None)
 }
 
-/// The folder with all programs, built if they are not there.
+/// Builds the programs that are missing; returns the folder with all of them.
 pub(crate) fn build() -> Result<PathBuf> {
     let folder = folder()?;
     fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
@@ -161,7 +163,7 @@ pub(crate) fn build() -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Where what is built is kept.
+/// Returns the folder of the programs, which is named after their versions.
 fn folder() -> Result<PathBuf> {
     let (kubernetes, etcd, helm) = (
         Module::Kubernetes.version()?,
@@ -181,12 +183,12 @@ impl Source {
         }
         let version = self.module.version()?;
         println!("building {} {version} ({})", self.program, self.time);
-        // Under another name until it is whole.
+        // It has another name until it is complete.
         let unfinished = folder.join(format!("{}.new", self.program));
         let mut command = go(&self.module.folder());
         command
             .args(["build", "-trimpath", "-buildvcs=false", "-mod=readonly"])
-            // The linker would throw it away: a fifth of the compiler's work.
+            // The linker removes debug information; not generating it saves a fifth of the compiler's work.
             .args(["-gcflags=all=-dwarf=false", "-ldflags"])
             .arg(self.module.linker_flags(&version))
             .arg("-o")
@@ -194,12 +196,12 @@ impl Source {
             .arg(self.package)
             .stdin(Stdio::null());
         let status = command.status().context("cannot run go")?;
-        ensure!(status.success(), "go does not build {} ({status})", self.program);
-        fs::rename(&unfinished, &made).with_context(|| format!("cannot move {} to its place", self.program))
+        ensure!(status.success(), "go cannot build {} ({status})", self.program);
+        fs::rename(&unfinished, &made).with_context(|| format!("cannot rename the new {}", self.program))
     }
 }
 
-/// Go, from the search path or where it installs itself, in the folder of a module.
+/// Returns a command of Go in the folder of a module. Go is searched in the search path and in its default folder.
 fn go(folder: &Path) -> Command {
     let mut path = search_path();
     path.push(":");
@@ -210,7 +212,7 @@ fn go(folder: &Path) -> Command {
     command
 }
 
-/// What comes after `name` in a go.mod, where that is said directly: a version of a module, or of Go.
+/// Returns the version after `name` in a go.mod: that of a direct requirement, or of Go itself.
 fn required<'a>(manifest: &'a str, name: &str) -> Option<&'a str> {
     manifest.lines().find_map(|line| {
         let mut words = line.split_whitespace().skip_while(|word| *word == "require");
@@ -219,7 +221,7 @@ fn required<'a>(manifest: &'a str, name: &str) -> Option<&'a str> {
     })
 }
 
-/// `go1.26.8` and `1.26.0` as numbers that can be compared.
+/// Parses versions such as `go1.26.8` and `1.26.0` into numbers that can be compared.
 fn number(version: &str) -> Vec<u32> {
     let digits = version.trim_start_matches("go");
     let parts = digits.split('.').map_while(|part| {
@@ -255,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn the_modules_of_this_project_name_their_versions() {
+    fn modules_of_this_repository_have_versions() {
         for module in [Module::Kubernetes, Module::Etcd, Module::Helm] {
             let version = module.version().unwrap();
             assert!(version.starts_with('v'), "{version}");

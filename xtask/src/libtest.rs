@@ -1,4 +1,4 @@
-//! Running a program of tests, and reading what it says at its end.
+//! Test programs: running them, and reading libtest's summary.
 
 use std::io::{BufRead as _, BufReader, Write, stdout};
 use std::ops::AddAssign;
@@ -9,17 +9,17 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 
-/// Counts of checks.
+/// Numbers of passed and failed checks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
-    /// Checks that passed.
+    /// Number of checks that passed.
     pub(crate) passed: u64,
-    /// Checks that did not.
+    /// Number of checks that failed.
     pub(crate) failed: u64,
 }
 
 impl Tally {
-    /// One check.
+    /// Returns the counts of one check.
     pub(crate) fn one(passed: bool) -> Self {
         Self {
             passed: u64::from(passed),
@@ -35,7 +35,7 @@ impl AddAssign for Tally {
     }
 }
 
-/// Reads libtest's line `test result: ...`. An ignored test counts as failed: nothing is skipped silently.
+/// Parses libtest's line `test result: ...`. An ignored test counts as failed, so that no test is skipped silently.
 pub(crate) fn parse_result(line: &str) -> Option<Tally> {
     let (_, counts) = line.trim().strip_prefix("test result: ")?.split_once(". ")?;
     let count = |name: &str| {
@@ -49,13 +49,13 @@ pub(crate) fn parse_result(line: &str) -> Option<Tally> {
     })
 }
 
-/// Runs `command`, shows its output as it comes, and counts. One that fails without saying so counts as one failed
-/// check.
+/// Runs a test program, prints its output as it arrives, and returns the counts. A program that fails without a summary
+/// counts as one failed check.
 pub(crate) fn run(command: &mut Command) -> anyhow::Result<Tally> {
     run_showing(command, stdout())
 }
 
-/// The same with the output shown in `screen`, which gets it line by line.
+/// Runs a test program as [`run`] does, and writes its output to `screen` line by line.
 pub(crate) fn run_showing(command: &mut Command, mut screen: impl Write + Send + 'static) -> anyhow::Result<Tally> {
     let mut child = command
         .stdin(Stdio::null())
@@ -68,7 +68,7 @@ pub(crate) fn run_showing(command: &mut Command, mut screen: impl Write + Send +
         let mut output = BufReader::new(output);
         let mut line = Vec::new();
         while output.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
-            // Nobody left to show it to: the counts still matter.
+            // If the output cannot be written any more, the counts still matter.
             let _ = screen.write_all(&line).and_then(|()| screen.flush());
             if let Some(tally) = parse_result(&String::from_utf8_lossy(&line)) {
                 let _ = sender.send(tally);
@@ -77,7 +77,7 @@ pub(crate) fn run_showing(command: &mut Command, mut screen: impl Write + Send +
         }
     });
     let status = child.wait().context("cannot wait for the tests")?;
-    // A process that a test left running may hold the pipe open: do not wait for it for ever.
+    // A process that a test left running may keep the pipe open, so the wait is limited.
     let mut sum = Tally::default();
     while let Ok(tally) = lines.recv_timeout(Duration::from_secs(2)) {
         sum += tally;
@@ -86,7 +86,7 @@ pub(crate) fn run_showing(command: &mut Command, mut screen: impl Write + Send +
         let _ = reader.join();
     }
     if !status.success() && sum.failed == 0 {
-        eprintln!("the tests ended with {status}");
+        eprintln!("the test program failed without a summary ({status})");
         sum.failed = 1;
     }
     Ok(sum)
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn result_lines() {
+    fn summaries_are_parsed_and_ignored_tests_fail() {
         let ok = "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; finished in 0.00s\n";
         assert_eq!(parse_result(ok), Some(Tally { passed: 3, failed: 0 }));
         let bad = "test result: FAILED. 12 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 1.02s";
@@ -121,12 +121,12 @@ mod tests {
     }
 
     #[test]
-    fn a_crash_is_a_failure() {
+    fn crash_counts_as_a_failure() {
         assert_eq!(shell("kill -9 $$"), Tally { passed: 0, failed: 1 });
     }
 
     #[test]
-    fn a_leftover_process_does_not_block() {
+    fn leftover_process_does_not_block() {
         let began = std::time::Instant::now();
         shell("sleep 20 & :");
         assert!(began.elapsed() < Duration::from_secs(10));

@@ -1,5 +1,8 @@
-//! Everything a person types while working on lb: `cargo xtask setup | test | bless | run | bench | fuzz | stress | image |
-//! clean`.
+//! The commands of a developer of lb: `cargo xtask setup | test | bless | run | bench | fuzz | stress | image | clean`.
+//!
+//! One module per command. The modules that they share are below them: `setup` makes the toolchain and the tools present,
+//! `artifacts` builds, `libtest` and `vm` run tests, `testbed` wraps the test bed of the package `lb-tests`, `kernels`
+//! fetches kernels, `privilege` and `command` start processes, and `workspace` has the paths.
 
 mod artifacts;
 mod bench;
@@ -24,7 +27,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Builds, tests and shows lb")]
+#[command(name = "cargo xtask", about = "Builds, tests, measures and demonstrates lb")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -32,23 +35,23 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Install what is missing to build and test; does nothing when all is there
+    /// Install the missing tools for building and testing; do nothing if none is missing
     Setup(setup::Args),
-    /// Check format, lints and documentation, then run all tests (those that need the kernel as root)
+    /// Check format, lints and documentation, then run all tests; those that need the kernel run as root
     Test(test::Args),
-    /// Accept the present output of the golden tests as right
+    /// Write the current output of the golden tests to their files; review it with `git diff`
     Bless,
-    /// Show lb at work on this machine; with ARGS, run the agent itself
+    /// Run the demo on this machine; with ARGS, run the agent itself
     Run(run::Args),
     /// Measure lb on this machine
     Bench(bench::Args),
-    /// Look for input that breaks lb
+    /// Feed random manifests, changes and packets to lb
     Fuzz(fuzz::Args),
-    /// Look frontends up from every CPU while the maps change; fail if one lookup misses
+    /// Look up frontends from every CPU while the maps change; fail if a lookup misses
     Stress(stress::Args),
-    /// Build the agent as a container image
+    /// Build the container image of the agent
     Image(image::Args),
-    /// Remove what interrupted tests left on this machine
+    /// Remove the namespaces, pins and cgroups that interrupted tests left on this machine
     Clean,
 }
 

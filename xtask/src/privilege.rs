@@ -1,4 +1,4 @@
-//! Being root, or becoming root.
+//! Commands that run as root, directly or through sudo.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -7,13 +7,16 @@ use std::process::Command;
 use anyhow::bail;
 use nix::unistd::Uid;
 
-/// This process is root.
+/// Returns true if this process is root.
 pub(crate) fn is_root() -> bool {
     Uid::effective().is_root()
 }
 
-/// A command that runs `program` as root with `env` set: as it is for root, else through sudo. `what` says what needs
-/// root, for the error where there is no sudo.
+/// Returns a command that runs `program` as root with the variables `env`: directly if this process is root, else through
+/// sudo. `what` names the action that needs root, for the error.
+///
+/// # Errors
+/// If this process is not root and sudo is not installed.
 pub(crate) fn as_root(program: &Path, env: &[(&str, OsString)], what: &str) -> anyhow::Result<Command> {
     if is_root() {
         let mut command = Command::new(program);
@@ -21,10 +24,10 @@ pub(crate) fn as_root(program: &Path, env: &[(&str, OsString)], what: &str) -> a
         return Ok(command);
     }
     if which::which("sudo").is_err() {
-        bail!("{what} needs root, and there is no sudo: run this command as root");
+        bail!("{what} needs root, and sudo is not installed: run this command as root");
     }
     let mut command = Command::new("sudo");
-    // sudo may drop variables in spite of -E; env sets those that matter.
+    // sudo may drop variables despite -E; env sets those that matter.
     command.args(["-E", "env"]);
     for (name, value) in env {
         let mut word = OsString::from(name);
@@ -36,7 +39,8 @@ pub(crate) fn as_root(program: &Path, env: &[(&str, OsString)], what: &str) -> a
     Ok(command)
 }
 
-/// The user's search path with root's folders: a user's own often lacks `/usr/sbin`, where `nft` and `bridge` are.
+/// Returns the user's search path with root's folders appended. A user's own path often lacks `/usr/sbin`, which contains
+/// `nft` and `bridge`.
 pub(crate) fn search_path() -> OsString {
     let mut path = std::env::var_os("PATH").unwrap_or_default();
     for dir in ["/usr/local/sbin", "/usr/sbin", "/sbin"] {

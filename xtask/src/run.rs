@@ -1,4 +1,4 @@
-//! `run` and `clean`.
+//! `run`, which starts the demo or the agent, and `clean`, which removes leftovers of tests.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
@@ -17,24 +17,24 @@ use crate::workspace::current_program;
 /// Arguments of `run`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Run the demo without waiting for a person; fail if anything is not as it should be
+    /// Run the demo without waiting for input; fail if one of its checks fails
     #[arg(long, conflicts_with = "agent_arguments")]
     check: bool,
-    /// The same on Debian's kernel of this version, in a virtual machine; may be given several times
+    /// Run the checked demo on Debian's kernel of this version, in a virtual machine; can be repeated
     #[arg(long, value_name = "VERSION", conflicts_with = "agent_arguments")]
     vm: Vec<String>,
-    /// An agent that is built already, for the call of this command by itself as root
+    /// Path of the agent, for the call of this command by itself as root
     #[arg(long, hide = true, value_name = "PATH", requires = "testbed")]
     agent: Option<PathBuf>,
-    /// The same for the test bed's helper
+    /// Path of the test bed's helper, for the call of this command by itself as root
     #[arg(long, hide = true, value_name = "PATH")]
     testbed: Option<PathBuf>,
-    /// Arguments for lb-agent, to run it on this machine in place of the demo
+    /// Arguments of lb-agent; it runs on this machine instead of the demo
     #[arg(last = true, value_name = "ARGS")]
     agent_arguments: Vec<OsString>,
 }
 
-/// Shows the demo, or runs the agent.
+/// Runs the demo or the agent.
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if let (Some(agent), Some(testbed)) = (&args.agent, &args.testbed) {
         let programs = Programs {
@@ -64,12 +64,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         command.args(&args.agent_arguments);
         command
     };
-    // In place of this process: signals and the exit code are the program's own.
+    // The program replaces this process, so it receives the signals and determines the exit code.
     let error = command.exec();
     Err(error).with_context(|| format!("cannot run {}", command.get_program().display()))
 }
 
-/// The demo on these kernels; it fails if one of them does.
+/// Runs the demo on these kernels; fails if one of them does.
 fn in_machines(versions: &[String]) -> anyhow::Result<ExitCode> {
     let ready = setup::run(Scope::Machines)?;
     if ready != ExitCode::SUCCESS {
@@ -86,7 +86,7 @@ fn in_machines(versions: &[String]) -> anyhow::Result<ExitCode> {
     Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The demo as a check among others, with this agent if there is one already.
+/// Runs the demo as one check among others, with this agent if it is built already.
 pub(crate) fn check_demo(agent: Option<&Path>) -> anyhow::Result<()> {
     let programs = build_release(agent)?.programs()?;
     let status = demo_command(&programs, true)?.status().context("cannot run the demo")?;
@@ -96,21 +96,21 @@ pub(crate) fn check_demo(agent: Option<&Path>) -> anyhow::Result<()> {
     bail!("the demo failed ({status})")
 }
 
-/// This program itself as root, with the demo of what is built.
+/// Returns a command of this program as root that runs the demo with the given programs.
 fn demo_command(programs: &Programs, check: bool) -> anyhow::Result<Command> {
-    let mut command = myself_as_root("the demo")?;
+    let mut command = this_program_as_root("the demo")?;
     command.arg("run").arg("--agent").arg(&programs.agent);
     command.arg("--testbed").arg(&programs.testbed);
     command.args(check.then_some("--check"));
     Ok(command)
 }
 
-/// This program as root.
-fn myself_as_root(what: &str) -> anyhow::Result<Command> {
+/// Returns a command of this program as root.
+fn this_program_as_root(what: &str) -> anyhow::Result<Command> {
     as_root(&current_program()?, &[("PATH", search_path())], what)
 }
 
-/// Removes what interrupted tests left, as root.
+/// Removes the leftovers of interrupted tests as root; prints a line for each.
 pub(crate) fn clean_as_root() -> anyhow::Result<()> {
     if is_root() {
         for line in testbed::remove_leftovers()? {
@@ -118,7 +118,7 @@ pub(crate) fn clean_as_root() -> anyhow::Result<()> {
         }
         return Ok(());
     }
-    let status = myself_as_root("removing leftovers")?
+    let status = this_program_as_root("removing leftovers")?
         .arg("clean")
         .status()
         .context("cannot run sudo")?;
@@ -128,7 +128,7 @@ pub(crate) fn clean_as_root() -> anyhow::Result<()> {
     bail!("removing leftovers failed ({status})")
 }
 
-/// Removes what interrupted tests left.
+/// Removes the leftovers of interrupted tests.
 pub(crate) fn clean() -> anyhow::Result<ExitCode> {
     clean_as_root()?;
     Ok(ExitCode::SUCCESS)

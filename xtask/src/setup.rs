@@ -1,4 +1,4 @@
-//! `setup`: makes the toolchain and the test programs present.
+//! `setup`: installs the eBPF toolchain and the programs that tests start.
 
 mod plan;
 
@@ -13,7 +13,7 @@ use anyhow::{Context as _, bail};
 use lb_ebpf_build::toolchain::{self, EbpfToolchain};
 
 use self::plan::{Action, COMPILER_OF_C, Host, MACHINE_TOOLS, NIGHTLY, TOOLS, Tool, plan};
-use crate::command::{Line, clean_command};
+use crate::command::{CommandLine, clean_command};
 use crate::kernels;
 use crate::kubernetes;
 use crate::privilege::{is_root, search_path};
@@ -22,36 +22,36 @@ use crate::workspace::root;
 /// Arguments of `setup`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Also what virtual machines need, and Debian's kernel of this version; may be given several times
+    /// Also install the programs for virtual machines, and fetch Debian's kernel of this version; can be repeated
     #[arg(long, value_name = "VERSION")]
     vm: Vec<String>,
-    /// Also build the control plane of Kubernetes; this needs Go
+    /// Also build the Kubernetes control plane; this needs Go
     #[arg(long)]
     kubernetes: bool,
 }
 
-/// What setup is for.
+/// Purpose of a setup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Scope {
-    /// The eBPF toolchain.
+    /// Building: the eBPF toolchain.
     Build,
-    /// That, and what tests and the demo start.
+    /// Building, and the programs that tests and the demo start.
     All,
-    /// All, and what virtual machines need.
+    /// Everything, and the programs for virtual machines.
     Machines,
 }
 
 impl Scope {
-    /// For tests, and virtual machines with these kernels.
+    /// Returns the scope for tests on this machine, and in virtual machines if there are kernels for them.
     pub(crate) fn of(machines: &[String]) -> Self {
         if machines.is_empty() { Self::All } else { Self::Machines }
     }
 }
 
-/// Exit code when a person has to act first.
+/// Exit code if a person has to act first.
 const BY_HAND: u8 = 2;
 
-/// What a person calls.
+/// Runs the command `setup`.
 pub(crate) fn install(args: &Args) -> anyhow::Result<ExitCode> {
     if args.kubernetes
         && let Some(ask) = ask_for_kubernetes()?
@@ -69,9 +69,9 @@ pub(crate) fn install(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(ready)
 }
 
-/// Does what is missing, a line for each action; nothing, and quickly, when all is there.
+/// Runs the missing actions and prints a line for each. Returns quickly if nothing is missing.
 pub(crate) fn run(scope: Scope) -> anyhow::Result<ExitCode> {
-    let host = look(scope);
+    let host = examine(scope);
     let actions = match plan(&host) {
         Ok(actions) => actions,
         Err(by_hand) => return Ok(ask(&by_hand)),
@@ -79,8 +79,8 @@ pub(crate) fn run(scope: Scope) -> anyhow::Result<ExitCode> {
     if actions.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }
-    if !is_root() && actions.iter().any(|action| action.line().as_root) {
-        let lines: Vec<_> = actions.iter().map(|action| action.line().to_string()).collect();
+    if !is_root() && actions.iter().any(|action| action.command().as_root) {
+        let lines: Vec<_> = actions.iter().map(|action| action.command().to_string()).collect();
         return Ok(ask(&lines));
     }
     for action in &actions {
@@ -89,20 +89,20 @@ pub(crate) fn run(scope: Scope) -> anyhow::Result<ExitCode> {
         {
             return Ok(ask(&[
                 format!(
-                    "this system has not all of the packages {}; install what they stand for",
+                    "apt lacks some of the packages {}; install their programs in another way",
                     names.join(" ")
                 ),
-                format!("(the eBPF compiler can also be had by: {NIGHTLY})"),
+                format!("(this also installs the eBPF compiler: {NIGHTLY})"),
             ]));
         }
         println!("setup: {}", action.headline());
-        action.line().run_quietly().with_context(|| action.hint())?;
+        action.command().run_quietly().with_context(|| action.hint())?;
     }
-    let left = plan(&look(scope));
+    let left = plan(&examine(scope));
     if left.as_ref().is_ok_and(Vec::is_empty) {
         return Ok(ExitCode::SUCCESS);
     }
-    bail!("setup did its work, and this is still missing: {left:?}");
+    bail!("all actions of setup succeeded, but these are still necessary: {left:?}");
 }
 
 /// Names the optional programs that are missing, and their purpose.
@@ -119,28 +119,29 @@ pub(crate) fn ask_for_c_compiler() -> Option<ExitCode> {
     (!has(program)).then(|| ask(&[format!("sudo apt-get install {package}")]))
 }
 
-/// There is a program of that name.
+/// Returns true if a program of this name is installed.
 fn has(program: &str) -> bool {
     env::split_paths(&search_path()).any(|dir| dir.join(program).is_file())
 }
 
-/// Tells what to do by hand before the control plane of Kubernetes can be built, if there is anything.
+/// Prints the instructions for a person before the Kubernetes control plane can be built, and returns the exit code; nothing
+/// if it can be built already.
 pub(crate) fn ask_for_kubernetes() -> anyhow::Result<Option<ExitCode>> {
     Ok(kubernetes::missing()?.map(|line| ask(&[line])))
 }
 
-/// Tells what to do by hand.
+/// Prints instructions for a person, and returns the exit code for that.
 fn ask(lines: &[String]) -> ExitCode {
-    eprintln!("setup: something is missing that only you can install. In this order:");
+    eprintln!("setup: something is missing that setup cannot install itself. Run, in this order:");
     for line in lines {
         eprintln!("    {line}");
     }
     ExitCode::from(BY_HAND)
 }
 
-/// apt knows these packages, if need be after it has fetched its lists.
+/// Returns true if apt lists these packages, if necessary after fetching the package lists.
 fn packages_known(names: &[&'static str]) -> anyhow::Result<bool> {
-    let show = Line::new(
+    let show = CommandLine::new(
         ["apt-cache", "show", "--no-all-versions"]
             .into_iter()
             .chain(names.iter().copied()),
@@ -148,17 +149,17 @@ fn packages_known(names: &[&'static str]) -> anyhow::Result<bool> {
     if show.run_quietly().is_ok() {
         return Ok(true);
     }
-    println!("setup: fetching the lists of packages");
-    Line::new(["apt-get", "update"]).run_quietly()?;
+    println!("setup: fetching the package lists");
+    CommandLine::new(["apt-get", "update"]).run_quietly()?;
     Ok(show.run_quietly().is_ok())
 }
 
-/// Looks at this machine.
-fn look(scope: Scope) -> Host {
+/// Examines this machine.
+fn examine(scope: Scope) -> Host {
     let found = toolchain::rustup_home().and_then(|home| toolchain::choose(&home));
     let linker = match (&found, toolchain::linker()) {
         (_, None) => false,
-        (Some(EbpfToolchain::Linked(dir)), Some(linker)) => links(dir, &linker),
+        (Some(EbpfToolchain::Linked(dir)), Some(linker)) => can_link(dir, &linker),
         (Some(EbpfToolchain::Nightly(_)) | None, Some(_)) => true,
     };
     let (tools, machine_tools) = match scope {
@@ -182,10 +183,11 @@ fn look(scope: Scope) -> Host {
     }
 }
 
-/// `linker` can read what the compiler of `toolchain` writes. Tried by a link, once for each pair of the two.
-fn links(toolchain: &Path, linker: &Path) -> bool {
+/// Returns true if `linker` can read the output of the compiler of `toolchain`. It links a small program to find out, once
+/// for each pair of the two.
+fn can_link(toolchain: &Path, linker: &Path) -> bool {
     let stamp = [&toolchain.join("bin/rustc"), linker]
-        .map(|path| format!("{} {:?}\n", path.display(), age(path)))
+        .map(|path| format!("{} {:?}\n", path.display(), modified_at(path)))
         .concat();
     let dir = root().join("target/xtask");
     let file = dir.join("links");
@@ -194,13 +196,13 @@ fn links(toolchain: &Path, linker: &Path) -> bool {
     }
     match try_link(&dir, linker) {
         Ok(()) => {
-            // Without the stamp the next look takes longer: no reason to fail.
+            // Without the stamp the next setup takes longer, which is no reason to fail.
             let _ = fs::write(file, stamp);
             true
         }
         Err(error) => {
             println!(
-                "setup: {} does not serve the eBPF compiler: {error:#}",
+                "setup: {} cannot link the output of the eBPF compiler: {error:#}",
                 linker.display()
             );
             false
@@ -208,8 +210,8 @@ fn links(toolchain: &Path, linker: &Path) -> bool {
     }
 }
 
-/// Time of the last change of a file, since 1970.
-fn age(path: &Path) -> Option<Duration> {
+/// Returns the time of a file's last change, since 1970.
+fn modified_at(path: &Path) -> Option<Duration> {
     fs::metadata(path)
         .ok()?
         .modified()
@@ -218,7 +220,7 @@ fn age(path: &Path) -> Option<Duration> {
         .ok()
 }
 
-/// Compiles and links a small program for the kernel.
+/// Compiles and links a small eBPF program.
 fn try_link(dir: &Path, linker: &Path) -> anyhow::Result<()> {
     const PROGRAM: &str = r#"
         #![no_std]

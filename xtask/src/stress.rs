@@ -1,4 +1,4 @@
-//! `stress`: the long runs of tests, as root.
+//! `stress`: tests that run for longer or with more load than in `test`, as root.
 
 use std::process::ExitCode;
 
@@ -7,38 +7,37 @@ use anyhow::Context as _;
 use crate::artifacts::build_stress;
 use crate::privilege::{as_root, search_path};
 use crate::setup::{self, Scope};
-use crate::test::{self, Long};
+use crate::test::{self, LongTest};
 use crate::workspace::root;
 
-/// How long the API server is away, in seconds.
+/// Downtime of the API server in seconds.
 const OUTAGE: u32 = 600;
 
-/// How many SYNs nobody answers.
+/// Number of SYNs that receive no reply.
 const SYNS: u32 = 1_000_000;
 
 /// Arguments of `stress`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Keep the API server of Kubernetes away from agents for ten minutes, in place of that; this needs Go
+    /// Instead, disconnect the agents from the Kubernetes API server for ten minutes; this needs Go
     #[arg(long)]
     outage: bool,
-    /// Send a million SYNs that nobody answers through maps of 100,000 while 1,000 connections are idle for a minute, in
-    /// place of that
+    /// Instead, send a million unreplied SYNs through maps of 100,000 entries while 1,000 connections are idle for a minute
     #[arg(long, conflicts_with = "outage")]
     flood: bool,
-    /// What `lb-stress` is called with; `--help` tells
+    /// Arguments of `lb-stress`; `--help` lists them
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
 }
 
-/// Builds and runs it; its exit code is that of this command.
+/// Builds and runs the stress test; fails if it does.
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let ready = setup::run(Scope::All)?;
     if ready != ExitCode::SUCCESS {
         return Ok(ready);
     }
     if args.outage {
-        return test::long(Long {
+        return test::run_long(LongTest {
             target: "kubernetes",
             test: "services_survive_api_server_outages",
             variable: ("LB_API_AWAY", OUTAGE.to_string()),
@@ -46,7 +45,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         });
     }
     if args.flood {
-        return test::long(Long {
+        return test::run_long(LongTest {
             target: "syn_flood",
             test: "connections_survive_a_flood_of_unanswered_syns",
             variable: ("LB_FLOOD", SYNS.to_string()),

@@ -1,4 +1,4 @@
-//! `test` and `bless`.
+//! `test`, which runs every check, and `bless`, which accepts the output of golden tests.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -17,55 +17,54 @@ use crate::run;
 use crate::setup::{self, Scope};
 use crate::vm::{self, Job};
 
-/// Whole-system tests at a time in one test program: each builds a cluster of its own.
+/// Flag for the number of whole-system tests that one test program runs in parallel: each builds a cluster of its own.
 const SYSTEM_TESTS: &str = "--test-threads=2";
 
-/// A test that does more than usual where a variable says so.
+/// A test that a variable makes longer than usual.
 #[derive(Debug, Clone)]
-pub(crate) struct Long {
-    /// The program that it is in.
+pub(crate) struct LongTest {
+    /// Test program that contains it.
     pub(crate) target: &'static str,
-    /// Its name.
+    /// Name of the test.
     pub(crate) test: &'static str,
-    /// The variable, and its value.
+    /// Name and value of the variable.
     pub(crate) variable: (&'static str, String),
-    /// It needs the control plane of Kubernetes.
+    /// True if it needs the Kubernetes control plane.
     pub(crate) kubernetes: bool,
 }
 
-/// What golden tests have in the name of their file or of the test.
+/// Part of the name of a golden test, or of its file.
 const GOLDEN: &str = "golden";
 
 /// Arguments of `test`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Run only tests whose name contains this
+    /// Run only the tests with this text in their name
     filter: Option<String>,
-    /// Leave out format, lints and documentation
+    /// Skip format, lints and documentation
     #[arg(long)]
     no_lint: bool,
-    /// Check at the end that the demo works (as `cargo xtask run --check` does)
+    /// Also check that the demo works (as `cargo xtask run --check` does)
     #[arg(long)]
     demo: bool,
-    /// Then also run the tests that need a kernel on Debian's kernel of this version, in a virtual machine; may be given
-    /// several times
+    /// Also run the tests that need a kernel on Debian's kernel of this version, in a virtual machine; can be repeated
     #[arg(long, value_name = "VERSION")]
     vm: Vec<String>,
-    /// Run nothing but the tests in virtual machines
+    /// Run only the tests in virtual machines
     #[arg(long, requires = "vm", conflicts_with = "demo")]
     only_vm: bool,
-    /// Also run the tests against the control plane of Kubernetes, which Go builds at the first time (five minutes)
+    /// Also run the tests with the Kubernetes control plane; the first run builds it with Go (five minutes)
     #[arg(long)]
     kubernetes: bool,
-    /// Run nothing but the tests against Kubernetes
+    /// Run only the tests with the Kubernetes control plane
     #[arg(long, requires = "kubernetes", conflicts_with_all = ["demo", "vm"])]
     only_kubernetes: bool,
-    /// Take the kernel of this machine for one that cannot run lb, to see what is done then
+    /// Treat the kernel of this machine as one that cannot run lb, to test the replacement by a virtual machine
     #[arg(long, hide = true)]
     no_kernel: bool,
 }
 
-/// Runs every check; the last line tells how many passed.
+/// Runs every check; the last line has the numbers of passed and failed ones.
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.kubernetes
         && let Some(ask) = setup::ask_for_kubernetes()?
@@ -81,7 +80,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut versions = args.vm.clone();
     if !args.only_vm {
         sum += step("kernel", || {
-            kernel = Kernel::look(args.no_kernel)?;
+            kernel = Kernel::probe(args.no_kernel)?;
             Ok(())
         });
     }
@@ -104,7 +103,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         sum += step("control plane of Kubernetes", || {
             control_plane = Some(kubernetes::build()?);
             if kernel == Kernel::Foreign {
-                bail!("the tests against it need a kernel that can run lb, and run in no virtual machine");
+                bail!("the tests with it need a kernel that can run lb, and do not run in virtual machines");
             }
             Ok(())
         });
@@ -136,7 +135,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.demo && kernel == Kernel::Native {
         sum += step("demo", || run::check_demo(agent.as_deref()));
     }
-    // After the tests on this machine's own kernel: those keep all of its processors busy themselves.
+    // Virtual machines come after the tests on this machine's own kernel, which keep all of its processors busy.
     if !versions.is_empty() {
         ran += in_machines(&versions, agent.as_deref(), |release| {
             Job::tests(&built, release, filter)
@@ -147,32 +146,32 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             Job::demo(&release.programs()?)
         });
     }
-    sum += some(ran);
+    sum += fail_if_empty(ran);
     Ok(conclude(sum))
 }
 
-/// What ran, or a failure if nothing did.
-fn some(ran: Tally) -> Tally {
+/// Returns the counts, or a failure if no test ran.
+fn fail_if_empty(ran: Tally) -> Tally {
     if ran == Tally::default() {
         return step("selection", || bail!("no test matches"));
     }
     ran
 }
 
-/// Where the tests that need a kernel run.
+/// Kernels that run the tests that need one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kernel {
-    /// On this machine's own, and on others if so wanted.
+    /// This machine's own kernel, and those that the arguments ask for.
     Native,
-    /// On others alone: this machine's own cannot run them.
+    /// Only kernels in virtual machines, because this machine's own cannot run lb.
     Foreign,
 }
 
 impl Kernel {
-    /// Looks at this machine's kernel, unless it is `refused` from the beginning, and tells what follows.
-    fn look(refused: bool) -> anyhow::Result<Self> {
+    /// Probes this machine's kernel, unless it is `refused` by an argument, and prints the reason if it cannot run lb.
+    fn probe(refused: bool) -> anyhow::Result<Self> {
         let why = if refused {
-            Some("this is what --no-kernel asks for".to_owned())
+            Some("--no-kernel was given".to_owned())
         } else {
             kernel_support::shortcoming()?
         };
@@ -222,7 +221,7 @@ fn build(built: &mut Built, kubernetes: bool) -> Tally {
     })
 }
 
-/// Has the golden tests accept what they see.
+/// Runs the golden tests so that they accept their output.
 pub(crate) fn bless() -> anyhow::Result<ExitCode> {
     if setup::run(Scope::All)? != ExitCode::SUCCESS {
         bail!("the setup is not complete");
@@ -230,13 +229,13 @@ pub(crate) fn bless() -> anyhow::Result<ExitCode> {
     let mut built = Built::default();
     let mut sum = build(&mut built, false);
     if !built.tests.is_empty() {
-        sum += some(tests(&built, &Selection::Golden, Kernel::Native, &[]));
+        sum += fail_if_empty(tests(&built, &Selection::Golden, Kernel::Native, &[]));
     }
     Ok(conclude(sum))
 }
 
-/// Runs one test for longer, or with more, than all tests do.
-pub(crate) fn long(long: Long) -> anyhow::Result<ExitCode> {
+/// Runs one test for longer, or with more load, than `test` does.
+pub(crate) fn run_long(long: LongTest) -> anyhow::Result<ExitCode> {
     let kubernetes = long.kubernetes;
     if kubernetes && let Some(ask) = setup::ask_for_kubernetes()? {
         return Ok(ask);
@@ -253,26 +252,26 @@ pub(crate) fn long(long: Long) -> anyhow::Result<ExitCode> {
     sum += build(&mut built, kubernetes);
     if sum.failed == 0 {
         let files = [("LB_KUBERNETES", control_plane)];
-        sum += some(tests(&built, &Selection::Long(long), Kernel::Native, &files));
+        sum += fail_if_empty(tests(&built, &Selection::Long(long), Kernel::Native, &files));
     }
     Ok(conclude(sum))
 }
 
-/// Which tests to run.
+/// Selection of tests.
 #[derive(Debug)]
 enum Selection<'a> {
-    /// All, or those that contain this.
+    /// All tests, or those with this text in their name.
     Filter(Option<&'a str>),
-    /// Those against Kubernetes, or those of them that contain this.
+    /// The tests with the Kubernetes control plane, or those of them with this text in their name.
     Kubernetes(Option<&'a str>),
-    /// One that does more than usual.
-    Long(Long),
-    /// Golden tests, which are to write down what they see.
+    /// One test that runs for longer than usual.
+    Long(LongTest),
+    /// Golden tests, which write their output to their files.
     Golden,
 }
 
 impl Selection<'_> {
-    /// The filter for the tests of `program`.
+    /// Returns libtest's filter for the tests of `program`.
     fn filter(&self, program: &str) -> Option<&str> {
         match self {
             Self::Filter(filter) | Self::Kubernetes(filter) => *filter,
@@ -282,7 +281,7 @@ impl Selection<'_> {
     }
 }
 
-/// Does on these kernels what `job` makes of the programs as they are delivered, with this agent if there is one already.
+/// Runs on these kernels the job that `job` makes of the release programs, with this agent if it is built already.
 fn in_machines(versions: &[String], agent: Option<&Path>, job: impl FnOnce(&Built) -> anyhow::Result<Job>) -> Tally {
     println!("== build for virtual machines");
     let job = match build_release(agent).and_then(|release| job(&release)) {
@@ -292,7 +291,7 @@ fn in_machines(versions: &[String], agent: Option<&Path>, job: impl FnOnce(&Buil
             return Tally::one(false);
         }
     };
-    println!("== virtual machines, {} at a time", vm::at_a_time());
+    println!("== virtual machines, {} in parallel", vm::machines_in_parallel());
     let mut sum = Tally::default();
     for (version, result) in vm::run(versions, &job) {
         let tally = counted(&format!("Linux {version}"), || result);
@@ -302,8 +301,8 @@ fn in_machines(versions: &[String], agent: Option<&Path>, job: impl FnOnce(&Buil
     sum
 }
 
-/// Runs tests; those that need a kernel only on this machine's own. `files` are told by these variables, those that there
-/// are.
+/// Runs tests on this machine; those that need a kernel only if its own can run them. The variables in `files` are set to
+/// their paths if they have one.
 fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, files: &[(&'static str, Option<PathBuf>)]) -> Tally {
     let mut ran = Tally::default();
     let mut env = vec![("PATH", search_path())];
@@ -322,7 +321,7 @@ fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, files: &[(&'s
     env.extend(files);
     match selection {
         Selection::Golden => env.push(("LB_BLESS", "1".into())),
-        Selection::Long(Long {
+        Selection::Long(LongTest {
             variable: (name, value),
             ..
         }) => env.push((name, value.into())),
@@ -340,7 +339,7 @@ fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, files: &[(&'s
             let mut command = test_command(program, &env)?;
             command.args(selection.filter(&program.target));
             if matches!(selection, Selection::Long(_)) {
-                // It tells what it did.
+                // Its output describes the run.
                 command.arg("--nocapture");
             }
             libtest::run(&mut command)
@@ -367,7 +366,7 @@ fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, files: &[(&'s
     ran
 }
 
-/// The command that runs `program` as `cargo test` would, as root where that is needed.
+/// Returns the command that runs `program` as `cargo test` would, as root if it needs that.
 fn test_command(program: &TestProgram, env: &[(&str, OsString)]) -> anyhow::Result<Command> {
     let mut env = env.to_vec();
     env.push(("CARGO_MANIFEST_DIR", program.dir.clone().into()));
@@ -386,7 +385,7 @@ fn test_command(program: &TestProgram, env: &[(&str, OsString)]) -> anyhow::Resu
     Ok(command)
 }
 
-/// A check by a command's exit code.
+/// Runs a command as a check: fails if the command does.
 fn call(command: &mut Command) -> anyhow::Result<()> {
     let program = command.get_program().to_os_string();
     let status = command
@@ -398,12 +397,12 @@ fn call(command: &mut Command) -> anyhow::Result<()> {
     bail!("failed ({status})")
 }
 
-/// One check, under a headline.
+/// Runs one check under a headline.
 fn step(title: &str, check: impl FnOnce() -> anyhow::Result<()>) -> Tally {
     counted(title, || check().map(|()| Tally::one(true)))
 }
 
-/// Some checks, under a headline; an error counts as one that failed.
+/// Runs checks under a headline; an error counts as one failed check.
 fn counted(title: &str, checks: impl FnOnce() -> anyhow::Result<Tally>) -> Tally {
     println!("== {title}");
     checks().unwrap_or_else(|error| {
@@ -412,7 +411,7 @@ fn counted(title: &str, checks: impl FnOnce() -> anyhow::Result<Tally>) -> Tally
     })
 }
 
-/// The last line, and the exit code.
+/// Prints the last line and returns the exit code.
 fn conclude(sum: Tally) -> ExitCode {
     println!("{} passed, {} failed", sum.passed, sum.failed);
     ExitCode::from(u8::from(sum.failed > 0))
@@ -423,14 +422,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn golden_tests_are_found_by_file_or_by_name() {
+    fn golden_tests_are_selected_by_file_or_by_name() {
         assert_eq!(Selection::Golden.filter("golden_policy"), None);
         assert_eq!(Selection::Golden.filter("lb_agent"), Some("golden"));
         assert_eq!(Selection::Filter(Some("snat")).filter("golden_policy"), Some("snat"));
     }
 
     #[test]
-    fn errors_count() {
+    fn errors_count_as_failures() {
         let failed = step("a step that fails", || bail!("on purpose"));
         assert_eq!(failed, Tally { passed: 0, failed: 1 });
         assert_eq!(conclude(failed), ExitCode::from(1));

@@ -1,4 +1,4 @@
-//! The test bed, which package `lb-tests` provides.
+//! The test bed of the package `lb-tests`: its programs, leftovers and demo.
 
 use std::path::PathBuf;
 
@@ -7,21 +7,24 @@ use lb_tests::demo;
 
 use crate::workspace::root;
 
-/// The programs that the bed starts.
+/// Paths of the programs that the test bed starts.
 #[derive(Debug)]
 pub(crate) struct Programs {
     /// `lb-agent`.
     pub(crate) agent: PathBuf,
-    /// `lb-testbed`, the helper that serves and connects inside the bed's namespaces.
+    /// `lb-testbed`, the helper that serves and connects inside the test bed's namespaces.
     pub(crate) testbed: PathBuf,
 }
 
-/// Removes what interrupted tests and demos left on this machine; returns a line for each thing.
+/// Removes the leftovers of interrupted tests and demos on this machine; returns a line for each.
 pub(crate) fn remove_leftovers() -> anyhow::Result<Vec<String>> {
     lb_tests::remove_leftovers()
 }
 
-/// Shows lb at work; with `check`, without waiting for a person, and an error if anything is not as it should be.
+/// Runs the demo.
+///
+/// # Errors
+/// If the demo cannot run, or with `check` if one of its checks fails. With `check` it does not wait for input.
 pub(crate) fn demo(programs: &Programs, check: bool) -> anyhow::Result<()> {
     let all_well = demo::run(&demo::Options {
         agent: programs.agent.clone(),
@@ -31,7 +34,7 @@ pub(crate) fn demo(programs: &Programs, check: bool) -> anyhow::Result<()> {
         seconds: None,
     })?;
     if !all_well {
-        bail!("the demo found something that is not as it should be");
+        bail!("a check of the demo failed");
     }
     Ok(())
 }

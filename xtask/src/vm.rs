@@ -1,4 +1,4 @@
-//! Tests and the demo on other kernels, in virtual machines.
+//! Virtual machines that run tests and the demo on other kernels.
 
 mod console;
 mod cpio;
@@ -19,35 +19,36 @@ use self::job::{PROGRAM_LIMIT, Step};
 use crate::kernels::Kernel;
 use crate::libtest::{self, Tally};
 
-/// The version of the kernel that serves where the machine's own does not.
+/// Version of the kernel that replaces a machine's own if that cannot run lb.
 pub(crate) const DEFAULT: &str = "6.12";
 
-/// How long a virtual machine may run, as `timeout` reads it.
+/// Time limit of a virtual machine, in the format of `timeout`.
 const LIMIT: &str = "50m";
-/// How long a kernel may take to find that it has no file system.
+/// Time limit for a kernel that boots without a file system and fails.
 const PROBE_LIMIT: &str = "10s";
-/// Memory of each.
+/// Memory of each virtual machine.
 const MEMORY: &str = "3G";
-/// QEMU's emulation, its processors in turn on one thread. With a thread each, one of four boots ended in `Oops: int3`;
-/// the kernel patches its own code with such instructions, and may have been seen half patched.
+/// QEMU's emulation, with all processors in turn on one thread. With a thread each, one of four boots ended in `Oops: int3`;
+/// the kernel patches its own code with such instructions, and a processor may have executed half patched code.
 const EMULATION: &str = "tcg,thread=single";
-/// The processor there: without what kernel and C library use wherever it is, though emulated it only costs, such as copying
-/// by bytes (ERMS), and registers that each change of process has to save. A tenth less work, in pairs of runs side by side.
+/// The emulated processor. It lacks features that kernel and C library use if present although their emulation is slow, such
+/// as copying by bytes (ERMS) and registers that each context switch has to save. This saves a tenth of the work, measured in
+/// pairs of parallel runs.
 const EMULATED: &str = "max,erms=off,fsrm=off,smap=off,smep=off,umip=off,pku=off,xsave=off,avx=off,avx2=off";
-/// How many times slower than the machine itself an emulated one is taken to be.
+/// Assumed slowness of an emulated machine, as a multiple of the native time.
 const SLOW: u32 = 20;
-/// Exit code of libtest when tests have failed, of which it has told.
+/// Exit code of libtest if tests have failed. libtest has printed their names then.
 const TESTS_FAILED: i32 = 101;
-/// Exit code in a shell of what was killed by SIGKILL.
+/// Exit code in a shell of a program that was killed by SIGKILL.
 const KILLED: i32 = 128 + 9;
 
-/// How many virtual machines run side by side: as many as this machine has processors, since an emulated one keeps one
-/// of them busy.
-pub(crate) fn at_a_time() -> usize {
+/// Returns the number of virtual machines that run in parallel: the number of processors of this machine, because an emulated
+/// machine keeps one of them busy.
+pub(crate) fn machines_in_parallel() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Does `job` on each of these kernels, [`at_a_time`].
+/// Runs `job` on each of these kernels, [`machines_in_parallel`] of them in parallel.
 pub(crate) fn run(versions: &[String], job: &Job) -> Vec<(String, Result<Tally>)> {
     let numbered: Vec<_> = versions.iter().enumerate().collect();
     let run_some = |numbered: &[(usize, &String)]| {
@@ -66,7 +67,7 @@ pub(crate) fn run(versions: &[String], job: &Job) -> Vec<(String, Result<Tally>)
             results.collect::<Vec<_>>()
         })
     };
-    numbered.chunks(at_a_time()).flat_map(run_some).collect()
+    numbered.chunks(machines_in_parallel()).flat_map(run_some).collect()
 }
 
 fn on(version: &str, job: &Job) -> Result<Tally> {
@@ -88,53 +89,53 @@ fn on(version: &str, job: &Job) -> Result<Tally> {
     let initrd = format!("/proc/{}/fd/{}", std::process::id(), archive.as_raw_fd());
     command.args(["-smp", "2", "-m", MEMORY, "-initrd", &initrd]);
     let mut sum = libtest::run_showing(&mut command, console)?;
-    let (passed, troubles) = judge(&job.steps, &console::lock(&outcome), sum.failed > 0);
-    for trouble in &troubles {
-        println!("{version}: {trouble}");
+    let (passed, problems) = check_steps(&job.steps, &console::lock(&outcome), sum.failed > 0);
+    for problem in &problems {
+        println!("{version}: {problem}");
     }
     sum += Tally {
         passed,
-        failed: troubles.len() as u64,
+        failed: problems.len() as u64,
     };
     Ok(sum)
 }
 
-/// How many steps passed that do not tell of it themselves, and what is wrong with others; `failed`: some tests have
-/// failed, and told so.
-fn judge(steps: &[Step], outcome: &Outcome, failed: bool) -> (u64, Vec<String>) {
+/// Returns the number of passed steps without a summary of their own, and a line for each step that went wrong. `failed`:
+/// tests have failed and their summary was counted.
+fn check_steps(steps: &[Step], outcome: &Outcome, failed: bool) -> (u64, Vec<String>) {
     let mut passed = 0;
-    let mut troubles = Vec::new();
+    let mut problems = Vec::new();
     let mut ended = true;
     for step in steps {
         let name = &step.name;
         match outcome.codes.get(name) {
-            Some(0) => passed += u64::from(!step.tells),
-            Some(&TESTS_FAILED) if step.tells && failed => {}
-            Some(&KILLED) => troubles.push(format!("{name} was killed (it may run {PROGRAM_LIMIT} s)")),
-            Some(code) => troubles.push(format!("{name} ended with {code}")),
+            Some(0) => passed += u64::from(!step.prints_summary),
+            Some(&TESTS_FAILED) if step.prints_summary && failed => {}
+            Some(&KILLED) => problems.push(format!("{name} was killed (it is limited to {PROGRAM_LIMIT} s)")),
+            Some(code) => problems.push(format!("{name} ended with {code}")),
             None if ended => {
                 ended = false;
-                let why = outcome.complaint.as_ref();
+                let why = outcome.kernel_error.as_ref();
                 let why = why.map_or_else(
-                    || format!("all together may take {LIMIT}"),
-                    |line| format!("the kernel says: {line}"),
+                    || format!("all steps together are limited to {LIMIT}"),
+                    |line| format!("the kernel reported: {line}"),
                 );
-                troubles.push(format!("{name} did not end ({why})"));
+                problems.push(format!("{name} did not end ({why})"));
             }
-            None => troubles.push(format!("{name} was not run")),
+            None => problems.push(format!("{name} was not run")),
         }
     }
-    (passed, troubles)
+    (passed, problems)
 }
 
-/// A virtual machine that ends after `limit` at the latest, and with the thread that starts it; its console is standard
-/// output.
+/// Returns the command of a virtual machine. It ends after `limit` at the latest, and with the thread that starts it. Its
+/// console is standard output.
 fn machine(kernel: &Kernel, accelerator: &str, limit: &str) -> Command {
     let processor = if accelerator == EMULATION { EMULATED } else { "max" };
     let mut command = Command::new("setpriv");
     command
         .args(["--pdeathsig", "TERM", "timeout"])
-        // In the foreground: an interrupt from the keyboard reaches the virtual machine as well.
+        // In the foreground, so that an interrupt from the keyboard reaches the virtual machine as well.
         .args(["--foreground", "--kill-after=5", limit])
         .args(["qemu-system-x86_64", "-accel", accelerator, "-cpu", processor])
         .args(["-display", "none", "-monitor", "none", "-serial", "stdio", "-nic", "none"])
@@ -143,8 +144,8 @@ fn machine(kernel: &Kernel, accelerator: &str, limit: &str) -> Command {
     command
 }
 
-/// Whether KVM runs this kernel. Being there is not enough: within some virtual machines nothing happens. Without a
-/// file system the kernel gives up at once, and the virtual machine ends.
+/// Returns true if KVM runs this kernel. The presence of /dev/kvm is not enough: within some virtual machines a guest never
+/// makes progress. The probe boots without a file system, so the kernel panics at once and the virtual machine ends.
 fn kvm_works(kernel: &Kernel) -> bool {
     Path::new("/dev/kvm").exists()
         && machine(kernel, "kvm", PROBE_LIMIT)
@@ -160,27 +161,27 @@ fn kvm_works(kernel: &Kernel) -> bool {
 mod tests {
     use super::*;
 
-    fn step(name: &str, tells: bool) -> Step {
+    fn step(name: &str, prints_summary: bool) -> Step {
         Step {
             name: name.to_owned(),
             program: "/bin/true".into(),
             arguments: Vec::new(),
             env: Vec::new(),
             dir: "/".into(),
-            tells,
+            prints_summary,
             shared: false,
         }
     }
 
-    fn outcome(codes: &[(&str, i32)], complaint: Option<&str>) -> Outcome {
+    fn outcome(codes: &[(&str, i32)], kernel_error: Option<&str>) -> Outcome {
         Outcome {
             codes: codes.iter().map(|&(name, code)| (name.to_owned(), code)).collect(),
-            complaint: complaint.map(str::to_owned),
+            kernel_error: kernel_error.map(str::to_owned),
         }
     }
 
     #[test]
-    fn what_is_shared_runs_on_one_machine_each() {
+    fn shared_steps_run_on_one_machine_each() {
         let mut steps = ["a", "b", "c", "d"].map(|name| step(name, true));
         for at in [1, 2, 3] {
             steps[at].shared = true;
@@ -200,40 +201,43 @@ mod tests {
     }
 
     #[test]
-    fn every_step_must_end_well_or_tell_of_its_failures() {
+    fn step_must_succeed_or_have_its_failures_counted() {
         let steps = [step("tests", true), step("demo", false)];
         let ended = |tests, demo| outcome(&[("tests", tests), ("demo", demo)], None);
-        assert_eq!(judge(&steps, &ended(0, 0), false), (1, vec![]));
-        assert_eq!(judge(&steps, &ended(101, 0), true), (1, vec![]));
-        // It says that tests have failed, and no result of it came.
+        assert_eq!(check_steps(&steps, &ended(0, 0), false), (1, vec![]));
+        assert_eq!(check_steps(&steps, &ended(101, 0), true), (1, vec![]));
+        // The exit code means failed tests, but no summary was counted.
         assert_eq!(
-            judge(&steps, &ended(101, 0), false),
+            check_steps(&steps, &ended(101, 0), false),
             (1, vec!["tests ended with 101".to_owned()])
         );
         assert_eq!(
-            judge(&steps, &ended(0, 101), true),
+            check_steps(&steps, &ended(0, 101), true),
             (0, vec!["demo ended with 101".to_owned()])
         );
-        let killed = "tests was killed (it may run 900 s)".to_owned();
-        assert_eq!(judge(&steps, &ended(137, 0), false), (1, vec![killed]));
+        let killed = "tests was killed (it is limited to 900 s)".to_owned();
+        assert_eq!(check_steps(&steps, &ended(137, 0), false), (1, vec![killed]));
     }
 
     #[test]
-    fn a_machine_that_stops_fails_the_step_that_ran_and_all_after_it() {
+    fn stopped_machine_fails_the_current_step_and_all_after_it() {
         let steps = [step("a", true), step("b", true), step("c", true)];
-        let (_, troubles) = judge(
+        let (_, problems) = check_steps(
             &steps,
             &outcome(&[("a", 0)], Some("Kernel panic - not syncing: x")),
             false,
         );
         assert_eq!(
-            troubles,
+            problems,
             [
-                "b did not end (the kernel says: Kernel panic - not syncing: x)",
+                "b did not end (the kernel reported: Kernel panic - not syncing: x)",
                 "c was not run"
             ]
         );
-        let (_, troubles) = judge(&steps[1..], &outcome(&[], None), false);
-        assert_eq!(troubles, ["b did not end (all together may take 50m)", "c was not run"]);
+        let (_, problems) = check_steps(&steps[1..], &outcome(&[], None), false);
+        assert_eq!(
+            problems,
+            ["b did not end (all steps together are limited to 50m)", "c was not run"]
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! docs/conformance.md names tests of this repository: they exist.
+//! Check that the tests which docs/conformance.md names exist in this repository.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 
-/// The text of a program of tests: its file, or all files of its folder.
+/// Returns the source of a test program: its file, or all files of its folder.
 fn source(program: &str) -> Result<String> {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/tests");
     let file = tests.join(format!("{program}.rs"));

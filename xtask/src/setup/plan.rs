@@ -1,14 +1,14 @@
-//! What is to be done to make the toolchain and the test programs present, decided from a description of the machine.
+//! The actions that make the toolchain and the programs for tests present, derived from a description of the machine.
 
 use lb_ebpf_build::toolchain::{EbpfToolchain, LINKED};
 
-use crate::command::Line;
+use crate::command::CommandLine;
 
 /// Version of bpf-linker that is installed.
 const LINKER_VERSION: &str = "0.13.0";
-/// Where Debian has the LLVM of the compiler in [`COMPILER`]. A bpf-linker with an older one cannot read its output.
+/// Debian's folder of the LLVM of the compiler in [`COMPILER`]. A bpf-linker with an older LLVM cannot read its output.
 const LLVM: &str = "/usr/lib/llvm-22";
-/// Debian's packages of a Rust compiler that has `core` for eBPF.
+/// Debian's packages of a Rust compiler that ships `core` for eBPF.
 const COMPILER: [&str; 5] = [
     "rustc-web",
     "cargo-web",
@@ -21,8 +21,8 @@ const LINKER: [&str; 4] = ["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev", "libz
 
 /// Debian's package of nginx.
 const NGINX: &str = "nginx-light";
-/// The road for those whose system has no compiler with `core` for eBPF. Never taken by setup itself: which nightly one
-/// has is one's own choice.
+/// Command that installs a toolchain on systems without a compiler that ships `core` for eBPF. Setup never runs it itself,
+/// because the choice of a nightly is the user's.
 pub(crate) const NIGHTLY: &str = "rustup toolchain install nightly --component rust-src";
 
 /// A program that tests and the demo start, and Debian's package of it.
@@ -34,7 +34,7 @@ pub(crate) struct Tool {
     pub(crate) package: &'static str,
 }
 
-/// Everything that tests and the demo start.
+/// Programs that tests and the demo start.
 pub(crate) const TOOLS: [Tool; 13] = [
     Tool {
         program: "ip",
@@ -90,7 +90,7 @@ pub(crate) const TOOLS: [Tool; 13] = [
     },
 ];
 
-/// What tests in virtual machines start besides.
+/// Programs that tests in virtual machines need in addition.
 pub(crate) const MACHINE_TOOLS: [Tool; 4] = [
     Tool {
         program: "qemu-system-x86_64",
@@ -110,46 +110,46 @@ pub(crate) const MACHINE_TOOLS: [Tool; 4] = [
     },
 ];
 
-/// What `bench connect` compares with C by. Nothing else needs it, so it is named and not installed.
+/// Compiler of the C programs that benchmarks compare with. Only they need it, so setup names it and does not install it.
 pub(crate) const COMPILER_OF_C: Tool = Tool {
     program: "clang",
     package: "clang",
 };
 
-/// A machine.
+/// Description of a machine.
 #[derive(Debug, Clone)]
 pub(crate) struct Host {
     /// The toolchain that a build of the eBPF object would use now.
     pub(crate) toolchain: Option<EbpfToolchain>,
-    /// There is a rustup.
+    /// rustup is installed.
     pub(crate) rustup: bool,
-    /// Debian's compiler with `core` for eBPF is in /usr.
+    /// Debian's compiler that ships `core` for eBPF is installed in /usr.
     pub(crate) compiler: bool,
-    /// There is a bpf-linker that can read the compiler's output.
+    /// A bpf-linker that can read the compiler's output is installed.
     pub(crate) linker: bool,
-    /// Tools that are wanted and not there.
+    /// Necessary tools that are missing.
     pub(crate) missing: Vec<Tool>,
-    /// There is an apt-get.
+    /// apt-get is installed.
     pub(crate) apt: bool,
     /// systemd runs the services.
     pub(crate) systemd: bool,
 }
 
-/// Something to do.
+/// An action of setup.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     /// Keeps the nginx service, which Debian's package starts, from starting: tests start nginx themselves.
     MaskNginx,
     /// Installs Debian packages.
     Packages(Vec<&'static str>),
-    /// Makes Debian's compiler known to rustup.
+    /// Registers Debian's compiler with rustup.
     Link,
-    /// Builds bpf-linker; with Debian's LLVM if true.
+    /// Builds bpf-linker, with Debian's LLVM if true.
     Linker(bool),
 }
 
 impl Action {
-    /// What it does, in a few words.
+    /// Returns a short description of the action.
     pub(crate) fn headline(&self) -> String {
         match self {
             Self::MaskNginx => "keeping the nginx service from starting".to_owned(),
@@ -159,7 +159,7 @@ impl Action {
         }
     }
 
-    /// Where to look when it fails.
+    /// Returns a hint for the error if the action fails.
     pub(crate) fn hint(&self) -> &'static str {
         match self {
             Self::Linker(_) => "setup: built binaries are at https://github.com/aya-rs/bpf-linker/releases",
@@ -167,21 +167,21 @@ impl Action {
         }
     }
 
-    /// The command that does it.
-    pub(crate) fn line(&self) -> Line {
+    /// Returns the command of the action.
+    pub(crate) fn command(&self) -> CommandLine {
         match self {
-            Self::MaskNginx => Line::new(["systemctl", "mask", "nginx.service"]).root(),
+            Self::MaskNginx => CommandLine::new(["systemctl", "mask", "nginx.service"]).root(),
             Self::Packages(names) => {
                 let install = ["apt-get", "install", "--yes", "--no-install-recommends"];
                 // Without systemd, invoke-rc.d starts nothing in the single-user run level.
-                Line::new(install.into_iter().chain(names.iter().copied()))
+                CommandLine::new(install.into_iter().chain(names.iter().copied()))
                     .env("DEBIAN_FRONTEND", "noninteractive")
                     .env("RUNLEVEL", "1")
                     .root()
             }
-            Self::Link => Line::new(["rustup", "toolchain", "link", LINKED, "/usr"]),
-            Self::Linker(false) => Line::new(["cargo", "install", "bpf-linker", "--locked", "--force"]),
-            Self::Linker(true) => Line::new([
+            Self::Link => CommandLine::new(["rustup", "toolchain", "link", LINKED, "/usr"]),
+            Self::Linker(false) => CommandLine::new(["cargo", "install", "bpf-linker", "--locked", "--force"]),
+            Self::Linker(true) => CommandLine::new([
                 "cargo",
                 "install",
                 "bpf-linker",
@@ -199,7 +199,8 @@ impl Action {
     }
 }
 
-/// What to do, in order; or, where that cannot all be done from here, what a person has to see to, a line each.
+/// Returns the actions in order. If setup cannot do all of them itself, the error has the instructions for a person, a line
+/// each.
 pub(crate) fn plan(host: &Host) -> Result<Vec<Action>, Vec<String>> {
     let mut by_hand = Vec::new();
     if host.toolchain.is_none() && !host.rustup {
@@ -216,11 +217,11 @@ pub(crate) fn plan(host: &Host) -> Result<Vec<Action>, Vec<String>> {
     if by_hand.is_empty() {
         return Ok(actions);
     }
-    by_hand.extend(actions.iter().map(|action| action.line().to_string()));
+    by_hand.extend(actions.iter().map(|action| action.command().to_string()));
     Err(by_hand)
 }
 
-/// What xtask can do itself, in order.
+/// Returns the actions that xtask can do itself, in order.
 fn actions(host: &Host) -> Vec<Action> {
     let debian_compiler = host.apt && host.toolchain.is_none();
     let debian_linker = host.apt && !matches!(host.toolchain, Some(EbpfToolchain::Nightly(_)));
@@ -234,7 +235,7 @@ fn actions(host: &Host) -> Vec<Action> {
     if host.apt {
         packages.extend(host.missing.iter().map(|tool| tool.package));
     }
-    // Two programs of one package stand side by side in TOOLS.
+    // Two programs of one package are next to each other in TOOLS.
     packages.dedup();
 
     let mut actions = Vec::new();
@@ -270,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_missing_nothing_done() {
+    fn complete_machine_needs_no_action() {
         assert_eq!(plan(&debian()), Ok(Vec::new()));
         let nightly = Some(EbpfToolchain::Nightly("/n".into()));
         assert_eq!(
@@ -284,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn bare_debian_gets_everything_in_order() {
+    fn bare_debian_needs_all_actions_in_order() {
         let host = Host {
             toolchain: None,
             compiler: false,
@@ -305,11 +306,11 @@ mod tests {
         };
         assert!(packages.starts_with(&COMPILER));
         assert_eq!(packages.iter().filter(|name| **name == "iproute2").count(), 1);
-        assert_eq!(actions[2].line().to_string(), "rustup toolchain link ebpf /usr");
+        assert_eq!(actions[2].command().to_string(), "rustup toolchain link ebpf /usr");
     }
 
     #[test]
-    fn compiler_without_link_is_linked_only() {
+    fn compiler_that_rustup_lacks_is_only_linked() {
         assert_eq!(
             plan(&Host {
                 toolchain: None,
@@ -320,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn nightly_builds_the_linker_with_its_own_llvm() {
+    fn linker_for_nightly_is_built_with_its_own_llvm() {
         let host = Host {
             toolchain: Some(EbpfToolchain::Nightly("/n".into())),
             linker: false,
@@ -330,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn elsewhere_a_person_is_told() {
+    fn machine_without_apt_gets_instructions() {
         let host = Host {
             toolchain: None,
             compiler: false,
@@ -339,23 +340,23 @@ mod tests {
             apt: false,
             ..debian()
         };
-        let told = plan(&host).unwrap_err();
+        let instructions = plan(&host).unwrap_err();
         assert_eq!(
-            told,
+            instructions,
             [
                 "rustup toolchain install nightly --component rust-src",
                 "install these programs: bpftool",
                 "cargo install bpf-linker --locked --force",
             ]
         );
-        let told = plan(&Host {
+        let instructions = plan(&Host {
             toolchain: None,
             rustup: false,
             ..debian()
         })
         .unwrap_err();
         assert_eq!(
-            told,
+            instructions,
             [
                 "rustup is missing: see https://rustup.rs",
                 "rustup toolchain link ebpf /usr"

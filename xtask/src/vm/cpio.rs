@@ -1,4 +1,4 @@
-//! Archives that the kernel unpacks as its first file system: cpio, format "newc".
+//! Archives that the kernel unpacks as its initial file system: cpio, format "newc".
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -9,13 +9,13 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Types of files, as in `st_mode`.
+/// File types, as in `st_mode`.
 const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
 const SYMLINK: u32 = 0o120_000;
 const CHARACTER_DEVICE: u32 = 0o020_000;
 
-/// An archive in the making. What is added twice at one path is there once.
+/// Writer of an archive. A second entry for a path is ignored.
 #[derive(Debug)]
 pub(crate) struct Archive<W: Write> {
     out: W,
@@ -25,7 +25,7 @@ pub(crate) struct Archive<W: Write> {
 }
 
 impl<W: Write> Archive<W> {
-    /// An empty one.
+    /// Creates an empty archive.
     pub(crate) fn new(out: W) -> Self {
         Self {
             out,
@@ -35,12 +35,12 @@ impl<W: Write> Archive<W> {
         }
     }
 
-    /// Something is at this path.
+    /// Returns true if the archive has an entry for this path.
     pub(crate) fn has(&self, path: &Path) -> bool {
         self.known.contains(path)
     }
 
-    /// A folder, and those above it.
+    /// Adds a folder and the folders above it.
     pub(crate) fn directory(&mut self, path: &Path) -> Result<()> {
         let mut above = PathBuf::from("/");
         for part in path.components().filter(|part| matches!(part, Component::Normal(_))) {
@@ -52,7 +52,7 @@ impl<W: Write> Archive<W> {
         Ok(())
     }
 
-    /// A file of this machine at the path `at`, with its permissions.
+    /// Adds a file of this machine at the path `at`, with its permissions.
     pub(crate) fn file(&mut self, at: &Path, from: &Path) -> Result<()> {
         let mut file = File::open(from).with_context(|| format!("cannot open {}", from.display()))?;
         let metadata = file.metadata()?;
@@ -61,12 +61,16 @@ impl<W: Write> Archive<W> {
             return Ok(());
         }
         let copied = io::copy(&mut file, &mut self.out).with_context(|| format!("cannot copy {}", from.display()))?;
-        ensure!(copied == metadata.len(), "{} changes", from.display());
+        ensure!(
+            copied == metadata.len(),
+            "{} changed while it was copied",
+            from.display()
+        );
         self.written += copied;
         self.pad()
     }
 
-    /// A file with this content.
+    /// Adds a file with this content.
     pub(crate) fn content(&mut self, at: &Path, mode: u32, content: &[u8]) -> Result<()> {
         if self.entry(at, REGULAR | mode, content.len() as u64, (0, 0))? {
             self.put(content)?;
@@ -75,7 +79,7 @@ impl<W: Write> Archive<W> {
         Ok(())
     }
 
-    /// A symbolic link.
+    /// Adds a symbolic link.
     pub(crate) fn symlink(&mut self, at: &Path, target: &Path) -> Result<()> {
         let target = target.as_os_str().as_bytes();
         if self.entry(at, SYMLINK | 0o777, target.len() as u64, (0, 0))? {
@@ -85,12 +89,12 @@ impl<W: Write> Archive<W> {
         Ok(())
     }
 
-    /// A character device.
+    /// Adds a character device.
     pub(crate) fn device(&mut self, at: &Path, number: (u32, u32)) -> Result<()> {
         self.entry(at, CHARACTER_DEVICE | 0o600, 0, number).map(drop)
     }
 
-    /// All files of a folder, at their own paths.
+    /// Adds all files of a folder at their own paths.
     pub(crate) fn tree(&mut self, dir: &Path) -> Result<()> {
         self.directory(dir)?;
         for entry in fs::read_dir(dir).with_context(|| format!("cannot list {}", dir.display()))? {
@@ -107,19 +111,19 @@ impl<W: Write> Archive<W> {
         Ok(())
     }
 
-    /// Ends the archive.
+    /// Writes the trailer and returns the writer.
     pub(crate) fn finish(mut self) -> Result<W> {
         self.header(Path::new("/TRAILER!!!"), 0, 0, (0, 0))?;
         self.out.flush()?;
         Ok(self.out)
     }
 
-    /// False if the path is taken.
+    /// Reserves a path; returns false if the archive has it already.
     fn claim(&mut self, path: &Path) -> bool {
         self.known.insert(path.to_owned())
     }
 
-    /// The beginning of what is no folder; false if the path is taken.
+    /// Writes the header of an entry that is not a folder; returns false if the archive has the path already.
     fn entry(&mut self, at: &Path, mode: u32, length: u64, device: (u32, u32)) -> Result<bool> {
         if let Some(above) = at.parent() {
             self.directory(above)?;
@@ -163,7 +167,7 @@ impl<W: Write> Archive<W> {
         self.pad()
     }
 
-    /// To the next multiple of four.
+    /// Pads the archive to the next multiple of four bytes.
     fn pad(&mut self) -> Result<()> {
         let missing = usize::try_from((4 - self.written % 4) % 4)?;
         self.put(&[0; 3][..missing])

@@ -1,4 +1,4 @@
-//! The first file system of a virtual machine: test programs, what they call, and a script that runs them.
+//! The initial file system of a virtual machine: test programs, the tools that they call, and a script that runs them.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
@@ -16,13 +16,13 @@ use crate::kernels::{self, Kernel};
 use crate::privilege::search_path;
 use crate::workspace::root;
 
-/// What the bed and the tests call, at its own path; all else is busybox.
+/// Tools that the test bed and the tests call, at their own paths; all other tools are busybox.
 const TOOLS: [&str; 19] = [
     "bpftool", "bridge", "cat", "curl", "dig", "dnsmasq", "getent", "ip", "mount", "nft", "nginx", "setpriv", "sh",
     "sleep", "ss", "stat", "tc", "umount", "unshare",
 ];
 
-/// Printers and writers of rules: those that are there.
+/// Tools that print and load iptables rules; those that are not installed are left out.
 const RULES: [&str; 6] = [
     "iptables-legacy-save",
     "ip6tables-legacy-save",
@@ -31,10 +31,10 @@ const RULES: [&str; 6] = [
     "iptables-nft-restore",
     "ip6tables-nft-restore",
 ];
-/// What they load.
+/// Folder of the extensions that they load.
 const EXTENSIONS: &str = "/usr/lib/x86_64-linux-gnu/xtables";
 
-/// Modules that the bed needs.
+/// Kernel modules that the test bed needs.
 const MODULES: [&str; 18] = [
     "veth",
     "bridge",
@@ -59,14 +59,14 @@ const MODULES: [&str; 18] = [
     "tun",
 ];
 
-/// Folders and files of this machine that tools read.
+/// Configuration of this machine that tools read.
 const CONFIGURATION: [&str; 4] = ["/etc/iproute2", "/etc/passwd", "/etc/group", "/etc/nsswitch.conf"];
 
-/// Where machines find Python.
+/// Path of Python in the virtual machine.
 const PYTHON: &str = "/usr/bin/python3";
 
-/// Writes the archive to boot `kernel` with, on a machine that is `slow` times slower than others. It is in no folder, so
-/// that it goes with the process, however that ends.
+/// Writes the archive that `kernel` boots with, for a machine that is `slow` times slower than others. The file has no name,
+/// so it disappears with the process, even if that is killed.
 pub(super) fn write(kernel: &Kernel, job: &Job, slow: u32) -> Result<File> {
     let file = tempfile::tempfile_in(kernels::cache()).context("cannot create a file")?;
     let mut image = Archive::new(BufWriter::new(file));
@@ -90,7 +90,7 @@ pub(super) fn write(kernel: &Kernel, job: &Job, slow: u32) -> Result<File> {
     image.symlink(Path::new("/var/run"), Path::new("/run"))?;
     image.device(Path::new("/dev/console"), (5, 1))?;
     for tool in TOOLS {
-        let path = find(tool).with_context(|| format!("there is no {tool}"))?;
+        let path = find(tool).with_context(|| format!("{tool} is not installed"))?;
         add_program(&mut image, &path)?;
     }
     for program in RULES.iter().filter_map(|program| find(program)) {
@@ -99,7 +99,7 @@ pub(super) fn write(kernel: &Kernel, job: &Job, slow: u32) -> Result<File> {
     if Path::new(EXTENSIONS).is_dir() {
         image.tree(Path::new(EXTENSIONS))?;
     }
-    let busybox = find("busybox").context("there is no busybox")?;
+    let busybox = find("busybox").context("busybox is not installed")?;
     image.file(Path::new("/busybox/busybox"), &busybox)?;
     image.symlink(Path::new("/busybox/sh"), Path::new("busybox"))?;
     for file in CONFIGURATION.map(Path::new) {
@@ -109,14 +109,14 @@ pub(super) fn write(kernel: &Kernel, job: &Job, slow: u32) -> Result<File> {
             image.file(file, file)?;
         }
     }
-    // Tests lay files of their own over it.
+    // Tests mount files of their own over it.
     image.content(Path::new("/etc/resolv.conf"), 0o644, b"")?;
     add_python(&mut image)?;
     for dir in ["deploy", "examples", "tests/clients"] {
         image.tree(&root().join(dir))?;
     }
     for (at, from) in &job.files {
-        // Half of a program is what a debugger wants, and the archive has to fit into memory.
+        // Half of a program is debug information, and the archive must fit into memory.
         let small = tempfile::NamedTempFile::new_in(kernels::cache()).context("cannot create a file")?;
         let mut strip = Command::new("strip");
         strip.arg("--strip-debug").arg("-o").arg(small.path()).arg(from);
@@ -138,7 +138,7 @@ pub(super) fn write(kernel: &Kernel, job: &Job, slow: u32) -> Result<File> {
     written.context("cannot write the archive")
 }
 
-/// The script that the kernel starts.
+/// Returns the script that the kernel starts as init.
 fn init(modules: &[String], job: &Job, slow: u32) -> Result<String> {
     let mut script = String::from(
         "#!/busybox/sh\n\
@@ -172,20 +172,20 @@ fn init(modules: &[String], job: &Job, slow: u32) -> Result<String> {
         for word in iter::once(step.program.as_os_str()).chain(step.arguments.iter().map(OsString::as_os_str)) {
             write!(script, " {}", quoted(word)?)?;
         }
-        // On a line of its own, also after a program that broke off within one.
+        // The mark is on a line of its own, even after a program that stopped within a line.
         writeln!(script, "; code=$?; echo; echo \"{ENDED}{} $code\"", step.name)?;
     }
     script.push_str("cd /; sync; poweroff -f\n");
     Ok(script)
 }
 
-/// A word for the shell.
+/// Quotes a word for the shell.
 fn quoted(word: &OsStr) -> Result<String> {
     let word = word.to_str().context("a path is not UTF-8")?;
     Ok(format!("'{}'", word.replace('\'', r"'\''")))
 }
 
-/// The path of a program of this machine.
+/// Returns the path of a program of this machine.
 fn find(program: &str) -> Option<PathBuf> {
     let path: OsString = search_path();
     std::env::split_paths(&path)
@@ -195,16 +195,16 @@ fn find(program: &str) -> Option<PathBuf> {
 
 type Image = Archive<BufWriter<File>>;
 
-/// A program of this machine with its libraries, and the links that lead to it.
+/// Adds a program of this machine with its libraries, and the links that lead to it.
 fn add_program(image: &mut Image, path: &Path) -> Result<()> {
     add_links(image, path)?;
     add_libraries(image, path)
 }
 
-/// Python, with what the client of the tests needs of it.
+/// Adds Python, with the modules that the tests' client imports.
 fn add_python(image: &mut Image) -> Result<()> {
-    let python = find("python3").context("there is no python3")?;
-    // What is found first may be a script that chooses one.
+    let python = find("python3").context("python3 is not installed")?;
+    // The first one in the search path may be a script that selects an interpreter.
     let program = output(&python, &["-I", "-c", "import sys; print(sys.executable)"])?;
     let program = Path::new(program.trim_end());
     add_program(image, program)?;
@@ -224,7 +224,7 @@ fn add_python(image: &mut Image) -> Result<()> {
     Ok(())
 }
 
-/// What a program prints.
+/// Returns the standard output of a program.
 fn output(program: &Path, arguments: &[&str]) -> Result<String> {
     let output = Command::new(program)
         .args(arguments)
@@ -234,10 +234,10 @@ fn output(program: &Path, arguments: &[&str]) -> Result<String> {
     String::from_utf8(output.stdout).context("not UTF-8")
 }
 
-/// The shared libraries of a program.
+/// Adds the shared libraries of a program.
 fn add_libraries(image: &mut Image, program: &Path) -> Result<()> {
     let output = Command::new("ldd").arg(program).output().context("cannot run ldd")?;
-    // It fails for a static program, which needs nothing.
+    // ldd fails for a static program, which needs no libraries.
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(
         !text.contains("not found"),
@@ -250,7 +250,7 @@ fn add_libraries(image: &mut Image, program: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A file of this machine, and the symbolic links that lead to it.
+/// Adds a file of this machine, and the symbolic links that lead to it.
 fn add_links(image: &mut Image, path: &Path) -> Result<()> {
     let parent = path.parent().context("no folder")?;
     let parent = fs::canonicalize(parent).with_context(|| format!("no folder {}", parent.display()))?;

@@ -1,4 +1,4 @@
-//! What is run in a virtual machine.
+//! The job of a virtual machine: programs to run, and the files that they need.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -9,8 +9,8 @@ use crate::artifacts::{Built, TestProgram};
 use crate::testbed::Programs;
 use crate::workspace::{current_program, root};
 
-/// Test programs in the order of what is best known first; all others follow.
-const KNOWN: [&str; 9] = [
+/// Test programs whose results matter first, in their order; all others follow.
+const FIRST: [&str; 9] = [
     "verifier",
     "tc_programs",
     "packet_path",
@@ -22,75 +22,75 @@ const KNOWN: [&str; 9] = [
     "restart",
 ];
 
-/// What machines leave out unless a filter asks for it: the test bed itself, what `explain` says of the very decisions that
-/// the other tests make, the agent's HTTP servers and Events, what it does when its own calls fail, what its commands
-/// print, and what needs no kernel at all. None of it depends on the kernel's version, and emulation takes more than ten
-/// minutes for it.
-const LEFT_OUT: [&str; 6] = ["explain", "faults", "fuzz_corpus", "pinned_maps", "server", "testbed"];
+/// Test programs that virtual machines skip without a filter: the test bed itself, the output of `explain` about decisions
+/// that other tests make, the agent's HTTP servers and Events, its behavior when its own calls fail, the output of its
+/// commands, and tests that need no kernel at all. None of them depends on the kernel's version, and emulation takes more
+/// than ten minutes for them.
+const SKIPPED: [&str; 6] = ["explain", "faults", "fuzz_corpus", "pinned_maps", "server", "testbed"];
 
-/// What one of several machines does for all, in turn, unless a filter asks for it, to save time.
+/// Test programs that run on one of several machines each, in turn, to save time. With a filter they run on all machines.
 const SHARED: [&str; 5] = ["demo", "dns_clients", "session_affinity", "stress", "trace"];
 
-/// How long one program may run, in seconds. One that hangs keeps the others from running no longer.
+/// Time limit of one program in seconds, so that a program that hangs does not keep the others from running.
 pub(super) const PROGRAM_LIMIT: u32 = 15 * 60;
 
 /// Prefix of the line that the virtual machine prints when a program has ended.
 pub(super) const ENDED: &str = "lb-vm: ended ";
 
-/// Programs to run, and files that they need besides those of every machine.
+/// Programs to run, and the files that they need in addition to those of every machine.
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
-    /// One after the other.
+    /// Steps, which run one after the other.
     pub(super) steps: Vec<Step>,
-    /// Files: where the programs look for them, and where they are on this machine.
+    /// Files: path in the virtual machine and path on this machine.
     pub(super) files: Vec<(PathBuf, PathBuf)>,
-    /// For all programs.
+    /// Environment variables of all programs.
     pub(super) env: Vec<(&'static str, OsString)>,
 }
 
-/// A program to run.
+/// A program to run, with its arguments and environment.
 #[derive(Debug, Clone)]
 pub(crate) struct Step {
-    /// A word that is no other step's.
+    /// Unique name, one word.
     pub(super) name: String,
-    /// The program, which is among the files.
+    /// Path of the program, which is among the job's files.
     pub(super) program: PathBuf,
     /// Its arguments.
     pub(super) arguments: Vec<OsString>,
-    /// Variables for it alone.
+    /// Environment variables of this program.
     pub(super) env: Vec<(&'static str, OsString)>,
-    /// Where it runs.
+    /// Working folder.
     pub(super) dir: PathBuf,
-    /// It is a program of tests, which tells its own results.
-    pub(super) tells: bool,
-    /// One of several machines runs it.
+    /// True for a test program, which prints a summary with its own counts.
+    pub(super) prints_summary: bool,
+    /// True if only one of several machines runs it.
     pub(super) shared: bool,
 }
 
 impl Job {
-    /// The tests that need a kernel, or those of them whose name contains `filter`. They are as `built`; the programs that
-    /// they start are those in `release` where that has them: emulation is slow enough.
+    /// Returns the job of the tests that need a kernel, or those of them with `filter` in their name. The tests are those in
+    /// `built`. The programs that they start are those in `release`, if it has them, because emulation is slow.
     pub(crate) fn tests(built: &Built, release: &Built, filter: Option<&str>) -> Result<Self> {
-        // Emulated, the control plane of Kubernetes would not come up in time.
-        let left_out = |test: &TestProgram| filter.is_none() && LEFT_OUT.contains(&test.target.as_str());
-        let wanted = |test: &&TestProgram| test.needs_root() && !test.needs_kubernetes() && !left_out(test);
+        // Under emulation, the Kubernetes control plane would not start in time.
+        let skipped = |test: &TestProgram| filter.is_none() && SKIPPED.contains(&test.target.as_str());
+        let wanted = |test: &&TestProgram| test.needs_root() && !test.needs_kubernetes() && !skipped(test);
         if filter.is_none() {
             println!(
-                "without {}, which do not depend on the kernel's version; {} on one machine each",
-                LEFT_OUT.join(", "),
+                "skipping {}, which do not depend on the kernel's version; running {} on one machine each",
+                SKIPPED.join(", "),
                 SHARED.join(", ")
             );
         }
         let mut tests: Vec<_> = built.tests.iter().filter(wanted).collect();
         tests.sort_by_key(|test| {
-            KNOWN
+            FIRST
                 .iter()
                 .position(|known| *known == test.target)
-                .unwrap_or(KNOWN.len())
+                .unwrap_or(FIRST.len())
         });
         let mut files: Vec<_> = built
             .all_programs()
-            // Of no use there, and large.
+            // xtask itself is of no use in the virtual machine, and large.
             .filter(|(name, _)| *name != env!("CARGO_PKG_NAME"))
             .map(|(name, path)| (path.clone(), release.program(name).unwrap_or_else(|_| path.clone())))
             .collect();
@@ -106,7 +106,7 @@ impl Job {
         })
     }
 
-    /// What one of so many machines does of it.
+    /// Returns the part of the job for one of several machines.
     pub(super) fn share(&self, machine: usize, machines: usize) -> Self {
         let mut turn = (0..machines).cycle();
         let mut share = self.clone();
@@ -114,21 +114,21 @@ impl Job {
         share
     }
 
-    /// The check of the demo.
+    /// Returns the job that checks the demo.
     pub(crate) fn demo(programs: &Programs) -> Result<Self> {
-        let myself = current_program()?;
-        let files = [&myself, &programs.agent, &programs.testbed].map(|path| (path.clone(), path.clone()));
+        let xtask = current_program()?;
+        let files = [&xtask, &programs.agent, &programs.testbed].map(|path| (path.clone(), path.clone()));
         let (agent, testbed) = (&programs.agent, &programs.testbed);
         let arguments = ["run", "--check", "--agent"].map(OsString::from).into_iter();
         let arguments = arguments.chain([agent.into(), "--testbed".into(), testbed.into()]);
         Ok(Self {
             steps: vec![Step {
                 name: "demo".to_owned(),
-                program: myself,
+                program: xtask,
                 arguments: arguments.collect(),
                 env: Vec::new(),
                 dir: root(),
-                tells: false,
+                prints_summary: false,
                 shared: false,
             }],
             files: files.into(),
@@ -139,7 +139,7 @@ impl Job {
 
 impl Step {
     fn tests(test: &TestProgram, filter: Option<&str>) -> Self {
-        // One at a time, and each says at once what it has to say: whoever waits sees where it is.
+        // One test at a time with its output unbuffered, so that a person who waits can follow the progress.
         let arguments = ["--test-threads=1", "--nocapture"].into_iter().chain(filter);
         Self {
             name: format!("{}/{}", test.package, test.target),
@@ -150,7 +150,7 @@ impl Step {
                 ("CARGO_PKG_NAME", test.package.clone().into()),
             ],
             dir: test.dir.clone(),
-            tells: true,
+            prints_summary: true,
             shared: filter.is_none() && SHARED.contains(&test.target.as_str()),
         }
     }
