@@ -1,6 +1,6 @@
-// What the C programs have in common: types, maps and steps. See sockets.bpf.c and packets.bpf.c.
+// Types, maps and steps that the C programs share. See sockets.bpf.c and packets.bpf.c.
 //
-// Layouts are those of lb-common/src/abi. Needs no header: what it takes from the kernel's (linux/bpf.h) is here.
+// Layouts are those of lb-common/src/abi. It includes no header: the necessary parts of the kernel's (linux/bpf.h) are here.
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "written for little-endian machines: addresses and ports are put together in words"
@@ -29,12 +29,12 @@ static long (*map_delete)(void *map, const void *key) = (void *)3;
 static u32 (*get_prandom_u32)(void) = (void *)7;
 static u64 (*ktime_get_coarse_ns)(void) = (void *)160;
 
-// IPv6, or IPv4 v4-mapped.
+// An IPv6 address, or an IPv4 address in its v4-mapped form.
 struct addr {
 	u64 high, low;
 };
 
-// The last word: port, and the protocol above it. An address alone is the beginning of it.
+// Key of FRONTENDS. The last word has the port, and the protocol above it. A key of an address alone is its prefix.
 struct frontend_key {
 	u32 addr[4];
 	u32 port_proto;
@@ -63,7 +63,7 @@ struct affinity_key {
 };
 
 struct affinity {
-	u64 backend; // Its generation in the upper half.
+	u64 backend; // Backend id, with the generation in the upper half.
 	u64 used;
 };
 
@@ -76,7 +76,7 @@ struct config {
 	u16 snat_first, snat_last;
 };
 
-// Sizes are those of the pinned maps.
+// The pinned maps determine the sizes.
 struct {
 	__uint(type, MAP_HASH);
 	__uint(max_entries, 1);
@@ -201,7 +201,7 @@ static inline int is_same(struct addr a, struct addr b)
 	return !((a.high ^ b.high) | (a.low ^ b.low));
 }
 
-// Where the kernel sends what is sent to address zero.
+// Returns the loopback address for address zero, because the kernel sends packets to address zero there.
 static inline struct addr or_loopback(struct addr to)
 {
 	if (unlikely(is_same(to, mapped(0))))
@@ -245,7 +245,7 @@ static inline void event(u32 kind)
 		drop(EVENT_LOST);
 }
 
-// What serves a destination.
+// The service port and set that serve a destination.
 struct serving {
 	u32 service, flags;
 	u16 member;
@@ -253,14 +253,14 @@ struct serving {
 	u64 *set;
 };
 
-// A backend.
+// The selected backend.
 struct choice {
 	struct addr addr;
 	u16 port, flags;
 	u32 backend, generation;
 };
 
-// The backend that is remembered, if it may serve once more.
+// Returns the remembered backend if it may be reused.
 static inline int again(const struct serving *serving, u32 index, u32 generation, struct choice *choice)
 {
 	struct backend *backend = map_lookup(&BACKENDS, &index);
@@ -330,7 +330,7 @@ static inline int choose_by_affinity(const struct serving *serving, struct addr 
 		if (!known)
 			return SERVED;
 	}
-	// Another connection of the client was faster.
+	// Another connection of the client has inserted the entry first.
 	seen = READ_ONCE(known->backend);
 	again(serving, seen, seen >> 32, choice);
 	return SERVED;

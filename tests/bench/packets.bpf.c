@@ -1,9 +1,9 @@
-// The yardstick of `cargo xtask bench nodeport`: the work of lb's programs on packets, written by hand in C, on the very
-// maps that the agent made and filled. And a program that does nothing, and one that gives either its packets.
+// Reference programs of `cargo xtask bench nodeport`: the work of lb's programs on packets, written by hand in C, on the
+// maps that the agent created and filled. An empty program, and a program that prepares packets for all of them.
 //
 // The steps and the calls of the kernel are those of docs/architecture.md, "The path of a packet", for devices with a
-// header of the link layer. Left out: writing events (as in sockets.bpf.c), and making resets and ICMP errors: what would
-// be answered so is dropped. None of what is measured comes there.
+// link layer header. Left out are trace events (as in sockets.bpf.c) and the creation of resets and ICMP errors: packets
+// that would be answered so are dropped. No measured packet takes these paths.
 
 #include "lb.h"
 
@@ -14,21 +14,21 @@ enum { TCP = 6, UDP = 17, SCTP = 132, ICMP = 1, ICMPV6 = 58 };
 enum { AF_INET = 2, AF_INET6 = 10 };
 enum { ETHERNET = 14, IPV4 = 20, IPV6 = 40, HEADERS = 14 + 40 + 20 };
 enum { FIN = 1, SYN = 2, RST = 4, ACK = 16 };
-// Of bpf_l4_csum_replace.
+// Flags of bpf_l4_csum_replace.
 enum { PSEUDO_HEADER = 1 << 4, MAY_BE_ZERO = 1 << 5, CSUM_IPV6 = 1 << 7 };
-// Of bpf_fib_lookup.
+// Results of bpf_fib_lookup.
 enum { FIB_FOUND = 0, FIB_HERE = 4, FIB_NO_NEIGHBOUR = 7, FIB_TOO_LONG = 8 };
 enum { MTU_SEGMENTS = 1, CURRENT_NETNS = -1 };
-// Of an entry.
+// Flags of a conntrack entry.
 enum { REPLY = 1, EGRESS = 2, FORWARD = 4, AGAIN = 8 };
-// Of a device, and of bpf_redirect.
+// Flag of a device, and flag of bpf_redirect.
 enum { BRIDGE = 4, INTO = 1 };
 enum { SEEN_SYN = 1, SEEN_FIN = 2, SEEN_RST = 4 };
 enum { INTERNAL, EXTERNAL, CLUSTER };
-// Of an address.
+// Flags of an address.
 enum { INSIDE = 1, HERE = 2 };
 enum { PORTS_TRIED = 16 };
-// Besides SERVED and PASSED.
+// Result of a step in addition to SERVED and PASSED: the packet belongs to no flow.
 enum { NEW = -3 };
 
 // UAPI: the context of tc programs.
@@ -42,7 +42,7 @@ struct __sk_buff {
 	u32 gso_size;
 };
 
-// UAPI: what the kernel is asked about a way.
+// UAPI: the parameters of a route lookup.
 struct fib {
 	u8 family, protocol;
 	u16 src_port, dst_port, length;
@@ -51,12 +51,12 @@ struct fib {
 	u8 src_mac[6], dst_mac[6];
 };
 
-// UAPI: the neighbour that a packet is sent to.
+// UAPI: the neighbor that a packet is sent to.
 struct neighbour {
 	u32 family, addr[4];
 };
 
-// UAPI: whom a packet would be for.
+// UAPI: the tuple of a socket lookup.
 union sock_tuple {
 	struct {
 		u32 src, dst;
@@ -81,14 +81,14 @@ static long (*redirect)(u32 device, u64 flags) = (void *)23;
 static long (*redirect_neigh)(u32 device, struct neighbour *to, int len, u64 flags) = (void *)152;
 static long (*check_mtu)(void *ctx, u32 device, u32 *mtu, int diff, u64 flags) = (void *)163;
 
-// What packets of one direction of a flow are. Ports in host byte order.
+// Key of a conntrack entry: the tuple of one direction of a flow. Ports in host byte order.
 struct ct_key {
 	struct addr src, dst;
 	u16 src_port, dst_port;
 	u32 proto;
 };
 
-// What they become.
+// Conntrack entry: the translated tuple, and the state of the flow.
 struct ct_entry {
 	struct addr src, dst;
 	u16 src_port, dst_port;
@@ -152,7 +152,7 @@ struct {
 	__type(value, u32);
 } CLUSTER_CIDRS SEC(".maps");
 
-// A packet.
+// A parsed packet.
 struct packet {
 	struct ct_key is;
 	u8 flags, ttl, tos;
@@ -195,7 +195,7 @@ static inline int begins(const struct packet *p)
 	return (p->flags & (SYN | ACK | RST | FIN)) == SYN;
 }
 
-// What is passed on, and why, if that is counted.
+// Returns the drop reason of a packet of another protocol, or PASSED if it is not counted.
 static inline int other(u8 proto, const u8 *at, const void *end)
 {
 	if (proto == SCTP)
@@ -209,7 +209,7 @@ static inline int other(u8 proto, const u8 *at, const void *end)
 	return *at >= 1 && *at <= 4 ? ICMP_ERROR : PASSED;
 }
 
-// `says`: what the IP header says of the length from here on; `there`: what there is.
+// Parses the transport header. `says`: the remaining length by the IP header; `there`: the remaining bytes of the packet.
 static inline int parse_transport(const struct __sk_buff *skb, struct packet *p, const void *at, const void *end, int says,
 				  int there)
 {
@@ -244,7 +244,7 @@ static inline int parse_transport(const struct __sk_buff *skb, struct packet *p,
 	return SERVED;
 }
 
-// SERVED, PASSED, or why it is passed on.
+// Parses a packet. Returns SERVED, PASSED, or the drop reason of a packet that is passed on.
 static inline int parse(struct __sk_buff *skb, struct packet *p)
 {
 	void *data = (void *)(u64)skb->data, *end = (void *)(u64)skb->data_end;
@@ -314,7 +314,7 @@ static inline int parse(struct __sk_buff *skb, struct packet *p)
 	return PASSED;
 }
 
-// What the segments of one direction say, after one more.
+// Returns the TCP state of one direction after a segment with these flags.
 static inline u8 state_after(u8 state, u8 flags)
 {
 	if (flags & RST)
@@ -374,7 +374,7 @@ static inline void other_entry(const struct ct_key *key, const struct ct_entry *
 	other->pad = 0;
 }
 
-// Puts the direction of the answers into CT_NEW, unless such answers are another flow's.
+// Inserts the reply direction into CT_NEW, unless that tuple belongs to another flow.
 static noinline int claim_answers(const struct ct_key *key, const struct ct_entry *entry)
 {
 	struct ct_key answers;
@@ -417,7 +417,7 @@ static inline int keep(const struct ct_key *key, const struct ct_entry *entry)
 	return !error || error == -17;
 }
 
-// The first answer: both directions go to CT. `entry` is that of the answers.
+// Handles the first reply: both directions move to CT. `entry` is that of the reply direction.
 static noinline int establish(const struct ct_key *key, struct ct_entry *entry, u8 flags)
 {
 	struct ct_key client;
@@ -439,13 +439,13 @@ static noinline int establish(const struct ct_key *key, struct ct_entry *entry, 
 	return SERVED;
 }
 
-// Where a packet goes.
+// The next hop of a packet.
 struct hop {
 	u32 device;
 	struct neighbour neighbour;
 };
 
-// The way of a packet that becomes what its entry says. PASSED: it is here.
+// Looks up the route of a packet after the translation by its entry. PASSED: the destination is local.
 static noinline int route(struct __sk_buff *skb, const struct packet *p, const struct ct_entry *entry, struct hop *hop)
 {
 	struct fib fib = { .device = skb->ifindex, .protocol = p->is.proto };
@@ -495,7 +495,7 @@ static inline u32 ports(u16 src, u16 dst)
 	return __builtin_bswap16(src) | (u32)__builtin_bswap16(dst) << 16;
 }
 
-// Gives a packet other addresses and ports; with `hop`, it loses one of its time to live.
+// Rewrites addresses and ports of a packet; with `hop`, decrements its time to live.
 static noinline int rewrite(struct __sk_buff *skb, const struct packet *p, const struct ct_entry *entry, int hop)
 {
 	u32 was = ports(p->is.src_port, p->is.dst_port), becomes = ports(entry->src_port, entry->dst_port);
@@ -545,7 +545,7 @@ static noinline int rewrite(struct __sk_buff *skb, const struct packet *p, const
 	return SERVED;
 }
 
-// What came of a packet besides the reason why not.
+// Result of a packet in addition to the drop reason.
 struct outcome {
 	int verdict;
 	u32 service;
@@ -567,7 +567,7 @@ static inline int forward(struct __sk_buff *skb, const struct packet *p, const s
 	return result;
 }
 
-// Changes a packet as its entry says, and leaves it to the stack.
+// Translates a packet by its entry, and passes it to the stack.
 static inline int deliver(struct __sk_buff *skb, const struct packet *p, const struct ct_entry *entry,
 			  struct outcome *outcome)
 {
@@ -607,7 +607,8 @@ static inline int serving_of(u32 service, u8 set, struct serving *serving)
 	}
 }
 
-// Whether a packet of a client still goes where the flow's went: SERVED, NEW where not, or why it is refused.
+// Checks that a flow is valid for a packet of its client. Returns SERVED, NEW if the packet begins a new flow, or the drop
+// reason.
 static inline int goes_on(const struct packet *p, struct ct_entry *entry)
 {
 	struct backend *backend;
@@ -640,7 +641,7 @@ static inline int goes_on(const struct packet *p, struct ct_entry *entry)
 	return SERVED;
 }
 
-// A packet that belongs to a flow; NEW where it belongs to none.
+// Handles a packet of a known flow; returns NEW if the packet belongs to none.
 static noinline int existing(struct __sk_buff *skb, const struct packet *p, int at_egress, struct outcome *outcome)
 {
 	struct ct_entry *entry = map_lookup(&CT, &p->is), copy;
@@ -686,7 +687,7 @@ static noinline int existing(struct __sk_buff *skb, const struct packet *p, int 
 	return forward(skb, p, entry, &hop, at_egress, outcome);
 }
 
-// The word of the frontend that a destination is; zero: none; ADDRESS: a port that a service address does not have.
+// Returns the frontend word of a destination; zero if it is no frontend; ADDRESS for an unknown port of a Service address.
 static inline u64 frontend(const struct ct_key *to, struct frontend_key *key)
 {
 	u64 *found;
@@ -702,7 +703,7 @@ static inline u64 frontend(const struct ct_key *to, struct frontend_key *key)
 		return (u64)ADDRESS << 32;
 	if (!map_lookup(&NODE_ADDRS, key))
 		return 0;
-	// A node port stands under the zero address of its family.
+	// A node port is stored under the zero address of its family.
 	key->port_proto = to->dst_port | to->proto << 16;
 	if (!is_v4(to->dst))
 		key->addr[0] = key->addr[1] = key->addr[2] = 0;
@@ -711,11 +712,11 @@ static inline u64 frontend(const struct ct_key *to, struct frontend_key *key)
 	return found ? READ_ONCE(*found) : 0;
 }
 
-// What a new flow gets.
+// The selection for a new flow.
 struct chosen {
 	struct choice backend;
 	u8 set;
-	// The client is a pod of this node.
+	// True if the client is a pod of this node.
 	u8 here;
 };
 
@@ -755,7 +756,7 @@ static noinline int choose(const struct packet *p, u64 frontend, int at_egress, 
 	return any(&serving, &chosen->backend);
 }
 
-// Whether a socket of this node would get the answers.
+// Returns true if a socket of this node would receive the replies.
 static noinline int hears(struct __sk_buff *skb, const struct ct_entry *entry, u32 proto)
 {
 	u16 src_port = __builtin_bswap16(entry->dst_port), dst_port = __builtin_bswap16(entry->src_port);
@@ -792,7 +793,7 @@ static noinline int hears(struct __sk_buff *skb, const struct ct_entry *entry, u
 	return 1;
 }
 
-// Finds a source port with which answers are this flow's only, and no socket's.
+// Finds a source port for which no other flow and no socket receives the replies.
 static noinline int claim_port(struct __sk_buff *skb, const struct ct_key *key, struct ct_entry *entry)
 {
 	u32 zero = 0;
@@ -815,7 +816,7 @@ static noinline int claim_port(struct __sk_buff *skb, const struct ct_key *key, 
 	return SNAT_PORTS_EXHAUSTED;
 }
 
-// A packet that belongs to no flow.
+// Handles a packet that belongs to no flow.
 static noinline int begin(struct __sk_buff *skb, const struct packet *p, int at_egress, struct outcome *outcome)
 {
 	struct frontend_key key;
@@ -891,7 +892,7 @@ static noinline int begin(struct __sk_buff *skb, const struct packet *p, int at_
 		return result;
 	entry.state = state_after(0, p->flags);
 	if (unlikely(map_update(&CT_NEW, &p->is, &entry, NOEXIST))) {
-		// Another packet of the flow was faster.
+		// Another packet of the flow has inserted the entry first.
 		struct ct_key answers;
 		struct ct_entry *known;
 
@@ -958,10 +959,10 @@ int c_empty(struct __sk_buff *skb)
 	return UNSPEC;
 }
 
-// The headers of the packets of a measurement.
+// Headers of the packets of a measurement.
 struct headers {
 	u32 length;
-	// Where the source port is, the next one, and how much the one after that is above it.
+	// Offset of the source port, the port of the next packet, and the increment per packet.
 	u32 port_at;
 	u16 port, step;
 	u8 bytes[HEADERS];
@@ -982,8 +983,8 @@ struct {
 	__uint(value_size, 4);
 } MEASURED SEC(".maps");
 
-// A run is given the packet that the one before it has changed: this makes it what it was, or what the next one is to be,
-// and goes over to the program that is measured.
+// Each run receives the packet that the previous run has changed. This program restores the original headers, or writes those
+// of the next packet, and tail-calls the measured program.
 SEC("classifier")
 int c_again(struct __sk_buff *skb)
 {
@@ -1006,5 +1007,5 @@ int c_again(struct __sk_buff *skb)
 	return SHOT;
 }
 
-// Some helpers are for programs under this licence only.
+// Some helpers are available only to programs under this license.
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

@@ -1,7 +1,7 @@
-// The yardstick of `cargo xtask bench`: the work of lb's programs on sockets, written by hand in C, on the very maps that
-// the agent made and filled. And a program that does nothing, for each hook.
+// Reference programs of `cargo xtask bench`: the work of lb's programs on sockets, written by hand in C, on the maps that the
+// agent created and filled. And an empty program for each hook.
 //
-// Left out: writing events. Whether somebody asks for them is looked up; who does finds them counted as lost.
+// Trace events are left out. The programs look up whether tracing is enabled, and count events as lost if it is.
 
 #include "lb.h"
 
@@ -19,7 +19,7 @@ struct bpf_sock_addr {
 	void *sk __attribute__((aligned(8)));
 };
 
-// UAPI: the context of cgroup programs on sockets, as far as it is used.
+// UAPI: the part of the context of cgroup programs on sockets that is used here.
 struct bpf_sock {
 	u32 bound_dev_if;
 	u32 family;
@@ -27,7 +27,7 @@ struct bpf_sock {
 	u32 protocol;
 };
 
-// UAPI, known to the kernel by its name.
+// UAPI: a spin lock, which the kernel recognizes by the name of its type.
 struct bpf_spin_lock {
 	u32 val;
 };
@@ -92,8 +92,8 @@ struct {
 	__type(value, struct flows);
 } UDP_FLOWS SEC(".maps");
 
-// Set by the loader. Number of slots in SOCKETS, less one; cookie of the node's network namespace; whether only that is
-// served.
+// Set by the loader: the number of slots in SOCKETS minus one, the cookie of the node's network namespace, and a flag for
+// serving only that namespace.
 const volatile u32 SOCKETS_MASK = 0;
 const volatile u64 NODE_NETNS = 0;
 const volatile u32 NODE_ONLY = 0;
@@ -101,7 +101,7 @@ const volatile u32 NODE_ONLY = 0;
 enum { DENY = 0, ALLOW = 1 };
 enum { TCP = 6, UDP = 17, MPTCP = 262 };
 
-// A destination, or a peer. Port in host byte order.
+// A destination or a peer. Port in host byte order.
 struct end {
 	struct addr addr;
 	u16 port;
@@ -151,8 +151,8 @@ static inline int refuse(u32 service, int reason)
 	return DENY;
 }
 
-// The word of the frontend that a destination is, of kind ADDRESS for a port that a service address does not have; zero:
-// none.
+// Returns the frontend word of a destination, of kind ADDRESS for an unknown port of a Service address; zero if it is no
+// frontend.
 static inline u64 frontend(struct bpf_sock_addr *ctx, struct end to)
 {
 	struct addr addr = or_loopback(to.addr);
@@ -176,7 +176,7 @@ static inline u64 frontend(struct bpf_sock_addr *ctx, struct end to)
 		if (!map_lookup(&NODE_ADDRS, &key))
 			return 0;
 	}
-	// A node port stands under the zero address of its family.
+	// A node port is stored under the zero address of its family.
 	key.port_proto = port_proto;
 	if (!is_v4(addr))
 		key.addr[0] = key.addr[1] = key.addr[2] = 0;
@@ -185,7 +185,7 @@ static inline u64 frontend(struct bpf_sock_addr *ctx, struct end to)
 	return found ? READ_ONCE(*found) : 0;
 }
 
-// SERVED, PASSED, or why not.
+// Looks up the service port and the set that serve a destination. Returns SERVED, PASSED, or the drop reason.
 static inline int serve(struct bpf_sock_addr *ctx, struct end to, struct serving *serving)
 {
 	u64 word;
@@ -280,7 +280,7 @@ static inline long remember_more(u64 key, struct bpf_sock_addr *ctx, u64 cookie,
 	return map_update(&SOCKETS_MORE, &key, &more, ANY);
 }
 
-// Whether there was room.
+// Stores the record of a socket; returns false if the map is full.
 static inline int remember(struct bpf_sock_addr *ctx, struct end to, const struct choice *choice, u32 service)
 {
 	u64 cookie = get_socket_cookie(ctx);
@@ -378,7 +378,7 @@ static inline u64 since(u64 before, u64 now)
 	return now > before ? now - before : 0;
 }
 
-// Asks once more, where the socket has a backend for the destination.
+// Sends to a destination again: returns the backend that the socket has for it, if any.
 static inline int ask(struct flows *flows, struct end to, u64 now, struct choice *choice)
 {
 	int found = 0;
@@ -404,7 +404,8 @@ static inline int ask(struct flows *flows, struct end to, u64 now, struct choice
 	return found;
 }
 
-// Gives the socket a backend for the destination, in place of `old`; what another thread has chosen meanwhile stands.
+// Assigns a backend for the destination to the socket and replaces `old`; a selection that another thread has stored
+// concurrently is kept.
 static inline int claim(struct flows *flows, struct end to, const struct choice *old, struct choice *new, u32 service,
 			u64 netns, u64 now)
 {
@@ -505,7 +506,7 @@ static inline int is_from(const struct record *record, struct end peer)
 	return record->backend_port == peer.port && is_same(record->backend_addr, peer.addr);
 }
 
-// Puts the destination that a datagram answers in place of its source.
+// Replaces the source of a reply by the destination that the socket sent to.
 static inline void answer(struct bpf_sock_addr *ctx, struct flows *flows, struct end from, int v6)
 {
 	u64 now = ktime_get_ns();

@@ -47,7 +47,7 @@ impl Module {
         }
     }
 
-    /// Returns the required module whose version counts.
+    /// Returns the required module that determines the version.
     fn requires(self) -> &'static str {
         match self {
             Self::Kubernetes => "k8s.io/kubernetes",

@@ -9,7 +9,7 @@ use crate::artifacts::{Built, TestProgram};
 use crate::testbed::Programs;
 use crate::workspace::{current_program, root};
 
-/// Test programs whose results matter first, in their order; all others follow.
+/// Test programs that run first, in this order, because their results matter most; all others follow.
 const FIRST: [&str; 9] = [
     "verifier",
     "tc_programs",

@@ -1,4 +1,4 @@
-//! The namespaces of one size, and the maps and rules in them.
+//! The test bed of `connect` and `udp` for one number of Services: namespaces, maps, programs and rules.
 
 use anyhow::{Context as _, Result, ensure};
 use aya::Ebpf;
@@ -16,13 +16,13 @@ use crate::objects::{Family, NODE, Services};
 use crate::programs::{self, Maker};
 use crate::worker::Worker;
 
-/// A way to a backend.
+/// A way by which a client reaches a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Way {
     /// The backend's own address.
     Direct,
-    /// The same once more: what differs from the first is noise.
+    /// The backend's own address, measured a second time: its difference from [`Way::Direct`] is noise.
     DirectAgain,
     Lb,
     C,
@@ -31,7 +31,7 @@ pub(crate) enum Way {
 }
 
 impl Way {
-    /// The ways without rules.
+    /// Ways without rules.
     pub(crate) const PLAIN: [Self; 4] = [Self::Direct, Self::DirectAgain, Self::Lb, Self::C];
 
     pub(crate) fn label(self) -> &'static str {
@@ -45,7 +45,7 @@ impl Way {
         }
     }
 
-    /// Name of its pod.
+    /// Returns the name of the way's pod.
     fn pod(self) -> &'static str {
         match self {
             Self::Direct => "direct",
@@ -62,37 +62,37 @@ impl Way {
     }
 }
 
-/// How long rules took to load.
+/// Times of loading rules.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Loading {
     pub(crate) services: u32,
     pub(crate) family: Family,
     pub(crate) nftables_seconds: f64,
     pub(crate) iptables_seconds: f64,
-    /// What loaded the latter.
+    /// Program that loaded the rules of iptables.
     pub(crate) iptables_program: &'static str,
 }
 
-/// lb and the C programs on the same maps, each at a pod of its own, and pods for the other ways.
+/// lb's programs and the C programs on the same maps, each attached to a pod of its own, and pods for the other ways.
 pub(crate) struct Bed {
     pub(crate) services: Services,
-    /// Fills the maps; the programs that came with it are not attached.
+    /// Fills the maps; the programs that were loaded with it are not attached.
     reconciler: Reconciler<BpfMaps>,
     /// lb's programs.
     lb: BpfMaps,
-    /// The C programs, where there is a compiler, and their object.
+    /// The C programs and their object, if a C compiler is installed.
     c: Option<(Ebpf, Vec<u8>)>,
     loading: Option<Loading>,
     pods: Vec<(Way, Pod)>,
     empty: Pod,
     pins: PinPath,
     lock: Lock,
-    /// Last, so that what is in it goes before it does.
+    /// Last field, so that the cluster is dropped after everything in it.
     _cluster: Cluster,
 }
 
 impl Bed {
-    /// `object`: the C programs, compiled. A way by rules has them loaded.
+    /// Creates the bed. `object` contains the compiled C programs. The rules of the ways that have rules are loaded.
     pub(crate) fn new(services: Services, object: Option<&[u8]>, ways: &[Way]) -> Result<Self> {
         let cluster = Cluster::builder().nodes(1).build()?;
         let ways = ways.iter().filter(|way| **way != Way::C || object.is_some());
@@ -105,7 +105,7 @@ impl Bed {
             pod.sysctl("net.ipv6.ip_nonlocal_bind", "1")?;
         }
         for (way, pod) in &pods {
-            // An address of a Service has a route only where packets to it are rewritten.
+            // A Service's address has a route only in pods with rules, which rewrite packets.
             if !way.has_rules() {
                 remove_routes(pod)?;
             }
@@ -137,8 +137,9 @@ impl Bed {
         })
     }
 
-    /// Loads and attaches every program anew. Where a program comes to lie decides which of its loads and branches the
-    /// processor confuses with others: a fifth more or less for a short program, by chance, as long as it lies there.
+    /// Loads and attaches every program again. The address of a program determines which of its loads and branches alias
+    /// with others in the processor's predictors and caches. By chance this makes a short program a fifth faster or slower,
+    /// for as long as it stays loaded.
     pub(crate) fn reload(&mut self) -> Result<()> {
         self.lb = load_lb(&self.lock, self.services, &self.pods)?;
         if let Some((programs, object)) = &mut self.c {
@@ -147,7 +148,7 @@ impl Bed {
         Ok(())
     }
 
-    /// A process at each pod that has programs.
+    /// Starts a worker in each pod that has programs.
     pub(crate) fn program_workers(&self) -> Result<Vec<(Maker, Worker)>> {
         let pod = |maker| match maker {
             Maker::Empty => self.c.is_some().then_some(&self.empty),
@@ -161,13 +162,13 @@ impl Bed {
             .collect()
     }
 
-    /// A process on each way.
+    /// Starts a worker on each way.
     pub(crate) fn way_workers(&self) -> Result<Vec<(Way, Worker)>> {
         let start = |(way, pod): &(Way, Pod)| Ok((*way, Worker::start(pod)?));
         self.pods.iter().map(start).collect()
     }
 
-    /// From now on every backend's address is one of the pod itself.
+    /// Makes every backend's address local to each pod.
     pub(crate) fn bring_up_backends(&self) -> Result<()> {
         let family = if self.services.family == Family::Ipv6 {
             "-6 "
@@ -181,10 +182,10 @@ impl Bed {
         Ok(())
     }
 
-    /// Connections that the programs of lb and C counted so far, over all Services.
+    /// Returns the connections that the programs of lb and C have counted, over all Services.
     pub(crate) fn connections(&self) -> Result<u64> {
         let maps = self.reconciler.maps().pinned();
-        // The index of no Service is zero.
+        // Service index zero is unused.
         (0..=self.services.number).try_fold(0, |sum, service| Ok(sum + maps.stats(service)?.connections))
     }
 
@@ -196,7 +197,7 @@ impl Bed {
         programs::runs(programs, maker, hook)
     }
 
-    /// Removes it all.
+    /// Removes the bed; returns the times of loading rules.
     pub(crate) fn take_down(self) -> Result<Option<Loading>> {
         let Self {
             reconciler,
@@ -217,14 +218,14 @@ fn find(pods: &[(Way, Pod)], way: Way) -> Option<&Pod> {
     pods.iter().find(|(w, _)| *w == way).map(|(_, pod)| pod)
 }
 
-/// Leaves a pod with routes to its neighbours only.
+/// Removes a pod's default routes, so that it reaches only its neighbors.
 fn remove_routes(pod: &Pod) -> Result<()> {
     pod.ip("route delete default")?;
     pod.ip("-6 route delete default")?;
     Ok(())
 }
 
-/// Loads the rules of kube-proxy into the pods that are there for them, if they are.
+/// Loads the rules of kube-proxy into their pods, if the bed has them.
 fn load_rules(pods: &[(Way, Pod)], services: Services, cluster: &Cluster) -> Result<Option<Loading>> {
     let (Some(nftables), Some(iptables)) = (find(pods, Way::KubeProxyNftables), find(pods, Way::KubeProxyIptables))
     else {
@@ -241,7 +242,7 @@ fn load_rules(pods: &[(Way, Pod)], services: Services, cluster: &Cluster) -> Res
     }))
 }
 
-/// Loads lb's programs, on the maps that are pinned if they are, and puts them at the hooks of their pod.
+/// Loads lb's programs, on the pinned maps if they exist, and attaches them to the hooks of their pod.
 fn load_lb(lock: &Lock, services: Services, pods: &[(Way, Pod)]) -> Result<BpfMaps> {
     let lb = loader::load(OBJECT, lock, &capacities(services), SocketLb::All)?;
     let pod = find(pods, Way::Lb).context("no such pod")?;
@@ -249,7 +250,7 @@ fn load_lb(lock: &Lock, services: Services, pods: &[(Way, Pod)]) -> Result<BpfMa
     Ok(lb)
 }
 
-/// Loads the C programs, and puts them at the hooks of their pods.
+/// Loads the C programs, and attaches them to the hooks of their pods.
 fn load_c(object: &[u8], pins: &PinPath, pods: &[(Way, Pod)], empty: &Pod) -> Result<Ebpf> {
     let mut c = programs::load(object, pins, capacity::SOCKETS)?;
     programs::attach(&mut c, Maker::C, find(pods, Way::C).context("no such pod")?)?;

@@ -1,6 +1,6 @@
-//! `connect`: what a connection to a Service costs, against a direct one, kube-proxy's rules, and the same work in C.
+//! `connect`: costs of a connection to a Service, compared with a direct one, kube-proxy's rules, and equal programs in C.
 //!
-//! Everything happens in network namespaces of the test bed, none of which has a way out.
+//! All traffic stays in network namespaces of the test bed, which have no route to the outside.
 
 pub(crate) mod kube_proxy;
 mod latency;
@@ -24,9 +24,9 @@ use crate::sizes::{self, Options};
 use crate::worker::Task;
 use latency::Latency;
 
-/// Sockets of one maker in one round.
+/// Sockets for the programs of one maker in one round.
 const SOCKETS: u32 = 1000;
-/// Questions for the peer of one maker in one round.
+/// Calls of `getpeername` for the programs of one maker in one round.
 const PEERS: u32 = 1000;
 
 const WAYS: [Way; 6] = [
@@ -38,7 +38,7 @@ const WAYS: [Way; 6] = [
     Way::KubeProxyIptables,
 ];
 
-/// Everything, as the JSON file holds it.
+/// Report, as the JSON file contains it.
 #[derive(Debug, Serialize)]
 struct Report {
     machine: Machine,
@@ -76,7 +76,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     options.reporting.verdict(&report.checks, complete)
 }
 
-/// One size.
+/// Measures one number of Services in one family.
 fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, whole: &mut Report) -> Result<()> {
     let rounds = whole.rounds;
     let mut bed = Bed::new(services, object, &WAYS)?;

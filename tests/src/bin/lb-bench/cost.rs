@@ -1,8 +1,8 @@
-//! Nanoseconds per run of a program, as the kernel counts them (`BPF_ENABLE_STATS`): lb, C and nothing in turn, in many
-//! short rounds, so that what else the machine does falls on all of them alike.
+//! Nanoseconds per run of a program, as the kernel counts them (`BPF_ENABLE_STATS`). lb, C and an empty program alternate
+//! in many short rounds, so that other load of the machine affects all of them equally.
 //!
-//! A run that is counted has the reading of a clock in it. That is why the cost of an empty program, measured in the
-//! same round, is taken off before lb and C are compared.
+//! A counted run includes the reading of a clock. The cost of an empty program, measured in each round, is therefore
+//! subtracted before lb and C are compared.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,13 +18,13 @@ use crate::programs::{Hook, Maker, Rounds};
 use crate::scenario::{Scenario, shuffled};
 use crate::worker::{Order, Task, Worker};
 
-/// Rounds between loadings of the programs.
+/// Rounds after which the programs are loaded again.
 const RELOAD: u32 = 5;
 
-/// The most that a run may come after the call that made it.
+/// Longest time between a call and the run of a program that it causes.
 const LATE: Duration = Duration::from_secs(2);
 
-/// What makes a program run.
+/// System call that runs a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Call {
@@ -32,7 +32,7 @@ pub(crate) enum Call {
     Getpeername,
     /// The first datagram of an unconnected socket.
     FirstSend,
-    /// The next one.
+    /// A later datagram of an unconnected socket to a known destination.
     NextSend,
     ReceiveUnconnected,
     ReceiveConnected,
@@ -67,23 +67,23 @@ impl Call {
     }
 }
 
-/// What one program costs in one scenario.
+/// Cost of one program in one scenario.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Cost {
     pub(crate) call: Call,
     pub(crate) hook: Hook,
     #[serde(flatten)]
     pub(crate) scenario: Scenario,
-    /// Nanoseconds per run, median of the rounds, with the reading of the clock.
+    /// Nanoseconds per run of lb's program, median of the rounds, including the reading of the clock.
     pub(crate) lb: f64,
     pub(crate) c: Option<f64>,
     pub(crate) empty: Option<f64>,
-    /// lb above the empty program / C above it, of the same round.
+    /// Ratio lb / C, both above the empty program of the round.
     pub(crate) ratio: Option<Quartiles>,
 }
 
 impl Cost {
-    /// C and the empty program are there both or neither.
+    /// Summarizes rounds, which have measurements of both C and the empty program or of neither.
     fn of(rounds: &Rounds, call: Call, scenario: Scenario) -> Self {
         let is_compared = rounds.ratios().next().is_some();
         Self {
@@ -98,23 +98,23 @@ impl Cost {
     }
 }
 
-/// Something to do, and what is measured meanwhile.
+/// A task for the workers, and the calls that are measured during it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Step {
     pub(crate) task: Task,
-    /// How often it is done in one round. Each of `calls` is made so often.
+    /// Repetitions in one round; each of `calls` is made as often.
     pub(crate) count: u32,
     pub(crate) calls: &'static [Call],
 }
 
 impl Step {
-    /// Whether only what can be reached will do: without rewriting, that is backends.
+    /// Returns true if the destinations must be reachable: without rewriting, only backends are.
     fn needs_answers(&self) -> bool {
         matches!(self.task, Task::Connect | Task::Peer | Task::Exchange(_))
     }
 }
 
-/// The programs in some scenarios. Each round takes all steps with one maker, then with the next.
+/// Measures the programs in some scenarios. Each round runs all steps with one maker, then with the next.
 pub(crate) fn compare(
     bed: &mut Bed,
     scenarios: &[Scenario],
@@ -131,7 +131,7 @@ pub(crate) fn compare(
         .collect();
     let before = bed.connections()?;
     let mut expected = 0;
-    // The first round is not counted.
+    // The first round warms up and is not counted.
     for round in 0..=rounds {
         if round % RELOAD == 0 {
             bed.reload()?;
@@ -173,7 +173,7 @@ pub(crate) fn compare(
     Ok(summaries.collect())
 }
 
-/// Gives an order; the cost of a run for each of the calls meanwhile.
+/// Gives an order to a worker; returns nanoseconds per run for each of the calls.
 fn runs(bed: &Bed, maker: Maker, worker: &mut Worker, order: &Order, calls: &[Call]) -> Result<Vec<f64>> {
     let now = || {
         let hooks = calls.iter().map(|call| call.hook(bed.services.family));
@@ -184,9 +184,9 @@ fn runs(bed: &Bed, maker: Maker, worker: &mut Worker, order: &Order, calls: &[Ca
     let mut after = now()?;
     let expected = u64::from(order.count);
     let start = Instant::now();
-    // Whoever looks at /proc/*/fd while a socket is closed is the one that releases it, a moment later. (Of some hundred
-    // thousand orders to close, three lacked between two and eight runs of 500 for good; why is not known. The cost is
-    // that of the runs that there were, so one in twenty may be missing.)
+    // A process that reads /proc/*/fd while a socket is closed holds a reference and releases the socket a moment later.
+    // (Of some hundred thousand orders to close, three lacked between two and eight of 500 runs for good, for an unknown
+    // reason. The cost is computed from the runs that happened, so one in twenty may be missing.)
     while after.iter().zip(&before).any(|(a, b)| a.since(*b).number < expected) && start.elapsed() < LATE {
         thread::sleep(Duration::from_millis(1));
         after = now()?;

@@ -1,7 +1,8 @@
 //! `kubernetes`: lb and the real kube-proxy on the same objects of a real API server, one after the other.
 //!
-//! All Services but one have endpoints that nobody answers at: what they cost is to know them. The endpoint of that one
-//! is changed again and again, while a client on the node connects to it all the time and tells which backend it gets.
+//! All Services but one have endpoints without a server; their only cost is to be known to the proxy. The endpoint of the
+//! remaining Service changes repeatedly, while a client on the node connects to it continuously and reports the backend that
+//! answers.
 
 mod objects;
 mod proxy;
@@ -23,12 +24,13 @@ use self::proxy::{Kind, Proxy};
 use crate::numbers::percentile;
 use crate::report::{self, Check, Machine, Named, Reporting, table};
 
-/// The node whose proxy is measured. Backends are on the other one.
+/// Node with the measured proxy. Backends are on the other node.
 const NODE: &str = "n1";
 const BACKEND_PORT: u16 = 8080;
-/// How long a proxy may take to serve everything, or a change.
+/// Time limit for a proxy to serve all Services, or a change.
 const PATIENCE: Duration = Duration::from_secs(180);
-/// Between two changes, in milliseconds: at least, and what is added at random, so that no timer of a proxy's agrees.
+/// Milliseconds between two changes: the minimum, and the largest random addition, which keeps changes out of step with the
+/// proxies' timers.
 const PAUSE: (u64, u64) = (200, 1200);
 
 #[derive(Debug, clap::Args)]
@@ -46,30 +48,30 @@ pub(crate) struct Options {
     reporting: Reporting,
 }
 
-/// The number of Services that the limits are for.
+/// Number of Services that the limits apply to.
 const LIMITED: u32 = 5_000;
 
-/// What one proxy takes. Times are in seconds, memory is in bytes.
+/// Times in seconds and memory in bytes of one proxy.
 #[derive(Debug, Serialize)]
 struct Measured {
     proxy: Kind,
-    /// From the start of the process until /healthz says 200.
+    /// From the start of the process until /healthz returns 200.
     healthy: f64,
     /// From the start of the process until the first connection to a Service; kube-proxy writes all of them at once, and
     /// lb is healthy when all are in its maps.
     serving: f64,
     /// `VmRSS` after that, without BPF maps that the process has mapped.
     resident: u64,
-    /// The most that was ever resident, such maps included.
+    /// Peak resident memory, including such maps.
     peak: u64,
-    /// From the request that changes an endpoint to the first connection that goes there.
+    /// From the request that changes an endpoint to the first connection to it.
     change_p50: f64,
     change_p99: f64,
-    /// From the request to the API server's answer: in the row above.
+    /// From the request to the API server's reply, which is part of the change's time.
     answer_p50: f64,
 }
 
-/// What the JSON file holds.
+/// Report, as the JSON file contains it.
 #[derive(Debug, Serialize)]
 struct Report {
     machine: Machine,
@@ -107,14 +109,14 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let complete = report.checks.first().map(drop);
     options.reporting.verdict(
         &report.checks,
-        complete.with_context(|| format!("the limits are for {LIMITED} Services: measure that size")),
+        complete.with_context(|| format!("the limits apply to {LIMITED} Services: measure that size")),
     )
 }
 
 /// A cluster with all objects in its API.
 struct Bench<'a> {
     options: &'a Options,
-    /// In the order in which they go.
+    /// Dropped in this order.
     _servers: [Process; 2],
     client: Pod,
     backends: [Pod; 2],
@@ -139,7 +141,7 @@ impl<'a> Bench<'a> {
         let begun = Instant::now();
         objects::create(&control_plane, options.services.saturating_sub(1), options.endpoints)?;
         let probe = Probe::create(&control_plane, BACKEND_PORT, &backends[0])?;
-        eprintln!("{} Services made in {:.0?}", options.services, begun.elapsed());
+        eprintln!("{} Services created in {:.0?}", options.services, begun.elapsed());
         Ok(Self {
             options,
             _servers: servers,
@@ -165,7 +167,7 @@ impl<'a> Bench<'a> {
         proxy.wait_healthy(PATIENCE)?;
         let healthy = monotonic_ns();
         let serving = wait_for(&mut watch, 0).with_context(|| proxy.log_tail())?;
-        // What was needed for the start alone goes.
+        // Memory that only the start needed is freed meanwhile.
         sleep(Duration::from_secs(5));
         let (resident, peak) = proxy.memory()?;
 
@@ -197,7 +199,7 @@ impl<'a> Bench<'a> {
     }
 }
 
-/// When the client began the first connection that `backend` has answered.
+/// Returns the start time of the first connection that `backend` answered.
 fn wait_for(watch: &mut Process, backend: usize) -> Result<u64> {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -209,12 +211,12 @@ fn wait_for(watch: &mut Process, backend: usize) -> Result<u64> {
     }
 }
 
-/// From one time of the monotonic clock to another.
+/// Returns the seconds between two times of the monotonic clock.
 fn seconds(from: u64, to: u64) -> f64 {
     to.saturating_sub(from) as f64 / 1e9
 }
 
-/// Ratios: the machine that measures may be slow.
+/// Limits as ratios, because the measuring machine may be slow.
 fn checks(proxies: &[Measured]) -> Vec<Check<Named>> {
     let [lb, kube_proxy] = proxies else {
         return Vec::new();

@@ -1,4 +1,4 @@
-//! Benchmarks of lb on the kernel that runs, for `cargo xtask bench`: a table for people, JSON for machines.
+//! Benchmarks of lb on the running kernel, for `cargo xtask bench`. Each prints a table and writes its results as JSON.
 
 mod bed;
 mod connect;
@@ -24,7 +24,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// Measures lb.
+/// Benchmarks of lb
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
@@ -34,34 +34,34 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// From objects to maps: all Services at once, and one change
+    /// Time from objects to maps, for all Services at once and for one change
     Sync(sync::Options),
-    /// One size of `sync`, in a process of its own so that memory is that of this size; writes JSON
+    /// One size of `sync`, in a process of its own so that its memory is that of this size; writes JSON
     #[command(hide = true)]
     SyncOne(measure::Options),
-    /// What a connection to a Service costs, against direct ones, kube-proxy's rules, and the same work in C
+    /// Connections to a Service, compared with direct ones, kube-proxy's rules, and equal programs in C
     Connect(sizes::Options),
-    /// What datagrams to a Service cost, against direct ones, and the same work in C
+    /// Datagrams to a Service, compared with direct ones and equal programs in C
     Udp(sizes::Options),
-    /// What packets from outside cost, against the same work in C, and requests of a client against kube-proxy's rules
+    /// Packets from outside, compared with equal programs in C, and requests of a client, compared with kube-proxy's rules
     Nodeport(nodeport::Options),
-    /// lb against kube-proxy on the objects of a real API server
+    /// lb and kube-proxy on the objects of a real API server
     #[cfg(feature = "kubernetes")]
     Kubernetes(kubernetes::Options),
-    /// A client that connects all the time, and tells when another backend answers
+    /// A client that connects continuously and reports when another backend answers
     #[cfg(feature = "kubernetes")]
     #[command(hide = true)]
     Watch(kubernetes::watch::Options),
-    /// A process that connects and sends, in the place that it was started in; takes orders and answers in JSON
+    /// A process that connects and sends in the namespace that it was started in; receives orders and replies in JSON
     #[command(hide = true)]
     Worker(worker::Options),
-    /// A client of HTTP, in the place that it was started in; takes orders and answers in JSON
+    /// An HTTP client in the namespace that it was started in; receives orders and replies in JSON
     #[command(hide = true)]
     HttpClient,
     /// Reports the verified instructions of the programs that a command loads
     #[command(hide = true)]
     Observe(observe::Options),
-    /// A server of HTTP
+    /// An HTTP server
     #[command(hide = true)]
     HttpServer,
 }

@@ -23,18 +23,18 @@ pub(crate) struct Options {
     /// Number of Services
     #[arg(long)]
     pub(crate) services: u32,
-    /// Endpoints of each
+    /// Endpoints of each Service
     #[arg(long)]
     pub(crate) endpoints: u32,
     /// Measured changes of one endpoint
     #[arg(long)]
     pub(crate) changes: u32,
-    /// The objects come from files, read as `lb-agent run` reads them
+    /// Read the objects from files, as `lb-agent run` does
     #[arg(long)]
     pub(crate) manifests: bool,
 }
 
-/// What parsing takes.
+/// Cost of parsing manifests.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct Parsed {
     /// Size of all files.
@@ -43,43 +43,43 @@ pub(crate) struct Parsed {
     pub(crate) seconds: f64,
 }
 
-/// What one size takes.
+/// Times and memory for one number of Services.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Measured {
     /// Number of Services.
     pub(crate) services: u32,
-    /// Endpoints of each.
+    /// Endpoints of each Service.
     pub(crate) endpoints: u32,
-    /// Parsing of all objects from files; absent where they are made in memory.
+    /// Parsing of all objects from files; absent if they are created in memory.
     pub(crate) parsed: Option<Parsed>,
     /// The first batch, from objects to maps, in seconds.
     pub(crate) first_seconds: f64,
-    /// Bytes that it wrote to maps.
+    /// Bytes that the first batch wrote to maps.
     pub(crate) first_bytes: u64,
-    /// One changed endpoint: median, in seconds.
+    /// Time to apply one changed endpoint in seconds, median.
     pub(crate) change_p50_seconds: f64,
-    /// The same: 99th percentile.
+    /// Time to apply one changed endpoint in seconds, 99th percentile.
     pub(crate) change_p99_seconds: f64,
     /// Bytes that a change wrote, on average.
     pub(crate) change_bytes: f64,
-    /// Resident memory of the process (`VmRSS`), mapped arrays and all objects included.
+    /// Resident memory of the process (`VmRSS`), including mapped arrays and all objects.
     pub(crate) resident_bytes: u64,
-    /// Of this, the maps that it has mapped, which `map_bytes` has as well.
+    /// Part of the resident memory that belongs to mapped maps; `map_bytes` includes it too.
     pub(crate) mapped_map_bytes: u64,
-    /// The most that was ever resident.
+    /// Peak resident memory.
     pub(crate) peak_bytes: u64,
-    /// Kernel memory of all maps (`memlock` in their `fdinfo`), the mapped ones included.
+    /// Kernel memory of all maps (`memlock` in their `fdinfo`), including the mapped ones.
     pub(crate) map_bytes: u64,
 }
 
 impl Measured {
-    /// Resident memory that is the agent's own.
+    /// Returns the resident memory without mapped maps.
     pub(crate) fn own_bytes(&self) -> u64 {
         self.resident_bytes.saturating_sub(self.mapped_map_bytes)
     }
 }
 
-/// Changes before the measured ones.
+/// Number of unmeasured changes that warm up.
 const WARM_UP: u32 = 20;
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -96,7 +96,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Room for all, and for what is not freed yet.
+/// Returns capacities for all Services and for the entries that are not freed yet.
 fn capacities(options: &Options) -> Capacities {
     let backends = options.services * options.endpoints;
     Capacities {
@@ -121,7 +121,7 @@ fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
         protocol: Protocol::Tcp,
     };
     let mut reconciler = Reconciler::adopt(maps, NODE)?;
-    // It lives as long as the agent does.
+    // In the agent, the source lives as long as the agent itself.
     let mut source = None;
     let (batch, parsed) = if options.manifests {
         let folder = tempfile::tempdir().context("making a folder for manifests")?;
@@ -159,7 +159,7 @@ fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
             times.push(time);
             written += reconciler.maps().written() - before;
         }
-        // As the agent does when a grace period has passed.
+        // The agent does this when a grace period has passed.
         reconciler.settle()?;
     }
     ensure!(reconciler.problems().is_empty(), "{:?}", reconciler.problems().first());

@@ -1,7 +1,7 @@
-//! `nodeport`: what packets from outside cost: lb's programs beside the same work in C, packet by packet, and requests of
-//! a client outside the cluster against kube-proxy's rules.
+//! `nodeport`: costs of packets from outside in lb's programs and equal programs in C, packet by packet, and requests of a
+//! client outside the cluster, compared with kube-proxy's rules.
 //!
-//! Everything happens in network namespaces of the test bed, none of which has a way out.
+//! All traffic stays in network namespaces of the test bed, which have no route to the outside.
 
 pub(crate) mod http;
 mod packets;
@@ -20,7 +20,7 @@ use crate::sizes::progress;
 use packets::{Case, Cost};
 use requests::Requests;
 
-/// lb's program / that in C, both above a program that does nothing.
+/// Limit of the ratio of lb's program to the one in C, both above an empty program.
 const LIMIT: f64 = 1.5;
 
 #[derive(Debug, clap::Args)]
@@ -35,7 +35,7 @@ pub(crate) struct Options {
     reporting: Reporting,
 }
 
-/// Everything, as the JSON file holds it.
+/// Report, as the JSON file contains it.
 #[derive(Debug, Serialize)]
 struct Report {
     machine: Machine,
@@ -60,7 +60,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if which::which(programs::CLANG).is_ok() {
         report.costs = costs(options, &bar)?;
     } else {
-        eprintln!("no clang, so nothing is compared with C; install clang for that");
+        eprintln!("clang is not installed, so programs in C are not compared");
     }
     report.requests = requests(options, &bar)?;
     bar.finish_and_clear();
@@ -73,7 +73,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let complete = report.checks.first().map(drop);
     options.reporting.verdict(
         &report.checks,
-        complete.context("the limits are ratios to C: install clang"),
+        complete.context("the limits are ratios to programs in C: install clang"),
     )
 }
 
@@ -85,7 +85,7 @@ impl Judged for Cost {
     }
 }
 
-/// What packets cost.
+/// Measures the costs of packets.
 fn costs(options: &Options, bar: &ProgressBar) -> Result<Vec<Cost>> {
     bar.set_length(u64::from(options.rounds) + 1);
     let mut bed = packets::Bed::new(options.services, programs::compile(packets::SOURCE)?)?;
@@ -95,7 +95,7 @@ fn costs(options: &Options, bar: &ProgressBar) -> Result<Vec<Cost>> {
     Ok(costs)
 }
 
-/// How fast a client outside the cluster is answered. Half as many rounds: those are long.
+/// Measures the rate of requests of a client outside the cluster, in half as many rounds, because these are long.
 fn requests(options: &Options, bar: &ProgressBar) -> Result<Vec<Requests>> {
     let rounds = options.rounds.div_ceil(2);
     bar.set_message("rules and maps");

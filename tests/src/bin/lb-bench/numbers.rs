@@ -1,8 +1,8 @@
-//! Medians and the like.
+//! Percentiles, quartiles, and the confidence interval of a median.
 
 use serde::Serialize;
 
-/// The value that so many percent of the sorted ones do not exceed; zero where there is none.
+/// Returns the smallest value that `percent` percent of the sorted values do not exceed, or zero if there are no values.
 pub(crate) fn percentile<T: Copy + Default>(sorted: &[T], percent: usize) -> T {
     let rank = (sorted.len() * percent).div_ceil(100);
     sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
@@ -32,8 +32,8 @@ pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     Quartiles::of(values).median
 }
 
-/// Between what the median of all rounds that could have been is, with a confidence of 95 %: two of the values, by their
-/// ranks (the binomial distribution, approximated).
+/// Returns the 95 % confidence interval of the median. Its bounds are two of the values, selected by their ranks (normal
+/// approximation of the binomial distribution).
 pub(crate) fn median_interval(values: impl IntoIterator<Item = f64>) -> (f64, f64) {
     let mut sorted: Vec<_> = values.into_iter().collect();
     sorted.sort_unstable_by(f64::total_cmp);
@@ -53,21 +53,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quartiles_of_what_is_not_sorted() {
+    fn quartiles_do_not_need_sorted_values() {
         let quartiles = Quartiles::of([4.0, 1.0, 3.0, 2.0]);
         assert_eq!((quartiles.low, quartiles.median, quartiles.high), (1.0, 2.0, 3.0));
         assert_eq!(Quartiles::of([]), Quartiles::default());
     }
 
     #[test]
-    fn the_median_is_between_two_values() {
+    fn interval_of_the_median_has_values_as_bounds() {
         assert_eq!(median_interval((0..100).map(f64::from)), (40.0, 60.0));
         assert_eq!(median_interval([7.0]), (7.0, 7.0));
         assert_eq!(median_interval([]), (0.0, 0.0));
     }
 
     #[test]
-    fn percentiles_are_values_that_were_measured() {
+    fn percentiles_are_measured_values() {
         let sorted: Vec<u32> = (1..=200).collect();
         assert_eq!((percentile(&sorted, 50), percentile(&sorted, 99)), (100, 198));
         assert_eq!(percentile::<u32>(&[], 99), 0);

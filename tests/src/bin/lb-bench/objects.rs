@@ -1,5 +1,5 @@
-//! Services and endpoints: as a source hands them over, made in memory (shared between objects is what a source shares),
-//! and the same as manifests.
+//! Services and endpoints: objects in memory as a source yields them (with the sharing between objects that a source does),
+//! and equal objects as manifests.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -16,10 +16,10 @@ use serde::Serialize;
 
 /// Services per namespace.
 const NAMESPACE: u32 = 100;
-/// Nodes that endpoints are spread over.
+/// Number of nodes that the endpoints are spread over.
 const NODES: u32 = 50;
 
-/// Name of the node that the agent is on.
+/// Name of the agent's node.
 pub(crate) const NODE: &str = "node-0";
 
 /// The port of every Service.
@@ -32,7 +32,7 @@ fn key(service: u32, suffix: &str) -> ObjectKey {
     ObjectKey::new(&namespace, &format!("service-{service}{suffix}"))
 }
 
-/// `namespace/name` of a Service.
+/// Returns `namespace/name` of a Service.
 pub(crate) fn name(service: u32) -> String {
     format!("namespace-{}/service-{service}", service / NAMESPACE)
 }
@@ -56,33 +56,33 @@ impl Family {
     }
 }
 
-/// The Services of a benchmark: so many, alike, each with endpoints of its own.
+/// The Services of a benchmark, which are alike, each with endpoints of its own.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Services {
     pub(crate) number: u32,
-    /// Endpoints of each.
+    /// Endpoints of each Service.
     pub(crate) endpoints: u32,
     pub(crate) family: Family,
     pub(crate) protocol: Protocol,
 }
 
 impl Services {
-    /// All of them, each with its slice.
+    /// Returns all Services, each followed by its slice.
     pub(crate) fn objects(self) -> impl Iterator<Item = Change> {
         (0..self.number).flat_map(move |i| [self.service(i), self.slice(i, None)])
     }
 
-    /// The cluster IP of a Service.
+    /// Returns the cluster IP of a Service.
     pub(crate) fn vip(self, service: u32) -> IpAddr {
         self.above([10, 96, 0, 0], 0x96, service + 1)
     }
 
-    /// The address of an endpoint, by its number among all: those of one Service follow each other.
+    /// Returns the address of an endpoint by its number among all; the endpoints of one Service are consecutive.
     pub(crate) fn backend(self, number: u32) -> IpAddr {
         self.above([12, 0, 0, 0], 0x12, number)
     }
 
-    /// The network that all backends are in.
+    /// Returns the network that contains all backends.
     pub(crate) fn backends(self) -> String {
         let length = match self.family {
             Family::Ipv4 => 8,
@@ -91,7 +91,7 @@ impl Services {
         format!("{}/{length}", self.backend(0))
     }
 
-    /// An address of a network.
+    /// Returns the address of a network at an offset.
     fn above(self, v4: [u8; 4], v6: u16, number: u32) -> IpAddr {
         match self.family {
             Family::Ipv4 => Ipv4Addr::from_bits(Ipv4Addr::from(v4).to_bits() + number).into(),
@@ -102,7 +102,7 @@ impl Services {
         }
     }
 
-    /// A Service with one port.
+    /// Returns a Service with one port.
     fn service(self, number: u32) -> Change {
         Change::Set(Object::Service(Arc::new(Service {
             created: Some(1_700_000_000 + i64::from(number)),
@@ -115,7 +115,7 @@ impl Services {
         })))
     }
 
-    /// The one slice of a Service; with `moved`, its first endpoint has another address.
+    /// Returns the only slice of a Service; with `moved`, its first endpoint has another address.
     pub(crate) fn slice(self, number: u32, moved: Option<u32>) -> Change {
         let endpoint = |i: u32| {
             let address = match moved.filter(|_| i == 0) {
@@ -137,7 +137,7 @@ impl Services {
         })))
     }
 
-    /// Writes all as manifests into a folder, a file per namespace; the bytes that it wrote. (TCP only.)
+    /// Writes all Services as manifests into a folder, one file per namespace; returns the bytes written. TCP only.
     pub(crate) fn write_manifests(self, folder: &Path) -> Result<u64> {
         let mut bytes = 0;
         for first in (0..self.number).step_by(NAMESPACE as usize) {
@@ -150,7 +150,7 @@ impl Services {
         Ok(bytes)
     }
 
-    /// A Service and its slice as YAML.
+    /// Returns a Service and its slice as YAML.
     fn manifest(self, number: u32) -> String {
         let namespace = number / NAMESPACE;
         let address_type = self.family.label();

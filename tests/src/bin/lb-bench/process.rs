@@ -1,16 +1,16 @@
-//! What this process costs, as /proc tells it.
+//! Memory and BPF programs of processes, read from /proc.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use anyhow::{Context as _, Result};
 
-/// A field of this process's /proc/PID/status that is in kibibytes, in bytes.
+/// Returns a field of this process's /proc/PID/status that is in kibibytes, in bytes.
 pub(crate) fn status_bytes(field: &str) -> Result<u64> {
     status_bytes_of(std::process::id(), field)
 }
 
-/// The same of another process.
+/// Returns a field of the /proc/PID/status of a process that is in kibibytes, in bytes.
 pub(crate) fn status_bytes_of(process: u32, field: &str) -> Result<u64> {
     let path = format!("/proc/{process}/status");
     let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
@@ -18,11 +18,11 @@ pub(crate) fn status_bytes_of(process: u32, field: &str) -> Result<u64> {
     Ok(kib * 1024)
 }
 
-/// Bytes of kernel memory of all BPF maps that this process has open, each map once.
+/// Returns the bytes of kernel memory of all BPF maps that this process has open, each map once.
 pub(crate) fn map_bytes() -> Result<u64> {
     let mut maps = BTreeMap::new();
     for entry in fs::read_dir("/proc/self/fdinfo").context("reading /proc/self/fdinfo")? {
-        // The descriptor of this very folder is closed by now in some of the entries.
+        // One of the entries is the descriptor of this folder itself, which may be closed by now.
         let Ok(text) = fs::read_to_string(entry?.path()) else {
             continue;
         };
@@ -45,19 +45,20 @@ pub(crate) fn program_ids_of(process: u32) -> BTreeSet<u32> {
         .collect()
 }
 
-/// Bytes of BPF maps that this process has mapped into its memory: they count as resident here, and as the maps' there.
+/// Returns the bytes of BPF maps that this process has mapped into its memory. They count as resident memory of the process
+/// and as kernel memory of the maps.
 pub(crate) fn mapped_map_bytes() -> Result<u64> {
     mapped_map_bytes_of(std::process::id())
 }
 
-/// The same of another process.
+/// Returns the bytes of BPF maps that a process has mapped into its memory.
 pub(crate) fn mapped_map_bytes_of(process: u32) -> Result<u64> {
     let path = format!("/proc/{process}/smaps");
     let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
     Ok(resident_of(&text, "bpf-map") * 1024)
 }
 
-/// The sum of `Rss` over the mappings whose first line ends with `name`; see proc_pid_smaps(5).
+/// Sums up `Rss` over the mappings with a first line that ends with `name`; see proc_pid_smaps(5).
 fn resident_of(smaps: &str, name: &str) -> u64 {
     let (mut sum, mut is_named) = (0, false);
     for line in smaps.lines() {
@@ -71,7 +72,7 @@ fn resident_of(smaps: &str, name: &str) -> u64 {
     sum
 }
 
-/// The number in the line `field: number`.
+/// Returns the number in the line `field: number`.
 fn value(text: &str, field: &str) -> Option<u64> {
     text.lines().find_map(|line| {
         let rest = line.strip_prefix(field)?.strip_prefix(':')?;
@@ -84,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_fields_of_proc() {
+    fn fields_of_proc_are_parsed() {
         let text = "VmRSSx:\t1\nVmRSS:\t  123 kB\nmap_id:\t7\n";
         assert_eq!(value(text, "VmRSS"), Some(123));
         assert_eq!(value(text, "map_id"), Some(7));
@@ -92,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn mapped_maps_are_told_by_their_name() {
+    fn mapped_maps_are_found_by_their_name() {
         let text = "7f00-7f01 rw-s 00000000 00:0e 9 anon_inode:bpf-map\nSize:  8 kB\nRss:   4 kB\n\
                     7f02-7f03 rw-p 00000000 00:00 0 [heap]\nSize: 16 kB\nRss:  16 kB\n\
                     7f04-7f05 rw-s 00000000 00:0e 9 anon_inode:bpf-map\nRss:  12 kB\n";

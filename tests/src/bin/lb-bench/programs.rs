@@ -1,5 +1,4 @@
-//! The programs that are compared: lb's, those written in C, and those that do nothing; and what the kernel counts of
-//! their runs.
+//! The compared programs, which are lb's, equal ones in C, and empty ones, and the kernel's statistics of their runs.
 
 use std::fs::File;
 use std::process::{Command, Stdio};
@@ -13,15 +12,15 @@ use lb_common::abi::{SOCKETS_MASK_GLOBAL, map_name, program_name};
 use lb_tests::Netns;
 use serde::Serialize;
 
-/// The source of all on sockets but lb's.
+/// Source of the C and empty programs for sockets.
 pub(crate) const SOURCE: &str = include_str!("../../../bench/sockets.bpf.c");
-/// What sources include.
+/// Header that the C sources include.
 const HEADER: &str = include_str!("../../../bench/lb.h");
 
-/// The compiler.
+/// Name of the C compiler.
 pub(crate) const CLANG: &str = "clang";
 
-/// The maps of lb that the C programs work on.
+/// Maps of lb that the C programs use.
 const SHARED: [&str; 12] = [
     map_name::FRONTENDS,
     map_name::SERVICES,
@@ -37,7 +36,7 @@ const SHARED: [&str; 12] = [
     map_name::CONFIG,
 ];
 
-/// Whose programs.
+/// Maker of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Maker {
@@ -46,7 +45,7 @@ pub(crate) enum Maker {
     Empty,
 }
 
-/// Nanoseconds per run of each maker's program, a round each.
+/// Nanoseconds per run of each maker's program, one value per round.
 #[derive(Debug, Default)]
 pub(crate) struct Rounds([Vec<f64>; 3]);
 
@@ -59,21 +58,21 @@ impl Rounds {
         self.0[maker as usize].iter().copied()
     }
 
-    /// The same above the empty program of the same round.
+    /// Returns the nanoseconds per run above the empty program of the round.
     pub(crate) fn above_empty(&self, maker: Maker) -> impl Iterator<Item = f64> {
         self.of(maker)
             .zip(self.of(Maker::Empty))
             .map(|(own, empty)| own - empty)
     }
 
-    /// lb / C, both above the empty program of the same round.
+    /// Returns the ratios lb / C, both above the empty program of the round.
     pub(crate) fn ratios(&self) -> impl Iterator<Item = f64> {
         let (lb, c) = (self.above_empty(Maker::Lb), self.above_empty(Maker::C));
         lb.zip(c).map(|(lb, c)| lb / c)
     }
 }
 
-/// A hook.
+/// A cgroup hook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Hook {
@@ -155,7 +154,7 @@ pub(crate) fn compile(source: &str) -> Result<Vec<u8>> {
     fs::read(&object).with_context(|| format!("reading {}", object.display()))
 }
 
-/// Loads the C programs, on the maps that are pinned. `sockets` is the number of slots in SOCKETS.
+/// Loads the C programs on the pinned maps. `sockets` is the number of slots in SOCKETS.
 pub(crate) fn load(object: &[u8], pins: &PinPath, sockets: u32) -> Result<Ebpf> {
     let mut loader = EbpfLoader::new();
     for name in SHARED {
@@ -168,7 +167,7 @@ pub(crate) fn load(object: &[u8], pins: &PinPath, sockets: u32) -> Result<Ebpf> 
         .context("loading the C programs")
 }
 
-/// Attaches the C programs of one maker to a place, for as long as `programs` lives.
+/// Attaches the C programs of one maker to a pod's cgroup, for as long as `programs` lives.
 pub(crate) fn attach(programs: &mut Ebpf, maker: Maker, netns: &Netns) -> Result<()> {
     let path = netns.process_cgroup().context("the place has no cgroup")?;
     let cgroup = File::open(path).with_context(|| format!("opening {}", path.display()))?;
@@ -192,7 +191,7 @@ pub(crate) fn attach(programs: &mut Ebpf, maker: Maker, netns: &Netns) -> Result
     Ok(())
 }
 
-/// What the kernel counted of a program's runs so far, while statistics were on.
+/// The kernel's counters of a program's runs, which count while statistics are enabled.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Runs {
     pub(crate) number: u64,
@@ -207,13 +206,13 @@ impl Runs {
         }
     }
 
-    /// Nanoseconds per run.
+    /// Returns the nanoseconds per run.
     pub(crate) fn cost(self) -> f64 {
         self.nanoseconds as f64 / self.number as f64
     }
 }
 
-/// A loaded program's runs.
+/// Returns the counters of a loaded program.
 pub(crate) fn runs(programs: &Ebpf, maker: Maker, hook: Hook) -> Result<Runs> {
     let name = hook.program(maker);
     let info = info(programs, &name)?;
@@ -225,7 +224,9 @@ pub(crate) fn runs(programs: &Ebpf, maker: Maker, hook: Hook) -> Result<Runs> {
 
 fn info(programs: &Ebpf, name: &str) -> Result<ProgramInfo> {
     let program = programs.program(name).with_context(|| format!("no program {name}"))?;
-    program.info().with_context(|| format!("asking about {name}"))
+    program
+        .info()
+        .with_context(|| format!("reading the program info of {name}"))
 }
 
 #[cfg(test)]
@@ -233,7 +234,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_c_source_has_every_program_and_map() {
+    fn c_source_has_every_program_and_map() {
         for hook in Hook::ALL {
             for maker in [Maker::C, Maker::Empty] {
                 assert!(
@@ -249,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn cost_of_runs() {
+    fn cost_is_time_per_run_between_two_readings() {
         let runs = |number, nanoseconds| Runs { number, nanoseconds };
         assert!((runs(30, 900).since(runs(10, 100)).cost() - 40.0).abs() < 1e-9);
     }

@@ -1,4 +1,4 @@
-//! What benchmarks have in common of their reports: the machine, what programs cost, and the limits.
+//! Parts of reports that benchmarks share: the machine, costs of programs, limits and tables.
 
 use std::fmt::{self, Display, Formatter};
 use std::fs;
@@ -16,25 +16,26 @@ use crate::cost::{Call, Cost};
 use crate::numbers::Quartiles;
 use crate::scenario::{Outcome, Scenario};
 
-/// The sizes that the limits are for.
+/// Numbers of Services that the limits apply to.
 const LIMITED: [u32; 3] = [1, 1_000, 10_000];
-/// lb's program / that in C, both above an empty program: where the destination is a Service's, and where not.
+/// Limits of the ratio of lb's program to the one in C, both above an empty program: for a Service's destination, and for
+/// another.
 const HIT_LIMIT: f64 = 1.3;
 const MISS_LIMIT: f64 = 1.1;
 
-/// What becomes of a report.
+/// Options for the output of a report.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Reporting {
     /// Folder for the results as JSON, and plots
     #[arg(long)]
     pub(crate) out: PathBuf,
-    /// Fail where a limit is exceeded
+    /// Fail if a limit is exceeded
     #[arg(long)]
     check: bool,
 }
 
 impl Reporting {
-    /// Writes it as JSON.
+    /// Writes a report as JSON.
     pub(crate) fn write(&self, name: &str, report: &impl Serialize) -> Result<()> {
         fs::create_dir_all(&self.out).with_context(|| format!("making {}", self.out.display()))?;
         let path = self.out.join(name);
@@ -42,7 +43,10 @@ impl Reporting {
         fs::write(&path, json + "\n").with_context(|| format!("writing {}", path.display()))
     }
 
-    /// Success, unless limits were to be kept and were not, or not all that have limits were measured: `complete`.
+    /// Returns the exit code: with `--check`, failure if a limit is exceeded.
+    ///
+    /// # Errors
+    /// With `--check`, the error in `complete`: a figure with a limit was not measured.
     pub(crate) fn verdict<W>(&self, checks: &[Check<W>], complete: Result<()>) -> Result<ExitCode> {
         if self.check {
             complete?;
@@ -55,13 +59,13 @@ impl Reporting {
     }
 }
 
-/// What was measured on.
+/// Description of the machine.
 #[derive(Debug, Serialize)]
 pub(crate) struct Machine {
     kernel: String,
     processor: String,
     processors: usize,
-    /// Processes that wanted to run, on average of the minute before.
+    /// Load average of the minute before the benchmark.
     load: f64,
 }
 
@@ -84,10 +88,10 @@ impl Machine {
     }
 }
 
-/// A limit, and how it was met.
+/// A limit and the measured figure.
 #[derive(Debug, Serialize)]
 pub(crate) struct Check<W> {
-    /// Of what.
+    /// Name of the figure.
     #[serde(flatten)]
     pub(crate) what: W,
     pub(crate) limit: f64,
@@ -110,7 +114,7 @@ impl<W> Check<W> {
     }
 }
 
-/// A figure that has but a name.
+/// A figure that is identified by a name alone.
 #[derive(Debug, Serialize)]
 pub(crate) struct Named {
     pub(crate) what: &'static str,
@@ -122,7 +126,7 @@ impl Display for Named {
     }
 }
 
-/// A call from somewhere to somewhere.
+/// A figure that is identified by a call and its scenario.
 #[derive(Debug, Serialize)]
 pub(crate) struct Called {
     call: Call,
@@ -138,15 +142,15 @@ impl Display for Called {
     }
 }
 
-/// What may have a limit.
+/// A figure that may have a limit.
 pub(crate) trait Judged {
     type What: Display;
 
-    /// Compares with the limit, where there is one.
+    /// Compares the figure with its limit; returns nothing if it has none.
     fn check(&self) -> Option<Check<Self::What>>;
 }
 
-/// Compares with the limits what there are limits for.
+/// Compares all figures that have limits with them.
 pub(crate) fn judge<J: Judged>(costs: &[J]) -> Vec<Check<J::What>> {
     costs.iter().filter_map(Judged::check).collect()
 }
@@ -155,19 +159,22 @@ pub(crate) fn is_well<W>(checks: &[Check<W>]) -> bool {
     checks.iter().all(|check| check.met)
 }
 
-/// Fails unless every size that has limits was measured.
+/// Checks that every number of Services with limits was measured.
+///
+/// # Errors
+/// If one of them is missing.
 pub(crate) fn is_complete(checks: &[Check<Called>]) -> Result<()> {
     for services in LIMITED {
         let measured = checks.iter().any(|check| check.what.scenario.services == services);
         ensure!(
             measured,
-            "the limits are ratios to C (install clang) and for {LIMITED:?} Services: measure those sizes"
+            "the limits are ratios to programs in C and apply to {LIMITED:?} Services: install clang and measure those sizes"
         );
     }
     Ok(())
 }
 
-/// Calls whose programs decide or translate have limits; those that only tidy up, or serve `getpeername`, have none.
+/// Calls with programs that decide or translate have limits. Those that only clean up, or serve `getpeername`, have none.
 impl Judged for Cost {
     type What = Called;
 
@@ -183,15 +190,15 @@ impl Judged for Cost {
     }
 }
 
-/// Compares; what exceeds its limit is measured once more, with fresh samples. Both are told, and the second counts: of
-/// a hundred medians that are uncertain by some per cent each, one is over a limit by chance.
+/// Compares programs, and measures a second time with new samples if a figure exceeds its limit. Both values are printed and
+/// the second one counts: of a hundred medians with an uncertainty of some percent each, one exceeds a limit by chance.
 pub(crate) fn settled<J: Judged>(bar: &ProgressBar, mut compare: impl FnMut() -> Result<Vec<J>>) -> Result<Vec<J>> {
     let mut costs = compare()?;
     if is_well(&judge(&costs)) {
         return Ok(costs);
     }
     let begun = bar.position();
-    bar.suspend(|| eprintln!("a limit is exceeded: once more"));
+    bar.suspend(|| eprintln!("a limit is exceeded: measuring again"));
     let again = compare()?;
     bar.inc_length(bar.position() - begun);
     for (cost, again) in costs.iter_mut().zip(again) {
@@ -199,10 +206,7 @@ pub(crate) fn settled<J: Judged>(bar: &ProgressBar, mut compare: impl FnMut() ->
             let Check {
                 what, measured, limit, ..
             } = first;
-            let both = format!(
-                "{what}: {measured:.3}, once more {:.3} (at most {limit})",
-                second.measured
-            );
+            let both = format!("{what}: {measured:.3}, then {:.3} (limit {limit})", second.measured);
             bar.suspend(|| eprintln!("{both}"));
             *cost = again;
         }
@@ -255,7 +259,7 @@ pub(crate) fn cost_table(costs: &[Cost]) -> Table {
     table
 }
 
-/// `measured`: what the figures are.
+/// Returns the table of limits; `measured` is the header of the figures.
 pub(crate) fn check_table<W: Display>(measured: &str, checks: &[Check<W>]) -> Table {
     let mut table = table(&[measured, "at most", "measured", ""]);
     for check in checks {
@@ -269,7 +273,7 @@ pub(crate) fn check_table<W: Display>(measured: &str, checks: &[Check<W>]) -> Ta
     table
 }
 
-/// A table without lines, its columns right-aligned.
+/// Returns a table without lines and with right-aligned columns.
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header);
@@ -279,13 +283,13 @@ pub(crate) fn table(header: &[&str]) -> Table {
     table
 }
 
-/// Two cells: the median, and the quartiles. Both are empty where nothing was compared.
+/// Returns two cells: the median and the quartiles. Both are empty if the row has no comparison.
 pub(crate) fn cells(compared: Option<Quartiles>, text: impl Fn(f64) -> String) -> [String; 2] {
     let both = compared.map(|q| [text(q.median), format!("{}..{}", text(q.low), text(q.high))]);
     both.unwrap_or_default()
 }
 
-/// The same of the rate on a way, divided by that on the direct one.
+/// Returns the cells of a rate in percent of the direct way's: median and quartiles, both empty for the direct way itself.
 pub(crate) fn percent_cells(way: Way, of_direct: Quartiles) -> [String; 2] {
     let compared = (way != Way::Direct).then_some(of_direct);
     cells(compared, |value| format!("{:.1}", value * 100.0))
@@ -312,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_judged_by_the_ratio() {
+    fn limits_apply_to_the_ratio() {
         let met = |cost: &Cost| cost.check().map(|check| check.met);
         assert_eq!(met(&cost(Outcome::Hit, 1.3)), Some(true));
         assert_eq!(met(&cost(Outcome::Hit, 1.31)), Some(false));
@@ -330,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_size_that_was_not_measured_is_missed() {
+    fn missing_size_is_an_error() {
         let checks = judge(&[cost(Outcome::Hit, 1.0)]);
         assert!(is_well(&checks) && is_complete(&checks).is_err());
     }

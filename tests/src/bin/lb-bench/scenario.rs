@@ -1,4 +1,4 @@
-//! Where connections and datagrams go.
+//! Destinations of connections and datagrams.
 
 use lb_core::model::Protocol;
 use lb_tests::Random;
@@ -7,26 +7,27 @@ use serde::Serialize;
 use crate::objects::{BACKEND_PORT, Family, SERVICE_PORT, Services};
 use crate::worker::{Order, Targets, Task};
 
-/// Which Services are asked for.
+/// Choice of Services.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Spread {
-    /// Always the same.
+    /// Always one Service.
     Hot,
-    /// Any.
+    /// A random Service each time.
     Random,
 }
 
-/// Whether a destination is that of a Service.
+/// Kind of destination: a Service's address, or another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Outcome {
+    /// A Service's address, which is translated.
     Hit,
-    /// A backend's own address: no rewriting, but the question must be asked.
+    /// A backend's own address, which is looked up and not translated.
     Miss,
 }
 
-/// Where they go.
+/// Destinations of one measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub(crate) struct Scenario {
     pub(crate) services: u32,
@@ -36,7 +37,7 @@ pub(crate) struct Scenario {
 }
 
 impl Scenario {
-    /// All at one size: with a single Service, there is nothing to choose from.
+    /// Returns all scenarios for a number of Services. With a single Service there is no random choice.
     pub(crate) fn all(services: Services) -> Vec<Self> {
         let spreads: &[_] = match services.number {
             1 => &[Spread::Hot],
@@ -62,7 +63,7 @@ impl Scenario {
         self.outcome == Outcome::Hit
     }
 
-    /// The same, to backends' own addresses.
+    /// Returns the scenario with the backends' own addresses as destinations.
     pub(crate) fn missed(self) -> Self {
         Self {
             outcome: Outcome::Miss,
@@ -70,8 +71,8 @@ impl Scenario {
         }
     }
 
-    /// The destinations among `services`, and what to do with them. The hot Service is that in the middle: of rules that
-    /// are tried one after the other, half come before its own.
+    /// Returns the order for a worker: the destinations among `services`, and the task. The hot Service is the middle one:
+    /// of rules that are tried one after the other, half come before its own.
     pub(crate) fn order(self, services: Services, task: Task, count: u32, seed: u64) -> Order {
         let (first, number) = match self.spread {
             Spread::Hot => (services.number / 2, 1),
@@ -113,8 +114,8 @@ impl Scenario {
     }
 }
 
-/// The numbers below `len` in any order: in one that is fixed, or that rotates, each would always come after the same
-/// other, and find in the caches what that one left.
+/// Returns the numbers below `len` in random order. In a fixed or rotating order, each would always follow the same other
+/// and find that one's data in the caches.
 pub(crate) fn shuffled(len: usize, random: &mut Random) -> Vec<usize> {
     let mut left: Vec<_> = (0..len).collect();
     (0..len).map(|_| random.take(&mut left)).collect()
@@ -125,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn everyone_has_a_turn_at_any_place() {
+    fn shuffled_order_gives_each_position_equal_chances() {
         let mut random = Random::new(1);
         let mut first = [0; 3];
         for _ in 0..300 {

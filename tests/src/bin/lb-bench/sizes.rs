@@ -1,4 +1,4 @@
-//! The sizes that `connect` and `udp` measure, one after the other, each in both families.
+//! The numbers of Services that `connect` and `udp` measure, one after the other, each in both families.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ pub(crate) struct Options {
     pub(crate) reporting: Reporting,
 }
 
-/// Measures each size in each family. The C programs are given where there is a compiler.
+/// Calls `measure` for each number of Services in each family, with the compiled C programs if a compiler is installed.
 pub(crate) fn each(
     options: &Options,
     protocol: Protocol,
@@ -34,7 +34,7 @@ pub(crate) fn each(
     let object = match which::which(programs::CLANG) {
         Ok(_) => Some(programs::compile(programs::SOURCE)?),
         Err(_) => {
-            eprintln!("no clang, so nothing is compared with C; install clang for that");
+            eprintln!("clang is not installed, so programs in C are not compared");
             None
         }
     };
@@ -58,7 +58,7 @@ pub(crate) fn each(
     Ok(())
 }
 
-/// A bar on standard error, where that is a terminal.
+/// Returns a progress bar on standard error; it is hidden if that is no terminal.
 pub(crate) fn progress(prefix: String) -> Result<ProgressBar> {
     let style = ProgressStyle::with_template("{prefix} [{bar:40}] {elapsed} {msg}").context("progress bar")?;
     let bar = ProgressBar::no_length().with_style(style.progress_chars("=> "));

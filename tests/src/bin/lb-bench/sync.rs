@@ -1,4 +1,4 @@
-//! `sync`: all sizes, each in a process of its own; the table, the JSON, and the limits.
+//! `sync`: time from objects to maps for all numbers of Services, each in a process of its own, with table, JSON and limits.
 
 use std::env::current_exe;
 use std::fs;
@@ -26,19 +26,19 @@ pub(crate) struct Options {
     reporting: Reporting,
 }
 
-/// What a change of one endpoint is compared with.
+/// Number of Services that the change of one endpoint is compared with.
 const SMALL: u32 = 10;
 
-/// The size that the limits are for.
+/// Number of Services, and endpoints of each, that the limits apply to.
 const LARGE: (u32, u32) = (30_000, 10);
 
-/// What the JSON file holds.
+/// Report, as the JSON file contains it.
 #[derive(Debug, Serialize)]
 struct Report {
     kernel: String,
-    /// Objects made in memory.
+    /// Measurements with objects in memory.
     sizes: Vec<Measured>,
-    /// The same from files.
+    /// Measurements with objects from files.
     from_manifests: Vec<Measured>,
     checks: Vec<Check<Named>>,
 }
@@ -48,7 +48,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     numbers.push(SMALL);
     numbers.sort_unstable();
     numbers.dedup();
-    ensure!(numbers[0] > 0, "there is nothing to measure without Services");
+    ensure!(numbers[0] > 0, "the number of Services must not be zero");
     let measure_all = |manifests| {
         let each = numbers.iter().map(|services| measure(*services, options, manifests));
         each.collect::<Result<Vec<_>>>()
@@ -71,11 +71,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let complete = report.checks.first().map(drop);
     options.reporting.verdict(
         &report.checks,
-        complete.with_context(|| format!("the limits are for {LARGE:?}: measure that size")),
+        complete.with_context(|| format!("the limits apply to {LARGE:?}: measure that size")),
     )
 }
 
-/// One size, in a process of its own.
+/// Measures one number of Services in a process of its own.
 fn measure(services: u32, options: &Options, manifests: bool) -> Result<Measured> {
     let program = current_exe().context("finding this program")?;
     let output = Command::new(program)
@@ -96,7 +96,7 @@ fn measure(services: u32, options: &Options, manifests: bool) -> Result<Measured
     serde_json::from_slice(&output.stdout).context("reading what was measured")
 }
 
-/// The limits, where the sizes that they are for were measured.
+/// Returns the limits of the measured numbers of Services.
 fn checks(sizes: &[Measured], from_manifests: &[Measured]) -> Vec<Check<Named>> {
     fn find(sizes: &[Measured], services: u32) -> Option<&Measured> {
         sizes.iter().find(|m| m.services == services)

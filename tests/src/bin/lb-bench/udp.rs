@@ -1,8 +1,8 @@
-//! `udp`: what datagrams to a Service cost, against direct ones and the same work in C, on connected and unconnected
+//! `udp`: costs of datagrams to a Service, compared with direct ones and equal programs in C, on connected and unconnected
 //! sockets.
 //!
-//! Everything happens in network namespaces of the test bed, none of which has a way out. A client, and the server
-//! behind every backend's address, are one thread, so no switch between processes is measured.
+//! All traffic stays in network namespaces of the test bed, which have no route to the outside. The client and the server
+//! behind every backend's address are one thread, so no context switch is measured.
 
 mod rate;
 
@@ -24,12 +24,13 @@ use crate::sizes::{self, Options};
 use crate::worker::{Manner, Task};
 use rate::{Rate, label};
 
-/// Sockets of one maker in one round; they are open at the same time.
+/// Sockets for the programs of one maker in one round; all are open at once.
 const SOCKETS: u32 = 500;
-/// Sockets that only ask to connect, one after the other. More, since what a miss costs is mostly memory of chance.
+/// Sockets that only call `connect()`, one after the other. There are more of them, because the cost of a miss is dominated by
+/// random memory accesses.
 const ASKED: u32 = 2000;
 
-/// Before there are backends: what the programs cost without a packet.
+/// Steps without backends, which measure the programs without a packet.
 const ASKING: [Step; 4] = [
     Step {
         task: Task::Ask,
@@ -53,7 +54,7 @@ const ASKING: [Step; 4] = [
     },
 ];
 
-/// With backends that answer.
+/// Steps with backends that reply.
 const RECEIVING: [Step; 2] = [
     Step {
         task: Task::Exchange(Manner {
@@ -73,7 +74,7 @@ const RECEIVING: [Step; 2] = [
     },
 ];
 
-/// Everything, as the JSON file holds it.
+/// Report, as the JSON file contains it.
 #[derive(Debug, Serialize)]
 struct Report {
     machine: Machine,
@@ -98,7 +99,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     })?;
     report.checks = report::judge(&report.costs);
     report::print([
-        ("questions and answers", rate_table(&report.rates)),
+        ("exchanges", rate_table(&report.rates)),
         ("runs of a program", report::cost_table(&report.costs)),
         ("limits", report::check_table("lb / C", &report.checks)),
     ])?;
@@ -107,7 +108,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     options.reporting.verdict(&report.checks, complete)
 }
 
-/// One size.
+/// Measures one number of Services in one family.
 fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, whole: &mut Report) -> Result<()> {
     let rounds = whole.rounds;
     let mut bed = Bed::new(services, object, &Way::PLAIN)?;

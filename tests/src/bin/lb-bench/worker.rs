@@ -1,5 +1,5 @@
-//! Processes that connect and send: one for each way, in its own network namespace and cgroup, told what to do line by
-//! line.
+//! Worker processes that connect and send: one for each way, in its own network namespace and cgroup. A worker receives an
+//! order per line and replies with its result.
 
 use std::env::current_exe;
 use std::fs;
@@ -25,15 +25,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::objects::BACKEND_PORT;
 
-/// The most that a task may take.
+/// Time limit of a task.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The most that one connection may take, in seconds.
+/// Time limit of one connection in seconds.
 const SLOWEST: i64 = 5;
-/// How long a datagram may take, in seconds, and how often one is sent.
+/// Time limit of a datagram in seconds, and the number of times that one is sent.
 const LOST: i64 = 1;
 const TRIES: u32 = 5;
 
-/// Destinations: addresses that follow each other, one port.
+/// Destinations: consecutive addresses with one port.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct Targets {
     pub(crate) first: IpAddr,
@@ -42,7 +42,7 @@ pub(crate) struct Targets {
 }
 
 impl Targets {
-    /// So many, taken at random.
+    /// Returns `count` random destinations.
     fn take(self, count: u32, seed: u64) -> Vec<SockaddrStorage> {
         let mut random = Random::new(seed);
         let one = |_| {
@@ -57,40 +57,41 @@ impl Targets {
     }
 }
 
-/// What to do.
+/// Task of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Task {
-    /// Sockets that ask to connect and are told that there is no route, after the programs at the hook have run: all
-    /// that these cost, and no packet.
+    /// Sockets that call `connect()` and receive the error that there is no route, after the programs at the hook have run.
+    /// This costs the programs' time and sends no packet.
     Ask,
-    /// Real connections, one after the other: connected, accepted, closed.
+    /// Real connections, one after the other, which are accepted and closed.
     Connect,
-    /// One connection, the name of whose peer is asked for again and again.
+    /// One connection with repeated calls of `getpeername`.
     Peer,
-    /// Unconnected sockets that send a datagram each, and are told that there is no route. They stay open.
+    /// Unconnected sockets that send a datagram each, and receive the error that there is no route. They stay open.
     FirstSend,
-    /// The same sockets send one more, each to the same destination.
+    /// One more datagram of the sockets of [`Task::FirstSend`], each to its first destination.
     NextSend,
-    /// They are closed.
+    /// Closing of the sockets of [`Task::FirstSend`].
     Close,
-    /// Datagrams that are sent, answered, and received.
+    /// Requests and replies by datagrams.
     Exchange(Manner),
 }
 
-/// How datagrams are exchanged.
+/// Sockets that exchange datagrams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) struct Manner {
-    /// By sockets that are connected.
+    /// True for connected sockets.
     pub(crate) connected: bool,
-    /// By a new socket each, that is closed after it; else all by one, with the first destination.
+    /// True for a new socket per exchange, which is closed after it; otherwise one socket exchanges all datagrams with the
+    /// first destination.
     pub(crate) fresh: bool,
 }
 
-/// What to do, how often, with which destinations.
+/// An order: a task, its destinations and its repetitions.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct Order {
     pub(crate) task: Task,
-    /// What kind of sockets [`Task::Ask`] opens.
+    /// True if [`Task::Ask`] opens UDP sockets, false for TCP.
     pub(crate) udp: bool,
     pub(crate) targets: Targets,
     pub(crate) count: u32,
@@ -98,7 +99,7 @@ pub(crate) struct Order {
 }
 
 impl Order {
-    /// How many backends it makes the programs choose, where destinations are those of Services.
+    /// Returns the number of backends that the programs select for it, if the destinations are those of Services.
     pub(crate) fn choices(&self) -> u32 {
         match self.task {
             Task::Ask | Task::Connect | Task::FirstSend | Task::Exchange(Manner { fresh: true, .. }) => self.count,
@@ -108,16 +109,16 @@ impl Order {
     }
 }
 
-/// What came of it.
+/// Result of an order.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Done {
     /// Nanoseconds of each `connect()` of [`Task::Connect`].
     pub(crate) times: Vec<u32>,
-    /// All of the task.
+    /// Seconds of the whole task.
     pub(crate) seconds: f64,
 }
 
-/// A worker as its master sees it.
+/// Handle of a worker process.
 pub(crate) struct Worker {
     process: Process,
     orders: ChildStdin,
@@ -134,23 +135,23 @@ impl Worker {
         Ok(Self { process, orders })
     }
 
-    /// Has something done, and waits for it.
+    /// Sends an order to the worker and waits for the result.
     pub(crate) fn order(&mut self, order: &Order) -> Result<Done> {
         let line = serde_json::to_string(order).context("writing JSON")?;
         writeln!(self.orders, "{line}").context("writing to a worker")?;
         let answer = self.process.line(PATIENCE)?;
-        serde_json::from_str(&answer).with_context(|| format!("a worker said {answer:?}"))
+        serde_json::from_str(&answer).with_context(|| format!("the worker sent an unexpected line: {answer:?}"))
     }
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// The cgroup that it was started in
+    /// Cgroup that the worker was started in
     #[arg(long)]
     cgroup: PathBuf,
 }
 
-/// A worker as itself: until its master has no more to say.
+/// Runs the worker process until its standard input ends.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     stay_on_one_processor()?;
     let mut sockets = Sockets {
@@ -173,8 +174,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The last one that this process may use: the same for all workers. Elsewhere each would have the records of sockets
-/// that its own processor handed out cookies for, in the caches of that processor.
+/// Pins this process to the last processor that it may use, which is one for all workers. On different processors, each worker
+/// would have the socket records with cookies from its own processor in the caches of that processor.
 pub(crate) fn stay_on_one_processor() -> Result<()> {
     let this = Pid::from_raw(0);
     let allowed = sched_getaffinity(this).context("sched_getaffinity")?;
@@ -187,8 +188,8 @@ pub(crate) fn stay_on_one_processor() -> Result<()> {
     sched_setaffinity(this, &only).context("sched_setaffinity")
 }
 
-/// Opens sockets that the programs at this cgroup do not see: a socket belongs to the cgroup of the process that opened
-/// it, at that time.
+/// Opens sockets outside this worker's cgroup, so that its programs do not run for them: a socket belongs to the cgroup that
+/// its process was in when it opened the socket.
 fn elsewhere<T>(cgroup: &Path, open: impl FnOnce() -> Result<T>) -> Result<T> {
     let enter = |cgroup: &Path| {
         let path = cgroup.join("cgroup.procs");
@@ -204,7 +205,7 @@ fn elsewhere<T>(cgroup: &Path, open: impl FnOnce() -> Result<T>) -> Result<T> {
 struct Sockets {
     listener: TcpListener,
     echo: Echo,
-    /// Those of [`Task::FirstSend`].
+    /// Sockets of [`Task::FirstSend`].
     kept: Vec<OwnedFd>,
 }
 
@@ -240,11 +241,11 @@ impl Sockets {
         let result = connect(client.as_raw_fd(), target);
         let time = monotonic_ns() - start;
         result.with_context(|| format!("connecting to {target}"))?;
-        // Without the peer's name: a program would be asked for it.
+        // accept4 must not return the peer's name, because that would run a program.
         let server = accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).context("accepting")?;
         Ok(Connection {
             client,
-            // SAFETY: it was just opened, and nobody else knows of it.
+            // SAFETY: the descriptor was just returned by accept4 and has no other owner.
             _server: unsafe { OwnedFd::from_raw_fd(server) },
             time: time.try_into().unwrap_or(u32::MAX),
         })
@@ -260,7 +261,7 @@ impl Sockets {
         Ok(())
     }
 
-    /// A datagram from each of the sockets that stay open.
+    /// Sends a datagram from each of the open sockets.
     fn send(&self, targets: &[SockaddrStorage]) -> Result<()> {
         ensure!(self.kept.len() == targets.len(), "{} sockets are open", self.kept.len());
         for (socket, target) in self.kept.iter().zip(targets) {
@@ -286,15 +287,15 @@ impl Sockets {
                 None => open.insert(client(&to, manner.connected)?),
             };
             let tries = (0..TRIES).find_map(|_| self.question(client, &to, manner.connected).transpose());
-            let from = tries.with_context(|| format!("no answer from {to}"))??;
-            ensure!(from == to, "asked {to}, the answer is from {from}");
+            let from = tries.with_context(|| format!("no reply from {to}"))??;
+            ensure!(from == to, "sent a request to {to}, and the reply is from {from}");
         }
         Ok(())
     }
 
-    /// Asks, answers, and tells who it was that answered; `None` where a datagram was lost on the way. That happens on
-    /// loopback too: once in millions of times the kernel does not find the socket, since sockets of whatever namespace
-    /// come and go in the same hash table meanwhile.
+    /// Sends a request, replies to it, and returns the address that the reply came from; `None` if a datagram was lost. That
+    /// happens on loopback too: once in millions of times the kernel does not find the socket, because sockets of all
+    /// namespaces are inserted into and removed from one hash table concurrently.
     fn question(&self, client: &OwnedFd, to: &SockaddrStorage, connected: bool) -> Result<Option<SockaddrStorage>> {
         let client = client.as_raw_fd();
         let sent = if connected {
@@ -308,16 +309,16 @@ impl Sockets {
             .and_then(|()| recvfrom::<SockaddrStorage>(client, &mut buffer));
         match answer {
             Ok((length, from)) => {
-                ensure!(length == QUESTION.len(), "{to} answered {length} bytes");
+                ensure!(length == QUESTION.len(), "{to} replied with {length} bytes");
                 Ok(from)
             }
             Err(Errno::EAGAIN | Errno::ECONNREFUSED) => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("asking {to}")),
+            Err(error) => Err(error).with_context(|| format!("exchanging a datagram with {to}")),
         }
     }
 }
 
-/// As long as a small question to a name server.
+/// Payload of a request, as long as a short DNS query.
 const QUESTION: &[u8] = &[b'q'; 32];
 
 /// The server behind every address of a backend, of both families.
@@ -331,7 +332,7 @@ impl Echo {
         Ok(Self(socket))
     }
 
-    /// Answers the next datagram, from the address that it was sent to.
+    /// Replies to the next datagram, from the address that it was sent to.
     fn answer(&self) -> nix::Result<()> {
         let fd = self.0.as_raw_fd();
         let mut buffer = [0; 2 * QUESTION.len()];
@@ -343,7 +344,7 @@ impl Echo {
             _ => None,
         });
         let (from, length) = (received.address, received.bytes);
-        // By whichever interface leads there.
+        // Index zero: the kernel selects the interface.
         let info = libc::in6_pktinfo {
             ipi6_ifindex: 0,
             ..info.ok_or(Errno::ENOMSG)?
@@ -362,13 +363,13 @@ fn udp(target: &SockaddrStorage) -> Result<OwnedFd> {
     open(target, SockType::Datagram)
 }
 
-/// A socket of the family of `target`.
+/// Returns a socket of the family of `target`.
 fn open(target: &SockaddrStorage, kind: SockType) -> Result<OwnedFd> {
     let family = target.family().unwrap_or(AddressFamily::Inet);
     socket(family, kind, SockFlag::SOCK_CLOEXEC, None).context("opening a socket")
 }
 
-/// A socket that asks for datagrams of `target`.
+/// Returns a socket for requests to `target`.
 fn client(target: &SockaddrStorage, connected: bool) -> Result<OwnedFd> {
     let client = udp(target)?;
     setsockopt(&client, ReceiveTimeout, &TimeVal::new(LOST, 0)).context("SO_RCVTIMEO")?;
@@ -390,11 +391,10 @@ fn ask(targets: &[SockaddrStorage], udp: bool) -> Result<()> {
     Ok(())
 }
 
-/// A connection. The fields are closed in this order: the client resets the connection, and no port is left waiting for
-/// packets that may be late.
+/// A connection. Its fields are closed in their order: the client resets the connection, so that no port stays in TIME_WAIT.
 struct Connection {
     client: OwnedFd,
     _server: OwnedFd,
-    /// How long `connect()` took, in nanoseconds.
+    /// Nanoseconds of `connect()`.
     time: u32,
 }

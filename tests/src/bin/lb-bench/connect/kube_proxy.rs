@@ -1,7 +1,7 @@
-//! The rules of kube-proxy for the benchmark's Services, laid out as version 1.36 does it (`pkg/proxy/nftables/proxier.go`,
+//! The rules of kube-proxy for the benchmark's Services, in the layout of version 1.36 (`pkg/proxy/nftables/proxier.go`,
 //! `pkg/proxy/iptables/proxier.go`): base chains, dispatch, one chain for each Service, and with iptables one for each
-//! endpoint. What other kinds of Service would add is left out, and comments where they cost nothing. Nothing here
-//! writes a rule outside a namespace of the test bed.
+//! endpoint. Rules for other kinds of Service are left out, as are comments if they cost nothing. All rules are written in
+//! namespaces of the test bed.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -15,7 +15,7 @@ use which::which;
 
 use crate::objects::{self, BACKEND_PORT, Family, SERVICE_PORT, Services};
 
-/// The pods' networks in the test bed: other sources are masqueraded.
+/// The pods' networks in the test bed; packets from other sources are masqueraded.
 fn cluster_cidr(family: Family) -> &'static str {
     match family {
         Family::Ipv4 => "10.10.0.0/16",
@@ -25,32 +25,32 @@ fn cluster_cidr(family: Family) -> &'static str {
 
 /// kube-proxy's mark for packets to be masqueraded.
 const MARK: &str = "0x4000";
-/// From so many endpoints on, iptables mode writes fewer comments.
+/// Number of endpoints from which on iptables mode writes fewer comments.
 const LARGE_CLUSTER: u32 = 1000;
-/// The most that loading rules may take.
+/// Time limit for loading rules.
 const LOADING: Duration = Duration::from_secs(300);
 
-/// A Service on a node port, besides the benchmark's others, with one backend and the policy Cluster.
+/// A Service on a node port, in addition to the benchmark's others, with one backend and the policy Cluster.
 #[derive(Debug, Clone)]
 pub(crate) struct NodePort {
     /// `namespace/name`.
     pub(crate) name: String,
-    /// Its cluster IP.
+    /// Cluster IP.
     pub(crate) vip: IpAddr,
     /// The address of the node.
     pub(crate) node: IpAddr,
     pub(crate) port: u16,
     pub(crate) backend: IpAddr,
-    /// The backend is on the node.
+    /// True if the backend is on the node.
     pub(crate) is_local: bool,
 }
 
-/// The numbers of a Service's backends.
+/// Returns the numbers of a Service's backends.
 fn backends(services: Services, service: u32) -> impl Iterator<Item = u32> {
     (0..services.endpoints).map(move |i| service * services.endpoints + i)
 }
 
-/// Loads the rules of nftables mode; how long that took.
+/// Loads the rules of nftables mode; returns the time that it took.
 pub(crate) fn load_nftables(
     netns: &Netns,
     services: Services,
@@ -61,10 +61,10 @@ pub(crate) fn load_nftables(
     load(netns, "nft", &["-f"], &text, &scratch.join("rules.nft"))
 }
 
-/// Loads the rules of iptables mode; how long that took, and by which program.
+/// Loads the rules of iptables mode; returns the time that it took and the name of the program.
 ///
-/// iptables-legacy, where there is one: it takes seconds where iptables-nft takes minutes, and the kernel gets through
-/// its rules faster, so the comparison errs in kube-proxy's favour.
+/// It prefers iptables-legacy if that is installed: iptables-legacy takes seconds and iptables-nft minutes, and the kernel
+/// evaluates its rules faster, so the comparison errs in kube-proxy's favor.
 pub(crate) fn load_iptables(
     netns: &Netns,
     services: Services,
@@ -78,7 +78,7 @@ pub(crate) fn load_iptables(
     let program = programs
         .into_iter()
         .find(|program| which(program).is_ok())
-        .with_context(|| format!("no {}: install iptables", programs[1]))?;
+        .with_context(|| format!("{} is missing: install iptables", programs[1]))?;
     let text = iptables(services, node_ports)?;
     let time = load(netns, program, &["--noflush"], &text, &scratch.join("rules.iptables"))?;
     Ok((time, program))
@@ -112,7 +112,7 @@ fn nftables(services: Services, node_ports: &[NodePort]) -> Result<String> {
             services.endpoints,
             members.join(", "),
         )?;
-        // Only endpoints on the node itself are in this set: one of each Service, say.
+        // The set contains only endpoints on the node itself: one of each Service is assumed.
         if let Some(local) = backends(services, service).next() {
             let local = services.backend(local);
             writeln!(
@@ -157,7 +157,7 @@ fn nftables(services: Services, node_ports: &[NodePort]) -> Result<String> {
     })
 }
 
-/// All but what Services bring.
+/// Part of the nftables rules that does not depend on Services.
 const NFTABLES: &str = "\
 add table ip kube-proxy
 add set ip kube-proxy cluster-ips { type ipv4_addr ; }
@@ -285,7 +285,7 @@ fn iptables(services: Services, node_ports: &[NodePort]) -> Result<String> {
         .replace("SERVICE_RULES\n", &rules))
 }
 
-/// All but what Services bring, and where that goes.
+/// Part of the iptables rules that does not depend on Services, with placeholders for the part that does.
 const IPTABLES: &str = "\
 *filter
 :KUBE-NODEPORTS - [0:0]
@@ -328,7 +328,7 @@ SERVICE_RULES
 COMMIT
 ";
 
-/// Of IPv4 only.
+/// Part of the rules that only IPv4 has.
 const LOCALNET: &str = "\
 -A KUBE-FIREWALL -m comment --comment \"block incoming localnet connections\" -d 127.0.0.0/8 ! -s 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP
 ";

@@ -1,4 +1,4 @@
-//! How long `connect()` takes: every way in turn, in short rounds.
+//! Latency of `connect()` on every way, in short rounds that alternate between them.
 
 use anyhow::Result;
 use lb_tests::Random;
@@ -12,19 +12,19 @@ use crate::worker::Task;
 /// Connections on one way in one round.
 const CONNECTIONS: u32 = 100;
 
-/// How long connections take on one way.
+/// Latencies of connections on one way.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Latency {
     pub(crate) way: Way,
     #[serde(flatten)]
     pub(crate) scenario: Scenario,
-    /// Microseconds of `connect()`: median.
+    /// Microseconds of `connect()`, median.
     pub(crate) p50: f64,
-    /// The same: 99th percentile.
+    /// Microseconds of `connect()`, 99th percentile.
     pub(crate) p99: f64,
-    /// Connections that one thread makes, accepts and closes in a second, median of the rounds.
+    /// Connections per second that one thread makes, accepts and closes, median of the rounds.
     pub(crate) rate: f64,
-    /// Microseconds that the median of a round is above that of [`Way::Direct`] in the same round.
+    /// Difference in microseconds between the median of a round and that of [`Way::Direct`] in the same round.
     pub(crate) above_direct: Quartiles,
 }
 
@@ -37,14 +37,14 @@ struct Rounds {
     rates: Vec<f64>,
 }
 
-/// All ways at one size. Backends must be up.
+/// Measures all ways at one number of Services. Backends must be up.
 pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Latency>> {
     let mut workers = bed.way_workers()?;
     let mut random = Random::new(bed.services.number.into());
     let mut all = Vec::new();
     for scenario in Scenario::all(bed.services) {
         let mut ways: Vec<_> = workers.iter().map(|_| Rounds::default()).collect();
-        // The first round is not counted.
+        // The first round warms up and is not counted.
         for round in 0..=rounds {
             for at in shuffled(workers.len(), &mut random) {
                 let (way, worker) = &mut workers[at];
@@ -86,7 +86,7 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
     Ok(all)
 }
 
-/// How often [`measure`] ticks.
+/// Returns the number of calls of `tick` by [`measure`].
 pub(crate) fn ticks(bed: &Bed, rounds: u32) -> u64 {
     Scenario::all(bed.services).len() as u64 * (u64::from(rounds) + 1)
 }

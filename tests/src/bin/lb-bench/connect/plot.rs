@@ -14,7 +14,7 @@ use crate::programs::Hook;
 use crate::scenario::Scenario;
 
 const SIZE: (u32, u32) = (900, 480);
-/// The colour of a line: that of the same maker or way in both plots.
+/// Color of a line; a maker or way has one color in both plots.
 fn colour(name: &str) -> RGBColor {
     match name {
         LB => RGBColor(0xd6, 0x27, 0x28),
@@ -29,14 +29,13 @@ fn colour(name: &str) -> RGBColor {
 const LB: &str = "lb";
 const C: &str = "C";
 
-/// A line: its name, and what was measured at each number of Services.
+/// A line: its name, and the measured value for each number of Services.
 struct Line {
     name: String,
     points: Vec<(u32, f64)>,
 }
 
-/// Draws `connect-latency.svg` and `connect-cost.svg`: IPv4 connections to Services at random, the same Service where there
-/// is but one.
+/// Draws `connect-latency.svg` and `connect-cost.svg`: IPv4 connections to random Services, or to the only Service.
 pub(crate) fn draw(report: &Report, folder: &Path) -> Result<()> {
     let shown = |scenario: &Scenario| {
         scenario.is_hit() && scenario.family == Family::Ipv4 && (!scenario.is_hot() || scenario.services == 1)
@@ -83,7 +82,7 @@ fn add(lines: &mut Vec<Line>, name: &str, services: u32, value: f64) {
     }
 }
 
-/// Both axes are logarithmic.
+/// Draws one plot with two logarithmic axes.
 fn chart(path: &Path, title: &str, unit: &str, lines: &[Line]) -> Result<()> {
     let failed = |error: &dyn Display| anyhow!("drawing {}: {error}", path.display());
     let points = || lines.iter().flat_map(|line| &line.points);
@@ -132,7 +131,7 @@ fn chart(path: &Path, title: &str, unit: &str, lines: &[Line]) -> Result<()> {
     area.present().map_err(|e| failed(&e))
 }
 
-/// A range around positive values, with some room.
+/// Returns a range around positive values, with some room.
 fn bounds(values: impl Iterator<Item = f64>) -> Range<f64> {
     let (low, high) = values.fold((f64::MAX, f64::MIN_POSITIVE), |(low, high), v| {
         (low.min(v), high.max(v))

@@ -1,4 +1,4 @@
-//! Services and EndpointSlices, made in the API as a controller makes them.
+//! Services and EndpointSlices, created in the API as a controller does.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -18,14 +18,14 @@ use tokio::task::JoinSet;
 const NAMESPACE: &str = "bench";
 const PROBE: &str = "probe";
 const PORT: u16 = 80;
-/// The first address of endpoints that nobody answers at.
+/// First address of the endpoints without a server.
 const FIRST: u32 = Ipv4Addr::new(12, 0, 0, 0).to_bits();
-/// Requests at once.
+/// Requests in parallel.
 const AT_ONCE: usize = 8;
-/// Services in one go: it must not take as long as one request may.
+/// Services in one group; creating a group must take less time than the limit of one request.
 const GO: u32 = 250;
 
-/// Makes Services with so many endpoints each.
+/// Creates Services with `endpoints` endpoints each.
 pub(crate) fn create(control_plane: &ControlPlane, services: u32, endpoints: u32) -> Result<()> {
     let namespace = json!({"metadata": {"name": NAMESPACE}});
     control_plane.objects().create_global::<Namespace>(namespace)?;
@@ -36,7 +36,7 @@ pub(crate) fn create(control_plane: &ControlPlane, services: u32, endpoints: u32
             for number in numbers {
                 let (client, places) = (client.clone(), Arc::clone(&places));
                 tasks.spawn(async move {
-                    let _place = places.acquire().await.context("nobody closes it")?;
+                    let _place = places.acquire().await.context("the semaphore is never closed")?;
                     let name = format!("service-{number}");
                     let first = FIRST + number * endpoints;
                     let addresses: Vec<_> = (first..first + endpoints).map(Ipv4Addr::from_bits).collect();
@@ -67,7 +67,7 @@ where
     Ok(())
 }
 
-/// Without a selector: its endpoints are what we say.
+/// Returns a Service without a selector, so that no controller manages its endpoints.
 fn service(name: &str) -> Value {
     json!({
         "metadata": {"name": name},
@@ -92,7 +92,7 @@ fn endpoints(addresses: &[Ipv4Addr]) -> Value {
         .collect()
 }
 
-/// The Service whose endpoint changes.
+/// The Service with the endpoint that changes.
 #[derive(Debug)]
 pub(crate) struct Probe {
     address: SocketAddr,
@@ -112,12 +112,12 @@ impl Probe {
         })
     }
 
-    /// Where it is reached.
+    /// Cluster IP and port.
     pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Makes `backend` its only endpoint; returns when the API server has answered.
+    /// Makes `backend` its only endpoint; returns after the API server's reply.
     pub(crate) fn point_to(&self, control_plane: &ControlPlane, backend: &Pod) -> Result<()> {
         let change = json!({"endpoints": endpoints(&[backend.address()])});
         let objects = control_plane.objects();

@@ -1,4 +1,4 @@
-//! A Service proxy as a process on the node.
+//! A Service proxy, lb or kube-proxy, as a process on the node.
 
 use std::env::current_exe;
 use std::fs::{self, OpenOptions};
@@ -16,14 +16,14 @@ use serde_json::json;
 use super::NODE;
 use crate::process;
 
-/// How long a process may take to end.
+/// Time limit for a process to end.
 const END: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Kind {
     Lb,
-    /// In nftables mode, with its defaults.
+    /// kube-proxy in nftables mode, with its defaults.
     KubeProxy,
 }
 
@@ -43,7 +43,7 @@ impl Kind {
     }
 }
 
-/// One that runs. Dropping it kills it.
+/// A running proxy. Dropping it kills the process.
 pub(crate) struct Proxy {
     kind: Kind,
     process: Process,
@@ -65,7 +65,7 @@ impl Proxy {
         let mut command = node.command(&program)?;
         match kind {
             Kind::Lb => {
-                // Service ports with room to spare, and what goes with them.
+                // Capacities for the Service ports with some room, and for the maps that depend on their number.
                 let ports = 2 * services;
                 command
                     .arg("run")
@@ -115,7 +115,7 @@ impl Proxy {
         })
     }
 
-    /// Waits until /healthz says 200.
+    /// Waits until /healthz returns 200.
     pub(crate) fn wait_healthy(&mut self, scaled_timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + scaled_timeout;
         let arguments = [
@@ -138,7 +138,7 @@ impl Proxy {
         Ok(())
     }
 
-    /// Resident memory without mapped maps, and the most that ever was.
+    /// Returns the resident memory without mapped maps, and the peak resident memory.
     pub(crate) fn memory(&self) -> Result<(u64, u64)> {
         let pid = self.process.id();
         let resident = process::status_bytes_of(pid, "VmRSS")?;
@@ -146,7 +146,7 @@ impl Proxy {
         Ok((resident.saturating_sub(mapped), process::status_bytes_of(pid, "VmHWM")?))
     }
 
-    /// Ends it, and removes what it leaves.
+    /// Ends the proxy, and removes its programs, maps or rules.
     pub(crate) fn end(self) -> Result<()> {
         self.process.stop(END)?;
         let program = self.program.to_str().context("a path is not UTF-8")?;

@@ -1,4 +1,4 @@
-//! A client that tells when a Service's answer changes.
+//! A client that reports when another backend of a Service answers.
 
 use std::io::{self, BufRead as _, BufReader, Write as _, stdout};
 use std::net::{SocketAddr, TcpStream};
@@ -11,19 +11,19 @@ use lb_tests::monotonic_ns;
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::Linger;
 
-/// Between two connections: how finely a change is seen.
+/// Time between two connections, which is the resolution of the time of a change.
 const PAUSE: Duration = Duration::from_millis(1);
-/// How long a connection may take.
+/// Time limit of a connection.
 const PATIENCE: Duration = Duration::from_millis(100);
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Where to connect
+    /// Address to connect to
     #[arg(long)]
     to: SocketAddr,
 }
 
-/// Connects until it is killed; writes a line `START NAME` when another backend than before, or none, has answered.
+/// Connects until it is killed. Writes a line `START NAME` when another backend than before has answered, or none.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let mut last = String::new();
     loop {
@@ -37,11 +37,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
 }
 
-/// The name of the backend that answers.
+/// Returns the name of the backend that answers.
 fn ask(to: SocketAddr) -> io::Result<String> {
     let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
-    // Reset in place of closed: no port waits for a minute.
+    // The connection is reset, not closed, so that its port is not in TIME_WAIT for a minute.
     let at_once = libc::linger {
         l_onoff: 1,
         l_linger: 0,

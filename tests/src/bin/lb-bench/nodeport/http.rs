@@ -1,4 +1,5 @@
-//! A client that asks over some connections at once, and a server: one process each, told what to do line by line.
+//! An HTTP client with several connections in parallel, and a server. Each is a process; the client receives an order per
+//! line.
 
 use std::cell::RefCell;
 use std::env::current_exe;
@@ -25,36 +26,36 @@ use tokio::time::timeout;
 use crate::objects::BACKEND_PORT;
 use crate::worker::stay_on_one_processor;
 
-/// Connections at once.
+/// Connections in parallel.
 const CONNECTIONS: usize = 16;
 
-/// The most that a turn may take.
+/// Time limit of one order.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The same of one request.
+/// Time limit of one request.
 const SILENCE: Duration = Duration::from_secs(10);
-/// How long a server may take to start.
+/// Time limit for the start of a server.
 const START: Duration = Duration::from_secs(20);
 
 const ANSWER: &str = "hello\n";
 
-/// What to ask, and how often.
+/// An order: the requests that the client makes.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct Order {
     pub(crate) to: SocketAddr,
     pub(crate) requests: u32,
-    /// A new connection for each; else they are opened before.
+    /// True for a new connection per request; otherwise connections are opened before the measurement.
     pub(crate) fresh: bool,
 }
 
-/// What came of it.
+/// Result of an order.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Done {
-    /// Nanoseconds of each request, with its connection where that is new.
+    /// Nanoseconds of each request, including its connection if that is new.
     pub(crate) times: Vec<u32>,
     pub(crate) seconds: f64,
 }
 
-/// The client as its master sees it.
+/// Handle of a client process.
 pub(crate) struct Client {
     process: Process,
     orders: ChildStdin,
@@ -68,22 +69,22 @@ impl Client {
         Ok(Self { process, orders })
     }
 
-    /// Has it ask, and waits.
+    /// Sends an order to the client and waits for the result.
     pub(crate) fn order(&mut self, order: &Order) -> Result<Done> {
         let line = serde_json::to_string(order).context("writing JSON")?;
         writeln!(self.orders, "{line}").context("writing to a client")?;
         let answer = self.process.line(PATIENCE)?;
-        serde_json::from_str(&answer).with_context(|| format!("a client said {answer:?}"))
+        serde_json::from_str(&answer).with_context(|| format!("the client sent an unexpected line: {answer:?}"))
     }
 }
 
-/// Starts a server on all addresses of a place.
+/// Starts a server on all addresses of a namespace.
 pub(crate) fn serve(netns: &Netns) -> Result<Process> {
     let mut command = netns.command(current_exe().context("finding this program")?)?;
     Process::spawn_ready(command.arg("http-server"), START)
 }
 
-/// The server itself: until it is killed.
+/// Runs the server process until it is killed.
 #[tokio::main(flavor = "current_thread")]
 pub(crate) async fn run_server() -> Result<ExitCode> {
     stay_on_one_processor()?;
@@ -99,7 +100,7 @@ pub(crate) async fn run_server() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The client itself: until its master has no more to say.
+/// Runs the client process until its standard input ends.
 pub(crate) fn run_client() -> Result<ExitCode> {
     stay_on_one_processor()?;
     for line in stdin().lines() {
@@ -111,7 +112,7 @@ pub(crate) fn run_client() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Asks. Connections that stay have been used before time is taken, and end with this.
+/// Carries out an order. Kept connections have made a request before the time is taken, and are closed at the end.
 #[tokio::main(flavor = "current_thread")]
 async fn carry_out(order: Order) -> Result<Done> {
     let kept = RefCell::new(Vec::new());
@@ -151,14 +152,14 @@ async fn in_time<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     done.with_context(|| format!("no answer within {SILENCE:?}"))?
 }
 
-/// Connects. Nothing comes or goes unless the connection is polled.
+/// Connects. The returned connection makes progress only while it is polled.
 async fn open(to: SocketAddr) -> Result<(SendRequest<Body>, Connection<TokioIo<TcpStream>, Body>)> {
     let stream = TcpStream::connect(to).await.context("connecting")?;
     stream.set_nodelay(true).context("TCP_NODELAY")?;
     handshake(TokioIo::new(stream)).await.context("beginning to ask")
 }
 
-/// Asks, and compares the answer.
+/// Makes a request and checks the response.
 async fn ask(sender: &mut SendRequest<Body>, connection: &'static str) -> Result<()> {
     let request = Request::get("/")
         .header(header::HOST, "bench")
@@ -174,12 +175,13 @@ async fn ask(sender: &mut SendRequest<Body>, connection: &'static str) -> Result
     Ok(())
 }
 
-/// Asks over a connection of its own, and waits until the server has ended it: the port of who ends it is not free.
+/// Makes a request over a new connection, and waits until the server has closed it: the side that closes first keeps its port
+/// in TIME_WAIT.
 async fn ask_once(to: SocketAddr) -> Result<()> {
     let (mut sender, connection) = open(to).await?;
     let rest = async { connection.without_shutdown().await.context("asking") };
     let ((), rest) = tokio::try_join!(ask(&mut sender, "close"), rest)?;
     let length = rest.io.into_inner().read(&mut [0]).await.context("reading")?;
-    ensure!(length == 0, "there is more than the answer");
+    ensure!(length == 0, "the server sent data after its response");
     Ok(())
 }

@@ -1,10 +1,10 @@
-//! What a packet costs: lb's tc programs and those in C, run by the kernel on packets that nobody has sent
-//! (`BPF_PROG_TEST_RUN`), in many short rounds in turn.
+//! Cost of a packet in lb's tc programs and in those in C. The kernel runs them on prepared packets (`BPF_PROG_TEST_RUN`),
+//! in many short rounds that alternate between the programs.
 //!
-//! The kernel makes one packet for all runs of a call, so a run finds what the one before it has made of it. A small
-//! program therefore writes the headers anew and goes over to the one that is measured; what that costs is measured with a
-//! program that does nothing, and taken off. Of packets that begin flows each has another source port, and what they
-//! leave in CT_NEW is removed after each round.
+//! The kernel creates one packet for all runs of a call, so each run finds the packet that the previous run has changed. A
+//! small program therefore rewrites the headers and tail-calls the measured program. Its own cost is measured with an empty
+//! program and subtracted. Each packet that begins a flow has another source port, and the entries of these flows in CT_NEW
+//! are removed after each round.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Formatter};
@@ -35,19 +35,19 @@ use crate::programs::{Maker, Rounds};
 use crate::scenario::shuffled;
 use crate::worker::stay_on_one_processor;
 
-/// The source of the programs that lb's are compared with.
+/// Source of the C programs that lb's are compared with.
 pub(crate) const SOURCE: &str = include_str!("../../../../bench/packets.bpf.c");
 
-/// Packets of one program in one round.
+/// Packets for one program in one round.
 const PACKETS: u32 = 1000;
-/// The same of those that begin flows.
+/// Packets that begin flows for one program in one round.
 const FLOWS: u32 = 250;
-/// Rounds between loadings of the programs; see [`crate::cost`].
+/// Rounds after which the programs are loaded again; see [`crate::cost`].
 const RELOAD: u32 = 5;
-/// What a packet carries besides its headers.
+/// Payload of a packet.
 const PAYLOAD: [u8; 32] = [b'q'; 32];
 
-/// Source port of the flows that are answered; those that begin have ports above it.
+/// Source port of the established flows; new flows have ports above it.
 const OWN_PORT: u16 = 4000;
 
 /// Verdicts of tc programs.
@@ -60,10 +60,10 @@ const SK_BUFF: usize = 192;
 const HEADERS: usize = 88;
 const BYTES: usize = 14 + 40 + 20;
 
-/// The node ports: of a Service whose backend is on the node, and of one whose is on another.
+/// Node ports of a Service with its backend on the node, and of one with its backend on another node.
 const HERE: u16 = 30080;
 const THERE: u16 = 30081;
-/// The agent's default.
+/// The agent's default SNAT ports.
 const SNAT_PORTS: std::ops::RangeInclusive<u16> = 61000..=65535;
 
 /// The maps of lb that the C programs work on.
@@ -84,23 +84,25 @@ const SHARED: [&str; 14] = [
     map_name::CLUSTER_CIDRS,
 ];
 
-/// What a packet is.
+/// Kind of packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum What {
-    /// From the client to a backend on the node, in a flow that was answered.
+    /// From the client to a backend on the node, in an established flow.
     HereRequest,
-    /// The other way.
+    /// From a backend on the node to the client, in an established flow.
     HereAnswer,
-    /// The same with a backend on another node.
+    /// From the client to a backend on another node, in an established flow.
     ThereRequest,
+    /// From a backend on another node to the client, in an established flow.
     ThereAnswer,
-    /// The first of a flow.
+    /// The first packet of a flow to a backend on the node.
     HereNew,
+    /// The first packet of a flow to a backend on another node.
     ThereNew,
-    /// To an address that is no Service's: in the middle of a connection, or a datagram.
+    /// To an address that belongs to no Service: in the middle of a connection, or a datagram.
     Foreign,
-    /// The same, a SYN.
+    /// A SYN to an address that belongs to no Service.
     ForeignNew,
 }
 
@@ -141,7 +143,7 @@ impl What {
     }
 }
 
-/// Where a packet meets a program.
+/// Device hook of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Hook {
@@ -158,7 +160,7 @@ impl Hook {
     }
 }
 
-/// A packet, its family and its protocol.
+/// A measured case: a kind of packet, its family and its protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) struct Case {
     pub(crate) packet: What,
@@ -180,7 +182,7 @@ impl Case {
                 udp,
             })
         });
-        // A datagram to nobody's address is the same, first or not.
+        // For a datagram to an address of no Service, being the first one makes no difference.
         cases.filter(|case| !(case.udp && case.packet == What::ForeignNew))
     }
 
@@ -196,19 +198,19 @@ impl Display for Case {
     }
 }
 
-/// What the programs cost in one case.
+/// Costs of the programs in one case.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Cost {
     #[serde(flatten)]
     pub(crate) case: Case,
-    /// Nanoseconds per packet above the program that does nothing, median of the rounds.
+    /// Nanoseconds per packet in lb's program above the empty program, median of the rounds.
     pub(crate) lb: f64,
     pub(crate) c: f64,
-    /// What was taken off.
+    /// Nanoseconds of the empty program, which were subtracted.
     pub(crate) empty: f64,
-    /// lb / C of the same round.
+    /// Ratio lb / C in each round.
     pub(crate) ratio: Quartiles,
-    /// Between what the median of that is, with a confidence of 95 %.
+    /// 95 % confidence interval of the median ratio.
     pub(crate) interval: (f64, f64),
 }
 
@@ -240,7 +242,7 @@ impl Ends {
         }
     }
 
-    /// Those of a packet.
+    /// Parses the addresses and ports of a packet.
     fn of(bytes: &[u8]) -> Result<Self> {
         let packet = etherparse::SlicedPacket::from_ethernet(bytes).context("not a packet")?;
         let (from, to): (IpAddr, IpAddr) = match packet.net.context("no IP")? {
@@ -260,7 +262,7 @@ impl Ends {
     }
 }
 
-/// A kind of packet.
+/// Form of a packet on the wire.
 #[derive(Debug, Clone, Copy)]
 enum Kind {
     Syn,
@@ -288,12 +290,12 @@ fn bytes(kind: Kind, Ends { from, to }: Ends) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A case with its packet.
+/// A case with its packet and the expected result.
 struct Subject {
     case: Case,
     packet: Vec<u8>,
     verdict: i32,
-    /// What becomes of the packet, where that is always the same.
+    /// The translated packet, if it does not vary.
     becomes: Option<Vec<u8>>,
 }
 
@@ -302,7 +304,8 @@ impl Subject {
         if self.case.packet.begins_flow() { FLOWS } else { PACKETS }
     }
 
-    /// `struct headers`: with which source port the packets begin, and by how much each is above the one before.
+    /// Returns `struct headers` of the C programs: the headers, the source port of the first packet, and the step from one
+    /// packet's source port to the next.
     fn headers(&self, port: Option<u16>) -> Result<[u8; HEADERS]> {
         let (ip, transport) = match (self.case.family, self.case.udp) {
             (Family::Ipv4, false) => (20, 20),
@@ -324,7 +327,7 @@ impl Subject {
     }
 }
 
-/// The programs in C, and what they are given.
+/// The C programs and their maps.
 struct InC {
     programs: Ebpf,
     packets: Array<MapData, [u8; HEADERS]>,
@@ -356,10 +359,10 @@ fn classifier<'a>(programs: &'a Ebpf, name: &str) -> Result<&'a SchedClassifier>
     Ok(program.try_into()?)
 }
 
-/// A node whose maps this process fills, with the programs of both.
+/// A node with lb's programs and those in C; this process fills their maps.
 pub(crate) struct Bed {
     reconciler: Reconciler<BpfMaps>,
-    /// Loaded anew from time to time.
+    /// lb's programs, which are loaded again from time to time.
     lb: BpfMaps,
     c: InC,
     object: Vec<u8>,
@@ -372,7 +375,7 @@ pub(crate) struct Bed {
     cluster: Cluster,
 }
 
-/// What runs in the node's network namespace.
+/// The part of the bed that runs in the node's network namespace.
 struct Runner<'a> {
     lb: &'a Ebpf,
     c: &'a mut InC,
@@ -391,7 +394,7 @@ impl Runner<'_> {
         }
     }
 
-    /// Runs a program, so often; the last verdict, what became of the packet, and nanoseconds per run.
+    /// Runs a program `repeat` times; returns the last verdict, the resulting packet, and nanoseconds per run.
     fn run(&self, program: &SchedClassifier, packet: &[u8], repeat: u32) -> Result<(i32, Vec<u8>, f64)> {
         let mut out = vec![0; packet.len() + 256];
         let result = program.test_run(TestRunOptions {
@@ -405,13 +408,13 @@ impl Runner<'_> {
         Ok((result.return_value as i32, out, result.duration.as_nanos() as f64))
     }
 
-    /// One run of a packet that stands for itself.
+    /// Runs one packet that is not repeated.
     fn once(&self, maker: Maker, hook: Hook, packet: &[u8]) -> Result<(i32, Vec<u8>)> {
         let (verdict, out, _) = self.run(self.program(maker, hook)?, packet, 1)?;
         Ok((verdict, out))
     }
 
-    /// A case's packets through one maker's program; nanoseconds per packet.
+    /// Runs a case's packets through one maker's program; returns nanoseconds per packet.
     fn measure(&mut self, maker: Maker, subject: &Subject, random: &mut Random) -> Result<f64> {
         let Subject { case, packet, .. } = subject;
         let port = case
@@ -427,7 +430,10 @@ impl Runner<'_> {
             Maker::Empty => (UNSPEC, None),
             _ => (subject.verdict, subject.becomes.as_ref()),
         };
-        ensure!(verdict == expected, "{maker:?} says {verdict} to {case:?}");
+        ensure!(
+            verdict == expected,
+            "the program of {maker:?} returned {verdict} for {case:?}"
+        );
         ensure!(
             becomes.is_none_or(|becomes| *becomes == out),
             "{maker:?} makes {:?} of {case:?}, not {:?}",
@@ -445,7 +451,7 @@ impl Runner<'_> {
         Ok(time)
     }
 
-    /// Removes the flows that were not answered; how many entries they had.
+    /// Removes unreplied flows; returns the number of their entries.
     fn forget(&mut self) -> Result<usize> {
         let begun = self.flows.new.all()?;
         for (key, _) in &begun {
@@ -456,7 +462,7 @@ impl Runner<'_> {
 }
 
 impl Bed {
-    /// `object`: the C programs, compiled. `services`: how many others there are.
+    /// Creates the bed. `object` contains the compiled C programs, and `services` is the number of other Services.
     pub(crate) fn new(services: u32, object: Vec<u8>) -> Result<Self> {
         let cluster = Cluster::builder()
             .nodes(2)
@@ -517,7 +523,7 @@ impl Bed {
         changes.extend(service("there", 251, THERE, "n2", far));
         reconciler.apply(Batch::of(changes));
         ensure!(reconciler.problems().is_empty(), "{:?}", reconciler.problems().first());
-        know_neighbours(&cluster, &pod)?;
+        add_neighbors(&cluster, &pod)?;
         let c = InC::load(&object, lock.pins())?;
         Ok(Self {
             lb: loader::load(OBJECT, &lock, &capacities, SocketLb::All)?,
@@ -533,14 +539,14 @@ impl Bed {
         })
     }
 
-    /// Loads every program anew; see [`crate::bed::Bed::reload`].
+    /// Loads every program again; see [`crate::bed::Bed::reload`].
     fn reload(&mut self) -> Result<()> {
         self.lb = loader::load(OBJECT, &self.lock, &self.capacities, SocketLb::All)?;
         self.c = InC::load(&self.object, self.lock.pins())?;
         Ok(())
     }
 
-    /// Does something in the node's network namespace, on one processor.
+    /// Calls a function in the node's network namespace, on one processor.
     fn within<T: Send>(&mut self, work: impl FnOnce(&mut Runner<'_>) -> Result<T> + Send) -> Result<T> {
         let mut context = [0; SK_BUFF];
         context[IFINDEX..IFINDEX + 4].copy_from_slice(&self.outside.to_ne_bytes());
@@ -574,7 +580,7 @@ impl Bed {
         SocketAddr::new(ip, port)
     }
 
-    /// All cases, their flows made and answered.
+    /// Returns all cases after establishing their flows.
     pub(crate) fn subjects(&mut self) -> Result<Subjects> {
         let mut all = Vec::new();
         for case in Case::all() {
@@ -609,7 +615,7 @@ impl Bed {
                 let sent = match packet {
                     What::HereRequest | What::ThereRequest | What::HereAnswer | What::ThereAnswer => {
                         let back = begin(Maker::Lb)?;
-                        // The first answer of a flow, or one more.
+                        // The first reply of a flow, or a later one.
                         let answering = match packet {
                             What::HereRequest | What::HereAnswer => Hook::Egress,
                             _ => Hook::Ingress,
@@ -649,11 +655,11 @@ impl Bed {
             });
         }
         let begun = self.flows.new.all()?.len();
-        ensure!(begun == 0, "{begun} entries of flows that nobody has answered");
+        ensure!(begun == 0, "{begun} entries of unreplied flows");
         Ok(Subjects(all))
     }
 
-    /// All cases, so many rounds.
+    /// Measures all cases in `rounds` rounds.
     pub(crate) fn compare(
         &mut self,
         Subjects(subjects): &Subjects,
@@ -664,7 +670,7 @@ impl Bed {
         let mut found: Vec<_> = subjects.iter().map(|_| Rounds::default()).collect();
         let before = self.connections()?;
         let makers = [Maker::Lb, Maker::C, Maker::Empty];
-        // The first round is not counted.
+        // The first round warms up and is not counted.
         let mut round = 0;
         while round <= rounds {
             self.reload()?;
@@ -688,7 +694,10 @@ impl Bed {
         let new = subjects.iter().filter(|subject| subject.case.packet.begins_flow());
         let expected = new.map(|subject| u64::from(subject.packets())).sum::<u64>() * 2 * u64::from(rounds + 1);
         let counted = self.connections()? - before;
-        ensure!(counted == expected, "{counted} flows were begun instead of {expected}");
+        ensure!(
+            counted == expected,
+            "the programs counted {counted} new flows instead of {expected}"
+        );
         Ok(subjects
             .iter()
             .zip(found)
@@ -696,13 +705,13 @@ impl Bed {
             .collect())
     }
 
-    /// Flows that the programs counted so far, over all Services.
+    /// Returns the flows that the programs have counted, over all Services.
     fn connections(&self) -> Result<u64> {
         let maps = self.reconciler.maps().pinned();
         (0..self.capacities.services).try_fold(0, |sum, service| Ok(sum + maps.stats(service)?.connections))
     }
 
-    /// Removes it all.
+    /// Removes the bed.
     pub(crate) fn take_down(self) -> Result<()> {
         let Self {
             reconciler,
@@ -722,10 +731,10 @@ impl Bed {
     }
 }
 
-/// What is measured: see [`Bed::subjects`].
+/// The measured cases: see [`Bed::subjects`].
 pub(crate) struct Subjects(Vec<Subject>);
 
-/// Addresses of a pod that is not there: nobody is to answer.
+/// Addresses of a pod that does not exist, so that no host replies.
 fn far_pod(node: &Node) -> [IpAddr; 2] {
     let [a, b, c, _] = node.pod_network().octets();
     let mut v6 = node.pod_network6().segments();
@@ -733,8 +742,8 @@ fn far_pod(node: &Node) -> [IpAddr; 2] {
     [IpAddr::from([a, b, c, 9]), IpAddr::from(v6)]
 }
 
-/// The hardware addresses on the ways that packets go are known, as they are where there is traffic.
-fn know_neighbours(cluster: &Cluster, pod: &Pod) -> Result<()> {
+/// Adds the hardware addresses of the next hops as neighbor entries, which exist on a node with traffic.
+fn add_neighbors(cluster: &Cluster, pod: &Pod) -> Result<()> {
     let (client, other) = (cluster.client(), cluster.node("n2"));
     let addresses: [(IpAddr, &str); 6] = [
         (client.address().into(), "eth0"),
@@ -803,14 +812,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_c_source_has_every_program_and_map() {
+    fn c_source_has_every_program_and_map() {
         for program in ["c_ingress", "c_egress", "c_empty", "c_again"] {
             assert!(SOURCE.contains(&format!(" {program}(")), "{program}");
         }
     }
 
     #[test]
-    fn the_program_that_does_nothing_is_taken_off() {
+    fn empty_program_is_subtracted() {
         let mut rounds = Rounds::default();
         for (lb, c, empty) in [(130.0, 110.0, 10.0), (240.0, 220.0, 20.0), (70.0, 60.0, 10.0)] {
             rounds.add(Maker::Lb, lb);
@@ -824,7 +833,7 @@ mod tests {
     }
 
     #[test]
-    fn each_case_once() {
+    fn every_case_occurs_once() {
         assert_eq!(Case::all().count(), 8 * 4 - 2);
     }
 

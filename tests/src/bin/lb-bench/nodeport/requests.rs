@@ -1,7 +1,7 @@
-//! Requests of a client outside the cluster to a node port: directly, by lb, and by kube-proxy's rules, in turn.
+//! Requests of a client outside the cluster to a node port: directly, through lb, and through kube-proxy's rules, in turn.
 //!
-//! Each way has a node of its own with a pod on it; the pod on another node is the same for all. Client and servers share
-//! one processor: how many requests there are in a second is all that has to be done for one, and nothing else.
+//! Each way has a node of its own with a pod on it; all ways share the pod on another node. Client and servers share one
+//! processor, so the number of requests per second reflects the whole work for one request, and no waiting.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -19,14 +19,14 @@ use crate::numbers::{Quartiles, median, percentile};
 use crate::objects::{BACKEND_PORT, Family, Services};
 use crate::scenario::shuffled;
 
-/// Requests of one turn: each with a connection of its own, and over connections that stay.
+/// Requests of one turn: with a new connection each, and over kept connections.
 const FRESH: u32 = 100;
 const KEPT: u32 = 2000;
 
-/// The node ports: of a Service whose backend is on the node, and of one whose is on another.
+/// Node ports of a Service with its backend on the node, and of one with its backend on another node.
 const HERE: u16 = 30080;
 const THERE: u16 = 30081;
-/// Not the default: that many connections to one backend in so short a time need more ports.
+/// SNAT ports, more than the default, because the connections to one backend in a short time need them.
 const SNAT_PORTS: &str = "32768-65535";
 
 const WAYS: [Way; 5] = [
@@ -37,13 +37,13 @@ const WAYS: [Way; 5] = [
     Way::KubeProxyIptables,
 ];
 
-/// What is asked.
+/// Kind of request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) struct Question {
     pub(crate) family: Family,
-    /// A new connection for each request.
+    /// True for a new connection per request.
     pub(crate) fresh: bool,
-    /// The backend is on another node than the one that is asked.
+    /// True if the backend is on another node than the one that receives the request.
     pub(crate) elsewhere: bool,
 }
 
@@ -66,7 +66,7 @@ impl Question {
     }
 }
 
-/// How fast requests are answered on one way.
+/// Rate and latency of requests on one way.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Requests {
     pub(crate) way: Way,
@@ -74,12 +74,12 @@ pub(crate) struct Requests {
     pub(crate) question: Question,
     /// Requests per second, median of the rounds.
     pub(crate) rate: f64,
-    /// Microseconds of a request: median, 99th percentile.
+    /// Microseconds of a request, median (`p50`) and 99th percentile (`p99`).
     pub(crate) p50: f64,
     pub(crate) p99: f64,
-    /// The rate of a round, divided by that of [`Way::Direct`] in the same round.
+    /// Rate of a round divided by that of [`Way::Direct`] in the same round.
     pub(crate) of_direct: Quartiles,
-    /// That of [`Way::Lb`] in the same round, divided by it.
+    /// Rate of [`Way::Lb`] divided by that of this way in the same round.
     pub(crate) lb_to_this: Quartiles,
 }
 
@@ -90,18 +90,18 @@ struct Rounds {
     rates: Vec<f64>,
 }
 
-/// Nodes with servers, one of them lb's.
+/// Nodes with servers; lb runs on one of them.
 pub(crate) struct Bed {
     client: Client,
     _servers: Vec<Process>,
     agent: RunningAgent,
     pods: Vec<(Way, Pod)>,
     far: Pod,
-    /// Last, so that what is in it goes before it does.
+    /// Last field, so that the cluster is dropped after everything in it.
     cluster: Cluster,
 }
 
-/// Name of a way's node; the last node has the pod that is elsewhere.
+/// Returns the name of a way's node; the last node has the pod of `elsewhere`.
 fn node(way: Way) -> &'static str {
     match way {
         Way::Lb => "n1",
@@ -114,7 +114,7 @@ fn node(way: Way) -> &'static str {
 const FAR: &str = "n5";
 
 impl Bed {
-    /// `services`: how many others there are.
+    /// Creates the bed with `services` other Services.
     pub(crate) fn new(services: u32) -> Result<Self> {
         let cluster = Cluster::builder()
             .nodes(5)
@@ -163,7 +163,7 @@ impl Bed {
         })
     }
 
-    /// Where a question goes on one way.
+    /// Returns the destination of a request on one way.
     fn target(&self, way: Way, question: Question) -> Result<SocketAddr> {
         let direct = matches!(way, Way::Direct | Way::DirectAgain);
         if !direct {
@@ -180,13 +180,13 @@ impl Bed {
         Ok(SocketAddr::new(pod_address(question.family, pod), BACKEND_PORT))
     }
 
-    /// All questions, on all ways.
+    /// Measures all kinds of requests on all ways.
     pub(crate) fn measure(&mut self, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Requests>> {
         let mut random = Random::new(1);
         let mut all = Vec::new();
         for question in Question::all() {
             let mut ways = WAYS.map(|_| Rounds::default());
-            // The first round is not counted.
+            // The first round warms up and is not counted.
             for round in 0..=rounds {
                 for at in shuffled(WAYS.len(), &mut random) {
                     let order = Order {
@@ -230,7 +230,7 @@ impl Bed {
         Ok(all)
     }
 
-    /// lb had room for all.
+    /// Checks that lb dropped no packet for lack of room.
     fn has_served(&self) -> Result<()> {
         let status = self.agent.status()?;
         for reason in [
@@ -246,14 +246,14 @@ impl Bed {
         Ok(())
     }
 
-    /// Removes it all.
+    /// Removes the bed.
     pub(crate) fn take_down(mut self) -> Result<()> {
         self.agent.kill()?;
         self.agent.output(&["cleanup"]).map(drop)
     }
 }
 
-/// How often [`Bed::measure`] ticks.
+/// Returns the number of calls of `tick` by [`Bed::measure`].
 pub(crate) fn ticks(rounds: u32) -> u64 {
     Question::all().count() as u64 * (u64::from(rounds) + 1)
 }
@@ -281,7 +281,7 @@ fn pod_address(family: Family, pod: &Pod) -> IpAddr {
     }
 }
 
-/// The two Services in one family, as kube-proxy knows them on a node.
+/// Returns the two Services in one family for kube-proxy's rules on a node.
 fn node_ports(family: Family, node: &Node, own: &Pod, far: &Pod) -> [NodePort; 2] {
     let [here, there] =
         [("here", 250, HERE, own), ("there", 251, THERE, far)].map(|(name, last, port, pod)| NodePort {
@@ -298,7 +298,7 @@ fn node_ports(family: Family, node: &Node, own: &Pod, far: &Pod) -> [NodePort; 2
     [here, there]
 }
 
-/// The agent on lb's node, with the same Services.
+/// Starts the agent on lb's node with the Services of all ways.
 fn start_lb(cluster: &Cluster, services: u32, own: &Pod, far: &Pod) -> Result<RunningAgent> {
     let manifests = Manifests::new(cluster)?;
     others(services, Family::Ipv4).write_manifests(manifests.path())?;

@@ -1,4 +1,4 @@
-//! How many questions are asked and answered in a second: every way in turn, in short rounds.
+//! Rate of exchanges, a request and its reply, on every way, in short rounds that alternate between them.
 
 use anyhow::Result;
 use lb_tests::Random;
@@ -9,10 +9,10 @@ use crate::numbers::{Quartiles, median};
 use crate::scenario::{Scenario, shuffled};
 use crate::worker::{Manner, Task};
 
-/// Questions on one way in one round.
+/// Exchanges on one way in one round.
 const QUESTIONS: u32 = 200;
 
-/// What a client does.
+/// Behaviors of a client.
 const MANNERS: [Manner; 4] = [
     Manner {
         connected: false,
@@ -41,21 +41,20 @@ pub(crate) fn label(manner: Manner) -> &'static str {
     }
 }
 
-/// How fast questions are answered on one way.
+/// Rate of exchanges on one way.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Rate {
     pub(crate) way: Way,
     #[serde(flatten)]
     pub(crate) scenario: Scenario,
     pub(crate) manner: Manner,
-    /// Datagrams that one thread sends, receives, answers, and whose answers it receives, in a second: median of the
-    /// rounds.
+    /// Exchanges per second, median of the rounds. One thread sends a request, receives it, replies, and receives the reply.
     pub(crate) rate: f64,
-    /// The rate of a round, divided by that of [`Way::Direct`] in the same round.
+    /// Rate of a round divided by that of [`Way::Direct`] in the same round.
     pub(crate) of_direct: Quartiles,
 }
 
-/// The scenarios in which questions are answered: any Service, hit and miss.
+/// Returns the scenarios of exchanges: random Services, hit and miss.
 fn scenarios(bed: &Bed) -> impl Iterator<Item = Scenario> {
     let one = bed.services.number == 1;
     Scenario::all(bed.services)
@@ -63,7 +62,7 @@ fn scenarios(bed: &Bed) -> impl Iterator<Item = Scenario> {
         .filter(move |scenario| one || !scenario.is_hot())
 }
 
-/// All ways at one size. Backends must be up.
+/// Measures all ways at one number of Services. Backends must be up.
 pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Rate>> {
     let mut workers = bed.way_workers()?;
     let mut random = Random::new(bed.services.number.into());
@@ -71,7 +70,7 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
     for scenario in scenarios(bed) {
         for manner in MANNERS {
             let mut ways: Vec<Vec<f64>> = workers.iter().map(|_| Vec::new()).collect();
-            // The first round is not counted.
+            // The first round warms up and is not counted.
             for round in 0..=rounds {
                 for at in shuffled(workers.len(), &mut random) {
                     let (way, worker) = &mut workers[at];
@@ -103,7 +102,7 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
     Ok(all)
 }
 
-/// How often [`measure`] ticks.
+/// Returns the number of calls of `tick` by [`measure`].
 pub(crate) fn ticks(bed: &Bed, rounds: u32) -> u64 {
     (scenarios(bed).count() * MANNERS.len()) as u64 * (u64::from(rounds) + 1)
 }
