@@ -15,12 +15,12 @@ use indicatif::ProgressBar;
 use lb_core::model::Protocol;
 use serde::Serialize;
 
-use crate::bed::{Bed, Loading, Way};
 use crate::cost::{self, Call, Cost, Step};
 use crate::objects::Services;
-use crate::report::{self, Called, Check, Machine, cells, table};
+use crate::report::{self, CallInScenario, Check, Machine, cells, table};
 use crate::scenario::Scenario;
 use crate::sizes::{self, Options};
+use crate::testbed::{Loading, TestBed, Way};
 use crate::worker::Task;
 use latency::Latency;
 
@@ -47,7 +47,7 @@ struct Report {
     costs: Vec<Cost>,
     latencies: Vec<Latency>,
     loading: Vec<Loading>,
-    checks: Vec<Check<Called>>,
+    checks: Vec<Check<CallInScenario>>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -63,7 +63,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     sizes::each(options, Protocol::Tcp, |services, object, bar| {
         measure(services, object, bar, &mut report)
     })?;
-    report.checks = report::judge(&report.costs);
+    report.checks = report::check_limits(&report.costs);
     report::print([
         ("connect()", latency_table(&report.latencies)),
         ("runs of a program", report::cost_table(&report.costs)),
@@ -79,7 +79,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 /// Measures one number of Services in one family.
 fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, whole: &mut Report) -> Result<()> {
     let rounds = whole.rounds;
-    let mut bed = Bed::new(services, object, &WAYS)?;
+    let mut bed = TestBed::new(services, object, &WAYS)?;
     let scenarios = Scenario::all(services);
     bar.set_length(2 * (u64::from(rounds) + 1) + latency::ticks(&bed, rounds));
     bar.set_message("programs");
@@ -89,7 +89,7 @@ fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, whole: 
         count: SOCKETS,
         calls: &[Call::Connect, Call::Close],
     };
-    let asked = report::settled(bar, || {
+    let asked = report::compare_again_if_exceeded(bar, || {
         cost::compare(&mut bed, &scenarios, &[ask], rounds, || bar.inc(1))
     })?;
     bed.bring_up_backends()?;

@@ -11,11 +11,11 @@ use anyhow::{Result, ensure};
 use lb_tests::Random;
 use serde::Serialize;
 
-use crate::bed::Bed;
 use crate::numbers::{Quartiles, median};
 use crate::objects::Family;
 use crate::programs::{Hook, Maker, Rounds};
 use crate::scenario::{Scenario, shuffled};
+use crate::testbed::TestBed;
 use crate::worker::{Order, Task, Worker};
 
 /// Rounds after which the programs are loaded again.
@@ -116,7 +116,7 @@ impl Step {
 
 /// Measures the programs in some scenarios. Each round runs all steps with one maker, then with the next.
 pub(crate) fn compare(
-    bed: &mut Bed,
+    bed: &mut TestBed,
     scenarios: &[Scenario],
     steps: &[Step],
     rounds: u32,
@@ -174,7 +174,7 @@ pub(crate) fn compare(
 }
 
 /// Gives an order to a worker; returns nanoseconds per run for each of the calls.
-fn runs(bed: &Bed, maker: Maker, worker: &mut Worker, order: &Order, calls: &[Call]) -> Result<Vec<f64>> {
+fn runs(bed: &TestBed, maker: Maker, worker: &mut Worker, order: &Order, calls: &[Call]) -> Result<Vec<f64>> {
     let now = || {
         let hooks = calls.iter().map(|call| call.hook(bed.services.family));
         hooks.map(|hook| bed.runs(maker, hook)).collect::<Result<Vec<_>>>()

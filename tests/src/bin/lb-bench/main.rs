@@ -1,6 +1,5 @@
 //! Benchmarks of lb on the running kernel, for `cargo xtask bench`. Each prints a table and writes its results as JSON.
 
-mod bed;
 mod connect;
 mod cost;
 #[cfg(feature = "kubernetes")]
@@ -16,6 +15,7 @@ mod report;
 mod scenario;
 mod sizes;
 mod sync;
+mod testbed;
 mod udp;
 mod worker;
 

@@ -15,7 +15,7 @@ use indicatif::ProgressBar;
 use serde::Serialize;
 
 use crate::programs;
-use crate::report::{self, Check, Judged, Machine, Reporting, cells, percent_cells, table};
+use crate::report::{self, Check, HasLimit, Machine, Reporting, cells, percent_cells, table};
 use crate::sizes::progress;
 use packets::{Case, Cost};
 use requests::Requests;
@@ -64,7 +64,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     report.requests = requests(options, &bar)?;
     bar.finish_and_clear();
-    report.checks = report::judge(&report.costs);
+    report.checks = report::check_limits(&report.costs);
     report::print([
         ("packets", cost_table(&report.costs, &report.checks)),
         ("requests", request_table(&report.requests)),
@@ -77,8 +77,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     )
 }
 
-impl Judged for Cost {
-    type What = Case;
+impl HasLimit for Cost {
+    type Figure = Case;
 
     fn check(&self) -> Option<Check<Case>> {
         Some(Check::at_most(LIMIT, self.case, self.ratio.median))
@@ -88,9 +88,9 @@ impl Judged for Cost {
 /// Measures the costs of packets.
 fn costs(options: &Options, bar: &ProgressBar) -> Result<Vec<Cost>> {
     bar.set_length(u64::from(options.rounds) + 1);
-    let mut bed = packets::Bed::new(options.services, programs::compile(packets::SOURCE)?)?;
+    let mut bed = packets::TestBed::new(options.services, programs::compile(packets::SOURCE)?)?;
     let subjects = bed.subjects()?;
-    let costs = report::settled(bar, || bed.compare(&subjects, options.rounds, || bar.inc(1)))?;
+    let costs = report::compare_again_if_exceeded(bar, || bed.compare(&subjects, options.rounds, || bar.inc(1)))?;
     bed.take_down()?;
     Ok(costs)
 }
@@ -99,7 +99,7 @@ fn costs(options: &Options, bar: &ProgressBar) -> Result<Vec<Cost>> {
 fn requests(options: &Options, bar: &ProgressBar) -> Result<Vec<Requests>> {
     let rounds = options.rounds.div_ceil(2);
     bar.set_message("rules and maps");
-    let mut bed = requests::Bed::new(options.services)?;
+    let mut bed = requests::TestBed::new(options.services)?;
     bar.set_message("requests");
     bar.set_position(0);
     bar.set_length(requests::ticks(rounds));
@@ -126,8 +126,8 @@ fn request_table(requests: &[Requests]) -> Table {
         let compared = one.way.has_rules().then_some(one.lb_to_this);
         let [ratio, quartiles] = cells(compared, |value| format!("{value:.2}"));
         table.add_row([
-            one.question.label(),
-            one.question.family.label().to_owned(),
+            one.kind.label(),
+            one.kind.family.label().to_owned(),
             one.way.label().to_owned(),
             format!("{:.0}", one.rate),
             format!("{:.0}", one.p50),

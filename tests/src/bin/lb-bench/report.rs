@@ -11,10 +11,10 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde::Serialize;
 
-use crate::bed::Way;
 use crate::cost::{Call, Cost};
 use crate::numbers::Quartiles;
 use crate::scenario::{Outcome, Scenario};
+use crate::testbed::Way;
 
 /// Numbers of Services that the limits apply to.
 const LIMITED: [u32; 3] = [1, 1_000, 10_000];
@@ -51,7 +51,7 @@ impl Reporting {
         if self.check {
             complete?;
         }
-        Ok(if is_well(checks) || !self.check {
+        Ok(if all_met(checks) || !self.check {
             ExitCode::SUCCESS
         } else {
             ExitCode::FAILURE
@@ -128,13 +128,13 @@ impl Display for Named {
 
 /// A figure that is identified by a call and its scenario.
 #[derive(Debug, Serialize)]
-pub(crate) struct Called {
+pub(crate) struct CallInScenario {
     call: Call,
     #[serde(flatten)]
     scenario: Scenario,
 }
 
-impl Display for Called {
+impl Display for CallInScenario {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let Self { call, scenario } = self;
         let (family, to) = (scenario.family.label(), scenario.label());
@@ -143,19 +143,19 @@ impl Display for Called {
 }
 
 /// A figure that may have a limit.
-pub(crate) trait Judged {
-    type What: Display;
+pub(crate) trait HasLimit {
+    type Figure: Display;
 
     /// Compares the figure with its limit; returns nothing if it has none.
-    fn check(&self) -> Option<Check<Self::What>>;
+    fn check(&self) -> Option<Check<Self::Figure>>;
 }
 
 /// Compares all figures that have limits with them.
-pub(crate) fn judge<J: Judged>(costs: &[J]) -> Vec<Check<J::What>> {
-    costs.iter().filter_map(Judged::check).collect()
+pub(crate) fn check_limits<J: HasLimit>(costs: &[J]) -> Vec<Check<J::Figure>> {
+    costs.iter().filter_map(HasLimit::check).collect()
 }
 
-pub(crate) fn is_well<W>(checks: &[Check<W>]) -> bool {
+pub(crate) fn all_met<W>(checks: &[Check<W>]) -> bool {
     checks.iter().all(|check| check.met)
 }
 
@@ -163,7 +163,7 @@ pub(crate) fn is_well<W>(checks: &[Check<W>]) -> bool {
 ///
 /// # Errors
 /// If one of them is missing.
-pub(crate) fn is_complete(checks: &[Check<Called>]) -> Result<()> {
+pub(crate) fn is_complete(checks: &[Check<CallInScenario>]) -> Result<()> {
     for services in LIMITED {
         let measured = checks.iter().any(|check| check.what.scenario.services == services);
         ensure!(
@@ -175,10 +175,10 @@ pub(crate) fn is_complete(checks: &[Check<Called>]) -> Result<()> {
 }
 
 /// Calls with programs that decide or translate have limits. Those that only clean up, or serve `getpeername`, have none.
-impl Judged for Cost {
-    type What = Called;
+impl HasLimit for Cost {
+    type Figure = CallInScenario;
 
-    fn check(&self) -> Option<Check<Called>> {
+    fn check(&self) -> Option<Check<CallInScenario>> {
         let Self { call, scenario, .. } = *self;
         let limit = match scenario.outcome {
             Outcome::Hit => HIT_LIMIT,
@@ -186,15 +186,18 @@ impl Judged for Cost {
         };
         let limited = !matches!(call, Call::Getpeername | Call::Close) && LIMITED.contains(&scenario.services);
         let measured = self.ratio.filter(|_| limited)?.median;
-        Some(Check::at_most(limit, Called { call, scenario }, measured))
+        Some(Check::at_most(limit, CallInScenario { call, scenario }, measured))
     }
 }
 
 /// Compares programs, and measures a second time with new samples if a figure exceeds its limit. Both values are printed and
 /// the second one counts: of a hundred medians with an uncertainty of some percent each, one exceeds a limit by chance.
-pub(crate) fn settled<J: Judged>(bar: &ProgressBar, mut compare: impl FnMut() -> Result<Vec<J>>) -> Result<Vec<J>> {
+pub(crate) fn compare_again_if_exceeded<J: HasLimit>(
+    bar: &ProgressBar,
+    mut compare: impl FnMut() -> Result<Vec<J>>,
+) -> Result<Vec<J>> {
     let mut costs = compare()?;
-    if is_well(&judge(&costs)) {
+    if all_met(&check_limits(&costs)) {
         return Ok(costs);
     }
     let begun = bar.position();
@@ -335,7 +338,7 @@ mod tests {
 
     #[test]
     fn missing_size_is_an_error() {
-        let checks = judge(&[cost(Outcome::Hit, 1.0)]);
-        assert!(is_well(&checks) && is_complete(&checks).is_err());
+        let checks = check_limits(&[cost(Outcome::Hit, 1.0)]);
+        assert!(all_met(&checks) && is_complete(&checks).is_err());
     }
 }

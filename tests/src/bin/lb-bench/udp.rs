@@ -15,13 +15,13 @@ use indicatif::ProgressBar;
 use lb_core::model::Protocol;
 use serde::Serialize;
 
-use crate::bed::{Bed, Way};
 use crate::cost::{self, Call, Cost, Step};
 use crate::objects::Services;
-use crate::report::{self, Called, Check, Machine, percent_cells, table};
+use crate::report::{self, CallInScenario, Check, Machine, percent_cells, table};
 use crate::scenario::Scenario;
 use crate::sizes::{self, Options};
-use crate::worker::{Manner, Task};
+use crate::testbed::{TestBed, Way};
+use crate::worker::{SocketUse, Task};
 use rate::{Rate, label};
 
 /// Sockets for the programs of one maker in one round; all are open at once.
@@ -57,7 +57,7 @@ const ASKING: [Step; 4] = [
 /// Steps with backends that reply.
 const RECEIVING: [Step; 2] = [
     Step {
-        task: Task::Exchange(Manner {
+        task: Task::Exchange(SocketUse {
             connected: false,
             fresh: true,
         }),
@@ -65,7 +65,7 @@ const RECEIVING: [Step; 2] = [
         calls: &[Call::ReceiveUnconnected],
     },
     Step {
-        task: Task::Exchange(Manner {
+        task: Task::Exchange(SocketUse {
             connected: true,
             fresh: true,
         }),
@@ -82,7 +82,7 @@ struct Report {
     rounds: u32,
     costs: Vec<Cost>,
     rates: Vec<Rate>,
-    checks: Vec<Check<Called>>,
+    checks: Vec<Check<CallInScenario>>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -97,7 +97,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     sizes::each(options, Protocol::Udp, |services, object, bar| {
         measure(services, object, bar, &mut report)
     })?;
-    report.checks = report::judge(&report.costs);
+    report.checks = report::check_limits(&report.costs);
     report::print([
         ("exchanges", rate_table(&report.rates)),
         ("runs of a program", report::cost_table(&report.costs)),
@@ -111,16 +111,16 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 /// Measures one number of Services in one family.
 fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, whole: &mut Report) -> Result<()> {
     let rounds = whole.rounds;
-    let mut bed = Bed::new(services, object, &Way::PLAIN)?;
+    let mut bed = TestBed::new(services, object, &Way::PLAIN)?;
     let scenarios = Scenario::all(services);
     bar.set_length(2 * (u64::from(rounds) + 1) + rate::ticks(&bed, rounds));
     bar.set_message("programs");
     let statistics = enable_stats(Stats::RunTime)?;
-    let asked = report::settled(bar, || {
+    let asked = report::compare_again_if_exceeded(bar, || {
         cost::compare(&mut bed, &scenarios, &ASKING, rounds, || bar.inc(1))
     })?;
     bed.bring_up_backends()?;
-    let received = report::settled(bar, || {
+    let received = report::compare_again_if_exceeded(bar, || {
         cost::compare(&mut bed, &scenarios, &RECEIVING, rounds, || bar.inc(1))
     })?;
     drop(statistics);

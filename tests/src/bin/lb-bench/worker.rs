@@ -74,12 +74,12 @@ pub(crate) enum Task {
     /// Closing of the sockets of [`Task::FirstSend`].
     Close,
     /// Requests and replies by datagrams.
-    Exchange(Manner),
+    Exchange(SocketUse),
 }
 
 /// Sockets that exchange datagrams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub(crate) struct Manner {
+pub(crate) struct SocketUse {
     /// True for connected sockets.
     pub(crate) connected: bool,
     /// True for a new socket per exchange, which is closed after it; otherwise one socket exchanges all datagrams with the
@@ -102,7 +102,7 @@ impl Order {
     /// Returns the number of backends that the programs select for it, if the destinations are those of Services.
     pub(crate) fn choices(&self) -> u32 {
         match self.task {
-            Task::Ask | Task::Connect | Task::FirstSend | Task::Exchange(Manner { fresh: true, .. }) => self.count,
+            Task::Ask | Task::Connect | Task::FirstSend | Task::Exchange(SocketUse { fresh: true, .. }) => self.count,
             Task::Peer | Task::Exchange(_) => 1,
             Task::NextSend | Task::Close => 0,
         }
@@ -265,7 +265,7 @@ impl Sockets {
     fn send(&self, targets: &[SockaddrStorage]) -> Result<()> {
         ensure!(self.kept.len() == targets.len(), "{} sockets are open", self.kept.len());
         for (socket, target) in self.kept.iter().zip(targets) {
-            let answer = sendto(socket.as_raw_fd(), QUESTION, target, MsgFlags::empty());
+            let answer = sendto(socket.as_raw_fd(), REQUEST, target, MsgFlags::empty());
             ensure!(
                 answer == Err(Errno::ENETUNREACH),
                 "sending to {target}, which has no route: {answer:?}"
@@ -274,7 +274,7 @@ impl Sockets {
         Ok(())
     }
 
-    fn exchange(&self, targets: &[SockaddrStorage], manner: Manner) -> Result<()> {
+    fn exchange(&self, targets: &[SockaddrStorage], manner: SocketUse) -> Result<()> {
         let mut open = None;
         let mut to = *targets.first().context("no destination")?;
         for target in targets {
@@ -299,17 +299,17 @@ impl Sockets {
     fn question(&self, client: &OwnedFd, to: &SockaddrStorage, connected: bool) -> Result<Option<SockaddrStorage>> {
         let client = client.as_raw_fd();
         let sent = if connected {
-            send(client, QUESTION, MsgFlags::empty())
+            send(client, REQUEST, MsgFlags::empty())
         } else {
-            sendto(client, QUESTION, to, MsgFlags::empty())
+            sendto(client, REQUEST, to, MsgFlags::empty())
         };
-        let mut buffer = [0; 2 * QUESTION.len()];
+        let mut buffer = [0; 2 * REQUEST.len()];
         let answer = sent
             .and_then(|_| self.echo.answer())
             .and_then(|()| recvfrom::<SockaddrStorage>(client, &mut buffer));
         match answer {
             Ok((length, from)) => {
-                ensure!(length == QUESTION.len(), "{to} replied with {length} bytes");
+                ensure!(length == REQUEST.len(), "{to} replied with {length} bytes");
                 Ok(from)
             }
             Err(Errno::EAGAIN | Errno::ECONNREFUSED) => Ok(None),
@@ -319,7 +319,7 @@ impl Sockets {
 }
 
 /// Payload of a request, as long as a short DNS query.
-const QUESTION: &[u8] = &[b'q'; 32];
+const REQUEST: &[u8] = &[b'q'; 32];
 
 /// The server behind every address of a backend, of both families.
 struct Echo(UdpSocket);
@@ -335,7 +335,7 @@ impl Echo {
     /// Replies to the next datagram, from the address that it was sent to.
     fn answer(&self) -> nix::Result<()> {
         let fd = self.0.as_raw_fd();
-        let mut buffer = [0; 2 * QUESTION.len()];
+        let mut buffer = [0; 2 * REQUEST.len()];
         let mut control = nix::cmsg_space!(libc::in6_pktinfo);
         let mut data = [IoSliceMut::new(&mut buffer)];
         let received = recvmsg::<SockaddrIn6>(fd, &mut data, Some(&mut control), MsgFlags::empty())?;

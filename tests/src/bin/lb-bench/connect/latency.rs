@@ -4,9 +4,9 @@ use anyhow::Result;
 use lb_tests::Random;
 use serde::Serialize;
 
-use crate::bed::{Bed, Way};
 use crate::numbers::{Quartiles, median, percentile};
 use crate::scenario::{Scenario, shuffled};
+use crate::testbed::{TestBed, Way};
 use crate::worker::Task;
 
 /// Connections on one way in one round.
@@ -38,7 +38,7 @@ struct Rounds {
 }
 
 /// Measures all ways at one number of Services. Backends must be up.
-pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Latency>> {
+pub(crate) fn measure(bed: &TestBed, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Latency>> {
     let mut workers = bed.way_workers()?;
     let mut random = Random::new(bed.services.number.into());
     let mut all = Vec::new();
@@ -87,6 +87,6 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
 }
 
 /// Returns the number of calls of `tick` by [`measure`].
-pub(crate) fn ticks(bed: &Bed, rounds: u32) -> u64 {
+pub(crate) fn ticks(bed: &TestBed, rounds: u32) -> u64 {
     Scenario::all(bed.services).len() as u64 * (u64::from(rounds) + 1)
 }

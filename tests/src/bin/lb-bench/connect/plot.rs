@@ -8,10 +8,10 @@ use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
 use super::Report;
-use crate::bed::Way;
 use crate::objects::Family;
 use crate::programs::Hook;
 use crate::scenario::Scenario;
+use crate::testbed::Way;
 
 const SIZE: (u32, u32) = (900, 480);
 /// Color of a line; a maker or way has one color in both plots.

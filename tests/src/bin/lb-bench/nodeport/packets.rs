@@ -87,7 +87,7 @@ const SHARED: [&str; 14] = [
 /// Kind of packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum What {
+pub(crate) enum PacketKind {
     /// From the client to a backend on the node, in an established flow.
     HereRequest,
     /// From a backend on the node to the client, in an established flow.
@@ -106,7 +106,7 @@ pub(crate) enum What {
     ForeignNew,
 }
 
-impl What {
+impl PacketKind {
     const ALL: [Self; 8] = [
         Self::HereRequest,
         Self::HereAnswer,
@@ -163,7 +163,7 @@ impl Hook {
 /// A measured case: a kind of packet, its family and its protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) struct Case {
-    pub(crate) packet: What,
+    pub(crate) packet: PacketKind,
     pub(crate) hook: Hook,
     pub(crate) family: Family,
     pub(crate) udp: bool,
@@ -174,7 +174,7 @@ impl Case {
         let kinds = Family::ALL
             .into_iter()
             .flat_map(|family| [(family, false), (family, true)]);
-        let cases = What::ALL.into_iter().flat_map(move |packet| {
+        let cases = PacketKind::ALL.into_iter().flat_map(move |packet| {
             kinds.clone().map(move |(family, udp)| Self {
                 packet,
                 hook: packet.hook(),
@@ -183,7 +183,7 @@ impl Case {
             })
         });
         // For a datagram to an address of no Service, being the first one makes no difference.
-        cases.filter(|case| !(case.udp && case.packet == What::ForeignNew))
+        cases.filter(|case| !(case.udp && case.packet == PacketKind::ForeignNew))
     }
 
     pub(crate) fn protocol(self) -> &'static str {
@@ -229,12 +229,12 @@ impl Cost {
 
 /// Source and destination of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Ends {
+struct PacketTuple {
     from: SocketAddr,
     to: SocketAddr,
 }
 
-impl Ends {
+impl PacketTuple {
     fn reversed(self) -> Self {
         Self {
             from: self.to,
@@ -264,14 +264,14 @@ impl Ends {
 
 /// Form of a packet on the wire.
 #[derive(Debug, Clone, Copy)]
-enum Kind {
+enum Form {
     Syn,
     SynAck,
     Ack,
     Datagram,
 }
 
-fn bytes(kind: Kind, Ends { from, to }: Ends) -> Result<Vec<u8>> {
+fn bytes(kind: Form, PacketTuple { from, to }: PacketTuple) -> Result<Vec<u8>> {
     let link = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
     let ip = match (from.ip(), to.ip()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => link.ipv4(from.octets(), to.octets(), 64),
@@ -281,10 +281,10 @@ fn bytes(kind: Kind, Ends { from, to }: Ends) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let tcp = |ip: PacketBuilderStep<_>| ip.tcp(from.port(), to.port(), 1000, 512);
     match kind {
-        Kind::Datagram => ip.udp(from.port(), to.port()).write(&mut bytes, &PAYLOAD),
-        Kind::Syn => tcp(ip).syn().write(&mut bytes, &[]),
-        Kind::SynAck => tcp(ip).syn().ack(1001).write(&mut bytes, &[]),
-        Kind::Ack => tcp(ip).ack(77).write(&mut bytes, &PAYLOAD),
+        Form::Datagram => ip.udp(from.port(), to.port()).write(&mut bytes, &PAYLOAD),
+        Form::Syn => tcp(ip).syn().write(&mut bytes, &[]),
+        Form::SynAck => tcp(ip).syn().ack(1001).write(&mut bytes, &[]),
+        Form::Ack => tcp(ip).ack(77).write(&mut bytes, &PAYLOAD),
     }
     .context("making a packet")?;
     Ok(bytes)
@@ -328,13 +328,13 @@ impl Subject {
 }
 
 /// The C programs and their maps.
-struct InC {
+struct CPrograms {
     programs: Ebpf,
     packets: Array<MapData, [u8; HEADERS]>,
     measured: ProgramArray<MapData>,
 }
 
-impl InC {
+impl CPrograms {
     fn load(object: &[u8], pins: &PinPath) -> Result<Self> {
         let mut loader = EbpfLoader::new();
         for name in SHARED {
@@ -360,11 +360,11 @@ fn classifier<'a>(programs: &'a Ebpf, name: &str) -> Result<&'a SchedClassifier>
 }
 
 /// A node with lb's programs and those in C; this process fills their maps.
-pub(crate) struct Bed {
+pub(crate) struct TestBed {
     reconciler: Reconciler<BpfMaps>,
     /// lb's programs, which are loaded again from time to time.
     lb: BpfMaps,
-    c: InC,
+    c: CPrograms,
     object: Vec<u8>,
     flows: FlowMaps,
     capacities: Capacities,
@@ -378,7 +378,7 @@ pub(crate) struct Bed {
 /// The part of the bed that runs in the node's network namespace.
 struct Runner<'a> {
     lb: &'a Ebpf,
-    c: &'a mut InC,
+    c: &'a mut CPrograms,
     flows: &'a mut FlowMaps,
     context: [u8; SK_BUFF],
 }
@@ -437,8 +437,8 @@ impl Runner<'_> {
         ensure!(
             becomes.is_none_or(|becomes| *becomes == out),
             "{maker:?} makes {:?} of {case:?}, not {:?}",
-            Ends::of(&out),
-            becomes.map(|bytes| Ends::of(bytes))
+            PacketTuple::of(&out),
+            becomes.map(|bytes| PacketTuple::of(bytes))
         );
         if case.packet.begins_flow() && maker != Maker::Empty {
             let begun = self.forget()?;
@@ -461,7 +461,7 @@ impl Runner<'_> {
     }
 }
 
-impl Bed {
+impl TestBed {
     /// Creates the bed. `object` contains the compiled C programs, and `services` is the number of other Services.
     pub(crate) fn new(services: u32, object: Vec<u8>) -> Result<Self> {
         let cluster = Cluster::builder()
@@ -524,7 +524,7 @@ impl Bed {
         reconciler.apply(Batch::of(changes));
         ensure!(reconciler.problems().is_empty(), "{:?}", reconciler.problems().first());
         add_neighbors(&cluster, &pod)?;
-        let c = InC::load(&object, lock.pins())?;
+        let c = CPrograms::load(&object, lock.pins())?;
         Ok(Self {
             lb: loader::load(OBJECT, &lock, &capacities, SocketLb::All)?,
             flows: FlowMaps::open(&lock.pins().maps())?,
@@ -539,10 +539,10 @@ impl Bed {
         })
     }
 
-    /// Loads every program again; see [`crate::bed::Bed::reload`].
+    /// Loads every program again; see [`crate::testbed::TestBed::reload`].
     fn reload(&mut self) -> Result<()> {
         self.lb = loader::load(OBJECT, &self.lock, &self.capacities, SocketLb::All)?;
-        self.c = InC::load(&self.object, self.lock.pins())?;
+        self.c = CPrograms::load(&self.object, self.lock.pins())?;
         Ok(())
     }
 
@@ -588,62 +588,69 @@ impl Bed {
                 packet, family, udp, ..
             } = case;
             let (first, answer, next) = if udp {
-                (Kind::Datagram, Kind::Datagram, Kind::Datagram)
+                (Form::Datagram, Form::Datagram, Form::Datagram)
             } else {
-                (Kind::Syn, Kind::SynAck, Kind::Ack)
+                (Form::Syn, Form::SynAck, Form::Ack)
             };
             let pod = match family {
                 Family::Ipv4 => self.pod.socket(BACKEND_PORT),
                 Family::Ipv6 => self.pod.socket6(BACKEND_PORT),
             };
             let to = match packet {
-                What::HereRequest | What::HereAnswer | What::HereNew => self.own(family, HERE),
-                What::ThereRequest | What::ThereAnswer | What::ThereNew => self.own(family, THERE),
-                What::Foreign | What::ForeignNew => pod,
+                PacketKind::HereRequest | PacketKind::HereAnswer | PacketKind::HereNew => self.own(family, HERE),
+                PacketKind::ThereRequest | PacketKind::ThereAnswer | PacketKind::ThereNew => self.own(family, THERE),
+                PacketKind::Foreign | PacketKind::ForeignNew => pod,
             };
-            let ends = Ends {
+            let ends = PacketTuple {
                 from: self.client(family, OWN_PORT),
                 to,
             };
             let (sent, verdict, becomes) = self.within(|runner| {
                 let begin = |maker| {
                     let (_, there) = runner.once(maker, Hook::Ingress, &bytes(first, ends)?)?;
-                    let ends = Ends::of(&there)?.reversed();
+                    let ends = PacketTuple::of(&there)?.reversed();
                     anyhow::Ok(ends)
                 };
                 let hook = packet.hook();
                 let sent = match packet {
-                    What::HereRequest | What::ThereRequest | What::HereAnswer | What::ThereAnswer => {
+                    PacketKind::HereRequest
+                    | PacketKind::ThereRequest
+                    | PacketKind::HereAnswer
+                    | PacketKind::ThereAnswer => {
                         let back = begin(Maker::Lb)?;
                         // The first reply of a flow, or a later one.
                         let answering = match packet {
-                            What::HereRequest | What::HereAnswer => Hook::Egress,
+                            PacketKind::HereRequest | PacketKind::HereAnswer => Hook::Egress,
                             _ => Hook::Ingress,
                         };
-                        let (_, told) = runner.once(Maker::Lb, answering, &bytes(answer, back)?)?;
+                        let (_, reply) = runner.once(Maker::Lb, answering, &bytes(answer, back)?)?;
                         ensure!(
-                            Ends::of(&told)? == ends.reversed(),
+                            PacketTuple::of(&reply)? == ends.reversed(),
                             "{case:?} is answered by {:?}",
-                            Ends::of(&told)
+                            PacketTuple::of(&reply)
                         );
                         match packet {
-                            What::HereRequest | What::ThereRequest => bytes(next, ends)?,
+                            PacketKind::HereRequest | PacketKind::ThereRequest => bytes(next, ends)?,
                             _ => bytes(next, back)?,
                         }
                     }
-                    What::HereNew | What::ThereNew | What::ForeignNew => bytes(first, ends)?,
-                    What::Foreign => bytes(next, ends)?,
+                    PacketKind::HereNew | PacketKind::ThereNew | PacketKind::ForeignNew => bytes(first, ends)?,
+                    PacketKind::Foreign => bytes(next, ends)?,
                 };
                 if packet.begins_flow() {
-                    let verdict = if packet == What::ThereNew { REDIRECT } else { UNSPEC };
+                    let verdict = if packet == PacketKind::ThereNew {
+                        REDIRECT
+                    } else {
+                        UNSPEC
+                    };
                     return Ok((sent, verdict, None));
                 }
                 let (verdict, becomes) = runner.once(Maker::Lb, hook, &sent)?;
-                let foreign = matches!(packet, What::Foreign | What::ForeignNew);
+                let foreign = matches!(packet, PacketKind::Foreign | PacketKind::ForeignNew);
                 ensure!(
                     (becomes == sent) == foreign,
                     "{case:?} becomes {:?}",
-                    Ends::of(&becomes)
+                    PacketTuple::of(&becomes)
                 );
                 Ok((sent, verdict, Some(becomes)))
             })?;
@@ -731,7 +738,7 @@ impl Bed {
     }
 }
 
-/// The measured cases: see [`Bed::subjects`].
+/// The measured cases: see [`TestBed::subjects`].
 pub(crate) struct Subjects(Vec<Subject>);
 
 /// Addresses of a pod that does not exist, so that no host replies.
@@ -840,12 +847,12 @@ mod tests {
     #[test]
     fn ends_of_a_packet_are_where_they_were_put() -> Result<()> {
         for (from, to) in [("192.0.2.1:7", "192.0.2.2:9"), ("[2001:db8::1]:7", "[2001:db8::2]:9")] {
-            let ends = Ends {
+            let ends = PacketTuple {
                 from: from.parse()?,
                 to: to.parse()?,
             };
-            for kind in [Kind::Syn, Kind::Datagram] {
-                assert_eq!(Ends::of(&bytes(kind, ends)?)?, ends);
+            for kind in [Form::Syn, Form::Datagram] {
+                assert_eq!(PacketTuple::of(&bytes(kind, ends)?)?, ends);
             }
         }
         Ok(())

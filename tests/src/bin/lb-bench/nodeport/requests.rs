@@ -13,11 +13,11 @@ use lb_tests::{Cluster, Netns, Node, Pod, Process, Random, RunningAgent, Underla
 use serde::Serialize;
 
 use super::http::{self, Client, Order};
-use crate::bed::Way;
 use crate::connect::kube_proxy::{self, NodePort};
 use crate::numbers::{Quartiles, median, percentile};
 use crate::objects::{BACKEND_PORT, Family, Services};
 use crate::scenario::shuffled;
+use crate::testbed::Way;
 
 /// Requests of one turn: with a new connection each, and over kept connections.
 const FRESH: u32 = 100;
@@ -39,7 +39,7 @@ const WAYS: [Way; 5] = [
 
 /// Kind of request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub(crate) struct Question {
+pub(crate) struct RequestKind {
     pub(crate) family: Family,
     /// True for a new connection per request.
     pub(crate) fresh: bool,
@@ -47,7 +47,7 @@ pub(crate) struct Question {
     pub(crate) elsewhere: bool,
 }
 
-impl Question {
+impl RequestKind {
     fn all() -> impl Iterator<Item = Self> {
         let kinds = [(true, false), (true, true), (false, false), (false, true)];
         Family::ALL.into_iter().flat_map(move |family| {
@@ -71,7 +71,7 @@ impl Question {
 pub(crate) struct Requests {
     pub(crate) way: Way,
     #[serde(flatten)]
-    pub(crate) question: Question,
+    pub(crate) kind: RequestKind,
     /// Requests per second, median of the rounds.
     pub(crate) rate: f64,
     /// Microseconds of a request, median (`p50`) and 99th percentile (`p99`).
@@ -91,7 +91,7 @@ struct Rounds {
 }
 
 /// Nodes with servers; lb runs on one of them.
-pub(crate) struct Bed {
+pub(crate) struct TestBed {
     client: Client,
     _servers: Vec<Process>,
     agent: RunningAgent,
@@ -113,7 +113,7 @@ fn node(way: Way) -> &'static str {
 
 const FAR: &str = "n5";
 
-impl Bed {
+impl TestBed {
     /// Creates the bed with `services` other Services.
     pub(crate) fn new(services: u32) -> Result<Self> {
         let cluster = Cluster::builder()
@@ -164,40 +164,40 @@ impl Bed {
     }
 
     /// Returns the destination of a request on one way.
-    fn target(&self, way: Way, question: Question) -> Result<SocketAddr> {
+    fn target(&self, way: Way, kind: RequestKind) -> Result<SocketAddr> {
         let direct = matches!(way, Way::Direct | Way::DirectAgain);
         if !direct {
-            let port = if question.elsewhere { THERE } else { HERE };
+            let port = if kind.elsewhere { THERE } else { HERE };
             let node = self.cluster.node(node(way));
-            return Ok(SocketAddr::new(address(question.family, node), port));
+            return Ok(SocketAddr::new(address(kind.family, node), port));
         }
         let own = self.pods.iter().find(|(way, _)| *way == Way::Direct);
-        let pod = if question.elsewhere {
+        let pod = if kind.elsewhere {
             &self.far
         } else {
             &own.context("no pod")?.1
         };
-        Ok(SocketAddr::new(pod_address(question.family, pod), BACKEND_PORT))
+        Ok(SocketAddr::new(pod_address(kind.family, pod), BACKEND_PORT))
     }
 
     /// Measures all kinds of requests on all ways.
     pub(crate) fn measure(&mut self, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Requests>> {
         let mut random = Random::new(1);
         let mut all = Vec::new();
-        for question in Question::all() {
+        for kind in RequestKind::all() {
             let mut ways = WAYS.map(|_| Rounds::default());
             // The first round warms up and is not counted.
             for round in 0..=rounds {
                 for at in shuffled(WAYS.len(), &mut random) {
                     let order = Order {
-                        to: self.target(WAYS[at], question)?,
-                        requests: if question.fresh { FRESH } else { KEPT },
-                        fresh: question.fresh,
+                        to: self.target(WAYS[at], kind)?,
+                        requests: if kind.fresh { FRESH } else { KEPT },
+                        fresh: kind.fresh,
                     };
                     let mut done = self
                         .client
                         .order(&order)
-                        .with_context(|| format!("{}, {question:?}", WAYS[at].label()))?;
+                        .with_context(|| format!("{}, {kind:?}", WAYS[at].label()))?;
                     if round > 0 {
                         ways[at].rates.push(f64::from(order.requests) / done.seconds);
                         ways[at].times.append(&mut done.times);
@@ -217,7 +217,7 @@ impl Bed {
                 };
                 all.push(Requests {
                     way,
-                    question,
+                    kind,
                     of_direct: Quartiles::of(pairs(&direct).into_iter().map(|(own, direct)| own / direct)),
                     lb_to_this: Quartiles::of(pairs(&lb).into_iter().map(|(own, lb)| lb / own)),
                     p50: f64::from(percentile(&found.times, 50)) / 1e3,
@@ -253,9 +253,9 @@ impl Bed {
     }
 }
 
-/// Returns the number of calls of `tick` by [`Bed::measure`].
+/// Returns the number of calls of `tick` by [`TestBed::measure`].
 pub(crate) fn ticks(rounds: u32) -> u64 {
-    Question::all().count() as u64 * (u64::from(rounds) + 1)
+    RequestKind::all().count() as u64 * (u64::from(rounds) + 1)
 }
 
 fn others(services: u32, family: Family) -> Services {

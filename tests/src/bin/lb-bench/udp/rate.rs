@@ -4,35 +4,35 @@ use anyhow::Result;
 use lb_tests::Random;
 use serde::Serialize;
 
-use crate::bed::{Bed, Way};
 use crate::numbers::{Quartiles, median};
 use crate::scenario::{Scenario, shuffled};
-use crate::worker::{Manner, Task};
+use crate::testbed::{TestBed, Way};
+use crate::worker::{SocketUse, Task};
 
 /// Exchanges on one way in one round.
-const QUESTIONS: u32 = 200;
+const EXCHANGES: u32 = 200;
 
 /// Behaviors of a client.
-const MANNERS: [Manner; 4] = [
-    Manner {
+const SOCKET_USES: [SocketUse; 4] = [
+    SocketUse {
         connected: false,
         fresh: false,
     },
-    Manner {
+    SocketUse {
         connected: true,
         fresh: false,
     },
-    Manner {
+    SocketUse {
         connected: false,
         fresh: true,
     },
-    Manner {
+    SocketUse {
         connected: true,
         fresh: true,
     },
 ];
 
-pub(crate) fn label(manner: Manner) -> &'static str {
+pub(crate) fn label(manner: SocketUse) -> &'static str {
     match (manner.connected, manner.fresh) {
         (false, false) => "one, unconnected",
         (true, false) => "one, connected",
@@ -47,7 +47,7 @@ pub(crate) struct Rate {
     pub(crate) way: Way,
     #[serde(flatten)]
     pub(crate) scenario: Scenario,
-    pub(crate) manner: Manner,
+    pub(crate) manner: SocketUse,
     /// Exchanges per second, median of the rounds. One thread sends a request, receives it, replies, and receives the reply.
     pub(crate) rate: f64,
     /// Rate of a round divided by that of [`Way::Direct`] in the same round.
@@ -55,7 +55,7 @@ pub(crate) struct Rate {
 }
 
 /// Returns the scenarios of exchanges: random Services, hit and miss.
-fn scenarios(bed: &Bed) -> impl Iterator<Item = Scenario> {
+fn scenarios(bed: &TestBed) -> impl Iterator<Item = Scenario> {
     let one = bed.services.number == 1;
     Scenario::all(bed.services)
         .into_iter()
@@ -63,12 +63,12 @@ fn scenarios(bed: &Bed) -> impl Iterator<Item = Scenario> {
 }
 
 /// Measures all ways at one number of Services. Backends must be up.
-pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Rate>> {
+pub(crate) fn measure(bed: &TestBed, rounds: u32, mut tick: impl FnMut()) -> Result<Vec<Rate>> {
     let mut workers = bed.way_workers()?;
     let mut random = Random::new(bed.services.number.into());
     let mut all = Vec::new();
     for scenario in scenarios(bed) {
-        for manner in MANNERS {
+        for manner in SOCKET_USES {
             let mut ways: Vec<Vec<f64>> = workers.iter().map(|_| Vec::new()).collect();
             // The first round warms up and is not counted.
             for round in 0..=rounds {
@@ -78,10 +78,10 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
                         Way::Direct | Way::DirectAgain => scenario.missed(),
                         _ => scenario,
                     };
-                    let order = from.order(bed.services, Task::Exchange(manner), QUESTIONS, random.next_u64());
+                    let order = from.order(bed.services, Task::Exchange(manner), EXCHANGES, random.next_u64());
                     let done = worker.order(&order)?;
                     if round > 0 {
-                        ways[at].push(f64::from(QUESTIONS) / done.seconds);
+                        ways[at].push(f64::from(EXCHANGES) / done.seconds);
                     }
                 }
                 tick();
@@ -103,6 +103,6 @@ pub(crate) fn measure(bed: &Bed, rounds: u32, mut tick: impl FnMut()) -> Result<
 }
 
 /// Returns the number of calls of `tick` by [`measure`].
-pub(crate) fn ticks(bed: &Bed, rounds: u32) -> u64 {
-    (scenarios(bed).count() * MANNERS.len()) as u64 * (u64::from(rounds) + 1)
+pub(crate) fn ticks(bed: &TestBed, rounds: u32) -> u64 {
+    (scenarios(bed).count() * SOCKET_USES.len()) as u64 * (u64::from(rounds) + 1)
 }

@@ -74,7 +74,7 @@ pub(crate) struct Loading {
 }
 
 /// lb's programs and the C programs on the same maps, each attached to a pod of its own, and pods for the other ways.
-pub(crate) struct Bed {
+pub(crate) struct TestBed {
     pub(crate) services: Services,
     /// Fills the maps; the programs that were loaded with it are not attached.
     reconciler: Reconciler<BpfMaps>,
@@ -91,7 +91,7 @@ pub(crate) struct Bed {
     _cluster: Cluster,
 }
 
-impl Bed {
+impl TestBed {
     /// Creates the bed. `object` contains the compiled C programs. The rules of the ways that have rules are loaded.
     pub(crate) fn new(services: Services, object: Option<&[u8]>, ways: &[Way]) -> Result<Self> {
         let cluster = Cluster::builder().nodes(1).build()?;
