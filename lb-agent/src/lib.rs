@@ -11,6 +11,7 @@
 pub mod cli;
 mod clock;
 pub mod config;
+mod ebpf_log;
 #[cfg(test)]
 mod fuzz;
 mod heap;

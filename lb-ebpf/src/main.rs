@@ -14,6 +14,7 @@ mod backend;
 mod count;
 mod ct;
 mod family;
+mod log;
 mod map_tables;
 mod maps;
 mod mptcp;

@@ -95,7 +95,7 @@ pub(crate) struct CtxRef(NonNull<PacketCtx>);
 impl CtxRef {
     /// Returns this CPU's context. The kernel runs one program of a tc hook at a time on a CPU, with softirqs disabled.
     #[inline(always)]
-    fn scratch() -> Option<Self> {
+    pub(crate) fn scratch() -> Option<Self> {
         SCRATCH.get_ptr_mut(0).and_then(NonNull::new).map(Self)
     }
 

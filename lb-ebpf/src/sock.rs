@@ -9,10 +9,11 @@ use aya_ebpf::programs::SockContext;
 use lb_common::abi::{DropReason, ip_protocol};
 use lb_common::logic::connect;
 use lb_common::logic::ip128::Ip128;
+use lb_common::logic::log::Hook;
 use lb_common::logic::route::{self, Destination, Tables as _};
 
 use crate::map_tables::MapTables;
-use crate::{count, mptcp, sockets, udp_dests};
+use crate::{count, log, mptcp, sockets, udp_dests};
 
 /// Verdicts of `cgroup_sock` programs.
 const DENY: i32 = 0;
@@ -23,7 +24,7 @@ const ALLOW: i32 = 1;
 pub(crate) fn lb_post_bind4(ctx: SockContext) -> i32 {
     // SAFETY: the verifier checks loads from the context.
     let addr = unsafe { ptr::read_volatile(&raw const (*ctx.sock).src_ip4) };
-    post_bind(&ctx, Ip128::from_v4(addr))
+    post_bind(&ctx, Hook::PostBind4, Ip128::from_v4(addr))
 }
 
 /// The same for IPv6 sockets, those that are bound to a v4-mapped address included.
@@ -33,11 +34,15 @@ pub(crate) fn lb_post_bind6(ctx: SockContext) -> i32 {
         // SAFETY: the verifier checks loads from the context.
         unsafe { ptr::read_volatile(&raw const (*ctx.sock).src_ip6[i]) }
     };
-    post_bind(&ctx, Ip128::from_quarters([word(0), word(1), word(2), word(3)]))
+    post_bind(
+        &ctx,
+        Hook::PostBind6,
+        Ip128::from_quarters([word(0), word(1), word(2), word(3)]),
+    )
 }
 
 #[inline(always)]
-fn post_bind(ctx: &SockContext, addr: Ip128) -> i32 {
+fn post_bind(ctx: &SockContext, hook: Hook, addr: Ip128) -> i32 {
     // SAFETY: the verifier checks loads from the context.
     let (port, proto) = unsafe {
         (
@@ -56,6 +61,7 @@ fn post_bind(ctx: &SockContext, addr: Ip128) -> i32 {
     }
     let reason = DropReason::NodePortTaken;
     count::dropped(reason);
+    log::socket_refused(hook, to, 0, reason);
     // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
     unsafe { bpf_set_retval(-connect::errno(reason).number) };
     DENY

@@ -7,11 +7,13 @@ use aya_ebpf::programs::SockAddrContext;
 use lb_common::abi::{DropReason, EventKind, ip_protocol};
 use lb_common::logic::connect;
 use lb_common::logic::decide::{self, SocketFrontend};
+use lb_common::logic::log::Hook;
 use lb_common::logic::route::Destination;
 
 use crate::backend::{Choice, Client, Serving};
 use crate::count::{self, TraceEvent};
 use crate::family::{Family, V4, V6, destination, set_destination};
+use crate::log;
 use crate::map_tables::MapTables;
 use crate::maps::node_only;
 use crate::mptcp;
@@ -33,52 +35,56 @@ struct Refusal {
 /// `connect()` with an IPv4 destination: a frontend is replaced by one of its backends.
 #[cgroup_sock_addr(connect4)]
 pub(crate) fn lb_connect4(ctx: SockAddrContext) -> i32 {
-    verdict(&ctx, try_connect::<V4>(&ctx))
+    let hook = Hook::Connect4;
+    verdict(&ctx, hook, try_connect::<V4>(&ctx, hook))
 }
 
 /// `connect()` with an IPv6 destination, v4-mapped ones included.
 #[cgroup_sock_addr(connect6)]
 pub(crate) fn lb_connect6(ctx: SockAddrContext) -> i32 {
-    verdict(&ctx, try_connect::<V6>(&ctx))
+    let hook = Hook::Connect6;
+    verdict(&ctx, hook, try_connect::<V6>(&ctx, hook))
 }
 
 /// `sendmsg()` that names an IPv4 destination.
 #[cgroup_sock_addr(sendmsg4)]
 pub(crate) fn lb_sendmsg4(ctx: SockAddrContext) -> i32 {
-    verdict(&ctx, try_send::<V4>(&ctx))
+    let hook = Hook::Sendmsg4;
+    verdict(&ctx, hook, try_send::<V4>(&ctx, hook))
 }
 
 /// `sendmsg()` that names an IPv6 destination.
 #[cgroup_sock_addr(sendmsg6)]
 pub(crate) fn lb_sendmsg6(ctx: SockAddrContext) -> i32 {
-    verdict(&ctx, try_send::<V6>(&ctx))
+    let hook = Hook::Sendmsg6;
+    verdict(&ctx, hook, try_send::<V6>(&ctx, hook))
 }
 
 /// `recvmsg()` of an IPv4 socket: a datagram from a backend comes from the frontend that was asked.
 #[cgroup_sock_addr(recvmsg4)]
 pub(crate) fn lb_recvmsg4(ctx: SockAddrContext) -> i32 {
-    received::<V4>(&ctx);
+    received::<V4>(&ctx, Hook::Recvmsg4);
     ALLOW
 }
 
 /// The same for IPv6 sockets, also where the datagram came by IPv4.
 #[cgroup_sock_addr(recvmsg6)]
 pub(crate) fn lb_recvmsg6(ctx: SockAddrContext) -> i32 {
-    received::<V6>(&ctx);
+    received::<V6>(&ctx, Hook::Recvmsg6);
     ALLOW
 }
 
 /// `getpeername()` of an IPv4 socket: who asked for a frontend sees the frontend.
 #[cgroup_sock_addr(getpeername4)]
 pub(crate) fn lb_getpeername4(ctx: SockAddrContext) -> i32 {
-    peer_name::<V4>(&ctx);
+    peer_name::<V4>(&ctx, Hook::Getpeername4);
     ALLOW
 }
 
 /// The same for IPv6 sockets.
 #[cgroup_sock_addr(getpeername6)]
 pub(crate) fn lb_getpeername6(ctx: SockAddrContext) -> i32 {
-    peer_name::<V6>(&ctx);
+    peer_name::<V6>(&ctx, Hook::Getpeername6);
     ALLOW
 }
 
@@ -96,7 +102,7 @@ fn serving(tables: &MapTables, to: Destination) -> Result<Option<(u32, Serving)>
 }
 
 #[inline(always)]
-fn try_connect<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
+fn try_connect<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refusal> {
     let to = destination::<F>(ctx);
     let maps = MapTables { ctx: ctx.as_ptr() };
     let Some((service, serving)) = serving(&maps, to)? else {
@@ -130,6 +136,7 @@ fn try_connect<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
     if !set_destination::<F>(ctx, choice.addr, choice.port) {
         return Err(refusal(DropReason::BadFamily));
     }
+    log::socket_translated(hook, to, choice.addr, choice.port);
     count::connection(service, true);
     count::event(
         ctx.as_ptr(),
@@ -139,7 +146,7 @@ fn try_connect<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
 }
 
 #[inline(always)]
-fn try_send<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
+fn try_send<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refusal> {
     let to = destination::<F>(ctx);
     let maps = MapTables { ctx: ctx.as_ptr() };
     let Some((service, serving)) = serving(&maps, to)? else {
@@ -153,6 +160,7 @@ fn try_send<F: Family>(ctx: &SockAddrContext) -> Result<(), Refusal> {
     if !set_destination::<F>(ctx, choice.addr, choice.port) {
         return Err(refusal(DropReason::BadFamily));
     }
+    log::socket_translated(hook, to, choice.addr, choice.port);
     count::event(ctx.as_ptr(), &TraceEvent::served(EventKind::Sent, to, service, choice));
     Ok(())
 }
@@ -192,7 +200,7 @@ fn choose_for_flow(
 }
 
 #[inline(always)]
-fn received<F: Family>(ctx: &SockAddrContext) {
+fn received<F: Family>(ctx: &SockAddrContext, hook: Hook) {
     let source = destination::<F>(ctx);
     let cookie = cookie(ctx);
     let mut asked = Record::of(cookie).and_then(|record| record.original(source));
@@ -206,17 +214,20 @@ fn received<F: Family>(ctx: &SockAddrContext) {
     }
     if let Some((addr, port)) = asked {
         set_destination::<F>(ctx, addr, port);
+        log::socket_translated(hook, source, addr, port);
     }
 }
 
 #[inline(always)]
-fn peer_name<F: Family>(ctx: &SockAddrContext) {
+fn peer_name<F: Family>(ctx: &SockAddrContext, hook: Hook) {
     let record = match mptcp::of_peer(ctx) {
         None => Record::of(cookie(ctx)),
         Some(key) => Record::keyed(key),
     };
-    if let Some((addr, port)) = record.and_then(|record| record.original(destination::<F>(ctx))) {
+    let peer = destination::<F>(ctx);
+    if let Some((addr, port)) = record.and_then(|record| record.original(peer)) {
         set_destination::<F>(ctx, addr, port);
+        log::socket_translated(hook, peer, addr, port);
     }
 }
 
@@ -228,7 +239,7 @@ fn cookie(ctx: &SockAddrContext) -> u64 {
 
 /// Counts and tells a refusal, and makes the call return its errno.
 #[inline(always)]
-fn verdict(ctx: &SockAddrContext, result: Result<(), Refusal>) -> i32 {
+fn verdict(ctx: &SockAddrContext, hook: Hook, result: Result<(), Refusal>) -> i32 {
     let Err(Refusal { to, service, reason }) = result else {
         return ALLOW;
     };
@@ -237,6 +248,7 @@ fn verdict(ctx: &SockAddrContext, result: Result<(), Refusal>) -> i32 {
         count::connection(service, false);
     }
     count::event(ctx.as_ptr(), &TraceEvent::refused(to, service, reason));
+    log::socket_refused(hook, to, service, reason);
     // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
     unsafe { bpf_set_retval(-connect::errno(reason).number) };
     DENY

@@ -9,6 +9,7 @@ use lb_common::abi::{DropReason, EventKind, ct_flags};
 use lb_common::logic::ct::{Action, FlowState, Match};
 use lb_common::logic::decide::{self, Arrival};
 use lb_common::logic::delivery::{self, Facts};
+use lb_common::logic::log::Decision;
 use lb_common::logic::packet::{self, ETHERNET, tcp_flags};
 use lb_common::logic::tcp_state;
 use lb_common::logic::translation::{RejectWith, Tuple, reject_with};
@@ -16,6 +17,7 @@ use lb_common::logic::translation::{RejectWith, Tuple, reject_with};
 use crate::backend::{self, Client, Serving};
 use crate::count::{self, TraceEvent};
 use crate::ct::{self, Claim, CtLookup, Entry};
+use crate::log;
 use crate::map_tables::MapTables;
 use crate::packet_ctx::{Chosen, CtxRef, PacketCtx, outcome, steps};
 use crate::reject;
@@ -91,28 +93,46 @@ fn verdict(ctx: &TcContext, link: usize, at_egress: bool) -> i32 {
     let Some(mut ctx) = CtxRef::begin(packet, link, at_egress) else {
         return TC_ACT_UNSPEC;
     };
-    if let Err(reason) = translate(skb, ctx) {
-        ctx.verdict = refuse(skb, ctx, reason);
+    match translate(skb, ctx) {
+        Ok(lookup) => {
+            if ctx.service != 0 {
+                log::packet_translated(|| decision(ctx, lookup));
+            }
+        }
+        Err(reason) => {
+            ctx.verdict = refuse(skb, ctx, reason);
+            log::packet_rejected(reason);
+        }
     }
     ctx.verdict
 }
 
-/// Translates a packet as its flow requires, and starts a flow if it has none.
+/// Returns the decision about a translated packet, for the log.
+#[inline(always)]
+fn decision(ctx: CtxRef, lookup: Lookup) -> Decision {
+    match lookup {
+        Lookup::Miss => Decision::NewFlow,
+        Lookup::Done if ctx.entry.has(ct_flags::REPLY) => Decision::Reply,
+        Lookup::Done => Decision::Request,
+    }
+}
+
+/// Translates a packet as its flow requires, and starts a flow if it has none. Returns whether it had one.
 ///
 /// # Errors
 /// Returns the reason if the packet is not translated.
 #[inline(always)]
-fn translate(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
+fn translate(skb: Skb, ctx: CtxRef) -> Result<Lookup, DropReason> {
     match step::existing(skb, ctx)? {
-        Lookup::Done => return Ok(()),
+        Lookup::Done => return Ok(Lookup::Done),
         Lookup::Miss => {}
     }
     match step::begin(skb, ctx)? {
-        NewFlow::Done => return Ok(()),
+        NewFlow::Done => return Ok(Lookup::Miss),
         NewFlow::Lost => {}
     }
     match step::existing(skb, ctx)? {
-        Lookup::Done => Ok(()),
+        Lookup::Done => Ok(Lookup::Done),
         // The concurrent flow is already gone. The packet is dropped, and the client retransmits it.
         Lookup::Miss => Err(DropReason::RewriteFailed),
     }

@@ -16,9 +16,10 @@ use super::config::{ConfigArgs, tune};
 use super::packets::{PacketArgs, Packets};
 use super::{CapacityArgs, PinArgs, SourceArgs};
 use crate::config::Config;
+use crate::ebpf_log;
 use crate::heap;
 use crate::k8s_events::Notices;
-use crate::loader::{self, Cgroup, LoadError, Lock, OBJECT, PinPath, SocketLb, TraceLock};
+use crate::loader::{self, Cgroup, EbpfLog, LoadError, Lock, OBJECT, PinPath, SocketLb, TraceLock};
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
 use crate::node::addrs::{Selection, Wanted};
@@ -64,6 +65,10 @@ pub(super) struct RunArgs {
     /// Format of the log, on the error output; what it contains is set by RUST_LOG
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
+    /// Lines that the eBPF programs log, with the target lb_ebpf: `warn` for calls and packets that are refused or dropped,
+    /// `debug` for every decision about a Service. The programs of `off` have no code for it
+    #[arg(long, value_enum, value_name = "LEVEL", default_value_t = EbpfLogArg::Off)]
+    ebpf_log: EbpfLogArg,
     /// Load this eBPF object in place of the one that is part of the program; for developers
     #[arg(long, value_name = "FILE", hide = true)]
     ebpf_object: Option<PathBuf>,
@@ -116,6 +121,23 @@ impl From<SocketLbArg> for SocketLb {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum EbpfLogArg {
+    Off,
+    Warn,
+    Debug,
+}
+
+impl From<EbpfLogArg> for EbpfLog {
+    fn from(arg: EbpfLogArg) -> Self {
+        match arg {
+            EbpfLogArg::Off => Self::Off,
+            EbpfLogArg::Warn => Self::Warn,
+            EbpfLogArg::Debug => Self::Debug,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum LogFormat {
     Text,
     Json,
@@ -125,8 +147,11 @@ enum LogFormat {
 const LOOK: Duration = Duration::from_secs(5);
 
 pub(super) fn run(mut args: RunArgs) -> anyhow::Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+    let mut filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    if args.ebpf_log != EbpfLogArg::Off {
+        filter = filter.add_directive(ebpf_log::DIRECTIVE.parse().context("the filter of the programs' log")?);
+    }
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -166,7 +191,11 @@ async fn serve(args: &RunArgs, config: Option<&Config>) -> anyhow::Result<()> {
     let other = args.ebpf_object.as_ref().map(read).transpose()?;
     let socket_lb = SocketLb::from(args.socket_lb);
     let object = other.as_deref().unwrap_or(OBJECT);
-    let maps = loader::load(object, &lock, &args.capacities.into(), socket_lb)?;
+    let log = EbpfLog::from(args.ebpf_log);
+    let mut maps = loader::load_logging(object, &lock, &args.capacities.into(), socket_lb, log)?;
+    if log != EbpfLog::Off {
+        ebpf_log::start(maps.programs_mut())?;
+    }
     end_orphaned_trace(maps.pinned(), lock.pins())?;
     let mut grace = maps.grace_watch();
 

@@ -224,6 +224,29 @@ pub enum SocketLb {
     Node,
 }
 
+/// Lines that the programs log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EbpfLog {
+    /// None: the verifier removes the code of every line.
+    #[default]
+    Off,
+    /// Calls and packets that are refused or dropped.
+    Warn,
+    /// Every decision about a Service.
+    Debug,
+}
+
+impl EbpfLog {
+    /// Returns the value of `AYA_LOG_LEVEL`: the highest level of a line that is logged.
+    const fn level(self) -> u8 {
+        match self {
+            Self::Off => 0,
+            Self::Warn => aya_log::Level::Warn as u8,
+            Self::Debug => aya_log::Level::Debug as u8,
+        }
+    }
+}
+
 /// Loads the programs, with the maps that are pinned or new ones of the sizes that are asked for. Pinned maps keep
 /// their size. The calling thread's network namespace is the node's. Nothing is attached.
 ///
@@ -234,6 +257,20 @@ pub fn load(
     lock: &Lock,
     capacities: &Capacities,
     sockets_served: SocketLb,
+) -> Result<BpfMaps, LoadError> {
+    load_logging(object, lock, capacities, sockets_served, EbpfLog::Off)
+}
+
+/// Loads the programs as [`load`] does. `log`: the lines that they log.
+///
+/// # Errors
+/// Returns the errors of [`load`].
+pub fn load_logging(
+    object: &[u8],
+    lock: &Lock,
+    capacities: &Capacities,
+    sockets_served: SocketLb,
+    log: EbpfLog,
 ) -> Result<BpfMaps, LoadError> {
     let pins = lock.pins();
     pins.refuse_other_versions()?;
@@ -280,6 +317,7 @@ pub fn load(
         .override_global(SOCKETS_MASK_GLOBAL, &mask, true)
         .override_global(NODE_NETNS_GLOBAL, &netns, true)
         .override_global(NODE_ONLY_GLOBAL, &node_only, true)
+        .override_global(aya_log::LEVEL, &log.level(), true)
         .load(object)?;
     load_all(&mut programs)?;
     load_programs(&mut programs, Layer::Link)?;

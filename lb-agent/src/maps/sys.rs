@@ -7,12 +7,13 @@ use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
 use std::mem::{offset_of, zeroed};
-use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use aya::maps::{MapData, RingBuf};
+use aya_log::EbpfLogger;
 use aya_obj::generated::{BPF_F_BEFORE, bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
 use memmap2::{MmapOptions, MmapRaw};
 use tokio::io::unix::AsyncFd;
@@ -50,8 +51,15 @@ fn owned(result: libc::c_long) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(result as i32) }
 }
 
+/// An owner of the descriptor of a ring buffer, which stays the same as long as the owner lives.
+pub(crate) trait RingBuffer: AsRawFd {}
+
+impl RingBuffer for RingBuf<MapData> {}
+
+impl<T> RingBuffer for EbpfLogger<T> {}
+
 /// A ring that can be waited for. To be called in the context of a runtime.
-pub(crate) fn watched(ring: RingBuf<MapData>) -> io::Result<AsyncFd<RingBuf<MapData>>> {
+pub(crate) fn watched<T: RingBuffer>(ring: T) -> io::Result<AsyncFd<T>> {
     // SAFETY: the ring owns its map and so its one descriptor, for as long as it lives.
     unsafe { AsyncFd::register(ring) }.map_err(io::Error::from)
 }

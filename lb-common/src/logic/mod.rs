@@ -10,6 +10,7 @@ pub mod generation;
 pub mod headers;
 pub mod idle;
 pub mod ip128;
+pub mod log;
 pub mod packet;
 pub mod record;
 pub mod route;
