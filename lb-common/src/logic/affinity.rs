@@ -1,8 +1,8 @@
-//! Session affinity: whether what is remembered still holds.
+//! Session affinity: expiry of entries.
 
 use super::idle::{self, SECOND};
 
-/// Whether an entry that was last used at `used` still holds at `now` (both in nanoseconds); `timeout` in seconds.
+/// Returns whether an entry that was last used at `used` is valid at `now`, both in nanoseconds. `timeout`: in seconds.
 #[inline(always)]
 #[must_use]
 pub const fn holds(used: u64, now: u64, timeout: u32) -> bool {

@@ -1,15 +1,15 @@
-//! Generations of services and backends: an index alone does not say whose it is, since indexes are reused.
+//! Generations of services and backends: indexes are reused, so a reference needs more than an index.
 
 use crate::abi::{Addr, Backend};
 
-/// Whether an entry with this generation is in use.
+/// Returns whether an entry with this generation is in use.
 #[inline(always)]
 #[must_use]
 pub const fn is_live(generation: u32) -> bool {
     generation & 1 == 1
 }
 
-/// The generation of an entry that is taken into use: the next odd number.
+/// Returns the generation of an entry when it is taken into use: the next odd number.
 #[inline(always)]
 #[must_use]
 pub const fn taken(generation: u32) -> u32 {
@@ -20,7 +20,7 @@ pub const fn taken(generation: u32) -> u32 {
     }
 }
 
-/// The generation of an entry that is withdrawn: the next even number, never that of a live one.
+/// Returns the generation of an entry when it is withdrawn: the next even number, which no entry in use has.
 #[inline(always)]
 #[must_use]
 pub const fn withdrawn(generation: u32) -> u32 {
@@ -31,14 +31,14 @@ pub const fn withdrawn(generation: u32) -> u32 {
     }
 }
 
-/// Whether a reference by index and generation still means the entry that is there.
+/// Returns whether a reference with a generation is current: the entry is in use and has the same generation.
 #[inline(always)]
 #[must_use]
 pub const fn is_current(entry: u32, reference: u32) -> bool {
     is_live(entry) && entry == reference
 }
 
-/// FNV-1a, 32 bits, of the fields of a backend that never change while it is in use.
+/// Returns the seal of a backend: FNV-1a, 32 bits, over the fields that do not change while it is in use.
 #[must_use]
 pub fn seal(addr: Addr, port: u16, service: u32, generation: u32) -> u32 {
     let mut hash = 0x811c_9dc5_u32;
@@ -54,7 +54,7 @@ pub fn seal(addr: Addr, port: u16, service: u32, generation: u32) -> u32 {
     hash
 }
 
-/// Whether a backend's seal fits the rest of it.
+/// Returns whether the seal of a backend matches its fields.
 #[must_use]
 pub fn is_sealed(b: &Backend) -> bool {
     b.seal == seal(b.addr, b.port, b.service, b.generation)

@@ -1,18 +1,18 @@
-//! How long something was not used, by clocks of several CPUs: one may be ahead of another, and what was used by it is in
-//! the future. All in nanoseconds.
+//! Idle time by the clocks of several CPUs, in nanoseconds. One clock may be ahead of another, so the time of last use can
+//! be in the future.
 
-/// A second.
+/// Nanoseconds of a second.
 pub const SECOND: u64 = 1_000_000_000;
 
-/// Whether what was last used at `used` is idle at `now` for as long as it may be.
+/// Returns whether an entry that was last used at `used` has been idle for `timeout` at `now`.
 #[inline(always)]
 #[must_use]
 pub const fn is_over(used: u64, now: u64, timeout: u64) -> bool {
     now.saturating_sub(used) >= timeout
 }
 
-/// Whether the time of last use is to be written: at most once a second, so that many packets or connections do not fight
-/// for a cache line.
+/// Returns whether the time of last use has to be written: at most once a second, so that the CPUs of many packets or
+/// connections do not contend for a cache line.
 #[inline(always)]
 #[must_use]
 pub const fn is_to_refresh(used: u64, now: u64) -> bool {

@@ -1,4 +1,4 @@
-//! Addresses as the data plane computes with them.
+//! Addresses in the form that the data plane computes with.
 
 use crate::abi::Addr;
 
@@ -79,7 +79,7 @@ impl Ip128 {
         if self.is_v4() { Self::from_v4(0) } else { Self([0, 0]) }
     }
 
-    /// What the kernel takes the address for as a destination: zero is the loopback address.
+    /// Returns the address that the kernel uses for this one as a destination: loopback for zero.
     #[inline(always)]
     #[must_use]
     pub const fn or_loopback(self) -> Self {

@@ -1,26 +1,26 @@
-//! The life of a socket record: numbers and comparisons; the atomic operations are the caller's.
+//! Sequence numbers and comparisons of socket records. The caller performs the atomic operations.
 
 use super::ip128::Ip128;
 
-/// In place of the cookie in a slot that the agent is about to free: no socket has it, and no socket finds the slot free,
-/// so nobody writes there who does not do so already. Readers pass it over.
+/// The cookie of a slot that the agent is about to free. No socket has this cookie, and the slot is not free for any, so no
+/// program starts to write there. Readers skip the slot.
 pub const LEAVING: u64 = u64::MAX;
 
-/// Whether a record with this sequence may be read: a writer has finished it.
+/// Returns whether a record with this sequence may be read: its writer has finished.
 #[inline(always)]
 #[must_use]
 pub const fn is_complete(sequence: u32) -> bool {
     sequence != 0 && sequence & 1 == 0
 }
 
-/// The sequence to store before the fields of a record are changed.
+/// Returns the sequence to store before the fields of a record are changed.
 #[inline(always)]
 #[must_use]
 pub const fn opened(sequence: u32) -> u32 {
     sequence | 1
 }
 
-/// The sequence to store after the fields are complete: even, not zero, and another one than before.
+/// Returns the sequence to store after the fields are complete: even, not zero, and different from the one before.
 #[inline(always)]
 #[must_use]
 pub const fn closed(sequence: u32) -> u32 {
@@ -30,15 +30,14 @@ pub const fn closed(sequence: u32) -> u32 {
     }
 }
 
-/// The slot of a socket in SOCKETS. `mask` is the number of slots less one, a power of two less one.
+/// Returns the slot of a socket in SOCKETS. `mask`: the number of slots, a power of two, minus one.
 #[inline(always)]
 #[must_use]
 pub const fn slot(cookie: u64, mask: u32) -> u32 {
     cookie as u32 & mask
 }
 
-/// Whether the peer that a process sees is the backend that it was given, so that it is to see what it asked for
-/// instead.
+/// Returns whether the peer of a socket is its backend, so that the process has to get the requested destination instead.
 #[inline(always)]
 #[must_use]
 pub const fn is_backend(peer: (Ip128, u16), backend: (Ip128, u16)) -> bool {

@@ -1,9 +1,9 @@
-//! Which frontend a destination is: the order of the lookups, for the data plane and for `explain` alike.
+//! The frontend of a destination: the order of the lookups, for the data plane and for `explain`.
 
 use super::ip128::Ip128;
 use crate::abi::{DropReason, Frontend, FrontendKind, service_flags};
 
-/// A destination as the data plane computes with it.
+/// A destination of a socket or packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Destination {
     /// Address.
@@ -15,7 +15,7 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// Under which the mark of a service address stands.
+    /// Returns the key of an address mark.
     #[inline(always)]
     const fn mark(addr: Ip128) -> Self {
         Self {
@@ -25,7 +25,7 @@ impl Destination {
         }
     }
 
-    /// Under which a node port stands, for every address that serves it.
+    /// Returns the key of a node port, which is the same for every address of a family.
     #[inline(always)]
     const fn node_port(self) -> Self {
         Self {
@@ -35,20 +35,20 @@ impl Destination {
     }
 }
 
-/// What the decision looks at.
+/// The lookups that the decision makes.
 pub trait Tables {
-    /// The entry of FRONTENDS with this key; port and protocol are zero for the mark of a service address.
+    /// Returns the entry of FRONTENDS with this key. Port and protocol are zero for an address mark.
     fn frontend(&self, key: Destination) -> Option<Frontend>;
-    /// Whether NODE_ADDRS has the address.
+    /// Returns whether NODE_ADDRS contains the address.
     fn is_node_address(&self, addr: Ip128) -> bool;
-    /// Whether the socket is in the node's network namespace.
+    /// Returns whether the socket is in the node's network namespace.
     fn is_on_node(&self) -> bool;
 }
 
-/// The frontend that a socket's destination is; `None`: no business of lb's.
+/// Returns the frontend of a socket's destination, or `None` if lb does not serve it.
 ///
 /// - The destination zero is loopback, as in the kernel's `ip_route_output_key` and `tcp_v6_connect`.
-/// - On loopback there are node ports, for the node's own sockets only: a pod's loopback is its own.
+/// - Loopback addresses have node ports for the node's own sockets only, since each pod has its own loopback.
 /// - An address and port of a Service come first, then the ports that a service address does not have, then node ports
 ///   on this node's addresses.
 ///
@@ -81,17 +81,18 @@ pub fn frontend(tables: &impl Tables, to: Destination) -> Result<Option<Frontend
     })
 }
 
-/// The frontend that a packet's destination is; `None`: no business of lb's. Fragments, and protocols that packets are
-/// not translated for, are not to be asked about.
+/// Returns the frontend of a packet's destination, or `None` if lb does not serve it. The caller must not pass fragments or
+/// protocols that packets are not translated for.
 ///
 /// An address and port of a Service come first, then the ports that a service address does not have (external and
-/// load-balancer addresses too), then node ports on this node's addresses. Loopback is nobody's.
+/// load-balancer addresses too), then node ports on this node's addresses. Loopback destinations are never translated
+/// here.
 ///
 /// # Errors
 /// [`DropReason::NoSuchPort`] for a port that a service address does not have.
 #[inline(always)]
 pub fn packet_frontend(tables: &impl Tables, to: Destination) -> Result<Option<Frontend>, DropReason> {
-    // A node port stands under the zero address, which no packet may ask for.
+    // The key of a node port has the zero address, which must not be reachable as a destination.
     if to.addr.or_loopback().is_loopback() {
         return Ok(None);
     }
@@ -108,7 +109,7 @@ pub fn packet_frontend(tables: &impl Tables, to: Destination) -> Result<Option<F
     })
 }
 
-/// Whether an address is a Service's, and no node's.
+/// Returns whether an address belongs to a Service, and is not one of the node.
 #[inline(always)]
 pub fn is_service_address(tables: &impl Tables, addr: Ip128) -> bool {
     tables.frontend(Destination::mark(addr)).is_some()
@@ -122,11 +123,10 @@ pub const fn has_source_ranges(frontend: Frontend, service_flags: u32) -> bool {
     frontend.kind == FrontendKind::LoadBalancer as u8 && service_flags & service_flags::SOURCE_RANGES != 0
 }
 
-/// Whether a bind to this address and port takes a node port of the node: `node_port` tells whether a family (by its
-/// unspecified address) has it. To be asked in the node's namespace only.
+/// Returns whether a bind to this address and port would take a node port. Valid in the node's namespace only.
 ///
-/// A listener on all addresses of IPv6 takes the port of IPv4 as well; that it may have been told not to (IPV6_V6ONLY)
-/// cannot be seen here.
+/// A listener on all IPv6 addresses takes the port of IPv4 as well, unless it has IPV6_V6ONLY set. The hook cannot read
+/// that option.
 #[inline(always)]
 pub fn binds_node_port(tables: &impl Tables, to: Destination) -> bool {
     let has = |addr: Ip128| {

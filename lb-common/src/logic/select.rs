@@ -1,6 +1,6 @@
-//! Which member of a set a connection gets.
+//! Random selection of a member of a set, and of a port.
 
-/// A member of `0..len`, evenly spread over a random 32-bit number; zero where `len` is zero.
+/// Maps a random 32-bit number evenly to `0..len`. Returns zero if `len` is zero.
 ///
 /// Multiplication instead of `%`: the verifier keeps the bound, and no division is paid for. The result is biased by
 /// at most `len / 2^32` (Lemire, "Fast Random Integer Generation in an Interval", 2019).
@@ -10,7 +10,7 @@ pub const fn pick(random: u32, len: u16) -> u32 {
     ((random as u64 * len as u64) >> 32) as u32
 }
 
-/// A port of `first..=last`, evenly spread over a random number; `None` where there are none.
+/// Maps a random 32-bit number evenly to the ports `first..=last`. Returns `None` if the range is empty.
 #[inline(always)]
 #[must_use]
 pub const fn port(first: u16, last: u16, random: u32) -> Option<u16> {

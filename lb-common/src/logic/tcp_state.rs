@@ -1,13 +1,12 @@
-//! What the segments of a TCP connection say of it. The other half of connection tracking, how long a flow may be idle, is
-//! in [`super::ct`].
+//! TCP state of a flow, from the flags of its segments. The idle timeouts that follow from it are in [`super::ct`].
 
 use super::packet::tcp_flags;
 use crate::abi::ct_state;
 
-/// The state of one direction after a segment with these flags.
+/// Returns the state of one direction after a segment with these flags.
 ///
-/// A reset is believed only until the next segment comes that way: whoever resets a connection says nothing more. A SYN
-/// begins anew.
+/// A reset is valid only until the next segment in its direction, since a host that resets a connection sends nothing
+/// afterwards. A SYN starts another connection.
 #[inline(always)]
 #[must_use]
 pub const fn after(state: u8, flags: u8) -> u8 {
@@ -49,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_is_over_when_both_have_said_so() {
+    fn connection_ends_when_both_sides_have_closed() {
         let mut segments = std::vec![(true, tcp_flags::SYN), (false, tcp_flags::SYN | ACK), (true, ACK)];
         for (segment, over) in [
             ((true, ACK), false),
@@ -68,12 +67,12 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_that_nobody_meant_is_forgotten() {
+    fn spurious_rst_is_cleared_by_next_segment() {
         let reset = run(&[(true, ACK), (false, ACK), (true, tcp_flags::RST)]);
         assert!(is_over(reset.0, reset.1));
-        let goes_on = run(&[(true, ACK), (false, ACK), (true, tcp_flags::RST), (true, ACK)]);
-        assert!(!is_over(goes_on.0, goes_on.1));
-        // What the other side says proves nothing: it may not have heard of it.
+        let continued = run(&[(true, ACK), (false, ACK), (true, tcp_flags::RST), (true, ACK)]);
+        assert!(!is_over(continued.0, continued.1));
+        // A segment of the opposite direction proves nothing: its sender may not have received the RST yet.
         let other = run(&[(true, ACK), (true, tcp_flags::RST), (false, ACK)]);
         assert!(is_over(other.0, other.1));
     }

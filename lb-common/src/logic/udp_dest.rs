@@ -1,13 +1,13 @@
-//! Unconnected UDP: whose answer a datagram is.
+//! Unconnected UDP: matching of replies to requests.
 
-/// How long a question may wait for its answer before the answer is taken for another's, in nanoseconds.
+/// Time in nanoseconds after which a request without a reply counts as lost.
 pub const PATIENCE: u64 = 1_000_000_000;
 
-/// How likely a datagram from a backend answers what was asked at `asked` (nanoseconds, as `now`), where a socket uses
-/// that backend under several frontends: the highest has it.
+/// Returns the priority of a request that was sent at `asked` (nanoseconds, like `now`) as the one that a datagram from a
+/// backend replies to. A socket may use a backend under several frontends; the request with the highest priority is chosen.
 ///
-/// Answers mostly come in the order of the questions. So the oldest question of the last second that has no answer yet
-/// comes first; where all are answered, the last that was asked.
+/// Replies mostly arrive in the order of their requests. So the oldest request of the last second without a reply comes
+/// first. If all have a reply, the latest request comes first.
 #[inline(always)]
 #[must_use]
 pub const fn claim(asked: u64, unanswered: u32, now: u64) -> u64 {
@@ -19,7 +19,7 @@ pub const fn claim(asked: u64, unanswered: u32, now: u64) -> u64 {
     }
 }
 
-/// The number of unanswered questions after one more; what was asked long before is given up.
+/// Returns the number of requests without a reply after one more request. Requests older than [`PATIENCE`] count as lost.
 #[inline(always)]
 #[must_use]
 pub const fn asked(unanswered: u32, before: u64, now: u64) -> u32 {
@@ -37,19 +37,19 @@ mod tests {
     const T: u64 = 77 * PATIENCE;
 
     #[test]
-    fn the_oldest_question_without_an_answer_comes_first() {
+    fn oldest_request_without_a_reply_comes_first() {
         assert!(claim(T, 1, T + 9) > claim(T + 1, 1, T + 9));
         assert!(claim(T, 1, T + 9) > claim(T + 1, 0, T + 9));
         assert!(claim(T + 1, 1, T + 9) > claim(T, 0, T + 9));
     }
 
     #[test]
-    fn where_all_are_answered_the_last_comes_first() {
+    fn latest_request_comes_first_if_all_have_replies() {
         assert!(claim(T + 1, 0, T + 9) > claim(T, 0, T + 9));
     }
 
     #[test]
-    fn lost_questions_are_given_up() {
+    fn lost_requests_are_not_counted() {
         let now = T + 2 * PATIENCE;
         assert!(claim(now - 5, 0, now) > claim(T, 3, now));
         assert_eq!(asked(3, T, now), 1);
