@@ -16,7 +16,7 @@ use crate::backend::Choice;
 use crate::maps::{CONFIG, DROPS, EVENTS, STATS};
 use crate::volatile;
 
-/// Counts one more of a reason.
+/// Increments the counter of a reason.
 #[inline(always)]
 pub(crate) fn dropped(reason: DropReason) {
     if let Some(count) = DROPS.get_ptr_mut(reason as u32) {
@@ -25,7 +25,7 @@ pub(crate) fn dropped(reason: DropReason) {
     }
 }
 
-/// Counts for a service: `connected` or refused.
+/// Increments the counter of a service's connections, or of its refusals if not `connected`.
 #[inline(always)]
 pub(crate) fn connection(service: u32, connected: bool) {
     if let Some(stats) = STATS.get_ptr_mut(service) {
@@ -39,7 +39,7 @@ pub(crate) fn connection(service: u32, connected: bool) {
     }
 }
 
-/// Something that whoever traces wants to know.
+/// A trace event before it is written to EVENTS.
 pub(crate) struct TraceEvent {
     kind: EventKind,
     to: Destination,
@@ -50,7 +50,7 @@ pub(crate) struct TraceEvent {
 }
 
 impl TraceEvent {
-    /// A call was given a backend.
+    /// Returns the event of a call or packet that got a backend.
     #[inline(always)]
     pub(crate) fn served(kind: EventKind, to: Destination, service: u32, choice: Choice) -> Self {
         Self {
@@ -63,13 +63,13 @@ impl TraceEvent {
         }
     }
 
-    /// A call was refused.
+    /// Returns the event of a refused call.
     #[inline(always)]
     pub(crate) fn refused(to: Destination, service: u32, reason: DropReason) -> Self {
         Self::not_served(EventKind::Refused, to, service, reason)
     }
 
-    /// A packet was.
+    /// Returns the event of a rejected packet.
     #[inline(always)]
     pub(crate) fn rejected(to: Destination, service: u32, reason: DropReason) -> Self {
         Self::not_served(EventKind::Rejected, to, service, reason)
@@ -88,7 +88,7 @@ impl TraceEvent {
     }
 }
 
-/// Writes an event of a socket, if somebody asks for its kind. Costs one load where nobody does.
+/// Writes an event of a socket if its kind is enabled. Otherwise the cost is one load.
 #[inline(always)]
 pub(crate) fn event(ctx: *mut c_void, what: &TraceEvent) {
     if !is_asked_for(what.kind) {
@@ -106,7 +106,7 @@ pub(crate) fn event(ctx: *mut c_void, what: &TraceEvent) {
     write(&whose, what);
 }
 
-/// The same of a packet.
+/// Writes an event of a packet if its kind is enabled.
 #[inline(always)]
 pub(crate) fn packet_event(packet: &Packet, what: &TraceEvent) {
     if !is_asked_for(what.kind) {
@@ -121,7 +121,7 @@ pub(crate) fn packet_event(packet: &Packet, what: &TraceEvent) {
     write(&whose, what);
 }
 
-/// Whose an event is.
+/// The socket, process or client of an event.
 struct Whose {
     cookie: u64,
     netns: u64,

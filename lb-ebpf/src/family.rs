@@ -1,4 +1,4 @@
-//! What differs between the hooks of IPv4 and IPv6: where the context holds the address.
+//! The difference between the hooks of IPv4 and IPv6: the fields of the context that hold the address.
 
 use core::ptr;
 
@@ -11,10 +11,10 @@ use lb_common::logic::route::Destination;
 ///
 /// The verifier takes loads and stores of whole fields only (of IPv6 addresses, of halves as well), hence volatile ones.
 pub(crate) trait Family {
-    /// The address that the context holds: destination, or, after the call, peer or source.
+    /// Returns the address in the context: the destination, or after the call the peer or source.
     fn address(at: *const bpf_sock_addr) -> Ip128;
 
-    /// Replaces it; false (and nothing is changed) where it is not of the family.
+    /// Replaces the address. Returns false, and changes nothing, if the address is of another family.
     fn set_address(at: *mut bpf_sock_addr, addr: Ip128) -> bool;
 }
 
@@ -37,7 +37,7 @@ impl Family for V4 {
     }
 }
 
-/// Hooks that see an IPv6 address, or an IPv4 one v4-mapped, which is what maps hold anyway.
+/// Hooks that see an IPv6 address, or a v4-mapped IPv4 address, which is the form of addresses in maps.
 pub(crate) struct V6;
 
 impl Family for V6 {
@@ -62,7 +62,7 @@ impl Family for V6 {
     }
 }
 
-/// The destination (or peer, or source) that the context holds.
+/// Returns the destination, peer or source in the context.
 #[inline(always)]
 pub(crate) fn destination<F: Family>(ctx: &SockAddrContext) -> Destination {
     let at = ctx.sock_addr;
@@ -75,7 +75,7 @@ pub(crate) fn destination<F: Family>(ctx: &SockAddrContext) -> Destination {
     }
 }
 
-/// Replaces address and port (host byte order) that the context holds; false where the address is of another family.
+/// Replaces address and port (host byte order) in the context. Returns false if the address is of another family.
 #[inline(always)]
 pub(crate) fn set_destination<F: Family>(ctx: &SockAddrContext, addr: Ip128, port: u16) -> bool {
     let at = ctx.sock_addr;
@@ -87,7 +87,7 @@ pub(crate) fn set_destination<F: Family>(ctx: &SockAddrContext, addr: Ip128, por
     true
 }
 
-/// The socket's protocol, which is more than 8 bits wide for MPTCP.
+/// Returns the socket's protocol, which is more than 8 bits wide for MPTCP.
 #[inline(always)]
 pub(crate) fn protocol(ctx: &SockAddrContext) -> u32 {
     // SAFETY: the verifier checks loads from the context.

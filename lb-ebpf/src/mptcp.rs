@@ -1,5 +1,5 @@
-//! MPTCP sockets: `connect()` is seen with the first subflow, all else with the socket itself; their cookies differ. What
-//! both can tell is the address of the socket in the kernel: it is the key of the record.
+//! MPTCP sockets: the connect hook runs with the first subflow, every other hook with the socket itself, and their cookies
+//! differ. Both hooks can obtain the address of the socket in the kernel, which is the key of its record.
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::bpf_skc_to_mptcp_sock;
@@ -11,7 +11,7 @@ use crate::family::protocol;
 /// IPPROTO_MPTCP.
 const MPTCP: u32 = 262;
 
-/// In connect: the key of the MPTCP socket that this one is a subflow of.
+/// Returns, in connect, the key of the MPTCP socket that this socket is a subflow of.
 #[inline(always)]
 pub(crate) fn of_subflow(ctx: &SockAddrContext) -> Option<u64> {
     if protocol(ctx) != u32::from(ip_protocol::TCP) {
@@ -24,7 +24,7 @@ pub(crate) fn of_subflow(ctx: &SockAddrContext) -> Option<u64> {
     (!mptcp.is_null()).then_some(mptcp as u64)
 }
 
-/// In getpeername: the key of the socket, if it is an MPTCP one.
+/// Returns, in getpeername, the key of the socket if it is an MPTCP socket.
 #[inline(always)]
 pub(crate) fn of_peer(ctx: &SockAddrContext) -> Option<u64> {
     // SAFETY: the verifier checks loads from the context.
@@ -32,7 +32,7 @@ pub(crate) fn of_peer(ctx: &SockAddrContext) -> Option<u64> {
     (protocol(ctx) == MPTCP).then_some(sk as u64)
 }
 
-/// In release: the key of the socket, if it is an MPTCP one. (The context of this hook is the socket.)
+/// Returns, in release, the key of the socket if it is an MPTCP socket. The context of this hook is the socket.
 #[inline(always)]
 pub(crate) fn of_released(ctx: &SockContext) -> Option<u64> {
     // SAFETY: the verifier checks loads from the context.

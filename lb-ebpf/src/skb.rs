@@ -1,4 +1,4 @@
-//! A packet in the kernel: reading it, and changing it so that the kernel's own idea of its checksum stays right.
+//! Access to a packet in the kernel: reads, and changes that keep the kernel's state of its checksum correct.
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::generated::{
@@ -41,45 +41,45 @@ impl Skb {
 
     #[inline(always)]
     fn data_end(self) -> usize {
-        // SAFETY: as above.
+        // SAFETY: the context is that of the running program.
         unsafe { (*self.0).data_end as usize }
     }
 
-    /// Length of the packet, with all that is not in its first part.
+    /// Returns the length of the packet, including its non-linear part.
     #[inline(always)]
     pub(crate) fn len(self) -> u32 {
-        // SAFETY: as above.
+        // SAFETY: the context is that of the running program.
         unsafe { (*self.0).len }
     }
 
     /// Index of the device whose hook this is.
     #[inline(always)]
     pub(crate) fn ifindex(self) -> u32 {
-        // SAFETY: as above.
+        // SAFETY: the context is that of the running program.
         unsafe { (*self.0).ifindex }
     }
 
-    /// Whether the kernel took a VLAN tag off, or is to put one on.
+    /// Returns whether the kernel removed a VLAN tag, or is about to add one.
     #[inline(always)]
     pub(crate) fn has_vlan(self) -> bool {
-        // SAFETY: as above.
+        // SAFETY: the context is that of the running program.
         unsafe { (*self.0).vlan_present != 0 }
     }
 
-    /// Whether a socket of this machine has made it.
+    /// Returns whether a socket of this machine sent the packet.
     #[inline(always)]
     pub(crate) fn has_socket(self) -> bool {
-        // SAFETY: as above.
+        // SAFETY: the context is that of the running program.
         unsafe { !(*self.0).__bindgen_anon_2.sk.is_null() }
     }
 
-    /// Makes the headers readable in one piece, where they are not.
+    /// Makes the headers readable in one piece if they are not.
     #[inline(always)]
     pub(crate) fn pull(self) {
         let len = self.len();
         let wanted = if len < HEADERS { len } else { HEADERS };
         if self.data() + wanted as usize > self.data_end() {
-            // SAFETY: as above. What cannot be had is seen as cut off.
+            // SAFETY: the context is that of the running program. If the call fails, the headers count as truncated.
             unsafe { bpf_skb_pull_data(self.0, wanted) };
         }
     }
@@ -88,12 +88,12 @@ impl Skb {
     #[inline(always)]
     pub(crate) fn store<T: Copy>(self, at: usize, value: &T) -> Result<(), DropReason> {
         let from = core::ptr::from_ref(value).cast();
-        // SAFETY: the value is as long as is said.
+        // SAFETY: the length is that of the value.
         let result = unsafe { bpf_skb_store_bytes(self.0, at as u32, from, size_of::<T>() as u32, 0) };
         done(result)
     }
 
-    /// Puts room for a header of the link layer before the packet.
+    /// Adds room for a link-layer header before the packet.
     #[inline(always)]
     pub(crate) fn add_link_header(self) -> Result<(), DropReason> {
         // SAFETY: the context is that of the running program.
@@ -119,20 +119,20 @@ impl Skb {
         let flags = flags | u64::from(BPF_F_PSEUDO_HDR);
         let change = u64::from(change.to_u32());
         if !is_v4 {
-            // SAFETY: as above.
+            // SAFETY: the context is that of the running program.
             let result = unsafe { bpf_l4_csum_replace(self.0, at as u32, 0, change, flags | IPV6) };
             if result == 0 {
                 return Ok(());
             }
         }
-        // SAFETY: as above.
+        // SAFETY: the context is that of the running program.
         done(unsafe { bpf_l4_csum_replace(self.0, at as u32, 0, change, flags) })
     }
 
     /// The transport checksum at `at` follows a change of what it covers of the packet itself.
     #[inline(always)]
     pub(crate) fn replace_l4(self, at: usize, change: Sum, flags: u64) -> Result<(), DropReason> {
-        // SAFETY: as above.
+        // SAFETY: the context is that of the running program.
         done(unsafe { bpf_l4_csum_replace(self.0, at as u32, 0, change.to_u32().into(), flags) })
     }
 }
@@ -156,7 +156,7 @@ impl Bytes for Skb {
         if at + 1 > self.data_end() {
             return None;
         }
-        // SAFETY: within the packet, as was just checked.
+        // SAFETY: the byte is within the packet: the bounds were checked.
         Some(unsafe { imp::byte(at) })
     }
 
@@ -166,7 +166,7 @@ impl Bytes for Skb {
         if at + 2 > self.data_end() {
             return None;
         }
-        // SAFETY: as above.
+        // SAFETY: the bytes are within the packet: the bounds were checked.
         Some(u16::from_be(unsafe { imp::half(at) }))
     }
 
@@ -176,7 +176,7 @@ impl Bytes for Skb {
         if at + 4 > self.data_end() {
             return None;
         }
-        // SAFETY: as above.
+        // SAFETY: the bytes are within the packet: the bounds were checked.
         Some(unsafe { imp::word(at) })
     }
 
@@ -187,13 +187,13 @@ impl Bytes for Skb {
 
     #[inline(always)]
     fn is_merged(&self) -> bool {
-        // SAFETY: as above.
+        // SAFETY: the context is that of the running program.
         unsafe { (*self.0).gso_size != 0 }
     }
 }
 
-/// Loads from the packet, whose bytes have no alignment. From one that it knows nothing of, the compiler would load byte by
-/// byte; the kernel takes any where the machine does, and else moves the data.
+/// Unaligned loads from the packet. The compiler would split an unaligned load into bytes; the kernel accepts it if the
+/// machine supports it, and otherwise moves the data.
 #[cfg(target_arch = "bpf")]
 mod imp {
     use core::arch::asm;
@@ -201,7 +201,7 @@ mod imp {
     #[inline(always)]
     pub(super) unsafe fn byte(at: usize) -> u8 {
         let value: u64;
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the bytes are within the packet.
         unsafe { asm!("{value} = *(u8 *)({at} + 0)", at = in(reg) at, value = out(reg) value) };
         value as u8
     }
@@ -209,7 +209,7 @@ mod imp {
     #[inline(always)]
     pub(super) unsafe fn half(at: usize) -> u16 {
         let value: u64;
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the bytes are within the packet.
         unsafe { asm!("{value} = *(u16 *)({at} + 0)", at = in(reg) at, value = out(reg) value) };
         value as u16
     }
@@ -217,7 +217,7 @@ mod imp {
     #[inline(always)]
     pub(super) unsafe fn word(at: usize) -> u32 {
         let value: u64;
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the bytes are within the packet.
         unsafe { asm!("{value} = *(u32 *)({at} + 0)", at = in(reg) at, value = out(reg) value) };
         value as u32
     }
@@ -226,17 +226,17 @@ mod imp {
 #[cfg(not(target_arch = "bpf"))]
 mod imp {
     pub(super) unsafe fn byte(at: usize) -> u8 {
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the bytes are within the packet.
         unsafe { (at as *const u8).read() }
     }
 
     pub(super) unsafe fn half(at: usize) -> u16 {
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the bytes are within the packet.
         unsafe { (at as *const u16).read_unaligned() }
     }
 
     pub(super) unsafe fn word(at: usize) -> u32 {
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the bytes are within the packet.
         unsafe { (at as *const u32).read_unaligned() }
     }
 }

@@ -19,7 +19,7 @@ use crate::{count, log, mptcp, sockets, udp_dests};
 const DENY: i32 = 0;
 const ALLOW: i32 = 1;
 
-/// `bind()` of an IPv4 socket: a node port is not to be had on the node.
+/// `bind()` of an IPv4 socket: refuses node ports in the node's network namespace.
 #[cgroup_sock(post_bind4)]
 pub(crate) fn lb_post_bind4(ctx: SockContext) -> i32 {
     // SAFETY: the verifier checks loads from the context.
@@ -27,7 +27,7 @@ pub(crate) fn lb_post_bind4(ctx: SockContext) -> i32 {
     post_bind(&ctx, Hook::PostBind4, Ip128::from_v4(addr))
 }
 
-/// The same for IPv6 sockets, those that are bound to a v4-mapped address included.
+/// `bind()` of an IPv6 socket, also to a v4-mapped address: refuses node ports in the node's network namespace.
 #[cgroup_sock(post_bind6)]
 pub(crate) fn lb_post_bind6(ctx: SockContext) -> i32 {
     let word = |i: usize| {
@@ -67,7 +67,7 @@ fn post_bind(ctx: &SockContext, hook: Hook, addr: Ip128) -> i32 {
     DENY
 }
 
-/// A socket is closed: what is remembered of it goes.
+/// Release of a closed socket: deletes its record and its UDP destinations.
 #[cgroup_sock(sock_release)]
 pub(crate) fn lb_sock_release(ctx: SockContext) -> i32 {
     if let Some(key) = mptcp::of_released(&ctx) {

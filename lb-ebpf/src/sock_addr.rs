@@ -24,64 +24,64 @@ use crate::udp_dests::UdpDests;
 const DENY: i32 = 0;
 const ALLOW: i32 = 1;
 
-/// A call that lb refuses.
+/// A call that a hook refuses.
 struct Refusal {
     to: Destination,
-    /// Zero where no service was found.
+    /// Service index; zero if no service was found.
     service: u32,
     reason: DropReason,
 }
 
-/// `connect()` with an IPv4 destination: a frontend is replaced by one of its backends.
+/// `connect()` with an IPv4 destination: replaces a frontend by one of its backends.
 #[cgroup_sock_addr(connect4)]
 pub(crate) fn lb_connect4(ctx: SockAddrContext) -> i32 {
     let hook = Hook::Connect4;
     verdict(&ctx, hook, try_connect::<V4>(&ctx, hook))
 }
 
-/// `connect()` with an IPv6 destination, v4-mapped ones included.
+/// `connect()` with an IPv6 destination, including v4-mapped ones: replaces a frontend by one of its backends.
 #[cgroup_sock_addr(connect6)]
 pub(crate) fn lb_connect6(ctx: SockAddrContext) -> i32 {
     let hook = Hook::Connect6;
     verdict(&ctx, hook, try_connect::<V6>(&ctx, hook))
 }
 
-/// `sendmsg()` that names an IPv4 destination.
+/// `sendmsg()` with an IPv4 destination.
 #[cgroup_sock_addr(sendmsg4)]
 pub(crate) fn lb_sendmsg4(ctx: SockAddrContext) -> i32 {
     let hook = Hook::Sendmsg4;
     verdict(&ctx, hook, try_send::<V4>(&ctx, hook))
 }
 
-/// `sendmsg()` that names an IPv6 destination.
+/// `sendmsg()` with an IPv6 destination.
 #[cgroup_sock_addr(sendmsg6)]
 pub(crate) fn lb_sendmsg6(ctx: SockAddrContext) -> i32 {
     let hook = Hook::Sendmsg6;
     verdict(&ctx, hook, try_send::<V6>(&ctx, hook))
 }
 
-/// `recvmsg()` of an IPv4 socket: a datagram from a backend comes from the frontend that was asked.
+/// `recvmsg()` of an IPv4 socket: replaces the source of a backend's datagram by the frontend of the request.
 #[cgroup_sock_addr(recvmsg4)]
 pub(crate) fn lb_recvmsg4(ctx: SockAddrContext) -> i32 {
     received::<V4>(&ctx, Hook::Recvmsg4);
     ALLOW
 }
 
-/// The same for IPv6 sockets, also where the datagram came by IPv4.
+/// `recvmsg()` of an IPv6 socket, also for datagrams over IPv4: replaces the source of a backend's datagram by the frontend.
 #[cgroup_sock_addr(recvmsg6)]
 pub(crate) fn lb_recvmsg6(ctx: SockAddrContext) -> i32 {
     received::<V6>(&ctx, Hook::Recvmsg6);
     ALLOW
 }
 
-/// `getpeername()` of an IPv4 socket: who asked for a frontend sees the frontend.
+/// `getpeername()` of an IPv4 socket: replaces the backend by the frontend that the process connected to.
 #[cgroup_sock_addr(getpeername4)]
 pub(crate) fn lb_getpeername4(ctx: SockAddrContext) -> i32 {
     peer_name::<V4>(&ctx, Hook::Getpeername4);
     ALLOW
 }
 
-/// The same for IPv6 sockets.
+/// `getpeername()` of an IPv6 socket: replaces the backend by the frontend that the process connected to.
 #[cgroup_sock_addr(getpeername6)]
 pub(crate) fn lb_getpeername6(ctx: SockAddrContext) -> i32 {
     peer_name::<V6>(&ctx, Hook::Getpeername6);
@@ -107,7 +107,7 @@ fn try_connect<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refus
     let maps = MapTables { ctx: ctx.as_ptr() };
     let Some((service, serving)) = serving(&maps, to)? else {
         if to.proto == ip_protocol::UDP {
-            // It may have been connected to a service before.
+            // The socket may have been connected to a service before.
             sockets::forget(cookie(ctx));
         }
         return Ok(());
@@ -117,7 +117,7 @@ fn try_connect<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refus
     let new = Connected {
         cookie: cookie(ctx),
         netns: maps.netns(),
-        // SAFETY: the helper takes nothing.
+        // SAFETY: the helper has no arguments.
         time: unsafe { bpf_ktime_get_coarse_ns() },
         original: to,
         choice,
@@ -165,14 +165,15 @@ fn try_send<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refusal>
     Ok(())
 }
 
-/// The backend of a socket that is connected to this very destination: answers of any other would not reach it.
+/// Returns the backend of a socket that is connected to this destination. Replies of another backend would not reach it.
 #[inline(always)]
 fn connected_again(serving: &Serving, cookie: u64, to: Destination) -> Option<Choice> {
     let (backend, generation) = Record::of(cookie)?.backend(to)?;
     serving.reusable_backend(backend, generation)
 }
 
-/// The backend that an unconnected socket has for a destination while that is usable; else a new one, remembered.
+/// Returns the backend that an unconnected socket has for a destination if it is usable. Otherwise chooses and stores
+/// another one.
 #[inline(always)]
 fn choose_for_flow(
     maps: &MapTables,
@@ -181,8 +182,8 @@ fn choose_for_flow(
     to: Destination,
     service: u32,
 ) -> Result<Choice, DropReason> {
-    // Not the coarse clock: questions of one millisecond have an order.
-    // SAFETY: the helper takes nothing.
+    // Not the coarse clock: requests within one millisecond have an order.
+    // SAFETY: the helper has no arguments.
     let now = unsafe { bpf_ktime_get_ns() };
     let old = UdpDests::of(cookie).and_then(|flows| flows.ask(to, now));
     if let Some(old) = old
@@ -207,8 +208,8 @@ fn received<F: Family>(ctx: &SockAddrContext, hook: Hook) {
     if asked.is_none()
         && let Some(flows) = UdpDests::of(cookie)
     {
-        // Not before: most sockets have no flows, and the clock is dearer than all else here.
-        // SAFETY: the helper takes nothing.
+        // The clock is read only here: most sockets have no entry, and it costs more than the rest of this function.
+        // SAFETY: the helper has no arguments.
         let now = unsafe { bpf_ktime_get_ns() };
         asked = flows.answer(source, now);
     }
@@ -237,7 +238,7 @@ fn cookie(ctx: &SockAddrContext) -> u64 {
     unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
 }
 
-/// Counts and tells a refusal, and makes the call return its errno.
+/// Counts, traces and logs a refusal, and makes the call return its errno.
 #[inline(always)]
 fn verdict(ctx: &SockAddrContext, hook: Hook, result: Result<(), Refusal>) -> i32 {
     let Err(Refusal { to, service, reason }) = result else {
