@@ -1,21 +1,58 @@
-//! `service list` and `backend list`: the pinned maps, joined.
+//! `service list` and `backend list`: rows joined from the pinned maps.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use lb_common::abi::{Frontend, FrontendKey, FrontendKind, backend_flags};
+use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Name, Service, backend_flags};
 use lb_common::logic::generation;
 use serde::Serialize;
 
 use super::{ReadArgs, output};
 use lb_core::maps::Dump;
-use lb_core::names::ServicePortName;
+use lb_core::names::{ServicePortName, port_id, text};
+
+/// Whether a frontend or a service port is as the agent wants it, by the pinned maps alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Status {
+    /// Named in NAMES, but not completely written or not completely removed.
+    Pending,
+    /// Complete: NAMES and SERVICES have the same generation, and a frontend leads here.
+    Done,
+    /// NOTICES has a problem of it.
+    Error,
+}
+
+impl Status {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Done => "done",
+            Self::Error => "error",
+        }
+    }
+
+    /// Derives the status of a service port. `frontends`: those that lead to it.
+    fn of_port(name: &Name, service: &Service, frontends: &[FrontendRow], problems: &BTreeSet<String>) -> Self {
+        let is_named_in = |id| problems.contains(&format!("Service {id}"));
+        if port_id(name).is_some_and(is_named_in) || frontends.iter().any(|row| row.status == Self::Error) {
+            return Self::Error;
+        }
+        let is_written = generation::is_live(service.generation) && service.generation == name.generation;
+        if is_written && !frontends.is_empty() {
+            Self::Done
+        } else {
+            Self::Pending
+        }
+    }
+}
 
 #[derive(Debug, Clone, Serialize)]
 struct FrontendRow {
     address: IpAddr,
     port: u16,
     kind: String,
+    status: Status,
 }
 
 #[derive(Debug, Serialize)]
@@ -24,6 +61,7 @@ struct ServiceRow {
     owner: ServicePortName,
     index: u32,
     generation: u32,
+    status: Status,
     frontends: Vec<FrontendRow>,
     /// Members of the whole-cluster set.
     backends: u16,
@@ -36,15 +74,25 @@ struct ServiceRow {
     refused: u64,
 }
 
-/// Frontends by service index.
-fn frontends(dump: &Dump) -> BTreeMap<u32, Vec<FrontendRow>> {
+/// Returns the frontends by service index. `problems`: the places of the records in NOTICES.
+fn frontends(dump: &Dump, problems: &BTreeSet<String>) -> BTreeMap<u32, Vec<FrontendRow>> {
     let mut all: BTreeMap<u32, Vec<FrontendRow>> = BTreeMap::new();
     for (FrontendKey { addr, port, .. }, Frontend { service, kind, .. }) in &dump.frontends {
         let known = FrontendKind::from_u8(*kind);
         if known.is_some_and(FrontendKind::is_mark) {
             continue;
         }
+        let has_problem = problems.contains(&format!("frontend {addr}:{port}"));
+        let is_written = dump
+            .services
+            .get(*service as usize)
+            .is_some_and(|service| generation::is_live(service.generation));
         all.entry(*service).or_default().push(FrontendRow {
+            status: match (has_problem, is_written) {
+                (true, _) => Status::Error,
+                (false, true) => Status::Done,
+                (false, false) => Status::Pending,
+            },
             address: (*addr).into(),
             port: *port,
             kind: known.map_or_else(|| format!("unknown ({kind})"), |kind| kind.label().into()),
@@ -56,18 +104,23 @@ fn frontends(dump: &Dump) -> BTreeMap<u32, Vec<FrontendRow>> {
 pub(super) fn services(args: &ReadArgs) -> anyhow::Result<()> {
     let maps = args.pin.open()?;
     let dump = maps.dump()?;
-    let mut frontends = frontends(&dump);
+    let notices = maps.notices()?;
+    let places = notices.iter().filter_map(|notice| text(&notice.place));
+    let problems: BTreeSet<String> = places.map(ToOwned::to_owned).collect();
+    let mut frontends = frontends(&dump, &problems);
     let mut rows = Vec::new();
     for (index, name) in &dump.names {
         let Some(service) = dump.services.get(*index as usize) else {
             continue;
         };
         let stats = maps.stats(*index)?;
+        let frontends = frontends.remove(index).unwrap_or_default();
         rows.push(ServiceRow {
             owner: ServicePortName::of(Some(name)),
             index: *index,
             generation: service.generation,
-            frontends: frontends.remove(index).unwrap_or_default(),
+            status: Status::of_port(name, service, &frontends, &problems),
+            frontends,
             backends: service.cluster.len,
             internal: service.internal.len,
             external: service.external.len,
@@ -77,16 +130,28 @@ pub(super) fn services(args: &ReadArgs) -> anyhow::Result<()> {
         });
     }
     rows.sort_by_key(|row| row.owner.to_string());
-    let header = ["SERVICE", "PROTOCOL", "FRONTENDS", "BACKENDS", "CONNECTIONS", "REFUSED"];
+    let header = [
+        "SERVICE",
+        "PROTOCOL",
+        "STATUS",
+        "FRONTENDS",
+        "BACKENDS",
+        "CONNECTIONS",
+        "REFUSED",
+    ];
     output::rows(args.output, header, &rows, |row| {
         let frontends: Vec<_> = row
             .frontends
             .iter()
-            .map(|f| format!("{}:{} ({})", f.address, f.port, f.kind))
+            .map(|f| match f.status {
+                Status::Done => format!("{}:{} ({})", f.address, f.port, f.kind),
+                status => format!("{}:{} ({}, {})", f.address, f.port, f.kind, status.label()),
+            })
             .collect();
         [
             row.owner.to_string(),
             row.owner.protocol.clone(),
+            row.status.label().into(),
             frontends.join(", "),
             row.backends.to_string(),
             row.connections.to_string(),
@@ -159,4 +224,48 @@ pub(super) fn backends(args: &ReadArgs) -> anyhow::Result<()> {
             row.sockets.to_string(),
         ]
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lb_core::names::name_of;
+
+    fn row(status: Status) -> FrontendRow {
+        FrontendRow {
+            address: [10, 96, 0, 1].into(),
+            port: 80,
+            kind: "ClusterIP".into(),
+            status,
+        }
+    }
+
+    #[test]
+    fn a_service_port_is_done_if_all_maps_agree() {
+        let id = lb_core::desired::PortId {
+            service: lb_core::model::ObjectKey::new("default", "web"),
+            port_name: "".into(),
+            protocol: lb_core::model::Protocol::Tcp,
+            ipv6: false,
+        };
+        let written = generation::taken(0);
+        let name = name_of(&id, 80, written);
+        let service = |generation| Service {
+            generation,
+            ..Service::default()
+        };
+        let none = BTreeSet::new();
+        let done = [row(Status::Done)];
+        let status = |service: Service, frontends: &[FrontendRow], problems: &BTreeSet<String>| {
+            Status::of_port(&name, &service, frontends, problems)
+        };
+        assert_eq!(status(service(written), &done, &none), Status::Done);
+        assert_eq!(status(service(written), &[], &none), Status::Pending, "no frontend");
+        assert_eq!(status(service(0), &done, &none), Status::Pending, "not written");
+        let problem: BTreeSet<String> = ["Service default/web TCP IPv4".to_owned()].into();
+        assert_eq!(status(service(written), &done, &problem), Status::Error);
+        assert_eq!(status(service(written), &[row(Status::Error)], &none), Status::Error);
+        let of_another: BTreeSet<String> = ["Service default/web TCP IPv6".to_owned()].into();
+        assert_eq!(status(service(written), &done, &of_another), Status::Done);
+    }
 }

@@ -44,7 +44,7 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// What is attached, how full the maps are, what could not be used
     Status(ReadArgs),
-    /// Service ports
+    /// Service ports, and whether they are written: pending, done or error
     #[command(subcommand)]
     Service(List),
     /// Backends
