@@ -130,6 +130,21 @@ fn outside_clients_reach_the_backends_of_each_policy() -> Result<()> {
             "status: {loadBalancer: {ingress: [{ip: 203.0.113.8}, {ip: \"2001:db8:7::8\"}]}}\n---\n",
             1,
         ),
+        // A load-balancer address that `externalIPs` names too.
+        web_and_dns(
+            "both",
+            26,
+            Some([30086, 30059]),
+            "type: LoadBalancer\n  externalIPs: [\"203.0.113.9\", \"2001:db8:7::9\"]\n  \
+             loadBalancerSourceRanges: [\"198.51.100.0/24\", \"2001:db8:8::/64\"]",
+            &endpoints_of(two),
+            POD_PORTS,
+        )
+        .replacen(
+            "---\n",
+            "status: {loadBalancer: {ingress: [{ip: 203.0.113.9}, {ip: \"2001:db8:7::9\"}]}}\n---\n",
+            1,
+        ),
     ];
     setup.write("web.yaml", &texts.concat())?;
     let client = setup.client();
@@ -179,6 +194,10 @@ fn outside_clients_reach_the_backends_of_each_policy() -> Result<()> {
             let balancer = ip(if v6 { "2001:db8:7::8" } else { "203.0.113.8" });
             let got = ask(client, udp, at(balancer, 80, 53))?;
             served("two", None, got, &format!("{what} load balancer"))?;
+            // The source ranges also hold at a load-balancer address that is an external address too.
+            let both = ip(if v6 { "2001:db8:7::9" } else { "203.0.113.9" });
+            let got = ask(client, udp, at(both, 80, 53))?;
+            assert!(!matches!(got, Outcome::Served { .. }), "{what}: {got:?}");
             // A pod of the first node is in none of the source ranges.
             let got = ask(one, udp, at(balancer, 80, 53))?;
             assert!(!matches!(got, Outcome::Served { .. }), "{what}: {got:?}");

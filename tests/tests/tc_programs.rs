@@ -18,7 +18,7 @@ use lb_agent::maps::bpf::BpfMaps;
 use lb_common::abi::{Device, DropReason, program_name};
 use lb_core::maps::Capacities;
 use lb_core::model::{
-    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectKey, Place as Where, Protocol, Service,
+    Batch, Change, Endpoint, EndpointLocation, EndpointPort, EndpointSlice, Object, ObjectKey, Protocol, Service,
     ServicePort,
 };
 use lb_core::reconcile::Reconciler;
@@ -323,7 +323,7 @@ impl Fixture {
                 service: name.into(),
                 ipv6,
                 endpoints: endpoints
-                    .map(|(ip, node)| Endpoint::ready(*ip, Arc::new(Where::on(node))))
+                    .map(|(ip, node)| Endpoint::ready(*ip, Arc::new(EndpointLocation::on(node))))
                     .collect(),
                 ports: ["tcp", "udp"]
                     .map(|name| EndpointPort {

@@ -22,6 +22,7 @@ use crate::maps::{Capacities, Dump, Epoch};
 use crate::model::{ObjectKey, Protocol};
 use crate::names::{name_of, port_id};
 use crate::policy::Member;
+use crate::sync::Synced;
 
 /// A published set.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -136,7 +137,7 @@ pub(crate) fn set_word_mut(service: &mut Service, set: Set) -> &mut SetWord {
 /// What no service port owns: left by an agent that died in between, or by somebody else's writes. Sets of which not all
 /// is known may still lead to it.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Strays {
+pub(crate) struct Orphans {
     /// Entries of NAMES for indexes that SERVICES does not have.
     pub(crate) names: BTreeSet<u32>,
     /// Backends that are live.
@@ -152,12 +153,12 @@ pub(crate) struct Strays {
 pub(crate) struct Actual {
     /// Boxed, since a good part of a hash table is empty.
     pub(crate) ports: HashMap<Arc<PortId>, Box<ActualPort>>,
-    /// A tree: a hash table of small entries may be twice as large.
-    pub(crate) frontends: BTreeMap<FrontendKey, Frontend>,
+    /// FRONTENDS; written by [`Actual::set_frontend`] only, which counts the references.
+    pub(crate) frontends: Synced<FrontendKey, Frontend>,
     /// How many frontends lead to a service index.
     pub(crate) references: HashMap<u32, u32>,
     /// CLUSTER_CIDRS.
-    pub(crate) cidrs: BTreeMap<Prefix<Addr>, u32>,
+    pub(crate) cidrs: Synced<Prefix<Addr>, u32>,
     pub(crate) slots: SlotRanges,
     pub(crate) indexes: Indexes,
     pub(crate) ids: Indexes,
@@ -172,12 +173,12 @@ impl Actual {
     ///
     /// An index that is live or named or has source ranges, but is nobody's, becomes a service port with a name that no Service can have, so it
     /// goes the way of a Service that was deleted.
-    pub(crate) fn adopt(dump: &Dump, capacities: Capacities) -> (Self, Strays) {
+    pub(crate) fn adopt(dump: &Dump, capacities: Capacities) -> (Self, Orphans) {
         let mut actual = Self {
             ports: HashMap::new(),
-            frontends: dump.frontends.clone(),
+            frontends: Synced::new(dump.frontends.clone()),
             references: HashMap::new(),
-            cidrs: dump.cluster_cidrs.clone(),
+            cidrs: Synced::new(dump.cluster_cidrs.clone()),
             slots: SlotRanges::new(capacities.backend_slots),
             indexes: Indexes::new(capacities.services),
             ids: Indexes::new(capacities.backends),
@@ -187,39 +188,39 @@ impl Actual {
         for value in dump.frontends.values() {
             actual.count(*value, true);
         }
-        let mut strays = Strays::default();
+        let mut orphans = Orphans::default();
         let mut names: Vec<_> = dump.names.iter().collect();
         // Two of one identity: an agent died between adding a Service again and clearing the first. Frontends lead to
         // the new one.
         names.sort_by_key(|(index, _)| (!actual.references.contains_key(*index), **index));
         for (index, name) in names {
             let Some(entry) = dump.services.get(*index as usize) else {
-                strays.names.insert(*index);
+                orphans.names.insert(*index);
                 continue;
             };
             let id = port_id(name).filter(|id| *index != 0 && !actual.ports.contains_key(id));
-            let id = id.unwrap_or_else(|| stray_id(*index));
+            let id = id.unwrap_or_else(|| orphan_id(*index));
             let port = ActualPort::new(*index, *entry, Named::of(&id, name));
             actual.ports.insert(Arc::new(id), Box::new(port));
         }
-        let mut sources = adopt_sources(dump, &mut strays);
+        let mut sources = adopt_sources(dump, &mut orphans);
         for (index, entry) in (0_u32..).zip(&dump.services) {
             let in_use = generation::is_live(entry.generation) || sources.contains_key(&index);
             if in_use && !dump.names.contains_key(&index) {
                 let port = ActualPort::new(index, *entry, None);
-                actual.ports.insert(Arc::new(stray_id(index)), Box::new(port));
+                actual.ports.insert(Arc::new(orphan_id(index)), Box::new(port));
             }
         }
         for port in actual.ports.values_mut() {
             actual.indexes.claim(port.index);
             port.sources = sources.remove(&port.index).unwrap_or_default();
         }
-        actual.adopt_backends(dump, &mut strays);
-        actual.adopt_sets(dump, &mut strays);
-        (actual, strays)
+        actual.adopt_backends(dump, &mut orphans);
+        actual.adopt_sets(dump, &mut orphans);
+        (actual, orphans)
     }
 
-    fn adopt_backends(&mut self, dump: &Dump, strays: &mut Strays) {
+    fn adopt_backends(&mut self, dump: &Dump, orphans: &mut Orphans) {
         let mut owners: HashMap<u32, BackendMap> = self
             .ports
             .values()
@@ -242,7 +243,7 @@ impl Actual {
                     all.insert(key, known);
                 }
                 _ => {
-                    strays.backends.insert(id);
+                    orphans.backends.insert(id);
                 }
             }
         }
@@ -253,7 +254,7 @@ impl Actual {
         }
     }
 
-    fn adopt_sets(&mut self, dump: &Dump, strays: &mut Strays) {
+    fn adopt_sets(&mut self, dump: &Dump, orphans: &mut Orphans) {
         let mut unknown = Vec::new();
         for port in self.ports.values_mut() {
             for (i, word) in set_words(&port.value).into_iter().enumerate() {
@@ -281,14 +282,24 @@ impl Actual {
             for base in word.base..word.base.saturating_add(word.len.into()) {
                 let slot = Range { base, len: 1 };
                 if self.slots.claim(slot) {
-                    strays.slots.insert(slot);
+                    orphans.slots.insert(slot);
                 }
             }
         }
     }
 
-    /// Counts a frontend that leads to a service index, or does no more.
-    pub(crate) fn count(&mut self, value: Frontend, there: bool) {
+    /// Records a frontend that was written, `None` for a deletion.
+    pub(crate) fn set_frontend(&mut self, key: FrontendKey, value: Option<Frontend>) {
+        if let Some(new) = value {
+            self.count(new, true);
+        }
+        if let Some(old) = self.frontends.set(key, value) {
+            self.count(old, false);
+        }
+    }
+
+    /// Counts one frontend more, or one less, that leads to a service index.
+    fn count(&mut self, value: Frontend, there: bool) {
         if value.is_mark() {
             return;
         }
@@ -301,13 +312,13 @@ impl Actual {
 }
 
 /// Entries of SOURCE_RANGES by service index.
-fn adopt_sources(dump: &Dump, strays: &mut Strays) -> HashMap<u32, BTreeMap<IpNet, Admission>> {
+fn adopt_sources(dump: &Dump, orphans: &mut Orphans) -> HashMap<u32, BTreeMap<IpNet, Admission>> {
     let mut all: HashMap<u32, BTreeMap<IpNet, Admission>> = HashMap::new();
     for (range, value) in &dump.source_ranges {
         let index = range.data.service;
         let is_there = (index as usize) < dump.services.len();
         let Some(net) = range.network().filter(|_| is_there) else {
-            strays.sources.insert(*range);
+            orphans.sources.insert(*range);
             continue;
         };
         let admission = if *value == 0 {
@@ -372,7 +383,7 @@ pub(crate) fn backend_of(member: &Member, backend: &ActualBackend, service: u32)
 }
 
 /// What an index is called that is nobody's.
-fn stray_id(index: u32) -> PortId {
+fn orphan_id(index: u32) -> PortId {
     PortId {
         service: ObjectKey::new("", &format!("(stray index {index})")),
         port_name: "".into(),

@@ -17,7 +17,7 @@ use crate::maps::prefix::{self, Prefix};
 use crate::model::{
     Change, EndpointSlice, ObjectKey, Problem, ProblemKind, Protocol, Service, ServicePort, ServiceType,
 };
-use crate::nodes::{Changed, Nodes};
+use crate::nodes::{Nodes, TouchedNodes};
 use crate::policy::{self, Here, Member, Wanted};
 
 /// What a service index stands for: one port of a Service in one family. Two with the same identity are the same, even
@@ -108,7 +108,7 @@ pub fn health_check<'a>(
 ) -> Option<HealthCheck> {
     let port = service.health_check_node_port.filter(|_| is_served(service))?;
     let endpoints = slices.flat_map(|slice| &slice.endpoints);
-    let here = endpoints.filter(|endpoint| endpoint.ready && endpoint.place.node.as_deref() == Some(node));
+    let here = endpoints.filter(|endpoint| endpoint.ready && endpoint.location.node.as_deref() == Some(node));
     let addresses: BTreeSet<IpAddr> = here.map(|endpoint| endpoint.address).collect();
     Some(HealthCheck {
         port,
@@ -170,7 +170,7 @@ pub fn ports<'a>(
                 affinity_timeout: service.affinity_timeout.unwrap_or(0),
                 sets,
                 draining: Arc::clone(&endpoints.draining),
-                frontends: frontends(service, port, ipv6),
+                frontends: frontends(service, port, ipv6, &source_ranges),
                 source_ranges: source_ranges.admitted(),
             };
             all.push((id, desired));
@@ -235,8 +235,17 @@ fn flags(service: &Service, source_ranges: &SourceRanges) -> u32 {
         }
 }
 
-/// The destinations that lead to a port of a Service in one family; sorted, none twice.
-fn frontends(service: &Service, port: &ServicePort, ipv6: bool) -> Box<[(FrontendKey, FrontendKind)]> {
+/// Returns the destinations that lead to a port of a Service in one family, sorted by key and without duplicates.
+///
+/// An address that several fields name has one kind: cluster IP before external before load balancer. But with
+/// `loadBalancerSourceRanges`, which are access control, it is a load-balancer address whatever else names it, so that the
+/// ranges hold there. Of marks, that of a cluster IP comes first.
+fn frontends(
+    service: &Service,
+    port: &ServicePort,
+    ipv6: bool,
+    source_ranges: &SourceRanges,
+) -> Box<[(FrontendKey, FrontendKind)]> {
     let key = |addr, number| FrontendKey::new(addr, number, port.protocol as u8);
     let of_family = |ips: &[IpAddr], kind| -> Vec<_> {
         let ips = ips.iter().filter(|ip| ip.is_ipv6() == ipv6);
@@ -260,9 +269,9 @@ fn frontends(service: &Service, port: &ServicePort, ipv6: bool) -> Box<[(Fronten
     };
     let node_port = port.node_port.map(|number| key(Addr::from(unspecified), number));
     all.extend(node_port.map(|key| (key, FrontendKind::NodePort)));
-    all.sort_unstable();
-    // An address that is given in two ways is what it is first: a cluster IP, then external, then a load balancer's.
-    // Marks go by the same order.
+    let is_restricted = matches!(source_ranges, SourceRanges::Only(_));
+    let yields = |kind| !(is_restricted && kind == FrontendKind::LoadBalancer);
+    all.sort_unstable_by_key(|(key, kind)| (*key, yields(*kind), *kind));
     all.dedup_by_key(|(key, _)| *key);
     all.into()
 }
@@ -300,7 +309,7 @@ impl PartialOrd for Claim {
     }
 }
 
-/// What changed in [`Desired`].
+/// Service ports, frontends and networks that a change of [`Desired`] touched.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Touched {
     /// Service ports that are new, differ, or are gone.
@@ -313,8 +322,8 @@ pub struct Touched {
 
 impl Touched {
     /// What changed in [`Nodes`].
-    pub(crate) fn nodes(&mut self, changed: Changed) {
-        let Changed { addresses, cidrs } = changed;
+    pub(crate) fn nodes(&mut self, changed: TouchedNodes) {
+        let TouchedNodes { addresses, cidrs } = changed;
         self.frontends
             .extend(addresses.into_iter().map(FrontendKey::address_mark));
         self.cidrs.extend(cidrs);
@@ -386,10 +395,10 @@ impl Desired {
         let mut new = Self::new(&inside);
         let mut touched = Touched::default();
         new.set_addresses(addresses, &mut touched);
-        let dirty = index.apply(objects);
-        new.update_nodes(&dirty.nodes, &index, &node, &mut touched);
+        let objects = index.apply(objects);
+        new.update_nodes(&objects.nodes, &index, &node, &mut touched);
         let here = index.here(&node);
-        for key in dirty.services {
+        for key in objects.services {
             if let Some(service) = index.service(&key) {
                 let ports = ports(service, &index.slices(&key), here);
                 new.update(&key, ports, &mut touched);
@@ -400,14 +409,14 @@ impl Desired {
 
     /// The addresses of this node's devices are these now.
     pub fn set_addresses(&mut self, own: BTreeSet<Addr>, touched: &mut Touched) {
-        let mut changed = Changed::default();
+        let mut changed = TouchedNodes::default();
         self.nodes.set_own(own, &mut changed);
         touched.nodes(changed);
     }
 
     /// Takes over Nodes that changed, given as they were before, from the index.
     pub(crate) fn update_nodes(&mut self, before: &NodesBefore, index: &Index, here: &str, touched: &mut Touched) {
-        let mut changed = Changed::default();
+        let mut changed = TouchedNodes::default();
         for (name, before) in before {
             self.nodes
                 .update(before.as_deref(), index.node(name), **name == *here, &mut changed);
@@ -684,6 +693,37 @@ mod tests {
         assert_eq!((touched.ports.len(), touched.frontends.len()), (1, 0));
         let touched = update(&mut desired, "a", vec![(id("a"), port(Some(1), &[81]))]);
         assert_eq!(touched.frontends.len(), 3, "80, 81 and the mark");
+    }
+
+    #[test]
+    fn source_ranges_hold_at_an_address_that_other_fields_name_too() {
+        let here = Here { node: "n1", zone: None };
+        let kind_at = |ip: [u8; 4], service: &Service| {
+            let ports = ports(service, &std::iter::empty(), here);
+            let key = FrontendKey::new(IpAddr::from(ip).into(), 80, Protocol::Tcp as u8);
+            let mut frontends = ports[0].1.frontends.iter();
+            frontends.find(|(known, _)| *known == key).map(|(_, kind)| *kind)
+        };
+        let (cluster, public, external) = ([10, 96, 0, 1], [203, 0, 113, 9], [203, 0, 113, 10]);
+        let mut service = Service {
+            service_type: ServiceType::LoadBalancer,
+            cluster_ips: Box::new([cluster.into()]),
+            external_ips: Box::new([public.into(), external.into()]),
+            load_balancer_ips: Box::new([cluster.into(), public.into()]),
+            ports: Box::new([ServicePort::tcp("", 80)]),
+            source_ranges: Box::new(["192.0.2.0/24".into()]),
+            ..Service::new(ObjectKey::new("default", "web"))
+        };
+        assert_eq!(kind_at(public, &service), Some(FrontendKind::LoadBalancer));
+        assert_eq!(kind_at(cluster, &service), Some(FrontendKind::LoadBalancer));
+        assert_eq!(kind_at(external, &service), Some(FrontendKind::ExternalIp));
+        let mark = FrontendKey::address_mark(IpAddr::from(cluster).into());
+        let all = ports(&service, &std::iter::empty(), here);
+        assert!(all[0].1.frontends.contains(&(mark, FrontendKind::Address)));
+
+        service.source_ranges = Box::default();
+        assert_eq!(kind_at(cluster, &service), Some(FrontendKind::ClusterIp));
+        assert_eq!(kind_at(public, &service), Some(FrontendKind::ExternalIp));
     }
 
     #[test]

@@ -10,9 +10,9 @@ use crate::policy::Here;
 /// Nodes that changed, as they were before.
 pub(crate) type NodesBefore = BTreeMap<Arc<str>, Option<Arc<Node>>>;
 
-/// What changes concern.
+/// Services and Nodes that changes of objects touched.
 #[derive(Debug, Default)]
-pub(crate) struct Dirty {
+pub(crate) struct TouchedObjects {
     pub(crate) services: BTreeSet<ObjectKey>,
     pub(crate) nodes: NodesBefore,
 }
@@ -49,24 +49,24 @@ impl Keyed for EndpointSlice {
 
 impl Index {
     /// Takes changes over; returns what they concern.
-    pub(crate) fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> Dirty {
-        let Dirty {
-            services: mut dirty,
+    pub(crate) fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> TouchedObjects {
+        let TouchedObjects {
+            mut services,
             mut nodes,
-        } = Dirty::default();
+        } = TouchedObjects::default();
         for change in changes {
             match change {
                 Change::Set(Object::Service(service)) => {
                     let key = service.key.clone();
                     self.relate(&key, |related| related.service = Some(service));
-                    dirty.insert(key);
+                    services.insert(key);
                 }
                 Change::Set(Object::EndpointSlice(slice)) => {
                     let owner = slice.service_key();
                     let before = self.slices.replace(ByKey(Arc::clone(&slice)));
                     // A slice may change hands: the label can be edited.
                     if let Some(ByKey(before)) = before.filter(|before| before.0.service != slice.service) {
-                        dirty.insert(self.remove_slice(&before));
+                        services.insert(self.remove_slice(&before));
                     }
                     self.relate(&owner, |Related { slices, .. }| {
                         match slices.binary_search_by(|known| known.key.cmp(&slice.key)) {
@@ -78,7 +78,7 @@ impl Index {
                             }
                         }
                     });
-                    dirty.insert(owner);
+                    services.insert(owner);
                 }
                 Change::Set(Object::Node(node)) => {
                     let name = Arc::clone(&node.name);
@@ -89,12 +89,12 @@ impl Index {
                     Kind::Service => {
                         if self.service(&id.key).is_some() {
                             self.relate(&id.key, |related| related.service = None);
-                            dirty.insert(id.key);
+                            services.insert(id.key);
                         }
                     }
                     Kind::EndpointSlice => {
                         if let Some(ByKey(slice)) = self.slices.take(&id.key) {
-                            dirty.insert(self.remove_slice(&slice));
+                            services.insert(self.remove_slice(&slice));
                         }
                     }
                     Kind::Node => {
@@ -104,7 +104,7 @@ impl Index {
                 },
             }
         }
-        Dirty { services: dirty, nodes }
+        TouchedObjects { services, nodes }
     }
 
     /// Changes what is known of a Service.

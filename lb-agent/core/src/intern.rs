@@ -1,4 +1,4 @@
-//! What many objects have in common, held once: names of nodes, namespaces and ports.
+//! Values that many objects have in common, stored once: names of nodes, namespaces and ports.
 //!
 //! A cluster of 30,000 Services has 300,000 endpoints on a few hundred nodes. The tables are those of the process, since
 //! objects come from several sources and are parsed in several threads.
@@ -8,26 +8,17 @@ use std::collections::HashSet;
 use std::hash::Hash;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
-use crate::model::Place;
-
-/// A text that equals `text`, shared with whoever else asked for it.
+/// Returns the one copy of a text that all users in the process share.
 #[must_use]
 pub fn text(text: &str) -> Arc<str> {
     static TEXTS: LazyLock<Mutex<Table<str>>> = LazyLock::new(Mutex::default);
     TEXTS.lock().unwrap_or_else(PoisonError::into_inner).share(text)
 }
 
-/// The same for a place.
-#[must_use]
-pub fn place(place: Place) -> Arc<Place> {
-    static PLACES: LazyLock<Mutex<Table<Place>>> = LazyLock::new(Mutex::default);
-    PLACES.lock().unwrap_or_else(PoisonError::into_inner).share(place)
-}
-
-/// Values of which there is one each.
-struct Table<T: ?Sized> {
+/// A set of shared values, without duplicates.
+pub(crate) struct Table<T: ?Sized> {
     values: HashSet<Arc<T>>,
-    /// The number of values at which those are forgotten that nobody else holds.
+    /// The number of values at which the table drops those that it alone holds.
     full: usize,
 }
 
@@ -41,7 +32,8 @@ impl<T: ?Sized> Default for Table<T> {
 }
 
 impl<T: ?Sized + Eq + Hash> Table<T> {
-    fn share<V: Borrow<T>>(&mut self, value: V) -> Arc<T>
+    /// Returns the copy of a value that the table has, or adds it.
+    pub(crate) fn share<V: Borrow<T>>(&mut self, value: V) -> Arc<T>
     where
         Arc<T>: From<V>,
     {
@@ -69,7 +61,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_holds_is_forgotten_and_the_rest_is_not() {
+    fn unused_values_are_dropped_and_used_ones_stay() {
         let mut table = Table::<str>::default();
         let held = table.share("held");
         for i in 0..10_000 {

@@ -1,7 +1,7 @@
 //! The deciding part of lb's agent: from Kubernetes objects to the contents of the maps.
 //!
 //! ```text
-//! index -> policy -> desired -> diff -> reconcile -> maps
+//! index -> policy -> desired -> state -> plan -> writer -> maps
 //! ```
 //!
 //! Nothing here loads a program, opens a map, watches a cluster or reads a clock: this crate has neither aya nor tokio nor
@@ -12,7 +12,6 @@ mod actual;
 mod alloc;
 pub mod by_key;
 pub mod desired;
-mod diff;
 pub mod explain;
 mod index;
 pub mod intern;
@@ -20,8 +19,12 @@ pub mod maps;
 pub mod model;
 pub mod names;
 pub mod nodes;
+mod plan;
 pub mod policy;
 pub mod reconcile;
+pub mod state;
+pub mod sync;
 #[cfg(any(test, feature = "test-support"))]
 pub mod testing;
 pub mod verify;
+mod writer;

@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use ipnet::IpNet;
@@ -164,8 +164,6 @@ pub struct Service {
     pub internal_policy: TrafficPolicy,
     /// `spec.externalTrafficPolicy`.
     pub external_policy: TrafficPolicy,
-    /// `spec.publishNotReadyAddresses`.
-    pub publish_not_ready: bool,
     /// Label `service.kubernetes.io/service-proxy-name` is present: another proxy serves it.
     pub other_proxy: bool,
     /// Label `service.kubernetes.io/headless` is present.
@@ -190,7 +188,6 @@ impl Service {
             affinity_timeout: None,
             internal_policy: TrafficPolicy::Cluster,
             external_policy: TrafficPolicy::Cluster,
-            publish_not_ready: false,
             other_proxy: false,
             headless_label: false,
             health_check_node_port: None,
@@ -209,27 +206,27 @@ pub struct Endpoint {
     pub serving: bool,
     /// `conditions.terminating`; unset means false.
     pub terminating: bool,
-    /// Where it is. Shared: there are far fewer places than endpoints.
-    pub place: Arc<Place>,
+    /// Node and topology hints. Shared: there are far fewer locations than endpoints.
+    pub location: Arc<EndpointLocation>,
 }
 
 impl Endpoint {
-    /// An endpoint that is ready.
+    /// Creates an endpoint that is ready.
     #[must_use]
-    pub fn ready(address: IpAddr, place: Arc<Place>) -> Self {
+    pub fn ready(address: IpAddr, location: Arc<EndpointLocation>) -> Self {
         Self {
             address,
             ready: true,
             serving: true,
             terminating: false,
-            place,
+            location,
         }
     }
 }
 
-/// Where an endpoint is, and for whom it is meant.
+/// The node of an endpoint, and the zones and nodes whose clients should use it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
-pub struct Place {
+pub struct EndpointLocation {
     /// `nodeName`.
     pub node: Option<Box<str>>,
     /// `hints.forZones`, sorted: the zones whose clients should use it.
@@ -238,14 +235,21 @@ pub struct Place {
     pub for_nodes: Box<[Arc<str>]>,
 }
 
-impl Place {
-    /// The place of an endpoint on a node.
+impl EndpointLocation {
+    /// Creates the location of an endpoint on a node, without hints.
     #[must_use]
     pub fn on(node: &str) -> Self {
         Self {
             node: Some(node.into()),
             ..Self::default()
         }
+    }
+
+    /// Returns the one copy of this location that all endpoints of the process share.
+    #[must_use]
+    pub fn shared(self) -> Arc<Self> {
+        static LOCATIONS: LazyLock<Mutex<intern::Table<EndpointLocation>>> = LazyLock::new(Mutex::default);
+        LOCATIONS.lock().unwrap_or_else(PoisonError::into_inner).share(self)
     }
 }
 

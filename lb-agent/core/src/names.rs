@@ -1,4 +1,4 @@
-//! The identity of service ports as NAMES holds it, and texts of fixed length.
+//! The identity of service ports in NAMES, and texts of fixed length.
 
 use std::fmt;
 
@@ -8,18 +8,25 @@ use serde::Serialize;
 use crate::desired::PortId;
 use crate::model::{ObjectKey, Protocol};
 
-/// A port of a Service in one family, as NAMES has it; question marks and zeros where it has none, or nonsense.
+/// A port of a Service in one family, as NAMES has it. It has question marks and zeros if the entry is missing or invalid.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ServicePortName {
+    /// Namespace of the Service.
     pub namespace: String,
+    /// Name of the Service.
     pub name: String,
+    /// Name of the port; empty if the only port has none.
     pub port_name: String,
+    /// Protocol, in capitals.
     pub protocol: String,
+    /// `spec.ports[].port`, host byte order.
     pub port: u16,
+    /// IP family of the frontends: 4 or 6.
     pub family: u8,
 }
 
 impl ServicePortName {
+    /// Reads an entry of NAMES.
     pub fn of(name: Option<&Name>) -> Self {
         let unknown = || "?".to_owned();
         match name.and_then(|name| Some((name, port_id(name)?))) {
@@ -43,7 +50,7 @@ impl ServicePortName {
     }
 }
 
-/// `namespace/name:port-name`, or the port's number where it has no name.
+/// `namespace/name:port-name`, with the port's number if it has no name.
 impl fmt::Display for ServicePortName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}:", self.namespace, self.name)?;
@@ -55,14 +62,14 @@ impl fmt::Display for ServicePortName {
     }
 }
 
-/// The text in a field that is padded with zero bytes.
+/// Returns the text in a field that is padded with zero bytes; `None` if it is not UTF-8.
 #[must_use]
 pub fn text(field: &[u8]) -> Option<&str> {
     let end = field.iter().position(|b| *b == 0).unwrap_or(field.len());
     std::str::from_utf8(&field[..end]).ok()
 }
 
-/// Copies a text into a field, cut at a character boundary where it is longer.
+/// Copies a text into a field that is padded with zero bytes. A longer text is cut at a character boundary.
 pub fn pad<const N: usize>(text: &str) -> [u8; N] {
     let mut field = [0; N];
     let mut end = text.len().min(N);
@@ -73,7 +80,7 @@ pub fn pad<const N: usize>(text: &str) -> [u8; N] {
     field
 }
 
-/// The identity that an entry of NAMES gives.
+/// Returns the identity in an entry of NAMES; `None` if the entry is invalid.
 #[must_use]
 pub fn port_id(name: &Name) -> Option<PortId> {
     let protocol = Protocol::from_number(name.proto)?;
@@ -89,7 +96,7 @@ pub fn port_id(name: &Name) -> Option<PortId> {
     })
 }
 
-/// The entry of NAMES of a service port.
+/// Returns the entry of NAMES of a service port.
 pub fn name_of(id: &PortId, port: u16, generation: u32) -> Name {
     Name {
         namespace: pad(&id.service.namespace),

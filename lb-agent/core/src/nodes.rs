@@ -9,9 +9,9 @@ use lb_common::abi::{Addr, cluster_flags};
 use crate::maps::prefix::{Prefix, covers_v4, normal};
 use crate::model::Node;
 
-/// What a change concerns.
+/// Addresses and networks that a change of Nodes touched.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Changed {
+pub struct TouchedNodes {
     /// Addresses that became, or ceased to be, a node's.
     pub addresses: BTreeSet<Addr>,
     /// Keys of CLUSTER_CIDRS.
@@ -56,7 +56,7 @@ impl Nodes {
     pub fn new(inside: &[IpNet]) -> Self {
         let mut new = Self::default();
         for net in inside {
-            new.name(*net, cluster_flags::INSIDE, true, &mut Changed::default());
+            new.name(*net, cluster_flags::INSIDE, true, &mut TouchedNodes::default());
         }
         new
     }
@@ -68,7 +68,7 @@ impl Nodes {
     }
 
     /// This node has these addresses now; loopback is left out.
-    pub fn set_own(&mut self, own: BTreeSet<Addr>, changed: &mut Changed) {
+    pub fn set_own(&mut self, own: BTreeSet<Addr>, touched: &mut TouchedNodes) {
         let own: BTreeSet<Addr> = own.into_iter().filter(|addr| !is_loopback(*addr)).collect();
         let before = std::mem::take(&mut self.own);
         for (addr, is_there) in before
@@ -80,15 +80,15 @@ impl Nodes {
                 IpNet::from(std::net::IpAddr::from(addr)),
                 cluster_flags::INSIDE,
                 is_there,
-                changed,
+                touched,
             );
-            changed.addresses.insert(addr);
+            touched.addresses.insert(addr);
         }
         self.own = own;
     }
 
     /// A Node is another than before, new, or gone; `is_own`: it is that of this node.
-    pub fn update(&mut self, before: Option<&Node>, now: Option<&Node>, is_own: bool, changed: &mut Changed) {
+    pub fn update(&mut self, before: Option<&Node>, now: Option<&Node>, is_own: bool, touched: &mut TouchedNodes) {
         if let (Some(before), Some(now)) = (before, now)
             && (&before.addresses, &before.pod_cidrs) == (&now.addresses, &now.pod_cidrs)
         {
@@ -100,14 +100,14 @@ impl Nodes {
             for addr in &node.addresses {
                 let addr = Addr::from(*addr);
                 count(self.others.entry(addr).or_default(), is_there);
-                changed.addresses.insert(addr);
+                touched.addresses.insert(addr);
             }
             if !is_own {
                 // Its pods are as whoever is outside.
                 continue;
             }
             for net in &node.pod_cidrs {
-                self.name(*net, cluster_flags::INSIDE | cluster_flags::HERE, is_there, changed);
+                self.name(*net, cluster_flags::INSIDE | cluster_flags::HERE, is_there, touched);
             }
         }
         for addr in before.into_iter().flat_map(|node| &node.addresses) {
@@ -119,7 +119,7 @@ impl Nodes {
     }
 
     /// Names a network once more, or once less.
-    fn name(&mut self, net: IpNet, flags: u32, once_more: bool, changed: &mut Changed) {
+    fn name(&mut self, net: IpNet, flags: u32, once_more: bool, touched: &mut TouchedNodes) {
         let net = normal(net);
         let mut entry = match self.networks.entry(net) {
             Entry::Occupied(entry) => entry,
@@ -140,10 +140,10 @@ impl Nodes {
         if now == before {
             return;
         }
-        changed.cidrs.insert(net.into());
-        changed.cidrs.extend(self.within(net).map(|net| Prefix::from(*net)));
+        touched.cidrs.insert(net.into());
+        touched.cidrs.extend(self.within(net).map(|net| Prefix::from(*net)));
         if covers_v4(&net) {
-            changed.cidrs.insert(ALL_V4.into());
+            touched.cidrs.insert(ALL_V4.into());
         }
     }
 

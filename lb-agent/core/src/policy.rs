@@ -175,12 +175,12 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
                     (false, true, false) => Rank::Serving,
                     (false, false, _) => Rank::Unusable,
                 };
-                let place = &endpoint.place;
+                let location = &endpoint.location;
                 let mut new = Candidate {
                     rank,
-                    local: place.node.as_deref() == Some(node),
-                    node: Hint::of(&place.for_nodes, Some(node)),
-                    zone: Hint::of(&place.for_zones, zone),
+                    local: location.node.as_deref() == Some(node),
+                    node: Hint::of(&location.for_nodes, Some(node)),
+                    zone: Hint::of(&location.for_zones, zone),
                 };
                 found
                     .entry((endpoint.address, port))
@@ -241,7 +241,7 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Endpoint, EndpointPort, ObjectKey, Place};
+    use crate::model::{Endpoint, EndpointLocation, EndpointPort, ObjectKey};
     use proptest::prelude::*;
 
     const READY: (bool, bool, bool) = (true, true, false);
@@ -255,7 +255,7 @@ mod tests {
             ready,
             serving,
             terminating,
-            place: Arc::new(Place::on(node)),
+            location: Arc::new(EndpointLocation::on(node)),
         }
     }
 

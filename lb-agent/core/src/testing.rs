@@ -95,7 +95,7 @@ pub fn endpoint(text: &str) -> Endpoint {
             "terminating" => (false, true, true),
             "gone" => (false, false, true),
             place => {
-                let here = Arc::make_mut(&mut endpoint.place);
+                let here = Arc::make_mut(&mut endpoint.location);
                 let with = |hints: &[Arc<str>], hint: &str| hints.iter().cloned().chain([hint.into()]).collect();
                 if let Some(node) = place.strip_prefix('@') {
                     here.node = Some(node.into());

@@ -1,4 +1,8 @@
-//! Whether the maps say what is desired: a comparison that shares nothing with the code that writes them.
+//! Comparison of the maps with the desired state.
+//!
+//! It shares the index, the policy, the desired state and the format of NAMES with the writer, but neither the plan nor the
+//! record of what was written. A fault in what is shared is in the desired state as well, so this comparison cannot show
+//! it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;

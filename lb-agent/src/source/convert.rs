@@ -16,8 +16,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use lb_core::intern;
 use lb_core::model::{
-    Endpoint, EndpointPort, EndpointSlice, Node, ObjectKey, Place, Protocol, Service, ServicePort, ServiceType,
-    TrafficPolicy,
+    Endpoint, EndpointLocation, EndpointPort, EndpointSlice, Node, ObjectKey, Protocol, Service, ServicePort,
+    ServiceType, TrafficPolicy,
 };
 
 /// Label of an EndpointSlice that names its Service.
@@ -198,7 +198,6 @@ pub fn service(object: &v1::Service) -> Result<Service> {
         affinity_timeout: affinity_timeout(spec)?,
         internal_policy: traffic_policy("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref())?,
         external_policy: traffic_policy("spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref())?,
-        publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         other_proxy: label(meta, LABEL_SERVICE_PROXY_NAME).is_some(),
         headless_label: label(meta, LABEL_HEADLESS).is_some(),
         health_check_node_port: health_check_node_port(spec)?,
@@ -515,7 +514,7 @@ fn endpoint(i: usize, given: &discovery::Endpoint, ipv6: bool) -> Result<Endpoin
         ready,
         serving: conditions.and_then(|c| c.serving).unwrap_or(ready),
         terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
-        place: intern::place(Place {
+        location: EndpointLocation {
             node: node.map(Into::into),
             for_zones: hints
                 .and_then(|hints| hints.for_zones.as_deref())
@@ -523,7 +522,8 @@ fn endpoint(i: usize, given: &discovery::Endpoint, ipv6: bool) -> Result<Endpoin
             for_nodes: hints
                 .and_then(|hints| hints.for_nodes.as_deref())
                 .map_or_else(Box::default, |nodes| shared(nodes.iter().map(|node| &*node.name))),
-        }),
+        }
+        .shared(),
     })
 }
 

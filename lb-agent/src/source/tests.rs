@@ -659,7 +659,7 @@ fn what_is_good_is_read_as_it_is_meant() {
         (web.internal_policy, web.external_policy),
         (TrafficPolicy::Local, TrafficPolicy::Cluster)
     );
-    assert!(web.publish_not_ready && web.other_proxy && web.headless_label);
+    assert!(web.other_proxy && web.headless_label);
     let ports: Vec<_> = web
         .ports
         .iter()
@@ -686,7 +686,7 @@ fn what_is_good_is_read_as_it_is_meant() {
             ("10.0.0.4".to_owned(), false, true, true)
         ]
     );
-    assert_eq!(slice.endpoints[0].place.node.as_deref(), Some("n1"));
+    assert_eq!(slice.endpoints[0].location.node.as_deref(), Some("n1"));
     assert_eq!(slice.ports[1].port, None);
     assert_eq!(node.addresses.len(), 1);
     assert_eq!(node.pod_cidrs, ["10.0.0.0/24".parse().unwrap()]);

@@ -3,9 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
-use lb_core::intern;
 use lb_core::model::{
-    Endpoint, EndpointPort, EndpointSlice, Kind, Object, ObjectId, ObjectKey, Place, Service, ServicePort,
+    Endpoint, EndpointLocation, EndpointPort, EndpointSlice, Kind, Object, ObjectId, ObjectKey, Service, ServicePort,
 };
 
 /// The port of every backend.
@@ -25,7 +24,7 @@ pub fn service(name: &str, address: Ipv4Addr, ports: &[(&str, u16)], created: i6
 /// Returns the only EndpointSlice of a Service, for all its ports. Every endpoint is ready and on `node`.
 #[must_use]
 pub fn slice(service: &str, ports: &[&str], node: &str, addresses: &[Ipv4Addr]) -> EndpointSlice {
-    let endpoint = |address: &Ipv4Addr| Endpoint::ready((*address).into(), intern::place(Place::on(node)));
+    let endpoint = |address: &Ipv4Addr| Endpoint::ready((*address).into(), EndpointLocation::on(node).shared());
     EndpointSlice {
         key: slice_key(service),
         service: service.into(),

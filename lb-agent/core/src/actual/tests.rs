@@ -6,7 +6,7 @@ use crate::names::{pad, text};
 use crate::testing::*;
 
 /// Maps that serve `web` (index 2: it comes after `db`) and `db`, and what is adopted of them after a change.
-fn adopted(change: impl FnOnce(&mut Dump)) -> (Actual, Strays) {
+fn adopted(change: impl FnOnce(&mut Dump)) -> (Actual, Orphans) {
     let mut lb = start(maps());
     let objects = [
         service("db", "10.96.0.2").into(),
@@ -26,8 +26,8 @@ fn web(actual: &Actual) -> &ActualPort {
 
 #[test]
 fn sound_maps_are_taken_over_as_they_are() {
-    let (actual, strays) = adopted(|_| ());
-    assert_eq!(strays, Strays::default());
+    let (actual, orphans) = adopted(|_| ());
+    assert_eq!(orphans, Orphans::default());
     assert_eq!(actual.ports.len(), 2);
     let web = web(&actual);
     assert_eq!((web.index, web.backends.iter().count()), (2, 3));
@@ -47,10 +47,10 @@ fn sound_maps_are_taken_over_as_they_are() {
 #[test]
 fn what_nobody_owns_is_kept_apart() {
     // No name: the index, its backends and its slots go the way of a Service that was deleted.
-    let (actual, strays) = adopted(|dump| {
+    let (actual, orphans) = adopted(|dump| {
         dump.names.remove(&2);
     });
-    assert_eq!(strays, Strays::default());
+    assert_eq!(orphans, Orphans::default());
     assert_eq!(
         (actual.indexes.used(), actual.ids.used(), actual.slots.used()),
         (2, 4, 4)
@@ -67,7 +67,7 @@ fn what_nobody_owns_is_kept_apart() {
     );
 
     // A backend of an index that nobody has.
-    let (actual, strays) = adopted(|dump| {
+    let (actual, orphans) = adopted(|dump| {
         let backend = dump.backends[1];
         let service = 9;
         let seal = generation::seal(backend.addr, backend.port, service, 1);
@@ -78,15 +78,15 @@ fn what_nobody_owns_is_kept_apart() {
             ..backend
         };
     });
-    assert_eq!(strays.backends, [40].into());
+    assert_eq!(orphans.backends, [40].into());
     assert_eq!(actual.ids.used(), 5, "never given out again before it is withdrawn");
 
     // A name beyond the end.
-    let (_, strays) = adopted(|dump| {
+    let (_, orphans) = adopted(|dump| {
         let name = dump.names[&1];
         dump.names.insert(ROOM.services, name);
     });
-    assert_eq!(strays.names, [ROOM.services].into());
+    assert_eq!(orphans.names, [ROOM.services].into());
 }
 
 #[test]
@@ -100,7 +100,7 @@ fn a_set_that_is_not_what_it_should_be_is_not_known_and_its_slots_are_not_given_
     ];
     for (number, change) in cases.into_iter().enumerate() {
         let mut word = SetWord::default();
-        let (mut actual, strays) = adopted(|dump| {
+        let (mut actual, orphans) = adopted(|dump| {
             change(dump);
             word = dump.services[2].cluster;
         });
@@ -111,7 +111,7 @@ fn a_set_that_is_not_what_it_should_be_is_not_known_and_its_slots_are_not_given_
         while let Some(range) = actual.slots.alloc(1) {
             assert!(!led_to.contains(&range.base), "{number}: slot {}", range.base);
         }
-        assert!(strays.slots.iter().all(|slot| led_to.contains(&slot.base)), "{number}");
+        assert!(orphans.slots.iter().all(|slot| led_to.contains(&slot.base)), "{number}");
     }
 }
 
@@ -175,7 +175,7 @@ fn a_name_gives_the_identity_back() {
         None
     );
     assert_eq!(
-        port_id(&name_of(&stray_id(7), 0, 1)),
+        port_id(&name_of(&orphan_id(7), 0, 1)),
         None,
         "no entry can claim to be a stray"
     );

@@ -3,11 +3,12 @@
 
 use std::net::IpAddr;
 
-use lb_common::abi::{cluster_flags, service_flags};
+use lb_common::abi::{FrontendKey, FrontendKind, cluster_flags, service_flags};
 
 use super::*;
 use crate::maps::Dump;
 use crate::maps::faulty::{Fault, FaultyMaps};
+use crate::maps::prefix::Prefix;
 use crate::testing::*;
 
 const CLUSTER_IP: &str = "10.96.0.1";

@@ -1,5 +1,7 @@
 //! Random runs of the writer against maps in memory, which check what a program could see after every write.
 
+use std::net::IpAddr;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -142,7 +144,7 @@ pub fn run(capacities: Capacities, acts: Vec<Act>) {
         lb.maps_mut().arm(0, Fault::None);
         lb.reclaim();
         lb.settle().unwrap();
-        if lb.is_complete() && lb.failed_ports.is_empty() && lb.failed_frontends.is_empty() {
+        if lb.is_complete() && lb.writer.failures().is_served() {
             assert_clean(lb);
         }
     };
@@ -183,14 +185,11 @@ pub fn run(capacities: Capacities, acts: Vec<Act>) {
     lb.apply(cluster.batch());
     settled(&mut lb);
     assert!(lb.is_complete());
-    assert!(lb.failed_cidrs.is_empty(), "{:?}", lb.problems());
-    let failed = lb.failed_ports.values().chain(lb.failed_frontends.values());
+    let failures = lb.writer.failures();
+    assert!(failures.cidrs.is_empty(), "{:?}", lb.problems());
+    let failed = failures.ports.values().chain(failures.frontends.values());
     failed.for_each(|why| assert!(why.contains("is full"), "{why}"));
-    assert!(
-        capacities != ROOM || lb.failed_ports.is_empty() && lb.failed_frontends.is_empty(),
-        "{:?}",
-        lb.problems()
-    );
+    assert!(capacities != ROOM || failures.is_served(), "{:?}", lb.problems());
     let written = lb.maps().written();
     lb.apply(cluster.again().batch());
     assert_eq!(lb.maps().written(), written, "the same again");

@@ -1,9 +1,11 @@
 //! The writer against maps in memory: what the maps say in the end, and what may never be on the way.
 
-use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::random::{any_act, run};
 use super::*;
+use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service};
+use lb_common::logic::generation;
 use proptest::prelude::*;
 
 use crate::maps::fake::FakeMaps;

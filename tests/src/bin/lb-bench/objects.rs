@@ -8,9 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
-use lb_core::intern;
 use lb_core::model::{
-    Change, Endpoint, EndpointPort, EndpointSlice, Object, ObjectKey, Place, Protocol, Service, ServicePort,
+    Change, Endpoint, EndpointLocation, EndpointPort, EndpointSlice, Object, ObjectKey, Protocol, Service, ServicePort,
 };
 use serde::Serialize;
 
@@ -122,8 +121,8 @@ impl Services {
                 Some(moved) => self.above([11, 0, 0, 0], 0x11, moved),
                 None => self.backend(number * self.endpoints + i),
             };
-            let place = Place::on(&format!("node-{}", (number + i) % NODES));
-            Endpoint::ready(address, intern::place(place))
+            let location = EndpointLocation::on(&format!("node-{}", (number + i) % NODES));
+            Endpoint::ready(address, location.shared())
         };
         Change::Set(Object::EndpointSlice(Arc::new(EndpointSlice {
             key: key(number, "-x7k2p"),

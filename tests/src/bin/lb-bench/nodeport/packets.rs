@@ -22,7 +22,7 @@ use lb_agent::maps::ct::FlowMaps;
 use lb_common::abi::{Device, capacity, map_name, program_name};
 use lb_core::maps::Capacities;
 use lb_core::model::{
-    Batch, Change, Endpoint, EndpointPort, EndpointSlice, Node as NodeObject, Object, ObjectKey, Place as Where,
+    Batch, Change, Endpoint, EndpointLocation, EndpointPort, EndpointSlice, Node as NodeObject, Object, ObjectKey,
     Protocol, Service, ServicePort, ServiceType,
 };
 use lb_core::reconcile::Reconciler;
@@ -801,7 +801,7 @@ fn service(name: &str, last: u8, node_port: u16, node: &str, backend: [IpAddr; 2
             key: ObjectKey::new("default", &format!("{name}-{}", u8::from(address.is_ipv6()))),
             service: name.into(),
             ipv6: address.is_ipv6(),
-            endpoints: [Endpoint::ready(address, Arc::new(Where::on(node)))].into(),
+            endpoints: [Endpoint::ready(address, Arc::new(EndpointLocation::on(node)))].into(),
             ports: [("tcp", Protocol::Tcp), ("udp", Protocol::Udp)]
                 .map(|(name, protocol)| EndpointPort {
                     protocol,

@@ -46,12 +46,12 @@ fn steps(before: Option<(Object, EndpointSlice)>, now: (Object, EndpointSlice)) 
     if let Some((service, slice)) = before {
         apply(&mut lb, &mut Cluster::of([service.into(), slice.into()]));
     }
-    let (mut actual, strays) = Actual::adopt(&lb.maps().dump().unwrap(), ROOM);
-    assert_eq!(strays, crate::actual::Strays::default());
+    let (mut actual, orphans) = Actual::adopt(&lb.maps().dump().unwrap(), ROOM);
+    assert_eq!(orphans, crate::actual::Orphans::default());
     let (service, slice) = now;
     let ports = desired::ports(&service, &[&slice].into_iter(), HERE);
     let (id, want) = ports.first().unwrap();
-    let plan = plan(id, want, &mut actual).unwrap();
+    let plan = service_port(id, want, &mut actual).unwrap();
     plan.steps.iter().map(show).collect()
 }
 
@@ -207,7 +207,9 @@ fn a_plan_that_finds_no_room_takes_nothing() {
         tighten(&mut capacities);
         let (mut actual, _) = Actual::adopt(&maps_of(capacities), capacities);
         let ports = desired::ports(&web(), &[&on(&["10.0.0.1", "10.0.0.2", "10.0.0.3"])].into_iter(), HERE);
-        let error = plan(&ports[0].0, &ports[0].1, &mut actual).unwrap_err().to_string();
+        let error = service_port(&ports[0].0, &ports[0].1, &mut actual)
+            .unwrap_err()
+            .to_string();
         assert_eq!(
             (actual.indexes.used(), actual.ids.used(), actual.slots.used()),
             (0, 0, 0)
@@ -245,7 +247,7 @@ fn a_set_is_as_long_as_a_set_word_can_say() {
             members: members(n),
             empty_drops: false,
         });
-        let plan = plan(&id, &want, &mut actual);
+        let plan = service_port(&id, &want, &mut actual);
         assert_eq!(plan.is_ok(), fits, "{n}");
         if let Err(error) = plan {
             assert!(

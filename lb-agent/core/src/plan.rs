@@ -1,20 +1,26 @@
 //! From what a service port should be and what it is to the steps between: pure, but for what it takes from the
 //! allocators.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use lb_common::abi::{Backend, BackendSlot, Service, SetWord, backend_flags, map_name, service_flags, set_flags};
+use lb_common::abi::{
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Service, SetWord, backend_flags, map_name,
+    service_flags, set_flags,
+};
 use lb_common::logic::connect::{Set, member_flag};
 use lb_common::logic::generation;
 
 use crate::actual::{Actual, ActualBackend, ActualPort, Admission, BackendMap, Named, backend_of, set_words, slot_of};
 use crate::alloc::Range;
-use crate::desired::{DesiredPort, PortId, SETS};
+use crate::desired::{Desired, DesiredPort, PortId, SETS};
+use crate::maps::prefix::Prefix;
 use crate::maps::{MapError, capacity_flag};
+use crate::nodes::Nodes;
 use crate::policy::Member;
+use crate::sync::Writes;
 
 /// One write, and what is known of the maps after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,7 +77,7 @@ impl Plan {
 ///
 /// # Errors
 /// [`MapError::Full`], or a set with more members than a set word can say; nothing is taken then.
-pub(crate) fn plan(id: &PortId, want: &DesiredPort, actual: &mut Actual) -> Result<Plan, MapError> {
+pub(crate) fn service_port(id: &PortId, want: &DesiredPort, actual: &mut Actual) -> Result<Plan, MapError> {
     // Taken out for the time of planning, which needs the allocators beside it; a copy would cost more than the plan.
     let have = actual.ports.remove_entry(id);
     let mut plan = Plan::default();
@@ -263,6 +269,89 @@ fn place_sets(
         placed[i] = (word, range, Arc::clone(&set.members));
     }
     Ok(placed)
+}
+
+/// Everything besides the record of the maps that the plan of FRONTENDS depends on.
+pub(crate) struct FrontendScope<'a> {
+    pub(crate) desired: &'a Desired,
+    /// Whether the source has delivered everything at least once.
+    pub(crate) is_complete: bool,
+    /// Service ports of an earlier run that keep their content.
+    pub(crate) restored: &'a BTreeSet<Arc<PortId>>,
+    /// Service ports that the maps have no room for.
+    pub(crate) no_room: &'a BTreeSet<Arc<PortId>>,
+}
+
+impl FrontendScope<'_> {
+    /// Returns whether a frontend of an earlier run stays, whichever Service claims it, because the source is incomplete.
+    /// `restored`: indexes of restored ports that are not desired.
+    fn is_restored(&self, key: FrontendKey, value: Frontend, restored: &BTreeSet<u32>) -> bool {
+        if self.is_complete {
+            return false;
+        }
+        match FrontendKind::from_u8(value.kind) {
+            Some(FrontendKind::Address) => key == FrontendKey::address_mark(key.addr),
+            // Unless it is a node's address: this node's own addresses are known even before the source is complete.
+            Some(FrontendKind::ExternalAddress) => {
+                key == FrontendKey::address_mark(key.addr) && !self.desired.nodes().have(key.addr)
+            }
+            Some(_) => restored.contains(&value.service),
+            None => false,
+        }
+    }
+
+    /// Returns whether a frontend keeps its present service port because the port that it passes to could not be written.
+    /// The next attempt may succeed, and until then the frontend must not miss. If the maps have no room, it is deleted:
+    /// its present service port may be what takes the room.
+    fn is_awaited(&self, key: FrontendKey, value: Frontend, actual: &Actual) -> bool {
+        let claimant = self
+            .desired
+            .frontend(&key, |id| (!self.no_room.contains(id)).then_some(0));
+        let serves = |port: &ActualPort| port.index == value.service && port.is_written();
+        claimant.is_some() && (value.is_mark() || actual.ports.values().any(|port| serves(port)))
+    }
+}
+
+/// Plans the writes that make these frontends lead to their service ports.
+pub(crate) fn frontends(
+    keys: &BTreeSet<FrontendKey>,
+    scope: &FrontendScope<'_>,
+    actual: &Actual,
+) -> Writes<FrontendKey, Frontend> {
+    let undesired = scope.restored.iter().filter(|id| scope.desired.port(id).is_none());
+    let restored: BTreeSet<u32> = undesired
+        .filter_map(|id| actual.ports.get(id))
+        .map(|port| port.index)
+        .collect();
+    actual.frontends.plan(keys, |key, have| {
+        let have = have.copied();
+        // A frontend stays with its service port even if a write of that port failed.
+        let leads = |port: &ActualPort| have.is_some_and(|have| have.service == port.index || have.is_mark());
+        let index_of = |id: &PortId| {
+            let port = actual.ports.get(id).filter(|port| port.is_written() || leads(port));
+            port.map(|port| port.index)
+        };
+        match (have, scope.desired.frontend(key, index_of)) {
+            (Some(old), want) if want != have && scope.is_restored(*key, old, &restored) => have,
+            (Some(old), None) if scope.is_awaited(*key, old, actual) => have,
+            (_, want) => want,
+        }
+    })
+}
+
+/// Plans the writes of CLUSTER_CIDRS at these keys. Until the source is complete it may have more Nodes to deliver, so
+/// present flags stay.
+pub(crate) fn cidrs(
+    keys: &BTreeSet<Prefix<Addr>>,
+    nodes: &Nodes,
+    is_complete: bool,
+    actual: &Actual,
+) -> Writes<Prefix<Addr>, u32> {
+    actual.cidrs.plan(keys, |cidr, have| {
+        let stays = if is_complete { None } else { have.copied() };
+        let want = nodes.flags(cidr);
+        want.map(|flags| flags | stays.unwrap_or(0)).or(stays)
+    })
 }
 
 #[cfg(test)]

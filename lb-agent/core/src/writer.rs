@@ -1,0 +1,673 @@
+//! The writer of the maps: carries out plans in the order of the update protocol, records each successful write, and
+//! reuses indexes, ids and slots only after a grace period.
+//!
+//! Order on creation: NAMES, BACKENDS, BACKEND_SLOTS, SOURCE_RANGES, SERVICES, FRONTENDS. On removal: FRONTENDS, a grace
+//! period, then the rest. The writer records the content of the maps after each write that succeeded. It repeats a failed
+//! write at the next occasion, and the result is the same wherever the agent dies.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use lb_common::abi::{Addr, Frontend, FrontendKey, Service, SetWord};
+use lb_common::logic::generation;
+use tracing::{debug, warn};
+
+use crate::actual::{Actual, ActualPort, Admission, BackendMap, Backends, Orphans, set_word_mut};
+use crate::alloc::Range;
+use crate::desired::{Desired, DesiredPort, PortId, SETS, Touched};
+use crate::maps::prefix::Prefix;
+use crate::maps::{Capacities, Epoch, MapError, Maps};
+use crate::model::{Problem, ProblemKind};
+use crate::names::name_of;
+use crate::plan::{self, Plan, Step};
+use crate::state::State;
+use crate::sync::Writes;
+
+/// Something that is out of use, but that a running program may still read.
+#[derive(Debug)]
+enum PendingFree {
+    /// A slot range: free after the grace period.
+    Range(Range),
+    /// A withdrawn backend: its id is free after the grace period.
+    Backend(u32),
+    /// A service port that no frontend leads to: cleared after the grace period.
+    Port(Box<ActualPort>),
+    /// Source ranges of a service port: removed after the grace period.
+    Sources(Arc<PortId>),
+}
+
+/// How much of the maps is in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Service indexes.
+    pub services: u32,
+    /// Frontends, including the marks of service addresses.
+    pub frontends: u32,
+    /// Backends.
+    pub backends: u32,
+    /// Slots, including those in the unused part of a range.
+    pub backend_slots: u32,
+}
+
+/// The one writer of the maps that hold Services, and its record of their content.
+pub(crate) struct Writer<M> {
+    maps: M,
+    actual: Actual,
+    /// In the order of the grace periods.
+    pending_free: VecDeque<(Epoch, PendingFree)>,
+    /// Grace period after the last deletion of a frontend: no insertion before it has passed.
+    last_deletion: Option<Epoch>,
+    /// Service ports that could not be written, with the reason. The writer repeats them at every occasion.
+    failed_ports: BTreeMap<Arc<PortId>, String>,
+    /// Service ports of an earlier run that the source has not delivered yet, or not their endpoints. They keep their
+    /// content until the source is complete.
+    restored: BTreeSet<Arc<PortId>>,
+    /// Entries without an owner. They stay until it is certain that nothing leads to them.
+    orphans: Orphans,
+    /// Whether no batch was written yet: the first one compares everything that an earlier run left.
+    first_apply: bool,
+    withdrawals: u64,
+}
+
+impl<M: Maps> Writer<M> {
+    /// Adopts the content of the maps. Blocks for one grace period, since an agent that died may have freed something
+    /// just before.
+    ///
+    /// # Errors
+    /// If the maps cannot be read, or the grace period fails.
+    pub(crate) fn adopt(mut maps: M) -> Result<Self, MapError> {
+        let epoch = maps.grace_begin();
+        maps.grace_wait(epoch)?;
+        let (actual, orphans) = Actual::adopt(&maps.dump()?, maps.capacities());
+        Ok(Self {
+            maps,
+            restored: actual.ports.keys().cloned().collect(),
+            orphans,
+            actual,
+            pending_free: VecDeque::new(),
+            last_deletion: None,
+            failed_ports: BTreeMap::new(),
+            first_apply: true,
+            withdrawals: 0,
+        })
+    }
+
+    /// Writes what a batch touched; `completed` if the source became complete with it.
+    pub(crate) fn write_batch(&mut self, state: &State, mut touched: Touched, completed: bool) {
+        for id in &touched.ports {
+            // The source delivered it and removed it again.
+            if state.desired().port(id).is_none() {
+                self.restored.remove(id);
+            }
+        }
+        if completed {
+            self.restored.clear();
+        }
+        if self.first_apply || completed {
+            self.first_apply = false;
+            touched.ports.extend(self.actual.ports.keys().cloned());
+            touched.frontends.extend(self.actual.frontends.entries().keys());
+            touched.cidrs.extend(self.actual.cidrs.entries().keys());
+            touched
+                .cidrs
+                .extend(state.desired().nodes().cidrs().map(|(cidr, _)| cidr));
+        }
+        self.write(state, touched);
+    }
+
+    /// Makes the maps agree with the desired state in what was touched, and in what failed before.
+    pub(crate) fn write(&mut self, state: &State, mut touched: Touched) {
+        self.free_retired();
+        self.remove_orphaned_sources();
+        let mut no_room = BTreeSet::new();
+        touched.ports.extend(std::mem::take(&mut self.failed_ports).into_keys());
+        touched.frontends.extend(self.actual.frontends.take_failed());
+        touched.cidrs.extend(self.actual.cidrs.take_failed());
+        // Before anything that makes programs look up whether a source is inside the cluster.
+        self.write_cidrs(state, &touched.cidrs);
+        for id in &touched.ports {
+            let Some(want) = self.wanted(state.desired(), id) else {
+                continue;
+            };
+            let result = match plan::service_port(id, &want, &mut self.actual) {
+                Err(error @ MapError::Full { .. }) if !self.pending_free.is_empty() => {
+                    debug!(%id, %error, "waiting for a grace period that frees room");
+                    self.drain_pending(Self::free_retired)
+                        .and_then(|()| plan::service_port(id, &want, &mut self.actual))
+                }
+                other => other,
+            };
+            let result = result.and_then(|plan| self.execute(id, plan));
+            if let Err(error) = result {
+                self.failed_ports.insert(Arc::clone(id), error.to_string());
+                if matches!(error, MapError::Full { .. }) {
+                    self.close_unknown(id);
+                    no_room.insert(Arc::clone(id));
+                }
+            }
+            // From now on they may lead to this port; if the write failed, they may have to lead elsewhere.
+            touched.frontends.extend(want.frontends.iter().map(|(key, _)| *key));
+        }
+        let scope = plan::FrontendScope {
+            desired: state.desired(),
+            is_complete: state.is_complete(),
+            restored: &self.restored,
+            no_room: &no_room,
+        };
+        let writes = plan::frontends(&touched.frontends, &scope, &self.actual);
+        self.write_frontends(writes);
+        self.remove_ports(state.desired(), &touched.ports);
+        self.withdraw_orphans(state);
+    }
+
+    /// Frees what a grace period has passed for, and repeats failed writes.
+    pub(crate) fn reclaim(&mut self, state: &State) {
+        let passed = self.maps.grace_passed();
+        let ready = self.pending_free.front().is_some_and(|(epoch, _)| *epoch <= passed);
+        let Actual { frontends, cidrs, .. } = &self.actual;
+        let failed = !(self.failed_ports.is_empty() && frontends.failed().is_empty() && cidrs.failed().is_empty());
+        if ready || failed {
+            self.write(state, Touched::default());
+        }
+    }
+
+    /// Waits until nothing is left to be freed, except for what fails repeatedly.
+    ///
+    /// # Errors
+    /// If a grace period fails.
+    pub(crate) fn settle(&mut self, state: &State) -> Result<(), MapError> {
+        self.drain_pending(|writer| writer.reclaim(state))
+    }
+
+    /// Waits for the grace periods of `pending_free` and calls `free` after each wait.
+    fn drain_pending(&mut self, mut free: impl FnMut(&mut Self)) -> Result<(), MapError> {
+        // Clearing a service port withdraws its backends, whose ids need a second period.
+        for _ in 0..4 {
+            let Some((epoch, _)) = self.pending_free.back() else {
+                break;
+            };
+            let epoch = *epoch;
+            self.maps.grace_wait(epoch)?;
+            free(self);
+        }
+        Ok(())
+    }
+
+    /// Returns the problems of writes that failed.
+    pub(crate) fn problems(&self, desired: &Desired) -> Vec<Problem> {
+        let ports = self.failed_ports.iter().map(|(id, why)| {
+            let message = format!("not served as it should be: {why}");
+            let problem = Problem::new(format!("Service {id}"), message);
+            problem.of(&id.service).kind(ProblemKind::Map)
+        });
+        let frontends = self.actual.frontends.failed().iter().map(|(key, why)| {
+            let place = format!("frontend {}:{}", key.addr, key.port);
+            let problem = Problem::new(place, format!("not served as it should be: {why}")).kind(ProblemKind::Map);
+            match desired.owner(key) {
+                Some(service) => problem.of(service),
+                None => problem,
+            }
+        });
+        let cidrs = self.actual.cidrs.failed().iter().map(|(cidr, why)| {
+            let place = match cidr.network() {
+                Some(net) => format!("network {net}"),
+                None => format!("network {}, {} bits", cidr.data, cidr.len),
+            };
+            let message = format!("not known to be inside the cluster or not, as it should be: {why}");
+            Problem::new(place, message).kind(ProblemKind::Map)
+        });
+        ports.chain(frontends).chain(cidrs).collect()
+    }
+
+    /// Returns whether the maps serve any Service, from this run or an earlier one.
+    pub(crate) fn is_serving(&self) -> bool {
+        !self.actual.ports.is_empty()
+    }
+
+    /// Returns the number of backends that were withdrawn so far.
+    pub(crate) fn withdrawals(&self) -> u64 {
+        self.withdrawals
+    }
+
+    /// Returns the maps.
+    pub(crate) fn maps(&self) -> &M {
+        &self.maps
+    }
+
+    /// Returns the maps, for writes that are not part of the update protocol.
+    pub(crate) fn maps_mut(&mut self) -> &mut M {
+        &mut self.maps
+    }
+
+    /// Returns how much of the maps is in use.
+    pub(crate) fn usage(&self) -> (Usage, Capacities) {
+        let usage = Usage {
+            services: self.actual.indexes.used(),
+            frontends: self.actual.frontends.entries().len() as u32,
+            backends: self.actual.ids.used(),
+            backend_slots: self.actual.slots.used(),
+        };
+        (usage, self.maps.capacities())
+    }
+
+    /// Returns whether any write has failed, for tests.
+    #[cfg(any(test, feature = "test-support"))]
+    pub(crate) fn failures(&self) -> Failures<'_> {
+        Failures {
+            ports: &self.failed_ports,
+            frontends: self.actual.frontends.failed(),
+            cidrs: self.actual.cidrs.failed(),
+        }
+    }
+
+    /// Frees what a grace period has passed for.
+    fn free_retired(&mut self) {
+        let passed = self.maps.grace_passed();
+        let mut failed = Vec::new();
+        while let Some((epoch, retired)) = self.pending_free.pop_front_if(|(epoch, _)| *epoch <= passed) {
+            match retired {
+                PendingFree::Range(range) => self.actual.slots.free(range),
+                PendingFree::Backend(id) => self.actual.ids.free(id),
+                PendingFree::Port(port) => {
+                    if let Err(error) = self.clear(&port) {
+                        warn!(index = port.index, %error, "cannot clear a service index; trying again later");
+                        failed.push((epoch, PendingFree::Port(port)));
+                    }
+                }
+                PendingFree::Sources(id) => {
+                    if let Err(error) = self.expire_sources(&id, passed) {
+                        warn!(%id, %error, "cannot remove a source range; trying again later");
+                        failed.push((epoch, PendingFree::Sources(id)));
+                    }
+                }
+            }
+        }
+        for entry in failed.into_iter().rev() {
+            self.pending_free.push_front(entry);
+        }
+    }
+
+    /// Removes the source ranges of a service port that no running program can look for any more.
+    fn expire_sources(&mut self, id: &Arc<PortId>, passed: Epoch) -> Result<(), MapError> {
+        // If the port is gone, its ranges went with it.
+        let Some(port) = self.actual.ports.get_mut(id) else {
+            return Ok(());
+        };
+        let is_due = |at: &Admission| matches!(at, Admission::Leaves(since) if *since <= passed);
+        let due: Vec<_> = port
+            .sources
+            .iter()
+            .filter(|(_, at)| is_due(at))
+            .map(|(net, _)| *net)
+            .collect();
+        for net in due {
+            self.maps.delete_source_range(Prefix::of(port.index, net))?;
+            port.sources.remove(&net);
+        }
+        Ok(())
+    }
+
+    /// Keeps something out of use until a grace period has passed.
+    fn retire(&mut self, retired: PendingFree) {
+        let epoch = self.maps.grace_begin();
+        self.pending_free.push_back((epoch, retired));
+    }
+
+    /// Withdraws a backend by changing its generation. Its id is free after a grace period.
+    fn withdraw(&mut self, id: u32) -> Result<(), MapError> {
+        let next = generation::withdrawn(self.actual.backend_generations[id as usize]);
+        self.maps.withdraw_backend(id, next)?;
+        self.actual.backend_generations[id as usize] = next;
+        self.withdrawals += 1;
+        if id != 0 {
+            self.retire(PendingFree::Backend(id));
+        }
+        Ok(())
+    }
+
+    /// Clears a service index that no frontend leads to any more.
+    fn clear(&mut self, port: &ActualPort) -> Result<(), MapError> {
+        let index = port.index;
+        let generation = generation::withdrawn(self.actual.service_generations[index as usize]);
+        let empty = Service {
+            generation,
+            ..Service::default()
+        };
+        self.maps.write_service(index, empty)?;
+        self.actual.service_generations[index as usize] = generation;
+        for (_, backend) in port.backends.iter() {
+            // An earlier attempt may have withdrawn it already.
+            if self.actual.backend_generations[backend.id as usize] == backend.generation {
+                self.withdraw(backend.id)?;
+            }
+        }
+        for net in port.sources.keys() {
+            self.maps.delete_source_range(Prefix::of(index, *net))?;
+        }
+        self.maps.delete_name(index)?;
+        for range in port.ranges() {
+            self.actual.slots.free(range);
+        }
+        if index != 0 {
+            self.actual.indexes.free(index);
+        }
+        Ok(())
+    }
+
+    /// Writes CLUSTER_CIDRS: new and different entries first, then deletions.
+    fn write_cidrs(&mut self, state: &State, cidrs: &BTreeSet<Prefix<Addr>>) {
+        let writes = plan::cidrs(cidrs, state.desired().nodes(), state.is_complete(), &self.actual);
+        let (updates, deletes) = writes.updates();
+        for (cidr, flags) in updates {
+            let result = self.maps.write_cluster_cidr(cidr, flags);
+            self.record_cidr(cidr, Some(flags), result);
+        }
+        for cidr in deletes {
+            let result = self.maps.delete_cluster_cidr(cidr);
+            self.record_cidr(cidr, None, result);
+        }
+    }
+
+    fn record_cidr(&mut self, cidr: Prefix<Addr>, flags: Option<u32>, result: Result<(), MapError>) {
+        match result {
+            Ok(()) => drop(self.actual.cidrs.set(cidr, flags)),
+            Err(error) => self.actual.cidrs.set_failed(cidr, error),
+        }
+    }
+
+    /// Removes entries of SOURCE_RANGES that no service can have, before the kernel confuses them with valid ones.
+    fn remove_orphaned_sources(&mut self) {
+        for range in std::mem::take(&mut self.orphans.sources) {
+            if let Err(error) = self.maps.delete_source_range(range) {
+                warn!(?range, %error, "cannot remove a source range of an earlier run; trying again later");
+                self.orphans.sources.insert(range);
+            }
+        }
+    }
+
+    /// Empties the sets of a service port whose slots have unknown content, if any. That makes room for new slots.
+    fn close_unknown(&mut self, id: &Arc<PortId>) {
+        let Some(port) = self.actual.ports.get(id) else { return };
+        let (index, sets) = (port.index, port.sets.clone());
+        for (set, _) in SETS.into_iter().zip(sets).filter(|(_, at)| at.members.is_none()) {
+            let empty = Step::Publish(set, SetWord::default(), None, Arc::default());
+            if let Err(error) = self.step(id, index, empty, &mut BackendMap::new()) {
+                warn!(%id, %error, "cannot empty a set whose slots have unknown content");
+            }
+        }
+    }
+
+    /// Returns the content that a service port should have: the desired one. But while the source is incomplete and has
+    /// delivered no endpoint of a restored port, the port keeps the backends that it has from an earlier run.
+    fn wanted(&mut self, desired: &Desired, id: &PortId) -> Option<DesiredPort> {
+        let mut want = desired.port(id)?.clone();
+        if !self.restored.contains(id) {
+            return Some(want);
+        }
+        if want.has_backends() {
+            self.restored.remove(id);
+        } else if let Some(have) = self.actual.ports.get(id) {
+            (want.sets, want.draining) = have.published();
+        }
+        Some(want)
+    }
+
+    /// Withdraws entries without an owner, once every set leads only to slots of its own.
+    fn withdraw_orphans(&mut self, state: &State) {
+        if !state.is_complete()
+            || self.orphans == Orphans::default()
+            || !self.actual.ports.values().all(|port| port.is_known())
+        {
+            return;
+        }
+        let Orphans {
+            names,
+            backends,
+            slots,
+            sources,
+        } = std::mem::take(&mut self.orphans);
+        self.orphans.sources = sources;
+        for index in names {
+            if let Err(error) = self.maps.delete_name(index) {
+                warn!(index, %error, "cannot remove a name of an earlier run; trying again later");
+                self.orphans.names.insert(index);
+            }
+        }
+        for id in backends {
+            if let Err(error) = self.withdraw(id) {
+                warn!(id, %error, "cannot withdraw a backend of an earlier run; trying again later");
+                self.orphans.backends.insert(id);
+            }
+        }
+        slots
+            .into_iter()
+            .for_each(|range| self.retire(PendingFree::Range(range)));
+    }
+
+    /// Writes the steps of a plan and records each. Afterwards, returns to the allocators what the plan took and no write
+    /// used.
+    fn execute(&mut self, id: &Arc<PortId>, plan: Plan) -> Result<(), MapError> {
+        let Plan {
+            index,
+            new_index,
+            new_ranges,
+            new_ids,
+            steps,
+        } = plan;
+        if steps.is_empty() {
+            return Ok(());
+        }
+        let old_ranges = self.actual.ports.get(id).map(|port| port.ranges()).unwrap_or_default();
+        let mut backends = self
+            .actual
+            .ports
+            .get(id)
+            .map(|port| port.backends.to_map())
+            .unwrap_or_default();
+        let mut refused = None;
+        let mut steps = steps.into_iter();
+        let result = steps.try_for_each(|step| match step {
+            // A network that cannot be admitted is refused until the next attempt. The other steps go on, but no network
+            // is removed.
+            Step::Admit(_) => {
+                refused = self.step(id, index, step, &mut backends).err().or(refused.take());
+                Ok(())
+            }
+            Step::Dismiss(_) if refused.is_some() => Ok(()),
+            step => self.step(id, index, step, &mut backends),
+        });
+        let result = result.and_then(|()| refused.map_or(Ok(()), Err));
+
+        let port = self.actual.ports.get_mut(id);
+        let known: BTreeSet<u32> = backends.values().map(|backend| backend.id).collect();
+        let port = port.map(|port| {
+            let sets = port.sets.iter().filter_map(|set| set.members.as_ref());
+            port.backends = Backends::of(&backends, sets);
+            &*port
+        });
+        let in_use = port.map(|port| port.ranges()).unwrap_or_default();
+        if new_index && port.is_none() {
+            self.actual.indexes.free(index);
+        }
+        // No program has seen what was never published.
+        new_ranges
+            .into_iter()
+            .filter(|range| !in_use.contains(range))
+            .for_each(|range| self.actual.slots.free(range));
+        new_ids
+            .into_iter()
+            .filter(|id| !known.contains(id))
+            .for_each(|id| self.actual.ids.free(id));
+        old_ranges
+            .difference(&in_use)
+            .for_each(|range| self.retire(PendingFree::Range(*range)));
+        result
+    }
+
+    /// Performs one write and records it; writes of backends are recorded in `backends`.
+    fn step(&mut self, id: &Arc<PortId>, index: u32, step: Step, backends: &mut BackendMap) -> Result<(), MapError> {
+        if let Step::Name(named) = step {
+            self.maps
+                .write_name(index, &name_of(id, named.port, named.generation))?;
+            let new = || Box::new(ActualPort::new(index, Service::default(), None));
+            self.actual.ports.entry(Arc::clone(id)).or_insert_with(new).named = Some(named);
+            return Ok(());
+        }
+        // The first step of a new port writes its name and creates its record.
+        let Some(port) = self.actual.ports.get_mut(id) else {
+            return Ok(());
+        };
+        match step {
+            Step::Name(_) => {}
+            Step::Fill(value, new) => {
+                self.maps.fill_backend(new.id, value)?;
+                self.actual.backend_generations[new.id as usize] = new.generation;
+                backends.insert((IpAddr::from(value.addr), value.port), new);
+            }
+            Step::Flags(key, flags) => {
+                if let Some(backend) = backends.get_mut(&key) {
+                    self.maps.write_backend_flags(backend.id, flags)?;
+                    backend.flags = flags;
+                }
+            }
+            Step::Slots(range, slots) => self.maps.write_slots(range.base, &slots)?,
+            Step::Admit(net) => {
+                self.maps.write_source_range(Prefix::of(index, net))?;
+                port.sources.insert(net, Admission::Holds);
+            }
+            Step::Dismiss(networks) => {
+                let since = self.maps.grace_begin();
+                port.sources
+                    .extend(networks.into_iter().map(|net| (net, Admission::Leaves(since))));
+                self.pending_free
+                    .push_back((since, PendingFree::Sources(Arc::clone(id))));
+            }
+            Step::Service(value, sets) => {
+                self.maps.write_service(index, value)?;
+                self.actual.service_generations[index as usize] = value.generation;
+                port.value = value;
+                for (set, (range, members)) in port.sets.iter_mut().zip(sets) {
+                    set.range = range;
+                    set.members = Some(members);
+                }
+            }
+            Step::Settings(value) => {
+                self.maps.write_service_settings(index, value)?;
+                self.actual.service_generations[index as usize] = value.generation;
+                port.value = Service {
+                    internal: port.value.internal,
+                    external: port.value.external,
+                    cluster: port.value.cluster,
+                    ..value
+                };
+            }
+            Step::Publish(set, word, range, members) => {
+                self.maps.publish_set(index, set, word)?;
+                *set_word_mut(&mut port.value, set) = word;
+                for (known, at) in SETS.into_iter().zip(&mut port.sets) {
+                    if known == set {
+                        at.range = range;
+                        at.members = Some(Arc::clone(&members));
+                    }
+                }
+            }
+            Step::Withdraw(key) => {
+                if let Some(backend) = backends.get(&key) {
+                    self.withdraw(backend.id)?;
+                    backends.remove(&key);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes FRONTENDS: in-place stores first, then insertions, then deletions, so that a frontend that moves never
+    /// misses and a new one comes before an old one goes.
+    fn write_frontends(&mut self, writes: Writes<FrontendKey, Frontend>) {
+        let Writes {
+            stores,
+            inserts,
+            deletes,
+        } = writes;
+        for (key, new) in stores {
+            let result = self.maps.store_frontend(key, new);
+            self.record_frontend(key, Some(new), result);
+        }
+        let mut inserts = inserts.into_iter();
+        let mut full = None;
+        for (key, new) in inserts.by_ref() {
+            match self.insert(key, new) {
+                Err(MapError::Full { .. }) if !deletes.is_empty() => {
+                    full = Some((key, new));
+                    break;
+                }
+                result => self.record_frontend(key, Some(new), result),
+            }
+        }
+        for key in deletes {
+            let result = self.maps.delete_frontend(key);
+            if result.is_ok() {
+                self.last_deletion = Some(self.maps.grace_begin());
+            }
+            self.record_frontend(key, None, result);
+        }
+        // The deletions may have made room.
+        for (key, new) in full.into_iter().chain(inserts) {
+            let result = self.insert(key, new);
+            self.record_frontend(key, Some(new), result);
+        }
+    }
+
+    /// Inserts a frontend, after the grace period of the last deletion.
+    fn insert(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
+        if let Some(epoch) = self.last_deletion {
+            self.maps.grace_wait(epoch)?;
+            self.last_deletion = None;
+        }
+        self.maps.insert_frontend(key, value)
+    }
+
+    fn record_frontend(&mut self, key: FrontendKey, new: Option<Frontend>, result: Result<(), MapError>) {
+        match result {
+            Ok(()) => self.actual.set_frontend(key, new),
+            Err(error) => self.actual.frontends.set_failed(key, error),
+        }
+    }
+
+    /// Retires service ports that are no longer desired and that no frontend leads to.
+    fn remove_ports(&mut self, desired: &Desired, ids: &BTreeSet<Arc<PortId>>) {
+        for id in ids {
+            if desired.port(id).is_some() || self.restored.contains(id) {
+                continue;
+            }
+            let Some(port) = self.actual.ports.get(id) else {
+                continue;
+            };
+            if self.actual.references.contains_key(&port.index) {
+                let why = "frontends still lead to it".to_owned();
+                self.failed_ports.insert(Arc::clone(id), why);
+                continue;
+            }
+            if let Some(port) = self.actual.ports.remove(id) {
+                self.retire(PendingFree::Port(port));
+            }
+        }
+    }
+}
+
+/// The writes that failed and that the writer will repeat, with the reason of each.
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) struct Failures<'a> {
+    pub(crate) ports: &'a BTreeMap<Arc<PortId>, String>,
+    pub(crate) frontends: &'a BTreeMap<FrontendKey, String>,
+    pub(crate) cidrs: &'a BTreeMap<Prefix<Addr>, String>,
+}
+
+#[cfg(any(test, feature = "test-support"))]
+impl Failures<'_> {
+    /// Returns whether every service port and frontend could be written.
+    pub(crate) fn is_served(&self) -> bool {
+        self.ports.is_empty() && self.frontends.is_empty()
+    }
+}
