@@ -268,7 +268,7 @@ fn verify_names_every_corrupted_field_and_a_restart_repairs_it() -> Result<()> {
         let left = differences(&agent)?;
         ensure!(left.is_empty(), "{field} is not repaired by a restart: {left:?}");
     }
-    // A changed key: the entry is missing, and there is one that is not wanted.
+    // A changed key: the entry is missing, and there is one that is not desired.
     for at in [15, 16, 18, 19] {
         let mut map: HashMap<_, [u8; 20], [u8; 8]> = Map::HashMap(pinned(&pins.maps(), "FRONTENDS")?).try_into()?;
         let (mut key, value) = first_frontend(&map)?;
@@ -277,7 +277,7 @@ fn verify_names_every_corrupted_field_and_a_restart_repairs_it() -> Result<()> {
         map.insert(key, value, 0)?;
         let found = differences(&agent)?;
         let missing = found.iter().filter(|d| d.message.contains("is missing")).count();
-        let stray = found.iter().filter(|d| d.message.contains("is not wanted")).count();
+        let stray = found.iter().filter(|d| d.message.contains("is not desired")).count();
         ensure!((missing, stray) == (1, 1), "byte {at} of a key: {found:?}");
         drop(agent);
         agent = start(&lock, &manifests)?;

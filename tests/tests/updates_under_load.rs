@@ -105,7 +105,7 @@ impl Fixture {
         // An address that two Services claim is a problem too, but an expected one.
         let failed: Vec<_> = problems
             .iter()
-            .filter(|problem| problem.message.contains("not served as it should be"))
+            .filter(|problem| problem.message.contains("the maps are not up to date"))
             .collect();
         ensure!(failed.is_empty(), "{failed:?}");
         Ok(())

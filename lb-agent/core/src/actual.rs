@@ -1,5 +1,5 @@
-//! What the maps say, as far as the agent wrote it: kept beside them so that a change needs no reading back, and made
-//! anew from a dump of the maps at start.
+//! The agent's record of the content of the maps. It spares reading the maps back at each change, and is built from a
+//! dump of them at start.
 
 mod backends;
 
@@ -27,13 +27,13 @@ use crate::sync::Synced;
 /// A published set.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct ActualSet {
-    /// The slots that belong to it; `None` where it is empty, or not known.
+    /// Its slots; `None` if the set is empty or its slots are unknown.
     pub(crate) range: Option<Range>,
-    /// What they hold; `None` where that is not what it should be: it has to be written anew.
+    /// Content of the slots; `None` if that is wrong, so that the set has to be written again.
     pub(crate) members: Option<Arc<[Member]>>,
 }
 
-/// What the entry of NAMES of a service port says beside its identity.
+/// The fields of an entry of NAMES that are not part of the identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Named {
     pub(crate) port: u16,
@@ -41,7 +41,7 @@ pub(crate) struct Named {
 }
 
 impl Named {
-    /// `None` where the entry is not as it should be for this identity.
+    /// Reads an entry of NAMES; `None` if it is not the entry of this identity.
     fn of(id: &PortId, name: &Name) -> Option<Self> {
         let Name { port, generation, .. } = *name;
         (*name == name_of(id, port, generation)).then_some(Self { port, generation })
@@ -51,11 +51,12 @@ impl Named {
 /// An entry of SOURCE_RANGES.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Admission {
-    /// It is as it should be.
+    /// The entry is correct.
     Holds,
-    /// No longer wanted since a request for a grace period, after which it goes: a program may be about to look for it.
+    /// No longer wanted since a request for a grace period, after which it is removed: a running program may still look
+    /// it up.
     Leaves(Epoch),
-    /// It is not as it should be.
+    /// The entry is wrong.
     Broken,
 }
 
@@ -65,7 +66,7 @@ pub(crate) struct ActualPort {
     pub(crate) index: u32,
     /// The entry of SERVICES.
     pub(crate) value: Service,
-    /// The entry of NAMES; `None` where that is not what it should be.
+    /// The entry of NAMES; `None` if that is missing or wrong.
     pub(crate) named: Option<Named>,
     /// In the order of [`SETS`].
     pub(crate) sets: [ActualSet; 3],
@@ -75,7 +76,7 @@ pub(crate) struct ActualPort {
 }
 
 impl ActualPort {
-    /// An index that nothing is known of but what SERVICES says.
+    /// Creates the record of an index of which only the entries of SERVICES and NAMES are known.
     pub(crate) fn new(index: u32, value: Service, named: Option<Named>) -> Self {
         Self {
             index,
@@ -87,17 +88,17 @@ impl ActualPort {
         }
     }
 
-    /// Whether a frontend may lead here: SERVICES was written, and its sets are known.
+    /// Returns whether a frontend may lead here: SERVICES was written, and the content of its sets is known.
     pub(crate) fn is_written(&self) -> bool {
         generation::is_live(self.value.generation) && self.is_known()
     }
 
-    /// Whether it is known what every set leads to.
+    /// Returns whether the content of every set is known.
     pub(crate) fn is_known(&self) -> bool {
         self.sets.iter().all(|set| set.members.is_some())
     }
 
-    /// The sets as they are, as far as they are known, and the backends that are in none.
+    /// Returns the published sets, as far as their content is known, and the backends that are in none of them.
     pub(crate) fn published(&self) -> ([DesiredSet; 3], Arc<[Member]>) {
         let words = set_words(&self.value);
         let sets = [0, 1, 2].map(|i| DesiredSet {
@@ -114,18 +115,18 @@ impl ActualPort {
         (sets, draining)
     }
 
-    /// The ranges that its sets are in, each once.
+    /// Returns the ranges of its sets, without duplicates.
     pub(crate) fn ranges(&self) -> BTreeSet<Range> {
         self.sets.iter().filter_map(|set| set.range).collect()
     }
 }
 
-/// The set words of a service, in the order of [`SETS`].
+/// Returns the set words of a service, in the order of [`SETS`].
 pub(crate) fn set_words(service: &Service) -> [SetWord; 3] {
     [service.internal, service.external, service.cluster]
 }
 
-/// One set word of a service.
+/// Returns one set word of a service.
 pub(crate) fn set_word_mut(service: &mut Service, set: Set) -> &mut SetWord {
     match set {
         Set::Internal => &mut service.internal,
@@ -134,8 +135,8 @@ pub(crate) fn set_word_mut(service: &mut Service, set: Set) -> &mut SetWord {
     }
 }
 
-/// What no service port owns: left by an agent that died in between, or by somebody else's writes. Sets of which not all
-/// is known may still lead to it.
+/// Entries without an owning service port, left by an agent that died during a change or by writes from outside. Sets
+/// with unknown content may still lead to them.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Orphans {
     /// Entries of NAMES for indexes that SERVICES does not have.
@@ -144,35 +145,35 @@ pub(crate) struct Orphans {
     pub(crate) backends: BTreeSet<u32>,
     /// Slots, each a range of its own.
     pub(crate) slots: BTreeSet<Range>,
-    /// Entries of SOURCE_RANGES that are no networks, or of indexes that SERVICES does not have. Nothing leads here.
+    /// Entries of SOURCE_RANGES that are not networks, or of indexes that SERVICES does not have. No service uses them.
     pub(crate) sources: BTreeSet<Prefix<SourceRange>>,
 }
 
-/// The state of the maps.
+/// The content of the maps, as far as the agent wrote or adopted it.
 #[derive(Debug)]
 pub(crate) struct Actual {
-    /// Boxed, since a good part of a hash table is empty.
+    /// Boxed, since a large part of a hash table is empty.
     pub(crate) ports: HashMap<Arc<PortId>, Box<ActualPort>>,
     /// FRONTENDS; written by [`Actual::set_frontend`] only, which counts the references.
     pub(crate) frontends: Synced<FrontendKey, Frontend>,
-    /// How many frontends lead to a service index.
+    /// Number of frontends that lead to each service index.
     pub(crate) references: HashMap<u32, u32>,
     /// CLUSTER_CIDRS.
     pub(crate) cidrs: Synced<Prefix<Addr>, u32>,
     pub(crate) slots: SlotRanges,
     pub(crate) indexes: Indexes,
     pub(crate) ids: Indexes,
-    /// Generation of each index and id, also while it is not in use, as the maps have it.
+    /// Generation of each index and id in the maps, including those that are not in use.
     pub(crate) service_generations: Vec<u32>,
     pub(crate) backend_generations: Vec<u32>,
 }
 
 impl Actual {
-    /// Takes over what the maps say. Everything in them may be wrong; what is wrong is told apart so that the next
-    /// application of the desired state puts it right.
+    /// Adopts the content of the maps. Any entry may be wrong; wrong entries are recorded as such, so that the next
+    /// application of the desired state corrects them.
     ///
-    /// An index that is live or named or has source ranges, but is nobody's, becomes a service port with a name that no Service can have, so it
-    /// goes the way of a Service that was deleted.
+    /// An index that is live or named or has source ranges, but has no owner, becomes a service port with a name that
+    /// no Service can have. It is then removed as a Service that was deleted.
     pub(crate) fn adopt(dump: &Dump, capacities: Capacities) -> (Self, Orphans) {
         let mut actual = Self {
             ports: HashMap::new(),
@@ -190,8 +191,8 @@ impl Actual {
         }
         let mut orphans = Orphans::default();
         let mut names: Vec<_> = dump.names.iter().collect();
-        // Two of one identity: an agent died between adding a Service again and clearing the first. Frontends lead to
-        // the new one.
+        // If two have one identity, an agent died between adding a Service again and clearing the first one. Frontends
+        // lead to the new one.
         names.sort_by_key(|(index, _)| (!actual.references.contains_key(*index), **index));
         for (index, name) in names {
             let Some(entry) = dump.services.get(*index as usize) else {
@@ -277,7 +278,7 @@ impl Actual {
                 port.sets[i].members = Some(members);
             }
         }
-        // Nobody writes to where these lead until they lead elsewhere.
+        // Nothing is written to these slots until the sets lead elsewhere.
         for word in unknown {
             for base in word.base..word.base.saturating_add(word.len.into()) {
                 let slot = Range { base, len: 1 };
@@ -311,7 +312,7 @@ impl Actual {
     }
 }
 
-/// Entries of SOURCE_RANGES by service index.
+/// Returns the entries of SOURCE_RANGES by service index.
 fn adopt_sources(dump: &Dump, orphans: &mut Orphans) -> HashMap<u32, BTreeMap<IpNet, Admission>> {
     let mut all: HashMap<u32, BTreeMap<IpNet, Admission>> = HashMap::new();
     for (range, value) in &dump.source_ranges {
@@ -331,7 +332,7 @@ fn adopt_sources(dump: &Dump, orphans: &mut Orphans) -> HashMap<u32, BTreeMap<Ip
     all
 }
 
-/// The members of a published set, if every slot of it is what this port's backends say.
+/// Returns the members of a published set, if every slot agrees with a backend of this port.
 fn read_set(dump: &Dump, port: &ActualPort, word: SetWord) -> Option<Arc<[Member]>> {
     let base = word.base as usize;
     let slots = dump.slots.get(base..base.checked_add(usize::from(word.len))?)?;
@@ -357,7 +358,7 @@ fn read_set(dump: &Dump, port: &ActualPort, word: SetWord) -> Option<Arc<[Member
     })
 }
 
-/// The slot of a member.
+/// Returns the slot of a member.
 pub(crate) fn slot_of(member: &Member, backend: &ActualBackend) -> BackendSlot {
     BackendSlot {
         addr: Addr::from(member.addr),
@@ -369,7 +370,7 @@ pub(crate) fn slot_of(member: &Member, backend: &ActualBackend) -> BackendSlot {
     }
 }
 
-/// The entry of BACKENDS of a member.
+/// Returns the entry of BACKENDS of a member.
 pub(crate) fn backend_of(member: &Member, backend: &ActualBackend, service: u32) -> Backend {
     let addr = Addr::from(member.addr);
     Backend {
@@ -382,7 +383,7 @@ pub(crate) fn backend_of(member: &Member, backend: &ActualBackend, service: u32)
     }
 }
 
-/// What an index is called that is nobody's.
+/// Returns the identity of an index without an owner.
 fn orphan_id(index: u32) -> PortId {
     PortId {
         service: ObjectKey::new("", &format!("(stray index {index})")),

@@ -1,4 +1,4 @@
-//! Who owns which part of the arrays: slot ranges, and indexes.
+//! Allocators of the parts of the arrays: slot ranges and indexes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,8 +17,8 @@ impl Range {
     }
 }
 
-/// Allocator of slot ranges: the shortest free range that fits, of these the lowest, and of that the lower end. Free
-/// neighbours join.
+/// Allocator of slot ranges. It takes the lower end of the shortest free range that fits, of several the lowest, and
+/// joins free neighbors.
 ///
 /// Sets of one length, of which a cluster has many, fill each other's holes; a buddy allocator would leave a fourth of the
 /// slots unused.
@@ -26,14 +26,14 @@ impl Range {
 pub(crate) struct SlotRanges {
     /// Length of each free range by its base; no two touch.
     by_base: BTreeMap<u32, u32>,
-    /// The same as pairs of length and base.
+    /// The free ranges as pairs of length and base.
     by_len: BTreeSet<(u32, u32)>,
     capacity: u32,
     used: u32,
 }
 
 impl SlotRanges {
-    /// All of `0..capacity` is free.
+    /// Creates an allocator in which all of `0..capacity` is free.
     #[must_use]
     pub(crate) fn new(capacity: u32) -> Self {
         let mut new = Self {
@@ -46,26 +46,26 @@ impl SlotRanges {
         new
     }
 
-    /// Number of slots.
+    /// Returns the number of slots.
     #[must_use]
     pub(crate) fn capacity(&self) -> u32 {
         self.capacity
     }
 
-    /// Slots in ranges that are not free.
+    /// Returns the number of slots in ranges that are not free.
     #[must_use]
     pub(crate) fn used(&self) -> u32 {
         self.used
     }
 
-    /// A range of `len` slots (at least one), if there is room.
+    /// Allocates a range of `len` slots (at least one), if there is room.
     pub(crate) fn alloc(&mut self, len: u16) -> Option<Range> {
         let (_, base) = *self.by_len.range((u32::from(len), 0)..).next()?;
         let range = Range { base, len };
         self.claim(range).then_some(range)
     }
 
-    /// Takes a range that is known to be in use. False where it is not wholly free, or out of bounds.
+    /// Takes a range that is known to be in use. Returns false if it is out of bounds or not wholly free.
     pub(crate) fn claim(&mut self, range: Range) -> bool {
         let Some((&base, &len)) = self.by_base.range(..=range.base).next_back() else {
             return false;
@@ -81,10 +81,10 @@ impl SlotRanges {
         true
     }
 
-    /// Gives a range back.
+    /// Frees a range.
     ///
     /// # Panics
-    /// In debug builds, where a part of it is free already.
+    /// In debug builds, if a part of it is free already.
     pub(crate) fn free(&mut self, range: Range) {
         self.used -= range.size();
         let (mut base, mut len) = (range.base, range.size());
@@ -106,7 +106,7 @@ impl SlotRanges {
         self.insert(base, len);
     }
 
-    /// Adds a free range that touches no other; nothing where it is empty.
+    /// Adds a free range that touches no other; ignores an empty one.
     fn insert(&mut self, base: u32, len: u32) {
         if len > 0 {
             self.by_base.insert(base, len);
@@ -120,18 +120,18 @@ impl SlotRanges {
     }
 }
 
-/// Allocator of indexes in `1..capacity`: the lowest that is free. Zero is never given out.
+/// Allocator of indexes in `1..capacity`. It returns the lowest free index, and never zero.
 #[derive(Debug, Clone)]
 pub(crate) struct Indexes {
     /// Free indexes below `next`.
     free: BTreeSet<u32>,
-    /// Never used, and all above it.
+    /// The lowest index that was never used; nor were those above it.
     next: u32,
     capacity: u32,
 }
 
 impl Indexes {
-    /// All of `1..capacity` is free.
+    /// Creates an allocator in which all of `1..capacity` is free.
     #[must_use]
     pub(crate) fn new(capacity: u32) -> Self {
         Self {
@@ -141,13 +141,13 @@ impl Indexes {
         }
     }
 
-    /// Indexes that are not free.
+    /// Returns the number of indexes that are not free.
     #[must_use]
     pub(crate) fn used(&self) -> u32 {
         self.next - 1 - self.free.len() as u32
     }
 
-    /// An index, if one is free.
+    /// Allocates an index, if one is free.
     pub(crate) fn alloc(&mut self) -> Option<u32> {
         if let Some(index) = self.free.pop_first() {
             return Some(index);
@@ -158,7 +158,7 @@ impl Indexes {
         })
     }
 
-    /// Takes an index that is known to be in use. False where it is not free or out of bounds.
+    /// Takes an index that is known to be in use. Returns false if it is not free or out of bounds.
     pub(crate) fn claim(&mut self, index: u32) -> bool {
         if index == 0 || index >= self.capacity {
             return false;
@@ -171,10 +171,10 @@ impl Indexes {
         true
     }
 
-    /// Gives an index back.
+    /// Frees an index.
     ///
     /// # Panics
-    /// In debug builds, where the index is free already.
+    /// In debug builds, if the index is free already.
     pub(crate) fn free(&mut self, index: u32) {
         debug_assert!(index != 0 && index < self.next);
         let new = self.free.insert(index);
@@ -258,7 +258,7 @@ mod tests {
                     ranges.free(held.swap_remove(which.index(held.len())));
                 }
                 prop_assert_eq!(ranges.used(), held.iter().map(|r| r.size()).sum::<u32>());
-                // What is held can be claimed in a fresh allocator: adoption ends in the same state.
+                // The held ranges can be claimed in a fresh allocator: adoption ends in the same state.
                 let mut adopted = SlotRanges::new(capacity);
                 for range in &held {
                     prop_assert!(adopted.claim(*range));

@@ -1,4 +1,4 @@
-//! Tables of what has a key in itself.
+//! Hash tables of values that contain their own keys.
 
 use std::borrow::Borrow;
 use std::hash::{Hash, Hasher};
@@ -6,13 +6,13 @@ use std::ops::Deref;
 
 use crate::model::ObjectKey;
 
-/// What has a key.
+/// A value that contains its key.
 pub(crate) trait Keyed {
     fn key(&self) -> &ObjectKey;
 }
 
-/// An entry of a hash set that is found by its key. Half of a hash table may be empty, so its entries are pointers, and
-/// the keys are where they are needed anyway.
+/// An entry of a hash set that is looked up by its key. Entries are pointers, since half of a hash table may be empty,
+/// and the key is stored only once, in the value.
 #[derive(Debug)]
 pub(crate) struct ByKey<P>(pub(crate) P);
 

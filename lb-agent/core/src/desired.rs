@@ -1,4 +1,5 @@
-//! What the maps are to say: from Services and endpoints to service ports, backend sets and frontends. Pure.
+//! The desired content of the maps: service ports, backend sets and frontends, derived from Services and endpoints.
+//! Pure.
 
 use std::cmp::Ordering;
 use std::collections::btree_map::Entry;
@@ -20,13 +21,13 @@ use crate::model::{
 use crate::nodes::{Nodes, TouchedNodes};
 use crate::policy::{self, Here, Member, Wanted};
 
-/// What a service index stands for: one port of a Service in one family. Two with the same identity are the same, even
-/// if the port number or the address has changed.
+/// The identity of a service index: one port of a Service in one family. It stays if the port number or the address
+/// changes.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PortId {
     /// The Service.
     pub service: ObjectKey,
-    /// Name of the port; empty where the only port has none.
+    /// Name of the port; empty if the only port has none.
     pub port_name: Arc<str>,
     /// Protocol.
     pub protocol: Protocol,
@@ -50,18 +51,18 @@ pub const SETS: [Set; 3] = [Set::Internal, Set::External, Set::Cluster];
 /// One backend set.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DesiredSet {
-    /// Its members, sorted.
+    /// Members, sorted.
     pub members: Arc<[Member]>,
-    /// Being empty means DROP instead of REJECT.
+    /// Whether an empty set means DROP instead of REJECT.
     pub empty_drops: bool,
 }
 
-/// What the maps are to say of a service port.
+/// The desired content of the maps for one service port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DesiredPort {
     /// `spec.ports[].port`, host byte order.
     pub port: u16,
-    /// `metadata.creationTimestamp`: of two that claim a frontend the older has it.
+    /// `metadata.creationTimestamp` in seconds since 1970. Of two Services that claim a frontend, the older gets it.
     pub created: Option<i64>,
     /// [`lb_common::abi::service_flags`].
     pub flags: u32,
@@ -69,28 +70,29 @@ pub struct DesiredPort {
     pub affinity_timeout: u32,
     /// In the order of [`SETS`].
     pub sets: [DesiredSet; 3],
-    /// Backends that no set contains, whose connections live on.
+    /// Draining backends: in no set, but established connections to them go on.
     pub draining: Arc<[Member]>,
-    /// Destinations that lead here, and marks of their addresses; sorted.
+    /// Destinations that lead here, and the marks of their addresses; sorted.
     pub frontends: Box<[(FrontendKey, FrontendKind)]>,
-    /// Whom load-balancer addresses serve, where the flags say that not everybody: [`prefix::normal`] networks, sorted.
+    /// Clients that load-balancer addresses serve if [`Self::flags`] has `SOURCE_RANGES`: [`prefix::normal`] networks,
+    /// sorted.
     pub source_ranges: Box<[IpNet]>,
 }
 
 impl DesiredPort {
-    /// Whether there is any backend, in a set or draining.
+    /// Returns whether there is any backend, in a set or draining.
     #[must_use]
     pub fn has_backends(&self) -> bool {
         !self.draining.is_empty() || self.sets.iter().any(|set| !set.members.is_empty())
     }
 }
 
-/// Whether lb serves a Service: not where another proxy does, nor an ExternalName or a headless one.
+/// Returns whether lb serves a Service. It serves no ExternalName, no headless Service, and none of another proxy.
 fn is_served(service: &Service) -> bool {
     !service.other_proxy && !service.headless_label && service.service_type != ServiceType::ExternalName
 }
 
-/// What a load balancer asks this node for on the `healthCheckNodePort` of a Service.
+/// The answer to a load balancer on the `healthCheckNodePort` of a Service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HealthCheck {
     /// `spec.healthCheckNodePort`, host byte order.
@@ -99,7 +101,7 @@ pub struct HealthCheck {
     pub local_endpoints: usize,
 }
 
-/// The health check of a Service, if it has one.
+/// Returns the health check of a Service, if it has one.
 #[must_use]
 pub fn health_check<'a>(
     service: &Service,
@@ -116,7 +118,7 @@ pub fn health_check<'a>(
     })
 }
 
-/// The service ports of a Service, if lb serves it.
+/// Returns the service ports of a Service; none if lb does not serve it.
 #[must_use]
 pub fn ports<'a>(
     service: &Service,
@@ -179,7 +181,7 @@ pub fn ports<'a>(
     all
 }
 
-/// Whom the load-balancer addresses of a Service serve in one family.
+/// The clients that the load-balancer addresses of a Service serve in one family.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum SourceRanges {
     Everybody,
@@ -187,9 +189,9 @@ enum SourceRanges {
 }
 
 impl SourceRanges {
-    /// As kube-proxy has it, ranges of the other family are no restriction, and a range of all is none either. But what
-    /// is no range restricts, in the family that it is written like (in both, where that cannot be told), and admits
-    /// nobody.
+    /// Reads `spec.loadBalancerSourceRanges`. As in kube-proxy, ranges of the other family are no restriction, and
+    /// neither is a range that covers all addresses. But an invalid range restricts, and admits no client: in the
+    /// family that its notation suggests, or in both if it suggests none.
     fn of(service: &Service, ipv6: bool) -> Self {
         let mut restricted = false;
         let mut admitted = BTreeSet::new();
@@ -218,14 +220,14 @@ impl SourceRanges {
     }
 }
 
-/// The `spec.loadBalancerSourceRanges` of a Service that are none.
+/// Returns the invalid entries of `spec.loadBalancerSourceRanges` of a Service.
 #[must_use]
 pub fn wrong_source_ranges(service: &Service) -> Vec<Arc<str>> {
     let ranges = service.source_ranges.iter().filter(|_| is_served(service));
     ranges.filter(|text| text.parse::<IpNet>().is_err()).cloned().collect()
 }
 
-/// [`service_flags`] of a Service in one family.
+/// Returns the [`service_flags`] of a Service in one family.
 fn flags(service: &Service, source_ranges: &SourceRanges) -> u32 {
     let affinity = service.affinity_timeout.map_or(0, |_| service_flags::AFFINITY);
     affinity
@@ -276,7 +278,7 @@ fn frontends(
     all.into()
 }
 
-/// Sets with the same members share their memory here, and their slots in the map.
+/// Makes sets with the same members share their memory here, and so their slots in the map.
 fn share(sets: &mut [DesiredSet; 3]) {
     for i in 1..sets.len() {
         if let Some(same) = sets[..i].iter().find(|set| set.members == sets[i].members) {
@@ -285,8 +287,8 @@ fn share(sets: &mut [DesiredSet; 3]) {
     }
 }
 
-/// A service port that wants a frontend. The order is that of precedence: the older first, without a time stamp last;
-/// then by namespace and name, and port. An address that is a cluster IP of any Service is marked as one.
+/// The claim of a service port to a frontend. Claims are ordered by precedence: the older first, one without a time
+/// stamp last, then by namespace, name and port. An address that is a cluster IP of any Service is marked as one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Claim {
     /// Seconds since 1970.
@@ -312,16 +314,16 @@ impl PartialOrd for Claim {
 /// Service ports, frontends and networks that a change of [`Desired`] touched.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Touched {
-    /// Service ports that are new, differ, or are gone.
+    /// Service ports that are new, different or removed.
     pub ports: BTreeSet<Arc<PortId>>,
-    /// Frontends whose claims changed.
+    /// Frontends with changed claims.
     pub frontends: BTreeSet<FrontendKey>,
-    /// Keys of CLUSTER_CIDRS that are new, differ, or are gone.
+    /// Keys of CLUSTER_CIDRS that are new, different or removed.
     pub cidrs: BTreeSet<Prefix<Addr>>,
 }
 
 impl Touched {
-    /// What changed in [`Nodes`].
+    /// Adds the addresses and networks that a change of [`Nodes`] touched.
     pub(crate) fn nodes(&mut self, changed: TouchedNodes) {
         let TouchedNodes { addresses, cidrs } = changed;
         self.frontends
@@ -330,12 +332,12 @@ impl Touched {
     }
 }
 
-/// What the maps of a node depend on besides the objects.
+/// The inputs of the maps of a node that are not objects.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Site {
     /// Name of the Node.
     pub node: String,
-    /// Networks that are inside the cluster, besides the addresses and the pods of this node.
+    /// Networks inside the cluster, in addition to the addresses and the pods of this node.
     pub inside: Vec<IpNet>,
     /// Addresses of this node's devices.
     pub addresses: BTreeSet<Addr>,
@@ -360,13 +362,13 @@ impl ServicePorts {
     }
 }
 
-/// All service ports, and who claims which frontend.
+/// All service ports, and their claims to frontends.
 #[derive(Debug, Default)]
 pub struct Desired {
     services: HashSet<ByKey<Box<ServicePorts>>>,
-    /// Who has a frontend.
+    /// The claim that gets each frontend.
     claims: BTreeMap<FrontendKey, Claim>,
-    /// Who else claims it, in the order of precedence. Most frontends have one claim and no list here.
+    /// The other claims to each frontend, in the order of precedence. Most frontends have one claim and no list here.
     others: BTreeMap<FrontendKey, Vec<Claim>>,
     /// Frontends (no marks) with more than one claim.
     contested: BTreeSet<FrontendKey>,
@@ -374,7 +376,7 @@ pub struct Desired {
 }
 
 impl Desired {
-    /// Nothing but what a site is by itself.
+    /// Creates the desired state without objects. `inside`: networks that are inside the cluster.
     #[must_use]
     pub(crate) fn new(inside: &[IpNet]) -> Self {
         Self {
@@ -383,7 +385,7 @@ impl Desired {
         }
     }
 
-    /// The desired state of a set of objects.
+    /// Computes the desired state of a set of objects.
     #[must_use]
     pub fn of(objects: impl IntoIterator<Item = Change>, site: Site) -> Self {
         let Site {
@@ -407,14 +409,14 @@ impl Desired {
         new
     }
 
-    /// The addresses of this node's devices are these now.
+    /// Replaces the addresses of this node's devices.
     pub fn set_addresses(&mut self, own: BTreeSet<Addr>, touched: &mut Touched) {
         let mut changed = TouchedNodes::default();
         self.nodes.set_own(own, &mut changed);
         touched.nodes(changed);
     }
 
-    /// Takes over Nodes that changed, given as they were before, from the index.
+    /// Applies changes of Nodes. `before`: the Nodes that changed, as they were before the change.
     pub(crate) fn update_nodes(&mut self, before: &NodesBefore, index: &Index, here: &str, touched: &mut Touched) {
         let mut changed = TouchedNodes::default();
         for (name, before) in before {
@@ -424,18 +426,18 @@ impl Desired {
         touched.nodes(changed);
     }
 
-    /// What is known of nodes.
+    /// Returns the addresses and networks of nodes.
     #[must_use]
     pub fn nodes(&self) -> &Nodes {
         &self.nodes
     }
 
-    /// Holds the claims in as few nodes as they fit into: a tree that grew in ascending order is half empty.
+    /// Rebuilds the tree of claims in as few tree nodes as possible: a tree that grew in ascending order is half empty.
     pub(crate) fn compact(&mut self) {
         self.claims = std::mem::take(&mut self.claims).into_iter().collect();
     }
 
-    /// Replaces the ports of a Service, and adds what that changes to `touched`.
+    /// Replaces the ports of a Service, and adds the ports and frontends that differ to `touched`.
     pub fn update(&mut self, service: &ObjectKey, ports: Vec<(PortId, DesiredPort)>, touched: &mut Touched) {
         let mut before = Vec::new();
         if let Some(ByKey(known)) = self.services.take(service) {
@@ -523,7 +525,7 @@ impl Desired {
         }
     }
 
-    /// A service port.
+    /// Returns a service port.
     #[must_use]
     pub fn port(&self, id: &PortId) -> Option<&DesiredPort> {
         self.entry(id).map(|(_, port)| port)
@@ -534,25 +536,25 @@ impl Desired {
         all.find(|(known, _)| **known == *id)
     }
 
-    /// The shared form of an identity, if the service port is known.
+    /// Returns the shared form of an identity, if the service port is known.
     #[must_use]
     pub fn shared_id(&self, id: &PortId) -> Option<&Arc<PortId>> {
         self.entry(id).map(|(id, _)| id)
     }
 
-    /// All service ports.
+    /// Returns all service ports.
     pub fn ports(&self) -> impl Iterator<Item = (&Arc<PortId>, &DesiredPort)> {
         let all = self.services.iter().flat_map(|service| service.0.all());
         all.map(|(id, port)| (id, port))
     }
 
-    /// All frontends that anybody claims.
+    /// Returns all frontends that have a claim.
     pub fn frontends(&self) -> impl Iterator<Item = FrontendKey> {
         self.claims.keys().copied()
     }
 
-    /// The value of a frontend: that of the first claimant that `index_of` has a service index for. An address that is a
-    /// node's is not marked as external: its other ports are that node's.
+    /// Returns the value of a frontend, by the first claim of a service port that has an index by `index_of`. An address of
+    /// a node is not marked as external: its other ports belong to that node.
     pub fn frontend(&self, key: &FrontendKey, index_of: impl Fn(&PortId) -> Option<u32>) -> Option<Frontend> {
         self.claims(key).find_map(|claim| {
             let index = index_of(&claim.id)?;
@@ -564,7 +566,7 @@ impl Desired {
         })
     }
 
-    /// The claims to a frontend, in the order of precedence.
+    /// Returns the claims to a frontend, in the order of precedence.
     fn claims(&self, key: &FrontendKey) -> impl Iterator<Item = &Claim> {
         self.claims
             .get(key)
@@ -572,13 +574,13 @@ impl Desired {
             .chain(self.others.get(key).into_iter().flatten())
     }
 
-    /// The Service that has a frontend.
+    /// Returns the Service that gets a frontend.
     #[must_use]
     pub fn owner(&self, key: &FrontendKey) -> Option<&ObjectKey> {
         self.claims.get(key).map(|claim| &claim.id.service)
     }
 
-    /// Claims that lose to an older one.
+    /// Returns a problem for each claim that loses to an older one.
     #[must_use]
     pub fn conflicts(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
@@ -643,7 +645,7 @@ mod tests {
     }
 
     #[test]
-    fn the_older_claim_wins_and_the_other_is_told() {
+    fn the_older_claim_wins_and_the_other_is_a_problem() {
         let mut desired = Desired::default();
         update(&mut desired, "b", vec![(id("b"), port(Some(10), &[80]))]);
         update(&mut desired, "a", vec![(id("a"), port(None, &[80]))]);
@@ -680,7 +682,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_again_touches_nothing_and_a_change_only_its_own() {
+    fn an_unchanged_update_touches_nothing() {
         let mut desired = Desired::default();
         update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]);
         assert_eq!(

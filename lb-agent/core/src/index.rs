@@ -1,4 +1,5 @@
-//! The objects, related to each other: which slices belong to which Service, and what a change concerns.
+//! Index of the objects. It relates EndpointSlices to their Services and returns the Services and Nodes that a change
+//! touches.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
@@ -7,7 +8,7 @@ use crate::by_key::{ByKey, Keyed};
 use crate::model::{Change, EndpointSlice, Kind, Node, Object, ObjectKey, Service};
 use crate::policy::Here;
 
-/// Nodes that changed, as they were before.
+/// Nodes that changed, as they were before the change.
 pub(crate) type NodesBefore = BTreeMap<Arc<str>, Option<Arc<Node>>>;
 
 /// Services and Nodes that changes of objects touched.
@@ -21,12 +22,12 @@ pub(crate) struct TouchedObjects {
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     related: HashSet<ByKey<Box<Related>>>,
-    /// By their own keys.
+    /// EndpointSlices by their own keys.
     slices: HashSet<ByKey<Arc<EndpointSlice>>>,
     nodes: BTreeMap<Arc<str>, Arc<Node>>,
 }
 
-/// A Service and its slices; either may be there without the other.
+/// A Service and its slices; either may exist without the other.
 #[derive(Debug)]
 struct Related {
     key: ObjectKey,
@@ -48,7 +49,7 @@ impl Keyed for EndpointSlice {
 }
 
 impl Index {
-    /// Takes changes over; returns what they concern.
+    /// Applies changes and returns the Services and Nodes that they touch.
     pub(crate) fn apply(&mut self, changes: impl IntoIterator<Item = Change>) -> TouchedObjects {
         let TouchedObjects {
             mut services,
@@ -64,7 +65,7 @@ impl Index {
                 Change::Set(Object::EndpointSlice(slice)) => {
                     let owner = slice.service_key();
                     let before = self.slices.replace(ByKey(Arc::clone(&slice)));
-                    // A slice may change hands: the label can be edited.
+                    // A slice may move to another Service: the label can be edited.
                     if let Some(ByKey(before)) = before.filter(|before| before.0.service != slice.service) {
                         services.insert(self.remove_slice(&before));
                     }
@@ -107,7 +108,7 @@ impl Index {
         TouchedObjects { services, nodes }
     }
 
-    /// Changes what is known of a Service.
+    /// Changes the entry of a Service, and removes the entry if it becomes empty.
     fn relate(&mut self, service: &ObjectKey, change: impl FnOnce(&mut Related)) {
         let new = || {
             Box::new(Related {
@@ -123,37 +124,37 @@ impl Index {
         }
     }
 
-    /// Takes a slice from its Service; the key of that.
+    /// Removes a slice from its Service, and returns the key of the Service.
     fn remove_slice(&mut self, slice: &EndpointSlice) -> ObjectKey {
         let owner = slice.service_key();
         self.relate(&owner, |related| related.slices.retain(|known| known.key != slice.key));
         owner
     }
 
-    /// A Service.
+    /// Returns a Service.
     #[must_use]
     pub(crate) fn service(&self, key: &ObjectKey) -> Option<&Service> {
         self.related.get(key)?.0.service.as_deref()
     }
 
-    /// All Services.
+    /// Returns all Services.
     pub(crate) fn services(&self) -> impl Iterator<Item = &Service> {
         self.related.iter().filter_map(|related| related.0.service.as_deref())
     }
 
-    /// What the choice of endpoints for a node depends on.
+    /// Returns the name and zone of a node, on which the choice of endpoints depends.
     pub(crate) fn here<'a>(&'a self, node: &'a str) -> Here<'a> {
         let zone = self.node(node).and_then(|node| node.zone.as_deref());
         Here { node, zone }
     }
 
-    /// A Node.
+    /// Returns a Node.
     #[must_use]
     pub(crate) fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.get(name).map(Arc::as_ref)
     }
 
-    /// The slices of a Service, in the order of their names.
+    /// Returns the slices of a Service, in the order of their names.
     pub(crate) fn slices(&self, service: &ObjectKey) -> impl Iterator<Item = &EndpointSlice> + Clone {
         let related = self.related.get(service).into_iter();
         related.flat_map(|related| &related.0.slices).map(Arc::as_ref)
@@ -187,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn slices_concern_their_service_also_when_they_change_hands() {
+    fn slices_touch_their_service_and_its_former_one() {
         let mut index = Index::default();
         assert_eq!(
             index.apply([slice("b", "web"), slice("a", "web")]).services,

@@ -1,8 +1,8 @@
-//! What lb reads of the Kubernetes API objects, and nothing more.
+//! The fields of Kubernetes API objects that lb uses.
 //!
-//! These types stand between `source` (which parses and validates) and `index` (which relates the objects to each
-//! other). Everything in them has been validated: ports are in 1..=65535 where they are present, addresses are
-//! addresses, names are not empty and at most 63 bytes (253 for nodes and slices).
+//! `source` parses and validates objects into these types, and `index` relates them to each other. Everything in them
+//! has been validated: ports, if present, are in 1..=65535, addresses are valid, and names are not empty and at most 63
+//! bytes long (253 for nodes and slices).
 
 use std::fmt;
 use std::net::IpAddr;
@@ -17,14 +17,14 @@ use crate::intern;
 /// Namespace and name of an object.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectKey {
-    /// `metadata.namespace`; `default` where a manifest has none; empty for cluster-scoped kinds.
+    /// `metadata.namespace`; `default` if a manifest has none; empty for cluster-scoped kinds.
     pub namespace: Arc<str>,
     /// `metadata.name`.
     pub name: Arc<str>,
 }
 
 impl ObjectKey {
-    /// A key from borrowed parts.
+    /// Creates a key from borrowed parts.
     #[must_use]
     pub fn new(namespace: &str, name: &str) -> Self {
         Self {
@@ -57,7 +57,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    /// By its IANA number.
+    /// Returns the protocol of an IANA number.
     #[must_use]
     pub const fn from_number(number: u8) -> Option<Self> {
         match number {
@@ -68,7 +68,7 @@ impl Protocol {
         }
     }
 
-    /// As manifests name it.
+    /// Returns the name that manifests use.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -78,7 +78,7 @@ impl Protocol {
         }
     }
 
-    /// The name of an IANA number; a question mark for one that Services do not have.
+    /// Returns the name of an IANA number; a question mark if Services cannot have that protocol.
     pub fn name_of(number: u8) -> &'static str {
         Self::from_number(number).map_or("?", Self::name)
     }
@@ -99,7 +99,7 @@ pub enum ServiceType {
     NodePort,
     /// Also on addresses of a load balancer.
     LoadBalancer,
-    /// A DNS alias; no business of a proxy.
+    /// A DNS alias, which proxies ignore.
     ExternalName,
 }
 
@@ -116,7 +116,7 @@ pub enum TrafficPolicy {
 /// One entry of `spec.ports` of a Service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServicePort {
-    /// `name`; empty where the only port has none.
+    /// `name`; empty if the only port has none.
     pub name: Arc<str>,
     /// `protocol`, TCP by default.
     pub protocol: Protocol,
@@ -127,7 +127,7 @@ pub struct ServicePort {
 }
 
 impl ServicePort {
-    /// A TCP port without a node port.
+    /// Creates a TCP port without a node port.
     #[must_use]
     pub fn tcp(name: &str, port: u16) -> Self {
         Self {
@@ -144,17 +144,18 @@ impl ServicePort {
 pub struct Service {
     /// Namespace and name.
     pub key: ObjectKey,
-    /// `metadata.creationTimestamp` in seconds since 1970; who of two claimants of one address is older.
+    /// `metadata.creationTimestamp` in seconds since 1970. Of two Services that claim one address, the older gets it.
     pub created: Option<i64>,
     /// `spec.type`.
     pub service_type: ServiceType,
-    /// `spec.clusterIPs` (or `clusterIP`); empty where the Service is headless.
+    /// `spec.clusterIPs` (or `clusterIP`); empty if the Service is headless.
     pub cluster_ips: Box<[IpAddr]>,
     /// `spec.externalIPs`.
     pub external_ips: Box<[IpAddr]>,
-    /// `status.loadBalancer.ingress[].ip` of type LoadBalancer, those with `ipMode: Proxy` left out.
+    /// `status.loadBalancer.ingress[].ip` of type LoadBalancer, without those that have `ipMode: Proxy`.
     pub load_balancer_ips: Box<[IpAddr]>,
-    /// `spec.loadBalancerSourceRanges` of type LoadBalancer: as written, but without blanks around them, and maybe wrong.
+    /// `spec.loadBalancerSourceRanges` of type LoadBalancer, as written except for surrounding blanks. They may be
+    /// invalid.
     pub source_ranges: Box<[Arc<str>]>,
     /// `spec.ports`, in the order of the object. Names are distinct, and so are (protocol, port) pairs.
     pub ports: Box<[ServicePort]>,
@@ -164,16 +165,16 @@ pub struct Service {
     pub internal_policy: TrafficPolicy,
     /// `spec.externalTrafficPolicy`.
     pub external_policy: TrafficPolicy,
-    /// Label `service.kubernetes.io/service-proxy-name` is present: another proxy serves it.
+    /// Whether label `service.kubernetes.io/service-proxy-name` is present: another proxy serves the Service.
     pub other_proxy: bool,
-    /// Label `service.kubernetes.io/headless` is present.
+    /// Whether label `service.kubernetes.io/headless` is present.
     pub headless_label: bool,
     /// `spec.healthCheckNodePort`, host byte order, of type LoadBalancer with `externalTrafficPolicy: Local`.
     pub health_check_node_port: Option<u16>,
 }
 
 impl Service {
-    /// A Service of type ClusterIP without addresses and ports, and with the API's defaults.
+    /// Creates a Service of type ClusterIP with the API's defaults, without addresses and ports.
     #[must_use]
     pub fn new(key: ObjectKey) -> Self {
         Self {
@@ -198,7 +199,7 @@ impl Service {
 /// One entry of `endpoints` of an EndpointSlice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
-    /// The first of `addresses`; the others have no meaning to a proxy.
+    /// The first of `addresses`; proxies ignore the others.
     pub address: IpAddr,
     /// `conditions.ready`; unset means true.
     pub ready: bool,
@@ -224,14 +225,14 @@ impl Endpoint {
     }
 }
 
-/// The node of an endpoint, and the zones and nodes whose clients should use it.
+/// The node of an endpoint, and its topology hints: zones and nodes with clients that should use it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct EndpointLocation {
     /// `nodeName`.
     pub node: Option<Box<str>>,
-    /// `hints.forZones`, sorted: the zones whose clients should use it.
+    /// `hints.forZones`, sorted: zones with clients that should use it.
     pub for_zones: Box<[Arc<str>]>,
-    /// `hints.forNodes`, sorted: the nodes whose clients should use it.
+    /// `hints.forNodes`, sorted: nodes with clients that should use it.
     pub for_nodes: Box<[Arc<str>]>,
 }
 
@@ -265,7 +266,7 @@ pub struct EndpointPort {
 }
 
 impl EndpointPort {
-    /// A TCP port.
+    /// Creates a TCP port.
     #[must_use]
     pub fn tcp(name: &str, port: u16) -> Self {
         Self {
@@ -283,7 +284,7 @@ pub struct EndpointSlice {
     pub key: ObjectKey,
     /// Label `kubernetes.io/service-name`: the Service of the same namespace that it belongs to.
     pub service: Arc<str>,
-    /// `addressType` is IPv6.
+    /// Whether `addressType` is IPv6.
     pub ipv6: bool,
     /// `endpoints`, in the order of the object.
     pub endpoints: Box<[Endpoint]>,
@@ -292,7 +293,7 @@ pub struct EndpointSlice {
 }
 
 impl EndpointSlice {
-    /// The key of the Service that the slice belongs to.
+    /// Returns the key of the Service that the slice belongs to.
     #[must_use]
     pub fn service_key(&self) -> ObjectKey {
         ObjectKey {
@@ -313,7 +314,8 @@ pub struct Node {
     pub pod_cidrs: Vec<IpNet>,
     /// Label `topology.kubernetes.io/zone`.
     pub zone: Option<Arc<str>>,
-    /// It is being deleted, or the cluster autoscaler is about to (`ToBeDeletedByClusterAutoscaler` among its taints).
+    /// Whether the Node is being deleted, or the cluster autoscaler is about to delete it (taint
+    /// `ToBeDeletedByClusterAutoscaler`).
     pub leaving: bool,
 }
 
@@ -331,7 +333,7 @@ pub enum Object {
 /// Identity of an object: kind, and namespace and name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectId {
-    /// Which kind.
+    /// Kind of the object.
     pub kind: Kind,
     /// Namespace (empty for Node) and name.
     pub key: ObjectKey,
@@ -355,7 +357,7 @@ pub enum Kind {
 }
 
 impl Object {
-    /// The object's identity.
+    /// Returns the object's identity.
     #[must_use]
     pub fn id(&self) -> ObjectId {
         match self {
@@ -378,34 +380,34 @@ impl Object {
 /// One change of one object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
-    /// The object is new, or differs from what it was.
+    /// The object is new or has changed.
     Set(Object),
-    /// The object is gone.
+    /// The object was removed.
     Remove(ObjectId),
 }
 
-/// What a problem is about.
+/// Category of a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum ProblemKind {
-    /// The source could not be read, or not be understood.
+    /// The source, or an object in it, could not be read or is invalid.
     #[default]
     Source,
-    /// Two claim one thing.
+    /// Two Services claim the same address and port.
     Conflict,
-    /// The maps do not say what they should.
+    /// A write to the maps failed.
     Map,
-    /// The node's addresses or settings.
+    /// Addresses or settings of the node.
     Node,
     /// Sockets of removed backends.
     Sockets,
     /// A `healthCheckNodePort` is not served.
     HealthCheck,
-    /// A server of the agent's own does not listen.
+    /// One of the agent's own servers does not listen.
     Server,
 }
 
 impl ProblemKind {
-    /// All of them.
+    /// All kinds of problems.
     pub const ALL: [Self; 7] = [
         Self::Source,
         Self::Conflict,
@@ -416,7 +418,7 @@ impl ProblemKind {
         Self::Server,
     ];
 
-    /// Label of the metric `lb_problems`.
+    /// Returns the label of the metric `lb_problems`.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
@@ -431,21 +433,21 @@ impl ProblemKind {
     }
 }
 
-/// Something that is wrong, told to the operator by log, `status` and a metric.
+/// A problem, reported to the operator by the log, `status` and a metric.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
-    /// Where it stands: a file with the document's number and line, or an API object.
+    /// Location: a file with the document's number and line, or an API object.
     pub place: String,
-    /// What is wrong with which field.
+    /// The field, and what is wrong with it.
     pub message: String,
-    /// The Service whose owner must know, where it is one's.
+    /// The Service that gets an Event, if the problem belongs to one.
     pub service: Option<ObjectKey>,
-    /// What it is about.
+    /// Category, by which a metric counts problems.
     pub kind: ProblemKind,
 }
 
 impl Problem {
-    /// A problem that is no Service's own.
+    /// Creates a problem of the source that belongs to no Service.
     #[must_use]
     pub fn new(place: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
@@ -456,14 +458,14 @@ impl Problem {
         }
     }
 
-    /// What it is about.
+    /// Sets the category.
     #[must_use]
     pub fn kind(mut self, kind: ProblemKind) -> Self {
         self.kind = kind;
         self
     }
 
-    /// Whose owner must know of it.
+    /// Sets the Service that gets an Event.
     #[must_use]
     pub fn of(mut self, service: &ObjectKey) -> Self {
         self.service = Some(service.clone());
@@ -477,25 +479,25 @@ impl fmt::Display for Problem {
     }
 }
 
-/// What a source hands over: applied as a whole.
+/// The changes that a source delivers at once. They are applied as a whole.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {
     /// Changes since the last batch; at most one per object.
     pub changes: Vec<Change>,
-    /// The source has told everything there is at least once. Until then nothing that is pinned from an earlier run
-    /// is removed.
+    /// Whether the source has delivered all of its objects at least once. Until then nothing that is pinned from an
+    /// earlier run is removed.
     pub complete: bool,
-    /// Everything that is wrong now (not only what is new).
+    /// All present problems, not only new ones.
     pub problems: Vec<Problem>,
-    /// When the first of the changes arrived; unset where that has no meaning (a first list, a manifest).
+    /// Arrival time of the first change; unset if that has no meaning (a first list, a manifest).
     pub received: Option<Instant>,
-    /// When what led to the changes happened, by the annotation `endpoints.kubernetes.io/last-change-trigger-time` of
-    /// EndpointSlices: one for each slice that has it.
+    /// Times of the events that led to the changes, by the annotation
+    /// `endpoints.kubernetes.io/last-change-trigger-time` of EndpointSlices: one for each slice that has it.
     pub triggers: Vec<SystemTime>,
 }
 
 impl Batch {
-    /// Changes after which everything has been told, and nothing is wrong.
+    /// Creates a complete batch without problems.
     #[must_use]
     pub fn of(changes: Vec<Change>) -> Self {
         Self {

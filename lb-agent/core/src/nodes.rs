@@ -1,4 +1,4 @@
-//! What the maps say of nodes: which addresses are a node's, and which sources are inside the cluster. Pure.
+//! The addresses that belong to nodes, and the networks that are inside the cluster. Pure.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -12,13 +12,13 @@ use crate::model::Node;
 /// Addresses and networks that a change of Nodes touched.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TouchedNodes {
-    /// Addresses that became, or ceased to be, a node's.
+    /// Addresses that became, or ceased to be, addresses of a node.
     pub addresses: BTreeSet<Addr>,
     /// Keys of CLUSTER_CIDRS.
     pub cidrs: BTreeSet<Prefix<Addr>>,
 }
 
-/// How often a network is named: as inside the cluster, and as that of this node's pods.
+/// Number of reasons for each flag of a network: inside the cluster, and pods of this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Named {
     inside: u32,
@@ -32,26 +32,28 @@ impl Named {
     }
 }
 
-/// All Nodes, and this node's own addresses. A change costs what it concerns.
+/// All Nodes, and this node's own addresses. The cost of a change follows the number of addresses and networks that it
+/// touches.
 ///
-/// Inside the cluster are this node's addresses, its pods (`spec.podCIDRs` of its own Node), and networks that are given.
-/// What pods of other nodes send to this one, they send it as to any machine outside: on their own node nothing has made
-/// it short.
+/// Inside the cluster are this node's addresses, its pods (`spec.podCIDRs` of its own Node), and the configured
+/// networks. Pods of other nodes count as outside when they send to this node, as any other machine does: their own
+/// node did not translate the packet.
 #[derive(Debug, Default)]
 pub struct Nodes {
     /// Addresses of this node's devices.
     own: BTreeSet<Addr>,
-    /// How many Nodes have an address.
+    /// Number of Nodes that have each address.
     others: HashMap<Addr, u32>,
-    /// [`normal`] networks. What is in a network stands behind it.
+    /// [`normal`] networks. In their order, a network comes before all networks inside it.
     networks: BTreeMap<IpNet, Named>,
 }
 
-/// All of IPv4: where a network of IPv6 covers it, an entry of its own that says what IPv4 is by itself.
+/// All of IPv4. If an IPv6 network covers it, it has an entry of its own, so that IPv4 addresses do not get the flags
+/// of that network.
 const ALL_V4: IpNet = IpNet::V4(Ipv4Net::new_assert(std::net::Ipv4Addr::UNSPECIFIED, 0));
 
 impl Nodes {
-    /// Without any Node or address: these networks are inside the cluster.
+    /// Creates it without Nodes and addresses. `inside`: networks that are inside the cluster.
     #[must_use]
     pub fn new(inside: &[IpNet]) -> Self {
         let mut new = Self::default();
@@ -61,13 +63,13 @@ impl Nodes {
         new
     }
 
-    /// Whether an address is this node's, or any Node's.
+    /// Returns whether an address belongs to this node or to any Node.
     #[must_use]
     pub fn have(&self, addr: Addr) -> bool {
         self.own.contains(&addr) || self.others.contains_key(&addr)
     }
 
-    /// This node has these addresses now; loopback is left out.
+    /// Replaces the addresses of this node, except loopback addresses, which are ignored.
     pub fn set_own(&mut self, own: BTreeSet<Addr>, touched: &mut TouchedNodes) {
         let own: BTreeSet<Addr> = own.into_iter().filter(|addr| !is_loopback(*addr)).collect();
         let before = std::mem::take(&mut self.own);
@@ -87,14 +89,14 @@ impl Nodes {
         self.own = own;
     }
 
-    /// A Node is another than before, new, or gone; `is_own`: it is that of this node.
+    /// Replaces, adds or removes a Node. `is_own`: whether it is the Node of this node.
     pub fn update(&mut self, before: Option<&Node>, now: Option<&Node>, is_own: bool, touched: &mut TouchedNodes) {
         if let (Some(before), Some(now)) = (before, now)
             && (&before.addresses, &before.pod_cidrs) == (&now.addresses, &now.pod_cidrs)
         {
             return;
         }
-        // What is new first, so that what stays never goes.
+        // New addresses and networks first, so that those that stay are never removed.
         for (node, is_there) in [(now, true), (before, false)] {
             let Some(node) = node else { continue };
             for addr in &node.addresses {
@@ -103,7 +105,7 @@ impl Nodes {
                 touched.addresses.insert(addr);
             }
             if !is_own {
-                // Its pods are as whoever is outside.
+                // Pods of other nodes count as outside.
                 continue;
             }
             for net in &node.pod_cidrs {
@@ -118,7 +120,7 @@ impl Nodes {
         }
     }
 
-    /// Names a network once more, or once less.
+    /// Adds or removes one reason for flags of a network.
     fn name(&mut self, net: IpNet, flags: u32, once_more: bool, touched: &mut TouchedNodes) {
         let net = normal(net);
         let mut entry = match self.networks.entry(net) {
@@ -147,14 +149,14 @@ impl Nodes {
         }
     }
 
-    /// Networks in a network.
+    /// Returns the networks inside a network, including itself.
     fn within(&self, net: IpNet) -> impl Iterator<Item = &IpNet> {
         let all = self.networks.range(net..).map(|(inner, _)| inner);
         all.take_while(move |inner| net.contains(*inner))
     }
 
-    /// What CLUSTER_CIDRS says of a network, if it has it: an address has the flags of the longest network there that it
-    /// is in, so each has those of the networks that it is in itself.
+    /// Returns the flags of a network in CLUSTER_CIDRS; `None` if it has no entry there. An address gets the flags of
+    /// the longest network that contains it, so each entry includes the flags of the networks around it.
     #[must_use]
     pub fn flags(&self, cidr: &Prefix<Addr>) -> Option<u32> {
         let net = cidr.network()?;
@@ -170,7 +172,7 @@ impl Nodes {
         )
     }
 
-    /// All of CLUSTER_CIDRS.
+    /// Returns all entries of CLUSTER_CIDRS.
     pub fn cidrs(&self) -> impl Iterator<Item = (Prefix<Addr>, u32)> {
         let all: BTreeSet<Prefix<Addr>> = self.networks.keys().chain([&ALL_V4]).map(|net| (*net).into()).collect();
         all.into_iter().filter_map(|cidr| Some((cidr, self.flags(&cidr)?)))

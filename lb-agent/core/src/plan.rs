@@ -1,5 +1,5 @@
-//! From what a service port should be and what it is to the steps between: pure, but for what it takes from the
-//! allocators.
+//! Plans: the writes that turn the recorded content of the maps into the desired one. Pure, except that they allocate
+//! indexes, ids and slots.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -22,32 +22,34 @@ use crate::nodes::Nodes;
 use crate::policy::Member;
 use crate::sync::Writes;
 
-/// One write, and what is known of the maps after it.
+/// One write, with the content to record after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Step {
     /// NAMES.
     Name(Named),
-    /// BACKENDS: a backend comes into use.
+    /// BACKENDS: fills the entry of a new backend.
     Fill(Backend, ActualBackend),
-    /// BACKENDS: membership or locality changes.
+    /// BACKENDS: changes membership or locality.
     Flags((IpAddr, u16), u16),
-    /// BACKEND_SLOTS: a range that nobody sees yet.
+    /// BACKEND_SLOTS: fills a range that no published set contains yet.
     Slots(Range, Vec<BackendSlot>),
-    /// SOURCE_RANGES: whom load-balancer addresses serve too. Before the flag that restricts them to those.
+    /// SOURCE_RANGES: admits clients at load-balancer addresses. It comes before the flag that restricts them to
+    /// admitted clients.
     Admit(IpNet),
-    /// SERVICES: an index that no frontend leads to.
+    /// SERVICES: writes an index that no frontend leads to.
     Service(Service, [(Option<Range>, Arc<[Member]>); 3]),
-    /// SERVICES: all but the set words.
+    /// SERVICES: writes all fields except the set words.
     Settings(Service),
-    /// SERVICES: a new set, seen at once by all frontends.
+    /// SERVICES: publishes a new set for all frontends at once.
     Publish(Set, SetWord, Option<Range>, Arc<[Member]>),
-    /// BACKENDS: a backend goes out of use.
+    /// BACKENDS: withdraws a backend.
     Withdraw((IpAddr, u16)),
-    /// SOURCE_RANGES: whom they no longer serve, after a grace period: a program that has read the flag looks for them.
+    /// SOURCE_RANGES: removes clients after a grace period, since a program that has read the flag may still look for
+    /// them.
     Dismiss(Vec<IpNet>),
 }
 
-/// The steps for one service port, in their order, and what they take.
+/// The steps for one service port, in their order, and the allocations that they need.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
     /// The service index.
@@ -58,12 +60,12 @@ pub(crate) struct Plan {
     pub(crate) new_ranges: Vec<Range>,
     /// Newly taken backend ids.
     pub(crate) new_ids: Vec<u32>,
-    /// What to write.
+    /// The writes.
     pub(crate) steps: Vec<Step>,
 }
 
 impl Plan {
-    /// Gives back what was taken; for a plan of which nothing was written.
+    /// Frees the allocations of a plan of which nothing was written.
     pub(crate) fn cancel(self, actual: &mut Actual) {
         if self.new_index {
             actual.indexes.free(self.index);
@@ -73,12 +75,13 @@ impl Plan {
     }
 }
 
-/// Plans what makes a service port as desired. No steps where it is.
+/// Plans the writes of one service port. The plan has no steps if the port is as desired.
 ///
 /// # Errors
-/// [`MapError::Full`], or a set with more members than a set word can say; nothing is taken then.
+/// Returns [`MapError::Full`] if the maps have no room, or [`MapError::Unexpected`] if a set has more members than a
+/// set word can hold. Nothing is allocated then.
 pub(crate) fn service_port(id: &PortId, want: &DesiredPort, actual: &mut Actual) -> Result<Plan, MapError> {
-    // Taken out for the time of planning, which needs the allocators beside it; a copy would cost more than the plan.
+    // Taken out for the time of planning, which borrows the allocators. A copy would cost more than the plan.
     let have = actual.ports.remove_entry(id);
     let mut plan = Plan::default();
     let filled = fill(want, have.as_ref().map(|(_, port)| &**port), actual, &mut plan);
@@ -92,7 +95,7 @@ pub(crate) fn service_port(id: &PortId, want: &DesiredPort, actual: &mut Actual)
     }
 }
 
-/// The error for a map that has no room left.
+/// Returns the error for a map that has no room left.
 fn full(map: &'static str, actual: &Actual) -> MapError {
     MapError::Full {
         map,
@@ -186,8 +189,8 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
             let gone = known.filter(|key| !backends.contains_key(key));
             plan.steps.extend(gone.map(Step::Withdraw));
             let stays = |net: &IpNet| want.source_ranges.binary_search(net).is_ok();
-            // What leaves already leaves anew where everybody is served from now on: who has read the flag before is not
-            // to find less than it did.
+            // If all clients are served from now on, entries that are waiting for removal start a new grace period: a
+            // program that has read the flag before must find as many entries as it did.
             let opened = have.value.flags & !want.flags & service_flags::SOURCE_RANGES != 0;
             let leaves = |admission: &Admission| matches!(admission, Admission::Leaves(_)) && !opened;
             let dismissed = have.sources.iter().filter(|(net, at)| !stays(net) && !leaves(at));
@@ -200,7 +203,7 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
     Ok(())
 }
 
-/// All backends of a service port with their flags, sorted.
+/// Returns all backends of a service port with their flags, sorted.
 fn wanted_flags(want: &DesiredPort) -> Vec<(Member, u16)> {
     let mut all: BTreeMap<(IpAddr, u16), (Member, u16)> = BTreeMap::new();
     let sets = SETS
@@ -216,11 +219,11 @@ fn wanted_flags(want: &DesiredPort) -> Vec<(Member, u16)> {
     all.into_values().collect()
 }
 
-/// A set as it will be: its word, its range and its members.
+/// A planned set: its word, its range and its members.
 type Placed = (SetWord, Option<Range>, Arc<[Member]>);
 
-/// Finds a range for each set: the one that it has where the members are the same, that of another set with the same
-/// members, or a new one.
+/// Finds a range for each set: its present one if the members are the same, that of another set with the same members,
+/// or a new one.
 fn place_sets(
     want: &DesiredPort,
     have: Option<&ActualPort>,
@@ -271,7 +274,7 @@ fn place_sets(
     Ok(placed)
 }
 
-/// Everything besides the record of the maps that the plan of FRONTENDS depends on.
+/// The inputs of the plan of FRONTENDS, in addition to the record of the maps.
 pub(crate) struct FrontendScope<'a> {
     pub(crate) desired: &'a Desired,
     /// Whether the source has delivered everything at least once.

@@ -15,48 +15,48 @@ pub struct Member {
     pub addr: IpAddr,
     /// Port, host byte order.
     pub port: u16,
-    /// The endpoint is on this node.
+    /// Whether the endpoint is on this node.
     pub local: bool,
 }
 
-/// The port of a Service that endpoints are wanted for.
+/// The port of a Service for which endpoints are chosen.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted<'a> {
     /// Name of the Service port: endpoints belong to it by name.
     pub port_name: &'a str,
-    /// Its protocol.
+    /// Protocol of the Service port.
     pub protocol: Protocol,
     /// The family of the frontends: only endpoints of the same family serve them.
     pub ipv6: bool,
-    /// For clients of which node.
+    /// The node with the clients that the endpoints are chosen for.
     pub here: Here<'a>,
 }
 
-/// The node that endpoints are wanted for: as much of it as their choice depends on.
+/// The properties of a node that the choice of endpoints for it depends on.
 #[derive(Debug, Clone, Copy)]
 pub struct Here<'a> {
-    /// Its name.
+    /// Name of the Node.
     pub node: &'a str,
-    /// Its zone, where it is known.
+    /// Zone of the Node, if it is known.
     pub zone: Option<&'a str>,
 }
 
-/// The result: members are sorted by address and port, none is there twice.
+/// Categorized endpoints. Members are sorted by address and port, without duplicates.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Endpoints {
-    /// For policy Cluster: all that are ready (where they carry hints, those that are meant for this node or its zone),
-    /// or, where none is, those that terminate but still serve.
+    /// For policy Cluster: all ready endpoints (with hints, those for this node or its zone). If none is ready, those
+    /// that terminate but still serve.
     pub cluster: Arc<[Member]>,
-    /// For policy Local: the same, of this node's only.
+    /// For policy Local: the ready endpoints of this node. If none is ready, those that terminate but still serve.
     pub local: Arc<[Member]>,
-    /// Some endpoint could be used, here or elsewhere: an empty local set then means DROP, not REJECT.
+    /// Whether any endpoint is usable, on this node or another: an empty local set then means DROP, not REJECT.
     pub any: bool,
-    /// In neither set, but serving: connections to them live on.
+    /// Endpoints in neither set that still serve: established connections to them go on.
     pub draining: Arc<[Member]>,
 }
 
 impl Endpoints {
-    /// The set for a traffic policy, and whether it being empty means DROP.
+    /// Returns the set for a traffic policy, and whether an empty set means DROP.
     #[must_use]
     pub fn for_policy(&self, policy: TrafficPolicy) -> (&Arc<[Member]>, bool) {
         match policy {
@@ -66,20 +66,20 @@ impl Endpoints {
     }
 }
 
-/// How usable an endpoint is; the order is that of preference where slices disagree on one address.
+/// How usable an endpoint is, in the order of preference: if slices disagree on one address, the greater counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {
     /// Neither ready nor serving.
     Unusable,
     /// Serving, but neither ready nor terminating: not for new connections.
     Serving,
-    /// Serving and terminating: for new connections where nothing is ready.
+    /// Serving and terminating: for new connections if no endpoint is ready.
     Terminating,
     /// Ready.
     Ready,
 }
 
-/// What the slices say of one endpoint.
+/// One endpoint, merged from all slices that contain it.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
     rank: Rank,
@@ -88,14 +88,14 @@ struct Candidate {
     zone: Hint,
 }
 
-/// What hints of one kind say of an endpoint; the order is that of precedence where slices disagree.
+/// The hint of one kind that an endpoint has, in the order of precedence: if slices disagree, the greater counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Hint {
-    /// There are none.
+    /// No hint of this kind.
     Absent,
-    /// It is meant for others.
+    /// For clients of other nodes or zones.
     Others,
-    /// It is meant for this node, or this zone.
+    /// For clients of this node or zone.
     Ours,
 }
 
@@ -111,7 +111,7 @@ impl Hint {
     }
 }
 
-/// Which hints are followed.
+/// The kind of hints that is followed.
 #[derive(Debug, Clone, Copy)]
 enum Topology {
     None,
@@ -120,8 +120,8 @@ enum Topology {
 }
 
 impl Topology {
-    /// Hints of a kind are followed where each ready endpoint has one, and at least one is meant for clients here; those
-    /// for nodes go before those for zones.
+    /// Returns the kind of hints to follow. Hints of a kind are followed if each ready endpoint has one, and at least
+    /// one is for clients of this node or zone. Hints for nodes come before hints for zones.
     fn of<'a>(candidates: impl Iterator<Item = &'a Candidate> + Clone) -> Self {
         let ready = candidates.filter(|candidate| candidate.rank == Rank::Ready);
         let followed = |hint: fn(&Candidate) -> Hint| {
@@ -148,12 +148,12 @@ impl Topology {
 
 /// Categorizes the endpoints of all slices of one Service for one of its ports.
 ///
-/// - An endpoint that is in several slices counts once, with the best of its conditions and the hints that go with
-///   them; it is local if any slice says so.
-/// - Ready endpoints are used; where there is none, those that are terminating and still serving. This holds for the
-///   whole cluster and for this node separately.
-/// - Hints narrow the ready endpoints of the whole cluster, where every one has a hint and some are meant for this node
-///   or else its zone (KEP-2433, KEP-3015). They do not matter to policy Local, nor where only terminating endpoints are
+/// - An endpoint in several slices counts once, with the best of its conditions and the hints of that entry. It is local
+///   if any slice has it on this node.
+/// - Ready endpoints are used. If there is none, those that terminate and still serve are used. This holds for the whole
+///   cluster and for this node separately.
+/// - Hints narrow the ready endpoints of the whole cluster if every one has a hint and some are for this node, or else
+///   for its zone (KEP-2433, KEP-3015). They do not affect policy Local, nor the case that only terminating endpoints are
 ///   left.
 #[must_use]
 pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wanted: Wanted<'_>) -> Endpoints {
@@ -217,7 +217,7 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
             local: candidate.local,
         };
         let mut kept = kept.map(member).peekable();
-        // All that are empty share one allocation.
+        // All empty lists share one allocation.
         if kept.peek().is_some() {
             kept.collect()
         } else {
@@ -525,13 +525,13 @@ mod tests {
         assert_eq!(last(&found.cluster), [1, 2]);
     }
 
-    /// What an endpoint may say of itself: conditions, where it is, and its hints.
+    /// The conditions, nodes and hints that the endpoints of this test can have.
     const CONDITIONS: [&str; 5] = ["", "unready", "serving", "terminating", "gone"];
     const PLACES: [&str; 3] = ["", "@n1", "@n2"];
     const ZONES: [&str; 4] = ["", "zone:a", "zone:b", "zone:a zone:b"];
     const NODES: [&str; 4] = ["", "node:n1", "node:n2", "node:n1 node:n2"];
 
-    /// The rules once more, each in a sentence, from the words that an endpoint was made of.
+    /// A second statement of the rules, each in a sentence, on the words that an endpoint was made of.
     fn expected(endpoints: &[String]) -> (Vec<u8>, Vec<u8>) {
         let has = |text: &String, word: &str| text.split_whitespace().any(|w| w == word);
         let hinted = |text: &String, kind: &str| text.contains(kind);

@@ -32,7 +32,7 @@ impl<M: Maps> Reconciler<M> {
         })
     }
 
-    /// Adds networks that are inside the cluster, besides the addresses and the pods of this node. To be called before
+    /// Adds networks inside the cluster, in addition to the addresses and the pods of this node. To be called before
     /// anything is applied.
     #[must_use]
     pub fn with_inside(mut self, inside: &[IpNet]) -> Self {
@@ -56,7 +56,7 @@ impl<M: Maps> Reconciler<M> {
         self.writer.write_batch(&self.state, touched, completed);
     }
 
-    /// Frees what a grace period has passed for, and repeats failed writes.
+    /// Frees entries after their grace period, and repeats failed writes.
     pub fn reclaim(&mut self) {
         self.writer.reclaim(&self.state);
     }

@@ -46,7 +46,7 @@ impl State {
         }
     }
 
-    /// Adds networks that are inside the cluster, besides the addresses and the pods of this node. To be called before
+    /// Adds networks inside the cluster, in addition to the addresses and the pods of this node. To be called before
     /// anything is applied.
     #[must_use]
     pub fn with_inside(self, inside: &[IpNet]) -> Self {
@@ -121,7 +121,7 @@ impl State {
     pub fn problems(&self) -> impl Iterator<Item = Problem> {
         let wrong_ranges = self.wrong_ranges.iter().map(|(service, wrong)| {
             let message = format!(
-                "spec.loadBalancerSourceRanges: no CIDR, so it admits nobody: {}",
+                "spec.loadBalancerSourceRanges: invalid CIDR, which allows no client: {}",
                 wrong.join(", ")
             );
             Problem::new(format!("Service {service}"), message).of(service)

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Display;
 
-/// The known content of one map, and the keys whose last write failed.
+/// The known content of one map, and the keys of failed writes.
 ///
 /// A tree: a hash table of small entries may take twice as much memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub struct Synced<K, V> {
 pub struct Writes<K, V> {
     /// New values of keys that the map has.
     pub stores: Vec<(K, V)>,
-    /// Entries whose keys the map does not have.
+    /// Entries with keys that the map does not have.
     pub inserts: Vec<(K, V)>,
     /// Keys that are no longer wanted.
     pub deletes: Vec<K>,
@@ -47,7 +47,7 @@ impl<K, V> Synced<K, V> {
         &self.entries
     }
 
-    /// Returns the keys whose last write failed, with the reason.
+    /// Returns the keys of failed writes, with the reason.
     #[must_use]
     pub fn failed(&self) -> &BTreeMap<K, String> {
         &self.failed
@@ -98,7 +98,7 @@ impl<K: Ord + Clone, V: PartialEq> Synced<K, V> {
         self.failed.insert(key, reason.to_string());
     }
 
-    /// Returns the keys whose last write failed, and forgets that they did.
+    /// Returns the keys of failed writes, and clears the list.
     pub fn take_failed(&mut self) -> impl Iterator<Item = K> + use<K, V> {
         std::mem::take(&mut self.failed).into_keys()
     }

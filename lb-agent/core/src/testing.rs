@@ -1,4 +1,4 @@
-//! Builders of Services and EndpointSlices, and a cluster of them that tells what changed: for tests only.
+//! Builders of Services and EndpointSlices, and a cluster of them that returns changes as batches, for tests.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -20,10 +20,10 @@ use crate::verify::verify;
 /// The node that the agent under test runs on.
 pub const NODE: &str = "n1";
 
-/// The same, as the choice of endpoints sees it.
+/// The node that the agent under test runs on, as the choice of endpoints takes it.
 pub const HERE: Here<'static> = Here { node: NODE, zone: None };
 
-/// Room for all that the tests need, unless they say otherwise.
+/// Sizes of maps that suffice for most tests.
 pub const ROOM: Capacities = Capacities {
     services: 16,
     frontends: 32,
@@ -46,16 +46,20 @@ pub fn service(name: &str, ip: &str) -> Service {
     }
 }
 
-/// A TCP port of a Service.
+/// Creates a TCP port of a Service.
 pub fn port(name: &str, port: u16) -> ServicePort {
     ServicePort::tcp(name, port)
 }
 
 /// Short forms for the fields that tests vary.
 pub trait Builder {
+    /// Sets `metadata.creationTimestamp`, in seconds since 1970.
     fn created(self, at: i64) -> Self;
+    /// Sets the ports.
     fn ports<const N: usize>(self, ports: [ServicePort; N]) -> Self;
+    /// Sets session affinity, with its timeout in seconds.
     fn affinity(self, seconds: u32) -> Self;
+    /// Sets policy Local, for traffic of both kinds.
     fn local(self) -> Self;
 }
 
@@ -83,8 +87,8 @@ impl Builder for Service {
     }
 }
 
-/// An endpoint from words: its address, then any of `@NODE`, `unready`, `serving` (not ready), `terminating` (serving),
-/// `gone` (terminating, not serving), `zone:ZONE` and `node:NODE` (hints).
+/// Creates an endpoint from words: its address, then any of `@NODE`, `unready`, `serving` (not ready), `terminating`
+/// (serving), `gone` (terminating, not serving), `zone:ZONE` and `node:NODE` (hints).
 pub fn endpoint(text: &str) -> Endpoint {
     let mut words = text.split_whitespace();
     let mut endpoint = Endpoint::ready(words.next().unwrap().parse().unwrap(), Arc::default());
@@ -149,7 +153,7 @@ impl From<Node> for Object {
     }
 }
 
-/// A Service of type LoadBalancer with one port 80, for some sources only where there are any.
+/// Creates a Service of type LoadBalancer with one port 80, restricted to `ranges` if there are any.
 pub fn balanced(name: &str, ip: &str, balancer: &str, source_ranges: &[&str]) -> Service {
     Service {
         service_type: ServiceType::LoadBalancer,
@@ -185,7 +189,7 @@ pub fn key(ip: &str, port: u16) -> FrontendKey {
     FrontendKey::new(ip.parse::<IpAddr>().unwrap().into(), port, 6)
 }
 
-/// All objects of a cluster, and what changed since the last batch.
+/// All objects of a cluster, and those that the last batch contained.
 #[derive(Debug, Clone, Default)]
 pub struct Cluster {
     objects: BTreeMap<ObjectId, Object>,
@@ -193,7 +197,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// A cluster of these objects, of which nothing was told.
+    /// Creates a cluster of these objects, none of which was delivered.
     pub fn of<const N: usize>(objects: [Object; N]) -> Self {
         let mut new = Self::default();
         objects.into_iter().for_each(|object| new.set(object));
@@ -216,7 +220,7 @@ impl Cluster {
         self.remove(service(name, "10.96.0.1"));
     }
 
-    /// The changes since the last call, from a source that has told everything.
+    /// Returns the changes since the last call, from a complete source.
     pub fn batch(&mut self) -> Batch {
         let mut changes = Vec::new();
         for (id, object) in &self.objects {
@@ -230,7 +234,7 @@ impl Cluster {
         Batch::of(changes)
     }
 
-    /// The same from a source that has more to tell.
+    /// Returns the changes since the last call, from an incomplete source.
     pub fn incomplete(&mut self) -> Batch {
         Batch {
             complete: false,
@@ -238,12 +242,12 @@ impl Cluster {
         }
     }
 
-    /// Takes the objects of another.
+    /// Replaces the objects by those of another cluster.
     pub fn become_like(&mut self, other: &Self) {
         self.objects.clone_from(&other.objects);
     }
 
-    /// As after a restart: nothing was told.
+    /// Returns the cluster as after a restart, with nothing delivered.
     pub fn again(&self) -> Self {
         Self {
             objects: self.objects.clone(),
@@ -262,14 +266,14 @@ pub fn start<M: Maps>(maps: M) -> Reconciler<M> {
     Reconciler::adopt(maps, NODE).unwrap()
 }
 
-/// The maps say what is desired, and applying the same again writes nothing.
+/// Asserts that the maps agree with the desired state.
 #[track_caller]
 pub fn assert_clean<M: Maps>(lb: &Reconciler<M>) {
     let drifts = verify(lb.desired(), &lb.maps().dump().unwrap());
     assert!(drifts.is_empty(), "{drifts:#?}\nproblems: {:#?}", lb.problems());
 }
 
-/// Applies what changed, settles, and expects that all is well.
+/// Applies the changes, settles, and asserts that the maps agree with the desired state.
 #[track_caller]
 pub fn apply<M: Maps>(lb: &mut Reconciler<M>, cluster: &mut Cluster) {
     lb.apply(cluster.batch());
@@ -277,7 +281,7 @@ pub fn apply<M: Maps>(lb: &mut Reconciler<M>, cluster: &mut Cluster) {
     assert_clean(lb);
 }
 
-/// The addresses that a connection to a cluster IP may get, by what the maps say; `None` where the destination is no
+/// Returns the addresses that a connection to a cluster IP may get, by the maps; `None` if the destination is not a
 /// frontend.
 pub fn served(maps: &impl Maps, ip: &str, port: u16) -> Option<Vec<String>> {
     let dump = maps.dump().unwrap();

@@ -1,8 +1,7 @@
 //! Comparison of the maps with the desired state.
 //!
-//! It shares the index, the policy, the desired state and the format of NAMES with the writer, but neither the plan nor the
-//! record of what was written. A fault in what is shared is in the desired state as well, so this comparison cannot show
-//! it.
+//! It shares the index, the policy, the desired state and the format of NAMES with the writer, but neither the plan nor
+//! the record of the maps. A fault in the shared parts affects both sides, so this comparison cannot detect it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -27,7 +26,7 @@ use crate::policy::Member;
 pub struct Drift {
     /// Map, entry and field.
     pub field: String,
-    /// What is wrong with it.
+    /// Description of the difference.
     pub message: String,
 }
 
@@ -38,7 +37,7 @@ impl std::fmt::Display for Drift {
 }
 
 /// Compares a dump of the maps with the desired state: every field of every entry that a lookup can reach, and entries
-/// that nobody wants.
+/// that are not desired.
 #[must_use]
 pub fn verify(desired: &Desired, dump: &Dump) -> Vec<Drift> {
     let mut check = Check {
@@ -66,9 +65,9 @@ struct Check<'a> {
     drifts: BTreeSet<Drift>,
     /// The service index of each desired port that has one.
     indexes: HashMap<Arc<PortId>, u32>,
-    /// Backends in use whose seal is good: their ids by service index, address and port.
+    /// Backends in use with a valid seal: their ids by service index, address and port.
     sealed: HashMap<(u32, Addr, u16), u32>,
-    /// Entries of BACKENDS whose seal is not good, in use or not.
+    /// Entries of BACKENDS with an invalid seal, in use or not.
     broken: Vec<(u32, &'a Backend)>,
     /// Backends that are accounted for.
     wanted: BTreeSet<u32>,
@@ -82,7 +81,7 @@ impl<'a> Check<'a> {
         });
     }
 
-    /// Reports a field that is not as it should be.
+    /// Reports a field that is wrong.
     fn equal<T: PartialEq + Copy + std::fmt::Debug>(&mut self, field: impl FnOnce() -> String, is: T, should: T) {
         if is != should {
             self.drift(field(), format!("is {is:?}, should be {should:?}"));
@@ -119,7 +118,7 @@ impl<'a> Check<'a> {
                 continue;
             };
             match desired.shared_id(&id) {
-                None => self.drift(place, format!("{id} is not wanted")),
+                None => self.drift(place, format!("{id} is not desired")),
                 Some(id) => {
                     if let Some(other) = self.indexes.insert(Arc::clone(id), *index) {
                         self.drift(place, format!("{id} has index {other} too"));
@@ -198,8 +197,8 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// The backends that a service port should have, with the ids that they have; reports those that are missing and
-    /// fields that differ.
+    /// Returns the backends that a service port should have, with their ids. Reports missing backends and fields that
+    /// differ.
     fn wanted_backends(&mut self, index: u32, want: &DesiredPort) -> HashMap<(Addr, u16), u32> {
         let mut flags: BTreeMap<(IpAddr, u16), u16> = BTreeMap::new();
         let bits = [backend_flags::INTERNAL, backend_flags::EXTERNAL, backend_flags::CLUSTER];
@@ -227,7 +226,7 @@ impl<'a> Check<'a> {
         ids
     }
 
-    /// The entry that would be this backend, were it not for one field; reports that field.
+    /// Returns the entry that differs from this backend in one field only, and reports that field.
     fn broken_backend(&mut self, index: u32, addr: Addr, port: u16) -> Option<u32> {
         let (id, field) = self.broken.iter().find_map(|(id, backend)| {
             let Backend {
@@ -281,7 +280,7 @@ impl<'a> Check<'a> {
             other(slot, member) && (slot.addr != Addr::from(member.addr) || slot.port != member.port)
         };
         let mut pairs = slots.iter().zip(members);
-        // Another backend of this service in all its fields: the set is moved, not the slot changed.
+        // All fields are those of another backend of this service: the set word changed, not the slot.
         let moved = |slot: &BackendSlot, member: &Member| {
             other(slot, member) && ids.get(&(slot.addr, slot.port)) == Some(&slot.backend)
         };
@@ -312,7 +311,8 @@ impl<'a> Check<'a> {
                 if member.local { backend_flags::LOCAL } else { 0 },
             );
             self.equal(|| field("pad"), pad, 0);
-            // A backend that is missing was reported already, and the generation of one that is broken may be what is.
+            // A missing backend was reported already. The generation of one with an invalid seal may itself be the
+            // wrong field.
             let Some(id) = id_of(member) else { continue };
             self.equal(|| field("backend"), backend, id);
             let current = &dump.backends[id as usize];
@@ -322,7 +322,7 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// Whether a set of another service has some of these slots.
+    /// Returns whether a set of another service has some of these slots.
     fn leads_there_too(&self, index: u32, word: SetWord) -> bool {
         let end = |word: SetWord| word.base.saturating_add(word.len.into());
         let overlaps = |other: SetWord| other.base < end(word) && word.base < end(other);
@@ -341,14 +341,14 @@ impl<'a> Check<'a> {
             if !used.contains(&index) && generation::is_live(service.generation) {
                 self.drift(
                     format!("{}[{index}].generation", map_name::SERVICES),
-                    "is live, but nobody's",
+                    "is live, but has no owner",
                 );
             }
         }
         for (id, backend) in (0_u32..).zip(&dump.backends) {
             if !self.wanted.contains(&id) && generation::is_live(backend.generation) {
                 let what = format!(
-                    "{}:{} of service index {} is live, but nobody's",
+                    "{}:{} of service index {} is live, but has no owner",
                     backend.addr, backend.port, backend.service
                 );
                 self.drift(format!("{}[{id}]", map_name::BACKENDS), what);
@@ -381,7 +381,7 @@ impl<'a> Check<'a> {
         }
         for key in dump.frontends.keys().filter(|key| !wanted.contains(*key)) {
             let pad = if key.pad == 0 { "" } else { " (its pad is not zero)" };
-            self.drift(describe(key), format!("is not wanted{pad}"));
+            self.drift(describe(key), format!("is not desired{pad}"));
         }
     }
 
@@ -415,12 +415,12 @@ impl<'a> Check<'a> {
             }
         }
         for key in there.keys().filter(|key| !wanted.contains_key(key)) {
-            self.drift(describe(key), "is not wanted");
+            self.drift(describe(key), "is not desired");
         }
     }
 }
 
-/// The key of a trie, for people: the network where it is one.
+/// Formats the key of a trie: as a network if it is one.
 fn describe_prefix(map: &str, before: &str, net: Option<IpNet>, (addr, len): (Addr, u32)) -> String {
     match net {
         Some(net) => format!("{map}[{before}{net}]"),

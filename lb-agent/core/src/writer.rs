@@ -93,7 +93,7 @@ impl<M: Maps> Writer<M> {
         })
     }
 
-    /// Writes what a batch touched; `completed` if the source became complete with it.
+    /// Writes the changes of a batch. `completed`: whether the source became complete with it.
     pub(crate) fn write_batch(&mut self, state: &State, mut touched: Touched, completed: bool) {
         for id in &touched.ports {
             // The source delivered it and removed it again.
@@ -116,7 +116,7 @@ impl<M: Maps> Writer<M> {
         self.write(state, touched);
     }
 
-    /// Makes the maps agree with the desired state in what was touched, and in what failed before.
+    /// Makes the maps agree with the desired state in the touched keys and in those that failed before.
     pub(crate) fn write(&mut self, state: &State, mut touched: Touched) {
         self.free_retired();
         self.remove_orphaned_sources();
@@ -161,7 +161,7 @@ impl<M: Maps> Writer<M> {
         self.withdraw_orphans(state);
     }
 
-    /// Frees what a grace period has passed for, and repeats failed writes.
+    /// Frees entries after their grace period, and repeats failed writes.
     pub(crate) fn reclaim(&mut self, state: &State) {
         let passed = self.maps.grace_passed();
         let ready = self.pending_free.front().is_some_and(|(epoch, _)| *epoch <= passed);
@@ -182,7 +182,7 @@ impl<M: Maps> Writer<M> {
 
     /// Waits for the grace periods of `pending_free` and calls `free` after each wait.
     fn drain_pending(&mut self, mut free: impl FnMut(&mut Self)) -> Result<(), MapError> {
-        // Clearing a service port withdraws its backends, whose ids need a second period.
+        // Clearing a service port withdraws its backends, and their ids need a second grace period.
         for _ in 0..4 {
             let Some((epoch, _)) = self.pending_free.back() else {
                 break;
@@ -197,13 +197,13 @@ impl<M: Maps> Writer<M> {
     /// Returns the problems of writes that failed.
     pub(crate) fn problems(&self, desired: &Desired) -> Vec<Problem> {
         let ports = self.failed_ports.iter().map(|(id, why)| {
-            let message = format!("not served as it should be: {why}");
+            let message = format!("the maps are not up to date: {why}");
             let problem = Problem::new(format!("Service {id}"), message);
             problem.of(&id.service).kind(ProblemKind::Map)
         });
         let frontends = self.actual.frontends.failed().iter().map(|(key, why)| {
             let place = format!("frontend {}:{}", key.addr, key.port);
-            let problem = Problem::new(place, format!("not served as it should be: {why}")).kind(ProblemKind::Map);
+            let problem = Problem::new(place, format!("the maps are not up to date: {why}")).kind(ProblemKind::Map);
             match desired.owner(key) {
                 Some(service) => problem.of(service),
                 None => problem,
@@ -214,7 +214,7 @@ impl<M: Maps> Writer<M> {
                 Some(net) => format!("network {net}"),
                 None => format!("network {}, {} bits", cidr.data, cidr.len),
             };
-            let message = format!("not known to be inside the cluster or not, as it should be: {why}");
+            let message = format!("the maps are not up to date: {why}");
             Problem::new(place, message).kind(ProblemKind::Map)
         });
         ports.chain(frontends).chain(cidrs).collect()
@@ -261,7 +261,7 @@ impl<M: Maps> Writer<M> {
         }
     }
 
-    /// Frees what a grace period has passed for.
+    /// Frees entries after their grace period.
     fn free_retired(&mut self) {
         let passed = self.maps.grace_passed();
         let mut failed = Vec::new();
@@ -386,14 +386,14 @@ impl<M: Maps> Writer<M> {
         }
     }
 
-    /// Empties the sets of a service port whose slots have unknown content, if any. That makes room for new slots.
+    /// Empties those sets of a service port that have slots with unknown content. That makes room for new slots.
     fn close_unknown(&mut self, id: &Arc<PortId>) {
         let Some(port) = self.actual.ports.get(id) else { return };
         let (index, sets) = (port.index, port.sets.clone());
         for (set, _) in SETS.into_iter().zip(sets).filter(|(_, at)| at.members.is_none()) {
             let empty = Step::Publish(set, SetWord::default(), None, Arc::default());
             if let Err(error) = self.step(id, index, empty, &mut BackendMap::new()) {
-                warn!(%id, %error, "cannot empty a set whose slots have unknown content");
+                warn!(%id, %error, "cannot empty a set that has slots with unknown content");
             }
         }
     }
@@ -445,8 +445,7 @@ impl<M: Maps> Writer<M> {
             .for_each(|range| self.retire(PendingFree::Range(range)));
     }
 
-    /// Writes the steps of a plan and records each. Afterwards, returns to the allocators what the plan took and no write
-    /// used.
+    /// Writes the steps of a plan and records each. Afterwards, frees the allocations of the plan that no write used.
     fn execute(&mut self, id: &Arc<PortId>, plan: Plan) -> Result<(), MapError> {
         let Plan {
             index,
@@ -490,7 +489,7 @@ impl<M: Maps> Writer<M> {
         if new_index && port.is_none() {
             self.actual.indexes.free(index);
         }
-        // No program has seen what was never published.
+        // No program has seen a range that was never published.
         new_ranges
             .into_iter()
             .filter(|range| !in_use.contains(range))

@@ -110,5 +110,5 @@ impl InProcessAgent {
 
 /// Returns whether a problem is a failure. A conflict of two Services over an address is reported too, but expected.
 fn is_failure(problem: &lb_core::model::Problem) -> bool {
-    problem.message.contains("not served as it should be")
+    problem.message.contains("the maps are not up to date")
 }

@@ -19,17 +19,17 @@ pub(crate) struct ActualBackend {
 /// Backends by address and port, while they change.
 pub(crate) type BackendMap = BTreeMap<(IpAddr, u16), ActualBackend>;
 
-/// Backends by address and port, in little memory: there are hundreds of thousands, of which few change.
+/// Backends by address and port, in little memory: there may be hundreds of thousands, of which few change.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Backends {
-    /// Sorted; nearly always those of a set, whose memory they share.
+    /// Sorted. They nearly always equal the members of a set and share its memory.
     members: Arc<[Member]>,
-    /// As many, in the same order.
+    /// The backend of each member, in the order of `members`.
     known: Box<[ActualBackend]>,
 }
 
 impl Backends {
-    /// From a map; shares the memory of one of `lists` where that has the same members.
+    /// Creates it from a map. It shares the memory of one of `lists` if that has the same members.
     pub(crate) fn of<'a>(map: &BackendMap, lists: impl IntoIterator<Item = &'a Arc<[Member]>>) -> Self {
         let member = |(&(addr, port), backend): (&(IpAddr, u16), &ActualBackend)| Member {
             addr,
@@ -44,7 +44,7 @@ impl Backends {
         }
     }
 
-    /// The same to be changed.
+    /// Returns a map that can be changed.
     pub(crate) fn to_map(&self) -> BackendMap {
         self.iter().map(|(m, backend)| ((m.addr, m.port), *backend)).collect()
     }
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_goes_in_comes_out_and_memory_is_shared() {
+    fn backends_round_trip_and_share_memory() {
         let backend = |id, flags| ActualBackend {
             id,
             generation: 1,

@@ -1,11 +1,11 @@
-//! What a dump of the maps is taken for.
+//! Adoption of dumps of the maps, correct and corrupted ones.
 
 use super::*;
 use crate::maps::Maps as _;
 use crate::names::{pad, text};
 use crate::testing::*;
 
-/// Maps that serve `web` (index 2: it comes after `db`) and `db`, and what is adopted of them after a change.
+/// Adopts maps that serve `web` (index 2, since it comes after `db`) and `db`, after a change of their content.
 fn adopted(change: impl FnOnce(&mut Dump)) -> (Actual, Orphans) {
     let mut lb = start(maps());
     let objects = [
@@ -25,7 +25,7 @@ fn web(actual: &Actual) -> &ActualPort {
 }
 
 #[test]
-fn sound_maps_are_taken_over_as_they_are() {
+fn consistent_maps_are_adopted_unchanged() {
     let (actual, orphans) = adopted(|_| ());
     assert_eq!(orphans, Orphans::default());
     assert_eq!(actual.ports.len(), 2);
@@ -45,8 +45,8 @@ fn sound_maps_are_taken_over_as_they_are() {
 }
 
 #[test]
-fn what_nobody_owns_is_kept_apart() {
-    // No name: the index, its backends and its slots go the way of a Service that was deleted.
+fn entries_without_an_owner_are_orphans() {
+    // Without a name, the index, its backends and its slots are removed as those of a deleted Service.
     let (actual, orphans) = adopted(|dump| {
         dump.names.remove(&2);
     });
@@ -66,7 +66,7 @@ fn what_nobody_owns_is_kept_apart() {
         ("(stray index 2)", 2, 3)
     );
 
-    // A backend of an index that nobody has.
+    // A backend of an index without an owner.
     let (actual, orphans) = adopted(|dump| {
         let backend = dump.backends[1];
         let service = 9;
@@ -90,7 +90,7 @@ fn what_nobody_owns_is_kept_apart() {
 }
 
 #[test]
-fn a_set_that_is_not_what_it_should_be_is_not_known_and_its_slots_are_not_given_out() {
+fn a_wrong_set_is_unknown_and_its_slots_are_not_reused() {
     let cases: [fn(&mut Dump); 5] = [
         |dump| dump.slots[dump.services[2].cluster.base as usize].pad = 1,
         |dump| dump.slots[dump.services[2].cluster.base as usize + 1].generation = 3,

@@ -1,4 +1,4 @@
-//! The contents of the maps as values.
+//! The content of the maps as values.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -13,7 +13,7 @@ use super::prefix::Prefix;
 use crate::model::Protocol;
 use crate::names::port_id;
 
-/// Everything that the maps of the update protocol hold.
+/// The content of all maps of the update protocol.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Dump {
     /// FRONTENDS.
@@ -33,7 +33,7 @@ pub struct Dump {
 }
 
 impl Dump {
-    /// What CLUSTER_CIDRS says of an address: the longest network there that it is in, with its flags.
+    /// Returns the longest network in CLUSTER_CIDRS that contains an address, with its flags.
     pub fn cluster_cidr(&self, addr: Addr) -> Option<(&Prefix<Addr>, u32)> {
         let around = self.cluster_cidrs.iter().filter(|(cidr, _)| cidr.contains(addr));
         around
@@ -41,15 +41,15 @@ impl Dump {
             .map(|(cidr, flags)| (cidr, *flags))
     }
 
-    /// Whether an address is inside the cluster.
+    /// Returns whether an address is inside the cluster.
     pub fn is_inside(&self, addr: Addr) -> bool {
         self.cluster_cidr(addr)
             .is_some_and(|(_, flags)| flags & cluster_flags::INSIDE != 0)
     }
 }
 
-/// What the maps say, as text for people: frontends, then each service with its sets resolved to addresses. What does
-/// not fit together is shown as it is, and marked.
+/// Formats the maps as text: frontends, then each service with its sets resolved to addresses. Inconsistent entries are
+/// shown as they are, and marked.
 #[must_use]
 pub fn render(dump: &Dump) -> String {
     Rendering(dump).to_string()
@@ -106,7 +106,7 @@ impl Rendering<'_> {
         let name = self.0.names.get(&index);
         match name.map(|name| (name.port, port_id(name))) {
             Some((port, Some(id))) => write!(f, "service {index}: {id}, port {port}")?,
-            _ => write!(f, "service {index}: (nobody's)")?,
+            _ => write!(f, "service {index}: (no name)")?,
         }
         if service.flags & service_flags::AFFINITY != 0 {
             write!(f, ", affinity {} s", service.affinity_timeout)?;
@@ -135,7 +135,7 @@ impl Rendering<'_> {
         ];
         let mut in_sets = BTreeSet::new();
         for (at, (_, word)) in sets.iter().enumerate() {
-            // Sets that are one are shown once.
+            // Sets that share their slots are shown once.
             if sets[..at].iter().all(|(_, before)| before != word) {
                 let names: Vec<_> = sets
                     .iter()

@@ -1,5 +1,5 @@
-//! Maps in memory that enforce the rules of the real ones: what the kernel would refuse is refused, and what would hurt
-//! a program that runs at the same time is a panic.
+//! Maps in memory that enforce the rules of the real ones. They refuse what the kernel would refuse, and panic at a
+//! write that would harm a running program.
 
 use std::collections::BTreeMap;
 
@@ -15,43 +15,44 @@ use super::{Capacities, Dump, Epoch, MapError, Maps, capacity_flag};
 use crate::actual::{set_word_mut, set_words};
 use crate::names::port_id;
 
-/// Maps in memory. Grace periods pass when [`Self::pass_grace`] or [`Maps::grace_wait`] says so.
+/// Maps in memory. Grace periods pass at calls of [`Self::pass_grace`] or [`Maps::grace_wait`].
 #[derive(Debug, Clone)]
 pub struct FakeMaps {
-    /// The contents; tests may corrupt them.
+    /// The content; tests may corrupt it.
     pub contents: Dump,
     capacities: Capacities,
     requested: Epoch,
     passed: Epoch,
     written: u64,
-    /// Request that the newest deletion of a frontend needs, if no period has passed since.
+    /// The request for a grace period that the newest deletion of a frontend needs, if none has passed since.
     deleted: Option<Epoch>,
-    /// Slots that a program may still read, with the request that ends it.
+    /// Slots that a program may still read, with the request for a grace period that ends this.
     slots_in_sight: BTreeMap<u32, Epoch>,
-    /// Service indexes that a program may still hold, likewise.
+    /// Service indexes that a program may still use, with the request for a grace period that ends this.
     services_in_sight: BTreeMap<u32, Epoch>,
-    /// Backends that a program may still hold, likewise.
+    /// Backends that a program may still use, with the request for a grace period that ends this.
     backends_in_sight: BTreeMap<u32, Epoch>,
-    /// Services that a program may still see as for some sources only, likewise.
+    /// Services that a program may still treat as restricted by source, with the request for a grace period that ends
+    /// this.
     restrictions_in_sight: BTreeMap<u32, Epoch>,
-    /// Room in SOURCE_RANGES.
+    /// Size of SOURCE_RANGES.
     source_ranges: u32,
     checks: Checks,
 }
 
-/// What is looked at besides the one entry that is written.
+/// Checks at each write, in addition to those of the written entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Checks {
-    /// Nothing: for large states.
+    /// No further checks, for large states.
     None,
-    /// Rules of a write that cost a look at everything.
+    /// Rules of a write that need a scan of all entries.
     Rules,
-    /// Also the soundness of everything after each write.
+    /// The rules of each write, and the consistency of all entries after it.
     Sound,
 }
 
 impl FakeMaps {
-    /// Empty maps.
+    /// Creates empty maps.
     #[must_use]
     pub fn new(capacities: Capacities) -> Self {
         let zero = Service::default();
@@ -76,34 +77,34 @@ impl FakeMaps {
         }
     }
 
-    /// Without looking at everything at each write, for large states.
+    /// Disables the scan of all entries at each write, for large states.
     #[must_use]
     pub fn unchecked(mut self) -> Self {
         self.checks = Checks::None;
         self
     }
 
-    /// For contents that somebody has corrupted: every write keeps the rules, but the whole need not be sound.
+    /// Checks the rules of each write, but not the consistency of all entries: for content that the test has corrupted.
     #[must_use]
     pub fn corrupted(mut self) -> Self {
         self.checks = Checks::Rules;
         self
     }
 
-    /// With room for so many entries in SOURCE_RANGES.
+    /// Sets the size of SOURCE_RANGES.
     #[must_use]
     pub fn with_source_ranges(mut self, room: u32) -> Self {
         self.source_ranges = room;
         self
     }
 
-    /// A grace period passes for all that was asked so far.
+    /// Lets a grace period pass for all requests so far.
     pub fn pass_grace(&mut self) {
         self.pass_grace_until(self.requested);
     }
 
-    /// A grace period passes that began after request `epoch`, and before any later one. What is in sight without a
-    /// request after it stays so.
+    /// Lets a grace period pass that began after request `epoch`, and before any later one. Entries that were
+    /// removed after the last request remain readable.
     pub fn pass_grace_until(&mut self, epoch: Epoch) {
         self.passed = self.passed.max(epoch.min(self.requested));
         let passed = self.passed;
@@ -118,7 +119,7 @@ impl FakeMaps {
         self.deleted = self.deleted.filter(|epoch| *epoch > passed);
     }
 
-    /// Newest request for a grace period.
+    /// Returns the newest request for a grace period.
     #[must_use]
     pub fn grace_requested(&self) -> Epoch {
         self.requested
@@ -129,7 +130,7 @@ impl FakeMaps {
     /// service that a program may still hold is still there.
     ///
     /// # Panics
-    /// Where it is not so.
+    /// If one of these does not hold.
     pub fn assert_sound(&self) {
         for (key, value) in &self.contents.frontends {
             assert_eq!((key.pad, value.pad), (0, [0; 3]), "{key:?} has bytes in its padding");
@@ -206,7 +207,7 @@ impl FakeMaps {
         }
     }
 
-    /// The request that would end all that runs now.
+    /// Returns the request for a grace period after which all programs that run now have ended.
     fn next_epoch(&self) -> Epoch {
         self.requested + 1
     }
@@ -218,7 +219,7 @@ impl FakeMaps {
         }
     }
 
-    /// A program may have read this frontend.
+    /// Records that a program may have read this frontend.
     fn seen(&mut self, frontend: Frontend, epoch: Epoch) {
         let service = self.contents.services.get(frontend.service as usize);
         let live = service.is_some_and(|service| generation::is_live(service.generation));
@@ -232,7 +233,7 @@ impl FakeMaps {
         frontends.any(|f| !f.is_mark() && f.service == index)
     }
 
-    /// The service whose set word names any of these slots, led to or not.
+    /// Returns the service with a set word that contains any of these slots, whether a frontend leads to it or not.
     fn published(&self, range: &std::ops::Range<u32>) -> Option<usize> {
         let overlaps = |word: SetWord| {
             let end = word.base.saturating_add(word.len.into());
@@ -249,7 +250,7 @@ impl FakeMaps {
         self.checks > Checks::None && ranges.any(|range| range.data.service == index && range.network().is_some())
     }
 
-    /// A generation moves by one at a time, so that none ever comes back.
+    /// Asserts that a generation moves by one at a time, so that none is ever used again.
     fn check_generation(&self, index: u32, new: u32) {
         if let Some(old) = self.contents.services.get(index as usize) {
             let next = [generation::taken(old.generation), generation::withdrawn(old.generation)];
@@ -531,7 +532,7 @@ impl Maps for FakeMaps {
     }
 
     fn grace_wait(&mut self, epoch: Epoch) -> Result<(), MapError> {
-        assert!(epoch <= self.requested, "nobody asked for grace period {epoch}");
+        assert!(epoch <= self.requested, "grace period {epoch} was not requested");
         self.pass_grace_until(epoch);
         Ok(())
     }

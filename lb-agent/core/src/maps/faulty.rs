@@ -1,4 +1,4 @@
-//! Maps whose operations fail on purpose.
+//! Maps that inject faults into their operations.
 
 use std::io;
 
@@ -8,25 +8,25 @@ use lb_common::logic::connect::Set;
 use super::prefix::Prefix;
 use super::{Capacities, Dump, Epoch, MapError, Maps};
 
-/// What happens to an operation.
+/// The fault at an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// It is done.
+    /// The operation succeeds.
     None,
-    /// It fails and changes nothing: a system call that returns an error.
+    /// The operation fails and changes nothing, as a system call that returns an error.
     Fail,
-    /// It and all that follow are not done, and say nothing: the process died before it.
+    /// This operation and all that follow do nothing and return success: the process died before it.
     Die,
-    /// As [`Fault::Die`], but in the midst of it, where it is more than one store.
+    /// The process died in the middle of the operation, if that has more than one store; otherwise as [`Fault::Die`].
     Tear,
 }
 
-/// Maps that fail, or that the process dies at, at a given operation.
+/// Maps that fail at a given operation, or at which the process dies.
 #[derive(Debug)]
 pub struct FaultyMaps<M> {
-    /// The maps behind.
+    /// The wrapped maps.
     pub inner: M,
-    /// Operations until the fault.
+    /// Number of operations before the fault.
     countdown: u64,
     fault: Fault,
     dead: bool,
@@ -34,7 +34,7 @@ pub struct FaultyMaps<M> {
 }
 
 impl<M: Maps> FaultyMaps<M> {
-    /// The operation number `at` (from zero) meets with `fault`.
+    /// Creates maps in which operation number `at` (from zero) has the fault.
     pub fn new(inner: M, at: u64, fault: Fault) -> Self {
         Self {
             inner,
@@ -45,17 +45,17 @@ impl<M: Maps> FaultyMaps<M> {
         }
     }
 
-    /// The operation after the next `at` meets with `fault`.
+    /// Injects the fault into the operation after the next `at`.
     pub fn arm(&mut self, at: u64, fault: Fault) {
         (self.countdown, self.fault) = (at, fault);
     }
 
-    /// How many operations there were.
+    /// Returns the number of operations so far.
     pub fn operations(&self) -> u64 {
         self.operations
     }
 
-    /// Whether the process has died.
+    /// Returns whether the process has died.
     pub fn is_dead(&self) -> bool {
         self.dead
     }
@@ -74,7 +74,7 @@ impl<M: Maps> FaultyMaps<M> {
         fault
     }
 
-    /// As [`Self::run`]; `half` is what was done where the process died in the midst.
+    /// Runs an operation that has more than one store. `half`: its stores before the death of the process.
     fn run_torn(
         &mut self,
         operation: impl FnOnce(&mut M) -> Result<(), MapError>,

@@ -1,5 +1,5 @@
-//! The maps as the reconciler writes them: a trait, implemented by `lb-agent` for the kernel and by [`fake`] in memory, which
-//! checks the rules of the update protocol.
+//! The trait through which the writer accesses the maps. `lb-agent` implements it for the kernel, and [`fake`] in
+//! memory, with checks of the rules of the update protocol.
 
 pub mod dump;
 #[cfg(any(test, feature = "test-support"))]
@@ -56,7 +56,7 @@ pub enum MapError {
         /// Its size.
         capacity: u32,
     },
-    /// No room, in a map whose size is always the same.
+    /// No room, in a map of fixed size.
     #[error("{map} is full ({capacity} entries, which no flag changes)")]
     Bound {
         /// Name of the map.
@@ -69,9 +69,9 @@ pub enum MapError {
     Call {
         /// Name of the map.
         map: &'static str,
-        /// What was tried.
+        /// The operation.
         call: &'static str,
-        /// Why it failed.
+        /// Cause of the failure.
         source: io::Error,
     },
     /// An index beyond the end.
@@ -84,12 +84,12 @@ pub enum MapError {
         /// Its size.
         capacity: u32,
     },
-    /// The operation needs an entry that is not there, or needs that it is not there.
+    /// The operation needs an entry that is missing, or must not have one that is present.
     #[error("{map}: {what}")]
     Unexpected {
         /// Name of the map.
         map: &'static str,
-        /// What was found.
+        /// Description of the entry.
         what: String,
     },
 }
@@ -127,118 +127,118 @@ pub trait Maps {
     /// Adds an entry to FRONTENDS; never changes one.
     ///
     /// # Errors
-    /// [`MapError::Full`], [`MapError::Unexpected`] where the key is there, or the system call's.
+    /// Returns [`MapError::Full`], [`MapError::Unexpected`] if the key is present, or the error of the system call.
     fn insert_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError>;
 
     /// Changes an entry of FRONTENDS in place by one 8-byte store.
     ///
     /// # Errors
-    /// [`MapError::Unexpected`] where the key is not there, or the system call's.
+    /// Returns [`MapError::Unexpected`] if the key is missing, or the error of the system call.
     fn store_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError>;
 
     /// Removes an entry of FRONTENDS. Nothing may be inserted until a grace period has passed.
     ///
     /// # Errors
-    /// The system call's; a key that is not there is no error.
+    /// Returns the error of the system call; a missing key is no error.
     fn delete_frontend(&mut self, key: FrontendKey) -> Result<(), MapError>;
 
     /// Writes an entry of SERVICES that no frontend leads to.
     ///
     /// # Errors
-    /// [`MapError::OutOfRange`].
+    /// Returns [`MapError::OutOfRange`] if the map is shorter.
     fn write_service(&mut self, index: u32, value: Service) -> Result<(), MapError>;
 
-    /// Writes all of an entry of SERVICES but the set words; programs may be reading it.
+    /// Writes all fields of an entry of SERVICES except the set words. Programs may read it at the same time.
     ///
     /// # Errors
-    /// [`MapError::OutOfRange`].
+    /// Returns [`MapError::OutOfRange`] if the map is shorter.
     fn write_service_settings(&mut self, index: u32, value: Service) -> Result<(), MapError>;
 
     /// Publishes a set by one 8-byte store.
     ///
     /// # Errors
-    /// [`MapError::OutOfRange`].
+    /// Returns [`MapError::OutOfRange`] if the map is shorter.
     fn publish_set(&mut self, index: u32, set: Set, word: SetWord) -> Result<(), MapError>;
 
     /// Writes slots that no published set contains.
     ///
     /// # Errors
-    /// [`MapError::OutOfRange`].
+    /// Returns [`MapError::OutOfRange`] if the map is shorter.
     fn write_slots(&mut self, base: u32, slots: &[BackendSlot]) -> Result<(), MapError>;
 
     /// Fills an entry of BACKENDS that is not in use, its generation last.
     ///
     /// # Errors
-    /// [`MapError::OutOfRange`].
+    /// Returns [`MapError::OutOfRange`] if the map is shorter.
     fn fill_backend(&mut self, id: u32, value: Backend) -> Result<(), MapError>;
 
     /// Writes the flags of a backend.
     ///
     /// # Errors
-    /// [`MapError::OutOfRange`].
+    /// Returns [`MapError::OutOfRange`] if the map is shorter.
     fn write_backend_flags(&mut self, id: u32, flags: u16) -> Result<(), MapError>;
 
-    /// Withdraws a backend: moves its generation, which no reference names any more.
+    /// Withdraws a backend: changes its generation, so that references to it are no longer valid.
     ///
     /// # Errors
-    /// [`MapError::OutOfRange`].
+    /// Returns [`MapError::OutOfRange`] if the map is shorter.
     fn withdraw_backend(&mut self, id: u32, generation: u32) -> Result<(), MapError>;
 
     /// Adds or replaces an entry of NAMES.
     ///
     /// # Errors
-    /// [`MapError::Full`] or the system call's.
+    /// Returns [`MapError::Full`] or the error of the system call.
     fn write_name(&mut self, index: u32, value: &Name) -> Result<(), MapError>;
 
     /// Removes an entry of NAMES, and the counters of its service.
     ///
     /// # Errors
-    /// The system call's; an entry that is not there is no error.
+    /// Returns the error of the system call; a missing entry is no error.
     fn delete_name(&mut self, index: u32) -> Result<(), MapError>;
 
-    /// Adds an entry to SOURCE_RANGES, or writes it once more. What a service has there is its own: written before its
-    /// flag says that only those are served, and gone before the index is another's.
+    /// Adds or replaces an entry of SOURCE_RANGES. The entries of a service are written before the flag that restricts
+    /// it to them, and removed before another service gets the index.
     ///
     /// # Errors
-    /// [`MapError::Bound`] or the system call's.
+    /// Returns [`MapError::Bound`] or the error of the system call.
     fn write_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError>;
 
     /// Removes an entry of SOURCE_RANGES.
     ///
     /// # Errors
-    /// The system call's; an entry that is not there is no error.
+    /// Returns the error of the system call; a missing entry is no error.
     fn delete_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError>;
 
     /// Adds or replaces an entry of CLUSTER_CIDRS; a program finds the old one or the new one.
     ///
     /// # Errors
-    /// [`MapError::Bound`] or the system call's.
+    /// Returns [`MapError::Bound`] or the error of the system call.
     fn write_cluster_cidr(&mut self, cidr: Prefix<Addr>, flags: u32) -> Result<(), MapError>;
 
     /// Removes an entry of CLUSTER_CIDRS.
     ///
     /// # Errors
-    /// The system call's; an entry that is not there is no error.
+    /// Returns the error of the system call; a missing entry is no error.
     fn delete_cluster_cidr(&mut self, cidr: Prefix<Addr>) -> Result<(), MapError>;
 
-    /// Asks for a grace period that begins now.
+    /// Requests a grace period that begins now.
     fn grace_begin(&mut self) -> Epoch;
 
-    /// The newest point in time that a grace period has passed.
+    /// Returns the newest point in time that a grace period has passed.
     fn grace_passed(&self) -> Epoch;
 
     /// Waits until a grace period has passed `epoch`.
     ///
     /// # Errors
-    /// The system call's that gives the grace.
+    /// Returns the error of the system call that waits for the grace period.
     fn grace_wait(&mut self, epoch: Epoch) -> Result<(), MapError>;
 
-    /// Bytes written so far: values (and keys of hashes) by any of the methods above.
+    /// Returns the number of bytes written so far by the methods of this trait: values, and keys of hashes.
     fn written(&self) -> u64;
 
-    /// Everything that there is.
+    /// Returns the content of the maps.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns the error of the system call.
     fn dump(&self) -> Result<Dump, MapError>;
 }

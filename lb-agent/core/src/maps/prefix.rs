@@ -3,21 +3,22 @@
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::abi::{Addr, SourceRange};
 
-/// A key of an LPM trie: as many bits of `data`, from the first one on, as `len` says.
+/// A key of an LPM trie: the first `len` bits of `data`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Prefix<T> {
-    /// What the bits are of.
+    /// The value that starts with the bits of the key.
     pub data: T,
-    /// How many.
+    /// Number of bits.
     pub len: u32,
 }
 
-/// Bits of the part of a v4-mapped address that is the same in all of them.
+/// Length of the prefix that all v4-mapped addresses share, in bits.
 const MAPPED: u8 = 96;
-/// Bits of the index before the address in a key of SOURCE_RANGES.
+/// Length of the service index before the address in a key of SOURCE_RANGES, in bits.
 const INDEX: u32 = 32;
 
-/// A network without host bits, and as IPv4 where it is one that is written v4-mapped: equal where the maps' keys are.
+/// Returns a network without host bits, and as IPv4 if it is written v4-mapped. Two results are equal if and only if
+/// their keys in the maps are equal.
 #[must_use]
 pub fn normal(net: IpNet) -> IpNet {
     if let IpNet::V6(v6) = net
@@ -30,7 +31,7 @@ pub fn normal(net: IpNet) -> IpNet {
     net.trunc()
 }
 
-/// Whether a network of IPv6 has the v4-mapped addresses in it, as which IPv4 stands in the maps.
+/// Returns whether an IPv6 network contains the v4-mapped addresses, which represent IPv4 in the maps.
 #[must_use]
 pub(crate) fn covers_v4(net: &IpNet) -> bool {
     let all_v4 = Ipv6Net::new(std::net::Ipv4Addr::UNSPECIFIED.to_ipv6_mapped(), MAPPED);
@@ -50,7 +51,7 @@ impl From<IpNet> for Prefix<Addr> {
 }
 
 impl Prefix<SourceRange> {
-    /// The key of SOURCE_RANGES that lets a network use a service.
+    /// Returns the key of SOURCE_RANGES that allows a network to use a service.
     #[must_use]
     pub fn of(service: u32, net: IpNet) -> Self {
         let Prefix { data: addr, len } = Prefix::<Addr>::from(net);
@@ -60,7 +61,7 @@ impl Prefix<SourceRange> {
         }
     }
 
-    /// The network, where the key is one that [`Self::of`] gives for a service.
+    /// Returns the network, if [`Self::of`] can return this key.
     #[must_use]
     pub fn network(&self) -> Option<IpNet> {
         let len = u8::try_from(self.len.checked_sub(INDEX)?).ok()?;
@@ -68,7 +69,7 @@ impl Prefix<SourceRange> {
         (Self::of(self.data.service, net) == *self).then_some(net)
     }
 
-    /// Whether it lets an address use a service.
+    /// Returns whether it allows an address to use a service.
     #[must_use]
     pub fn admits(&self, service: u32, addr: Addr) -> bool {
         let net = || self.network().map(Prefix::<Addr>::from);
@@ -76,20 +77,20 @@ impl Prefix<SourceRange> {
     }
 }
 
-/// The network of the first bits of an address, as IPv6.
+/// Returns the network of the first bits of an address, as IPv6.
 fn network(addr: Addr, len: u8) -> Option<IpNet> {
     Ipv6Net::new(addr.bytes.into(), len).ok().map(IpNet::V6)
 }
 
 impl Prefix<Addr> {
-    /// The network, where the key is one that a network gives.
+    /// Returns the network, if the key is that of a network.
     #[must_use]
     pub fn network(&self) -> Option<IpNet> {
         let net = normal(network(self.data, u8::try_from(self.len).ok()?)?);
         (Self::from(net) == *self).then_some(net)
     }
 
-    /// Whether an address is in the network.
+    /// Returns whether an address is in the network.
     #[must_use]
     pub fn contains(&self, addr: Addr) -> bool {
         let net = u8::try_from(self.len)

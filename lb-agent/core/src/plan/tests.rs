@@ -6,7 +6,7 @@ use crate::maps::{Capacities, Maps as _};
 use crate::model::{EndpointSlice, Service as Object};
 use crate::testing::*;
 
-/// A step, short enough for a table.
+/// Formats a step, short enough for a table.
 fn show(step: &Step) -> String {
     let word = |w: SetWord| match (w.len, w.flags & set_flags::EMPTY_DROPS) {
         (0, 0) => "none".to_owned(),
@@ -40,7 +40,7 @@ fn show(step: &Step) -> String {
     }
 }
 
-/// The steps from one state of `default/web` to another.
+/// Returns the steps from one state of `default/web` to another.
 fn steps(before: Option<(Object, EndpointSlice)>, now: (Object, EndpointSlice)) -> Vec<String> {
     let mut lb = start(maps());
     if let Some((service, slice)) = before {
@@ -201,7 +201,7 @@ fn a_change_has_only_the_steps_that_it_needs() {
 }
 
 #[test]
-fn a_plan_that_finds_no_room_takes_nothing() {
+fn a_plan_without_room_allocates_nothing() {
     let full = |tighten: fn(&mut Capacities)| {
         let mut capacities = ROOM;
         tighten(&mut capacities);
@@ -264,7 +264,7 @@ fn another_cluster_ip_is_a_matter_of_frontends_only() {
 }
 
 #[test]
-fn whom_a_load_balancer_serves_is_known_before_its_flag_says_that_not_everybody() {
+fn source_ranges_are_written_before_the_flag_that_restricts() {
     let endpoints = ["10.0.0.1"];
     let open = || Some((balanced("web", "10.96.0.1", "192.0.2.1", &[]), on(&endpoints)));
     let closed = || {

@@ -1,5 +1,5 @@
-//! What packets from outside need, against maps in memory: marks of external addresses, source ranges, and networks that
-//! are inside the cluster.
+//! The parts of the maps for packets from outside, with maps in memory: marks of external addresses, source ranges, and
+//! networks inside the cluster.
 
 use std::net::IpAddr;
 
@@ -29,7 +29,7 @@ fn web(ranges: &[&str]) -> Cluster {
     ])
 }
 
-/// Whether a packet from an address to the load-balancer address is served, by what the maps say.
+/// Returns whether a packet from an address to the load-balancer address is served, by the maps.
 fn admits(dump: &Dump, client: &str) -> bool {
     let Some(frontend) = dump.frontends.get(&key(BALANCER, 80)) else {
         return false;
@@ -51,7 +51,7 @@ fn mark(dump: &Dump, ip: &str) -> Option<FrontendKind> {
     FrontendKind::from_u8(found.kind)
 }
 
-/// CLUSTER_CIDRS as text: `i` inside, `h` here, `-` neither.
+/// Returns CLUSTER_CIDRS as text: `i` for `INSIDE`, `h` for `HERE`, `-` for neither.
 fn inside(dump: &Dump) -> Vec<String> {
     let entries = dump.cluster_cidrs.iter().map(|(cidr, flags)| {
         let flags = match *flags {
@@ -66,8 +66,8 @@ fn inside(dump: &Dump) -> Vec<String> {
 }
 
 #[test]
-fn an_allowed_client_is_let_in_at_every_moment_of_a_change() {
-    // All but the last have the client.
+fn an_admitted_client_is_served_at_every_step_of_a_change() {
+    // The client is allowed in all states except the last.
     let lists: [&[&str]; 6] = [
         &[],
         &["10.0.0.0/8"],
@@ -88,7 +88,7 @@ fn an_allowed_client_is_let_in_at_every_moment_of_a_change() {
                 lb.maps_mut().arm(at, Fault::Die);
                 told.become_like(&web(after));
                 lb.apply(told.batch());
-                // Grace is asked for, but a dead agent does not see it pass.
+                // A grace period was requested, but a dead agent does not notice that it passes.
                 lb.settle().ok();
                 let is_dead = lb.maps().is_dead();
                 let contents = &lb.maps().inner.contents;
@@ -111,7 +111,7 @@ fn an_allowed_client_is_let_in_at_every_moment_of_a_change() {
 }
 
 #[test]
-fn who_is_no_longer_allowed_is_refused_after_a_grace_period() {
+fn a_removed_range_is_refused_after_a_grace_period() {
     let mut told = web(&["10.0.0.0/8", "172.16.0.0/12"]);
     let mut lb = start(maps());
     apply(&mut lb, &mut told);
@@ -127,7 +127,7 @@ fn who_is_no_longer_allowed_is_refused_after_a_grace_period() {
 }
 
 #[test]
-fn a_range_that_comes_back_before_it_went_stays() {
+fn a_range_that_returns_before_its_removal_stays() {
     let mut told = web(&["10.0.0.0/8", "172.16.0.0/12"]);
     let mut lb = start(maps());
     apply(&mut lb, &mut told);
@@ -139,7 +139,7 @@ fn a_range_that_comes_back_before_it_went_stays() {
         told.become_like(&web(list));
         lb.apply(told.batch());
     }
-    // The first period is not for what left since.
+    // The first grace period does not cover the second removal.
     let newest = lb.maps().grace_requested();
     lb.maps_mut().pass_grace_until(newest - 1);
     lb.reclaim();
@@ -150,7 +150,7 @@ fn a_range_that_comes_back_before_it_went_stays() {
 }
 
 #[test]
-fn an_index_that_is_used_again_has_no_ranges_of_before() {
+fn a_reused_index_has_no_former_ranges() {
     let mut told = web(&["10.0.0.0/8"]);
     let mut lb = start(maps());
     apply(&mut lb, &mut told);
@@ -164,14 +164,14 @@ fn an_index_that_is_used_again_has_no_ranges_of_before() {
 }
 
 #[test]
-fn ranges_that_an_agent_left_when_it_died_are_gone_before_their_index_is_used() {
+fn ranges_of_a_dead_agent_are_removed_before_their_index_is_used() {
     for index in [1, 5, 16, u32::MAX] {
         let mut maps = maps();
         let stale = Prefix::of(index, "10.0.0.0/8".parse().unwrap());
         maps.contents.source_ranges.insert(stale, 0);
         let mut lb = start(maps);
         let mut told = web(&["172.16.0.0/12"]);
-        // Before everything is told, and after it.
+        // Before the source is complete, and after it.
         lb.apply(told.incomplete());
         assert!(!admits(&lb.maps().contents, "10.1.2.3"), "{index}");
         assert!(admits(&lb.maps().contents, "172.16.0.1"), "{index}");
@@ -183,7 +183,7 @@ fn ranges_that_an_agent_left_when_it_died_are_gone_before_their_index_is_used() 
 }
 
 #[test]
-fn where_a_range_does_not_fit_its_clients_are_refused_and_all_else_is_served() {
+fn a_range_that_does_not_fit_refuses_only_its_clients() {
     let mut told = web(&["10.0.0.0/8", "172.16.0.0/12"]);
     let mut lb = start(maps().with_source_ranges(1));
     lb.apply(told.batch());
@@ -202,7 +202,7 @@ fn where_a_range_does_not_fit_its_clients_are_refused_and_all_else_is_served() {
         "{problem}"
     );
     assert_eq!(problem.service, Some(ObjectKey::new("default", "web")));
-    // A change for which there is no room dismisses nobody.
+    // A change for which there is no room removes no range.
     told.become_like(&web(&["192.168.0.0/16"]));
     lb.apply(told.batch());
     lb.settle().unwrap();
@@ -213,7 +213,7 @@ fn where_a_range_does_not_fit_its_clients_are_refused_and_all_else_is_served() {
 }
 
 #[test]
-fn what_is_no_range_admits_nobody_and_is_named() {
+fn an_invalid_range_admits_no_client_and_is_a_problem() {
     for (written, restricted, admitted) in [
         (&["10.0.0.0/33"][..], true, &[][..]),
         (&["10.0.0.0/8", "somewhere"], true, &["10.0.0.0/8"]),
@@ -246,13 +246,13 @@ fn ranges_of_the_other_family_and_a_range_of_all_are_no_restriction() {
 }
 
 #[test]
-fn external_addresses_are_marked_but_never_those_of_a_node() {
+fn external_addresses_are_marked_except_those_of_nodes() {
     let mut told = web(&[]);
     let mut lb = start(maps());
     apply(&mut lb, &mut told);
     assert_eq!(mark(&lb.maps().contents, CLUSTER_IP), Some(FrontendKind::Address));
     assert_eq!(mark(&lb.maps().contents, BALANCER), Some(FrontendKind::ExternalAddress));
-    // It comes to a device of this node, and goes.
+    // The address is added to a device of this node, and removed.
     lb.set_addresses(addrs(&["192.168.0.1", BALANCER]));
     assert_eq!(mark(&lb.maps().contents, BALANCER), None);
     assert!(lb.maps().contents.frontends.contains_key(&key(BALANCER, 80)));
@@ -260,7 +260,7 @@ fn external_addresses_are_marked_but_never_those_of_a_node() {
     lb.set_addresses(addrs(&["192.168.0.1"]));
     lb.settle().unwrap();
     assert_eq!(mark(&lb.maps().contents, BALANCER), Some(FrontendKind::ExternalAddress));
-    // It is one of a Node, or of two.
+    // The address belongs to one Node, or to two.
     for nodes in [&["n2"][..], &["n2", "n3"], &["n3"], &[]] {
         for name in ["n2", "n3"] {
             let other = node(name, &["192.168.0.9", BALANCER], &[]);
@@ -289,7 +289,7 @@ fn an_address_that_is_a_cluster_ip_too_is_marked_as_one_in_place() {
     told.set(other.clone());
     apply(&mut lb, &mut told);
     assert_eq!(mark(&lb.maps().contents, BALANCER), Some(FrontendKind::Address));
-    // As any cluster IP, it is marked whatever a node has.
+    // As any cluster IP, it is marked even if a node has the address.
     lb.set_addresses(addrs(&[BALANCER]));
     assert_eq!(mark(&lb.maps().contents, BALANCER), Some(FrontendKind::Address));
     lb.set_addresses(BTreeSet::new());
@@ -299,7 +299,7 @@ fn an_address_that_is_a_cluster_ip_too_is_marked_as_one_in_place() {
 }
 
 #[test]
-fn a_mark_of_an_earlier_run_goes_from_this_nodes_address_before_anything_is_told() {
+fn a_former_mark_of_this_nodes_address_is_removed_before_the_first_batch() {
     let mut lb = start(maps());
     apply(&mut lb, &mut web(&[]));
     let mut next = start(lb.maps().clone());
@@ -308,7 +308,7 @@ fn a_mark_of_an_earlier_run_goes_from_this_nodes_address_before_anything_is_told
     assert_eq!(mark(&next.maps().contents, CLUSTER_IP), Some(FrontendKind::Address));
     next.apply(Cluster::default().incomplete());
     assert_eq!(mark(&next.maps().contents, CLUSTER_IP), Some(FrontendKind::Address));
-    // Of another one nobody knows yet whose it is.
+    // The owner of another address is not known yet, so its mark stays.
     let mut slow = start(lb.maps().clone());
     slow.apply(Cluster::default().incomplete());
     assert_eq!(
@@ -338,7 +338,7 @@ fn networks_inside_the_cluster_follow_nodes_and_addresses() {
     apply(&mut lb, &mut told);
     let all = ["10.10.1.1/32 i", "192.168.0.1/32 i", "fd00::1/128 i"];
     assert_eq!(inside(&lb.maps().contents), all);
-    // A start knows no Node yet: what is there stays until all is told.
+    // A new agent has no Node yet: present entries stay until the source is complete.
     let mut next = start(lb.maps().clone());
     let before = next.maps().written();
     next.set_addresses(addrs(&["192.168.0.1"]));
@@ -350,7 +350,7 @@ fn networks_inside_the_cluster_follow_nodes_and_addresses() {
 }
 
 #[test]
-fn networks_may_be_given_and_those_of_this_nodes_pods_are_here_all_the_same() {
+fn configured_networks_leave_the_flag_of_this_nodes_pods() {
     let nodes = || {
         Cluster::of([
             node(NODE, &[], &["10.10.1.0/24"]).into(),
@@ -363,7 +363,7 @@ fn networks_may_be_given_and_those_of_this_nodes_pods_are_here_all_the_same() {
             &["10.10.1.128/25", "fd00::/8"],
             &["10.10.1.0/24 ih", "10.10.1.128/25 ih", "fd00::/8 i"],
         ),
-        // IPv4 is not inside because all of IPv6 is.
+        // All of IPv6 is inside, but that does not make IPv4 inside.
         (&["::/0"], &["::/0 i", "0.0.0.0/0 -", "10.10.1.0/24 ih"]),
         (&[], &["10.10.1.0/24 ih"]),
     ] {
@@ -398,6 +398,6 @@ fn only_this_node_among_a_thousand_costs_anything() {
     told.set(node(NODE, &["172.16.0.1"], &["10.9.9.0/24", "fd00:9::/64"]));
     lb.apply(told.batch());
     assert_eq!((own.len(), inside(&lb.maps().contents).len()), (1, 2));
-    // Two that are new, and the key of the one that is not any more.
+    // Two new entries, and the key of the removed one.
     assert_eq!(lb.maps().written() - before, 2 * (4 + 16 + 4) + (4 + 16));
 }

@@ -10,26 +10,34 @@ use crate::maps::faulty::{Fault, FaultyMaps};
 use crate::model::{EndpointSlice, ServiceType};
 use crate::testing::*;
 
-/// What happens in a random run.
+/// An event of a random run.
 #[derive(Debug, Clone)]
 pub enum Act {
+    /// A Service is added or replaced.
     Service(crate::model::Service),
+    /// An EndpointSlice is added or replaced.
     Slice(EndpointSlice),
+    /// The Service of this number is removed.
     RemoveService(usize),
+    /// The EndpointSlice of this number is removed.
     RemoveSlice(usize),
+    /// A Node is added or replaced.
     Node(Node),
+    /// The Node of this number is removed.
     RemoveNode(usize),
-    /// This node's devices have these addresses now.
+    /// The addresses of this node's devices are replaced.
     Addresses(BTreeSet<Addr>),
-    /// The source tells what changed; that this is all, or not.
+    /// The source delivers the changes, complete or not.
     Tell(bool),
-    /// A grace period passes, but not for the newest so many requests.
+    /// A grace period passes for all requests except this many of the newest.
     Grace(u64),
+    /// The agent frees entries after their grace period.
     Reclaim,
+    /// The agent waits for all grace periods.
     Settle,
     /// The agent is killed between two operations.
     Restart,
-    /// The operation after so many meets with a fault.
+    /// The operation after this many has a fault.
     Fault(u64, Fault),
 }
 
@@ -39,6 +47,7 @@ const NODES: [&str; 3] = [NODE, "n2", "n3"];
 /// Addresses that Services, Nodes and devices may have.
 const SHARED: [&str; 4] = ["10.96.0.0", "192.0.2.1", "192.0.2.2", "192.168.0.1"];
 
+/// Returns a strategy for events of random runs.
 pub fn any_act() -> impl Strategy<Value = Act> {
     let a_service = (
         0..4_usize,
@@ -119,7 +128,7 @@ fn some_of(texts: &[&'static str]) -> impl Strategy<Value = Vec<&'static str>> +
     prop::sample::subsequence(texts.to_vec(), 0..=3)
 }
 
-/// A load balancer's address, and for whom it is.
+/// An address of a load balancer, and its source ranges.
 fn a_balancer() -> impl Strategy<Value = Option<(&'static str, Vec<&'static str>)>> {
     let ranges = [
         "10.0.0.0/8",
@@ -132,14 +141,14 @@ fn a_balancer() -> impl Strategy<Value = Option<(&'static str, Vec<&'static str>
     prop::option::of((prop::sample::select(SHARED.to_vec()), some_of(&ranges)))
 }
 
-/// Plays a random run with maps of these sizes; at the end everything is told, and all is as desired, or a full map is
-/// named.
+/// Plays a random run with maps of these sizes. At the end the source is complete, and the maps are as desired, or a
+/// problem names a full map.
 pub fn run(capacities: Capacities, acts: Vec<Act>) {
     let quiet = |maps| FaultyMaps::new(maps, 0, Fault::None);
     let mut lb = start(quiet(FakeMaps::new(capacities)));
     let mut cluster = Cluster::default();
     let mut addresses = BTreeSet::new();
-    // Before the first apply of an agent nothing is desired, and a failure is tried again at an apply or a reclaim.
+    // Before the first apply of an agent nothing is desired. A failed write is repeated at an apply or a reclaim.
     let settled = |lb: &mut Reconciler<FaultyMaps<FakeMaps>>| {
         lb.maps_mut().arm(0, Fault::None);
         lb.reclaim();

@@ -1,4 +1,5 @@
-//! The writer against maps in memory: what the maps say in the end, and what may never be on the way.
+//! The reconciler with maps in memory: their content after each change, and the states that must never occur in
+//! between.
 
 use std::sync::Arc;
 
@@ -14,10 +15,10 @@ use crate::maps::faulty::{Fault, FaultyMaps};
 use crate::model::{EndpointSlice, Node, Object};
 use crate::testing::*;
 
-/// A state of the cluster after another; each but the first is a change.
+/// Successive states of the cluster; each but the first is a change.
 type Story = Vec<Cluster>;
 
-/// The stories that every fault is tried on.
+/// The stories in which faults are injected at every operation.
 fn stories() -> Vec<(&'static str, Story)> {
     let story = |steps: &[&dyn Fn(&mut Cluster)]| -> Story {
         let mut cluster = Cluster::default();
@@ -129,7 +130,7 @@ fn stories() -> Vec<(&'static str, Story)> {
     ]
 }
 
-/// Plays a story; after every state `between` may do something.
+/// Plays a story, and calls `between` after every state.
 fn play<M: Maps>(lb: &mut Reconciler<M>, story: &[Cluster], mut between: impl FnMut(&mut Reconciler<M>)) {
     let mut told = Cluster::default();
     for state in story {
@@ -140,7 +141,7 @@ fn play<M: Maps>(lb: &mut Reconciler<M>, story: &[Cluster], mut between: impl Fn
 }
 
 #[test]
-fn every_story_ends_well() {
+fn every_story_ends_as_desired() {
     for (name, story) in stories() {
         let mut lb = start(maps());
         play(&mut lb, &story, |lb| {
@@ -155,7 +156,7 @@ fn every_story_ends_well() {
     }
 }
 
-/// How many operations a story has.
+/// Returns the number of operations of a story.
 fn operations(story: &Story, settle: bool) -> u64 {
     let mut lb = start(FaultyMaps::new(maps(), u64::MAX, Fault::None));
     play(&mut lb, story, |lb| {
@@ -167,7 +168,7 @@ fn operations(story: &Story, settle: bool) -> u64 {
 }
 
 #[test]
-fn after_death_at_any_operation_the_next_agent_puts_all_right() {
+fn next_agent_completes_a_change_that_died_at_any_operation() {
     for (name, story) in stories() {
         for (settle, fault) in [true, false]
             .into_iter()
@@ -175,7 +176,7 @@ fn after_death_at_any_operation_the_next_agent_puts_all_right() {
         {
             for at in 0..operations(&story, settle) {
                 let mut lb = start(FaultyMaps::new(maps(), at, fault));
-                // The objects as they are when the next agent starts: as they were at the time of death, or newer.
+                // The next agent starts with the objects of the time of death, or with newer ones.
                 let mut then = None;
                 let mut states = story.iter();
                 play(&mut lb, &story, |lb| {
@@ -201,7 +202,7 @@ fn after_death_at_any_operation_the_next_agent_puts_all_right() {
 }
 
 #[test]
-fn after_a_failure_of_any_operation_the_next_try_puts_all_right() {
+fn next_attempt_completes_a_change_that_failed_at_any_operation() {
     for (name, story) in stories() {
         for settle in [true, false] {
             for at in 0..operations(&story, settle) {
@@ -226,7 +227,7 @@ fn after_a_failure_of_any_operation_the_next_try_puts_all_right() {
     }
 }
 
-/// Service indexes and backend ids, by what they stand for.
+/// Returns service indexes and backend ids, by the identity of their service port or backend.
 fn identities(lb: &Reconciler<FakeMaps>) -> BTreeMap<String, u32> {
     let dump = lb.maps().dump().unwrap();
     let names = dump
@@ -250,14 +251,14 @@ fn web() -> Cluster {
     ])
 }
 
-/// An agent that serves [`web`].
+/// Starts an agent that serves [`web`].
 fn serving() -> (Reconciler<FakeMaps>, Cluster) {
     let (mut lb, mut cluster) = (start(maps()), web());
     apply(&mut lb, &mut cluster);
     (lb, cluster)
 }
 
-/// The next agent, with the same maps.
+/// Starts the next agent, with the same maps.
 fn restart(lb: &Reconciler<FakeMaps>) -> Reconciler<FakeMaps> {
     start(lb.maps().clone())
 }
@@ -295,7 +296,7 @@ fn a_service_is_served() {
 }
 
 #[test]
-fn the_same_again_writes_nothing_also_after_a_restart() {
+fn unchanged_objects_write_nothing_even_after_a_restart() {
     let (mut lb, cluster) = serving();
     let before = lb.maps().written();
     lb.apply(cluster.again().batch());
@@ -308,7 +309,7 @@ fn the_same_again_writes_nothing_also_after_a_restart() {
 }
 
 #[test]
-fn who_stays_keeps_index_and_ids_over_changes_and_a_restart() {
+fn index_and_ids_survive_changes_and_a_restart() {
     let (mut lb, mut cluster) = serving();
     let before = identities(&lb);
     cluster.set(slice("web", &["10.0.0.3", "10.0.0.2", "10.0.0.4"]));
@@ -331,7 +332,7 @@ fn who_stays_keeps_index_and_ids_over_changes_and_a_restart() {
 }
 
 #[test]
-fn nothing_that_is_pinned_goes_before_the_source_is_complete() {
+fn pinned_entries_stay_until_the_source_is_complete() {
     let (lb, _) = serving();
     let pinned = lb.maps().contents.clone();
     let mut next = restart(&lb);
@@ -340,7 +341,7 @@ fn nothing_that_is_pinned_goes_before_the_source_is_complete() {
         assert_served(next, "10.96.0.1", 80, &WEB);
         assert_served(next, "10.96.0.2", 80, &["10.0.1.1:8080", "10.0.1.2:8080"]);
     };
-    // Nothing is known.
+    // The source has delivered nothing.
     next.apply(told.incomplete());
     next.settle().unwrap();
     assert_eq!(next.maps().contents, pinned);
@@ -350,23 +351,23 @@ fn nothing_that_is_pinned_goes_before_the_source_is_complete() {
     next.apply(told.incomplete());
     next.settle().unwrap();
     assert_eq!(next.maps().contents, pinned);
-    // One that claims the address of a Service that may still be told of.
+    // A Service that claims the address of one that the source may still deliver.
     told.set(service("new", "10.96.0.2").created(3));
     told.set(slice("new", &["10.0.2.1"]));
     next.apply(told.incomplete());
     next.settle().unwrap();
     still(&next);
-    // Endpoints are followed as soon as there are any.
+    // Endpoints are applied as soon as the source delivers any.
     told.set(slice("web", &["10.0.0.2"]));
     next.apply(told.incomplete());
     next.settle().unwrap();
     assert_served(&next, "10.96.0.1", 80, &["10.0.0.2:8080"]);
     assert!(!next.is_complete());
-    // All told: what is not there is gone.
+    // The source is complete: objects that it did not deliver are removed.
     apply(&mut next, &mut told);
     assert!(next.is_complete());
     assert_served(&next, "10.96.0.2", 80, &["10.0.2.1:8080"]);
-    // The source has a problem again: what was told counts.
+    // The source has a problem again: the delivered objects stay.
     told.remove_service("new");
     next.apply(told.incomplete());
     next.settle().unwrap();
@@ -375,7 +376,7 @@ fn nothing_that_is_pinned_goes_before_the_source_is_complete() {
 }
 
 #[test]
-fn a_service_that_was_told_of_and_deleted_goes_at_once() {
+fn a_delivered_and_deleted_service_is_removed_at_once() {
     let (lb, cluster) = serving();
     let mut next = restart(&lb);
     let mut told = cluster.again();
@@ -395,7 +396,7 @@ fn a_service_that_was_told_of_and_deleted_goes_at_once() {
 }
 
 #[test]
-fn a_frontend_passes_between_living_services_in_place() {
+fn a_frontend_passes_between_services_in_place() {
     let (mut lb, mut cluster) = serving();
     cluster.set(service("web", "10.96.0.2"));
     cluster.set(service("db", "10.96.0.1"));
@@ -406,7 +407,7 @@ fn a_frontend_passes_between_living_services_in_place() {
 }
 
 #[test]
-fn of_two_that_claim_a_frontend_the_older_has_it_until_it_goes() {
+fn the_older_claim_gets_a_frontend_until_it_is_removed() {
     let (mut lb, mut cluster) = serving();
     cluster.set(service("old", "10.96.0.1").created(1));
     cluster.set(slice("old", &["10.0.9.9"]));
@@ -439,7 +440,7 @@ fn a_service_that_comes_back_before_the_grace_period_ends_gets_another_index() {
     cluster.set(service("web", "10.96.0.1"));
     lb.apply(cluster.batch());
     assert_ne!(lb.maps().contents.frontends[&key("10.96.0.1", 80)].service, index);
-    // Dies here: two entries of NAMES are of one identity.
+    // The agent dies here: two entries of NAMES have one identity.
     let mut next = restart(&lb);
     apply(&mut next, &mut cluster.again());
     assert_eq!(next.usage().0.services, 2);
@@ -449,9 +450,9 @@ fn a_service_that_comes_back_before_the_grace_period_ends_gets_another_index() {
 }
 
 #[test]
-fn nothing_is_used_again_before_its_grace_period() {
+fn slots_and_ids_are_reused_only_after_a_grace_period() {
     let (mut lb, mut cluster) = serving();
-    // Without a grace period between, ever new slots and ids are taken...
+    // Without a grace period in between, each change takes new slots and ids...
     for round in 0..6 {
         cluster.set(slice("web", &[&format!("10.0.2.{round}"), "10.0.0.2"]));
         lb.apply(cluster.batch());
@@ -459,16 +460,17 @@ fn nothing_is_used_again_before_its_grace_period() {
     }
     let (usage, _) = lb.usage();
     assert_eq!((usage.backends, usage.backend_slots), (4 + 6, 4 + 12));
-    // ...and one gives all of them back.
+    // ...and one grace period frees all of them.
     lb.maps_mut().pass_grace();
     lb.reclaim();
     let (usage, _) = lb.usage();
     assert_eq!((usage.backends, usage.backend_slots), (4, 4));
 }
 
-/// Fills one map after another; what did not fit is named, hurts nobody else, and follows when there is room.
+/// Fills one map after another. A problem names the Service that did not fit, others are not affected, and it is
+/// written when there is room.
 #[test]
-fn a_full_map_is_named_and_tried_again() {
+fn a_full_map_is_a_problem_and_retried() {
     let tight = |tighten: &dyn Fn(&mut Capacities)| {
         let mut capacities = ROOM;
         tighten(&mut capacities);
@@ -506,7 +508,7 @@ fn a_full_map_is_named_and_tried_again() {
         );
         assert_served(&lb, "10.96.0.1", 80, &WEB);
         assert_eq!(served(lb.maps(), "10.96.0.3", 80), None);
-        // Others can change meanwhile, and nothing is written for the one that fails.
+        // Other Services can change meanwhile, and nothing is written for the one that does not fit.
         let written = lb.maps().written();
         lb.apply(Batch::default());
         lb.settle().unwrap();
@@ -517,7 +519,7 @@ fn a_full_map_is_named_and_tried_again() {
         assert_clean(&lb);
         assert_eq!(lb.problems(), []);
         assert_served(&lb, "10.96.0.3", 80, &["10.0.3.1:8080", "10.0.3.2:8080"]);
-        // In one batch, the room comes from what the batch removes.
+        // The batch removes entries and so makes room for its own additions.
         cluster.remove_service("new");
         cluster.set(service("web", "10.96.0.1"));
         lb.apply(cluster.batch());
@@ -541,7 +543,7 @@ fn a_full_frontends_map_has_room_for_what_the_same_batch_deletes() {
 }
 
 #[test]
-fn fragments_join_again() {
+fn free_slot_ranges_join() {
     let capacities = Capacities {
         backend_slots: 16,
         ..ROOM
@@ -582,7 +584,7 @@ fn endpoints_that_drain_keep_their_backend() {
     apply(&mut lb, &mut cluster);
     assert_served(&lb, "10.96.0.1", 80, &["10.0.0.2:8080"]);
     assert_eq!(identities(&lb), before);
-    // All terminate: then they serve.
+    // All endpoints terminate: then they serve.
     cluster.set(slice("web", &["10.0.0.1 terminating", "10.0.0.2 terminating"]));
     apply(&mut lb, &mut cluster);
     assert_served(&lb, "10.96.0.1", 80, &WEB);
@@ -646,7 +648,7 @@ fn one_endpoint_of_a_hundred_thousand_costs_what_changed() {
     let mut cluster = Cluster::default();
     for i in 0..10_000 {
         let ip = std::net::Ipv4Addr::from(0x0a60_0000 + i).to_string();
-        // Two thirds of them with sets that differ.
+        // Two thirds of the Services have sets that differ.
         cluster.set(if i % 3 == 0 {
             service(&format!("s{i}"), &ip)
         } else {
@@ -688,7 +690,7 @@ fn one_endpoint_of_a_hundred_thousand_costs_what_changed() {
 }
 
 #[test]
-fn a_failure_is_tried_again_also_without_a_change() {
+fn a_failed_write_is_repeated_without_a_change() {
     let (mut lb, mut cluster) = (start(FaultyMaps::new(maps(), 0, Fault::None)), web());
     lb.apply(cluster.batch());
     cluster.set(slice("web", &["10.0.0.1"]));
@@ -704,9 +706,9 @@ fn a_failure_is_tried_again_also_without_a_change() {
     assert_clean(&lb);
 }
 
-/// The service port that has it next cannot be written at first.
+/// The first write of the service port that the frontend passes to fails.
 #[test]
-fn a_frontend_that_passes_to_a_new_service_port_is_never_away() {
+fn a_frontend_that_passes_to_a_new_service_port_never_misses() {
     let failed_at = |at: u64| {
         let (mut lb, mut cluster) = (start(FaultyMaps::new(maps(), 0, Fault::None)), Cluster::default());
         cluster.set(service("web", "10.96.0.1").ports([port("a", 80)]));
@@ -736,10 +738,10 @@ fn a_frontend_that_passes_to_a_new_service_port_is_never_away() {
     assert!(tried >= 5, "{tried} operations");
 }
 
-/// Somebody has written to a set, and putting it right fails: frontends stay, and nothing that the set leads to is used
-/// for anything else.
+/// A set was written from outside, and its correction fails. Frontends stay, and the slots that the set leads to are
+/// not used for another set.
 #[test]
-fn a_corrupted_service_keeps_its_frontends_also_where_it_cannot_be_put_right() {
+fn a_corrupted_service_keeps_its_frontends_if_its_correction_fails() {
     let (lb, cluster) = serving();
     let index = lb.maps().contents.frontends[&key("10.96.0.1", 80)].service as usize;
     let corruptions: [fn(&mut Service); 4] = [
@@ -767,11 +769,11 @@ fn a_corrupted_service_keeps_its_frontends_also_where_it_cannot_be_put_right() {
 }
 
 #[test]
-fn strays_stay_until_every_set_is_known() {
+fn orphans_stay_until_every_set_is_known() {
     let (lb, cluster) = serving();
     let mut left = lb.maps().clone().corrupted();
     let index = left.contents.frontends[&key("10.96.0.1", 80)].service as usize;
-    // Its backend is nobody's now, so its set is not known, and putting it right fails at first.
+    // Its backend has no owner now, so the content of its set is unknown, and the first correction fails.
     let id = left.contents.slots[left.contents.services[index].internal.base as usize].backend;
     left.contents.backends[id as usize].service = 14;
     let mut next = start(FaultyMaps::new(left, u64::MAX, Fault::None));
@@ -832,7 +834,7 @@ fn a_node_that_changes_its_zone_follows_other_hints() {
 }
 
 #[test]
-fn health_checks_count_what_is_ready_on_this_node() {
+fn health_checks_count_ready_endpoints_of_this_node() {
     let mut balanced = service("web", "10.96.0.1");
     balanced.health_check_node_port = Some(32000);
     let mut cluster = Cluster::of([balanced.clone().into()]);
@@ -861,7 +863,7 @@ fn health_checks_count_what_is_ready_on_this_node() {
         "10.0.0.4 @n2",
     ];
     cluster.set(slice("web", &endpoints));
-    // The same pod for another port.
+    // An endpoint of the same pod for another port.
     cluster.set(named_slice(
         "web-1",
         "web",

@@ -1,4 +1,4 @@
-//! Corruption of one field at a time: `verify` names it, and the next agent puts it right.
+//! Corruption of one field at a time: `verify` names the field, and the next agent corrects it.
 
 use lb_common::logic::connect::Set;
 
@@ -9,8 +9,8 @@ use crate::maps::fake::FakeMaps;
 use crate::reconcile::Reconciler;
 use crate::testing::*;
 
-/// Several services: two that have the same backends, one whose sets differ, one without endpoints, one that drains, one
-/// for some sources only; and two Nodes.
+/// Several Services: two that have the same backends, one with different sets, one without endpoints, one that drains,
+/// one with source ranges; and two Nodes.
 fn cluster() -> Cluster {
     Cluster::of([
         service("a", "10.96.0.1").into(),
@@ -54,10 +54,10 @@ fn serving() -> Reconciler<FakeMaps> {
     lb
 }
 
-/// The text that names a field, and a change of it.
+/// The name of a field, and a change of it.
 type Corruption = (String, Box<dyn Fn(&mut Dump)>);
 
-/// Changes of one field, to each of `values` that it does not have.
+/// Adds changes of one field, to each of `values` except its present one.
 fn vary<T: PartialEq + Copy + 'static>(
     all: &mut Vec<Corruption>,
     dump: &Dump,
@@ -151,7 +151,7 @@ fn of_services(dump: &Dump) -> Vec<Corruption> {
             (Set::Cluster, "cluster"),
         ] {
             let at = |part: &str| field(&format!("{name}.{part}"));
-            // Where all that the set has is at another place too, nothing is wrong.
+            // If another range has all slots of the set too, the changed word is valid.
             let is = *set_word_mut(&mut dump.services[index].clone(), set);
             let slots = |base: u32| dump.slots.get(base as usize..)?.get(..usize::from(is.len));
             let bases: Vec<_> = bases
@@ -429,7 +429,7 @@ fn of_tries(dump: &Dump) -> Vec<Corruption> {
     all
 }
 
-/// Somebody changes one field: it is named, and the next agent puts it right.
+/// One field is changed from outside: `verify` names it, and the next agent corrects it.
 fn named_and_put_right(corruptions: fn(&Dump) -> Vec<Corruption>) {
     let lb = serving();
     let all = corruptions(&lb.maps().contents);
@@ -457,7 +457,7 @@ fn named_and_put_right(corruptions: fn(&Dump) -> Vec<Corruption>) {
         again.settle().unwrap();
         assert_eq!(again.maps().written(), written, "{number}: {field}: the same again");
 
-        // A source that has more to tell does no harm.
+        // A batch of an incomplete source does not change this.
         let mut slow = start(maps);
         let mut told = Cluster::default();
         slow.apply(told.incomplete());
