@@ -3,8 +3,9 @@
 //! It reads each map as a whole, in batches, again and again, and never examines more than [`PER_SECOND`] entries in a
 //! second. Its cost does not depend on the number of flows; only the delay until an expired flow is found does.
 //!
-//! Both directions of a flow are deleted together, the reply direction first: while the original direction exists, no program
-//! creates the flow again. Before the deletion both are looked up again, and stay if a packet arrived in the meantime.
+//! Both directions of a flow are deleted together, the reply direction first: while the original direction exists, no
+//! program creates the flow again. Before the deletion both are looked up again, and stay if a packet arrived in the
+//! meantime.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -38,7 +39,7 @@ const PAUSE: Duration = Duration::from_secs(4);
 pub enum Reason {
     /// The flow was idle for the time-out of its phase.
     Idle(Phase),
-    /// The other direction was missing for the same time-out.
+    /// The entry was idle for the time-out of its phase, and its other direction is missing.
     Orphan,
 }
 
@@ -245,7 +246,7 @@ fn collect(
     let begun = now();
     let mut removed = BTreeMap::new();
     for (key, entry) in found {
-        // True for most entries of a busy node, and settled without a lookup.
+        // On a busy node this holds for most entries, and they cost no lookup.
         if !idle::is_over(entry.seen, begun, timeouts.shortest()) {
             continue;
         }
@@ -254,7 +255,8 @@ fn collect(
         let Some(reason) = judge(key.proto, answered, entry, other.as_ref(), timeouts, begun) else {
             continue;
         };
-        // Looked up again, since the entry was read a while ago; missing if it was deleted as the other direction of another entry.
+        // Looked up again, since the entry was read a while ago; missing if it was deleted as the other direction of
+        // another entry.
         let is_as_before = |now: Option<CtEntry>, before: &CtEntry| now.is_some_and(|now| now.seen == before.seen);
         if !is_as_before(map.get(key)?, entry) {
             continue;
@@ -331,7 +333,8 @@ mod tests {
         }
     }
 
-    /// The flow of a client with this number: original and reply direction, each last seen the given number of seconds ago.
+    /// The flow of a client with this number: original and reply direction, each last seen the given number of seconds
+    /// ago.
     fn flow(n: u8, proto: u8, seen: [u64; 2], states: [u8; 2]) -> [Direction; 2] {
         let (client, frontend) = (Addr::from_v4([192, 0, 2, n]), Addr::from_v4([10, 96, 0, 1]));
         let (node, backend) = (Addr::from_v4([192, 168, 0, 1]), Addr::from_v4([10, 0, 0, 1]));

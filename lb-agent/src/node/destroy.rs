@@ -1,10 +1,10 @@
-//! Destroys sockets that are connected to removed backends, and sweeps records without a socket: one thread, separate from the
-//! reconciler.
+//! Destroys sockets that are connected to removed backends, and sweeps records without a socket: one thread, separate
+//! from the reconciler.
 //!
 //! A backend is removed when its generation moves. From then on no connect() selects it, but an earlier connect() may
-//! still be in progress. Therefore records with a generation that is not current are examined in passes, until a pass that began a
-//! second after the removal finds no connected socket. The records contain all the work to be done, so nothing is lost when the
-//! agent dies: the next agent begins with a pass.
+//! still be in progress. Therefore records with a generation that is not current are examined in passes, until a pass
+//! that began a second after the removal finds no connected socket. The records contain all the work to be done, so
+//! nothing is lost when the agent dies: the next agent begins with a pass.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -52,7 +52,8 @@ pub struct Destroyer {
 }
 
 impl Destroyer {
-    /// Starts the thread on the maps that are pinned in a directory. The calling thread's network namespace is the node's.
+    /// Starts the thread on the maps that are pinned in a directory. The calling thread's network namespace is the
+    /// node's.
     ///
     /// # Errors
     /// Returns an error if the maps cannot be opened or /proc cannot be read.
@@ -81,7 +82,7 @@ impl Destroyer {
 
     /// Notifies the thread that backends were removed; returns at once.
     pub fn wake(&self) {
-        // If the thread has ended, it has logged the reason.
+        // Fails only if the thread has panicked, and then the panic was printed.
         self.wake.send(()).ok();
     }
 
@@ -192,8 +193,8 @@ impl Worker {
         self.tell();
     }
 
-    /// Destroys sockets that are connected to removed backends, and deletes obsolete records. Returns how many sockets may still
-    /// be connected to a removed backend.
+    /// Destroys sockets that are connected to removed backends, and deletes obsolete records. Returns how many sockets
+    /// may still be connected to a removed backend.
     fn pass(&mut self) -> usize {
         let result = self.try_pass();
         let (open, why) = match result {
@@ -333,7 +334,7 @@ impl Worker {
         self.destroyed.send(event).ok();
     }
 
-    /// Reports namespaces that cannot be entered.
+    /// Reports namespaces that cannot be found or entered.
     fn refusals<T>(&mut self, visit: &Visit<T>) {
         let why = visit.refused.first().map(|(path, error)| {
             let path = path.display();

@@ -1,4 +1,4 @@
-//! Selects the devices with programs, and the source address of packets that lb sends out by a device.
+//! Selects the devices that programs are attached to, and the source address of packets that lb sends out by a device.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -8,8 +8,8 @@ use wildmatch::WildMatch;
 
 use super::links::{Kind, Link, Snapshot};
 
-/// `--devices`: names of devices with the wildcards `*` and `?`. An empty list selects all devices that lb
-/// serves by default.
+/// `--devices`: names of devices, in which `*` stands for any text and `?` for one character. An empty list selects all
+/// devices that lb serves by default.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Patterns(Vec<WildMatch>);
 
@@ -42,7 +42,7 @@ pub enum Layer {
     Network,
 }
 
-/// A device that gets programs.
+/// A device that programs are attached to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Served {
     /// Its current name.
@@ -51,8 +51,8 @@ pub struct Served {
     pub layer: Layer,
 }
 
-/// Whether a device gets programs. Socket hooks serve loopback; packets that arrive by a port of a bridge are seen at the
-/// bridge if they are for the node or beyond, and packets from port to port are not translated.
+/// Whether programs are attached to a device. Socket hooks serve loopback; packets that arrive by a port of a bridge
+/// are seen at the bridge if they are for the node or beyond, and packets from port to port are not translated.
 fn is_served(link: &Link, patterns: &Patterns) -> bool {
     match link.kind {
         Kind::Loopback => false,
@@ -63,7 +63,7 @@ fn is_served(link: &Link, patterns: &Patterns) -> bool {
 }
 
 impl Snapshot {
-    /// The devices that get programs, by index.
+    /// The devices that programs are attached to, by index.
     #[must_use]
     pub fn served(&self, patterns: &Patterns) -> BTreeMap<u32, Served> {
         let served = self.links.iter().filter(|(_, link)| is_served(link, patterns));
@@ -75,8 +75,8 @@ impl Snapshot {
         self.links.keys().copied()
     }
 
-    /// The desired contents of DEVICES: every device by which a packet may leave. `node` has the addresses in the Node object of
-    /// this node.
+    /// The desired contents of DEVICES: every device by which a packet may leave. `node` has the addresses in the Node
+    /// object of this node.
     #[must_use]
     pub fn sources(&self, node: &[IpAddr]) -> BTreeMap<u32, Device> {
         let [v4, v6] = [false, true].map(|v6| self.primary(v6, node).unwrap_or_default());
@@ -97,8 +97,8 @@ impl Snapshot {
         .collect()
     }
 
-    /// The node's address of a family: the first address in its Node object that it really has; else the address of the device by
-    /// which packets leave for other networks; else the address of any device.
+    /// The node's address of a family: the first address in its Node object that it really has; else the address of the
+    /// device by which packets leave for other networks; else the address of any device.
     fn primary(&self, v6: bool, node: &[IpAddr]) -> Option<Addr> {
         let is_own = |ip: IpAddr| {
             let mut own = self.links.values().flat_map(|link| &link.addresses);
@@ -123,10 +123,10 @@ impl Link {
         }
     }
 
-    /// The source address of packets that leave by this device, by family.
+    /// The source address, in one family, of packets that leave by this device.
     fn source(&self, v6: bool) -> Option<Addr> {
         let global = self.addresses.iter().filter(|a| a.ip.is_ipv6() == v6 && a.is_global);
-        // A stable sort: the first of equals wins.
+        // `min_by_key` returns the first of equal elements: the kernel's order decides.
         global.min_by_key(|a| a.is_secondary).map(|a| Addr::from(a.ip))
     }
 }

@@ -1,6 +1,6 @@
 //! Programs as filters of a clsact qdisc, by netlink: for kernels without tcx.
 //!
-//! Foreign filters are never changed, and only their position is read. A filter is lb's by its
+//! Foreign filters are never changed, and only attributes that identify a filter are read. A filter is lb's by its
 //! position (priority, protocol and handle) and its name.
 
 use std::io;
@@ -18,7 +18,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::netlink::Netlink;
 
-/// The highest priority.
+/// The highest priority: filters with a lower number run first.
 const PRIORITY: u32 = 1;
 /// `ETH_P_ALL`, in network byte order.
 const EVERY_PROTOCOL: u32 = (libc::ETH_P_ALL as u16).to_be() as u32;
@@ -72,7 +72,7 @@ pub(crate) enum Place {
 pub(crate) struct Filters(Netlink);
 
 impl Filters {
-    /// Opens the network namespace of the calling thread.
+    /// Opens a netlink socket in the network namespace of the calling thread.
     pub(crate) fn open() -> io::Result<Self> {
         Netlink::open(NETLINK_ROUTE).map(Self)
     }

@@ -22,7 +22,7 @@ use super::netlink::{Listing, Netlink, Subscription};
 const BURST: Duration = Duration::from_millis(20);
 /// Time until a failed listing is repeated.
 const AGAIN: Duration = Duration::from_secs(1);
-/// Interval of listings without a notification: few changes of routes are notified.
+/// Interval of listings without a notification: the kernel notifies of few changes of routes.
 const LOOK: Duration = Duration::from_secs(10);
 /// How often a listing is restarted because of changes.
 const TRIES: usize = 10;
@@ -31,8 +31,8 @@ const TRIES: usize = 10;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Address {
     pub(super) ip: IpAddr,
-    /// Usable as a source address: not local to the link or the host, not deprecated, and known to be
-    /// unique.
+    /// Usable as the source address of packets to other hosts: not local to the link or the host, not deprecated, and
+    /// not tentative (duplicate address detection has ended).
     pub(super) is_global: bool,
     /// One of several of a network, or one that is temporary.
     pub(super) is_secondary: bool,
@@ -193,8 +193,8 @@ fn address(message: &AddressMessage) -> Option<Address> {
     })
 }
 
-/// The device by which a packet to another network leaves. The destination is a documentation address (RFC 5737, RFC 3849):
-/// one lookup replaces a listing of all routes, of which there may be very many.
+/// The device by which a packet to another network leaves. The destination is a documentation address (RFC 5737, RFC
+/// 3849): one lookup replaces a listing of all routes, of which there may be very many.
 fn way_out(netlink: &mut Netlink, v6: bool) -> io::Result<Option<u32>> {
     const FAR: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
     const FAR6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
@@ -238,7 +238,7 @@ fn route(netlink: &mut Netlink, to: IpAddr) -> io::Result<Option<RouteMessage>> 
         Ok(RouteNetlinkMessage::NewRoute(route)) => Ok(Some(route)),
         Ok(_) => Ok(None),
         Err(error) => match error.raw_os_error() {
-            // No route, a route of type unreachable, or no such family.
+            // No route, a route that rejects packets (unreachable, prohibit, blackhole), or no such family.
             Some(
                 libc::ENETUNREACH
                 | libc::EHOSTUNREACH
@@ -284,7 +284,7 @@ pub fn follow(routes: bool) -> io::Result<watch::Receiver<Snapshot>> {
     let (told, snapshots) = watch::channel(Snapshot::take(routes)?);
     thread::Builder::new().name("lb-devices".into()).spawn(move || {
         while !told.is_closed() {
-            // Waits for a change; after a failure the listing happens all the same.
+            // Waits for a change. The devices are listed also after a failure, since changes may have been missed.
             if let Err(error) = subscription.wait() {
                 warn!(%error, "changes of devices and addresses may be seen late");
                 thread::sleep(AGAIN);

@@ -11,7 +11,7 @@ use netlink_sys::{Socket, SocketAddr};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike as _};
 
-/// The size of one datagram of a listing (`netlink_dump`), larger than any other response.
+/// Maximum size of one datagram of a listing (`netlink_dump`), which is larger than any other response.
 const DATAGRAM: usize = 64 * 1024;
 
 /// `NLM_F_DUMP_INTR`: the listed objects changed during the listing.
@@ -180,8 +180,8 @@ impl Subscription {
         Ok(Self(socket))
     }
 
-    /// Waits until something may have changed, whether the notification arrived or was lost, or until `patience` ends; takes all
-    /// other pending notifications.
+    /// Waits until something may have changed, whether the notification arrived or was lost, or until `patience` ends;
+    /// takes all other pending notifications.
     pub(super) fn wait(&self) -> io::Result<()> {
         let mut flags = 0;
         loop {

@@ -1,5 +1,5 @@
-//! Network namespaces by their cookie. The kernel has no such lookup, so they are searched wherever they can be held: by
-//! processes and threads, by open descriptors, and by bind mounts (`ip netns`, CNI).
+//! Network namespaces by their cookie. The kernel has no such lookup, so they are searched wherever they can be held:
+//! by processes and threads, by open descriptors, and by bind mounts (`ip netns`, CNI).
 //!
 //! Needs `CAP_SYS_PTRACE` to see the namespaces of other processes, and `CAP_SYS_ADMIN` to enter one.
 
@@ -17,8 +17,8 @@ use crate::maps::sys;
 /// Inode of the initial process namespace (`PROC_PID_INIT_INO`), in which /proc shows every process.
 const INITIAL_PIDS: u64 = 0xeffffffc;
 
-/// Runs `work` on a thread of its own in a network namespace. Sockets that it opens belong to that namespace, also after
-/// they have left the closure.
+/// Runs `work` on a thread of its own in a network namespace. Sockets that it opens belong to that namespace, also
+/// after they have left the closure.
 ///
 /// # Errors
 /// Returns an error if the namespace cannot be entered.
@@ -41,8 +41,8 @@ pub(crate) struct Visit<T> {
     pub(crate) visited: BTreeMap<u64, T>,
     /// Cookies of namespaces that this walk would have found, if there were any.
     pub(crate) missing: BTreeSet<u64>,
-    /// If some of the wanted namespaces are in neither of the above: the namespaces that cannot be entered, with the reason. The wanted
-    /// namespaces may be among them.
+    /// Paths that cannot be entered or read, with the error. The wanted namespaces in neither `visited` nor `missing`
+    /// may be among them; empty if there are none.
     pub(crate) refused: Vec<(PathBuf, io::Error)>,
 }
 
@@ -62,7 +62,7 @@ pub(crate) struct Namespaces {
 }
 
 impl Namespaces {
-    /// Opens the namespaces of this machine. The calling thread's namespace is the node's.
+    /// Creates the search for the namespaces of this machine. The calling thread's namespace is the node's.
     ///
     /// # Errors
     /// Returns an error if /proc cannot be read.
@@ -223,7 +223,7 @@ impl Search {
         }
     }
 
-    /// Records the namespace that a link refers to, if it does.
+    /// Records the network namespace that a link refers to, if it refers to one.
     fn link(&mut self, path: PathBuf) {
         match fs::read_link(&path) {
             Ok(target) => {

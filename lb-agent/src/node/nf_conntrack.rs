@@ -1,5 +1,5 @@
-//! The kernel's connection tracking, configured as kube-proxy configures it: otherwise a node falls back to small defaults, and
-//! connections that CNIs masquerade break sooner.
+//! The kernel's connection tracking, configured as kube-proxy configures it: otherwise a node falls back to small
+//! defaults, and connections that CNIs masquerade break sooner.
 //!
 //! The limit and the size of the table are the machine's; time-outs are those of a network namespace.
 
@@ -16,7 +16,7 @@ use super::sysctl;
 use lb_core::model::{Problem, ProblemKind};
 
 const MAX: &str = "nf_conntrack_max";
-/// Entries per hash bucket.
+/// Number of hash buckets of the table.
 const BUCKETS: &str = "nf_conntrack_buckets";
 /// The highest limit that follows from the number of processors, as kube-proxy has it.
 const MOST: u64 = 1 << 20;
@@ -87,7 +87,7 @@ pub struct Conntrack {
 }
 
 impl Conntrack {
-    /// Opens the network namespace of the calling thread.
+    /// Creates the list of settings for the network namespace of the calling thread.
     #[must_use]
     pub fn new(settings: &Settings) -> Self {
         let processors = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
@@ -102,7 +102,8 @@ impl Conntrack {
         }
     }
 
-    /// Applies the remaining settings. Must be called repeatedly: the kernel has no settings before conntrack is in use.
+    /// Applies the remaining settings. Must be called repeatedly: the kernel has no settings before conntrack is in
+    /// use.
     pub fn apply(&mut self) -> Vec<Problem> {
         let mut problems = Vec::new();
         let mut pending = std::mem::take(&mut self.pending);

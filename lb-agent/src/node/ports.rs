@@ -1,4 +1,4 @@
-//! The source ports of packets to other nodes, reserved from the node's own sockets.
+//! The source ports of packets to other nodes: reserved, so that the node's own sockets do not get them.
 
 use std::fmt;
 use std::fs;
@@ -136,11 +136,12 @@ pub struct Settled {
     pub usable: bool,
     /// The range that lb added to the reserved ports.
     pub own: Option<PortRange>,
-    /// Problems of the thread.
+    /// The reason why the range could not be reserved, and its consequence.
     pub problem: Option<String>,
 }
 
-/// The ports of a network namespace that bind(0) and connect() do not select.
+/// The ports of a network namespace that the kernel does not give to a socket that requests any port, in bind() to port
+/// 0 or connect().
 #[derive(Debug)]
 pub struct ReservedPorts {
     sysctls: PathBuf,
@@ -159,8 +160,8 @@ impl ReservedPorts {
         }
     }
 
-    /// Reserves a range instead of the earlier range `own`. If that fails, the range is usable if sockets
-    /// do not get its ports anyway.
+    /// Reserves a range instead of the earlier range `own`. If that fails, the range is usable only if it has no
+    /// ephemeral port, since the kernel then gives none of its ports to a socket that requests any port.
     #[must_use]
     pub fn settle(&self, range: PortRange, own: Option<PortRange>) -> Settled {
         match self.reserve(range, own) {

@@ -127,13 +127,15 @@ pub(crate) enum Destroyed {
 pub(crate) struct SockDiag(Netlink);
 
 impl SockDiag {
+    /// Opens sock_diag in the network namespace of the calling thread.
+    ///
     /// # Errors
     /// Returns the error of the system call.
     pub(crate) fn open() -> io::Result<Self> {
         Netlink::open(NETLINK_SOCK_DIAG).map(Self)
     }
 
-    /// Lists all sockets of a protocol, IPv4 and IPv6, except closed TCP sockets (TIME_WAIT and the like).
+    /// Lists all sockets of a protocol, IPv4 and IPv6, except the remains of closed TCP sockets (TIME_WAIT).
     ///
     /// # Errors
     /// Returns the kernel's error, or [`io::ErrorKind::Interrupted`] if the listing may be incomplete.
@@ -159,7 +161,8 @@ impl SockDiag {
     /// `SOCK_DESTROY` of the one socket that has this cookie and these addresses.
     ///
     /// # Errors
-    /// Returns the kernel's error: EOPNOTSUPP without `CONFIG_INET_DIAG_DESTROY`, EPERM without `CAP_NET_ADMIN`.
+    /// Returns the kernel's error: EOPNOTSUPP if it is built without `CONFIG_INET_DIAG_DESTROY`, EPERM without
+    /// `CAP_NET_ADMIN`.
     pub(crate) fn destroy(&mut self, socket: &Socket) -> io::Result<Destroyed> {
         let request = request(socket.family, socket.protocol, socket.id());
         match self.0.order(SockDiagDestroy::new(request)) {
@@ -169,7 +172,8 @@ impl SockDiag {
         }
     }
 
-    /// Requests the destruction of a socket that does not exist: returns the error of a kernel that does not support it.
+    /// Requests the destruction of a socket that does not exist: returns the error of a kernel that does not support
+    /// it.
     pub(crate) fn probe(&mut self, protocol: Protocol) -> io::Result<()> {
         // A listing first, since the handler is a module that is loaded when it is needed.
         self.list(protocol)?;

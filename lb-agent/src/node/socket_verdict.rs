@@ -17,8 +17,8 @@ pub(super) enum Verdict {
     Destroy(Socket),
     /// The socket is connected elsewhere, or no longer connected: the record is deleted.
     Forget,
-    /// The listing lacks the socket. A listing arrives in parts, and a socket that ends between two of them may hide another: only
-    /// a socket that two listings lack is gone.
+    /// The listing lacks the socket. A listing arrives in parts, and a socket that ends between two of them may hide
+    /// another: only a socket that two listings lack is gone.
     Missing,
     /// The connect() that wrote the record may still be in progress.
     Wait,
@@ -26,8 +26,8 @@ pub(super) enum Verdict {
 
 /// Decides about a record of a removed backend, by a listing that began at `begun` (nanoseconds of CLOCK_MONOTONIC).
 ///
-/// A socket is destroyed only if cookie and destination are those of the record, and only if it is connected: a socket that
-/// has since connected elsewhere, or disconnected, has nothing to do with the removed backend.
+/// A socket is destroyed only if cookie and destination are those of the record, and only if it is connected: a socket
+/// that has since connected elsewhere, or disconnected, has nothing to do with the removed backend.
 pub(super) fn of_removed(record: &SocketRecord, listing: &Sockets, begun: u64) -> Verdict {
     let backend = record.backend_addr.socket(record.backend_port);
     let is_backends = |socket: &Socket| socket.protocol as u8 == record.proto && socket.is_connected_to(backend);

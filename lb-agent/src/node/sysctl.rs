@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-/// In a container the machine's settings, mounted by the manifest, since the container's own /proc/sys is read-only. The
-/// network namespace is in either case that of the thread that opens a file.
+/// In a container the machine's settings, mounted by the manifest, since the container's own /proc/sys is read-only.
+/// The network namespace is in either case that of the thread that opens a file.
 const SYSCTLS: [&str; 2] = ["/host/proc/sys/net", "/proc/sys/net"];
 
 /// The folder `net` of settings.

@@ -167,7 +167,7 @@ struct InTurn {
     noted: Arc<watch::Sender<Failures>>,
 }
 
-/// A response after which another server is tried.
+/// Whether a response has a status after which another server is tried.
 fn is_unavailable(status: StatusCode) -> bool {
     matches!(
         status,

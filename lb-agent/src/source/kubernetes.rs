@@ -1,8 +1,8 @@
 //! Objects from the API server: lists, then watches, of Services, EndpointSlices and Nodes.
 //!
 //! `kube`'s watcher does the paging, the bookmarks, the resumption and the new list after a 410; this module makes
-//! batches of it. One event is one change. Only the model's fields of an object are kept, and of delivered objects only the
-//! keys, so that a new list shows which objects are gone.
+//! batches of it. One event is one change. Only the model's fields of an object are kept, and of delivered objects only
+//! the keys, so that a new list shows which objects are gone.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;

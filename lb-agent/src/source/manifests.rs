@@ -26,8 +26,8 @@ const STAMP_RESOLUTION: Duration = Duration::from_millis(50);
 ///
 /// - While a file has a problem, its last version without problems stays in force. If there was none, its good
 ///   documents are used.
-/// - If an object is defined twice, the first definition counts, in the order of the paths, then of the file names, then of
-///   the documents.
+/// - If an object is defined twice, the first definition counts, in the order of the paths, then of the file names,
+///   then of the documents.
 /// - A file that is gone takes its objects with it. A folder that is gone or cannot be read does not.
 #[derive(Debug)]
 pub struct ManifestSource {
@@ -74,7 +74,7 @@ struct FileState {
     problems: Vec<Problem>,
 }
 
-/// Objects whose claims change with a file.
+/// Identity, size and time stamps of a file. The file is read again if one of them has changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Fingerprint {
     device: u64,
@@ -100,7 +100,7 @@ impl Fingerprint {
 #[derive(Debug, Default)]
 struct Scan {
     present: BTreeSet<FileId>,
-    /// Roots with files that stay unchanged, because they cannot be listed.
+    /// Indexes of the roots that cannot be read (a folder that is gone, for example): their files stay in force.
     kept: HashSet<usize>,
     problems: Vec<Problem>,
 }

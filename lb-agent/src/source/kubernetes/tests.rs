@@ -245,7 +245,8 @@ fn happenings() -> impl Strategy<Value = Vec<Happening>> {
 }
 
 proptest! {
-    /// Whatever the events and their division into batches: at the end, the sum of the batches is the state of the cluster.
+    /// Whatever the events and their division into batches: at the end, the sum of the batches is the state of the
+    /// cluster.
     #[test]
     fn the_sum_of_all_batches_is_a_fresh_list(happenings in happenings(), cut in any::<u64>()) {
         let object = |n: u8, m: u8| service(&format!("s{n}"), &format!("10.96.1.{m}"));
