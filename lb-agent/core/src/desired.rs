@@ -19,7 +19,7 @@ use crate::model::{
     Change, EndpointSlice, ObjectKey, Problem, ProblemKind, Protocol, Service, ServicePort, ServiceType,
 };
 use crate::nodes::{Nodes, TouchedNodes};
-use crate::policy::{self, Here, Member, Wanted};
+use crate::policy::{self, LocalNode, Member, Wanted};
 
 /// The identity of a service index: one port of a Service in one family. It stays if the port number or the address
 /// changes.
@@ -110,8 +110,8 @@ pub fn health_check<'a>(
 ) -> Option<HealthCheck> {
     let port = service.health_check_node_port.filter(|_| is_served(service))?;
     let endpoints = slices.flat_map(|slice| &slice.endpoints);
-    let here = endpoints.filter(|endpoint| endpoint.ready && endpoint.location.node.as_deref() == Some(node));
-    let addresses: BTreeSet<IpAddr> = here.map(|endpoint| endpoint.address).collect();
+    let local = endpoints.filter(|endpoint| endpoint.ready && endpoint.location.node.as_deref() == Some(node));
+    let addresses: BTreeSet<IpAddr> = local.map(|endpoint| endpoint.address).collect();
     Some(HealthCheck {
         port,
         local_endpoints: addresses.len(),
@@ -123,7 +123,7 @@ pub fn health_check<'a>(
 pub fn ports<'a>(
     service: &Service,
     slices: &(impl Iterator<Item = &'a EndpointSlice> + Clone),
-    here: Here<'_>,
+    local_node: LocalNode<'_>,
 ) -> Vec<(PortId, DesiredPort)> {
     if !is_served(service) {
         return Vec::new();
@@ -143,7 +143,7 @@ pub fn ports<'a>(
                 port_name: &port.name,
                 protocol: port.protocol,
                 ipv6,
-                here,
+                node: local_node,
             };
             let endpoints = policy::categorize(slices.clone(), wanted);
             let set = |policy| {
@@ -399,10 +399,10 @@ impl Desired {
         new.set_addresses(addresses, &mut touched);
         let objects = index.apply(objects);
         new.update_nodes(&objects.nodes, &index, &node, &mut touched);
-        let here = index.here(&node);
+        let local_node = index.local_node(&node);
         for key in objects.services {
             if let Some(service) = index.service(&key) {
-                let ports = ports(service, &index.slices(&key), here);
+                let ports = ports(service, &index.slices(&key), local_node);
                 new.update(&key, ports, &mut touched);
             }
         }
@@ -417,11 +417,11 @@ impl Desired {
     }
 
     /// Applies changes of Nodes. `before`: the Nodes that changed, as they were before the change.
-    pub(crate) fn update_nodes(&mut self, before: &NodesBefore, index: &Index, here: &str, touched: &mut Touched) {
+    pub(crate) fn update_nodes(&mut self, before: &NodesBefore, index: &Index, own: &str, touched: &mut Touched) {
         let mut changed = TouchedNodes::default();
         for (name, before) in before {
             self.nodes
-                .update(before.as_deref(), index.node(name), **name == *here, &mut changed);
+                .update(before.as_deref(), index.node(name), **name == *own, &mut changed);
         }
         touched.nodes(changed);
     }
@@ -699,9 +699,9 @@ mod tests {
 
     #[test]
     fn source_ranges_hold_at_an_address_that_other_fields_name_too() {
-        let here = Here { node: "n1", zone: None };
+        let local_node = LocalNode { node: "n1", zone: None };
         let kind_at = |ip: [u8; 4], service: &Service| {
-            let ports = ports(service, &std::iter::empty(), here);
+            let ports = ports(service, &std::iter::empty(), local_node);
             let key = FrontendKey::new(IpAddr::from(ip).into(), 80, Protocol::Tcp as u8);
             let mut frontends = ports[0].1.frontends.iter();
             frontends.find(|(known, _)| *known == key).map(|(_, kind)| *kind)
@@ -720,7 +720,7 @@ mod tests {
         assert_eq!(kind_at(cluster, &service), Some(FrontendKind::LoadBalancer));
         assert_eq!(kind_at(external, &service), Some(FrontendKind::ExternalIp));
         let mark = FrontendKey::address_mark(IpAddr::from(cluster).into());
-        let all = ports(&service, &std::iter::empty(), here);
+        let all = ports(&service, &std::iter::empty(), local_node);
         assert!(all[0].1.frontends.contains(&(mark, FrontendKind::Address)));
 
         service.source_ranges = Box::default();

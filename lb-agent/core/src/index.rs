@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::by_key::{ByKey, Keyed};
 use crate::model::{Change, EndpointSlice, Kind, Node, Object, ObjectKey, Service};
-use crate::policy::Here;
+use crate::policy::LocalNode;
 
 /// Nodes that changed, as they were before the change.
 pub(crate) type NodesBefore = BTreeMap<Arc<str>, Option<Arc<Node>>>;
@@ -143,9 +143,9 @@ impl Index {
     }
 
     /// Returns the name and zone of a node, on which the choice of endpoints depends.
-    pub(crate) fn here<'a>(&'a self, node: &'a str) -> Here<'a> {
+    pub(crate) fn local_node<'a>(&'a self, node: &'a str) -> LocalNode<'a> {
         let zone = self.node(node).and_then(|node| node.zone.as_deref());
-        Here { node, zone }
+        LocalNode { node, zone }
     }
 
     /// Returns a Node.

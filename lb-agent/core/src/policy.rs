@@ -29,12 +29,12 @@ pub struct Wanted<'a> {
     /// The family of the frontends: only endpoints of the same family serve them.
     pub ipv6: bool,
     /// The node with the clients that the endpoints are chosen for.
-    pub here: Here<'a>,
+    pub node: LocalNode<'a>,
 }
 
 /// The properties of a node that the choice of endpoints for it depends on.
 #[derive(Debug, Clone, Copy)]
-pub struct Here<'a> {
+pub struct LocalNode<'a> {
     /// Name of the Node.
     pub node: &'a str,
     /// Zone of the Node, if it is known.
@@ -157,7 +157,7 @@ impl Topology {
 ///   left.
 #[must_use]
 pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wanted: Wanted<'_>) -> Endpoints {
-    let Here { node, zone } = wanted.here;
+    let LocalNode { node, zone } = wanted.node;
     let mut found: BTreeMap<(IpAddr, u16), Candidate> = BTreeMap::new();
     for slice in slices {
         if slice.ipv6 != wanted.ipv6 {
@@ -200,10 +200,10 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
             }
         }
     }
-    let best = |here: bool| {
+    let best = |only_local: bool| {
         let ranks = found
             .values()
-            .filter(|candidate| !here || candidate.local)
+            .filter(|candidate| !only_local || candidate.local)
             .map(|candidate| candidate.rank);
         ranks.max().filter(|rank| *rank >= Rank::Terminating)
     };
@@ -280,7 +280,7 @@ mod tests {
         port_name: "http",
         protocol: Protocol::Tcp,
         ipv6: false,
-        here: Here {
+        node: LocalNode {
             node: "here",
             zone: None,
         },
@@ -389,7 +389,7 @@ mod tests {
         port_name: "",
         protocol: Protocol::Tcp,
         ipv6: false,
-        here: Here {
+        node: LocalNode {
             node: "n1",
             zone: Some("a"),
         },
@@ -517,11 +517,11 @@ mod tests {
     #[test]
     fn a_node_without_a_zone_follows_no_zone_hints() {
         let slice = crate::testing::slice("web", &["10.0.0.1 zone:a", "10.0.0.2 zone:b"]);
-        let here = Here {
+        let node = LocalNode {
             zone: None,
-            ..IN_ZONE.here
+            ..IN_ZONE.node
         };
-        let found = categorize([&slice], Wanted { here, ..IN_ZONE });
+        let found = categorize([&slice], Wanted { node, ..IN_ZONE });
         assert_eq!(last(&found.cluster), [1, 2]);
     }
 
@@ -550,10 +550,10 @@ mod tests {
         if ready.is_empty() {
             cluster.clone_from(&terminating);
         }
-        let here = |texts: &[&String]| -> Vec<u8> { numbers(texts.iter().filter(|text| has(text, "@n1"))) };
-        let mut local = here(&ready);
+        let on_n1 = |texts: &[&String]| -> Vec<u8> { numbers(texts.iter().filter(|text| has(text, "@n1"))) };
+        let mut local = on_n1(&ready);
         if local.is_empty() {
-            local = here(&terminating);
+            local = on_n1(&terminating);
         }
         (numbers(cluster.iter()), local)
     }

@@ -99,10 +99,10 @@ impl State {
 
     /// Derives the state of one Service again.
     fn update_service(&mut self, key: ObjectKey, touched: &mut Touched) {
-        let here = self.index.here(&self.node);
+        let local_node = self.index.local_node(&self.node);
         let service = self.index.service(&key);
         let slices = self.index.slices(&key);
-        let ports = service.map_or_else(Vec::new, |service| desired::ports(service, &slices, here));
+        let ports = service.map_or_else(Vec::new, |service| desired::ports(service, &slices, local_node));
         self.desired.update(&key, ports, touched);
         match service
             .map(desired::wrong_source_ranges)
@@ -111,7 +111,7 @@ impl State {
             Some(wrong) => drop(self.wrong_ranges.insert(key.clone(), wrong)),
             None => drop(self.wrong_ranges.remove(&key)),
         }
-        match service.and_then(|service| desired::health_check(service, slices, here.node)) {
+        match service.and_then(|service| desired::health_check(service, slices, &self.node)) {
             Some(check) => self.health_checks_changed |= self.health_checks.insert(key, check) != Some(check),
             None => self.health_checks_changed |= self.health_checks.remove(&key).is_some(),
         }

@@ -13,7 +13,7 @@ use crate::model::{
     Batch, Change, Endpoint, EndpointPort, EndpointSlice, Node, Object, ObjectId, ObjectKey, Protocol, Service,
     ServicePort, ServiceType, TrafficPolicy,
 };
-use crate::policy::Here;
+use crate::policy::LocalNode;
 use crate::reconcile::Reconciler;
 use crate::verify::verify;
 
@@ -21,7 +21,7 @@ use crate::verify::verify;
 pub const NODE: &str = "n1";
 
 /// The node that the agent under test runs on, as the choice of endpoints takes it.
-pub const HERE: Here<'static> = Here { node: NODE, zone: None };
+pub const LOCAL_NODE: LocalNode<'static> = LocalNode { node: NODE, zone: None };
 
 /// Sizes of maps that suffice for most tests.
 pub const ROOM: Capacities = Capacities {
@@ -99,14 +99,14 @@ pub fn endpoint(text: &str) -> Endpoint {
             "terminating" => (false, true, true),
             "gone" => (false, false, true),
             place => {
-                let here = Arc::make_mut(&mut endpoint.location);
+                let location = Arc::make_mut(&mut endpoint.location);
                 let with = |hints: &[Arc<str>], hint: &str| hints.iter().cloned().chain([hint.into()]).collect();
                 if let Some(node) = place.strip_prefix('@') {
-                    here.node = Some(node.into());
+                    location.node = Some(node.into());
                 } else if let Some(zone) = place.strip_prefix("zone:") {
-                    here.for_zones = with(&here.for_zones, zone);
+                    location.for_zones = with(&location.for_zones, zone);
                 } else {
-                    here.for_nodes = with(&here.for_nodes, place.strip_prefix("node:").unwrap());
+                    location.for_nodes = with(&location.for_nodes, place.strip_prefix("node:").unwrap());
                 }
                 continue;
             }
@@ -248,7 +248,7 @@ impl Cluster {
     }
 
     /// Returns the cluster as after a restart, with nothing delivered.
-    pub fn again(&self) -> Self {
+    pub fn undelivered(&self) -> Self {
         Self {
             objects: self.objects.clone(),
             told: BTreeMap::new(),

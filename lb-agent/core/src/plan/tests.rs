@@ -49,7 +49,7 @@ fn steps(before: Option<(Object, EndpointSlice)>, now: (Object, EndpointSlice)) 
     let (mut actual, orphans) = Actual::adopt(&lb.maps().dump().unwrap(), ROOM);
     assert_eq!(orphans, crate::actual::Orphans::default());
     let (service, slice) = now;
-    let ports = desired::ports(&service, &[&slice].into_iter(), HERE);
+    let ports = desired::ports(&service, &[&slice].into_iter(), LOCAL_NODE);
     let (id, want) = ports.first().unwrap();
     let plan = service_port(id, want, &mut actual).unwrap();
     plan.steps.iter().map(show).collect()
@@ -206,7 +206,11 @@ fn a_plan_without_room_allocates_nothing() {
         let mut capacities = ROOM;
         tighten(&mut capacities);
         let (mut actual, _) = Actual::adopt(&maps_of(capacities), capacities);
-        let ports = desired::ports(&web(), &[&on(&["10.0.0.1", "10.0.0.2", "10.0.0.3"])].into_iter(), HERE);
+        let ports = desired::ports(
+            &web(),
+            &[&on(&["10.0.0.1", "10.0.0.2", "10.0.0.3"])].into_iter(),
+            LOCAL_NODE,
+        );
         let error = service_port(&ports[0].0, &ports[0].1, &mut actual)
             .unwrap_err()
             .to_string();
@@ -240,7 +244,7 @@ fn a_set_is_as_long_as_a_set_word_can_say() {
         backend_slots: 1 << 17,
         ..ROOM
     };
-    let (id, mut want) = desired::ports(&web(), &[&on(&[])].into_iter(), HERE).remove(0);
+    let (id, mut want) = desired::ports(&web(), &[&on(&[])].into_iter(), LOCAL_NODE).remove(0);
     for (n, fits) in [(65_535, true), (65_536, false)] {
         let (mut actual, _) = Actual::adopt(&maps_of(room), room);
         want.sets = [0, 1, 2].map(|_| desired::DesiredSet {

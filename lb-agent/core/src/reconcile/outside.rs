@@ -373,7 +373,7 @@ fn configured_networks_leave_the_flag_of_this_nodes_pods() {
         assert_eq!(inside(&lb.maps().contents), expected, "{given:?}");
         let written = lb.maps().written();
         lb.apply(nodes().batch());
-        assert_eq!(lb.maps().written(), written, "{given:?}: the same again");
+        assert_eq!(lb.maps().written(), written, "{given:?}: unchanged objects");
     }
 }
 

@@ -181,14 +181,14 @@ pub fn run(capacities: Capacities, acts: Vec<Act>) {
             Act::Restart => {
                 lb = start(quiet(lb.maps().inner.clone()));
                 lb.set_addresses(addresses.clone());
-                cluster = cluster.again();
+                cluster = cluster.undelivered();
             }
             Act::Fault(at, fault) => lb.maps_mut().arm(at, fault),
         }
         if lb.maps().is_dead() {
             lb = start(quiet(lb.maps().inner.clone()));
             lb.set_addresses(addresses.clone());
-            cluster = cluster.again();
+            cluster = cluster.undelivered();
         }
     }
     lb.apply(cluster.batch());
@@ -200,13 +200,13 @@ pub fn run(capacities: Capacities, acts: Vec<Act>) {
     failed.for_each(|why| assert!(why.contains("is full"), "{why}"));
     assert!(capacities != ROOM || failures.is_served(), "{:?}", lb.problems());
     let written = lb.maps().written();
-    lb.apply(cluster.again().batch());
-    assert_eq!(lb.maps().written(), written, "the same again");
+    lb.apply(cluster.undelivered().batch());
+    assert_eq!(lb.maps().written(), written, "unchanged objects");
     let mut next = start(lb.maps().inner.clone());
     next.set_addresses(addresses);
-    next.apply(cluster.again().batch());
+    next.apply(cluster.undelivered().batch());
     if capacities == ROOM {
-        assert_eq!(next.maps().written(), written, "the same again after a restart");
+        assert_eq!(next.maps().written(), written, "unchanged objects after a restart");
         assert_clean(&next);
         assert_eq!(next.usage(), lb.usage());
     }

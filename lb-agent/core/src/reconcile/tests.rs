@@ -191,9 +191,9 @@ fn next_agent_completes_a_change_that_died_at_any_operation() {
                 let left = lb.maps().inner.clone();
                 for now in then.iter().chain(story.last()) {
                     let mut next = start(left.clone());
-                    apply(&mut next, &mut now.again());
+                    apply(&mut next, &mut now.undelivered());
                     let before = next.maps().written();
-                    next.apply(now.again().batch());
+                    next.apply(now.undelivered().batch());
                     assert_eq!(next.maps().written(), before, "{name}, died at {at}");
                 }
             }
@@ -299,10 +299,10 @@ fn a_service_is_served() {
 fn unchanged_objects_write_nothing_even_after_a_restart() {
     let (mut lb, cluster) = serving();
     let before = lb.maps().written();
-    lb.apply(cluster.again().batch());
+    lb.apply(cluster.undelivered().batch());
     assert_eq!(lb.maps().written(), before);
     let mut next = restart(&lb);
-    apply(&mut next, &mut cluster.again());
+    apply(&mut next, &mut cluster.undelivered());
     assert_eq!(next.maps().written(), before);
     assert_eq!(identities(&next), identities(&lb));
     assert_eq!(next.usage(), lb.usage());
@@ -317,7 +317,7 @@ fn index_and_ids_survive_changes_and_a_restart() {
     cluster.set(service("aaa", "10.96.0.3"));
     apply(&mut lb, &mut cluster);
     let mut lb = restart(&lb);
-    apply(&mut lb, &mut cluster.again());
+    apply(&mut lb, &mut cluster.undelivered());
     let after = identities(&lb);
     for (what, id) in before.iter().filter(|(what, _)| !what.starts_with("10.0.0.1:")) {
         assert_eq!(after.get(what), Some(id), "{what}");
@@ -379,7 +379,7 @@ fn pinned_entries_stay_until_the_source_is_complete() {
 fn a_delivered_and_deleted_service_is_removed_at_once() {
     let (lb, cluster) = serving();
     let mut next = restart(&lb);
-    let mut told = cluster.again();
+    let mut told = cluster.undelivered();
     next.apply(told.incomplete());
     told.remove_service("web");
     next.apply(told.incomplete());
@@ -421,7 +421,7 @@ fn the_older_claim_gets_a_frontend_until_it_is_removed() {
     );
     let written = lb.maps().written();
     let mut next = restart(&lb);
-    apply(&mut next, &mut cluster.again());
+    apply(&mut next, &mut cluster.undelivered());
     assert_eq!(next.maps().written(), written);
     cluster.remove_service("old");
     apply(&mut lb, &mut cluster);
@@ -442,7 +442,7 @@ fn a_service_that_comes_back_before_the_grace_period_ends_gets_another_index() {
     assert_ne!(lb.maps().contents.frontends[&key("10.96.0.1", 80)].service, index);
     // The agent dies here: two entries of NAMES have one identity.
     let mut next = restart(&lb);
-    apply(&mut next, &mut cluster.again());
+    apply(&mut next, &mut cluster.undelivered());
     assert_eq!(next.usage().0.services, 2);
     lb.settle().unwrap();
     assert_clean(&lb);
@@ -682,11 +682,11 @@ fn one_endpoint_of_a_hundred_thousand_costs_what_changed() {
     }
     assert_clean(&lb);
     let before = lb.maps().written();
-    lb.apply(cluster.again().batch());
-    assert_eq!(lb.maps().written(), before, "the same again");
+    lb.apply(cluster.undelivered().batch());
+    assert_eq!(lb.maps().written(), before, "unchanged objects");
     let mut next = restart(&lb);
-    next.apply(cluster.again().batch());
-    assert_eq!(next.maps().written(), before, "the same again after a restart");
+    next.apply(cluster.undelivered().batch());
+    assert_eq!(next.maps().written(), before, "unchanged objects after a restart");
 }
 
 #[test]
@@ -756,7 +756,7 @@ fn a_corrupted_service_keeps_its_frontends_if_its_correction_fails() {
         for at in 0..12 {
             let mut next = start(FaultyMaps::new(left.clone(), u64::MAX, Fault::None));
             next.maps_mut().arm(at, Fault::Fail);
-            next.apply(cluster.again().batch());
+            next.apply(cluster.undelivered().batch());
             let frontends = &next.maps().inner.contents.frontends;
             assert_eq!(*frontends, left.contents.frontends);
             next.settle().ok();
@@ -778,7 +778,7 @@ fn orphans_stay_until_every_set_is_known() {
     left.contents.backends[id as usize].service = 14;
     let mut next = start(FaultyMaps::new(left, u64::MAX, Fault::None));
     next.maps_mut().arm(0, Fault::Fail);
-    next.apply(cluster.again().batch());
+    next.apply(cluster.undelivered().batch());
     let is_live = |lb: &Reconciler<FaultyMaps<FakeMaps>>| {
         generation::is_live(lb.maps().inner.contents.backends[id as usize].generation)
     };

@@ -452,10 +452,10 @@ fn named_and_put_right(corruptions: fn(&Dump) -> Vec<Corruption>) {
         next.maps().assert_sound();
         assert_eq!(next.usage(), lb.usage(), "{number}: {field}: something leaked");
         let written = next.maps().written();
-        let mut again = start(next.maps().clone());
-        again.apply(cluster().batch());
-        again.settle().unwrap();
-        assert_eq!(again.maps().written(), written, "{number}: {field}: the same again");
+        let mut third = start(next.maps().clone());
+        third.apply(cluster().batch());
+        third.settle().unwrap();
+        assert_eq!(third.maps().written(), written, "{number}: {field}: the same again");
 
         // A batch of an incomplete source does not change this.
         let mut slow = start(maps);
