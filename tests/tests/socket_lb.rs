@@ -96,6 +96,8 @@ fn getpeername_is_the_vip_and_100_000_closed_sockets_leave_no_record() -> Result
     let services: Vec<Value> = setup.agent.json(&["service", "list"])?;
     assert_eq!(services[0]["connections"], count);
     assert_eq!(services[0]["frontends"][0]["address"], "10.96.0.10");
+    assert_eq!(services[0]["frontends"][0]["status"], "done");
+    assert_eq!(services[0]["status"], "done");
     let now = rules(&setup.cluster, setup.backends.iter().chain([&setup.client]))?;
     assert!(
         setup.rules == now,
