@@ -1,8 +1,8 @@
-//! Events on Services: what their owners must know, told where they look (`kubectl describe service`).
+//! Kubernetes Events for problems of Services, which `kubectl describe service` shows to their owners.
 //!
-//! The name of an Event follows from what it says, so that every node of a cluster that finds the same, and an agent
-//! that starts again, make one Event together: who comes second is told that it exists.
-//! (`kube::runtime::events::Recorder` names each by the time; a thousand nodes would make a thousand.)
+//! The name of an Event is derived from its content. Nodes of a cluster that find the same problem, and an agent that is
+//! restarted, therefore create one Event together: the second writer gets `AlreadyExists`.
+//! (`kube::runtime::events::Recorder` names each Event by the time; a thousand nodes would create a thousand.)
 
 mod throttle;
 
@@ -21,70 +21,76 @@ use tracing::{debug, warn};
 
 use crate::server::Metrics;
 use lb_core::model::{ObjectKey, Problem, ProblemKind};
-use throttle::{REPEAT, Throttle, Verdict};
+use throttle::{Admission, REPEAT, Throttle};
 
-/// Who reports.
+/// The reporting controller of all Events.
 const CONTROLLER: &str = "lb-agent";
-/// How long the API server may take.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Time until what could not be told is tried again.
-const AGAIN: Duration = Duration::from_secs(60);
-/// The longest note and instance that the API takes, in bytes.
+/// Timeout of a request to the API server.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Delay before an Event that could not be created is tried again.
+const RETRY_DELAY: Duration = Duration::from_secs(60);
+/// The longest note and reporting instance that the API accepts, in bytes.
 const MAX_NOTE: usize = 1000;
 const MAX_INSTANCE: usize = 128;
 
-/// Where problems of Services are handed to the task that makes Events of them.
+/// Handle of the task that publishes problems of Services as Events.
 #[derive(Debug)]
-pub struct Notices {
-    told: watch::Sender<Vec<Problem>>,
+pub struct KubeEvents {
+    problems: watch::Sender<Vec<Problem>>,
 }
 
-impl Notices {
-    /// Starts the task on the runtime of the caller; it ends with this.
+impl KubeEvents {
+    /// Starts the task on the runtime of the caller; it ends when the handle is dropped.
     ///
     /// # Panics
-    /// Outside of a runtime.
+    /// If called outside of a Tokio runtime.
     #[must_use]
     pub fn start(client: kube::Client, node: &str, metrics: &Metrics) -> Self {
-        let (told, problems) = watch::channel(Vec::new());
-        let teller = Teller {
+        let (sender, problems) = watch::channel(Vec::new());
+        let publisher = Publisher {
             client,
             node: node.to_owned(),
             problems,
             throttle: Throttle::new(Instant::now()),
-            count: metrics.events(),
+            counter: metrics.events(),
         };
-        tokio::spawn(teller.run());
-        Self { told }
+        tokio::spawn(publisher.run());
+        Self { problems: sender }
     }
 
-    /// Everything that is wrong now.
-    pub fn tell(&self, problems: &[Problem]) {
+    /// Replaces the current problems. Those of no Service, and those of the node, become no Events.
+    pub fn set(&self, problems: &[Problem]) {
         let of_services: Vec<_> = problems
             .iter()
             .filter(|problem| problem.service.is_some() && reason(problem.kind).is_some())
             .cloned()
             .collect();
-        self.told.send_if_modified(|told| {
-            let news = *told != of_services;
-            *told = of_services;
-            news
+        self.problems.send_if_modified(|current| {
+            let changed = *current != of_services;
+            *current = of_services;
+            changed
         });
     }
 }
 
-/// What an Event says.
+/// Reason and action of an Event.
 #[derive(Debug, Clone, Copy)]
 struct Reason {
     reason: &'static str,
     action: &'static str,
-    /// It is so on this node, whatever others find.
-    here: bool,
+    /// Whether the problem concerns this node only, so that the note names it.
+    node_only: bool,
 }
 
-/// `None`: no business of a Service's owner.
+/// Returns the reason of an Event, or `None` if a problem of this kind does not concern the owner of a Service.
 fn reason(kind: ProblemKind) -> Option<Reason> {
-    let of = |reason, action, here| Some(Reason { reason, action, here });
+    let of = |reason, action, node_only| {
+        Some(Reason {
+            reason,
+            action,
+            node_only,
+        })
+    };
     match kind {
         ProblemKind::Source => of("InvalidService", "Read", false),
         ProblemKind::Conflict => of("AddressConflict", "Serve", false),
@@ -95,22 +101,26 @@ fn reason(kind: ProblemKind) -> Option<Reason> {
     }
 }
 
-/// What is equal in two nodes of one build.
+/// Returns a hash that is equal on all nodes with the same build.
 fn hash(parts: &[&str]) -> u64 {
     let mut hasher = DefaultHasher::new();
     parts.hash(&mut hasher);
     hasher.finish()
 }
 
-/// The beginning of a text, as long as the API takes it.
+/// Returns the beginning of a text, of at most `max` bytes.
 fn cut(text: &str, max: usize) -> String {
     text[..text.floor_char_boundary(max)].to_owned()
 }
 
-/// The Event of a problem; `None` where nobody is told.
+/// Returns the Event of a problem, or `None` if the problem does not concern the owner of a Service.
 fn event(problem: &Problem, service: &ObjectKey, uid: Option<String>, node: &str) -> Option<Event> {
-    let Reason { reason, action, here } = reason(problem.kind)?;
-    let note = if here {
+    let Reason {
+        reason,
+        action,
+        node_only,
+    } = reason(problem.kind)?;
+    let note = if node_only {
         format!("node {node}: {}", problem.message)
     } else {
         problem.message.clone()
@@ -141,15 +151,15 @@ fn event(problem: &Problem, service: &ObjectKey, uid: Option<String>, node: &str
     })
 }
 
-struct Teller {
+struct Publisher {
     client: kube::Client,
     node: String,
     problems: watch::Receiver<Vec<Problem>>,
     throttle: Throttle,
-    count: IntCounterVec,
+    counter: IntCounterVec,
 }
 
-impl Teller {
+impl Publisher {
     async fn run(mut self) {
         loop {
             let wait = self.round().await;
@@ -163,39 +173,39 @@ impl Teller {
         }
     }
 
-    /// Tells what may be told now; when to look again.
+    /// Publishes the problems that the throttle admits now, and returns the time of the next round.
     async fn round(&mut self) -> Instant {
         let problems = self.problems.borrow_and_update().clone();
         let mut next = Instant::now() + REPEAT;
         for problem in &problems {
             let Some(service) = &problem.service else { continue };
             let what = hash(&[problem.kind.label(), &problem.message]);
-            match self.throttle.ask(service, what, Instant::now()) {
-                Verdict::Told(again) | Verdict::Later(again) => next = next.min(again),
-                Verdict::Now => match self.publish(problem, service).await {
-                    Ok(()) => self.note("published"),
+            match self.throttle.admit(service, what, Instant::now()) {
+                Admission::Published(again) | Admission::Later(again) => next = next.min(again),
+                Admission::Now => match self.publish(problem, service).await {
+                    Ok(()) => self.count("published"),
                     Err(error) => {
-                        warn!(%service, error, "an Event could not be made");
-                        self.note("failed");
+                        warn!(%service, error, "failed to create an Event");
+                        self.count("failed");
                         self.throttle.failed(service, what);
-                        next = next.min(Instant::now() + AGAIN);
+                        next = next.min(Instant::now() + RETRY_DELAY);
                     }
                 },
             }
         }
-        self.throttle.forget(Instant::now());
+        self.throttle.expire(Instant::now());
         next
     }
 
-    fn note(&self, result: &str) {
-        self.count.with_label_values(&[result]).inc();
+    fn count(&self, result: &str) {
+        self.counter.with_label_values(&[result]).inc();
     }
 
     async fn publish(&self, problem: &Problem, service: &ObjectKey) -> Result<(), String> {
-        match timeout(PATIENCE, self.try_publish(problem, service)).await {
+        match timeout(TIMEOUT, self.try_publish(problem, service)).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err(format!("no answer within {} s", PATIENCE.as_secs())),
+            Err(_) => Err(format!("no answer within {} s", TIMEOUT.as_secs())),
         }
     }
 
@@ -205,7 +215,7 @@ impl Teller {
         // Services, not get one.
         let named = ListParams::default().fields(&format!("metadata.name={}", service.name));
         let Some(found) = services.list_metadata(&named).await?.items.pop() else {
-            debug!(%service, "gone before its owner could be told");
+            debug!(%service, "deleted before an Event could be created");
             return Ok(());
         };
         let Some(event) = event(problem, service, found.metadata.uid, &self.node) else {
@@ -233,11 +243,11 @@ mod tests {
     use super::*;
     use crate::server::{bind, serve};
 
-    /// An API server, and the Events that it was told.
+    /// An API server, with the Events that were created.
     #[derive(Clone, Default)]
-    struct Server(Arc<Mutex<Vec<Value>>>);
+    struct ApiServer(Arc<Mutex<Vec<Value>>>);
 
-    impl Server {
+    impl ApiServer {
         async fn services(uri: Uri) -> Json<Value> {
             let (_, name) = uri.query().unwrap().split_once("metadata.name%3D").unwrap();
             let service = json!({"metadata": {"name": name, "namespace": "default", "uid": format!("uid-of-{name}")}});
@@ -273,10 +283,10 @@ mod tests {
         problem.of(&ObjectKey::new("default", service)).kind(kind)
     }
 
-    /// Agents of some nodes, one after the other, that find the same; what the API server has then, and what came of
-    /// it: published and failed.
-    async fn told(nodes: &[&str], problems: &[Problem]) -> (Vec<Value>, [u64; 2]) {
-        let server = Server::default();
+    /// Runs the agents of some nodes, one after the other, with the same problems. Returns the Events in the API server,
+    /// and the counters of published and failed Events.
+    async fn publish(nodes: &[&str], problems: &[Problem]) -> (Vec<Value>, [u64; 2]) {
+        let server = ApiServer::default();
         let at = (Ipv4Addr::LOCALHOST, 0).into();
         let listener = bind::listen(at).unwrap();
         let at = listener.local_addr().unwrap();
@@ -286,18 +296,18 @@ mod tests {
         let client = kube::Client::try_from(kube::Config::new(uri)).unwrap();
         let metrics = Metrics::new().unwrap();
         for node in nodes {
-            let (told, problems) = watch::channel(problems.to_vec());
-            let mut teller = Teller {
+            let (sender, problems) = watch::channel(problems.to_vec());
+            let mut publisher = Publisher {
                 client: client.clone(),
                 node: (*node).to_owned(),
                 problems,
                 throttle: Throttle::new(Instant::now()),
-                count: metrics.events(),
+                counter: metrics.events(),
             };
-            teller.round().await;
-            // Nothing new: nothing is asked.
-            teller.round().await;
-            drop(told);
+            publisher.round().await;
+            // Without a change no request is sent.
+            publisher.round().await;
+            drop(sender);
         }
         serving.abort();
         let count = |result| metrics.events().with_label_values(&[result]).get();
@@ -306,9 +316,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_owner_finds_what_is_wrong_at_the_service() {
+    async fn event_regards_the_service_with_its_uid() {
         let conflict = problem("web", ProblemKind::Conflict, "10.96.0.1:80/TCP is default/older's");
-        let (events, counts) = told(&["n1"], &[conflict]).await;
+        let (events, counts) = publish(&["n1"], &[conflict]).await;
         assert_eq!(counts, [1, 0]);
         let [event] = &*events else { panic!("{events:?}") };
         assert_eq!(
@@ -329,14 +339,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_all_nodes_find_is_one_event_and_what_one_finds_its_own() {
+    async fn problems_of_all_nodes_share_an_event_and_problems_of_one_node_do_not() {
         let problems = [
             problem("web", ProblemKind::Conflict, "an address is another's"),
             problem("web", ProblemKind::Source, "a field is wrong"),
             problem("web", ProblemKind::HealthCheck, "the port is taken"),
             problem("full", ProblemKind::Map, "no room"),
         ];
-        let (events, counts) = told(&["n1", "n2", "n1"], &problems).await;
+        let (events, counts) = publish(&["n1", "n2", "n1"], &problems).await;
         assert_eq!(counts, [12, 0]);
         let mut notes: Vec<_> = events.iter().map(|event| event["note"].as_str().unwrap()).collect();
         notes.sort_unstable();
@@ -356,30 +366,30 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_service_that_is_gone_has_no_owner() {
-        let (events, counts) = told(&["n1"], &[problem("gone", ProblemKind::Map, "no room")]).await;
+    async fn deleted_service_gets_no_event() {
+        let (events, counts) = publish(&["n1"], &[problem("gone", ProblemKind::Map, "no room")]).await;
         assert_eq!((events, counts), (Vec::new(), [1, 0]));
     }
 
     #[tokio::test]
-    async fn what_is_too_long_is_cut_where_a_character_ends() {
-        let (events, counts) = told(&["n1"], &[problem("web", ProblemKind::Source, &"ä".repeat(600))]).await;
+    async fn long_note_is_cut_at_a_character_boundary() {
+        let (events, counts) = publish(&["n1"], &[problem("web", ProblemKind::Source, &"ä".repeat(600))]).await;
         assert_eq!(counts, [1, 0]);
         assert_eq!(events[0]["note"].as_str().unwrap().len(), MAX_NOTE);
     }
 
     #[tokio::test]
-    async fn problems_of_the_node_are_nobodys_business() {
+    async fn only_problems_of_services_become_events() {
         let metrics = Metrics::new().unwrap();
         let client = kube::Client::try_from(kube::Config::new(Uri::from_static("http://127.0.0.1:9"))).unwrap();
-        let notices = Notices::start(client, "n1", &metrics);
-        notices.tell(&[
+        let events = KubeEvents::start(client, "n1", &metrics);
+        events.set(&[
             problem("web", ProblemKind::Server, "x"),
             Problem::new("somewhere", "y").kind(ProblemKind::Map),
         ]);
-        assert_eq!(*notices.told.borrow(), []);
+        assert_eq!(*events.problems.borrow(), []);
         let ours = problem("web", ProblemKind::Map, "z");
-        notices.tell(std::slice::from_ref(&ours));
-        assert_eq!(*notices.told.borrow(), [ours]);
+        events.set(std::slice::from_ref(&ours));
+        assert_eq!(*events.problems.borrow(), [ours]);
     }
 }

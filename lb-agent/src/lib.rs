@@ -1,16 +1,18 @@
-//! The agent of lb: reads Services and endpoints, decides which backends serve which destination, and makes the kernel's
-//! maps say so.
+//! The agent of lb: reads Services and endpoints, and writes the backends of each destination to the kernel's maps.
 //!
 //! ```text
-//! source -> index -> policy -> desired -> diff -> reconcile (apply) -> maps
+//! source -> lb_core (index -> policy -> desired -> diff -> reconcile) -> maps
 //! ```
 //!
-//! Arrows go one way. What decides (`index`, [`policy`], [`desired`], `diff`, `verify`) is synchronous and pure.
+//! Modules depend on each other in one direction: [`cli`] on [`daemon`], the daemon on [`server`], [`k8s_events`] and
+//! [`config`], and these on [`source`], [`node`], [`loader`] and [`maps`]. The deciding part is the crate `lb-core`, which
+//! is synchronous and pure.
 #![deny(unsafe_code)]
 
 pub mod cli;
 mod clock;
 pub mod config;
+pub mod daemon;
 mod ebpf_log;
 #[cfg(test)]
 mod fuzz;

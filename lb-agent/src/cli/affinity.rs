@@ -1,4 +1,4 @@
-//! `affinity list`: which client has which backend, and for how long.
+//! `affinity list`: the backend of each client with session affinity, and for how long it is kept.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -18,19 +18,19 @@ use lb_core::names::ServicePortName;
 struct Row {
     #[serde(flatten)]
     owner: ServicePortName,
-    /// Cookie of the client's network namespace, where that is what it is known by.
+    /// Cookie of the client's network namespace, if the client is identified by it.
     netns: Option<u64>,
-    /// The client's address, likewise.
+    /// Address of the client, if the client is identified by it.
     client: Option<IpAddr>,
-    /// `None` where it is gone.
+    /// Address and port of the backend; `None` if it was removed.
     backend: Option<SocketAddr>,
     backend_id: u32,
     backend_generation: u32,
     /// Seconds since the last use.
     age: u64,
-    /// Seconds until it is forgotten; zero where it does not hold.
+    /// Seconds until the entry expires; zero if it has no effect.
     remaining: u64,
-    /// The next connection gets this backend.
+    /// Whether the next connection gets this backend.
     holds: bool,
     state: &'static str,
 }
@@ -46,7 +46,8 @@ fn row(dump: &Dump, now: u64, key: &AffinityKey, entry: Affinity) -> Row {
         .backends
         .get(id as usize)
         .filter(|backend| generation::is_current(backend.generation, generation));
-    // Cluster IPs have the internal set, all else one that depends on the client: which of them it asked for is not known.
+    // Cluster IPs use the internal set, and other frontends one that depends on the client. The entry does not contain
+    // which frontend the client connected to.
     let other = if key.netns().is_some() || dump.is_inside(key.client) {
         Set::Cluster
     } else {
@@ -124,7 +125,7 @@ mod tests {
     use lb_core::testing::{Builder as _, Cluster, apply, maps, service, slice, start};
 
     #[test]
-    fn a_row_says_whether_it_holds() {
+    fn state_shows_whether_the_next_connection_keeps_the_backend() {
         const SECOND: u64 = 1_000_000_000;
         let endpoints = ["10.10.1.2 @n1", "10.10.2.2 @n2"];
         let mut lb = start(maps());
@@ -165,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_by_its_address_has_the_set_of_where_it_is() {
+    fn set_of_a_client_address_depends_on_inside_or_outside() {
         let mut lb = start(maps());
         let mut cluster = Cluster::of([
             service("web", "10.96.0.10").affinity(60).into(),

@@ -1,4 +1,4 @@
-//! `conntrack list`: flows of packets, both directions of each in one line.
+//! `conntrack list`: the flows in lb's conntrack, one row for both directions of a flow.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -21,21 +21,21 @@ struct Row {
     owner: ServicePortName,
     proto: &'static str,
     client: SocketAddr,
-    /// What the client asked for.
+    /// The destination of the client's packets.
     frontend: SocketAddr,
     backend: SocketAddr,
     backend_id: u32,
     backend_generation: u32,
-    /// What the backend sees in place of the client, where that is another.
+    /// The source address and port that the backend sees, if it is not the client's.
     source: Option<SocketAddr>,
     state: &'static str,
     /// Seconds since the last packet of either direction.
     idle: u64,
-    /// Where the client's packets are translated.
+    /// The hook that translates packets of the original direction.
     hook: &'static str,
-    /// They are sent on from there, past the stack.
+    /// Whether the hook forwards packets, past the stack.
     forwarded: bool,
-    /// Both directions are there.
+    /// Whether both directions have an entry.
     complete: bool,
 }
 
@@ -49,25 +49,19 @@ fn state(phase: Phase) -> &'static str {
     }
 }
 
-/// A flow, given as one direction and the other, if that is there.
-fn row(
-    (key, entry): &Direction,
-    other: Option<&CtEntry>,
-    answered: bool,
-    names: &BTreeMap<u32, Name>,
-    now: u64,
-) -> Row {
-    // What the packets are, and what they become; of answers the reverse of both.
-    let is = [key.src.socket(key.src_port), key.dst.socket(key.dst_port)];
-    let becomes = [entry.src.socket(entry.src_port), entry.dst.socket(entry.dst_port)];
+/// Returns the row of a flow from one direction and, if it exists, the entry of the other.
+fn row((key, entry): &Direction, other: Option<&CtEntry>, replied: bool, names: &BTreeMap<u32, Name>, now: u64) -> Row {
+    // The tuple before and after translation; swapped and reversed in the reply direction.
+    let tuple = [key.src.socket(key.src_port), key.dst.socket(key.dst_port)];
+    let translated = [entry.src.socket(entry.src_port), entry.dst.socket(entry.dst_port)];
     let is_reply = entry.flags & ct_flags::REPLY != 0;
     let ([client, frontend], [source, backend]) = if is_reply {
-        ([becomes[1], becomes[0]], [is[1], is[0]])
+        ([translated[1], translated[0]], [tuple[1], tuple[0]])
     } else {
-        (is, becomes)
+        (tuple, translated)
     };
     let seen = other.map_or(entry.seen, |other| other.seen.max(entry.seen));
-    let phase = Phase::of(answered, [entry.state, other.map_or(0, |other| other.state)]);
+    let phase = Phase::of(replied, [entry.state, other.map_or(0, |other| other.state)]);
     Row {
         owner: ServicePortName::of(names.get(&entry.service)),
         proto: Protocol::name_of(key.proto),
@@ -79,7 +73,8 @@ fn row(
         source: (source != client).then_some(source),
         state: state(phase),
         idle: age(seen, now).as_secs(),
-        // Answers are translated at either hook, wherever the client's packets are: not known without those.
+        // Replies are translated at either hook, whichever hook translates the client's packets. Without the entry of
+        // the original direction that hook is unknown.
         hook: match (is_reply, entry.flags & ct_flags::EGRESS != 0) {
             (true, _) => "?",
             (false, true) => "egress",
@@ -90,14 +85,14 @@ fn row(
     }
 }
 
-/// One row for each flow of a map.
-fn rows(all: &[Direction], answered: bool, names: &BTreeMap<u32, Name>, now: u64) -> Vec<Row> {
+/// Returns one row for each flow of a map.
+fn rows(all: &[Direction], replied: bool, names: &BTreeMap<u32, Name>, now: u64) -> Vec<Row> {
     let by_key: BTreeMap<&CtKey, &CtEntry> = all.iter().map(|(key, entry)| (key, entry)).collect();
     let rows = all.iter().filter_map(|direction| {
         let (key, entry) = direction;
         let other = by_key.get(&reverse_key(entry, key.proto)).copied();
-        let told_with_other = entry.flags & ct_flags::REPLY != 0 && other.is_some();
-        (!told_with_other).then(|| row(direction, other, answered, names, now))
+        let is_second = entry.flags & ct_flags::REPLY != 0 && other.is_some();
+        (!is_second).then(|| row(direction, other, replied, names, now))
     });
     rows.collect()
 }
@@ -106,10 +101,11 @@ pub(super) fn list(args: &ReadArgs) -> anyhow::Result<()> {
     let maps = args.pin.open()?;
     let mut flows = FlowMaps::open(&args.pin.pins().maps())?;
     let names = maps.names()?;
-    // A flow that is answered meanwhile is in neither or both: rather twice than not at all.
-    let (new, answered) = (flows.new.all()?, flows.answered.all()?);
+    // A flow that moves from CT_NEW to CT meanwhile is in one listing or in both. Reading CT_NEW first lists it twice
+    // rather than not at all.
+    let (new, established) = (flows.new.all()?, flows.answered.all()?);
     let now = monotonic_ns();
-    let mut all = rows(&answered, true, &names, now);
+    let mut all = rows(&established, true, &names, now);
     all.extend(rows(&new, false, &names, now));
     all.sort_by_key(|row| (row.owner.to_string(), row.client, row.frontend));
     let header = [
@@ -150,8 +146,8 @@ mod tests {
         (at.ip().into(), at.port())
     }
 
-    fn direction(is: [&str; 2], becomes: [&str; 2], flags: u16, state: u8, seen: u64) -> Direction {
-        let ([src, dst], [to_src, to_dst]) = (is.map(at), becomes.map(at));
+    fn direction(tuple: [&str; 2], translated: [&str; 2], flags: u16, state: u8, seen: u64) -> Direction {
+        let ([src, dst], [to_src, to_dst]) = (tuple.map(at), translated.map(at));
         let key = CtKey {
             src: src.0,
             dst: dst.0,
@@ -181,7 +177,7 @@ mod tests {
     const SOURCE: &str = "10.10.1.0:61001";
     const BACKEND: &str = "10.10.2.2:8080";
 
-    /// A flow to another node, and its answers.
+    /// Returns both directions of a flow to another node.
     fn forwarded(seen: [u64; 2], states: [u8; 2]) -> [Direction; 2] {
         let flags = ct_flags::FORWARD;
         [
@@ -196,8 +192,8 @@ mod tests {
         ]
     }
 
-    fn one(all: &[Direction], answered: bool) -> Row {
-        let mut rows = rows(all, answered, &BTreeMap::new(), 100 * SECOND);
+    fn one(all: &[Direction], replied: bool) -> Row {
+        let mut rows = rows(all, replied, &BTreeMap::new(), 100 * SECOND);
         assert_eq!(rows.len(), 1, "{rows:?}");
         rows.remove(0)
     }
@@ -217,9 +213,9 @@ mod tests {
     }
 
     #[test]
-    fn one_direction_says_what_it_knows() {
-        let [asked, answer] = forwarded([90, 95], [0, 0]);
-        for (direction, hook) in [(asked, "ingress"), (answer, "?")] {
+    fn single_direction_is_listed_as_incomplete() {
+        let [original, reply] = forwarded([90, 95], [0, 0]);
+        for (direction, hook) in [(original, "ingress"), (reply, "?")] {
             let row = one(&[direction], true);
             let addresses = [Some(row.client), Some(row.frontend), Some(row.backend), row.source];
             let text = addresses.map(|at| at.unwrap().to_string());
@@ -229,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_is_seen_as_it_is_has_no_other_source() {
+    fn flow_without_snat_has_no_source() {
         let all = [
             direction([CLIENT, FRONTEND], [CLIENT, BACKEND], ct_flags::EGRESS, 0, 1),
             direction([BACKEND, CLIENT], [FRONTEND, CLIENT], ct_flags::REPLY, 0, 1),
@@ -242,13 +238,13 @@ mod tests {
     #[test]
     fn states_have_names() {
         const FIN: u8 = ct_state::FIN;
-        for (answered, states, expected) in [
+        for (replied, states, expected) in [
             (false, [0, 0], "new"),
             (true, [FIN, 0], "closing"),
             (true, [FIN, FIN], "closed"),
             (true, [0, ct_state::RST], "reset"),
         ] {
-            assert_eq!(one(&forwarded([1, 1], states), answered).state, expected);
+            assert_eq!(one(&forwarded([1, 1], states), replied).state, expected);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The devices of the node in `status`: where programs are attached, and which source packets get that leave there.
+//! Devices of the node in `status`: attached programs, and the source addresses of forwarded packets.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -17,7 +17,7 @@ use crate::node::netns::Namespaces;
 pub(super) struct DeviceRow {
     name: String,
     index: u32,
-    /// `tcx` or `clsact`; nothing where no programs are attached.
+    /// `tcx` or `clsact`; `None` if no programs are attached.
     attached: Option<&'static str>,
     ingress: Option<ProgramAt>,
     egress: Option<ProgramAt>,
@@ -40,7 +40,7 @@ impl From<AtDevice> for ProgramAt {
     }
 }
 
-/// The devices in the agent's network namespace.
+/// Returns the devices in the agent's network namespace.
 pub(super) fn rows(maps: &PinnedMaps, pins: &PinPath) -> anyhow::Result<Vec<DeviceRow>> {
     let mut namespaces = Namespaces::new().context("reading /proc")?;
     let netns = maps.state().map_or(namespaces.own(), |state| state.netns);
@@ -53,7 +53,7 @@ pub(super) fn rows(maps: &PinnedMaps, pins: &PinPath) -> anyhow::Result<Vec<Devi
     rows.unwrap_or_else(|| Ok(Vec::new()))
 }
 
-/// The same, in the network namespace of the calling thread.
+/// Returns the devices in the network namespace of the calling thread.
 fn rows_here(maps: &PinnedMaps, pins: &PinPath) -> anyhow::Result<Vec<DeviceRow>> {
     let devices = maps.devices()?;
     let at = loader::at_devices(pins, devices.keys().copied())?;

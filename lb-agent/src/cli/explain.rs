@@ -1,4 +1,4 @@
-//! `explain`: what `connect()` would do, or becomes of a packet from outside, and why.
+//! `explain`: how `connect()` or a packet from outside would be handled, and why.
 
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
@@ -19,10 +19,10 @@ use lb_core::explain::{Asker, Explanation, Snapshot, explain, explain_packet};
 
 #[derive(Debug, Args)]
 pub(super) struct ExplainArgs {
-    /// Who connects: the id of a process (also one in a pod), or an address (of this node, or of a client outside)
+    /// Client: a process id (also of a process in a pod), or an address (of this node, or of an outside client)
     #[arg(long, value_name = "PID|ADDR")]
     from: From,
-    /// Where to: address, port and protocol (tcp where nothing is said)
+    /// Destination: address, port and protocol [default protocol: tcp]
     #[arg(long, value_name = "ADDR:PORT[/tcp|udp]")]
     to: To,
     #[command(flatten)]
@@ -69,7 +69,7 @@ impl FromStr for To {
 }
 
 impl To {
-    /// As the programs see it; an IPv4 address that is written v4-mapped is the same.
+    /// Returns the destination as the programs see it; an IPv4 address may be written v4-mapped.
     fn destination(self) -> Destination {
         Destination {
             addr: Addr::from(self.at.ip()).into(),
@@ -78,7 +78,7 @@ impl To {
         }
     }
 
-    /// The hook that sees it.
+    /// Returns the hook that handles a connect to the destination.
     fn hook(self) -> &'static str {
         if self.at.is_ipv4() {
             program_name::CONNECT4
@@ -88,17 +88,17 @@ impl To {
     }
 }
 
-/// Who connects.
+/// The client that connects.
 #[derive(Debug, Serialize)]
 struct Client {
-    /// For people.
+    /// A description for people.
     name: String,
     pid: Option<u32>,
     /// Cookie of the network namespace; `None` for a client outside.
     netns: Option<u64>,
-    /// That is the node's.
+    /// Whether it is in the node's network namespace.
     on_node: bool,
-    /// Below the cgroup that is served; `None` where that cannot be seen.
+    /// Whether it is below the served cgroup; `None` if that is not visible.
     below_cgroup: Option<bool>,
 }
 
@@ -113,7 +113,7 @@ pub(super) fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     let maps = args.read.pin.open()?;
     let state = maps
         .state()
-        .context("no agent has served here yet: which network namespace is the node's is not known")?;
+        .context("no agent has run here yet, so the node's network namespace is unknown")?;
     let attached = loader::attached(&args.read.pin.pins())?;
     let hook = args.to.hook();
     let cgroup = attached
@@ -125,13 +125,13 @@ pub(super) fn run(args: &ExplainArgs) -> anyhow::Result<()> {
     match args.read.output {
         Format::Json => output::json(&answer),
         Format::Table => {
-            output::say(&format!("from       {}", answer.client.name))?;
-            output::say(&answer.explanation.to_string())
+            output::print(&format!("from       {}", answer.client.name))?;
+            output::print(&answer.explanation.to_string())
         }
     }
 }
 
-/// `cgroup`: what the hook is attached to; zero where it is not.
+/// Explains a connection. `cgroup` is the id of the cgroup that the hook is attached to; zero if it is not attached.
 fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> anyhow::Result<Answer> {
     let to = args.to.destination();
     let mut snapshot = snapshot(maps)?;
@@ -142,8 +142,8 @@ fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> 
     if let (From::Address(ip), None) = (args.from, client.netns) {
         let mut explanation = explain_packet(&snapshot, ip, to);
         if explanation.source.as_ref().is_some_and(|source| source.here) {
-            let note = "a pod of this node connects by its sockets, unless something stands between them and the node: \
-                        name it by the id of one of its processes";
+            let note = "connections of a pod of this node are translated at its sockets, unless it has a proxy or a kernel \
+                        of its own: pass the id of one of its processes as --from";
             explanation.notes.push(note.into());
         }
         return Ok(Answer { client, explanation });
@@ -156,10 +156,7 @@ fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> 
                 ..
             },
             _,
-        ) => Explanation::untouched(
-            to,
-            format!("the process is not below the cgroup that is served (id {cgroup})"),
-        ),
+        ) => Explanation::untouched(to, format!("the process is not below the served cgroup (id {cgroup})")),
         _ => {
             let asker = Asker {
                 netns: client.netns.unwrap_or_default(),
@@ -169,8 +166,8 @@ fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> 
             let mut explanation = explain(&snapshot, asker, to);
             if client.below_cgroup.is_none() {
                 explanation.notes.push(format!(
-                    "whether the process is below the cgroup that is served (id {cgroup}) cannot be seen from here; \
-                     where it is not, the destination stays as it is"
+                    "whether the process is below the served cgroup (id {cgroup}) is not visible from this cgroup \
+                     namespace; if it is not, the destination is not translated"
                 ));
             }
             explanation
@@ -195,7 +192,7 @@ fn snapshot(maps: &PinnedMaps) -> anyhow::Result<Snapshot> {
 }
 
 fn client(from: From, maps: &Snapshot, state: &State, cgroup: u64) -> anyhow::Result<Client> {
-    let place = |on_node| if on_node { "the node's" } else { "not the node's" };
+    let namespace = |on_node| if on_node { "the node's" } else { "not the node's" };
     match from {
         From::Process(pid) => {
             let netns = process::netns_cookie(pid)?;
@@ -205,7 +202,7 @@ fn client(from: From, maps: &Snapshot, state: &State, cgroup: u64) -> anyhow::Re
                 name: format!(
                     "process {pid} ({}), network namespace {netns} ({})",
                     process::command(pid),
-                    place(on_node)
+                    namespace(on_node)
                 ),
                 pid: Some(pid),
                 netns: Some(netns),
@@ -228,7 +225,7 @@ fn client(from: From, maps: &Snapshot, state: &State, cgroup: u64) -> anyhow::Re
             below_cgroup: Some(true),
         }),
         From::Address(ip) => Ok(Client {
-            name: format!("{ip}, no address of this node"),
+            name: format!("{ip}, not an address of this node"),
             pid: None,
             netns: None,
             on_node: false,
@@ -242,7 +239,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_and_where_to() {
+    fn client_and_destination_are_parsed() {
         assert_eq!("17".parse(), Ok(From::Process(17)));
         assert_eq!("10.0.0.1".parse(), Ok(From::Address([10, 0, 0, 1].into())));
         assert!("eth0".parse::<From>().is_err());

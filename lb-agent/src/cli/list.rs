@@ -63,18 +63,18 @@ struct ServiceRow {
     generation: u32,
     status: Status,
     frontends: Vec<FrontendRow>,
-    /// Members of the whole-cluster set.
+    /// Number of members of the cluster set.
     backends: u16,
-    /// Members of the set that serves cluster IPs.
+    /// Number of members of the internal set, which serves cluster IPs.
     internal: u16,
-    /// Members of the set that serves external addresses.
+    /// Number of members of the external set, which serves external addresses.
     external: u16,
     affinity_timeout: u32,
     connections: u64,
     refused: u64,
 }
 
-/// Returns the frontends by service index. `problems`: the places of the records in NOTICES.
+/// Returns the frontends by service index, without address marks. `problems` contains the places of the records in NOTICES.
 fn frontends(dump: &Dump, problems: &BTreeSet<String>) -> BTreeMap<u32, Vec<FrontendRow>> {
     let mut all: BTreeMap<u32, Vec<FrontendRow>> = BTreeMap::new();
     for (FrontendKey { addr, port, .. }, Frontend { service, kind, .. }) in &dump.frontends {
@@ -169,12 +169,12 @@ struct BackendRow {
     backend_port: u16,
     id: u32,
     generation: u32,
-    /// Sets that it is a member of.
+    /// The sets that contain the backend.
     sets: Vec<&'static str>,
     local: bool,
-    /// In no set: it serves what it has, and gets nothing new.
+    /// Whether no set contains the backend: it keeps established connections and gets no new ones.
     draining: bool,
-    /// Sockets that are connected to it.
+    /// Number of sockets connected to the backend.
     sockets: usize,
 }
 

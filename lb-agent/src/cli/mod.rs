@@ -7,7 +7,6 @@ mod devices;
 mod explain;
 mod list;
 mod output;
-mod packets;
 mod process;
 mod run;
 mod sockets;
@@ -30,7 +29,7 @@ use crate::source::Source;
 use crate::source::connect::Settings;
 use lb_core::maps::Capacities;
 
-/// Kubernetes Services in eBPF, beside any CNI.
+/// Kubernetes Services in eBPF, with any CNI.
 #[derive(Debug, Parser)]
 #[command(name = "lb-agent", version)]
 struct Cli {
@@ -40,44 +39,57 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve: read Services and endpoints, and keep the kernel's maps as they say
+    /// Run the agent: watch Services and endpoints, and keep the eBPF maps up to date
     Run(Box<run::RunArgs>),
-    /// What is attached, how full the maps are, what could not be used
+    /// Show attached programs, map usage, drops and problems
     Status(ReadArgs),
-    /// Service ports, and whether they are written: pending, done or error
+    /// Show service ports, and whether they are written: pending, done or error
     #[command(subcommand)]
-    Service(List),
-    /// Backends
+    Service(ServiceCommand),
+    /// Show backends
     #[command(subcommand)]
-    Backend(List),
-    /// Sockets that were given a backend of a service, and what the kernel has of them
+    Backend(BackendCommand),
+    /// Show sockets translated to a backend, and their state in the kernel
     #[command(subcommand)]
-    Socket(List),
-    /// Clients of services with session affinity, and the backends that they keep
+    Socket(SocketCommand),
+    /// Show clients of services with session affinity, and their backends
     #[command(subcommand)]
-    Affinity(List),
-    /// Flows of packets that were translated: what was asked for, what serves it
+    Affinity(AffinityCommand),
+    /// Show translated flows of packets: frontend, backend and state
     #[command(subcommand)]
-    Conntrack(List),
-    /// What connect() would do, or becomes of a packet from outside, and why
+    Conntrack(ConntrackCommand),
+    /// Explain how a connection or packet would be handled, and why
     Explain(explain::ExplainArgs),
-    /// Connects, sends, flows of packets, refusals and destroyed sockets, as they happen
+    /// Print connects, sends, new flows, refusals and destroyed sockets as they happen
     Trace(trace::TraceArgs),
-    /// Compare the maps with what the source says, afresh; exit 1 and a diff where they differ
+    /// Compare the maps with the source; print the differences and exit 1 if there are any
     Verify(verify::VerifyArgs),
     /// Detach every program and remove every pin
     Cleanup(PinArgs),
 }
 
-#[derive(Debug, Subcommand)]
-enum List {
-    /// List them
-    List(ReadArgs),
+/// Defines the subcommand `list` of each kind of rows, with a help text of its own.
+macro_rules! list_commands {
+    ($($name:ident: $help:tt,)*) => {$(
+        #[derive(Debug, Subcommand)]
+        enum $name {
+            #[doc = $help]
+            List(ReadArgs),
+        }
+    )*};
+}
+
+list_commands! {
+    ServiceCommand: "List service ports",
+    BackendCommand: "List backends",
+    SocketCommand: "List sockets translated to a backend",
+    AffinityCommand: "List clients of services with session affinity",
+    ConntrackCommand: "List translated flows of packets",
 }
 
 #[derive(Debug, Args)]
 struct PinArgs {
-    /// Folder on a BPF file system that everything is pinned below
+    /// Directory on a BPF file system for all pins
     #[arg(long, value_name = "PATH", default_value = "/sys/fs/bpf/lb")]
     pin_path: PathBuf,
 }
@@ -87,12 +99,12 @@ impl PinArgs {
         PinPath::new(&self.pin_path)
     }
 
-    /// The pinned maps, for reading.
+    /// Opens the pinned maps for reading.
     fn open(&self) -> anyhow::Result<PinnedMaps> {
         let pins = self.pins();
         anyhow::ensure!(
             pins.maps().exists(),
-            "nothing is pinned below {} by this version: has `lb-agent run` been started with this --pin-path?",
+            "no maps of this version are pinned below {}: was `lb-agent run` started with this --pin-path?",
             pins.root().display()
         );
         Ok(PinnedMaps::open(&pins.maps())?)
@@ -103,7 +115,7 @@ impl PinArgs {
 struct ReadArgs {
     #[command(flatten)]
     pin: PinArgs,
-    /// A table for people, or JSON for programs
+    /// Output format: a table, or JSON
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     output: Format,
 }
@@ -114,29 +126,29 @@ enum Format {
     Json,
 }
 
-/// Where Services and endpoints come from.
-#[derive(Debug, Args)]
+/// The source of Services and endpoints.
+#[derive(Debug, Clone, Args)]
 struct SourceArgs {
-    /// Files or folders of Service, EndpointSlice and Node manifests, YAML or JSON, in place of Kubernetes
+    /// Files or directories of Service, EndpointSlice and Node manifests (YAML or JSON), instead of an API server
     #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with_all = ["kubeconfig", "kube_apiserver"])]
     manifests: Vec<PathBuf>,
-    /// How to reach the API server, and as whom [default: the service account of the pod]
+    /// Address of the API server, and credentials [default: the service account of the pod]
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
-    /// URLs of the API servers, which are tried in turn: addresses of their own, not that of a Service [default: the one
-    /// in the kubeconfig, or in the environment of the pod]
+    /// URLs of the API servers, tried in turn; must be direct addresses, not a Service IP [default: the URL in the
+    /// kubeconfig, or in the environment of the pod]
     #[arg(long, value_name = "URL,...", value_delimiter = ',', value_parser = server)]
     kube_apiserver: Vec<Uri>,
-    /// Name of this node, as endpoints name it [default: the host name]
+    /// Name of this node, as used in EndpointSlices [default: the host name]
     #[arg(long, value_name = "NAME", env = "NODE_NAME")]
     node_name: Option<String>,
-    /// Sources of packets that are inside the cluster, besides this node's addresses: for them, external addresses have
-    /// policy Cluster [default: the podCIDRs of this node's Node]
+    /// Source networks inside the cluster, in addition to this node's addresses: for clients there, external addresses
+    /// have traffic policy Cluster [default: the podCIDRs of this node's Node object]
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',')]
     cluster_cidr: Vec<IpNet>,
 }
 
-/// The URL of a server, without a path.
+/// Parses the URL of a server, without a path.
 fn server(text: &str) -> Result<Uri, String> {
     let uri: Uri = text.parse().map_err(|error| format!("not a URL: {error}"))?;
     match (uri.scheme_str(), uri.host(), uri.path()) {
@@ -146,7 +158,7 @@ fn server(text: &str) -> Result<Uri, String> {
 }
 
 impl SourceArgs {
-    /// To be called in a Tokio runtime.
+    /// Opens the source. Must be called in a Tokio runtime.
     async fn open(&self) -> anyhow::Result<Source> {
         if !self.manifests.is_empty() {
             return Ok(Source::manifests(&self.manifests));
@@ -158,13 +170,13 @@ impl SourceArgs {
         Ok(Source::kubernetes(&settings).await?)
     }
 
-    /// Takes from a file what no flag says.
+    /// Takes values from the configuration file for flags that are not set.
     fn complete(&mut self, config: &Config) {
         self.node_name = self.node_name.take().or_else(|| config.node_name.clone());
         self.kubeconfig = self.kubeconfig.take().or_else(|| config.kubeconfig.clone());
     }
 
-    /// Networks that are inside the cluster, besides this node's addresses and its pods.
+    /// Returns the networks inside the cluster, in addition to this node's addresses and its pods.
     fn inside<'a>(&'a self, config: Option<&'a Config>) -> &'a [IpNet] {
         match config {
             Some(config) if self.cluster_cidr.is_empty() => config.detect_local.inside(),
@@ -172,12 +184,13 @@ impl SourceArgs {
         }
     }
 
+    /// Returns the name of this node.
     fn node(&self) -> anyhow::Result<String> {
         if let Some(name) = &self.node_name {
             return Ok(name.clone());
         }
         let name = nix::unistd::gethostname()?;
-        // As kubelet does: node names are in lower case.
+        // As in kubelet: node names are in lower case.
         Ok(name.to_string_lossy().trim().to_lowercase())
     }
 }
@@ -247,17 +260,17 @@ impl From<CapacityArgs> for Capacities {
     }
 }
 
-/// The whole program.
+/// Runs the program, and returns its exit code.
 #[must_use]
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(*args).map(|()| ExitCode::SUCCESS),
         Command::Status(args) => status::status(&args).map(|()| ExitCode::SUCCESS),
-        Command::Service(List::List(args)) => list::services(&args).map(|()| ExitCode::SUCCESS),
-        Command::Backend(List::List(args)) => list::backends(&args).map(|()| ExitCode::SUCCESS),
-        Command::Socket(List::List(args)) => sockets::list(&args).map(|()| ExitCode::SUCCESS),
-        Command::Affinity(List::List(args)) => affinity::list(&args).map(|()| ExitCode::SUCCESS),
-        Command::Conntrack(List::List(args)) => conntrack::list(&args).map(|()| ExitCode::SUCCESS),
+        Command::Service(ServiceCommand::List(args)) => list::services(&args).map(|()| ExitCode::SUCCESS),
+        Command::Backend(BackendCommand::List(args)) => list::backends(&args).map(|()| ExitCode::SUCCESS),
+        Command::Socket(SocketCommand::List(args)) => sockets::list(&args).map(|()| ExitCode::SUCCESS),
+        Command::Affinity(AffinityCommand::List(args)) => affinity::list(&args).map(|()| ExitCode::SUCCESS),
+        Command::Conntrack(ConntrackCommand::List(args)) => conntrack::list(&args).map(|()| ExitCode::SUCCESS),
         Command::Explain(args) => explain::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Trace(args) => trace::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::verify(args),
@@ -267,7 +280,7 @@ pub fn main() -> ExitCode {
         if output::is_broken_pipe(&error) {
             return ExitCode::SUCCESS;
         }
-        output::complain(&format!("error: {}", output::chain(&error)));
+        output::warn(&format!("error: {}", output::chain(&error)));
         ExitCode::FAILURE
     })
 }
@@ -279,11 +292,11 @@ fn cleanup(args: &PinArgs) -> anyhow::Result<()> {
         Ok(false) => "nothing is pinned below",
         Err(loader::LoadError::Locked(path)) => {
             anyhow::bail!(
-                "an agent is running on {}: stop it first, or it would go on without its maps",
+                "an agent is running on {}: stop it first, since it cannot work without its maps",
                 path.display()
             )
         }
         Err(error) => return Err(error.into()),
     };
-    output::say(&format!("{what} {}", pins.root().display()))
+    output::print(&format!("{what} {}", pins.root().display()))
 }

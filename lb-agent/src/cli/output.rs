@@ -1,4 +1,4 @@
-//! Tables for people, JSON for programs.
+//! Output: tables for people, JSON for programs.
 
 use std::io::{self, Write as _};
 
@@ -7,17 +7,17 @@ use serde::Serialize;
 
 use super::Format;
 
-/// Prints a line.
-pub(super) fn say(line: &str) -> anyhow::Result<()> {
+/// Prints a line to standard output.
+pub(super) fn print(line: &str) -> anyhow::Result<()> {
     Ok(writeln!(io::stdout().lock(), "{line}")?)
 }
 
-/// Prints a line to the error output; there is nobody to tell if that fails.
-pub(super) fn complain(line: &str) {
+/// Prints a line to standard error. An error is ignored, since there is no place left to report it.
+pub(super) fn warn(line: &str) {
     writeln!(io::stderr().lock(), "{line}").ok();
 }
 
-/// An error with its causes, but those that it has told already.
+/// Returns the text of an error with its causes, without those that the text contains already.
 pub(super) fn chain(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {
@@ -28,14 +28,14 @@ pub(super) fn chain(error: &anyhow::Error) -> String {
     text
 }
 
-/// Whether the reader of our output went away, as `head` does.
+/// Whether the reader of the output has closed it, as `head` does.
 pub(super) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
         .downcast_ref::<io::Error>()
         .is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// Prints rows in the format that was asked for.
+/// Prints rows in the requested format.
 pub(super) fn rows<T: Serialize, const N: usize>(
     format: Format,
     header: [&str; N],
@@ -54,12 +54,12 @@ pub(super) fn rows<T: Serialize, const N: usize>(
             for column in table.column_iter_mut() {
                 column.set_padding((0, 2));
             }
-            say(&table.trim_fmt())
+            print(&table.trim_fmt())
         }
     }
 }
 
 /// Prints a value as JSON.
 pub(super) fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
-    say(&serde_json::to_string_pretty(value)?)
+    print(&serde_json::to_string_pretty(value)?)
 }

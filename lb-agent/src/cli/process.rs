@@ -1,4 +1,4 @@
-//! A process as a client: its network namespace, and whether it is below a cgroup.
+//! A process as a client: its network namespace and its cgroup.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,16 +12,18 @@ use crate::loader;
 use crate::maps::sys;
 use crate::node::{links, netns};
 
-/// Cookie of the network namespace of a process.
+/// Returns the cookie of the network namespace of a process.
 pub(super) fn netns_cookie(pid: u32) -> anyhow::Result<u64> {
     let path = format!("/proc/{pid}/ns/net");
     let theirs = File::open(&path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => anyhow::anyhow!("there is no process {pid}"),
-        io::ErrorKind::PermissionDenied => anyhow::anyhow!("{path} may not be opened: that needs CAP_SYS_PTRACE"),
+        io::ErrorKind::PermissionDenied => anyhow::anyhow!("no permission to open {path}: CAP_SYS_PTRACE is needed"),
         _ => anyhow::Error::new(error).context(format!("opening {path}")),
     })?;
     let ours = fs::metadata("/proc/self/ns/net").context("opening /proc/self/ns/net")?;
-    let there = theirs.metadata().with_context(|| format!("looking at {path}"))?;
+    let there = theirs
+        .metadata()
+        .with_context(|| format!("reading the metadata of {path}"))?;
     if (ours.dev(), ours.ino()) == (there.dev(), there.ino()) {
         return sys::netns_cookie().context("SO_NETNS_COOKIE");
     }
@@ -31,29 +33,29 @@ pub(super) fn netns_cookie(pid: u32) -> anyhow::Result<u64> {
         .context("SO_NETNS_COOKIE")
 }
 
-/// The address that packets of a process to another address come from; `None` where none leave for there, or where its
-/// network namespace cannot be looked into.
+/// Returns the source address of packets that a process sends to an address; `None` if there is no route, or if its
+/// network namespace cannot be entered.
 pub(super) fn source(pid: u32, to: IpAddr) -> Option<IpAddr> {
     let netns = File::open(format!("/proc/{pid}/ns/net"));
     let source = netns.and_then(|netns| netns::within(&netns, || links::source(to))?);
     source.ok().flatten()
 }
 
-/// What a process calls itself; `?` where it is gone.
+/// Returns the name of a process; `?` if it has ended.
 pub(super) fn command(pid: u32) -> String {
     fs::read_to_string(format!("/proc/{pid}/comm")).map_or_else(|_| "?".into(), |text| text.trim_end().to_owned())
 }
 
-/// Whether the programs at a cgroup see a process.
+/// Whether a process is below a cgroup, so that the programs there handle its calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Below {
     Yes,
     No,
-    /// Its cgroup is not to be seen from here (another cgroup namespace).
+    /// Its cgroup is not visible from this cgroup namespace.
     Unknown,
 }
 
-/// Whether a process is in a cgroup (by its id), or in one below it.
+/// Returns whether a process is in the cgroup with this id, or in one below it.
 pub(super) fn is_below(pid: u32, cgroup: u64) -> anyhow::Result<Below> {
     if loader::is_root_cgroup(cgroup) {
         return Ok(Below::Yes);
@@ -64,12 +66,12 @@ pub(super) fn is_below(pid: u32, cgroup: u64) -> anyhow::Result<Below> {
     Ok(unified(&text).map_or(Below::Unknown, |path| below(&root, path, cgroup)))
 }
 
-/// The path in the cgroup2 hierarchy, from the text of `/proc/PID/cgroup` (cgroups(7)).
+/// Returns the path in the cgroup2 hierarchy, from the text of `/proc/PID/cgroup` (cgroups(7)).
 fn unified(text: &str) -> Option<&Path> {
     text.lines().find_map(|line| line.strip_prefix("0::/")).map(Path::new)
 }
 
-/// Whether a cgroup with this id is on the way from the root of the hierarchy to a path.
+/// Returns whether the cgroup with this id is on the path from the root of the hierarchy to `path`.
 fn below(root: &Path, path: &Path, cgroup: u64) -> Below {
     if path.components().any(|part| part == Component::ParentDir) {
         return Below::Unknown;
@@ -89,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_unified_hierarchy_is_the_one_without_a_controller() {
+    fn unified_hierarchy_is_the_line_without_a_controller() {
         let hybrid = "12:cpu:/a\n1:name=systemd:/b\n0::/pods/one\n";
         assert_eq!(unified(hybrid), Some(Path::new("pods/one")));
         assert_eq!(unified("0::/\n"), Some(Path::new("")));
@@ -97,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn below_is_an_ancestor_or_itself() {
+    fn cgroup_and_its_descendants_are_below_it() {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
         fs::create_dir_all(root.join("node/pod")).unwrap();

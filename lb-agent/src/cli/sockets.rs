@@ -1,4 +1,4 @@
-//! `socket list`: what sockets were given, joined with the sockets that the kernel has.
+//! `socket list`: records of translated sockets, joined with the sockets in the kernel.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -19,21 +19,21 @@ use lb_core::explain::age;
 use lb_core::maps::Dump;
 use lb_core::names::ServicePortName;
 
-/// How a socket came to its backend.
+/// How the backend of a socket was selected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Kind {
     /// By `connect()`.
     Connected,
-    /// By a datagram that named its destination.
+    /// By a datagram with a destination of its own.
     Unconnected,
 }
 
-/// A socket and a backend that it was given.
+/// A record of a socket and its backend.
 #[derive(Debug, Clone, Copy)]
-struct Given {
+struct Record {
     kind: Kind,
-    /// Key of the record.
+    /// Key of the record in the map.
     cookie: u64,
     /// The cookie that sock_diag lists the socket with.
     socket: u64,
@@ -44,11 +44,11 @@ struct Given {
     backend_id: u32,
     generation: u32,
     service: u32,
-    /// When it was connected, or last sent something: nanoseconds of CLOCK_MONOTONIC.
+    /// Time of the connect or of the last datagram, in nanoseconds of CLOCK_MONOTONIC.
     time: u64,
 }
 
-impl From<SocketRecord> for Given {
+impl From<SocketRecord> for Record {
     fn from(record: SocketRecord) -> Self {
         Self {
             kind: Kind::Connected,
@@ -66,7 +66,7 @@ impl From<SocketRecord> for Given {
     }
 }
 
-impl Given {
+impl Record {
     fn of_flow(cookie: u64, netns: u64, flow: &UdpFlow) -> Self {
         Self {
             kind: Kind::Unconnected,
@@ -83,14 +83,14 @@ impl Given {
         }
     }
 
-    /// The backend is still in use.
+    /// Whether the record's reference to the backend is current.
     fn is_current(&self, dump: &Dump) -> bool {
         let entry = dump.backends.get(self.backend_id as usize);
         entry.is_some_and(|entry| generation::is_current(entry.generation, self.generation))
     }
 
-    /// Whose it is. An index that a Service left may be another's by now: it counts where the backend is in use, or
-    /// where what was asked for still leads there.
+    /// Returns the service port of the record. Its service index may have been reused for another service port: the name
+    /// counts only if the backend reference is current, or if the original destination still leads to that index.
     fn owner(&self, dump: &Dump) -> ServicePortName {
         let (addr, port) = self.original;
         let node_port = Ip128::from(addr).unspecified().into();
@@ -103,17 +103,17 @@ impl Given {
     }
 }
 
-/// What the kernel has of a socket.
+/// State of a socket in the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum State {
-    /// It is there.
+    /// It exists, and is connected to the backend if it has to be.
     Open,
-    /// It is there, connected to something else or to nothing.
+    /// It exists, and is connected to another address or to none.
     Elsewhere,
-    /// It is not there: the record is left over.
+    /// It does not exist; the record is not removed yet.
     Dead,
-    /// Its network namespace cannot be looked into; or it may be connecting at this moment.
+    /// Its network namespace cannot be entered, or it may be connecting at this moment.
     Unknown,
 }
 
@@ -135,53 +135,53 @@ struct Row {
     kind: Kind,
     cookie: u64,
     netns: u64,
-    /// What the process asked for.
+    /// The destination that the process requested.
     original: SocketAddr,
-    /// What it got.
+    /// The selected backend.
     backend: SocketAddr,
     backend_id: u32,
     backend_generation: u32,
-    /// The backend is still in use.
+    /// Whether the reference to the backend is current.
     current: bool,
-    /// The socket's own address.
+    /// Local address of the socket.
     local: Option<SocketAddr>,
     state: State,
-    /// Seconds since it was connected, or last sent something.
+    /// Seconds since the connect or the last datagram.
     age: u64,
 }
 
 type Visited = Visit<io::Result<Sockets>>;
 
 impl Row {
-    /// `sockets`: a listing that was begun at `begun`.
-    fn new(given: &Given, dump: &Dump, sockets: &Visited, begun: u64) -> Self {
-        let listing = match sockets.visited.get(&given.netns) {
-            Some(Ok(listing)) => Some(listing.get(&given.socket)),
+    /// Joins a record with a listing of sockets that was started at `begun`.
+    fn new(record: &Record, dump: &Dump, sockets: &Visited, begun: u64) -> Self {
+        let listing = match sockets.visited.get(&record.netns) {
+            Some(Ok(listing)) => Some(listing.get(&record.socket)),
             Some(Err(_)) => None,
-            None => sockets.missing.contains(&given.netns).then_some(None),
+            None => sockets.missing.contains(&record.netns).then_some(None),
         };
-        let is_new = begun.saturating_sub(given.time) < CONNECTING;
+        let is_new = begun.saturating_sub(record.time) < CONNECTING;
         let state = match listing {
-            Some(Some(socket)) if has_peer(given, socket) => State::Open,
+            Some(Some(socket)) if has_peer(record, socket) => State::Open,
             Some(_) | None if is_new => State::Unknown,
             Some(Some(_)) => State::Elsewhere,
             Some(None) => State::Dead,
             None => State::Unknown,
         };
-        let (addr, port) = given.original;
+        let (addr, port) = record.original;
         Self {
-            owner: given.owner(dump),
-            kind: given.kind,
-            cookie: given.cookie,
-            netns: given.netns,
+            owner: record.owner(dump),
+            kind: record.kind,
+            cookie: record.cookie,
+            netns: record.netns,
             original: addr.socket(port),
-            backend: given.backend,
-            backend_id: given.backend_id,
-            backend_generation: given.generation,
-            current: given.is_current(dump),
+            backend: record.backend,
+            backend_id: record.backend_id,
+            backend_generation: record.generation,
+            current: record.is_current(dump),
             local: listing.flatten().map(|socket| canonical(socket.local)),
             state,
-            age: age(given.time, begun).as_secs(),
+            age: age(record.time, begun).as_secs(),
         }
     }
 
@@ -204,31 +204,34 @@ impl Row {
     }
 }
 
-/// Whether a socket is connected to what it was given, if it is to be.
-fn has_peer(given: &Given, socket: &Socket) -> bool {
-    given.kind == Kind::Unconnected || socket.is_connected_to(given.backend)
+/// Whether a socket is connected to the backend of its record, if it has to be.
+fn has_peer(record: &Record, socket: &Socket) -> bool {
+    record.kind == Kind::Unconnected || socket.is_connected_to(record.backend)
 }
 
-fn all(maps: &PinnedMaps) -> anyhow::Result<Vec<Given>> {
-    let mut all: Vec<_> = maps.sockets()?.into_iter().map(Given::from).collect();
+fn all(maps: &PinnedMaps) -> anyhow::Result<Vec<Record>> {
+    let mut all: Vec<_> = maps.sockets()?.into_iter().map(Record::from).collect();
     for (cookie, socket) in maps.udp_flows()? {
         let used = socket.flows.iter().filter(|flow| flow.vip_port != 0);
-        all.extend(used.map(|flow| Given::of_flow(cookie, socket.netns, flow)));
+        all.extend(used.map(|flow| Record::of_flow(cookie, socket.netns, flow)));
     }
     Ok(all)
 }
 
 pub(super) fn list(args: &ReadArgs) -> anyhow::Result<()> {
     let maps = args.pin.open()?;
-    let mut given = all(&maps)?;
+    let mut records = all(&maps)?;
     let begun = monotonic_ns();
-    let wanted: BTreeSet<u64> = given.iter().map(|given| given.netns).collect();
+    let wanted: BTreeSet<u64> = records.iter().map(|record| record.netns).collect();
     let sockets = Namespaces::new()?.visit(&wanted, |_| list_sockets(&Protocol::ALL));
-    // What was closed meanwhile is not dead but gone, record and all.
-    let still: BTreeSet<u64> = all(&maps)?.iter().map(|given| given.cookie).collect();
-    given.retain(|given| still.contains(&given.cookie));
+    // A socket that was closed meanwhile is left out: its record is removed too, so it is not dead.
+    let still: BTreeSet<u64> = all(&maps)?.iter().map(|record| record.cookie).collect();
+    records.retain(|record| still.contains(&record.cookie));
     let dump = maps.dump()?;
-    let mut rows: Vec<_> = given.iter().map(|it| Row::new(it, &dump, &sockets, begun)).collect();
+    let mut rows: Vec<_> = records
+        .iter()
+        .map(|record| Row::new(record, &dump, &sockets, begun))
+        .collect();
     rows.sort_by_cached_key(|row| (row.owner.to_string(), row.backend, row.cookie, row.original));
     let header = [
         "SERVICE",
@@ -241,14 +244,14 @@ pub(super) fn list(args: &ReadArgs) -> anyhow::Result<()> {
         "NETNS",
     ];
     output::rows(args.output, header, &rows, Row::cells)?;
-    if let Some(why) = unseen(&wanted, &sockets) {
-        output::complain(&format!("not all sockets could be looked at: {why}"));
+    if let Some(why) = unread_reason(&wanted, &sockets) {
+        output::warn(&format!("some sockets could not be read: {why}"));
     }
     Ok(())
 }
 
-/// Why some of the wanted namespaces could not be looked into.
-fn unseen(wanted: &BTreeSet<u64>, sockets: &Visited) -> Option<String> {
+/// Returns why some of the wanted network namespaces could not be read, if any.
+fn unread_reason(wanted: &BTreeSet<u64>, sockets: &Visited) -> Option<String> {
     let failed = sockets
         .visited
         .iter()
@@ -274,8 +277,8 @@ mod tests {
 
     const LATE: u64 = 100 * CONNECTING;
 
-    fn given() -> Given {
-        Given {
+    fn record() -> Record {
+        Record {
             kind: Kind::Connected,
             cookie: 9,
             socket: 9,
@@ -319,12 +322,12 @@ mod tests {
     }
 
     #[test]
-    fn a_row_says_what_the_kernel_has() {
+    fn row_shows_the_state_in_the_kernel() {
         let dump = dump();
-        let state = |given: &Given, sockets: &Visited| Row::new(given, &dump, sockets, LATE).state;
+        let state = |record: &Record, sockets: &Visited| Row::new(record, &dump, sockets, LATE).state;
         let there = sockets(Some(socket("[::ffff:10.10.1.2]:8080")));
-        assert_eq!(state(&given(), &there), State::Open);
-        let row = Row::new(&given(), &dump, &there, LATE);
+        assert_eq!(state(&record(), &there), State::Open);
+        let row = Row::new(&record(), &dump, &there, LATE);
         let cells = [
             "default/web:80",
             "10.96.0.10:80",
@@ -338,16 +341,16 @@ mod tests {
         assert_eq!(row.cells(), cells);
 
         let elsewhere = sockets(Some(socket("10.10.1.3:8080")));
-        assert_eq!(state(&given(), &elsewhere), State::Elsewhere);
-        let unconnected = Given {
+        assert_eq!(state(&record(), &elsewhere), State::Elsewhere);
+        let unconnected = Record {
             kind: Kind::Unconnected,
-            ..given()
+            ..record()
         };
         assert_eq!(state(&unconnected, &elsewhere), State::Open);
-        assert_eq!(state(&given(), &sockets(None)), State::Dead);
-        let connecting = Given {
+        assert_eq!(state(&record(), &sockets(None)), State::Dead);
+        let connecting = Record {
             time: LATE - CONNECTING / 2,
-            ..given()
+            ..record()
         };
         assert_eq!(state(&connecting, &sockets(None)), State::Unknown);
         assert_eq!(state(&connecting, &elsewhere), State::Unknown);
@@ -357,31 +360,31 @@ mod tests {
             missing: missing.iter().copied().collect(),
             refused: Vec::new(),
         };
-        assert_eq!(state(&given(), &of_another(&[7])), State::Dead, "with its namespace");
-        assert_eq!(state(&given(), &of_another(&[])), State::Unknown);
+        assert_eq!(state(&record(), &of_another(&[7])), State::Dead, "with its namespace");
+        assert_eq!(state(&record(), &of_another(&[])), State::Unknown);
         let failed = Visit {
             visited: [(7, Err(io::ErrorKind::Interrupted.into()))].into(),
             ..of_another(&[])
         };
-        assert_eq!(state(&given(), &failed), State::Unknown);
+        assert_eq!(state(&record(), &failed), State::Unknown);
         let wanted = [7].into();
-        assert!(unseen(&wanted, &failed).is_some_and(|why| why.starts_with("network namespace 7: ")));
-        assert!(unseen(&wanted, &of_another(&[])).is_some());
-        assert_eq!(unseen(&wanted, &of_another(&[7])), None);
-        assert_eq!(unseen(&wanted, &there), None);
+        assert!(unread_reason(&wanted, &failed).is_some_and(|why| why.starts_with("network namespace 7: ")));
+        assert!(unread_reason(&wanted, &of_another(&[])).is_some());
+        assert_eq!(unread_reason(&wanted, &of_another(&[7])), None);
+        assert_eq!(unread_reason(&wanted, &there), None);
     }
 
     #[test]
-    fn a_service_index_that_may_be_anothers_is_not_named() {
+    fn reused_service_index_is_not_named() {
         let dump = dump();
         let none = sockets(None);
-        let row = |given: &Given| Row::new(given, &dump, &none, LATE);
-        let old = Given {
+        let row = |record: &Record| Row::new(record, &dump, &none, LATE);
+        let old = Record {
             generation: 3,
-            ..given()
+            ..record()
         };
         assert_eq!((&*row(&old).owner.name, row(&old).current), ("web", false));
-        let left = Given {
+        let left = Record {
             original: (Addr::from_v4([10, 96, 0, 11]), 80),
             ..old
         };

@@ -1,4 +1,4 @@
-//! `status`: what is attached, how full the maps are, what could not be used.
+//! `status`: attached programs, map usage, drops and problems.
 
 use std::collections::BTreeSet;
 
@@ -24,7 +24,7 @@ struct Status {
     problems: Vec<ProblemRow>,
 }
 
-/// The agent, as it last told of itself.
+/// The agent, from the STATE that it last wrote.
 #[derive(Debug, Serialize)]
 struct Agent {
     running: bool,
@@ -69,7 +69,7 @@ struct ProblemRow {
     message: String,
 }
 
-/// Slots in ranges of published sets.
+/// Returns the number of slots in the ranges of published sets.
 fn used_slots(dump: &Dump) -> usize {
     let mut ranges: Vec<_> = dump
         .services
@@ -114,7 +114,7 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
     if let Some(more) = state.map(|s| s.more_notices).filter(|more| *more > 0) {
         problems.push(ProblemRow {
             place: "status".into(),
-            message: format!("{more} more problems: see the log of the agent"),
+            message: format!("{more} more problems are in the log of the agent"),
         });
     }
     let programs: Vec<_> = loader::attached(&pins)?
@@ -134,7 +134,7 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
         .collect();
     problems.extend(below.into_iter().map(|cgroup| ProblemRow {
         place: format!("cgroup {cgroup}"),
-        message: "not the root of the hierarchy: processes outside of it are not served".into(),
+        message: "not the root of the hierarchy: processes outside of it get no socket-level load balancing".into(),
     }));
     let devices = devices::rows(&maps, &pins).unwrap_or_else(|error| {
         problems.push(ProblemRow {
@@ -206,19 +206,19 @@ fn print(status: &Status) -> anyhow::Result<()> {
     let running = if agent.running {
         "running"
     } else {
-        "not running (what is pinned goes on serving)"
+        "not running (pinned programs go on serving)"
     };
-    output::say(&format!(
+    output::print(&format!(
         "agent      {running}, pid {}, version {}, node {}",
         agent.pid, agent.version, agent.node
     ))?;
     let complete = if agent.complete {
-        "everything was applied"
+        "all objects applied"
     } else {
-        "the source has not told everything yet"
+        "waiting for the initial lists of the source"
     };
-    output::say(&format!("state      {} changes applied, {complete}", agent.applies))?;
-    output::say(&format!("pinned     {pin_path}, layout v{abi}\n"))?;
+    output::print(&format!("state      {} changes applied, {complete}", agent.applies))?;
+    output::print(&format!("pinned     {pin_path}, layout v{abi}\n"))?;
     output::rows(
         Format::Table,
         ["PROGRAM", "ATTACHED", "ID", "TAG", "CGROUP"],
@@ -235,10 +235,10 @@ fn print(status: &Status) -> anyhow::Result<()> {
         },
     )?;
     if !devices.is_empty() {
-        output::say("")?;
+        output::print("")?;
         devices::print(devices)?;
     }
-    output::say("")?;
+    output::print("")?;
     output::rows(Format::Table, ["MAP", "USED", "CAPACITY", "FLAG"], maps, |m| {
         [
             m.name.into(),
@@ -249,13 +249,13 @@ fn print(status: &Status) -> anyhow::Result<()> {
     })?;
     let counted: Vec<_> = drops.iter().filter(|drop| drop.count > 0).collect();
     if !counted.is_empty() {
-        output::say("")?;
+        output::print("")?;
         output::rows(Format::Table, ["COUNT", "REASON"], &counted, |d| {
             [d.count.to_string(), d.text.into()]
         })?;
     }
     if !problems.is_empty() {
-        output::say("")?;
+        output::print("")?;
         output::rows(Format::Table, ["PROBLEM", ""], problems, |p| {
             [p.place.clone(), p.message.clone()]
         })?;

@@ -1,4 +1,4 @@
-//! `trace`: what the programs do, as it happens.
+//! `trace`: prints trace events of the programs as they happen.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -24,10 +24,10 @@ use lb_core::names::ServicePortName;
 
 #[derive(Debug, Args)]
 pub(super) struct TraceArgs {
-    /// Only what concerns this Service
+    /// Only events of this Service
     #[arg(long, value_name = "NAMESPACE/NAME")]
     service: Option<ServiceName>,
-    /// End after so many events
+    /// Exit after this number of events
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
     #[command(flatten)]
@@ -68,30 +68,30 @@ const ALL: u32 = EventKind::Connected.bit()
     | EventKind::Translated.bit()
     | EventKind::Rejected.bit();
 
-/// How many events are shown before signals are looked at.
+/// Number of events that are printed before signals are checked.
 const TURN: usize = 256;
 
-/// How often the counter of lost events is looked at, and the addresses of the Service that is asked for.
-const LOOK: Duration = Duration::from_millis(500);
+/// Interval at which the counter of lost events and the addresses of the requested Service are read.
+const INTERVAL: Duration = Duration::from_millis(500);
 
-/// One event, for people and programs.
+/// One trace event, for tables and JSON.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct Row {
     event: &'static str,
     /// Nanoseconds since 1970.
     time_ns: u64,
-    /// `None` where no service was found.
+    /// `None` if no service port was found.
     service: Option<ServicePortName>,
-    /// Where a packet came from; `None` for a socket.
+    /// Source of a packet; `None` for a socket.
     client: Option<SocketAddr>,
-    /// What was asked for.
+    /// The original destination.
     to: SocketAddr,
     protocol: &'static str,
-    /// What it got; `None` where it got none.
+    /// The selected backend, if any.
     backend: Option<SocketAddr>,
-    /// Why it was refused: label of the counter.
+    /// The drop reason, by label of its counter.
     reason: Option<&'static str>,
-    /// Zero for what no process did.
+    /// Process id; zero if the event is not of a process.
     pid: u32,
     command: String,
     netns: u64,
@@ -99,7 +99,7 @@ struct Row {
 }
 
 impl Row {
-    /// `boot`: the time of day at which CLOCK_MONOTONIC was zero.
+    /// Creates the row of an event. `boot` is the time since 1970, in nanoseconds, at which CLOCK_MONOTONIC was zero.
     fn new(event: &Event, service: Option<ServicePortName>, boot: u64, command: String) -> Self {
         let kind = EventKind::from_u8(event.kind);
         let refused = matches!(kind, Some(EventKind::Refused | EventKind::Rejected));
@@ -126,12 +126,12 @@ impl Row {
             (Some(reason), _) => reason.to_owned(),
             (None, backend) => backend.map_or_else(dash, |backend| backend.to_string()),
         };
-        let who = match (self.client, self.pid) {
+        let source = match (self.client, self.pid) {
             (Some(client), _) => client.to_string(),
             (None, 0) => dash(),
             (None, pid) => format!("{pid} ({})", self.command),
         };
-        // A packet is seen in no namespace but the node's.
+        // Packets are handled only in the node's network namespace.
         let netns = if self.client.is_some() {
             dash()
         } else {
@@ -143,18 +143,18 @@ impl Row {
             &self.service.as_ref().map_or_else(dash, ToString::to_string),
             &format!("{}/{}", self.to, self.protocol),
             &result,
-            &who,
+            &source,
             &netns,
         ])
     }
 }
 
-/// Columns as wide as they mostly are: what comes later is not known.
-fn columns([time, event, service, to, result, who, netns]: [&str; 7]) -> String {
-    format!("{time:<12}  {event:<10}  {service:<24}  {to:<22}  {result:<21}  {who:<22}  {netns}")
+/// Joins columns of fixed, typical widths, since later rows are not known yet.
+fn columns([time, event, service, to, result, source, netns]: [&str; 7]) -> String {
+    format!("{time:<12}  {event:<10}  {service:<24}  {to:<22}  {result:<21}  {source:<22}  {netns}")
 }
 
-/// Hours, minutes, seconds and milliseconds, UTC.
+/// Formats a time as hours, minutes, seconds and milliseconds, UTC.
 fn time_of_day(time_ns: u64) -> String {
     let time = Timestamp::from_nanosecond(time_ns.into());
     time.map_or_else(|_| "?".into(), |time| time.strftime("%H:%M:%S%.3f").to_string())
@@ -167,17 +167,17 @@ struct Lost {
     count: u64,
 }
 
-/// As long as it lives, the programs write events.
-struct Asked<'a>(&'a PinnedMaps);
+/// Makes the programs write events until it is dropped.
+struct EnabledEvents<'a>(&'a PinnedMaps);
 
-impl<'a> Asked<'a> {
+impl<'a> EnabledEvents<'a> {
     fn all(maps: &'a PinnedMaps) -> Self {
         maps.write_events(ALL);
         Self(maps)
     }
 }
 
-impl Drop for Asked<'_> {
+impl Drop for EnabledEvents<'_> {
     fn drop(&mut self) {
         self.0.write_events(0);
     }
@@ -188,12 +188,12 @@ struct Tracer<'a> {
     maps: &'a PinnedMaps,
     boot: u64,
     shown: u64,
-    /// The counter of lost events, when it was last looked at.
+    /// The counter of lost events at the last check.
     lost: u64,
     lost_before: u64,
-    /// Addresses of the Service that is asked for.
+    /// Addresses of the requested Service.
     addresses: BTreeSet<Addr>,
-    /// When they were read.
+    /// Time at which the addresses were read.
     addresses_read: Option<Instant>,
 }
 
@@ -218,7 +218,7 @@ impl<'a> Tracer<'a> {
         self.args.count.is_some_and(|count| self.shown >= count)
     }
 
-    /// Shows an event, if it is wanted.
+    /// Prints an event, if it is of the requested Service.
     fn show(&mut self, event: &Event) -> anyhow::Result<()> {
         let service = match event.service {
             0 => None,
@@ -241,23 +241,24 @@ impl<'a> Tracer<'a> {
         let row = Row::new(event, service, self.boot, command);
         self.shown += 1;
         match self.args.read.output {
-            Format::Json => output::say(&serde_json::to_string(&row)?),
-            Format::Table => output::say(&row.line()),
+            Format::Json => output::print(&serde_json::to_string(&row)?),
+            Format::Table => output::print(&row.line()),
         }
     }
 
-    /// Whether an address is the Service's: a port that it does not have leads to no service.
+    /// Whether an address belongs to the Service. An event of a port that the Service does not have contains no service
+    /// index.
     fn has_address(&mut self, service: &ServiceName, addr: Addr) -> anyhow::Result<bool> {
-        if self.addresses_read.is_none_or(|at| at.elapsed() >= LOOK) {
+        if self.addresses_read.is_none_or(|at| at.elapsed() >= INTERVAL) {
             let names = self.maps.names()?;
-            let its: BTreeSet<u32> = names
+            let indexes: BTreeSet<u32> = names
                 .iter()
                 .filter(|(_, name)| service.is(&ServicePortName::of(Some(name))))
                 .map(|(index, _)| *index)
                 .collect();
             let frontends = self.maps.frontends()?.into_iter();
             self.addresses = frontends
-                .filter(|(_, value)| its.contains(&value.service))
+                .filter(|(_, value)| indexes.contains(&value.service))
                 .map(|(key, _)| key.addr)
                 .collect();
             self.addresses_read = Some(Instant::now());
@@ -265,15 +266,15 @@ impl<'a> Tracer<'a> {
         Ok(self.addresses.contains(&addr))
     }
 
-    /// Says how many events were lost since the last look.
-    fn look_for_lost(&mut self) -> anyhow::Result<()> {
+    /// Prints the number of events that were lost since the last check.
+    fn report_lost(&mut self) -> anyhow::Result<()> {
         let lost = self.maps.drops(DropReason::EventLost)?;
         let count = lost.saturating_sub(self.lost);
         self.lost = lost;
         match self.args.read.output {
             _ if count == 0 => Ok(()),
-            Format::Json => output::say(&serde_json::to_string(&Lost { event: "lost", count })?),
-            Format::Table => output::say(&format!("({count} events were lost: the ring buffer was full)")),
+            Format::Json => output::print(&serde_json::to_string(&Lost { event: "lost", count })?),
+            Format::Table => output::print(&format!("({count} events were lost: the ring buffer was full)")),
         }
     }
 }
@@ -288,21 +289,21 @@ async fn trace(args: &TraceArgs) -> anyhow::Result<()> {
     let maps = args.read.pin.open()?;
     let _lock = TraceLock::take(&pins)?.with_context(|| {
         format!(
-            "somebody else traces what is pinned below {}: one can at a time",
+            "another `lb-agent trace` is running on {}: only one can run at a time",
             pins.root().display()
         )
     })?;
-    // From here on a signal ends the loop below, not the process: the programs are told to stop.
+    // From here on a signal ends the loop below, not the process, so that the programs stop writing events.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let ring = MapData::from_pin(pins.maps().join(map_name::EVENTS))?;
     let mut ring = RingBuf::try_from(Map::RingBuf(ring))?;
-    // What an earlier one asked for, and did not read.
+    // Events of an earlier trace that were not read.
     maps.write_events(0);
     while ring.next().is_some() {}
     let mut ring = sys::watched(ring)?;
     let mut tracer = Tracer::new(args, &maps)?;
-    let asked = Asked::all(&maps);
+    let events = EnabledEvents::all(&maps);
     if args.read.output == Format::Table {
         let header = [
             "TIME (UTC)",
@@ -313,9 +314,9 @@ async fn trace(args: &TraceArgs) -> anyhow::Result<()> {
             "PROCESS OR CLIENT",
             "NETNS",
         ];
-        output::say(&columns(header))?;
+        output::print(&columns(header))?;
     }
-    let mut look = tokio::time::interval(LOOK);
+    let mut check = tokio::time::interval(INTERVAL);
     while !tracer.is_done() {
         tokio::select! {
             ready = ring.readable_mut() => {
@@ -333,15 +334,15 @@ async fn trace(args: &TraceArgs) -> anyhow::Result<()> {
                     }
                 }
             }
-            _ = look.tick() => tracer.look_for_lost()?,
+            _ = check.tick() => tracer.report_lost()?,
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
     }
-    drop(asked);
-    tracer.look_for_lost()?;
+    drop(events);
+    tracer.report_lost()?;
     let lost = tracer.lost - tracer.lost_before;
-    output::complain(&format!("{} events, {lost} lost", tracer.shown));
+    output::warn(&format!("{} events, {lost} lost", tracer.shown));
     Ok(())
 }
 
@@ -378,7 +379,7 @@ mod tests {
     const BOOT: u64 = 1_767_229_260_000_000_000;
 
     #[test]
-    fn a_line_each() {
+    fn each_kind_of_event_is_one_line() {
         let sent = Event {
             backend_addr: Addr::from_v4([10, 10, 1, 2]),
             backend_port: 5353,
@@ -443,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_is_named_with_its_namespace() {
+    fn service_is_given_with_its_namespace() {
         let name: ServiceName = "kube-system/kube-dns".parse().unwrap();
         assert!(name.is(&owner()));
         assert!(!"default/kube-dns".parse::<ServiceName>().unwrap().is(&owner()));

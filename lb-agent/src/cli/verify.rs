@@ -1,4 +1,4 @@
-//! `verify`: the maps against what the source says, computed anew.
+//! `verify`: compares the maps with the desired state, computed again from the source.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -24,22 +24,23 @@ pub(super) struct VerifyArgs {
     source: SourceArgs,
     #[command(flatten)]
     pin: PinArgs,
-    /// The configuration file of kube-proxy that `run` was given, if any
+    /// Configuration file of kube-proxy that is passed to `run`, if any
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// A table for people, or JSON for programs
+    /// Output format: a table, or JSON
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     output: Format,
 }
 
-/// An agent that runs may be in the middle of a change: what differs is looked at again.
+/// Comparisons before a difference is reported: a running agent may be applying a change.
 const TRIES: usize = 5;
+/// Delay between two comparisons.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How long the API server may take to tell everything.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Timeout for the initial lists of the API server.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Everything that the source says now.
+/// Reads all objects of the source.
 fn objects(source: &SourceArgs) -> anyhow::Result<Batch> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -54,18 +55,18 @@ fn objects(source: &SourceArgs) -> anyhow::Result<Batch> {
                 problems = batch.problems;
             }
         };
-        let result = tokio::time::timeout(PATIENCE, first).await;
+        let result = tokio::time::timeout(TIMEOUT, first).await;
         result.unwrap_or_else(|_| {
             let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
             anyhow::bail!(
-                "the API server has not told everything within {PATIENCE:?}; {}",
+                "the API server did not return all objects within {TIMEOUT:?}; {}",
                 problems.join("; ")
             )
         })
     })
 }
 
-/// Every address of the node, whose network namespace need not be that of the calling thread.
+/// Returns every address of the node, in its network namespace, which need not be that of the calling thread.
 fn addresses(netns: u64) -> anyhow::Result<BTreeSet<Addr>> {
     if sys::netns_cookie()? == netns {
         return Ok(addrs::all()?);
@@ -73,7 +74,9 @@ fn addresses(netns: u64) -> anyhow::Result<BTreeSet<Addr>> {
     let visit = Namespaces::new()?.visit(&BTreeSet::from([netns]), |_| addrs::all());
     match visit.visited.into_values().next() {
         Some(addresses) => Ok(addresses?),
-        None => anyhow::bail!("the node's network namespace ({netns}) cannot be entered: are all processes in sight?"),
+        None => anyhow::bail!(
+            "the node's network namespace ({netns}) was not found: run this in the host's process namespace (hostPID)"
+        ),
     }
 }
 
@@ -84,7 +87,7 @@ pub(super) fn verify(mut args: VerifyArgs) -> anyhow::Result<ExitCode> {
     }
     let node = args.source.node()?;
     let maps = args.pin.open()?;
-    // Without an agent that ever ran, nothing is there to be compared with.
+    // If no agent has run yet, the calling thread's network namespace is used.
     let netns = maps.state().map_or_else(sys::netns_cookie, |state| Ok(state.netns))?;
     let mut drifts: Vec<Drift> = Vec::new();
     for n in 0..TRIES {
@@ -93,7 +96,7 @@ pub(super) fn verify(mut args: VerifyArgs) -> anyhow::Result<ExitCode> {
         }
         let batch = objects(&args.source)?;
         for problem in &batch.problems {
-            output::complain(&format!("warning: {problem}"));
+            output::warn(&format!("warning: {problem}"));
         }
         let site = Site {
             node: node.clone(),
@@ -111,7 +114,7 @@ pub(super) fn verify(mut args: VerifyArgs) -> anyhow::Result<ExitCode> {
             [d.field.clone(), d.message.clone()]
         })?;
     } else {
-        output::say("the maps are as they should be")?;
+        output::print("the maps are as they should be")?;
     }
     Ok(if drifts.is_empty() {
         ExitCode::SUCCESS

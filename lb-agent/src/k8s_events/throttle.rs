@@ -1,18 +1,18 @@
-//! How often what is told of whom. Pure.
+//! Rate limit of Events, per Service and in total. Pure.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use lb_core::model::ObjectKey;
 
-/// Time after which the same is told once more: an API server keeps Events for an hour.
+/// Time after which an unchanged problem is published again: an API server keeps Events for an hour.
 pub(super) const REPEAT: Duration = Duration::from_secs(3600);
-/// Of one Service: so much at once, then one in five minutes. kube-proxy's client has the latter too.
+/// Limit of one Service: a burst, then one Event in five minutes. The client of kube-proxy has the latter too.
 const OF_SERVICE: Rate = Rate {
     burst: 10,
     every: Duration::from_secs(300),
 };
-/// Of all Services together.
+/// Limit of all Services together.
 const OF_ALL: Rate = Rate {
     burst: 25,
     every: Duration::from_secs(1),
@@ -24,14 +24,14 @@ struct Rate {
     every: Duration,
 }
 
-/// A token bucket, told by the time at which it is full again.
+/// A token bucket, represented by the time at which it is full again.
 #[derive(Debug, Clone, Copy)]
 struct Bucket {
     full: Instant,
 }
 
 impl Bucket {
-    /// When the next one may be taken.
+    /// Returns the time at which the next token may be taken.
     fn next(self, rate: Rate, now: Instant) -> Instant {
         let spare = rate.every * (rate.burst - 1);
         self.full.checked_sub(spare).map_or(now, |next| next.max(now))
@@ -42,25 +42,25 @@ impl Bucket {
     }
 }
 
-/// Whether something may be told.
+/// Whether an Event may be published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
-    /// Now. It counts as told.
+pub(super) enum Admission {
+    /// It may be published now, and is recorded as published.
     Now,
-    /// It was told not long ago: again at that time, if it is still so.
-    Told(Instant),
-    /// Too much was told.
+    /// It was published recently; if the problem persists, it may be published again at that time.
+    Published(Instant),
+    /// A limit is reached; it may be published at that time.
     Later(Instant),
 }
 
 #[derive(Debug)]
 struct OfService {
     bucket: Bucket,
-    /// What was told when, by its hash.
-    told: HashMap<u64, Instant>,
+    /// Times of publication, by the hash of the Event.
+    published: HashMap<u64, Instant>,
 }
 
-/// What was told, as far as it matters.
+/// The published Events that still count.
 #[derive(Debug)]
 pub(super) struct Throttle {
     services: HashMap<ObjectKey, OfService>,
@@ -68,7 +68,7 @@ pub(super) struct Throttle {
 }
 
 impl Throttle {
-    /// Of somebody who has told nothing.
+    /// Returns a throttle with full buckets.
     pub(super) fn new(now: Instant) -> Self {
         Self {
             services: HashMap::new(),
@@ -76,41 +76,43 @@ impl Throttle {
         }
     }
 
-    /// Whether `what` (a hash) may be told of a Service.
-    pub(super) fn ask(&mut self, service: &ObjectKey, what: u64, now: Instant) -> Verdict {
+    /// Decides whether the Event with hash `what` may be published for a Service.
+    pub(super) fn admit(&mut self, service: &ObjectKey, what: u64, now: Instant) -> Admission {
         let known = self.services.get(service);
-        if let Some(again) = known.and_then(|known| known.told.get(&what)).map(|told| *told + REPEAT)
+        if let Some(again) = known
+            .and_then(|known| known.published.get(&what))
+            .map(|at| *at + REPEAT)
             && again > now
         {
-            return Verdict::Told(again);
+            return Admission::Published(again);
         }
         let next = known.map_or(now, |known| known.bucket.next(OF_SERVICE, now));
         let next = next.max(self.all.next(OF_ALL, now));
         if next > now {
-            return Verdict::Later(next);
+            return Admission::Later(next);
         }
         self.all.take(OF_ALL, now);
         let known = self.services.entry(service.clone()).or_insert_with(|| OfService {
             bucket: Bucket { full: now },
-            told: HashMap::new(),
+            published: HashMap::new(),
         });
         known.bucket.take(OF_SERVICE, now);
-        known.told.insert(what, now);
-        Verdict::Now
+        known.published.insert(what, now);
+        Admission::Now
     }
 
-    /// It could not be told.
+    /// Records that an admitted Event could not be published, so that it may be tried again.
     pub(super) fn failed(&mut self, service: &ObjectKey, what: u64) {
         if let Some(known) = self.services.get_mut(service) {
-            known.told.remove(&what);
+            known.published.remove(&what);
         }
     }
 
-    /// Forgets what no longer matters.
-    pub(super) fn forget(&mut self, now: Instant) {
+    /// Removes entries that no longer limit anything.
+    pub(super) fn expire(&mut self, now: Instant) {
         self.services.retain(|_, known| {
-            known.told.retain(|_, told| *told + REPEAT > now);
-            !known.told.is_empty() || known.bucket.full > now
+            known.published.retain(|_, at| *at + REPEAT > now);
+            !known.published.is_empty() || known.bucket.full > now
         });
     }
 }
@@ -124,63 +126,63 @@ mod tests {
     }
 
     #[test]
-    fn the_same_is_told_once_an_hour() {
+    fn unchanged_problem_is_published_once_an_hour() {
         let now = Instant::now();
         let mut throttle = Throttle::new(now);
-        assert_eq!(throttle.ask(&key("a"), 1, now), Verdict::Now);
-        assert_eq!(throttle.ask(&key("a"), 1, now), Verdict::Told(now + REPEAT));
-        assert_eq!(throttle.ask(&key("a"), 2, now), Verdict::Now);
-        assert_eq!(throttle.ask(&key("b"), 1, now), Verdict::Now);
-        assert_eq!(throttle.ask(&key("a"), 1, now + REPEAT), Verdict::Now);
+        assert_eq!(throttle.admit(&key("a"), 1, now), Admission::Now);
+        assert_eq!(throttle.admit(&key("a"), 1, now), Admission::Published(now + REPEAT));
+        assert_eq!(throttle.admit(&key("a"), 2, now), Admission::Now);
+        assert_eq!(throttle.admit(&key("b"), 1, now), Admission::Now);
+        assert_eq!(throttle.admit(&key("a"), 1, now + REPEAT), Admission::Now);
     }
 
     #[test]
-    fn what_could_not_be_told_may_be_again() {
+    fn failed_event_may_be_published_again() {
         let now = Instant::now();
         let mut throttle = Throttle::new(now);
-        throttle.ask(&key("a"), 1, now);
+        throttle.admit(&key("a"), 1, now);
         throttle.failed(&key("a"), 1);
-        assert_eq!(throttle.ask(&key("a"), 1, now), Verdict::Now);
+        assert_eq!(throttle.admit(&key("a"), 1, now), Admission::Now);
     }
 
     #[test]
-    fn one_service_cannot_tell_without_end() {
+    fn events_of_one_service_are_limited() {
         let now = Instant::now();
         let mut throttle = Throttle::new(now);
-        let told = |throttle: &mut Throttle, from: u64, now| {
-            let verdicts = (from..from + 100).map(|what| throttle.ask(&key("a"), what, now));
-            verdicts.filter(|verdict| *verdict == Verdict::Now).count()
+        let published = |throttle: &mut Throttle, from: u64, now| {
+            let verdicts = (from..from + 100).map(|what| throttle.admit(&key("a"), what, now));
+            verdicts.filter(|verdict| *verdict == Admission::Now).count()
         };
-        assert_eq!(told(&mut throttle, 0, now), 10);
+        assert_eq!(published(&mut throttle, 0, now), 10);
         assert_eq!(
-            throttle.ask(&key("a"), 1000, now),
-            Verdict::Later(now + OF_SERVICE.every)
+            throttle.admit(&key("a"), 1000, now),
+            Admission::Later(now + OF_SERVICE.every)
         );
-        assert_eq!(told(&mut throttle, 100, now + OF_SERVICE.every), 1);
-        assert_eq!(told(&mut throttle, 200, now + 3 * OF_SERVICE.every), 2);
-        assert_eq!(throttle.ask(&key("b"), 1, now + 3 * OF_SERVICE.every), Verdict::Now);
+        assert_eq!(published(&mut throttle, 100, now + OF_SERVICE.every), 1);
+        assert_eq!(published(&mut throttle, 200, now + 3 * OF_SERVICE.every), 2);
+        assert_eq!(throttle.admit(&key("b"), 1, now + 3 * OF_SERVICE.every), Admission::Now);
     }
 
     #[test]
-    fn many_services_cannot_either() {
+    fn events_of_all_services_are_limited() {
         let now = Instant::now();
         let mut throttle = Throttle::new(now);
-        let told = |throttle: &mut Throttle, now| {
-            let verdicts = (0..1000).map(|n| throttle.ask(&key(&n.to_string()), 1, now));
-            verdicts.filter(|verdict| *verdict == Verdict::Now).count()
+        let published = |throttle: &mut Throttle, now| {
+            let verdicts = (0..1000).map(|n| throttle.admit(&key(&n.to_string()), 1, now));
+            verdicts.filter(|verdict| *verdict == Admission::Now).count()
         };
-        assert_eq!(told(&mut throttle, now), 25);
-        assert_eq!(told(&mut throttle, now + Duration::from_secs(7)), 7);
+        assert_eq!(published(&mut throttle, now), 25);
+        assert_eq!(published(&mut throttle, now + Duration::from_secs(7)), 7);
     }
 
     #[test]
-    fn what_no_longer_matters_is_forgotten() {
+    fn expired_entries_are_removed() {
         let now = Instant::now();
         let mut throttle = Throttle::new(now);
-        throttle.ask(&key("a"), 1, now);
-        throttle.forget(now + REPEAT - Duration::from_secs(1));
+        throttle.admit(&key("a"), 1, now);
+        throttle.expire(now + REPEAT - Duration::from_secs(1));
         assert_eq!(throttle.services.len(), 1);
-        throttle.forget(now + REPEAT);
+        throttle.expire(now + REPEAT);
         assert_eq!(throttle.services.len(), 0);
     }
 }

@@ -1,4 +1,4 @@
-//! The two servers that a node has: health for load balancers and probes, metrics for those who watch.
+//! The two servers of every node: health for load balancers and probes, and metrics.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -21,53 +21,53 @@ use super::service::{CheckServers, Checks};
 use super::{BindAddress, Health, Metrics, Settings, serve};
 use lb_core::model::{Problem, ProblemKind};
 
-/// Time until an address that cannot be listened at is tried again. That of kube-proxy.
-const AGAIN: Duration = Duration::from_secs(5);
-/// The ports where none is said: those of kube-proxy.
+/// Delay before an address that could not be listened on is tried again; kube-proxy's.
+const RETRY_DELAY: Duration = Duration::from_secs(5);
+/// Ports of addresses that are given without one; kube-proxy's.
 const HEALTHZ_PORT: u16 = 10256;
 const METRICS_PORT: u16 = 10249;
-/// The answer of /proxyMode.
+/// The body of /proxyMode.
 const PROXY_MODE: &str = "ebpf";
 
-/// What the servers need.
-pub(super) struct Servers {
+/// All servers, with their state.
+pub(super) struct ServerThread {
     pub(super) settings: Settings,
     pub(super) health: Arc<Health>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) collector: Arc<Collector>,
     pub(super) checks: watch::Receiver<Checks>,
-    pub(super) told: watch::Sender<Vec<Problem>>,
+    pub(super) reported: watch::Sender<Vec<Problem>>,
 }
 
-/// Who may have problems.
+/// A part of the servers that reports problems of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Server {
+enum Part {
     Healthz,
     Metrics,
-    Checks,
+    HealthChecks,
 }
 
-/// Problems of all servers together.
-struct Told {
-    parts: Mutex<BTreeMap<Server, Vec<Problem>>>,
-    told: watch::Sender<Vec<Problem>>,
+/// The problems of all parts, sent to the agent's loop when they change.
+struct PartProblems {
+    parts: Mutex<BTreeMap<Part, Vec<Problem>>>,
+    reported: watch::Sender<Vec<Problem>>,
 }
 
-impl Told {
-    fn set(&self, server: Server, problems: Vec<Problem>) {
+impl PartProblems {
+    fn set(&self, part: Part, problems: Vec<Problem>) {
         let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
-        parts.insert(server, problems);
+        parts.insert(part, problems);
         let all: Vec<_> = parts.values().flatten().cloned().collect();
-        self.told.send_if_modified(|told| {
-            let news = *told != all;
-            *told = all;
-            news
+        self.reported.send_if_modified(|reported| {
+            let changed = *reported != all;
+            *reported = all;
+            changed
         });
     }
 }
 
-impl Servers {
-    /// Serves until the agent's side is gone.
+impl ServerThread {
+    /// Serves until the agent's loop drops its handle.
     pub(super) async fn run(self) {
         let Self {
             settings,
@@ -75,32 +75,32 @@ impl Servers {
             metrics,
             collector,
             checks,
-            told,
+            reported,
         } = self;
-        let told = Arc::new(Told {
+        let problems = Arc::new(PartProblems {
             parts: Mutex::default(),
-            told,
+            reported,
         });
         let probes = Probes {
             health: Arc::clone(&health),
             metrics: Arc::clone(&metrics),
         };
         let scrapes = Scrapes { metrics, collector };
-        let healthz = keep(
+        let healthz = serve_at(
             "--healthz-bind-address",
             at(settings.healthz, HEALTHZ_PORT),
             health_routes(probes),
-            |problems| told.set(Server::Healthz, problems),
+            |of_part| problems.set(Part::Healthz, of_part),
         );
-        let scraped = keep(
+        let scraped = serve_at(
             "--metrics-bind-address",
             at(settings.metrics, METRICS_PORT),
             metrics_routes(scrapes),
-            |problems| told.set(Server::Metrics, problems),
+            |of_part| problems.set(Part::Metrics, of_part),
         );
-        let told_checks = Arc::clone(&told);
-        let checks = CheckServers::new(checks, health, move |problems| {
-            told_checks.set(Server::Checks, problems);
+        let check_problems = Arc::clone(&problems);
+        let checks = CheckServers::new(checks, health, move |of_part| {
+            check_problems.set(Part::HealthChecks, of_part);
         });
         tokio::select! {
             () = healthz => {}
@@ -114,8 +114,8 @@ fn at(address: Option<BindAddress>, port: u16) -> Option<SocketAddr> {
     address.map(|address| address.with_port(port))
 }
 
-/// Serves at an address for ever; where that cannot be, says so and tries again.
-async fn keep(flag: &str, at: Option<SocketAddr>, routes: Router, told: impl Fn(Vec<Problem>)) {
+/// Serves at an address for ever. If the address cannot be listened on, reports a problem and tries again.
+async fn serve_at(flag: &str, at: Option<SocketAddr>, routes: Router, report: impl Fn(Vec<Problem>)) {
     let Some(at) = at else {
         return std::future::pending().await;
     };
@@ -123,20 +123,20 @@ async fn keep(flag: &str, at: Option<SocketAddr>, routes: Router, told: impl Fn(
         match serve::serve(at, routes.clone()) {
             Ok(server) => {
                 info!(%at, flag, "listening");
-                told(Vec::new());
+                report(Vec::new());
                 match server.await {}
             }
             Err(error) => {
-                let message = format!("cannot listen: {error}; trying again every {} s", AGAIN.as_secs());
+                let message = format!("cannot listen: {error}; trying again every {} s", RETRY_DELAY.as_secs());
                 let problem = Problem::new(format!("{flag} {at}"), message);
-                told(vec![problem.kind(ProblemKind::Server)]);
-                sleep(AGAIN).await;
+                report(vec![problem.kind(ProblemKind::Server)]);
+                sleep(RETRY_DELAY).await;
             }
         }
     }
 }
 
-/// What health is told from.
+/// State of the health handlers.
 #[derive(Clone)]
 struct Probes {
     health: Arc<Health>,
@@ -173,7 +173,7 @@ fn answer(health: &Health, with_node: bool) -> (StatusCode, Response) {
     (status, (status, headers, axum::Json(answer)).into_response())
 }
 
-/// What metrics are told from.
+/// State of the metrics handlers.
 #[derive(Clone)]
 struct Scrapes {
     metrics: Arc<Metrics>,
@@ -190,13 +190,13 @@ fn metrics_routes(scrapes: Scrapes) -> Router {
 }
 
 async fn metrics(State(Scrapes { metrics, collector }): State<Scrapes>) -> Response {
-    // Reading the maps takes milliseconds, in which nobody else shall wait.
+    // Reading the maps takes milliseconds, during which other requests must not wait.
     let text = spawn_blocking(move || {
         let mut families = metrics.gather();
         let result = collector.gather(metrics.usage());
         let failed = result.map(|more| families.extend(more)).err();
         if let Some(error) = failed {
-            warn!(%error, "metrics of the maps are missing");
+            warn!(%error, "failed to read the metrics of the maps");
         }
         let mut text = Vec::new();
         TextEncoder::new().encode(&families, &mut text).map(|()| text)
@@ -209,6 +209,6 @@ async fn metrics(State(Scrapes { metrics, collector }): State<Scrapes>) -> Respo
 }
 
 fn failed(error: &dyn std::error::Error) -> Response {
-    warn!(%error, "metrics cannot be told");
+    warn!(%error, "failed to write metrics");
     (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response()
 }

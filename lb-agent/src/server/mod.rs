@@ -1,7 +1,7 @@
-//! What a cluster sees of a Service proxy besides its Services: the HTTP servers that kube-proxy has, and Events.
+//! HTTP servers for health checks and metrics, with kube-proxy's addresses, paths and names.
 //!
-//! The servers have a thread of their own, since the agent's loop stands still while it writes maps, and /healthz must
-//! be able to say so. What they tell is handed over by [`Face`]; nothing here changes what is served.
+//! They run on a thread of their own: the agent's loop blocks while it writes maps, and /healthz must be able to report
+//! that. The loop passes state to them through [`Servers`]; nothing here changes the maps.
 
 pub(crate) mod bind;
 mod collect;
@@ -30,76 +30,77 @@ use lb_core::maps::{MapError, Maps};
 use lb_core::model::{Batch, Change, Kind, Node, Object, ObjectId, Problem};
 use lb_core::reconcile::Reconciler;
 
-/// Where the servers listen, and what they tell.
+/// Addresses of the servers, and the content of /metrics.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
-    /// /healthz and /livez; `None`: nowhere.
+    /// Address of /healthz and /livez; `None` to disable.
     pub healthz: Option<BindAddress>,
-    /// /metrics, /proxyMode and /healthz; `None`: nowhere.
+    /// Address of /metrics, /proxyMode and /healthz; `None` to disable.
     pub metrics: Option<BindAddress>,
     /// Whether /metrics counts connections of each Service port.
     pub per_service: bool,
-    /// Whether a node without a Node object is one that is being deleted.
-    pub needs_node: bool,
 }
 
-/// Why there is no face.
+/// An error at the start of the servers.
 #[derive(Debug, thiserror::Error)]
-pub enum FaceError {
+pub enum ServersError {
     /// The maps cannot be opened.
     #[error(transparent)]
     Map(#[from] MapError),
-    /// The metrics contradict each other.
+    /// Two metrics have the same name.
     #[error(transparent)]
     Metrics(#[from] prometheus::Error),
-    /// No thread, or no runtime on it.
+    /// The thread or its runtime could not be started.
     #[error("starting a thread: {0}")]
     Thread(#[from] io::Error),
 }
 
-/// The agent's side of the servers. None of its methods blocks.
+/// The agent loop's handle of the servers. None of its methods blocks.
 #[derive(Debug)]
-pub struct Face {
+pub struct Servers {
     health: Arc<Health>,
     metrics: Arc<Metrics>,
     checks: watch::Sender<Checks>,
     problems: watch::Receiver<Vec<Problem>>,
 }
 
-/// An application of changes that has begun.
+/// A batch of changes that is being applied.
 #[derive(Debug)]
 #[must_use]
 pub struct Applying {
     begun: Instant,
     received: Option<Instant>,
     triggers: Vec<SystemTime>,
-    /// Families of the EndpointSlices among the changes: IPv4, IPv6.
+    /// Whether EndpointSlices of each family are among the changes: IPv4, IPv6.
     families: [bool; 2],
 }
 
-impl Face {
-    /// Starts the servers on a thread of their own, in the network namespace of the caller. `maps`: the folder of the
-    /// pinned maps. An address that cannot be listened at is a problem, tried again every few seconds.
+impl Servers {
+    /// Starts the servers on a thread of their own, in the network namespace of the caller. An address that cannot be
+    /// listened on is reported as a problem and tried again every few seconds.
+    ///
+    /// With `needs_node`, a node without a Node object is not eligible for traffic: it is being deleted. `maps` is the
+    /// directory of the pinned maps.
     ///
     /// # Errors
-    /// Where the maps cannot be opened, or the thread cannot be started.
-    pub fn start(settings: Settings, maps: &Path) -> Result<Self, FaceError> {
-        let health = Arc::new(Health::new(settings.needs_node, Instant::now()));
+    /// If the maps cannot be opened, or the thread cannot be started.
+    pub fn start(settings: Settings, needs_node: bool, maps: &Path) -> Result<Self, ServersError> {
+        let health = Arc::new(Health::new(needs_node, Instant::now()));
         let metrics = Arc::new(Metrics::new()?);
         let collector = collect::Collector::new(PinnedMaps::open(maps)?, settings.per_service);
         let (checks, wanted) = watch::channel(Checks::default());
-        let (told, problems) = watch::channel(Vec::new());
+        let (reported, problems) = watch::channel(Vec::new());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let servers = http::Servers {
+        let servers = http::ServerThread {
             settings,
             health: Arc::clone(&health),
             metrics: Arc::clone(&metrics),
             collector: Arc::new(collector),
             checks: wanted,
-            told,
+            reported,
         };
         thread::Builder::new()
-            .name("lb-face".into())
+            .name("lb-server".into())
             .spawn(move || runtime.block_on(servers.run()))?;
         Ok(Self {
             health,
@@ -109,29 +110,29 @@ impl Face {
         })
     }
 
-    /// What the servers could not do.
+    /// Current problems of the servers.
     #[must_use]
     pub fn problems(&self) -> watch::Receiver<Vec<Problem>> {
         self.problems.clone()
     }
 
-    /// Counters, for whoever has something to count.
+    /// The agent's own metrics.
     #[must_use]
     pub fn metrics(&self) -> &Metrics {
         &self.metrics
     }
 
-    /// The agent's loop goes round.
+    /// Records that the agent's loop is running, for /livez and /healthz.
     pub fn alive(&self) {
         self.health.alive(Instant::now());
     }
 
-    /// From now on Services are served: /healthz says so.
+    /// Records that Services are served; until then /healthz fails.
     pub fn serving(&self) {
         self.health.serving();
     }
 
-    /// The changes of a batch are about to be applied.
+    /// Records that the changes of a batch are about to be applied.
     pub fn applying(&self, batch: &Batch) -> Applying {
         let begun = Instant::now();
         self.health.queued(batch.received.unwrap_or(begun));
@@ -164,7 +165,7 @@ impl Face {
         applying
     }
 
-    /// They were applied.
+    /// Records that the changes of a batch were applied.
     pub fn applied<M: Maps>(&self, applying: &Applying, reconciler: &mut Reconciler<M>) {
         let now = Instant::now();
         self.metrics.applied(applying, now, SystemTime::now());
@@ -172,8 +173,8 @@ impl Face {
         self.metrics.set_usage(usage, reconciler.is_complete());
         self.health.applied(now, SystemTime::now());
         self.node(reconciler.node(), reconciler.is_complete());
-        if let Some(checks) = reconciler.new_health_checks() {
-            self.checks.send_modify(|told| told.services.clone_from(checks));
+        if let Some(new) = reconciler.new_health_checks() {
+            self.checks.send_modify(|checks| checks.services.clone_from(new));
         }
     }
 
@@ -181,12 +182,12 @@ impl Face {
         self.health.node(node.map(|node| node.leaving), complete);
     }
 
-    /// Where health check ports are served: at these addresses, or at all of the node.
+    /// Sets the addresses that health check node ports listen on; `None` for all addresses of the node.
     pub fn health_check_addresses(&self, addresses: Option<Vec<IpAddr>>) {
-        self.checks.send_if_modified(|told| {
-            let news = told.addresses != addresses;
-            told.addresses = addresses;
-            news
+        self.checks.send_if_modified(|checks| {
+            let changed = checks.addresses != addresses;
+            checks.addresses = addresses;
+            changed
         });
     }
 }
