@@ -1,8 +1,8 @@
-//! The clock of the programs' time stamps.
+//! The clock that the programs take time stamps from.
 
 use nix::time::{ClockId, clock_gettime};
 
-/// Nanoseconds of CLOCK_MONOTONIC, as `bpf_ktime_get_ns` gives them. (No Linux fails to tell them.)
+/// Returns CLOCK_MONOTONIC in nanoseconds, as `bpf_ktime_get_ns` does. (The call fails on no Linux kernel.)
 pub(crate) fn monotonic_ns() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| {
         now.tv_sec().unsigned_abs() * 1_000_000_000 + now.tv_nsec().unsigned_abs()

@@ -1,4 +1,4 @@
-//! kube-proxy's configuration file, as far as it means something here.
+//! kube-proxy's configuration file: the keys that apply to lb.
 
 mod file;
 
@@ -17,10 +17,10 @@ use crate::node::addrs::Wanted;
 use crate::node::nf_conntrack;
 use crate::server::BindAddress;
 
-/// The one version there is.
+/// The only version that exists.
 const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
 const KIND: &str = "KubeProxyConfiguration";
-/// What the kernel takes.
+/// The values that the kernel accepts.
 const OOM_SCORES: std::ops::RangeInclusive<i32> = -1000..=1000;
 
 /// The keys that are applied; the others are named in a warning.
@@ -43,21 +43,21 @@ const APPLIED: &[&str] = &[
     "oomScoreAdj",
 ];
 
-/// `detectLocalMode`: which packets come from pods of this node.
+/// `detectLocalMode`: how packets from pods of this node are recognized.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DetectLocal {
-    /// By `clusterCIDR`; where that is empty, as if nothing was said.
+    /// By `clusterCIDR`; if that is empty, as without the mode.
     ClusterCidr(Vec<IpNet>),
     /// By the Node's `podCIDRs`.
     NodeCidr,
-    /// What comes in by a bridge.
+    /// By the bridge that packets enter through.
     Bridge(String),
-    /// What comes in by devices whose name begins so.
+    /// By the prefix of the device name that packets enter through.
     DevicePrefix(String),
 }
 
 impl DetectLocal {
-    /// Networks that are inside the cluster, besides this node's addresses and its pods. What is told by devices adds none.
+    /// Networks inside the cluster, in addition to this node's addresses and its pods. Modes that go by devices add none.
     #[must_use]
     pub fn inside(&self) -> &[IpNet] {
         match self {
@@ -67,7 +67,7 @@ impl DetectLocal {
     }
 }
 
-/// What a file says, with kube-proxy's defaults.
+/// The content of a file, with kube-proxy's defaults.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// `clientConnection.kubeconfig`.
@@ -82,58 +82,58 @@ pub struct Config {
     pub healthz: BindAddress,
     /// `metricsBindAddress`.
     pub metrics: BindAddress,
-    /// `oomScoreAdj`; `None` where the file does not say it.
+    /// `oomScoreAdj`; `None` if the file does not set it.
     pub oom_score_adj: Option<i32>,
     /// `conntrack`.
     pub conntrack: nf_conntrack::Settings,
-    /// Keys of the file that say something, and have no effect.
+    /// Keys that the file sets, and that have no effect.
     pub without_effect: Vec<String>,
 }
 
-/// A file that cannot be used.
+/// An error of a configuration file.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// It cannot be read.
+    /// The file cannot be read.
     #[error("{path}: {error}")]
     Read {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The error of the system call.
         error: io::Error,
     },
-    /// It is no such configuration.
+    /// The file is not a valid configuration.
     #[error("{path}: {error}")]
     Parse {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The error in its text.
         error: ParseError,
     },
 }
 
-/// A text that is no such configuration.
+/// An error in the text of a configuration.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
-    /// It is no YAML, a key is unknown, or its value is of the wrong kind.
+    /// The text is not YAML, a key is unknown, or a value has the wrong type.
     #[error("{at}{message}")]
     Text {
-        /// The line and the key, where they are known.
+        /// The line and the key, if they are known.
         at: String,
-        /// What is wrong.
+        /// The error.
         message: String,
     },
-    /// Another kind of object, or another version of it.
+    /// The object has another kind or version.
     #[error("{found} in place of {API_VERSION} {KIND}")]
     Kind {
-        /// What it is.
+        /// Version and kind of the object.
         found: String,
     },
-    /// The value of a key makes no sense.
+    /// The value of a key is invalid.
     #[error("{key}: {message}")]
     Value {
         /// The key.
         key: &'static str,
-        /// What is wrong.
+        /// The error.
         message: String,
     },
 }
@@ -162,7 +162,7 @@ impl Config {
     /// Reads a file.
     ///
     /// # Errors
-    /// Where it cannot be read, or is no such configuration.
+    /// If it cannot be read, or is not a valid configuration.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let text = fs::read_to_string(path).map_err(|error| ConfigError::Read {
             path: path.to_owned(),
@@ -174,13 +174,13 @@ impl Config {
         })
     }
 
-    /// Reads a text, YAML or JSON.
+    /// Parses a text, YAML or JSON.
     ///
     /// # Errors
-    /// Where it is no such configuration.
+    /// If it is not a valid configuration.
     pub fn parse(text: &str) -> Result<Self, ParseError> {
         let file: File = file::read(text)?;
-        let said: Value = file::read(text)?;
+        let set: Value = file::read(text)?;
         let File {
             api_version,
             kind,
@@ -201,7 +201,7 @@ impl Config {
             let found = format!("{api_version:?} {kind:?}");
             return Err(ParseError::Kind { found });
         }
-        let v6 = match said_text(bind_address) {
+        let v6 = match non_empty(bind_address) {
             Some(text) => {
                 let ip: IpAddr = text.parse().map_err(|_| value("bindAddress", "not an address"))?;
                 ip.is_ipv6()
@@ -214,15 +214,15 @@ impl Config {
         } else {
             [default.healthz, default.metrics]
         };
-        let mode = said_text(detect_local_mode);
+        let mode = non_empty(detect_local_mode);
         let detect_local = detect_local.unwrap_or_default();
         Ok(Self {
             kubeconfig: client_connection
-                .and_then(|client| said_text(client.kubeconfig))
+                .and_then(|client| non_empty(client.kubeconfig))
                 .map(PathBuf::from),
-            node_name: said_text(hostname_override).map(|name| name.trim().to_lowercase()),
+            node_name: non_empty(hostname_override).map(|name| name.trim().to_lowercase()),
             detect_local: match mode.as_deref() {
-                None | Some("ClusterCIDR") => DetectLocal::ClusterCidr(cidrs(said_text(cluster_cidr))?),
+                None | Some("ClusterCIDR") => DetectLocal::ClusterCidr(cidrs(non_empty(cluster_cidr))?),
                 Some("NodeCIDR") => DetectLocal::NodeCidr,
                 Some("BridgeInterface") => DetectLocal::Bridge(detect_local.bridge_interface.unwrap_or_default()),
                 Some("InterfaceNamePrefix") => {
@@ -231,22 +231,22 @@ impl Config {
                 Some(other) => return Err(value("detectLocalMode", format!("{other:?} is unknown"))),
             },
             node_port_addresses: wanted(&node_port_addresses.unwrap_or_default())?,
-            healthz: address("healthzBindAddress", said_text(healthz_bind_address), any)?,
-            metrics: address("metricsBindAddress", said_text(metrics_bind_address), own)?,
+            healthz: address("healthzBindAddress", non_empty(healthz_bind_address), any)?,
+            metrics: address("metricsBindAddress", non_empty(metrics_bind_address), own)?,
             oom_score_adj: match oom_score_adj {
                 Some(score) if !OOM_SCORES.contains(&score) => {
                     return Err(value("oomScoreAdj", format!("{score} is not between -1000 and 1000")));
                 }
                 score => score,
             },
-            conntrack: tracking(&conntrack.unwrap_or_default(), default.conntrack),
-            without_effect: without_effect(&said, mode.as_deref()),
+            conntrack: conntrack_settings(&conntrack.unwrap_or_default(), default.conntrack),
+            without_effect: without_effect(&set, mode.as_deref()),
         })
     }
 }
 
-/// To kube-proxy, an empty text is one that was not said.
-fn said_text(text: Option<String>) -> Option<String> {
+/// Returns `None` for an empty text, which kube-proxy treats as unset.
+fn non_empty(text: Option<String>) -> Option<String> {
     text.filter(|text| !text.is_empty())
 }
 
@@ -270,7 +270,7 @@ fn cidrs(text: Option<String>) -> Result<Vec<IpNet>, ParseError> {
     words
         .map(|word| {
             word.parse()
-                .map_err(|_| value("clusterCIDR", format!("{word:?} is no network")))
+                .map_err(|_| value("clusterCIDR", format!("{word:?} is not a network")))
         })
         .collect()
 }
@@ -285,7 +285,7 @@ fn wanted(words: &[String]) -> Result<Option<Wanted>, ParseError> {
         .map_err(|error| value("nodePortAddresses", format!("{words:?} is {error}")))
 }
 
-fn tracking(said: &file::Conntrack, default: nf_conntrack::Settings) -> nf_conntrack::Settings {
+fn conntrack_settings(set: &file::Conntrack, default: nf_conntrack::Settings) -> nf_conntrack::Settings {
     let file::Conntrack {
         max_per_core,
         min,
@@ -294,9 +294,9 @@ fn tracking(said: &file::Conntrack, default: nf_conntrack::Settings) -> nf_connt
         tcp_be_liberal,
         udp_timeout,
         udp_stream_timeout,
-    } = said;
-    // Zero leaves a setting as it is.
-    let time = |said: &Option<Time>, default: Duration| said.map_or(default, |Time(time)| time);
+    } = set;
+    // Zero leaves a setting unchanged.
+    let time = |time: &Option<Time>, default: Duration| time.map_or(default, |Time(time)| time);
     nf_conntrack::Settings {
         max_per_core: max_per_core.unwrap_or(default.max_per_core),
         min: min.unwrap_or(default.min),
@@ -308,11 +308,11 @@ fn tracking(said: &file::Conntrack, default: nf_conntrack::Settings) -> nf_connt
     }
 }
 
-/// The keys that say something and are not applied. `featureGates` is one, and so is a list.
-fn without_effect(said: &Value, detect_local_mode: Option<&str>) -> Vec<String> {
+/// Returns the keys that are set but not applied. `featureGates` counts as one key, and so does a list.
+fn without_effect(set: &Value, detect_local_mode: Option<&str>) -> Vec<String> {
     let mut keys = BTreeSet::new();
-    collect("", said, &mut keys);
-    // Sources are told by their addresses, not by the devices that they come in by.
+    collect("", set, &mut keys);
+    // lb recognizes sources by their addresses, not by the devices that packets enter through.
     let applied: &[&str] = match detect_local_mode {
         None | Some("ClusterCIDR") => &["clusterCIDR", "detectLocalMode"],
         Some("NodeCIDR") => &["detectLocalMode"],
@@ -322,8 +322,8 @@ fn without_effect(said: &Value, detect_local_mode: Option<&str>) -> Vec<String> 
     keys.into_iter().collect()
 }
 
-fn collect(path: &str, said: &Value, keys: &mut BTreeSet<String>) {
-    match said {
+fn collect(path: &str, set: &Value, keys: &mut BTreeSet<String>) {
+    match set {
         Value::Object(map) if path != "featureGates" => {
             for (key, value) in map {
                 let path = if path.is_empty() {
@@ -334,18 +334,18 @@ fn collect(path: &str, said: &Value, keys: &mut BTreeSet<String>) {
                 collect(&path, value, keys);
             }
         }
-        said if is_zero(said) => {}
+        set if is_zero(set) => {}
         _ => {
             keys.insert(path.to_owned());
         }
     }
 }
 
-/// What kube-proxy does not tell from a key that is not there; kubeadm writes all keys down.
-fn is_zero(said: &Value) -> bool {
-    match said {
+/// Whether kube-proxy treats a value as unset; kubeadm writes every key, most of them with such a value.
+fn is_zero(value: &Value) -> bool {
+    match value {
         Value::Null => true,
-        Value::Bool(said) => !said,
+        Value::Bool(value) => !value,
         Value::Number(number) => number.as_f64() == Some(0.0),
         Value::String(text) => matches!(text.as_str(), "" | "0" | "0s"),
         Value::Array(list) => list.is_empty(),

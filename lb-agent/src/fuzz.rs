@@ -1,4 +1,5 @@
-//! What must hold for any bytes: called with the corpus and the regressions of `tests/fuzz`, and with random bytes.
+//! Properties that hold for any bytes. They are checked with the corpus and the regressions of `tests/fuzz`, and with
+//! random bytes.
 
 use std::collections::HashSet;
 
@@ -11,10 +12,11 @@ use lb_core::model::{Batch, Change};
 use lb_core::reconcile::random;
 use lb_core::testing::{ROOM, assert_clean, maps, start};
 
-/// The bytes are a manifest: parsing ends, every problem names a place in the file, and what is valid can be applied.
+/// The bytes are a manifest: parsing terminates, every problem names a place in the file, and valid objects can be
+/// applied.
 ///
 /// # Panics
-/// Where it is not so.
+/// If the property does not hold.
 pub(crate) fn manifests(bytes: &[u8]) {
     let lines = bytes.split(|byte| *byte == b'\n').count();
     for json in [false, true] {
@@ -45,18 +47,19 @@ pub(crate) fn manifests(bytes: &[u8]) {
         let mut lb = start(maps());
         lb.apply(batch);
         lb.settle().expect("maps in memory have grace");
-        // What is too much for the small maps is named; claims of two Services are no fault.
+        // The small maps may be full, which is reported; conflicts between two Services are no faults.
         if lb.problems().iter().all(|problem| problem.message.contains("older")) {
             assert_clean(&lb);
         }
     }
 }
 
-/// The bytes are the seed of a run: objects come, change and go, the agent dies, writes fail. After every write a program that
-/// reads the maps finds every frontend's backends; in the end the maps are as desired, and the same again writes nothing.
+/// The bytes are the seed of a run: objects are added, changed and removed, the agent dies, writes fail. After every
+/// write a program that reads the maps finds the backends of every frontend. In the end the maps are as desired, and
+/// applying the objects again writes nothing.
 ///
 /// # Panics
-/// Where it is not so.
+/// If the property does not hold.
 pub(crate) fn apply(bytes: &[u8]) {
     let mut seed = [0; 32];
     for (at, byte) in bytes.iter().enumerate() {

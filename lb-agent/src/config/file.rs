@@ -1,6 +1,6 @@
 //! Every key that a file may have: k8s.io/kube-proxy/config/v1alpha1, k8s.io/component-base/config/v1alpha1 and
-//! k8s.io/component-base/logs/api/v1 of Kubernetes 1.36. What is not among them is an error.
-#![expect(dead_code, reason = "not all that may be said is used")]
+//! k8s.io/component-base/logs/api/v1 of Kubernetes 1.36. Any other key is an error.
+#![expect(dead_code, reason = "keys without effect are only checked")]
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use serde_saphyr::{MessageFormatter as _, UserMessageFormatter};
 
 use super::ParseError;
 
-/// A time as Go writes it (`1h30m`), not negative.
+/// A duration in Go's notation (`1h30m`), not negative.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Time(pub(super) Duration);
 
@@ -25,14 +25,14 @@ impl<'de> Deserialize<'de> for Time {
         }
         let time: SignedDuration = text
             .parse()
-            .map_err(|_| de::Error::custom(format!("{text:?} is no duration such as 1h30m")))?;
+            .map_err(|_| de::Error::custom(format!("{text:?} is not a duration such as 1h30m")))?;
         let time = Duration::try_from(time).map_err(|_| de::Error::custom(format!("{text:?} is negative")))?;
         Ok(Self(time))
     }
 }
 
-/// Defines structs of optional keys, none of which may be unknown. Keys are named as in the file, in camel case; those
-/// that have no effect are only checked.
+/// Defines structs of optional keys, and rejects unknown ones. Keys have the names of the file, in camel case; keys
+/// without effect are only checked.
 macro_rules! keys {
     ($($(#[$doc:meta])* $name:ident { $($(#[$attr:meta])* $field:ident: $type:ty,)* })*) => {
         $(
@@ -46,7 +46,7 @@ macro_rules! keys {
     };
 }
 
-/// The file. Only what it is must be said.
+/// The file. Only `apiVersion` and `kind` are mandatory.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct File {
@@ -82,7 +82,7 @@ pub(super) struct File {
 }
 
 keys! {
-    /// How to reach the API server.
+    /// Connection to the API server.
     ClientConnection {
         kubeconfig: String,
         accept_content_types: String,
@@ -90,10 +90,10 @@ keys! {
         qps: f64,
         burst: i32,
     }
-    /// The log.
+    /// Options of the log.
     Logging {
         format: String,
-        // A text, or nanoseconds.
+        // A duration as text, or a number of nanoseconds.
         flush_frequency: IgnoredAny,
         verbosity: u32,
         vmodule: Vec<VerbosityOfFiles>,
@@ -160,10 +160,10 @@ keys! {
     }
 }
 
-/// Reads a text.
+/// Parses a text.
 ///
 /// # Errors
-/// Where it is no YAML, a key is unknown, or its value is of the wrong kind.
+/// If it is not YAML, a key is unknown, or a value has the wrong type.
 pub(super) fn read<T: DeserializeOwned>(text: &str) -> Result<T, ParseError> {
     let mut track = Track::new();
     let result = serde_saphyr::with_deserializer_from_str(text, |deserializer| {
@@ -171,7 +171,7 @@ pub(super) fn read<T: DeserializeOwned>(text: &str) -> Result<T, ParseError> {
     });
     result.map_err(|error| {
         let message = UserMessageFormatter.format_message(&error).into_owned();
-        // Not the list of what might have been.
+        // Without the list of all keys that would be valid.
         let message = message
             .split_once(", expected one of")
             .map_or(&*message, |(what, _)| what);

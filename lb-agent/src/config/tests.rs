@@ -9,7 +9,7 @@ fn refused(text: &str) -> String {
     parsed(text).unwrap_err().to_string()
 }
 
-/// What `kubeadm init --pod-network-cidr` writes into its ConfigMap: every key, most of them without saying anything.
+/// The ConfigMap of `kubeadm init --pod-network-cidr`: every key, most of them with an empty value.
 const KUBEADM: &str = r#"
 bindAddress: 0.0.0.0
 bindAddressHardFail: false
@@ -79,7 +79,7 @@ winkernel:
   sourceVip: ""
 "#;
 
-/// Every key, each with a value that says something.
+/// Every key, each with a value that differs from unset.
 const EVERYTHING: &str = r#"
 featureGates: {SomeFeature: true}
 clientConnection: {kubeconfig: /etc/kubeconfig, acceptContentTypes: a, contentType: b, qps: 5.5, burst: 10}
@@ -180,7 +180,7 @@ const UNUSED: &[&str] = &[
 ];
 
 #[test]
-fn what_kubeadm_writes_says_little() {
+fn file_of_kubeadm_sets_few_keys() {
     let expected = Config {
         kubeconfig: Some("/var/lib/kube-proxy/kubeconfig.conf".into()),
         detect_local: DetectLocal::ClusterCidr(vec!["10.244.0.0/16".parse().unwrap()]),
@@ -215,7 +215,7 @@ fn every_key_is_known_and_applied_or_named() {
 }
 
 #[test]
-fn a_file_that_says_nothing_has_kube_proxys_defaults() {
+fn empty_file_has_the_defaults_of_kube_proxy() {
     assert_eq!(parsed(""), Ok(Config::default()));
     assert_eq!(parsed("conntrack: null\nclientConnection:\n"), Ok(Config::default()));
     assert_eq!(Config::default().healthz.with_port(10256).to_string(), "0.0.0.0:10256");
@@ -287,13 +287,13 @@ fn node_port_addresses_may_be_primary() {
 }
 
 #[test]
-fn json_is_read_as_well() {
+fn json_is_accepted() {
     let text = format!(r#"{{"apiVersion": "{API_VERSION}", "kind": "{KIND}", "oomScoreAdj": 5}}"#);
     assert_eq!(Config::parse(&text).unwrap().oom_score_adj, Some(5));
 }
 
 #[test]
-fn what_is_wrong_is_named_with_its_line() {
+fn errors_name_line_and_key() {
     for (text, expected) in [
         ("mode: \"\"\nfoo: 1", ["line 4: ", "unknown field `foo`"]),
         (
@@ -351,7 +351,7 @@ fn other_kinds_are_refused() {
 }
 
 #[test]
-fn the_file_is_named() {
+fn errors_name_the_file() {
     let error = Config::read(Path::new("/nowhere/config.yaml")).unwrap_err().to_string();
     assert!(error.starts_with("/nowhere/config.yaml: "), "{error}");
 }

@@ -1,4 +1,4 @@
-//! The corpus, the regressions, and random bytes: few and always the same, or as `cargo xtask fuzz` wants it.
+//! The corpus, the regressions, and random bytes: a few fixed ones, or as many as `cargo xtask fuzz` requests.
 
 use std::cell::Cell;
 use std::env;
@@ -11,16 +11,16 @@ use proptest::test_runner::TestError;
 
 use super::*;
 
-/// Seconds of random bytes, in place of a few that are always the same.
+/// Environment variable: seconds of random bytes, instead of a few fixed ones.
 const SECONDS: &str = "LB_FUZZ_SECONDS";
 
-/// `tests/fuzz/KIND/TARGET`.
+/// Returns the directory `tests/fuzz/KIND/TARGET`.
 fn folder(kind: &str, target: &str) -> PathBuf {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     package.with_file_name("tests").join("fuzz").join(kind).join(target)
 }
 
-/// The files of a folder, sorted; hidden ones are left out.
+/// Returns the files of a directory, sorted, without hidden ones.
 fn inputs(kind: &str, target: &str) -> Vec<(PathBuf, Vec<u8>)> {
     let mut paths: Vec<_> = fs::read_dir(folder(kind, target))
         .unwrap()
@@ -50,7 +50,7 @@ fn replay(target: &str, check: fn(&[u8])) {
     }
 }
 
-/// Runs a target with what a strategy makes. What fails is made small and kept as a regression.
+/// Runs a target with inputs of a strategy. A failing input is minimized and stored as a regression.
 fn fuzz(target: &str, check: fn(&[u8]), cases: u32, strategy: impl Strategy<Value = Vec<u8>>) {
     let seconds: Option<u64> = env::var(SECONDS).ok().map(|text| text.parse().unwrap());
     let config = |cases| Config {
@@ -61,7 +61,7 @@ fn fuzz(target: &str, check: fn(&[u8]), cases: u32, strategy: impl Strategy<Valu
     let end = Instant::now() + Duration::from_secs(seconds.unwrap_or(0));
     let inputs = Cell::new(0_u64);
     loop {
-        // One for each round: a runner that has made its cases makes no more.
+        // A new runner for each round: a runner generates its number of cases only once.
         let mut runner = match seconds {
             None => TestRunner::new_with_rng(config(cases), TestRng::deterministic_rng(RngAlgorithm::ChaCha)),
             Some(_) => TestRunner::new(config(50)),
@@ -88,7 +88,7 @@ fn fuzz(target: &str, check: fn(&[u8]), cases: u32, strategy: impl Strategy<Valu
     assert!(inputs.get() >= u64::from(cases), "too few inputs for {target}");
 }
 
-/// A piece of a manifest that is put somewhere else, or a token.
+/// A fragment of a manifest that is copied elsewhere, or a token.
 fn damaged(corpus: Vec<Vec<u8>>) -> impl Strategy<Value = Vec<u8>> {
     const TOKENS: &[&str] = &[
         "---\n",

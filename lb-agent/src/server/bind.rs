@@ -1,4 +1,4 @@
-//! Addresses to listen at.
+//! Addresses that servers listen on.
 
 use std::fmt;
 use std::io;
@@ -8,25 +8,25 @@ use std::str::FromStr;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::{TcpListener, TcpSocket};
 
-/// Connections that wait to be accepted.
+/// Maximum number of connections that wait to be accepted.
 const BACKLOG: u32 = 128;
 
-/// Where a server listens, as kube-proxy takes it: an address with or without a port.
+/// The address of a server in kube-proxy's form: with or without a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BindAddress {
-    /// The address; zero of either family means all addresses of both.
+    /// The address; the unspecified address of either family means all addresses of both.
     pub ip: IpAddr,
-    /// Host byte order; `None`: the server's own.
+    /// The port in host byte order; `None` for the default of the server.
     pub port: Option<u16>,
 }
 
-/// A text that is no address.
+/// The error of a text that is not an address.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not an address such as 0.0.0.0:10256 or [::1]:10249")]
 pub struct NotAnAddress;
 
 impl BindAddress {
-    /// With the port, which is `port` where none was said.
+    /// Returns the address with its port, or with `port` if it has none.
     #[must_use]
     pub fn with_port(self, port: u16) -> SocketAddr {
         SocketAddr::new(self.ip, self.port.unwrap_or(port))
@@ -43,7 +43,7 @@ impl FromStr for BindAddress {
                 port: Some(at.port()),
             });
         }
-        // As Go has it, nothing before the colon means every address.
+        // As in Go, an empty host means every address.
         if let Some(port) = text.strip_prefix(':').and_then(|port| port.parse().ok()) {
             return Ok(Self {
                 ip: Ipv6Addr::UNSPECIFIED.into(),
@@ -64,11 +64,11 @@ impl fmt::Display for BindAddress {
     }
 }
 
-/// Listens at an address. The zero address of either family is that of both, as it is to a program in Go: one socket
-/// serves IPv4 and IPv6; without IPv6 in the kernel it serves IPv4.
+/// Listens on an address. The unspecified address of either family means both, as in Go: one socket serves IPv4 and
+/// IPv6, or IPv4 alone if the kernel has no IPv6.
 ///
 /// # Errors
-/// The system call's.
+/// Returns the error of the system call.
 pub(crate) fn listen(at: SocketAddr) -> io::Result<TcpListener> {
     if !at.ip().is_unspecified() {
         return listen_with(at, None);
@@ -86,7 +86,7 @@ fn listen_with(at: SocketAddr, v6_only: Option<bool>) -> io::Result<TcpListener>
     } else {
         TcpSocket::new_v6()?
     };
-    // What an agent before this one has just closed is no hindrance.
+    // Connections of a previous agent may still be in TIME_WAIT.
     socket.set_reuseaddr(true)?;
     if let Some(v6_only) = v6_only {
         setsockopt(&socket, sockopt::Ipv6V6Only, &v6_only)?;
@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_read_as_kube_proxy_reads_them() {
+    fn addresses_are_parsed_as_by_kube_proxy() {
         for (text, expected) in [
             ("0.0.0.0:10256", "0.0.0.0:10256"),
             ("127.0.0.1", "127.0.0.1:7"),

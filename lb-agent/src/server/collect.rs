@@ -1,4 +1,4 @@
-//! What the programs count, read from the pinned maps when somebody asks.
+//! Metrics of the programs, read from the pinned maps on each scrape.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -15,14 +15,14 @@ use lb_core::maps::MapError;
 use lb_core::names::ServicePortName;
 use lb_core::reconcile::Usage;
 
-/// The maps, opened once more: the agent's loop need not stand by.
+/// Reads metrics through map handles of its own, so that a scrape does not wait for the agent's loop.
 pub(super) struct Collector {
     maps: PinnedMaps,
     per_service: bool,
     totals: Mutex<Totals>,
 }
 
-/// Why the maps cannot be told.
+/// An error of a scrape.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CollectError {
     #[error(transparent)]
@@ -31,18 +31,18 @@ pub(super) enum CollectError {
     Metrics(#[from] prometheus::Error),
 }
 
-/// Connections over all Services. A Service's own counter goes with it; this one only ever grows.
+/// Connections of all Services. The counters of a Service are removed with it; these only ever grow.
 #[derive(Debug, Default)]
 struct Totals {
-    /// What was last read of each service index, by its generation.
+    /// The counters at the last scrape, by service index and generation.
     seen: HashMap<(u32, u32), ServiceStats>,
-    /// Whether anything was read: what stood there before is no news.
+    /// Whether there was a scrape: connections from before the first do not count.
     begun: bool,
     sum: ServiceStats,
 }
 
 impl Totals {
-    /// Takes what the maps say now, of everything that there is.
+    /// Adds the increase of all current counters.
     fn update(&mut self, now: HashMap<(u32, u32), ServiceStats>) {
         for (key, stats) in &now {
             let before = match self.seen.entry(*key) {
@@ -58,7 +58,7 @@ impl Totals {
     }
 }
 
-/// Services with policy Local that have endpoints, but none here.
+/// Returns for each traffic policy whether it is Local and the Service has endpoints, but none on this node.
 fn lacks_local(service: &Service) -> [(&'static str, bool); 2] {
     [("internal", service.internal), ("external", service.external)]
         .map(|(policy, set)| (policy, set.len == 0 && set.flags & set_flags::EMPTY_DROPS != 0))
@@ -69,7 +69,7 @@ fn ours(name: &str, help: &str) -> Opts {
 }
 
 impl Collector {
-    /// `per_service`: connections of each Service port too.
+    /// Creates a collector; `per_service` adds the connections of each Service port.
     pub(super) fn new(maps: PinnedMaps, per_service: bool) -> Self {
         Self {
             maps,
@@ -78,7 +78,7 @@ impl Collector {
         }
     }
 
-    /// Everything, to be written out. `usage` is that of the maps that the agent fills.
+    /// Collects all metrics for output. `usage` is that of the maps that the agent fills.
     pub(super) fn gather(&self, usage: Usage) -> Result<Vec<MetricFamily>, CollectError> {
         let registry = Registry::new();
         self.sizes(usage, &registry)?;
@@ -88,8 +88,8 @@ impl Collector {
     }
 
     fn sizes(&self, usage: Usage, registry: &Registry) -> Result<(), CollectError> {
-        let capacity = IntGaugeVec::new(ours("map_capacity", "Entries that a map has room for"), &["map"])?;
-        let entries = IntGaugeVec::new(ours("map_entries", "Entries of a map that are in use"), &["map"])?;
+        let capacity = IntGaugeVec::new(ours("map_capacity", "Capacity of a map in entries"), &["map"])?;
+        let entries = IntGaugeVec::new(ours("map_entries", "Entries of a map in use"), &["map"])?;
         let sizes = self.maps.capacities();
         for (map, used, size) in [
             (map_name::SERVICES, usage.services as usize, sizes.services),
@@ -112,7 +112,7 @@ impl Collector {
             capacity.with_label_values(&[map]).set(size.into());
             entries.with_label_values(&[map]).set(used as i64);
         }
-        // How many entries these have is known by who looks at all of them.
+        // The CT garbage collector counts the entries of these, since it reads all of them anyway.
         for (map, size) in [(map_name::CT, sizes.conntrack), (map_name::CT_NEW, sizes.conntrack_new)] {
             capacity.with_label_values(&[map]).set(size.into());
         }
@@ -122,7 +122,7 @@ impl Collector {
     }
 
     fn drops(&self, registry: &Registry) -> Result<(), CollectError> {
-        let help = "What was refused, dropped, or served without something, by reason";
+        let help = "Refused calls, dropped packets, and connections served with a restriction, by reason";
         let drops = IntCounterVec::new(ours("drops_total", help), &["reason"])?;
         for reason in DropReason::ALL {
             drops
@@ -147,13 +147,10 @@ impl Collector {
         let labels = ["namespace", "service", "port", "protocol", "ip_family"];
         let connections = ours(
             "service_connections_total",
-            "Connections that were given a backend, by Service port",
+            "Connections translated to a backend, by Service port",
         );
         let connections = IntCounterVec::new(connections, &labels)?;
-        let refused = ours(
-            "service_refused_total",
-            "Connections that were refused, by Service port",
-        );
+        let refused = ours("service_refused_total", "Refused connections, by Service port");
         let refused = IntCounterVec::new(refused, &labels)?;
 
         let mut all = HashMap::new();
@@ -195,12 +192,12 @@ impl Collector {
         for (name, help, value) in [
             (
                 "connections_total",
-                "Connections that were given a backend, since the agent started",
+                "Connections translated to a backend, since the agent started",
                 totals.sum.connections,
             ),
             (
                 "refused_total",
-                "Connections that a Service refused, since the agent started",
+                "Connections refused by a Service, since the agent started",
                 totals.sum.refused,
             ),
         ] {
@@ -211,18 +208,18 @@ impl Collector {
         Ok(())
     }
 
-    /// A service index that is in use, and its counters.
+    /// Reads a service index and its counters; `None` if it is not in use.
     fn read(&self, index: u32) -> Result<Option<(Service, ServiceStats)>, MapError> {
         let Some(service) = self.maps.service(index).filter(|s| generation::is_live(s.generation)) else {
             return Ok(None);
         };
         let stats = self.maps.stats(index)?;
-        // It may have passed to another in between.
-        let same = self
+        // Meanwhile the index may have been reused for another service port.
+        let is_unchanged = self
             .maps
             .service(index)
             .is_some_and(|now| now.generation == service.generation);
-        Ok(same.then_some((service, stats)))
+        Ok(is_unchanged.then_some((service, stats)))
     }
 }
 
@@ -237,15 +234,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn totals_grow_also_where_services_go() {
+    fn totals_never_decrease_when_services_are_removed() {
         let stats = |connections, refused| ServiceStats { connections, refused };
         let mut totals = Totals::default();
-        // What an earlier agent has left.
+        // Counters of an earlier agent.
         totals.update([((1, 1), stats(100, 10))].into());
         assert_eq!(totals.sum, stats(0, 0));
         totals.update([((1, 1), stats(103, 10)), ((2, 1), stats(5, 1))].into());
         assert_eq!(totals.sum, stats(8, 1));
-        // The index is another Service's now.
+        // Another Service has the index now.
         totals.update([((1, 3), stats(2, 0)), ((2, 1), stats(5, 1))].into());
         assert_eq!(totals.sum, stats(10, 1));
         totals.update(HashMap::new());

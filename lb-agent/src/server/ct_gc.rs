@@ -1,4 +1,4 @@
-//! What the collection of flows that are over has done, and what it cost.
+//! Metrics of the CT garbage collector.
 
 use lb_common::abi::map_name;
 use prometheus::{
@@ -7,7 +7,7 @@ use prometheus::{
 
 use crate::node::ct_gc::{Reason, Turn};
 
-/// Counters and gauges.
+/// Counters, gauges and the duration of the CT garbage collector.
 #[derive(Debug)]
 pub(super) struct FlowMetrics {
     seconds: Histogram,
@@ -17,26 +17,23 @@ pub(super) struct FlowMetrics {
 }
 
 impl FlowMetrics {
-    /// All at zero.
+    /// Registers the metrics, all at zero.
     pub(super) fn new(registry: &Registry) -> prometheus::Result<Self> {
         let ours = |name: &str, help: &str| Opts::new(name, help).namespace("lb").subsystem("conntrack");
-        let seconds = ours(
-            "gc_seconds",
-            "Time that a turn took of those that look for flows that are over",
-        );
+        let seconds = ours("gc_seconds", "Duration of one conntrack GC pass");
         let new = Self {
             seconds: Histogram::with_opts(
                 HistogramOpts::from(seconds).buckets(exponential_buckets(0.000_1, 2.0, 14)?),
             )?,
-            looked_at: IntCounter::with_opts(ours("gc_entries_total", "Entries that were looked at for that"))?,
+            looked_at: IntCounter::with_opts(ours("gc_entries_total", "Conntrack entries examined by GC"))?,
             removed: IntCounterVec::new(
-                ours("gc_removed_total", "Entries that were removed, by what was over"),
+                ours("gc_removed_total", "Conntrack entries removed by GC, by reason"),
                 &["reason"],
             )?,
             entries: IntGaugeVec::new(
                 ours(
                     "entries",
-                    "Entries that there were when all were last looked at: two for each flow",
+                    "Conntrack entries at the last complete GC scan: two for each flow",
                 ),
                 &["map"],
             )?,
@@ -60,8 +57,8 @@ impl FlowMetrics {
         Ok(new)
     }
 
-    /// A turn has ended.
-    pub(super) fn turn(&self, turn: &Turn) {
+    /// Records a pass that has ended.
+    pub(super) fn record(&self, turn: &Turn) {
         self.seconds.observe(turn.took.as_secs_f64());
         self.looked_at.inc_by(turn.looked_at as u64);
         for (reason, count) in &turn.removed {

@@ -1,4 +1,4 @@
-//! Whether the agent keeps up, and whether the node should get traffic.
+//! Health of the agent, and eligibility of the node for traffic.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -7,14 +7,14 @@ use std::time::{Duration, Instant, SystemTime};
 use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
 
-/// How long changes may wait, and the loop may stand still, before the agent is no longer healthy. That of kube-proxy:
+/// Time for which changes may wait, and the agent's loop may block, before the agent is unhealthy. kube-proxy's value:
 /// twice its `syncPeriod`.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The families, as kube-proxy has a proxier for each. Here one application is for both.
+/// The address families. kube-proxy has a proxier for each; in lb one application serves both.
 const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
 
-/// What is known of the agent; told by its loop, read by the servers.
+/// State of the agent; written by its loop, read by the servers.
 #[derive(Debug)]
 pub struct Health {
     needs_node: bool,
@@ -23,21 +23,21 @@ pub struct Health {
 
 #[derive(Debug)]
 struct State {
-    /// When the loop last went round.
+    /// Time of the last iteration of the agent's loop.
     alive: Instant,
-    /// Programs are attached, to maps that were filled, by this agent or an earlier one.
+    /// Whether programs are attached, to maps that this agent or an earlier one filled.
     serving: bool,
-    /// Since when changes wait, if any do.
+    /// Arrival of the oldest change that is not applied yet.
     queued: Option<Instant>,
-    /// When something was last applied.
+    /// Time at which changes were last applied.
     applied: Option<SystemTime>,
-    /// `None`: nothing is known of this node's Node object.
+    /// Whether this node's Node object is being deleted; `None` without a Node object.
     leaving: Option<bool>,
-    /// Everything was told at least once, so that an object that is unknown is not there.
+    /// Whether the source is complete, so that an unknown object does not exist.
     complete: bool,
 }
 
-/// The answer of /healthz and /livez, with kube-proxy's names.
+/// The body of /healthz and /livez, with kube-proxy's names.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Answer {
@@ -58,7 +58,7 @@ struct FamilyAnswer {
 }
 
 impl Answer {
-    /// Whether it is that of a healthy agent on a node that should get traffic.
+    /// Whether the agent is healthy and the node eligible for traffic.
     pub(super) fn is_good(&self) -> bool {
         self.healthy && self.node_eligible != Some(false)
     }
@@ -69,7 +69,7 @@ fn timestamp(time: SystemTime) -> Timestamp {
 }
 
 impl Health {
-    /// Of an agent that starts now. `needs_node`: a node without a Node object is one that is gone.
+    /// Returns the state of an agent that starts now. With `needs_node`, a node without a Node object is not eligible.
     #[must_use]
     pub fn new(needs_node: bool, now: Instant) -> Self {
         let state = State {
@@ -90,22 +90,22 @@ impl Health {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The loop goes round.
+    /// Records an iteration of the agent's loop.
     pub fn alive(&self, now: Instant) {
         self.state().alive = now;
     }
 
-    /// From now on Services are served.
+    /// Records that Services are served.
     pub fn serving(&self) {
         self.state().serving = true;
     }
 
-    /// Changes wait since then.
+    /// Records that changes wait since that time.
     pub fn queued(&self, since: Instant) {
         self.state().queued.get_or_insert(since);
     }
 
-    /// Nothing waits any more.
+    /// Records that all changes were applied.
     pub fn applied(&self, now: Instant, time: SystemTime) {
         let mut state = self.state();
         state.alive = now;
@@ -113,14 +113,14 @@ impl Health {
         state.applied = Some(time);
     }
 
-    /// What is known of this node's Node object, and whether everything was told.
+    /// Sets whether this node's Node object is being deleted (`None` without one), and whether the source is complete.
     pub fn node(&self, leaving: Option<bool>, complete: bool) {
         let mut state = self.state();
         state.leaving = leaving;
         state.complete = complete;
     }
 
-    /// Whether the agent keeps up.
+    /// Whether the agent's loop runs, and applies changes in time.
     #[must_use]
     pub fn is_healthy(&self, now: Instant) -> bool {
         let state = self.state();
@@ -128,22 +128,22 @@ impl Health {
         recent(state.alive) && state.queued.is_none_or(recent)
     }
 
-    /// Whether the node should get traffic: not where it is being deleted.
+    /// Whether the node should get traffic: not if it is being deleted.
     #[must_use]
     pub fn is_eligible(&self) -> bool {
         let state = self.state();
         match state.leaving {
             Some(leaving) => !leaving,
-            // A start without the API server serves as before.
+            // An agent that starts without the API server serves as before.
             None => !(self.needs_node && state.complete),
         }
     }
 
-    /// The answer to a request: of /healthz, with the node, or of /livez. A healthy agent is up to date now, whenever it
-    /// last had something to do.
+    /// Returns the response of /healthz (`with_node`) or /livez. A healthy agent is up to date now, whenever its last
+    /// change was.
     ///
-    /// As kube-proxy, an agent that starts is alive; unlike it, it does not take part before it serves, so that an
-    /// update of the DaemonSet waits for that on each node.
+    /// An agent that starts is alive, as with kube-proxy. Unlike kube-proxy it is not healthy before it serves, so that a
+    /// rollout of the DaemonSet waits for that on each node.
     pub(super) fn answer(&self, now: Instant, time: SystemTime, with_node: bool) -> Answer {
         let healthy = self.is_healthy(now) && (!with_node || self.state().serving);
         let node_eligible = with_node.then(|| self.is_eligible());
@@ -176,12 +176,12 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn who_keeps_changes_waiting_for_too_long_is_not_healthy() {
+    fn agent_is_unhealthy_if_changes_wait_too_long() {
         let begin = Instant::now();
         let health = Health::new(false, begin);
         assert!(health.is_healthy(begin));
         health.queued(begin + SECOND);
-        // Later changes wait less.
+        // Later changes do not reset the wait.
         health.queued(begin + 30 * SECOND);
         health.alive(begin + 60 * SECOND);
         assert!(health.is_healthy(begin + 60 * SECOND));
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loop_that_stands_still_is_not_healthy() {
+    fn agent_is_unhealthy_if_its_loop_blocks() {
         let begin = Instant::now();
         let health = Health::new(false, begin);
         health.applied(begin, SystemTime::now());
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_leaves_or_is_gone_is_not_eligible() {
+    fn deleted_node_is_not_eligible() {
         let with = |needs_node, leaving, complete| {
             let health = Health::new(needs_node, Instant::now());
             health.node(leaving, complete);
@@ -210,15 +210,15 @@ mod tests {
         for needs_node in [false, true] {
             assert!(with(needs_node, Some(false), true));
             assert!(!with(needs_node, Some(true), true));
-            // Not told yet.
+            // The source is not complete yet.
             assert!(with(needs_node, None, false));
         }
-        assert!(with(false, None, true), "manifests need not have a Node");
+        assert!(with(false, None, true), "manifests need not contain a Node");
         assert!(!with(true, None, true));
     }
 
     #[test]
-    fn an_agent_that_starts_is_alive_but_does_not_serve_yet() {
+    fn starting_agent_is_alive_but_not_healthy() {
         let begin = Instant::now();
         let health = Health::new(false, begin);
         let is_good = |with_node| health.answer(begin, SystemTime::now(), with_node).is_good();
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_has_kube_proxys_fields() {
+    fn response_has_the_fields_of_kube_proxy() {
         let begin = Instant::now();
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
         let health = Health::new(false, begin);

@@ -1,7 +1,7 @@
-//! What the agent counts: with kube-proxy's names where the meaning is the same, `lb_` else.
+//! The agent's own metrics: kube-proxy's names if the meaning is equal, otherwise names with the prefix `lb_`.
 //!
-//! kube-proxy has a proxier for each family and labels what they measure by `ip_family`. Here one application serves
-//! both, so it counts for both.
+//! kube-proxy has a proxier for each family and labels its measurements by `ip_family`. In lb one application serves both
+//! families, so it is counted for both.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -22,7 +22,7 @@ use lb_core::reconcile::Usage;
 /// Values of the label `ip_family`.
 pub(super) const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
 
-/// The agent's own counters and gauges. Cheap to write, from any thread.
+/// The agent's own counters, gauges and histograms. Updates are cheap and may come from any thread.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
@@ -46,7 +46,7 @@ pub struct Metrics {
     usage: Mutex<Usage>,
 }
 
-/// kube-proxy's for network programming latency: from a quarter of a second to five minutes.
+/// kube-proxy's buckets of network programming latency: from a quarter of a second to five minutes.
 fn network_programming_buckets() -> prometheus::Result<Vec<f64>> {
     let ranges = [
         linear_buckets(0.25, 0.25, 2)?,
@@ -62,10 +62,10 @@ fn seconds_since_1970(time: SystemTime) -> f64 {
 }
 
 impl Metrics {
-    /// All at zero.
+    /// Registers all metrics, at zero.
     ///
     /// # Errors
-    /// Where two have one name.
+    /// If two metrics have the same name.
     pub fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
         let kube = |name: &str, help: &str| Opts::new(name, help).subsystem("kubeproxy");
@@ -84,14 +84,14 @@ impl Metrics {
             last_queued: GaugeVec::new(
                 kube(
                     "sync_proxy_rules_last_queued_timestamp_seconds",
-                    "When changes were last queued, in seconds since 1970",
+                    "Time at which changes were last queued, in seconds since 1970",
                 ),
                 &family,
             )?,
             last_synced: GaugeVec::new(
                 kube(
                     "sync_proxy_rules_last_timestamp_seconds",
-                    "When changes were last applied, in seconds since 1970",
+                    "Time at which changes were last applied, in seconds since 1970",
                 ),
                 &family,
             )?,
@@ -114,42 +114,42 @@ impl Metrics {
             network_programming: HistogramVec::new(
                 HistogramOpts::from(kube(
                     "network_programming_duration_seconds",
-                    "Time from what changed endpoints to their being served, by the clocks of two machines",
+                    "Time from the event that changed endpoints to the update of the maps, by the clocks of two machines",
                 ))
                 .buckets(network_programming_buckets()?),
                 &family,
             )?,
-            healthz: IntCounterVec::new(kube("proxy_healthz_total", "Answers of /healthz by status"), &["code"])?,
-            livez: IntCounterVec::new(kube("proxy_livez_total", "Answers of /livez by status"), &["code"])?,
+            healthz: IntCounterVec::new(kube("proxy_healthz_total", "Responses of /healthz by status code"), &["code"])?,
+            livez: IntCounterVec::new(kube("proxy_livez_total", "Responses of /livez by status code"), &["code"])?,
             event_to_map: Histogram::with_opts(
                 HistogramOpts::from(ours(
                     "event_to_map_seconds",
-                    "Time from the arrival of a change to the maps saying so",
+                    "Time from the arrival of a change to the end of the map updates",
                 ))
                 .buckets(exponential_buckets(0.000_1, 2.0, 18)?),
             )?,
             problems: IntGaugeVec::new(
-                ours("problems", "What is wrong now, as `lb-agent status` names it"),
+                ours("problems", "Current problems by kind, as listed by `lb-agent status`"),
                 &["kind"],
             )?,
-            complete: IntGauge::with_opts(ours("source_complete", "1 once everything was told and applied"))?,
+            complete: IntGauge::with_opts(ours("source_complete", "1 after the initial sync of all objects"))?,
             destroyed: IntCounter::with_opts(ours(
                 "sockets_destroyed_total",
                 "Sockets destroyed because their backend was removed",
             ))?,
             watch_restarts: IntCounter::with_opts(ours(
                 "watch_restarts_total",
-                "Watches of the API that had to be begun anew",
+                "Restarts of watches of the API server",
             ))?,
             events: IntCounterVec::new(
-                ours("events_total", "Events on Services, by what became of them"),
+                ours("events_total", "Kubernetes Events on Services, by result"),
                 &["result"],
             )?,
             flows: FlowMetrics::new(&registry)?,
             usage: Mutex::default(),
             registry,
         };
-        metrics.register(&ours("build_info", "1; the labels say which build this is"))?;
+        metrics.register(&ours("build_info", "1; the labels identify the build"))?;
         Ok(metrics)
     }
 
@@ -172,7 +172,7 @@ impl Metrics {
             destroyed,
             watch_restarts,
             events,
-            // Registered by itself.
+            // Registers itself.
             flows: _,
             usage: _,
         } = self;
@@ -205,7 +205,7 @@ impl Metrics {
         let build = Gauge::with_opts(build)?;
         build.set(1.0);
         registry.register(Box::new(build))?;
-        // Series that are there from the start can be compared with what they become.
+        // Series that exist from the start, so that their first increase is visible to `rate`.
         for family in FAMILIES {
             sync_duration.with_label_values(&[family]);
             network_programming.with_label_values(&[family]);
@@ -223,7 +223,7 @@ impl Metrics {
         Ok(())
     }
 
-    /// Everything, to be written out.
+    /// Collects all metrics for output.
     pub(super) fn gather(&self) -> Vec<MetricFamily> {
         self.registry.gather()
     }
@@ -262,7 +262,7 @@ impl Metrics {
                 continue;
             }
             for trigger in &applying.triggers {
-                // The clocks of two machines: what seems to have been in the future has just been.
+                // The clocks of two machines differ: a trigger in the future counts as zero.
                 let passed = time.duration_since(*trigger).unwrap_or_default();
                 self.network_programming
                     .with_label_values(&family)
@@ -276,7 +276,7 @@ impl Metrics {
         self.complete.set(complete.into());
     }
 
-    /// How much of the maps that the agent fills is in use.
+    /// Usage of the maps that the agent fills.
     pub(super) fn usage(&self) -> Usage {
         *self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -289,7 +289,7 @@ impl Metrics {
         self.livez.with_label_values(&[&code.to_string()]).inc();
     }
 
-    /// Everything that is wrong now, by kind.
+    /// Sets the number of current problems of each kind.
     pub fn problems(&self, kinds: impl Iterator<Item = ProblemKind>) {
         let mut counts = ProblemKind::ALL.map(|kind| (kind, 0));
         for found in kinds {
@@ -302,23 +302,23 @@ impl Metrics {
         }
     }
 
-    /// A socket was destroyed.
+    /// Counts a destroyed socket.
     pub fn socket_destroyed(&self) {
         self.destroyed.inc();
     }
 
-    /// Flows were looked at for those that are over.
+    /// Records a pass of the CT garbage collector.
     pub fn flows_collected(&self, turn: &Turn) {
-        self.flows.turn(turn);
+        self.flows.record(turn);
     }
 
-    /// How many watches of the API had to be begun anew so far.
+    /// Sets the number of watches of the API server that were restarted so far.
     pub fn watch_restarts(&self, total: u64) {
         self.watch_restarts
             .inc_by(total.saturating_sub(self.watch_restarts.get()));
     }
 
-    /// Events on Services, by result: `published`, `failed`.
+    /// Counter of Kubernetes Events by result: `published` or `failed`.
     #[must_use]
     pub(crate) fn events(&self) -> IntCounterVec {
         self.events.clone()
@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn an_application_is_measured_for_both_families_and_its_triggers_for_their_own() {
+    fn a_batch_is_measured_for_both_families_and_its_triggers_for_their_own() {
         let metrics = Metrics::new().unwrap();
         let begun = Instant::now();
         let time = SystemTime::now();

@@ -1,4 +1,4 @@
-//! One listening socket with the routes behind it, bounded in every way: its port may be open to the world.
+//! One listening socket with its routes, limited in every respect: its port may be reachable from anywhere.
 
 use std::convert::Infallible;
 use std::io;
@@ -18,65 +18,66 @@ use tracing::{debug, warn};
 
 use super::bind;
 
-/// What one socket takes.
-const BOUNDS: Bounds = Bounds {
+/// Limits of each socket.
+const LIMITS: Limits = Limits {
     connections: 64,
-    patience: Duration::from_secs(10),
+    timeout: Duration::from_secs(10),
 };
-/// Time between a failure to accept (too many open files) and the next try.
+/// Delay after a failed accept (too many open files).
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How much a socket takes.
+/// Limits of a listening socket.
 #[derive(Debug, Clone, Copy)]
-struct Bounds {
-    /// Connections that are served at once; more wait until one has ended.
+struct Limits {
+    /// Connections that are served at the same time; more wait until one has ended.
     connections: usize,
-    /// How long a connection may take. It carries one request.
-    patience: Duration,
+    /// Maximum duration of a connection, which carries one request.
+    timeout: Duration,
 }
 
-/// Listens at an address and answers, until it is dropped. Connections end with it.
+/// Listens on an address, and returns a future that serves it. Dropping the future closes the socket and all
+/// connections.
 ///
 /// # Errors
-/// Where the address cannot be listened at.
+/// If the address cannot be listened on.
 pub(crate) fn serve(at: SocketAddr, routes: Router) -> io::Result<impl Future<Output = Infallible> + Send> {
     let listener = bind::listen(at)?;
     debug!(%at, "listening");
-    Ok(answer(listener, routes, BOUNDS))
+    Ok(answer(listener, routes, LIMITS))
 }
 
-async fn answer(listener: TcpListener, routes: Router, bounds: Bounds) -> Infallible {
-    let places = Arc::new(Semaphore::new(bounds.connections));
+async fn answer(listener: TcpListener, routes: Router, limits: Limits) -> Infallible {
+    let permits = Arc::new(Semaphore::new(limits.connections));
     // Dropped with this future, and all connections with it.
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
-        let place = Arc::clone(&places).acquire_owned().await;
+        let permit = Arc::clone(&permits).acquire_owned().await;
         match listener.accept().await {
             Ok((stream, _)) => {
                 let routes = routes.clone();
                 connections.spawn(async move {
-                    let _place = place;
-                    answer_one(stream, routes, bounds.patience).await;
+                    let _permit = permit;
+                    answer_one(stream, routes, limits.timeout).await;
                 });
             }
             Err(error) => {
-                warn!(%error, "a connection could not be accepted");
+                warn!(%error, "failed to accept a connection");
                 sleep(PAUSE).await;
             }
         }
     }
 }
 
-async fn answer_one(stream: TcpStream, routes: Router, patience: Duration) {
+async fn answer_one(stream: TcpStream, routes: Router, limit: Duration) {
     let mut http = http1::Builder::new();
     http.keep_alive(false);
     let service = TowerToHyperService::new(routes);
     let connection = http.serve_connection(TokioIo::new(stream), service);
-    match timeout(patience, connection).await {
+    match timeout(limit, connection).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => debug!(%error, "a connection failed"),
-        Err(_) => debug!("a connection took too long"),
+        Err(_) => debug!("a connection exceeded its time limit"),
     }
 }
 
@@ -91,7 +92,7 @@ mod tests {
 
     async fn ask(at: SocketAddr) -> io::Result<String> {
         let mut stream = TcpStream::connect(at).await?;
-        // Without `Connection: close`: the server ends it.
+        // Without `Connection: close`, so that the server closes the connection.
         stream.write_all(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n").await?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await?;
@@ -99,15 +100,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_says_nothing_is_cut_off_and_keeps_nobody_out() {
+    async fn silent_connections_time_out_and_do_not_block_others() {
         let listener = bind::listen((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
         let at = listener.local_addr().unwrap();
-        let bounds = Bounds {
+        let limits = Limits {
             connections: 2,
-            patience: Duration::from_millis(100),
+            timeout: Duration::from_millis(100),
         };
         let routes = Router::new().route("/", get(async || "well"));
-        let server = tokio::spawn(answer(listener, routes, bounds));
+        let server = tokio::spawn(answer(listener, routes, limits));
         let mut silent = Vec::new();
         for _ in 0..8 {
             silent.push(TcpStream::connect(at).await.unwrap());

@@ -1,4 +1,5 @@
-//! What load balancers ask a node for: whether it has endpoints of a Service, at the Service's `healthCheckNodePort`.
+//! Health check node ports: load balancers request there whether the node has endpoints of a Service
+//! (`healthCheckNodePort`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -22,27 +23,27 @@ use super::serve;
 use lb_core::desired::HealthCheck;
 use lb_core::model::{ObjectKey, Problem, ProblemKind};
 
-/// Time until a port that could not be opened is tried again.
-const AGAIN: Duration = Duration::from_secs(5);
-/// How load balancers weigh nodes.
+/// Delay before a port that could not be opened is tried again.
+const RETRY_DELAY: Duration = Duration::from_secs(5);
+/// Header with the number of local endpoints, by which load balancers weigh nodes.
 const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-weight");
 
-/// What is to be answered, and where.
+/// The health checks to serve, and their addresses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Checks {
-    /// By Service.
+    /// Health checks by Service.
     pub services: BTreeMap<ObjectKey, HealthCheck>,
-    /// The node's addresses that serve node ports; `None`: all that it has, at any time.
+    /// The node's addresses that serve node ports; `None` for all addresses, also later ones.
     pub addresses: Option<Vec<IpAddr>>,
 }
 
 impl Checks {
-    /// The Service that has a port. The API gives a port to one only; of several, the first has it.
+    /// Returns the Service that owns a port. The API assigns a port to one Service only; of several, the first owns it.
     fn owner(&self, port: u16) -> Option<(&ObjectKey, &HealthCheck)> {
         self.services.iter().find(|(_, check)| check.port == port)
     }
 
-    /// The sockets that this takes.
+    /// The addresses and ports to listen on.
     fn sockets(&self) -> BTreeSet<SocketAddr> {
         let everywhere = [IpAddr::from(Ipv6Addr::UNSPECIFIED)];
         let addresses = self.addresses.as_deref().unwrap_or(&everywhere);
@@ -52,22 +53,22 @@ impl Checks {
     }
 }
 
-/// The sockets of health checks, kept as [`Checks`] say.
+/// The listening sockets of health checks, kept in step with [`Checks`].
 pub(super) struct CheckServers {
     wanted: watch::Receiver<Checks>,
     health: Arc<Health>,
     tasks: JoinSet<Infallible>,
     open: BTreeMap<SocketAddr, AbortHandle>,
     failed: BTreeMap<SocketAddr, io::Error>,
-    told: Box<dyn Fn(Vec<Problem>) + Send>,
+    report: Box<dyn Fn(Vec<Problem>) + Send>,
 }
 
 impl CheckServers {
-    /// `told` gets everything that is wrong, whenever that has changed.
+    /// Creates the servers. `report` is called with all current problems after each change.
     pub(super) fn new(
         wanted: watch::Receiver<Checks>,
         health: Arc<Health>,
-        told: impl Fn(Vec<Problem>) + Send + 'static,
+        report: impl Fn(Vec<Problem>) + Send + 'static,
     ) -> Self {
         Self {
             wanted,
@@ -75,16 +76,16 @@ impl CheckServers {
             tasks: JoinSet::new(),
             open: BTreeMap::new(),
             failed: BTreeMap::new(),
-            told: Box::new(told),
+            report: Box::new(report),
         }
     }
 
-    /// Opens and closes sockets until nobody tells of checks any more.
+    /// Opens and closes sockets until the sender of the checks is dropped.
     pub(super) async fn run(mut self) {
         loop {
-            self.follow().await;
-            (self.told)(self.problems());
-            let again = sleep(AGAIN);
+            self.update().await;
+            (self.report)(self.problems());
+            let again = sleep(RETRY_DELAY);
             tokio::select! {
                 changed = self.wanted.changed() => if changed.is_err() {
                     return;
@@ -94,8 +95,8 @@ impl CheckServers {
         }
     }
 
-    /// Makes the open sockets those that are wanted.
-    async fn follow(&mut self) {
+    /// Closes sockets that are no longer wanted, and opens those that are missing.
+    async fn update(&mut self) {
         let sockets = self.wanted.borrow_and_update().sockets();
         let gone: Vec<_> = self.open.extract_if(.., |at, _| !sockets.contains(at)).collect();
         for (at, task) in &gone {
@@ -103,7 +104,7 @@ impl CheckServers {
             task.abort();
         }
         for _ in &gone {
-            // Closed only when the task has ended; the port may be needed at once.
+            // The socket is closed when its task has ended; the port may be needed at once.
             self.tasks.join_next().await;
         }
         self.failed.clear();
@@ -125,13 +126,13 @@ impl CheckServers {
     }
 
     fn routes(&self, port: u16) -> Router {
-        let asked = Asked {
+        let state = PortState {
             port,
             checks: self.wanted.clone(),
             health: Arc::clone(&self.health),
         };
-        // Every path, as kube-proxy does.
-        Router::new().fallback(answer).with_state(asked)
+        // Every path is served, as by kube-proxy.
+        Router::new().fallback(answer).with_state(state)
     }
 
     fn problems(&self) -> Vec<Problem> {
@@ -160,15 +161,15 @@ impl CheckServers {
     }
 }
 
-/// What a request needs to be answered.
+/// State of the handler of one port.
 #[derive(Clone)]
-struct Asked {
+struct PortState {
     port: u16,
     checks: watch::Receiver<Checks>,
     health: Arc<Health>,
 }
 
-/// The answer, with kube-proxy's names.
+/// The response body, with kube-proxy's names.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Answer<'a> {
@@ -183,14 +184,14 @@ struct Named<'a> {
     name: &'a str,
 }
 
-async fn answer(State(asked): State<Asked>) -> Response {
-    let checks = asked.checks.borrow();
-    let Some((key, check)) = checks.owner(asked.port) else {
-        // About to be closed.
+async fn answer(State(state): State<PortState>) -> Response {
+    let checks = state.checks.borrow();
+    let Some((key, check)) = checks.owner(state.port) else {
+        // The socket is about to be closed.
         return StatusCode::NOT_FOUND.into_response();
     };
     let endpoints = check.local_endpoints;
-    let healthy = asked.health.is_healthy(Instant::now());
+    let healthy = state.health.is_healthy(Instant::now());
     let status = if endpoints > 0 && healthy {
         StatusCode::OK
     } else {
@@ -220,7 +221,7 @@ mod tests {
 
     use super::*;
 
-    /// An address that no other test of this machine takes.
+    /// Returns an address that no other test process uses.
     fn address(n: u8) -> IpAddr {
         let [.., a, b] = std::process::id().to_be_bytes();
         Ipv4Addr::new(127, 100 + n, a, b).into()
@@ -237,7 +238,7 @@ mod tests {
         }
     }
 
-    /// Status line and body; `None` where nobody listens.
+    /// Requests the health check, and returns status line and body; `None` if no server listens.
     async fn ask(ip: IpAddr, port: u16) -> Option<(String, serde_json::Value)> {
         let mut stream = TcpStream::connect((ip, port)).await.ok()?;
         let request = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n";
@@ -267,21 +268,21 @@ mod tests {
     }
 
     impl Setup {
-        /// Starts servers; `health` is of the agent.
+        /// Starts servers with the health of an agent.
         fn new(n: u8, health: Health) -> Self {
             let (wanted, checks) = watch::channel(Checks::default());
-            let (told, problems) = watch::channel(Vec::new());
+            let (sender, problems) = watch::channel(Vec::new());
             let servers = CheckServers::new(checks, Arc::new(health), move |problems| {
-                told.send_replace(problems);
+                sender.send_replace(problems);
             });
             tokio::spawn(servers.run());
             let ip = address(n);
             Self { ip, wanted, problems }
         }
 
-        /// Asks for checks, and waits until they are served; what is wrong then.
+        /// Sets the checks, waits until they are served, and returns the problems.
         async fn want(&mut self, services: &[(&str, u16, usize)]) -> Vec<String> {
-            // Of what was asked for before.
+            // A report about the previous checks may be pending.
             tokio::task::yield_now().await;
             self.problems.mark_unchanged();
             self.wanted.send_replace(checks(services, self.ip));
@@ -295,13 +296,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn ports_open_close_and_pass_on() {
+    async fn ports_are_opened_closed_and_reassigned() {
         let mut setup = Setup::new(0, healthy());
         let ip = setup.ip;
         assert_eq!(setup.want(&[("a", 1001, 2), ("b", 1002, 0)]).await, [""; 0]);
         assert_eq!(ask(ip, 1001).await, Some((GOOD.into(), body("a", 2, true))));
         assert_eq!(ask(ip, 1002).await, Some((BAD.into(), body("b", 0, true))));
-        // One goes, the other takes its port at once.
+        // One Service is removed, and another gets its port at once.
         assert_eq!(setup.want(&[("b", 1001, 1)]).await, [""; 0]);
         assert_eq!(ask(ip, 1001).await, Some((GOOD.into(), body("b", 1, true))));
         assert_eq!(ask(ip, 1002).await, None);
@@ -310,7 +311,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_agent_that_does_not_keep_up_is_not_asked_for() {
+    async fn unhealthy_agent_fails_the_check() {
         let health = healthy();
         let long_ago = Instant::now().checked_sub(Duration::from_secs(3600)).unwrap();
         health.queued(long_ago);
@@ -320,7 +321,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_port_that_is_taken_is_the_services_problem() {
+    async fn port_in_use_is_reported_for_the_service() {
         let mut setup = Setup::new(2, healthy());
         let ip = setup.ip;
         let other = TcpListener::bind((ip, 1001)).await.unwrap();
@@ -338,7 +339,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn of_two_that_claim_a_port_the_first_has_it() {
+    async fn port_claimed_twice_belongs_to_the_first_service() {
         let mut setup = Setup::new(3, healthy());
         let problems = setup.want(&[("a", 1001, 1), ("b", 1001, 1)]).await;
         let expected = "Service default/b: another Service has the health check node port 1001";
