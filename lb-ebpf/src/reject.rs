@@ -221,7 +221,8 @@ fn icmp(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
     let (is_v4, is_tcp) = (ctx.packet.is_v4(), ctx.packet.is_tcp());
     let (reject_with, mtu) = (ctx.reject_with, ctx.mtu);
     let ip = ctx.packet.ip_len();
-    // The whole TCP header is quoted: if the checksum is left to the device, the kernel keeps that much of the packet.
+    // The whole TCP header is quoted: if the checksum is left to the device, `bpf_skb_change_tail` does not shorten the
+    // packet to less than its checksum field.
     let quoted = if is_tcp { TcpHdr::LEN } else { UdpHdr::LEN };
     let at = ctx.transport();
     let checksum_at = if is_tcp {

@@ -54,8 +54,8 @@ const PORT: u16 = 6443;
 const SERVICE_NETWORKS: &str = "10.96.0.0/16,fd00:10:96::/112";
 /// The highest number of endpoints in one slice: small, so that tests have Services with several slices.
 pub const ENDPOINTS_PER_SLICE: usize = 3;
-/// The enabled controllers; the others need a kubelet. Pods of DaemonSets and Jobs run only if a test has
-/// [`crate::runtime::Pods`].
+/// The enabled controllers; the others would only find that there is no kubelet. Pods of DaemonSets and Jobs run only if a
+/// test has [`crate::runtime::Pods`].
 const CONTROLLERS: &str = "endpointslice-controller,endpointslice-mirroring-controller,namespace-controller,\
                            daemonset-controller,job-controller,garbage-collector-controller";
 /// Environment variable with the directory of the programs.

@@ -1,7 +1,7 @@
 //! The Internet checksum (RFC 1071), as sums and differences.
 //!
-//! Ip128 are read as they are in memory: the sum does not depend on the byte order, as long as it is the same one for
-//! all.
+//! Words are read as they are in memory: the sum does not depend on the byte order, as long as all words have the same
+//! one.
 
 /// A sum of words in ones' complement that is not folded to 16 bits yet: what the kernel calls `__wsum`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
