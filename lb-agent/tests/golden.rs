@@ -9,23 +9,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use lb_agent::source::manifests::ManifestSource;
+use lb_common::abi::SizedMap;
 use lb_core::maps::fake::FakeMaps;
 use lb_core::maps::{Capacities, Maps as _, dump};
 use lb_core::reconcile::Reconciler;
 use lb_core::verify::verify;
 
-const CAPACITIES: Capacities = Capacities {
-    services: 32,
-    frontends: 64,
-    backends: 64,
-    backend_slots: 64,
-    sockets: 1,
-    sockets_more: 1,
-    udp_flows: 64,
-    affinity: 64,
-    conntrack: 64,
-    conntrack_new: 64,
-};
+const CAPACITIES: Capacities = Capacities::uniform(64)
+    .with(SizedMap::Services, 32)
+    .with(SizedMap::Sockets, 1)
+    .with(SizedMap::SocketsMore, 1);
 
 /// Returns whether the golden files are to be rewritten.
 fn is_blessing() -> bool {

@@ -3,11 +3,11 @@
 use aya_ebpf::bindings::xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS};
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
-use lb_common::abi::{DropReason, Event, FrontendSwap};
+use lb_common::abi::{DeviceSwap, DropReason, Event, FrontendSwap};
 
 use crate::atomic::Shared;
-use crate::count;
-use crate::maps::{EVENTS, FRONTENDS};
+use crate::maps::{DEVICES, EVENTS, FRONTENDS};
+use crate::{count, device};
 
 /// Stores a new value in an existing entry of FRONTENDS, in place and by one 8-byte store. Never attached: the agent
 /// runs it by `BPF_PROG_TEST_RUN` with a [`FrontendSwap`] for a packet.
@@ -28,6 +28,29 @@ pub(crate) fn lb_frontend_swap(ctx: XdpContext) -> u32 {
     // SAFETY: the pointer is to a value of the map, 8 bytes and aligned so.
     let value = unsafe { Shared::new(value.cast::<u64>()) };
     value.exchange(request.value);
+    XDP_PASS
+}
+
+/// Replaces the value of an existing entry of DEVICES in place. Never attached: the agent runs it by `BPF_PROG_TEST_RUN`
+/// with a [`DeviceSwap`] as packet.
+///
+/// Returns `XDP_PASS` if the value was replaced, `XDP_DROP` if there is no such entry, and `XDP_ABORTED` if the packet is
+/// too short.
+#[xdp]
+pub(crate) fn lb_device_swap(ctx: XdpContext) -> u32 {
+    let at = ctx.data();
+    if at + size_of::<DeviceSwap>() > ctx.data_end() {
+        return XDP_ABORTED;
+    }
+    let request = at as *const DeviceSwap;
+    // SAFETY: the bounds were checked, and every bit pattern is a `DeviceSwap`; packet data is not aligned.
+    let index = unsafe { (&raw const (*request).index).read_unaligned() };
+    let Some(entry) = DEVICES.get_ptr_mut(index) else {
+        return XDP_DROP;
+    };
+    // SAFETY: the pointer is to a value of the map, the bounds of the request were checked, and only the agent that holds
+    // the lock of the pin path runs this program.
+    unsafe { device::replace(entry, &raw const (*request).value) };
     XDP_PASS
 }
 

@@ -36,6 +36,14 @@ mod imp {
     }
 
     #[inline(always)]
+    pub(crate) unsafe fn fetch_u32(at: *mut u32) -> u32 {
+        let mut value = 0_u32;
+        // SAFETY: the caller guarantees that the pointer is to an aligned field of a map value.
+        unsafe { asm!("w2 = atomic_fetch_add((u32 *)({at} + 0), w2)", at = in(reg) at, inout("r2") value) };
+        value
+    }
+
+    #[inline(always)]
     pub(crate) unsafe fn add_u32(at: *mut u32, more: u32) {
         // SAFETY: as for the caller.
         unsafe { asm!("lock *(u32 *)({at} + 0) += w2", at = in(reg) at, in("r2") more) };
@@ -61,6 +69,11 @@ mod imp {
         let at = unsafe { AtomicU64::from_ptr(at) };
         at.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
             .is_ok()
+    }
+
+    pub(crate) unsafe fn fetch_u32(at: *mut u32) -> u32 {
+        // SAFETY: the caller guarantees that the pointer is to an aligned field of a map value.
+        unsafe { AtomicU32::from_ptr(at) }.load(Ordering::SeqCst)
     }
 
     pub(crate) unsafe fn add_u32(at: *mut u32, more: u32) {
@@ -117,6 +130,13 @@ impl Shared<u32> {
     pub(crate) fn exchange(&self, new: u32) -> u32 {
         // SAFETY: see `new`.
         unsafe { imp::exchange_u32(self.0, new) }
+    }
+
+    /// Loads the value, as a full barrier.
+    #[inline(always)]
+    pub(crate) fn fetch(&self) -> u32 {
+        // SAFETY: see `new`.
+        unsafe { imp::fetch_u32(self.0) }
     }
 
     /// Adds, wrapping.

@@ -5,9 +5,11 @@ use core::ptr;
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, DropReason, Service, SetWord, backend_flags, client_kind, service_flags,
+    Affinity, AffinityKeyWords, Backend, BackendRef, ClientKind, DropReason, Service, Set, SetWord, backend_flags,
+    service_flags,
 };
-use lb_common::logic::connect::{self, Set};
+use lb_common::logic::backend::BackendState;
+use lb_common::logic::connect;
 use lb_common::logic::decide::Admission;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::{affinity, generation, idle};
@@ -22,8 +24,7 @@ pub(crate) struct Choice {
     pub(crate) addr: Ip128,
     /// Host byte order.
     pub(crate) port: u16,
-    pub(crate) backend: u32,
-    pub(crate) generation: u32,
+    pub(crate) id: BackendRef,
     /// See [`backend_flags`].
     pub(crate) flags: u16,
 }
@@ -64,11 +65,11 @@ pub(crate) struct Serving {
 
 /// Whether a backend, by id and generation, is still one: in some slice, if only to end what it has begun.
 #[inline(always)]
-pub(crate) fn is_current(backend: u32, generation: u32) -> bool {
-    BACKENDS.get_ptr(backend).is_some_and(|entry| {
+pub(crate) fn is_current(backend: BackendRef) -> bool {
+    BACKENDS.get_ptr(backend.id).is_some_and(|entry| {
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
         let current = unsafe { (&raw const (*entry).generation).read_volatile() };
-        generation::is_current(current, generation)
+        generation::is_current(current, backend.generation)
     })
 }
 
@@ -113,8 +114,7 @@ impl Serving {
             // SAFETY: the reference is to a value of the map, and a published slot is not changed.
             addr: unsafe { volatile::load(&raw const slot.addr) },
             port: slot.port,
-            backend: slot.backend,
-            generation: slot.generation,
+            id: slot.backend,
             flags: slot.flags,
         })
     }
@@ -137,19 +137,19 @@ impl Serving {
 
     /// The backend that is remembered by id and generation, if it may serve once more.
     #[inline(always)]
-    pub(crate) fn reusable_backend(&self, backend: u32, generation: u32) -> Option<Choice> {
-        let entry: *const Backend = BACKENDS.get_ptr(backend)?;
+    pub(crate) fn reusable_backend(&self, id: BackendRef) -> Option<Choice> {
+        let entry: *const Backend = BACKENDS.get_ptr(id.id)?;
         // The generation first: it moves before anything else does, and what it stands for is refilled only after this
         // program has ended.
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
-        let (current, service, flags) = unsafe {
-            (
-                (&raw const (*entry).generation).read_volatile(),
-                (&raw const (*entry).service).read_volatile(),
-                (&raw const (*entry).flags).read_volatile(),
-            )
+        let state = unsafe {
+            BackendState {
+                generation: (&raw const (*entry).generation).read_volatile(),
+                service: (&raw const (*entry).service).read_volatile(),
+                flags: (&raw const (*entry).flags).read_volatile(),
+            }
         };
-        if !connect::is_usable(current, service, flags, (self.index, generation), self.set) {
+        if !state.serves(id, self.index, self.set) {
             return None;
         }
         Some(Choice {
@@ -157,9 +157,8 @@ impl Serving {
             addr: unsafe { volatile::load(&raw const (*entry).addr) },
             // SAFETY: as above.
             port: unsafe { (&raw const (*entry).port).read_volatile() },
-            backend,
-            generation,
-            flags,
+            id,
+            flags: state.flags,
         })
     }
 
@@ -179,9 +178,8 @@ impl Serving {
         let (word, used) = unsafe { (Shared::new(entry.cast::<u64>()), Shared::new(&raw mut (*entry).used)) };
         let seen = word.load();
         let last_used = used.load();
-        let (backend, generation) = Affinity::from_word(seen);
         if affinity::holds(last_used, now, timeout)
-            && let Some(choice) = self.reusable_backend(backend, generation)
+            && let Some(choice) = self.reusable_backend(Affinity::from_word(seen))
         {
             if idle::is_to_refresh(last_used, now) {
                 used.store(now);
@@ -189,21 +187,19 @@ impl Serving {
             return Ok(choice);
         }
         let new = self.any()?;
-        if word.compare_exchange(seen, Affinity::to_word(new.backend, new.generation)) {
+        if word.compare_exchange(seen, Affinity::to_word(new.id)) {
             used.store(now);
             return Ok(new);
         }
         // Another connection of the client was faster: both are to have the same.
-        let (backend, generation) = Affinity::from_word(word.load());
-        Ok(self.reusable_backend(backend, generation).unwrap_or(new))
+        Ok(self.reusable_backend(Affinity::from_word(word.load())).unwrap_or(new))
     }
 
     /// Remembers a client that is new; what another connection of it has just remembered stands.
     #[inline(always)]
-    fn remember(&self, key: &ClientOf, new: Choice, now: u64) -> Choice {
+    fn remember(&self, key: &AffinityKeyWords, new: Choice, now: u64) -> Choice {
         let value = Affinity {
-            backend: new.backend,
-            generation: new.generation,
+            backend: new.id,
             used: now,
         };
         if AFFINITY.insert(key.as_key(), value, u64::from(BPF_NOEXIST)).is_ok() {
@@ -213,8 +209,8 @@ impl Serving {
             return new;
         };
         // SAFETY: the pointer is to a value of the map, whose first 8 bytes are one aligned word.
-        let (backend, generation) = Affinity::from_word(unsafe { ptr::read_volatile(entry.cast::<u64>()) });
-        self.reusable_backend(backend, generation).unwrap_or(new)
+        let last = Affinity::from_word(unsafe { ptr::read_volatile(entry.cast::<u64>()) });
+        self.reusable_backend(last).unwrap_or(new)
     }
 }
 
@@ -222,8 +218,7 @@ impl Serving {
 #[derive(Clone, Copy)]
 pub(crate) struct Client {
     who: Ip128,
-    /// See [`client_kind`].
-    kind: u32,
+    kind: ClientKind,
 }
 
 impl Client {
@@ -232,7 +227,7 @@ impl Client {
     pub(crate) fn netns(cookie: u64) -> Self {
         Self {
             who: Ip128([0, cookie]),
-            kind: client_kind::NETNS,
+            kind: ClientKind::Netns,
         }
     }
 
@@ -241,36 +236,17 @@ impl Client {
     pub(crate) fn addr(addr: Ip128) -> Self {
         Self {
             who: addr,
-            kind: client_kind::ADDRESS,
+            kind: ClientKind::Address,
         }
     }
 
     /// As the client of a service.
     #[inline(always)]
-    fn of(self, service: u32) -> ClientOf {
-        ClientOf {
-            who: self.who.0,
+    fn of(self, service: u32) -> AffinityKeyWords {
+        AffinityKeyWords {
+            client: self.who.0,
             service,
-            kind: self.kind,
+            kind: self.kind as u32,
         }
-    }
-}
-
-/// An [`AffinityKey`] in memory.
-#[repr(C)]
-struct ClientOf {
-    who: [u64; 2],
-    service: u32,
-    kind: u32,
-}
-
-const _: () = assert!(size_of::<ClientOf>() == size_of::<AffinityKey>());
-const _: () = assert!(size_of::<Addr>() == 16);
-
-impl ClientOf {
-    #[inline(always)]
-    fn as_key(&self) -> &AffinityKey {
-        // SAFETY: same size, no less aligned, and every bit pattern is a key.
-        unsafe { &*ptr::from_ref(self).cast::<AffinityKey>() }
     }
 }

@@ -160,7 +160,7 @@ fn write(whose: &Whose, what: &TraceEvent) {
         (&raw mut (*at).service).write(what.service);
         (&raw mut (*at).reason).write(what.reason);
         (&raw mut (*at).pid).write(whose.pid);
-        (&raw mut (*at).pad2).write(0);
+        (&raw mut (*at).pad).write(0);
     }
     entry.submit(0);
 }

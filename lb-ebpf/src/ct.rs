@@ -1,19 +1,13 @@
 //! CT and CT_NEW: the flows of the packet path.
 
-use core::ptr;
-
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
-use lb_common::abi::{CtEntry, CtKey, DropReason};
-use lb_common::logic::connect::Set;
+use lb_common::abi::{CtEntry, CtEntryWords, CtKeyWords, DropReason};
+use lb_common::errno::EEXIST;
 use lb_common::logic::ct::Phase;
-use lb_common::logic::delivery;
 use lb_common::logic::idle;
-use lb_common::logic::ip128::Ip128;
 use lb_common::logic::tcp_state;
-use lb_common::logic::translation::Tuple;
 
-use crate::backend::Choice;
 use crate::maps::{CT, CT_NEW};
 use crate::packet_ctx::{CtxRef, PacketCtx, outcome, steps};
 use crate::volatile;
@@ -44,171 +38,6 @@ steps! {
     pub(crate) fn establish(ctx) -> ();
 }
 
-/// A [`CtKey`] in memory: the tuple of one direction of a flow.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct Key {
-    src: [u64; 2],
-    dst: [u64; 2],
-    src_port: u16,
-    dst_port: u16,
-    /// The protocol, and zeros.
-    rest: u32,
-}
-
-const _: () = assert!(size_of::<Key>() == size_of::<CtKey>());
-
-impl Key {
-    #[inline(always)]
-    pub(crate) fn new(tuple: &Tuple, proto: u8) -> Self {
-        Self {
-            src: tuple.src.0,
-            dst: tuple.dst.0,
-            src_port: tuple.src_port,
-            dst_port: tuple.dst_port,
-            rest: u32::from_ne_bytes([proto, 0, 0, 0]),
-        }
-    }
-
-    #[inline(always)]
-    fn tuple(&self) -> Tuple {
-        Tuple {
-            src: Ip128(self.src),
-            dst: Ip128(self.dst),
-            src_port: self.src_port,
-            dst_port: self.dst_port,
-        }
-    }
-
-    /// IANA protocol number.
-    #[inline(always)]
-    pub(crate) fn proto(&self) -> u8 {
-        self.rest.to_ne_bytes()[0]
-    }
-
-    #[inline(always)]
-    fn as_key(&self) -> &CtKey {
-        // SAFETY: same size, no less aligned, the fields are where the key's are, and every bit pattern is a key.
-        unsafe { &*ptr::from_ref(self).cast::<CtKey>() }
-    }
-}
-
-/// A [`CtEntry`] in memory: the translation of one direction of a flow.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(crate) struct Entry {
-    src: [u64; 2],
-    dst: [u64; 2],
-    pub(crate) src_port: u16,
-    dst_port: u16,
-    pub(crate) backend: u32,
-    pub(crate) generation: u32,
-    pub(crate) service: u32,
-    seen: u64,
-    flags: u16,
-    state: u8,
-    set: u8,
-    pad: u32,
-}
-
-const _: () = assert!(size_of::<Entry>() == size_of::<CtEntry>());
-
-impl Entry {
-    /// Returns the entry of a new flow.
-    #[inline(always)]
-    pub(crate) fn new(to: &Tuple, choice: Choice, service: u32, set: Set) -> Self {
-        Self {
-            src: to.src.0,
-            dst: to.dst.0,
-            src_port: to.src_port,
-            dst_port: to.dst_port,
-            backend: choice.backend,
-            generation: choice.generation,
-            service,
-            seen: now(),
-            flags: 0,
-            state: 0,
-            set: set as u8,
-            pad: 0,
-        }
-    }
-
-    /// Returns the tuple of translated packets.
-    #[inline(always)]
-    pub(crate) fn translated(&self) -> Tuple {
-        Tuple {
-            src: Ip128(self.src),
-            dst: Ip128(self.dst),
-            src_port: self.src_port,
-            dst_port: self.dst_port,
-        }
-    }
-
-    #[inline(always)]
-    pub(crate) fn set_source(&mut self, addr: Ip128) {
-        self.src = addr.0;
-    }
-
-    /// Returns the [`lb_common::abi::ct_flags`].
-    #[inline(always)]
-    pub(crate) fn flags(&self) -> u16 {
-        self.flags
-    }
-
-    #[inline(always)]
-    pub(crate) fn set_flags(&mut self, flags: u16) {
-        self.flags = flags;
-    }
-
-    #[inline(always)]
-    pub(crate) fn set_state(&mut self, state: u8) {
-        self.state = state;
-    }
-
-    #[inline(always)]
-    pub(crate) fn set(&self) -> Option<Set> {
-        Set::from_u8(self.set)
-    }
-
-    #[inline(always)]
-    pub(crate) fn has(&self, flag: u16) -> bool {
-        self.flags & flag != 0
-    }
-
-    /// Returns whether packets have their time to live decremented.
-    #[inline(always)]
-    pub(crate) fn decrements_ttl(&self) -> bool {
-        delivery::decrements_ttl(self.flags)
-    }
-
-    /// Returns the key of the opposite direction.
-    #[inline(always)]
-    pub(crate) fn reverse_key(&self, key: &Key) -> Key {
-        Key::new(&self.translated().reversed(), key.proto())
-    }
-
-    /// Returns the entry of the opposite direction. `key` is the key of this entry.
-    #[inline(always)]
-    fn reversed(&self, key: &Key) -> Self {
-        let translated = key.tuple().reversed();
-        Self {
-            src: translated.src.0,
-            dst: translated.dst.0,
-            src_port: translated.src_port,
-            dst_port: translated.dst_port,
-            flags: delivery::opposite(self.flags),
-            state: 0,
-            ..*self
-        }
-    }
-
-    #[inline(always)]
-    fn as_entry(&self) -> &CtEntry {
-        // SAFETY: same size and alignment, the fields are where the entry's are, and every bit pattern is one.
-        unsafe { &*ptr::from_ref(self).cast::<CtEntry>() }
-    }
-}
-
 /// The entry that a lookup found.
 pub(crate) struct CtLookup {
     at: *mut CtEntry,
@@ -219,7 +48,7 @@ pub(crate) struct CtLookup {
 impl CtLookup {
     /// Looks a key up in CT, then in CT_NEW.
     #[inline(always)]
-    pub(crate) fn of(key: &Key) -> Option<Self> {
+    pub(crate) fn of(key: &CtKeyWords) -> Option<Self> {
         if let Some(at) = CT.get_ptr_mut(key.as_key()) {
             return Some(Self {
                 at,
@@ -233,11 +62,11 @@ impl CtLookup {
 
     /// Copies the entry.
     #[inline(always)]
-    pub(crate) fn read(&self, to: &mut Entry) {
-        // SAFETY: the pointer is to a value of the map, which has the size and alignment of an `Entry`. The fields that do
+    pub(crate) fn read(&self, to: &mut CtEntryWords) {
+        // SAFETY: the pointer is to a value of the map, which has the size and alignment of a `CtEntryWords`. The fields that do
         // not change during a flow change if the kernel reuses the element for another key. A program that reads such a
         // mixture sends one packet to the wrong place, where no checksum of a connection accepts it.
-        unsafe { volatile::copy(self.at.cast::<Entry>(), to) }
+        unsafe { volatile::copy(self.at.cast::<CtEntryWords>(), to) }
     }
 
     #[inline(always)]
@@ -265,20 +94,20 @@ impl CtLookup {
 }
 
 #[inline(always)]
-fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     // SAFETY: the helper has no arguments.
     unsafe { bpf_ktime_get_coarse_ns() }
 }
 
 /// Returns whether a tuple belongs to a flow.
 #[inline(always)]
-fn is_taken(key: &Key) -> bool {
+fn is_taken(key: &CtKeyWords) -> bool {
     CT.get_ptr(key.as_key()).is_some() || CT_NEW.get_ptr(key.as_key()).is_some()
 }
 
 /// Inserts a direction of a new flow into CT_NEW, unless that has its key.
 #[inline(always)]
-pub(crate) fn claim(key: &Key, entry: &Entry) -> Claim {
+pub(crate) fn claim(key: &CtKeyWords, entry: &CtEntryWords) -> Claim {
     match CT_NEW.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST)) {
         Ok(()) => Claim::First,
         Err(_) => Claim::Lost,
@@ -315,7 +144,7 @@ fn replace_closed(mut ctx: CtxRef) -> Result<Replace, DropReason> {
 
 /// Deletes both directions of a flow.
 #[inline(never)]
-pub(crate) fn forget(key: &Key, entry: &Entry) {
+pub(crate) fn forget(key: &CtKeyWords, entry: &CtEntryWords) {
     let reverse_key = entry.reverse_key(key);
     for key in [key, &reverse_key] {
         let _ = CT.remove(key.as_key());
@@ -325,13 +154,13 @@ pub(crate) fn forget(key: &Key, entry: &Entry) {
 
 /// Deletes the direction of the replies of a flow that was not inserted.
 #[inline(never)]
-pub(crate) fn forget_replies(key: &Key, entry: &Entry) {
+pub(crate) fn forget_replies(key: &CtKeyWords, entry: &CtEntryWords) {
     let _ = CT_NEW.remove(entry.reverse_key(key).as_key());
 }
 
 /// Returns the state of the opposite direction, or zero if that has no entry.
 #[inline(never)]
-pub(crate) fn reverse_state(key: &Key, entry: &Entry) -> u8 {
+pub(crate) fn reverse_state(key: &CtKeyWords, entry: &CtEntryWords) -> u8 {
     CtLookup::of(&entry.reverse_key(key)).map_or(0, |found| found.state())
 }
 
@@ -362,11 +191,9 @@ fn establish(mut ctx: CtxRef) -> Result<(), DropReason> {
 
 /// Inserts a direction into CT, unless it is there. Returns whether it is there now.
 #[inline(always)]
-fn keep(key: &Key, entry: &Entry) -> bool {
+fn keep(key: &CtKeyWords, entry: &CtEntryWords) -> bool {
     match CT.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST)) {
         Ok(()) => true,
-        Err(error) => error == EEXIST,
+        Err(error) => error == -EEXIST.number,
     }
 }
-
-const EEXIST: i32 = -17;

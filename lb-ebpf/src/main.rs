@@ -13,6 +13,7 @@ mod atomic;
 mod backend;
 mod count;
 mod ct;
+mod device;
 mod family;
 mod log;
 mod map_tables;

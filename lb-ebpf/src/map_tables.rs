@@ -5,14 +5,13 @@ use core::ptr;
 
 use aya_ebpf::btf_maps::lpm_trie::Key as Prefix;
 use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
-use lb_common::abi::{Addr, Frontend, SourceRange};
+use lb_common::abi::{Addr, Frontend, FrontendKeyWords, SourceRange};
 use lb_common::logic::decide::{PacketTables, Services};
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::route::{Destination, Tables};
 
 use crate::backend::ServiceRef;
 use crate::maps::{CLUSTER_CIDRS, FRONTENDS, NODE_ADDRS, SOURCE_RANGES, node_netns};
-use crate::volatile::{AddrKey, Key};
 
 /// FRONTENDS and NODE_ADDRS, and the socket of a program's context.
 pub(crate) struct MapTables {
@@ -32,14 +31,14 @@ impl MapTables {
 impl Tables for MapTables {
     #[inline(always)]
     fn frontend(&self, key: Destination) -> Option<Frontend> {
-        let value = FRONTENDS.get_ptr(Key::of(key).as_key())?;
+        let value = FRONTENDS.get_ptr(FrontendKeyWords::new(key.addr.0, key.port, key.proto).as_key())?;
         // SAFETY: the pointer is to a value of the map, 8 bytes and aligned so; `lb_frontend_swap` may store to it.
         Some(Frontend::from_word(unsafe { ptr::read_volatile(value.cast::<u64>()) }))
     }
 
     #[inline(always)]
     fn is_node_address(&self, addr: Ip128) -> bool {
-        NODE_ADDRS.get_ptr(AddrKey::of(addr).as_key()).is_some()
+        NODE_ADDRS.get_ptr(Addr::from_words(&addr.0)).is_some()
     }
 
     #[inline(always)]

@@ -9,14 +9,12 @@ use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
-use lb_common::abi::{DropReason, Frontend};
-use lb_common::logic::connect::Set;
+use lb_common::abi::{CtEntryWords, CtKeyWords, DropReason, Frontend, RejectWith, Set};
 use lb_common::logic::packet::Packet;
 use lb_common::logic::route::Destination;
-use lb_common::logic::translation::{RejectWith, Tuple};
+use lb_common::logic::translation::Tuple;
 
 use crate::backend::Choice;
-use crate::ct::{Entry, Key};
 use crate::maps::SCRATCH;
 use crate::send::NextHop;
 
@@ -40,10 +38,10 @@ pub(crate) struct PacketCtx {
     pub(crate) last_port: u16,
     /// Frontend of a new flow.
     pub(crate) frontend: Frontend,
-    pub(crate) key: Key,
-    pub(crate) entry: Entry,
+    pub(crate) key: CtKeyWords,
+    pub(crate) entry: CtEntryWords,
     /// Entry of another flow whose replies would have the tuple of this flow's replies.
-    pub(crate) other: Entry,
+    pub(crate) other: CtEntryWords,
     pub(crate) chosen: Chosen,
     pub(crate) next_hop: NextHop,
 }
@@ -109,7 +107,7 @@ impl CtxRef {
         ctx.verdict = TC_ACT_UNSPEC;
         ctx.service = 0;
         ctx.last_port = 0;
-        ctx.key = Key::new(&ctx.tuple(), packet.proto);
+        ctx.key = CtKeyWords::new(&ctx.tuple(), packet.proto);
         Some(ctx)
     }
 

@@ -10,12 +10,11 @@ use core::mem::offset_of;
 
 use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail};
-use lb_common::abi::{DropReason, ip_protocol};
+use lb_common::abi::{DropReason, RejectWith, ip_protocol};
 use lb_common::logic::checksum::Sum;
 use lb_common::logic::headers::DONT_FRAGMENT;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::packet::{Bytes as _, ETHERNET, Packet, tcp_flags};
-use lb_common::logic::translation::RejectWith;
 use network_types::eth::EthHdr;
 use network_types::icmp::Icmpv4Hdr;
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};

@@ -8,14 +8,12 @@ use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_SUCCESS, bpf_check_mtu_flags, bpf_check_mtu_ret, bpf_fib_lookup, bpf_redir_neigh,
 };
 use aya_ebpf::helpers::generated::{bpf_check_mtu, bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_redirect_neigh};
-use lb_common::abi::{DropReason, device_flags, ip_protocol};
-use lb_common::logic::ip128::Ip128;
+use lb_common::abi::{DropReason, ip_protocol};
 use lb_common::logic::packet::Packet;
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use network_types::tcp::TcpHdr;
 use network_types::udp::UdpHdr;
 
-use crate::maps::DEVICES;
 use crate::packet_ctx::{CtxRef, outcome, steps};
 use crate::skb::{MAY_BE_ZERO, Skb};
 use crate::volatile;
@@ -128,37 +126,6 @@ impl NextHop {
 pub(crate) fn receive_again(skb: Skb) -> i32 {
     // SAFETY: the helper takes two numbers.
     unsafe { bpf_redirect(skb.ifindex(), u64::from(BPF_F_INGRESS)) as i32 }
-}
-
-/// Returns whether a packet arrived by a bridge, whose rules may have passed it to the stack's conntrack.
-#[inline(always)]
-pub(crate) fn has_come_by_bridge(skb: Skb) -> bool {
-    DEVICES.get_ptr(skb.ifindex()).is_some_and(|device| {
-        // SAFETY: the pointer is to a value of the map.
-        let flags = unsafe { (&raw const (*device).flags).read_volatile() };
-        flags & device_flags::BRIDGE != 0
-    })
-}
-
-/// Returns the source address of packets that this node sends to a device, of the client's family.
-///
-/// # Errors
-/// Returns [`DropReason::NoSourceAddress`] if DEVICES has none.
-#[inline(always)]
-pub(crate) fn source_address(device: u32, client: Ip128) -> Result<Ip128, DropReason> {
-    let device = DEVICES.get_ptr(device).ok_or(DropReason::NoSourceAddress)?;
-    // SAFETY: the pointer is to a value of the map, whose addresses are aligned to 8 bytes.
-    let addr = unsafe {
-        if client.is_v4() {
-            volatile::load(&raw const (*device).v4)
-        } else {
-            volatile::load(&raw const (*device).v6)
-        }
-    };
-    if addr.is_unset() {
-        return Err(DropReason::NoSourceAddress);
-    }
-    Ok(addr)
 }
 
 /// Step: gives a packet the addresses and ports of its entry, and decrements its time to live if the entry requires that.

@@ -7,7 +7,6 @@ use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock;
 use aya_ebpf::programs::SockContext;
 use lb_common::abi::{DropReason, ip_protocol};
-use lb_common::logic::connect;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::log::Hook;
 use lb_common::logic::route::{self, Destination, Tables as _};
@@ -63,7 +62,7 @@ fn post_bind(ctx: &SockContext, hook: Hook, addr: Ip128) -> i32 {
     count::dropped(reason);
     log::socket_refused(hook, to, 0, reason);
     // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
-    unsafe { bpf_set_retval(-connect::errno(reason).number) };
+    unsafe { bpf_set_retval(-reason.errno().number) };
     DENY
 }
 

@@ -5,7 +5,6 @@ use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_ktime_get_coarse_n
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::abi::{DropReason, EventKind, ip_protocol};
-use lb_common::logic::connect;
 use lb_common::logic::decide::{self, SocketFrontend};
 use lb_common::logic::log::Hook;
 use lb_common::logic::route::Destination;
@@ -168,8 +167,7 @@ fn try_send<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refusal>
 /// Returns the backend of a socket that is connected to this destination. Replies of another backend would not reach it.
 #[inline(always)]
 fn connected_again(serving: &Serving, cookie: u64, to: Destination) -> Option<Choice> {
-    let (backend, generation) = Record::of(cookie)?.backend(to)?;
-    serving.reusable_backend(backend, generation)
+    serving.reusable_backend(Record::of(cookie)?.backend(to)?)
 }
 
 /// Returns the backend that an unconnected socket has for a destination if it is usable. Otherwise chooses and stores
@@ -187,7 +185,7 @@ fn choose_for_flow(
     let now = unsafe { bpf_ktime_get_ns() };
     let old = UdpDests::of(cookie).and_then(|flows| flows.ask(to, now));
     if let Some(old) = old
-        && let Some(choice) = serving.reusable_backend(old.backend, old.generation)
+        && let Some(choice) = serving.reusable_backend(old.id)
     {
         return Ok(choice);
     }
@@ -251,6 +249,6 @@ fn verdict(ctx: &SockAddrContext, hook: Hook, result: Result<(), Refusal>) -> i3
     count::event(ctx.as_ptr(), &TraceEvent::refused(to, service, reason));
     log::socket_refused(hook, to, service, reason);
     // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
-    unsafe { bpf_set_retval(-connect::errno(reason).number) };
+    unsafe { bpf_set_retval(-reason.errno().number) };
     DENY
 }

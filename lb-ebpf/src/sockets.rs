@@ -3,7 +3,7 @@
 //! The atomic exchanges are full barriers (`BPF_XCHG`, `BPF_CMPXCHG`), so a reader of the mmapped array that sees a
 //! complete sequence twice has seen the fields that belong to it, on every architecture.
 
-use lb_common::abi::{Addr, DropReason, SocketRecord};
+use lb_common::abi::{Addr, BackendRef, DropReason, SocketRecord};
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::record;
 use lb_common::logic::route::Destination;
@@ -79,8 +79,7 @@ impl Connected {
             volatile::store(&raw mut (*at).backend_addr, self.choice.addr);
             (&raw mut (*at).original_port).write_volatile(self.original.port);
             (&raw mut (*at).backend_port).write_volatile(self.choice.port);
-            (&raw mut (*at).backend).write_volatile(self.choice.backend);
-            (&raw mut (*at).generation).write_volatile(self.choice.generation);
+            volatile::store_ref(&raw mut (*at).backend, self.choice.id);
             (&raw mut (*at).service).write_volatile(self.service);
             (&raw mut (*at).socket).write_volatile(self.cookie);
             (&raw mut (*at).proto).write_volatile(self.original.proto);
@@ -148,8 +147,7 @@ const EMPTY: SocketRecord = SocketRecord {
     backend_addr: Addr::UNSPECIFIED,
     original_port: 0,
     backend_port: 0,
-    backend: 0,
-    generation: 0,
+    backend: BackendRef::NONE,
     service: 0,
     socket: 0,
     proto: 0,
@@ -191,14 +189,14 @@ impl Record {
         }
     }
 
-    /// The backend (id and generation) that the socket is connected to for a destination.
+    /// The backend that the socket is connected to for a destination.
     #[inline(always)]
-    pub(crate) fn backend(&self, to: Destination) -> Option<(u32, u32)> {
+    pub(crate) fn backend(&self, to: Destination) -> Option<BackendRef> {
         let at = self.0;
         // SAFETY: as above.
         unsafe {
             let original = (volatile::load(&raw const (*at).original_addr), (*at).original_port);
-            record::is_backend((to.addr, to.port), original).then(|| ((*at).backend, (*at).generation))
+            record::is_backend((to.addr, to.port), original).then(|| (*at).backend)
         }
     }
 }

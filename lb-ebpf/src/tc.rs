@@ -5,18 +5,19 @@
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use lb_common::abi::{DropReason, EventKind, ct_flags};
+use lb_common::abi::{CtEntryWords, DropReason, EventKind, RejectWith, ct_flags};
 use lb_common::logic::ct::{Action, FlowState, Match};
 use lb_common::logic::decide::{self, Arrival};
 use lb_common::logic::delivery::{self, Facts};
 use lb_common::logic::log::Decision;
 use lb_common::logic::packet::{self, ETHERNET, tcp_flags};
 use lb_common::logic::tcp_state;
-use lb_common::logic::translation::{RejectWith, Tuple, reject_with};
+use lb_common::logic::translation::Tuple;
 
 use crate::backend::{self, Client, Serving};
 use crate::count::{self, TraceEvent};
-use crate::ct::{self, Claim, CtLookup, Entry};
+use crate::ct::{self, Claim, CtLookup};
+use crate::device;
 use crate::log;
 use crate::map_tables::MapTables;
 use crate::packet_ctx::{Chosen, CtxRef, PacketCtx, outcome, steps};
@@ -142,7 +143,7 @@ fn translate(skb: Skb, ctx: CtxRef) -> Result<Lookup, DropReason> {
 #[inline(always)]
 fn refuse(skb: Skb, ctx: CtxRef, reason: DropReason) -> i32 {
     count::dropped(reason);
-    let reject_with = reject_with(reason);
+    let reject_with = reason.reject_with();
     if ctx.service != 0 && matches!(reject_with, RejectWith::Refused | RejectWith::Drop) {
         count::connection(ctx.service, false);
     }
@@ -162,7 +163,7 @@ fn existing(skb: Skb, mut ctx: CtxRef) -> Result<Lookup, DropReason> {
         return Ok(Lookup::Miss);
     };
     found.read(&mut ctx.entry);
-    if !lb_common::logic::ct::is_translated_here(ctx.entry.flags(), ctx.at_egress, skb.has_vlan())? {
+    if !lb_common::logic::ct::is_translated_here(ctx.entry.flags, ctx.at_egress, skb.has_vlan())? {
         return Ok(Lookup::Done);
     }
     ctx.service = ctx.entry.service;
@@ -206,12 +207,12 @@ impl FlowState for Flow<'_> {
         let entry = &self.ctx.entry;
         let set = entry.set().ok_or(DropReason::BadKind)?;
         let serving = Serving::of(entry.service, set).ok_or(DropReason::BadServiceIndex)?;
-        Ok(serving.reusable_backend(entry.backend, entry.generation).is_some())
+        Ok(serving.reusable_backend(entry.backend).is_some())
     }
 
     #[inline(always)]
     fn backend_is_current(&self) -> bool {
-        backend::is_current(self.ctx.entry.backend, self.ctx.entry.generation)
+        backend::is_current(self.ctx.entry.backend)
     }
 
     #[inline(always)]
@@ -230,7 +231,7 @@ fn next(ctx: CtxRef, found: &CtLookup) -> Result<Action, DropReason> {
     let PacketCtx { packet, entry, .. } = &*ctx;
     let matched = Match {
         packet,
-        flags: entry.flags(),
+        flags: entry.flags,
         is_unreplied: found.is_unreplied,
     };
     lb_common::logic::ct::next(matched, &Flow { ctx, found })
@@ -338,7 +339,7 @@ fn plan_delivery(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
         dst_port: backend.port,
         ..ctx.tuple()
     };
-    ctx.entry = Entry::new(&translated, backend, ctx.service, set);
+    ctx.entry = CtEntryWords::new(&translated, backend.id, ctx.service, set, ct::now());
     let route = send::step::route(skb, ctx)?;
     let facts = Facts {
         at_egress: ctx.at_egress,
@@ -347,11 +348,11 @@ fn plan_delivery(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
         backend_is_local: backend.is_local(),
         client_is_local,
     };
-    let delivery = delivery::decide(facts, || send::has_come_by_bridge(skb))?;
-    ctx.entry.set_flags(delivery.flags);
+    let delivery = delivery::decide(facts, || device::is_bridge(skb.ifindex()))?;
+    ctx.entry.flags = delivery.flags;
     ctx.chosen.snat = delivery.snat;
     if delivery.snat {
-        let source = send::source_address(ctx.next_hop.device(), ctx.packet.src)?;
+        let source = device::source_address(ctx.next_hop.device(), ctx.packet.src)?;
         ctx.entry.set_source(source);
     }
     Ok(())
@@ -365,7 +366,7 @@ fn claim(skb: Skb, mut ctx: CtxRef) -> Result<Claim, DropReason> {
         snat_port::claim(skb, ctx)?;
     }
     let state = tcp_state::after(0, ctx.packet.flags);
-    ctx.entry.set_state(state);
+    ctx.entry.state = state;
     let claim = ct::claim(&ctx.key, &ctx.entry);
     if claim == Claim::Lost {
         ct::forget_replies(&ctx.key, &ctx.entry);

@@ -5,7 +5,7 @@
 
 use aya_ebpf::bindings::{BPF_NOEXIST, bpf_spin_lock as RawLock};
 use aya_ebpf::helpers::generated::{bpf_spin_lock, bpf_spin_unlock};
-use lb_common::abi::{Addr, DropReason, FLOWS_PER_SOCKET, UdpFlow, UdpFlows, bpf_spin_lock as Lock};
+use lb_common::abi::{self, Addr, BackendRef, DESTS_PER_SOCKET, DropReason, UdpDest, bpf_spin_lock as Lock};
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::route::Destination;
 use lb_common::logic::udp_dest;
@@ -14,26 +14,25 @@ use crate::backend::Choice;
 use crate::maps::UDP_FLOWS;
 use crate::volatile;
 
-static EMPTY: UdpFlows = UdpFlows {
+static EMPTY: abi::UdpDests = abi::UdpDests {
     lock: Lock { val: 0 },
     pad: 0,
     netns: 0,
-    flows: [UdpFlow {
+    dests: [UdpDest {
         vip: Addr::UNSPECIFIED,
         backend_addr: Addr::UNSPECIFIED,
         vip_port: 0,
         backend_port: 0,
-        backend: 0,
-        generation: 0,
+        backend: BackendRef::NONE,
         service: 0,
         asked: 0,
         unanswered: 0,
         pad: 0,
-    }; FLOWS_PER_SOCKET],
+    }; DESTS_PER_SOCKET],
 };
 
 /// The flows of one socket.
-pub(crate) struct UdpDests(*mut UdpFlows);
+pub(crate) struct UdpDests(*mut abi::UdpDests);
 
 /// The same, locked.
 struct Locked<'a>(&'a UdpDests);
@@ -116,7 +115,7 @@ impl UdpDests {
         unsafe {
             if known {
                 let there = choice(place);
-                if old.is_none_or(|old| old.backend != there.backend || old.generation != there.generation) {
+                if old.is_none_or(|old| old.id != there.id) {
                     return Claimed {
                         choice: there,
                         replaced: false,
@@ -128,8 +127,7 @@ impl UdpDests {
             volatile::store(&raw mut (*place).backend_addr, new.addr);
             (&raw mut (*place).vip_port).write_volatile(to.port);
             (&raw mut (*place).backend_port).write_volatile(new.port);
-            (&raw mut (*place).backend).write_volatile(new.backend);
-            (&raw mut (*place).generation).write_volatile(new.generation);
+            volatile::store_ref(&raw mut (*place).backend, new.id);
             (&raw mut (*place).service).write_volatile(service);
             (&raw mut (*place).asked).write_volatile(now);
             (&raw mut (*place).unanswered).write_volatile(1);
@@ -142,7 +140,7 @@ impl UdpDests {
     #[inline(always)]
     pub(crate) fn answer(&self, source: Destination, now: u64) -> Option<(Ip128, u16)> {
         let locked = self.lock();
-        let mut best: Option<*mut UdpFlow> = None;
+        let mut best: Option<*mut UdpDest> = None;
         let mut best_claim = 0;
         for flow in locked.flows() {
             // SAFETY: the entry is locked.
@@ -176,9 +174,9 @@ impl UdpDests {
     }
 
     #[inline(always)]
-    fn first(&self) -> *mut UdpFlow {
+    fn first(&self) -> *mut UdpDest {
         // SAFETY: the pointer is to a value of the map.
-        unsafe { (&raw mut (*self.0).flows).cast::<UdpFlow>() }
+        unsafe { (&raw mut (*self.0).dests).cast::<UdpDest>() }
     }
 
     #[inline(always)]
@@ -191,10 +189,10 @@ impl UdpDests {
 
 impl Locked<'_> {
     #[inline(always)]
-    fn flows(&self) -> impl Iterator<Item = *mut UdpFlow> + use<> {
+    fn flows(&self) -> impl Iterator<Item = *mut UdpDest> + use<> {
         let first = self.0.first();
         // SAFETY: the value has so many flows.
-        (0..FLOWS_PER_SOCKET).map(move |i| unsafe { first.add(i) })
+        (0..DESTS_PER_SOCKET).map(move |i| unsafe { first.add(i) })
     }
 }
 
@@ -210,7 +208,7 @@ impl Drop for Locked<'_> {
 /// # Safety
 /// The pointer must be to a flow of a locked value.
 #[inline(always)]
-unsafe fn is_to(at: *const UdpFlow, to: Destination) -> bool {
+unsafe fn is_to(at: *const UdpDest, to: Destination) -> bool {
     // SAFETY: see above.
     unsafe {
         (&raw const (*at).vip_port).read_volatile() == to.port && volatile::load(&raw const (*at).vip).same(to.addr)
@@ -220,14 +218,13 @@ unsafe fn is_to(at: *const UdpFlow, to: Destination) -> bool {
 /// # Safety
 /// As for [`is_to`].
 #[inline(always)]
-unsafe fn choice(at: *const UdpFlow) -> Choice {
+unsafe fn choice(at: *const UdpDest) -> Choice {
     // SAFETY: see above.
     unsafe {
         Choice {
             addr: volatile::load(&raw const (*at).backend_addr),
             port: (&raw const (*at).backend_port).read_volatile(),
-            backend: (&raw const (*at).backend).read_volatile(),
-            generation: (&raw const (*at).generation).read_volatile(),
+            id: volatile::load_ref(&raw const (*at).backend),
             // Not remembered, and of no meaning to a socket.
             flags: 0,
         }
@@ -237,7 +234,7 @@ unsafe fn choice(at: *const UdpFlow) -> Choice {
 /// # Safety
 /// As for [`is_to`].
 #[inline(always)]
-unsafe fn note_question(at: *mut UdpFlow, now: u64) {
+unsafe fn note_question(at: *mut UdpDest, now: u64) {
     // SAFETY: see above.
     unsafe {
         let before = (&raw const (*at).asked).read_volatile();

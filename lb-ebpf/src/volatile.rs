@@ -3,9 +3,8 @@
 
 use core::mem::MaybeUninit;
 
-use lb_common::abi::{Addr, FrontendKey};
+use lb_common::abi::{Addr, BackendRef};
 use lb_common::logic::ip128::Ip128;
-use lb_common::logic::route::Destination;
 
 /// Reads an address.
 ///
@@ -29,6 +28,34 @@ pub(crate) unsafe fn store(at: *mut Addr, Ip128([first, last]): Ip128) {
     unsafe {
         at.write_volatile(first);
         at.add(1).write_volatile(last);
+    }
+}
+
+/// Reads a reference to a backend.
+///
+/// # Safety
+/// `at` must be valid for reads and aligned.
+#[inline(always)]
+pub(crate) unsafe fn load_ref(at: *const BackendRef) -> BackendRef {
+    // SAFETY: the fields of a valid reference are valid.
+    unsafe {
+        BackendRef {
+            id: (&raw const (*at).id).read_volatile(),
+            generation: (&raw const (*at).generation).read_volatile(),
+        }
+    }
+}
+
+/// Writes a reference to a backend.
+///
+/// # Safety
+/// `at` must be valid for writes and aligned.
+#[inline(always)]
+pub(crate) unsafe fn store_ref(at: *mut BackendRef, BackendRef { id, generation }: BackendRef) {
+    // SAFETY: the fields of a valid reference are valid.
+    unsafe {
+        (&raw mut (*at).id).write_volatile(id);
+        (&raw mut (*at).generation).write_volatile(generation);
     }
 }
 
@@ -61,50 +88,4 @@ pub(crate) unsafe fn zero<T>(room: &mut MaybeUninit<T>) -> &mut T {
     }
     // SAFETY: see above.
     unsafe { room.assume_init_mut() }
-}
-
-/// A [`FrontendKey`] in memory, for a lookup.
-#[repr(C)]
-pub(crate) struct Key {
-    addr: [u64; 2],
-    /// Port, protocol, and zero.
-    rest: u32,
-}
-
-const _: () = assert!(size_of::<Key>() >= size_of::<FrontendKey>());
-const _: () = assert!(align_of::<Key>() >= align_of::<FrontendKey>());
-
-impl Key {
-    /// The key of a destination.
-    #[inline(always)]
-    pub(crate) fn of(to: Destination) -> Self {
-        let [p, q] = to.port.to_ne_bytes();
-        Self {
-            addr: to.addr.0,
-            rest: u32::from_ne_bytes([p, q, to.proto, 0]),
-        }
-    }
-
-    #[inline(always)]
-    pub(crate) fn as_key(&self) -> &FrontendKey {
-        // SAFETY: no smaller and no less aligned, the fields are where the key's are, and every bit pattern is a key.
-        unsafe { &*core::ptr::from_ref(self).cast::<FrontendKey>() }
-    }
-}
-
-/// An [`Addr`] in memory, for a lookup.
-#[repr(C)]
-pub(crate) struct AddrKey([u64; 2]);
-
-impl AddrKey {
-    #[inline(always)]
-    pub(crate) fn of(addr: Ip128) -> Self {
-        Self(addr.0)
-    }
-
-    #[inline(always)]
-    pub(crate) fn as_key(&self) -> &Addr {
-        // SAFETY: same size, no less aligned, and every bit pattern is an address.
-        unsafe { &*core::ptr::from_ref(self).cast::<Addr>() }
-    }
 }

@@ -8,8 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use lb_agent::loader::PinPath;
 use lb_agent::maps::bpf::PinnedMaps;
-use lb_common::abi::DropReason;
-use lb_common::logic::translation;
+use lb_common::abi::{DropReason, RejectWith};
 use lb_tests::load::ConnectStep;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::scripted_socket::plain;
@@ -134,7 +133,7 @@ impl Counters {
             connections += maps.stats(index)?.connections;
         }
         // Packets that were passed to the stack untranslated do not belong to a connection of the test.
-        let passed = |reason: &DropReason| translation::reject_with(*reason) == translation::RejectWith::Pass;
+        let passed = |reason: &DropReason| reason.reject_with() == RejectWith::Pass;
         let drops = DropReason::ALL
             .iter()
             .filter(|reason| !passed(reason))

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::PinPath;
 use lb_agent::maps::bpf::PinnedMaps;
-use lb_agent::maps::ct::{FlowMap, FlowMaps};
+use lb_agent::maps::ct::{CtMap, CtMaps};
 use lb_common::abi::{Addr, CtEntry, CtKey, FrontendKey, FrontendKind, cluster_flags, ct_flags, ct_state, ip_protocol};
 use lb_common::logic::ct::reverse_key;
 use lb_tests::http::get;
@@ -82,8 +82,8 @@ impl Setup {
         Ok(PinnedMaps::open(&PinPath::new(self.agent.pin_path()).maps())?)
     }
 
-    fn flows(&self) -> Result<FlowMaps> {
-        Ok(FlowMaps::open(&PinPath::new(self.agent.pin_path()).maps())?)
+    fn flows(&self) -> Result<CtMaps> {
+        Ok(CtMaps::open(&PinPath::new(self.agent.pin_path()).maps())?)
     }
 
     fn mark(&self) -> Result<Option<FrontendKind>> {
@@ -262,7 +262,7 @@ fn flow(n: u8, proto: u8, idle: u64, state: u8) -> Result<[(CtKey, CtEntry); 2]>
     ])
 }
 
-fn put(map: &mut FlowMap, flow: &[(CtKey, CtEntry)]) -> Result<()> {
+fn put(map: &mut CtMap, flow: &[(CtKey, CtEntry)]) -> Result<()> {
     for (key, entry) in flow {
         map.insert(key, entry)?;
     }
@@ -276,30 +276,30 @@ fn conntrack_gc_removes_expired_flows_and_list_shows_the_others() -> Result<()> 
     let setup = setup(&[])?;
     let mut flows = setup.flows()?;
     let live = flow(1, TCP, 5, ct_state::SYN)?;
-    put(&mut flows.answered, &live)?;
+    put(&mut flows.established, &live)?;
     let reset = flow(2, TCP, 11, ct_state::RST)?;
-    put(&mut flows.answered, &reset)?;
+    put(&mut flows.established, &reset)?;
     // If the kernel has been up for less than the idle time, these expire later.
     let unanswered = flow(3, UDP, 31, 0)?;
-    put(&mut flows.new, &unanswered)?;
+    put(&mut flows.unreplied, &unanswered)?;
     let [alone, _] = flow(4, TCP, 11, ct_state::RST)?;
-    put(&mut flows.answered, &[alone])?;
+    put(&mut flows.established, &[alone])?;
     let recent = flow(5, UDP, 0, 0)?;
-    put(&mut flows.new, &recent)?;
+    put(&mut flows.unreplied, &recent)?;
 
     eventually("expired flows are removed", || {
         let flows = setup.flows()?;
         for (key, _) in reset.iter().chain([&alone]) {
-            ensure!(flows.answered.get(key)?.is_none(), "{key:?}");
+            ensure!(flows.established.get(key)?.is_none(), "{key:?}");
         }
         for (key, _) in &unanswered {
-            ensure!(flows.new.get(key)?.is_none(), "{key:?}");
+            ensure!(flows.unreplied.get(key)?.is_none(), "{key:?}");
         }
         Ok(())
     })?;
-    assert_eq!(flows.answered.all()?.len(), 2);
+    assert_eq!(flows.established.all()?.len(), 2);
     for (key, entry) in &live {
-        assert_eq!(flows.answered.get(key)?.as_ref(), Some(entry));
+        assert_eq!(flows.established.get(key)?.as_ref(), Some(entry));
     }
     eventually("the removals are counted", || {
         for (reason, least) in [("reset", 2.0), ("new", 2.0), ("orphan", 1.0)] {
@@ -333,7 +333,7 @@ fn conntrack_gc_removes_expired_flows_and_list_shows_the_others() -> Result<()> 
         "{text}"
     );
     // The LRU map of unreplied flows may have evicted some, but contains no others.
-    let keys: BTreeSet<CtKey> = flows.new.all()?.into_iter().map(|(key, _)| key).collect();
+    let keys: BTreeSet<CtKey> = flows.unreplied.all()?.into_iter().map(|(key, _)| key).collect();
     let own = recent.iter().map(|(key, _)| *key).collect();
     assert!(keys.is_subset(&own), "{keys:?}");
     Ok(())
@@ -360,10 +360,10 @@ fn iterating_a_large_conntrack_map_yields_each_entry_once() -> Result<()> {
             seen,
             ..CtEntry::default()
         };
-        flows.answered.insert(&key, &entry)?;
+        flows.established.insert(&key, &entry)?;
         keys.insert(key);
     }
-    let all = flows.answered.all()?;
+    let all = flows.established.all()?;
     assert_eq!(all.len(), keys.len());
     assert!(all.into_iter().all(|(key, _)| keys.remove(&key)));
     assert!(keys.is_empty());

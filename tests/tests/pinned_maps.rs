@@ -9,7 +9,7 @@ use aya::maps::{Array, HashMap, Map, MapData};
 use lb_agent::loader::{self, Lock, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_agent::source::manifests::ManifestSource;
-use lb_common::abi::VERSION;
+use lb_common::abi::{SizedMap, VERSION};
 use lb_core::maps::{Capacities, Maps as _};
 use lb_core::reconcile::Reconciler;
 use lb_core::verify::{Drift, verify};
@@ -111,11 +111,32 @@ fn bpftool_dump_prints_named_fields() -> Result<()> {
     let backends = setup.dump("BACKENDS")?;
     let backend = backends
         .iter()
-        .find(|e| e["key"] == slot["value"]["backend"])
+        .find(|e| e["key"] == slot["value"]["backend"]["id"])
         .context("no backend")?;
     assert_eq!(backend["value"]["addr"], slot["value"]["addr"]);
     assert_eq!(backend["value"]["service"], index);
-    assert_eq!(backend["value"]["generation"], slot["value"]["generation"]);
+    assert_eq!(backend["value"]["generation"], slot["value"]["backend"]["generation"]);
+    Ok(())
+}
+
+#[test]
+fn status_shows_the_use_of_every_map_that_a_flag_sizes() -> Result<()> {
+    let setup = setup(&["--max-udp-flows", "128"])?;
+    let status: Value = setup.agent.json(&["status"])?;
+    let rows = status["maps"].as_array().context("maps")?;
+    assert_eq!(rows.len(), SizedMap::ALL.len(), "{rows:#?}");
+    for (row, map) in rows.iter().zip(SizedMap::ALL) {
+        assert_eq!((&row["name"], &row["flag"]), (&map.name().into(), &map.flag().into()));
+        let used = row["used"].as_u64().context("used")?;
+        let capacity = row["capacity"].as_u64().context("capacity")?;
+        assert!(used <= capacity, "{row:#}");
+        if *map == SizedMap::UdpFlows {
+            assert_eq!((used, capacity), (0, 128));
+        }
+        if *map == SizedMap::Frontends {
+            assert!(used > 0, "{row:#}");
+        }
+    }
     Ok(())
 }
 
@@ -222,18 +243,11 @@ fn first_frontend(map: &HashMap<MapData, [u8; 20], [u8; 8]>) -> Result<([u8; 20]
 
 /// Does in this process what the agent does at start: loads, adopts the pinned maps, applies the manifests.
 fn start(lock: &Lock, manifests: &Manifests) -> Result<Reconciler<BpfMaps>> {
-    const CAPACITIES: Capacities = Capacities {
-        services: 16,
-        frontends: 16,
-        backends: 64,
-        backend_slots: 64,
-        sockets: 16,
-        sockets_more: 16,
-        udp_flows: 64,
-        affinity: 64,
-        conntrack: 64,
-        conntrack_new: 64,
-    };
+    const CAPACITIES: Capacities = Capacities::uniform(64)
+        .with(SizedMap::Services, 16)
+        .with(SizedMap::Frontends, 16)
+        .with(SizedMap::Sockets, 16)
+        .with(SizedMap::SocketsMore, 16);
     let maps = loader::load(loader::OBJECT, lock, &CAPACITIES, SocketLb::All)?;
     let mut reconciler = Reconciler::adopt(maps, "n1")?;
     reconciler.apply(ManifestSource::new(vec![manifests.path().into()]).rescan());

@@ -171,7 +171,7 @@ impl Setup {
     /// Returns the number of unconnected sockets that have UDP destinations.
     fn flows(&self) -> Result<usize> {
         let maps = PinnedMaps::open(&PinPath::new(self.agent.pin_path()).maps())?;
-        Ok(maps.udp_flows()?.len())
+        Ok(maps.udp_dests()?.len())
     }
 }
 

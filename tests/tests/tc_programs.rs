@@ -15,7 +15,7 @@ use etherparse::{
 };
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
-use lb_common::abi::{Device, DropReason, program_name};
+use lb_common::abi::{Device, DropReason, SizedMap, program_name};
 use lb_core::maps::Capacities;
 use lb_core::model::{
     Batch, Change, Endpoint, EndpointLocation, EndpointPort, EndpointSlice, Object, ObjectKey, Protocol, Service,
@@ -28,20 +28,16 @@ use lb_tests::{Cluster, Node, Underlay, scaled_count};
 #[path = "tc_programs/random.rs"]
 mod random;
 
-const CAPACITIES: Capacities = Capacities {
-    services: 64,
-    frontends: 128,
-    backends: 128,
-    backend_slots: 256,
-    sockets: 16,
-    sockets_more: 16,
-    udp_flows: 16,
-    affinity: 64,
-    conntrack: 64,
-    // Older kernels (6.1) move 128 entries of an LRU hash to a processor at a time, so a smaller map would evict at
-    // once.
-    conntrack_new: 1024,
-};
+const CAPACITIES: Capacities = Capacities::uniform(64)
+        .with(SizedMap::Frontends, 128)
+        .with(SizedMap::Backends, 128)
+        .with(SizedMap::BackendSlots, 256)
+        .with(SizedMap::Sockets, 16)
+        .with(SizedMap::SocketsMore, 16)
+        .with(SizedMap::UdpFlows, 16)
+        // Older kernels (6.1) move 128 entries of an LRU hash to a processor at a time, so a smaller map would evict at
+        // once.
+        .with(SizedMap::ConntrackNew, 1024);
 /// Verdicts of tc programs.
 const UNSPEC: i32 = -1;
 const SHOT: i32 = 2;
@@ -262,7 +258,7 @@ impl Fixture {
                 device(node.pod_network().into(), node.address6().into()),
             ),
         ]);
-        maps.pinned_mut().write_devices(&devices)?;
+        maps.write_devices(&devices)?;
         maps.pinned_mut().write_snat_ports(Some(SNAT));
         let own = [IpAddr::from(node.address()), node.address6().into()];
         maps.pinned_mut()
@@ -364,7 +360,7 @@ impl Fixture {
 
     /// Returns the connections of all Services: served and refused.
     fn counted(&self) -> Result<(u64, u64)> {
-        (0..CAPACITIES.services).try_fold((0, 0), |(served, refused), index| {
+        (0..CAPACITIES[SizedMap::Services]).try_fold((0, 0), |(served, refused), index| {
             let one = self.reconciler.maps().pinned().stats(index)?;
             Ok((served + one.connections, refused + one.refused))
         })
@@ -640,7 +636,10 @@ fn full_conntrack_refuses_new_flows_and_keeps_established_ones() -> Result<()> {
     // Two entries per flow.
     assert_eq!(
         (kept.len() as u32, refused),
-        (CAPACITIES.conntrack / 2, 100 - CAPACITIES.conntrack / 2)
+        (
+            CAPACITIES[SizedMap::Conntrack] / 2,
+            100 - CAPACITIES[SizedMap::Conntrack] / 2
+        )
     );
     assert_eq!(fixture.dropped(DropReason::ConntrackFull)?, u64::from(refused));
     // Many flows without a reply.

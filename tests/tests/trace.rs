@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Lock, PinPath, SocketLb};
 use lb_agent::maps::bpf::PinnedMaps;
-use lb_common::abi::{Addr, Event, EventKind};
+use lb_common::abi::{Addr, Event, EventKind, SizedMap};
 use lb_core::maps::Capacities;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{
@@ -365,18 +365,9 @@ fn lost_events_are_counted_and_shown() -> Result<()> {
 
 #[test]
 fn agent_events_reach_the_tracer() -> Result<()> {
-    const SMALL: Capacities = Capacities {
-        services: 16,
-        frontends: 16,
-        backends: 16,
-        backend_slots: 16,
-        sockets: 16,
-        sockets_more: 16,
-        udp_flows: 16,
-        affinity: 16,
-        conntrack: 64,
-        conntrack_new: 64,
-    };
+    const SMALL: Capacities = Capacities::uniform(16)
+        .with(SizedMap::Conntrack, 64)
+        .with(SizedMap::ConntrackNew, 64);
     let cluster = Cluster::builder().nodes(1).build()?;
     let pins = PinPath::new(cluster.pin_path("n1"));
     let lock = Lock::take(&pins)?;

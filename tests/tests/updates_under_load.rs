@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Cgroup, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
-use lb_common::abi::DropReason;
+use lb_common::abi::{DropReason, SizedMap};
 use lb_core::maps::{Capacities, Maps as _};
 use lb_core::model::{Batch, Change};
 use lb_core::reconcile::Reconciler;
@@ -25,18 +25,13 @@ const NODE: &str = "n1";
 const APPLIES: u64 = 1000;
 const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
 /// Small, so that 100 entries of FRONTENDS can be 90 % full, and indexes, ids and slots are soon reused.
-const CAPACITIES: Capacities = Capacities {
-    services: 72,
-    frontends: 100,
-    backends: 96,
-    backend_slots: 128,
-    sockets: 1024,
-    sockets_more: 4096,
-    udp_flows: 64,
-    affinity: 64,
-    conntrack: 64,
-    conntrack_new: 64,
-};
+const CAPACITIES: Capacities = Capacities::uniform(64)
+    .with(SizedMap::Services, 72)
+    .with(SizedMap::Frontends, 100)
+    .with(SizedMap::Backends, 96)
+    .with(SizedMap::BackendSlots, 128)
+    .with(SizedMap::Sockets, 1024)
+    .with(SizedMap::SocketsMore, 4096);
 
 /// A backend: an address of the server pod. It always answers with its name, whether a Service uses it or not.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,10 +110,10 @@ impl Fixture {
     fn check_fill(&self) -> Result<()> {
         let (usage, capacities) = self.reconciler.usage();
         ensure!(
-            usage.frontends * 10 >= capacities.frontends * 9,
+            usage.frontends * 10 >= capacities[SizedMap::Frontends] * 9,
             "{} of {} frontends are too few for this test",
             usage.frontends,
-            capacities.frontends
+            capacities[SizedMap::Frontends]
         );
         Ok(())
     }

@@ -5,22 +5,16 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::node::devices::Layer;
+use lb_common::abi::SizedMap;
 use lb_core::maps::Capacities;
 use lb_tests::Cluster;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _, RelocationTarget, SymbolKind};
 
-const CAPACITIES: Capacities = Capacities {
-    services: 16,
-    frontends: 16,
-    backends: 16,
-    backend_slots: 16,
-    sockets: 16,
-    sockets_more: 16,
-    udp_flows: 64,
-    affinity: 64,
-    conntrack: 64,
-    conntrack_new: 64,
-};
+const CAPACITIES: Capacities = Capacities::uniform(16)
+    .with(SizedMap::UdpFlows, 64)
+    .with(SizedMap::Affinity, 64)
+    .with(SizedMap::Conntrack, 64)
+    .with(SizedMap::ConntrackNew, 64);
 
 /// Limit for the instructions that the verifier processes in one program; the kernel's own limit is 1,000,000.
 const LIMIT: u32 = 25_000;
@@ -57,6 +51,7 @@ fn verifier_accepts_every_program_and_map_layouts_match_the_loader() -> Result<(
         [
             "lb_connect4",
             "lb_connect6",
+            "lb_device_swap",
             "lb_egress",
             "lb_egress_l3",
             "lb_event",
@@ -78,10 +73,7 @@ fn verifier_accepts_every_program_and_map_layouts_match_the_loader() -> Result<(
     // The second start compares every pinned map with its expected layout, and takes the maps over.
     loader::load(OBJECT, &lock, &CAPACITIES, SocketLb::All)?;
     // A map with another capacity is not refused; the pinned map is kept.
-    let larger = Capacities {
-        frontends: 32,
-        ..CAPACITIES
-    };
+    let larger = CAPACITIES.with(SizedMap::Frontends, 32);
     let maps = loader::load(OBJECT, &lock, &larger, SocketLb::All)?;
     assert_eq!(maps.pinned().capacities(), CAPACITIES);
     drop((maps, lock));

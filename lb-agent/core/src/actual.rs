@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, SetWord, SourceRange, backend_flags, set_flags,
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, Set, SetWord, SizedMap, SourceRange,
+    backend_flags, set_flags,
 };
-use lb_common::logic::connect::Set;
 use lb_common::logic::generation;
 
 pub(crate) use self::backends::{ActualBackend, BackendMap, Backends};
@@ -180,9 +180,9 @@ impl Actual {
             frontends: Synced::new(dump.frontends.clone()),
             references: HashMap::new(),
             cidrs: Synced::new(dump.cluster_cidrs.clone()),
-            slots: SlotRanges::new(capacities.backend_slots),
-            indexes: Indexes::new(capacities.services),
-            ids: Indexes::new(capacities.backends),
+            slots: SlotRanges::new(capacities[SizedMap::BackendSlots]),
+            indexes: Indexes::new(capacities[SizedMap::Services]),
+            ids: Indexes::new(capacities[SizedMap::Backends]),
             service_generations: dump.services.iter().map(|s| s.generation).collect(),
             backend_generations: dump.backends.iter().map(|b| b.generation).collect(),
         };
@@ -364,8 +364,7 @@ pub(crate) fn slot_of(member: &Member, backend: &ActualBackend) -> BackendSlot {
         addr: Addr::from(member.addr),
         port: member.port,
         flags: if member.local { backend_flags::LOCAL } else { 0 },
-        backend: backend.id,
-        generation: backend.generation,
+        backend: backend.reference(),
         pad: 0,
     }
 }

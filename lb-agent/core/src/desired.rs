@@ -9,8 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use lb_common::abi::Set;
 use lb_common::abi::{Addr, Frontend, FrontendKey, FrontendKind, service_flags};
-use lb_common::logic::connect::Set;
 
 use crate::by_key::{ByKey, Keyed};
 use crate::index::{Index, NodesBefore};

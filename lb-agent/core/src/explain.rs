@@ -9,10 +9,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, DropReason, Frontend, FrontendKey, FrontendKind, Service, SetWord,
-    backend_flags, ip_protocol, service_flags,
+    Addr, Affinity, AffinityKey, Backend, BackendRef, DropReason, Frontend, FrontendKey, FrontendKind, Service, Set,
+    SetWord, backend_flags, ip_protocol, service_flags,
 };
-use lb_common::logic::connect::{self, Set};
+use lb_common::logic::connect;
 use lb_common::logic::decide::{self, Admission, PacketTables, Services, SocketFrontend};
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::route::{Destination, Tables};
@@ -182,7 +182,7 @@ pub enum Outcome {
 
 impl Outcome {
     fn refused(reason: DropReason) -> Self {
-        let errno = connect::errno(reason);
+        let errno = reason.errno();
         Self::Refused {
             errno: errno.name,
             number: errno.number,
@@ -366,10 +366,9 @@ impl<'a> Chosen<'a> {
     }
 
     /// The entry of BACKENDS, if it may serve once more.
-    fn again(&self, dump: &'a Dump, id: u32, generation: u32) -> Option<&'a Backend> {
-        let reference = (self.index, generation);
-        let entry = dump.backends.get(id as usize)?;
-        connect::is_usable(entry.generation, entry.service, entry.flags, reference, self.set).then_some(entry)
+    fn again(&self, dump: &'a Dump, reference: BackendRef) -> Option<&'a Backend> {
+        let entry = dump.backends.get(reference.id as usize)?;
+        entry.serves(reference, self.index, self.set).then_some(entry)
     }
 }
 
@@ -413,19 +412,19 @@ fn remembered(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>) -> (Reme
     };
     let age = age(entry.used, maps.now);
     remembered.age = Some(age.as_secs());
-    let backend = maps.dump.backends.get(entry.backend as usize);
+    let backend = maps.dump.backends.get(entry.backend.id as usize);
     remembered.backend = backend
-        .filter(|backend| generation::is_current(backend.generation, entry.generation))
+        .filter(|backend| backend.is_current(entry.backend))
         .map(|backend| backend.addr.socket(backend.port));
     if !affinity::holds(entry.used, maps.now, timeout) {
         remembered.why = "it was last used longer ago than the timeout";
-    } else if chosen.again(&maps.dump, entry.backend, entry.generation).is_none() {
+    } else if chosen.again(&maps.dump, entry.backend).is_none() {
         remembered.why = "the backend is gone, or is no member of the set any more";
     } else {
         remembered.holds = true;
         remembered.remaining = Some(remaining(age, timeout));
         remembered.why = "used within the timeout, and the backend is usable";
-        return (remembered, Some(entry.backend));
+        return (remembered, Some(entry.backend.id));
     }
     (remembered, None)
 }
@@ -455,20 +454,20 @@ fn candidates(dump: &Dump, chosen: Chosen<'_>, kept: Option<(u32, u64)>) -> Vec<
                     true,
                     format!("one of {} in the {}", members.len(), set_name(chosen.set)),
                 ),
-                Some((id, left)) if id == slot.backend => (true, format!("affinity, for {left} s more")),
+                Some((id, left)) if id == slot.backend.id => (true, format!("affinity, for {left} s more")),
                 Some(_) => (false, "the client has affinity to another backend".into()),
             };
             Candidate {
                 address: slot.addr.socket(slot.port),
-                id: slot.backend,
-                generation: slot.generation,
+                id: slot.backend.id,
+                generation: slot.backend.generation,
                 local: slot.flags & backend_flags::LOCAL != 0,
                 eligible,
                 why,
             }
         })
         .collect();
-    let in_set: BTreeSet<u32> = members.iter().map(|slot| slot.backend).collect();
+    let in_set: BTreeSet<u32> = members.iter().map(|slot| slot.backend.id).collect();
     let others = (0_u32..).zip(&dump.backends).filter(|(id, backend)| {
         generation::is_live(backend.generation) && backend.service == chosen.index && !in_set.contains(id)
     });

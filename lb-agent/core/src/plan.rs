@@ -7,17 +7,16 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Service, SetWord, backend_flags, map_name,
-    service_flags, set_flags,
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Service, Set, SetWord, backend_flags, map_name,
+    map_spec, service_flags, set_flags,
 };
-use lb_common::logic::connect::{Set, member_flag};
 use lb_common::logic::generation;
 
 use crate::actual::{Actual, ActualBackend, ActualPort, Admission, BackendMap, Named, backend_of, set_words, slot_of};
 use crate::alloc::Range;
 use crate::desired::{Desired, DesiredPort, PortId, SETS};
+use crate::maps::MapError;
 use crate::maps::prefix::Prefix;
-use crate::maps::{MapError, capacity_flag};
 use crate::nodes::Nodes;
 use crate::policy::Member;
 use crate::sync::Writes;
@@ -95,25 +94,15 @@ pub(crate) fn service_port(id: &PortId, want: &DesiredPort, actual: &mut Actual)
     }
 }
 
-/// Returns the error for a map that has no room left.
-fn full(map: &'static str, actual: &Actual) -> MapError {
-    MapError::Full {
-        map,
-        flag: capacity_flag(map),
-        capacity: match map {
-            map_name::SERVICES => actual.service_generations.len() as u32,
-            map_name::BACKENDS => actual.backend_generations.len() as u32,
-            _ => actual.slots.capacity(),
-        },
-    }
-}
-
 /// Adds the steps to a plan.
 fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan: &mut Plan) -> Result<(), MapError> {
     let index = match have {
         Some(have) => have.index,
         None => {
-            let index = actual.indexes.alloc().ok_or_else(|| full(map_name::SERVICES, actual))?;
+            let index = actual
+                .indexes
+                .alloc()
+                .ok_or_else(|| MapError::full(&map_spec::SERVICES, actual.service_generations.len() as u32))?;
             plan.new_index = true;
             index
         }
@@ -144,7 +133,10 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
             }
             backends.insert(key, *known);
         } else {
-            let id = actual.ids.alloc().ok_or_else(|| full(map_name::BACKENDS, actual))?;
+            let id = actual
+                .ids
+                .alloc()
+                .ok_or_else(|| MapError::full(&map_spec::BACKENDS, actual.backend_generations.len() as u32))?;
             plan.new_ids.push(id);
             let new = ActualBackend {
                 id,
@@ -209,7 +201,7 @@ fn wanted_flags(want: &DesiredPort) -> Vec<(Member, u16)> {
     let sets = SETS
         .iter()
         .zip(&want.sets)
-        .map(|(set, s)| (member_flag(*set), &s.members));
+        .map(|(set, s)| (set.member_flag(), &s.members));
     for (flag, members) in sets.chain([(0, &want.draining)]) {
         for member in members.iter() {
             let local = if member.local { backend_flags::LOCAL } else { 0 };
@@ -253,7 +245,7 @@ fn place_sets(
                 let range = actual
                     .slots
                     .alloc(len)
-                    .ok_or_else(|| full(map_name::BACKEND_SLOTS, actual))?;
+                    .ok_or_else(|| MapError::full(&map_spec::BACKEND_SLOTS, actual.slots.capacity()))?;
                 plan.new_ranges.push(range);
                 let slots = set
                     .members

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use lb_common::abi::FrontendKey;
+use lb_common::abi::{FrontendKey, SizedMap};
 
 use crate::desired::PortId;
 use crate::maps::fake::FakeMaps;
@@ -24,18 +24,10 @@ pub const NODE: &str = "n1";
 pub const LOCAL_NODE: LocalNode<'static> = LocalNode { node: NODE, zone: None };
 
 /// Sizes of maps that suffice for most tests.
-pub const ROOM: Capacities = Capacities {
-    services: 16,
-    frontends: 32,
-    backends: 64,
-    backend_slots: 128,
-    sockets: 1,
-    sockets_more: 1,
-    udp_flows: 64,
-    affinity: 64,
-    conntrack: 64,
-    conntrack_new: 64,
-};
+pub const ROOM: Capacities = Capacities::uniform(64)
+    .with(SizedMap::Services, 16)
+    .with(SizedMap::Frontends, 32)
+    .with(SizedMap::BackendSlots, 128);
 
 /// Service `default/NAME` at `ip`, with one port 80 without a name until [`Builder::port`] gives others.
 pub fn service(name: &str, ip: &str) -> Service {

@@ -275,14 +275,14 @@ impl<'a> Check<'a> {
             return self.drift(field("base"), format!("{} is out of range", word.base));
         };
         let id_of = |member: &Member| ids.get(&(Addr::from(member.addr), member.port)).copied();
-        let other = |slot: &BackendSlot, member: &Member| id_of(member).is_some_and(|id| id != slot.backend);
+        let other = |slot: &BackendSlot, member: &Member| id_of(member).is_some_and(|id| id != slot.backend.id);
         let elsewhere = |slot: &BackendSlot, member: &Member| {
             other(slot, member) && (slot.addr != Addr::from(member.addr) || slot.port != member.port)
         };
         let mut pairs = slots.iter().zip(members);
         // All fields are those of another backend of this service: the set word changed, not the slot.
         let moved = |slot: &BackendSlot, member: &Member| {
-            other(slot, member) && ids.get(&(slot.addr, slot.port)) == Some(&slot.backend)
+            other(slot, member) && ids.get(&(slot.addr, slot.port)) == Some(&slot.backend.id)
         };
         if pairs.clone().all(|(slot, member)| elsewhere(slot, member))
             || pairs.clone().any(|(slot, member)| moved(slot, member))
@@ -300,7 +300,6 @@ impl<'a> Check<'a> {
                 port,
                 flags,
                 backend,
-                generation,
                 pad,
             } = *slot;
             self.equal(|| field("addr"), addr, Addr::from(member.addr));
@@ -314,10 +313,10 @@ impl<'a> Check<'a> {
             // A missing backend was reported already. The generation of one with an invalid seal may itself be the
             // wrong field.
             let Some(id) = id_of(member) else { continue };
-            self.equal(|| field("backend"), backend, id);
+            self.equal(|| field("backend"), backend.id, id);
             let current = &dump.backends[id as usize];
             if generation::is_sealed(current) {
-                self.equal(|| field("generation"), generation, current.generation);
+                self.equal(|| field("generation"), backend.generation, current.generation);
             }
         }
     }

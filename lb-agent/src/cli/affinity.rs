@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use lb_common::abi::{Affinity, AffinityKey, backend_flags, service_flags};
-use lb_common::logic::connect::{Set, is_usable};
-use lb_common::logic::{affinity, generation};
+use lb_common::abi::{Affinity, AffinityKey, BackendRef, Set, backend_flags, service_flags};
+use lb_common::logic::affinity;
 use serde::Serialize;
 
 use super::{ReadArgs, output};
@@ -37,15 +36,15 @@ struct Row {
 
 fn row(dump: &Dump, now: u64, key: &AffinityKey, entry: Affinity) -> Row {
     let Affinity {
-        backend: id,
-        generation,
+        backend: reference,
         used,
     } = entry;
+    let BackendRef { id, generation } = reference;
     let service = dump.services.get(key.service as usize).copied().unwrap_or_default();
     let backend = dump
         .backends
         .get(id as usize)
-        .filter(|backend| generation::is_current(backend.generation, generation));
+        .filter(|backend| backend.is_current(reference));
     // Cluster IPs use the internal set, and other frontends one that depends on the client. The entry does not contain
     // which frontend the client connected to.
     let other = if key.netns().is_some() || dump.is_inside(key.client) {
@@ -53,8 +52,7 @@ fn row(dump: &Dump, now: u64, key: &AffinityKey, entry: Affinity) -> Row {
     } else {
         Set::External
     };
-    let usable =
-        |set| backend.is_some_and(|b| is_usable(b.generation, b.service, b.flags, (key.service, generation), set));
+    let usable = |set| backend.is_some_and(|backend| backend.serves(reference, key.service, set));
     let (holds, state) = if service.flags & service_flags::AFFINITY == 0 {
         (false, "the service has no affinity")
     } else if !affinity::holds(used, now, service.affinity_timeout) {
@@ -120,7 +118,7 @@ pub(super) fn list(args: &ReadArgs) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lb_common::abi::{client_kind, cluster_flags};
+    use lb_common::abi::cluster_flags;
     use lb_core::maps::Maps as _;
     use lb_core::testing::{Builder as _, Cluster, apply, maps, service, slice, start};
 
@@ -135,10 +133,9 @@ mod tests {
         ]);
         apply(&mut lb, &mut cluster);
         let mut dump = lb.maps().dump().unwrap();
-        let of = |dump: &Dump, backend, generation, used: u64| {
+        let of = |dump: &Dump, id, generation, used: u64| {
             let entry = Affinity {
-                backend,
-                generation,
+                backend: BackendRef { id, generation },
                 used: used * SECOND,
             };
             let key = AffinityKey::of_netns(7, 1);
@@ -155,11 +152,7 @@ mod tests {
         dump.services[1].flags = 0;
         assert_eq!(of(&dump, 1, 1, 90), ("the service has no affinity", false, 10, 0));
 
-        let by_address = AffinityKey {
-            client: IpAddr::from([192, 0, 2, 1]).into(),
-            service: 1,
-            kind: client_kind::ADDRESS,
-        };
+        let by_address = AffinityKey::of_addr(IpAddr::from([192, 0, 2, 1]).into(), 1);
         let all = rows(&dump, &[(by_address, Affinity::default())].into(), 0);
         assert_eq!((all[0].netns, all[0].client), (None, Some([192, 0, 2, 1].into())));
         assert_eq!(all[0].backend, None);
@@ -197,14 +190,9 @@ mod tests {
         ] {
             dump.backends[1].flags = flags;
             for (client, expected) in [([192, 0, 2, 1], outside), ([10, 10, 2, 9], inside)] {
-                let key = AffinityKey {
-                    client: IpAddr::from(client).into(),
-                    service: 1,
-                    kind: client_kind::ADDRESS,
-                };
+                let key = AffinityKey::of_addr(IpAddr::from(client).into(), 1);
                 let entry = Affinity {
-                    backend: 1,
-                    generation: 1,
+                    backend: BackendRef { id: 1, generation: 1 },
                     used: 0,
                 };
                 let row = row(&dump, 0, &key, entry);

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::{ReadArgs, output};
 use crate::clock::monotonic_ns;
-use crate::maps::ct::FlowMaps;
+use crate::maps::ct::CtMaps;
 use lb_core::explain::age;
 use lb_core::maps::Direction;
 use lb_core::model::Protocol;
@@ -68,8 +68,8 @@ fn row((key, entry): &Direction, other: Option<&CtEntry>, replied: bool, names: 
         client,
         frontend,
         backend,
-        backend_id: entry.backend,
-        backend_generation: entry.generation,
+        backend_id: entry.backend.id,
+        backend_generation: entry.backend.generation,
         source: (source != client).then_some(source),
         state: state(phase),
         idle: age(seen, now).as_secs(),
@@ -99,11 +99,11 @@ fn rows(all: &[Direction], replied: bool, names: &BTreeMap<u32, Name>, now: u64)
 
 pub(super) fn list(args: &ReadArgs) -> anyhow::Result<()> {
     let maps = args.pin.open()?;
-    let mut flows = FlowMaps::open(&args.pin.pins().maps())?;
+    let mut flows = CtMaps::open(&args.pin.pins().maps())?;
     let names = maps.names()?;
     // A flow that moves from CT_NEW to CT meanwhile is in one listing or in both. Reading CT_NEW first lists it twice
     // rather than not at all.
-    let (new, established) = (flows.new.all()?, flows.answered.all()?);
+    let (new, established) = (flows.unreplied.all()?, flows.established.all()?);
     let now = monotonic_ns();
     let mut all = rows(&established, true, &names, now);
     all.extend(rows(&new, false, &names, now));
@@ -135,7 +135,7 @@ pub(super) fn list(args: &ReadArgs) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use lb_common::abi::{Addr, ct_state};
+    use lb_common::abi::{Addr, BackendRef, ct_state};
 
     use super::*;
 
@@ -161,8 +161,7 @@ mod tests {
             dst: to_dst.0,
             src_port: to_src.1,
             dst_port: to_dst.1,
-            backend: 3,
-            generation: 5,
+            backend: BackendRef { id: 3, generation: 5 },
             service: 9,
             seen: seen * SECOND,
             flags,

@@ -14,7 +14,7 @@ use super::{Format, ReadArgs, output};
 use crate::clock::monotonic_ns;
 use crate::loader;
 use crate::maps::bpf::PinnedMaps;
-use crate::maps::ct::FlowMaps;
+use crate::maps::ct::CtMaps;
 use lb_core::explain::{Asker, Explanation, Snapshot, explain, explain_packet};
 
 #[derive(Debug, Args)]
@@ -136,9 +136,9 @@ fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> 
     let to = args.to.destination();
     let mut snapshot = snapshot(maps)?;
     let client = client(args.from, &snapshot, state, cgroup)?;
-    let mut flows = FlowMaps::open(&args.read.pin.pins().maps())?;
-    snapshot.flows = flows.new.all()?;
-    snapshot.flows.extend(flows.answered.all()?);
+    let mut flows = CtMaps::open(&args.read.pin.pins().maps())?;
+    snapshot.flows = flows.unreplied.all()?;
+    snapshot.flows.extend(flows.established.all()?);
     if let (From::Address(ip), None) = (args.from, client.netns) {
         let mut explanation = explain_packet(&snapshot, ip, to);
         if explanation.source.as_ref().is_some_and(|source| source.here) {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Name, Service, backend_flags};
+use lb_common::abi::{BackendRef, Frontend, FrontendKey, FrontendKind, Name, Service, backend_flags};
 use lb_common::logic::generation;
 use serde::Serialize;
 
@@ -104,7 +104,7 @@ fn frontends(dump: &Dump, problems: &BTreeSet<String>) -> BTreeMap<u32, Vec<Fron
 pub(super) fn services(args: &ReadArgs) -> anyhow::Result<()> {
     let maps = args.pin.open()?;
     let dump = maps.dump()?;
-    let notices = maps.notices()?;
+    let notices = maps.problems()?;
     let places = notices.iter().filter_map(|notice| text(&notice.place));
     let problems: BTreeSet<String> = places.map(ToOwned::to_owned).collect();
     let mut frontends = frontends(&dump, &problems);
@@ -181,9 +181,9 @@ struct BackendRow {
 pub(super) fn backends(args: &ReadArgs) -> anyhow::Result<()> {
     let maps = args.pin.open()?;
     let dump = maps.dump()?;
-    let mut connected: HashMap<(u32, u32), usize> = HashMap::new();
+    let mut connected: HashMap<BackendRef, usize> = HashMap::new();
     for record in maps.sockets()? {
-        *connected.entry((record.backend, record.generation)).or_default() += 1;
+        *connected.entry(record.backend).or_default() += 1;
     }
     let mut rows: Vec<_> = (0_u32..)
         .zip(&dump.backends)
@@ -208,7 +208,13 @@ pub(super) fn backends(args: &ReadArgs) -> anyhow::Result<()> {
                 draining: sets.is_empty(),
                 sets,
                 local: backend.flags & backend_flags::LOCAL != 0,
-                sockets: connected.get(&(id, backend.generation)).copied().unwrap_or(0),
+                sockets: connected
+                    .get(&BackendRef {
+                        id,
+                        generation: backend.generation,
+                    })
+                    .copied()
+                    .unwrap_or(0),
             }
         })
         .collect();

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod affinity;
+mod capacity;
 mod config;
 mod conntrack;
 mod devices;
@@ -20,14 +21,12 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use http::Uri;
 use ipnet::IpNet;
-use lb_common::abi::capacity;
 
 use crate::config::Config;
 use crate::loader::{self, PinPath};
 use crate::maps::bpf::PinnedMaps;
 use crate::source::Source;
 use crate::source::connect::Settings;
-use lb_core::maps::Capacities;
 
 /// Kubernetes Services in eBPF, with any CNI.
 #[derive(Debug, Parser)]
@@ -192,71 +191,6 @@ impl SourceArgs {
         let name = nix::unistd::gethostname()?;
         // As in kubelet: node names are in lower case.
         Ok(name.to_string_lossy().trim().to_lowercase())
-    }
-}
-
-/// Sizes of maps. A map that is pinned keeps its size.
-#[derive(Debug, Clone, Copy, Args)]
-#[command(next_help_heading = "Capacities")]
-struct CapacityArgs {
-    /// Service ports (per family)
-    #[arg(long, value_name = "N", default_value_t = capacity::SERVICES, value_parser = clap::value_parser!(u32).range(2..=1 << 24))]
-    max_services: u32,
-    /// Addresses and ports that lead to services, and one per service address
-    #[arg(long, value_name = "N", default_value_t = capacity::FRONTENDS, value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
-    max_frontends: u32,
-    /// Backends, over all service ports
-    #[arg(long, value_name = "N", default_value_t = capacity::BACKENDS, value_parser = clap::value_parser!(u32).range(2..=1 << 26))]
-    max_backends: u32,
-    /// Slots of backend sets: per set, the number of its endpoints
-    #[arg(long, value_name = "N", default_value_t = capacity::BACKEND_SLOTS, value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
-    max_backend_slots: u32,
-    /// Socket records in the direct-mapped array; rounded up to a power of two
-    #[arg(long, value_name = "N", default_value_t = capacity::SOCKETS, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
-    max_sockets: u32,
-    /// Socket records beyond those
-    #[arg(long, value_name = "N", default_value_t = capacity::SOCKETS_MORE, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
-    max_sockets_more: u32,
-    /// Unconnected UDP sockets that talk to services
-    #[arg(long, value_name = "N", default_value_t = capacity::UDP_FLOWS, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
-    max_udp_flows: u32,
-    /// Clients of services with session affinity; beyond that the least recently seen are forgotten
-    #[arg(long, value_name = "N", default_value_t = capacity::AFFINITY, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
-    max_affinity: u32,
-    /// Directions of flows of packets that were answered: two for each flow. Beyond that new flows are refused
-    #[arg(long, value_name = "N", default_value_t = capacity::CT, value_parser = clap::value_parser!(u32).range(2..=1 << 26))]
-    max_conntrack: u32,
-    /// The same of flows without an answer; beyond that the least recently used are forgotten
-    #[arg(long, value_name = "N", default_value_t = capacity::CT_NEW, value_parser = clap::value_parser!(u32).range(2..=1 << 26))]
-    max_conntrack_new: u32,
-}
-
-impl From<CapacityArgs> for Capacities {
-    fn from(args: CapacityArgs) -> Self {
-        let CapacityArgs {
-            max_services,
-            max_frontends,
-            max_backends,
-            max_backend_slots,
-            max_sockets,
-            max_sockets_more,
-            max_udp_flows,
-            max_affinity,
-            max_conntrack,
-            max_conntrack_new,
-        } = args;
-        Self {
-            services: max_services,
-            frontends: max_frontends,
-            backends: max_backends,
-            backend_slots: max_backend_slots,
-            sockets: max_sockets.next_power_of_two(),
-            sockets_more: max_sockets_more,
-            udp_flows: max_udp_flows,
-            affinity: max_affinity,
-            conntrack: max_conntrack,
-            conntrack_new: max_conntrack_new,
-        }
     }
 }
 

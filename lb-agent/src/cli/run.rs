@@ -7,8 +7,9 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 
+use super::capacity::CapacityArgs;
 use super::config::ConfigArgs;
-use super::{CapacityArgs, PinArgs, SourceArgs};
+use super::{PinArgs, SourceArgs};
 use crate::config::Config;
 use crate::daemon;
 use crate::ebpf_log;
@@ -187,7 +188,7 @@ impl RunArgs {
             socket_lb: self.socket_lb.into(),
             ebpf_log: self.ebpf_log.into(),
             object: self.ebpf_object,
-            capacities: self.capacities.into(),
+            capacities: self.capacities.0,
             inside: self.source.inside(config.as_ref()).to_vec(),
             servers: self.config.servers(config.as_ref().unwrap_or(&Config::default())),
             selection: self.node_ports.selection(),

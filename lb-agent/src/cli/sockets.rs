@@ -4,8 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 
-use lb_common::abi::{Addr, FrontendKey, SocketRecord, UdpFlow};
-use lb_common::logic::generation;
+use lb_common::abi::{Addr, BackendRef, FrontendKey, SocketRecord, UdpDest};
 use lb_common::logic::ip128::Ip128;
 use serde::Serialize;
 
@@ -41,8 +40,7 @@ struct Record {
     proto: u8,
     original: (Addr, u16),
     backend: SocketAddr,
-    backend_id: u32,
-    generation: u32,
+    reference: BackendRef,
     service: u32,
     /// Time of the connect or of the last datagram, in nanoseconds of CLOCK_MONOTONIC.
     time: u64,
@@ -58,8 +56,7 @@ impl From<SocketRecord> for Record {
             proto: record.proto,
             original: (record.original_addr, record.original_port),
             backend: record.backend_addr.socket(record.backend_port),
-            backend_id: record.backend,
-            generation: record.generation,
+            reference: record.backend,
             service: record.service,
             time: record.time,
         }
@@ -67,26 +64,25 @@ impl From<SocketRecord> for Record {
 }
 
 impl Record {
-    fn of_flow(cookie: u64, netns: u64, flow: &UdpFlow) -> Self {
+    fn of_dest(cookie: u64, netns: u64, dest: &UdpDest) -> Self {
         Self {
             kind: Kind::Unconnected,
             cookie,
             socket: cookie,
             netns,
             proto: Protocol::Udp as u8,
-            original: (flow.vip, flow.vip_port),
-            backend: flow.backend_addr.socket(flow.backend_port),
-            backend_id: flow.backend,
-            generation: flow.generation,
-            service: flow.service,
-            time: flow.asked,
+            original: (dest.vip, dest.vip_port),
+            backend: dest.backend_addr.socket(dest.backend_port),
+            reference: dest.backend,
+            service: dest.service,
+            time: dest.asked,
         }
     }
 
     /// Whether the record's reference to the backend is current.
     fn is_current(&self, dump: &Dump) -> bool {
-        let entry = dump.backends.get(self.backend_id as usize);
-        entry.is_some_and(|entry| generation::is_current(entry.generation, self.generation))
+        let entry = dump.backends.get(self.reference.id as usize);
+        entry.is_some_and(|entry| entry.is_current(self.reference))
     }
 
     /// Returns the service port of the record. Its service index may have been reused for another service port: the name
@@ -176,8 +172,8 @@ impl Row {
             netns: record.netns,
             original: addr.socket(port),
             backend: record.backend,
-            backend_id: record.backend_id,
-            backend_generation: record.generation,
+            backend_id: record.reference.id,
+            backend_generation: record.reference.generation,
             current: record.is_current(dump),
             local: listing.flatten().map(|socket| canonical(socket.local)),
             state,
@@ -211,9 +207,9 @@ fn has_peer(record: &Record, socket: &Socket) -> bool {
 
 fn all(maps: &PinnedMaps) -> anyhow::Result<Vec<Record>> {
     let mut all: Vec<_> = maps.sockets()?.into_iter().map(Record::from).collect();
-    for (cookie, socket) in maps.udp_flows()? {
-        let used = socket.flows.iter().filter(|flow| flow.vip_port != 0);
-        all.extend(used.map(|flow| Record::of_flow(cookie, socket.netns, flow)));
+    for (cookie, socket) in maps.udp_dests()? {
+        let used = socket.dests.iter().filter(|dest| dest.vip_port != 0);
+        all.extend(used.map(|dest| Record::of_dest(cookie, socket.netns, dest)));
     }
     Ok(all)
 }
@@ -286,8 +282,7 @@ mod tests {
             proto: 6,
             original: (Addr::from_v4([10, 96, 0, 10]), 80),
             backend: "10.10.1.2:8080".parse().unwrap(),
-            backend_id: 1,
-            generation: 1,
+            reference: BackendRef { id: 1, generation: 1 },
             service: 1,
             time: LATE - 10 * CONNECTING,
         }
@@ -380,7 +375,7 @@ mod tests {
         let none = sockets(None);
         let row = |record: &Record| Row::new(record, &dump, &none, LATE);
         let old = Record {
-            generation: 3,
+            reference: BackendRef { id: 1, generation: 3 },
             ..record()
         };
         assert_eq!((&*row(&old).owner.name, row(&old).current), ("web", false));

@@ -2,15 +2,16 @@
 
 use std::collections::BTreeSet;
 
-use lb_common::abi::{DropReason, VERSION};
+use lb_common::abi::{DropReason, SizedMap, VERSION};
 use lb_common::logic::generation;
+use lb_core::maps::Dump;
+use lb_core::names::text;
+use lb_core::reconcile::Usage;
 use serde::Serialize;
 
 use super::devices::{self, DeviceRow};
 use super::{Format, ReadArgs, output};
 use crate::loader::{self, Lock};
-use lb_core::maps::Dump;
-use lb_core::names::text;
 
 #[derive(Debug, Serialize)]
 struct Status {
@@ -69,14 +70,25 @@ struct ProblemRow {
     message: String,
 }
 
+/// Returns the number of entries in use of the maps that the agent fills.
+fn filled(dump: &Dump) -> Usage {
+    let live = |generation: &u32| generation::is_live(*generation);
+    Usage {
+        services: dump.services.iter().map(|s| s.generation).filter(live).count() as u32,
+        frontends: dump.frontends.len() as u32,
+        backends: dump.backends.iter().map(|b| b.generation).filter(live).count() as u32,
+        backend_slots: used_slots(dump),
+    }
+}
+
 /// Returns the number of slots in the ranges of published sets.
-fn used_slots(dump: &Dump) -> usize {
+fn used_slots(dump: &Dump) -> u32 {
     let mut ranges: Vec<_> = dump
         .services
         .iter()
         .flat_map(|s| [s.internal, s.external, s.cluster])
         .filter(|word| word.len != 0)
-        .map(|word| (word.base, u32::from(word.len).next_power_of_two() as usize))
+        .map(|word| (word.base, u32::from(word.len).next_power_of_two()))
         .collect();
     ranges.sort_unstable();
     ranges.dedup();
@@ -87,7 +99,6 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
     let pins = args.pin.pins();
     let maps = args.pin.open()?;
     let dump = maps.dump()?;
-    let sizes = maps.capacities();
     let running = Lock::is_taken(&pins);
     let state = maps.state();
     let string = |field: &[u8]| text(field).unwrap_or("?").to_owned();
@@ -104,14 +115,14 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
         complete: state.is_some_and(|s| s.complete != 0),
     };
     let mut problems: Vec<_> = maps
-        .notices()?
+        .problems()?
         .iter()
-        .map(|notice| ProblemRow {
-            place: string(&notice.place),
-            message: string(&notice.message),
+        .map(|problem| ProblemRow {
+            place: string(&problem.place),
+            message: string(&problem.message),
         })
         .collect();
-    if let Some(more) = state.map(|s| s.more_notices).filter(|more| *more > 0) {
+    if let Some(more) = state.map(|s| s.more_problems).filter(|more| *more > 0) {
         problems.push(ProblemRow {
             place: "status".into(),
             message: format!("{more} more problems are in the log of the agent"),
@@ -143,29 +154,19 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
         });
         Vec::new()
     });
-    let row = |name, used, capacity| MapRow {
-        name,
-        used,
-        capacity,
-        flag: lb_core::maps::capacity_flag(name),
-    };
-    let live = |generation: u32| generation::is_live(generation);
-    let maps_rows = vec![
-        row("FRONTENDS", dump.frontends.len(), sizes.frontends),
-        row(
-            "SERVICES",
-            dump.services.iter().filter(|s| live(s.generation)).count(),
-            sizes.services,
-        ),
-        row(
-            "BACKENDS",
-            dump.backends.iter().filter(|b| live(b.generation)).count(),
-            sizes.backends,
-        ),
-        row("BACKEND_SLOTS", used_slots(&dump), sizes.backend_slots),
-        row("SOCKETS", maps.sockets_used(), sizes.sockets),
-        row("SOCKETS_MORE", maps.sockets_more_used()?, sizes.sockets_more),
-    ];
+    let filled = filled(&dump);
+    let capacities = maps.capacities();
+    let maps_rows = SizedMap::ALL
+        .iter()
+        .map(|map| {
+            Ok(MapRow {
+                name: map.name(),
+                used: maps.used(*map, &filled)?,
+                capacity: capacities[*map],
+                flag: map.flag(),
+            })
+        })
+        .collect::<anyhow::Result<Vec<_>>>()?;
     let drops = DropReason::ALL
         .iter()
         .map(|reason| {

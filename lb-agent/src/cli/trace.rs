@@ -60,14 +60,6 @@ impl ServiceName {
     }
 }
 
-/// Every kind of event.
-const ALL: u32 = EventKind::Connected.bit()
-    | EventKind::Sent.bit()
-    | EventKind::Refused.bit()
-    | EventKind::Destroyed.bit()
-    | EventKind::Translated.bit()
-    | EventKind::Rejected.bit();
-
 /// Number of events that are printed before signals are checked.
 const TURN: usize = 256;
 
@@ -102,8 +94,8 @@ impl Row {
     /// Creates the row of an event. `boot` is the time since 1970, in nanoseconds, at which CLOCK_MONOTONIC was zero.
     fn new(event: &Event, service: Option<ServicePortName>, boot: u64, command: String) -> Self {
         let kind = EventKind::from_u8(event.kind);
-        let refused = matches!(kind, Some(EventKind::Refused | EventKind::Rejected));
-        let packet = matches!(kind, Some(EventKind::Translated | EventKind::Rejected));
+        let refused = kind.is_some_and(EventKind::is_refusal);
+        let packet = kind.is_some_and(EventKind::is_of_packet);
         Self {
             event: kind.map_or("(unknown)", EventKind::label),
             time_ns: boot + event.time,
@@ -172,7 +164,7 @@ struct EnabledEvents<'a>(&'a PinnedMaps);
 
 impl<'a> EnabledEvents<'a> {
     fn all(maps: &'a PinnedMaps) -> Self {
-        maps.write_events(ALL);
+        maps.write_events(EventKind::ALL_BITS);
         Self(maps)
     }
 }

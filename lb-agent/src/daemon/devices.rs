@@ -131,7 +131,7 @@ impl Devices {
                 device.flags |= device_flags::OWN_QDISC;
             }
         }
-        match maps.pinned_mut().write_devices(&devices) {
+        match maps.write_devices(&devices) {
             Ok(0) => Vec::new(),
             Ok(missing) => {
                 let message = format!("no room for {missing} devices: packets are not forwarded through them");

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use lb_common::abi::{Addr, Event, Notice, State, map_name};
+use lb_common::abi::{Addr, Event, ProblemRecord, State, map_name};
 use lb_core::maps::{Capacities, Maps as _};
 use lb_core::model::{Batch, Problem, ProblemKind};
 use lb_core::names::pad;
@@ -247,7 +247,7 @@ fn initial_state(node: &str, cgroup: &Cgroup, socket_lb: SocketLb) -> anyhow::Re
         applies: 0,
         cgroup: cgroup.id(),
         netns: sys::netns_cookie().context("SO_NETNS_COOKIE")?,
-        more_notices: 0,
+        more_problems: 0,
         node_only: u32::from(socket_lb == SocketLb::Node),
         own_ports: 0,
         pad: 0,
@@ -409,14 +409,14 @@ impl Daemon {
         }
         let notices: Vec<_> = problems
             .iter()
-            .map(|problem| Notice {
+            .map(|problem| ProblemRecord {
                 place: pad(&problem.place),
                 message: pad(&problem.message),
             })
             .collect();
-        match self.reconciler.maps_mut().pinned_mut().write_notices(&notices) {
+        match self.reconciler.maps_mut().pinned_mut().write_problems(&notices) {
             Ok(more) => {
-                self.state.more_notices = more as u32;
+                self.state.more_problems = more as u32;
                 self.problems.published(problems);
             }
             Err(error) => error!(%error, "failed to write problems for `lb-agent status`"),

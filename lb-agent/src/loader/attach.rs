@@ -1,4 +1,4 @@
-//! Hooks: programs at a cgroup, by pinned links that are updated in place.
+//! Cgroup hooks: programs that are attached to a cgroup by pinned links, which are updated in place.
 
 use std::fs::{self, File};
 use std::io;
@@ -29,10 +29,10 @@ fn failed(path: &Path, call: &'static str) -> impl FnOnce(io::Error) -> LoadErro
 }
 
 impl Cgroup {
-    /// Opens a cgroup; without a path, the root of the cgroup2 mount that /proc/mounts names.
+    /// Opens a cgroup; without a path, the root of the first cgroup2 mount in /proc/mounts.
     ///
     /// # Errors
-    /// Where there is none.
+    /// Returns a [`LoadError`] if there is no cgroup2 mount, or the path cannot be opened.
     pub fn open(path: Option<&Path>) -> Result<Self, LoadError> {
         let path = match path {
             Some(path) => path.to_owned(),
@@ -43,47 +43,47 @@ impl Cgroup {
         Ok(Self { path, dir, id })
     }
 
-    /// Its inode, which is its id.
+    /// Returns the inode of the cgroup, which is its id.
     #[must_use]
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// Its path.
+    /// Returns the path of the cgroup.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether every process of the machine is below it.
+    /// Returns whether every process of the machine is below the cgroup.
     #[must_use]
     pub fn is_root(&self) -> bool {
         is_root(self.id)
     }
 }
 
-/// Whether the id is that of the root of the hierarchy.
+/// Returns whether an id is that of the root of the hierarchy.
 #[must_use]
 pub(crate) fn is_root(id: u64) -> bool {
     id == 1
 }
 
-/// The cgroup2 mount that /proc/mounts names.
+/// Returns the first cgroup2 mount in /proc/mounts.
 pub(crate) fn root() -> Result<PathBuf, LoadError> {
     let mounts = Path::new("/proc/mounts");
     let text = fs::read_to_string(mounts).map_err(failed(mounts, "read"))?;
     mount_point(&text).ok_or_else(|| LoadError::PinPath {
         path: mounts.into(),
-        what: "no cgroup2 mount: mount one, or say --cgroup".into(),
+        what: "no cgroup2 mount: mount one, or set --cgroup".into(),
     })
 }
 
-/// The first mount point of type cgroup2 in the text of /proc/mounts.
+/// Returns the first mount point of type cgroup2 in the text of /proc/mounts.
 fn mount_point(mounts: &str) -> Option<PathBuf> {
     mounts.lines().find_map(|line| {
         let mut fields = line.split(' ');
         let (_, path, kind) = (fields.next()?, fields.next()?, fields.next()?);
-        // proc(5): spaces and the like are octal escapes.
+        // proc(5): white space and backslashes are octal escapes.
         (kind == "cgroup2").then(|| PathBuf::from(path.replace("\\040", " ").replace("\\011", "\t")))
     })
 }
@@ -96,7 +96,7 @@ pub struct Hook {
     attach_type: bpf_attach_type,
 }
 
-/// All hooks, in the order of attachment: who forgets before who remembers, and who translates answers before who asks.
+/// All hooks in attach order: release hooks before connect hooks, and reverse translation before forward translation.
 const HOOKS: [Hook; 11] = {
     use bpf_attach_type as at;
     const fn hook(name: &'static str, attach_type: bpf_attach_type) -> Hook {
@@ -117,23 +117,22 @@ const HOOKS: [Hook; 11] = {
     ]
 };
 
-/// Puts the loaded programs at their hooks. A link that is pinned is updated in place: there is no moment without a
-/// program.
+/// Attaches the loaded programs to their hooks. A pinned link is updated in place, so the hook always has a program.
 ///
 /// # Errors
-/// The system call's.
+/// Returns [`LoadError::Call`] if a system call fails.
 pub fn attach(programs: &Ebpf, pins: &PinPath, cgroup: &Cgroup) -> Result<(), LoadError> {
     for hook in HOOKS {
         let program = programs.program(hook.name).ok_or_else(|| LoadError::PinPath {
             path: hook.name.into(),
-            what: "the object has no such program".into(),
+            what: "the object does not contain the program".into(),
         })?;
         let program = program.fd().map_err(|source| LoadError::Program {
             name: hook.name.into(),
             source,
         })?;
         let path = pins.links().join(hook.name);
-        // (The file system takes no dots in names.) What a start that was killed left may be at another cgroup.
+        // The BPF file system does not accept dots in names. A link that a killed start left may be at another cgroup.
         let new = pins.links().join(format!("{}-new", hook.name));
         if new.exists() {
             fs::remove_file(&new).map_err(failed(&new, "unlink"))?;
@@ -149,19 +148,19 @@ pub fn attach(programs: &Ebpf, pins: &PinPath, cgroup: &Cgroup) -> Result<(), Lo
         }
         let link = sys::link_create(program.as_fd(), cgroup.dir.as_fd(), hook.attach_type)
             .map_err(failed(cgroup.path(), "BPF_LINK_CREATE"))?;
-        // A rename, so that a link that was there lives until this one does.
+        // A rename keeps an earlier link alive until the new one is pinned.
         sys::obj_pin(link.as_fd(), &new).map_err(failed(&new, "BPF_OBJ_PIN"))?;
         fs::rename(&new, &path).map_err(failed(&path, "rename"))?;
     }
     Ok(())
 }
 
-/// A program at a hook.
+/// A program that is attached to a hook.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attached {
     /// Name of the program.
     pub name: &'static str,
-    /// Id of the cgroup; zero where it is gone.
+    /// Id of the cgroup; zero if the cgroup was removed.
     pub cgroup: u64,
     /// Id of the program.
     pub program: u32,
@@ -169,10 +168,10 @@ pub struct Attached {
     pub tag: u64,
 }
 
-/// What is attached now, by the pinned links; `None` for a hook that has none.
+/// Returns the attached program of every hook, by the pinned links; `None` for a hook without a link.
 ///
 /// # Errors
-/// The system call's.
+/// Returns [`LoadError::Call`] if a system call fails.
 pub fn attached(pins: &PinPath) -> Result<Vec<(&'static str, Option<Attached>)>, LoadError> {
     HOOKS
         .into_iter()

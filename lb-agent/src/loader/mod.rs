@@ -1,7 +1,7 @@
 //! The kernel side of the agent: loads the programs, pins and adopts maps and links. The only place where aya loads.
 //!
 //! Everything is pinned below `PIN_PATH/vN`, N being [`VERSION`] of the layout: maps in `maps/`, links in `links/`. So
-//! the data plane works on while no agent runs, and a start takes over what is there.
+//! the data plane continues while no agent runs, and a start takes over the pinned maps and links.
 
 mod attach;
 mod pins;
@@ -9,29 +9,28 @@ mod tc;
 mod undo;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use aya::maps::{MapInfo, MapType};
 use aya::programs::Program;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, CtEntry, CtKey, Device, DropReason, Frontend,
-    FrontendKey, NODE_NETNS_GLOBAL, NODE_ONLY_GLOBAL, Name, Notice, SOCKETS_MASK_GLOBAL, Service, ServiceStats,
-    SocketRecord, SourceRange, State, UdpFlows, VERSION, capacity, map_name,
+    Capacity, MAPS, MapKind, MapSpec, NODE_NETNS_GLOBAL, NODE_ONLY_GLOBAL, SOCKETS_MASK_GLOBAL, SizedMap, VERSION,
+    map_name, map_spec,
 };
+use lb_core::maps::{Capacities, MapError};
 use tracing::{info, warn};
 
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
 use crate::node::devices::Layer;
-use lb_core::maps::{Capacities, MapError, capacity_flag};
 
 pub use attach::{Attached, Cgroup, Hook, attach, attached};
 pub(crate) use attach::{is_root as is_root_cgroup, root as cgroup_root};
 pub use pins::{Lock, PinPath, TraceLock};
 pub use tc::{AtDevice, TcHooks, Trouble, Way, at_devices, load_programs};
 
-/// The kernel programs, as the build script made them.
+/// The object with the kernel programs, as the build script made it.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf"));
 
 /// Why the kernel side cannot be set up.
@@ -42,7 +41,7 @@ pub enum LoadError {
     PinPath {
         /// The path.
         path: PathBuf,
-        /// What is wrong.
+        /// The reason.
         what: String,
     },
     /// A call on a path failed.
@@ -50,34 +49,34 @@ pub enum LoadError {
     Call {
         /// The path.
         path: PathBuf,
-        /// What was tried.
+        /// The call that failed.
         call: &'static str,
-        /// Why it failed.
+        /// The error of the call.
         source: io::Error,
     },
     /// Another agent uses the pin path.
     #[error("{0}: another agent is running on this pin path")]
     Locked(PathBuf),
-    /// The pinned maps are of another layout.
+    /// The pinned maps have another layout.
     #[error(
         "{path}: {what}; this build cannot take it over: run the build that made it, or `lb-agent cleanup` (which stops \
          serving) first"
     )]
     Layout {
-        /// What is pinned.
+        /// Path of the pinned map.
         path: PathBuf,
-        /// How it differs.
+        /// The difference.
         what: String,
     },
     /// The object cannot be loaded.
     #[error("the eBPF object cannot be loaded: {0}")]
     Object(#[from] EbpfError),
-    /// A program cannot be loaded: the verifier's words are part of it.
+    /// A program cannot be loaded. The text contains the verifier's log.
     #[error("program {name}: {source}")]
     Program {
-        /// Its name.
+        /// Name of the program.
         name: String,
-        /// Why.
+        /// The error, with the verifier's log.
         source: aya::programs::ProgramError,
     },
     /// A map cannot be used.
@@ -85,142 +84,25 @@ pub enum LoadError {
     Map(#[from] MapError),
 }
 
-/// What a map must be like.
-struct Layout {
-    name: &'static str,
-    map_type: MapType,
-    key: usize,
-    value: usize,
-    flags: u32,
-    /// Number of entries, where it is not a flag.
-    fixed: Option<u32>,
-}
-
-const MMAPABLE: u32 = 1 << 10;
-const NO_PREALLOC: u32 = 1;
-
-/// All maps, as `lb-ebpf/src/maps.rs` declares them; a test compares the two.
-fn layouts() -> Vec<Layout> {
-    let map = |name, map_type, key, value, flags, fixed| Layout {
-        name,
-        map_type,
-        key,
-        value,
-        flags,
-        fixed,
-    };
-    let mapped = |name, value, fixed| map(name, MapType::Array, 4, value, MMAPABLE, fixed);
-    let hash = |name, key, value, flags, fixed| map(name, MapType::Hash, key, value, flags, fixed);
-    // A key begins with the length of its prefix.
-    let trie = |name, data, fixed| map(name, MapType::LpmTrie, 4 + data, 4, NO_PREALLOC, fixed);
-    vec![
-        hash(
-            map_name::FRONTENDS,
-            size_of::<FrontendKey>(),
-            size_of::<Frontend>(),
-            0,
-            None,
-        ),
-        mapped(map_name::SERVICES, size_of::<Service>(), None),
-        mapped(map_name::BACKEND_SLOTS, size_of::<BackendSlot>(), None),
-        mapped(map_name::BACKENDS, size_of::<Backend>(), None),
-        hash(
-            map_name::NODE_ADDRS,
-            size_of::<Addr>(),
-            4,
-            0,
-            Some(capacity::NODE_ADDRS),
-        ),
-        mapped(map_name::SOCKETS, size_of::<SocketRecord>(), None),
-        hash(map_name::SOCKETS_MORE, 8, size_of::<SocketRecord>(), NO_PREALLOC, None),
-        hash(map_name::UDP_FLOWS, 8, size_of::<UdpFlows>(), NO_PREALLOC, None),
-        map(
-            map_name::AFFINITY,
-            MapType::LruHash,
-            size_of::<AffinityKey>(),
-            size_of::<Affinity>(),
-            0,
-            None,
-        ),
-        hash(map_name::NAMES, 4, size_of::<Name>(), NO_PREALLOC, None),
-        map(
-            map_name::STATS,
-            MapType::PerCpuArray,
-            4,
-            size_of::<ServiceStats>(),
-            0,
-            None,
-        ),
-        map(map_name::DROPS, MapType::PerCpuArray, 4, 8, 0, Some(DropReason::COUNT)),
-        map(
-            map_name::EVENTS,
-            MapType::RingBuf,
-            0,
-            0,
-            0,
-            Some(capacity::EVENTS_BYTES),
-        ),
-        mapped(map_name::CONFIG, size_of::<Config>(), Some(1)),
-        mapped(map_name::STATE, size_of::<State>(), Some(1)),
-        hash(
-            map_name::NOTICES,
-            4,
-            size_of::<Notice>(),
-            NO_PREALLOC,
-            Some(capacity::NOTICES),
-        ),
-        hash(map_name::CT, size_of::<CtKey>(), size_of::<CtEntry>(), 0, None),
-        map(
-            map_name::CT_NEW,
-            MapType::LruHash,
-            size_of::<CtKey>(),
-            size_of::<CtEntry>(),
-            0,
-            None,
-        ),
-        hash(
-            map_name::DEVICES,
-            4,
-            size_of::<Device>(),
-            NO_PREALLOC,
-            Some(capacity::DEVICES),
-        ),
-        trie(
-            map_name::SOURCE_RANGES,
-            size_of::<SourceRange>(),
-            Some(capacity::SOURCE_RANGES),
-        ),
-        trie(
-            map_name::CLUSTER_CIDRS,
-            size_of::<Addr>(),
-            Some(capacity::CLUSTER_CIDRS),
-        ),
-    ]
-}
-
-/// Number of entries that the flags ask for.
-fn asked(capacities: &Capacities, map: &str) -> u32 {
-    match map {
-        map_name::FRONTENDS => capacities.frontends,
-        map_name::BACKENDS => capacities.backends,
-        map_name::BACKEND_SLOTS => capacities.backend_slots,
-        map_name::SOCKETS => capacities.sockets,
-        map_name::SOCKETS_MORE => capacities.sockets_more,
-        map_name::UDP_FLOWS => capacities.udp_flows,
-        map_name::AFFINITY => capacities.affinity,
-        map_name::CT => capacities.conntrack,
-        map_name::CT_NEW => capacities.conntrack_new,
-        _ => capacities.services,
+/// The type of a map, as aya names it.
+const fn map_type(kind: MapKind) -> MapType {
+    match kind {
+        MapKind::Array => MapType::Array,
+        MapKind::PerCpuArray => MapType::PerCpuArray,
+        MapKind::Hash => MapType::Hash,
+        MapKind::LruHash => MapType::LruHash,
+        MapKind::LpmTrie => MapType::LpmTrie,
+        MapKind::RingBuf => MapType::RingBuf,
     }
 }
 
-/// Whose sockets are served.
+/// Which processes get socket-level load balancing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SocketLb {
-    /// Those of all processes below the cgroup.
+    /// All processes below the cgroup.
     #[default]
     All,
-    /// Those of the node's network namespace; pods' connections are left to the packet path.
+    /// The processes in the node's network namespace. The packet path serves the connections of pods.
     Node,
 }
 
@@ -247,11 +129,11 @@ impl EbpfLog {
     }
 }
 
-/// Loads the programs, with the maps that are pinned or new ones of the sizes that are asked for. Pinned maps keep
-/// their size. The calling thread's network namespace is the node's. Nothing is attached.
+/// Loads the programs with the pinned maps, or with new maps of the requested capacities. Pinned maps keep their
+/// capacities. The network namespace of the calling thread is the node's. No program is attached.
 ///
 /// # Errors
-/// See [`LoadError`].
+/// Returns a [`LoadError`] if the pins are of another layout, or if a map or program cannot be loaded.
 pub fn load(
     object: &[u8],
     lock: &Lock,
@@ -276,35 +158,20 @@ pub fn load_logging(
     pins.refuse_other_versions()?;
     let maps_dir = pins.create_dirs()?;
     let mut loader = EbpfLoader::new();
-    let mut sockets = capacities.sockets.next_power_of_two();
-    for layout in layouts() {
-        let path = maps_dir.join(layout.name);
-        let wanted = match layout.name {
-            map_name::SOCKETS => sockets,
-            name => layout.fixed.unwrap_or_else(|| asked(capacities, name)),
+    let mut sockets = map_spec::SOCKETS.default_capacity();
+    for map in MAPS {
+        let path = maps_dir.join(map.name);
+        let wanted = match map.capacity {
+            Capacity::Fixed(entries) => entries,
+            // The slot of a socket is found by a mask.
+            Capacity::Sized(sized @ SizedMap::Sockets) => capacities[sized].next_power_of_two(),
+            Capacity::Sized(sized) => capacities[sized],
         };
-        let size = match pinned_size(&layout, &path)? {
-            None => wanted,
-            Some(size) if size == wanted => size,
-            Some(_) if layout.fixed.is_some() => {
-                let what = format!("is pinned with another number of entries than {wanted}");
-                return Err(LoadError::Layout { path, what });
-            }
-            Some(size) => {
-                warn!(
-                    "{} is pinned with {size} entries; --{} {wanted} takes effect after `lb-agent cleanup`",
-                    layout.name,
-                    capacity_flag(layout.name)
-                );
-                size
-            }
-        };
-        if layout.name == map_name::SOCKETS {
+        let size = pinned_size(map, wanted, &path)?;
+        if map.name == map_name::SOCKETS {
             sockets = size;
         }
-        loader
-            .map_max_entries(layout.name, size)
-            .map_pin_path(layout.name, path);
+        loader.map_max_entries(map.name, size).map_pin_path(map.name, path);
     }
     let mask = sockets - 1;
     let netns = sys::netns_cookie().map_err(|source| LoadError::Call {
@@ -325,7 +192,7 @@ pub fn load_logging(
     Ok(BpfMaps::new(pinned, programs)?)
 }
 
-/// Loads every program but those at devices; the verifier sees each.
+/// Loads every program except those for devices, so that the verifier checks each.
 fn load_all(programs: &mut Ebpf) -> Result<(), LoadError> {
     for (name, program) in programs.programs_mut() {
         let result = match program {
@@ -342,34 +209,41 @@ fn load_all(programs: &mut Ebpf) -> Result<(), LoadError> {
     Ok(())
 }
 
-/// Number of entries of a pinned map; `None` where it is not pinned.
-fn pinned_size(layout: &Layout, path: &std::path::Path) -> Result<Option<u32>, LoadError> {
-    if !path.exists() {
-        return Ok(None);
-    }
-    let info = MapInfo::from_pin(path).map_err(|error| LoadError::Layout {
+/// Returns the number of entries of a map: that of the pinned map, or `wanted` if it is not pinned.
+fn pinned_size(map: &MapSpec, wanted: u32, path: &Path) -> Result<u32, LoadError> {
+    let layout = |what| LoadError::Layout {
         path: path.into(),
-        what: format!("is no map: {error}"),
-    })?;
+        what,
+    };
+    if !path.exists() {
+        return Ok(wanted);
+    }
+    let info = MapInfo::from_pin(path).map_err(|error| layout(format!("is not a map: {error}")))?;
     let is = (
         info.map_type().ok(),
         info.key_size(),
         info.value_size(),
         info.map_flags(),
     );
-    let should = (
-        Some(layout.map_type),
-        layout.key as u32,
-        layout.value as u32,
-        layout.flags,
-    );
+    let should = (Some(map_type(map.kind)), map.key_size(), map.value_size(), map.flags);
     if is != should {
-        return Err(LoadError::Layout {
-            path: path.into(),
-            what: format!("has (type, key size, value size, flags) {is:?}, this build has {should:?}"),
-        });
+        return Err(layout(format!(
+            "has (type, key size, value size, flags) {is:?}, this build has {should:?}"
+        )));
     }
-    Ok(Some(info.max_entries()))
+    let size = info.max_entries();
+    match map.capacity {
+        Capacity::Fixed(_) if size != wanted => {
+            return Err(layout(format!("has {size} entries, this build has {wanted}")));
+        }
+        Capacity::Sized(sized) if size != wanted => warn!(
+            "{} is pinned with {size} entries; --{} {wanted} takes effect after `lb-agent cleanup`",
+            map.name,
+            sized.flag()
+        ),
+        Capacity::Fixed(_) | Capacity::Sized(_) => {}
+    }
+    Ok(size)
 }
 
 /// A loaded program, for `status` and tests.
@@ -377,19 +251,19 @@ fn pinned_size(layout: &Layout, path: &std::path::Path) -> Result<Option<u32>, L
 pub struct Verified {
     /// Name in the object.
     pub name: String,
-    /// Tag: a hash of its instructions.
+    /// Tag: a hash of the instructions.
     pub tag: u64,
-    /// Instructions that the verifier walked through.
+    /// Number of instructions that the verifier processed.
     pub verified: Option<u32>,
     /// Length in bytes after the verifier's rewrite.
     pub size: Option<u32>,
 }
 
-/// What the verifier said of every program. Those for devices without a link layer are loaded when there is such a
-/// device.
+/// Returns the verifier's figures of every program. The programs for devices without a link layer are loaded when there is
+/// such a device.
 ///
 /// # Errors
-/// Where a program is not loaded.
+/// Returns [`LoadError::Program`] if a program is not loaded.
 pub fn verified(programs: &Ebpf) -> Result<Vec<Verified>, LoadError> {
     programs
         .programs()
@@ -408,10 +282,10 @@ pub fn verified(programs: &Ebpf) -> Result<Vec<Verified>, LoadError> {
         .collect()
 }
 
-/// Detaches every program and removes every pin, of any version. False where there was nothing.
+/// Detaches every program and removes every pin, of any version. Returns false if nothing was pinned.
 ///
 /// # Errors
-/// [`LoadError::Locked`] while an agent runs, or the system call's.
+/// Returns [`LoadError::Locked`] while an agent runs, and [`LoadError::Call`] if a system call fails.
 pub fn cleanup(pins: &PinPath) -> Result<bool, LoadError> {
     if !pins.root().exists() {
         return Ok(false);
@@ -423,7 +297,7 @@ pub fn cleanup(pins: &PinPath) -> Result<bool, LoadError> {
     Ok(true)
 }
 
-/// The folder of this build's layout.
+/// Returns the name of the directory of this build's layout.
 fn version_dir() -> String {
     format!("v{VERSION}")
 }

@@ -1,4 +1,4 @@
-//! The pin path: where it is, who may write to it, and what is below it.
+//! The pin path: its location, its locks, and the directories below it.
 
 use std::fs;
 use std::io;
@@ -15,15 +15,15 @@ use nix::sys::statfs::{BPF_FS_MAGIC, FsType, statfs};
 use super::{LoadError, version_dir};
 use crate::maps::sys;
 
-/// Where the kernel's BPF file system is mounted by convention.
+/// The conventional mount point of the kernel's BPF file system.
 const BPFFS: &str = "/sys/fs/bpf";
 
-/// How long a lock is tried for: `status` holds one for a moment, only to learn whether it can be had.
+/// How long a lock is tried. `status` takes a lock for a moment, to find out whether another process has it.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Time between two tries.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// The folder that an agent pins everything below.
+/// The directory that an agent pins everything below.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PinPath(PathBuf);
 
@@ -40,31 +40,31 @@ fn is_bpffs(path: &Path) -> bool {
 }
 
 impl PinPath {
-    /// A path that is on a BPF file system, or will be.
+    /// Returns the pin path at a path on a BPF file system, which may not be mounted yet.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self(path.into())
     }
 
-    /// The folder itself.
+    /// Returns the directory itself.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.0
     }
 
-    /// Where this build's maps are pinned.
+    /// Returns the directory of the maps of this build's layout.
     #[must_use]
     pub fn maps(&self) -> PathBuf {
         self.0.join(version_dir()).join("maps")
     }
 
-    /// Where this build's links are pinned.
+    /// Returns the directory of the links of this build's layout.
     #[must_use]
     pub fn links(&self) -> PathBuf {
         self.0.join(version_dir()).join("links")
     }
 
-    /// Makes the folder, and mounts the BPF file system where it is not mounted.
+    /// Creates the directory, and mounts the BPF file system if it is not mounted.
     fn create(&self) -> Result<(), LoadError> {
         if !is_bpffs(&self.0) {
             if !self.0.starts_with(BPFFS) {
@@ -79,7 +79,7 @@ impl PinPath {
         fs::create_dir_all(&self.0).map_err(failed(&self.0, "mkdir"))
     }
 
-    /// Makes the folders of this build's layout; returns that of the maps.
+    /// Creates the directories of this build's layout, and returns that of the maps.
     pub(super) fn create_dirs(&self) -> Result<PathBuf, LoadError> {
         for dir in [self.maps(), self.links()] {
             fs::create_dir_all(&dir).map_err(failed(&dir, "mkdir"))?;
@@ -87,7 +87,7 @@ impl PinPath {
         Ok(self.maps())
     }
 
-    /// Refuses what a build with another layout has pinned.
+    /// Returns an error if a build with another layout has pinned its maps here.
     pub(super) fn refuse_other_versions(&self) -> Result<(), LoadError> {
         let entries = fs::read_dir(&self.0).map_err(failed(&self.0, "readdir"))?;
         for entry in entries {
@@ -102,13 +102,14 @@ impl PinPath {
         Ok(())
     }
 
-    /// Removes everything, links first: detached here, since the kernel ends a link some time after its last pin.
+    /// Removes everything, links first. Links are detached explicitly, since the kernel releases a link some time after its
+    /// last pin.
     pub(super) fn remove_all(&self) -> Result<(), LoadError> {
         for dir in entries(&self.0)? {
             let links = dir.join("links");
             if links.exists() {
                 for link in entries(&links)? {
-                    // What is no link, or cannot be detached, is removed below like the rest.
+                    // A file that is not a link, or cannot be detached, is removed below like the others.
                     if let Ok(link) = sys::obj_get(&link) {
                         sys::link_detach(link.as_fd()).ok();
                     }
@@ -120,26 +121,26 @@ impl PinPath {
     }
 }
 
-/// The paths in a folder.
+/// Returns the paths in a directory.
 fn entries(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     fs::read_dir(dir)
         .and_then(|entries| entries.map(|entry| entry.map(|entry| entry.path())).collect())
         .map_err(failed(dir, "readdir"))
 }
 
-/// The right to write below a pin path: one process has it, and loses it when it ends.
+/// The exclusive lock for writing below a pin path. The kernel releases it when the process ends.
 #[derive(Debug)]
 pub struct Lock {
     pins: PinPath,
-    /// Held open.
+    /// Kept open, since that holds the lock.
     _file: Flock<fs::File>,
 }
 
 impl Lock {
-    /// Makes the folder where it is not there, and takes the lock.
+    /// Creates the directory if it does not exist, and takes the lock.
     ///
     /// # Errors
-    /// [`LoadError::Locked`] where another process has it, and keeps it for a second.
+    /// Returns [`LoadError::Locked`] if another process holds the lock for longer than a second.
     pub fn take(pins: &PinPath) -> Result<Self, LoadError> {
         pins.create()?;
         match lock(pins.root())? {
@@ -151,46 +152,46 @@ impl Lock {
         }
     }
 
-    /// Whether some process has the lock.
+    /// Returns whether a process holds the lock.
     #[must_use]
     pub fn is_taken(pins: &PinPath) -> bool {
         matches!(try_lock(pins.root(), FlockArg::LockSharedNonblock), Ok(None))
     }
 
-    /// What the lock is for.
+    /// Returns the pin path that the lock protects.
     #[must_use]
     pub fn pins(&self) -> &PinPath {
         &self.pins
     }
 }
 
-/// The right to say which events are written, and to read them: one process has it, and loses it when it ends.
+/// The exclusive lock for requesting trace events and reading them. The kernel releases it when the process ends.
 #[derive(Debug)]
 pub struct TraceLock {
-    /// Held open: the folder of the maps, since the root's lock is the agent's.
+    /// Kept open, since that holds the lock. It is the directory of the maps: the agent locks the root.
     _file: Flock<fs::File>,
 }
 
 impl TraceLock {
-    /// Takes the lock; `None` where another process has it.
+    /// Takes the lock; returns `None` if another process holds it.
     ///
     /// # Errors
-    /// The system call's, also where nothing is pinned.
+    /// Returns [`LoadError::Call`] if a system call fails, or if nothing is pinned.
     pub fn take(pins: &PinPath) -> Result<Option<Self>, LoadError> {
         Ok(lock(&pins.maps())?.map(|file| Self { _file: file }))
     }
 
-    /// As [`Self::take`], but does not wait for who may have it for a moment only.
+    /// Takes the lock like [`Self::take`], but does not wait for a process that holds it for a moment only.
     ///
     /// # Errors
-    /// As [`Self::take`].
+    /// Returns the errors of [`Self::take`].
     pub fn try_take(pins: &PinPath) -> Result<Option<Self>, LoadError> {
         let file = try_lock(&pins.maps(), FlockArg::LockExclusiveNonblock)?;
         Ok(file.map(|file| Self { _file: file }))
     }
 }
 
-/// The folder, locked for this process alone; `None` where somebody else has it, and keeps it.
+/// Locks a directory exclusively; returns `None` if another process keeps a lock on it.
 fn lock(path: &Path) -> Result<Option<Flock<fs::File>>, LoadError> {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -202,7 +203,7 @@ fn lock(path: &Path) -> Result<Option<Flock<fs::File>>, LoadError> {
     }
 }
 
-/// The locked folder; `None` where somebody else holds a lock that excludes this one.
+/// Locks a directory; returns `None` if another process holds a lock that excludes this one.
 fn try_lock(path: &Path, how: FlockArg) -> Result<Option<Flock<fs::File>>, LoadError> {
     let dir = open(
         path,

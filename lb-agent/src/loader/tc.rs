@@ -1,8 +1,8 @@
-//! Programs at network devices: tcx links that are pinned and updated in place, as those of the cgroup are, or filters of
-//! a clsact qdisc where the kernel has no tcx (before 6.6).
+//! Programs at network devices: tcx links that are pinned and updated in place, like those of the cgroup, or filters of a
+//! clsact qdisc if the kernel has no tcx (before 6.6).
 //!
-//! Nothing is remembered between two calls: what is there is looked at each time, since a device may go and another one
-//! come by its index, and others may take away what is not theirs.
+//! No state is kept between two calls. Each call reads the attached programs again, since a device may be removed and
+//! another one get its index, and other processes may remove programs of lb.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -21,17 +21,17 @@ use crate::maps::sys;
 use crate::node::devices::{Layer, Served};
 use crate::node::filters::{Filters, Place, Side};
 
-/// How programs are put at devices.
+/// The mechanism that attaches programs to devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    /// By links, before all other programs.
+    /// tcx links, before all other programs.
     Tcx,
-    /// By filters of priority 1.
+    /// Filters of a clsact qdisc, with priority 1.
     Clsact,
 }
 
 impl Way {
-    /// Its name.
+    /// Name of the mechanism.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -41,12 +41,12 @@ impl Way {
     }
 }
 
-/// A device that programs could not be put at or taken from.
+/// A device that programs could not be attached to or detached from.
 #[derive(Debug)]
 pub struct Trouble {
-    /// Its index.
+    /// Interface index of the device.
     pub device: u32,
-    /// What was tried, and why it failed.
+    /// The operation that failed, and its error.
     pub error: LoadError,
 }
 
@@ -55,12 +55,12 @@ fn failed(path: impl Into<PathBuf>, call: &'static str) -> impl FnOnce(io::Error
     move |source| LoadError::Call { path, call, source }
 }
 
-/// What an error is said to be of where there is no path.
+/// Stands for the path in errors that concern no path.
 fn on_device(side: Side, call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
     failed(format!("({})", name(side)), call)
 }
 
-/// Word for a side, in the names of pinned links.
+/// Returns the word for a side in the names of pinned links.
 fn name(side: Side) -> &'static str {
     match side {
         Side::Ingress => "ingress",
@@ -75,7 +75,7 @@ fn attach_type(side: Side) -> bpf_attach_type {
     }
 }
 
-/// Name of the program for a side of a device.
+/// Returns the name of the program for a side of a device.
 fn program_for(side: Side, layer: Layer) -> &'static str {
     match (side, layer) {
         (Side::Ingress, Layer::Link) => program_name::INGRESS,
@@ -85,19 +85,20 @@ fn program_for(side: Side, layer: Layer) -> &'static str {
     }
 }
 
-/// The name that the link of a side of a device is pinned by. The file system takes no dots in names.
+/// Returns the name of the pinned link of a side of a device. The BPF file system does not accept dots in names.
 fn pin_name(side: Side, device: u32) -> String {
     format!("{}-{device}", name(side))
 }
 
-/// Side and device of the link that has this name.
+/// Returns side and device of the link with a name.
 fn of_pin(file: &str) -> Option<(Side, u32)> {
     let (word, device) = file.split_once('-')?;
     let side = Side::BOTH.into_iter().find(|side| name(*side) == word)?;
     Some((side, device.parse().ok()?))
 }
 
-/// The link that is pinned for a side of a device; `None` where it is none, or the device is another one since.
+/// Returns the pinned link of a side of a device; `None` if there is none, or if it belongs to an earlier device with the
+/// index.
 fn pinned(path: &Path, device: u32) -> Result<Option<(std::os::fd::OwnedFd, u32)>, LoadError> {
     let link = match sys::obj_get(path) {
         Ok(link) => link,
@@ -111,7 +112,7 @@ fn pinned(path: &Path, device: u32) -> Result<Option<(std::os::fd::OwnedFd, u32)
 /// Loads the programs for devices of a kind, unless they are loaded.
 ///
 /// # Errors
-/// With the verifier's words.
+/// Returns [`LoadError::Program`] with the verifier's log.
 pub fn load_programs(programs: &mut Ebpf, layer: Layer) -> Result<(), LoadError> {
     for name in Side::BOTH.map(|side| program_for(side, layer)) {
         let failed = |source| LoadError::Program {
@@ -130,7 +131,7 @@ pub fn load_programs(programs: &mut Ebpf, layer: Layer) -> Result<(), LoadError>
 fn no_program(name: &str) -> LoadError {
     LoadError::PinPath {
         path: name.into(),
-        what: "the object has no such program".into(),
+        what: "the object does not contain the program".into(),
     }
 }
 
@@ -153,26 +154,27 @@ fn program<'a>(programs: &'a Ebpf, name: &'static str) -> Result<Program<'a>, Lo
     Ok(Program { name, fd, id })
 }
 
-/// The programs for both sides of devices, in the order of attachment: who translates answers before who asks.
+/// The programs for both sides of devices in attach order: reverse translation before forward translation.
 fn sides(programs: &Ebpf, layer: Layer) -> Result<[(Side, Program<'_>); 2], LoadError> {
     let program = |side| Ok::<_, LoadError>((side, program(programs, program_for(side, layer))?));
     Ok([program(Side::Egress)?, program(Side::Ingress)?])
 }
 
-/// Puts programs at devices of the network namespace in which this was made, and takes them away.
+/// Attaches and detaches programs at the devices of one network namespace.
 pub struct TcHooks {
     links: PathBuf,
     way: Way,
     filters: Filters,
-    /// What an earlier run may have left by the other way is gone.
+    /// Programs that an earlier run attached by the other mechanism were removed.
     is_tidy: bool,
 }
 
 impl TcHooks {
-    /// For the network namespace of the calling thread. `tcx`: it may be used where there is any.
+    /// Creates the handle for the network namespace of the calling thread. With `tcx`, tcx links are used if the kernel has
+    /// them.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`LoadError::Call`] if a system call fails.
     pub fn open(programs: &Ebpf, pins: &PinPath, tcx: bool) -> Result<Self, LoadError> {
         let filters = Filters::open().map_err(failed("(tc)", "netlink"))?;
         let way = if tcx && has_tcx(programs)? {
@@ -188,18 +190,18 @@ impl TcHooks {
         })
     }
 
-    /// How programs are put at devices.
+    /// The mechanism that attaches programs to devices.
     #[must_use]
     pub fn way(&self) -> Way {
         self.way
     }
 
-    /// Puts the programs at devices: where an earlier build's is, ours takes its place in one step. `own_qdiscs` are
-    /// those whose clsact qdisc is the agent's. Returns those where that failed. What devices without a link layer need
-    /// is loaded when there is the first.
+    /// Attaches the programs to devices, and returns the devices where that failed. A program of an earlier build is
+    /// replaced atomically. `own_qdiscs` are the devices whose clsact qdisc the agent created. The programs for devices
+    /// without a link layer are loaded with the first such device.
     ///
     /// # Errors
-    /// Where the programs cannot be loaded.
+    /// Returns [`LoadError::Program`] if the programs cannot be loaded.
     pub fn attach(
         &mut self,
         programs: &mut Ebpf,
@@ -230,11 +232,11 @@ impl TcHooks {
         Ok(troubles)
     }
 
-    /// Takes the programs from all devices that are not served; `all` are those that there are. Returns those where that
-    /// failed.
+    /// Detaches the programs from all devices that are not served, and returns the devices where that failed. `all` are the
+    /// devices that exist.
     ///
     /// # Errors
-    /// Where the folder of links cannot be read.
+    /// Returns [`LoadError::Call`] if the directory of links cannot be read.
     pub fn detach(
         &mut self,
         served: &BTreeMap<u32, Served>,
@@ -248,11 +250,14 @@ impl TcHooks {
                 continue;
             }
             match remove_link(&path) {
-                Ok(()) => info!(device, "programs are taken from a device that is not served, or gone"),
+                Ok(()) => info!(
+                    device,
+                    "detached the programs from a device that is not served, or was removed"
+                ),
                 Err(error) => troubles.push(Trouble { device, error }),
             }
         }
-        // What stands in the way of tcx is of an earlier run, if there is any.
+        // Filters that would run before tcx are those of an earlier run.
         if self.way == Way::Clsact || !self.is_tidy {
             for device in all {
                 let stays = self.way == Way::Clsact && served.contains_key(&device);
@@ -271,10 +276,10 @@ impl TcHooks {
         Ok(troubles)
     }
 
-    /// Takes away all links: those of another network namespace, whose devices have indexes of their own.
+    /// Removes all links. They belong to another network namespace, whose devices have indexes of their own.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`LoadError::Call`] if a system call fails.
     pub fn forget(&self) -> Result<(), LoadError> {
         for (path, _) in self.pinned_links()? {
             remove_link(&path)?;
@@ -282,7 +287,7 @@ impl TcHooks {
         Ok(())
     }
 
-    /// Pinned links of devices, and what a start that was killed left half done.
+    /// Returns the pinned links of devices, including unfinished ones of a start that was killed.
     fn pinned_links(&self) -> Result<Vec<(PathBuf, u32)>, LoadError> {
         let entries = fs::read_dir(&self.links).map_err(failed(&self.links, "readdir"))?;
         let mut links = Vec::new();
@@ -292,12 +297,12 @@ impl TcHooks {
             let link = file.to_str().and_then(of_pin);
             links.extend(link.map(|(_, device)| (entry.path(), device)));
         }
-        // Who asks goes before who translates answers.
+        // Forward translation is detached before reverse translation.
         links.sort_unstable_by(|a, b| b.cmp(a));
         Ok(links)
     }
 
-    /// False where it is there already.
+    /// Returns false if the program is attached already.
     fn put_link(&self, device: u32, side: Side, program: &Program<'_>) -> Result<bool, LoadError> {
         let path = self.links.join(pin_name(side, device));
         match pinned(&path, device)? {
@@ -310,7 +315,7 @@ impl TcHooks {
         }
         let link = sys::tcx_create(program.fd, device, attach_type(side))
             .map_err(on_device(side, "BPF_LINK_CREATE of a tcx link"))?;
-        // That of a device which is gone, or what somebody else detached.
+        // The link belongs to a device that was removed, or another process detached it.
         if path.exists() {
             remove_link(&path)?;
         }
@@ -318,7 +323,7 @@ impl TcHooks {
         Ok(true)
     }
 
-    /// False where it is there already.
+    /// Returns false if the program is attached already.
     fn put_filter(
         &mut self,
         device: u32,
@@ -329,7 +334,7 @@ impl TcHooks {
         let there = self
             .filters
             .look(device, side)
-            .map_err(on_device(side, "looking at filters"))?;
+            .map_err(on_device(side, "listing filters"))?;
         if there == Place::Ours(program.id) {
             return Ok(false);
         }
@@ -349,11 +354,11 @@ impl TcHooks {
     }
 }
 
-/// Whether the kernel knows tcx links, by asking for one at no device.
+/// Returns whether the kernel has tcx links, by creating one at a device that does not exist.
 fn has_tcx(programs: &Ebpf) -> Result<bool, LoadError> {
     let program = program(programs, program_name::INGRESS)?;
     match sys::tcx_create(program.fd, 0, attach_type(Side::Ingress)) {
-        // EINVAL: no such hook, or the kernel was built without it.
+        // EINVAL: the hook does not exist, or the kernel was built without it.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(true),
         Err(error) => Err(on_device(Side::Ingress, "BPF_LINK_CREATE of a tcx link")(error)),
@@ -361,12 +366,12 @@ fn has_tcx(programs: &Ebpf) -> Result<bool, LoadError> {
     }
 }
 
-/// Whether the device has gone meanwhile: the next look at devices will tell.
+/// Returns whether the device was removed meanwhile. The next listing of devices lacks it.
 fn is_gone(error: &LoadError) -> bool {
     matches!(error, LoadError::Call { source, .. } if matches!(source.raw_os_error(), Some(libc::ENODEV | libc::ENOLINK)))
 }
 
-/// Detaches now, since the kernel ends a link some time after its last pin.
+/// Detaches a link explicitly, since the kernel releases a link some time after its last pin.
 fn remove_link(path: &Path) -> Result<(), LoadError> {
     if let Ok(link) = sys::obj_get(path) {
         sys::link_detach(link.as_fd()).ok();
@@ -377,7 +382,7 @@ fn remove_link(path: &Path) -> Result<(), LoadError> {
     }
 }
 
-/// Removes lb's filters of a device, and the qdisc if it is lb's and nobody has a filter there.
+/// Removes lb's filters of a device, and the qdisc if lb created it and it has no other filter.
 fn remove_filters(filters: &mut Filters, device: u32, own_qdisc: bool) -> Result<(), LoadError> {
     let mut removed = false;
     for side in Side::BOTH {
@@ -386,7 +391,7 @@ fn remove_filters(filters: &mut Filters, device: u32, own_qdisc: bool) -> Result
             .map_err(on_device(side, "removing a filter"))?;
     }
     if removed {
-        info!(device, "filters are taken from a device");
+        info!(device, "removed the filters of a device");
     }
     if own_qdisc {
         filters
@@ -396,7 +401,7 @@ fn remove_filters(filters: &mut Filters, device: u32, own_qdisc: bool) -> Result
     Ok(())
 }
 
-/// Removes lb's filters of devices of the network namespace of the calling thread.
+/// Removes lb's filters of all devices in the network namespace of the calling thread.
 pub(super) fn remove_all_filters(
     devices: impl IntoIterator<Item = u32>,
     own_qdiscs: &BTreeSet<u32>,
@@ -408,10 +413,10 @@ pub(super) fn remove_all_filters(
     Ok(())
 }
 
-/// A program at a side of a device.
+/// A program that is attached to a side of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AtDevice {
-    /// How it came there.
+    /// Mechanism that attached it.
     pub way: Way,
     /// Id of the program.
     pub program: u32,
@@ -419,10 +424,10 @@ pub struct AtDevice {
     pub tag: u64,
 }
 
-/// What is at devices of the network namespace of the calling thread now: at ingress and egress of each.
+/// Returns the programs of lb at the ingress and egress of each device in the network namespace of the calling thread.
 ///
 /// # Errors
-/// The system call's.
+/// Returns [`LoadError::Call`] if a system call fails.
 pub fn at_devices(
     pins: &PinPath,
     devices: impl IntoIterator<Item = u32>,
@@ -435,10 +440,7 @@ pub fn at_devices(
         let link = pinned(&pins.links().join(pin_name(side, device)), device)?;
         let (way, program) = match link {
             Some((_, program)) => (Way::Tcx, program),
-            None => match filters
-                .look(device, side)
-                .map_err(on_device(side, "looking at filters"))?
-            {
+            None => match filters.look(device, side).map_err(on_device(side, "listing filters"))? {
                 Place::Ours(program) => (Way::Clsact, program),
                 Place::Empty | Place::Foreign => return Ok(None),
             },

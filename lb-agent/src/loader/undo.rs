@@ -1,4 +1,4 @@
-//! What lb has done to a node beside pinning: filters at devices, reserved ports. The pinned maps remember it.
+//! Reverting changes to a node other than pins: filters at devices and reserved ports, which the pinned maps record.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -20,9 +20,9 @@ fn failed(call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
     }
 }
 
-/// Undoes it in the network namespace of the agent that did it, while that is to be found.
+/// Reverts the changes in the network namespace of the agent that made them, if that namespace can be found.
 pub(super) fn undo(pins: &PinPath) -> Result<(), LoadError> {
-    // Without maps of this layout, nothing was done.
+    // Without maps of this layout, there is nothing to revert.
     let Ok(maps) = PinnedMaps::open(&pins.maps()) else {
         return Ok(());
     };
@@ -36,7 +36,7 @@ pub(super) fn undo(pins: &PinPath) -> Result<(), LoadError> {
     visit.visited.into_values().collect()
 }
 
-/// In the network namespace of the calling thread.
+/// Reverts the changes in the network namespace of the calling thread.
 fn undo_here(maps: &PinnedMaps) -> Result<(), LoadError> {
     let devices = maps.devices()?;
     let own_qdiscs = devices

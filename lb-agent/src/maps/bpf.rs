@@ -1,4 +1,4 @@
-//! The real maps.
+//! The maps in the kernel: reading them ([`PinnedMaps`]), and writing them by the update protocol ([`BpfMaps`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -11,19 +11,20 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, MapData, MapError as AyaMapError, PerCpuArray, PerCpuValues};
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, Device, DropReason, Event, EventKind, Frontend,
-    FrontendKey, FrontendSwap, Name, Notice, Service, ServiceStats, SetWord, SocketRecord, SourceRange, State,
-    UdpFlows, capacity, map_name, program_name, service_flags,
+    Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, CtEntry, CtKey, Device, DropReason, Event, EventKind,
+    Frontend, FrontendKey, FrontendSwap, MapSpec, Name, ProblemRecord, Service, ServiceStats, Set, SetWord, SizedMap,
+    SocketRecord, SourceRange, State, UdpDests, map_name, map_spec, program_name, service_flags,
 };
-use lb_common::logic::connect::Set;
 use lb_common::logic::{generation, record};
+use lb_core::maps::prefix::Prefix;
+use lb_core::maps::{Capacities, Dump, Epoch, MapError, Maps};
+use lb_core::reconcile::Usage;
 use tokio::sync::watch;
 use zerocopy::{FromBytes, FromZeros as _, IntoBytes};
 
+use super::batch::{self, read_hash};
 use super::grace::GraceThread;
 use super::sys::{MappedArray, word_of};
-use lb_core::maps::prefix::Prefix;
-use lb_core::maps::{Capacities, Dump, Epoch, MapError, Maps, capacity_flag};
 
 pub(super) type Hash<const K: usize, const V: usize> = HashMap<MapData, [u8; K], [u8; V]>;
 type Trie<const K: usize> = LpmTrie<MapData, [u8; K], u32>;
@@ -31,16 +32,18 @@ type Trie<const K: usize> = LpmTrie<MapData, [u8; K], u32>;
 const KEY: usize = size_of::<FrontendKey>();
 const NAME: usize = size_of::<Name>();
 const RECORD: usize = size_of::<SocketRecord>();
-const FLOWS: usize = size_of::<UdpFlows>();
+const DESTS: usize = size_of::<UdpDests>();
 const CLIENT: usize = size_of::<AffinityKey>();
 const AFFINITY: usize = size_of::<Affinity>();
-const NOTICE: usize = size_of::<Notice>();
+const PROBLEM: usize = size_of::<ProblemRecord>();
 const STATS: usize = size_of::<ServiceStats>();
 pub(super) const DEVICE: usize = size_of::<Device>();
 const RANGE: usize = size_of::<SourceRange>();
 const ADDR: usize = size_of::<Addr>();
+const CT_KEY: usize = size_of::<CtKey>();
+const CT_ENTRY: usize = size_of::<CtEntry>();
 
-/// The pinned maps of an agent, opened by path: what every subcommand reads, and what [`BpfMaps`] writes.
+/// The pinned maps of an agent, opened by path. Every subcommand reads them, and [`BpfMaps`] writes them.
 pub struct PinnedMaps {
     frontends: Hash<KEY, 8>,
     services: MappedArray<Service>,
@@ -49,17 +52,19 @@ pub struct PinnedMaps {
     node_addrs: Hash<16, 4>,
     sockets: MappedArray<SocketRecord>,
     sockets_more: Hash<8, RECORD>,
-    udp_flows: Hash<8, FLOWS>,
+    udp_dests: Hash<8, DESTS>,
     affinity: Hash<CLIENT, AFFINITY>,
     names: Hash<4, NAME>,
     stats: PerCpuArray<MapData, [u8; STATS]>,
     drops: PerCpuArray<MapData, u64>,
     pub(super) config: MappedArray<Config>,
     state: MappedArray<State>,
-    notices: Hash<4, NOTICE>,
+    problems: Hash<4, PROBLEM>,
     pub(super) devices: Hash<4, DEVICE>,
     source_ranges: Trie<RANGE>,
     cluster_cidrs: Trie<ADDR>,
+    ct: Hash<CT_KEY, CT_ENTRY>,
+    ct_new: Hash<CT_KEY, CT_ENTRY>,
     capacities: Capacities,
 }
 
@@ -74,7 +79,7 @@ pub(super) fn call<'a>(map: &'static str, call: &'static str) -> impl FnOnce(Aya
     }
 }
 
-/// The system call's error number, where there is one.
+/// Returns the error number of a system call, if the error is of one.
 pub(super) fn errno(error: &AyaMapError) -> Option<i32> {
     match error {
         AyaMapError::SyscallError(e) => e.io_error.raw_os_error(),
@@ -86,7 +91,7 @@ pub(super) fn is_missing(error: &AyaMapError) -> bool {
     matches!(error, AyaMapError::KeyNotFound) || errno(error) == Some(libc::ENOENT)
 }
 
-/// The value of a key, if there is one.
+/// Looks a key up, and returns its value if the key exists.
 pub(super) fn lookup<const K: usize, const V: usize>(
     name: &'static str,
     map: &Hash<K, V>,
@@ -99,7 +104,7 @@ pub(super) fn lookup<const K: usize, const V: usize>(
     }
 }
 
-/// The memory of an array.
+/// Maps an array into memory.
 pub(super) fn mapped<T>(name: &'static str, map: &MapData) -> Result<MappedArray<T>, MapError>
 where
     T: FromBytes + IntoBytes + zerocopy::Immutable + zerocopy::KnownLayout + Copy,
@@ -112,36 +117,25 @@ where
     })
 }
 
-/// `enum` of flags of `BPF_MAP_UPDATE_ELEM` in `linux/bpf.h`: insert only.
+/// Flag of `BPF_MAP_UPDATE_ELEM` (`linux/bpf.h`): insert only.
 pub(super) const BPF_NOEXIST: u64 = 1;
 
-fn full(map: &'static str, capacity: u32) -> MapError {
-    MapError::Full {
-        map,
-        flag: capacity_flag(map),
-        capacity,
-    }
-}
-
 impl PinnedMaps {
-    /// Opens the maps that are pinned in a folder.
+    /// Opens the maps that are pinned in a directory.
     ///
     /// # Errors
-    /// Where one is missing, or is not as this build lays it out.
+    /// Returns [`MapError::Call`] if a map is missing, or if the sizes of its keys and values are not those of this build.
     pub fn open(dir: &Path) -> Result<Self, MapError> {
         let open = |name: &'static str| MapData::from_pin(dir.join(name)).map_err(call(name, "BPF_OBJ_GET"));
-        let entries = |name: &'static str, map: &MapData| {
-            map.info()
-                .map(|info| info.max_entries())
-                .map_err(call(name, "BPF_OBJ_GET_INFO_BY_FD"))
+        let entries = |name: &'static str| {
+            let info = open(name)?.info().map_err(call(name, "BPF_OBJ_GET_INFO_BY_FD"))?;
+            Ok::<_, MapError>(info.max_entries())
         };
         macro_rules! hash {
-            ($kind:ident, $name:ident) => {{
-                let map = open(map_name::$name)?;
-                let size = entries(map_name::$name, &map)?;
-                let map = HashMap::try_from(aya::maps::Map::$kind(map)).map_err(call(map_name::$name, "open"))?;
-                (map, size)
-            }};
+            ($kind:ident, $name:ident) => {
+                HashMap::try_from(aya::maps::Map::$kind(open(map_name::$name)?))
+                    .map_err(call(map_name::$name, "open"))?
+            };
         }
         macro_rules! per_cpu {
             ($name:ident) => {
@@ -160,63 +154,45 @@ impl PinnedMaps {
                 mapped(map_name::$name, &open(map_name::$name)?)?
             };
         }
-        let (frontends, frontends_size) = hash!(HashMap, FRONTENDS);
-        let (sockets_more, sockets_more_size) = hash!(HashMap, SOCKETS_MORE);
-        let (node_addrs, _) = hash!(HashMap, NODE_ADDRS);
-        let (udp_flows, udp_flows_size) = hash!(HashMap, UDP_FLOWS);
-        let (affinity, affinity_size) = hash!(LruHashMap, AFFINITY);
-        let (names, _) = hash!(HashMap, NAMES);
-        let (devices, _) = hash!(HashMap, DEVICES);
-        let (notices, _) = hash!(HashMap, NOTICES);
-        let services: MappedArray<Service> = mapped!(SERVICES);
-        let slots: MappedArray<BackendSlot> = mapped!(BACKEND_SLOTS);
-        let backends: MappedArray<Backend> = mapped!(BACKENDS);
-        let sockets: MappedArray<SocketRecord> = mapped!(SOCKETS);
-        let capacities = Capacities {
-            services: services.len(),
-            frontends: frontends_size,
-            backends: backends.len(),
-            backend_slots: slots.len(),
-            sockets: sockets.len(),
-            sockets_more: sockets_more_size,
-            udp_flows: udp_flows_size,
-            affinity: affinity_size,
-            conntrack: entries(map_name::CT, &open(map_name::CT)?)?,
-            conntrack_new: entries(map_name::CT_NEW, &open(map_name::CT_NEW)?)?,
-        };
+        let mut capacities = Capacities::DEFAULT;
+        for map in SizedMap::ALL {
+            capacities = capacities.with(*map, entries(map.name())?);
+        }
         Ok(Self {
-            frontends,
-            services,
-            slots,
-            backends,
-            node_addrs,
-            sockets,
-            sockets_more,
-            udp_flows,
-            affinity,
-            names,
+            frontends: hash!(HashMap, FRONTENDS),
+            services: mapped!(SERVICES),
+            slots: mapped!(BACKEND_SLOTS),
+            backends: mapped!(BACKENDS),
+            node_addrs: hash!(HashMap, NODE_ADDRS),
+            sockets: mapped!(SOCKETS),
+            sockets_more: hash!(HashMap, SOCKETS_MORE),
+            udp_dests: hash!(HashMap, UDP_FLOWS),
+            affinity: hash!(LruHashMap, AFFINITY),
+            names: hash!(HashMap, NAMES),
             stats: per_cpu!(STATS),
             drops: per_cpu!(DROPS),
             config: mapped!(CONFIG),
             state: mapped!(STATE),
-            notices,
-            devices,
+            problems: hash!(HashMap, NOTICES),
+            devices: hash!(HashMap, DEVICES),
             source_ranges: trie!(SOURCE_RANGES),
             cluster_cidrs: trie!(CLUSTER_CIDRS),
+            ct: hash!(HashMap, CT),
+            ct_new: hash!(LruHashMap, CT_NEW),
             capacities,
         })
     }
 
-    /// Sizes of the maps.
+    /// Returns the numbers of entries of the maps.
     #[must_use]
     pub fn capacities(&self) -> Capacities {
         self.capacities
     }
 
-    /// Everything that the maps of the update protocol hold.
+    /// Reads all maps of the update protocol.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub fn dump(&self) -> Result<Dump, MapError> {
         let all = |len: u32| 0..len;
         Ok(Dump {
@@ -230,51 +206,51 @@ impl PinnedMaps {
         })
     }
 
-    /// NAMES.
+    /// Reads NAMES, by service index.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub fn names(&self) -> Result<BTreeMap<u32, Name>, MapError> {
         read_hash(map_name::NAMES, &self.names)
     }
 
-    /// Whose a service index is; `None` where it is nobody's.
+    /// Reads the name of a service index; `None` if the index is not in use.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub fn name(&self, service: u32) -> Result<Option<Name>, MapError> {
         let name = lookup(map_name::NAMES, &self.names, &service.to_ne_bytes())?;
         Ok(name.and_then(|name| Name::read_from_bytes(&name).ok()))
     }
 
-    /// FRONTENDS.
+    /// Reads FRONTENDS.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub fn frontends(&self) -> Result<BTreeMap<FrontendKey, Frontend>, MapError> {
         read_hash(map_name::FRONTENDS, &self.frontends)
     }
 
-    /// SOURCE_RANGES.
+    /// Reads SOURCE_RANGES.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub fn source_ranges(&self) -> Result<BTreeMap<Prefix<SourceRange>, u32>, MapError> {
         read_trie(map_name::SOURCE_RANGES, &self.source_ranges)
     }
 
-    /// CLUSTER_CIDRS.
+    /// Reads CLUSTER_CIDRS.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub fn cluster_cidrs(&self) -> Result<BTreeMap<Prefix<Addr>, u32>, MapError> {
         read_trie(map_name::CLUSTER_CIDRS, &self.cluster_cidrs)
     }
 
-    /// Records of connected sockets, in SOCKETS and SOCKETS_MORE.
+    /// Reads the complete records of connected sockets in SOCKETS and SOCKETS_MORE.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub fn sockets(&self) -> Result<Vec<SocketRecord>, MapError> {
         let mut records: Vec<_> = (0..self.sockets.len()).filter_map(|slot| self.socket(slot)).collect();
         records.extend(
@@ -283,20 +259,20 @@ impl PinnedMaps {
         Ok(records)
     }
 
-    /// NODE_ADDRS.
+    /// Reads NODE_ADDRS.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub fn node_addrs(&self) -> Result<BTreeSet<Addr>, MapError> {
         Ok(read_hash::<Addr, u32, 16, 4>(map_name::NODE_ADDRS, &self.node_addrs)?
             .into_keys()
             .collect())
     }
 
-    /// Makes NODE_ADDRS hold these; how many did not fit.
+    /// Makes NODE_ADDRS equal to `wanted`, and returns the number of addresses that did not fit.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub fn write_node_addrs(&mut self, wanted: &BTreeSet<Addr>) -> Result<usize, MapError> {
         let name = map_name::NODE_ADDRS;
         let there = self.node_addrs()?;
@@ -317,68 +293,62 @@ impl PinnedMaps {
         Ok(missing)
     }
 
-    /// UDP_FLOWS: unconnected sockets by cookie.
+    /// Returns UDP_FLOWS: the destinations of unconnected sockets by cookie.
     ///
     /// # Errors
-    /// The system call's.
-    pub fn udp_flows(&self) -> Result<BTreeMap<u64, UdpFlows>, MapError> {
-        read_hash(map_name::UDP_FLOWS, &self.udp_flows)
+    /// Returns [`MapError::Call`] if a system call fails.
+    pub fn udp_dests(&self) -> Result<BTreeMap<u64, UdpDests>, MapError> {
+        read_hash(map_name::UDP_FLOWS, &self.udp_dests)
     }
 
-    /// AFFINITY.
+    /// Reads AFFINITY.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub fn affinity(&self) -> Result<BTreeMap<AffinityKey, Affinity>, MapError> {
         read_hash(map_name::AFFINITY, &self.affinity)
     }
 
-    /// Slots of SOCKETS that are in use.
-    #[must_use]
-    pub fn sockets_used(&self) -> usize {
+    /// Returns the number of entries in use of a map. `filled` has those of the maps that the agent fills.
+    ///
+    /// # Errors
+    /// Returns [`MapError::Call`] if a system call fails.
+    pub fn used(&self, map: SizedMap, filled: &Usage) -> Result<usize, MapError> {
+        match map {
+            SizedMap::Services => Ok(filled.services as usize),
+            SizedMap::Frontends => Ok(filled.frontends as usize),
+            SizedMap::Backends => Ok(filled.backends as usize),
+            SizedMap::BackendSlots => Ok(filled.backend_slots as usize),
+            SizedMap::Sockets => Ok(self.sockets_used()),
+            SizedMap::SocketsMore => batch::count(map.name(), &self.sockets_more),
+            SizedMap::UdpFlows => batch::count(map.name(), &self.udp_dests),
+            SizedMap::Affinity => batch::count(map.name(), &self.affinity),
+            SizedMap::Conntrack => batch::count(map.name(), &self.ct),
+            SizedMap::ConntrackNew => batch::count(map.name(), &self.ct_new),
+        }
+    }
+
+    /// Returns the number of slots of SOCKETS in use.
+    fn sockets_used(&self) -> usize {
         let taken = |slot: &u32| self.sockets.read(*slot).is_some_and(|record| record.cookie != 0);
         (0..self.sockets.len()).filter(taken).count()
     }
 
-    /// Entries of SOCKETS_MORE.
-    ///
-    /// # Errors
-    /// The system call's.
-    pub fn sockets_more_used(&self) -> Result<usize, MapError> {
-        count(map_name::SOCKETS_MORE, &self.sockets_more)
-    }
-
-    /// Entries of UDP_FLOWS.
-    ///
-    /// # Errors
-    /// The system call's.
-    pub fn udp_flows_used(&self) -> Result<usize, MapError> {
-        count(map_name::UDP_FLOWS, &self.udp_flows)
-    }
-
-    /// Entries of AFFINITY.
-    ///
-    /// # Errors
-    /// The system call's.
-    pub fn affinity_used(&self) -> Result<usize, MapError> {
-        count(map_name::AFFINITY, &self.affinity)
-    }
-
-    /// An entry of SERVICES; `None` beyond the end.
+    /// Reads an entry of SERVICES; `None` if the index is beyond the end.
     #[must_use]
     pub fn service(&self, index: u32) -> Option<Service> {
         self.services.read(index)
     }
 
-    /// The record in a slot of SOCKETS, if there is a complete one.
+    /// Reads the record in a slot of SOCKETS, if there is a complete one.
     fn socket(&self, slot: u32) -> Option<SocketRecord> {
         read_socket(&self.sockets, slot)
     }
 
-    /// Counters of a service, over all CPUs.
+    /// Returns the counters of a service index, summed over all CPUs.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub fn stats(&self, service: u32) -> Result<ServiceStats, MapError> {
         let values = self
             .stats
@@ -393,10 +363,10 @@ impl PinnedMaps {
         Ok(sum)
     }
 
-    /// Counts of a reason, over all CPUs.
+    /// Returns the counter of a drop reason, summed over all CPUs.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub fn drops(&self, reason: DropReason) -> Result<u64, MapError> {
         let values = self
             .drops
@@ -405,75 +375,74 @@ impl PinnedMaps {
         Ok(values.iter().sum())
     }
 
-    /// What the agent last told of itself; `None` where none ever ran.
+    /// Reads the state that the agent last wrote; `None` if no agent ever ran.
     #[must_use]
     pub fn state(&self) -> Option<State> {
         self.state.read(0).filter(|state| state.pid != 0)
     }
 
-    /// Tells the command line about the agent.
+    /// Writes the state of the agent, for the command line.
     pub fn write_state(&self, state: &State) {
         self.state.write(0, state);
     }
 
-    /// What the programs are told.
+    /// Reads the settings of the programs.
     #[must_use]
     pub fn config(&self) -> Config {
         self.config.read(0).unwrap_or_default()
     }
 
-    /// Tells the programs which events to write: bits of kinds, see [`EventKind::bit`]. To be called by who has the
+    /// Sets the kinds of trace events that the programs write, as bits: see [`EventKind::bit`]. The caller must hold the
     /// [`crate::loader::TraceLock`].
     pub fn write_events(&self, events: u32) {
-        // The other half of the word is the agent's.
+        // The agent writes the other half of the word.
         self.config.update_u32(0, offset_of!(Config, events), |_| Some(events));
     }
 
-    /// What the agent could not use.
+    /// Returns the problems in NOTICES.
     ///
     /// # Errors
-    /// The system call's.
-    pub fn notices(&self) -> Result<Vec<Notice>, MapError> {
-        Ok(read_hash::<u32, Notice, 4, NOTICE>(map_name::NOTICES, &self.notices)?
-            .into_values()
-            .collect())
+    /// Returns [`MapError::Call`] if a system call fails.
+    pub fn problems(&self) -> Result<Vec<ProblemRecord>, MapError> {
+        let all = read_hash::<u32, ProblemRecord, 4, PROBLEM>(map_name::NOTICES, &self.problems)?;
+        Ok(all.into_values().collect())
     }
 
-    /// Replaces what is in NOTICES; how many did not fit.
+    /// Replaces the problems in NOTICES, and returns the number of those that did not fit.
     ///
     /// # Errors
-    /// The system call's.
-    pub fn write_notices(&mut self, notices: &[Notice]) -> Result<usize, MapError> {
+    /// Returns [`MapError::Call`] if a system call fails.
+    pub fn write_problems(&mut self, problems: &[ProblemRecord]) -> Result<usize, MapError> {
         let name = map_name::NOTICES;
         let mut fitted = 0;
-        for (i, notice) in (0_u32..).zip(notices) {
-            let value: [u8; NOTICE] = zerocopy::transmute!(*notice);
-            match self.notices.insert(i.to_ne_bytes(), value, 0) {
+        for (i, problem) in (0_u32..).zip(problems) {
+            let value: [u8; PROBLEM] = zerocopy::transmute!(*problem);
+            match self.problems.insert(i.to_ne_bytes(), value, 0) {
                 Ok(()) => fitted += 1,
                 Err(error) if errno(&error) == Some(libc::E2BIG) => break,
                 Err(error) => return Err(call(name, "BPF_MAP_UPDATE_ELEM")(error)),
             }
         }
-        let stale: Vec<_> = self.notices.keys().filter_map(Result::ok).collect();
+        let stale: Vec<_> = self.problems.keys().filter_map(Result::ok).collect();
         for key in stale
             .into_iter()
             .filter(|key| u32::from_ne_bytes(*key) as usize >= fitted)
         {
-            self.notices
+            self.problems
                 .remove(&key)
                 .or_else(|e| if is_missing(&e) { Ok(()) } else { Err(e) })
                 .map_err(call(name, "BPF_MAP_DELETE_ELEM"))?;
         }
-        Ok(notices.len() - fitted)
+        Ok(problems.len() - fitted)
     }
 }
 
-/// The record in a slot of SOCKETS, if there is a complete one.
+/// Reads the record in a slot of SOCKETS, if there is a complete one.
 pub(super) fn read_socket(sockets: &MappedArray<SocketRecord>, slot: u32) -> Option<SocketRecord> {
     if sockets.read_word(slot, 0)? == 0 {
         return None;
     }
-    // A writer changes the sequence before and after it; three tries, since sockets are short-lived, not slots.
+    // A writer changes the sequence before and after it writes. Three tries are enough: sockets are short-lived, not slots.
     (0..3).find_map(|_| {
         let first = sockets.read(slot)?;
         let again = sockets.read(slot)?;
@@ -482,34 +451,7 @@ pub(super) fn read_socket(sockets: &MappedArray<SocketRecord>, slot: u32) -> Opt
     })
 }
 
-/// How many entries a hash has.
-fn count<const K: usize, const V: usize>(name: &'static str, map: &Hash<K, V>) -> Result<usize, MapError> {
-    map.keys().try_fold(0, |n, key| {
-        key.map(|_| n + 1).map_err(call(name, "BPF_MAP_GET_NEXT_KEY"))
-    })
-}
-
-/// All entries of a hash; none twice, and none missed that was there all the time (nobody but the reconciler inserts
-/// or deletes).
-pub(super) fn read_hash<K: FromBytes + Ord, V: FromBytes, const KS: usize, const VS: usize>(
-    name: &'static str,
-    map: &Hash<KS, VS>,
-) -> Result<BTreeMap<K, V>, MapError> {
-    let mut all = BTreeMap::new();
-    for entry in map {
-        let (key, value) = entry.map_err(call(name, "BPF_MAP_GET_NEXT_KEY"))?;
-        let (Ok(key), Ok(value)) = (K::read_from_bytes(&key), V::read_from_bytes(&value)) else {
-            return Err(MapError::Unexpected {
-                map: name,
-                what: "keys or values are not of this build's size".into(),
-            });
-        };
-        all.insert(key, value);
-    }
-    Ok(all)
-}
-
-/// All entries of a trie.
+/// Reads all entries of a trie. Only the agent changes tries.
 fn read_trie<T: FromBytes + Ord, const N: usize>(
     name: &'static str,
     map: &Trie<N>,
@@ -526,22 +468,22 @@ fn read_trie<T: FromBytes + Ord, const N: usize>(
     entries.collect()
 }
 
-/// Adds an entry to a trie, or replaces it; returns how many bytes that was.
+/// Adds or replaces an entry of a trie, and returns the number of bytes written.
 fn write_trie<const N: usize>(
-    (name, capacity): (&'static str, u32),
+    spec: &MapSpec,
     map: &mut Trie<N>,
     key: &Key<[u8; N]>,
     value: u32,
 ) -> Result<u64, MapError> {
     match map.insert(key, value, 0) {
         Ok(()) => Ok((size_of_val(key) + 4) as u64),
-        // Where hashes have E2BIG.
-        Err(error) if errno(&error) == Some(libc::ENOSPC) => Err(MapError::Bound { map: name, capacity }),
-        Err(error) => Err(call(name, "BPF_MAP_UPDATE_ELEM")(error)),
+        // A full hash returns E2BIG instead.
+        Err(error) if errno(&error) == Some(libc::ENOSPC) => Err(MapError::full(spec, spec.default_capacity())),
+        Err(error) => Err(call(spec.name, "BPF_MAP_UPDATE_ELEM")(error)),
     }
 }
 
-/// Removes an entry of a trie, if it is there; returns how many bytes that was.
+/// Removes an entry of a trie, if it exists, and returns the number of bytes written.
 fn delete_from_trie<const N: usize>(
     name: &'static str,
     map: &mut Trie<N>,
@@ -562,19 +504,19 @@ fn cidr_key(cidr: Prefix<Addr>) -> Key<[u8; ADDR]> {
     Key::new(cidr.len, cidr.data.bytes)
 }
 
-/// The maps, to be written by the one agent that holds the lock of the pin path.
+/// The maps for writing, by the one agent that holds the lock of the pin path.
 pub struct BpfMaps {
-    pinned: PinnedMaps,
+    pub(super) pinned: PinnedMaps,
     programs: Ebpf,
     grace: GraceThread,
     written: u64,
 }
 
 impl BpfMaps {
-    /// From the pinned maps and the loaded programs, of which `lb_frontend_swap` is needed.
+    /// Combines the pinned maps and the loaded programs, of which the agent calls are needed.
     ///
     /// # Errors
-    /// Where the grace thread cannot be started.
+    /// Returns [`MapError::Call`] if the grace thread cannot be started.
     pub fn new(pinned: PinnedMaps, programs: Ebpf) -> Result<Self, MapError> {
         let grace = GraceThread::start().map_err(|source| MapError::Call {
             map: "(grace)",
@@ -589,37 +531,37 @@ impl BpfMaps {
         })
     }
 
-    /// For reading, and for what is not part of the update protocol.
+    /// Returns the maps for reading.
     #[must_use]
     pub fn pinned(&self) -> &PinnedMaps {
         &self.pinned
     }
 
-    /// The same, to be written.
+    /// Returns the maps for writes that are not part of the update protocol.
     pub fn pinned_mut(&mut self) -> &mut PinnedMaps {
         &mut self.pinned
     }
 
-    /// The programs, for those that are loaded when they are needed.
+    /// Returns the programs, to load those that are loaded on demand.
     #[must_use]
     pub fn programs_mut(&mut self) -> &mut Ebpf {
         &mut self.programs
     }
 
-    /// The loaded programs.
+    /// Returns the loaded programs.
     #[must_use]
     pub fn programs(&self) -> &Ebpf {
         &self.programs
     }
 
-    /// To be told when grace periods pass.
+    /// Returns a receiver of the newest epoch that a grace period has passed.
     #[must_use]
     pub fn grace_watch(&self) -> watch::Receiver<Epoch> {
         self.grace.watch()
     }
 
-    /// Runs a program that is never attached, with a "packet"; whether it could do what that asks for.
-    fn run(&self, name: &str, packet: &[u8]) -> io::Result<bool> {
+    /// Runs an agent call with a "packet", and returns whether it could do what the packet requests.
+    pub(super) fn run(&self, name: &str, packet: &[u8]) -> io::Result<bool> {
         const XDP_PASS: u32 = 2;
         let program = self.programs.program(name);
         let program: &Xdp = program
@@ -633,17 +575,17 @@ impl BpfMaps {
         Ok(result.return_value == XDP_PASS)
     }
 
-    /// Writes an event beside those of the programs, where somebody asks for its kind; one that finds no room is
-    /// counted, as theirs are.
+    /// Writes a trace event of the agent, if CONFIG requests its kind. An event that does not fit is counted in DROPS, like
+    /// those of the programs.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub fn tell(&self, event: &Event) -> Result<(), MapError> {
         let asked = EventKind::from_u8(event.kind).is_some_and(|kind| self.pinned.config().events & kind.bit() != 0);
         if !asked {
             return Ok(());
         }
-        // Where there was no room, the program has counted it.
+        // If there was no room, the program has counted the event.
         let told = self.run(program_name::EVENT, event.as_bytes()).map(drop);
         told.map_err(|source| MapError::Call {
             map: map_name::EVENTS,
@@ -652,7 +594,7 @@ impl BpfMaps {
         })
     }
 
-    /// Sets the counters of a service to zero, on every CPU.
+    /// Sets the counters of a service index to zero on every CPU.
     fn reset_stats(&mut self, index: u32) -> Result<(), MapError> {
         let failed = |source| MapError::Call {
             map: map_name::STATS,
@@ -665,7 +607,8 @@ impl BpfMaps {
         written.map_err(call(map_name::STATS, "BPF_MAP_UPDATE_ELEM"))
     }
 
-    /// Forgets all clients of a service whose affinity is switched off: switched on again, it begins anew.
+    /// Removes all clients of a service whose affinity is switched off, so that affinity starts empty if it is switched on
+    /// again.
     fn forget_clients(&mut self, index: u32) -> Result<(), MapError> {
         let map = map_name::AFFINITY;
         for key in self.pinned.affinity()?.into_keys().filter(|key| key.service == index) {
@@ -679,7 +622,7 @@ impl BpfMaps {
         Ok(())
     }
 
-    /// Changes the word of a backend that `offset` is in, by one 8-byte store.
+    /// Changes the word of a backend at a byte offset, by one 8-byte store.
     fn change_backend(&mut self, id: u32, offset: usize, change: impl FnOnce(&mut Backend)) -> Result<(), MapError> {
         let backends = &self.pinned.backends;
         let value = backends.read(id).map(|mut value| {
@@ -690,7 +633,7 @@ impl BpfMaps {
         self.stored(ok, 8, map_name::BACKENDS, id, self.pinned.backends.len())
     }
 
-    /// Counts what a store of words wrote, or names what was out of range.
+    /// Adds to the bytes written, or returns the error of an index out of range.
     fn stored(&mut self, ok: bool, bytes: usize, map: &'static str, index: u32, capacity: u32) -> Result<(), MapError> {
         if !ok {
             return Err(MapError::OutOfRange { map, index, capacity });
@@ -704,7 +647,7 @@ fn has_affinity(service: &Service) -> bool {
     service.flags & service_flags::AFFINITY != 0
 }
 
-/// The words of `Service` that are not set words.
+/// The words of [`Service`] that are not set words.
 const SERVICE_SETTINGS: std::ops::Range<usize> = word_of(offset_of!(Service, flags))..size_of::<Service>() / 8;
 
 impl Maps for BpfMaps {
@@ -719,10 +662,10 @@ impl Maps for BpfMaps {
             .frontends
             .insert(key_bytes, value_bytes, BPF_NOEXIST)
             .map_err(|error| match errno(&error) {
-                Some(libc::E2BIG) => full(map, self.pinned.capacities.frontends),
+                Some(libc::E2BIG) => MapError::full(&map_spec::FRONTENDS, self.pinned.capacities[SizedMap::Frontends]),
                 Some(libc::EEXIST) => MapError::Unexpected {
                     map,
-                    what: format!("{key:?} is there already"),
+                    what: format!("{key:?} exists already"),
                 },
                 _ => call(map, "BPF_MAP_UPDATE_ELEM")(error),
             })?;
@@ -744,7 +687,7 @@ impl Maps for BpfMaps {
         if !done {
             return Err(MapError::Unexpected {
                 map,
-                what: format!("{key:?} is not there, so it cannot be changed in place"),
+                what: format!("{key:?} does not exist, so it cannot be changed in place"),
             });
         }
         self.written += 8;
@@ -822,7 +765,7 @@ impl Maps for BpfMaps {
     }
 
     fn fill_backend(&mut self, id: u32, value: Backend) -> Result<(), MapError> {
-        // The last word has generation and seal.
+        // The last word has generation and seal, and is stored last.
         let ok = self.pinned.backends.write(id, &value);
         self.stored(
             ok,
@@ -851,7 +794,7 @@ impl Maps for BpfMaps {
             .names
             .insert(index.to_ne_bytes(), bytes, 0)
             .map_err(|error| match errno(&error) {
-                Some(libc::E2BIG) => full(map, self.pinned.capacities.services),
+                Some(libc::E2BIG) => MapError::full(&map_spec::NAMES, self.pinned.capacities[SizedMap::Services]),
                 _ => call(map, "BPF_MAP_UPDATE_ELEM")(error),
             })?;
         self.written += (4 + NAME) as u64;
@@ -859,8 +802,8 @@ impl Maps for BpfMaps {
     }
 
     fn delete_name(&mut self, index: u32) -> Result<(), MapError> {
-        // Somebody else may have named an index that there is not.
-        if index < self.pinned.capacities.services {
+        // Another process may have added a name with an index out of range.
+        if index < self.pinned.capacities[SizedMap::Services] {
             self.reset_stats(index)?;
         }
         match self.pinned.names.remove(&index.to_ne_bytes()) {
@@ -872,7 +815,7 @@ impl Maps for BpfMaps {
     }
 
     fn write_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError> {
-        let map = (map_name::SOURCE_RANGES, capacity::SOURCE_RANGES);
+        let map = &map_spec::SOURCE_RANGES;
         self.written += write_trie(map, &mut self.pinned.source_ranges, &range_key(range), 0)?;
         Ok(())
     }
@@ -884,7 +827,7 @@ impl Maps for BpfMaps {
     }
 
     fn write_cluster_cidr(&mut self, cidr: Prefix<Addr>, flags: u32) -> Result<(), MapError> {
-        let map = (map_name::CLUSTER_CIDRS, capacity::CLUSTER_CIDRS);
+        let map = &map_spec::CLUSTER_CIDRS;
         self.written += write_trie(map, &mut self.pinned.cluster_cidrs, &cidr_key(cidr), flags)?;
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Grace periods: when everything that a program may still hold from before is out of use.
+//! Grace periods: all programs that ran when a grace period began have ended when it has passed.
 
 use std::io;
 use std::sync::mpsc::{self, Sender};
@@ -28,7 +28,7 @@ impl Shared {
     }
 }
 
-/// A thread that waits for grace periods, so that no publication has to.
+/// A thread that waits for grace periods, so that the reconciler does not.
 #[derive(Debug)]
 pub struct GraceThread {
     requested: Epoch,
@@ -38,10 +38,10 @@ pub struct GraceThread {
 }
 
 impl GraceThread {
-    /// Starts the thread. It ends when this is dropped.
+    /// Starts the thread. It ends when this value is dropped.
     ///
     /// # Errors
-    /// Where the maps that give the grace cannot be made (`CAP_BPF`).
+    /// If the maps for grace periods cannot be created, which needs `CAP_BPF`.
     pub fn start() -> io::Result<Self> {
         let map = GraceMap::new()?;
         let (requests, wanted) = mpsc::channel::<Epoch>();
@@ -50,7 +50,7 @@ impl GraceThread {
         let progress = Arc::clone(&shared);
         thread::Builder::new().name("lb-grace".into()).spawn(move || {
             while let Ok(epoch) = wanted.recv() {
-                // One period serves all that asked before it begins.
+                // One grace period serves all requests that were made before it begins.
                 let epoch = wanted.try_iter().last().unwrap_or(epoch);
                 let result = map.synchronize();
                 match &result {
@@ -72,30 +72,30 @@ impl GraceThread {
         })
     }
 
-    /// Asks for a period that begins now.
+    /// Requests a grace period that begins now, and returns its epoch.
     pub fn begin(&mut self) -> Epoch {
         self.requested += 1;
-        // Where the thread has ended, `wait` says why.
+        // If the thread has ended, `wait` returns the reason.
         self.requests.send(self.requested).ok();
         self.requested
     }
 
-    /// The newest request that a period has served.
+    /// Returns the newest epoch that a grace period has passed.
     #[must_use]
     pub fn passed(&self) -> Epoch {
         self.shared.lock().passed
     }
 
-    /// To be told when [`Self::passed`] changes.
+    /// Returns a receiver of [`Self::passed`].
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<Epoch> {
         self.passed.clone()
     }
 
-    /// Blocks until a request is served; some 10 ms.
+    /// Blocks until a grace period has passed the epoch, for some 10 ms.
     ///
     /// # Errors
-    /// Where the system call that gives the grace has failed.
+    /// Returns [`MapError::Call`] if the system call that waits for the programs failed.
     pub fn wait(&self, epoch: Epoch) -> Result<(), MapError> {
         let mut progress = self.shared.lock();
         while progress.passed < epoch {

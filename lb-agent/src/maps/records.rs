@@ -1,10 +1,11 @@
-//! SOCKETS, SOCKETS_MORE and UDP_FLOWS for those who free them beside the programs: opened once more, so that nobody
-//! waits for anybody.
+//! SOCKETS, SOCKETS_MORE and UDP_FLOWS for the thread that frees records, with map handles of its own, so that neither it
+//! nor the reconciler waits for the other.
 //!
-//! A socket's own calls write and free its record at any time. So a slot is freed in three steps: its cookie becomes
-//! [`LEAVING`], which sends the socket's next calls to SOCKETS_MORE and lets nobody claim the slot; a grace period ends
-//! all programs that found the slot theirs before; then, if none of those has written to it, the slot is free. If one
-//! has, what it wrote stands.
+//! A socket's own calls write and free its record at any time. So the agent frees a slot in three steps:
+//! 1. The slot's cookie becomes [`LEAVING`]: the next calls of the socket use SOCKETS_MORE, and no socket can claim the
+//!    slot.
+//! 2. A grace period passes, which ends all programs that found the slot theirs before.
+//! 3. If none of those programs has written to the slot, it is free. Otherwise the new record stays.
 
 use std::collections::BTreeMap;
 use std::mem::offset_of;
@@ -12,49 +13,49 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use aya::maps::{HashMap, Map, MapData};
-use lb_common::abi::{Backend, SocketRecord, UdpFlows, map_name};
-use lb_common::logic::generation;
+use lb_common::abi::{Backend, SocketRecord, UdpDests, map_name};
 use lb_common::logic::record::{self, LEAVING};
+use lb_core::maps::MapError;
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
-use super::bpf::{BPF_NOEXIST, Hash, call, is_missing, lookup, mapped, read_hash, read_socket};
+use super::batch::read_hash;
+use super::bpf::{BPF_NOEXIST, Hash, call, is_missing, lookup, mapped, read_socket};
 use super::sys::{self, GraceMap, MappedArray, word_of};
-use lb_core::maps::MapError;
 
 const RECORD: usize = size_of::<SocketRecord>();
-const FLOWS: usize = size_of::<UdpFlows>();
+const DESTS: usize = size_of::<UdpDests>();
 
-/// Where a record is.
+/// The location of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum RecordLocation {
     /// A slot of SOCKETS.
     Slot(u32),
     /// SOCKETS_MORE, under the record's cookie.
     More,
 }
 
-/// A record as it was read.
+/// A record as it was read, and its location.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Found {
-    pub(crate) place: Place,
+pub(crate) struct LocatedRecord {
+    pub(crate) location: RecordLocation,
     pub(crate) record: SocketRecord,
 }
 
-/// What sockets are remembered with.
+/// The records of connected sockets and the destinations of unconnected UDP sockets.
 pub(crate) struct Records {
     backends: MappedArray<Backend>,
     sockets: MappedArray<SocketRecord>,
     more: Hash<8, RECORD>,
     more_map: MapData,
-    flows: Hash<8, FLOWS>,
+    dests: Hash<8, DESTS>,
     grace: GraceMap,
 }
 
 impl Records {
-    /// Opens the maps that are pinned in a folder.
+    /// Opens the maps that are pinned in a directory.
     ///
     /// # Errors
-    /// Where one is missing, or a system call fails.
+    /// Returns [`MapError::Call`] if a map is missing or a system call fails.
     pub(crate) fn open(dir: &Path) -> Result<Self, MapError> {
         let open = |name: &'static str| MapData::from_pin(dir.join(name)).map_err(call(name, "BPF_OBJ_GET"));
         let hash = |name| open(name).map(Map::HashMap);
@@ -63,7 +64,7 @@ impl Records {
             sockets: mapped(map_name::SOCKETS, &open(map_name::SOCKETS)?)?,
             more: HashMap::try_from(hash(map_name::SOCKETS_MORE)?).map_err(call(map_name::SOCKETS_MORE, "open"))?,
             more_map: open(map_name::SOCKETS_MORE)?,
-            flows: HashMap::try_from(hash(map_name::UDP_FLOWS)?).map_err(call(map_name::UDP_FLOWS, "open"))?,
+            dests: HashMap::try_from(hash(map_name::UDP_FLOWS)?).map_err(call(map_name::UDP_FLOWS, "open"))?,
             grace: GraceMap::new().map_err(|source| MapError::Call {
                 map: "(grace)",
                 call: "BPF_MAP_CREATE of an array of maps",
@@ -72,60 +73,63 @@ impl Records {
         })
     }
 
-    /// All records that are complete.
+    /// Returns all complete records.
     ///
     /// # Errors
-    /// The system call's.
-    pub(crate) fn all(&self) -> Result<Vec<Found>, MapError> {
+    /// Returns [`MapError::Call`] if a system call fails.
+    pub(crate) fn all(&self) -> Result<Vec<LocatedRecord>, MapError> {
         let slots = (0..self.sockets.len()).filter_map(|slot| {
             let record = read_socket(&self.sockets, slot)?;
-            let place = Place::Slot(slot);
-            Some(Found { place, record })
+            let location = RecordLocation::Slot(slot);
+            Some(LocatedRecord { location, record })
         });
         let mut all: Vec<_> = slots.collect();
         let more = read_hash::<u64, SocketRecord, 8, RECORD>(map_name::SOCKETS_MORE, &self.more)?;
-        let place = Place::More;
-        all.extend(more.into_values().map(|record| Found { place, record }));
+        let location = RecordLocation::More;
+        all.extend(more.into_values().map(|record| LocatedRecord { location, record }));
         Ok(all)
     }
 
-    /// Unconnected sockets by cookie.
+    /// Returns the destinations of unconnected sockets, by cookie.
     ///
     /// # Errors
-    /// The system call's.
-    pub(crate) fn flows(&self) -> Result<BTreeMap<u64, UdpFlows>, MapError> {
-        read_hash(map_name::UDP_FLOWS, &self.flows)
+    /// Returns [`MapError::Call`] if a system call fails.
+    pub(crate) fn udp_dests(&self) -> Result<BTreeMap<u64, UdpDests>, MapError> {
+        read_hash(map_name::UDP_FLOWS, &self.dests)
     }
 
-    /// Whether the backend that a record names is still there.
+    /// Returns whether the backend of a record is current.
     pub(crate) fn is_current(&self, record: &SocketRecord) -> bool {
-        let backend = self.backends.read(record.backend);
-        backend.is_some_and(|backend| generation::is_current(backend.generation, record.generation))
+        let backend = self.backends.read(record.backend.id);
+        backend.is_some_and(|backend| backend.is_current(record.backend))
     }
 
-    /// Whether a record is as it was found.
+    /// Returns whether a record is as it was read.
     ///
     /// # Errors
-    /// The system call's.
-    pub(crate) fn is_unchanged(&self, found: &Found) -> Result<bool, MapError> {
-        match found.place {
-            Place::Slot(slot) => Ok(read_socket(&self.sockets, slot).is_some_and(|now| is_same(&now, &found.record))),
-            Place::More => Ok(self
+    /// Returns [`MapError::Call`] if a system call fails.
+    pub(crate) fn is_unchanged(&self, found: &LocatedRecord) -> Result<bool, MapError> {
+        match found.location {
+            RecordLocation::Slot(slot) => {
+                Ok(read_socket(&self.sockets, slot).is_some_and(|now| is_same(&now, &found.record)))
+            }
+            RecordLocation::More => Ok(self
                 .more(found.record.cookie)?
                 .is_some_and(|now| now == found.record.as_bytes())),
         }
     }
 
-    /// Forgets sockets whose records are as they were found; waits for a grace period. Returns how many it forgot.
+    /// Frees the records that are as they were read, after a grace period, and returns their number.
     ///
     /// # Errors
-    /// The system call's; what is left is found once more.
-    pub(crate) fn forget(&mut self, stale: &[Found]) -> Result<usize, MapError> {
+    /// Returns [`MapError::Call`] if a system call fails. Records that are not freed are read again by the next
+    /// [`Self::all`].
+    pub(crate) fn forget(&mut self, stale: &[LocatedRecord]) -> Result<usize, MapError> {
         let mut leaving = Vec::new();
         for found in stale {
-            let left = match found.place {
-                Place::Slot(slot) => self.leave(slot, found.record.cookie),
-                Place::More => self.remove(&found.record)?,
+            let left = match found.location {
+                RecordLocation::Slot(slot) => self.leave(slot, found.record.cookie),
+                RecordLocation::More => self.remove(&found.record)?,
             };
             if left {
                 leaving.push(*found);
@@ -134,23 +138,23 @@ impl Records {
         if leaving.is_empty() {
             return Ok(0);
         }
-        // Whether or not it passes, no slot may be left half-way.
+        // No slot may keep the cookie LEAVING, even if the grace period failed.
         let waited = self.synchronize();
-        for Found { place, record } in &leaving {
-            match place {
-                Place::Slot(slot) if waited.is_ok() => self.free(*slot, record)?,
-                Place::Slot(slot) => drop(self.exchange(*slot, LEAVING, record.cookie)),
-                Place::More => self.count_less(record)?,
+        for LocatedRecord { location, record } in &leaving {
+            match location {
+                RecordLocation::Slot(slot) if waited.is_ok() => self.free(*slot, record)?,
+                RecordLocation::Slot(slot) => drop(self.exchange(*slot, LEAVING, record.cookie)),
+                RecordLocation::More => self.count_less(record)?,
             }
         }
         waited?;
         Ok(leaving.len())
     }
 
-    /// Frees slots that an agent which died was about to free.
+    /// Frees the slots that an earlier agent was about to free when it ended.
     ///
     /// # Errors
-    /// The system call's.
+    /// Returns [`MapError::Call`] if a system call fails.
     pub(crate) fn free_left_over(&mut self) -> Result<(), MapError> {
         let is_left = |slot: &u32| self.sockets.read(*slot).is_some_and(|record| record.cookie == LEAVING);
         let left: Vec<u32> = (0..self.sockets.len()).filter(is_left).collect();
@@ -162,17 +166,18 @@ impl Records {
         Ok(())
     }
 
-    /// Forgets an unconnected socket, if it has not sent anything to a service since it was read.
+    /// Removes the destinations of an unconnected socket, if the socket has not sent to a service since they were read.
+    /// Returns whether they were removed.
     ///
     /// # Errors
-    /// The system call's.
-    pub(crate) fn forget_flows(&mut self, cookie: u64, read: &UdpFlows) -> Result<bool, MapError> {
+    /// Returns [`MapError::Call`] if a system call fails.
+    pub(crate) fn forget_udp_dests(&mut self, cookie: u64, read: &UdpDests) -> Result<bool, MapError> {
         let name = map_name::UDP_FLOWS;
         let key = cookie.to_ne_bytes();
-        if lookup(name, &self.flows, &key)?.is_none_or(|now| now != read.as_bytes()) {
+        if lookup(name, &self.dests, &key)?.is_none_or(|now| now != read.as_bytes()) {
             return Ok(false);
         }
-        match self.flows.remove(&key) {
+        match self.dests.remove(&key) {
             Ok(()) => Ok(true),
             Err(error) if is_missing(&error) => Ok(false),
             Err(error) => Err(call(name, "BPF_MAP_DELETE_ELEM")(error)),
@@ -184,12 +189,12 @@ impl Records {
             .compare_exchange(slot, word_of(offset_of!(SocketRecord, cookie)), old, new)
     }
 
-    /// First step: no call that begins from now on finds the slot its own, or free.
+    /// Does the first step: a call that begins later finds the slot neither its own nor free.
     fn leave(&self, slot: u32, cookie: u64) -> bool {
         self.exchange(slot, cookie, LEAVING)
     }
 
-    /// Last step, after a grace period: the slot is free, unless its socket has written to it meanwhile.
+    /// Does the last step, after a grace period: frees the slot, unless its socket wrote to it meanwhile.
     fn free(&self, slot: u32, was: &SocketRecord) -> Result<(), MapError> {
         let Some(now) = self.sockets.read(slot).filter(|now| now.cookie == LEAVING) else {
             // The socket was closed meanwhile.
@@ -204,7 +209,8 @@ impl Records {
         Ok(())
     }
 
-    /// Makes a slot that leaves free. The sequence first: who claims it finds no complete record there.
+    /// Frees a slot whose cookie is LEAVING. The sequence changes first, so a socket that claims the slot finds no complete
+    /// record there.
     fn clear(&self, slot: u32) {
         let sequence = offset_of!(SocketRecord, sequence);
         self.sockets
@@ -212,7 +218,7 @@ impl Records {
         self.exchange(slot, LEAVING, 0);
     }
 
-    /// What SOCKETS_MORE has under a cookie.
+    /// Reads the record in SOCKETS_MORE under a cookie, if there is one.
     fn more(&self, cookie: u64) -> Result<Option<[u8; RECORD]>, MapError> {
         lookup(map_name::SOCKETS_MORE, &self.more, &cookie.to_ne_bytes())
     }
@@ -225,7 +231,7 @@ impl Records {
         })
     }
 
-    /// Removes a record from SOCKETS_MORE; a newer one of the same socket is put back.
+    /// Removes a record from SOCKETS_MORE, and returns whether it did. A newer record of the socket is inserted again.
     fn remove(&mut self, stale: &SocketRecord) -> Result<bool, MapError> {
         let name = map_name::SOCKETS_MORE;
         let key = stale.cookie.to_ne_bytes();
@@ -240,18 +246,18 @@ impl Records {
             })?;
         if there && removed != *stale {
             let value: [u8; RECORD] = zerocopy::transmute!(removed);
-            // Where one is there already it is newer still; where there is no room, the socket has no record.
+            // If a record exists already, it is even newer. If there is no room, the socket has no record.
             let _ = self.more.insert(key, value, BPF_NOEXIST);
             return Ok(false);
         }
         Ok(there)
     }
 
-    /// After a grace period: the slot of a socket that was removed from SOCKETS_MORE counts one less, unless the socket
-    /// has a record there again. A slot that counts too many costs its sockets a look into SOCKETS_MORE; one that counts
-    /// too few would hide a record.
+    /// Decrements the count of spilled records in the slot of a record that was removed from SOCKETS_MORE, after a grace
+    /// period, unless the socket has a record there again. A count that is too high costs the sockets of the slot a lookup
+    /// in SOCKETS_MORE; a count that is too low would hide a record.
     fn count_less(&self, removed: &SocketRecord) -> Result<(), MapError> {
-        // The key of an MPTCP socket is its address in the kernel, and no slot counts it.
+        // The key of an MPTCP socket is its address in the kernel, and no slot counts its record.
         if removed.cookie == removed.socket && self.more(removed.cookie)?.is_none() {
             let slot = record::slot(removed.cookie, self.sockets.len().saturating_sub(1));
             let spilled = offset_of!(SocketRecord, spilled);
@@ -261,7 +267,7 @@ impl Records {
     }
 }
 
-/// Of one slot: the sequence changes with everything but the number of records elsewhere.
+/// Returns whether two readings of a slot have the same record: the sequence changes with every field except `spilled`.
 fn is_same(a: &SocketRecord, b: &SocketRecord) -> bool {
     a.cookie == b.cookie && a.sequence == b.sequence
 }

@@ -1,5 +1,5 @@
-//! The calls of bpf(2) that aya 0.14 does not make, and memory-mapped arrays. The only unsafe code of the agent, but for
-//! a call of the C library in `memory`.
+//! The calls of bpf(2) that aya 0.14 does not make, and memory-mapped arrays. This is the only unsafe code of the agent,
+//! except a call of the C library in `heap`.
 #![expect(unsafe_code, reason = "system calls and shared memory")]
 
 use std::ffi::CString;
@@ -19,7 +19,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use tokio::io::unix::AsyncFd;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// bpf(2) with an attribute that was made by `fill` from zero bytes.
+/// Calls bpf(2) with an attribute that `fill` makes from zero bytes.
 fn bpf(cmd: bpf_cmd, fill: impl FnOnce(&mut bpf_attr)) -> io::Result<libc::c_long> {
     // SAFETY: the kernel's structure is plain data, and all zero bytes is a value of it.
     let mut attr: bpf_attr = unsafe { zeroed() };
@@ -27,9 +27,9 @@ fn bpf(cmd: bpf_cmd, fill: impl FnOnce(&mut bpf_attr)) -> io::Result<libc::c_lon
     bpf_with(cmd, &mut attr)
 }
 
-/// The same with an attribute that the kernel writes to.
+/// Calls bpf(2) with an attribute that the kernel may write to.
 fn bpf_with(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<libc::c_long> {
-    // SAFETY: the attribute is valid for its size; pointers in it are the callers' and live as long as the call.
+    // SAFETY: the attribute is valid for its size; pointers in it belong to the callers and are valid during the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -45,9 +45,9 @@ fn bpf_with(cmd: bpf_cmd, attr: &mut bpf_attr) -> io::Result<libc::c_long> {
     }
 }
 
-/// The descriptor that a call returned.
+/// Takes ownership of the descriptor that a call returned.
 fn owned(result: libc::c_long) -> OwnedFd {
-    // SAFETY: the kernel returned a new descriptor, which nobody else owns.
+    // SAFETY: the kernel returned a new descriptor, which has no other owner.
     unsafe { OwnedFd::from_raw_fd(result as i32) }
 }
 
@@ -58,7 +58,7 @@ impl RingBuffer for RingBuf<MapData> {}
 
 impl<T> RingBuffer for EbpfLogger<T> {}
 
-/// A ring that can be waited for. To be called in the context of a runtime.
+/// Makes a ring buffer that tasks can wait for. The caller must be in the context of a Tokio runtime.
 pub(crate) fn watched<T: RingBuffer>(ring: T) -> io::Result<AsyncFd<T>> {
     // SAFETY: the ring owns its map and so its one descriptor, for as long as it lives.
     unsafe { AsyncFd::register(ring) }.map_err(io::Error::from)
@@ -83,7 +83,7 @@ pub(crate) fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     .map(drop)
 }
 
-/// `BPF_LINK_CREATE`: attaches a program to a cgroup, beside those that are there.
+/// `BPF_LINK_CREATE`: attaches a program to a cgroup, in addition to those that are attached.
 pub(crate) fn link_create(
     program: BorrowedFd<'_>,
     cgroup: BorrowedFd<'_>,
@@ -97,8 +97,8 @@ pub(crate) fn link_create(
     .map(owned)
 }
 
-/// `BPF_LINK_CREATE`: attaches a program to one side of a device (`BPF_TCX_INGRESS`, `BPF_TCX_EGRESS`), before all that
-/// are there. The device is one of the network namespace of the calling thread; zero is none.
+/// `BPF_LINK_CREATE`: attaches a program to one side of a device (`BPF_TCX_INGRESS`, `BPF_TCX_EGRESS`), before all
+/// other programs. The device belongs to the network namespace of the calling thread; zero is no device.
 pub(crate) fn tcx_create(program: BorrowedFd<'_>, device: u32, attach_type: bpf_attach_type) -> io::Result<OwnedFd> {
     bpf(bpf_cmd::BPF_LINK_CREATE, |attr| {
         attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd() as u32;
@@ -109,7 +109,7 @@ pub(crate) fn tcx_create(program: BorrowedFd<'_>, device: u32, attach_type: bpf_
     .map(owned)
 }
 
-/// `BPF_LINK_UPDATE`: another program at the same hook, with no moment of none.
+/// `BPF_LINK_UPDATE`: replaces the program of a link atomically.
 pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     bpf(bpf_cmd::BPF_LINK_UPDATE, |attr| {
         attr.link_update.link_fd = link.as_raw_fd() as u32;
@@ -118,7 +118,7 @@ pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::
     .map(drop)
 }
 
-/// `BPF_LINK_DETACH`: the program is off its hook when this returns; the link is of no use any more.
+/// `BPF_LINK_DETACH`: the program is detached when this returns, and the link is of no further use.
 pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     bpf(bpf_cmd::BPF_LINK_DETACH, |attr| {
         attr.link_detach.link_fd = link.as_raw_fd() as u32;
@@ -126,8 +126,8 @@ pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     .map(drop)
 }
 
-/// `BPF_MAP_LOOKUP_AND_DELETE_ELEM` of a hash: what was removed, in one step with its removal. False where there is no
-/// such key.
+/// `BPF_MAP_LOOKUP_AND_DELETE_ELEM` of a hash: removes an entry and reads its value in one step. Returns false if the key
+/// does not exist.
 pub(crate) fn lookup_and_delete(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
     let result = bpf(bpf_cmd::BPF_MAP_LOOKUP_AND_DELETE_ELEM, |attr| {
         attr.__bindgen_anon_2.map_fd = map.as_raw_fd() as u32;
@@ -141,20 +141,20 @@ pub(crate) fn lookup_and_delete(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8
     }
 }
 
-/// What [`lookup_batch`] has found.
+/// The result of [`lookup_batch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Batch {
-    /// How many keys and values.
+    /// Number of keys and values that were read.
     pub(crate) count: usize,
-    /// Where to go on; `None` at the end.
+    /// Bucket that the next batch begins with; `None` at the end.
     pub(crate) next: Option<u32>,
 }
 
-/// `BPF_MAP_LOOKUP_BATCH` of a hash with keys of `K` bytes and values of `V` (to be known by whoever opened it), from
-/// where the last batch ended: whole buckets, as many as fit. An entry that is there all the time is found once.
+/// `BPF_MAP_LOOKUP_BATCH` of a hash: reads whole buckets, as many as fit, from a bucket on. The caller must know that keys
+/// have `K` bytes and values `V`. All batches together contain an entry that exists all the time exactly once.
 ///
 /// # Errors
-/// ENOSPC where a bucket has more entries than there is room for; else the system call's.
+/// ENOSPC if a bucket has more entries than there is room for; otherwise the error of the system call.
 pub(crate) fn lookup_batch<const K: usize, const V: usize>(
     map: BorrowedFd<'_>,
     from: Option<u32>,
@@ -162,7 +162,7 @@ pub(crate) fn lookup_batch<const K: usize, const V: usize>(
     values: &mut [[u8; V]],
 ) -> io::Result<Batch> {
     let mut next = 0_u32;
-    // SAFETY: plain data, see above.
+    // SAFETY: the kernel's structure is plain data, and all zero bytes is a value of it.
     let mut attr: bpf_attr = unsafe { zeroed() };
     attr.batch.map_fd = map.as_raw_fd() as u32;
     attr.batch.in_batch = from.as_ref().map_or(0, |from| (&raw const *from) as u64);
@@ -171,7 +171,7 @@ pub(crate) fn lookup_batch<const K: usize, const V: usize>(
     attr.batch.values = values.as_mut_ptr() as u64;
     attr.batch.count = keys.len().min(values.len()) as u32;
     let result = bpf_with(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr);
-    // SAFETY: the kernel has written how many there were; any bytes are a value.
+    // SAFETY: the kernel has written the number of entries; any bytes are a value.
     let count = unsafe { attr.batch.count } as usize;
     match result {
         Ok(_) => Ok(Batch {
@@ -183,10 +183,10 @@ pub(crate) fn lookup_batch<const K: usize, const V: usize>(
     }
 }
 
-/// What a link of a cgroup program is attached to.
+/// The attachment of a link of a cgroup program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct CgroupLink {
-    /// Id (inode) of the cgroup; zero where it is gone.
+    /// Id (inode) of the cgroup; zero if it was removed.
     pub(crate) cgroup: u64,
     /// Id of the program.
     pub(crate) program: u32,
@@ -194,7 +194,7 @@ pub(crate) struct CgroupLink {
 
 /// `BPF_OBJ_GET_INFO_BY_FD` of a link.
 fn link_info(link: BorrowedFd<'_>) -> io::Result<bpf_link_info> {
-    // SAFETY: plain data, see above.
+    // SAFETY: the kernel's structure is plain data, and all zero bytes is a value of it.
     let mut info: bpf_link_info = unsafe { zeroed() };
     bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, |attr| {
         attr.info.bpf_fd = link.as_raw_fd() as u32;
@@ -204,30 +204,30 @@ fn link_info(link: BorrowedFd<'_>) -> io::Result<bpf_link_info> {
     Ok(info)
 }
 
-/// The same, of a link of a cgroup program.
+/// `BPF_OBJ_GET_INFO_BY_FD` of a link of a cgroup program.
 pub(crate) fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
     let info = link_info(link)?;
     Ok(CgroupLink {
-        // SAFETY: the kernel filled the union as it does for cgroup links; any bytes are a value.
+        // SAFETY: for a cgroup link the kernel fills this field of the union; any bytes are a value.
         cgroup: unsafe { info.__bindgen_anon_1.cgroup.cgroup_id },
         program: info.prog_id,
     })
 }
 
-/// What a tcx link is attached to.
+/// The attachment of a tcx link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TcxLink {
-    /// Index of the device; zero where it is gone.
+    /// Index of the device; zero if it was removed.
     pub(crate) device: u32,
     /// Id of the program.
     pub(crate) program: u32,
 }
 
-/// The same, of a tcx link.
+/// `BPF_OBJ_GET_INFO_BY_FD` of a tcx link.
 pub(crate) fn tcx_link(link: BorrowedFd<'_>) -> io::Result<TcxLink> {
     let info = link_info(link)?;
     Ok(TcxLink {
-        // SAFETY: the kernel filled the union as it does for tcx links; any bytes are a value.
+        // SAFETY: for a tcx link the kernel fills this field of the union; any bytes are a value.
         device: unsafe { info.__bindgen_anon_1.tcx.ifindex },
         program: info.prog_id,
     })
@@ -275,14 +275,14 @@ fn create(map_type: bpf_map_type, inner: u32) -> io::Result<OwnedFd> {
     .map(owned)
 }
 
-/// Cookie of the network namespace of the calling thread: `SO_NETNS_COOKIE`, what `bpf_get_netns_cookie` returns.
+/// Returns the cookie of the calling thread's network namespace (`SO_NETNS_COOKIE`), as `bpf_get_netns_cookie` does.
 pub(crate) fn netns_cookie() -> io::Result<u64> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-    // Not bound: that could be refused.
+    // The socket is not bound, since a program could refuse that.
     let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     let mut cookie = 0_u64;
     let mut len = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: value and length are valid for writes of the length that is given.
+    // SAFETY: value and length are valid for writes of the given length.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -302,7 +302,7 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
 /// A memory-mapped `BPF_MAP_TYPE_ARRAY` (`BPF_F_MMAPABLE`) of values whose size and alignment are multiples of 8.
 ///
 /// Programs and other processes read and write the same memory, so every access is a volatile one of 8 aligned bytes
-/// (or of a field), and no reference into the memory is ever made. Stores become visible in the order in which they are
+/// (or of a field), and there are no references into the memory. Stores become visible in the order in which they are
 /// made.
 pub(crate) struct MappedArray<T> {
     memory: MmapRaw,
@@ -331,24 +331,24 @@ impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
         self.len
     }
 
-    /// Address of a word of a value, if both are in range.
+    /// Returns the address of a word of a value, if both are in range.
     fn word(&self, index: u32, word: usize) -> Option<*mut u64> {
         if index >= self.len || word >= Self::WORDS {
             return None;
         }
         let at = self.memory.as_mut_ptr().cast::<u64>();
-        // SAFETY: in range, see above; the mapping is page aligned.
+        // SAFETY: the index and the word are in range, and the mapping is aligned to pages.
         Some(unsafe { at.add(index as usize * Self::WORDS + word) })
     }
 
-    /// One word of a value.
+    /// Reads one word of a value.
     pub(crate) fn read_word(&self, index: u32, word: usize) -> Option<u64> {
         let at = self.word(index, word)?;
         // SAFETY: a valid, aligned address in the mapping.
         Some(unsafe { at.read_volatile() })
     }
 
-    /// A value, word by word: each word is consistent, the value as a whole only where nobody writes.
+    /// Reads a value word by word. Each word is consistent; the value as a whole is so only if nothing writes to it.
     pub(crate) fn read(&self, index: u32) -> Option<T> {
         let mut value = T::new_zeroed();
         for (i, bytes) in value.as_mut_bytes().chunks_exact_mut(8).enumerate() {
@@ -359,7 +359,8 @@ impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
         Some(value)
     }
 
-    /// Stores the words of `value` in `words`, in that order, each by one 8-byte store. False where out of range.
+    /// Stores the words of `value` in `words`, in that order, each by one 8-byte store. Returns false if one is out of
+    /// range.
     pub(crate) fn write_words(&self, index: u32, value: &T, words: impl IntoIterator<Item = usize>) -> bool {
         let bytes = value.as_bytes();
         for i in words {
@@ -375,7 +376,8 @@ impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
         true
     }
 
-    /// Changes a word of a value by one atomic exchange, if it is `old`. False where it is not, or out of range.
+    /// Changes a word of a value from `old` to `new` by one atomic exchange. Returns false if it is not `old`, or out of
+    /// range.
     pub(crate) fn compare_exchange(&self, index: u32, word: usize, old: u64, new: u64) -> bool {
         let Some(at) = self.word(index, word) else {
             return false;
@@ -386,11 +388,11 @@ impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
             .is_ok()
     }
 
-    /// Changes the u32 at a byte offset (a multiple of 4) of a value by an atomic operation, and returns what it was.
-    /// `None` where out of range, or where `change` wants none.
+    /// Changes the u32 at a byte offset (a multiple of 4) of a value by an atomic operation, and returns the old
+    /// number. Returns `None` if the index is out of range, or if `change` returns `None`.
     pub(crate) fn update_u32(&self, index: u32, offset: usize, change: impl Fn(u32) -> Option<u32>) -> Option<u32> {
         let at = self.word(index, word_of(offset))?.cast::<u32>();
-        // SAFETY: as above; a word has two of them.
+        // SAFETY: a valid, aligned address in the mapping; a word has two fields of 4 bytes.
         let field = unsafe { AtomicU32::from_ptr(at.add(offset % 8 / 4)) };
         field.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change).ok()
     }
@@ -401,12 +403,12 @@ impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
     }
 }
 
-/// Which word of a structure a field is in.
+/// Returns the number of the word that the field at a byte offset is in.
 pub(crate) const fn word_of(offset: usize) -> usize {
     offset / 8
 }
 
-/// Claims nothing, but keeps the layout that [`MappedArray`] relies on in sight of the compiler.
+/// The layout that writers of single words rely on.
 const _: () = {
     use lb_common::abi::{Backend, Service};
     assert!(offset_of!(Service, cluster) == 16);

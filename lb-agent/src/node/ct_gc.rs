@@ -22,7 +22,7 @@ use tracing::warn;
 
 use super::nf_conntrack::Settings;
 use crate::clock::monotonic_ns;
-use crate::maps::ct::{FlowMap, FlowMaps, Position};
+use crate::maps::ct::{CtMap, CtMaps, Position};
 use lb_core::maps::Direction;
 use lb_core::maps::MapError;
 use lb_core::model::{Problem, ProblemKind};
@@ -126,7 +126,7 @@ impl Collector {
     /// # Errors
     /// Returns an error if the maps cannot be opened or the thread cannot be started.
     pub fn start(maps: &Path, timeouts: Timeouts) -> Result<Self, CollectorError> {
-        let maps = FlowMaps::open(maps)?;
+        let maps = CtMaps::open(maps)?;
         let (stop, stopped) = mpsc::channel();
         let (told, turns) = unbounded_channel();
         let worker = Worker {
@@ -162,9 +162,9 @@ fn goes_on(stopped: &Receiver<()>, wait: Duration) -> bool {
 }
 
 impl Worker {
-    fn run(mut self, maps: FlowMaps, stopped: &Receiver<()>) {
-        let FlowMaps { answered, new } = maps;
-        let mut maps = [(answered, true), (new, false)];
+    fn run(mut self, maps: CtMaps, stopped: &Receiver<()>) {
+        let CtMaps { established, unreplied } = maps;
+        let mut maps = [(established, true), (unreplied, false)];
         loop {
             self.begun = Instant::now();
             for (map, answered) in &mut maps {
@@ -186,7 +186,7 @@ impl Worker {
     }
 
     /// Reads a map as a whole; false if the thread should end.
-    fn sweep(&mut self, map: &mut FlowMap, answered: bool, stopped: &Receiver<()>) -> Result<bool, MapError> {
+    fn sweep(&mut self, map: &mut CtMap, answered: bool, stopped: &Receiver<()>) -> Result<bool, MapError> {
         let mut position = Position::Begin;
         let mut entries = 0;
         while position != Position::End {
@@ -225,13 +225,13 @@ trait Entries {
     fn remove(&mut self, key: &CtKey) -> Result<bool, MapError>;
 }
 
-impl Entries for FlowMap {
+impl Entries for CtMap {
     fn get(&self, key: &CtKey) -> Result<Option<CtEntry>, MapError> {
-        FlowMap::get(self, key)
+        CtMap::get(self, key)
     }
 
     fn remove(&mut self, key: &CtKey) -> Result<bool, MapError> {
-        FlowMap::remove(self, key)
+        CtMap::remove(self, key)
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use lb_common::abi::{Event, EventKind, UdpFlows};
+use lb_common::abi::{Event, EventKind, UdpDests};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 use tracing::{debug, info};
@@ -22,7 +22,7 @@ use super::netns::{Namespaces, Visit};
 use super::sockdiag::{Destroyed, Protocol, SockDiag, Socket, list_sockets};
 use super::socket_verdict::{self, CONNECTING, Suspects, Trace, Verdict};
 use crate::clock::monotonic_ns;
-use crate::maps::records::{Found, Records};
+use crate::maps::records::{LocatedRecord, Records};
 use lb_core::maps::MapError;
 use lb_core::model::{Problem, ProblemKind};
 
@@ -129,11 +129,11 @@ struct Worker {
 /// The result of a pass in one namespace.
 #[derive(Default)]
 struct Done {
-    destroyed: Vec<(Found, Socket)>,
+    destroyed: Vec<(LocatedRecord, Socket)>,
     /// Records of sockets that are connected elsewhere, or no longer connected.
-    stale: Vec<Found>,
+    stale: Vec<LocatedRecord>,
     /// Records of sockets that were not listed.
-    missing: Vec<Found>,
+    missing: Vec<LocatedRecord>,
     /// Sockets that may still be connected.
     open: usize,
     failed: Option<io::Error>,
@@ -208,7 +208,7 @@ impl Worker {
     fn try_pass(&mut self) -> Result<usize, MapError> {
         self.problems.retain(|place, _| !place.starts_with(NAMESPACE));
         let begun = monotonic_ns();
-        let mut dead: BTreeMap<u64, Vec<Found>> = BTreeMap::new();
+        let mut dead: BTreeMap<u64, Vec<LocatedRecord>> = BTreeMap::new();
         for found in self.records.all()? {
             let concerned = found.record.proto == Protocol::Udp as u8 || self.settings.tcp;
             if concerned && !self.records.is_current(&found.record) {
@@ -260,7 +260,7 @@ impl Worker {
             .collect();
         let flows: Vec<_> = self
             .records
-            .flows()?
+            .udp_dests()?
             .into_iter()
             .filter(|(_, f)| last_use(f) <= oldest)
             .collect();
@@ -300,7 +300,7 @@ impl Worker {
             .iter()
             .filter(|(cookie, f)| twice.contains(&trace_of_flows(*cookie, f)))
         {
-            swept += usize::from(self.records.forget_flows(*cookie, read)?);
+            swept += usize::from(self.records.forget_udp_dests(*cookie, read)?);
         }
         if swept > 0 {
             info!(swept, "forgot sockets that are gone");
@@ -309,7 +309,7 @@ impl Worker {
     }
 
     /// Logs a destroyed socket, and reports it to `lb-agent trace`.
-    fn tell_of_destroyed(&self, found: &Found, socket: &Socket) {
+    fn tell_of_destroyed(&self, found: &LocatedRecord, socket: &Socket) {
         let record = &found.record;
         debug!(
             original = %format_args!("{}:{}", record.original_addr, record.original_port),
@@ -380,7 +380,7 @@ fn why_not_destroyed(error: &io::Error) -> String {
 }
 
 /// Destroys the sockets of some records in the network namespace of the calling thread.
-fn destroy(records: &Records, dead: &[Found], begun: u64) -> Done {
+fn destroy(records: &Records, dead: &[LocatedRecord], begun: u64) -> Done {
     let mut done = Done::default();
     if let Err(error) = try_destroy(records, dead, begun, &mut done) {
         done.open += 1;
@@ -389,7 +389,7 @@ fn destroy(records: &Records, dead: &[Found], begun: u64) -> Done {
     done
 }
 
-fn try_destroy(records: &Records, dead: &[Found], begun: u64, done: &mut Done) -> io::Result<()> {
+fn try_destroy(records: &Records, dead: &[LocatedRecord], begun: u64, done: &mut Done) -> io::Result<()> {
     let is_there = |protocol: &Protocol| dead.iter().any(|found| found.record.proto == *protocol as u8);
     let protocols: Vec<_> = Protocol::ALL.into_iter().filter(is_there).collect();
     let listing = list_sockets(&protocols)?;
@@ -415,18 +415,18 @@ fn try_destroy(records: &Records, dead: &[Found], begun: u64, done: &mut Done) -
 }
 
 /// Time of the last datagram of an unconnected socket to a Service.
-fn last_use(flows: &UdpFlows) -> u64 {
-    flows.flows.iter().map(|flow| flow.asked).max().unwrap_or(0)
+fn last_use(flows: &UdpDests) -> u64 {
+    flows.dests.iter().map(|flow| flow.asked).max().unwrap_or(0)
 }
 
-fn trace_of(found: &Found) -> Trace {
+fn trace_of(found: &LocatedRecord) -> Trace {
     Trace::Record {
         key: found.record.cookie,
         time: found.record.time,
     }
 }
 
-fn trace_of_flows(cookie: u64, flows: &UdpFlows) -> Trace {
+fn trace_of_flows(cookie: u64, flows: &UdpDests) -> Trace {
     Trace::Flows {
         cookie,
         time: last_use(flows),

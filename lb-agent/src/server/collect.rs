@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Mutex, PoisonError};
 
-use lb_common::abi::{DropReason, Name, Service, ServiceStats, map_name, set_flags};
+use lb_common::abi::{DropReason, Name, Service, ServiceStats, SizedMap, set_flags};
 use lb_common::logic::generation;
 use prometheus::proto::MetricFamily;
 use prometheus::{IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry};
@@ -90,31 +90,11 @@ impl Collector {
     fn sizes(&self, usage: Usage, registry: &Registry) -> Result<(), CollectError> {
         let capacity = IntGaugeVec::new(ours("map_capacity", "Capacity of a map in entries"), &["map"])?;
         let entries = IntGaugeVec::new(ours("map_entries", "Entries of a map in use"), &["map"])?;
-        let sizes = self.maps.capacities();
-        for (map, used, size) in [
-            (map_name::SERVICES, usage.services as usize, sizes.services),
-            (map_name::FRONTENDS, usage.frontends as usize, sizes.frontends),
-            (map_name::BACKENDS, usage.backends as usize, sizes.backends),
-            (
-                map_name::BACKEND_SLOTS,
-                usage.backend_slots as usize,
-                sizes.backend_slots,
-            ),
-            (map_name::SOCKETS, self.maps.sockets_used(), sizes.sockets),
-            (
-                map_name::SOCKETS_MORE,
-                self.maps.sockets_more_used()?,
-                sizes.sockets_more,
-            ),
-            (map_name::UDP_FLOWS, self.maps.udp_flows_used()?, sizes.udp_flows),
-            (map_name::AFFINITY, self.maps.affinity_used()?, sizes.affinity),
-        ] {
-            capacity.with_label_values(&[map]).set(size.into());
-            entries.with_label_values(&[map]).set(used as i64);
-        }
-        // The CT garbage collector counts the entries of these, since it reads all of them anyway.
-        for (map, size) in [(map_name::CT, sizes.conntrack), (map_name::CT_NEW, sizes.conntrack_new)] {
-            capacity.with_label_values(&[map]).set(size.into());
+        let capacities = self.maps.capacities();
+        for map in SizedMap::ALL {
+            capacity.with_label_values(&[map.name()]).set(capacities[*map].into());
+            let used = self.maps.used(*map, &usage)?;
+            entries.with_label_values(&[map.name()]).set(used as i64);
         }
         registry.register(Box::new(capacity))?;
         registry.register(Box::new(entries))?;
@@ -154,7 +134,7 @@ impl Collector {
         let refused = IntCounterVec::new(refused, &labels)?;
 
         let mut all = HashMap::new();
-        for index in 1..self.maps.capacities().services {
+        for index in 1..self.maps.capacities()[SizedMap::Services] {
             let Some((service, stats)) = self.read(index)? else {
                 continue;
             };

@@ -1,28 +1,30 @@
-//! IP addresses as the maps hold them.
+//! IP addresses as the maps store them.
 
 use core::fmt;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// An IPv6 address, or an IPv4 address v4-mapped; bytes in network order.
+use super::layout::layout;
+
+/// An IPv6 address, or a v4-mapped IPv4 address; bytes in network order.
 ///
-/// The alignment of 4 keeps the compiler from copying it byte by byte through `memcpy`, which the kernel target does
-/// not have.
+/// Because of the alignment of 4 the compiler does not copy it byte by byte through `memcpy`, which the kernel target
+/// does not have.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(4))]
 pub struct Addr {
-    /// The 16 bytes.
+    /// The bytes, in network order.
     pub bytes: [u8; 16],
 }
 
-const _: () = assert!(size_of::<Addr>() == 16 && align_of::<Addr>() == 4);
+layout!(Addr: size 16, align 4 { bytes: 0 });
 
 impl Addr {
-    /// The address whose bytes are all zero: `::`, in no service's use, also "none".
+    /// The address whose bytes are all zero: `::`. No service has it, so it also means "none".
     pub const UNSPECIFIED: Self = Self { bytes: [0; 16] };
 
-    /// From the four bytes of an IPv4 address in network order.
+    /// Returns the v4-mapped form of an IPv4 address; its bytes are in network order.
     #[inline(always)]
     #[must_use]
     pub const fn from_v4(b: [u8; 4]) -> Self {
@@ -31,7 +33,14 @@ impl Addr {
         }
     }
 
-    /// The IPv4 address in network order that is mapped here, if one is.
+    /// Returns the address that has the bytes of two words.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_words(words: &[u64; 2]) -> &Self {
+        zerocopy::transmute_ref!(words)
+    }
+
+    /// Returns the bytes of the mapped IPv4 address in network order, if this is one.
     #[inline(always)]
     #[must_use]
     pub const fn to_v4(self) -> Option<[u8; 4]> {
@@ -41,7 +50,7 @@ impl Addr {
         }
     }
 
-    /// With a port in host byte order; a v4-mapped address is IPv4.
+    /// Returns the socket address with a port in host byte order; a v4-mapped address becomes an IPv4 one.
     #[must_use]
     pub fn socket(self, port: u16) -> SocketAddr {
         SocketAddr::new(self.into(), port)

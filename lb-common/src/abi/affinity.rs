@@ -1,40 +1,61 @@
-//! AFFINITY: which backend a client had last.
-
-use core::mem::offset_of;
+//! AFFINITY: the last backend of each client of a service port with session affinity.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::Addr;
+use super::enums::abi_enum;
+use super::layout::{layout, mirror};
+use super::{Addr, BackendRef};
 
-/// What [`AffinityKey::client`] is.
-pub mod client_kind {
-    /// The address that packets come from.
-    pub const ADDRESS: u32 = 0;
-    /// A network namespace: a socket's source address is not known when it connects. Its cookie stands in the last
-    /// eight bytes, in the machine's byte order.
-    pub const NETNS: u32 = 1;
+abi_enum! {
+    /// What identifies the client in [`AffinityKey::client`].
+    pub enum ClientKind: u32, from_u32 {
+        /// The source address of packets.
+        Address = 0, "address";
+        /// A network namespace, since the source address of a socket is not known when it connects. The cookie of the
+        /// namespace is in the last eight bytes, in the byte order of the machine.
+        Netns = 1, "netns";
+    }
 }
 
 /// Key of AFFINITY: a client of a service port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct AffinityKey {
-    /// Who.
+    /// The client: an address, or the cookie of a network namespace.
     pub client: Addr,
     /// Index into SERVICES.
     pub service: u32,
-    /// What `client` is: see [`client_kind`].
+    /// Number of the [`ClientKind`].
     pub kind: u32,
 }
 
-const _: () = {
-    assert!(size_of::<AffinityKey>() == 24 && align_of::<AffinityKey>() == 4);
-    assert!(offset_of!(AffinityKey, service) == 16);
-    assert!(offset_of!(AffinityKey, kind) == 20);
-};
+layout!(AffinityKey: size 24, align 4 { client: 0, service: 16, kind: 20 });
+
+/// An [`AffinityKey`] as programs build it: the compiler would write the address of an [`AffinityKey`] byte by byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct AffinityKeyWords {
+    /// The client, each word in the byte order of memory.
+    pub client: [u64; 2],
+    /// Index into SERVICES.
+    pub service: u32,
+    /// Number of the [`ClientKind`].
+    pub kind: u32,
+}
+
+mirror!(AffinityKeyWords of AffinityKey { client: client, service: service, kind: kind });
+
+impl AffinityKeyWords {
+    /// Returns the key that has these bytes.
+    #[inline(always)]
+    #[must_use]
+    pub const fn as_key(&self) -> &AffinityKey {
+        zerocopy::transmute_ref!(self)
+    }
+}
 
 impl AffinityKey {
-    /// A network namespace, by its cookie, as client of a service.
+    /// Returns the key of a network namespace, by its cookie, as a client of a service index.
     #[must_use]
     pub fn of_netns(cookie: u64, service: u32) -> Self {
         let mut client = Addr::UNSPECIFIED;
@@ -42,54 +63,57 @@ impl AffinityKey {
         Self {
             client,
             service,
-            kind: client_kind::NETNS,
+            kind: ClientKind::Netns as u32,
         }
     }
 
-    /// The cookie of the network namespace that the client is, if it is one.
+    /// Returns the key of a source address as a client of a service index.
+    #[must_use]
+    pub const fn of_addr(client: Addr, service: u32) -> Self {
+        Self {
+            client,
+            service,
+            kind: ClientKind::Address as u32,
+        }
+    }
+
+    /// Returns the cookie of the client's network namespace, if the client is one.
     #[must_use]
     pub fn netns(&self) -> Option<u64> {
         let [.., a, b, c, d, e, f, g, h] = self.client.bytes;
-        (self.kind == client_kind::NETNS).then_some(u64::from_ne_bytes([a, b, c, d, e, f, g, h]))
+        match ClientKind::from_u32(self.kind) {
+            Some(ClientKind::Netns) => Some(u64::from_ne_bytes([a, b, c, d, e, f, g, h])),
+            Some(ClientKind::Address) | None => None,
+        }
     }
 }
 
-/// Value of AFFINITY. `backend` and `generation` are one aligned 8-byte word: read by one load, changed in place by one
+/// Value of AFFINITY. `backend` is one aligned 8-byte word: programs read it by one load and change it in place by one
 /// compare-and-exchange.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Affinity {
-    /// Index into BACKENDS.
-    pub backend: u32,
-    /// Generation of that entry.
-    pub generation: u32,
-    /// When it was last used: nanoseconds of CLOCK_MONOTONIC, at most a second old.
+    /// The last backend of the client.
+    pub backend: BackendRef,
+    /// Time of the last use, in nanoseconds of CLOCK_MONOTONIC. It is refreshed at most once a second.
     pub used: u64,
 }
 
-const _: () = {
-    assert!(size_of::<Affinity>() == 16 && align_of::<Affinity>() == 8);
-    assert!(offset_of!(Affinity, used) == 8);
-};
+layout!(Affinity: size 16, align 8 { backend: 0, used: 8 });
 
 impl Affinity {
-    /// The word that one 8-byte load of a map's value gives, taken apart: backend and generation.
+    /// Returns the backend in the word that one 8-byte load of a value gives.
     #[inline(always)]
     #[must_use]
-    pub const fn from_word(word: u64) -> (u32, u32) {
-        let b = word.to_ne_bytes();
-        (
-            u32::from_ne_bytes([b[0], b[1], b[2], b[3]]),
-            u32::from_ne_bytes([b[4], b[5], b[6], b[7]]),
-        )
+    pub const fn from_word(word: u64) -> BackendRef {
+        zerocopy::transmute!(word)
     }
 
-    /// The word of a backend and its generation.
+    /// Returns the first word of a value that has this backend.
     #[inline(always)]
     #[must_use]
-    pub const fn to_word(backend: u32, generation: u32) -> u64 {
-        let (b, g) = (backend.to_ne_bytes(), generation.to_ne_bytes());
-        u64::from_ne_bytes([b[0], b[1], b[2], b[3], g[0], g[1], g[2], g[3]])
+    pub const fn to_word(backend: BackendRef) -> u64 {
+        zerocopy::transmute!(backend)
     }
 }
 
@@ -98,13 +122,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_namespace_is_told_by_its_cookie() {
+    fn a_netns_client_is_identified_by_its_cookie() {
         let key = AffinityKey::of_netns(0x1234_5678_9abc, 7);
         assert_eq!((key.netns(), key.service), (Some(0x1234_5678_9abc), 7));
-        let address = AffinityKey {
-            kind: client_kind::ADDRESS,
-            ..key
-        };
+        let address = AffinityKey::of_addr(key.client, 7);
         assert_eq!(address.netns(), None);
     }
 }

@@ -1,12 +1,12 @@
-//! EVENTS: what happens, one record each.
-
-use core::mem::offset_of;
+//! EVENTS: trace events.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::Addr;
+use super::enums::abi_enum;
+use super::layout::layout;
 
-/// One event. Written only while somebody asks for its kind in CONFIG.
+/// One record of the ring buffer EVENTS. A program writes it only while CONFIG requests its kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Event {
@@ -16,11 +16,11 @@ pub struct Event {
     pub cookie: u64,
     /// `bpf_get_netns_cookie` of the socket; zero for packets.
     pub netns: u64,
-    /// Where a packet came from; all zero for sockets.
+    /// Source address of a packet; all zero for sockets.
     pub client: Addr,
-    /// The destination that was asked for.
+    /// Requested destination.
     pub addr: Addr,
-    /// The backend that it got; all zero where it got none.
+    /// Selected backend; all zero if there is none.
     pub backend_addr: Addr,
     /// Port of `addr`, host byte order.
     pub port: u16,
@@ -28,79 +28,90 @@ pub struct Event {
     pub backend_port: u16,
     /// IANA protocol number.
     pub proto: u8,
-    /// An [`EventKind`].
+    /// Number of the [`EventKind`].
     pub kind: u8,
     /// Port of `client`, host byte order.
     pub client_port: u16,
-    /// Index into SERVICES; zero where none was found.
+    /// Index into SERVICES; zero if no service was found.
     pub service: u32,
-    /// A [`super::DropReason`]; of meaning for [`EventKind::Refused`] and [`EventKind::Rejected`] only.
+    /// Number of the [`super::DropReason`]; meaningful for refusals ([`EventKind::is_refusal`]) only.
     pub reason: u32,
-    /// Process id (thread group) in the initial namespace; zero for packets.
+    /// Process id (thread group) in the initial PID namespace; zero for packets.
     pub pid: u32,
     /// Zero.
-    pub pad2: u32,
+    pub pad: u32,
 }
 
-const _: () = {
-    assert!(size_of::<Event>() == 96 && align_of::<Event>() == 8);
-    assert!(offset_of!(Event, addr) == 40);
-    assert!(offset_of!(Event, port) == 72);
-    assert!(offset_of!(Event, proto) == 76);
-    assert!(offset_of!(Event, service) == 80);
-    assert!(offset_of!(Event, pid) == 88);
-};
+layout!(Event: size 96, align 8 {
+    time: 0,
+    cookie: 8,
+    netns: 16,
+    client: 24,
+    addr: 40,
+    backend_addr: 56,
+    port: 72,
+    backend_port: 74,
+    proto: 76,
+    kind: 77,
+    client_port: 78,
+    service: 80,
+    reason: 84,
+    pid: 88,
+    pad: 92,
+});
 
-/// What happened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(u8)]
-pub enum EventKind {
-    /// A socket was connected to a backend.
-    Connected = 1,
-    /// An unconnected socket sent a datagram to a backend.
-    Sent = 2,
-    /// A call was refused.
-    Refused = 3,
-    /// A socket was destroyed, because its backend was removed.
-    Destroyed = 4,
-    /// A packet began a flow to a backend.
-    Translated = 5,
-    /// A packet was answered with a refusal, or dropped.
-    Rejected = 6,
+abi_enum! {
+    /// What a trace event reports.
+    pub enum EventKind: u8, from_u8 {
+        /// A socket was connected to a backend.
+        Connected = 1, "connected";
+        /// An unconnected socket sent a datagram to a backend.
+        Sent = 2, "sent";
+        /// A system call was refused.
+        Refused = 3, "refused";
+        /// A socket was destroyed, because its backend was removed.
+        Destroyed = 4, "destroyed";
+        /// A packet began a flow to a backend.
+        Translated = 5, "translated";
+        /// A packet was dropped, or answered with a reset or an ICMP error.
+        Rejected = 6, "rejected";
+    }
 }
 
 impl EventKind {
-    /// The kind with a number, if there is one.
+    /// The bits of all kinds in [`super::Config::events`].
+    pub const ALL_BITS: u32 = {
+        let mut bits = 0;
+        let mut i = 0;
+        while i < Self::ALL.len() {
+            bits |= Self::ALL[i].bit();
+            i += 1;
+        }
+        bits
+    };
+
+    /// Returns whether [`Event::reason`] is the reason of a refusal.
     #[must_use]
-    pub const fn from_u8(number: u8) -> Option<Self> {
-        match number {
-            1 => Some(Self::Connected),
-            2 => Some(Self::Sent),
-            3 => Some(Self::Refused),
-            4 => Some(Self::Destroyed),
-            5 => Some(Self::Translated),
-            6 => Some(Self::Rejected),
-            _ => None,
+    pub const fn is_refusal(self) -> bool {
+        match self {
+            Self::Refused | Self::Rejected => true,
+            Self::Connected | Self::Sent | Self::Destroyed | Self::Translated => false,
         }
     }
 
-    /// Its bit in [`super::Config::events`].
+    /// Returns whether the event is of a packet, not of a socket.
+    #[must_use]
+    pub const fn is_of_packet(self) -> bool {
+        match self {
+            Self::Translated | Self::Rejected => true,
+            Self::Connected | Self::Sent | Self::Refused | Self::Destroyed => false,
+        }
+    }
+
+    /// Returns the bit of the kind in [`super::Config::events`].
     #[inline(always)]
     #[must_use]
     pub const fn bit(self) -> u32 {
         1 << self as u8
-    }
-
-    /// The name that tables and JSON show.
-    #[must_use]
-    pub const fn label(self) -> &'static str {
-        match self {
-            Self::Connected => "connected",
-            Self::Sent => "sent",
-            Self::Refused => "refused",
-            Self::Destroyed => "destroyed",
-            Self::Translated => "translated",
-            Self::Rejected => "rejected",
-        }
     }
 }

@@ -1,33 +1,77 @@
-//! FRONTENDS: from a destination to a service.
+//! FRONTENDS: the service port of each destination.
 
 use core::mem::offset_of;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::Addr;
+use super::enums::abi_enum;
+use super::layout::layout;
 
-/// Key of FRONTENDS: a destination that clients connect to.
+/// Key of FRONTENDS: a destination that clients connect to, or an address mark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct FrontendKey {
     /// Destination address. Zero (of the family: `::ffff:0.0.0.0` or `::`) for node ports.
     pub addr: Addr,
-    /// Destination port, host byte order. Zero together with `proto` zero marks a service address.
+    /// Destination port, host byte order. Zero together with `proto` in an address mark.
     pub port: u16,
-    /// IANA protocol number: 6, 17 or 132.
+    /// IANA protocol number: 6, 17 or 132. Zero in an address mark.
     pub proto: u8,
     /// Zero.
     pub pad: u8,
 }
 
+layout!(FrontendKey: size 20, align 4 { addr: 0, port: 16, proto: 18, pad: 19 });
+
+/// A [`FrontendKey`] as programs build it: the compiler would write the address of a [`FrontendKey`] byte by byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct FrontendKeyWords {
+    /// Address, each word in the byte order of memory.
+    addr: [u64; 2],
+    /// In the order of memory: port in host byte order, protocol, and five zero bytes, of which the key has one.
+    port_proto: u64,
+}
+
+/// A [`FrontendKey`] followed by zero bytes, up to the size of [`FrontendKeyWords`].
+#[derive(FromBytes, Immutable)]
+#[repr(C)]
+struct PaddedFrontendKey {
+    key: FrontendKey,
+    _zero: u32,
+}
+
 const _: () = {
-    assert!(size_of::<FrontendKey>() == 20 && align_of::<FrontendKey>() == 4);
-    assert!(offset_of!(FrontendKey, port) == 16);
-    assert!(offset_of!(FrontendKey, proto) == 18);
+    assert!(size_of::<FrontendKeyWords>() == size_of::<PaddedFrontendKey>());
+    assert!(offset_of!(FrontendKeyWords, addr) == offset_of!(PaddedFrontendKey, key.addr));
+    assert!(offset_of!(FrontendKeyWords, port_proto) == offset_of!(PaddedFrontendKey, key.port));
+    assert!(offset_of!(PaddedFrontendKey, key.proto) == offset_of!(PaddedFrontendKey, key.port) + 2);
 };
 
+impl FrontendKeyWords {
+    /// Returns the key of an address, a port in host byte order, and an IANA protocol number.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(addr: [u64; 2], port: u16, proto: u8) -> Self {
+        let [p, q] = port.to_ne_bytes();
+        Self {
+            addr,
+            port_proto: u64::from_ne_bytes([p, q, proto, 0, 0, 0, 0, 0]),
+        }
+    }
+
+    /// Returns the key that has these bytes.
+    #[inline(always)]
+    #[must_use]
+    pub const fn as_key(&self) -> &FrontendKey {
+        let padded: &PaddedFrontendKey = zerocopy::transmute_ref!(self);
+        &padded.key
+    }
+}
+
 impl FrontendKey {
-    /// The key of a port of an address.
+    /// Returns the key of a port of an address.
     #[inline(always)]
     #[must_use]
     pub const fn new(addr: Addr, port: u16, proto: u8) -> Self {
@@ -39,8 +83,8 @@ impl FrontendKey {
         }
     }
 
-    /// The key that marks `addr` as a service address: looked up after a miss, so that a port that the address does not
-    /// have is rejected instead of leaving by the default route.
+    /// Returns the key of the address mark of `addr`. Programs look it up after a miss, so that a port that the address
+    /// does not have is rejected instead of leaving by the default route.
     #[inline(always)]
     #[must_use]
     pub const fn address_mark(addr: Addr) -> Self {
@@ -48,32 +92,30 @@ impl FrontendKey {
     }
 }
 
-/// Value of FRONTENDS, an aligned 8-byte word: read by one load, changed in place by one store.
+/// Value of FRONTENDS, an aligned 8-byte word: programs read it by one load, and the agent changes it in place by one
+/// store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Frontend {
-    /// Index into SERVICES, STATS and NAMES. Zero for marks.
+    /// Index into SERVICES, STATS and NAMES. Zero in an address mark.
     pub service: u32,
-    /// A [`FrontendKind`].
+    /// Number of the [`FrontendKind`].
     pub kind: u8,
     /// Zero.
     pub pad: [u8; 3],
 }
 
-const _: () = {
-    assert!(size_of::<Frontend>() == 8 && align_of::<Frontend>() == 8);
-    assert!(offset_of!(Frontend, kind) == 4);
-};
+layout!(Frontend: size 8, align 8 { service: 0, kind: 4, pad: 5 });
 
 impl Frontend {
-    /// The mark of a service address.
+    /// Returns the value of an address mark.
     #[inline(always)]
     #[must_use]
     pub const fn mark(kind: FrontendKind) -> Self {
         Self::new(0, kind)
     }
 
-    /// Whether it marks a service address, and leads nowhere.
+    /// Returns whether this is an address mark, which leads to no service.
     #[inline(always)]
     #[must_use]
     pub const fn is_mark(self) -> bool {
@@ -83,7 +125,7 @@ impl Frontend {
         }
     }
 
-    /// A frontend of a service.
+    /// Returns a frontend of a service index.
     #[inline(always)]
     #[must_use]
     pub const fn new(service: u32, kind: FrontendKind) -> Self {
@@ -94,91 +136,60 @@ impl Frontend {
         }
     }
 
-    /// From the word that one 8-byte load gives.
+    /// Returns the value in the word that one 8-byte load gives.
     #[inline(always)]
     #[must_use]
     pub const fn from_word(word: u64) -> Self {
-        let b = word.to_ne_bytes();
-        Self {
-            service: u32::from_ne_bytes([b[0], b[1], b[2], b[3]]),
-            kind: b[4],
-            pad: [b[5], b[6], b[7]],
-        }
+        zerocopy::transmute!(word)
     }
 
-    /// The word that one 8-byte store takes.
+    /// Returns the word that one 8-byte store takes.
     #[inline(always)]
     #[must_use]
     pub const fn to_word(self) -> u64 {
-        let s = self.service.to_ne_bytes();
-        u64::from_ne_bytes([s[0], s[1], s[2], s[3], self.kind, self.pad[0], self.pad[1], self.pad[2]])
+        zerocopy::transmute!(self)
     }
 }
 
-/// What a frontend is: which of the service's sets serves it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(u8)]
-pub enum FrontendKind {
-    /// Not a frontend, but the mark of a service address; see [`FrontendKey::address_mark`].
-    Address = 1,
-    /// `spec.clusterIPs`.
-    ClusterIp = 2,
-    /// `spec.ports[].nodePort`.
-    NodePort = 3,
-    /// `spec.externalIPs`.
-    ExternalIp = 4,
-    /// `status.loadBalancer.ingress[].ip`.
-    LoadBalancer = 5,
-    /// As [`Self::Address`], of an external or load-balancer address that is no cluster IP: for packets only, and never of
-    /// an address of a node.
-    ExternalAddress = 6,
+abi_enum! {
+    /// The field of a Service that a frontend comes from. It decides which of the service port's sets serves it.
+    pub enum FrontendKind: u8, from_u8 {
+        /// No frontend, but an address mark; see [`FrontendKey::address_mark`].
+        Address = 1, "Address";
+        /// `spec.clusterIPs`.
+        ClusterIp = 2, "ClusterIP";
+        /// `spec.ports[].nodePort`.
+        NodePort = 3, "NodePort";
+        /// `spec.externalIPs`.
+        ExternalIp = 4, "ExternalIP";
+        /// `status.loadBalancer.ingress[].ip`.
+        LoadBalancer = 5, "LoadBalancer";
+        /// An address mark of an external or load-balancer address that is no cluster IP: for packets only, and never of
+        /// an address of a node.
+        ExternalAddress = 6, "ExternalAddress";
+    }
 }
 
 impl FrontendKind {
-    /// The kind with a number, if there is one.
-    #[inline(always)]
-    #[must_use]
-    pub const fn from_u8(number: u8) -> Option<Self> {
-        match number {
-            1 => Some(Self::Address),
-            2 => Some(Self::ClusterIp),
-            3 => Some(Self::NodePort),
-            4 => Some(Self::ExternalIp),
-            5 => Some(Self::LoadBalancer),
-            6 => Some(Self::ExternalAddress),
-            _ => None,
-        }
-    }
-
-    /// Not a frontend, but the mark of a service address.
+    /// Returns whether this is the kind of an address mark, not of a frontend.
     #[inline(always)]
     #[must_use]
     pub const fn is_mark(self) -> bool {
-        matches!(self, Self::Address | Self::ExternalAddress)
-    }
-
-    /// The name that tables and JSON show.
-    #[must_use]
-    pub const fn label(self) -> &'static str {
         match self {
-            Self::Address => "Address",
-            Self::ClusterIp => "ClusterIP",
-            Self::NodePort => "NodePort",
-            Self::ExternalIp => "ExternalIP",
-            Self::LoadBalancer => "LoadBalancer",
-            Self::ExternalAddress => "ExternalAddress",
+            Self::Address | Self::ExternalAddress => true,
+            Self::ClusterIp | Self::NodePort | Self::ExternalIp | Self::LoadBalancer => false,
         }
     }
 }
 
-/// The "packet" that `lb_frontend_swap` takes: store `value` at `key`, by one 8-byte store, if the key is there.
+/// The "packet" of the agent call `lb_frontend_swap`: stores `value` under `key` by one 8-byte store, if the key exists.
 ///
 /// The map API cannot do this: `bpf_map_update_elem` of an existing hash key links a new element and unlinks the old
 /// one, and a lookup in between returns NULL (`htab_map_update_elem` in `kernel/bpf/hashtab.c`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct FrontendSwap {
-    /// Which entry.
+    /// Key of the entry.
     pub key: FrontendKey,
     /// Zero.
     pub pad: u32,
@@ -186,7 +197,4 @@ pub struct FrontendSwap {
     pub value: u64,
 }
 
-const _: () = {
-    assert!(size_of::<FrontendSwap>() == 32);
-    assert!(offset_of!(FrontendSwap, value) == 24);
-};
+layout!(FrontendSwap: size 32, align 8 { key: 0, pad: 20, value: 24 });

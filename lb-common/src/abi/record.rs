@@ -1,48 +1,45 @@
-//! SOCKETS and SOCKETS_MORE: connected sockets.
-
-use core::mem::offset_of;
+//! SOCKETS and SOCKETS_MORE: records of connected sockets.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::Addr;
+use super::layout::layout;
+use super::{Addr, BackendRef};
 
-/// A socket that was connected to a service.
+/// A socket that is connected to a service.
 ///
-/// In SOCKETS the record of a socket stands at slot `cookie & mask`, claimed by compare-and-exchange of `cookie` from
-/// zero. It counts while `cookie` is not zero and `sequence` is even and not zero; a writer makes `sequence` odd
-/// before and even after it (see [`crate::logic::record`]). A socket whose slot is taken has its record in
-/// SOCKETS_MORE, and `spilled` of the slot counts those.
+/// In SOCKETS the record of a socket is at slot `cookie & mask`. The socket claims the slot by a compare-and-exchange of
+/// `cookie` from zero. The record is valid while `cookie` is not zero and `sequence` is even and not zero; a writer makes
+/// `sequence` odd before it writes and even afterwards (see [`crate::logic::record`]). A socket whose slot is taken has
+/// its record in SOCKETS_MORE, and `spilled` of the slot counts those records.
 ///
-/// The key of an MPTCP socket is the kernel's address of it: `connect()` is seen with the cookie of the first subflow,
-/// everything later with another, but both can tell the address.
+/// The key of an MPTCP socket is its address in the kernel: `connect()` runs with the cookie of the first subflow, and
+/// all later hooks with another cookie, but both can obtain that address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct SocketRecord {
-    /// `bpf_get_socket_cookie` (see above for MPTCP); zero while the slot is free.
+    /// `bpf_get_socket_cookie`, or the kernel's address of an MPTCP socket; zero while the slot is free.
     pub cookie: u64,
-    /// See above.
+    /// Even and not zero if the record is complete, odd while it is being written.
     pub sequence: u32,
-    /// SOCKETS only: how many records of this slot are in SOCKETS_MORE.
+    /// SOCKETS only: number of records of this slot that are in SOCKETS_MORE.
     pub spilled: u32,
     /// `bpf_get_netns_cookie` of the socket.
     pub netns: u64,
     /// `bpf_ktime_get_coarse_ns` at connect: nanoseconds of CLOCK_MONOTONIC.
     pub time: u64,
-    /// The destination that the process asked for.
+    /// Destination that the process requested.
     pub original_addr: Addr,
-    /// The backend that it got.
+    /// Address of the backend that was selected.
     pub backend_addr: Addr,
     /// Port of `original_addr`, host byte order.
     pub original_port: u16,
     /// Port of `backend_addr`, host byte order.
     pub backend_port: u16,
-    /// Index into BACKENDS.
-    pub backend: u32,
-    /// Generation of that entry.
-    pub generation: u32,
+    /// The backend.
+    pub backend: BackendRef,
     /// Index into SERVICES.
     pub service: u32,
-    /// The cookie that sock_diag lists the socket with: `cookie`, or that of the first subflow of an MPTCP socket.
+    /// Cookie that sock_diag lists the socket with: `cookie`, or that of the first subflow of an MPTCP socket.
     pub socket: u64,
     /// IANA protocol number: 6 or 17.
     pub proto: u8,
@@ -50,17 +47,19 @@ pub struct SocketRecord {
     pub pad: [u8; 7],
 }
 
-const _: () = {
-    assert!(size_of::<SocketRecord>() == 96 && align_of::<SocketRecord>() == 8);
-    assert!(offset_of!(SocketRecord, sequence) == 8);
-    assert!(offset_of!(SocketRecord, spilled) == 12);
-    assert!(offset_of!(SocketRecord, netns) == 16);
-    assert!(offset_of!(SocketRecord, time) == 24);
-    assert!(offset_of!(SocketRecord, original_addr) == 32);
-    assert!(offset_of!(SocketRecord, backend_addr) == 48);
-    assert!(offset_of!(SocketRecord, original_port) == 64);
-    assert!(offset_of!(SocketRecord, backend) == 68);
-    assert!(offset_of!(SocketRecord, service) == 76);
-    assert!(offset_of!(SocketRecord, socket) == 80);
-    assert!(offset_of!(SocketRecord, proto) == 88);
-};
+layout!(SocketRecord: size 96, align 8 {
+    cookie: 0,
+    sequence: 8,
+    spilled: 12,
+    netns: 16,
+    time: 24,
+    original_addr: 32,
+    backend_addr: 48,
+    original_port: 64,
+    backend_port: 66,
+    backend: 68,
+    service: 76,
+    socket: 80,
+    proto: 88,
+    pad: 89,
+});

@@ -1,51 +1,38 @@
 //! SERVICES, BACKEND_SLOTS, BACKENDS and NAMES.
 
-use core::mem::offset_of;
-
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::Addr;
+use super::layout::layout;
+use super::{Addr, BackendRef};
 
-/// One of a service's three backend sets: where its slots stand. An aligned 8-byte word, read by one volatile load and
-/// then split, replaced by one store: that store is the publication of a new set.
+/// One of a service port's three sets: a range of slots. An aligned 8-byte word: programs read it by one volatile load
+/// and split it afterwards, and the agent publishes a new set by one store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct SetWord {
     /// First slot in BACKEND_SLOTS.
     pub base: u32,
-    /// Number of slots. Zero: the set is empty, and `flags` says what that means.
+    /// Number of slots. Zero if the set is empty; `flags` then has the reason.
     pub len: u16,
     /// See [`set_flags`].
     pub flags: u16,
 }
 
-const _: () = {
-    assert!(size_of::<SetWord>() == 8 && align_of::<SetWord>() == 8);
-    assert!(offset_of!(SetWord, len) == 4);
-    assert!(offset_of!(SetWord, flags) == 6);
-};
+layout!(SetWord: size 8, align 8 { base: 0, len: 4, flags: 6 });
 
 impl SetWord {
-    /// From the word that one 8-byte load gives.
+    /// Returns the set word in the word that one 8-byte load gives.
     #[inline(always)]
     #[must_use]
     pub const fn from_word(word: u64) -> Self {
-        let b = word.to_ne_bytes();
-        Self {
-            base: u32::from_ne_bytes([b[0], b[1], b[2], b[3]]),
-            len: u16::from_ne_bytes([b[4], b[5]]),
-            flags: u16::from_ne_bytes([b[6], b[7]]),
-        }
+        zerocopy::transmute!(word)
     }
 
-    /// The word that one 8-byte store takes.
+    /// Returns the word that one 8-byte store takes.
     #[inline(always)]
     #[must_use]
     pub const fn to_word(self) -> u64 {
-        let base = self.base.to_ne_bytes();
-        let len = self.len.to_ne_bytes();
-        let flags = self.flags.to_ne_bytes();
-        u64::from_ne_bytes([base[0], base[1], base[2], base[3], len[0], len[1], flags[0], flags[1]])
+        zerocopy::transmute!(self)
     }
 }
 
@@ -63,38 +50,40 @@ pub struct Service {
     pub internal: SetWord,
     /// Serves node ports, external and load-balancer addresses from outside: `externalTrafficPolicy` applied.
     pub external: SetWord,
-    /// Serves the same from inside the cluster: all usable endpoints.
+    /// Serves node ports, external and load-balancer addresses from inside the cluster: all usable endpoints.
     pub cluster: SetWord,
     /// See [`service_flags`].
     pub flags: u32,
     /// `sessionAffinityConfig.clientIP.timeoutSeconds`; zero without affinity.
     pub affinity_timeout: u32,
-    /// Odd while the index is in use, even while it is not; one more at each change between the two. NAMES holds the
-    /// same.
+    /// Odd while the index is in use, even while it is not; incremented at each change between the two. NAMES stores the
+    /// same number.
     pub generation: u32,
     /// Zero.
     pub pad: u32,
 }
 
-const _: () = {
-    assert!(size_of::<Service>() == 40 && align_of::<Service>() == 8);
-    assert!(offset_of!(Service, external) == 8);
-    assert!(offset_of!(Service, cluster) == 16);
-    assert!(offset_of!(Service, flags) == 24);
-    assert!(offset_of!(Service, generation) == 32);
-};
+layout!(Service: size 40, align 8 {
+    internal: 0,
+    external: 8,
+    cluster: 16,
+    flags: 24,
+    affinity_timeout: 28,
+    generation: 32,
+    pad: 36,
+});
 
 /// Bits of [`Service::flags`].
 pub mod service_flags {
     /// `sessionAffinity: ClientIP`.
     pub const AFFINITY: u32 = 1;
-    /// `loadBalancerSourceRanges` are set: at a load-balancer address only the packet path, which knows the source, may
-    /// decide.
+    /// `loadBalancerSourceRanges` are set: only the packet path, which knows the source, decides at a load-balancer
+    /// address.
     pub const SOURCE_RANGES: u32 = 2;
 }
 
-/// Value of BACKEND_SLOTS: one member of one set, with all that a connection needs, so that the data plane reads one
-/// cache line. Never changed while a set that it belongs to is published.
+/// Value of BACKEND_SLOTS: one member of one set, with everything that a connection needs, so that the data plane reads
+/// one cache line. It never changes while a set that contains it is published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct BackendSlot {
@@ -104,20 +93,13 @@ pub struct BackendSlot {
     pub port: u16,
     /// See [`backend_flags`].
     pub flags: u16,
-    /// Index into BACKENDS.
-    pub backend: u32,
-    /// [`Backend::generation`] of the backend that is meant.
-    pub generation: u32,
+    /// The backend.
+    pub backend: BackendRef,
     /// Zero.
     pub pad: u32,
 }
 
-const _: () = {
-    assert!(size_of::<BackendSlot>() == 32 && align_of::<BackendSlot>() == 8);
-    assert!(offset_of!(BackendSlot, port) == 16);
-    assert!(offset_of!(BackendSlot, backend) == 20);
-    assert!(offset_of!(BackendSlot, generation) == 24);
-};
+layout!(BackendSlot: size 32, align 8 { addr: 0, port: 16, flags: 18, backend: 20, pad: 28 });
 
 /// Bits of [`BackendSlot::flags`] and [`Backend::flags`].
 pub mod backend_flags {
@@ -129,11 +111,11 @@ pub mod backend_flags {
     pub const CLUSTER: u16 = 4;
     /// Member of any set.
     pub const SETS: u16 = INTERNAL | EXTERNAL | CLUSTER;
-    /// Runs on this node.
+    /// The backend runs on this node.
     pub const LOCAL: u16 = 8;
 }
 
-/// Value of BACKENDS: what affinity, sockets and flows refer to, by index and generation. Index zero is never used.
+/// Value of BACKENDS: a backend that affinity, sockets and flows refer to by a [`BackendRef`]. Index zero is never used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Backend {
@@ -141,27 +123,21 @@ pub struct Backend {
     pub addr: Addr,
     /// Port of the backend, host byte order.
     pub port: u16,
-    /// Which sets it is a member of: see [`backend_flags`]. None: it drains (terminating, still serving); connections
-    /// to it live on.
+    /// Sets that contain the backend: see [`backend_flags`]. If none does, the backend is draining (terminating, still
+    /// serving), and connections to it continue.
     pub flags: u16,
-    /// Index into SERVICES that it belongs to.
+    /// Index into SERVICES of its service port.
     pub service: u32,
-    /// Odd while the entry is in use, even after it was withdrawn; stored last when the entry is filled, first when it
-    /// is withdrawn.
+    /// Odd while the entry is in use, even after the backend was withdrawn; stored last when the entry is filled, and
+    /// first when the backend is withdrawn.
     pub generation: u32,
-    /// [`crate::logic::generation::seal`] of address, port, service and generation: tells a write from outside.
+    /// [`crate::logic::generation::seal`] of address, port, service and generation: reveals a write from outside.
     pub seal: u32,
 }
 
-const _: () = {
-    assert!(size_of::<Backend>() == 32 && align_of::<Backend>() == 8);
-    assert!(offset_of!(Backend, port) == 16);
-    assert!(offset_of!(Backend, service) == 20);
-    assert!(offset_of!(Backend, generation) == 24);
-    assert!(offset_of!(Backend, seal) == 28);
-};
+layout!(Backend: size 32, align 8 { addr: 0, port: 16, flags: 18, service: 20, generation: 24, seal: 28 });
 
-/// Value of NAMES: whose a service index is. For people, and for adoption at restart.
+/// Value of NAMES: the service port of a service index. For people, and for adoption at a restart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Name {
@@ -169,7 +145,7 @@ pub struct Name {
     pub namespace: [u8; 64],
     /// Name of the Service, padded with zero bytes.
     pub name: [u8; 64],
-    /// Name of the port, padded with zero bytes; empty where the only port has none.
+    /// Name of the port, padded with zero bytes; empty if the only port has no name.
     pub port_name: [u8; 64],
     /// [`Service::generation`] of the index.
     pub generation: u32,
@@ -181,7 +157,12 @@ pub struct Name {
     pub family: u8,
 }
 
-const _: () = {
-    assert!(size_of::<Name>() == 200);
-    assert!(offset_of!(Name, generation) == 192);
-};
+layout!(Name: size 200, align 4 {
+    namespace: 0,
+    name: 64,
+    port_name: 128,
+    generation: 192,
+    port: 196,
+    proto: 198,
+    family: 199,
+});

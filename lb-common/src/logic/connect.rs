@@ -1,34 +1,6 @@
 //! What a connecting socket, or the first packet of a flow, gets.
 
-use super::generation;
-use crate::abi::{DropReason, Frontend, FrontendKind, SetWord, backend_flags, set_flags};
-use crate::errno::{self, Errno};
-
-/// Which of a service's three sets serves a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(u8)]
-pub enum Set {
-    /// [`crate::abi::Service::internal`].
-    Internal,
-    /// [`crate::abi::Service::external`].
-    External,
-    /// [`crate::abi::Service::cluster`].
-    Cluster,
-}
-
-impl Set {
-    /// The set with a discriminant, if there is one.
-    #[inline(always)]
-    #[must_use]
-    pub const fn from_u8(number: u8) -> Option<Self> {
-        match number {
-            0 => Some(Self::Internal),
-            1 => Some(Self::External),
-            2 => Some(Self::Cluster),
-            _ => None,
-        }
-    }
-}
+use crate::abi::{DropReason, Frontend, FrontendKind, Set, SetWord, set_flags};
 
 /// The set that serves a socket of this node's host or pods: such a client is inside the cluster, so external
 /// addresses have the semantics of policy Cluster for it.
@@ -75,50 +47,10 @@ pub const fn slot(set: SetWord, random: u32) -> Result<u32, DropReason> {
     Ok(set.base.wrapping_add(super::select::pick(random, set.len)))
 }
 
-/// The bit of a backend's flags that says that it is a member of a set.
-#[inline(always)]
-#[must_use]
-pub const fn member_flag(set: Set) -> u16 {
-    match set {
-        Set::Internal => backend_flags::INTERNAL,
-        Set::External => backend_flags::EXTERNAL,
-        Set::Cluster => backend_flags::CLUSTER,
-    }
-}
-
-/// Whether what was remembered (a backend by id and generation) may serve a service once more: the entry of BACKENDS,
-/// given by its generation, service and flags, still means that backend, is the service's, and is a member of the set.
-#[inline(always)]
-#[must_use]
-pub const fn is_usable(
-    entry_generation: u32,
-    entry_service: u32,
-    entry_flags: u16,
-    (service, generation): (u32, u32),
-    set: Set,
-) -> bool {
-    generation::is_current(entry_generation, generation)
-        && entry_service == service
-        && entry_flags & member_flag(set) != 0
-}
-
-/// What the system call returns for a reason, as a positive errno: ECONNREFUSED for REJECT, EHOSTUNREACH for DROP (a
-/// socket is told at once instead of being left to a time-out), ENOMEM where UDP cannot be remembered, EADDRINUSE for a
-/// bind to a node port.
-#[inline(always)]
-#[must_use]
-pub const fn errno(reason: DropReason) -> Errno {
-    match reason {
-        DropReason::NoLocalEndpoint => errno::EHOSTUNREACH,
-        DropReason::UdpSocketsFull | DropReason::UdpFlowsFull => errno::ENOMEM,
-        DropReason::NodePortTaken => errno::EADDRINUSE,
-        _ => errno::ECONNREFUSED,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::errno::{ECONNREFUSED, EHOSTUNREACH};
 
     #[test]
     fn cluster_ips_have_the_internal_set_and_all_else_the_whole_cluster() {
@@ -178,19 +110,8 @@ mod tests {
             ..empty
         };
         assert_eq!(slot(drops, 9), Err(DropReason::NoLocalEndpoint));
-        assert_eq!(errno(DropReason::NoEndpoint).number, 111);
-        assert_eq!(errno(DropReason::NoLocalEndpoint).number, 113);
-    }
-
-    #[test]
-    fn what_left_the_set_is_not_used_again() {
-        let flags = backend_flags::INTERNAL | backend_flags::LOCAL;
-        let usable = |generation, set| is_usable(3, 7, flags, (7, generation), set);
-        assert!(usable(3, Set::Internal));
-        assert!(!usable(3, Set::Cluster), "not a member");
-        assert!(!usable(1, Set::Internal), "an earlier backend");
-        assert!(!is_usable(3, 7, flags, (8, 3), Set::Internal), "another service's");
-        assert!(!is_usable(4, 7, flags, (7, 4), Set::Internal), "withdrawn");
+        assert_eq!(DropReason::NoEndpoint.errno(), ECONNREFUSED);
+        assert_eq!(DropReason::NoLocalEndpoint.errno(), EHOSTUNREACH);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use super::packet::Packet;
 use super::route::{self, Destination, Tables};
 use crate::abi::{DropReason, Frontend, cluster_flags};
 
-pub use super::connect::Set;
+use crate::abi::Set;
 
 /// The maps that a decision reads in addition to those of [`Tables`].
 pub trait Services: Tables {

@@ -1,9 +1,11 @@
 //! The decisions of the data plane: pure functions of values, without maps, clock or I/O.
 
 pub mod affinity;
+pub mod backend;
 pub mod checksum;
 pub mod connect;
 pub mod ct;
+mod ct_words;
 pub mod decide;
 pub mod delivery;
 pub mod generation;

@@ -3,7 +3,6 @@
 use super::checksum::Sum;
 use super::ip128::Ip128;
 use super::packet::Packet;
-use crate::abi::DropReason;
 
 /// Addresses and ports of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,38 +66,5 @@ impl Tuple {
     #[must_use]
     pub const fn ports_to(&self, new: &Self) -> Sum {
         Sum::ZERO.sub(self.ports()).add(new.ports())
-    }
-}
-
-/// What a packet that is not translated gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RejectWith {
-    /// It goes on as it came.
-    Pass,
-    /// Silence.
-    Drop,
-    /// "Nobody is there": TCP RST, or ICMP port unreachable.
-    Refused,
-    /// ICMP fragmentation needed, or packet too big.
-    TooBig,
-    /// ICMP time exceeded.
-    TimeExceeded,
-}
-
-/// What a packet gets for a reason.
-#[inline(always)]
-#[must_use]
-pub const fn reject_with(reason: DropReason) -> RejectWith {
-    match reason {
-        DropReason::NoEndpoint | DropReason::NoSuchPort | DropReason::BackendGone => RejectWith::Refused,
-        DropReason::TooBig => RejectWith::TooBig,
-        DropReason::TtlExceeded => RejectWith::TimeExceeded,
-        DropReason::Malformed
-        | DropReason::Fragment
-        | DropReason::HeaderOptions
-        | DropReason::OtherProtocol
-        | DropReason::IcmpError
-        | DropReason::Vlan => RejectWith::Pass,
-        _ => RejectWith::Drop,
     }
 }

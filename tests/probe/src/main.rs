@@ -15,7 +15,7 @@ use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_ns};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
-use lb_common::abi::{Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Service, SetWord, capacity};
+use lb_common::abi::{Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Service, SetWord, map_spec};
 use lb_common::logic::connect;
 use lb_probe::{LookupRequest, Tally, Verdict};
 
@@ -28,16 +28,17 @@ const LINGER: u32 = 16_384;
 // The maps of lb. The loader uses the pinned maps instead of creating these.
 
 #[btf_map]
-static FRONTENDS: HashMap<FrontendKey, Frontend, { capacity::FRONTENDS as usize }> = HashMap::new();
+static FRONTENDS: HashMap<FrontendKey, Frontend, { map_spec::FRONTENDS.default_capacity() as usize }> = HashMap::new();
 
 #[btf_map]
-static SERVICES: Array<Service, { capacity::SERVICES as usize }, MMAPABLE> = Array::new();
+static SERVICES: Array<Service, { map_spec::SERVICES.default_capacity() as usize }, MMAPABLE> = Array::new();
 
 #[btf_map]
-static BACKEND_SLOTS: Array<BackendSlot, { capacity::BACKEND_SLOTS as usize }, MMAPABLE> = Array::new();
+static BACKEND_SLOTS: Array<BackendSlot, { map_spec::BACKEND_SLOTS.default_capacity() as usize }, MMAPABLE> =
+    Array::new();
 
 #[btf_map]
-static BACKENDS: Array<Backend, { capacity::BACKENDS as usize }, MMAPABLE> = Array::new();
+static BACKENDS: Array<Backend, { map_spec::BACKENDS.default_capacity() as usize }, MMAPABLE> = Array::new();
 
 /// The results of the lookups.
 #[btf_map]
@@ -147,9 +148,9 @@ fn look_up(request: &LookupRequest, trace: &mut LookupTrace) -> Result<(), Verdi
     };
     trace.addr = addr;
     // SAFETY: `slot` refers to a value of BACKEND_SLOTS, and the field is aligned.
-    trace.backend = unsafe { ptr::read_volatile(&raw const (*slot).backend) };
+    trace.backend = unsafe { ptr::read_volatile(&raw const (*slot).backend.id) };
     // SAFETY: `slot` refers to a value of BACKEND_SLOTS, and the field is aligned.
-    trace.slot_generation = unsafe { ptr::read_volatile(&raw const (*slot).generation) };
+    trace.slot_generation = unsafe { ptr::read_volatile(&raw const (*slot).backend.generation) };
     if addr & request.mask != request.owner {
         return Err(Verdict::ForeignBackend);
     }

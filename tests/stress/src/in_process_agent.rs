@@ -3,6 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::{BpfMaps, PinnedMaps};
+use lb_common::abi::SizedMap;
 use lb_core::maps::faulty::{Fault, FaultyMaps};
 use lb_core::maps::{Capacities, Maps as _};
 use lb_core::model::{Batch, Change};
@@ -13,18 +14,11 @@ use lb_core::verify::verify;
 pub const NODE: &str = "n1";
 
 /// Capacities of the maps: small, so that FRONTENDS can become full, and indexes, ids and slots are soon used again.
-pub const CAPACITIES: Capacities = Capacities {
-    services: 76,
-    frontends: 100,
-    backends: 192,
-    backend_slots: 256,
-    sockets: 64,
-    sockets_more: 64,
-    udp_flows: 64,
-    affinity: 64,
-    conntrack: 64,
-    conntrack_new: 64,
-};
+pub const CAPACITIES: Capacities = Capacities::uniform(64)
+    .with(SizedMap::Services, 76)
+    .with(SizedMap::Frontends, 100)
+    .with(SizedMap::Backends, 192)
+    .with(SizedMap::BackendSlots, 256);
 
 /// The pinned maps and the reconciler that writes them.
 pub struct InProcessAgent {

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::{MapData, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
-use lb_common::abi::{FrontendKey, map_name};
+use lb_common::abi::{FrontendKey, SizedMap, map_name};
 use lb_core::maps::Capacities;
 use lb_probe::{LookupRequest, PROGRAM, TALLY, Tally, Verdict};
 use zerocopy::{FromZeros as _, IntoBytes as _};
@@ -35,10 +35,10 @@ impl Probe {
     pub fn load(maps: &Path, capacities: &Capacities) -> Result<Self> {
         let mut loader = EbpfLoader::new();
         for (name, size) in [
-            (map_name::FRONTENDS, capacities.frontends),
-            (map_name::SERVICES, capacities.services),
-            (map_name::BACKEND_SLOTS, capacities.backend_slots),
-            (map_name::BACKENDS, capacities.backends),
+            (map_name::FRONTENDS, capacities[SizedMap::Frontends]),
+            (map_name::SERVICES, capacities[SizedMap::Services]),
+            (map_name::BACKEND_SLOTS, capacities[SizedMap::BackendSlots]),
+            (map_name::BACKENDS, capacities[SizedMap::Backends]),
         ] {
             let pin = maps.join(name);
             // Without a pinned map, the loader would create a new one, which the agent does not write.

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use fastrand::Rng;
 use lb_agent::loader::PinPath;
 use lb_agent::maps::bpf::BpfMaps;
+use lb_common::abi::SizedMap;
 use lb_core::maps::Maps as _;
 use lb_core::maps::faulty::Fault;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -244,7 +245,9 @@ fn change(
         }
         agent.reconciler()?.reclaim();
         let (usage, capacities) = agent.reconciler()?.usage();
-        progress.fullest = progress.fullest.max(usage.frontends * 100 / capacities.frontends);
+        progress.fullest = progress
+            .fullest
+            .max(usage.frontends * 100 / capacities[SizedMap::Frontends]);
         if number % CHECK_EVERY == 0 {
             if workload.is_overfull() {
                 agent.reconciler()?.settle()?;

@@ -88,7 +88,7 @@ impl Chain {
         });
         let member = |slot: u32| {
             let slot = dump.slots.get(slot as usize).copied();
-            let backend = slot.and_then(|slot| dump.backends.get(slot.backend as usize).copied());
+            let backend = slot.and_then(|slot| dump.backends.get(slot.backend.id as usize).copied());
             (slot, backend)
         };
         let set = |word: SetWord| {
@@ -131,7 +131,7 @@ impl Chain {
                 bail!("a slot or a backend is out of range");
             };
             ensure!(
-                generation::is_current(backend.generation, slot.generation),
+                generation::is_current(backend.generation, slot.backend.generation),
                 "{slot:?} leads to a removed backend: {backend:?}"
             );
             ensure!(generation::is_sealed(backend), "{backend:?} has a broken seal");

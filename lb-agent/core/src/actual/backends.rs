@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use lb_common::abi::backend_flags;
+use lb_common::abi::{BackendRef, backend_flags};
 
 use crate::policy::Member;
 
@@ -14,6 +14,16 @@ pub(crate) struct ActualBackend {
     pub(crate) id: u32,
     pub(crate) generation: u32,
     pub(crate) flags: u16,
+}
+
+impl ActualBackend {
+    /// The reference that slots store.
+    pub(crate) fn reference(&self) -> BackendRef {
+        BackendRef {
+            id: self.id,
+            generation: self.generation,
+        }
+    }
 }
 
 /// Backends by address and port, while they change.

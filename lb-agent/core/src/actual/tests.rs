@@ -84,16 +84,20 @@ fn entries_without_an_owner_are_orphans() {
     // A name beyond the end.
     let (_, orphans) = adopted(|dump| {
         let name = dump.names[&1];
-        dump.names.insert(ROOM.services, name);
+        dump.names.insert(ROOM[SizedMap::Services], name);
     });
-    assert_eq!(orphans.names, [ROOM.services].into());
+    assert_eq!(orphans.names, [ROOM[SizedMap::Services]].into());
 }
 
 #[test]
 fn a_wrong_set_is_unknown_and_its_slots_are_not_reused() {
     let cases: [fn(&mut Dump); 5] = [
         |dump| dump.slots[dump.services[2].cluster.base as usize].pad = 1,
-        |dump| dump.slots[dump.services[2].cluster.base as usize + 1].generation = 3,
+        |dump| {
+            dump.slots[dump.services[2].cluster.base as usize + 1]
+                .backend
+                .generation = 3
+        },
         |dump| dump.services[2].cluster.base += 1,
         |dump| dump.services[2].cluster.base = u32::MAX,
         |dump| dump.services[2].cluster.len = u16::MAX,

@@ -2,11 +2,10 @@
 
 use std::net::IpAddr;
 
-use lb_common::abi::{Addr, AffinityKey, DropReason, client_kind, cluster_flags, ct_flags, ip_protocol};
+use lb_common::abi::{Addr, AffinityKey, DropReason, RejectWith, cluster_flags, ct_flags, ip_protocol};
 use lb_common::logic::decide::{self, Arrival};
 use lb_common::logic::delivery::{self, Facts};
 use lb_common::logic::route::{self, Destination};
-use lb_common::logic::translation::{self, RejectWith};
 
 use super::{
     Candidate, Chosen, Explanation, Found, Outcome, Snapshot, Source, View, age, choose, ports_of, why_no_frontend,
@@ -24,7 +23,7 @@ const FIRST_PACKET: Arrival = Arrival {
 /// Returns the response to a packet that is not translated.
 pub(super) fn refused(reason: DropReason, protocol: &str) -> Outcome {
     let (label, why) = (reason.label(), reason.text());
-    match translation::reject_with(reason) {
+    match reason.reject_with() {
         RejectWith::Refused => Outcome::Rejected {
             answer: if protocol == "TCP" {
                 "a TCP reset"
@@ -76,11 +75,7 @@ pub fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explanation {
             return answer;
         }
     };
-    let client = AffinityKey {
-        client: from.into(),
-        service: frontend.service,
-        kind: client_kind::ADDRESS,
-    };
+    let client = AffinityKey::of_addr(from.into(), frontend.service);
     choose(maps, client, Chosen::new(frontend.service, admission), &mut answer);
     let snat = |candidate: &Candidate| {
         let facts = Facts {

@@ -186,9 +186,8 @@ fn affinity_decides_while_it_holds() {
     assert!(!answer.affinity.unwrap().holds, "new");
 
     let key = AffinityKey::of_netns(POD.netns, 1);
-    let entry = |backend, generation, used| Affinity {
-        backend,
-        generation,
+    let entry = |id, generation, used| Affinity {
+        backend: BackendRef { id, generation },
         used: used * SECOND,
     };
     maps.affinity.insert(key, entry(2, 1, 90));
@@ -240,9 +239,9 @@ fn connected(maps: &Snapshot, asker: Asker, to: Destination, random: u32) -> Res
         return Ok(None);
     }
     let again = |entry: &Affinity| {
-        let backend = maps.dump.backends.get(entry.backend as usize)?;
-        let reference = (frontend.service, entry.generation);
-        connect::is_usable(backend.generation, backend.service, backend.flags, reference, set)
+        let backend = maps.dump.backends.get(entry.backend.id as usize)?;
+        backend
+            .serves(entry.backend, frontend.service, set)
             .then(|| backend.addr.socket(backend.port))
     };
     let key = AffinityKey::of_netns(asker.netns, frontend.service);
@@ -316,8 +315,10 @@ pub(super) fn any_maps() -> impl Strategy<Value = Snapshot> {
         for (netns, id, is_meant, used) in clients {
             if let Some(backend) = maps.dump.backends.get(id as usize) {
                 let entry = Affinity {
-                    backend: id,
-                    generation: backend.generation + if is_meant { 0 } else { 2 },
+                    backend: BackendRef {
+                        id,
+                        generation: backend.generation + if is_meant { 0 } else { 2 },
+                    },
                     used: used * SECOND,
                 };
                 maps.affinity

@@ -166,15 +166,15 @@ impl Rendering<'_> {
             let Some(slot) = self.0.slots.get(at as usize) else {
                 return writeln!(f, "    (out of range)");
             };
-            in_sets.insert(slot.backend);
-            let backend = self.0.backends.get(slot.backend as usize);
-            let current = backend.is_some_and(|b| generation::is_current(b.generation, slot.generation));
+            in_sets.insert(slot.backend.id);
+            let backend = self.0.backends.get(slot.backend.id as usize);
+            let current = backend.is_some_and(|backend| backend.is_current(slot.backend));
             writeln!(
                 f,
                 "    {}{} (backend {}{})",
                 slot.addr.socket(slot.port),
                 local(slot.flags),
-                slot.backend,
+                slot.backend.id,
                 if current { "" } else { ", which is gone" }
             )?;
         }

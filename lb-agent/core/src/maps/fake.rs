@@ -4,14 +4,13 @@
 use std::collections::BTreeMap;
 
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, SourceRange, capacity,
-    map_name, service_flags,
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, Set, SetWord, SizedMap,
+    SourceRange, map_name, map_spec, service_flags,
 };
-use lb_common::logic::connect::Set;
 use lb_common::logic::generation;
 
 use super::prefix::Prefix;
-use super::{Capacities, Dump, Epoch, MapError, Maps, capacity_flag};
+use super::{Capacities, Dump, Epoch, MapError, Maps};
 use crate::actual::{set_word_mut, set_words};
 use crate::names::port_id;
 
@@ -58,9 +57,9 @@ impl FakeMaps {
         let zero = Service::default();
         Self {
             contents: Dump {
-                services: vec![zero; capacities.services as usize],
-                slots: vec![BackendSlot::default(); capacities.backend_slots as usize],
-                backends: vec![Backend::default(); capacities.backends as usize],
+                services: vec![zero; capacities[SizedMap::Services] as usize],
+                slots: vec![BackendSlot::default(); capacities[SizedMap::BackendSlots] as usize],
+                backends: vec![Backend::default(); capacities[SizedMap::Backends] as usize],
                 ..Dump::default()
             },
             capacities,
@@ -72,7 +71,7 @@ impl FakeMaps {
             services_in_sight: BTreeMap::new(),
             backends_in_sight: BTreeMap::new(),
             restrictions_in_sight: BTreeMap::new(),
-            source_ranges: capacity::SOURCE_RANGES,
+            source_ranges: map_spec::SOURCE_RANGES.default_capacity(),
             checks: Checks::Sound,
         }
     }
@@ -190,13 +189,13 @@ impl FakeMaps {
             let backend = self
                 .contents
                 .backends
-                .get(slot.backend as usize)
+                .get(slot.backend.id as usize)
                 .copied()
                 .unwrap_or_default();
             assert!(
-                generation::is_current(backend.generation, slot.generation) && generation::is_sealed(&backend),
+                backend.is_current(slot.backend) && generation::is_sealed(&backend),
                 "{who} leads to backend {} that is gone",
-                slot.backend
+                slot.backend.id
             );
             assert_eq!(
                 (backend.addr, backend.port),
@@ -272,14 +271,6 @@ fn out_of_range(map: &'static str, index: u32, len: usize) -> MapError {
     }
 }
 
-fn full(map: &'static str, capacity: u32) -> MapError {
-    MapError::Full {
-        map,
-        flag: capacity_flag(map),
-        capacity,
-    }
-}
-
 impl Maps for FakeMaps {
     fn capacities(&self) -> Capacities {
         self.capacities
@@ -296,8 +287,11 @@ impl Maps for FakeMaps {
                 what: format!("{key:?} is there already"),
             });
         }
-        if self.contents.frontends.len() as u32 >= self.capacities.frontends {
-            return Err(full(map_name::FRONTENDS, self.capacities.frontends));
+        if self.contents.frontends.len() as u32 >= self.capacities[SizedMap::Frontends] {
+            return Err(MapError::full(
+                &map_spec::FRONTENDS,
+                self.capacities[SizedMap::Frontends],
+            ));
         }
         self.contents.frontends.insert(key, value);
         self.wrote(size_of::<FrontendKey>() + size_of::<Frontend>());
@@ -460,8 +454,8 @@ impl Maps for FakeMaps {
             there || !self.has_source_ranges(index),
             "index {index} gets a name while source ranges of an earlier one are there"
         );
-        if !there && self.contents.names.len() as u32 >= self.capacities.services {
-            return Err(full(map_name::NAMES, self.capacities.services));
+        if !there && self.contents.names.len() as u32 >= self.capacities[SizedMap::Services] {
+            return Err(MapError::full(&map_spec::NAMES, self.capacities[SizedMap::Services]));
         }
         self.contents.names.insert(index, *value);
         self.wrote(4 + size_of::<Name>());
@@ -488,10 +482,7 @@ impl Maps for FakeMaps {
     fn write_source_range(&mut self, range: Prefix<SourceRange>) -> Result<(), MapError> {
         let ranges = &mut self.contents.source_ranges;
         if !ranges.contains_key(&range) && ranges.len() as u32 >= self.source_ranges {
-            return Err(MapError::Bound {
-                map: map_name::SOURCE_RANGES,
-                capacity: self.source_ranges,
-            });
+            return Err(MapError::full(&map_spec::SOURCE_RANGES, self.source_ranges));
         }
         ranges.insert(range, 0);
         self.wrote(4 + size_of::<SourceRange>() + 4);

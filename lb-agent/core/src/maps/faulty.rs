@@ -2,8 +2,8 @@
 
 use std::io;
 
+use lb_common::abi::Set;
 use lb_common::abi::{Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, SetWord, SourceRange};
-use lb_common::logic::connect::Set;
 
 use super::prefix::Prefix;
 use super::{Capacities, Dump, Epoch, MapError, Maps};

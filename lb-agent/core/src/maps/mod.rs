@@ -1,6 +1,7 @@
 //! The trait through which the writer accesses the maps. `lb-agent` implements it for the kernel, and [`fake`] in
 //! memory, with checks of the rules of the update protocol.
 
+mod capacities;
 pub mod dump;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fake;
@@ -11,49 +12,25 @@ pub mod prefix;
 use std::io;
 
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, CtEntry, CtKey, Frontend, FrontendKey, Name, Service, SetWord, SourceRange, map_name,
+    Addr, Backend, BackendSlot, Capacity, CtEntry, CtKey, Frontend, FrontendKey, MapSpec, Name, Service, Set, SetWord,
+    SourceRange,
 };
-use lb_common::logic::connect::Set;
 
+pub use capacities::Capacities;
 pub use dump::Dump;
 use prefix::Prefix;
-
-/// Numbers of entries of the maps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Capacities {
-    /// SERVICES, NAMES and STATS; index zero is not used.
-    pub services: u32,
-    /// FRONTENDS.
-    pub frontends: u32,
-    /// BACKENDS; id zero is not used.
-    pub backends: u32,
-    /// BACKEND_SLOTS.
-    pub backend_slots: u32,
-    /// SOCKETS.
-    pub sockets: u32,
-    /// SOCKETS_MORE.
-    pub sockets_more: u32,
-    /// UDP_FLOWS.
-    pub udp_flows: u32,
-    /// AFFINITY.
-    pub affinity: u32,
-    /// CT.
-    pub conntrack: u32,
-    /// CT_NEW.
-    pub conntrack_new: u32,
-}
 
 /// A failed operation on a map.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
-    /// No room.
+    /// The map is full.
     #[error("{map} is full ({capacity} entries): raise --{flag} (it takes effect after `lb-agent cleanup`)")]
     Full {
         /// Name of the map.
         map: &'static str,
-        /// Flag of `lb-agent run` that sets its size.
+        /// Flag of `lb-agent run` that sets the number of entries.
         flag: &'static str,
-        /// Its size.
+        /// Number of entries that the map has room for.
         capacity: u32,
     },
     /// No room, in a map of fixed size.
@@ -61,7 +38,7 @@ pub enum MapError {
     Bound {
         /// Name of the map.
         map: &'static str,
-        /// Its size.
+        /// Number of entries that the map has room for.
         capacity: u32,
     },
     /// A system call failed.
@@ -74,14 +51,14 @@ pub enum MapError {
         /// Cause of the failure.
         source: io::Error,
     },
-    /// An index beyond the end.
+    /// An index is beyond the end of an array.
     #[error("{map}: index {index} is out of range (0..{capacity})")]
     OutOfRange {
         /// Name of the map.
         map: &'static str,
-        /// The index.
+        /// The index that is out of range.
         index: u32,
-        /// Its size.
+        /// Number of entries that the map has room for.
         capacity: u32,
     },
     /// The operation needs an entry that is missing, or must not have one that is present.
@@ -94,20 +71,21 @@ pub enum MapError {
     },
 }
 
-/// Flag of `lb-agent run` that sets the size of a map.
-#[must_use]
-pub fn capacity_flag(map: &str) -> &'static str {
-    match map {
-        map_name::FRONTENDS => "max-frontends",
-        map_name::BACKENDS => "max-backends",
-        map_name::BACKEND_SLOTS => "max-backend-slots",
-        map_name::SOCKETS => "max-sockets",
-        map_name::SOCKETS_MORE => "max-sockets-more",
-        map_name::UDP_FLOWS => "max-udp-flows",
-        map_name::AFFINITY => "max-affinity",
-        map_name::CT => "max-conntrack",
-        map_name::CT_NEW => "max-conntrack-new",
-        _ => "max-services",
+impl MapError {
+    /// Returns the error of an insertion into a full map.
+    #[must_use]
+    pub const fn full(map: &MapSpec, capacity: u32) -> Self {
+        match map.capacity {
+            Capacity::Sized(sized) => Self::Full {
+                map: map.name,
+                flag: sized.flag(),
+                capacity,
+            },
+            Capacity::Fixed(_) => Self::Bound {
+                map: map.name,
+                capacity,
+            },
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use crate::desired;
 use crate::maps::{Capacities, Maps as _};
 use crate::model::{EndpointSlice, Service as Object};
 use crate::testing::*;
+use lb_common::abi::SizedMap;
 
 /// Formats a step, short enough for a table.
 fn show(step: &Step) -> String {
@@ -18,7 +19,7 @@ fn show(step: &Step) -> String {
         Step::Fill(b, new) => format!("fill {} {}:{} flags {}", new.id, b.addr, b.port, b.flags),
         Step::Flags((addr, port), flags) => format!("flags {addr}:{port} {flags}"),
         Step::Slots(range, slots) => {
-            let ids: Vec<_> = slots.iter().map(|slot| slot.backend.to_string()).collect();
+            let ids: Vec<_> = slots.iter().map(|slot| slot.backend.id.to_string()).collect();
             format!("slots {} = {}", range.base, ids.join(" "))
         }
         Step::Admit(net) => format!("admit {net}"),
@@ -202,9 +203,8 @@ fn a_change_has_only_the_steps_that_it_needs() {
 
 #[test]
 fn a_plan_without_room_allocates_nothing() {
-    let full = |tighten: fn(&mut Capacities)| {
-        let mut capacities = ROOM;
-        tighten(&mut capacities);
+    let full = |map, entries| {
+        let capacities = ROOM.with(map, entries);
         let (mut actual, _) = Actual::adopt(&maps_of(capacities), capacities);
         let ports = desired::ports(
             &web(),
@@ -220,9 +220,9 @@ fn a_plan_without_room_allocates_nothing() {
         );
         error
     };
-    assert!(full(|c| c.services = 1).contains("SERVICES is full (1 entries): raise --max-services"));
-    assert!(full(|c| c.backends = 3).contains("BACKENDS is full (3 entries): raise --max-backends"));
-    assert!(full(|c| c.backend_slots = 2).contains("BACKEND_SLOTS is full (2 entries): raise --max-backend-slots"));
+    assert!(full(SizedMap::Services, 1).contains("SERVICES is full (1 entries): raise --max-services"));
+    assert!(full(SizedMap::Backends, 3).contains("BACKENDS is full (3 entries): raise --max-backends"));
+    assert!(full(SizedMap::BackendSlots, 2).contains("BACKEND_SLOTS is full (2 entries): raise --max-backend-slots"));
 }
 
 fn maps_of(capacities: Capacities) -> crate::maps::Dump {
@@ -239,11 +239,9 @@ fn a_set_is_as_long_as_a_set_word_can_say() {
         };
         (0..n).map(member).collect()
     };
-    let room = Capacities {
-        backends: 70_001,
-        backend_slots: 1 << 17,
-        ..ROOM
-    };
+    let room = ROOM
+        .with(SizedMap::Backends, 70_001)
+        .with(SizedMap::BackendSlots, 1 << 17);
     let (id, mut want) = desired::ports(&web(), &[&on(&[])].into_iter(), LOCAL_NODE).remove(0);
     for (n, fits) in [(65_535, true), (65_536, false)] {
         let (mut actual, _) = Actual::adopt(&maps_of(room), room);

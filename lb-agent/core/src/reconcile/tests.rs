@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::random::{any_act, run};
 use super::*;
-use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service};
+use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service, SizedMap};
 use lb_common::logic::generation;
 use proptest::prelude::*;
 
@@ -471,26 +471,22 @@ fn slots_and_ids_are_reused_only_after_a_grace_period() {
 /// written when there is room.
 #[test]
 fn a_full_map_is_a_problem_and_retried() {
-    let tight = |tighten: &dyn Fn(&mut Capacities)| {
-        let mut capacities = ROOM;
-        tighten(&mut capacities);
-        start(FakeMaps::new(capacities))
-    };
+    let tight = |map, entries| start(FakeMaps::new(ROOM.with(map, entries)));
     let cases: [(_, &str); 4] = [
         (
-            tight(&|c| c.services = 3),
+            tight(SizedMap::Services, 3),
             "SERVICES is full (3 entries): raise --max-services",
         ),
         (
-            tight(&|c| c.frontends = 4),
+            tight(SizedMap::Frontends, 4),
             "FRONTENDS is full (4 entries): raise --max-frontends",
         ),
         (
-            tight(&|c| c.backends = 6),
+            tight(SizedMap::Backends, 6),
             "BACKENDS is full (6 entries): raise --max-backends",
         ),
         (
-            tight(&|c| c.backend_slots = 4),
+            tight(SizedMap::BackendSlots, 4),
             "BACKEND_SLOTS is full (4 entries): raise --max-backend-slots",
         ),
     ];
@@ -532,7 +528,7 @@ fn a_full_map_is_a_problem_and_retried() {
 
 #[test]
 fn a_full_frontends_map_has_room_for_what_the_same_batch_deletes() {
-    let capacities = Capacities { frontends: 4, ..ROOM };
+    let capacities = ROOM.with(SizedMap::Frontends, 4);
     let (mut lb, mut cluster) = (start(FakeMaps::new(capacities)), web());
     apply(&mut lb, &mut cluster);
     cluster.set(service("web", "10.96.0.7"));
@@ -544,10 +540,7 @@ fn a_full_frontends_map_has_room_for_what_the_same_batch_deletes() {
 
 #[test]
 fn free_slot_ranges_join() {
-    let capacities = Capacities {
-        backend_slots: 16,
-        ..ROOM
-    };
+    let capacities = ROOM.with(SizedMap::BackendSlots, 16);
     let (mut lb, mut cluster) = (start(FakeMaps::new(capacities)), Cluster::default());
     for i in 0..8 {
         cluster.set(service(&format!("s{i}"), &format!("10.96.0.{i}")));
@@ -626,19 +619,22 @@ proptest! {
         acts in prop::collection::vec(any_act(), 1..60),
         (services, frontends, backends, backend_slots) in (3..7_u32, 4..10_u32, 5..20_u32, 8..24_u32),
     ) {
-        run(Capacities { services, frontends, backends, backend_slots, ..ROOM }, acts);
+        let room = ROOM
+            .with(SizedMap::Services, services)
+            .with(SizedMap::Frontends, frontends)
+            .with(SizedMap::Backends, backends)
+            .with(SizedMap::BackendSlots, backend_slots);
+        run(room, acts);
     }
 }
 
 #[test]
 fn one_endpoint_of_a_hundred_thousand_costs_what_changed() {
-    let room = Capacities {
-        services: 10_002,
-        frontends: 20_000,
-        backends: 100_100,
-        backend_slots: 200_000,
-        ..ROOM
-    };
+    let room = ROOM
+        .with(SizedMap::Services, 10_002)
+        .with(SizedMap::Frontends, 20_000)
+        .with(SizedMap::Backends, 100_100)
+        .with(SizedMap::BackendSlots, 200_000);
     let endpoints = |i: u32, tenth: &str| -> EndpointSlice {
         let address = |j: u32| std::net::Ipv4Addr::from(0x0a00_0000 + i * 10 + j).to_string();
         let mut texts: Vec<_> = (0..9).map(address).collect();
@@ -775,12 +771,12 @@ fn orphans_stay_until_every_set_is_known() {
     let index = left.contents.frontends[&key("10.96.0.1", 80)].service as usize;
     // Its backend has no owner now, so the content of its set is unknown, and the first correction fails.
     let id = left.contents.slots[left.contents.services[index].internal.base as usize].backend;
-    left.contents.backends[id as usize].service = 14;
+    left.contents.backends[id.id as usize].service = 14;
     let mut next = start(FaultyMaps::new(left, u64::MAX, Fault::None));
     next.maps_mut().arm(0, Fault::Fail);
     next.apply(cluster.undelivered().batch());
     let is_live = |lb: &Reconciler<FaultyMaps<FakeMaps>>| {
-        generation::is_live(lb.maps().inner.contents.backends[id as usize].generation)
+        generation::is_live(lb.maps().inner.contents.backends[id.id as usize].generation)
     };
     assert!(is_live(&next), "a set leads to it");
     next.reclaim();

@@ -1,6 +1,6 @@
 //! Corruption of one field at a time: `verify` names the field, and the next agent corrects it.
 
-use lb_common::logic::connect::Set;
+use lb_common::abi::Set;
 
 use super::*;
 use crate::actual::{set_word_mut, set_words};
@@ -239,14 +239,14 @@ fn of_slots(dump: &Dump) -> Vec<Corruption> {
             &mut all,
             dump,
             &field("backend"),
-            move |d| &mut d.slots[slot].backend,
+            move |d| &mut d.slots[slot].backend.id,
             &ids,
         );
         vary(
             &mut all,
             dump,
             &field("generation"),
-            move |d| &mut d.slots[slot].generation,
+            move |d| &mut d.slots[slot].backend.generation,
             &[0, 1, 2, 3],
         );
         vary(&mut all, dump, &field("pad"), move |d| &mut d.slots[slot].pad, &[1]);

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_agent::source::manifests::ManifestSource;
+use lb_common::abi::SizedMap;
 use lb_core::maps::{Capacities, Maps as _};
 use lb_core::model::{Batch, Protocol};
 use lb_core::reconcile::Reconciler;
@@ -99,18 +100,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 /// Returns capacities for all Services and for the entries that are not freed yet.
 fn capacities(options: &Options) -> Capacities {
     let backends = options.services * options.endpoints;
-    Capacities {
-        services: options.services + 16,
-        frontends: 2 * options.services + 16,
-        backends: backends + 256,
-        backend_slots: backends + 256 * options.endpoints,
-        sockets: 1024,
-        sockets_more: 1024,
-        udp_flows: 64,
-        affinity: 64,
-        conntrack: 64,
-        conntrack_new: 64,
-    }
+    Capacities::uniform(64)
+        .with(SizedMap::Services, options.services + 16)
+        .with(SizedMap::Frontends, 2 * options.services + 16)
+        .with(SizedMap::Backends, backends + 256)
+        .with(SizedMap::BackendSlots, backends + 256 * options.endpoints)
+        .with(SizedMap::Sockets, 1024)
+        .with(SizedMap::SocketsMore, 1024)
 }
 
 fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {

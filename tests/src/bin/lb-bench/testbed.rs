@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::Ebpf;
 use lb_agent::loader::{self, Cgroup, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
-use lb_common::abi::capacity;
+use lb_common::abi::SizedMap;
 use lb_core::maps::Capacities;
 use lb_core::model::Batch;
 use lb_core::reconcile::Reconciler;
@@ -252,7 +252,7 @@ fn load_lb(lock: &Lock, services: Services, pods: &[(Way, Pod)]) -> Result<BpfMa
 
 /// Loads the C programs, and attaches them to the hooks of their pods.
 fn load_c(object: &[u8], pins: &PinPath, pods: &[(Way, Pod)], empty: &Pod) -> Result<Ebpf> {
-    let mut c = programs::load(object, pins, capacity::SOCKETS)?;
+    let mut c = programs::load(object, pins, SizedMap::Sockets.default_capacity())?;
     programs::attach(&mut c, Maker::C, find(pods, Way::C).context("no such pod")?)?;
     programs::attach(&mut c, Maker::Empty, empty)?;
     Ok(c)
@@ -260,18 +260,13 @@ fn load_c(object: &[u8], pins: &PinPath, pods: &[(Way, Pod)], empty: &Pod) -> Re
 
 fn capacities(services: Services) -> Capacities {
     let set = services.endpoints.next_power_of_two();
-    Capacities {
-        services: services.number + 16,
-        frontends: 2 * services.number + 16,
-        backends: services.number * services.endpoints + 16,
-        backend_slots: (services.number + 16) * set,
-        sockets: capacity::SOCKETS,
-        sockets_more: capacity::SOCKETS_MORE,
-        udp_flows: capacity::UDP_FLOWS,
-        affinity: capacity::AFFINITY,
-        conntrack: 2,
-        conntrack_new: 64,
-    }
+    Capacities::DEFAULT
+        .with(SizedMap::Services, services.number + 16)
+        .with(SizedMap::Frontends, 2 * services.number + 16)
+        .with(SizedMap::Backends, services.number * services.endpoints + 16)
+        .with(SizedMap::BackendSlots, (services.number + 16) * set)
+        .with(SizedMap::Conntrack, 2)
+        .with(SizedMap::ConntrackNew, 64)
 }
 
 /// Fills the maps as the agent does.

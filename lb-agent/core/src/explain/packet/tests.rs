@@ -2,8 +2,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use ipnet::IpNet;
-use lb_common::abi::{Affinity, CtEntry, CtKey, FrontendKey, FrontendKind, service_flags};
-use lb_common::logic::connect::Set;
+use lb_common::abi::{Affinity, BackendRef, CtEntry, CtKey, FrontendKey, FrontendKind, Set, service_flags};
 use lb_common::logic::{affinity, connect};
 use proptest::prelude::*;
 
@@ -155,14 +154,12 @@ fn affinity_is_by_the_clients_address() {
     let mut maps = snapshot(false, &BOTH);
     maps.dump.services[1].flags |= service_flags::AFFINITY;
     maps.dump.services[1].affinity_timeout = 60;
-    let key = AffinityKey {
-        client: ip(OUTSIDE).into(),
-        service: 1,
-        kind: client_kind::ADDRESS,
-    };
+    let key = AffinityKey::of_addr(ip(OUTSIDE).into(), 1);
     let entry = Affinity {
-        backend: 2,
-        generation: maps.dump.backends[2].generation,
+        backend: BackendRef {
+            id: 2,
+            generation: maps.dump.backends[2].generation,
+        },
         used: 90 * SECOND,
     };
     maps.affinity.insert(key, entry);
@@ -230,22 +227,12 @@ fn translated(maps: &Snapshot, from: IpAddr, to: Destination, random: u32) -> Re
     let longest = around.values().rev().find(|(cidr, _)| cidr.contains(addr));
     let inside = longest.is_some_and(|(_, flags)| *flags & cluster_flags::INSIDE != 0);
     let set = connect::set_for_packet(frontend, inside)?;
-    let key = AffinityKey {
-        client: addr,
-        service: frontend.service,
-        kind: client_kind::ADDRESS,
-    };
+    let key = AffinityKey::of_addr(addr, frontend.service);
     if service.flags & service_flags::AFFINITY != 0
         && let Some(entry) = maps.affinity.get(&key)
         && affinity::holds(entry.used, maps.now, service.affinity_timeout)
-        && let Some(backend) = maps.dump.backends.get(entry.backend as usize)
-        && connect::is_usable(
-            backend.generation,
-            backend.service,
-            backend.flags,
-            (frontend.service, entry.generation),
-            set,
-        )
+        && let Some(backend) = maps.dump.backends.get(entry.backend.id as usize)
+        && backend.serves(entry.backend, frontend.service, set)
     {
         return Ok(Some(backend.addr.socket(backend.port)));
     }
@@ -270,8 +257,8 @@ proptest! {
         }
         maps.dump.source_ranges.insert(Prefix::of(admitted, "203.0.113.0/24".parse().unwrap()), 0);
         if let Some(backend) = maps.dump.backends.get(seen as usize) {
-            let key = AffinityKey { client: ip(OUTSIDE).into(), service: backend.service, kind: client_kind::ADDRESS };
-            maps.affinity.insert(key, Affinity { backend: seen, generation: backend.generation, used: 95 * SECOND });
+            let key = AffinityKey::of_addr(ip(OUTSIDE).into(), backend.service);
+            maps.affinity.insert(key, Affinity { backend: BackendRef { id: seen, generation: backend.generation }, used: 95 * SECOND });
         }
         let destinations: BTreeSet<FrontendKey> = maps.dump.frontends.keys().copied().collect();
         let more = ["192.168.77.1:30001", "192.168.77.2:30001", "192.0.2.1:81", "127.0.0.1:30001", "198.18.0.1:80"];

@@ -18,8 +18,8 @@ use aya::{Ebpf, EbpfLoader};
 use etherparse::{PacketBuilder, PacketBuilderStep};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
-use lb_agent::maps::ct::FlowMaps;
-use lb_common::abi::{Device, capacity, map_name, program_name};
+use lb_agent::maps::ct::CtMaps;
+use lb_common::abi::{Device, SizedMap, map_name, program_name};
 use lb_core::maps::Capacities;
 use lb_core::model::{
     Batch, Change, Endpoint, EndpointLocation, EndpointPort, EndpointSlice, Node as NodeObject, Object, ObjectKey,
@@ -366,7 +366,7 @@ pub(crate) struct TestBed {
     lb: BpfMaps,
     c: CPrograms,
     object: Vec<u8>,
-    flows: FlowMaps,
+    flows: CtMaps,
     capacities: Capacities,
     /// Index of the device that the client is beyond.
     outside: u32,
@@ -379,7 +379,7 @@ pub(crate) struct TestBed {
 struct Runner<'a> {
     lb: &'a Ebpf,
     c: &'a mut CPrograms,
-    flows: &'a mut FlowMaps,
+    flows: &'a mut CtMaps,
     context: [u8; SK_BUFF],
 }
 
@@ -453,9 +453,9 @@ impl Runner<'_> {
 
     /// Removes unreplied flows; returns the number of their entries.
     fn forget(&mut self) -> Result<usize> {
-        let begun = self.flows.new.all()?;
+        let begun = self.flows.unreplied.all()?;
         for (key, _) in &begun {
-            self.flows.new.remove(key)?;
+            self.flows.unreplied.remove(key)?;
         }
         Ok(begun.len())
     }
@@ -472,18 +472,14 @@ impl TestBed {
         let pod = cluster.add_pod("n1", "backend")?;
         let pins = PinPath::new(cluster.pin_path("n1"));
         let lock = Lock::take(&pins)?;
-        let capacities = Capacities {
-            services: 2 * services + 64,
-            frontends: 4 * services + 64,
-            backends: 20 * services + 64,
-            backend_slots: 40 * services + 64,
-            sockets: 16,
-            sockets_more: 16,
-            udp_flows: 16,
-            affinity: capacity::AFFINITY,
-            conntrack: capacity::CT,
-            conntrack_new: capacity::CT_NEW,
-        };
+        let capacities = Capacities::DEFAULT
+            .with(SizedMap::Services, 2 * services + 64)
+            .with(SizedMap::Frontends, 4 * services + 64)
+            .with(SizedMap::Backends, 20 * services + 64)
+            .with(SizedMap::BackendSlots, 40 * services + 64)
+            .with(SizedMap::Sockets, 16)
+            .with(SizedMap::SocketsMore, 16)
+            .with(SizedMap::UdpFlows, 16);
         let mut maps = loader::load(OBJECT, &lock, &capacities, SocketLb::All)?;
         let node = cluster.node("n1");
         let outside = node.device_index("eth0")?;
@@ -493,7 +489,7 @@ impl TestBed {
             ..Device::default()
         };
         let own = [IpAddr::from(node.address()), node.address6().into()];
-        maps.pinned_mut().write_devices(&BTreeMap::from([
+        maps.write_devices(&BTreeMap::from([
             (outside, device(own[0], own[1])),
             (
                 node.device_index("cni0")?,
@@ -527,7 +523,7 @@ impl TestBed {
         let c = CPrograms::load(&object, lock.pins())?;
         Ok(Self {
             lb: loader::load(OBJECT, &lock, &capacities, SocketLb::All)?,
-            flows: FlowMaps::open(&lock.pins().maps())?,
+            flows: CtMaps::open(&lock.pins().maps())?,
             reconciler,
             c,
             object,
@@ -661,7 +657,7 @@ impl TestBed {
                 becomes,
             });
         }
-        let begun = self.flows.new.all()?.len();
+        let begun = self.flows.unreplied.all()?.len();
         ensure!(begun == 0, "{begun} entries of unreplied flows");
         Ok(Subjects(all))
     }
@@ -715,7 +711,7 @@ impl TestBed {
     /// Returns the flows that the programs have counted, over all Services.
     fn connections(&self) -> Result<u64> {
         let maps = self.reconciler.maps().pinned();
-        (0..self.capacities.services).try_fold(0, |sum, service| Ok(sum + maps.stats(service)?.connections))
+        (0..self.capacities[SizedMap::Services]).try_fold(0, |sum, service| Ok(sum + maps.stats(service)?.connections))
     }
 
     /// Removes the bed.
