@@ -126,11 +126,18 @@ impl Conntrack {
             // The kernel accepts a limit only in the initial network namespace.
             info!(
                 name,
-                "left as it is: it can be set in the machine's first network namespace only"
+                "left unchanged: it can be set in the initial network namespace only"
             );
             return Ok(());
         }
-        if read(&path)? != value {
+        let current = read(&path)?;
+        // A limit is raised, never lowered, as by kube-proxy (kubernetes#142035). Time-outs are set exactly, as there.
+        let is_applied = if name == MAX {
+            current >= value
+        } else {
+            current == value
+        };
+        if !is_applied {
             fs::write(&path, value.to_string())?;
             info!(name, value, "set");
         }
@@ -140,12 +147,12 @@ impl Conntrack {
         Ok(())
     }
 
-    /// Makes the table large enough for so many chains.
-    fn grow(&self, chains: u64) -> io::Result<()> {
+    /// Enlarges the table to at least this number of hash buckets.
+    fn grow(&self, buckets: u64) -> io::Result<()> {
         let path = self.sysctls.join(BUCKETS);
-        if read(&path)? < chains {
-            fs::write(&path, chains.to_string())?;
-            info!(chains, "the table of conntrack has grown");
+        if read(&path)? < buckets {
+            fs::write(&path, buckets.to_string())?;
+            info!(buckets, "enlarged the conntrack table");
         }
         Ok(())
     }
@@ -249,6 +256,24 @@ mod tests {
         assert_eq!(Conntrack::at(folder.path(), &settings, 1).apply(), []);
         assert_eq!(read(&limit).unwrap(), 131_072);
         assert_eq!(read(&buckets).unwrap(), 1_000_000);
+    }
+
+    #[test]
+    fn higher_limit_is_kept_and_longer_timeouts_are_set() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str| folder.path().join(name);
+        let established = "nf_conntrack_tcp_timeout_established";
+        let settings = Settings {
+            tcp_close_wait: Duration::ZERO,
+            ..Settings::default()
+        };
+        fs::write(file(MAX), "2000000\n").unwrap();
+        fs::write(file(BUCKETS), "1000\n").unwrap();
+        fs::write(file(established), "432000\n").unwrap();
+        assert_eq!(Conntrack::at(folder.path(), &settings, 1).apply(), []);
+        assert_eq!(read(&file(MAX)).unwrap(), 2_000_000);
+        assert_eq!(read(&file(BUCKETS)).unwrap(), 131_072 / 4);
+        assert_eq!(read(&file(established)).unwrap(), 86_400);
     }
 
     #[test]
