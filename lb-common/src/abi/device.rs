@@ -29,6 +29,7 @@ layout!(Device: size 40, align 8 { v4: 0, v6: 16, flags: 32, sequence: 36 });
 /// Bits of [`Device::flags`].
 pub mod device_flags {
     /// The agent created the clsact qdisc of the device and removes it in `cleanup`. Programs do not read this bit.
+    /// Bit 1 is not used again: in entries of earlier builds it may be set, with another meaning.
     pub const OWN_QDISC: u32 = 2;
     /// The device is a bridge.
     pub const BRIDGE: u32 = 4;
