@@ -38,7 +38,7 @@ pub fn timeout_factor(slow: u32) -> u32 {
 /// If `LB_SLOW` is not a number from 1.
 ///
 /// ```
-/// assert_eq!(lb_tests::scaled(100_000), 100_000);
+/// assert_eq!(lb_tests::scaled_count(100_000), 100_000);
 /// ```
 #[must_use]
 pub fn scaled_count(count: u64) -> u64 {
