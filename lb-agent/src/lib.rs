@@ -1,7 +1,7 @@
 //! The agent of lb: reads Services and endpoints, and writes the backends of each destination to the kernel's maps.
 //!
 //! ```text
-//! source -> lb_core (index -> policy -> desired -> diff -> reconcile) -> maps
+//! source -> lb_core (index -> policy -> desired -> state -> plan -> writer) -> maps
 //! ```
 //!
 //! Modules depend on each other in one direction: [`cli`] on [`daemon`], the daemon on [`server`], [`k8s_events`] and
