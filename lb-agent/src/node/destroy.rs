@@ -370,12 +370,13 @@ impl Worker {
 fn why_not_destroyed(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::EOPNOTSUPP) => {
-            "this kernel is built without CONFIG_INET_DIAG_DESTROY: sockets of removed backends live on".into()
+            "this kernel is built without CONFIG_INET_DIAG_DESTROY: sockets of removed backends are not destroyed"
+                .into()
         }
         Some(libc::ENOENT) => {
-            "this kernel lacks the modules tcp_diag and udp_diag: sockets of removed backends live on".into()
+            "this kernel lacks the modules tcp_diag and udp_diag: sockets of removed backends are not destroyed".into()
         }
-        _ => format!("sockets of removed backends live on: {error}"),
+        _ => format!("sockets of removed backends are not destroyed: {error}"),
     }
 }
 

@@ -93,7 +93,7 @@ impl Filters {
     pub(crate) fn put(&mut self, index: u32, side: Side, name: &str, program: BorrowedFd<'_>) -> io::Result<()> {
         if self.look(index, side)? == Place::Foreign {
             return Err(io::Error::other(format!(
-                "somebody else has a filter of priority {PRIORITY} with lb's handle there"
+                "a foreign filter of priority {PRIORITY} already has lb's handle"
             )));
         }
         let mut message = ours(index, side);
@@ -132,7 +132,7 @@ impl Filters {
                 let told: Told = self.0.ask(RouteNetlinkMessage::GetQueueDiscipline(clsact(index)))?;
                 if told.kind != CLSACT {
                     return Err(io::Error::other(format!(
-                        "somebody else has a qdisc {:?} there, which leaves no room for clsact",
+                        "the device has a foreign qdisc {:?} in the place of clsact",
                         told.kind
                     )));
                 }
