@@ -1,5 +1,5 @@
-//! What `connect()` would do, or becomes of a packet from outside, and why: the decision of the data plane, made from a
-//! copy of the maps by the same `lb_common::logic`.
+//! Explains the outcome of a `connect()` or of a packet from outside: the decision of the data plane, made from a copy of
+//! the maps by the same `lb_common::logic`.
 
 mod packet;
 mod text;
@@ -27,79 +27,93 @@ use crate::names::ServicePortName;
 
 pub use packet::explain as explain_packet;
 
-/// The maps that decide, as they were at one time.
+/// A copy of the maps that the decision depends on.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
+    /// The maps of the update protocol.
     pub dump: Dump,
+    /// NODE_ADDRS.
     pub node_addrs: BTreeSet<Addr>,
+    /// AFFINITY.
     pub affinity: BTreeMap<AffinityKey, Affinity>,
     /// CT and CT_NEW.
     pub flows: Vec<Direction>,
-    /// When: nanoseconds of CLOCK_MONOTONIC.
+    /// Time of the copy, in nanoseconds of CLOCK_MONOTONIC.
     pub now: u64,
 }
 
-/// The socket that asks.
+/// The socket that connects.
 #[derive(Debug, Clone, Copy)]
 pub struct Asker {
     /// Cookie of its network namespace.
     pub netns: u64,
-    /// That is the node's.
+    /// Whether this is the node's network namespace.
     pub on_node: bool,
-    /// Only sockets of the node's namespace are served.
+    /// Whether only sockets of the node's namespace are served (`--socket-lb node`).
     pub node_only: bool,
 }
 
-/// The whole answer, step by step; a step that was not reached is `None`.
+/// The decision, step by step; a step that was not reached is `None`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Explanation {
+    /// The destination.
     pub to: SocketAddr,
+    /// Name of the protocol, such as `TCP`.
     pub protocol: &'static str,
-    pub frontend: Option<Found>,
-    /// Where a packet comes from; `None` for a socket.
+    /// The frontend of the destination.
+    pub frontend: Option<FrontendMatch>,
+    /// The source of a packet; `None` for a socket.
     pub source: Option<Source>,
-    pub set: Option<Serving>,
-    pub affinity: Option<Remembered>,
-    /// Every backend of the service port, those that may be chosen first.
+    /// The set of backends that serves the client.
+    pub set: Option<ServingSet>,
+    /// Session affinity of the client.
+    pub affinity: Option<AffinityState>,
+    /// Every backend of the service port, eligible backends first.
     pub candidates: Vec<Candidate>,
+    /// The result of the call, or of the packet.
     pub outcome: Outcome,
-    /// What becomes of the packets of a socket that is left alone; `None` where that was not asked.
-    pub packets: Option<Packets>,
-    /// What else is worth knowing.
+    /// The outcome for the packets of a socket that is not translated; `None` if it was not requested.
+    pub packets: Option<PacketsOutcome>,
+    /// Remarks, such as the ports that the address has.
     pub notes: Vec<String>,
 }
 
-/// The frontend that the destination is.
+/// The frontend of a destination.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Found {
+pub struct FrontendMatch {
+    /// Label of the kind.
     pub kind: &'static str,
+    /// Name of the service port.
     pub service: ServicePortName,
-    /// Index into SERVICES.
+    /// Service index: index into SERVICES.
     pub index: u32,
 }
 
-/// What becomes of the packets that a socket sends.
+/// The outcome for the packets that a socket sends.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Packets {
+pub struct PacketsOutcome {
+    /// Source address of the packets.
     pub from: IpAddr,
+    /// Their outcome.
     pub outcome: Outcome,
 }
 
-/// What is known of where a packet comes from.
+/// Facts about the source of a packet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Source {
+    /// Source address.
     pub address: IpAddr,
-    /// It is inside the cluster.
+    /// Whether the address is inside the cluster.
     pub inside: bool,
-    /// It is a pod of this node.
+    /// Whether the address is a pod of this node.
     pub here: bool,
-    /// The longest of the networks that CLUSTER_CIDRS has it in.
+    /// The longest network of CLUSTER_CIDRS that contains the address.
     pub network: Option<String>,
-    /// Whether the load-balancer address serves it; `None` where it serves everybody.
+    /// Whether the source ranges of the load-balancer address admit the source; `None` without source ranges.
     pub admitted: Option<bool>,
 }
 
-impl Found {
+impl FrontendMatch {
     fn new(maps: &Snapshot, frontend: Frontend) -> Self {
         Self {
             kind: FrontendKind::from_u8(frontend.kind).map_or("(unknown kind)", FrontendKind::label),
@@ -109,73 +123,90 @@ impl Found {
     }
 }
 
-/// The set of the service that serves it.
+/// The set of backends that serves a client.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Serving {
+pub struct ServingSet {
+    /// Name of the set.
     pub name: &'static str,
+    /// The reason for this set.
     pub why: &'static str,
+    /// Number of its backends.
     pub members: u16,
 }
 
-/// What AFFINITY remembers of the client.
+/// The entry of AFFINITY for a client.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Remembered {
-    /// Seconds.
+pub struct AffinityState {
+    /// Timeout of the service port, in seconds.
     pub timeout: u32,
-    /// Address of the backend; `None` where the client is new, or the backend is gone.
+    /// Address of the backend; `None` if the client is new or the backend is gone.
     pub backend: Option<SocketAddr>,
-    /// Seconds since the last use; `None` where the client is new.
+    /// Seconds since the last use; `None` if the client is new.
     pub age: Option<u64>,
-    /// Seconds until it is forgotten, while it holds.
+    /// Seconds until the entry expires, if it is in force.
     pub remaining: Option<u64>,
-    /// It decides.
+    /// Whether the entry decides the backend.
     pub holds: bool,
+    /// The reason.
     pub why: &'static str,
 }
 
 /// A backend of the service port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Candidate {
+    /// Address and port.
     pub address: SocketAddr,
-    /// Index into BACKENDS.
+    /// Backend id: index into BACKENDS.
     pub id: u32,
+    /// Generation in BACKENDS.
     pub generation: u32,
-    /// It runs on this node.
+    /// Whether the backend is on this node.
     pub local: bool,
-    /// The connection may get it.
+    /// Whether the connection may get this backend.
     pub eligible: bool,
+    /// The reason.
     pub why: String,
 }
 
-/// What `connect()` does.
+/// The result of a `connect()` or of a packet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "result", rename_all = "snake_case")]
 pub enum Outcome {
     /// lb leaves the destination as it is.
-    Untouched { why: String },
-    /// It goes to one of these; all are as likely.
-    Connects { backends: Vec<SocketAddr> },
-    /// A packet is answered at once, for the client to know.
+    Untouched {
+        /// The reason.
+        why: String,
+    },
+    /// The destination becomes one of the backends, each with equal probability.
+    Connects {
+        /// Addresses and ports of the backends.
+        backends: Vec<SocketAddr>,
+    },
+    /// The client of a packet gets a response at once.
     Rejected {
-        /// With what.
+        /// The response: a TCP RST or an ICMP error.
         answer: &'static str,
-        /// Label of the counter.
+        /// Label of the counter in DROPS.
         reason: &'static str,
+        /// Text of the drop reason.
         why: &'static str,
     },
     /// A packet is dropped.
     Dropped {
-        /// Label of the counter.
+        /// Label of the counter in DROPS.
         reason: &'static str,
+        /// Text of the drop reason.
         why: &'static str,
     },
-    /// It fails at once.
+    /// The call fails at once.
     Refused {
         /// Name of the error number.
         errno: &'static str,
+        /// The error number.
         number: i32,
-        /// Label of the counter.
+        /// Label of the counter in DROPS.
         reason: &'static str,
+        /// Text of the drop reason.
         why: &'static str,
     },
 }
@@ -196,7 +227,7 @@ impl Outcome {
     }
 }
 
-/// The maps as the decision looks at them.
+/// The maps as the lookups of [`decide`] see them.
 struct View<'a> {
     maps: &'a Snapshot,
     on_node: bool,
@@ -241,18 +272,18 @@ impl PacketTables for View<'_> {
 }
 
 impl Explanation {
-    /// Adds what becomes of the packets of a socket that is left alone, where they come from an address: none leave from
-    /// loopback.
+    /// Adds the outcome for the packets of a socket that is not translated, if they have source address `from`. No packet
+    /// leaves the node from a loopback address.
     pub fn with_packets(mut self, maps: &Snapshot, from: Option<IpAddr>, to: Destination) -> Self {
         let from = from.filter(|from| from.is_ipv4() == to.addr.is_v4() && !from.is_loopback());
         if let (Outcome::Untouched { .. }, Some(from)) = (&self.outcome, from) {
             let outcome = explain_packet(maps, from, to).outcome;
-            self.packets = Some(Packets { from, outcome });
+            self.packets = Some(PacketsOutcome { from, outcome });
         }
         self
     }
 
-    /// An answer for a destination that no map was looked at for.
+    /// The explanation of a destination without any lookup.
     pub fn untouched(to: Destination, why: impl Into<String>) -> Self {
         Self {
             to: Addr::from(to.addr).socket(to.port),
@@ -269,7 +300,7 @@ impl Explanation {
     }
 }
 
-/// What `connect()` to a destination does for a socket that the programs see. The steps are those of `lb-ebpf`.
+/// Explains a `connect()` of a socket that the programs serve. The steps are those of `lb-ebpf`.
 pub fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explanation {
     let view = View {
         maps,
@@ -295,7 +326,7 @@ pub fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explanation {
             return answer;
         }
     };
-    answer.frontend = Some(Found::new(maps, frontend));
+    answer.frontend = Some(FrontendMatch::new(maps, frontend));
     let admission = match decide::admit_socket(&view, frontend) {
         Ok(Some(admission)) => admission,
         Ok(None) => {
@@ -323,7 +354,7 @@ pub fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explanation {
     answer
 }
 
-/// A service, and the set of it that serves.
+/// A service, and the set that serves the client.
 #[derive(Clone, Copy)]
 struct Chosen<'a> {
     index: u32,
@@ -349,7 +380,7 @@ impl<'a> Chosen<'a> {
         }
     }
 
-    fn describe(&self) -> Serving {
+    fn describe(&self) -> ServingSet {
         let (name, why) = match self.set {
             Set::Internal => ("internal", "cluster IPs: internalTrafficPolicy applies"),
             Set::External => ("external", "clients outside: externalTrafficPolicy applies"),
@@ -358,21 +389,21 @@ impl<'a> Chosen<'a> {
                 "a client inside the cluster: external addresses have policy Cluster",
             ),
         };
-        Serving {
+        ServingSet {
             name,
             why,
             members: self.word.len,
         }
     }
 
-    /// The entry of BACKENDS, if it may serve once more.
+    /// Returns the entry of BACKENDS if affinity may select it again.
     fn again(&self, dump: &'a Dump, reference: BackendRef) -> Option<&'a Backend> {
         let entry = dump.backends.get(reference.id as usize)?;
         entry.serves(reference, self.index, self.set).then_some(entry)
     }
 }
 
-/// The backend: the one that the client had last, where the service wants that, or any of the set.
+/// Chooses the backend: the client's last backend if the service has affinity, or any of the set.
 fn choose(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>, answer: &mut Explanation) {
     answer.set = Some(chosen.describe());
     let mut kept = None;
@@ -396,10 +427,10 @@ fn choose(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>, answer: &mut
     };
 }
 
-/// What AFFINITY says of the client, and the backend that it keeps.
-fn remembered(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>) -> (Remembered, Option<u32>) {
+/// Returns the entry of AFFINITY for the client, and the backend that it keeps.
+fn remembered(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>) -> (AffinityState, Option<u32>) {
     let timeout = chosen.service.affinity_timeout;
-    let mut remembered = Remembered {
+    let mut remembered = AffinityState {
         timeout,
         backend: None,
         age: None,
@@ -429,19 +460,19 @@ fn remembered(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>) -> (Reme
     (remembered, None)
 }
 
-/// How long ago something was.
+/// Age of a time stamp.
 pub fn age(used: u64, now: u64) -> Duration {
     Duration::from_nanos(now.saturating_sub(used))
 }
 
-/// Whole seconds until something of that age is forgotten, rounded up; zero where it is.
+/// Whole seconds until an entry of this age expires, rounded up; zero if it has expired.
 pub fn remaining(age: Duration, timeout: u32) -> u64 {
     let left = Duration::from_secs(timeout.into()).saturating_sub(age);
     left.as_secs() + u64::from(left.subsec_nanos() > 0)
 }
 
-/// Every backend of the service port: the members of the set as its slots have them, then the others. `kept`: the one
-/// that affinity decides for, and for how many seconds more.
+/// Every backend of the service port: the members of the set in the order of its slots, then the others. `kept`: the
+/// backend that affinity selects, and the remaining seconds.
 fn candidates(dump: &Dump, chosen: Chosen<'_>, kept: Option<(u32, u64)>) -> Vec<Candidate> {
     let slots =
         connect::slot(chosen.word, 0).map_or(0..0, |base| base as usize..base as usize + usize::from(chosen.word.len));
@@ -472,7 +503,7 @@ fn candidates(dump: &Dump, chosen: Chosen<'_>, kept: Option<(u32, u64)>) -> Vec<
         generation::is_live(backend.generation) && backend.service == chosen.index && !in_set.contains(id)
     });
     all.extend(others.map(|(id, backend)| {
-        // A backend that joins or leaves right now is a member by its flags before or after it is one by the slots.
+        // The flags of a backend that joins or leaves at this moment may differ from the slots.
         let eligible = kept.is_some_and(|(kept, _)| kept == id);
         Candidate {
             address: backend.addr.socket(backend.port),
@@ -516,7 +547,7 @@ fn why_no_member(backend: &Backend, set: Set) -> String {
     }
 }
 
-/// Why a destination is no frontend.
+/// The reason why a destination is no frontend.
 fn why_no_frontend(view: &View<'_>, to: Destination) -> String {
     let addr = to.addr.or_loopback();
     let proto = Protocol::name_of(to.proto);

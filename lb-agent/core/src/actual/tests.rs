@@ -96,7 +96,7 @@ fn a_wrong_set_is_unknown_and_its_slots_are_not_reused() {
         |dump| {
             dump.slots[dump.services[2].cluster.base as usize + 1]
                 .backend
-                .generation = 3
+                .generation = 3;
         },
         |dump| dump.services[2].cluster.base += 1,
         |dump| dump.services[2].cluster.base = u32::MAX,

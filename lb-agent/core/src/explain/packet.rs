@@ -8,7 +8,8 @@ use lb_common::logic::delivery::{self, Facts};
 use lb_common::logic::route::{self, Destination};
 
 use super::{
-    Candidate, Chosen, Explanation, Found, Outcome, Snapshot, Source, View, age, choose, ports_of, why_no_frontend,
+    Candidate, Chosen, Explanation, FrontendMatch, Outcome, Snapshot, Source, View, age, choose, ports_of,
+    why_no_frontend,
 };
 
 /// The explained packet: the first one of a flow, at the ingress of a device. The device that leads to the backend is
@@ -39,10 +40,9 @@ pub(super) fn refused(reason: DropReason, protocol: &str) -> Outcome {
     }
 }
 
-/// What becomes of a packet from an address to a destination, where it comes in by a device that programs are attached
-/// to.
+/// Explains a packet from an address to a destination that is received by a device with programs.
 pub fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explanation {
-    // Only sockets ask whether they are on the node.
+    // Only the decision for sockets uses this.
     let view = View { maps, on_node: false };
     let mut answer = Explanation::untouched(to, "");
     let mut source = source(maps, from);
@@ -60,7 +60,7 @@ pub fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explanation {
             return answer;
         }
     };
-    answer.frontend = Some(Found::new(maps, frontend));
+    answer.frontend = Some(FrontendMatch::new(maps, frontend));
     let admission = decide::admit_packet(&view, frontend, Addr::from(from).into(), FIRST_PACKET.at_egress);
     let ranges = match &admission {
         Ok(admission) => route::has_source_ranges(frontend, admission.service.flags),
@@ -104,7 +104,7 @@ pub fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explanation {
     answer
 }
 
-/// What CLUSTER_CIDRS says of an address.
+/// The facts of CLUSTER_CIDRS about an address.
 fn source(maps: &Snapshot, from: IpAddr) -> Source {
     let longest = maps.dump.cluster_cidr(from.into());
     let flags = longest.map_or(0, |(_, flags)| flags);
@@ -120,7 +120,7 @@ fn source(maps: &Snapshot, from: IpAddr) -> Source {
     }
 }
 
-/// Flows that the client has to the destination, by whichever of its ports: those stay with their backends.
+/// Existing flows of the client to the destination, from any of its ports: they stay with their backends.
 fn flows(maps: &Snapshot, from: Addr, to: Destination) -> Vec<String> {
     let to_addr = Addr::from(to.addr);
     let its = maps.flows.iter().filter(|(key, entry)| {

@@ -1,10 +1,10 @@
-//! An explanation for people.
+//! The text form of an explanation.
 
 use std::fmt;
 
-use super::{Explanation, Outcome, Remembered, Source};
+use super::{AffinityState, Explanation, Outcome, Source};
 
-/// One line per step, its name in the first column.
+/// One line per step, with its name in the first column.
 impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -76,7 +76,7 @@ impl fmt::Display for Source {
     }
 }
 
-impl fmt::Display for Remembered {
+impl fmt::Display for AffinityState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "timeout {} s: ", self.timeout)?;
         match (self.backend, self.age) {
