@@ -1,4 +1,4 @@
-//! XDP programs.
+//! Agent calls: XDP programs that the agent runs by `BPF_PROG_TEST_RUN` and never attaches.
 
 use aya_ebpf::bindings::xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS};
 use aya_ebpf::macros::xdp;
@@ -9,10 +9,11 @@ use crate::atomic::Shared;
 use crate::maps::{DEVICES, EVENTS, FRONTENDS};
 use crate::{count, device};
 
-/// Stores a new value in an existing entry of FRONTENDS, in place and by one 8-byte store. Never attached: the agent
-/// runs it by `BPF_PROG_TEST_RUN` with a [`FrontendSwap`] for a packet.
+/// Stores a new value in an existing entry of FRONTENDS, in place and with one 8-byte store. Never attached: the agent
+/// runs it by `BPF_PROG_TEST_RUN` with a [`FrontendSwap`] as packet.
 ///
-/// `XDP_PASS`: stored. `XDP_DROP`: no such entry. `XDP_ABORTED`: not a [`FrontendSwap`].
+/// Returns `XDP_PASS` if the value was stored, `XDP_DROP` if there is no such entry, and `XDP_ABORTED` if the packet is
+/// too short.
 #[xdp]
 pub(crate) fn lb_frontend_swap(ctx: XdpContext) -> u32 {
     let at = ctx.data();
@@ -25,7 +26,7 @@ pub(crate) fn lb_frontend_swap(ctx: XdpContext) -> u32 {
     let Some(value) = FRONTENDS.get_ptr_mut(request.key) else {
         return XDP_DROP;
     };
-    // SAFETY: the pointer is to a value of the map, 8 bytes and aligned so.
+    // SAFETY: the pointer is to a value of the map, which has 8 bytes and is aligned to 8 bytes.
     let value = unsafe { Shared::new(value.cast::<u64>()) };
     value.exchange(request.value);
     XDP_PASS
@@ -54,10 +55,11 @@ pub(crate) fn lb_device_swap(ctx: XdpContext) -> u32 {
     XDP_PASS
 }
 
-/// Writes an event of the agent's own to EVENTS. Never attached: the agent runs it by `BPF_PROG_TEST_RUN` with an
-/// [`Event`] for a packet, since user space cannot write to a ring buffer.
+/// Writes a trace event of the agent to EVENTS. Never attached: the agent runs it by `BPF_PROG_TEST_RUN` with an
+/// [`Event`] as packet, since user space cannot write to a ring buffer.
 ///
-/// `XDP_PASS`: written. `XDP_DROP`: no room, which is counted. `XDP_ABORTED`: not an [`Event`].
+/// Returns `XDP_PASS` if the event was written, `XDP_DROP` if the buffer has no room (counted as
+/// [`DropReason::EventLost`]), and `XDP_ABORTED` if the packet is too short.
 #[xdp]
 pub(crate) fn lb_event(ctx: XdpContext) -> u32 {
     let at = ctx.data();

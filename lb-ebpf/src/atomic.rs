@@ -1,20 +1,20 @@
-//! Atomic operations on map values: full barriers on every architecture (Linux, `Documentation/bpf/standardization`,
-//! "Atomic operations": those with FETCH are).
+//! Atomic operations on map values. Those that return the old value are full barriers on every architecture (Linux,
+//! `Documentation/bpf/standardization`, "Atomic operations": operations with FETCH).
 //!
-//! The kernel target's `core` has atomic loads and stores only, so the instructions are written out. On other targets,
-//! where this crate is only checked, never run, `core`'s own stand in.
+//! The kernel target's `core` has atomic loads and stores only, so the instructions are written in assembly. Other
+//! targets only check this crate and never run it; there, the module uses the atomic types of `core`.
 
 #[cfg(target_arch = "bpf")]
 mod imp {
     use core::arch::asm;
 
-    // 32-bit operands are named by hand: the compiler knows the `w` registers only with the target feature `alu32`,
-    // while the linker, which assembles this, has it (cpu v3).
+    // The assembly names the registers of 32-bit operands explicitly. The compiler supports the `w` registers only with
+    // the target feature `alu32`; the linker, which assembles this code, has the feature (cpu v3).
 
     #[inline(always)]
     pub(crate) unsafe fn exchange_u64(at: *mut u64, new: u64) -> u64 {
         let mut value = new;
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the pointer is to an aligned field of a map value.
         unsafe { asm!("{value} = xchg_64({at} + 0, {value})", at = in(reg) at, value = inout(reg) value) };
         value
     }
@@ -22,7 +22,7 @@ mod imp {
     #[inline(always)]
     pub(crate) unsafe fn exchange_u32(at: *mut u32, new: u32) -> u32 {
         let mut value = new;
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the pointer is to an aligned field of a map value.
         unsafe { asm!("w2 = xchg32_32({at} + 0, w2)", at = in(reg) at, inout("r2") value) };
         value
     }
@@ -30,7 +30,7 @@ mod imp {
     #[inline(always)]
     pub(crate) unsafe fn compare_exchange_u64(at: *mut u64, old: u64, new: u64) -> bool {
         let mut value = old;
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the pointer is to an aligned field of a map value.
         unsafe { asm!("r0 = cmpxchg_64({at} + 0, r0, {new})", at = in(reg) at, new = in(reg) new, inout("r0") value) };
         value == old
     }
@@ -45,7 +45,7 @@ mod imp {
 
     #[inline(always)]
     pub(crate) unsafe fn add_u32(at: *mut u32, more: u32) {
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the pointer is to an aligned field of a map value.
         unsafe { asm!("lock *(u32 *)({at} + 0) += w2", at = in(reg) at, in("r2") more) };
     }
 }
@@ -55,17 +55,17 @@ mod imp {
     use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
     pub(crate) unsafe fn exchange_u64(at: *mut u64, new: u64) -> u64 {
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the pointer is to an aligned field of a map value.
         unsafe { AtomicU64::from_ptr(at) }.swap(new, Ordering::SeqCst)
     }
 
     pub(crate) unsafe fn exchange_u32(at: *mut u32, new: u32) -> u32 {
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the pointer is to an aligned field of a map value.
         unsafe { AtomicU32::from_ptr(at) }.swap(new, Ordering::SeqCst)
     }
 
     pub(crate) unsafe fn compare_exchange_u64(at: *mut u64, old: u64, new: u64) -> bool {
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the pointer is to an aligned field of a map value.
         let at = unsafe { AtomicU64::from_ptr(at) };
         at.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
             .is_ok()
@@ -77,7 +77,7 @@ mod imp {
     }
 
     pub(crate) unsafe fn add_u32(at: *mut u32, more: u32) {
-        // SAFETY: as for the caller.
+        // SAFETY: the caller guarantees that the pointer is to an aligned field of a map value.
         unsafe { AtomicU32::from_ptr(at) }.fetch_add(more, Ordering::SeqCst);
     }
 }
@@ -86,6 +86,8 @@ mod imp {
 pub(crate) struct Shared<T>(*mut T);
 
 impl<T: Copy> Shared<T> {
+    /// Returns the field that a pointer points to.
+    ///
     /// # Safety
     /// The pointer must be to a field of a map value, aligned, and valid while the program runs.
     #[inline(always)]
@@ -93,56 +95,56 @@ impl<T: Copy> Shared<T> {
         Self(at)
     }
 
-    /// One load.
+    /// Loads the value with one instruction, without a barrier.
     #[inline(always)]
     pub(crate) fn load(&self) -> T {
-        // SAFETY: see `new`.
+        // SAFETY: the caller of `new` guarantees an aligned field of a map value, valid while the program runs.
         unsafe { self.0.read_volatile() }
     }
 
-    /// One store.
+    /// Stores `new` with one instruction, without a barrier.
     #[inline(always)]
     pub(crate) fn store(&self, new: T) {
-        // SAFETY: see `new`.
+        // SAFETY: the caller of `new` guarantees an aligned field of a map value, valid while the program runs.
         unsafe { self.0.write_volatile(new) }
     }
 }
 
 impl Shared<u64> {
-    /// Stores `new`, as a full barrier.
+    /// Stores `new` and returns the old value. A full barrier.
     #[inline(always)]
     pub(crate) fn exchange(&self, new: u64) -> u64 {
-        // SAFETY: see `new`.
+        // SAFETY: the caller of `new` guarantees an aligned field of a map value, valid while the program runs.
         unsafe { imp::exchange_u64(self.0, new) }
     }
 
-    /// Stores `new` if `old` is there, as a full barrier; whether it was.
+    /// Stores `new` if the value is `old`, and returns whether it was. A full barrier.
     #[inline(always)]
     pub(crate) fn compare_exchange(&self, old: u64, new: u64) -> bool {
-        // SAFETY: see `new`.
+        // SAFETY: the caller of `new` guarantees an aligned field of a map value, valid while the program runs.
         unsafe { imp::compare_exchange_u64(self.0, old, new) }
     }
 }
 
 impl Shared<u32> {
-    /// Stores `new`, as a full barrier.
+    /// Stores `new` and returns the old value. A full barrier.
     #[inline(always)]
     pub(crate) fn exchange(&self, new: u32) -> u32 {
-        // SAFETY: see `new`.
+        // SAFETY: the caller of `new` guarantees an aligned field of a map value, valid while the program runs.
         unsafe { imp::exchange_u32(self.0, new) }
     }
 
-    /// Loads the value, as a full barrier.
+    /// Loads the value. A full barrier.
     #[inline(always)]
     pub(crate) fn fetch(&self) -> u32 {
-        // SAFETY: see `new`.
+        // SAFETY: the caller of `new` guarantees an aligned field of a map value, valid while the program runs.
         unsafe { imp::fetch_u32(self.0) }
     }
 
-    /// Adds, wrapping.
+    /// Adds `more` to the value; wraps around on overflow. Not a barrier.
     #[inline(always)]
     pub(crate) fn add(&self, more: u32) {
-        // SAFETY: see `new`.
+        // SAFETY: the caller of `new` guarantees an aligned field of a map value, valid while the program runs.
         unsafe { imp::add_u32(self.0, more) }
     }
 }

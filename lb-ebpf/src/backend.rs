@@ -1,4 +1,4 @@
-//! Which backend a connection gets.
+//! Selection of the backend of a connection.
 
 use core::ptr;
 
@@ -18,7 +18,7 @@ use crate::atomic::Shared;
 use crate::maps::{AFFINITY, BACKEND_SLOTS, BACKENDS, SERVICES};
 use crate::volatile;
 
-/// A backend, in registers.
+/// A selected backend, as values in registers.
 #[derive(Clone, Copy)]
 pub(crate) struct Choice {
     pub(crate) addr: Ip128,
@@ -30,7 +30,7 @@ pub(crate) struct Choice {
 }
 
 impl Choice {
-    /// Whether it runs on this node.
+    /// Returns whether the backend runs on this node.
     #[inline(always)]
     pub(crate) fn is_local(&self) -> bool {
         self.flags & backend_flags::LOCAL != 0
@@ -63,7 +63,8 @@ pub(crate) struct Serving {
     service: ServiceRef,
 }
 
-/// Whether a backend, by id and generation, is still one: in some slice, if only to end what it has begun.
+/// Returns whether a backend reference is current: the backend is in some EndpointSlice, perhaps only to finish the
+/// connections that it has.
 #[inline(always)]
 pub(crate) fn is_current(backend: BackendRef) -> bool {
     BACKENDS.get_ptr(backend.id).is_some_and(|entry| {
@@ -94,7 +95,11 @@ impl Serving {
         }
     }
 
-    /// A backend for a new connection: the one that the client had last, where the service wants that, or any.
+    /// Returns the backend of a new connection: the client's last one if the service has session affinity, else a
+    /// random one of the set. `client` is called only in the first case.
+    ///
+    /// # Errors
+    /// Returns the reason if no backend can be selected.
     #[inline(always)]
     pub(crate) fn choose(&self, client: impl FnOnce() -> Client) -> Result<Choice, DropReason> {
         if self.service.flags & service_flags::AFFINITY == 0 {
@@ -103,10 +108,10 @@ impl Serving {
         self.choose_by_affinity(client())
     }
 
-    /// One of the set, at random.
+    /// Returns a random backend of the set.
     #[inline(always)]
     fn any(&self) -> Result<Choice, DropReason> {
-        // SAFETY: the helper takes nothing.
+        // SAFETY: the helper has no arguments.
         let random = unsafe { bpf_get_prandom_u32() };
         let slot = connect::slot(self.word(), random)?;
         let slot = BACKEND_SLOTS.get(slot).ok_or(DropReason::BadSlot)?;
@@ -119,11 +124,11 @@ impl Serving {
         })
     }
 
-    /// The set, read by one load: base and length always belong together.
+    /// Returns the set word. It is read with one load, so base and length always belong together.
     #[inline(always)]
     fn word(&self) -> SetWord {
         let service = self.service.at;
-        // SAFETY: the pointer is to a value of the map.
+        // SAFETY: the pointer is to a value of the map; only the addresses of fields are computed.
         let word = unsafe {
             match self.set {
                 Set::Internal => &raw const (*service).internal,
@@ -131,16 +136,16 @@ impl Serving {
                 Set::Cluster => &raw const (*service).cluster,
             }
         };
-        // SAFETY: a set word is 8 bytes and aligned so; the agent may store to it at any time.
+        // SAFETY: a set word has 8 bytes and is aligned to 8 bytes; the agent may store to it at any time.
         SetWord::from_word(unsafe { ptr::read_volatile(word.cast::<u64>()) })
     }
 
-    /// The backend that is remembered by id and generation, if it may serve once more.
+    /// Returns the backend of a stored reference if it may serve another connection of this service and set.
     #[inline(always)]
     pub(crate) fn reusable_backend(&self, id: BackendRef) -> Option<Choice> {
         let entry: *const Backend = BACKENDS.get_ptr(id.id)?;
-        // The generation first: it moves before anything else does, and what it stands for is refilled only after this
-        // program has ended.
+        // The generation is read first. The agent changes it before the other fields, and stores another backend in the
+        // entry only after this program has ended.
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
         let state = unsafe {
             BackendState {
@@ -153,19 +158,20 @@ impl Serving {
             return None;
         }
         Some(Choice {
-            // SAFETY: as above.
+            // SAFETY: the pointer is to a value of the map, and addresses in map values are aligned to 8 bytes.
             addr: unsafe { volatile::load(&raw const (*entry).addr) },
-            // SAFETY: as above.
+            // SAFETY: the pointer is to a value of the map, and the field is aligned.
             port: unsafe { (&raw const (*entry).port).read_volatile() },
             id,
             flags: state.flags,
         })
     }
 
-    /// The client's last backend while that is usable and was used within the timeout; else a new one, remembered.
+    /// Returns the client's last backend if it is usable and was used within the timeout. Otherwise selects another one
+    /// and stores it as the client's affinity.
     #[inline(always)]
     fn choose_by_affinity(&self, client: Client) -> Result<Choice, DropReason> {
-        // SAFETY: the helper takes nothing.
+        // SAFETY: the helper has no arguments.
         let now = unsafe { bpf_ktime_get_coarse_ns() };
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
         let timeout = unsafe { ptr::read_volatile(&raw const (*self.service.at).affinity_timeout) };
@@ -174,7 +180,7 @@ impl Serving {
             let new = self.any()?;
             return Ok(self.remember(&key, new, now));
         };
-        // SAFETY: the pointer is to a value of the map, whose first 8 bytes are one aligned word.
+        // SAFETY: the pointer is to a value of the map. Its first 8 bytes are one aligned word, and `used` is aligned.
         let (word, used) = unsafe { (Shared::new(entry.cast::<u64>()), Shared::new(&raw mut (*entry).used)) };
         let seen = word.load();
         let last_used = used.load();
@@ -191,11 +197,12 @@ impl Serving {
             used.store(now);
             return Ok(new);
         }
-        // Another connection of the client was faster: both are to have the same.
+        // Another connection of the client has stored a backend concurrently: both connections must get that one.
         Ok(self.reusable_backend(Affinity::from_word(word.load())).unwrap_or(new))
     }
 
-    /// Remembers a client that is new; what another connection of it has just remembered stands.
+    /// Stores the affinity of a new client, and returns its backend. If another connection of the client has stored a
+    /// backend concurrently, returns that one, provided that it is usable.
     #[inline(always)]
     fn remember(&self, key: &AffinityKeyWords, new: Choice, now: u64) -> Choice {
         let value = Affinity {
@@ -208,13 +215,13 @@ impl Serving {
         let Some(entry) = AFFINITY.get_ptr(key.as_key()) else {
             return new;
         };
-        // SAFETY: the pointer is to a value of the map, whose first 8 bytes are one aligned word.
+        // SAFETY: the pointer is to a value of the map. Its first 8 bytes are one aligned word.
         let last = Affinity::from_word(unsafe { ptr::read_volatile(entry.cast::<u64>()) });
         self.reusable_backend(last).unwrap_or(new)
     }
 }
 
-/// Whose connections go to one backend.
+/// A client in the sense of session affinity: its connections to a service go to one backend.
 #[derive(Clone, Copy)]
 pub(crate) struct Client {
     who: Ip128,
@@ -222,7 +229,7 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// A network namespace, by its cookie.
+    /// Returns the client for the sockets of a network namespace, by its cookie.
     #[inline(always)]
     pub(crate) fn netns(cookie: u64) -> Self {
         Self {
@@ -231,7 +238,7 @@ impl Client {
         }
     }
 
-    /// The source of packets.
+    /// Returns the client for packets, by their source address.
     #[inline(always)]
     pub(crate) fn addr(addr: Ip128) -> Self {
         Self {
@@ -240,7 +247,7 @@ impl Client {
         }
     }
 
-    /// As the client of a service.
+    /// Returns the key of the client's affinity to a service, by service index.
     #[inline(always)]
     fn of(self, service: u32) -> AffinityKeyWords {
         AffinityKeyWords {

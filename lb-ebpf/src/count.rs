@@ -20,7 +20,7 @@ use crate::volatile;
 #[inline(always)]
 pub(crate) fn dropped(reason: DropReason) {
     if let Some(count) = DROPS.get_ptr_mut(reason as u32) {
-        // SAFETY: the slot is this CPU's own, and programs do not migrate while they run.
+        // SAFETY: the pointer is to this CPU's value of the map, and a program does not migrate while it runs.
         unsafe { *count += 1 }
     }
 }
@@ -29,7 +29,7 @@ pub(crate) fn dropped(reason: DropReason) {
 #[inline(always)]
 pub(crate) fn connection(service: u32, connected: bool) {
     if let Some(stats) = STATS.get_ptr_mut(service) {
-        // SAFETY: the slot is this CPU's own, and programs do not migrate while they run.
+        // SAFETY: the pointer is to this CPU's value of the map, and a program does not migrate while it runs.
         let ServiceStats { connections, refused } = unsafe { &mut *stats };
         if connected {
             *connections += 1;
@@ -121,7 +121,7 @@ pub(crate) fn packet_event(packet: &Packet, what: &TraceEvent) {
     write(&whose, what);
 }
 
-/// The socket, process or client of an event.
+/// The socket, process or client of a trace event; zero for values that do not apply.
 struct Whose {
     cookie: u64,
     netns: u64,
@@ -132,7 +132,8 @@ struct Whose {
 #[inline(always)]
 fn is_asked_for(kind: EventKind) -> bool {
     CONFIG.get_ptr(0).is_some_and(|config| {
-        // SAFETY: a value of CONFIG is as long and as aligned as its type; the agent may store to it at any time.
+        // SAFETY: the pointer is to a value of the map, which has the size and alignment of its type; the agent may
+        // store to it at any time.
         let events = unsafe { ptr::read_volatile(&raw const (*config).events) };
         events & kind.bit() != 0
     })
@@ -144,7 +145,7 @@ fn write(whose: &Whose, what: &TraceEvent) {
         return dropped(DropReason::EventLost);
     };
     let at = entry.as_mut_ptr();
-    // SAFETY: the entry is reserved for one event.
+    // SAFETY: the entry is reserved for one event, and no reader gets it before `submit`.
     unsafe {
         (&raw mut (*at).time).write(bpf_ktime_get_coarse_ns());
         (&raw mut (*at).cookie).write(whose.cookie);

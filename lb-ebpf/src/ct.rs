@@ -65,13 +65,13 @@ impl CtLookup {
     pub(crate) fn read(&self, to: &mut CtEntryWords) {
         // SAFETY: the pointer is to a value of the map, which has the size and alignment of a `CtEntryWords`. The fields that do
         // not change during a flow change if the kernel reuses the element for another key. A program that reads such a
-        // mixture sends one packet to the wrong place, where no checksum of a connection accepts it.
+        // mixture sends one packet to a wrong destination, and no connection there accepts its checksum.
         unsafe { volatile::copy(self.at.cast::<CtEntryWords>(), to) }
     }
 
     #[inline(always)]
     pub(crate) fn state(&self) -> u8 {
-        // SAFETY: the pointer is to a value of the map.
+        // SAFETY: the pointer is to a value of the map, and a `u8` needs no alignment.
         unsafe { (&raw const (*self.at).state).read_volatile() }
     }
 
@@ -105,7 +105,7 @@ fn is_taken(key: &CtKeyWords) -> bool {
     CT.get_ptr(key.as_key()).is_some() || CT_NEW.get_ptr(key.as_key()).is_some()
 }
 
-/// Inserts a direction of a new flow into CT_NEW, unless that has its key.
+/// Inserts a direction of a new flow into CT_NEW, unless the map has its key.
 #[inline(always)]
 pub(crate) fn claim(key: &CtKeyWords, entry: &CtEntryWords) -> Claim {
     match CT_NEW.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST)) {
@@ -125,8 +125,8 @@ fn claim_replies(ctx: CtxRef) -> Result<Claim, DropReason> {
     Ok(claim(&reverse_key, &entry.reversed(key)))
 }
 
-/// Step: deletes the flow whose replies have the tuple of this flow's replies, if both of its sides have closed it. A flow
-/// that was reset stays, since the RST may be forged.
+/// Step: deletes another flow with the reply tuple of this flow, if both sides of that flow have closed it. A flow that
+/// was reset stays, since the RST may be forged.
 #[inline(always)]
 fn replace_closed(mut ctx: CtxRef) -> Result<Replace, DropReason> {
     let other_key = ctx.entry.reverse_key(&ctx.key);
@@ -158,7 +158,7 @@ pub(crate) fn forget_replies(key: &CtKeyWords, entry: &CtEntryWords) {
     let _ = CT_NEW.remove(entry.reverse_key(key).as_key());
 }
 
-/// Returns the state of the opposite direction, or zero if that has no entry.
+/// Returns the TCP state of the opposite direction, or zero if that direction has no entry.
 #[inline(never)]
 pub(crate) fn reverse_state(key: &CtKeyWords, entry: &CtEntryWords) -> u8 {
     CtLookup::of(&entry.reverse_key(key)).map_or(0, |found| found.state())
@@ -176,7 +176,7 @@ fn establish(mut ctx: CtxRef) -> Result<(), DropReason> {
     let reverse_key = entry.reverse_key(key);
     let mut reversed = entry.reversed(key);
     if let Some(at) = CT_NEW.get_ptr(reverse_key.as_key()) {
-        // SAFETY: the pointer is to a value of the map.
+        // SAFETY: the pointer is to a value of the map, and a `u8` needs no alignment.
         reversed.state = unsafe { (&raw const (*at).state).read_volatile() };
     }
     // A program that finds one direction in CT must find the opposite one there.
@@ -189,7 +189,7 @@ fn establish(mut ctx: CtxRef) -> Result<(), DropReason> {
     Ok(())
 }
 
-/// Inserts a direction into CT, unless it is there. Returns whether it is there now.
+/// Inserts a direction into CT if it has no entry. Returns whether CT contains the direction afterwards.
 #[inline(always)]
 fn keep(key: &CtKeyWords, entry: &CtEntryWords) -> bool {
     match CT.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST)) {

@@ -28,13 +28,13 @@ pub(crate) fn is_bridge(index: u32) -> bool {
 /// Returns the source address, in the family of `client`, of packets that are masqueraded behind a device.
 ///
 /// # Errors
-/// [`DropReason::NoSourceAddress`] if the device has no address of the family.
+/// Returns [`DropReason::NoSourceAddress`] if the device has no address of the family.
 #[inline(always)]
 pub(crate) fn source_address(index: u32, client: Ip128) -> Result<Ip128, DropReason> {
     let device = DEVICES.get_ptr_mut(index).ok_or(DropReason::NoSourceAddress)?;
     let addr = if client.is_v4() {
         // The first word is zero in every value, so the two loads cannot mix two addresses.
-        // SAFETY: the pointer is to a value of the map, whose addresses are aligned to 8 bytes.
+        // SAFETY: the pointer is to a value of the map, and addresses in map values are aligned to 8 bytes.
         unsafe { volatile::load(&raw const (*device).v4) }
     } else {
         v6(device).ok_or(DropReason::NoSourceAddress)?
@@ -52,7 +52,7 @@ fn v6(device: *mut Device) -> Option<Ip128> {
     let sequence = unsafe { Shared::new(&raw mut (*device).sequence) };
     for _ in 0..TRIES {
         let before = sequence.fetch();
-        // SAFETY: the pointer is to a value of the map, whose addresses are aligned to 8 bytes.
+        // SAFETY: the pointer is to a value of the map, and addresses in map values are aligned to 8 bytes.
         let addr = unsafe { volatile::load(&raw const (*device).v6) };
         if before & 1 == 0 && sequence.fetch() == before {
             return Some(addr);

@@ -9,7 +9,8 @@ use lb_common::logic::route::Destination;
 
 /// The address fields of a hook's context.
 ///
-/// The verifier takes loads and stores of whole fields only (of IPv6 addresses, of halves as well), hence volatile ones.
+/// The verifier accepts only loads and stores of whole fields, and of the halves of IPv6 addresses. Volatile accesses
+/// keep the compiler from splitting or merging them.
 pub(crate) trait Family {
     /// Returns the address in the context: the destination, or after the call the peer or source.
     fn address(at: *const bpf_sock_addr) -> Ip128;

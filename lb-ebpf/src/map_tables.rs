@@ -1,4 +1,4 @@
-//! The lookups that `lb_common::logic` makes.
+//! Map lookups for the decisions of `lb_common::logic`.
 
 use core::ffi::c_void;
 use core::ptr;
@@ -13,14 +13,14 @@ use lb_common::logic::route::{Destination, Tables};
 use crate::backend::ServiceRef;
 use crate::maps::{CLUSTER_CIDRS, FRONTENDS, NODE_ADDRS, SOURCE_RANGES, node_netns};
 
-/// FRONTENDS and NODE_ADDRS, and the socket of a program's context.
+/// The maps that decisions depend on, and the context of the program for its socket.
 pub(crate) struct MapTables {
     /// The context of the running program.
     pub(crate) ctx: *mut c_void,
 }
 
 impl MapTables {
-    /// The cookie of the socket's network namespace.
+    /// Returns the cookie of the socket's network namespace.
     #[inline(always)]
     pub(crate) fn netns(&self) -> u64 {
         // SAFETY: the context is that of the running program.
@@ -32,7 +32,8 @@ impl Tables for MapTables {
     #[inline(always)]
     fn frontend(&self, key: Destination) -> Option<Frontend> {
         let value = FRONTENDS.get_ptr(FrontendKeyWords::new(key.addr.0, key.port, key.proto).as_key())?;
-        // SAFETY: the pointer is to a value of the map, 8 bytes and aligned so; `lb_frontend_swap` may store to it.
+        // SAFETY: the pointer is to a value of the map, which has 8 bytes and is aligned to 8 bytes; `lb_frontend_swap`
+        // may store to it at any time.
         Some(Frontend::from_word(unsafe { ptr::read_volatile(value.cast::<u64>()) }))
     }
 

@@ -40,7 +40,7 @@ pub(crate) struct PacketCtx {
     pub(crate) frontend: Frontend,
     pub(crate) key: CtKeyWords,
     pub(crate) entry: CtEntryWords,
-    /// Entry of another flow whose replies would have the tuple of this flow's replies.
+    /// Entry of another flow that has the reply tuple of this flow.
     pub(crate) other: CtEntryWords,
     pub(crate) chosen: Chosen,
     pub(crate) next_hop: NextHop,
@@ -207,9 +207,9 @@ macro_rules! outcome {
     };
 }
 
-/// Defines the module `step` with the global function of each step: a function of the surrounding module whose arguments
-/// are the packet and the context, or the context alone. An unused packet must not be passed: the verifier rejects a global
-/// function whose argument has no type that it can check.
+/// Defines the module `step` with the global function of each step. A step is a function of the surrounding module with
+/// the packet and the context, or the context alone, as arguments. An unused packet must not be passed: the verifier
+/// rejects a global function with an argument that has no type that it can check.
 ///
 /// `step::choose(ctx)` calls the global function; a direct call of `choose(ctx)` would compile the step into its caller.
 macro_rules! steps {

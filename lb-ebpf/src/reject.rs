@@ -125,7 +125,7 @@ fn send_back(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
             skb.store(0, &first.to_be())?;
             skb.store(2, &last)?;
         }
-        // SAFETY: the helper takes two numbers.
+        // SAFETY: the helper has two integer arguments.
         ctx.verdict = unsafe { bpf_redirect(skb.ifindex(), BPF_F_INGRESS.into()) as i32 };
         return Ok(());
     }
@@ -142,7 +142,7 @@ fn send_back(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
         ];
         skb.store(0, &swapped)?;
     }
-    // SAFETY: the helper takes two numbers.
+    // SAFETY: the helper has two integer arguments.
     ctx.verdict = unsafe { bpf_redirect(skb.ifindex(), 0) as i32 };
     Ok(())
 }
@@ -193,7 +193,7 @@ fn reset(skb: Skb, ctx: CtxRef) -> Result<Response, DropReason> {
         (0, end, tcp_flags::RST | tcp_flags::ACK)
     };
     let partial = is_partial(skb, at + offset_of!(TcpHdr, check))?;
-    // SAFETY: the context is that of the running program.
+    // SAFETY: the context is that of the running program, and the other arguments are integers.
     if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + TcpHdr::LEN) as u32, 0) } != 0 {
         return Err(DropReason::RewriteFailed);
     }
@@ -232,7 +232,7 @@ fn icmp(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
     let kept = skb.half(checksum_at).ok_or(DropReason::RewriteFailed)?;
     let partial = is_partial(skb, checksum_at)?;
     skb.store(checksum_at, &kept.to_be())?;
-    // SAFETY: the context is that of the running program.
+    // SAFETY: the context is that of the running program, and the other arguments are integers.
     if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + quoted) as u32, 0) } != 0 {
         return Err(DropReason::RewriteFailed);
     }
@@ -245,7 +245,7 @@ fn icmp(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
         sum = sum.plus(sum_of(skb, at, quoted)?);
     }
     let room = (ICMP + ip) as i32;
-    // SAFETY: the context is that of the running program.
+    // SAFETY: the context is that of the running program, and the other arguments are integers.
     if unsafe { bpf_skb_adjust_room(skb.as_ptr(), room, BPF_ADJ_ROOM_MAC, 0) } != 0 {
         return Err(DropReason::RewriteFailed);
     }

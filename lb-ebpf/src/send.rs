@@ -42,7 +42,7 @@ steps! {
     pub(crate) fn rewrite(skb, ctx) -> ();
 }
 
-/// Step: looks up the route of the translated packet, as the kernel would if that packet arrived at this device.
+/// Step: looks up the route of the translated packet, as the kernel does for a packet that arrives at this device.
 ///
 /// # Errors
 /// Returns [`DropReason::NoRoute`] if the lookup fails.
@@ -87,7 +87,7 @@ fn route(skb: Skb, mut ctx: CtxRef) -> Result<Route, DropReason> {
 }
 
 impl NextHop {
-    /// Returns the index of the device that leads to it.
+    /// Returns the index of the device that leads to the next hop.
     #[inline(always)]
     pub(crate) const fn device(&self) -> u32 {
         self.device
@@ -116,7 +116,7 @@ impl NextHop {
     #[inline(always)]
     pub(crate) fn send(&mut self) -> i32 {
         let len = size_of::<bpf_redir_neigh>() as i32;
-        // SAFETY: `len` is the size of the parameters.
+        // SAFETY: the pointer is to a field of `self`, and `len` is its size.
         unsafe { bpf_redirect_neigh(self.device, &raw mut self.neighbour, len, 0) as i32 }
     }
 }
@@ -124,7 +124,7 @@ impl NextHop {
 /// Makes the device of the hook receive the packet again, and returns the verdict.
 #[inline(always)]
 pub(crate) fn receive_again(skb: Skb) -> i32 {
-    // SAFETY: the helper takes two numbers.
+    // SAFETY: the helper has two integer arguments.
     unsafe { bpf_redirect(skb.ifindex(), u64::from(BPF_F_INGRESS)) as i32 }
 }
 

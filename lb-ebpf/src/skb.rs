@@ -13,8 +13,9 @@ use network_types::tcp::TcpHdr;
 /// Length of the longest headers that are read.
 const HEADERS: u32 = (ETHERNET + Ipv6Hdr::LEN + TcpHdr::LEN) as u32;
 
-/// `BPF_F_IPV6` of `bpf_l4_csum_replace` (Linux 6.16 and later stable releases): in IPv6 the sum of the whole packet does
-/// not change with its addresses, since no header checksum makes up for that of the transport.
+/// `BPF_F_IPV6` of `bpf_l4_csum_replace` (Linux 6.16 and later stable releases). A change of the addresses leaves the
+/// sum of the whole IPv6 packet unchanged, since the transport checksum compensates for it. In IPv4 the header checksum
+/// compensates for it a second time, so the sum changes.
 const IPV6: u64 = 1 << 7;
 
 /// The packet of a program's context.
@@ -22,7 +23,7 @@ const IPV6: u64 = 1 << 7;
 pub(crate) struct Skb(*mut __sk_buff);
 
 impl Skb {
-    /// `skb` is the context of the running program.
+    /// Returns the packet of `skb`, which must be the context of the running program.
     #[inline(always)]
     pub(crate) const fn new(skb: *mut __sk_buff) -> Self {
         Self(skb)
@@ -52,7 +53,7 @@ impl Skb {
         unsafe { (*self.0).len }
     }
 
-    /// Index of the device whose hook this is.
+    /// Returns the index of the device that the running program is attached to.
     #[inline(always)]
     pub(crate) fn ifindex(self) -> u32 {
         // SAFETY: the context is that of the running program.
@@ -84,11 +85,11 @@ impl Skb {
         }
     }
 
-    /// Writes to the packet.
+    /// Writes a value to the packet at an offset.
     #[inline(always)]
     pub(crate) fn store<T: Copy>(self, at: usize, value: &T) -> Result<(), DropReason> {
         let from = core::ptr::from_ref(value).cast();
-        // SAFETY: the length is that of the value.
+        // SAFETY: the context is that of the running program, and the length is the size of the value.
         let result = unsafe { bpf_skb_store_bytes(self.0, at as u32, from, size_of::<T>() as u32, 0) };
         done(result)
     }
@@ -100,14 +101,14 @@ impl Skb {
         done(unsafe { bpf_skb_change_head(self.0, ETHERNET as u32, 0) })
     }
 
-    /// The header checksum at `at` follows a change of the header.
+    /// Updates the IPv4 header checksum at `at` for a change of the header.
     #[inline(always)]
     pub(crate) fn replace_l3(self, at: usize, change: Sum) -> Result<(), DropReason> {
         // SAFETY: the context is that of the running program.
         done(unsafe { bpf_l3_csum_replace(self.0, at as u32, 0, change.to_u32().into(), 0) })
     }
 
-    /// The transport checksum at `at` follows a change of the addresses.
+    /// Updates the transport checksum at `at` for a change of the addresses, which the pseudo-header contains.
     #[inline(always)]
     pub(crate) fn replace_l4_addresses(
         self,
@@ -129,7 +130,7 @@ impl Skb {
         done(unsafe { bpf_l4_csum_replace(self.0, at as u32, 0, change, flags) })
     }
 
-    /// The transport checksum at `at` follows a change of what it covers of the packet itself.
+    /// Updates the transport checksum at `at` for a change of the transport header or the payload.
     #[inline(always)]
     pub(crate) fn replace_l4(self, at: usize, change: Sum, flags: u64) -> Result<(), DropReason> {
         // SAFETY: the context is that of the running program.
@@ -137,7 +138,7 @@ impl Skb {
     }
 }
 
-/// For UDP: no checksum stays no checksum (RFC 768).
+/// Flag for UDP: a checksum of zero, which means "none" (RFC 768), is not updated.
 pub(crate) const MAY_BE_ZERO: u64 = BPF_F_MARK_MANGLED_0 as u64;
 
 #[inline(always)]
@@ -156,7 +157,7 @@ impl Bytes for Skb {
         if at + 1 > self.data_end() {
             return None;
         }
-        // SAFETY: the byte is within the packet: the bounds were checked.
+        // SAFETY: the bounds were checked, so the byte is within the packet.
         Some(unsafe { imp::byte(at) })
     }
 
@@ -166,7 +167,7 @@ impl Bytes for Skb {
         if at + 2 > self.data_end() {
             return None;
         }
-        // SAFETY: the bytes are within the packet: the bounds were checked.
+        // SAFETY: the bounds were checked, so the bytes are within the packet.
         Some(u16::from_be(unsafe { imp::half(at) }))
     }
 
@@ -176,7 +177,7 @@ impl Bytes for Skb {
         if at + 4 > self.data_end() {
             return None;
         }
-        // SAFETY: the bytes are within the packet: the bounds were checked.
+        // SAFETY: the bounds were checked, so the bytes are within the packet.
         Some(unsafe { imp::word(at) })
     }
 

@@ -1,4 +1,4 @@
-//! SNAT ports: source ports of this node for flows whose replies have to come back to it.
+//! SNAT ports: source ports of this node, for flows with replies that must come back to this node.
 
 use core::mem::MaybeUninit;
 
@@ -33,7 +33,8 @@ steps! {
     pub(super) fn check_port(skb, ctx) -> Port;
 }
 
-/// Finds a source port with which replies belong to this flow only, and to no socket, and inserts their direction.
+/// Finds a source port such that replies to it belong to this flow only and to no socket, and inserts the reply
+/// direction.
 ///
 /// # Errors
 /// Returns [`DropReason::SnatPortsExhausted`] if no port was free after [`PORTS_TRIED`] tries.
@@ -47,9 +48,9 @@ pub(crate) fn claim(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
             (&raw const (*config).snat_last).read_volatile(),
         )
     };
-    // The port of the client's last flow is tried first. A server that still has that connection (TIME_WAIT) accepts a SYN
-    // as a new connection if its sequence number or its timestamp is later (RFC 1122, 4.2.2.13; RFC 6191). Those of one
-    // client's port are later; those of another client need not be.
+    // The port of the client's last flow is tried first. A server that still has that connection (TIME_WAIT) accepts a
+    // SYN as a new connection if its sequence number or its timestamp is later (RFC 1122, 4.2.2.13; RFC 6191). That
+    // holds for a SYN from the client port of the last flow, but not always for a SYN of another client.
     let mut last_port = (first..=last).contains(&ctx.last_port).then_some(ctx.last_port);
     for tried in 0..PORTS_TRIED {
         // SAFETY: the helper has no arguments.

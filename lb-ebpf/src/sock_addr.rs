@@ -164,7 +164,8 @@ fn try_send<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refusal>
     Ok(())
 }
 
-/// Returns the backend of a socket that is connected to this destination. Replies of another backend would not reach it.
+/// Returns the backend of a socket that is connected to this destination. The socket would not receive the replies of
+/// another backend.
 #[inline(always)]
 fn connected_again(serving: &Serving, cookie: u64, to: Destination) -> Option<Choice> {
     serving.reusable_backend(Record::of(cookie)?.backend(to)?)
@@ -180,7 +181,7 @@ fn choose_for_flow(
     to: Destination,
     service: u32,
 ) -> Result<Choice, DropReason> {
-    // Not the coarse clock: requests within one millisecond have an order.
+    // The coarse clock would give requests within one tick (1 ms or more) the same time, and their order would be lost.
     // SAFETY: the helper has no arguments.
     let now = unsafe { bpf_ktime_get_ns() };
     let old = UdpDests::of(cookie).and_then(|flows| flows.ask(to, now));

@@ -1,4 +1,4 @@
-//! Records of connected sockets: SOCKETS, direct-mapped by cookie, and SOCKETS_MORE for those whose slot is taken.
+//! Records of connected sockets: in SOCKETS, direct-mapped by cookie, or in SOCKETS_MORE if the slot is taken.
 //!
 //! The atomic exchanges are full barriers (`BPF_XCHG`, `BPF_CMPXCHG`), so a reader of the mmapped array that sees a
 //! complete sequence twice has seen the fields that belong to it, on every architecture.
@@ -24,19 +24,22 @@ impl Slot {
 
     #[inline(always)]
     fn cookie(&self) -> Shared<u64> {
-        // SAFETY: the pointer is to a value of the map.
+        // SAFETY: the pointer is to a value of the map, which is valid while the program runs, and the field is
+        // aligned.
         unsafe { Shared::new(&raw mut (*self.0).cookie) }
     }
 
     #[inline(always)]
     fn sequence(&self) -> Shared<u32> {
-        // SAFETY: the pointer is to a value of the map.
+        // SAFETY: the pointer is to a value of the map, which is valid while the program runs, and the field is
+        // aligned.
         unsafe { Shared::new(&raw mut (*self.0).sequence) }
     }
 
     #[inline(always)]
     fn spilled(&self) -> Shared<u32> {
-        // SAFETY: the pointer is to a value of the map.
+        // SAFETY: the pointer is to a value of the map, which is valid while the program runs, and the field is
+        // aligned.
         unsafe { Shared::new(&raw mut (*self.0).spilled) }
     }
 
@@ -53,9 +56,9 @@ impl Slot {
     }
 }
 
-/// A socket that was given a backend.
+/// A socket and the backend that was selected for it.
 pub(crate) struct Connected {
-    /// `bpf_get_socket_cookie`.
+    /// Cookie of the socket (`bpf_get_socket_cookie`).
     pub(crate) cookie: u64,
     pub(crate) netns: u64,
     pub(crate) time: u64,
@@ -65,13 +68,13 @@ pub(crate) struct Connected {
 }
 
 impl Connected {
-    /// Writes all fields but cookie, sequence and spilled.
+    /// Writes all fields of a record except cookie, sequence and spilled.
     ///
     /// # Safety
-    /// `at` must be valid for writes.
+    /// `at` must be valid for writes and aligned.
     #[inline(always)]
     unsafe fn fill(&self, at: *mut SocketRecord) {
-        // SAFETY: see above.
+        // SAFETY: the caller guarantees that `at` is valid for writes and aligned, so its fields are.
         unsafe {
             (&raw mut (*at).netns).write_volatile(self.netns);
             (&raw mut (*at).time).write_volatile(self.time);
@@ -87,10 +90,10 @@ impl Connected {
     }
 }
 
-/// Remembers a connected socket.
+/// Stores the record of a connected socket.
 ///
 /// # Errors
-/// [`DropReason::SocketsFull`]
+/// Returns [`DropReason::SocketsFull`] if neither map has room.
 #[inline(always)]
 pub(crate) fn remember(new: &Connected) -> Result<(), DropReason> {
     let Some(slot) = Slot::of(new.cookie) else {
@@ -98,18 +101,20 @@ pub(crate) fn remember(new: &Connected) -> Result<(), DropReason> {
     };
     let holder = slot.cookie().load();
     if holder == new.cookie {
-        // The same socket connects once more.
+        // The socket has a record in its slot and connects again.
         slot.open();
     } else if holder != 0 || slot.spilled().load() != 0 || !slot.cookie().compare_exchange(0, new.cookie) {
         return remember_spilled(&slot, new);
     }
-    // SAFETY: the slot is this socket's.
+    // SAFETY: the pointer is to a value of the map. Its cookie is this socket's, so no call of another socket writes
+    // these fields.
     unsafe { new.fill(slot.0) };
     slot.close();
     Ok(())
 }
 
-/// Remembers a socket whose slot is taken, or may have its record in SOCKETS_MORE from an earlier connect.
+/// Stores the record of a socket in SOCKETS_MORE, and counts it in `spilled`: its slot is taken, or an earlier connect
+/// may have stored the record there.
 #[inline(always)]
 fn remember_spilled(slot: &Slot, new: &Connected) -> Result<(), DropReason> {
     let known = SOCKETS_MORE.get_ptr(new.cookie).is_some();
@@ -123,8 +128,8 @@ fn remember_spilled(slot: &Slot, new: &Connected) -> Result<(), DropReason> {
     result
 }
 
-/// Remembers a socket in SOCKETS_MORE under any key: that of an MPTCP socket is its address, which the verifier lets
-/// nobody compute with.
+/// Stores the record of a socket in SOCKETS_MORE under any key. The key of an MPTCP socket is its address in the
+/// kernel: the verifier rejects arithmetic on it, so it cannot select a slot of SOCKETS.
 #[inline(always)]
 pub(crate) fn remember_as(key: u64, new: &Connected) -> Result<(), DropReason> {
     let mut value = SocketRecord {
@@ -132,7 +137,7 @@ pub(crate) fn remember_as(key: u64, new: &Connected) -> Result<(), DropReason> {
         sequence: record::closed(0),
         ..EMPTY
     };
-    // SAFETY: a local value.
+    // SAFETY: the pointer is to a local variable.
     unsafe { new.fill(&raw mut value) };
     SOCKETS_MORE.insert(key, value, 0).map_err(|_| DropReason::SocketsFull)
 }
@@ -158,7 +163,7 @@ const EMPTY: SocketRecord = SocketRecord {
 pub(crate) struct Record(*const SocketRecord);
 
 impl Record {
-    /// The record of a socket, by its cookie.
+    /// Returns the record of a socket, by its cookie.
     #[inline(always)]
     pub(crate) fn of(cookie: u64) -> Option<Self> {
         let slot = Slot::of(cookie)?;
@@ -171,17 +176,17 @@ impl Record {
         }
     }
 
-    /// The record in SOCKETS_MORE under a key; see [`remember_as`].
+    /// Returns the record in SOCKETS_MORE under a key; see [`remember_as`].
     #[inline(always)]
     pub(crate) fn keyed(key: u64) -> Option<Self> {
         SOCKETS_MORE.get_ptr(key).map(Self)
     }
 
-    /// The destination that the socket asked for, if `peer` is the backend that it was given instead.
+    /// Returns the destination that the socket requested, if `peer` is the backend that replaced it.
     #[inline(always)]
     pub(crate) fn original(&self, peer: Destination) -> Option<(Ip128, u16)> {
         let at = self.0;
-        // SAFETY: the record is this socket's, and only its own calls write or delete it.
+        // SAFETY: the pointer is to a value of a map, and only calls of this socket write or delete its record.
         unsafe {
             let backend = (volatile::load(&raw const (*at).backend_addr), (*at).backend_port);
             record::is_backend((peer.addr, peer.port), backend)
@@ -189,11 +194,11 @@ impl Record {
         }
     }
 
-    /// The backend that the socket is connected to for a destination.
+    /// Returns the backend that the socket is connected to, if `to` is the destination that it requested.
     #[inline(always)]
     pub(crate) fn backend(&self, to: Destination) -> Option<BackendRef> {
         let at = self.0;
-        // SAFETY: as above.
+        // SAFETY: the pointer is to a value of a map, and only calls of this socket write or delete its record.
         unsafe {
             let original = (volatile::load(&raw const (*at).original_addr), (*at).original_port);
             record::is_backend((to.addr, to.port), original).then(|| (*at).backend)
@@ -201,7 +206,7 @@ impl Record {
     }
 }
 
-/// Forgets a socket.
+/// Deletes the record of a socket, by its cookie.
 #[inline(always)]
 pub(crate) fn forget(cookie: u64) {
     let Some(slot) = Slot::of(cookie) else { return };
@@ -214,7 +219,7 @@ pub(crate) fn forget(cookie: u64) {
     }
 }
 
-/// Forgets a socket under a key; see [`remember_as`].
+/// Deletes the record in SOCKETS_MORE under a key; see [`remember_as`].
 #[inline(always)]
 pub(crate) fn forget_keyed(key: u64) {
     let _ = SOCKETS_MORE.remove(key);

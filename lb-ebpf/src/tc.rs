@@ -26,25 +26,25 @@ use crate::send::{self, Route};
 use crate::skb::Skb;
 use crate::snat_port;
 
-/// Ingress of a device whose packets have a link-layer header.
+/// Ingress program of devices with a link-layer header.
 #[classifier]
 pub(crate) fn lb_ingress(ctx: TcContext) -> i32 {
     verdict(&ctx, ETHERNET, false)
 }
 
-/// Egress of a device whose packets have a link-layer header.
+/// Egress program of devices with a link-layer header.
 #[classifier]
 pub(crate) fn lb_egress(ctx: TcContext) -> i32 {
     verdict(&ctx, ETHERNET, true)
 }
 
-/// Ingress of a device whose packets have no link-layer header.
+/// Ingress program of devices without a link-layer header.
 #[classifier]
 pub(crate) fn lb_ingress_l3(ctx: TcContext) -> i32 {
     verdict(&ctx, 0, false)
 }
 
-/// Egress of a device whose packets have no link-layer header.
+/// Egress program of devices without a link-layer header.
 #[classifier]
 pub(crate) fn lb_egress_l3(ctx: TcContext) -> i32 {
     verdict(&ctx, 0, true)
@@ -65,7 +65,7 @@ outcome! {
     enum NewFlow {
         /// The packet started a flow and was translated, or lb does not translate it.
         Done,
-        /// Another packet of the flow was faster, and inserted it.
+        /// Another packet of the flow has inserted the flow concurrently.
         Lost,
     }
 }
@@ -358,8 +358,9 @@ fn plan_delivery(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
     Ok(())
 }
 
-/// Step: inserts both directions of a flow. The flow gets a source port of the node if its source address is the node's, or
-/// if its replies could be those of another flow. If another packet of the flow was faster, nothing is inserted.
+/// Step: inserts both directions of a flow. The flow gets a source port of the node if its source address is the
+/// node's, or if its reply tuple belongs to another flow. If another packet of the flow has inserted it concurrently,
+/// nothing is inserted.
 #[inline(always)]
 fn claim(skb: Skb, mut ctx: CtxRef) -> Result<Claim, DropReason> {
     if ctx.chosen.snat || ct::step::claim_replies(ctx)? == Claim::Lost {

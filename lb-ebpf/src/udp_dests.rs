@@ -1,7 +1,7 @@
-//! UDP_FLOWS: unconnected UDP sockets, each with up to four services that it talks to.
+//! UDP_FLOWS: the UDP destinations of unconnected sockets, up to four per socket.
 //!
-//! Several threads may use one socket, so a value is read and written under its lock, where nothing may be called: what
-//! is under it are loads and stores of words.
+//! Several threads may use one socket, so a value is read and written under its lock. The verifier permits no calls
+//! while a lock is held, so the code under the lock consists of loads and stores of words.
 
 use aya_ebpf::bindings::{BPF_NOEXIST, bpf_spin_lock as RawLock};
 use aya_ebpf::helpers::generated::{bpf_spin_lock, bpf_spin_unlock};
@@ -31,48 +31,52 @@ static EMPTY: abi::UdpDests = abi::UdpDests {
     }; DESTS_PER_SOCKET],
 };
 
-/// The flows of one socket.
+/// The UDP destinations of one socket: a value of UDP_FLOWS.
 pub(crate) struct UdpDests(*mut abi::UdpDests);
 
-/// The same, locked.
+/// The UDP destinations of one socket while their lock is held; dropping it releases the lock.
 struct Locked<'a>(&'a UdpDests);
 
-/// What became of a choice.
+/// Result of [`UdpDests::claim`].
 pub(crate) struct Claimed {
-    /// The backend that the socket stays with: what another thread has chosen meanwhile stands.
+    /// Backend of the destination: the new one, or the one that another thread has stored concurrently.
     pub(crate) choice: Choice,
-    /// Another destination was forgotten for it.
+    /// Another destination of the socket was evicted to make room.
     pub(crate) replaced: bool,
 }
 
 impl UdpDests {
-    /// The flows of a socket, if it has any.
+    /// Returns the UDP destinations of a socket, if it has an entry.
     #[inline(always)]
     pub(crate) fn of(cookie: u64) -> Option<Self> {
         UDP_FLOWS.get_ptr_mut(cookie).map(Self)
     }
 
-    /// The flows of a socket, made if it has none.
+    /// Returns the UDP destinations of a socket; inserts an empty entry if it has none.
+    ///
+    /// # Errors
+    /// Returns [`DropReason::UdpFlowsFull`] if the map has no room.
     #[inline(always)]
     pub(crate) fn of_or_new(cookie: u64) -> Result<Self, DropReason> {
         if let Some(flows) = Self::of(cookie) {
             return Ok(flows);
         }
-        // By reference: it is too large for the stack. Where another thread was faster, its entry stands.
+        // The value is passed by reference, since it is too large for the stack. If another thread has inserted an
+        // entry concurrently, that entry is kept.
         let empty = &EMPTY;
         let _ = UDP_FLOWS.insert(cookie, empty, u64::from(BPF_NOEXIST));
         Self::of(cookie).ok_or(DropReason::UdpFlowsFull)
     }
 
-    /// Asks a destination once more: the backend that the socket has for it.
+    /// Returns the backend that the socket has for a destination, and records a request at `now` (nanoseconds).
     #[inline(always)]
     pub(crate) fn ask(&self, to: Destination, now: u64) -> Option<Choice> {
         let locked = self.lock();
         let mut found = None;
         for flow in locked.flows() {
-            // SAFETY: the entry is locked.
+            // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
             if unsafe { is_to(flow, to) } {
-                // SAFETY: as above.
+                // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
                 found = Some(unsafe {
                     note_question(flow, now);
                     choice(flow)
@@ -83,7 +87,8 @@ impl UdpDests {
         found
     }
 
-    /// Gives the socket a backend for a destination, in place of `old` where it had one that is of no use any more.
+    /// Stores a backend for a destination of the socket. `old` is the destination's backend that is no longer usable,
+    /// if it had one. If the socket has no free destination, the one with the oldest request is evicted.
     #[inline(always)]
     pub(crate) fn claim(
         &self,
@@ -99,7 +104,7 @@ impl UdpDests {
         let mut oldest = u64::MAX;
         let mut known = false;
         for flow in locked.flows() {
-            // SAFETY: the entry is locked.
+            // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
             let (mine, asked) = unsafe { (is_to(flow, to), (&raw const (*flow).asked).read_volatile()) };
             if mine {
                 place = flow;
@@ -111,7 +116,7 @@ impl UdpDests {
                 place = flow;
             }
         }
-        // SAFETY: the entry is locked.
+        // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
         unsafe {
             if known {
                 let there = choice(place);
@@ -136,14 +141,14 @@ impl UdpDests {
         }
     }
 
-    /// The destination that a datagram from `source` answers.
+    /// Returns the destination of the request that a datagram from `source` replies to, and records the reply at `now`.
     #[inline(always)]
     pub(crate) fn answer(&self, source: Destination, now: u64) -> Option<(Ip128, u16)> {
         let locked = self.lock();
         let mut best: Option<*mut UdpDest> = None;
         let mut best_claim = 0;
         for flow in locked.flows() {
-            // SAFETY: the entry is locked.
+            // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
             unsafe {
                 let port = (&raw const (*flow).backend_port).read_volatile();
                 if port == source.port && volatile::load(&raw const (*flow).backend_addr).same(source.addr) {
@@ -158,12 +163,12 @@ impl UdpDests {
             }
         }
         let flow = best?;
-        // SAFETY: the entry is locked.
+        // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
         unsafe {
             let unanswered = (&raw const (*flow).unanswered).read_volatile();
             (&raw mut (*flow).unanswered).write_volatile(unanswered.saturating_sub(1));
             if unanswered > 1 {
-                // More answers are to come: those of others first.
+                // More replies are expected. With the later time, the requests to other destinations come first.
                 (&raw mut (*flow).asked).write_volatile(now);
             }
             Some((
@@ -175,7 +180,7 @@ impl UdpDests {
 
     #[inline(always)]
     fn first(&self) -> *mut UdpDest {
-        // SAFETY: the pointer is to a value of the map.
+        // SAFETY: the pointer is to a value of the map; only the address of a field is computed.
         unsafe { (&raw mut (*self.0).dests).cast::<UdpDest>() }
     }
 
@@ -191,7 +196,7 @@ impl Locked<'_> {
     #[inline(always)]
     fn flows(&self) -> impl Iterator<Item = *mut UdpDest> + use<> {
         let first = self.0.first();
-        // SAFETY: the value has so many flows.
+        // SAFETY: the index is less than `DESTS_PER_SOCKET`, the number of destinations in the value.
         (0..DESTS_PER_SOCKET).map(move |i| unsafe { first.add(i) })
     }
 }
@@ -200,42 +205,48 @@ impl Drop for Locked<'_> {
     #[inline(always)]
     fn drop(&mut self) {
         let at = self.0.0;
-        // SAFETY: it was locked by `UdpDests::lock`.
+        // SAFETY: the pointer is to a value of the map, and `UdpDests::lock` has taken its lock.
         unsafe { bpf_spin_unlock((&raw mut (*at).lock).cast::<RawLock>()) };
     }
 }
 
+/// Returns whether an entry is for a destination.
+///
 /// # Safety
-/// The pointer must be to a flow of a locked value.
+/// `at` must point to a destination of a locked value.
 #[inline(always)]
 unsafe fn is_to(at: *const UdpDest, to: Destination) -> bool {
-    // SAFETY: see above.
+    // SAFETY: the caller guarantees that `at` points to a destination of a locked value.
     unsafe {
         (&raw const (*at).vip_port).read_volatile() == to.port && volatile::load(&raw const (*at).vip).same(to.addr)
     }
 }
 
+/// Returns the backend of a destination.
+///
 /// # Safety
-/// As for [`is_to`].
+/// `at` must point to a destination of a locked value.
 #[inline(always)]
 unsafe fn choice(at: *const UdpDest) -> Choice {
-    // SAFETY: see above.
+    // SAFETY: the caller guarantees that `at` points to a destination of a locked value.
     unsafe {
         Choice {
             addr: volatile::load(&raw const (*at).backend_addr),
             port: (&raw const (*at).backend_port).read_volatile(),
             id: volatile::load_ref(&raw const (*at).backend),
-            // Not remembered, and of no meaning to a socket.
+            // The entry does not contain the flags, and the socket hooks do not use them.
             flags: 0,
         }
     }
 }
 
+/// Records a request to a destination.
+///
 /// # Safety
-/// As for [`is_to`].
+/// `at` must point to a destination of a locked value.
 #[inline(always)]
 unsafe fn note_question(at: *mut UdpDest, now: u64) {
-    // SAFETY: see above.
+    // SAFETY: the caller guarantees that `at` points to a destination of a locked value.
     unsafe {
         let before = (&raw const (*at).asked).read_volatile();
         let unanswered = (&raw const (*at).unanswered).read_volatile();
@@ -246,7 +257,7 @@ unsafe fn note_question(at: *mut UdpDest, now: u64) {
     }
 }
 
-/// Forgets a socket.
+/// Deletes the UDP destinations of a socket, by its cookie.
 #[inline(always)]
 pub(crate) fn forget(cookie: u64) {
     let _ = UDP_FLOWS.remove(cookie);

@@ -1,5 +1,7 @@
-//! Addresses and records between maps, stack and registers, word by word. Volatile: the compiler takes addresses apart into
-//! bytes again, and for 64 bytes and more calls functions that go byte by byte.
+//! Word-wise copies of addresses and records between maps, stack and registers.
+//!
+//! The accesses are volatile. Otherwise the compiler splits addresses into bytes again, and for 64 bytes and more it
+//! calls functions that copy byte by byte.
 
 use core::mem::MaybeUninit;
 
@@ -13,7 +15,7 @@ use lb_common::logic::ip128::Ip128;
 #[inline(always)]
 pub(crate) unsafe fn load(at: *const Addr) -> Ip128 {
     let at = at.cast::<u64>();
-    // SAFETY: an `Addr` is two words; see above.
+    // SAFETY: an `Addr` is two words, and the caller guarantees that `at` is valid for reads and aligned.
     unsafe { Ip128([at.read_volatile(), at.add(1).read_volatile()]) }
 }
 
@@ -24,7 +26,7 @@ pub(crate) unsafe fn load(at: *const Addr) -> Ip128 {
 #[inline(always)]
 pub(crate) unsafe fn store(at: *mut Addr, Ip128([first, last]): Ip128) {
     let at = at.cast::<u64>();
-    // SAFETY: an `Addr` is two words; see above.
+    // SAFETY: an `Addr` is two words, and the caller guarantees that `at` is valid for writes and aligned.
     unsafe {
         at.write_volatile(first);
         at.add(1).write_volatile(last);
@@ -37,7 +39,7 @@ pub(crate) unsafe fn store(at: *mut Addr, Ip128([first, last]): Ip128) {
 /// `at` must be valid for reads and aligned.
 #[inline(always)]
 pub(crate) unsafe fn load_ref(at: *const BackendRef) -> BackendRef {
-    // SAFETY: the fields of a valid reference are valid.
+    // SAFETY: the caller guarantees that `at` is valid for reads and aligned, so its fields are.
     unsafe {
         BackendRef {
             id: (&raw const (*at).id).read_volatile(),
@@ -52,14 +54,15 @@ pub(crate) unsafe fn load_ref(at: *const BackendRef) -> BackendRef {
 /// `at` must be valid for writes and aligned.
 #[inline(always)]
 pub(crate) unsafe fn store_ref(at: *mut BackendRef, BackendRef { id, generation }: BackendRef) {
-    // SAFETY: the fields of a valid reference are valid.
+    // SAFETY: the caller guarantees that `at` is valid for writes and aligned, so its fields are.
     unsafe {
         (&raw mut (*at).id).write_volatile(id);
         (&raw mut (*at).generation).write_volatile(generation);
     }
 }
 
-/// Copies a record. What is returned by value would stand on the stack twice, and there is no more of that.
+/// Copies a record. A record returned by value would occupy the stack twice, and the stack (512 bytes) has no room for
+/// that.
 ///
 /// # Safety
 /// `from` must be valid for reads and `to` for writes, both aligned to 8 bytes.
@@ -67,7 +70,8 @@ pub(crate) unsafe fn store_ref(at: *mut BackendRef, BackendRef { id, generation 
 pub(crate) unsafe fn copy<T: Copy>(from: *const T, to: *mut T) {
     const { assert!(size_of::<T>().is_multiple_of(8) && align_of::<T>() == 8) };
     for at in 0..size_of::<T>() / 8 {
-        // SAFETY: within both, see above.
+        // SAFETY: the index is less than the number of words of `T`, so both accesses are within the records, which the
+        // caller guarantees to be valid and aligned.
         unsafe {
             let word = from.cast::<u64>().add(at).read_volatile();
             to.cast::<u64>().add(at).write_volatile(word);
@@ -75,17 +79,17 @@ pub(crate) unsafe fn copy<T: Copy>(from: *const T, to: *mut T) {
     }
 }
 
-/// A structure of the kernel's, zeroed.
+/// Sets a structure of the kernel to zero and returns it.
 ///
 /// # Safety
-/// All zero bytes must be a value of it.
+/// Zero bytes must be a valid value of the structure.
 #[inline(always)]
 pub(crate) unsafe fn zero<T>(room: &mut MaybeUninit<T>) -> &mut T {
     const { assert!(size_of::<T>().is_multiple_of(4) && align_of::<T>() >= 4) };
     for at in 0..size_of::<T>() / 4 {
-        // SAFETY: within the room.
+        // SAFETY: the index is less than the number of words of `T`, so the store is within `room`.
         unsafe { room.as_mut_ptr().cast::<u32>().add(at).write_volatile(0) };
     }
-    // SAFETY: see above.
+    // SAFETY: all bytes are zero, and the caller guarantees that zero bytes are a valid value.
     unsafe { room.assume_init_mut() }
 }

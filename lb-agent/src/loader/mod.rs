@@ -1,4 +1,4 @@
-//! The kernel side of the agent: loads the programs, pins and adopts maps and links. The only place where aya loads.
+//! The kernel side of the agent: loads the programs, pins and adopts maps and links. No other module loads with aya.
 //!
 //! Everything is pinned below `PIN_PATH/vN`, N being [`VERSION`] of the layout: maps in `maps/`, links in `links/`. So
 //! the data plane continues while no agent runs, and a start takes over the pinned maps and links.
@@ -30,10 +30,10 @@ pub(crate) use attach::{is_root as is_root_cgroup, root as cgroup_root};
 pub use pins::{Lock, PinPath, TraceLock};
 pub use tc::{AtDevice, TcHooks, Trouble, Way, at_devices, load_programs};
 
-/// The object with the kernel programs, as the build script made it.
+/// The object with the kernel programs, from the build script.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf"));
 
-/// Why the kernel side cannot be set up.
+/// The reason why the kernel side cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// The pin path cannot be used.
@@ -163,7 +163,7 @@ pub fn load_logging(
         let path = maps_dir.join(map.name);
         let wanted = match map.capacity {
             Capacity::Fixed(entries) => entries,
-            // The slot of a socket is found by a mask.
+            // A mask of the cookie selects the slot of a socket, so the number of slots must be a power of two.
             Capacity::Sized(sized @ SizedMap::Sockets) => capacities[sized].next_power_of_two(),
             Capacity::Sized(sized) => capacities[sized],
         };

@@ -18,12 +18,13 @@ use crate::maps::sys;
 /// The conventional mount point of the kernel's BPF file system.
 const BPFFS: &str = "/sys/fs/bpf";
 
-/// How long a lock is tried. `status` takes a lock for a moment, to find out whether another process has it.
+/// Time for which taking a lock is retried. `status` takes a lock for a moment, to find out whether another process has
+/// it.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Time between two tries.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// The directory that an agent pins everything below.
+/// The directory below which an agent pins maps and links.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PinPath(PathBuf);
 

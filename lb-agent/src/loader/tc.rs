@@ -55,7 +55,7 @@ fn failed(path: impl Into<PathBuf>, call: &'static str) -> impl FnOnce(io::Error
     move |source| LoadError::Call { path, call, source }
 }
 
-/// Stands for the path in errors that concern no path.
+/// Returns the error of a call that concerns a side of a device; the side is in the place of the path.
 fn on_device(side: Side, call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
     failed(format!("({})", name(side)), call)
 }
@@ -196,9 +196,9 @@ impl TcHooks {
         self.way
     }
 
-    /// Attaches the programs to devices, and returns the devices where that failed. A program of an earlier build is
-    /// replaced atomically. `own_qdiscs` are the devices whose clsact qdisc the agent created. The programs for devices
-    /// without a link layer are loaded with the first such device.
+    /// Attaches the programs to devices, and returns the devices for which that failed. A program of an earlier build
+    /// is replaced atomically. `own_qdiscs` are the devices with a clsact qdisc that the agent created. The programs
+    /// for devices without a link layer are loaded with the first such device.
     ///
     /// # Errors
     /// Returns [`LoadError::Program`] if the programs cannot be loaded.
@@ -232,8 +232,8 @@ impl TcHooks {
         Ok(troubles)
     }
 
-    /// Detaches the programs from all devices that are not served, and returns the devices where that failed. `all` are the
-    /// devices that exist.
+    /// Detaches the programs from all devices that are not served, and returns the devices for which that failed. `all`
+    /// are the devices that exist.
     ///
     /// # Errors
     /// Returns [`LoadError::Call`] if the directory of links cannot be read.
@@ -276,7 +276,7 @@ impl TcHooks {
         Ok(troubles)
     }
 
-    /// Removes all links. They belong to another network namespace, whose devices have indexes of their own.
+    /// Removes all links. They belong to another network namespace, which has its own device indexes.
     ///
     /// # Errors
     /// Returns [`LoadError::Call`] if a system call fails.
@@ -366,7 +366,7 @@ fn has_tcx(programs: &Ebpf) -> Result<bool, LoadError> {
     }
 }
 
-/// Returns whether the device was removed meanwhile. The next listing of devices lacks it.
+/// Returns whether the device was removed in the meantime. The next listing of devices does not contain it.
 fn is_gone(error: &LoadError) -> bool {
     matches!(error, LoadError::Call { source, .. } if matches!(source.raw_os_error(), Some(libc::ENODEV | libc::ENOLINK)))
 }

@@ -21,7 +21,7 @@ pub struct Addr {
 layout!(Addr: size 16, align 4 { bytes: 0 });
 
 impl Addr {
-    /// The address whose bytes are all zero: `::`. No service has it, so it also means "none".
+    /// The all-zero address `::`. No service has it, so it also means "none".
     pub const UNSPECIFIED: Self = Self { bytes: [0; 16] };
 
     /// Returns the v4-mapped form of an IPv4 address; its bytes are in network order.

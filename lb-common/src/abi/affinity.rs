@@ -7,7 +7,7 @@ use super::layout::{layout, mirror};
 use super::{Addr, BackendRef};
 
 abi_enum! {
-    /// What identifies the client in [`AffinityKey::client`].
+    /// Kind of the client in [`AffinityKey::client`].
     pub enum ClientKind: u32, from_u32 {
         /// The source address of packets.
         Address = 0, "address";

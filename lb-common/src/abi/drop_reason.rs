@@ -2,7 +2,7 @@
 
 use crate::errno::{self, Errno};
 
-/// What happens to a packet that is not translated.
+/// Treatment of a packet that is not translated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RejectWith {
     /// The packet continues unchanged.
@@ -24,7 +24,8 @@ macro_rules! drop_reasons {
         $(#[$doc:meta])*
         $name:ident = $number:literal, $label:literal, socket: $errno:ident, packet: $reject:ident, $text:literal;
     )*) => {
-        /// Why a connection or packet was refused, dropped, passed on untranslated, or served with a restriction.
+        /// Reason why a connection or packet was refused, dropped, passed on untranslated, or served with a
+        /// restriction.
         ///
         /// The number is the index into DROPS. New reasons are added at the end only.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -131,7 +132,7 @@ drop_reasons! {
     /// The time to live of the packet has expired: dropped, and the sender gets an ICMP error.
     TtlExceeded = 19, "ttl_exceeded", socket: ECONNREFUSED, packet: TimeExceeded,
         "the time to live is over (an ICMP error was sent)";
-    /// The backend of a TCP flow is in no EndpointSlice any more: reset.
+    /// The backend of a TCP flow is no longer in any EndpointSlice: reset.
     BackendGone = 20, "backend_gone", socket: ECONNREFUSED, packet: Refused, "the backend of the flow is gone";
     /// A packet to a service address was about to leave the node untranslated: dropped.
     Untranslated = 21, "untranslated", socket: ECONNREFUSED, packet: Drop,
@@ -145,7 +146,7 @@ drop_reasons! {
     /// IPv4 options or IPv6 extension headers: passed on untouched.
     HeaderOptions = 25, "header_options", socket: ECONNREFUSED, packet: Pass,
         "IP options or extension headers (passed on)";
-    /// A protocol whose packets are not translated: passed on untouched.
+    /// A protocol that lb does not translate in packets: passed on untouched.
     OtherProtocol = 26, "other_protocol", socket: ECONNREFUSED, packet: Pass,
         "a protocol that is not translated in packets (passed on)";
     /// An ICMP error, which may quote a packet of a flow: passed on untouched.

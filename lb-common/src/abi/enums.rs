@@ -1,6 +1,6 @@
 //! The macro that defines the enums that cross the kernel boundary.
 
-/// Defines an enum whose numbers are stored in map values: each row is a value with its number and its label.
+/// Defines an enum with numbers that are stored in map values. Each row is a value with its number and its label.
 ///
 /// A new value is one row. Every `match` over the enum is exhaustive, so the compiler names the places that a new value
 /// concerns.

@@ -61,7 +61,7 @@ layout!(Event: size 96, align 8 {
 });
 
 abi_enum! {
-    /// What a trace event reports.
+    /// The kind of operation that a trace event reports.
     pub enum EventKind: u8, from_u8 {
         /// A socket was connected to a backend.
         Connected = 1, "connected";

@@ -30,7 +30,7 @@ layout!(FrontendKey: size 20, align 4 { addr: 0, port: 16, proto: 18, pad: 19 })
 pub struct FrontendKeyWords {
     /// Address, each word in the byte order of memory.
     addr: [u64; 2],
-    /// In the order of memory: port in host byte order, protocol, and five zero bytes, of which the key has one.
+    /// Port in host byte order, protocol, and five zero bytes, in memory order; the key has one of the zero bytes.
     port_proto: u64,
 }
 

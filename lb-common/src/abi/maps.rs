@@ -72,7 +72,7 @@ macro_rules! map_table {
                 range: 1..=1 << 24,
                 help: "Socket records in the direct-mapped array; rounded up to a power of two",
             };
-            /// Socket records by cookie, of sockets whose slot in SOCKETS is taken.
+            /// Records of sockets that found their slot in SOCKETS taken, by cookie.
             SOCKETS_MORE: Hash<u64, SocketRecord>, NO_PREALLOC, sized SocketsMore {
                 flag: "max-sockets-more",
                 default: 65536,
@@ -250,7 +250,7 @@ macro_rules! registry {
         /// All maps.
         pub const MAPS: &[MapSpec] = &[$(map_spec::$name),*];
 
-        /// A map whose number of entries is set by a flag of `lb-agent run`.
+        /// A map with a number of entries that a flag of `lb-agent run` sets.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum SizedMap {
             $($(
@@ -260,10 +260,10 @@ macro_rules! registry {
         }
 
         impl SizedMap {
-            /// All of them, in the order of `lb-agent run --help`.
+            /// All such maps, in the order of `lb-agent run --help`.
             pub const ALL: &[Self] = &[$($(Self::$sized,)?)*];
 
-            /// How many there are.
+            /// Number of such maps.
             pub const COUNT: usize = Self::ALL.len();
 
             /// Returns the name of the map.

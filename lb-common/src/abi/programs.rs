@@ -28,9 +28,9 @@ pub mod program_name {
     pub const INGRESS: &str = "lb_ingress";
     /// tc egress.
     pub const EGRESS: &str = "lb_egress";
-    /// tc ingress of a device whose packets have no link-layer header.
+    /// tc ingress of a device without a link-layer header.
     pub const INGRESS_L3: &str = "lb_ingress_l3";
-    /// tc egress of a device whose packets have no link-layer header.
+    /// tc egress of a device without a link-layer header.
     pub const EGRESS_L3: &str = "lb_egress_l3";
     /// Agent call (XDP) that stores one word of FRONTENDS in place. See [`crate::abi::FrontendSwap`].
     pub const FRONTEND_SWAP: &str = "lb_frontend_swap";

@@ -9,8 +9,8 @@ use super::{Addr, BackendRef};
 ///
 /// In SOCKETS the record of a socket is at slot `cookie & mask`. The socket claims the slot by a compare-and-exchange of
 /// `cookie` from zero. The record is valid while `cookie` is not zero and `sequence` is even and not zero; a writer makes
-/// `sequence` odd before it writes and even afterwards (see [`crate::logic::record`]). A socket whose slot is taken has
-/// its record in SOCKETS_MORE, and `spilled` of the slot counts those records.
+/// `sequence` odd before it writes and even afterwards (see [`crate::logic::record`]). If the slot is taken, the
+/// record of the socket is in SOCKETS_MORE, and `spilled` of the slot counts those records.
 ///
 /// The key of an MPTCP socket is its address in the kernel: `connect()` runs with the cookie of the first subflow, and
 /// all later hooks with another cookie, but both can obtain that address.

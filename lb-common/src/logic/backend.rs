@@ -1,4 +1,4 @@
-//! Whether a remembered backend may serve again.
+//! The check whether the backend of a stored reference may serve again.
 
 use super::generation;
 use crate::abi::{Backend, BackendRef, Set};

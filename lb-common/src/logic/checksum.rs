@@ -1,52 +1,51 @@
 //! The Internet checksum (RFC 1071), as sums and differences.
 //!
-//! Words are read as they are in memory: the sum does not depend on the byte order, as long as all words have the same
-//! one.
+//! Words have their memory order. The sum does not depend on the byte order, as long as all words have the same one.
 
-/// A sum of words in ones' complement that is not folded to 16 bits yet: what the kernel calls `__wsum`.
+/// A ones' complement sum of words that is not folded to 16 bits yet: the kernel's `__wsum`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Sum(u64);
 
 impl Sum {
-    /// Nothing.
+    /// The empty sum.
     pub const ZERO: Self = Self(0);
 
-    /// One more word. Of 16 bits alone, it stands at an even offset.
+    /// Adds a word. A single 16-bit value must be at an even offset of the packet.
     #[inline(always)]
     #[must_use]
     pub const fn add(self, word: u32) -> Self {
         Self(self.0 + word as u64)
     }
 
-    /// Another sum.
+    /// Adds another sum.
     #[inline(always)]
     #[must_use]
     pub const fn plus(self, other: Self) -> Self {
         self.add(other.to_u32())
     }
 
-    /// One less word.
+    /// Subtracts a word.
     #[inline(always)]
     #[must_use]
     pub const fn sub(self, word: u32) -> Self {
         self.add(!word)
     }
 
-    /// Two words at once.
+    /// Adds the two words of a 64-bit value.
     #[inline(always)]
     #[must_use]
     pub const fn add_u64(self, words: u64) -> Self {
         self.add(words as u32).add((words >> 32) as u32)
     }
 
-    /// Two less.
+    /// Subtracts the two words of a 64-bit value.
     #[inline(always)]
     #[must_use]
     pub const fn sub_u64(self, words: u64) -> Self {
         self.add_u64(!words)
     }
 
-    /// In 32 bits.
+    /// Returns the sum folded to 32 bits.
     #[inline(always)]
     #[must_use]
     pub const fn to_u32(self) -> u32 {
@@ -54,7 +53,7 @@ impl Sum {
         ((once & 0xffff_ffff) + (once >> 32)) as u32
     }
 
-    /// In 16 bits, not inverted.
+    /// Returns the sum folded to 16 bits, not inverted.
     #[inline(always)]
     #[must_use]
     pub const fn fold(self) -> u16 {
@@ -63,7 +62,7 @@ impl Sum {
         ((once & 0xffff) + (once >> 16)) as u16
     }
 
-    /// The checksum, as it stands in memory.
+    /// Returns the checksum in memory order: the inverted sum, folded to 16 bits.
     #[inline(always)]
     #[must_use]
     pub const fn checksum(self) -> u16 {

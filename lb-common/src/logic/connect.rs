@@ -1,12 +1,12 @@
-//! What a connecting socket, or the first packet of a flow, gets.
+//! Selection of the set and the slot for a connecting socket or for the first packet of a flow.
 
 use crate::abi::{DropReason, Frontend, FrontendKind, Set, SetWord, set_flags};
 
-/// The set that serves a socket of this node's host or pods: such a client is inside the cluster, so external
-/// addresses have the semantics of policy Cluster for it.
+/// Returns the set for a socket of this node's host or pods. Such a client is inside the cluster, so external addresses
+/// have the semantics of policy Cluster for it.
 ///
 /// # Errors
-/// [`DropReason::NoSuchPort`] for the mark of a service address, [`DropReason::BadKind`] for a number that is no kind.
+/// Returns [`DropReason::NoSuchPort`] for an address mark, and [`DropReason::BadKind`] for a number that is not a kind.
 #[inline(always)]
 pub const fn set_for_socket(frontend: Frontend) -> Result<Set, DropReason> {
     match FrontendKind::from_u8(frontend.kind) {
@@ -17,11 +17,11 @@ pub const fn set_for_socket(frontend: Frontend) -> Result<Set, DropReason> {
     }
 }
 
-/// The set that serves a packet: from a source inside the cluster, external addresses have the semantics of policy
+/// Returns the set for a packet. For a source inside the cluster, external addresses have the semantics of policy
 /// Cluster.
 ///
 /// # Errors
-/// As [`set_for_socket`].
+/// Returns the errors of [`set_for_socket`].
 #[inline(always)]
 pub const fn set_for_packet(frontend: Frontend, inside: bool) -> Result<Set, DropReason> {
     match set_for_socket(frontend) {
@@ -30,11 +30,11 @@ pub const fn set_for_packet(frontend: Frontend, inside: bool) -> Result<Set, Dro
     }
 }
 
-/// The slot that a connection takes from a set, by a random number.
+/// Returns the slot of a new connection: one of the set, selected by a random number.
 ///
 /// # Errors
-/// For an empty set: [`DropReason::NoLocalEndpoint`] where its flags say that empty means DROP, else
-/// [`DropReason::NoEndpoint`].
+/// Returns [`DropReason::NoLocalEndpoint`] if the set is empty and its flags contain `EMPTY_DROPS`, and
+/// [`DropReason::NoEndpoint`] if it is empty without that flag.
 #[inline(always)]
 pub const fn slot(set: SetWord, random: u32) -> Result<u32, DropReason> {
     if set.len == 0 {

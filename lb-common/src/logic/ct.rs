@@ -218,12 +218,12 @@ pub fn next(found: Match<'_>, flow: &impl FlowState) -> Result<Action, DropReaso
     })
 }
 
-/// Whether a packet of the client still belongs to the flow that its tuple matches.
+/// Validity of a flow for a packet of the client that matches its tuple.
 enum Validity {
     Valid,
     /// The tuple is free for another flow.
     Over,
-    /// The packet belongs to the flow, whose backend does not exist any more.
+    /// The packet belongs to the flow, but the backend no longer exists.
     BackendGone,
 }
 
@@ -400,7 +400,7 @@ mod tests {
             (0, false, syn, true, [FIN, FIN], Action::Restart),
             (0, false, syn, true, [SYN, RST], Action::Restart),
             (0, false, syn, false, [SYN, SYN], Action::Restart),
-            // A reply is translated whatever has become of the backend.
+            // A reply is translated whether the backend is still usable or not.
             (REPLY, true, syn_ack, false, [NONE, SYN], Action::Refresh),
             (REPLY, true, ack, false, [SYN, SYN], Action::Refresh),
             (REPLY, true, rst, false, [NONE, SYN], Action::Refresh),

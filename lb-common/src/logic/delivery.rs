@@ -18,7 +18,7 @@ pub struct Facts {
     pub client_is_local: bool,
 }
 
-/// How packets from client to backend travel.
+/// The way that packets take from client to backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Delivery {
     /// [`ct_flags`] of the original direction.

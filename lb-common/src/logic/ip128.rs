@@ -54,7 +54,7 @@ impl Ip128 {
         if self.is_v4() { Some(halves(self.0[1]).1) } else { None }
     }
 
-    /// Whether an IPv4 address is mapped here.
+    /// Returns whether the address is a v4-mapped IPv4 address.
     #[inline(always)]
     #[must_use]
     pub const fn is_v4(self) -> bool {
@@ -62,7 +62,7 @@ impl Ip128 {
         high == 0 && halves(low).0 == Self::MAPPED
     }
 
-    /// Whether this is in 127.0.0.0/8, or `::1`.
+    /// Returns whether the address is in 127.0.0.0/8 or is `::1`.
     #[inline(always)]
     #[must_use]
     pub const fn is_loopback(self) -> bool {
@@ -92,7 +92,7 @@ impl Ip128 {
         }
     }
 
-    /// Whether all bytes are zero.
+    /// Returns whether all bytes are zero.
     #[inline(always)]
     #[must_use]
     pub const fn is_unset(self) -> bool {

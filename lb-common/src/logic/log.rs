@@ -1,7 +1,7 @@
 //! Words of the programs' log lines (`lb-agent run --ebpf-log`).
 //!
 //! A program cannot choose between strings: they would need pointers in its data. So it writes a number after the name of
-//! its table, as in `reason#16`, and addresses in IPv6 notation. The agent replaces both by what an operator reads.
+//! its table, as in `reason#16`, and addresses in IPv6 notation. The agent replaces both by text for operators.
 
 use crate::abi::DropReason;
 

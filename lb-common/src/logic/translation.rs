@@ -1,4 +1,4 @@
-//! What becomes of the packets of a flow, in both directions.
+//! Tuples of packets, and the changes of checksums between the original and the translated tuple.
 
 use super::checksum::Sum;
 use super::ip128::Ip128;
@@ -18,7 +18,7 @@ pub struct Tuple {
 }
 
 impl Tuple {
-    /// Those of a packet.
+    /// Returns the tuple of a packet.
     #[inline(always)]
     #[must_use]
     pub const fn of(packet: &Packet) -> Self {
@@ -30,7 +30,7 @@ impl Tuple {
         }
     }
 
-    /// Those of an answer to it.
+    /// Returns the tuple of a reply: source and destination exchanged.
     #[inline(always)]
     #[must_use]
     pub const fn reversed(self) -> Self {
@@ -42,8 +42,9 @@ impl Tuple {
         }
     }
 
-    /// How the sum of the addresses changes. What is common to all IPv4 addresses has no part in it; a branch for that
-    /// would make the compiler compute with what is not there, which the verifier does not allow.
+    /// Returns the change of the sum of the addresses from this tuple to `new`. The v4-mapped prefix of IPv4 addresses
+    /// cancels out. A branch that skips the prefix would make the compiler compute with values that are not initialized
+    /// on every path, which the verifier rejects.
     #[inline(always)]
     #[must_use]
     pub const fn addresses_to(&self, new: &Self) -> Sum {
@@ -53,7 +54,7 @@ impl Tuple {
         old.add_u64(e).add_u64(f).add_u64(g).add_u64(h)
     }
 
-    /// The ports as the word that they are in a packet, as it is in memory.
+    /// Returns both ports as the first word of the transport header, in its memory order.
     #[inline(always)]
     #[must_use]
     pub const fn ports(&self) -> u32 {
@@ -61,7 +62,7 @@ impl Tuple {
         u32::from_ne_bytes([a, b, c, d])
     }
 
-    /// How the sum of the ports changes.
+    /// Returns the change of the sum of the ports from this tuple to `new`.
     #[inline(always)]
     #[must_use]
     pub const fn ports_to(&self, new: &Self) -> Sum {
