@@ -1,4 +1,4 @@
-//! The decision about a new connection or flow: which lookups are made in which order, and what each result means.
+//! The decision about a new connection or flow: the lookups, their order, and the meaning of each result.
 //!
 //! The kernel programs and `explain` both call these functions, each with its own [`Services`]. The choice of the
 //! backend, which needs a random number and the affinity of the client, follows in the caller.
@@ -111,9 +111,10 @@ pub fn admit_socket<T: Services>(tables: &T, frontend: Frontend) -> Result<Optio
 /// Looks up the frontend of a packet that belongs to no flow. Returns `None` if lb does not translate the packet.
 ///
 /// At egress, only the packets of sockets of this machine are translated. Any other packet has passed an ingress hook
-/// untranslated, and its route may lead back to where it came from.
+/// untranslated, and its route may lead back to the device that it arrived at.
 ///
 /// # Errors
+/// Returns:
 /// - [`DropReason::Untranslated`] for a packet of no socket that is about to leave for a service address.
 /// - [`DropReason::NoSuchPort`] for a port that a service address does not have.
 /// - [`DropReason::Vlan`] for a packet with a VLAN tag to a frontend.
@@ -146,7 +147,8 @@ pub fn packet_frontend(
 /// socket of this machine, uses the whole cluster set for external addresses.
 ///
 /// # Errors
-/// - The errors of [`connect::set_for_packet`].
+/// Returns:
+/// - the errors of [`connect::set_for_packet`].
 /// - [`DropReason::BadServiceIndex`] if SERVICES does not have the index of the frontend.
 /// - [`DropReason::SourceNotAllowed`] if the client is in none of the source ranges of a load-balancer address.
 #[inline(always)]

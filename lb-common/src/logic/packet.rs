@@ -82,7 +82,8 @@ impl Packet {
 }
 
 /// A packet that is passed on without translation. `None`: the packet cannot be for a Service, since it is neither TCP nor
-/// UDP over IP. With a reason, which is counted: it could be, but lb does not translate such packets.
+/// UDP over IP. `Some`: the packet could be for a Service, but lb does not translate such packets; the caller counts the
+/// reason.
 pub type Foreign = Option<DropReason>;
 
 /// Parses the headers of a packet. `link`: length of the link-layer header, [`ETHERNET`] or zero.

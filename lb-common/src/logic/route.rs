@@ -25,7 +25,7 @@ impl Destination {
         }
     }
 
-    /// Returns the key of a node port, which is the same for every address of a family.
+    /// Returns the key of a node port. All addresses of a family share the key.
     #[inline(always)]
     const fn node_port(self) -> Self {
         Self {
@@ -53,7 +53,7 @@ pub trait Tables {
 ///   on this node's addresses.
 ///
 /// # Errors
-/// [`DropReason::NoSuchPort`] for a port that a service address does not have.
+/// Returns [`DropReason::NoSuchPort`] for a port that a service address does not have.
 #[inline(always)]
 pub fn frontend(tables: &impl Tables, to: Destination) -> Result<Option<Frontend>, DropReason> {
     let addr = to.addr.or_loopback();
@@ -89,7 +89,7 @@ pub fn frontend(tables: &impl Tables, to: Destination) -> Result<Option<Frontend
 /// here.
 ///
 /// # Errors
-/// [`DropReason::NoSuchPort`] for a port that a service address does not have.
+/// Returns [`DropReason::NoSuchPort`] for a port that a service address does not have.
 #[inline(always)]
 pub fn packet_frontend(tables: &impl Tables, to: Destination) -> Result<Option<Frontend>, DropReason> {
     // The key of a node port has the zero address, which must not be reachable as a destination.

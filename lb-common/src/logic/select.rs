@@ -2,8 +2,9 @@
 
 /// Maps a random 32-bit number evenly to `0..len`. Returns zero if `len` is zero.
 ///
-/// Multiplication instead of `%`: the verifier keeps the bound, and no division is paid for. The result is biased by
-/// at most `len / 2^32` (Lemire, "Fast Random Integer Generation in an Interval", 2019).
+/// The function multiplies instead of using `%`: the verifier keeps the bound, and a multiplication costs less than a
+/// division. The result is biased by at most `len / 2^32` (Lemire, "Fast Random Integer Generation in an Interval",
+/// 2019).
 #[inline(always)]
 #[must_use]
 pub const fn pick(random: u32, len: u16) -> u32 {
