@@ -146,7 +146,11 @@ fn a_device_that_is_replaced_is_found_by_every_lookup() -> Result<()> {
     for (index, device) in &wanted {
         let value = devices.get(&index.to_ne_bytes(), 0)?;
         let is: Device = zerocopy::transmute!(value);
-        assert!(is.sequence > 0 && is.sequence % 2 == 0, "{index}: {}", is.sequence);
+        assert!(
+            is.sequence > 0 && is.sequence.is_multiple_of(2),
+            "{index}: {}",
+            is.sequence
+        );
         assert_eq!((is.v4.as_bytes(), is.v6), (device.v4.as_bytes(), device.v6));
     }
     Ok(())

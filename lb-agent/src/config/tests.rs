@@ -304,7 +304,7 @@ fn errors_name_line_and_key() {
         ("conntrack:\n  udpTimeout: -3s", ["line 4: ", "\"-3s\" is negative"]),
         (
             "conntrack:\n  udpTimeout: soon",
-            ["line 4: ", "\"soon\" is no duration"],
+            ["line 4: ", "\"soon\" is not a duration"],
         ),
         ("conntrack: {min: -1}", ["line 3: conntrack.min: ", ""]),
         ("mode: a\nmode: b", ["line 4: ", "mode"]),

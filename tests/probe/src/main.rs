@@ -1,7 +1,7 @@
 //! Looks frontends up as lb's programs do, and checks every step. Tests run the program a million times per second by
 //! `BPF_PROG_TEST_RUN` while the maps change. It is not part of lb-agent, and `lb_probe` is never attached.
-#![no_std]
-#![no_main]
+#![cfg_attr(target_arch = "bpf", no_std)]
+#![cfg_attr(target_arch = "bpf", no_main)]
 #![expect(
     clippy::needless_pass_by_value,
     reason = "the macros of entry points pass the context by value"
@@ -200,7 +200,7 @@ fn linger() {
 }
 
 /// Required by `no_std`. A kernel program cannot panic: the verifier rejects an object with a remaining panic path.
-#[cfg(not(test))]
+#[cfg(target_arch = "bpf")]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
@@ -210,3 +210,7 @@ fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+/// Other targets only check this crate, with the standard library: a dependency may enable that there.
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}
