@@ -693,7 +693,7 @@ fn explain_distinguishes_pod_node_and_outside_clients() -> Result<()> {
     let outside = Client::new(setup.cluster.client())?;
     let answer = compare(&setup, &maps, &outside, Protocol::Tcp, to)?;
     assert_eq!(answer["client"]["below_cgroup"], false);
-    assert!(why(&answer).contains("not below the cgroup"), "{answer:#}");
+    assert!(why(&answer).contains("not below the served cgroup"), "{answer:#}");
 
     let from = |from: &str| -> Result<Value> { setup.agent.json(&["explain", "--from", from, "--to", "10.96.1.1:80"]) };
     // An outside client sends packets. At a cluster IP it may reach any endpoint.
