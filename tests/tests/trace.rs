@@ -163,7 +163,7 @@ fn trace_shows_connects_and_refusals() -> Result<()> {
 
     // Only one tracer can run at a time.
     let second = setup.agent.output(&["trace", "--count", "1"]);
-    assert!(second.is_err_and(|error| error.to_string().contains("one can at a time")));
+    assert!(second.is_err_and(|error| error.to_string().contains("only one can run at a time")));
 
     assert_ne!(setup.enabled_events()?, 0);
     assert!(tracer.stop(scaled_timeout(PATIENCE))?.success());
