@@ -49,14 +49,16 @@ pub use udp_dest::{DESTS_PER_SOCKET, UdpDest, UdpDests, bpf_spin_lock};
 
 /// IANA numbers of the protocols that Services have, and of ICMP.
 pub mod ip_protocol {
+    use network_types::ip::IpProto;
+
     /// Internet Control Message Protocol.
-    pub const ICMP: u8 = 1;
+    pub const ICMP: u8 = IpProto::Icmp as u8;
     /// Transmission Control Protocol.
-    pub const TCP: u8 = 6;
+    pub const TCP: u8 = IpProto::Tcp as u8;
     /// User Datagram Protocol.
-    pub const UDP: u8 = 17;
+    pub const UDP: u8 = IpProto::Udp as u8;
     /// Internet Control Message Protocol for IPv6.
-    pub const ICMPV6: u8 = 58;
+    pub const ICMPV6: u8 = IpProto::Ipv6Icmp as u8;
     /// Stream Control Transmission Protocol.
-    pub const SCTP: u8 = 132;
+    pub const SCTP: u8 = IpProto::Sctp as u8;
 }
