@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use lb_agent::loader::{self, EbpfLog, Lock, OBJECT, PinPath, SocketLb};
+use lb_agent::node::devices::Layer;
 use lb_core::maps::Capacities;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{Cluster, Connect, Pod, Process, RunningAgent, Testbed, scaled_timeout};
@@ -119,7 +120,8 @@ fn debug_logs_every_packet_of_a_flow() -> Result<()> {
     let setup = setup(&["--ebpf-log", "debug", "--socket-lb", "node"])?;
     setup.connect()?;
     let backend = setup.pod.socket(8080);
-    let reply = format!("egress TCP {backend} >");
+    // Both pods are behind one bridge, which the request leaves with a source of the node: the reply comes in by it.
+    let reply = format!("ingress TCP {backend} >");
     let translated = format!("> {backend}");
     setup.lines(&[
         "new flow",
@@ -139,7 +141,8 @@ fn log_lines_are_removed_by_the_verifier_by_default() -> Result<()> {
     let verified = |log| -> Result<u32> {
         let pins = PinPath::new(cluster.pin_path("n1"));
         let lock = Lock::take(&pins)?;
-        let maps = loader::load_logging(OBJECT, &lock, &Capacities::default(), SocketLb::All, log)?;
+        let mut maps = loader::load_logging(OBJECT, &lock, &Capacities::default(), SocketLb::All, log)?;
+        loader::load_programs(maps.programs_mut(), Layer::Network)?;
         let total = loader::verified(maps.programs())?
             .iter()
             .filter_map(|p| p.verified)
