@@ -93,7 +93,7 @@ pub fn slice(service: &str, port: Port<'_>, endpoints: &[(IpAddr, &str)]) -> Str
     slice_with_conditions(service, port, &endpoints)
 }
 
-/// Returns an EndpointSlice like [`slice`]; the third part of an endpoint is the content of its `conditions`.
+/// Returns an EndpointSlice like [`slice()`]; the third part of an endpoint is the content of its `conditions`.
 #[must_use]
 pub fn slice_with_conditions(service: &str, port: Port<'_>, endpoints: &[(IpAddr, &str, &str)]) -> String {
     let Port {

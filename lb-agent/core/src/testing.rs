@@ -29,7 +29,7 @@ pub const ROOM: Capacities = Capacities::uniform(64)
     .with(SizedMap::Frontends, 32)
     .with(SizedMap::BackendSlots, 128);
 
-/// Service `default/NAME` at `ip`, with one port 80 without a name until [`Builder::port`] gives others.
+/// Service `default/NAME` at `ip`, with one port 80 without a name until [`Builder::ports`] sets others.
 pub fn service(name: &str, ip: &str) -> Service {
     Service {
         cluster_ips: Box::new([ip.parse().unwrap()]),

@@ -61,8 +61,7 @@ impl Source {
     /// Follows the API server. Must be called in a Tokio runtime.
     ///
     /// # Errors
-    /// Returns [`ConnectError`](connect::ConnectError) if the settings cannot be used. An unreachable server is no
-    /// error.
+    /// Returns [`ConnectError`] if the settings cannot be used. An unreachable server is no error.
     pub async fn kubernetes(settings: &Settings) -> Result<Self, ConnectError> {
         let connection = connect(settings).await?;
         let servers: Vec<_> = connection.servers.iter().map(ToString::to_string).collect();

@@ -84,7 +84,7 @@ impl CtEntryWords {
         Set::from_u8(self.set)
     }
 
-    /// Returns whether any of these [`ct_flags`] is set.
+    /// Returns whether any of these `ct_flags` is set.
     #[inline(always)]
     #[must_use]
     pub const fn has(&self, flags: u16) -> bool {

@@ -1,4 +1,4 @@
-//! The trait through which the writer accesses the maps. `lb-agent` implements it for the kernel, and [`fake`] in
+//! The trait through which the writer accesses the maps. `lb-agent` implements it for the kernel, and `fake` in
 //! memory, with checks of the rules of the update protocol.
 
 mod capacities;
