@@ -259,7 +259,11 @@ fn frontends(
     let marks = all.iter().map(|(key, kind)| {
         let mark = match kind {
             FrontendKind::ClusterIp => FrontendKind::Address,
-            _ => FrontendKind::ExternalAddress,
+            FrontendKind::NodePort
+            | FrontendKind::ExternalIp
+            | FrontendKind::LoadBalancer
+            | FrontendKind::Address
+            | FrontendKind::ExternalAddress => FrontendKind::ExternalAddress,
         };
         (FrontendKey::address_mark(key.addr), mark)
     });

@@ -250,7 +250,9 @@ impl<'a> Check<'a> {
         let field = format!("{}[{id}].{field}", map_name::BACKENDS);
         self.drift(
             field,
-            format!("is not that of {addr}:{port} of service index {index}, which the rest of it says"),
+            format!(
+                "is not the value of {addr}:{port} of service index {index}, to which the rest of the entry belongs"
+            ),
         );
         Some(id)
     }

@@ -43,4 +43,4 @@ macro_rules! abi_enum {
     };
 }
 
-pub(super) use abi_enum;
+pub(crate) use abi_enum;

@@ -11,7 +11,7 @@ mod config;
 mod ct;
 mod device;
 mod drop_reason;
-mod enums;
+pub(crate) mod enums;
 mod event;
 mod frontend;
 pub mod layout;

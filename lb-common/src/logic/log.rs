@@ -4,98 +4,47 @@
 //! its table, as in `reason#16`, and addresses in IPv6 notation. The agent replaces both by text for operators.
 
 use crate::abi::DropReason;
+use crate::abi::enums::abi_enum;
 
-/// The hook that a line is from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Hook {
-    /// `cgroup/connect4`.
-    Connect4,
-    /// `cgroup/connect6`.
-    Connect6,
-    /// `cgroup/sendmsg4`.
-    Sendmsg4,
-    /// `cgroup/sendmsg6`.
-    Sendmsg6,
-    /// `cgroup/recvmsg4`.
-    Recvmsg4,
-    /// `cgroup/recvmsg6`.
-    Recvmsg6,
-    /// `cgroup/getpeername4`.
-    Getpeername4,
-    /// `cgroup/getpeername6`.
-    Getpeername6,
-    /// `cgroup/post_bind4`.
-    PostBind4,
-    /// `cgroup/post_bind6`.
-    PostBind6,
-    /// tc ingress.
-    Ingress,
-    /// tc egress.
-    Egress,
-}
-
-impl Hook {
-    /// All hooks, in the order of their numbers.
-    pub const ALL: &[Self] = &[
-        Self::Connect4,
-        Self::Connect6,
-        Self::Sendmsg4,
-        Self::Sendmsg6,
-        Self::Recvmsg4,
-        Self::Recvmsg6,
-        Self::Getpeername4,
-        Self::Getpeername6,
-        Self::PostBind4,
-        Self::PostBind6,
-        Self::Ingress,
-        Self::Egress,
-    ];
-
-    /// Returns the name of the hook.
-    #[must_use]
-    pub const fn label(self) -> &'static str {
-        match self {
-            Self::Connect4 => "connect4",
-            Self::Connect6 => "connect6",
-            Self::Sendmsg4 => "sendmsg4",
-            Self::Sendmsg6 => "sendmsg6",
-            Self::Recvmsg4 => "recvmsg4",
-            Self::Recvmsg6 => "recvmsg6",
-            Self::Getpeername4 => "getpeername4",
-            Self::Getpeername6 => "getpeername6",
-            Self::PostBind4 => "post_bind4",
-            Self::PostBind6 => "post_bind6",
-            Self::Ingress => "ingress",
-            Self::Egress => "egress",
-        }
+abi_enum! {
+    /// The hook that a line is from.
+    pub enum Hook: u32, from_u32 {
+        /// `cgroup/connect4`.
+        Connect4 = 0, "connect4";
+        /// `cgroup/connect6`.
+        Connect6 = 1, "connect6";
+        /// `cgroup/sendmsg4`.
+        Sendmsg4 = 2, "sendmsg4";
+        /// `cgroup/sendmsg6`.
+        Sendmsg6 = 3, "sendmsg6";
+        /// `cgroup/recvmsg4`.
+        Recvmsg4 = 4, "recvmsg4";
+        /// `cgroup/recvmsg6`.
+        Recvmsg6 = 5, "recvmsg6";
+        /// `cgroup/getpeername4`.
+        Getpeername4 = 6, "getpeername4";
+        /// `cgroup/getpeername6`.
+        Getpeername6 = 7, "getpeername6";
+        /// `cgroup/post_bind4`.
+        PostBind4 = 8, "post_bind4";
+        /// `cgroup/post_bind6`.
+        PostBind6 = 9, "post_bind6";
+        /// tc ingress.
+        Ingress = 10, "ingress";
+        /// tc egress.
+        Egress = 11, "egress";
     }
 }
 
-/// The decision about a packet that is translated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Decision {
-    /// The packet started a flow.
-    NewFlow,
-    /// The packet belongs to a flow, in the original direction.
-    Request,
-    /// The packet belongs to a flow, in the reply direction.
-    Reply,
-}
-
-impl Decision {
-    /// All decisions, in the order of their numbers.
-    pub const ALL: &[Self] = &[Self::NewFlow, Self::Request, Self::Reply];
-
-    /// Returns the words of the decision.
-    #[must_use]
-    pub const fn label(self) -> &'static str {
-        match self {
-            Self::NewFlow => "new flow",
-            Self::Request => "request",
-            Self::Reply => "reply",
-        }
+abi_enum! {
+    /// The decision about a packet that is translated.
+    pub enum Decision: u32, from_u32 {
+        /// The packet started a flow.
+        NewFlow = 0, "new flow";
+        /// The packet belongs to a flow, in the original direction.
+        Request = 1, "request";
+        /// The packet belongs to a flow, in the reply direction.
+        Reply = 2, "reply";
     }
 }
 
@@ -103,8 +52,8 @@ impl Decision {
 #[must_use]
 pub fn text(table: &str, number: u32) -> Option<&'static str> {
     match table {
-        "hook" => Hook::ALL.get(number as usize).map(|hook| hook.label()),
-        "decision" => Decision::ALL.get(number as usize).map(|decision| decision.label()),
+        "hook" => Hook::from_u32(number).map(Hook::label),
+        "decision" => Decision::from_u32(number).map(Decision::label),
         "reason" => DropReason::from_u32(number).map(DropReason::label),
         _ => None,
     }
