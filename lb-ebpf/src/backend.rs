@@ -16,7 +16,7 @@ use lb_common::logic::{affinity, generation, idle};
 
 use crate::atomic::Shared;
 use crate::maps::{AFFINITY, BACKEND_SLOTS, BACKENDS, SERVICES};
-use crate::volatile;
+use crate::volatile::{self, read_once};
 
 /// A selected backend, as values in registers.
 #[derive(Clone, Copy)]
@@ -51,7 +51,7 @@ impl ServiceRef {
     pub(crate) fn of(index: u32) -> Option<Self> {
         let at = SERVICES.get_ptr(index)?;
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
-        let flags = unsafe { ptr::read_volatile(&raw const (*at).flags) };
+        let flags = unsafe { read_once!((*at).flags) };
         Some(Self { at, flags })
     }
 }
@@ -69,7 +69,7 @@ pub(crate) struct Serving {
 pub(crate) fn is_current(backend: BackendRef) -> bool {
     BACKENDS.get_ptr(backend.id).is_some_and(|entry| {
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
-        let current = unsafe { (&raw const (*entry).generation).read_volatile() };
+        let current = unsafe { read_once!((*entry).generation) };
         generation::is_current(current, backend.generation)
     })
 }
@@ -117,7 +117,7 @@ impl Serving {
         let slot = BACKEND_SLOTS.get(slot).ok_or(DropReason::BadSlot)?;
         Ok(Choice {
             // SAFETY: the reference is to a value of the map, and a published slot is not changed.
-            addr: unsafe { volatile::load(&raw const slot.addr) },
+            addr: unsafe { volatile::load_addr(&raw const slot.addr) },
             port: slot.port,
             id: slot.backend,
             flags: slot.flags,
@@ -149,9 +149,9 @@ impl Serving {
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
         let state = unsafe {
             BackendState {
-                generation: (&raw const (*entry).generation).read_volatile(),
-                service: (&raw const (*entry).service).read_volatile(),
-                flags: (&raw const (*entry).flags).read_volatile(),
+                generation: read_once!((*entry).generation),
+                service: read_once!((*entry).service),
+                flags: read_once!((*entry).flags),
             }
         };
         if !state.serves(id, self.index, self.set) {
@@ -159,9 +159,9 @@ impl Serving {
         }
         Some(Choice {
             // SAFETY: the pointer is to a value of the map, and addresses in map values are aligned to 8 bytes.
-            addr: unsafe { volatile::load(&raw const (*entry).addr) },
+            addr: unsafe { volatile::load_addr(&raw const (*entry).addr) },
             // SAFETY: the pointer is to a value of the map, and the field is aligned.
-            port: unsafe { (&raw const (*entry).port).read_volatile() },
+            port: unsafe { read_once!((*entry).port) },
             id,
             flags: state.flags,
         })
@@ -174,7 +174,7 @@ impl Serving {
         // SAFETY: the helper has no arguments.
         let now = unsafe { bpf_ktime_get_coarse_ns() };
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
-        let timeout = unsafe { ptr::read_volatile(&raw const (*self.service.at).affinity_timeout) };
+        let timeout = unsafe { read_once!((*self.service.at).affinity_timeout) };
         let key = client.of(self.index);
         let Some(entry) = AFFINITY.get_ptr_mut(key.as_key()) else {
             let new = self.any()?;

@@ -1,7 +1,6 @@
 //! Counters and events.
 
 use core::ffi::c_void;
-use core::ptr;
 
 use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, generated::bpf_get_netns_cookie, generated::bpf_get_socket_cookie,
@@ -14,7 +13,7 @@ use lb_common::logic::route::Destination;
 
 use crate::backend::Choice;
 use crate::maps::{CONFIG, DROPS, EVENTS, STATS};
-use crate::volatile;
+use crate::volatile::{self, read_once};
 
 /// Increments the counter of a reason.
 #[inline(always)]
@@ -134,7 +133,7 @@ fn is_asked_for(kind: EventKind) -> bool {
     CONFIG.get_ptr(0).is_some_and(|config| {
         // SAFETY: the pointer is to a value of the map, which has the size and alignment of its type; the agent may
         // store to it at any time.
-        let events = unsafe { ptr::read_volatile(&raw const (*config).events) };
+        let events = unsafe { read_once!((*config).events) };
         events & kind.bit() != 0
     })
 }
@@ -150,9 +149,9 @@ fn write(whose: &Whose, what: &TraceEvent) {
         (&raw mut (*at).time).write(bpf_ktime_get_coarse_ns());
         (&raw mut (*at).cookie).write(whose.cookie);
         (&raw mut (*at).netns).write(whose.netns);
-        volatile::store(&raw mut (*at).client, whose.client.0);
-        volatile::store(&raw mut (*at).addr, what.to.addr);
-        volatile::store(&raw mut (*at).backend_addr, what.backend_addr);
+        volatile::store_addr(&raw mut (*at).client, whose.client.0);
+        volatile::store_addr(&raw mut (*at).addr, what.to.addr);
+        volatile::store_addr(&raw mut (*at).backend_addr, what.backend_addr);
         (&raw mut (*at).port).write(what.to.port);
         (&raw mut (*at).backend_port).write(what.backend_port);
         (&raw mut (*at).proto).write(what.to.proto);

@@ -10,7 +10,7 @@ use lb_common::logic::tcp_state;
 
 use crate::maps::{CT, CT_NEW};
 use crate::packet_ctx::{CtxRef, PacketCtx, outcome, steps};
-use crate::volatile;
+use crate::volatile::{self, read_once, write_once};
 
 outcome! {
     /// The insertion of a direction of a flow.
@@ -72,7 +72,7 @@ impl CtLookup {
     #[inline(always)]
     pub(crate) fn state(&self) -> u8 {
         // SAFETY: the pointer is to a value of the map, and a `u8` needs no alignment.
-        unsafe { (&raw const (*self.at).state).read_volatile() }
+        unsafe { read_once!((*self.at).state) }
     }
 
     /// Records a packet: its time, at most once a second, and the TCP flags of a segment.
@@ -81,13 +81,13 @@ impl CtLookup {
         let now = now();
         // SAFETY: the pointer is to a value of the map. Programs on other CPUs write the same values, or slightly older ones.
         unsafe {
-            if idle::is_to_refresh((&raw const (*self.at).seen).read_volatile(), now) {
-                (&raw mut (*self.at).seen).write_volatile(now);
+            if idle::is_to_refresh(read_once!((*self.at).seen), now) {
+                write_once!((*self.at).seen, now);
             }
             let state = self.state();
             let after = if is_tcp { tcp_state::after(state, flags) } else { state };
             if after != state {
-                (&raw mut (*self.at).state).write_volatile(after);
+                write_once!((*self.at).state, after);
             }
         }
     }
@@ -177,7 +177,7 @@ fn establish(mut ctx: CtxRef) -> Result<(), DropReason> {
     let mut reversed = entry.reversed(key);
     if let Some(at) = CT_NEW.get_ptr(reverse_key.as_key()) {
         // SAFETY: the pointer is to a value of the map, and a `u8` needs no alignment.
-        reversed.state = unsafe { (&raw const (*at).state).read_volatile() };
+        reversed.state = unsafe { read_once!((*at).state) };
     }
     // A program that finds one direction in CT must find the opposite one there.
     if !keep(&reverse_key, &reversed) || !keep(key, entry) {

@@ -9,7 +9,7 @@ use lb_common::logic::ip128::Ip128;
 
 use crate::atomic::Shared;
 use crate::maps::DEVICES;
-use crate::volatile;
+use crate::volatile::{self, read_once, write_once};
 
 /// Number of times that a reader tries to read an IPv6 address that is being changed. The writer needs some nanoseconds,
 /// unless an interrupt comes in between; the packet of a reader that gives up is dropped, and the client retransmits it.
@@ -20,7 +20,7 @@ const TRIES: usize = 4;
 pub(crate) fn is_bridge(index: u32) -> bool {
     DEVICES.get_ptr(index).is_some_and(|device| {
         // SAFETY: the pointer is to a value of the map; `lb_device_swap` may store to it at any time.
-        let flags = unsafe { (&raw const (*device).flags).read_volatile() };
+        let flags = unsafe { read_once!((*device).flags) };
         flags & device_flags::BRIDGE != 0
     })
 }
@@ -35,7 +35,7 @@ pub(crate) fn source_address(index: u32, client: Ip128) -> Result<Ip128, DropRea
     let addr = if client.is_v4() {
         // The first word is zero in every value, so the two loads cannot mix two addresses.
         // SAFETY: the pointer is to a value of the map, and addresses in map values are aligned to 8 bytes.
-        unsafe { volatile::load(&raw const (*device).v4) }
+        unsafe { volatile::load_addr(&raw const (*device).v4) }
     } else {
         v6(device).ok_or(DropReason::NoSourceAddress)?
     };
@@ -53,7 +53,7 @@ fn v6(device: *mut Device) -> Option<Ip128> {
     for _ in 0..TRIES {
         let before = sequence.fetch();
         // SAFETY: the pointer is to a value of the map, and addresses in map values are aligned to 8 bytes.
-        let addr = unsafe { volatile::load(&raw const (*device).v6) };
+        let addr = unsafe { volatile::load_addr(&raw const (*device).v6) };
         if before & 1 == 0 && sequence.fetch() == before {
             return Some(addr);
         }
@@ -73,9 +73,9 @@ pub(crate) unsafe fn replace(device: *mut Device, new: *const Device) {
         let sequence = Shared::new(&raw mut (*device).sequence);
         let stable = sequence.load() & !1;
         sequence.exchange(stable | 1);
-        volatile::store(&raw mut (*device).v4, new.v4.into());
-        volatile::store(&raw mut (*device).v6, new.v6.into());
-        (&raw mut (*device).flags).write_volatile(new.flags);
+        volatile::store_addr(&raw mut (*device).v4, new.v4.into());
+        volatile::store_addr(&raw mut (*device).v6, new.v6.into());
+        write_once!((*device).flags, new.flags);
         sequence.exchange(stable.wrapping_add(2));
     }
 }

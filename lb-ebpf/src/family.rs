@@ -1,11 +1,11 @@
 //! The difference between the hooks of IPv4 and IPv6: the fields of the context that hold the address.
 
-use core::ptr;
-
 use aya_ebpf::bindings::bpf_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::route::Destination;
+
+use crate::volatile::{read_once, write_once};
 
 /// The address fields of a hook's context.
 ///
@@ -26,14 +26,14 @@ impl Family for V4 {
     #[inline(always)]
     fn address(at: *const bpf_sock_addr) -> Ip128 {
         // SAFETY: the verifier checks loads from the context.
-        Ip128::from_v4(unsafe { ptr::read_volatile(&raw const (*at).user_ip4) })
+        Ip128::from_v4(unsafe { read_once!((*at).user_ip4) })
     }
 
     #[inline(always)]
     fn set_address(at: *mut bpf_sock_addr, addr: Ip128) -> bool {
         let Some(addr) = addr.to_v4() else { return false };
         // SAFETY: the verifier checks stores to the context.
-        unsafe { ptr::write_volatile(&raw mut (*at).user_ip4, addr) };
+        unsafe { write_once!((*at).user_ip4, addr) };
         true
     }
 }
@@ -68,7 +68,7 @@ impl Family for V6 {
 pub(crate) fn destination<F: Family>(ctx: &SockAddrContext) -> Destination {
     let at = ctx.sock_addr;
     // SAFETY: the verifier checks loads from the context.
-    let port = unsafe { ptr::read_volatile(&raw const (*at).user_port) };
+    let port = unsafe { read_once!((*at).user_port) };
     Destination {
         addr: F::address(at),
         port: u16::from_be(port as u16),
@@ -84,7 +84,7 @@ pub(crate) fn set_destination<F: Family>(ctx: &SockAddrContext, addr: Ip128, por
         return false;
     }
     // SAFETY: the verifier checks stores to the context.
-    unsafe { ptr::write_volatile(&raw mut (*at).user_port, u32::from(port.to_be())) };
+    unsafe { write_once!((*at).user_port, u32::from(port.to_be())) };
     true
 }
 
@@ -92,5 +92,5 @@ pub(crate) fn set_destination<F: Family>(ctx: &SockAddrContext, addr: Ip128, por
 #[inline(always)]
 pub(crate) fn protocol(ctx: &SockAddrContext) -> u32 {
     // SAFETY: the verifier checks loads from the context.
-    unsafe { ptr::read_volatile(&raw const (*ctx.sock_addr).protocol) }
+    unsafe { read_once!((*ctx.sock_addr).protocol) }
 }

@@ -7,6 +7,7 @@ use aya_ebpf::programs::{SockAddrContext, SockContext};
 use lb_common::abi::ip_protocol;
 
 use crate::family::protocol;
+use crate::volatile::read_once;
 
 /// IPPROTO_MPTCP.
 const MPTCP: u32 = 262;
@@ -18,7 +19,7 @@ pub(crate) fn of_subflow(ctx: &SockAddrContext) -> Option<u64> {
         return None;
     }
     // SAFETY: the verifier checks loads from the context.
-    let sk = unsafe { (&raw const (*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile() };
+    let sk = unsafe { read_once!((*ctx.sock_addr).__bindgen_anon_1.sk) };
     // SAFETY: the socket is that of the context.
     let mptcp = unsafe { bpf_skc_to_mptcp_sock(sk.cast()) };
     (!mptcp.is_null()).then_some(mptcp as u64)
@@ -28,7 +29,7 @@ pub(crate) fn of_subflow(ctx: &SockAddrContext) -> Option<u64> {
 #[inline(always)]
 pub(crate) fn of_peer(ctx: &SockAddrContext) -> Option<u64> {
     // SAFETY: the verifier checks loads from the context.
-    let sk = unsafe { (&raw const (*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile() };
+    let sk = unsafe { read_once!((*ctx.sock_addr).__bindgen_anon_1.sk) };
     (protocol(ctx) == MPTCP).then_some(sk as u64)
 }
 
@@ -36,6 +37,6 @@ pub(crate) fn of_peer(ctx: &SockAddrContext) -> Option<u64> {
 #[inline(always)]
 pub(crate) fn of_released(ctx: &SockContext) -> Option<u64> {
     // SAFETY: the verifier checks loads from the context.
-    let protocol = unsafe { (&raw const (*ctx.sock).protocol).read_volatile() };
+    let protocol = unsafe { read_once!((*ctx.sock).protocol) };
     (protocol == MPTCP).then_some(ctx.as_ptr() as u64)
 }

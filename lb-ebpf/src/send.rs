@@ -52,7 +52,7 @@ fn route(skb: Skb, mut ctx: CtxRef) -> Result<Route, DropReason> {
     let (proto, tos) = (ctx.packet.proto, ctx.packet.tos);
     let mut room = MaybeUninit::<bpf_fib_lookup>::uninit();
     // SAFETY: the kernel's structure has integers only, for which zero bytes are valid.
-    let params = unsafe { volatile::zero(&mut room) };
+    let params = unsafe { volatile::zeroed(&mut room) };
     params.ifindex = skb.ifindex();
     params.l4_protocol = proto;
     if let (Some(src), Some(dst)) = (translated.src.to_v4(), translated.dst.to_v4()) {

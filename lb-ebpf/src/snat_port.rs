@@ -14,7 +14,7 @@ use crate::ct::{self, Claim, Replace};
 use crate::maps::CONFIG;
 use crate::packet_ctx::{CtxRef, outcome, steps};
 use crate::skb::Skb;
-use crate::volatile;
+use crate::volatile::{self, read_once};
 
 /// Number of ports that are tried for a flow before it is refused.
 const PORTS_TRIED: u32 = 16;
@@ -42,12 +42,7 @@ steps! {
 pub(crate) fn claim(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
     let config = CONFIG.get_ptr(0).ok_or(DropReason::SnatPortsExhausted)?;
     // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
-    let (first, last) = unsafe {
-        (
-            (&raw const (*config).snat_first).read_volatile(),
-            (&raw const (*config).snat_last).read_volatile(),
-        )
-    };
+    let (first, last) = unsafe { (read_once!((*config).snat_first), read_once!((*config).snat_last)) };
     // The port of the client's last flow is tried first. A server that still has that connection (TIME_WAIT) accepts a
     // SYN as a new connection if its sequence number or its timestamp is later (RFC 1122, 4.2.2.13; RFC 6191). That
     // holds for a SYN from the client port of the last flow, but not always for a SYN of another client.
@@ -82,7 +77,7 @@ fn check_port(skb: Skb, ctx: CtxRef) -> Result<Port, DropReason> {
     let translated = ctx.entry.translated();
     let mut room = MaybeUninit::<bpf_sock_tuple>::uninit();
     // SAFETY: the kernel's structure has integers only, for which zero bytes are valid.
-    let tuple = unsafe { volatile::zero(&mut room) };
+    let tuple = unsafe { volatile::zeroed(&mut room) };
     // The tuple of the reply.
     let (sport, dport) = (translated.dst_port.to_be(), translated.src_port.to_be());
     let len = if let (Some(saddr), Some(daddr)) = (translated.dst.to_v4(), translated.src.to_v4()) {

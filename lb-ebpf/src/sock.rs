@@ -1,7 +1,5 @@
 //! Hooks on sockets: bind and release.
 
-use core::ptr;
-
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock;
@@ -12,6 +10,7 @@ use lb_common::logic::log::Hook;
 use lb_common::logic::route::{self, Destination, Tables as _};
 
 use crate::map_tables::MapTables;
+use crate::volatile::read_once;
 use crate::{count, log, mptcp, sockets, udp_dests};
 
 /// Verdicts of `cgroup_sock` programs.
@@ -22,7 +21,7 @@ const ALLOW: i32 = 1;
 #[cgroup_sock(post_bind4)]
 pub(crate) fn lb_post_bind4(ctx: SockContext) -> i32 {
     // SAFETY: the verifier checks loads from the context.
-    let addr = unsafe { ptr::read_volatile(&raw const (*ctx.sock).src_ip4) };
+    let addr = unsafe { read_once!((*ctx.sock).src_ip4) };
     post_bind(&ctx, Hook::PostBind4, Ip128::from_v4(addr))
 }
 
@@ -31,7 +30,7 @@ pub(crate) fn lb_post_bind4(ctx: SockContext) -> i32 {
 pub(crate) fn lb_post_bind6(ctx: SockContext) -> i32 {
     let word = |i: usize| {
         // SAFETY: the verifier checks loads from the context.
-        unsafe { ptr::read_volatile(&raw const (*ctx.sock).src_ip6[i]) }
+        unsafe { read_once!((*ctx.sock).src_ip6[i]) }
     };
     post_bind(
         &ctx,
@@ -43,12 +42,7 @@ pub(crate) fn lb_post_bind6(ctx: SockContext) -> i32 {
 #[inline(always)]
 fn post_bind(ctx: &SockContext, hook: Hook, addr: Ip128) -> i32 {
     // SAFETY: the verifier checks loads from the context.
-    let (port, proto) = unsafe {
-        (
-            ptr::read_volatile(&raw const (*ctx.sock).src_port),
-            ptr::read_volatile(&raw const (*ctx.sock).protocol),
-        )
-    };
+    let (port, proto) = unsafe { (read_once!((*ctx.sock).src_port), read_once!((*ctx.sock).protocol)) };
     let maps = MapTables { ctx: ctx.as_ptr() };
     let to = Destination {
         addr,
@@ -77,7 +71,7 @@ pub(crate) fn lb_sock_release(ctx: SockContext) -> i32 {
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     sockets::forget(cookie);
     // SAFETY: the verifier checks loads from the context.
-    let protocol = unsafe { ptr::read_volatile(&raw const (*ctx.sock).protocol) };
+    let protocol = unsafe { read_once!((*ctx.sock).protocol) };
     if protocol == u32::from(ip_protocol::UDP) {
         udp_dests::forget(cookie);
     }

@@ -11,7 +11,7 @@ use lb_common::logic::route::Destination;
 use crate::atomic::Shared;
 use crate::backend::Choice;
 use crate::maps::{SOCKETS, SOCKETS_MORE, sockets_mask};
-use crate::volatile;
+use crate::volatile::{self, write_once};
 
 /// A slot of SOCKETS.
 struct Slot(*mut SocketRecord);
@@ -76,16 +76,16 @@ impl Connected {
     unsafe fn fill(&self, at: *mut SocketRecord) {
         // SAFETY: the caller guarantees that `at` is valid for writes and aligned, so its fields are.
         unsafe {
-            (&raw mut (*at).netns).write_volatile(self.netns);
-            (&raw mut (*at).time).write_volatile(self.time);
-            volatile::store(&raw mut (*at).original_addr, self.original.addr);
-            volatile::store(&raw mut (*at).backend_addr, self.choice.addr);
-            (&raw mut (*at).original_port).write_volatile(self.original.port);
-            (&raw mut (*at).backend_port).write_volatile(self.choice.port);
+            write_once!((*at).netns, self.netns);
+            write_once!((*at).time, self.time);
+            volatile::store_addr(&raw mut (*at).original_addr, self.original.addr);
+            volatile::store_addr(&raw mut (*at).backend_addr, self.choice.addr);
+            write_once!((*at).original_port, self.original.port);
+            write_once!((*at).backend_port, self.choice.port);
             volatile::store_ref(&raw mut (*at).backend, self.choice.id);
-            (&raw mut (*at).service).write_volatile(self.service);
-            (&raw mut (*at).socket).write_volatile(self.cookie);
-            (&raw mut (*at).proto).write_volatile(self.original.proto);
+            write_once!((*at).service, self.service);
+            write_once!((*at).socket, self.cookie);
+            write_once!((*at).proto, self.original.proto);
         }
     }
 }
@@ -188,9 +188,9 @@ impl Record {
         let at = self.0;
         // SAFETY: the pointer is to a value of a map, and only calls of this socket write or delete its record.
         unsafe {
-            let backend = (volatile::load(&raw const (*at).backend_addr), (*at).backend_port);
+            let backend = (volatile::load_addr(&raw const (*at).backend_addr), (*at).backend_port);
             record::is_backend((peer.addr, peer.port), backend)
-                .then(|| (volatile::load(&raw const (*at).original_addr), (*at).original_port))
+                .then(|| (volatile::load_addr(&raw const (*at).original_addr), (*at).original_port))
         }
     }
 
@@ -200,7 +200,7 @@ impl Record {
         let at = self.0;
         // SAFETY: the pointer is to a value of a map, and only calls of this socket write or delete its record.
         unsafe {
-            let original = (volatile::load(&raw const (*at).original_addr), (*at).original_port);
+            let original = (volatile::load_addr(&raw const (*at).original_addr), (*at).original_port);
             record::is_backend((to.addr, to.port), original).then(|| (*at).backend)
         }
     }

@@ -12,7 +12,7 @@ use lb_common::logic::udp_dest;
 
 use crate::backend::Choice;
 use crate::maps::UDP_FLOWS;
-use crate::volatile;
+use crate::volatile::{self, read_once, write_once};
 
 static EMPTY: abi::UdpDests = abi::UdpDests {
     lock: Lock { val: 0 },
@@ -105,7 +105,7 @@ impl UdpDests {
         let mut known = false;
         for flow in locked.flows() {
             // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
-            let (mine, asked) = unsafe { (is_to(flow, to), (&raw const (*flow).asked).read_volatile()) };
+            let (mine, asked) = unsafe { (is_to(flow, to), read_once!((*flow).asked)) };
             if mine {
                 place = flow;
                 known = true;
@@ -127,16 +127,16 @@ impl UdpDests {
                     };
                 }
             }
-            let replaced = !known && (&raw const (*place).vip_port).read_volatile() != 0;
-            volatile::store(&raw mut (*place).vip, to.addr);
-            volatile::store(&raw mut (*place).backend_addr, new.addr);
-            (&raw mut (*place).vip_port).write_volatile(to.port);
-            (&raw mut (*place).backend_port).write_volatile(new.port);
+            let replaced = !known && read_once!((*place).vip_port) != 0;
+            volatile::store_addr(&raw mut (*place).vip, to.addr);
+            volatile::store_addr(&raw mut (*place).backend_addr, new.addr);
+            write_once!((*place).vip_port, to.port);
+            write_once!((*place).backend_port, new.port);
             volatile::store_ref(&raw mut (*place).backend, new.id);
-            (&raw mut (*place).service).write_volatile(service);
-            (&raw mut (*place).asked).write_volatile(now);
-            (&raw mut (*place).unanswered).write_volatile(1);
-            (&raw mut (*self.0).netns).write_volatile(netns);
+            write_once!((*place).service, service);
+            write_once!((*place).asked, now);
+            write_once!((*place).unanswered, 1);
+            write_once!((*self.0).netns, netns);
             Claimed { choice: new, replaced }
         }
     }
@@ -150,10 +150,10 @@ impl UdpDests {
         for flow in locked.flows() {
             // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
             unsafe {
-                let port = (&raw const (*flow).backend_port).read_volatile();
-                if port == source.port && volatile::load(&raw const (*flow).backend_addr).same(source.addr) {
-                    let asked = (&raw const (*flow).asked).read_volatile();
-                    let unanswered = (&raw const (*flow).unanswered).read_volatile();
+                let port = read_once!((*flow).backend_port);
+                if port == source.port && volatile::load_addr(&raw const (*flow).backend_addr).same(source.addr) {
+                    let asked = read_once!((*flow).asked);
+                    let unanswered = read_once!((*flow).unanswered);
                     let claim = udp_dest::claim(asked, unanswered, now);
                     if claim >= best_claim {
                         best_claim = claim;
@@ -165,15 +165,15 @@ impl UdpDests {
         let flow = best?;
         // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
         unsafe {
-            let unanswered = (&raw const (*flow).unanswered).read_volatile();
-            (&raw mut (*flow).unanswered).write_volatile(unanswered.saturating_sub(1));
+            let unanswered = read_once!((*flow).unanswered);
+            write_once!((*flow).unanswered, unanswered.saturating_sub(1));
             if unanswered > 1 {
                 // More replies are expected. With the later time, the requests to other destinations come first.
-                (&raw mut (*flow).asked).write_volatile(now);
+                write_once!((*flow).asked, now);
             }
             Some((
-                volatile::load(&raw const (*flow).vip),
-                (&raw const (*flow).vip_port).read_volatile(),
+                volatile::load_addr(&raw const (*flow).vip),
+                read_once!((*flow).vip_port),
             ))
         }
     }
@@ -217,9 +217,7 @@ impl Drop for Locked<'_> {
 #[inline(always)]
 unsafe fn is_to(at: *const UdpDest, to: Destination) -> bool {
     // SAFETY: the caller guarantees that `at` points to a destination of a locked value.
-    unsafe {
-        (&raw const (*at).vip_port).read_volatile() == to.port && volatile::load(&raw const (*at).vip).same(to.addr)
-    }
+    unsafe { read_once!((*at).vip_port) == to.port && volatile::load_addr(&raw const (*at).vip).same(to.addr) }
 }
 
 /// Returns the backend of a destination.
@@ -231,8 +229,8 @@ unsafe fn choice(at: *const UdpDest) -> Choice {
     // SAFETY: the caller guarantees that `at` points to a destination of a locked value.
     unsafe {
         Choice {
-            addr: volatile::load(&raw const (*at).backend_addr),
-            port: (&raw const (*at).backend_port).read_volatile(),
+            addr: volatile::load_addr(&raw const (*at).backend_addr),
+            port: read_once!((*at).backend_port),
             id: volatile::load_ref(&raw const (*at).backend),
             // The entry does not contain the flags, and the socket hooks do not use them.
             flags: 0,
@@ -248,12 +246,12 @@ unsafe fn choice(at: *const UdpDest) -> Choice {
 unsafe fn note_question(at: *mut UdpDest, now: u64) {
     // SAFETY: the caller guarantees that `at` points to a destination of a locked value.
     unsafe {
-        let before = (&raw const (*at).asked).read_volatile();
-        let unanswered = (&raw const (*at).unanswered).read_volatile();
+        let before = read_once!((*at).asked);
+        let unanswered = read_once!((*at).unanswered);
         if unanswered == 0 || now.saturating_sub(before) >= udp_dest::PATIENCE {
-            (&raw mut (*at).asked).write_volatile(now);
+            write_once!((*at).asked, now);
         }
-        (&raw mut (*at).unanswered).write_volatile(udp_dest::asked(unanswered, before, now));
+        write_once!((*at).unanswered, udp_dest::asked(unanswered, before, now));
     }
 }
 
