@@ -19,6 +19,7 @@ mod log;
 mod map_tables;
 mod maps;
 mod mptcp;
+mod next_hop;
 mod packet_ctx;
 mod reject;
 mod send;
@@ -28,6 +29,7 @@ mod sock;
 mod sock_addr;
 mod sockets;
 mod tc;
+mod trace;
 mod udp_dests;
 mod volatile;
 

@@ -7,8 +7,6 @@ use aya_ebpf::macros::btf_map;
 use lb_common::abi::*;
 use lb_common::map_table;
 
-use crate::packet_ctx::PacketCtx;
-
 /// Type of the static of a map.
 macro_rules! btf_map_type {
     (Array<$key:ty, $value:ty>, $name:ident) => { Array<$value, { entries!($name) }, { flags!($name) }> };
@@ -49,10 +47,6 @@ macro_rules! statics {
 }
 
 map_table!(statics);
-
-/// Scratch of the packet path: one record on each CPU. It is not pinned, and not part of the registry.
-#[btf_map]
-pub(crate) static SCRATCH: PerCpuArray<PacketCtx, 1> = PerCpuArray::new();
 
 /// Number of slots in SOCKETS, minus one. Set by the loader before the programs are loaded.
 #[unsafe(no_mangle)]

@@ -9,14 +9,19 @@ use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
+use aya_ebpf::btf_maps::PerCpuArray;
+use aya_ebpf::macros::btf_map;
 use lb_common::abi::{CtEntryWords, CtKeyWords, DropReason, Frontend, RejectWith, Set};
 use lb_common::logic::packet::Packet;
 use lb_common::logic::route::Destination;
 use lb_common::logic::translation::Tuple;
 
 use crate::backend::Choice;
-use crate::maps::SCRATCH;
-use crate::send::NextHop;
+use crate::next_hop::NextHop;
+
+/// Scratch of the packet path: one record on each CPU. It is not pinned, and not part of the registry of maps.
+#[btf_map]
+static SCRATCH: PerCpuArray<PacketCtx, 1> = PerCpuArray::new();
 
 /// A packet and the results of the steps so far: the value of SCRATCH.
 pub(crate) struct PacketCtx {

@@ -1,13 +1,12 @@
-//! Route lookup, rewriting of packets, and forwarding without the stack.
+//! Route lookup of the translated packet, and its translation.
 
 use core::mem::{MaybeUninit, offset_of};
-use core::ptr;
 
 use aya_ebpf::bindings::{
     BPF_F_INGRESS, BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
-    BPF_FIB_LKUP_RET_SUCCESS, bpf_check_mtu_flags, bpf_check_mtu_ret, bpf_fib_lookup, bpf_redir_neigh,
+    BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup,
 };
-use aya_ebpf::helpers::generated::{bpf_check_mtu, bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_redirect_neigh};
+use aya_ebpf::helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_redirect};
 use lb_common::abi::{DropReason, ip_protocol};
 use lb_common::logic::packet::Packet;
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
@@ -21,18 +20,12 @@ use crate::volatile;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
-/// The next hop on the route to an address.
-pub(crate) struct NextHop {
-    device: u32,
-    neighbour: bpf_redir_neigh,
-}
-
 outcome! {
     /// The route of a translated packet.
     pub(crate) enum Route {
         /// The destination is an address of this node, or the kernel does not forward.
         ThisNode,
-        /// The packet goes to [`PacketCtx::next_hop`].
+        /// The packet goes to [`crate::packet_ctx::PacketCtx::next_hop`].
         NextHop,
     }
 }
@@ -84,41 +77,6 @@ fn route(skb: Skb, mut ctx: CtxRef) -> Result<Route, DropReason> {
     // the first of the four words, all of which are initialized.
     ctx.next_hop.neighbour.__bindgen_anon_1.ipv6_nh = unsafe { params.__bindgen_anon_4.ipv6_dst };
     Ok(Route::NextHop)
-}
-
-impl NextHop {
-    /// Returns the index of the device that leads to the next hop.
-    #[inline(always)]
-    pub(crate) const fn device(&self) -> u32 {
-        self.device
-    }
-
-    /// Checks that the packet is short enough. The translated packet has the same length.
-    ///
-    /// # Errors
-    /// Returns [`DropReason::TooBig`]; `mtu` is then the maximum length from the IP header on, in bytes.
-    #[inline(always)]
-    pub(crate) fn fits(&self, skb: Skb, mtu: &mut u32) -> Result<(), DropReason> {
-        *mtu = 0;
-        // SAFETY: the context is that of the running program, and the helper stores an `u32` in `mtu`.
-        let result = unsafe {
-            let flags = u64::from(bpf_check_mtu_flags::BPF_MTU_CHK_SEGS);
-            bpf_check_mtu(skb.as_ptr().cast(), self.device, ptr::from_mut(mtu), 0, flags)
-        };
-        if result == i64::from(bpf_check_mtu_ret::BPF_MTU_CHK_RET_SUCCESS) {
-            Ok(())
-        } else {
-            Err(DropReason::TooBig)
-        }
-    }
-
-    /// Sends the packet to the next hop, and returns the verdict.
-    #[inline(always)]
-    pub(crate) fn send(&mut self) -> i32 {
-        let len = size_of::<bpf_redir_neigh>() as i32;
-        // SAFETY: the pointer is to a field of `self`, and `len` is its size.
-        unsafe { bpf_redirect_neigh(self.device, &raw mut self.neighbour, len, 0) as i32 }
-    }
 }
 
 /// Makes the device of the hook receive the packet again, and returns the verdict.

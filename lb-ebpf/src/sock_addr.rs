@@ -10,13 +10,14 @@ use lb_common::logic::log::Hook;
 use lb_common::logic::route::Destination;
 
 use crate::backend::{Choice, Client, Serving};
-use crate::count::{self, TraceEvent};
+use crate::count;
 use crate::family::{Family, V4, V6, destination, set_destination};
 use crate::log;
 use crate::map_tables::MapTables;
 use crate::maps::node_only;
 use crate::mptcp;
 use crate::sockets::{self, Connected, Record};
+use crate::trace::{self, TraceEvent};
 use crate::udp_dests::UdpDests;
 
 /// Verdicts of `cgroup_sock_addr` programs.
@@ -136,8 +137,8 @@ fn try_connect<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refus
         return Err(refusal(DropReason::BadFamily));
     }
     log::socket_translated(hook, to, choice.addr, choice.port);
-    count::connection(service, true);
-    count::event(
+    count::connected(service);
+    trace::socket_event(
         ctx.as_ptr(),
         &TraceEvent::served(EventKind::Connected, to, service, choice),
     );
@@ -160,7 +161,7 @@ fn try_send<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refusal>
         return Err(refusal(DropReason::BadFamily));
     }
     log::socket_translated(hook, to, choice.addr, choice.port);
-    count::event(ctx.as_ptr(), &TraceEvent::served(EventKind::Sent, to, service, choice));
+    trace::socket_event(ctx.as_ptr(), &TraceEvent::served(EventKind::Sent, to, service, choice));
     Ok(())
 }
 
@@ -195,7 +196,7 @@ fn choose_for_flow(
     if claimed.replaced {
         count::dropped(DropReason::UdpFlowReplaced);
     }
-    count::connection(service, true);
+    count::connected(service);
     Ok(claimed.choice)
 }
 
@@ -245,9 +246,9 @@ fn verdict(ctx: &SockAddrContext, hook: Hook, result: Result<(), Refusal>) -> i3
     };
     count::dropped(reason);
     if service != 0 {
-        count::connection(service, false);
+        count::refused(service);
     }
-    count::event(ctx.as_ptr(), &TraceEvent::refused(to, service, reason));
+    trace::socket_event(ctx.as_ptr(), &TraceEvent::refused(to, service, reason));
     log::socket_refused(hook, to, service, reason);
     // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
     unsafe { bpf_set_retval(-reason.errno().number) };

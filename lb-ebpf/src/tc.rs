@@ -15,7 +15,7 @@ use lb_common::logic::tcp_state;
 use lb_common::logic::translation::Tuple;
 
 use crate::backend::{self, Client, Serving};
-use crate::count::{self, TraceEvent};
+use crate::count;
 use crate::ct::{self, Claim, CtLookup};
 use crate::device;
 use crate::log;
@@ -25,6 +25,7 @@ use crate::reject;
 use crate::send::{self, Route};
 use crate::skb::Skb;
 use crate::snat_port;
+use crate::trace::{self, TraceEvent};
 
 /// Ingress program of devices with a link-layer header.
 #[classifier]
@@ -145,10 +146,10 @@ fn refuse(skb: Skb, ctx: CtxRef, reason: DropReason) -> i32 {
     count::dropped(reason);
     let reject_with = reason.reject_with();
     if ctx.service != 0 && matches!(reject_with, RejectWith::Refused | RejectWith::Drop) {
-        count::connection(ctx.service, false);
+        count::refused(ctx.service);
     }
     let event = TraceEvent::rejected(ctx.destination(), ctx.service, reason);
-    count::packet_event(&ctx.packet, &event);
+    trace::packet_event(&ctx.packet, &event);
     match reject_with {
         RejectWith::Pass => TC_ACT_UNSPEC,
         RejectWith::Drop => TC_ACT_SHOT,
@@ -262,15 +263,15 @@ fn deliver(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
 fn forward(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
     check_ttl(ctx)?;
     let mut mtu = 0;
-    let fits = ctx.next_hop.fits(skb, &mut mtu);
+    let checked = ctx.next_hop.check_mtu(skb, &mut mtu);
     ctx.mtu = mtu;
-    fits?;
+    checked?;
     send::step::rewrite(skb, ctx)?;
     if ctx.ip() == 0 {
         // bpf_redirect_neigh removes a link-layer header, and drops a packet without one.
         skb.add_link_header()?;
     }
-    ctx.verdict = ctx.next_hop.send();
+    ctx.verdict = ctx.next_hop.redirect();
     Ok(())
 }
 
@@ -299,9 +300,9 @@ fn begin(skb: Skb, mut ctx: CtxRef) -> Result<NewFlow, DropReason> {
         Claim::Lost => return Ok(NewFlow::Lost),
         Claim::First => {}
     }
-    count::connection(ctx.service, true);
+    count::connected(ctx.service);
     let event = TraceEvent::served(EventKind::Translated, to, ctx.service, ctx.chosen.backend);
-    count::packet_event(&ctx.packet, &event);
+    trace::packet_event(&ctx.packet, &event);
     if ctx.entry.has(ct_flags::FORWARD) {
         step::forward(skb, ctx)?;
     } else {
@@ -344,7 +345,7 @@ fn plan_delivery(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
     let facts = Facts {
         at_egress: ctx.at_egress,
         has_next_hop: route == Route::NextHop,
-        changes_device: ctx.next_hop.device() != skb.ifindex(),
+        changes_device: ctx.next_hop.device != skb.ifindex(),
         backend_is_local: backend.is_local(),
         client_is_local,
     };
@@ -352,7 +353,7 @@ fn plan_delivery(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
     ctx.entry.flags = delivery.flags;
     ctx.chosen.snat = delivery.snat;
     if delivery.snat {
-        let source = device::source_address(ctx.next_hop.device(), ctx.packet.src)?;
+        let source = device::source_address(ctx.next_hop.device, ctx.packet.src)?;
         ctx.entry.set_source(source);
     }
     Ok(())
