@@ -1,4 +1,4 @@
-//! Selection of the backend of a connection.
+//! Selection of the backend of a connection: random, by session affinity, or that of a stored reference.
 
 use core::ptr;
 
@@ -18,18 +18,18 @@ use crate::atomic::Shared;
 use crate::maps::{AFFINITY, BACKEND_SLOTS, BACKENDS, SERVICES};
 use crate::volatile::{self, read_once};
 
-/// A selected backend, as values in registers.
+/// The backend that was selected for a connection, as values in registers.
 #[derive(Clone, Copy)]
-pub(crate) struct Choice {
+pub(crate) struct SelectedBackend {
     pub(crate) addr: Ip128,
     /// Host byte order.
     pub(crate) port: u16,
-    pub(crate) id: BackendRef,
+    pub(crate) reference: BackendRef,
     /// See [`backend_flags`].
     pub(crate) flags: u16,
 }
 
-impl Choice {
+impl SelectedBackend {
     /// Returns whether the backend runs on this node.
     #[inline(always)]
     pub(crate) fn is_local(&self) -> bool {
@@ -46,21 +46,14 @@ pub(crate) struct ServiceRef {
 }
 
 impl ServiceRef {
-    /// Returns the entry with an index, if the index is in range.
+    /// Looks up the entry with an index; `None` if the index is out of range.
     #[inline(always)]
-    pub(crate) fn of(index: u32) -> Option<Self> {
+    pub(crate) fn find(index: u32) -> Option<Self> {
         let at = SERVICES.get_ptr(index)?;
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
         let flags = unsafe { read_once!((*at).flags) };
         Some(Self { at, flags })
     }
-}
-
-/// A service and the set of it that a connection or flow selects from.
-pub(crate) struct Serving {
-    index: u32,
-    set: Set,
-    service: ServiceRef,
 }
 
 /// Returns whether a backend reference is current: the backend is in some EndpointSlice, perhaps only to finish the
@@ -74,18 +67,25 @@ pub(crate) fn is_current(backend: BackendRef) -> bool {
     })
 }
 
-impl Serving {
-    /// Returns a set of a service, if the index of the service is in range.
+/// A service and the set of it that a connection or flow selects from.
+pub(crate) struct ServiceSet {
+    index: u32,
+    set: Set,
+    service: ServiceRef,
+}
+
+impl ServiceSet {
+    /// Looks up a service by its index; `None` if the index is out of range.
     #[inline(always)]
-    pub(crate) fn of(index: u32, set: Set) -> Option<Self> {
+    pub(crate) fn find(index: u32, set: Set) -> Option<Self> {
         Some(Self {
             index,
             set,
-            service: ServiceRef::of(index)?,
+            service: ServiceRef::find(index)?,
         })
     }
 
-    /// Returns the service and set of a decision.
+    /// Returns the service and set of an admission of [`lb_common::logic::decide`].
     #[inline(always)]
     pub(crate) fn new(index: u32, admission: Admission<ServiceRef>) -> Self {
         Self {
@@ -101,32 +101,32 @@ impl Serving {
     /// # Errors
     /// Returns the reason if no backend can be selected.
     #[inline(always)]
-    pub(crate) fn choose(&self, client: impl FnOnce() -> Client) -> Result<Choice, DropReason> {
+    pub(crate) fn select(&self, client: impl FnOnce() -> Client) -> Result<SelectedBackend, DropReason> {
         if self.service.flags & service_flags::AFFINITY == 0 {
-            return self.any();
+            return self.select_random();
         }
-        self.choose_by_affinity(client())
+        self.select_by_affinity(client())
     }
 
     /// Returns a random backend of the set.
     #[inline(always)]
-    fn any(&self) -> Result<Choice, DropReason> {
+    fn select_random(&self) -> Result<SelectedBackend, DropReason> {
         // SAFETY: the helper has no arguments.
         let random = unsafe { bpf_get_prandom_u32() };
-        let slot = connect::slot(self.word(), random)?;
-        let slot = BACKEND_SLOTS.get(slot).ok_or(DropReason::BadSlot)?;
-        Ok(Choice {
+        let index = connect::slot(self.set_word(), random)?;
+        let slot = BACKEND_SLOTS.get(index).ok_or(DropReason::BadSlot)?;
+        Ok(SelectedBackend {
             // SAFETY: the reference is to a value of the map, and a published slot is not changed.
             addr: unsafe { volatile::load_addr(&raw const slot.addr) },
             port: slot.port,
-            id: slot.backend,
+            reference: slot.backend,
             flags: slot.flags,
         })
     }
 
     /// Returns the set word. It is read with one load, so base and length always belong together.
     #[inline(always)]
-    fn word(&self) -> SetWord {
+    fn set_word(&self) -> SetWord {
         let service = self.service.at;
         // SAFETY: the pointer is to a value of the map; only the addresses of fields are computed.
         let word = unsafe {
@@ -142,8 +142,8 @@ impl Serving {
 
     /// Returns the backend of a stored reference if it may serve another connection of this service and set.
     #[inline(always)]
-    pub(crate) fn reusable_backend(&self, id: BackendRef) -> Option<Choice> {
-        let entry: *const Backend = BACKENDS.get_ptr(id.id)?;
+    pub(crate) fn reusable_backend(&self, reference: BackendRef) -> Option<SelectedBackend> {
+        let entry: *const Backend = BACKENDS.get_ptr(reference.id)?;
         // The generation is read first. The agent changes it before the other fields, and stores another backend in the
         // entry only after this program has ended.
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
@@ -154,15 +154,15 @@ impl Serving {
                 flags: read_once!((*entry).flags),
             }
         };
-        if !state.serves(id, self.index, self.set) {
+        if !state.serves(reference, self.index, self.set) {
             return None;
         }
-        Some(Choice {
+        Some(SelectedBackend {
             // SAFETY: the pointer is to a value of the map, and addresses in map values are aligned to 8 bytes.
             addr: unsafe { volatile::load_addr(&raw const (*entry).addr) },
             // SAFETY: the pointer is to a value of the map, and the field is aligned.
             port: unsafe { read_once!((*entry).port) },
-            id,
+            reference,
             flags: state.flags,
         })
     }
@@ -170,30 +170,30 @@ impl Serving {
     /// Returns the client's last backend if it is usable and was used within the timeout. Otherwise selects another one
     /// and stores it as the client's affinity.
     #[inline(always)]
-    fn choose_by_affinity(&self, client: Client) -> Result<Choice, DropReason> {
+    fn select_by_affinity(&self, client: Client) -> Result<SelectedBackend, DropReason> {
         // SAFETY: the helper has no arguments.
         let now = unsafe { bpf_ktime_get_coarse_ns() };
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
         let timeout = unsafe { read_once!((*self.service.at).affinity_timeout) };
-        let key = client.of(self.index);
+        let key = client.affinity_key(self.index);
         let Some(entry) = AFFINITY.get_ptr_mut(key.as_key()) else {
-            let new = self.any()?;
-            return Ok(self.remember(&key, new, now));
+            let new = self.select_random()?;
+            return Ok(self.store_affinity(&key, new, now));
         };
         // SAFETY: the pointer is to a value of the map. Its first 8 bytes are one aligned word, and `used` is aligned.
         let (word, used) = unsafe { (Shared::new(entry.cast::<u64>()), Shared::new(&raw mut (*entry).used)) };
-        let seen = word.load();
+        let old = word.load();
         let last_used = used.load();
         if affinity::holds(last_used, now, timeout)
-            && let Some(choice) = self.reusable_backend(Affinity::from_word(seen))
+            && let Some(selected) = self.reusable_backend(Affinity::from_word(old))
         {
             if idle::is_to_refresh(last_used, now) {
                 used.store(now);
             }
-            return Ok(choice);
+            return Ok(selected);
         }
-        let new = self.any()?;
-        if word.compare_exchange(seen, Affinity::to_word(new.id)) {
+        let new = self.select_random()?;
+        if word.compare_exchange(old, Affinity::to_word(new.reference)) {
             used.store(now);
             return Ok(new);
         }
@@ -204,9 +204,9 @@ impl Serving {
     /// Stores the affinity of a new client, and returns its backend. If another connection of the client has stored a
     /// backend concurrently, returns that one, provided that it is usable.
     #[inline(always)]
-    fn remember(&self, key: &AffinityKeyWords, new: Choice, now: u64) -> Choice {
+    fn store_affinity(&self, key: &AffinityKeyWords, new: SelectedBackend, now: u64) -> SelectedBackend {
         let value = Affinity {
-            backend: new.id,
+            backend: new.reference,
             used: now,
         };
         if AFFINITY.insert(key.as_key(), value, u64::from(BPF_NOEXIST)).is_ok() {
@@ -224,7 +224,8 @@ impl Serving {
 /// A client in the sense of session affinity: its connections to a service go to one backend.
 #[derive(Clone, Copy)]
 pub(crate) struct Client {
-    who: Ip128,
+    /// A source address, or zero and the cookie of a network namespace.
+    identity: Ip128,
     kind: ClientKind,
 }
 
@@ -233,7 +234,7 @@ impl Client {
     #[inline(always)]
     pub(crate) fn netns(cookie: u64) -> Self {
         Self {
-            who: Ip128([0, cookie]),
+            identity: Ip128([0, cookie]),
             kind: ClientKind::Netns,
         }
     }
@@ -242,16 +243,16 @@ impl Client {
     #[inline(always)]
     pub(crate) fn addr(addr: Ip128) -> Self {
         Self {
-            who: addr,
+            identity: addr,
             kind: ClientKind::Address,
         }
     }
 
     /// Returns the key of the client's affinity to a service, by service index.
     #[inline(always)]
-    fn of(self, service: u32) -> AffinityKeyWords {
+    fn affinity_key(self, service: u32) -> AffinityKeyWords {
         AffinityKeyWords {
-            client: self.who.0,
+            client: self.identity.0,
             service,
             kind: self.kind as u32,
         }

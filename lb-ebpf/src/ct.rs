@@ -16,15 +16,15 @@ outcome! {
     /// The insertion of a direction of a flow.
     pub(crate) enum Claim {
         /// The direction was inserted.
-        First,
-        /// Its tuple belongs to a flow already; nothing was inserted.
-        Lost,
+        Inserted,
+        /// The tuple belongs to a flow already; nothing was inserted.
+        Exists,
     }
 }
 
 outcome! {
-    /// The replacement of a flow by another one.
-    pub(crate) enum Replace {
+    /// The reply tuple of a flow that is to be inserted.
+    pub(crate) enum ReplyTuple {
         /// The tuple is free.
         Free,
         /// The tuple belongs to a flow that has not ended.
@@ -33,8 +33,8 @@ outcome! {
 }
 
 steps! {
-    pub(crate) fn claim_replies(ctx) -> Claim;
-    pub(crate) fn replace_closed(ctx) -> Replace;
+    pub(crate) fn claim_reply_direction(ctx) -> Claim;
+    pub(crate) fn evict_closed(ctx) -> ReplyTuple;
     pub(crate) fn establish(ctx) -> ();
 }
 
@@ -48,7 +48,7 @@ pub(crate) struct CtLookup {
 impl CtLookup {
     /// Looks a key up in CT, then in CT_NEW.
     #[inline(always)]
-    pub(crate) fn of(key: &CtKeyWords) -> Option<Self> {
+    pub(crate) fn find(key: &CtKeyWords) -> Option<Self> {
         if let Some(at) = CT.get_ptr_mut(key.as_key()) {
             return Some(Self {
                 at,
@@ -63,12 +63,15 @@ impl CtLookup {
     /// Copies the entry.
     #[inline(always)]
     pub(crate) fn read(&self, to: &mut CtEntryWords) {
-        // SAFETY: the pointer is to a value of the map, which has the size and alignment of a `CtEntryWords`. The fields that do
-        // not change during a flow change if the kernel reuses the element for another key. A program that reads such a
-        // mixture sends one packet to a wrong destination, and no connection there accepts its checksum.
+        // The kernel may reuse the element for another key meanwhile, since both maps are preallocated. A copy with fields of
+        // two flows sends one packet to a wrong destination. Its checksum is correct there, as it is updated by the difference
+        // of the tuples; TCP rejects a segment of an unknown connection, but a UDP socket would receive the datagram.
+        // SAFETY: the pointer is to a value of the map, which has the size and alignment of a `CtEntryWords`, and every bit
+        // pattern is one.
         unsafe { volatile::copy(self.at.cast::<CtEntryWords>(), to) }
     }
 
+    /// Returns the TCP state of the direction.
     #[inline(always)]
     pub(crate) fn state(&self) -> u8 {
         // SAFETY: the pointer is to a value of the map, and a `u8` needs no alignment.
@@ -93,6 +96,7 @@ impl CtLookup {
     }
 }
 
+/// Returns the time for entries: nanoseconds of CLOCK_MONOTONIC, with the resolution of a tick.
 #[inline(always)]
 pub(crate) fn now() -> u64 {
     // SAFETY: the helper has no arguments.
@@ -109,18 +113,18 @@ fn is_taken(key: &CtKeyWords) -> bool {
 #[inline(always)]
 pub(crate) fn claim(key: &CtKeyWords, entry: &CtEntryWords) -> Claim {
     match CT_NEW.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST)) {
-        Ok(()) => Claim::First,
-        Err(_) => Claim::Lost,
+        Ok(()) => Claim::Inserted,
+        Err(_) => Claim::Exists,
     }
 }
 
 /// Step: inserts the direction of the replies, unless their tuple belongs to a flow.
 #[inline(always)]
-fn claim_replies(ctx: CtxRef) -> Result<Claim, DropReason> {
+fn claim_reply_direction(ctx: CtxRef) -> Result<Claim, DropReason> {
     let PacketCtx { key, entry, .. } = &*ctx;
     let reverse_key = entry.reverse_key(key);
     if is_taken(&reverse_key) {
-        return Ok(Claim::Lost);
+        return Ok(Claim::Exists);
     }
     Ok(claim(&reverse_key, &entry.reversed(key)))
 }
@@ -128,23 +132,23 @@ fn claim_replies(ctx: CtxRef) -> Result<Claim, DropReason> {
 /// Step: deletes another flow with the reply tuple of this flow, if both sides of that flow have closed it. A flow that
 /// was reset stays, since the RST may be forged.
 #[inline(always)]
-fn replace_closed(mut ctx: CtxRef) -> Result<Replace, DropReason> {
+fn evict_closed(mut ctx: CtxRef) -> Result<ReplyTuple, DropReason> {
     let other_key = ctx.entry.reverse_key(&ctx.key);
-    let Some(found) = CtLookup::of(&other_key) else {
-        return Ok(Replace::Free);
+    let Some(found) = CtLookup::find(&other_key) else {
+        return Ok(ReplyTuple::Free);
     };
-    found.read(&mut ctx.other);
-    let other = &ctx.other;
+    found.read(&mut ctx.other_entry);
+    let other = &ctx.other_entry;
     if Phase::of(true, [found.state(), reverse_state(&other_key, other)]) != Phase::Closed {
-        return Ok(Replace::InUse);
+        return Ok(ReplyTuple::InUse);
     }
-    forget(&other_key, other);
-    Ok(Replace::Free)
+    remove(&other_key, other);
+    Ok(ReplyTuple::Free)
 }
 
 /// Deletes both directions of a flow.
 #[inline(never)]
-pub(crate) fn forget(key: &CtKeyWords, entry: &CtEntryWords) {
+pub(crate) fn remove(key: &CtKeyWords, entry: &CtEntryWords) {
     let reverse_key = entry.reverse_key(key);
     for key in [key, &reverse_key] {
         let _ = CT.remove(key.as_key());
@@ -154,14 +158,14 @@ pub(crate) fn forget(key: &CtKeyWords, entry: &CtEntryWords) {
 
 /// Deletes the direction of the replies of a flow that was not inserted.
 #[inline(never)]
-pub(crate) fn forget_replies(key: &CtKeyWords, entry: &CtEntryWords) {
+pub(crate) fn remove_reply_direction(key: &CtKeyWords, entry: &CtEntryWords) {
     let _ = CT_NEW.remove(entry.reverse_key(key).as_key());
 }
 
 /// Returns the TCP state of the opposite direction, or zero if that direction has no entry.
 #[inline(never)]
 pub(crate) fn reverse_state(key: &CtKeyWords, entry: &CtEntryWords) -> u8 {
-    CtLookup::of(&entry.reverse_key(key)).map_or(0, |found| found.state())
+    CtLookup::find(&entry.reverse_key(key)).map_or(0, |found| found.state())
 }
 
 /// Step: moves both directions of a flow to CT.
@@ -180,7 +184,7 @@ fn establish(mut ctx: CtxRef) -> Result<(), DropReason> {
         reversed.state = unsafe { read_once!((*at).state) };
     }
     // A program that finds one direction in CT must find the opposite one there.
-    if !keep(&reverse_key, &reversed) || !keep(key, entry) {
+    if !insert_established(&reverse_key, &reversed) || !insert_established(key, entry) {
         let _ = CT.remove(reverse_key.as_key());
         return Err(DropReason::ConntrackFull);
     }
@@ -191,7 +195,7 @@ fn establish(mut ctx: CtxRef) -> Result<(), DropReason> {
 
 /// Inserts a direction into CT if it has no entry. Returns whether CT contains the direction afterwards.
 #[inline(always)]
-fn keep(key: &CtKeyWords, entry: &CtEntryWords) -> bool {
+fn insert_established(key: &CtKeyWords, entry: &CtEntryWords) -> bool {
     match CT.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST)) {
         Ok(()) => true,
         Err(error) => error == -EEXIST.number,

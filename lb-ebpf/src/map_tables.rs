@@ -53,7 +53,7 @@ impl Services for MapTables {
 
     #[inline(always)]
     fn service(&self, index: u32) -> Option<ServiceRef> {
-        ServiceRef::of(index)
+        ServiceRef::find(index)
     }
 
     #[inline(always)]

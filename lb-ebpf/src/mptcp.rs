@@ -14,7 +14,7 @@ const MPTCP: u32 = 262;
 
 /// Returns, in connect, the key of the MPTCP socket that this socket is a subflow of.
 #[inline(always)]
-pub(crate) fn of_subflow(ctx: &SockAddrContext) -> Option<u64> {
+pub(crate) fn key_in_connect(ctx: &SockAddrContext) -> Option<u64> {
     if protocol(ctx) != u32::from(ip_protocol::TCP) {
         return None;
     }
@@ -27,7 +27,7 @@ pub(crate) fn of_subflow(ctx: &SockAddrContext) -> Option<u64> {
 
 /// Returns, in getpeername, the key of the socket if it is an MPTCP socket.
 #[inline(always)]
-pub(crate) fn of_peer(ctx: &SockAddrContext) -> Option<u64> {
+pub(crate) fn key_in_getpeername(ctx: &SockAddrContext) -> Option<u64> {
     // SAFETY: the verifier checks loads from the context.
     let sk = unsafe { read_once!((*ctx.sock_addr).__bindgen_anon_1.sk) };
     (protocol(ctx) == MPTCP).then_some(sk as u64)
@@ -35,7 +35,7 @@ pub(crate) fn of_peer(ctx: &SockAddrContext) -> Option<u64> {
 
 /// Returns, in release, the key of the socket if it is an MPTCP socket. The context of this hook is the socket.
 #[inline(always)]
-pub(crate) fn of_released(ctx: &SockContext) -> Option<u64> {
+pub(crate) fn key_in_release(ctx: &SockContext) -> Option<u64> {
     // SAFETY: the verifier checks loads from the context.
     let protocol = unsafe { read_once!((*ctx.sock).protocol) };
     (protocol == MPTCP).then_some(ctx.as_ptr() as u64)

@@ -16,7 +16,7 @@ use lb_common::logic::packet::Packet;
 use lb_common::logic::route::Destination;
 use lb_common::logic::translation::Tuple;
 
-use crate::backend::Choice;
+use crate::backend::SelectedBackend;
 use crate::next_hop::NextHop;
 
 /// Scratch of the packet path: one record on each CPU. It is not pinned, and not part of the registry of maps.
@@ -27,7 +27,7 @@ static SCRATCH: PerCpuArray<PacketCtx, 1> = PerCpuArray::new();
 pub(crate) struct PacketCtx {
     pub(crate) packet: Packet,
     /// Length of the link-layer header.
-    link: u8,
+    link_len: u8,
     pub(crate) at_egress: bool,
     /// Verdict of the program.
     pub(crate) verdict: i32,
@@ -43,18 +43,21 @@ pub(crate) struct PacketCtx {
     pub(crate) last_port: u16,
     /// Frontend of a new flow.
     pub(crate) frontend: Frontend,
+    /// Key of the packet's flow.
     pub(crate) key: CtKeyWords,
+    /// Entry of the packet's flow: a copy of the one in the maps, or the one of a new flow.
     pub(crate) entry: CtEntryWords,
     /// Entry of another flow that has the reply tuple of this flow.
-    pub(crate) other: CtEntryWords,
-    pub(crate) chosen: Chosen,
+    pub(crate) other_entry: CtEntryWords,
+    pub(crate) selection: Selection,
+    /// Next hop of a packet that the program forwards.
     pub(crate) next_hop: NextHop,
 }
 
-/// The choices for a new flow.
+/// The results of the steps that select the backend of a new flow and plan its delivery.
 #[derive(Clone, Copy)]
-pub(crate) struct Chosen {
-    pub(crate) backend: Choice,
+pub(crate) struct Selection {
+    pub(crate) backend: SelectedBackend,
     pub(crate) set: Set,
     /// The client is a pod of this node.
     pub(crate) client_is_local: bool,
@@ -63,6 +66,7 @@ pub(crate) struct Chosen {
 }
 
 impl PacketCtx {
+    /// Returns the destination of the packet as it arrived.
     #[inline(always)]
     pub(crate) const fn destination(&self) -> Destination {
         Destination {
@@ -80,14 +84,14 @@ impl PacketCtx {
 
     /// Returns the offset of the IP header.
     #[inline(always)]
-    pub(crate) fn ip(&self) -> usize {
-        self.link.into()
+    pub(crate) fn ip_offset(&self) -> usize {
+        self.link_len.into()
     }
 
     /// Returns the offset of the transport header.
     #[inline(always)]
-    pub(crate) fn transport(&self) -> usize {
-        self.ip() + self.packet.ip_len()
+    pub(crate) fn transport_offset(&self) -> usize {
+        self.ip_offset() + self.packet.ip_len()
     }
 }
 
@@ -102,12 +106,12 @@ impl CtxRef {
         SCRATCH.get_ptr_mut(0).and_then(NonNull::new).map(Self)
     }
 
-    /// Starts the context of a packet. `link`: length of the link-layer header.
+    /// Starts the context of a packet. `link_len`: length of the link-layer header.
     #[inline(always)]
-    pub(crate) fn begin(packet: Packet, link: usize, at_egress: bool) -> Option<Self> {
+    pub(crate) fn begin(packet: Packet, link_len: usize, at_egress: bool) -> Option<Self> {
         let mut ctx = Self::scratch()?;
         ctx.packet = packet;
-        ctx.link = link as u8;
+        ctx.link_len = link_len as u8;
         ctx.at_egress = at_egress;
         ctx.verdict = TC_ACT_UNSPEC;
         ctx.service = 0;
@@ -216,7 +220,7 @@ macro_rules! outcome {
 /// the packet and the context, or the context alone, as arguments. An unused packet must not be passed: the verifier
 /// rejects a global function with an argument that has no type that it can check.
 ///
-/// `step::choose(ctx)` calls the global function; a direct call of `choose(ctx)` would compile the step into its caller.
+/// `step::select_backend(ctx)` calls the global function; a direct call of `select_backend(ctx)` would compile the step into its caller.
 macro_rules! steps {
     ($($vis:vis fn $name:ident($($arg:ident),+) -> $result:tt;)*) => {
         pub(crate) mod step {

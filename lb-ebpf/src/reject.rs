@@ -44,19 +44,19 @@ steps! {
 }
 
 /// Length of the header of an ICMP error, in both families.
-const ICMP: usize = size_of::<Icmpv4Hdr>();
+const ICMP_LEN: usize = size_of::<Icmpv4Hdr>();
 
 /// Returns type and code of an ICMP error for IPv4 (RFC 792, RFC 1191) or IPv6 (RFC 4443), and the word after its checksum.
 #[inline(always)]
-const fn header(reject_with: RejectWith, mtu: u32, is_v4: bool) -> ([u8; 2], u32) {
+const fn icmp_header(reject_with: RejectWith, mtu: u32, is_v4: bool) -> ([u8; 2], u32) {
     match (reject_with, is_v4) {
         (RejectWith::TooBig, true) => ([3, 4], (mtu & 0xffff).to_be()),
         (RejectWith::TooBig, false) => ([2, 0], mtu.to_be()),
         (RejectWith::TimeExceeded, true) => ([11, 0], 0),
         (RejectWith::TimeExceeded, false) => ([3, 0], 0),
-        // Port unreachable.
-        (_, true) => ([3, 3], 0),
-        (_, false) => ([1, 4], 0),
+        // Port unreachable. The caller responds to no packet that is passed on or dropped.
+        (RejectWith::Refused | RejectWith::Pass | RejectWith::Drop, true) => ([3, 3], 0),
+        (RejectWith::Refused | RejectWith::Pass | RejectWith::Drop, false) => ([1, 4], 0),
     }
 }
 
@@ -64,7 +64,7 @@ const fn header(reject_with: RejectWith, mtu: u32, is_v4: bool) -> ([u8; 2], u32
 #[inline(always)]
 fn is_partial(skb: Skb, at: usize) -> Result<bool, DropReason> {
     let before = skb.half(at).ok_or(DropReason::RewriteFailed)?;
-    skb.replace_l4(at, Sum::ZERO.add(u32::from(1_u16.to_be())), 0)?;
+    skb.l4_csum_replace(at, Sum::ZERO.add(u32::from(1_u16.to_be())), 0)?;
     let after = skb.half(at).ok_or(DropReason::RewriteFailed)?;
     Ok(before == after)
 }
@@ -104,11 +104,11 @@ fn write_ip(skb: Skb, ctx: CtxRef, proto: u8, payload: u16) -> Result<(), DropRe
             let [a, b] = sum.checksum().to_ne_bytes();
             [TTL, proto, a, b]
         });
-        return skb.store(ctx.ip(), &words);
+        return skb.store(ctx.ip_offset(), &words);
     }
     let [a, b] = payload.to_be_bytes();
     let start = u64::from_ne_bytes([0x60, 0, 0, 0, a, b, proto, TTL]);
-    skb.store(ctx.ip(), &[start, from.0[0], from.0[1], to.0[0], to.0[1]])
+    skb.store(ctx.ip_offset(), &[start, from.0[0], from.0[1], to.0[0], to.0[1]])
 }
 
 /// Sends the response back to the sender of the packet.
@@ -117,7 +117,7 @@ fn send_back(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
     if ctx.at_egress {
         // The response goes to the socket, as if it had arrived by the device that the packet was about to leave by. Its
         // destination is the address of that device, which is the source of the packet.
-        if ctx.ip() == ETHERNET {
+        if ctx.ip_offset() == ETHERNET {
             let quarter = |at| skb.word(at).ok_or(DropReason::RewriteFailed);
             let half = |at| skb.half(at).ok_or(DropReason::RewriteFailed);
             let source = offset_of!(EthHdr, src_addr);
@@ -129,7 +129,7 @@ fn send_back(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
         ctx.verdict = unsafe { bpf_redirect(skb.ifindex(), BPF_F_INGRESS.into()) as i32 };
         return Ok(());
     }
-    if ctx.ip() == ETHERNET {
+    if ctx.ip_offset() == ETHERNET {
         let half = |at| skb.half(at).map(u16::to_be).ok_or(DropReason::RewriteFailed);
         let (dst, src) = (offset_of!(EthHdr, dst_addr), offset_of!(EthHdr, src_addr));
         let swapped = [
@@ -150,7 +150,7 @@ fn send_back(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
 /// Sends the response to a rejected packet, and returns the verdict. If the response cannot be built, the packet is
 /// dropped without one.
 #[inline(always)]
-pub(crate) fn with(skb: Skb, mut ctx: CtxRef, reject_with: RejectWith) -> i32 {
+pub(crate) fn respond(skb: Skb, mut ctx: CtxRef, reject_with: RejectWith) -> i32 {
     ctx.reject_with = reject_with;
     let result = if ctx.packet.is_tcp() && reject_with == RejectWith::Refused {
         step::reset(skb, ctx)
@@ -180,7 +180,7 @@ fn reset(skb: Skb, ctx: CtxRef) -> Result<Response, DropReason> {
     if flags & tcp_flags::RST != 0 {
         return Ok(Response::None);
     }
-    let at = ctx.transport();
+    let at = ctx.transport_offset();
     let word = |from: usize| skb.word(at + from).map(u32::from_be).ok_or(DropReason::RewriteFailed);
     let (seq, ack) = (word(offset_of!(TcpHdr, seq))?, word(offset_of!(TcpHdr, ack_seq))?);
     let header = usize::from(transport);
@@ -223,7 +223,7 @@ fn icmp(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
     // The whole TCP header is quoted: if the checksum is left to the device, `bpf_skb_change_tail` does not shorten the
     // packet to less than its checksum field.
     let quoted = if is_tcp { TcpHdr::LEN } else { UdpHdr::LEN };
-    let at = ctx.transport();
+    let at = ctx.transport_offset();
     let checksum_at = if is_tcp {
         at + offset_of!(TcpHdr, check)
     } else {
@@ -236,7 +236,7 @@ fn icmp(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
     if unsafe { bpf_skb_change_tail(skb.as_ptr(), (at + quoted) as u32, 0) } != 0 {
         return Err(DropReason::RewriteFailed);
     }
-    let mut sum = sum_of(skb, ctx.ip(), ip)?;
+    let mut sum = sum_of(skb, ctx.ip_offset(), ip)?;
     if partial {
         // The checksum that the device stores makes the sum from the transport header on zero, including the current value of
         // the checksum field.
@@ -244,13 +244,13 @@ fn icmp(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
     } else {
         sum = sum.plus(sum_of(skb, at, quoted)?);
     }
-    let room = (ICMP + ip) as i32;
+    let room = (ICMP_LEN + ip) as i32;
     // SAFETY: the context is that of the running program, and the other arguments are integers.
     if unsafe { bpf_skb_adjust_room(skb.as_ptr(), room, BPF_ADJ_ROOM_MAC, 0) } != 0 {
         return Err(DropReason::RewriteFailed);
     }
-    let ([kind, code], rest) = header(reject_with, mtu, is_v4);
-    let len = (ICMP + ip + quoted) as u16;
+    let ([kind, code], rest) = icmp_header(reject_with, mtu, is_v4);
+    let len = (ICMP_LEN + ip + quoted) as u16;
     sum = sum.add(u32::from_ne_bytes([kind, code, 0, 0])).add(rest);
     let proto = if is_v4 {
         ip_protocol::ICMP

@@ -98,7 +98,7 @@ fn rewrite(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
     let old = ctx.tuple();
     let (addresses, ports) = (old.addresses_to(&new), old.ports_to(&new));
     let is_v4 = ctx.packet.is_v4();
-    let (ip, transport) = (ctx.ip(), ctx.transport());
+    let (ip, transport) = (ctx.ip_offset(), ctx.transport_offset());
     let (checksum, flags) = if proto == ip_protocol::UDP {
         (transport + offset_of!(UdpHdr, check), MAY_BE_ZERO)
     } else {
@@ -113,14 +113,14 @@ fn rewrite(skb: Skb, ctx: CtxRef) -> Result<(), DropReason> {
             let word = |ttl: u8| u32::from(u16::from_ne_bytes([ttl, proto]));
             header = header.sub(word(ttl)).add(word(less));
         }
-        skb.replace_l3(ip + offset_of!(Ipv4Hdr, check), header)?;
+        skb.l3_csum_replace(ip + offset_of!(Ipv4Hdr, check), header)?;
     } else {
         skb.store(ip + offset_of!(Ipv6Hdr, src_addr), &[new.src.0, new.dst.0])?;
         if decrements_ttl {
             skb.store(ip + offset_of!(Ipv6Hdr, hop_limit), &ttl.wrapping_sub(1))?;
         }
     }
-    skb.replace_l4_addresses(checksum, addresses, is_v4, flags)?;
-    skb.replace_l4(checksum, ports, flags)?;
+    skb.l4_csum_replace_addrs(checksum, addresses, is_v4, flags)?;
+    skb.l4_csum_replace(checksum, ports, flags)?;
     skb.store(transport, &new.ports())
 }

@@ -13,10 +13,16 @@ use network_types::tcp::TcpHdr;
 /// Length of the longest headers that are read.
 const HEADERS: u32 = (ETHERNET + Ipv6Hdr::LEN + TcpHdr::LEN) as u32;
 
-/// `BPF_F_IPV6` of `bpf_l4_csum_replace` (Linux 6.16 and later stable releases). A change of the addresses leaves the
-/// sum of the whole IPv6 packet unchanged, since the transport checksum compensates for it. In IPv4 the header checksum
-/// compensates for it a second time, so the sum changes.
-const IPV6: u64 = 1 << 7;
+/// Flag of `bpf_l4_csum_replace` since Linux 6.16, and since newer stable releases of older kernels.
+///
+/// If the device has summed the packet (`CHECKSUM_COMPLETE`), the helper adjusts that sum (`skb->csum`) for a change of the
+/// addresses, as IPv4 requires: the changes of addresses and header checksum cancel each other out in it, and that of the
+/// transport checksum remains. In IPv6 the change of the transport checksum cancels out that of the addresses, so the sum
+/// stays. With this flag the helper leaves it alone (`inet_proto_csum_replace_by_diff` in `net/core/utils.c`).
+const BPF_F_IPV6: u64 = 1 << 7;
+
+/// Flag for UDP: a checksum of zero, which means "none" (RFC 768), is not updated.
+pub(crate) const MAY_BE_ZERO: u64 = BPF_F_MARK_MANGLED_0 as u64;
 
 /// The packet of a program's context.
 #[derive(Clone, Copy)]
@@ -29,17 +35,20 @@ impl Skb {
         Self(skb)
     }
 
+    /// Returns the context of the running program.
     #[inline(always)]
     pub(crate) const fn as_ptr(self) -> *mut __sk_buff {
         self.0
     }
 
+    /// Returns the address of the first byte that can be read.
     #[inline(always)]
     fn data(self) -> usize {
         // SAFETY: the context is that of the running program.
         unsafe { (*self.0).data as usize }
     }
 
+    /// Returns the address after the last byte that can be read.
     #[inline(always)]
     fn data_end(self) -> usize {
         // SAFETY: the context is that of the running program.
@@ -91,26 +100,26 @@ impl Skb {
         let from = core::ptr::from_ref(value).cast();
         // SAFETY: the context is that of the running program, and the length is the size of the value.
         let result = unsafe { bpf_skb_store_bytes(self.0, at as u32, from, size_of::<T>() as u32, 0) };
-        done(result)
+        check(result)
     }
 
     /// Adds room for a link-layer header before the packet.
     #[inline(always)]
     pub(crate) fn add_link_header(self) -> Result<(), DropReason> {
         // SAFETY: the context is that of the running program.
-        done(unsafe { bpf_skb_change_head(self.0, ETHERNET as u32, 0) })
+        check(unsafe { bpf_skb_change_head(self.0, ETHERNET as u32, 0) })
     }
 
     /// Updates the IPv4 header checksum at `at` for a change of the header.
     #[inline(always)]
-    pub(crate) fn replace_l3(self, at: usize, change: Sum) -> Result<(), DropReason> {
+    pub(crate) fn l3_csum_replace(self, at: usize, change: Sum) -> Result<(), DropReason> {
         // SAFETY: the context is that of the running program.
-        done(unsafe { bpf_l3_csum_replace(self.0, at as u32, 0, change.to_u32().into(), 0) })
+        check(unsafe { bpf_l3_csum_replace(self.0, at as u32, 0, change.to_u32().into(), 0) })
     }
 
     /// Updates the transport checksum at `at` for a change of the addresses, which the pseudo-header contains.
     #[inline(always)]
-    pub(crate) fn replace_l4_addresses(
+    pub(crate) fn l4_csum_replace_addrs(
         self,
         at: usize,
         change: Sum,
@@ -121,28 +130,27 @@ impl Skb {
         let change = u64::from(change.to_u32());
         if !is_v4 {
             // SAFETY: the context is that of the running program.
-            let result = unsafe { bpf_l4_csum_replace(self.0, at as u32, 0, change, flags | IPV6) };
+            let result = unsafe { bpf_l4_csum_replace(self.0, at as u32, 0, change, flags | BPF_F_IPV6) };
             if result == 0 {
                 return Ok(());
             }
+            // The kernel does not have the flag. The device's sum is then wrong: the stack logs "hw csum failure" and sums itself.
         }
         // SAFETY: the context is that of the running program.
-        done(unsafe { bpf_l4_csum_replace(self.0, at as u32, 0, change, flags) })
+        check(unsafe { bpf_l4_csum_replace(self.0, at as u32, 0, change, flags) })
     }
 
     /// Updates the transport checksum at `at` for a change of the transport header or the payload.
     #[inline(always)]
-    pub(crate) fn replace_l4(self, at: usize, change: Sum, flags: u64) -> Result<(), DropReason> {
+    pub(crate) fn l4_csum_replace(self, at: usize, change: Sum, flags: u64) -> Result<(), DropReason> {
         // SAFETY: the context is that of the running program.
-        done(unsafe { bpf_l4_csum_replace(self.0, at as u32, 0, change.to_u32().into(), flags) })
+        check(unsafe { bpf_l4_csum_replace(self.0, at as u32, 0, change.to_u32().into(), flags) })
     }
 }
 
-/// Flag for UDP: a checksum of zero, which means "none" (RFC 768), is not updated.
-pub(crate) const MAY_BE_ZERO: u64 = BPF_F_MARK_MANGLED_0 as u64;
-
+/// Returns the result of a helper that returns zero on success.
 #[inline(always)]
-const fn done(result: i64) -> Result<(), DropReason> {
+const fn check(result: i64) -> Result<(), DropReason> {
     if result == 0 {
         Ok(())
     } else {

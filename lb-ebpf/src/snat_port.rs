@@ -10,7 +10,7 @@ use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_sk_lookup_tcp, bpf_s
 use lb_common::abi::{DropReason, ip_protocol};
 use lb_common::logic::select;
 
-use crate::ct::{self, Claim, Replace};
+use crate::ct::{self, Claim, ReplyTuple};
 use crate::maps::CONFIG;
 use crate::packet_ctx::{CtxRef, outcome, steps};
 use crate::skb::Skb;
@@ -58,11 +58,11 @@ pub(crate) fn claim(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
             continue;
         }
         // A closed connection keeps its port, for late segments, as long as other ports are free.
-        let may_replace = tried >= PORTS_TRIED / 2;
-        if ct::step::claim_replies(ctx)? == Claim::First
-            || may_replace
-                && ct::step::replace_closed(ctx)? == Replace::Free
-                && ct::step::claim_replies(ctx)? == Claim::First
+        let may_evict = tried >= PORTS_TRIED / 2;
+        if ct::step::claim_reply_direction(ctx)? == Claim::Inserted
+            || may_evict
+                && ct::step::evict_closed(ctx)? == ReplyTuple::Free
+                && ct::step::claim_reply_direction(ctx)? == Claim::Inserted
         {
             return Ok(());
         }

@@ -63,17 +63,17 @@ fn post_bind(ctx: &SockContext, hook: Hook, addr: Ip128) -> i32 {
 /// Release of a closed socket: deletes its record and its UDP destinations.
 #[cgroup_sock(sock_release)]
 pub(crate) fn lb_sock_release(ctx: SockContext) -> i32 {
-    if let Some(key) = mptcp::of_released(&ctx) {
-        sockets::forget_keyed(key);
+    if let Some(key) = mptcp::key_in_release(&ctx) {
+        sockets::remove_by_key(key);
         return ALLOW;
     }
     // SAFETY: the context is that of the running program.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    sockets::forget(cookie);
+    sockets::remove(cookie);
     // SAFETY: the verifier checks loads from the context.
     let protocol = unsafe { read_once!((*ctx.sock).protocol) };
     if protocol == u32::from(ip_protocol::UDP) {
-        udp_dests::forget(cookie);
+        udp_dests::remove(cookie);
     }
     ALLOW
 }

@@ -9,7 +9,7 @@ use lb_common::logic::decide::{self, SocketFrontend};
 use lb_common::logic::log::Hook;
 use lb_common::logic::route::Destination;
 
-use crate::backend::{Choice, Client, Serving};
+use crate::backend::{Client, SelectedBackend, ServiceSet};
 use crate::count;
 use crate::family::{Family, V4, V6, destination, set_destination};
 use crate::log;
@@ -46,14 +46,14 @@ pub(crate) fn lb_connect6(ctx: SockAddrContext) -> i32 {
     verdict(&ctx, hook, try_connect::<V6>(&ctx, hook))
 }
 
-/// `sendmsg()` with an IPv4 destination.
+/// `sendmsg()` with an IPv4 destination: replaces a frontend by the socket's backend for it.
 #[cgroup_sock_addr(sendmsg4)]
 pub(crate) fn lb_sendmsg4(ctx: SockAddrContext) -> i32 {
     let hook = Hook::Sendmsg4;
     verdict(&ctx, hook, try_send::<V4>(&ctx, hook))
 }
 
-/// `sendmsg()` with an IPv6 destination.
+/// `sendmsg()` with an IPv6 destination: replaces a frontend by the socket's backend for it.
 #[cgroup_sock_addr(sendmsg6)]
 pub(crate) fn lb_sendmsg6(ctx: SockAddrContext) -> i32 {
     let hook = Hook::Sendmsg6;
@@ -63,34 +63,34 @@ pub(crate) fn lb_sendmsg6(ctx: SockAddrContext) -> i32 {
 /// `recvmsg()` of an IPv4 socket: replaces the source of a backend's datagram by the frontend of the request.
 #[cgroup_sock_addr(recvmsg4)]
 pub(crate) fn lb_recvmsg4(ctx: SockAddrContext) -> i32 {
-    received::<V4>(&ctx, Hook::Recvmsg4);
+    translate_source::<V4>(&ctx, Hook::Recvmsg4);
     ALLOW
 }
 
 /// `recvmsg()` of an IPv6 socket, also for datagrams over IPv4: replaces the source of a backend's datagram by the frontend.
 #[cgroup_sock_addr(recvmsg6)]
 pub(crate) fn lb_recvmsg6(ctx: SockAddrContext) -> i32 {
-    received::<V6>(&ctx, Hook::Recvmsg6);
+    translate_source::<V6>(&ctx, Hook::Recvmsg6);
     ALLOW
 }
 
 /// `getpeername()` of an IPv4 socket: replaces the backend by the frontend that the process connected to.
 #[cgroup_sock_addr(getpeername4)]
 pub(crate) fn lb_getpeername4(ctx: SockAddrContext) -> i32 {
-    peer_name::<V4>(&ctx, Hook::Getpeername4);
+    translate_peer::<V4>(&ctx, Hook::Getpeername4);
     ALLOW
 }
 
 /// `getpeername()` of an IPv6 socket: replaces the backend by the frontend that the process connected to.
 #[cgroup_sock_addr(getpeername6)]
 pub(crate) fn lb_getpeername6(ctx: SockAddrContext) -> i32 {
-    peer_name::<V6>(&ctx, Hook::Getpeername6);
+    translate_peer::<V6>(&ctx, Hook::Getpeername6);
     ALLOW
 }
 
 /// Returns the service index and set of a destination, or `None` if this hook does not translate it.
 #[inline(always)]
-fn serving(tables: &MapTables, to: Destination) -> Result<Option<(u32, Serving)>, Refusal> {
+fn find_service_set(tables: &MapTables, to: Destination) -> Result<Option<(u32, ServiceSet)>, Refusal> {
     let refusal = |service, reason| Refusal { to, service, reason };
     let frontend = match decide::socket_frontend(tables, node_only(), to).map_err(|reason| refusal(0, reason))? {
         SocketFrontend::Found(frontend) => frontend,
@@ -98,132 +98,139 @@ fn serving(tables: &MapTables, to: Destination) -> Result<Option<(u32, Serving)>
     };
     let service = frontend.service;
     let admission = decide::admit_socket(tables, frontend).map_err(|reason| refusal(service, reason))?;
-    Ok(admission.map(|admission| (service, Serving::new(service, admission))))
+    Ok(admission.map(|admission| (service, ServiceSet::new(service, admission))))
 }
 
+/// Selects a backend for a connecting socket, stores the record of the socket, and replaces the destination.
 #[inline(always)]
 fn try_connect<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refusal> {
     let to = destination::<F>(ctx);
     let maps = MapTables { ctx: ctx.as_ptr() };
-    let Some((service, serving)) = serving(&maps, to)? else {
+    let Some((service, service_set)) = find_service_set(&maps, to)? else {
         if to.proto == ip_protocol::UDP {
             // The socket may have been connected to a service before.
-            sockets::forget(cookie(ctx));
+            sockets::remove(cookie(ctx));
         }
         return Ok(());
     };
     let refusal = |reason| Refusal { to, service, reason };
-    let choice = serving.choose(|| Client::netns(maps.netns())).map_err(refusal)?;
+    let selected = service_set.select(|| Client::netns(maps.netns())).map_err(refusal)?;
     let new = Connected {
         cookie: cookie(ctx),
         netns: maps.netns(),
         // SAFETY: the helper has no arguments.
         time: unsafe { bpf_ktime_get_coarse_ns() },
         original: to,
-        choice,
+        backend: selected,
         service,
     };
-    let remembered = match mptcp::of_subflow(ctx) {
-        None => sockets::remember(&new),
-        Some(key) => sockets::remember_as(key, &new),
+    let inserted = match mptcp::key_in_connect(ctx) {
+        None => sockets::insert(&new),
+        Some(key) => sockets::insert_by_key(key, &new),
     };
-    if let Err(reason) = remembered {
+    if let Err(reason) = inserted {
         if to.proto == ip_protocol::UDP {
             return Err(refusal(DropReason::UdpSocketsFull));
         }
         count::dropped(reason);
     }
-    if !set_destination::<F>(ctx, choice.addr, choice.port) {
+    if !set_destination::<F>(ctx, selected.addr, selected.port) {
         return Err(refusal(DropReason::BadFamily));
     }
-    log::socket_translated(hook, to, choice.addr, choice.port);
+    log::socket_translated(hook, to, selected.addr, selected.port);
     count::connected(service);
     trace::socket_event(
         ctx.as_ptr(),
-        &TraceEvent::served(EventKind::Connected, to, service, choice),
+        &TraceEvent::served(EventKind::Connected, to, service, selected),
     );
     Ok(())
 }
 
+/// Replaces the destination of a datagram by the backend that the socket has for it, or by a new one.
 #[inline(always)]
 fn try_send<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refusal> {
     let to = destination::<F>(ctx);
     let maps = MapTables { ctx: ctx.as_ptr() };
-    let Some((service, serving)) = serving(&maps, to)? else {
+    let Some((service, service_set)) = find_service_set(&maps, to)? else {
         return Ok(());
     };
     let refusal = |reason| Refusal { to, service, reason };
-    let choice = match connected_again(&serving, cookie(ctx), to) {
-        Some(choice) => choice,
-        None => choose_for_flow(&maps, &serving, cookie(ctx), to, service).map_err(refusal)?,
+    let selected = match connected_backend(&service_set, cookie(ctx), to) {
+        Some(selected) => selected,
+        None => select_for_unconnected(&maps, &service_set, cookie(ctx), to, service).map_err(refusal)?,
     };
-    if !set_destination::<F>(ctx, choice.addr, choice.port) {
+    if !set_destination::<F>(ctx, selected.addr, selected.port) {
         return Err(refusal(DropReason::BadFamily));
     }
-    log::socket_translated(hook, to, choice.addr, choice.port);
-    trace::socket_event(ctx.as_ptr(), &TraceEvent::served(EventKind::Sent, to, service, choice));
+    log::socket_translated(hook, to, selected.addr, selected.port);
+    trace::socket_event(
+        ctx.as_ptr(),
+        &TraceEvent::served(EventKind::Sent, to, service, selected),
+    );
     Ok(())
 }
 
 /// Returns the backend of a socket that is connected to this destination. The socket would not receive the replies of
 /// another backend.
 #[inline(always)]
-fn connected_again(serving: &Serving, cookie: u64, to: Destination) -> Option<Choice> {
-    serving.reusable_backend(Record::of(cookie)?.backend(to)?)
+fn connected_backend(service_set: &ServiceSet, cookie: u64, to: Destination) -> Option<SelectedBackend> {
+    service_set.reusable_backend(Record::find(cookie)?.backend(to)?)
 }
 
 /// Returns the backend that an unconnected socket has for a destination if it is usable. Otherwise chooses and stores
 /// another one.
 #[inline(always)]
-fn choose_for_flow(
+fn select_for_unconnected(
     maps: &MapTables,
-    serving: &Serving,
+    service_set: &ServiceSet,
     cookie: u64,
     to: Destination,
     service: u32,
-) -> Result<Choice, DropReason> {
+) -> Result<SelectedBackend, DropReason> {
     // The coarse clock would give requests within one tick (1 ms or more) the same time, and their order would be lost.
     // SAFETY: the helper has no arguments.
     let now = unsafe { bpf_ktime_get_ns() };
-    let old = UdpDests::of(cookie).and_then(|flows| flows.ask(to, now));
+    let old = UdpDests::find(cookie).and_then(|dests| dests.request(to, now));
     if let Some(old) = old
-        && let Some(choice) = serving.reusable_backend(old.id)
+        && let Some(selected) = service_set.reusable_backend(old.reference)
     {
-        return Ok(choice);
+        return Ok(selected);
     }
-    let new = serving.choose(|| Client::netns(maps.netns()))?;
-    let claimed = UdpDests::of_or_new(cookie)?.claim(to, old, new, service, maps.netns(), now);
-    if claimed.replaced {
+    let new = service_set.select(|| Client::netns(maps.netns()))?;
+    let stored = UdpDests::find_or_insert(cookie)?.store(to, old, new, service, maps.netns(), now);
+    if stored.evicted {
         count::dropped(DropReason::UdpFlowReplaced);
     }
     count::connected(service);
-    Ok(claimed.choice)
+    Ok(stored.backend)
 }
 
+/// Replaces the source of a datagram from a backend by the destination that the socket sent the request to.
 #[inline(always)]
-fn received<F: Family>(ctx: &SockAddrContext, hook: Hook) {
+fn translate_source<F: Family>(ctx: &SockAddrContext, hook: Hook) {
     let source = destination::<F>(ctx);
     let cookie = cookie(ctx);
-    let mut asked = Record::of(cookie).and_then(|record| record.original(source));
-    if asked.is_none()
-        && let Some(flows) = UdpDests::of(cookie)
+    let mut requested = Record::find(cookie).and_then(|record| record.original(source));
+    if requested.is_none()
+        && let Some(dests) = UdpDests::find(cookie)
     {
         // The clock is read only here: most sockets have no entry, and it costs more than the rest of this function.
         // SAFETY: the helper has no arguments.
         let now = unsafe { bpf_ktime_get_ns() };
-        asked = flows.answer(source, now);
+        requested = dests.reply(source, now);
     }
-    if let Some((addr, port)) = asked {
+    if let Some((addr, port)) = requested {
         set_destination::<F>(ctx, addr, port);
         log::socket_translated(hook, source, addr, port);
     }
 }
 
+/// Replaces the peer of a socket, if it is the backend, by the destination that the process connected to.
 #[inline(always)]
-fn peer_name<F: Family>(ctx: &SockAddrContext, hook: Hook) {
-    let record = match mptcp::of_peer(ctx) {
-        None => Record::of(cookie(ctx)),
-        Some(key) => Record::keyed(key),
+fn translate_peer<F: Family>(ctx: &SockAddrContext, hook: Hook) {
+    let record = match mptcp::key_in_getpeername(ctx) {
+        None => Record::find(cookie(ctx)),
+        Some(key) => Record::find_by_key(key),
     };
     let peer = destination::<F>(ctx);
     if let Some((addr, port)) = record.and_then(|record| record.original(peer)) {
@@ -232,6 +239,7 @@ fn peer_name<F: Family>(ctx: &SockAddrContext, hook: Hook) {
     }
 }
 
+/// Returns the cookie of the socket.
 #[inline(always)]
 fn cookie(ctx: &SockAddrContext) -> u64 {
     // SAFETY: the context is that of the running program.

@@ -9,7 +9,7 @@ use lb_common::logic::record;
 use lb_common::logic::route::Destination;
 
 use crate::atomic::Shared;
-use crate::backend::Choice;
+use crate::backend::SelectedBackend;
 use crate::maps::{SOCKETS, SOCKETS_MORE, sockets_mask};
 use crate::volatile::{self, write_once};
 
@@ -17,8 +17,9 @@ use crate::volatile::{self, write_once};
 struct Slot(*mut SocketRecord);
 
 impl Slot {
+    /// Returns the slot of a socket, by its cookie; another socket may have taken it.
     #[inline(always)]
-    fn of(cookie: u64) -> Option<Self> {
+    fn find(cookie: u64) -> Option<Self> {
         SOCKETS.get_ptr_mut(record::slot(cookie, sockets_mask())).map(Self)
     }
 
@@ -43,12 +44,14 @@ impl Slot {
         unsafe { Shared::new(&raw mut (*self.0).spilled) }
     }
 
+    /// Makes the sequence odd, before a change of the record.
     #[inline(always)]
     fn open(&self) {
         let sequence = self.sequence();
         sequence.exchange(record::opened(sequence.load()));
     }
 
+    /// Makes the sequence even, after a change of the record.
     #[inline(always)]
     fn close(&self) {
         let sequence = self.sequence();
@@ -60,10 +63,14 @@ impl Slot {
 pub(crate) struct Connected {
     /// Cookie of the socket (`bpf_get_socket_cookie`).
     pub(crate) cookie: u64,
+    /// Cookie of the network namespace (`bpf_get_netns_cookie`).
     pub(crate) netns: u64,
+    /// Nanoseconds of CLOCK_MONOTONIC.
     pub(crate) time: u64,
+    /// Destination that the process requested.
     pub(crate) original: Destination,
-    pub(crate) choice: Choice,
+    pub(crate) backend: SelectedBackend,
+    /// Service index.
     pub(crate) service: u32,
 }
 
@@ -79,10 +86,10 @@ impl Connected {
             write_once!((*at).netns, self.netns);
             write_once!((*at).time, self.time);
             volatile::store_addr(&raw mut (*at).original_addr, self.original.addr);
-            volatile::store_addr(&raw mut (*at).backend_addr, self.choice.addr);
+            volatile::store_addr(&raw mut (*at).backend_addr, self.backend.addr);
             write_once!((*at).original_port, self.original.port);
-            write_once!((*at).backend_port, self.choice.port);
-            volatile::store_ref(&raw mut (*at).backend, self.choice.id);
+            write_once!((*at).backend_port, self.backend.port);
+            volatile::store_ref(&raw mut (*at).backend, self.backend.reference);
             write_once!((*at).service, self.service);
             write_once!((*at).socket, self.cookie);
             write_once!((*at).proto, self.original.proto);
@@ -95,16 +102,16 @@ impl Connected {
 /// # Errors
 /// Returns [`DropReason::SocketsFull`] if neither map has room.
 #[inline(always)]
-pub(crate) fn remember(new: &Connected) -> Result<(), DropReason> {
-    let Some(slot) = Slot::of(new.cookie) else {
+pub(crate) fn insert(new: &Connected) -> Result<(), DropReason> {
+    let Some(slot) = Slot::find(new.cookie) else {
         return Err(DropReason::SocketsFull);
     };
-    let holder = slot.cookie().load();
-    if holder == new.cookie {
+    let owner = slot.cookie().load();
+    if owner == new.cookie {
         // The socket has a record in its slot and connects again.
         slot.open();
-    } else if holder != 0 || slot.spilled().load() != 0 || !slot.cookie().compare_exchange(0, new.cookie) {
-        return remember_spilled(&slot, new);
+    } else if owner != 0 || slot.spilled().load() != 0 || !slot.cookie().compare_exchange(0, new.cookie) {
+        return insert_spilled(&slot, new);
     }
     // SAFETY: the pointer is to a value of the map. Its cookie is this socket's, so no call of another socket writes
     // these fields.
@@ -116,12 +123,12 @@ pub(crate) fn remember(new: &Connected) -> Result<(), DropReason> {
 /// Stores the record of a socket in SOCKETS_MORE, and counts it in `spilled`: its slot is taken, or an earlier connect
 /// may have stored the record there.
 #[inline(always)]
-fn remember_spilled(slot: &Slot, new: &Connected) -> Result<(), DropReason> {
+fn insert_spilled(slot: &Slot, new: &Connected) -> Result<(), DropReason> {
     let known = SOCKETS_MORE.get_ptr(new.cookie).is_some();
     if !known {
         slot.spilled().add(1);
     }
-    let result = remember_as(new.cookie, new);
+    let result = insert_by_key(new.cookie, new);
     if result.is_err() && !known {
         slot.spilled().add(u32::MAX);
     }
@@ -131,7 +138,7 @@ fn remember_spilled(slot: &Slot, new: &Connected) -> Result<(), DropReason> {
 /// Stores the record of a socket in SOCKETS_MORE under any key. The key of an MPTCP socket is its address in the
 /// kernel: the verifier rejects arithmetic on it, so it cannot select a slot of SOCKETS.
 #[inline(always)]
-pub(crate) fn remember_as(key: u64, new: &Connected) -> Result<(), DropReason> {
+pub(crate) fn insert_by_key(key: u64, new: &Connected) -> Result<(), DropReason> {
     let mut value = SocketRecord {
         cookie: key,
         sequence: record::closed(0),
@@ -142,6 +149,7 @@ pub(crate) fn remember_as(key: u64, new: &Connected) -> Result<(), DropReason> {
     SOCKETS_MORE.insert(key, value, 0).map_err(|_| DropReason::SocketsFull)
 }
 
+/// A record of zero bytes: `Default::default` is no constant function.
 const EMPTY: SocketRecord = SocketRecord {
     cookie: 0,
     sequence: 0,
@@ -165,20 +173,20 @@ pub(crate) struct Record(*const SocketRecord);
 impl Record {
     /// Returns the record of a socket, by its cookie.
     #[inline(always)]
-    pub(crate) fn of(cookie: u64) -> Option<Self> {
-        let slot = Slot::of(cookie)?;
+    pub(crate) fn find(cookie: u64) -> Option<Self> {
+        let slot = Slot::find(cookie)?;
         if slot.cookie().load() == cookie {
             Some(Self(slot.0))
         } else if slot.spilled().load() != 0 {
-            Self::keyed(cookie)
+            Self::find_by_key(cookie)
         } else {
             None
         }
     }
 
-    /// Returns the record in SOCKETS_MORE under a key; see [`remember_as`].
+    /// Returns the record in SOCKETS_MORE under a key; see [`insert_by_key`].
     #[inline(always)]
-    pub(crate) fn keyed(key: u64) -> Option<Self> {
+    pub(crate) fn find_by_key(key: u64) -> Option<Self> {
         SOCKETS_MORE.get_ptr(key).map(Self)
     }
 
@@ -208,8 +216,8 @@ impl Record {
 
 /// Deletes the record of a socket, by its cookie.
 #[inline(always)]
-pub(crate) fn forget(cookie: u64) {
-    let Some(slot) = Slot::of(cookie) else { return };
+pub(crate) fn remove(cookie: u64) {
+    let Some(slot) = Slot::find(cookie) else { return };
     if slot.cookie().load() == cookie {
         let sequence = slot.sequence();
         sequence.store(record::opened(sequence.load()));
@@ -219,8 +227,8 @@ pub(crate) fn forget(cookie: u64) {
     }
 }
 
-/// Deletes the record in SOCKETS_MORE under a key; see [`remember_as`].
+/// Deletes the record in SOCKETS_MORE under a key; see [`insert_by_key`].
 #[inline(always)]
-pub(crate) fn forget_keyed(key: u64) {
+pub(crate) fn remove_by_key(key: u64) {
     let _ = SOCKETS_MORE.remove(key);
 }

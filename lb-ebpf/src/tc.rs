@@ -6,7 +6,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use lb_common::abi::{CtEntryWords, DropReason, EventKind, RejectWith, ct_flags};
-use lb_common::logic::ct::{Action, FlowState, Match};
+use lb_common::logic::ct::{self as ct_logic, Action, FlowState, Match};
 use lb_common::logic::decide::{self, Arrival};
 use lb_common::logic::delivery::{self, Facts};
 use lb_common::logic::log::Decision;
@@ -14,13 +14,13 @@ use lb_common::logic::packet::{self, ETHERNET, tcp_flags};
 use lb_common::logic::tcp_state;
 use lb_common::logic::translation::Tuple;
 
-use crate::backend::{self, Client, Serving};
+use crate::backend::{self, Client, ServiceSet};
 use crate::count;
 use crate::ct::{self, Claim, CtLookup};
 use crate::device;
 use crate::log;
 use crate::map_tables::MapTables;
-use crate::packet_ctx::{Chosen, CtxRef, PacketCtx, outcome, steps};
+use crate::packet_ctx::{CtxRef, PacketCtx, Selection, outcome, steps};
 use crate::reject;
 use crate::send::{self, Route};
 use crate::skb::Skb;
@@ -67,24 +67,26 @@ outcome! {
         /// The packet started a flow and was translated, or lb does not translate it.
         Done,
         /// Another packet of the flow has inserted the flow concurrently.
-        Lost,
+        LostRace,
     }
 }
 
 steps! {
-    pub(super) fn existing(skb, ctx) -> Lookup;
-    pub(super) fn begin(skb, ctx) -> NewFlow;
-    pub(super) fn choose(ctx) -> ();
+    pub(super) fn existing_flow(skb, ctx) -> Lookup;
+    pub(super) fn new_flow(skb, ctx) -> NewFlow;
+    pub(super) fn select_backend(ctx) -> ();
     pub(super) fn plan_delivery(skb, ctx) -> ();
-    pub(super) fn claim(skb, ctx) -> Claim;
+    pub(super) fn insert_flow(skb, ctx) -> Claim;
     pub(super) fn forward(skb, ctx) -> ();
 }
 
+/// Runs the program: parses the packet, translates or rejects it, and returns the verdict. `link_len`: length of the link-layer
+/// header.
 #[inline(always)]
-fn verdict(ctx: &TcContext, link: usize, at_egress: bool) -> i32 {
+fn verdict(ctx: &TcContext, link_len: usize, at_egress: bool) -> i32 {
     let skb = Skb::new(ctx.skb.skb);
     skb.pull();
-    let packet = match packet::parse(&skb, link) {
+    let packet = match packet::parse(&skb, link_len) {
         Ok(packet) => packet,
         Err(None) => return TC_ACT_UNSPEC,
         Err(Some(reason)) => {
@@ -92,7 +94,7 @@ fn verdict(ctx: &TcContext, link: usize, at_egress: bool) -> i32 {
             return TC_ACT_UNSPEC;
         }
     };
-    let Some(mut ctx) = CtxRef::begin(packet, link, at_egress) else {
+    let Some(mut ctx) = CtxRef::begin(packet, link_len, at_egress) else {
         return TC_ACT_UNSPEC;
     };
     match translate(skb, ctx) {
@@ -125,15 +127,15 @@ fn decision(ctx: CtxRef, lookup: Lookup) -> Decision {
 /// Returns the reason if the packet is not translated.
 #[inline(always)]
 fn translate(skb: Skb, ctx: CtxRef) -> Result<Lookup, DropReason> {
-    match step::existing(skb, ctx)? {
+    match step::existing_flow(skb, ctx)? {
         Lookup::Done => return Ok(Lookup::Done),
         Lookup::Miss => {}
     }
-    match step::begin(skb, ctx)? {
+    match step::new_flow(skb, ctx)? {
         NewFlow::Done => return Ok(Lookup::Miss),
-        NewFlow::Lost => {}
+        NewFlow::LostRace => {}
     }
-    match step::existing(skb, ctx)? {
+    match step::existing_flow(skb, ctx)? {
         Lookup::Done => Ok(Lookup::Done),
         // The concurrent flow is already gone. The packet is dropped, and the client retransmits it.
         Lookup::Miss => Err(DropReason::RewriteFailed),
@@ -145,7 +147,11 @@ fn translate(skb: Skb, ctx: CtxRef) -> Result<Lookup, DropReason> {
 fn refuse(skb: Skb, ctx: CtxRef, reason: DropReason) -> i32 {
     count::dropped(reason);
     let reject_with = reason.reject_with();
-    if ctx.service != 0 && matches!(reject_with, RejectWith::Refused | RejectWith::Drop) {
+    let is_refusal = match reject_with {
+        RejectWith::Refused | RejectWith::Drop => true,
+        RejectWith::Pass | RejectWith::TooBig | RejectWith::TimeExceeded => false,
+    };
+    if ctx.service != 0 && is_refusal {
         count::refused(ctx.service);
     }
     let event = TraceEvent::rejected(ctx.destination(), ctx.service, reason);
@@ -153,25 +159,25 @@ fn refuse(skb: Skb, ctx: CtxRef, reason: DropReason) -> i32 {
     match reject_with {
         RejectWith::Pass => TC_ACT_UNSPEC,
         RejectWith::Drop => TC_ACT_SHOT,
-        RejectWith::Refused | RejectWith::TooBig | RejectWith::TimeExceeded => reject::with(skb, ctx, reject_with),
+        RejectWith::Refused | RejectWith::TooBig | RejectWith::TimeExceeded => reject::respond(skb, ctx, reject_with),
     }
 }
 
 /// Step: translates a packet of an existing flow.
 #[inline(always)]
-fn existing(skb: Skb, mut ctx: CtxRef) -> Result<Lookup, DropReason> {
-    let Some(found) = CtLookup::of(&ctx.key) else {
+fn existing_flow(skb: Skb, mut ctx: CtxRef) -> Result<Lookup, DropReason> {
+    let Some(found) = CtLookup::find(&ctx.key) else {
         return Ok(Lookup::Miss);
     };
     found.read(&mut ctx.entry);
-    if !lb_common::logic::ct::is_translated_here(ctx.entry.flags, ctx.at_egress, skb.has_vlan())? {
+    if !ct_logic::is_translated_here(ctx.entry.flags, ctx.at_egress, skb.has_vlan())? {
         return Ok(Lookup::Done);
     }
     ctx.service = ctx.entry.service;
-    match next(ctx, &found)? {
+    match next_action(ctx, &found)? {
         Action::Restart => {
             ctx.last_port = ctx.entry.src_port;
-            ct::forget(&ctx.key, &ctx.entry);
+            ct::remove(&ctx.key, &ctx.entry);
             return Ok(Lookup::Miss);
         }
         Action::Reset => {
@@ -182,7 +188,7 @@ fn existing(skb: Skb, mut ctx: CtxRef) -> Result<Lookup, DropReason> {
         Action::Refresh => found.touch(ctx.packet.flags, ctx.packet.is_tcp()),
         Action::Reclaim => {
             found.touch(ctx.packet.flags, ctx.packet.is_tcp());
-            ct::step::claim_replies(ctx)?;
+            ct::step::claim_reply_direction(ctx)?;
         }
     }
     if ctx.entry.has(ct_flags::FORWARD) {
@@ -207,8 +213,8 @@ impl FlowState for Flow<'_> {
     fn backend_is_usable(&self) -> Result<bool, DropReason> {
         let entry = &self.ctx.entry;
         let set = entry.set().ok_or(DropReason::BadKind)?;
-        let serving = Serving::of(entry.service, set).ok_or(DropReason::BadServiceIndex)?;
-        Ok(serving.reusable_backend(entry.backend).is_some())
+        let service_set = ServiceSet::find(entry.service, set).ok_or(DropReason::BadServiceIndex)?;
+        Ok(service_set.reusable_backend(entry.backend).is_some())
     }
 
     #[inline(always)]
@@ -227,15 +233,16 @@ impl FlowState for Flow<'_> {
     }
 }
 
+/// Returns the action for the packet of a flow.
 #[inline(always)]
-fn next(ctx: CtxRef, found: &CtLookup) -> Result<Action, DropReason> {
+fn next_action(ctx: CtxRef, found: &CtLookup) -> Result<Action, DropReason> {
     let PacketCtx { packet, entry, .. } = &*ctx;
     let matched = Match {
         packet,
         flags: entry.flags,
         is_unreplied: found.is_unreplied,
     };
-    lb_common::logic::ct::next(matched, &Flow { ctx, found })
+    ct_logic::next(matched, &Flow { ctx, found })
 }
 
 /// Checks the time to live of a packet that this node forwards.
@@ -267,7 +274,7 @@ fn forward(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
     ctx.mtu = mtu;
     checked?;
     send::step::rewrite(skb, ctx)?;
-    if ctx.ip() == 0 {
+    if ctx.ip_offset() == 0 {
         // bpf_redirect_neigh removes a link-layer header, and drops a packet without one.
         skb.add_link_header()?;
     }
@@ -277,7 +284,7 @@ fn forward(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
 
 /// Step: starts the flow of a packet, if lb translates it.
 #[inline(always)]
-fn begin(skb: Skb, mut ctx: CtxRef) -> Result<NewFlow, DropReason> {
+fn new_flow(skb: Skb, mut ctx: CtxRef) -> Result<NewFlow, DropReason> {
     let tables = MapTables {
         ctx: skb.as_ptr().cast(),
     };
@@ -294,14 +301,14 @@ fn begin(skb: Skb, mut ctx: CtxRef) -> Result<NewFlow, DropReason> {
     };
     ctx.service = frontend.service;
     ctx.frontend = frontend;
-    step::choose(ctx)?;
+    step::select_backend(ctx)?;
     step::plan_delivery(skb, ctx)?;
-    match step::claim(skb, ctx)? {
-        Claim::Lost => return Ok(NewFlow::Lost),
-        Claim::First => {}
+    match step::insert_flow(skb, ctx)? {
+        Claim::Exists => return Ok(NewFlow::LostRace),
+        Claim::Inserted => {}
     }
     count::connected(ctx.service);
-    let event = TraceEvent::served(EventKind::Translated, to, ctx.service, ctx.chosen.backend);
+    let event = TraceEvent::served(EventKind::Translated, to, ctx.service, ctx.selection.backend);
     trace::packet_event(&ctx.packet, &event);
     if ctx.entry.has(ct_flags::FORWARD) {
         step::forward(skb, ctx)?;
@@ -311,36 +318,36 @@ fn begin(skb: Skb, mut ctx: CtxRef) -> Result<NewFlow, DropReason> {
     Ok(NewFlow::Done)
 }
 
-/// Step: chooses the backend of a new flow.
+/// Step: selects the backend of a new flow.
 #[inline(always)]
-fn choose(mut ctx: CtxRef) -> Result<(), DropReason> {
+fn select_backend(mut ctx: CtxRef) -> Result<(), DropReason> {
     let client = ctx.packet.src;
     let tables = MapTables {
         ctx: core::ptr::null_mut(),
     };
     let admission = decide::admit_packet(&tables, ctx.frontend, client, ctx.at_egress)?;
-    ctx.chosen.client_is_local = admission.client_is_local;
-    ctx.chosen.set = admission.set;
-    let serving = Serving::new(ctx.frontend.service, admission);
-    ctx.chosen.backend = serving.choose(|| Client::addr(client))?;
+    ctx.selection.client_is_local = admission.client_is_local;
+    ctx.selection.set = admission.set;
+    let service_set = ServiceSet::new(ctx.frontend.service, admission);
+    ctx.selection.backend = service_set.select(|| Client::addr(client))?;
     Ok(())
 }
 
 /// Step: decides how packets of a new flow get to its backend, and prepares its entry.
 #[inline(always)]
 fn plan_delivery(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
-    let Chosen {
+    let Selection {
         backend,
         set,
         client_is_local,
         ..
-    } = ctx.chosen;
+    } = ctx.selection;
     let translated = Tuple {
         dst: backend.addr,
         dst_port: backend.port,
         ..ctx.tuple()
     };
-    ctx.entry = CtEntryWords::new(&translated, backend.id, ctx.service, set, ct::now());
+    ctx.entry = CtEntryWords::new(&translated, backend.reference, ctx.service, set, ct::now());
     let route = send::step::route(skb, ctx)?;
     let facts = Facts {
         at_egress: ctx.at_egress,
@@ -351,7 +358,7 @@ fn plan_delivery(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
     };
     let delivery = delivery::decide(facts, || device::is_bridge(skb.ifindex()))?;
     ctx.entry.flags = delivery.flags;
-    ctx.chosen.snat = delivery.snat;
+    ctx.selection.snat = delivery.snat;
     if delivery.snat {
         let source = device::source_address(ctx.next_hop.device, ctx.packet.src)?;
         ctx.entry.set_source(source);
@@ -363,15 +370,15 @@ fn plan_delivery(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
 /// node's, or if its reply tuple belongs to another flow. If another packet of the flow has inserted it concurrently,
 /// nothing is inserted.
 #[inline(always)]
-fn claim(skb: Skb, mut ctx: CtxRef) -> Result<Claim, DropReason> {
-    if ctx.chosen.snat || ct::step::claim_replies(ctx)? == Claim::Lost {
+fn insert_flow(skb: Skb, mut ctx: CtxRef) -> Result<Claim, DropReason> {
+    if ctx.selection.snat || ct::step::claim_reply_direction(ctx)? == Claim::Exists {
         snat_port::claim(skb, ctx)?;
     }
     let state = tcp_state::after(0, ctx.packet.flags);
     ctx.entry.state = state;
     let claim = ct::claim(&ctx.key, &ctx.entry);
-    if claim == Claim::Lost {
-        ct::forget_replies(&ctx.key, &ctx.entry);
+    if claim == Claim::Exists {
+        ct::remove_reply_direction(&ctx.key, &ctx.entry);
     }
     Ok(claim)
 }

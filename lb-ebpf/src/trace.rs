@@ -11,7 +11,7 @@ use lb_common::logic::ip128::Ip128;
 use lb_common::logic::packet::Packet;
 use lb_common::logic::route::Destination;
 
-use crate::backend::Choice;
+use crate::backend::SelectedBackend;
 use crate::count;
 use crate::maps::{CONFIG, EVENTS};
 use crate::volatile::{self, read_once};
@@ -29,7 +29,7 @@ pub(crate) struct TraceEvent {
 impl TraceEvent {
     /// Returns the event of a call or packet that got a backend.
     #[inline(always)]
-    pub(crate) fn served(kind: EventKind, to: Destination, service: u32, choice: Choice) -> Self {
+    pub(crate) fn served(kind: EventKind, to: Destination, service: u32, choice: SelectedBackend) -> Self {
         Self {
             kind,
             to,

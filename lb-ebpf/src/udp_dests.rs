@@ -10,10 +10,11 @@ use lb_common::logic::ip128::Ip128;
 use lb_common::logic::route::Destination;
 use lb_common::logic::udp_dest;
 
-use crate::backend::Choice;
+use crate::backend::SelectedBackend;
 use crate::maps::UDP_FLOWS;
 use crate::volatile::{self, read_once, write_once};
 
+/// An empty value, which programs insert by reference.
 static EMPTY: abi::UdpDests = abi::UdpDests {
     lock: Lock { val: 0 },
     pad: 0,
@@ -37,18 +38,18 @@ pub(crate) struct UdpDests(*mut abi::UdpDests);
 /// The UDP destinations of one socket while their lock is held; dropping it releases the lock.
 struct Locked<'a>(&'a UdpDests);
 
-/// Result of [`UdpDests::claim`].
-pub(crate) struct Claimed {
+/// Result of [`UdpDests::store`].
+pub(crate) struct Stored {
     /// Backend of the destination: the new one, or the one that another thread has stored concurrently.
-    pub(crate) choice: Choice,
+    pub(crate) backend: SelectedBackend,
     /// Another destination of the socket was evicted to make room.
-    pub(crate) replaced: bool,
+    pub(crate) evicted: bool,
 }
 
 impl UdpDests {
-    /// Returns the UDP destinations of a socket, if it has an entry.
+    /// Looks up the UDP destinations of a socket, by its cookie.
     #[inline(always)]
-    pub(crate) fn of(cookie: u64) -> Option<Self> {
+    pub(crate) fn find(cookie: u64) -> Option<Self> {
         UDP_FLOWS.get_ptr_mut(cookie).map(Self)
     }
 
@@ -57,29 +58,29 @@ impl UdpDests {
     /// # Errors
     /// Returns [`DropReason::UdpFlowsFull`] if the map has no room.
     #[inline(always)]
-    pub(crate) fn of_or_new(cookie: u64) -> Result<Self, DropReason> {
-        if let Some(flows) = Self::of(cookie) {
-            return Ok(flows);
+    pub(crate) fn find_or_insert(cookie: u64) -> Result<Self, DropReason> {
+        if let Some(dests) = Self::find(cookie) {
+            return Ok(dests);
         }
         // The value is passed by reference, since it is too large for the stack. If another thread has inserted an
         // entry concurrently, that entry is kept.
         let empty = &EMPTY;
         let _ = UDP_FLOWS.insert(cookie, empty, u64::from(BPF_NOEXIST));
-        Self::of(cookie).ok_or(DropReason::UdpFlowsFull)
+        Self::find(cookie).ok_or(DropReason::UdpFlowsFull)
     }
 
     /// Returns the backend that the socket has for a destination, and records a request at `now` (nanoseconds).
     #[inline(always)]
-    pub(crate) fn ask(&self, to: Destination, now: u64) -> Option<Choice> {
+    pub(crate) fn request(&self, to: Destination, now: u64) -> Option<SelectedBackend> {
         let locked = self.lock();
         let mut found = None;
-        for flow in locked.flows() {
+        for dest in locked.iter() {
             // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
-            if unsafe { is_to(flow, to) } {
+            if unsafe { is_to(dest, to) } {
                 // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
                 found = Some(unsafe {
-                    note_question(flow, now);
-                    choice(flow)
+                    record_request(dest, now);
+                    backend_of(dest)
                 });
                 break;
             }
@@ -90,100 +91,102 @@ impl UdpDests {
     /// Stores a backend for a destination of the socket. `old` is the destination's backend that is no longer usable,
     /// if it had one. If the socket has no free destination, the one with the oldest request is evicted.
     #[inline(always)]
-    pub(crate) fn claim(
+    pub(crate) fn store(
         &self,
         to: Destination,
-        old: Option<Choice>,
-        new: Choice,
+        old: Option<SelectedBackend>,
+        new: SelectedBackend,
         service: u32,
         netns: u64,
         now: u64,
-    ) -> Claimed {
+    ) -> Stored {
         let locked = self.lock();
-        let mut place = self.first();
+        let mut target = self.first();
         let mut oldest = u64::MAX;
         let mut known = false;
-        for flow in locked.flows() {
+        for dest in locked.iter() {
             // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
-            let (mine, asked) = unsafe { (is_to(flow, to), read_once!((*flow).asked)) };
-            if mine {
-                place = flow;
+            let (matches, asked) = unsafe { (is_to(dest, to), read_once!((*dest).asked)) };
+            if matches {
+                target = dest;
                 known = true;
                 break;
             }
             if asked < oldest {
                 oldest = asked;
-                place = flow;
+                target = dest;
             }
         }
         // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
         unsafe {
             if known {
-                let there = choice(place);
-                if old.is_none_or(|old| old.id != there.id) {
-                    return Claimed {
-                        choice: there,
-                        replaced: false,
+                let current = backend_of(target);
+                if old.is_none_or(|old| old.reference != current.reference) {
+                    return Stored {
+                        backend: current,
+                        evicted: false,
                     };
                 }
             }
-            let replaced = !known && read_once!((*place).vip_port) != 0;
-            volatile::store_addr(&raw mut (*place).vip, to.addr);
-            volatile::store_addr(&raw mut (*place).backend_addr, new.addr);
-            write_once!((*place).vip_port, to.port);
-            write_once!((*place).backend_port, new.port);
-            volatile::store_ref(&raw mut (*place).backend, new.id);
-            write_once!((*place).service, service);
-            write_once!((*place).asked, now);
-            write_once!((*place).unanswered, 1);
+            let evicted = !known && read_once!((*target).vip_port) != 0;
+            volatile::store_addr(&raw mut (*target).vip, to.addr);
+            volatile::store_addr(&raw mut (*target).backend_addr, new.addr);
+            write_once!((*target).vip_port, to.port);
+            write_once!((*target).backend_port, new.port);
+            volatile::store_ref(&raw mut (*target).backend, new.reference);
+            write_once!((*target).service, service);
+            write_once!((*target).asked, now);
+            write_once!((*target).unanswered, 1);
             write_once!((*self.0).netns, netns);
-            Claimed { choice: new, replaced }
+            Stored { backend: new, evicted }
         }
     }
 
     /// Returns the destination of the request that a datagram from `source` replies to, and records the reply at `now`.
     #[inline(always)]
-    pub(crate) fn answer(&self, source: Destination, now: u64) -> Option<(Ip128, u16)> {
+    pub(crate) fn reply(&self, source: Destination, now: u64) -> Option<(Ip128, u16)> {
         let locked = self.lock();
         let mut best: Option<*mut UdpDest> = None;
-        let mut best_claim = 0;
-        for flow in locked.flows() {
+        let mut best_priority = 0;
+        for dest in locked.iter() {
             // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
             unsafe {
-                let port = read_once!((*flow).backend_port);
-                if port == source.port && volatile::load_addr(&raw const (*flow).backend_addr).same(source.addr) {
-                    let asked = read_once!((*flow).asked);
-                    let unanswered = read_once!((*flow).unanswered);
-                    let claim = udp_dest::claim(asked, unanswered, now);
-                    if claim >= best_claim {
-                        best_claim = claim;
-                        best = Some(flow);
+                let port = read_once!((*dest).backend_port);
+                if port == source.port && volatile::load_addr(&raw const (*dest).backend_addr).same(source.addr) {
+                    let asked = read_once!((*dest).asked);
+                    let unanswered = read_once!((*dest).unanswered);
+                    let priority = udp_dest::priority(asked, unanswered, now);
+                    if priority >= best_priority {
+                        best_priority = priority;
+                        best = Some(dest);
                     }
                 }
             }
         }
-        let flow = best?;
+        let dest = best?;
         // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
         unsafe {
-            let unanswered = read_once!((*flow).unanswered);
-            write_once!((*flow).unanswered, unanswered.saturating_sub(1));
+            let unanswered = read_once!((*dest).unanswered);
+            write_once!((*dest).unanswered, unanswered.saturating_sub(1));
             if unanswered > 1 {
                 // More replies are expected. With the later time, the requests to other destinations come first.
-                write_once!((*flow).asked, now);
+                write_once!((*dest).asked, now);
             }
             Some((
-                volatile::load_addr(&raw const (*flow).vip),
-                read_once!((*flow).vip_port),
+                volatile::load_addr(&raw const (*dest).vip),
+                read_once!((*dest).vip_port),
             ))
         }
     }
 
+    /// Returns the first of the destinations.
     #[inline(always)]
     fn first(&self) -> *mut UdpDest {
         // SAFETY: the pointer is to a value of the map; only the address of a field is computed.
         unsafe { (&raw mut (*self.0).dests).cast::<UdpDest>() }
     }
 
+    /// Takes the lock of the value.
     #[inline(always)]
     fn lock(&self) -> Locked<'_> {
         // SAFETY: the pointer is to a value of the map, and the lock is at its beginning.
@@ -193,8 +196,9 @@ impl UdpDests {
 }
 
 impl Locked<'_> {
+    /// Returns pointers to all destinations, used and free.
     #[inline(always)]
-    fn flows(&self) -> impl Iterator<Item = *mut UdpDest> + use<> {
+    fn iter(&self) -> impl Iterator<Item = *mut UdpDest> + use<> {
         let first = self.0.first();
         // SAFETY: the index is less than `DESTS_PER_SOCKET`, the number of destinations in the value.
         (0..DESTS_PER_SOCKET).map(move |i| unsafe { first.add(i) })
@@ -225,13 +229,13 @@ unsafe fn is_to(at: *const UdpDest, to: Destination) -> bool {
 /// # Safety
 /// `at` must point to a destination of a locked value.
 #[inline(always)]
-unsafe fn choice(at: *const UdpDest) -> Choice {
+unsafe fn backend_of(at: *const UdpDest) -> SelectedBackend {
     // SAFETY: the caller guarantees that `at` points to a destination of a locked value.
     unsafe {
-        Choice {
+        SelectedBackend {
             addr: volatile::load_addr(&raw const (*at).backend_addr),
             port: read_once!((*at).backend_port),
-            id: volatile::load_ref(&raw const (*at).backend),
+            reference: volatile::load_ref(&raw const (*at).backend),
             // The entry does not contain the flags, and the socket hooks do not use them.
             flags: 0,
         }
@@ -243,21 +247,24 @@ unsafe fn choice(at: *const UdpDest) -> Choice {
 /// # Safety
 /// `at` must point to a destination of a locked value.
 #[inline(always)]
-unsafe fn note_question(at: *mut UdpDest, now: u64) {
+unsafe fn record_request(at: *mut UdpDest, now: u64) {
     // SAFETY: the caller guarantees that `at` points to a destination of a locked value.
     unsafe {
         let before = read_once!((*at).asked);
         let unanswered = read_once!((*at).unanswered);
-        if unanswered == 0 || now.saturating_sub(before) >= udp_dest::PATIENCE {
+        if unanswered == 0 || now.saturating_sub(before) >= udp_dest::REPLY_TIMEOUT {
             write_once!((*at).asked, now);
         }
-        write_once!((*at).unanswered, udp_dest::asked(unanswered, before, now));
+        write_once!(
+            (*at).unanswered,
+            udp_dest::unanswered_after_request(unanswered, before, now)
+        );
     }
 }
 
 /// Deletes the UDP destinations of a socket, by its cookie.
 #[inline(always)]
-pub(crate) fn forget(cookie: u64) {
+pub(crate) fn remove(cookie: u64) {
     let _ = UDP_FLOWS.remove(cookie);
 }
 
