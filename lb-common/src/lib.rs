@@ -1,4 +1,4 @@
-//! What both sides of lb share: the kernel programs and the agent.
+//! Types and decisions that the kernel programs and the agent share.
 //!
 //! - [`abi`]: every type that crosses the kernel boundary. Their layout is a contract between builds, since maps
 //!   outlive the agent that made them.

@@ -1,5 +1,7 @@
-//! Atomic operations on map values. Those that return the old value are full barriers on every architecture (Linux,
-//! `Documentation/bpf/standardization`, "Atomic operations": operations with FETCH).
+//! Atomic operations on map values.
+//!
+//! Operations that return the old value (`BPF_FETCH`, `BPF_XCHG`, `BPF_CMPXCHG`) are full barriers, like the kernel's own atomic
+//! operations with a return value (Linux, `Documentation/atomic_t.txt`, "ORDERING").
 //!
 //! The kernel target's `core` has atomic loads and stores only, so the instructions are written in assembly. Other
 //! targets only check this crate and never run it; there, the module uses the atomic types of `core`.

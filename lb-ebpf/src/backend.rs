@@ -9,9 +9,9 @@ use lb_common::abi::{
     service_flags,
 };
 use lb_common::logic::backend::BackendState;
-use lb_common::logic::connect;
 use lb_common::logic::decide::Admission;
 use lb_common::logic::ip128::Ip128;
+use lb_common::logic::selection;
 use lb_common::logic::{affinity, generation, idle};
 
 use crate::atomic::Shared;
@@ -113,7 +113,7 @@ impl ServiceSet {
     fn select_random(&self) -> Result<SelectedBackend, DropReason> {
         // SAFETY: the helper has no arguments.
         let random = unsafe { bpf_get_prandom_u32() };
-        let index = connect::slot(self.set_word(), random)?;
+        let index = selection::slot(self.set_word(), random)?;
         let slot = BACKEND_SLOTS.get(index).ok_or(DropReason::BadSlot)?;
         Ok(SelectedBackend {
             // SAFETY: the reference is to a value of the map, and a published slot is not changed.
@@ -187,7 +187,7 @@ impl ServiceSet {
         if affinity::holds(last_used, now, timeout)
             && let Some(selected) = self.reusable_backend(Affinity::from_word(old))
         {
-            if idle::is_to_refresh(last_used, now) {
+            if idle::needs_refresh(last_used, now) {
                 used.store(now);
             }
             return Ok(selected);

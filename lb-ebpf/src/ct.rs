@@ -84,7 +84,7 @@ impl CtLookup {
         let now = now();
         // SAFETY: the pointer is to a value of the map. Programs on other CPUs write the same values, or slightly older ones.
         unsafe {
-            if idle::is_to_refresh(read_once!((*self.at).seen), now) {
+            if idle::needs_refresh(read_once!((*self.at).seen), now) {
                 write_once!((*self.at).seen, now);
             }
             let state = self.state();

@@ -2,8 +2,8 @@
 
 use aya_ebpf::bindings::bpf_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
+use lb_common::logic::frontend::Destination;
 use lb_common::logic::ip128::Ip128;
-use lb_common::logic::route::Destination;
 
 use crate::volatile::{read_once, write_once};
 

@@ -9,9 +9,9 @@ use aya_ebpf::helpers::bpf_get_current_pid_tgid;
 use aya_log_ebpf::macro_support::{Level, level_enabled};
 use aya_log_ebpf::{debug, warn};
 use lb_common::abi::DropReason;
+use lb_common::logic::frontend::Destination;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::log::{Decision, Hook};
-use lb_common::logic::route::Destination;
 
 use crate::packet_ctx::CtxRef;
 

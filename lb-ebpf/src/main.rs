@@ -1,5 +1,12 @@
-//! The kernel programs of lb: entry points by hook. They look up maps, call `lb_common::logic`, apply its decision, count,
-//! and return the verdict.
+//! The kernel programs of lb. They look up maps, call `lb_common::logic`, apply its decision, count, and return the verdict.
+//!
+//! - Entry points: `sock_addr` and `sock` (cgroup hooks), `tc` (device hooks), `agent_calls` (run by the agent).
+//! - Steps of the packet path: `ct`, `snat_port`, `send`, `reject`. They share `packet_ctx`; `skb` changes the packet.
+//! - State of sockets: `sockets` (connected), `udp_dests` (unconnected UDP), `mptcp` (keys of MPTCP sockets).
+//! - Both paths: `map_tables` (lookups for decisions), `backend` (selection), `count`, `trace`, `log`.
+//! - Access to memory: `maps`, `volatile`, `atomic`.
+//!
+//! Imports go one way: no module imports one that imports it, directly or through others.
 #![cfg_attr(target_arch = "bpf", no_std)]
 #![cfg_attr(target_arch = "bpf", no_main)]
 #![expect(

@@ -7,8 +7,8 @@ use aya_ebpf::btf_maps::lpm_trie::Key as Prefix;
 use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
 use lb_common::abi::{Addr, Frontend, FrontendKeyWords, SourceRange};
 use lb_common::logic::decide::{PacketTables, Services};
+use lb_common::logic::frontend::{Destination, Tables};
 use lb_common::logic::ip128::Ip128;
-use lb_common::logic::route::{Destination, Tables};
 
 use crate::backend::ServiceRef;
 use crate::maps::{CLUSTER_CIDRS, FRONTENDS, NODE_ADDRS, SOURCE_RANGES, node_netns};

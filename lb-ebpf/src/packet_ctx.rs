@@ -2,8 +2,8 @@
 //!
 //! The verifier checks a global function (`BTF_FUNC_GLOBAL`) once and in isolation, however often it is called, and a
 //! caller may rely on nothing about its result. Without these boundaries the verifier would follow every path through all
-//! steps: ten times the work at every start of the agent. A global function takes only the program's context and numbers,
-//! so the steps share their state in SCRATCH and return a number.
+//! steps: ten times the work at every start of the agent. A global function returns a number, and takes the program's context,
+//! numbers, or pointers that it has to check for null. So the steps share their state in SCRATCH.
 
 use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
@@ -12,8 +12,8 @@ use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::macros::btf_map;
 use lb_common::abi::{CtEntryWords, CtKeyWords, DropReason, Frontend, RejectWith, Set};
+use lb_common::logic::frontend::Destination;
 use lb_common::logic::packet::Packet;
-use lb_common::logic::route::Destination;
 use lb_common::logic::translation::Tuple;
 
 use crate::backend::SelectedBackend;
@@ -25,6 +25,7 @@ static SCRATCH: PerCpuArray<PacketCtx, 1> = PerCpuArray::new();
 
 /// A packet and the results of the steps so far: the value of SCRATCH.
 pub(crate) struct PacketCtx {
+    /// The packet as it arrived.
     pub(crate) packet: Packet,
     /// Length of the link-layer header.
     link_len: u8,
@@ -49,6 +50,7 @@ pub(crate) struct PacketCtx {
     pub(crate) entry: CtEntryWords,
     /// Entry of another flow that has the reply tuple of this flow.
     pub(crate) other_entry: CtEntryWords,
+    /// Backend and delivery of a new flow.
     pub(crate) selection: Selection,
     /// Next hop of a packet that the program forwards.
     pub(crate) next_hop: NextHop,

@@ -172,7 +172,7 @@ pub(crate) fn respond(skb: Skb, mut ctx: CtxRef, reject_with: RejectWith) -> i32
 fn reset(skb: Skb, ctx: CtxRef) -> Result<Response, DropReason> {
     let Packet {
         flags,
-        transport,
+        transport_len,
         dst,
         src,
         ..
@@ -183,7 +183,7 @@ fn reset(skb: Skb, ctx: CtxRef) -> Result<Response, DropReason> {
     let at = ctx.transport_offset();
     let word = |from: usize| skb.word(at + from).map(u32::from_be).ok_or(DropReason::RewriteFailed);
     let (seq, ack) = (word(offset_of!(TcpHdr, seq))?, word(offset_of!(TcpHdr, ack_seq))?);
-    let header = usize::from(transport);
+    let header = usize::from(transport_len);
     let payload = (skb.len() as usize).saturating_sub(at + header) as u32;
     let counts = |flag: u8| u32::from(flags & flag != 0);
     let (seq, ack, flags) = if flags & tcp_flags::ACK != 0 {

@@ -195,7 +195,7 @@ impl Bytes for Skb {
     }
 
     #[inline(always)]
-    fn is_merged(&self) -> bool {
+    fn is_gso(&self) -> bool {
         // SAFETY: the context is that of the running program.
         unsafe { (*self.0).gso_size != 0 }
     }

@@ -8,7 +8,7 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release};
 use lb_common::abi::{DropReason, ip_protocol};
-use lb_common::logic::select;
+use lb_common::logic::selection;
 
 use crate::ct::{self, Claim, ReplyTuple};
 use crate::maps::CONFIG;
@@ -52,7 +52,7 @@ pub(crate) fn claim(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
         let random = unsafe { bpf_get_prandom_u32() };
         ctx.entry.src_port = last_port
             .take()
-            .or_else(|| select::port(first, last, random))
+            .or_else(|| selection::port(first, last, random))
             .ok_or(DropReason::SnatPortsExhausted)?;
         if step::check_port(skb, ctx)? == Port::InUse {
             continue;

@@ -5,9 +5,9 @@ use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock;
 use aya_ebpf::programs::SockContext;
 use lb_common::abi::{DropReason, ip_protocol};
+use lb_common::logic::frontend::{self, Destination, Tables as _};
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::log::Hook;
-use lb_common::logic::route::{self, Destination, Tables as _};
 
 use crate::map_tables::MapTables;
 use crate::volatile::read_once;
@@ -49,7 +49,7 @@ fn post_bind(ctx: &SockContext, hook: Hook, addr: Ip128) -> i32 {
         port: port as u16,
         proto: proto as u8,
     };
-    if !maps.is_on_node() || !route::binds_node_port(&maps, to) {
+    if !maps.is_on_node() || !frontend::binds_node_port(&maps, to) {
         return ALLOW;
     }
     let reason = DropReason::NodePortTaken;

@@ -6,8 +6,8 @@ use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::abi::{DropReason, EventKind, ip_protocol};
 use lb_common::logic::decide::{self, SocketFrontend};
+use lb_common::logic::frontend::Destination;
 use lb_common::logic::log::Hook;
-use lb_common::logic::route::Destination;
 
 use crate::backend::{Client, SelectedBackend, ServiceSet};
 use crate::count;
@@ -177,7 +177,7 @@ fn connected_backend(service_set: &ServiceSet, cookie: u64, to: Destination) -> 
     service_set.reusable_backend(Record::find(cookie)?.backend(to)?)
 }
 
-/// Returns the backend that an unconnected socket has for a destination if it is usable. Otherwise chooses and stores
+/// Returns the backend that an unconnected socket has for a destination if it is usable. Otherwise selects and stores
 /// another one.
 #[inline(always)]
 fn select_for_unconnected(

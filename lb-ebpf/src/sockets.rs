@@ -4,9 +4,9 @@
 //! complete sequence twice has seen the fields that belong to it, on every architecture.
 
 use lb_common::abi::{Addr, BackendRef, DropReason, SocketRecord};
+use lb_common::logic::frontend::Destination;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::record;
-use lb_common::logic::route::Destination;
 
 use crate::atomic::Shared;
 use crate::backend::SelectedBackend;
@@ -197,7 +197,7 @@ impl Record {
         // SAFETY: the pointer is to a value of a map, and only calls of this socket write or delete its record.
         unsafe {
             let backend = (volatile::load_addr(&raw const (*at).backend_addr), (*at).backend_port);
-            record::is_backend((peer.addr, peer.port), backend)
+            record::is_same((peer.addr, peer.port), backend)
                 .then(|| (volatile::load_addr(&raw const (*at).original_addr), (*at).original_port))
         }
     }
@@ -209,7 +209,7 @@ impl Record {
         // SAFETY: the pointer is to a value of a map, and only calls of this socket write or delete its record.
         unsafe {
             let original = (volatile::load_addr(&raw const (*at).original_addr), (*at).original_port);
-            record::is_backend((to.addr, to.port), original).then(|| (*at).backend)
+            record::is_same((to.addr, to.port), original).then(|| (*at).backend)
         }
     }
 }

@@ -259,7 +259,7 @@ fn check_ttl(ctx: CtxRef) -> Result<(), DropReason> {
 fn deliver(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
     check_ttl(ctx)?;
     send::step::rewrite(skb, ctx)?;
-    if ctx.entry.has(ct_flags::AGAIN) {
+    if ctx.entry.has(ct_flags::RECEIVE_AGAIN) {
         ctx.verdict = send::receive_again(skb);
     }
     Ok(())

@@ -7,9 +7,9 @@ use aya_ebpf::helpers::{
     generated::bpf_ktime_get_coarse_ns,
 };
 use lb_common::abi::{DropReason, EventKind};
+use lb_common::logic::frontend::Destination;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::packet::Packet;
-use lb_common::logic::route::Destination;
 
 use crate::backend::SelectedBackend;
 use crate::count;

@@ -6,8 +6,8 @@
 use aya_ebpf::bindings::{BPF_NOEXIST, bpf_spin_lock as RawLock};
 use aya_ebpf::helpers::generated::{bpf_spin_lock, bpf_spin_unlock};
 use lb_common::abi::{self, Addr, BackendRef, DESTS_PER_SOCKET, DropReason, UdpDest, bpf_spin_lock as Lock};
+use lb_common::logic::frontend::Destination;
 use lb_common::logic::ip128::Ip128;
-use lb_common::logic::route::Destination;
 use lb_common::logic::udp_dest;
 
 use crate::backend::SelectedBackend;

@@ -12,10 +12,10 @@ use lb_common::abi::{
     Addr, Affinity, AffinityKey, Backend, BackendRef, DropReason, Frontend, FrontendKey, FrontendKind, Service, Set,
     SetWord, backend_flags, ip_protocol, service_flags,
 };
-use lb_common::logic::connect;
 use lb_common::logic::decide::{self, Admission, PacketTables, Services, SocketFrontend};
+use lb_common::logic::frontend::{Destination, Tables};
 use lb_common::logic::ip128::Ip128;
-use lb_common::logic::route::{Destination, Tables};
+use lb_common::logic::selection;
 use lb_common::logic::{affinity, generation};
 use serde::Serialize;
 
@@ -418,7 +418,7 @@ fn choose(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>, answer: &mut
         Some(_) => packet::refused(reason, answer.protocol),
         None => Outcome::refused(reason),
     };
-    answer.outcome = match connect::slot(chosen.word, 0) {
+    answer.outcome = match selection::slot(chosen.word, 0) {
         Err(reason) if kept.is_none() => refused(reason),
         _ if eligible().next().is_none() => refused(DropReason::BadSlot),
         _ => Outcome::Connects {
@@ -474,8 +474,8 @@ pub fn remaining(age: Duration, timeout: u32) -> u64 {
 /// Every backend of the service port: the members of the set in the order of its slots, then the others. `kept`: the
 /// backend that affinity selects, and the remaining seconds.
 fn candidates(dump: &Dump, chosen: Chosen<'_>, kept: Option<(u32, u64)>) -> Vec<Candidate> {
-    let slots =
-        connect::slot(chosen.word, 0).map_or(0..0, |base| base as usize..base as usize + usize::from(chosen.word.len));
+    let slots = selection::slot(chosen.word, 0)
+        .map_or(0..0, |base| base as usize..base as usize + usize::from(chosen.word.len));
     let members = dump.slots.get(slots).unwrap_or_default();
     let mut all: Vec<_> = members
         .iter()

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use anyhow::Context as _;
 use clap::Args;
 use lb_common::abi::{Addr, State, ip_protocol, program_name};
-use lb_common::logic::route::Destination;
+use lb_common::logic::frontend::Destination;
 use serde::Serialize;
 
 use super::process::{self, Below};

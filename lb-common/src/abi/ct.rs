@@ -168,7 +168,7 @@ pub mod ct_flags {
     /// Packets from the client that go up the stack are received again at the bridge that they arrived by. Rules for
     /// bridges may have passed the original packet to the stack's conntrack (`br_netfilter`); after this, the stack's
     /// conntrack has the translated tuple only.
-    pub const AGAIN: u16 = 8;
+    pub const RECEIVE_AGAIN: u16 = 8;
 }
 
 /// Bits of [`CtEntry::state`]: TCP flags that were seen in that direction. They are hints only: a forged segment can set

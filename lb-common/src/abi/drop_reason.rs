@@ -19,6 +19,9 @@ pub enum RejectWith {
 
 /// Defines the reasons. Each row has the number, the metric label, the error of a system call, the fate of a packet, and
 /// the text for people.
+///
+/// A reason that is only counted, such as `EventLost`, or that only sockets or only packets have, has `ECONNREFUSED` or `Drop` in
+/// the column that is not used.
 macro_rules! drop_reasons {
     ($(
         $(#[$doc:meta])*

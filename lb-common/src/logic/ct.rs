@@ -106,7 +106,10 @@ impl Phase {
     #[inline(always)]
     #[must_use]
     pub const fn is_end(self) -> bool {
-        matches!(self, Self::Closed | Self::Reset)
+        match self {
+            Self::Closed | Self::Reset => true,
+            Self::New | Self::Established | Self::HalfClosed => false,
+        }
     }
 }
 
@@ -211,7 +214,7 @@ pub fn next(found: Match<'_>, flow: &impl FlowState) -> Result<Action, DropReaso
     }
     Ok(if found.is_unreplied && is_established(found, flow) {
         Action::Establish
-    } else if found.is_unreplied && !found.is_reply() && found.packet.begins() {
+    } else if found.is_unreplied && !found.is_reply() && found.packet.is_initial_syn() {
         Action::Reclaim
     } else {
         Action::Refresh
@@ -234,7 +237,7 @@ enum Validity {
 fn validity(packet: &Packet, flow: &impl FlowState) -> Result<Validity, DropReason> {
     let is_valid = if !packet.is_tcp() {
         flow.backend_is_usable()?
-    } else if packet.begins() {
+    } else if packet.is_initial_syn() {
         flow.backend_is_current() && !Phase::of(true, [flow.state(), flow.reverse_state()]).is_end()
     } else if flow.backend_is_current() {
         true
@@ -372,7 +375,7 @@ mod tests {
             flags,
             ttl: 64,
             tos: 0,
-            transport: 20,
+            transport_len: 20,
         }
     }
 

@@ -3,10 +3,10 @@
 //! The kernel programs and `explain` both call these functions, each with its own [`Services`]. The choice of the
 //! backend, which needs a random number and the affinity of the client, follows in the caller.
 
-use super::connect;
+use super::frontend::{self, Destination, Tables};
 use super::ip128::Ip128;
 use super::packet::Packet;
-use super::route::{self, Destination, Tables};
+use super::selection;
 use crate::abi::{DropReason, Frontend, cluster_flags};
 
 use crate::abi::Set;
@@ -70,7 +70,7 @@ pub struct Arrival {
 #[inline(always)]
 #[must_use]
 pub const fn can_start_flow(packet: &Packet) -> bool {
-    !packet.is_tcp() || packet.begins()
+    !packet.is_tcp() || packet.is_initial_syn()
 }
 
 /// Looks up the frontend of a socket's destination. `node_only`: only sockets of the node's network namespace are served.
@@ -82,7 +82,7 @@ pub fn socket_frontend(tables: &impl Tables, node_only: bool, to: Destination) -
     if node_only && !tables.is_on_node() {
         return Ok(SocketFrontend::OtherNamespace);
     }
-    Ok(match route::frontend(tables, to)? {
+    Ok(match frontend::of_socket(tables, to)? {
         Some(frontend) => SocketFrontend::Found(frontend),
         None => SocketFrontend::None,
     })
@@ -92,13 +92,13 @@ pub fn socket_frontend(tables: &impl Tables, node_only: bool, to: Destination) -
 /// load-balancer address that is for some sources only, since the source of a socket is not known when it connects.
 ///
 /// # Errors
-/// Returns the errors of [`connect::set_for_socket`], and [`DropReason::BadServiceIndex`] if SERVICES does not have the
+/// Returns the errors of [`selection::set_for_socket`], and [`DropReason::BadServiceIndex`] if SERVICES does not have the
 /// index of the frontend.
 #[inline(always)]
 pub fn admit_socket<T: Services>(tables: &T, frontend: Frontend) -> Result<Option<Admission<T::Service>>, DropReason> {
-    let set = connect::set_for_socket(frontend)?;
+    let set = selection::set_for_socket(frontend)?;
     let service = tables.service(frontend.service).ok_or(DropReason::BadServiceIndex)?;
-    if route::has_source_ranges(frontend, tables.flags(service)) {
+    if frontend::has_source_ranges(frontend, tables.flags(service)) {
         return Ok(None);
     }
     Ok(Some(Admission {
@@ -125,7 +125,7 @@ pub fn packet_frontend(
     to: Destination,
 ) -> Result<Option<Frontend>, DropReason> {
     if arrival.at_egress && !arrival.has_socket {
-        return if route::is_service_address(tables, to.addr) {
+        return if frontend::is_service_address(tables, to.addr) {
             Err(DropReason::Untranslated)
         } else {
             Ok(None)
@@ -134,7 +134,7 @@ pub fn packet_frontend(
     if !arrival.can_start_flow {
         return Ok(None);
     }
-    let Some(frontend) = route::packet_frontend(tables, to)? else {
+    let Some(frontend) = frontend::of_packet(tables, to)? else {
         return Ok(None);
     };
     if arrival.has_vlan {
@@ -148,7 +148,7 @@ pub fn packet_frontend(
 ///
 /// # Errors
 /// Returns:
-/// - the errors of [`connect::set_for_packet`].
+/// - the errors of [`selection::set_for_packet`].
 /// - [`DropReason::BadServiceIndex`] if SERVICES does not have the index of the frontend.
 /// - [`DropReason::SourceNotAllowed`] if the client is in none of the source ranges of a load-balancer address.
 #[inline(always)]
@@ -160,9 +160,10 @@ pub fn admit_packet<T: PacketTables>(
 ) -> Result<Admission<T::Service>, DropReason> {
     let flags = tables.cluster_flags(client);
     let inside = at_egress || flags & cluster_flags::INSIDE != 0;
-    let set = connect::set_for_packet(frontend, inside)?;
+    let set = selection::set_for_packet(frontend, inside)?;
     let service = tables.service(frontend.service).ok_or(DropReason::BadServiceIndex)?;
-    if route::has_source_ranges(frontend, tables.flags(service)) && !tables.is_in_source_range(frontend.service, client)
+    if frontend::has_source_ranges(frontend, tables.flags(service))
+        && !tables.is_in_source_range(frontend.service, client)
     {
         return Err(DropReason::SourceNotAllowed);
     }
@@ -377,7 +378,7 @@ mod tests {
             flags,
             ttl: 64,
             tos: 0,
-            transport: 20,
+            transport_len: 20,
         };
         assert!(can_start_flow(&packet(ip_protocol::UDP, 0)));
         assert!(can_start_flow(&packet(ip_protocol::TCP, SYN)));

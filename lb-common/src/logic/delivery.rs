@@ -31,7 +31,7 @@ pub struct Delivery {
 ///
 /// They go up the stack if the replies pass this node anyway: at ingress, if they leave by another device than the
 /// client's and one end is local. `arrived_by_bridge` is evaluated only then: a packet that arrived by a bridge is
-/// received again at that bridge ([`ct_flags::AGAIN`]).
+/// received again at that bridge ([`ct_flags::RECEIVE_AGAIN`]).
 ///
 /// Otherwise the program forwards them. The client's address stays only if a socket of this machine sent them, and the
 /// device that they leave by does not change.
@@ -52,7 +52,7 @@ pub fn decide(facts: Facts, arrived_by_bridge: impl FnOnce() -> bool) -> Result<
     }
     let up_the_stack = !has_next_hop || !at_egress && changes_device && (backend_is_local || client_is_local);
     let flags = match up_the_stack {
-        true if arrived_by_bridge() => ct_flags::AGAIN,
+        true if arrived_by_bridge() => ct_flags::RECEIVE_AGAIN,
         true => 0,
         false if at_egress => ct_flags::EGRESS | ct_flags::FORWARD,
         false => ct_flags::FORWARD,
@@ -76,6 +76,7 @@ pub const fn opposite(flags: u16) -> u16 {
         0 if flags & ct_flags::REPLY == 0 => ct_flags::EGRESS,
         0 => ct_flags::EGRESS | ct_flags::FORWARD,
         ct_flags::FORWARD => ct_flags::FORWARD,
+        // EGRESS, with FORWARD (packets of a socket) or without it (replies).
         _ => 0,
     };
     opposite | (flags & ct_flags::REPLY) ^ ct_flags::REPLY
@@ -86,13 +87,13 @@ pub const fn opposite(flags: u16) -> u16 {
 #[inline(always)]
 #[must_use]
 pub const fn decrements_ttl(flags: u16) -> bool {
-    flags & (ct_flags::FORWARD | ct_flags::AGAIN) != 0 && flags & ct_flags::EGRESS == 0
+    flags & (ct_flags::FORWARD | ct_flags::RECEIVE_AGAIN) != 0 && flags & ct_flags::EGRESS == 0
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ct_flags::{AGAIN, EGRESS, FORWARD, REPLY};
+    use ct_flags::{EGRESS, FORWARD, RECEIVE_AGAIN, REPLY};
 
     /// A flow from an outside client to a backend on another node, at ingress, by another device.
     const OUTSIDE: Facts = Facts {
@@ -154,7 +155,11 @@ mod tests {
             ),
         ] {
             for bridge in [false, true] {
-                let flags = if bridge && flags & FORWARD == 0 { AGAIN } else { flags };
+                let flags = if bridge && flags & FORWARD == 0 {
+                    RECEIVE_AGAIN
+                } else {
+                    flags
+                };
                 assert_eq!(
                     decide(facts, || bridge),
                     Ok(Delivery { flags, snat }),
@@ -186,14 +191,14 @@ mod tests {
             assert_eq!(opposite(back), there, "{back}");
         }
         // Replies leave by the bridge.
-        assert_eq!(opposite(AGAIN), REPLY | EGRESS);
+        assert_eq!(opposite(RECEIVE_AGAIN), REPLY | EGRESS);
     }
 
     #[test]
     fn packets_that_could_loop_lose_time_to_live() {
         for (flags, decrements) in [
             (0, false),
-            (AGAIN, true),
+            (RECEIVE_AGAIN, true),
             (FORWARD, true),
             (REPLY | FORWARD, true),
             (EGRESS | FORWARD, false),

@@ -15,7 +15,7 @@ pub const fn is_over(used: u64, now: u64, timeout: u64) -> bool {
 /// connections do not contend for a cache line.
 #[inline(always)]
 #[must_use]
-pub const fn is_to_refresh(used: u64, now: u64) -> bool {
+pub const fn needs_refresh(used: u64, now: u64) -> bool {
     is_over(used, now, SECOND)
 }
 
@@ -32,8 +32,8 @@ mod tests {
 
     #[test]
     fn refreshes_once_a_second() {
-        assert!(!is_to_refresh(5, 6));
-        assert!(is_to_refresh(5, SECOND + 5));
-        assert!(!is_to_refresh(6, 5));
+        assert!(!needs_refresh(5, 6));
+        assert!(needs_refresh(5, SECOND + 5));
+        assert!(!needs_refresh(6, 5));
     }
 }

@@ -1,20 +1,21 @@
-//! Addresses in the form that the data plane computes with.
+//! IP addresses as two 64-bit words, the form in which programs compute with them.
 
 use crate::abi::Addr;
 
 /// An address as two words, each with the byte order of memory (so network order, read as a native integer).
 ///
-/// [`Addr`] is what maps hold, readable byte by byte; handled by value it would be taken apart into sixteen registers.
+/// Map values contain an [`Addr`], whose bytes a person can read in a dump. The compiler would split an [`Addr`] that is passed
+/// by value into its sixteen bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ip128(pub [u64; 2]);
 
-/// A word that has these bytes in memory.
+/// Returns the word that has the bytes of two halves in memory.
 const fn word(first: u32, last: u32) -> u64 {
     let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), last.to_ne_bytes());
     u64::from_ne_bytes([a, b, c, d, e, f, g, h])
 }
 
-/// The halves of a word, in the order of memory.
+/// Returns the halves of a word, in the order of memory.
 const fn halves(word: u64) -> (u32, u32) {
     let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
     (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]))
@@ -25,21 +26,21 @@ impl Ip128 {
     const LOOPBACK_V4: Self = Self::from_v4(0x7f00_0001_u32.to_be());
     const LOOPBACK_V6: Self = Self([0, word(0, 1_u32.to_be())]);
 
-    /// An IPv4 address, v4-mapped; `addr` as it is in memory, in network order.
+    /// Returns the v4-mapped form of an IPv4 address; `addr` has the byte order of memory, so network order.
     #[inline(always)]
     #[must_use]
     pub const fn from_v4(addr: u32) -> Self {
         Self([0, word(Self::MAPPED, addr)])
     }
 
-    /// An address from four words of 32 bits, each as it is in memory.
+    /// Returns the address with four words of 32 bits, each with the byte order of memory.
     #[inline(always)]
     #[must_use]
     pub const fn from_quarters([a, b, c, d]: [u32; 4]) -> Self {
         Self([word(a, b), word(c, d)])
     }
 
-    /// The four words of 32 bits, each as it is in memory.
+    /// Returns the four words of 32 bits, each with the byte order of memory.
     #[inline(always)]
     #[must_use]
     pub const fn to_quarters(self) -> [u32; 4] {
@@ -47,7 +48,7 @@ impl Ip128 {
         [a, b, c, d]
     }
 
-    /// The IPv4 address that is mapped here, if one is; in network order.
+    /// Returns the mapped IPv4 address with the byte order of memory, if this is one.
     #[inline(always)]
     #[must_use]
     pub const fn to_v4(self) -> Option<u32> {
@@ -72,7 +73,7 @@ impl Ip128 {
         }
     }
 
-    /// The address zero of the same family: `::ffff:0.0.0.0` or `::`.
+    /// Returns the address zero of the same family: `::ffff:0.0.0.0` or `::`.
     #[inline(always)]
     #[must_use]
     pub const fn unspecified(self) -> Self {
@@ -99,7 +100,7 @@ impl Ip128 {
         self.0[0] | self.0[1] == 0
     }
 
-    /// Equality without a branch for each word.
+    /// Returns whether two addresses are equal, without a branch for each word.
     #[inline(always)]
     #[must_use]
     pub const fn same(self, other: Self) -> bool {

@@ -25,7 +25,7 @@ pub trait Bytes {
     fn size(&self) -> usize;
     /// Returns whether the packet consists of several segments (GSO). The lengths in its headers are then not those of the
     /// packet.
-    fn is_merged(&self) -> bool;
+    fn is_gso(&self) -> bool;
 }
 
 /// A TCP segment or UDP datagram with valid headers.
@@ -48,7 +48,7 @@ pub struct Packet {
     /// Type of service, or traffic class.
     pub tos: u8,
     /// Length of the transport header.
-    pub transport: u8,
+    pub transport_len: u8,
 }
 
 impl Packet {
@@ -69,7 +69,7 @@ impl Packet {
     /// Returns whether the packet starts a TCP connection: a SYN without ACK, RST or FIN.
     #[inline(always)]
     #[must_use]
-    pub const fn begins(&self) -> bool {
+    pub const fn is_initial_syn(&self) -> bool {
         self.flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST | tcp_flags::FIN) == tcp_flags::SYN
     }
 
@@ -86,24 +86,24 @@ impl Packet {
 /// reason.
 pub type Foreign = Option<DropReason>;
 
-/// Parses the headers of a packet. `link`: length of the link-layer header, [`ETHERNET`] or zero.
+/// Parses the headers of a packet. `link_len`: length of the link-layer header, [`ETHERNET`] or zero.
 ///
 /// # Errors
 /// Returns [`Foreign`] if the packet is passed on without translation.
 #[inline(always)]
-pub fn parse(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
-    let version = if link == 0 {
+pub fn parse(bytes: &impl Bytes, link_len: usize) -> Result<Packet, Foreign> {
+    let version = if link_len == 0 {
         match bytes.half(0).ok_or(None)? >> 12 {
             4 => ETHERTYPE_IPV4,
             6 => ETHERTYPE_IPV6,
             _ => return Err(None),
         }
     } else {
-        bytes.half(link - size_of::<u16>()).ok_or(None)?
+        bytes.half(link_len - size_of::<u16>()).ok_or(None)?
     };
     match version {
-        ETHERTYPE_IPV4 => parse_v4(bytes, link),
-        ETHERTYPE_IPV6 => parse_v6(bytes, link),
+        ETHERTYPE_IPV4 => parse_v4(bytes, link_len),
+        ETHERTYPE_IPV6 => parse_v6(bytes, link_len),
         _ => Err(None),
     }
 }
@@ -114,13 +114,13 @@ const TRUNCATED: Foreign = Some(DropReason::Malformed);
 const V4_WITHOUT_OPTIONS: u8 = 0x45;
 
 #[inline(always)]
-fn parse_v4(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
+fn parse_v4(bytes: &impl Bytes, link_len: usize) -> Result<Packet, Foreign> {
     // Two bytes at once: the verifier loses track of a load of the very first byte alone.
-    let [first, tos] = bytes.half(link).ok_or(TRUNCATED)?.to_be_bytes();
-    let proto = bytes.byte(link + offset_of!(Ipv4Hdr, proto)).ok_or(TRUNCATED)?;
+    let [first, tos] = bytes.half(link_len).ok_or(TRUNCATED)?.to_be_bytes();
+    let proto = bytes.byte(link_len + offset_of!(Ipv4Hdr, proto)).ok_or(TRUNCATED)?;
     match proto {
         ip_protocol::TCP | ip_protocol::UDP => {}
-        proto => return Err(other(proto, || bytes.half(link + (first & 15) as usize * 4))),
+        proto => return Err(other(proto, || bytes.half(link_len + (first & 15) as usize * 4))),
     }
     if first != V4_WITHOUT_OPTIONS {
         // A longer header has options. A shorter one, or another version, is invalid.
@@ -130,22 +130,22 @@ fn parse_v4(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
             DropReason::Malformed
         }));
     }
-    if bytes.half(link + offset_of!(Ipv4Hdr, frags)).ok_or(TRUNCATED)? & FRAGMENT != 0 {
+    if bytes.half(link_len + offset_of!(Ipv4Hdr, frags)).ok_or(TRUNCATED)? & FRAGMENT != 0 {
         return Err(Some(DropReason::Fragment));
     }
     let packet = Packet {
-        src: Ip128::from_v4(bytes.word(link + offset_of!(Ipv4Hdr, src_addr)).ok_or(TRUNCATED)?),
-        dst: Ip128::from_v4(bytes.word(link + offset_of!(Ipv4Hdr, dst_addr)).ok_or(TRUNCATED)?),
+        src: Ip128::from_v4(bytes.word(link_len + offset_of!(Ipv4Hdr, src_addr)).ok_or(TRUNCATED)?),
+        dst: Ip128::from_v4(bytes.word(link_len + offset_of!(Ipv4Hdr, dst_addr)).ok_or(TRUNCATED)?),
         src_port: 0,
         dst_port: 0,
         proto,
         flags: 0,
-        ttl: bytes.byte(link + offset_of!(Ipv4Hdr, ttl)).ok_or(TRUNCATED)?,
+        ttl: bytes.byte(link_len + offset_of!(Ipv4Hdr, ttl)).ok_or(TRUNCATED)?,
         tos,
-        transport: 0,
+        transport_len: 0,
     };
-    let len = bytes.half(link + offset_of!(Ipv4Hdr, tot_len)).ok_or(TRUNCATED)?;
-    parse_transport::<{ Ipv4Hdr::LEN }>(bytes, link, packet, len)
+    let len = bytes.half(link_len + offset_of!(Ipv4Hdr, tot_len)).ok_or(TRUNCATED)?;
+    parse_transport::<{ Ipv4Hdr::LEN }>(bytes, link_len, packet, len)
 }
 
 const HOP_BY_HOP: u8 = IpProto::HopOpt as u8;
@@ -156,9 +156,9 @@ const DESTINATION_OPTIONS: u8 = IpProto::Ipv6Opts as u8;
 const MOBILITY: u8 = IpProto::MobilityHeader as u8;
 
 #[inline(always)]
-fn parse_v6(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
-    let first = bytes.half(link).ok_or(TRUNCATED)?;
-    let proto = bytes.byte(link + offset_of!(Ipv6Hdr, next_hdr)).ok_or(TRUNCATED)?;
+fn parse_v6(bytes: &impl Bytes, link_len: usize) -> Result<Packet, Foreign> {
+    let first = bytes.half(link_len).ok_or(TRUNCATED)?;
+    let proto = bytes.byte(link_len + offset_of!(Ipv6Hdr, next_hdr)).ok_or(TRUNCATED)?;
     match proto {
         ip_protocol::TCP | ip_protocol::UDP => {}
         // Extension headers (RFC 8200, RFC 4302, RFC 6275).
@@ -166,7 +166,7 @@ fn parse_v6(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
             return Err(Some(DropReason::HeaderOptions));
         }
         FRAGMENT_HEADER => return Err(Some(DropReason::Fragment)),
-        proto => return Err(other(proto, || bytes.half(link + Ipv6Hdr::LEN))),
+        proto => return Err(other(proto, || bytes.half(link_len + Ipv6Hdr::LEN))),
     }
     if first >> 12 != 6 {
         return Err(TRUNCATED);
@@ -179,13 +179,15 @@ fn parse_v6(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
             bytes.word(at + 12)?,
         ]))
     };
-    let src = addr(link + offset_of!(Ipv6Hdr, src_addr)).ok_or(TRUNCATED)?;
-    let dst = addr(link + offset_of!(Ipv6Hdr, dst_addr)).ok_or(TRUNCATED)?;
+    let src = addr(link_len + offset_of!(Ipv6Hdr, src_addr)).ok_or(TRUNCATED)?;
+    let dst = addr(link_len + offset_of!(Ipv6Hdr, dst_addr)).ok_or(TRUNCATED)?;
     if src.is_v4() || dst.is_v4() {
         // No packet may have a v4-mapped address (RFC 4291, 2.5.5.2). In the maps it would be that of an IPv4 packet.
         return Err(TRUNCATED);
     }
-    let payload = bytes.half(link + offset_of!(Ipv6Hdr, payload_len)).ok_or(TRUNCATED)?;
+    let payload = bytes
+        .half(link_len + offset_of!(Ipv6Hdr, payload_len))
+        .ok_or(TRUNCATED)?;
     let packet = Packet {
         src,
         dst,
@@ -193,16 +195,16 @@ fn parse_v6(bytes: &impl Bytes, link: usize) -> Result<Packet, Foreign> {
         dst_port: 0,
         proto,
         flags: 0,
-        ttl: bytes.byte(link + offset_of!(Ipv6Hdr, hop_limit)).ok_or(TRUNCATED)?,
+        ttl: bytes.byte(link_len + offset_of!(Ipv6Hdr, hop_limit)).ok_or(TRUNCATED)?,
         tos: (first >> 4) as u8,
-        transport: 0,
+        transport_len: 0,
     };
-    if payload == 0 && !bytes.is_merged() {
+    if payload == 0 && !bytes.is_gso() {
         return Err(TRUNCATED);
     }
     parse_transport::<{ Ipv6Hdr::LEN }>(
         bytes,
-        link,
+        link_len,
         packet,
         payload.checked_add(Ipv6Hdr::LEN as u16).unwrap_or(0),
     )
@@ -232,32 +234,32 @@ fn other(proto: u8, first: impl FnOnce() -> Option<u16>) -> Foreign {
 #[inline(always)]
 fn parse_transport<const IP: usize>(
     bytes: &impl Bytes,
-    link: usize,
+    link_len: usize,
     mut packet: Packet,
     len: u16,
 ) -> Result<Packet, Foreign> {
-    let at = link + IP;
+    let at = link_len + IP;
     let available = bytes.size().saturating_sub(at);
     // Both protocols begin with the two ports.
     packet.src_port = bytes.half(at + offset_of!(TcpHdr, source)).ok_or(TRUNCATED)?;
     packet.dst_port = bytes.half(at + offset_of!(TcpHdr, dest)).ok_or(TRUNCATED)?;
     if packet.is_tcp() {
-        packet.transport = (bytes.byte(at + TCP_LENGTH).ok_or(TRUNCATED)? >> 4) * 4;
+        packet.transport_len = (bytes.byte(at + TCP_LENGTH).ok_or(TRUNCATED)? >> 4) * 4;
         packet.flags = bytes.byte(at + TCP_FLAGS).ok_or(TRUNCATED)?;
-        if (packet.transport as usize) < TcpHdr::LEN {
+        if (packet.transport_len as usize) < TcpHdr::LEN {
             return Err(TRUNCATED);
         }
     } else {
-        packet.transport = UdpHdr::LEN as u8;
+        packet.transport_len = UdpHdr::LEN as u8;
         let datagram = bytes.half(at + offset_of!(UdpHdr, len)).ok_or(TRUNCATED)? as usize;
         let fits = datagram >= UdpHdr::LEN && datagram <= available;
-        if !fits && !bytes.is_merged() {
+        if !fits && !bytes.is_gso() {
             return Err(TRUNCATED);
         }
     }
     let payload = (len as usize).saturating_sub(IP);
-    let fits = payload >= packet.transport as usize && payload <= available;
-    if !fits && !bytes.is_merged() || available < packet.transport as usize {
+    let fits = payload >= packet.transport_len as usize && payload <= available;
+    if !fits && !bytes.is_gso() || available < packet.transport_len as usize {
         return Err(TRUNCATED);
     }
     Ok(packet)

@@ -37,11 +37,12 @@ pub const fn slot(cookie: u64, mask: u32) -> u32 {
     cookie as u32 & mask
 }
 
-/// Returns whether the peer of a socket is its backend, so that the process has to get the requested destination instead.
+/// Returns whether two addresses with ports are equal: the peer of a socket and its backend, so that the process has to get the
+/// requested destination instead, or a destination and the requested one.
 #[inline(always)]
 #[must_use]
-pub const fn is_backend(peer: (Ip128, u16), backend: (Ip128, u16)) -> bool {
-    peer.1 == backend.1 && peer.0.same(backend.0)
+pub const fn is_same(one: (Ip128, u16), other: (Ip128, u16)) -> bool {
+    one.1 == other.1 && one.0.same(other.0)
 }
 
 #[cfg(test)]
@@ -66,9 +67,9 @@ mod tests {
     #[test]
     fn only_the_backend_is_translated() {
         let backend = (Ip128::from_v4(0x0201_0a0a), 8080);
-        assert!(is_backend(backend, backend));
-        assert!(!is_backend((backend.0, 80), backend));
-        assert!(!is_backend((Ip128::from_v4(0x0301_0a0a), 8080), backend));
+        assert!(is_same(backend, backend));
+        assert!(!is_same((backend.0, 80), backend));
+        assert!(!is_same((Ip128::from_v4(0x0301_0a0a), 8080), backend));
     }
 
     #[test]

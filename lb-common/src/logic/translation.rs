@@ -42,12 +42,13 @@ impl Tuple {
         }
     }
 
-    /// Returns the change of the sum of the addresses from this tuple to `new`. The v4-mapped prefix of IPv4 addresses
-    /// cancels out. A branch that skips the prefix would make the compiler compute with values that are not initialized
-    /// on every path, which the verifier rejects.
+    /// Returns the change of the sum of the addresses from this tuple to `new`, which must be of the same family. The prefix of
+    /// v4-mapped addresses cancels out: in ones' complement, a word minus itself is zero.
     #[inline(always)]
     #[must_use]
     pub const fn addresses_to(&self, new: &Self) -> Sum {
+        // No branch skips the prefix: the verifier rejected a version with one, whose compiled code used registers that one of
+        // the paths does not initialize.
         let (Ip128([a, b]), Ip128([c, d])) = (self.src, self.dst);
         let (Ip128([e, f]), Ip128([g, h])) = (new.src, new.dst);
         let old = Sum::ZERO.sub_u64(a).sub_u64(b).sub_u64(c).sub_u64(d);

@@ -57,7 +57,7 @@ impl Bytes for Memory<'_> {
         self.bytes.len()
     }
 
-    fn is_merged(&self) -> bool {
+    fn is_gso(&self) -> bool {
         self.merged
     }
 }
@@ -141,14 +141,17 @@ fn expect_same_fields(packet: &Packet, memory: &Memory<'_>, link: usize) {
         for (is_set, flag) in flags {
             assert_eq!(packet.flags & flag != 0, is_set);
         }
-        assert_eq!(packet.begins(), tcp.syn() && !tcp.ack() && !tcp.rst() && !tcp.fin());
+        assert_eq!(
+            packet.is_initial_syn(),
+            tcp.syn() && !tcp.ack() && !tcp.rst() && !tcp.fin()
+        );
         ((tcp.source_port(), tcp.destination_port()), tcp.slice().len())
     } else {
         let udp = UdpHeaderSlice::from_slice(rest).expect("a UDP header");
         ((udp.source_port(), udp.destination_port()), 8)
     };
     assert_eq!(ports, right);
-    assert_eq!(usize::from(packet.transport), transport);
+    assert_eq!(usize::from(packet.transport_len), transport);
     if !memory.merged {
         assert!(
             len >= header + transport && len <= bytes.len(),

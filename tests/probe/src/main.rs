@@ -16,7 +16,7 @@ use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_ns};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
 use lb_common::abi::{Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Service, SetWord, map_spec};
-use lb_common::logic::connect;
+use lb_common::logic::selection;
 use lb_probe::{LookupRequest, Tally, Verdict};
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -136,7 +136,7 @@ fn look_up(request: &LookupRequest, trace: &mut LookupTrace) -> Result<(), Verdi
 
     // SAFETY: the helper has no arguments and no preconditions.
     let random = unsafe { bpf_get_prandom_u32() };
-    let at = connect::slot(set, random).map_err(|_| Verdict::EmptySet)?;
+    let at = selection::slot(set, random).map_err(|_| Verdict::EmptySet)?;
     trace.slot = at;
     let slot = BACKEND_SLOTS.get_ptr(at).ok_or(Verdict::SlotOutOfRange)?;
     // SAFETY: `slot` refers to a value of BACKEND_SLOTS, and the field is aligned.

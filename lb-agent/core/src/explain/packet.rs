@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use lb_common::abi::{Addr, AffinityKey, DropReason, RejectWith, cluster_flags, ct_flags, ip_protocol};
 use lb_common::logic::decide::{self, Arrival};
 use lb_common::logic::delivery::{self, Facts};
-use lb_common::logic::route::{self, Destination};
+use lb_common::logic::frontend::{self, Destination};
 
 use super::{
     Candidate, Chosen, Explanation, FrontendMatch, Outcome, Snapshot, Source, View, age, choose, ports_of,
@@ -63,7 +63,7 @@ pub fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explanation {
     answer.frontend = Some(FrontendMatch::new(maps, frontend));
     let admission = decide::admit_packet(&view, frontend, Addr::from(from).into(), FIRST_PACKET.at_egress);
     let ranges = match &admission {
-        Ok(admission) => route::has_source_ranges(frontend, admission.service.flags),
+        Ok(admission) => frontend::has_source_ranges(frontend, admission.service.flags),
         Err(reason) => *reason == DropReason::SourceNotAllowed,
     };
     source.admitted = ranges.then_some(admission.is_ok());

@@ -1,5 +1,5 @@
 use lb_common::abi::DropReason;
-use lb_common::logic::route;
+use lb_common::logic::frontend;
 use proptest::prelude::*;
 
 use super::*;
@@ -227,15 +227,15 @@ fn connected(maps: &Snapshot, asker: Asker, to: Destination, random: u32) -> Res
     if asker.node_only && !asker.on_node {
         return Ok(None);
     }
-    let Some(frontend) = route::frontend(&view, to)? else {
+    let Some(frontend) = frontend::of_socket(&view, to)? else {
         return Ok(None);
     };
-    let set = connect::set_for_socket(frontend)?;
+    let set = selection::set_for_socket(frontend)?;
     let services = &maps.dump.services;
     let service = services
         .get(frontend.service as usize)
         .ok_or(DropReason::BadServiceIndex)?;
-    if route::has_source_ranges(frontend, service.flags) {
+    if frontend::has_source_ranges(frontend, service.flags) {
         return Ok(None);
     }
     let again = |entry: &Affinity| {
@@ -257,7 +257,7 @@ fn connected(maps: &Snapshot, asker: Asker, to: Destination, random: u32) -> Res
         Set::External => service.external,
         Set::Cluster => service.cluster,
     };
-    let slot = connect::slot(word, random)?;
+    let slot = selection::slot(word, random)?;
     let slot = maps.dump.slots.get(slot as usize).ok_or(DropReason::BadSlot)?;
     Ok(Some(slot.addr.socket(slot.port)))
 }

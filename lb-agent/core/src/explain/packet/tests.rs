@@ -3,7 +3,7 @@ use std::net::SocketAddr;
 
 use ipnet::IpNet;
 use lb_common::abi::{Affinity, BackendRef, CtEntry, CtKey, FrontendKey, FrontendKind, Set, service_flags};
-use lb_common::logic::{affinity, connect};
+use lb_common::logic::{affinity, selection};
 use proptest::prelude::*;
 
 use super::super::tests::{NODE_ADDRESS, any_maps, eligible, numbers, to, with_node_port};
@@ -201,7 +201,7 @@ fn flows_that_are_there_are_told() {
 /// `lb_common::logic`. `None`: it goes on as it is.
 fn translated(maps: &Snapshot, from: IpAddr, to: Destination, random: u32) -> Result<Option<SocketAddr>, DropReason> {
     let view = View { maps, on_node: false };
-    let Some(frontend) = route::packet_frontend(&view, to)? else {
+    let Some(frontend) = frontend::of_packet(&view, to)? else {
         return Ok(None);
     };
     let service = maps.dump.services.get(frontend.service as usize);
@@ -226,7 +226,7 @@ fn translated(maps: &Snapshot, from: IpAddr, to: Destination, random: u32) -> Re
         .collect();
     let longest = around.values().rev().find(|(cidr, _)| cidr.contains(addr));
     let inside = longest.is_some_and(|(_, flags)| *flags & cluster_flags::INSIDE != 0);
-    let set = connect::set_for_packet(frontend, inside)?;
+    let set = selection::set_for_packet(frontend, inside)?;
     let key = AffinityKey::of_addr(addr, frontend.service);
     if service.flags & service_flags::AFFINITY != 0
         && let Some(entry) = maps.affinity.get(&key)
@@ -241,7 +241,7 @@ fn translated(maps: &Snapshot, from: IpAddr, to: Destination, random: u32) -> Re
         Set::External => service.external,
         Set::Cluster => service.cluster,
     };
-    let slot = connect::slot(word, random)?;
+    let slot = selection::slot(word, random)?;
     let slot = maps.dump.slots.get(slot as usize).ok_or(DropReason::BadSlot)?;
     Ok(Some(slot.addr.socket(slot.port)))
 }

@@ -1,4 +1,4 @@
-//! The frontend of a destination: the order of the lookups, for the data plane and for `explain`.
+//! The frontend of a destination: the lookups and their order, for programs and for `explain`.
 
 use super::ip128::Ip128;
 use crate::abi::{DropReason, Frontend, FrontendKind, service_flags};
@@ -35,7 +35,7 @@ impl Destination {
     }
 }
 
-/// The lookups that the decision makes.
+/// The maps that the lookup of a frontend reads.
 pub trait Tables {
     /// Returns the entry of FRONTENDS with this key. Port and protocol are zero for an address mark.
     fn frontend(&self, key: Destination) -> Option<Frontend>;
@@ -55,7 +55,7 @@ pub trait Tables {
 /// # Errors
 /// Returns [`DropReason::NoSuchPort`] for a port that a service address does not have.
 #[inline(always)]
-pub fn frontend(tables: &impl Tables, to: Destination) -> Result<Option<Frontend>, DropReason> {
+pub fn of_socket(tables: &impl Tables, to: Destination) -> Result<Option<Frontend>, DropReason> {
     let addr = to.addr.or_loopback();
     let to = Destination { addr, ..to };
     if addr.is_loopback() {
@@ -91,7 +91,7 @@ pub fn frontend(tables: &impl Tables, to: Destination) -> Result<Option<Frontend
 /// # Errors
 /// Returns [`DropReason::NoSuchPort`] for a port that a service address does not have.
 #[inline(always)]
-pub fn packet_frontend(tables: &impl Tables, to: Destination) -> Result<Option<Frontend>, DropReason> {
+pub fn of_packet(tables: &impl Tables, to: Destination) -> Result<Option<Frontend>, DropReason> {
     // The key of a node port has the zero address, which must not be reachable as a destination.
     if to.addr.or_loopback().is_loopback() {
         return Ok(None);
@@ -109,7 +109,8 @@ pub fn packet_frontend(tables: &impl Tables, to: Destination) -> Result<Option<F
     })
 }
 
-/// Returns whether an address belongs to a Service, and is not one of the node.
+/// Returns whether an address has an address mark: it belongs to a Service. External addresses that are also addresses of the
+/// node have none.
 #[inline(always)]
 pub fn is_service_address(tables: &impl Tables, addr: Ip128) -> bool {
     tables.frontend(Destination::mark(addr)).is_some()
@@ -227,7 +228,7 @@ mod tests {
             ("192.0.2.1", 80, Ok(None), Ok(None)),
         ];
         for (addr, port, node, pod) in cases {
-            let found = |on_node| frontend(&fake(on_node), to(addr, port)).map(|found| found.map(|f| f.service));
+            let found = |on_node| of_socket(&fake(on_node), to(addr, port)).map(|found| found.map(|f| f.service));
             assert_eq!(found(true), node, "{addr}:{port} from the node");
             assert_eq!(found(false), pod, "{addr}:{port} from a pod");
         }
@@ -256,7 +257,7 @@ mod tests {
         ];
         for (addr, port, expected) in cases {
             for on_node in [true, false] {
-                let found = packet_frontend(&fake(on_node), to(addr, port)).map(|found| found.map(|f| f.service));
+                let found = of_packet(&fake(on_node), to(addr, port)).map(|found| found.map(|f| f.service));
                 assert_eq!(found, expected, "{addr}:{port}");
             }
         }
