@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::{Cluster, Netns, Node, Process, pause_between_polls, scaled_timeout};
+use crate::{Cluster, Netns, Node, Process, pause_between_polls, scaled_timeout, testbed};
 
 /// Time limit for an agent to apply everything after its start, and to apply a change.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -199,14 +199,14 @@ impl Agent {
     }
 
     /// Returns the path of the lb-agent binary: the value of the environment variable `LB_AGENT`, or else `lb-agent` in the
-    /// directory of `other`, another binary of this build.
+    /// directory of [`testbed`]'s binary.
     ///
     /// # Errors
     /// If there is no such binary.
-    pub fn find(other: &Path) -> Result<PathBuf> {
+    pub fn find() -> Result<PathBuf> {
         let program = match env::var_os("LB_AGENT") {
             Some(path) => PathBuf::from(path),
-            None => other.with_file_name("lb-agent"),
+            None => testbed().program().with_file_name("lb-agent"),
         };
         ensure!(
             program.is_file(),

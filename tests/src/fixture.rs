@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -11,7 +10,7 @@ use crate::manifests::{Manifests, node};
 use crate::scripted_socket::plain;
 use crate::{
     CallResult, Cluster, Netns, Node, Pod, Process, RunningAgent, SocketCall, SocketKind, Testbed, Underlay,
-    pause_between_polls, scaled_timeout,
+    pause_between_polls, scaled_timeout, testbed,
 };
 
 /// The TCP and the UDP port of the server pods.
@@ -74,20 +73,20 @@ pub struct TwoNodeFixture {
 }
 
 impl TwoNodeFixture {
-    /// Builds the fixture with one outside client. `program` is the path of `lb-testbed`.
+    /// Builds the fixture with one outside client.
     ///
     /// # Errors
     /// If a part of it cannot be created or started.
-    pub fn new(program: &str, underlay: Underlay) -> Result<Self> {
-        Self::with(program, underlay, 1, &[])
+    pub fn new(underlay: Underlay) -> Result<Self> {
+        Self::with(underlay, 1, &[])
     }
 
     /// Builds the fixture with a number of outside clients, and with flags for the agents.
     ///
     /// # Errors
     /// If a part of it cannot be created or started.
-    pub fn with(program: &str, underlay: Underlay, clients: u8, flags: &[&str]) -> Result<Self> {
-        let testbed = Testbed::new(program);
+    pub fn with(underlay: Underlay, clients: u8, flags: &[&str]) -> Result<Self> {
+        let testbed = testbed();
         let cluster = Cluster::builder()
             .nodes(2)
             .clients(clients)
@@ -102,8 +101,8 @@ impl TwoNodeFixture {
         let text: String = cluster.nodes().iter().map(node).collect();
         manifests.write("nodes.yaml", &text)?;
         let agents = [
-            manifests.serve(&cluster, "n1", Path::new(program), flags)?,
-            manifests.serve(&cluster, "n2", Path::new(program), flags)?,
+            manifests.serve(&cluster, "n1", flags)?,
+            manifests.serve(&cluster, "n2", flags)?,
         ];
         Ok(Self {
             agents,

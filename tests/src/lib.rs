@@ -6,14 +6,13 @@
 //! everything, also after a panic; [`remove_leftovers`] removes the leftovers of a killed process.
 //!
 //! ```no_run
-//! use lb_tests::{Cluster, Connect, Testbed, Underlay};
+//! use lb_tests::{Cluster, Connect, Underlay, testbed};
 //!
 //! # fn main() -> anyhow::Result<()> {
 //! let cluster = Cluster::builder().nodes(2).underlay(Underlay::Vxlan).build()?;
 //! let (a, b) = (cluster.add_pod("n1", "a")?, cluster.add_pod("n2", "b")?);
-//! let testbed = Testbed::new("target/debug/lb-testbed");
-//! let _server = testbed.serve(&b, &["0.0.0.0:8080=b"])?;
-//! let summary = testbed.connect(&a, &Connect::to(&[b.socket(8080)]).count(10))?;
+//! let _server = testbed().serve(&b, &["0.0.0.0:8080=b"])?;
+//! let summary = testbed().connect(&a, &Connect::to(&[b.socket(8080)]).count(10))?;
 //! assert_eq!(summary.per_backend["b"], 10);
 //! # Ok(())
 //! # }
@@ -48,7 +47,7 @@ pub use agent::{Agent, DeviceStatus, Problem, RunningAgent, Status, unit_capabil
 pub use cleanup::remove_leftovers;
 pub use cluster::{Client, Cluster, ClusterBuilder, Node, Pod, Underlay};
 pub use downtime_log::DowntimeLog;
-pub use load::{Connect, HeldConnections, Load, Testbed};
+pub use load::{Connect, HeldConnections, Load, Testbed, testbed};
 pub use mounts::{BPFFS, cgroup2_root, ensure_bpffs};
 pub use netns::Netns;
 pub use process::Process;
@@ -60,6 +59,8 @@ pub use timing::{
     eventually, eventually_within, pause_between_polls, scaled_count, scaled_count_above, scaled_timeout,
     timeout_factor,
 };
+
+use std::net::SocketAddr;
 
 use anyhow::ensure;
 use nix::time::{ClockId, clock_gettime};
@@ -75,6 +76,16 @@ fn require_root() -> anyhow::Result<()> {
         "the test bed creates network namespaces and cgroups: run it as root"
     );
     Ok(())
+}
+
+/// Parses a socket address such as `10.96.0.10:53` or `[fd00:96::10]:53`.
+///
+/// # Panics
+/// If `text` is not a socket address.
+#[must_use]
+pub fn addr(text: &str) -> SocketAddr {
+    text.parse()
+        .unwrap_or_else(|error| panic!("{text:?} is not a socket address: {error}"))
 }
 
 /// Returns nanoseconds of `CLOCK_MONOTONIC`, the clock of every timestamp in [`load`]. All processes share it.

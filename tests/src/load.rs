@@ -4,6 +4,7 @@
 //! `CLOCK_MONOTONIC` (see [`crate::monotonic_ns`]).
 
 use std::collections::BTreeMap;
+use std::env;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -314,7 +315,30 @@ impl Connect {
     }
 }
 
-/// The helper program `lb-testbed`. Integration tests of this package find it at `env!("CARGO_BIN_EXE_lb-testbed")`.
+/// Returns the helper program of this build: the value of the environment variable `LB_TESTBED`, or else `lb-testbed` in
+/// the directory to which cargo writes programs.
+///
+/// # Panics
+/// If the path of the calling program is not known.
+#[must_use]
+pub fn testbed() -> Testbed {
+    Testbed::new(env::var_os("LB_TESTBED").map_or_else(
+        || {
+            let own = env::current_exe().expect("the path of this program");
+            let folder = own.parent().expect("a program is in a directory");
+            // Cargo writes test programs to the subdirectory `deps`.
+            let folder = if folder.ends_with("deps") {
+                folder.parent().expect("`deps` has a parent")
+            } else {
+                folder
+            };
+            folder.join("lb-testbed")
+        },
+        PathBuf::from,
+    ))
+}
+
+/// The helper program `lb-testbed`; see [`testbed`].
 #[derive(Debug, Clone)]
 pub struct Testbed {
     program: PathBuf,

@@ -226,13 +226,12 @@ impl Manifests {
         fs::rename(&new, self.0.join(name)).context("renaming a manifest")
     }
 
-    /// Starts an agent on a node with these manifests, and waits until it has applied them. [`Agent::find`] finds its binary
-    /// by `other`.
+    /// Starts an agent on a node with these manifests, and waits until it has applied them.
     ///
     /// # Errors
-    /// If the agent is not ready in time.
-    pub fn serve(&self, cluster: &Cluster, node: &str, other: &Path, flags: &[&str]) -> Result<RunningAgent> {
-        let agent = Agent::new(cluster, cluster.node(node), &Agent::find(other)?, &self.0);
+    /// If there is no binary of the agent, or the agent is not ready in time.
+    pub fn serve(&self, cluster: &Cluster, node: &str, flags: &[&str]) -> Result<RunningAgent> {
+        let agent = Agent::new(cluster, cluster.node(node), &Agent::find()?, &self.0);
         let mut running = RunningAgent::start(agent, flags)?;
         running.wait_ready(&|| false)?;
         Ok(running)

@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use lb_tests::demo::{Options, run};
+use lb_tests::testbed;
 
 #[test]
 fn demo_fails_when_the_agent_exits() {
     let options = Options {
         agent: PathBuf::from("false"),
-        testbed: PathBuf::from(env!("CARGO_BIN_EXE_lb-testbed")),
+        testbed: testbed().program().to_owned(),
         examples: Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples"),
         check: true,
         seconds: None,

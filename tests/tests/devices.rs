@@ -13,8 +13,6 @@ use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{Cluster, DeviceStatus, Netns, Node, Problem, RunningAgent, eventually};
 use serde_json::Value;
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-
 /// How programs are attached: with tcx if the kernel has it, or with clsact filters as on kernels before 6.6.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum AttachMode {
@@ -36,7 +34,7 @@ impl AttachMode {
     fn name(self) -> Result<&'static str> {
         Ok(match self {
             Self::Native if has_tcx()? => "tcx",
-            _ => "clsact",
+            Self::Native | Self::Clsact => "clsact",
         })
     }
 }
@@ -141,7 +139,7 @@ impl Setup {
             + &slice("web", Port::tcp("web", 8080), &[(pod, "n1")]);
         manifests.write("web.yaml", &text)?;
         let flags: Vec<_> = mode.flags().iter().chain(flags).copied().collect();
-        let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &flags)?;
+        let agent = manifests.serve(&cluster, "n1", &flags)?;
         let mode = mode.name()?;
         println!("attached with {mode}");
         Ok(Self { agent, mode, cluster })

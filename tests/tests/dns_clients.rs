@@ -12,12 +12,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{
-    CallResult, Cluster, Netns, Pod, Process, RunningAgent, ScriptedSocket, SocketCall, SocketKind, Testbed,
-    scaled_count, scaled_timeout,
+    CallResult, Cluster, Netns, Pod, Process, RunningAgent, ScriptedSocket, SocketCall, SocketKind, scaled_count,
+    scaled_timeout, testbed,
 };
 use serde_json::{Value, json};
-
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 
 /// The name that clients look up, and its addresses: those of the web server's Service.
 const NAME: &str = "web.example.test";
@@ -28,10 +26,6 @@ const DNS: [&str; 2] = ["10.96.0.10", "fd00:96::10"];
 const OTHER: [&str; 2] = ["10.96.0.11", "fd00:96::11"];
 /// The address of a Service without a server.
 const NO_SERVER: &str = "10.96.0.12";
-
-fn testbed() -> Testbed {
-    Testbed::new(TESTBED)
-}
 
 /// Starts dnsmasq in a pod, on port 5353, UDP and TCP.
 fn start_dnsmasq(pod: &Pod) -> Result<Process> {
@@ -112,7 +106,7 @@ fn setup() -> Result<Setup> {
         dual_stack_service("web", WEB, &[(Port::tcp("http", 80), 8080)], &[&web]),
     ];
     manifests.write("services.yaml", &text.concat())?;
-    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
+    let agent = manifests.serve(&cluster, "n1", &[])?;
     Ok(Setup {
         agent,
         client,
@@ -149,7 +143,7 @@ fn run_with_resolv_conf(netns: &Netns, conf: &Path, words: &[&str]) -> Result<St
 
 /// Returns the path of the program that calls the resolver of a C library: `glibc` or `musl`.
 fn resolver(library: &str) -> Result<String> {
-    let path = Path::new(TESTBED).with_file_name(format!("lb-resolve-{library}"));
+    let path = testbed().program().with_file_name(format!("lb-resolve-{library}"));
     ensure!(
         path.is_file(),
         "{} is missing: run cargo xtask test, which builds it",
@@ -383,7 +377,7 @@ fn names_resolve_while_the_dns_server_is_replaced_100_times() -> Result<()> {
     let publish = |pod: &Pod| manifests.write("services.yaml", &dns_service("kube-dns", DNS, &[pod]));
     let mut server = start_dnsmasq(&pods[0])?;
     publish(&pods[0])?;
-    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
+    let agent = manifests.serve(&cluster, "n1", &[])?;
     let node: &Netns = cluster.node("n1");
     let namespaces: [&Netns; 2] = [&client, node];
 

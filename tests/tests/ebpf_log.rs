@@ -9,9 +9,8 @@ use lb_agent::loader::{self, EbpfLog, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::node::devices::Layer;
 use lb_core::maps::Capacities;
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Cluster, Connect, Pod, Process, RunningAgent, Testbed, scaled_timeout};
+use lb_tests::{Cluster, Connect, Pod, Process, RunningAgent, scaled_timeout, testbed};
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const PATIENCE: Duration = Duration::from_secs(10);
 const HTTP: Port<'static> = Port::tcp("http", 80);
 const TARGET: Port<'static> = Port::tcp("http", 8080);
@@ -29,13 +28,13 @@ struct Setup {
 fn setup(flags: &[&str]) -> Result<Setup> {
     let cluster = Cluster::builder().nodes(1).build()?;
     let (client, pod) = (cluster.add_pod("n1", "client")?, cluster.add_pod("n1", "a")?);
-    let server = Testbed::new(TESTBED).serve(&pod, &["[::]:8080=a"])?;
+    let server = testbed().serve(&pod, &["[::]:8080=a"])?;
     let manifests = Manifests::new(&cluster)?;
     let text = service("web", "10.96.0.10", &[HTTP], "")
         + &slice("web", TARGET, &[(pod.address().into(), "n1")])
         + &service("empty", "10.96.0.20", &[HTTP], "");
     manifests.write("all.yaml", &text)?;
-    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), flags)?;
+    let agent = manifests.serve(&cluster, "n1", flags)?;
     Ok(Setup {
         agent,
         _manifests: manifests,
@@ -51,7 +50,7 @@ impl Setup {
     fn connect(&self) -> Result<()> {
         for (to, failures) in [("10.96.0.10:80", 0), ("10.96.0.20:80", 1)] {
             let to: SocketAddr = to.parse()?;
-            let summary = Testbed::new(TESTBED).connect(&self.client, &Connect::to(&[to]).count(1))?;
+            let summary = testbed().connect(&self.client, &Connect::to(&[to]).count(1))?;
             ensure!(summary.failure_count == failures, "{to}: {summary:?}");
         }
         Ok(())

@@ -14,15 +14,9 @@ use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::scripted_socket::plain;
 use lb_tests::{
     Agent, CallResult, Cluster, Connect, Netns, Node, Pod, Process, Random, RunningAgent, SocketCall, SocketKind,
-    Testbed, scaled_timeout,
+    scaled_timeout, testbed,
 };
 use serde_json::Value;
-
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-
-fn testbed() -> Testbed {
-    Testbed::new(TESTBED)
-}
 
 /// Number of connections made to each destination.
 const ATTEMPTS: u64 = 2;
@@ -237,16 +231,12 @@ fn connect_udp(from: &Netns, to: SocketAddr, served: bool) -> Result<ConnectResu
     let mut connected = ConnectResult::default();
     for _ in 0..ATTEMPTS {
         let mut socket = testbed().scripted_socket(from, kind)?;
-        match socket.call(&SocketCall::Connect(to))? {
-            CallResult::Failed(errno) => {
-                connected.errnos.push(errno);
-                connected.failed += 1;
-            }
-            _ if served => {
-                socket.send("hello")?;
-                connected.reached.insert(socket.receive_reply(plain(to), "hello")?);
-            }
-            _ => {}
+        if let CallResult::Failed(errno) = socket.call(&SocketCall::Connect(to))? {
+            connected.errnos.push(errno);
+            connected.failed += 1;
+        } else if served {
+            socket.send("hello")?;
+            connected.reached.insert(socket.receive_reply(plain(to), "hello")?);
         }
     }
     Ok(connected)
@@ -361,7 +351,7 @@ fn setup(text: impl FnOnce(&[Pod]) -> Result<String>, flags: &[&str]) -> Result<
     }
     let manifests = Manifests::new(&cluster)?;
     manifests.write("all.yaml", &text(&pods)?)?;
-    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), flags)?;
+    let agent = manifests.serve(&cluster, "n1", flags)?;
     Ok(Setup {
         agent,
         manifests,
@@ -538,7 +528,7 @@ impl Family {
     fn write(self, address: IpAddr) -> IpAddr {
         match (self, address) {
             (Self::Mapped, IpAddr::V4(v4)) => v4.to_ipv6_mapped().into(),
-            _ => address,
+            (Self::V4 | Self::V6 | Self::Mapped, _) => address,
         }
     }
 }

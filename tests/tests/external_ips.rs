@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 use lb_tests::manifests::{Manifests, Port, node, service, slice};
-use lb_tests::{Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketCall, SocketKind, Testbed};
+use lb_tests::{Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketCall, SocketKind, addr, testbed};
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const TARGET: Port<'static> = Port::tcp("web", 8080);
 const NODE_PORT: u16 = 30080;
 
@@ -25,14 +24,6 @@ const SERVED: [(&str, bool); 8] = [
     // The socket hooks ignore ports that an external address does not have; the packet path refuses packets to them.
     ("198.51.100.7:81", false),
 ];
-
-fn testbed() -> Testbed {
-    Testbed::new(TESTBED)
-}
-
-fn addr(text: &str) -> SocketAddr {
-    text.parse().unwrap()
-}
 
 struct Setup {
     agent: RunningAgent,
@@ -78,7 +69,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
         );
     manifests.write("node.yaml", &node(cluster.node("n1")))?;
     manifests.write("web.yaml", &text)?;
-    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), flags)?;
+    let agent = manifests.serve(&cluster, "n1", flags)?;
     Ok(Setup {
         agent,
         client,

@@ -14,9 +14,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use lb_tests::fixture::{POD_PORTS, TwoNodeFixture, endpoints_of, node_addresses};
 use lb_tests::manifests::{Port, ips, service, slices, vips, web_and_dns};
-use lb_tests::{Netns, Node, Ruleset, Testbed, Underlay, eventually};
+use lb_tests::{Netns, Node, Ruleset, Underlay, eventually, testbed};
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 /// Networks of all pods.
 const PODS: [&str; 2] = ["10.10.0.0/16", "fd00:10:10::/48"];
 const MULTICAST: [&str; 2] = ["224.0.0.0/4", "ff00::/8"];
@@ -79,9 +78,9 @@ fn filter_bridge(node: &Node, filter: bool) -> Result<()> {
 }
 
 fn services_work_beside_flannel_rules(underlay: Underlay) -> Result<()> {
-    let testbed = Testbed::new(TESTBED);
+    let testbed = testbed();
     // The socket hooks leave pods alone, so their packets pass lb and the rules.
-    let fixture = TwoNodeFixture::with(TESTBED, underlay, 1, &["--socket-lb", "node"])?;
+    let fixture = TwoNodeFixture::with(underlay, 1, &["--socket-lb", "node"])?;
     let [n1, n2] = ["n1", "n2"].map(|name| fixture.node(name));
     let rules = [install(n1)?, install(n2)?];
     [n1, n2].into_iter().try_for_each(|node| filter_bridge(node, true))?;
@@ -119,7 +118,7 @@ fn services_work_beside_flannel_rules(underlay: Underlay) -> Result<()> {
         // Source of the packets that the first node sends to the second.
         let sent_by_n1 = match (underlay, v6) {
             (Underlay::Vxlan, 0) => n1.pod_network().into(),
-            _ => pick(n1),
+            (Underlay::Vxlan | Underlay::Routes, _) => pick(n1),
         };
         let gateway = [IpAddr::from(n1.gateway()), n1.gateway6().into()][v6];
         for udp in [false, true] {
@@ -170,7 +169,7 @@ fn services_work_beside_flannel_rules_over_routes() -> Result<()> {
 /// like a packet in a routing loop.
 #[test]
 fn translation_loop_between_services_ends_by_ttl() -> Result<()> {
-    let fixture = TwoNodeFixture::with(TESTBED, Underlay::Routes, 1, &["--socket-lb", "node"])?;
+    let fixture = TwoNodeFixture::with(Underlay::Routes, 1, &["--socket-lb", "node"])?;
     let [n1, n2] = ["n1", "n2"].map(|name| fixture.node(name));
     // Without these routes, packets would have nowhere to go.
     n1.ip_batch(&[

@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use lb_tests::runtime::{Container, ContainerExtras, Image, Runtime};
-use lb_tests::{Agent, Cluster, Connect, Status, Testbed, scaled_timeout};
+use lb_tests::{Agent, Cluster, Connect, Status, scaled_timeout, testbed};
 use serde_json::{Value, json};
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const NODE: &str = "n1";
 const VIP: &str = "10.96.0.80:80";
 const BACKEND_PORT: u16 = 8080;
@@ -177,7 +176,7 @@ conntrack: {maxPerCore: 0, tcpCloseWaitTimeout: 77m}
 /// Starts the pod of a manifest from the image, and checks that it serves. Returns its status.
 fn check_serving(manifest: &str, check: impl Fn(&Container) -> Result<()>) -> Result<Status> {
     let cluster = Cluster::builder().nodes(2).build()?;
-    let testbed = Testbed::new(TESTBED);
+    let testbed = testbed();
     let (client, near) = (cluster.add_pod(NODE, "client")?, cluster.add_pod(NODE, "near")?);
     let far = cluster.add_pod("n2", "far")?;
     let _servers = [
@@ -202,7 +201,7 @@ fn check_serving(manifest: &str, check: impl Fn(&Container) -> Result<()>) -> Re
     let container = &pod["containers"][0];
     runtime.add_image(container["image"].as_str().context("no image")?, image);
 
-    let agent = Agent::new(&cluster, node, &Agent::find(Path::new(TESTBED))?, &manifests);
+    let agent = Agent::new(&cluster, node, &Agent::find()?, &manifests);
     let mut more = ContainerExtras::default();
     more.volumes.insert("manifests".to_owned(), manifests.clone());
     // Mounted as the ConfigMap of kube-proxy is. The container cannot write to its own /proc/sys.

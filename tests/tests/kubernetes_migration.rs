@@ -14,10 +14,9 @@ use k8s_openapi::api::core::v1::Service;
 use lb_tests::control_plane::{ControlPlane, KubeletPod, Namespace, PodTemplate};
 use lb_tests::load::{HeldConnections, HeldSummary, Load};
 use lb_tests::runtime::{Image, Pods, Runtime};
-use lb_tests::{Agent, Cluster, Connect, Netns, Process, Testbed, scaled_timeout};
+use lb_tests::{Agent, Cluster, Connect, Netns, Process, Testbed, scaled_timeout, testbed};
 use serde_json::{Value, json};
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const PAGE: &str = "docs/migrate-from-kube-proxy.md";
 const BACKEND_PORT: u16 = 8080;
 const PORT: u16 = 80;
@@ -128,7 +127,7 @@ fn migrate_and_back(mode: &str) -> Result<()> {
         cluster: &cluster,
         control_plane: &control_plane,
         namespace: control_plane.namespace("shop")?,
-        testbed: Testbed::new(TESTBED),
+        testbed: testbed(),
     };
     let done = migration.run(mode);
     done.with_context(|| {
@@ -455,12 +454,7 @@ impl Migration<'_> {
     /// Fails unless the agents of all nodes are complete.
     fn expect_served_by_lb(&self) -> Result<()> {
         for node in self.cluster.nodes() {
-            let agent = Agent::new(
-                self.cluster,
-                node,
-                &Agent::find(Path::new(TESTBED))?,
-                Path::new("/nowhere"),
-            );
+            let agent = Agent::new(self.cluster, node, &Agent::find()?, Path::new("/nowhere"));
             let status = agent.status()?;
             ensure!(status.agent.running && status.agent.complete, "{:?}", status.agent);
             let services: Value = agent.json(&["service", "list"])?;

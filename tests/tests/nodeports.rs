@@ -9,19 +9,14 @@ use anyhow::{Result, bail, ensure};
 use lb_tests::manifests::{Manifests, vips, web_and_dns};
 use lb_tests::scripted_socket::plain;
 use lb_tests::{
-    CallResult, Cluster, Netns, Node, Pod, Process, RunningAgent, SocketCall, SocketKind, Testbed, pause_between_polls,
-    scaled_timeout,
+    CallResult, Cluster, Netns, Node, Pod, Process, RunningAgent, SocketCall, SocketKind, pause_between_polls,
+    scaled_timeout, testbed,
 };
+use libc::EADDRINUSE;
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-const EADDRINUSE: i32 = 98;
 /// The node ports for TCP and for UDP.
 const WEB: u16 = 30080;
 const DNS: u16 = 30053;
-
-fn testbed() -> Testbed {
-    Testbed::new(TESTBED)
-}
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
@@ -174,7 +169,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     let endpoints = addresses.map(|ip| (ip, "n2"));
     let text = web_and_dns("web", 20, Some([WEB, DNS]), policy, &endpoints, TARGET);
     manifests.write("web.yaml", &text)?;
-    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), flags)?;
+    let agent = manifests.serve(&cluster, "n1", flags)?;
     Ok(Setup {
         agent,
         manifests,

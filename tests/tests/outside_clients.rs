@@ -12,7 +12,7 @@ use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
 use lb_tests::fixture::{POD_PORTS, TwoNodeFixture, endpoints_of, node_addresses, socket_kind};
 use lb_tests::manifests::{web, web_and_dns};
 use lb_tests::{
-    CallResult, Netns, Node, SocketCall, SocketKind, Testbed, Underlay, scaled_count_above, scaled_timeout,
+    CallResult, Netns, Node, SocketCall, SocketKind, Underlay, scaled_count_above, scaled_timeout, testbed,
 };
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -21,17 +21,12 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike as _};
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 /// The node ports for TCP and for UDP.
 const WEB: [u16; 2] = [30080, 30053];
 /// Limit for a connection without retransmission: a SYN is retransmitted after a second.
 const WITHOUT_RETRANSMISSION: Duration = Duration::from_millis(900);
 /// Timeout of a connection on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(5);
-
-fn testbed() -> Testbed {
-    Testbed::new(TESTBED)
-}
 
 /// How a connection ends.
 #[derive(Debug, Clone, Copy)]
@@ -113,7 +108,7 @@ fn transfer(netns: &Netns, port: u16, to: SocketAddr, end: End) -> Result<String
 #[test]
 fn reused_client_port_connects_at_once() -> Result<()> {
     const NODE_PORTS: [u16; 2] = [30081, 30082];
-    let fixture = TwoNodeFixture::new(TESTBED, Underlay::Vxlan)?;
+    let fixture = TwoNodeFixture::new(Underlay::Vxlan)?;
     let mut servers = Vec::new();
     for pod in &fixture.pods {
         servers.push(testbed().serve_with(pod, &[&format!("[::]:8081={}", pod.name())], &["--http"])?);
@@ -157,7 +152,7 @@ fn reused_client_port_connects_at_once() -> Result<()> {
 fn clients_with_the_same_source_port_are_separate_flows() -> Result<()> {
     // Each round uses another port: a closed connection keeps its port for a minute.
     let mut source_ports = 5000..;
-    let fixture = TwoNodeFixture::with(TESTBED, Underlay::Vxlan, 2, &[])?;
+    let fixture = TwoNodeFixture::with(Underlay::Vxlan, 2, &[])?;
     let [_, two] = &fixture.pods;
     let _servers = [
         testbed().serve_with(two, &["[::]:8081=two"], &["--echo"])?,
@@ -226,7 +221,7 @@ fn clients_with_the_same_source_port_are_separate_flows() -> Result<()> {
 
 #[test]
 fn oversized_ipv6_packet_over_vxlan_gets_packet_too_big() -> Result<()> {
-    let fixture = TwoNodeFixture::new(TESTBED, Underlay::Vxlan)?;
+    let fixture = TwoNodeFixture::new(Underlay::Vxlan)?;
     let [n1, n2] = ["n1", "n2"].map(|name| fixture.node(name));
     for (node, other, number) in [(n1, n2, 2), (n2, n1, 1)] {
         let network = other.pod_network6();
@@ -265,10 +260,9 @@ fn oversized_ipv6_packet_over_vxlan_gets_packet_too_big() -> Result<()> {
         sleep(Duration::from_millis(20));
     }
     ensure!(fixture.dropped("too_big")? > 0, "the drop is not counted");
-    const EMSGSIZE: i32 = 90;
     assert_eq!(
         socket.call(&SocketCall::Send("a".to_owned()))?,
-        CallResult::Failed(EMSGSIZE),
+        CallResult::Failed(libc::EMSGSIZE),
         "the socket reports the MTU too"
     );
     // The longest payload that fits, minus the prefix of the answer.
@@ -407,7 +401,7 @@ fn client_behind_tun_reaches_remote_backend() -> Result<()> {
 
 fn check_behind_tun(backend: usize) -> Result<()> {
     const NO_ENDPOINTS: u16 = 30081;
-    let fixture = TwoNodeFixture::new(TESTBED, Underlay::Vxlan)?;
+    let fixture = TwoNodeFixture::new(Underlay::Vxlan)?;
     let pod = &fixture.pods[backend];
     let empty = web_and_dns(
         "empty",

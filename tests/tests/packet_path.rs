@@ -8,17 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use lb_tests::fixture::{Outcome, POD_PORTS, TwoNodeFixture, endpoints_of, node_addresses};
 use lb_tests::manifests::{self, Port, service, slice_with_conditions, web_and_dns};
-use lb_tests::{CallResult, Netns, SocketCall, SocketKind, Testbed, Underlay, scaled_count_above, scaled_timeout};
+use lb_tests::{CallResult, Netns, SocketCall, SocketKind, Underlay, scaled_count_above, scaled_timeout, testbed};
+use libc::ECONNREFUSED;
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-const ECONNREFUSED: i32 = 111;
 /// The node ports for TCP and for UDP.
 const WEB: u16 = 30080;
 const DNS: u16 = 30053;
-
-fn testbed() -> Testbed {
-    Testbed::new(TESTBED)
-}
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
@@ -35,7 +30,7 @@ fn all(from: &Netns, udp: bool, to: SocketAddr, times: u64) -> Result<BTreeSet<O
 }
 
 fn setup(underlay: Underlay) -> Result<TwoNodeFixture> {
-    TwoNodeFixture::new(TESTBED, underlay)
+    TwoNodeFixture::new(underlay)
 }
 
 /// Returns a Service with node ports in both families and both protocols.
@@ -292,8 +287,7 @@ fn flows_to_a_removed_backend_move_or_are_reset() -> Result<()> {
             let text = datagrams.receive()?.1;
             ensure!(text.starts_with("one "), "{address} at {node}: {text}");
             let answer = exchange("over")?;
-            const ECONNRESET: i32 = 104;
-            assert_eq!(answer, CallResult::Failed(ECONNRESET), "{address} at {node}");
+            assert_eq!(answer, CallResult::Failed(libc::ECONNRESET), "{address} at {node}");
         }
     }
     Ok(())
@@ -301,7 +295,7 @@ fn flows_to_a_removed_backend_move_or_are_reset() -> Result<()> {
 
 #[test]
 fn session_affinity_applies_to_outside_clients() -> Result<()> {
-    let setup = TwoNodeFixture::with(TESTBED, Underlay::Vxlan, 2, &[])?;
+    let setup = TwoNodeFixture::with(Underlay::Vxlan, 2, &[])?;
     let more = "type: NodePort\n  sessionAffinity: ClientIP";
     setup.write("web.yaml", &web(&setup.endpoints(), more))?;
     let mut chosen = BTreeSet::new();

@@ -17,7 +17,6 @@ use lb_tests::{Agent, Cluster, Node, RunningAgent, eventually};
 use nix::time::{ClockId, clock_gettime};
 use serde_json::Value;
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const BALANCER: &str = "192.0.2.1";
 const METRICS: u16 = 10249;
 
@@ -39,7 +38,7 @@ fn setup_with(flags: &[&str], change: impl Fn(&Agent) -> Agent) -> Result<Setup>
         "nodes.yaml",
         &(node("n1", "10.10.1.0/24", "192.168.77.1") + &node("n2", "10.10.2.0/24", "192.168.77.2")),
     )?;
-    let program = Agent::find(TESTBED.as_ref())?;
+    let program = Agent::find()?;
     let agent = Agent::new(&cluster, cluster.node("n1"), &program, manifests.path());
     let mut agent = RunningAgent::start(change(&agent), flags)?;
     agent.wait_ready(&|| false)?;
@@ -222,7 +221,7 @@ fn cluster_cidr_flag_sets_inside_networks() -> Result<()> {
     }
     setup.agent.verify()?;
     // `verify` needs the flag that the agent has, or it finds a difference.
-    let program = Agent::find(TESTBED.as_ref())?;
+    let program = Agent::find()?;
     let without_flag = Agent::new(&setup.cluster, setup.node(), &program, setup.manifests.path());
     let drift = without_flag.verify().unwrap_err().to_string();
     assert!(drift.contains("CLUSTER_CIDRS[10.0.0.0/8]"), "{drift}");

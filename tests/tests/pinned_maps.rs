@@ -15,20 +15,10 @@ use lb_core::reconcile::Reconciler;
 use lb_core::verify::{Drift, verify};
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{
-    Agent, CallResult, Cluster, Connect, Pod, Process, RunningAgent, ScriptedSocket, SocketCall, SocketKind, Testbed,
-    scaled_timeout, unit_capabilities,
+    Agent, CallResult, Cluster, Connect, Pod, Process, RunningAgent, ScriptedSocket, SocketCall, SocketKind, addr,
+    scaled_timeout, testbed, unit_capabilities,
 };
 use serde_json::Value;
-
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-
-fn testbed() -> Testbed {
-    Testbed::new(TESTBED)
-}
-
-fn addr(text: &str) -> SocketAddr {
-    text.parse().unwrap()
-}
 
 const HTTP: Port<'static> = Port::tcp("http", 80);
 const TARGET: Port<'static> = Port::tcp("http", 8080);
@@ -52,7 +42,7 @@ fn setup(more: &[&str]) -> Result<Setup> {
     let web = service("web", "10.96.0.10", &[HTTP], "internalTrafficPolicy: Local") + &slice("web", TARGET, &endpoints);
     let db = service("db", "10.96.0.20", &[HTTP], "") + &slice("db", TARGET, &endpoints[..1]);
     manifests.write("all.yaml", &(web + &db))?;
-    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), more)?;
+    let agent = manifests.serve(&cluster, "n1", more)?;
     Ok(Setup {
         agent,
         manifests,
@@ -317,7 +307,7 @@ fn verify_exit_code_reports_drift_and_a_restart_repairs_it() -> Result<()> {
         .context("verify found no difference")?
         .to_string();
     ensure!(reported.contains(&field), "{reported}");
-    setup.agent = setup.manifests.serve(&setup.cluster, "n1", TESTBED.as_ref(), &[])?;
+    setup.agent = setup.manifests.serve(&setup.cluster, "n1", &[])?;
     let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
     testbed().connect(&setup.client, &load)?.all_well()
 }
@@ -411,7 +401,7 @@ fn systemd_unit_capabilities_suffice_to_serve() -> Result<()> {
     let mut setup = setup(&[])?;
     setup.agent.kill()?;
     let node = setup.cluster.node("n1");
-    let program = Agent::find(TESTBED.as_ref())?;
+    let program = Agent::find()?;
     let granted = unit_capabilities()?;
     let mut command = node.command("setpriv")?;
     command
@@ -457,9 +447,7 @@ fn agent_mounts_a_missing_bpffs() -> Result<()> {
     let mut command = node.command("unshare")?;
     // A mount namespace of its own without the BPF file system. Everything mounted and pinned there disappears with it.
     let script = "umount --lazy /sys/fs/bpf && exec \"$@\"";
-    command
-        .args(["--mount", "sh", "-c", script, "sh"])
-        .arg(Agent::find(TESTBED.as_ref())?);
+    command.args(["--mount", "sh", "-c", script, "sh"]).arg(Agent::find()?);
     command
         .arg("run")
         .arg("--manifests")

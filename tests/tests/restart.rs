@@ -12,12 +12,11 @@ use anyhow::{Context as _, Result, bail, ensure};
 use lb_agent::loader::OBJECT;
 use lb_common::abi::VERSION;
 use lb_tests::load::{Load, Summary};
-use lb_tests::{Agent, Cluster, Connect, Node, Process, Random, Testbed, eventually, scaled_timeout};
+use lb_tests::{Agent, Cluster, Connect, Node, Process, Random, Testbed, eventually, scaled_timeout, testbed};
 use object::{Object as _, ObjectSection as _};
 use serde_json::{Value, json};
 
 const NODE: &str = "n1";
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const BACKEND_PORT: u16 = 8080;
 /// Number of programs at cgroup hooks.
 const HOOKS: usize = 11;
@@ -120,7 +119,7 @@ struct Fixture {
 impl Fixture {
     fn new() -> Result<Self> {
         let cluster = Cluster::builder().nodes(1).build()?;
-        let testbed = Testbed::new(TESTBED);
+        let testbed = testbed();
         let pod = cluster.add_pod(NODE, "server")?;
         let mut listen = Vec::new();
         for number in 0..8 {
@@ -132,7 +131,7 @@ impl Fixture {
         let folder = cluster.scratch().join("manifests");
         fs::create_dir(&folder).context("creating a directory for manifests")?;
         Ok(Self {
-            agent: Agent::new(&cluster, cluster.node(NODE), &Agent::find(TESTBED.as_ref())?, &folder),
+            agent: Agent::new(&cluster, cluster.node(NODE), &Agent::find()?, &folder),
             _server: testbed.serve_with(&pod, &listen, &["--echo"])?,
             testbed,
             folder,

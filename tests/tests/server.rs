@@ -9,11 +9,10 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use lb_tests::http::{Response, get};
 use lb_tests::manifests::{Manifests, Port, service, slice, slice_with_conditions};
-use lb_tests::{Cluster, Connect, Netns, Node, RunningAgent, Testbed, eventually, scaled_timeout};
+use lb_tests::{Cluster, Connect, Netns, Node, RunningAgent, eventually, scaled_timeout, testbed};
 use prometheus_parse::{Scrape, Value};
 use serde_json::json;
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const HEALTHZ: u16 = 10256;
 const METRICS: u16 = 10249;
 /// The health check node port of the tests' Service.
@@ -46,7 +45,7 @@ impl Setup {
         for (name, text) in files {
             manifests.write(name, text)?;
         }
-        let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), flags)?;
+        let agent = manifests.serve(&cluster, "n1", flags)?;
         Ok(Self {
             agent,
             manifests,
@@ -288,15 +287,10 @@ fn occupied_ports_are_reported_and_retried() -> Result<()> {
     let node = cluster.node("n1");
     let taken = [HEALTHZ, METRICS, CHECK];
     let listen = taken.map(|port| format!("0.0.0.0:{port}=other"));
-    let other = Testbed::new(TESTBED).serve(node, &listen.each_ref().map(String::as_str))?;
+    let other = testbed().serve(node, &listen.each_ref().map(String::as_str))?;
     let manifests = Manifests::new(&cluster)?;
     manifests.write("web.yaml", &balanced(CHECK, "Local"))?;
-    let mut agent = manifests.serve(
-        &cluster,
-        "n1",
-        TESTBED.as_ref(),
-        &["--metrics-bind-address=0.0.0.0:10249"],
-    )?;
+    let mut agent = manifests.serve(&cluster, "n1", &["--metrics-bind-address=0.0.0.0:10249"])?;
     let expected: BTreeSet<String> = [
         "--healthz-bind-address 0.0.0.0:10256".to_owned(),
         "--metrics-bind-address 0.0.0.0:10249".to_owned(),
@@ -347,7 +341,7 @@ fn documented() -> BTreeSet<&'static str> {
 #[test]
 fn metrics_match_the_documentation_and_count_connections() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).build()?;
-    let (node, testbed) = (cluster.node("n1"), Testbed::new(TESTBED));
+    let (node, testbed) = (cluster.node("n1"), testbed());
     let backend = cluster.add_pod("n1", "backend")?;
     let client = cluster.add_pod("n1", "client")?;
     let _server = testbed.serve(&backend, &["0.0.0.0:8080=backend"])?;
@@ -362,7 +356,7 @@ fn metrics_match_the_documentation_and_count_connections() -> Result<()> {
         + &service("web-too", "10.96.0.20", &[web], "");
     manifests.write("web.yaml", &text)?;
     let flags = ["--service-metrics", "--max-services", "5"];
-    let _agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &flags)?;
+    let _agent = manifests.serve(&cluster, "n1", &flags)?;
     let scrape = || Metrics::of(node, at(Ipv4Addr::LOCALHOST, METRICS));
 
     let before = scrape()?;
@@ -448,7 +442,7 @@ fn kube_proxy_configuration_is_applied_and_flags_override_it() -> Result<()> {
     };
     let stream = setting("nf_conntrack_udp_timeout_stream")?;
     let flags = ["--config", path, "--metrics-bind-address", "127.0.0.1:9003"];
-    let mut agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &flags)?;
+    let mut agent = manifests.serve(&cluster, "n1", &flags)?;
     let listens = |ip: IpAddr, port| get(node, at(ip, port), "/healthz").is_ok();
     eventually("it listens at the addresses in the file", || {
         ensure!(listens(Ipv4Addr::LOCALHOST.into(), 9001) && listens(node.address().into(), CHECK));

@@ -7,21 +7,12 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketKind, Testbed};
+use lb_tests::{Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketKind, addr, testbed};
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 const VIP: &str = "10.96.0.10:80";
 const VIP6: &str = "[fd00:96::10]:80";
 /// Number of connections of one client. All of them reach the same of four backends by chance once in 4^23 runs.
 const ENOUGH: u64 = 24;
-
-fn testbed() -> Testbed {
-    Testbed::new(TESTBED)
-}
-
-fn addr(text: &str) -> SocketAddr {
-    text.parse().unwrap()
-}
 
 struct Setup {
     agent: RunningAgent,
@@ -46,7 +37,7 @@ impl Setup {
         }
         let manifests = Manifests::new(&cluster)?;
         write(&manifests, &servers, &affinity(3600))?;
-        let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
+        let agent = manifests.serve(&cluster, "n1", &[])?;
         Ok(Self {
             agent,
             manifests,

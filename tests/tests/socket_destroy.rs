@@ -14,23 +14,16 @@ use lb_common::abi::{SocketRecord, VERSION, map_name};
 use lb_tests::manifests::{Manifests, Port, service, slice_with_conditions};
 use lb_tests::scripted_socket::plain;
 use lb_tests::{
-    Agent, Cluster, Netns, Pod, Process, RunningAgent, ScriptedSocket, SocketCall, SocketKind, Testbed,
-    scaled_count_above, scaled_timeout, unit_capabilities,
+    Agent, Cluster, Netns, Pod, Process, RunningAgent, ScriptedSocket, SocketCall, SocketKind, scaled_count_above,
+    scaled_timeout, testbed, unit_capabilities,
 };
+use libc::{ECONNABORTED, EDESTADDRREQ, ENOTCONN};
 use serde_json::Value;
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-const EDESTADDRREQ: i32 = 89;
-const ECONNABORTED: i32 = 103;
-const ENOTCONN: i32 = 107;
 /// Port of the servers, for UDP and TCP.
 const TARGET: u16 = 5353;
 /// Time limit from the publication of a backend's removal to the destruction of its sockets.
 const DESTROY_LIMIT: Duration = Duration::from_secs(1);
-
-fn testbed() -> Testbed {
-    Testbed::new(TESTBED)
-}
 
 /// Kind of a socket, and the address that it connects to.
 type SocketTarget = (SocketKind, SocketAddr);
@@ -117,7 +110,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     manifests.write("dns.yaml", &dns_with(&[(&servers[0], READY)]))?;
     let other = manifest("other", "10.96.0.11,fd00:96::11", &[(&servers[0], READY)]);
     manifests.write("other.yaml", &other)?;
-    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), flags)?;
+    let agent = manifests.serve(&cluster, "n1", flags)?;
     Ok(Setup {
         agent,
         manifests,
@@ -516,7 +509,7 @@ fn restricted(setup: &Setup, bounding_set: &str) -> Result<Process> {
     command
         .arg(format!("--bounding-set={bounding_set}"))
         .args(["--inh-caps=-all", "--no-new-privs"])
-        .arg(Agent::find(TESTBED.as_ref())?)
+        .arg(Agent::find()?)
         .args(["run", "--node-name", "n1", "--manifests"])
         .arg(setup.manifests.path())
         .arg("--cgroup")
@@ -627,7 +620,7 @@ fn trace_reports_cookie_and_backend_of_a_destroyed_socket() -> Result<()> {
     let (kind, vip) = dns()[1];
     let mut socket = connect(&setup.client, (kind, vip), a)?;
     let cookie = socket.cookie()?;
-    let mut command = setup.cluster.node("n1").command(Agent::find(TESTBED.as_ref())?)?;
+    let mut command = setup.cluster.node("n1").command(Agent::find()?)?;
     command
         .args(["trace", "-o", "json", "--count", "1", "--pin-path"])
         .arg(setup.agent.pin_path())

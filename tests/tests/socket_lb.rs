@@ -1,23 +1,14 @@
 //! Socket-level load balancing and socket records, on a real kernel.
 
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use lb_tests::load::ConnectStep;
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Agent, Cluster, Connect, Pod, Process, Ruleset, RunningAgent, Testbed, scaled_count, scaled_timeout};
+use lb_tests::{
+    Agent, Cluster, Connect, Pod, Process, Ruleset, RunningAgent, addr, scaled_count, scaled_timeout, testbed,
+};
 use serde_json::Value;
-
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-
-fn testbed() -> Testbed {
-    Testbed::new(TESTBED)
-}
-
-fn addr(text: &str) -> SocketAddr {
-    text.parse().unwrap()
-}
 
 const HTTP: Port<'static> = Port::tcp("http", 80);
 const TARGET: Port<'static> = Port::tcp("http", 8080);
@@ -58,7 +49,7 @@ fn setup(more: &[&str]) -> Result<Setup> {
         &(service("web", "10.96.0.10", &[HTTP], "") + &slice("web", TARGET, &endpoints)),
     )?;
     let rules = rules(&cluster, backends.iter().chain([&client]))?;
-    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), more)?;
+    let agent = manifests.serve(&cluster, "n1", more)?;
     Ok(Setup {
         agent,
         rules,
@@ -220,11 +211,11 @@ fn connect_without_endpoint_is_refused_with_the_right_errno() -> Result<()> {
     setup.manifests.write("more.yaml", &text)?;
     setup.agent.wait_ready(&|| false)?;
 
-    refused(&setup, "10.96.0.11:80", libc_errno::ECONNREFUSED)?;
-    refused(&setup, "10.96.0.12:80", libc_errno::ECONNREFUSED)?;
-    refused(&setup, "10.96.0.13:80", libc_errno::EHOSTUNREACH)?;
-    refused(&setup, "10.96.0.14:80", libc_errno::ECONNREFUSED)?;
-    refused(&setup, "10.96.0.10:81", libc_errno::ECONNREFUSED)?;
+    refused(&setup, "10.96.0.11:80", libc::ECONNREFUSED)?;
+    refused(&setup, "10.96.0.12:80", libc::ECONNREFUSED)?;
+    refused(&setup, "10.96.0.13:80", libc::EHOSTUNREACH)?;
+    refused(&setup, "10.96.0.14:80", libc::ECONNREFUSED)?;
+    refused(&setup, "10.96.0.10:81", libc::ECONNREFUSED)?;
     let status = setup.agent.status()?;
     let drops = ["no_endpoint", "no_local_endpoint", "no_such_port"].map(|reason| status.dropped(reason).unwrap_or(0));
     assert_eq!(drops, [60, 20, 20]);
@@ -259,7 +250,7 @@ fn client_in_another_cgroup_is_not_translated() -> Result<()> {
         "web.yaml",
         &(service("web", "10.96.0.10", &[HTTP], "") + &slice("web", TARGET, &endpoints)),
     )?;
-    let _agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
+    let _agent = manifests.serve(&cluster, "n1", &[])?;
     testbed()
         .connect(cluster.node("n1"), &Connect::to(&[addr(VIP)]).count(5))?
         .all_well()?;
@@ -268,10 +259,4 @@ fn client_in_another_cgroup_is_not_translated() -> Result<()> {
     let summary = testbed().connect(&stranger, &Connect::to(&[addr(VIP)]).count(3).timeout(timeout))?;
     assert_eq!(summary.failure_count, 3, "{summary:?}");
     Ok(())
-}
-
-/// Linux error numbers.
-mod libc_errno {
-    pub(crate) const ECONNREFUSED: i32 = 111;
-    pub(crate) const EHOSTUNREACH: i32 = 113;
 }

@@ -11,11 +11,10 @@ use anyhow::{Context as _, Result, ensure};
 use etherparse::PacketBuilder;
 use lb_tests::fixture::{TwoNodeFixture, node_addresses};
 use lb_tests::manifests::web;
-use lb_tests::{Netns, Node, Pod, Process, Testbed, Underlay, scaled_count};
+use lb_tests::{Netns, Node, Pod, Process, Testbed, Underlay, scaled_count, testbed};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socket};
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 /// Variable with the number of SYNs.
 const SYNS: &str = "LB_FLOOD";
 /// Node ports of a Service that answers, and of one that does not.
@@ -137,8 +136,8 @@ fn connections_survive_a_flood_of_unanswered_syns() -> Result<()> {
     let size = Size::wanted()?;
     let map = size.map.to_string();
     let flags = ["--max-conntrack", &map, "--max-conntrack-new", &map];
-    let fixture = TwoNodeFixture::with(TESTBED, Underlay::Vxlan, 2, &flags)?;
-    let testbed = Testbed::new(TESTBED);
+    let fixture = TwoNodeFixture::with(Underlay::Vxlan, 2, &flags)?;
+    let testbed = testbed();
     let _servers = echo(&testbed, &fixture)?;
     let missing = missing_pods(fixture.node("n2"))?;
     let text =
@@ -191,12 +190,11 @@ fn connections_survive_a_flood_of_unanswered_syns() -> Result<()> {
 fn new_clients_are_served_after_a_flood_of_answered_syns() -> Result<()> {
     let map = "2000";
     let fixture = TwoNodeFixture::with(
-        TESTBED,
         Underlay::Vxlan,
         2,
         &["--max-conntrack", map, "--max-conntrack-new", map],
     )?;
-    let testbed = Testbed::new(TESTBED);
+    let testbed = testbed();
     let _servers = echo(&testbed, &fixture)?;
     fixture.write("web.yaml", &web("echo", 20, ECHO, &fixture.endpoints(), SERVED))?;
     let n1 = fixture.node("n1");

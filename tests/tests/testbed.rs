@@ -10,15 +10,9 @@ use std::time::Duration;
 use anyhow::Result;
 use lb_tests::load::{ConnectStep, Record};
 use lb_tests::{
-    BPFFS, Cluster, Connect, Process, Testbed, Underlay, cgroup2_root, ensure_bpffs, monotonic_ns, remove_leftovers,
-    scaled_timeout,
+    BPFFS, Cluster, Connect, Process, Underlay, cgroup2_root, ensure_bpffs, monotonic_ns, remove_leftovers,
+    scaled_timeout, testbed,
 };
-
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-
-fn testbed() -> Testbed {
-    Testbed::new(TESTBED)
-}
 
 /// Returns the names of all namespaces, cgroups, pins and temporary files on this machine that begin with `prefix`.
 fn names_with_prefix(prefix: &str) -> Vec<String> {
@@ -339,7 +333,7 @@ fn leftovers_of_ended_owners_are_removed_and_of_running_owners_kept() -> Result<
     let mine = Cluster::builder().nodes(1).build()?;
     ensure_bpffs()?;
     let mut owner = Process::spawn_reading(
-        Command::new(TESTBED)
+        Command::new(testbed().program())
             .args(["cluster", "--nodes=1", "--pods=1"])
             .stdin(Stdio::piped()),
     )?;

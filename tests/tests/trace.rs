@@ -13,17 +13,11 @@ use lb_common::abi::{Addr, Event, EventKind, SizedMap};
 use lb_core::maps::Capacities;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{
-    Agent, CallResult, Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketCall, SocketKind, Testbed,
-    scaled_timeout,
+    Agent, CallResult, Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketCall, SocketKind, scaled_timeout,
+    testbed,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
-
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-
-fn testbed() -> Testbed {
-    Testbed::new(TESTBED)
-}
 
 const PATIENCE: Duration = Duration::from_secs(10);
 const HTTP: Port<'static> = Port::tcp("http", 80);
@@ -63,7 +57,7 @@ fn setup() -> Result<Setup> {
     ];
     let manifests = Manifests::new(&cluster)?;
     manifests.write("all.yaml", &manifest(&pod))?;
-    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
+    let agent = manifests.serve(&cluster, "n1", &[])?;
     Ok(Setup {
         agent,
         manifests,
@@ -81,7 +75,7 @@ fn enabled_events(pin_path: &Path) -> Result<u32> {
 
 /// Starts `lb-agent trace -o json`, and waits until events are enabled.
 fn trace(netns: &Netns, pin_path: &Path, flags: &[&str]) -> Result<Process> {
-    let mut command = netns.command(Agent::find(TESTBED.as_ref())?)?;
+    let mut command = netns.command(Agent::find()?)?;
     command
         .args(["trace", "-o", "json", "--pin-path"])
         .arg(pin_path)
@@ -286,7 +280,7 @@ fn events_are_disabled_after_the_tracer_is_killed() -> Result<()> {
     assert_ne!(setup.enabled_events()?, 0);
     connect(&setup, "10.96.0.20:80", 1, true)?;
     // The next tracer does not show events that were never read. Its output is a table.
-    let mut command = setup.cluster.node("n1").command(Agent::find(TESTBED.as_ref())?)?;
+    let mut command = setup.cluster.node("n1").command(Agent::find()?)?;
     command
         .args(["trace", "--count", "1", "--pin-path"])
         .arg(setup.agent.pin_path());

@@ -4,20 +4,9 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Result, ensure};
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Cluster, Pod, Process, RunningAgent, SocketCall, SocketKind, Testbed};
+use lb_tests::{Cluster, Pod, Process, RunningAgent, SocketCall, SocketKind, addr, testbed};
+use libc::{ECONNREFUSED, EHOSTUNREACH};
 use serde_json::Value;
-
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
-const ECONNREFUSED: i32 = 111;
-const EHOSTUNREACH: i32 = 113;
-
-fn testbed() -> Testbed {
-    Testbed::new(TESTBED)
-}
-
-fn addr(text: &str) -> SocketAddr {
-    text.parse().unwrap()
-}
 
 /// A node, a client pod, three servers for UDP and TCP, and Services in both families.
 struct Setup {
@@ -82,7 +71,7 @@ fn setup(flags: &[&str]) -> Result<Setup> {
     }
     let folder = Manifests::new(&cluster)?;
     folder.write("services.yaml", &manifests(&servers))?;
-    let agent = folder.serve(&cluster, "n1", TESTBED.as_ref(), flags)?;
+    let agent = folder.serve(&cluster, "n1", flags)?;
     Ok(Setup {
         agent,
         manifests: folder,
@@ -377,7 +366,7 @@ fn ipv6_only_node_is_served() -> Result<()> {
         text += &slice("six", port, &[(server.address6().into(), "n1")]);
     }
     manifests.write("services.yaml", &text)?;
-    let agent = manifests.serve(&cluster, "n1", TESTBED.as_ref(), &[])?;
+    let agent = manifests.serve(&cluster, "n1", &[])?;
     for netns in [&*client, &**node] {
         let to = addr("[fd00:96::10]:53");
         let mut socket = testbed().scripted_socket(netns, SocketKind::Udp6)?;

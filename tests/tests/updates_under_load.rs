@@ -17,7 +17,7 @@ use lb_stress::objects::{self, BACKEND_PORT};
 use lb_tests::load::{Load, Record};
 use lb_tests::{
     Cluster, Connect, DowntimeLog, Pod, Process, Random, Testbed, chi_squared_p, scaled_count, scaled_count_above,
-    scaled_timeout,
+    scaled_timeout, testbed,
 };
 
 const NODE: &str = "n1";
@@ -64,7 +64,7 @@ struct Fixture {
 impl Fixture {
     fn new(backends: &[Backend]) -> Result<Self> {
         let cluster = Cluster::builder().nodes(1).build()?;
-        let testbed = Testbed::new(env!("CARGO_BIN_EXE_lb-testbed"));
+        let testbed = testbed();
         let server = cluster.add_pod(NODE, "server")?;
         let mut listen = Vec::new();
         for Backend { name, address } in backends {

@@ -60,7 +60,7 @@ impl Fixture {
     fn new() -> Result<Self> {
         let cluster = Cluster::builder().nodes(1).build()?;
         let manifests = Manifests::new(&cluster)?;
-        let program = Agent::find(env!("CARGO_BIN_EXE_lb-testbed").as_ref())?;
+        let program = Agent::find()?;
         Ok(Self {
             agent: Agent::new(&cluster, cluster.node(NODE), &program, manifests.path()),
             manifests,
@@ -98,7 +98,7 @@ impl Fixture {
         let log = self.cluster.scratch().join("traced.log");
         let file = OpenOptions::new().create(true).write(true).truncate(true).open(&log)?;
         let node = self.cluster.node(NODE);
-        let mut command = node.command(Agent::find(env!("CARGO_BIN_EXE_lb-testbed").as_ref())?)?;
+        let mut command = node.command(Agent::find()?)?;
         command
             .args(["run", "--node-name", NODE, "--manifests"])
             .arg(self.manifests.path())

@@ -4,13 +4,14 @@ use std::net::IpAddr;
 
 use anyhow::{Result, ensure};
 use k8s_openapi::api::core::v1::Service;
-use lb_tests::Connect;
 use lb_tests::control_plane::{ENDPOINTS_PER_SLICE, Namespace, PodTemplate, slice_endpoints};
 use lb_tests::eventually;
+use lb_tests::{Connect, testbed};
+use libc::{ECONNREFUSED, EHOSTUNREACH};
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::fixture::{Backend, ECONNREFUSED, EHOSTUNREACH, Fixture, Outcome, TARGET, tcp, udp};
+use crate::fixture::{Backend, Fixture, Outcome, TARGET, tcp, udp};
 
 pub(crate) const TESTS: &[Test] = &[
     (
@@ -190,7 +191,7 @@ fn terminating_endpoints_serve_when_none_is_ready(fixture: &Fixture) -> Result<(
     let a = backend(fixture, &namespace, "n1", "a")?;
     let b = backend(fixture, &namespace, "n2", "b")?;
     fixture.expect(&fixture.all_clients(), target, &names(&["a", "b"]))?;
-    let held = Fixture::testbed().hold(fixture.pod_on("n2"), &[at], 50)?;
+    let held = testbed().hold(fixture.pod_on("n2"), &[at], 50)?;
     a.kubelet.terminate()?;
     fixture.expect(&fixture.all_clients(), target, &names(&["b"]))?;
     // Established connections stay.
@@ -369,7 +370,7 @@ fn duplicate_endpoints_in_manual_slices_count_once(fixture: &Fixture) -> Result<
     fixture.expect(&fixture.all_clients(), target, &names(&["a", "c"]))?;
     // An endpoint in two slices is selected as often as any other.
     let at = target.address();
-    let summary = Fixture::testbed().connect(fixture.pod_on("n1"), &Connect::to(&[at]).count(4000))?;
+    let summary = testbed().connect(fixture.pod_on("n1"), &Connect::to(&[at]).count(4000))?;
     summary.all_well()?;
     let share = summary.reached("a");
     ensure!((1800..=2200).contains(&share), "{share} of 4000");

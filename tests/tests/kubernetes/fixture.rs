@@ -11,11 +11,11 @@ use k8s_openapi::api::core::v1::Service;
 use lb_tests::control_plane::{ControlPlane, KubeletPod, Namespace, PodTemplate, WatchProxy};
 use lb_tests::load::ConnectStep;
 use lb_tests::{
-    Agent, CallResult, Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketCall, SocketKind, Testbed,
-    eventually_within, scaled_timeout,
+    Agent, CallResult, Cluster, Connect, Netns, Pod, Process, RunningAgent, SocketCall, SocketKind, eventually_within,
+    scaled_timeout, testbed,
 };
+use libc::{ENETUNREACH, ETIMEDOUT};
 
-const TESTBED: &str = env!("CARGO_BIN_EXE_lb-testbed");
 /// Port of the servers in pods, for TCP and UDP.
 pub(crate) const TARGET: u16 = 8080;
 /// Number of TCP connections to find out which backends answer. With five backends, one is missed in one of 10^9 cases.
@@ -30,10 +30,6 @@ const AGENT_NODES: [&str; 2] = ["n1", "n2"];
 /// User of the agents in the API, with the permissions of kube-proxy.
 pub(crate) const USER: &str = "kube-proxy";
 
-pub(crate) const ECONNREFUSED: i32 = 111;
-pub(crate) const EHOSTUNREACH: i32 = 113;
-const ENETUNREACH: i32 = 101;
-const ETIMEDOUT: i32 = 110;
 /// Timeout of a probe that gets no answer. A pod's packets go unanswered if its node has reached the kernel's rate
 /// limit for ICMP errors to it.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
@@ -88,7 +84,7 @@ impl Fixture {
             control_plane.set_zone(node, Some(zone))?;
         }
         let watch_proxy = watch_proxy(&control_plane)?;
-        let program = Agent::find(TESTBED.as_ref())?;
+        let program = Agent::find()?;
         let config = control_plane.kubeconfig(USER);
         let agent = |node, url: &str| Agent::with_api_server(&cluster, cluster.node(node), &program, &config, url);
         let mut agents = Vec::new();
@@ -112,10 +108,6 @@ impl Fixture {
         };
         new.verify()?;
         Ok(new)
-    }
-
-    pub(crate) fn testbed() -> Testbed {
-        Testbed::new(TESTBED)
     }
 
     /// Returns the last log lines of all programs.
@@ -271,7 +263,7 @@ impl Target {
 fn streams(netns: &Netns, to: SocketAddr) -> Result<Outcome> {
     let connect = Connect::to(&[to]).peer_check();
     // A single connection first, to find out whether the address is served.
-    let probe = Fixture::testbed().connect(netns, &connect.clone().count(1).timeout(scaled_timeout(PROBE_TIMEOUT)))?;
+    let probe = testbed().connect(netns, &connect.clone().count(1).timeout(scaled_timeout(PROBE_TIMEOUT)))?;
     let errno = probe.failures.first().map(|failure| (failure.step, failure.errno));
     if let Some((ConnectStep::Connect, ENETUNREACH | ETIMEDOUT)) = errno {
         return Ok(Outcome::NoRoute);
@@ -280,7 +272,7 @@ fn streams(netns: &Netns, to: SocketAddr) -> Result<Outcome> {
     let connect = connect
         .count(CONNECTIONS)
         .seconds(scaled_timeout(CONNECT_LIMIT).as_secs_f64());
-    let summary = Fixture::testbed().connect(netns, &connect)?;
+    let summary = testbed().connect(netns, &connect)?;
     ensure!(summary.peer_mismatches == 0, "{:?}", summary.mismatches);
     ensure!(
         summary.connections == CONNECTIONS,
@@ -309,7 +301,7 @@ fn datagrams(netns: &Netns, to: SocketAddr) -> Result<Outcome> {
     } else {
         SocketKind::Udp6
     };
-    let mut socket = Fixture::testbed().scripted_socket(netns, kind)?;
+    let mut socket = testbed().scripted_socket(netns, kind)?;
     let mut names = BTreeSet::new();
     for _ in 0..DATAGRAMS {
         if let CallResult::Failed(errno) = socket.call(&SocketCall::Connect(to))? {

@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use lb_tests::control_plane::{Namespace, PodTemplate};
 use lb_tests::load::Load;
-use lb_tests::{Connect, Random, scaled_count};
+use lb_tests::{Connect, Random, scaled_count, testbed};
 use serde_json::{Value, json};
 
 use crate::TestAlone;
@@ -70,7 +70,7 @@ impl<'a> Steady<'a> {
     fn load(&self, fixture: &Fixture) -> Result<Vec<Load>> {
         let connect = Connect::to(&[self.target.address()]).rate(100.0);
         let pods = fixture.pods();
-        let loads = pods.into_iter().map(|pod| Fixture::testbed().start(pod, &connect));
+        let loads = pods.into_iter().map(|pod| testbed().start(pod, &connect));
         loads.collect()
     }
 }

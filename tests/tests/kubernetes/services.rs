@@ -5,13 +5,14 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use lb_tests::Connect;
 use lb_tests::control_plane::{Namespace, PodTemplate};
 use lb_tests::eventually;
+use lb_tests::{Connect, testbed};
+use libc::ECONNREFUSED;
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::fixture::{Backend, ECONNREFUSED, Fixture, Outcome, TARGET, Target, addresses, tcp, udp};
+use crate::fixture::{Backend, Fixture, Outcome, TARGET, Target, addresses, tcp, udp};
 
 pub(crate) const TESTS: &[Test] = &[
     (
@@ -468,10 +469,7 @@ fn older_service_wins_an_address_conflict(fixture: &Fixture) -> Result<()> {
     namespace.create_service("a", claim("younger"))?;
     fixture.expect(&fixture.all_clients(), Target::Tcp(at), &Outcome::names(&["older"]))?;
     let connect = Connect::to(&[at]).rate(200.0);
-    let loads = fixture
-        .pods()
-        .into_iter()
-        .map(|pod| Fixture::testbed().start(pod, &connect));
+    let loads = fixture.pods().into_iter().map(|pod| testbed().start(pod, &connect));
     let loads = loads.collect::<Result<Vec<_>>>()?;
     namespace.delete_service("z")?;
     fixture.expect(&fixture.all_clients(), Target::Tcp(at), &Outcome::names(&["younger"]))?;

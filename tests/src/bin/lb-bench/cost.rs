@@ -144,7 +144,7 @@ pub(crate) fn compare(
                 for step in steps {
                     let from = match maker {
                         Maker::Empty if step.needs_answers() => scenario.missed(),
-                        _ => *scenario,
+                        Maker::Lb | Maker::C | Maker::Empty => *scenario,
                     };
                     let order = from.order(bed.services, step.task, step.count, seed);
                     costs.extend(runs(bed, *maker, worker, &order, step.calls)?);

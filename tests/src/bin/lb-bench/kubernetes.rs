@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use comfy_table::Table;
 use lb_tests::control_plane::ControlPlane;
-use lb_tests::{Cluster, Pod, Process, Random, Testbed, monotonic_ns};
+use lb_tests::{Cluster, Pod, Process, Random, monotonic_ns, testbed};
 use serde::Serialize;
 
 use self::objects::Probe;
@@ -127,11 +127,7 @@ struct Bench<'a> {
 
 impl<'a> Bench<'a> {
     fn new(options: &'a Options) -> Result<Self> {
-        let bed = Testbed::new(
-            current_exe()
-                .context("finding this program")?
-                .with_file_name("lb-testbed"),
-        );
+        let bed = testbed();
         let cluster = Cluster::builder().nodes(2).client(true).build()?;
         let control_plane = ControlPlane::start(&cluster, cluster.client())?;
         let client = cluster.add_pod(NODE, "client")?;

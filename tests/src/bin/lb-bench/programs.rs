@@ -72,7 +72,7 @@ impl Rounds {
     }
 }
 
-/// A cgroup hook.
+/// A cgroup hook of [`program_name`] that the benchmarks reach; they bind no port of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Hook {
@@ -100,34 +100,30 @@ impl Hook {
         Self::SockRelease,
     ];
 
-    pub(crate) fn label(self) -> &'static str {
+    /// Returns the name of lb's program at this hook.
+    fn program_of_lb(self) -> &'static str {
         match self {
-            Self::Connect4 => "connect4",
-            Self::Connect6 => "connect6",
-            Self::Sendmsg4 => "sendmsg4",
-            Self::Sendmsg6 => "sendmsg6",
-            Self::Recvmsg4 => "recvmsg4",
-            Self::Recvmsg6 => "recvmsg6",
-            Self::Getpeername4 => "getpeername4",
-            Self::Getpeername6 => "getpeername6",
-            Self::SockRelease => "sock_release",
+            Self::Connect4 => program_name::CONNECT4,
+            Self::Connect6 => program_name::CONNECT6,
+            Self::Sendmsg4 => program_name::SENDMSG4,
+            Self::Sendmsg6 => program_name::SENDMSG6,
+            Self::Recvmsg4 => program_name::RECVMSG4,
+            Self::Recvmsg6 => program_name::RECVMSG6,
+            Self::Getpeername4 => program_name::GETPEERNAME4,
+            Self::Getpeername6 => program_name::GETPEERNAME6,
+            Self::SockRelease => program_name::SOCK_RELEASE,
         }
+    }
+
+    /// Returns the name of the hook: that of lb's program without its prefix.
+    pub(crate) fn label(self) -> &'static str {
+        let program = self.program_of_lb();
+        program.strip_prefix("lb_").unwrap_or(program)
     }
 
     fn program(self, maker: Maker) -> String {
         match maker {
-            Maker::Lb => match self {
-                Self::Connect4 => program_name::CONNECT4,
-                Self::Connect6 => program_name::CONNECT6,
-                Self::Sendmsg4 => program_name::SENDMSG4,
-                Self::Sendmsg6 => program_name::SENDMSG6,
-                Self::Recvmsg4 => program_name::RECVMSG4,
-                Self::Recvmsg6 => program_name::RECVMSG6,
-                Self::Getpeername4 => program_name::GETPEERNAME4,
-                Self::Getpeername6 => program_name::GETPEERNAME6,
-                Self::SockRelease => program_name::SOCK_RELEASE,
-            }
-            .to_owned(),
+            Maker::Lb => self.program_of_lb().to_owned(),
             Maker::C => format!("c_{}", self.label()),
             Maker::Empty => format!("empty_{}", self.label()),
         }

@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::connect::kube_proxy;
 use crate::objects::{Family, NODE, Services};
 use crate::programs::{self, Maker};
+use crate::scenario::Scenario;
 use crate::worker::Worker;
 
 /// A way by which a client reaches a backend.
@@ -54,6 +55,14 @@ impl Way {
             Self::C => "c",
             Self::KubeProxyNftables => "nftables",
             Self::KubeProxyIptables => "iptables",
+        }
+    }
+
+    /// Returns the destinations of this way's client: a direct one uses the addresses of backends.
+    pub(crate) fn destinations(self, scenario: Scenario) -> Scenario {
+        match self {
+            Self::Direct | Self::DirectAgain => scenario.missed(),
+            Self::Lb | Self::C | Self::KubeProxyNftables | Self::KubeProxyIptables => scenario,
         }
     }
 

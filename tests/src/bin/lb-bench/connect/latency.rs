@@ -48,10 +48,7 @@ pub(crate) fn measure(bed: &TestBed, rounds: u32, mut tick: impl FnMut()) -> Res
         for round in 0..=rounds {
             for at in shuffled(workers.len(), &mut random) {
                 let (way, worker) = &mut workers[at];
-                let from = match way {
-                    Way::Direct | Way::DirectAgain => scenario.missed(),
-                    _ => scenario,
-                };
+                let from = way.destinations(scenario);
                 let mut done =
                     worker.order(&from.order(bed.services, Task::Connect, CONNECTIONS, random.next_u64()))?;
                 if round == 0 {

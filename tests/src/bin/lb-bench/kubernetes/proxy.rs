@@ -1,6 +1,5 @@
 //! A Service proxy, lb or kube-proxy, as a process on the node.
 
-use std::env::current_exe;
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -59,7 +58,7 @@ impl Proxy {
         let kubeconfig = control_plane.kubeconfig("kube-proxy");
         let pin_path = cluster.pin_path(NODE);
         let program = match kind {
-            Kind::Lb => Agent::find(&current_exe().context("finding this program")?)?,
+            Kind::Lb => Agent::find()?,
             Kind::KubeProxy => control_plane.program("kube-proxy"),
         };
         let mut command = node.command(&program)?;

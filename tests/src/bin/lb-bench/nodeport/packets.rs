@@ -138,7 +138,13 @@ impl PacketKind {
     fn hook(self) -> Hook {
         match self {
             Self::HereAnswer => Hook::Egress,
-            _ => Hook::Ingress,
+            Self::HereRequest
+            | Self::ThereRequest
+            | Self::ThereAnswer
+            | Self::HereNew
+            | Self::ThereNew
+            | Self::Foreign
+            | Self::ForeignNew => Hook::Ingress,
         }
     }
 }
@@ -428,7 +434,7 @@ impl Runner<'_> {
         let (verdict, out, time) = self.run(again, packet, subject.packets())?;
         let (expected, becomes) = match maker {
             Maker::Empty => (UNSPEC, None),
-            _ => (subject.verdict, subject.becomes.as_ref()),
+            Maker::Lb | Maker::C => (subject.verdict, subject.becomes.as_ref()),
         };
         ensure!(
             verdict == expected,
@@ -615,20 +621,16 @@ impl TestBed {
                     | PacketKind::ThereAnswer => {
                         let back = begin(Maker::Lb)?;
                         // The first reply of a flow, or a later one.
-                        let answering = match packet {
-                            PacketKind::HereRequest | PacketKind::HereAnswer => Hook::Egress,
-                            _ => Hook::Ingress,
-                        };
+                        let is_here = matches!(packet, PacketKind::HereRequest | PacketKind::HereAnswer);
+                        let answering = if is_here { Hook::Egress } else { Hook::Ingress };
                         let (_, reply) = runner.once(Maker::Lb, answering, &bytes(answer, back)?)?;
                         ensure!(
                             PacketTuple::of(&reply)? == ends.reversed(),
                             "{case:?} is answered by {:?}",
                             PacketTuple::of(&reply)
                         );
-                        match packet {
-                            PacketKind::HereRequest | PacketKind::ThereRequest => bytes(next, ends)?,
-                            _ => bytes(next, back)?,
-                        }
+                        let is_request = matches!(packet, PacketKind::HereRequest | PacketKind::ThereRequest);
+                        bytes(next, if is_request { ends } else { back })?
                     }
                     PacketKind::HereNew | PacketKind::ThereNew | PacketKind::ForeignNew => bytes(first, ends)?,
                     PacketKind::Foreign => bytes(next, ends)?,

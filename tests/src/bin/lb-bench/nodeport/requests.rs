@@ -107,7 +107,7 @@ fn node(way: Way) -> &'static str {
         Way::Lb => "n1",
         Way::KubeProxyNftables => "n2",
         Way::KubeProxyIptables => "n3",
-        _ => "n4",
+        Way::Direct | Way::DirectAgain | Way::C => "n4",
     }
 }
 
@@ -147,7 +147,7 @@ impl TestBed {
                     Way::KubeProxyIptables => {
                         kube_proxy::load_iptables(place, services, &ports(), cluster.scratch())?;
                     }
-                    _ => {}
+                    Way::Direct | Way::DirectAgain | Way::Lb | Way::C => {}
                 }
             }
         }
@@ -311,11 +311,10 @@ fn start_lb(cluster: &Cluster, services: u32, own: &Pod, far: &Pod) -> Result<Ru
         text += &manifests::slices(name, Port::tcp("http", BACKEND_PORT), &endpoints);
     }
     manifests.write("bench.yaml", &text)?;
-    let beside = std::env::current_exe().context("finding this program")?;
     let sizes = ["--max-conntrack", "524288", "--max-conntrack-new", "131072"];
     let sizes = sizes
         .into_iter()
         .chain(["--max-backends", "32768", "--max-backend-slots", "65536"]);
     let flags: Vec<_> = sizes.chain(["--snat-ports", SNAT_PORTS]).collect();
-    manifests.serve(cluster, node(Way::Lb), &beside, &flags)
+    manifests.serve(cluster, node(Way::Lb), &flags)
 }
