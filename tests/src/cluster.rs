@@ -1,4 +1,16 @@
 //! Clusters of nodes, pods and outside clients, laid out as flannel does it.
+//!
+//! Addresses depend on numbers only, so tests contain them. IPv6 addresses have the numbers in hexadecimal:
+//!
+//! | interface | IPv4 | IPv6 |
+//! |---|---|---|
+//! | `eth0` of the node `nN` | 192.168.77.N | fd00:192:168:77::N |
+//! | its `cni0`, the gateway of its pods | 10.10.N.1/24 | fd00:10:10:N::1/64 |
+//! | its `flannel.1`, with [`Underlay::Vxlan`] | 10.10.N.0 | none |
+//! | `eth0` of its pods, the lowest free P from 2 to 254 | 10.10.N.P | fd00:10:10:N::P |
+//! | `eth0` of the outside client `clientK` | 172.30.99.(K + 1) | fd00:172:30:99::(K + 1) |
+//!
+//! A bridge in a namespace of its own joins the machines. Packets between pods of different nodes take VXLAN or a route.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,7 +1,7 @@
 //! sessionAffinity ClientIP.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::thread::sleep;
 use std::time::Duration;
 

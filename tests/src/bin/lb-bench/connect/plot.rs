@@ -15,7 +15,7 @@ use crate::testbed::Way;
 
 const SIZE: (u32, u32) = (900, 480);
 /// Color of a line; a maker or way has one color in both plots.
-fn colour(name: &str) -> RGBColor {
+fn color(name: &str) -> RGBColor {
     match name {
         LB => RGBColor(0xd6, 0x27, 0x28),
         C => RGBColor(0x1f, 0x77, 0xb4),
@@ -106,19 +106,19 @@ fn chart(path: &Path, title: &str, unit: &str, lines: &[Line]) -> Result<()> {
         .draw()
         .map_err(|e| failed(&e))?;
     for line in lines {
-        let colour = colour(&line.name);
+        let color = color(&line.name);
         let points = || {
             line.points
                 .iter()
                 .map(|(services, value)| (f64::from(*services), *value))
         };
         chart
-            .draw_series(LineSeries::new(points(), colour.stroke_width(2)))
+            .draw_series(LineSeries::new(points(), color.stroke_width(2)))
             .map_err(|e| failed(&e))?
             .label(&line.name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(2)));
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], color.stroke_width(2)));
         chart
-            .draw_series(points().map(|point| Circle::new(point, 3, colour.filled())))
+            .draw_series(points().map(|point| Circle::new(point, 3, color.filled())))
             .map_err(|e| failed(&e))?;
     }
     chart
