@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::node::devices::Layer;
-use lb_common::abi::SizedMap;
+use lb_common::abi::{SizedMap, program_name};
 use lb_core::maps::Capacities;
 use lb_tests::Cluster;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _, RelocationTarget, SymbolKind};
@@ -46,29 +46,9 @@ fn verifier_accepts_every_program_and_map_layouts_match_the_loader() -> Result<(
         names.push(program.name);
     }
     names.sort();
-    assert_eq!(
-        names,
-        [
-            "lb_connect4",
-            "lb_connect6",
-            "lb_device_swap",
-            "lb_egress",
-            "lb_egress_l3",
-            "lb_event",
-            "lb_frontend_swap",
-            "lb_getpeername4",
-            "lb_getpeername6",
-            "lb_ingress",
-            "lb_ingress_l3",
-            "lb_post_bind4",
-            "lb_post_bind6",
-            "lb_recvmsg4",
-            "lb_recvmsg6",
-            "lb_sendmsg4",
-            "lb_sendmsg6",
-            "lb_sock_release"
-        ]
-    );
+    let mut expected = program_name::ALL.to_vec();
+    expected.sort_unstable();
+    assert_eq!(names, expected);
     drop(maps);
     // The second start compares every pinned map with its expected layout, and takes the maps over.
     loader::load(OBJECT, &lock, &CAPACITIES, SocketLb::All)?;

@@ -203,7 +203,50 @@ fn program_tag(id: u32) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use aya_obj::{Object, ProgramSection};
+
     use super::*;
+    use crate::loader::OBJECT;
+
+    /// Returns the attach type of a section of programs for cgroups; `None` for devices and agent calls.
+    fn attach_type(section: &ProgramSection) -> Option<bpf_attach_type> {
+        match section {
+            ProgramSection::CgroupSockAddr { attach_type } => Some((*attach_type).into()),
+            ProgramSection::CgroupSock { attach_type } => Some((*attach_type).into()),
+            ProgramSection::SchedClassifier | ProgramSection::Xdp { .. } => None,
+            other => panic!("`load_all` in lb-agent/src/loader/mod.rs does not load {other:?}"),
+        }
+    }
+
+    #[test]
+    fn every_cgroup_program_of_the_object_is_named_attached_and_documented() {
+        let object = Object::parse(OBJECT).unwrap();
+        let mut compiled: Vec<_> = object.programs.keys().map(String::as_str).collect();
+        let mut named = program_name::ALL.to_vec();
+        compiled.sort_unstable();
+        named.sort_unstable();
+        assert_eq!(
+            compiled, named,
+            "programs of lb-ebpf, and lb-common/src/abi/programs.rs"
+        );
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/architecture.md");
+        let architecture = fs::read_to_string(file).unwrap();
+        let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let words: Vec<_> = architecture.split(|c| !is_word(c)).collect();
+        let mut hooks = 0;
+        for (name, program) in &object.programs {
+            let Some(attach_type) = attach_type(&program.section) else {
+                continue;
+            };
+            let hook = HOOKS.iter().find(|hook| hook.name == name);
+            let hook = hook.unwrap_or_else(|| panic!("HOOKS in lb-agent/src/loader/attach.rs lacks {name}"));
+            assert_eq!(hook.attach_type, attach_type, "attach type of {name}");
+            let word = name.trim_start_matches("lb_");
+            assert!(words.contains(&word), "docs/architecture.md lacks the hook {word}");
+            hooks += 1;
+        }
+        assert_eq!(hooks, HOOKS.len(), "HOOKS has a program that is not for cgroups");
+    }
 
     #[test]
     fn finds_the_cgroup2_mount_wherever_it_is() {

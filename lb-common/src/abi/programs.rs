@@ -1,43 +1,55 @@
 //! Names of the programs and of their read-only globals.
 
-/// Names of the programs, as they are in the object and under the pin path.
-pub mod program_name {
+/// Defines the names. Each row has the name of a constant and that of its program.
+macro_rules! program_names {
+    ($($(#[$doc:meta])* $name:ident = $text:literal;)*) => {
+        /// Names of the programs, as they are in the object and under the pin path.
+        pub mod program_name {
+            $($(#[$doc])* pub const $name: &str = $text;)*
+
+            /// The names of all programs.
+            pub const ALL: &[&str] = &[$($name),*];
+        }
+    };
+}
+
+program_names! {
     /// `cgroup/connect4`.
-    pub const CONNECT4: &str = "lb_connect4";
+    CONNECT4 = "lb_connect4";
     /// `cgroup/connect6`.
-    pub const CONNECT6: &str = "lb_connect6";
+    CONNECT6 = "lb_connect6";
     /// `cgroup/sendmsg4`.
-    pub const SENDMSG4: &str = "lb_sendmsg4";
+    SENDMSG4 = "lb_sendmsg4";
     /// `cgroup/sendmsg6`.
-    pub const SENDMSG6: &str = "lb_sendmsg6";
+    SENDMSG6 = "lb_sendmsg6";
     /// `cgroup/recvmsg4`.
-    pub const RECVMSG4: &str = "lb_recvmsg4";
+    RECVMSG4 = "lb_recvmsg4";
     /// `cgroup/recvmsg6`.
-    pub const RECVMSG6: &str = "lb_recvmsg6";
+    RECVMSG6 = "lb_recvmsg6";
     /// `cgroup/getpeername4`.
-    pub const GETPEERNAME4: &str = "lb_getpeername4";
+    GETPEERNAME4 = "lb_getpeername4";
     /// `cgroup/getpeername6`.
-    pub const GETPEERNAME6: &str = "lb_getpeername6";
+    GETPEERNAME6 = "lb_getpeername6";
     /// `cgroup/post_bind4`.
-    pub const POST_BIND4: &str = "lb_post_bind4";
+    POST_BIND4 = "lb_post_bind4";
     /// `cgroup/post_bind6`.
-    pub const POST_BIND6: &str = "lb_post_bind6";
+    POST_BIND6 = "lb_post_bind6";
     /// `cgroup/sock_release`.
-    pub const SOCK_RELEASE: &str = "lb_sock_release";
+    SOCK_RELEASE = "lb_sock_release";
     /// tc ingress.
-    pub const INGRESS: &str = "lb_ingress";
+    INGRESS = "lb_ingress";
     /// tc egress.
-    pub const EGRESS: &str = "lb_egress";
+    EGRESS = "lb_egress";
     /// tc ingress of a device without a link-layer header.
-    pub const INGRESS_L3: &str = "lb_ingress_l3";
+    INGRESS_L3 = "lb_ingress_l3";
     /// tc egress of a device without a link-layer header.
-    pub const EGRESS_L3: &str = "lb_egress_l3";
+    EGRESS_L3 = "lb_egress_l3";
     /// Agent call (XDP) that stores one word of FRONTENDS in place. See [`crate::abi::FrontendSwap`].
-    pub const FRONTEND_SWAP: &str = "lb_frontend_swap";
+    FRONTEND_SWAP = "lb_frontend_swap";
     /// Agent call (XDP) that changes an entry of DEVICES in place. See [`crate::abi::DeviceSwap`].
-    pub const DEVICE_SWAP: &str = "lb_device_swap";
+    DEVICE_SWAP = "lb_device_swap";
     /// Agent call (XDP) that writes a trace event of the agent. See [`crate::abi::Event`].
-    pub const EVENT: &str = "lb_event";
+    EVENT = "lb_event";
 }
 
 /// Name of the read-only global with the number of slots in SOCKETS, minus one.
