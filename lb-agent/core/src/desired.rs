@@ -128,13 +128,31 @@ pub fn ports<'a>(
     if !is_served(service) {
         return Vec::new();
     }
+    // Without `..`, so that the compiler names this place for a new field. `is_served`, `frontends`, `SourceRanges` and
+    // `health_check` read the fields that are ignored here.
+    let Service {
+        key,
+        created,
+        service_type: _,
+        cluster_ips,
+        external_ips: _,
+        load_balancer_ips: _,
+        source_ranges: _,
+        ports,
+        affinity_timeout,
+        internal_policy,
+        external_policy,
+        other_proxy: _,
+        headless_label: _,
+        health_check_node_port: _,
+    } = service;
     let mut all = Vec::new();
     for ipv6 in [false, true] {
-        if !service.cluster_ips.iter().any(|ip| ip.is_ipv6() == ipv6) {
+        if !cluster_ips.iter().any(|ip| ip.is_ipv6() == ipv6) {
             continue;
         }
         let source_ranges = SourceRanges::of(service, ipv6);
-        for port in &service.ports {
+        for port in ports {
             // The data plane has no hooks yet for SCTP.
             if port.protocol == Protocol::Sctp {
                 continue;
@@ -154,22 +172,22 @@ pub fn ports<'a>(
                 }
             };
             let mut sets = [
-                set(service.internal_policy),
-                set(service.external_policy),
+                set(*internal_policy),
+                set(*external_policy),
                 set(crate::model::TrafficPolicy::Cluster),
             ];
             share(&mut sets);
             let id = PortId {
-                service: service.key.clone(),
+                service: key.clone(),
                 port_name: Arc::clone(&port.name),
                 protocol: port.protocol,
                 ipv6,
             };
             let desired = DesiredPort {
                 port: port.port,
-                created: service.created,
-                flags: flags(service, &source_ranges),
-                affinity_timeout: service.affinity_timeout.unwrap_or(0),
+                created: *created,
+                flags: flags(*affinity_timeout, &source_ranges),
+                affinity_timeout: affinity_timeout.unwrap_or(0),
                 sets,
                 draining: Arc::clone(&endpoints.draining),
                 frontends: frontends(service, port, ipv6, &source_ranges),
@@ -228,8 +246,8 @@ pub fn wrong_source_ranges(service: &Service) -> Vec<Arc<str>> {
 }
 
 /// Returns the [`service_flags`] of a Service in one family.
-fn flags(service: &Service, source_ranges: &SourceRanges) -> u32 {
-    let affinity = service.affinity_timeout.map_or(0, |_| service_flags::AFFINITY);
+fn flags(affinity_timeout: Option<u32>, source_ranges: &SourceRanges) -> u32 {
+    let affinity = affinity_timeout.map_or(0, |_| service_flags::AFFINITY);
     affinity
         | match source_ranges {
             SourceRanges::Everybody => 0,

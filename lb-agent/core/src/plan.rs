@@ -96,6 +96,17 @@ pub(crate) fn service_port(id: &PortId, want: &DesiredPort, actual: &mut Actual)
 
 /// Adds the steps to a plan.
 fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan: &mut Plan) -> Result<(), MapError> {
+    // Without `..`, so that the compiler names this place for a new field. `wanted_flags` and `place_sets` read the sets.
+    let DesiredPort {
+        port,
+        created: _,
+        flags: port_flags,
+        affinity_timeout,
+        sets: _,
+        draining: _,
+        frontends: _,
+        source_ranges,
+    } = want;
     let index = match have {
         Some(have) => have.index,
         None => {
@@ -116,7 +127,7 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
     };
 
     let named = Named {
-        port: want.port,
+        port: *port,
         generation: service_generation,
     };
     if have.is_none_or(|have| have.named != Some(named)) {
@@ -150,15 +161,17 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
 
     let sets = place_sets(want, have, &backends, actual, plan)?;
     let holds = |net: &IpNet| have.is_some_and(|have| have.sources.get(net) == Some(&Admission::Holds));
-    let admitted = want.source_ranges.iter().filter(|net| !holds(net));
+    let admitted = source_ranges.iter().filter(|net| !holds(net));
     plan.steps.extend(admitted.copied().map(Step::Admit));
-    let mut value = Service {
-        flags: want.flags,
-        affinity_timeout: want.affinity_timeout,
+    let value = Service {
+        internal: sets[0].0,
+        external: sets[1].0,
+        cluster: sets[2].0,
+        flags: *port_flags,
+        affinity_timeout: *affinity_timeout,
         generation: service_generation,
-        ..Service::default()
+        pad: 0,
     };
-    (value.internal, value.external, value.cluster) = (sets[0].0, sets[1].0, sets[2].0);
     match have {
         None => plan
             .steps
@@ -180,10 +193,10 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
             let known = have.backends.members().iter().map(|member| (member.addr, member.port));
             let gone = known.filter(|key| !backends.contains_key(key));
             plan.steps.extend(gone.map(Step::Withdraw));
-            let stays = |net: &IpNet| want.source_ranges.binary_search(net).is_ok();
+            let stays = |net: &IpNet| source_ranges.binary_search(net).is_ok();
             // If all clients are served from now on, entries that are waiting for removal start a new grace period: a
             // program that has read the flag before must find as many entries as it did.
-            let opened = have.value.flags & !want.flags & service_flags::SOURCE_RANGES != 0;
+            let opened = have.value.flags & !*port_flags & service_flags::SOURCE_RANGES != 0;
             let leaves = |admission: &Admission| matches!(admission, Admission::Leaves(_)) && !opened;
             let dismissed = have.sources.iter().filter(|(net, at)| !stays(net) && !leaves(at));
             let dismissed: Vec<_> = dismissed.map(|(net, _)| *net).collect();

@@ -139,6 +139,18 @@ impl<'a> Check<'a> {
         let Some((index, name, service)) = entry else {
             return self.drift(map_name::NAMES.into(), format!("{id} is missing"));
         };
+        // Without `..` here and below, so that the compiler names this place for a new field. `set`, `wanted_backends`,
+        // `frontends` and `source_ranges` compare the fields that are ignored here.
+        let DesiredPort {
+            port: wanted_port,
+            created: _,
+            flags: wanted_flags,
+            affinity_timeout: wanted_timeout,
+            sets,
+            draining: _,
+            frontends: _,
+            source_ranges: _,
+        } = want;
         let Name {
             generation,
             port,
@@ -148,7 +160,7 @@ impl<'a> Check<'a> {
             proto: _,
             family: _,
         } = *name;
-        self.equal(|| format!("{}[{index}].port", map_name::NAMES), port, want.port);
+        self.equal(|| format!("{}[{index}].port", map_name::NAMES), port, *wanted_port);
         if *name != name_of(id, port, generation) {
             self.drift(format!("{}[{index}]", map_name::NAMES), "has bytes behind a text");
         }
@@ -168,8 +180,8 @@ impl<'a> Check<'a> {
             generation: service_generation,
             pad,
         } = *service;
-        self.equal(|| field("flags"), flags, want.flags);
-        self.equal(|| field("affinity_timeout"), affinity_timeout, want.affinity_timeout);
+        self.equal(|| field("flags"), flags, *wanted_flags);
+        self.equal(|| field("affinity_timeout"), affinity_timeout, *wanted_timeout);
         if !generation::is_live(service_generation) {
             self.drift(
                 field("generation"),
@@ -183,7 +195,7 @@ impl<'a> Check<'a> {
         let wanted = self.wanted_backends(index, want);
         for ((name, word), set) in [("internal", internal), ("external", external), ("cluster", cluster)]
             .into_iter()
-            .zip(&want.sets)
+            .zip(sets)
         {
             let drops = if set.empty_drops { set_flags::EMPTY_DROPS } else { 0 };
             self.equal(|| field(&format!("{name}.flags")), word.flags, drops);

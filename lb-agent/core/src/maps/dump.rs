@@ -114,6 +114,10 @@ impl Rendering<'_> {
         if service.flags & service_flags::SOURCE_RANGES != 0 {
             f.write_str(", load-balancer addresses for some sources only")?;
         }
+        let others = service.flags & !(service_flags::AFFINITY | service_flags::SOURCE_RANGES);
+        if others != 0 {
+            write!(f, ", flags {others:#x}")?;
+        }
         if !generation::is_live(service.generation) {
             write!(f, " (not in use)")?;
         }
