@@ -192,8 +192,8 @@ impl Fixture {
         let listen: Vec<_> = ports.iter().map(|port| format!("[::]:{port}={name}")).collect();
         let listen: Vec<_> = listen.iter().map(String::as_str).collect();
         let servers = vec![
-            Self::testbed().serve_with(kubelet.netns(), &listen, &["--echo"])?,
-            Self::testbed().serve_datagrams(kubelet.netns(), &listen)?,
+            testbed().serve_with(kubelet.netns(), &listen, &["--echo"])?,
+            testbed().serve_datagrams(kubelet.netns(), &listen)?,
         ];
         kubelet.set_ready(true)?;
         Ok(Backend {
