@@ -5,8 +5,8 @@ use core::ptr;
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use lb_common::abi::{
-    Affinity, AffinityKeyWords, Backend, BackendRef, ClientKind, DropReason, Service, Set, SetWord, backend_flags,
-    service_flags,
+    Affinity, AffinityKeyWords, Backend, BackendRef, ClientKind, DropReason, Service, ServiceIndex, Set, SetWord,
+    backend_flags, service_flags,
 };
 use lb_common::logic::backend::BackendState;
 use lb_common::logic::decide::Admission;
@@ -48,8 +48,8 @@ pub(crate) struct ServiceRef {
 impl ServiceRef {
     /// Looks up the entry with an index; `None` if the index is out of range.
     #[inline(always)]
-    pub(crate) fn find(index: u32) -> Option<Self> {
-        let at = SERVICES.get_ptr(index)?;
+    pub(crate) fn find(index: ServiceIndex) -> Option<Self> {
+        let at = SERVICES.get_ptr(index.get())?;
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
         let flags = unsafe { read_once!((*at).flags) };
         Some(Self { at, flags })
@@ -69,7 +69,7 @@ pub(crate) fn is_current(backend: BackendRef) -> bool {
 
 /// A service and the set of it that a connection or flow selects from.
 pub(crate) struct ServiceSet {
-    index: u32,
+    index: ServiceIndex,
     set: Set,
     service: ServiceRef,
 }
@@ -77,7 +77,7 @@ pub(crate) struct ServiceSet {
 impl ServiceSet {
     /// Looks up a service by its index; `None` if the index is out of range.
     #[inline(always)]
-    pub(crate) fn find(index: u32, set: Set) -> Option<Self> {
+    pub(crate) fn find(index: ServiceIndex, set: Set) -> Option<Self> {
         Some(Self {
             index,
             set,
@@ -87,7 +87,7 @@ impl ServiceSet {
 
     /// Returns the service and set of an admission of [`lb_common::logic::decide`].
     #[inline(always)]
-    pub(crate) fn new(index: u32, admission: Admission<ServiceRef>) -> Self {
+    pub(crate) fn new(index: ServiceIndex, admission: Admission<ServiceRef>) -> Self {
         Self {
             index,
             set: admission.set,
@@ -250,7 +250,7 @@ impl Client {
 
     /// Returns the key of the client's affinity to a service, by service index.
     #[inline(always)]
-    fn affinity_key(self, service: u32) -> AffinityKeyWords {
+    fn affinity_key(self, service: ServiceIndex) -> AffinityKeyWords {
         AffinityKeyWords {
             client: self.identity.0,
             service,

@@ -1,6 +1,6 @@
 //! Counters: DROPS by reason, and STATS by service index.
 
-use lb_common::abi::DropReason;
+use lb_common::abi::{DropReason, ServiceIndex};
 
 use crate::maps::{DROPS, STATS};
 
@@ -15,8 +15,8 @@ pub(crate) fn dropped(reason: DropReason) {
 
 /// Increments the number of connections that were translated to a backend of a service, by service index.
 #[inline(always)]
-pub(crate) fn connected(service: u32) {
-    if let Some(stats) = STATS.get_ptr_mut(service) {
+pub(crate) fn connected(service: ServiceIndex) {
+    if let Some(stats) = STATS.get_ptr_mut(service.get()) {
         // SAFETY: the pointer is to this CPU's value of the map, and a program does not migrate while it runs.
         unsafe { (*stats).connections += 1 }
     }
@@ -24,8 +24,8 @@ pub(crate) fn connected(service: u32) {
 
 /// Increments the number of refused connections of a service, by service index.
 #[inline(always)]
-pub(crate) fn refused(service: u32) {
-    if let Some(stats) = STATS.get_ptr_mut(service) {
+pub(crate) fn refused(service: ServiceIndex) {
+    if let Some(stats) = STATS.get_ptr_mut(service.get()) {
         // SAFETY: the pointer is to this CPU's value of the map, and a program does not migrate while it runs.
         unsafe { (*stats).refused += 1 }
     }

@@ -8,7 +8,7 @@
 use aya_ebpf::helpers::bpf_get_current_pid_tgid;
 use aya_log_ebpf::macro_support::{Level, level_enabled};
 use aya_log_ebpf::{debug, warn};
-use lb_common::abi::DropReason;
+use lb_common::abi::{DropReason, ServiceIndex};
 use lb_common::logic::frontend::Destination;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::log::{Decision, Hook};
@@ -90,10 +90,10 @@ extern "C" fn lb_log_socket_translated(a: u64, b: u64, packed: u64, c: u64, d: u
 
 /// Logs that a hook has refused a socket's call.
 #[inline(always)]
-pub(crate) fn socket_refused(hook: Hook, to: Destination, service: u32, reason: DropReason) {
+pub(crate) fn socket_refused(hook: Hook, to: Destination, service: ServiceIndex, reason: DropReason) {
     if level_enabled(Level::Warn) {
         let Ip128([a, b]) = to.addr;
-        lb_log_socket_refused(a, b, Packed::new(hook, to, 0).0, service, reason as u32);
+        lb_log_socket_refused(a, b, Packed::new(hook, to, 0).0, service.get(), reason as u32);
     }
 }
 
@@ -147,7 +147,7 @@ extern "C" fn lb_log_packet_translated(decision: u32) -> u32 {
         bytes(from.dst),
         from.dst_port,
         decision,
-        ctx.service,
+        ctx.service.get(),
         bytes(to.src),
         to.src_port,
         bytes(to.dst),
@@ -178,7 +178,7 @@ extern "C" fn lb_log_packet_rejected(reason: u32) -> u32 {
         from.src_port,
         bytes(from.dst),
         from.dst_port,
-        ctx.service,
+        ctx.service.get(),
         reason
     );
     0

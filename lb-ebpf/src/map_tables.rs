@@ -5,7 +5,7 @@ use core::ptr;
 
 use aya_ebpf::btf_maps::lpm_trie::Key as Prefix;
 use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
-use lb_common::abi::{Addr, Frontend, FrontendKeyWords, SourceRange};
+use lb_common::abi::{Addr, Frontend, FrontendKeyWords, ServiceIndex, SourceRange};
 use lb_common::logic::decide::{PacketTables, Services};
 use lb_common::logic::frontend::{Destination, Tables};
 use lb_common::logic::ip128::Ip128;
@@ -52,7 +52,7 @@ impl Services for MapTables {
     type Service = ServiceRef;
 
     #[inline(always)]
-    fn service(&self, index: u32) -> Option<ServiceRef> {
+    fn service(&self, index: ServiceIndex) -> Option<ServiceRef> {
         ServiceRef::find(index)
     }
 
@@ -73,7 +73,7 @@ impl PacketTables for MapTables {
     }
 
     #[inline(always)]
-    fn is_in_source_range(&self, service: u32, addr: Ip128) -> bool {
+    fn is_in_source_range(&self, service: ServiceIndex, addr: Ip128) -> bool {
         let range = SourceRange {
             service,
             addr: Addr::from(addr),

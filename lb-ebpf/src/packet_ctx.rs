@@ -11,7 +11,7 @@ use core::ptr::NonNull;
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::macros::btf_map;
-use lb_common::abi::{CtEntryWords, CtKeyWords, DropReason, Frontend, RejectWith, Set};
+use lb_common::abi::{CtEntryWords, CtKeyWords, DropReason, Frontend, RejectWith, ServiceIndex, Set};
 use lb_common::logic::frontend::Destination;
 use lb_common::logic::packet::Packet;
 use lb_common::logic::translation::Tuple;
@@ -33,7 +33,7 @@ pub(crate) struct PacketCtx {
     /// Verdict of the program.
     pub(crate) verdict: i32,
     /// Service index; zero if no service was found.
-    pub(crate) service: u32,
+    pub(crate) service: ServiceIndex,
     /// Maximum length of the packet, for [`DropReason::TooBig`].
     pub(crate) mtu: u32,
     /// Response to a packet that is not translated.
@@ -116,7 +116,7 @@ impl CtxRef {
         ctx.link_len = link_len as u8;
         ctx.at_egress = at_egress;
         ctx.verdict = TC_ACT_UNSPEC;
-        ctx.service = 0;
+        ctx.service = ServiceIndex::NONE;
         ctx.last_port = 0;
         ctx.key = CtKeyWords::new(&ctx.tuple(), packet.proto);
         Some(ctx)

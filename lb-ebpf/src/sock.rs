@@ -4,7 +4,7 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock;
 use aya_ebpf::programs::SockContext;
-use lb_common::abi::{DropReason, ip_protocol};
+use lb_common::abi::{DropReason, ServiceIndex, ip_protocol};
 use lb_common::logic::frontend::{self, Destination, Tables as _};
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::log::Hook;
@@ -54,7 +54,7 @@ fn post_bind(ctx: &SockContext, hook: Hook, addr: Ip128) -> i32 {
     }
     let reason = DropReason::NodePortTaken;
     count::dropped(reason);
-    log::socket_refused(hook, to, 0, reason);
+    log::socket_refused(hook, to, ServiceIndex::NONE, reason);
     // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
     unsafe { bpf_set_retval(-reason.errno().number) };
     DENY

@@ -4,7 +4,7 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::abi::{DropReason, EventKind, ip_protocol};
+use lb_common::abi::{DropReason, EventKind, ServiceIndex, ip_protocol};
 use lb_common::logic::decide::{self, SocketFrontend};
 use lb_common::logic::frontend::Destination;
 use lb_common::logic::log::Hook;
@@ -28,7 +28,7 @@ const ALLOW: i32 = 1;
 struct Refusal {
     to: Destination,
     /// Service index; zero if no service was found.
-    service: u32,
+    service: ServiceIndex,
     reason: DropReason,
 }
 
@@ -90,9 +90,10 @@ pub(crate) fn lb_getpeername6(ctx: SockAddrContext) -> i32 {
 
 /// Returns the service index and set of a destination, or `None` if this hook does not translate it.
 #[inline(always)]
-fn find_service_set(tables: &MapTables, to: Destination) -> Result<Option<(u32, ServiceSet)>, Refusal> {
+fn find_service_set(tables: &MapTables, to: Destination) -> Result<Option<(ServiceIndex, ServiceSet)>, Refusal> {
     let refusal = |service, reason| Refusal { to, service, reason };
-    let frontend = match decide::socket_frontend(tables, node_only(), to).map_err(|reason| refusal(0, reason))? {
+    let unknown = |reason| refusal(ServiceIndex::NONE, reason);
+    let frontend = match decide::socket_frontend(tables, node_only(), to).map_err(unknown)? {
         SocketFrontend::Found(frontend) => frontend,
         SocketFrontend::None | SocketFrontend::OtherNamespace => return Ok(None),
     };
@@ -185,7 +186,7 @@ fn select_for_unconnected(
     service_set: &ServiceSet,
     cookie: u64,
     to: Destination,
-    service: u32,
+    service: ServiceIndex,
 ) -> Result<SelectedBackend, DropReason> {
     // The coarse clock would give requests within one tick (1 ms or more) the same time, and their order would be lost.
     // SAFETY: the helper has no arguments.
@@ -253,7 +254,7 @@ fn verdict(ctx: &SockAddrContext, hook: Hook, result: Result<(), Refusal>) -> i3
         return ALLOW;
     };
     count::dropped(reason);
-    if service != 0 {
+    if !service.is_none() {
         count::refused(service);
     }
     trace::socket_event(ctx.as_ptr(), &TraceEvent::refused(to, service, reason));

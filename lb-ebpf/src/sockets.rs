@@ -3,7 +3,7 @@
 //! The atomic exchanges are full barriers (`BPF_XCHG`, `BPF_CMPXCHG`), so a reader of the mmapped array that sees a
 //! complete sequence twice has seen the fields that belong to it, on every architecture.
 
-use lb_common::abi::{Addr, BackendRef, DropReason, SocketRecord};
+use lb_common::abi::{Addr, BackendRef, DropReason, ServiceIndex, SocketRecord};
 use lb_common::logic::frontend::Destination;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::record;
@@ -71,7 +71,7 @@ pub(crate) struct Connected {
     pub(crate) original: Destination,
     pub(crate) backend: SelectedBackend,
     /// Service index.
-    pub(crate) service: u32,
+    pub(crate) service: ServiceIndex,
 }
 
 impl Connected {
@@ -161,7 +161,7 @@ const EMPTY: SocketRecord = SocketRecord {
     original_port: 0,
     backend_port: 0,
     backend: BackendRef::NONE,
-    service: 0,
+    service: ServiceIndex::NONE,
     socket: 0,
     proto: 0,
     pad: [0; 7],

@@ -5,7 +5,7 @@
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use lb_common::abi::{CtEntryWords, DropReason, EventKind, RejectWith, ct_flags};
+use lb_common::abi::{CtEntryWords, DropReason, EventKind, RejectWith, ServiceIndex, ct_flags};
 use lb_common::logic::ct::{self as ct_logic, Action, FlowState, Match};
 use lb_common::logic::decide::{self, Arrival};
 use lb_common::logic::delivery::{self, Facts};
@@ -99,7 +99,7 @@ fn verdict(ctx: &TcContext, link_len: usize, at_egress: bool) -> i32 {
     };
     match translate(skb, ctx) {
         Ok(lookup) => {
-            if ctx.service != 0 {
+            if !ctx.service.is_none() {
                 log::packet_translated(|| decision(ctx, lookup));
             }
         }
@@ -151,7 +151,7 @@ fn refuse(skb: Skb, ctx: CtxRef, reason: DropReason) -> i32 {
         RejectWith::Refused | RejectWith::Drop => true,
         RejectWith::Pass | RejectWith::TooBig | RejectWith::TimeExceeded => false,
     };
-    if ctx.service != 0 && is_refusal {
+    if !ctx.service.is_none() && is_refusal {
         count::refused(ctx.service);
     }
     let event = TraceEvent::rejected(ctx.destination(), ctx.service, reason);
@@ -288,7 +288,7 @@ fn new_flow(skb: Skb, mut ctx: CtxRef) -> Result<NewFlow, DropReason> {
     let tables = MapTables {
         ctx: skb.as_ptr().cast(),
     };
-    ctx.service = 0;
+    ctx.service = ServiceIndex::NONE;
     let to = ctx.destination();
     let arrival = Arrival {
         at_egress: ctx.at_egress,

@@ -6,7 +6,7 @@ use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, generated::bpf_get_netns_cookie, generated::bpf_get_socket_cookie,
     generated::bpf_ktime_get_coarse_ns,
 };
-use lb_common::abi::{DropReason, EventKind};
+use lb_common::abi::{DropReason, EventKind, ServiceIndex};
 use lb_common::logic::frontend::Destination;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::packet::Packet;
@@ -22,14 +22,14 @@ pub(crate) struct TraceEvent {
     to: Destination,
     backend_addr: Ip128,
     backend_port: u16,
-    service: u32,
+    service: ServiceIndex,
     reason: u32,
 }
 
 impl TraceEvent {
     /// Returns the event of a call or packet that got a backend.
     #[inline(always)]
-    pub(crate) fn served(kind: EventKind, to: Destination, service: u32, choice: SelectedBackend) -> Self {
+    pub(crate) fn served(kind: EventKind, to: Destination, service: ServiceIndex, choice: SelectedBackend) -> Self {
         Self {
             kind,
             to,
@@ -42,18 +42,18 @@ impl TraceEvent {
 
     /// Returns the event of a refused call.
     #[inline(always)]
-    pub(crate) fn refused(to: Destination, service: u32, reason: DropReason) -> Self {
+    pub(crate) fn refused(to: Destination, service: ServiceIndex, reason: DropReason) -> Self {
         Self::not_served(EventKind::Refused, to, service, reason)
     }
 
     /// Returns the event of a rejected packet.
     #[inline(always)]
-    pub(crate) fn rejected(to: Destination, service: u32, reason: DropReason) -> Self {
+    pub(crate) fn rejected(to: Destination, service: ServiceIndex, reason: DropReason) -> Self {
         Self::not_served(EventKind::Rejected, to, service, reason)
     }
 
     #[inline(always)]
-    fn not_served(kind: EventKind, to: Destination, service: u32, reason: DropReason) -> Self {
+    fn not_served(kind: EventKind, to: Destination, service: ServiceIndex, reason: DropReason) -> Self {
         Self {
             kind,
             to,

@@ -5,7 +5,9 @@
 
 use aya_ebpf::bindings::{BPF_NOEXIST, bpf_spin_lock as RawLock};
 use aya_ebpf::helpers::generated::{bpf_spin_lock, bpf_spin_unlock};
-use lb_common::abi::{self, Addr, BackendRef, DESTS_PER_SOCKET, DropReason, UdpDest, bpf_spin_lock as Lock};
+use lb_common::abi::{
+    self, Addr, BackendRef, DESTS_PER_SOCKET, DropReason, ServiceIndex, UdpDest, bpf_spin_lock as Lock,
+};
 use lb_common::logic::frontend::Destination;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::udp_dest;
@@ -25,7 +27,7 @@ static EMPTY: abi::UdpDests = abi::UdpDests {
         vip_port: 0,
         backend_port: 0,
         backend: BackendRef::NONE,
-        service: 0,
+        service: ServiceIndex::NONE,
         asked: 0,
         unanswered: 0,
         pad: 0,
@@ -96,7 +98,7 @@ impl UdpDests {
         to: Destination,
         old: Option<SelectedBackend>,
         new: SelectedBackend,
-        service: u32,
+        service: ServiceIndex,
         netns: u64,
         now: u64,
     ) -> Stored {

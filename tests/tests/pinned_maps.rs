@@ -86,7 +86,8 @@ fn bpftool_dump_prints_named_fields() -> Result<()> {
     let web = web.context("no frontend 10.96.0.10:80")?;
     assert_eq!(web["key"]["proto"], 6);
     assert_eq!(web["value"]["kind"], 2, "ClusterIP");
-    let index = web["value"]["service"].as_u64().context("service")?;
+    let service = &web["value"]["service"];
+    let index = service["index"].as_u64().context("service index")?;
 
     let services = setup.dump("SERVICES")?;
     let web = services.iter().find(|e| e["key"] == index).context("no service")?;
@@ -104,7 +105,7 @@ fn bpftool_dump_prints_named_fields() -> Result<()> {
         .find(|e| e["key"] == slot["value"]["backend"]["id"])
         .context("no backend")?;
     assert_eq!(backend["value"]["addr"], slot["value"]["addr"]);
-    assert_eq!(backend["value"]["service"], index);
+    assert_eq!(&backend["value"]["service"], service);
     assert_eq!(backend["value"]["generation"], slot["value"]["backend"]["generation"]);
     Ok(())
 }

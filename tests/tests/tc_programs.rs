@@ -15,7 +15,7 @@ use etherparse::{
 };
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
-use lb_common::abi::{Device, DropReason, SizedMap, program_name};
+use lb_common::abi::{Device, DropReason, ServiceIndex, SizedMap, program_name};
 use lb_core::maps::Capacities;
 use lb_core::model::{
     Batch, Change, Endpoint, EndpointLocation, EndpointPort, EndpointSlice, Object, ObjectKey, Protocol, Service,
@@ -361,7 +361,7 @@ impl Fixture {
     /// Returns the connections of all Services: served and refused.
     fn counted(&self) -> Result<(u64, u64)> {
         (0..CAPACITIES[SizedMap::Services]).try_fold((0, 0), |(served, refused), index| {
-            let one = self.reconciler.maps().pinned().stats(index)?;
+            let one = self.reconciler.maps().pinned().stats(ServiceIndex::new(index))?;
             Ok((served + one.connections, refused + one.refused))
         })
     }

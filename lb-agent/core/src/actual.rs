@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, Set, SetWord, SizedMap, SourceRange,
-    backend_flags, set_flags,
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, ServiceIndex, Set, SetWord, SizedMap,
+    SourceRange, backend_flags, set_flags,
 };
 use lb_common::logic::generation;
 
@@ -63,7 +63,7 @@ pub(crate) enum Admission {
 /// A service index in use.
 #[derive(Debug, Clone)]
 pub(crate) struct ActualPort {
-    pub(crate) index: u32,
+    pub(crate) index: ServiceIndex,
     /// The entry of SERVICES.
     pub(crate) value: Service,
     /// The entry of NAMES; `None` if that is missing or wrong.
@@ -77,7 +77,7 @@ pub(crate) struct ActualPort {
 
 impl ActualPort {
     /// Creates the record of an index of which only the entries of SERVICES and NAMES are known.
-    pub(crate) fn new(index: u32, value: Service, named: Option<Named>) -> Self {
+    pub(crate) fn new(index: ServiceIndex, value: Service, named: Option<Named>) -> Self {
         Self {
             index,
             value,
@@ -140,7 +140,7 @@ pub(crate) fn set_word_mut(service: &mut Service, set: Set) -> &mut SetWord {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Orphans {
     /// Entries of NAMES for indexes that SERVICES does not have.
-    pub(crate) names: BTreeSet<u32>,
+    pub(crate) names: BTreeSet<ServiceIndex>,
     /// Backends that are live.
     pub(crate) backends: BTreeSet<u32>,
     /// Slots, each a range of its own.
@@ -157,11 +157,13 @@ pub(crate) struct Actual {
     /// FRONTENDS; written by [`Actual::set_frontend`] only, which counts the references.
     pub(crate) frontends: Synced<FrontendKey, Frontend>,
     /// Number of frontends that lead to each service index.
-    pub(crate) references: HashMap<u32, u32>,
+    pub(crate) references: HashMap<ServiceIndex, u32>,
     /// CLUSTER_CIDRS.
     pub(crate) cidrs: Synced<Prefix<Addr>, u32>,
     pub(crate) slots: SlotRanges,
+    /// Numbers of service indexes.
     pub(crate) indexes: Indexes,
+    /// Backend ids.
     pub(crate) ids: Indexes,
     /// Generation of each index and id in the maps, including those that are not in use.
     pub(crate) service_generations: Vec<u32>,
@@ -195,17 +197,17 @@ impl Actual {
         // lead to the new one.
         names.sort_by_key(|(index, _)| (!actual.references.contains_key(*index), **index));
         for (index, name) in names {
-            let Some(entry) = dump.services.get(*index as usize) else {
+            let Some(entry) = dump.service(*index) else {
                 orphans.names.insert(*index);
                 continue;
             };
-            let id = port_id(name).filter(|id| *index != 0 && !actual.ports.contains_key(id));
+            let id = port_id(name).filter(|id| !index.is_none() && !actual.ports.contains_key(id));
             let id = id.unwrap_or_else(|| orphan_id(*index));
             let port = ActualPort::new(*index, *entry, Named::of(&id, name));
             actual.ports.insert(Arc::new(id), Box::new(port));
         }
         let mut sources = adopt_sources(dump, &mut orphans);
-        for (index, entry) in (0_u32..).zip(&dump.services) {
+        for (index, entry) in dump.indexed_services() {
             let in_use = generation::is_live(entry.generation) || sources.contains_key(&index);
             if in_use && !dump.names.contains_key(&index) {
                 let port = ActualPort::new(index, *entry, None);
@@ -213,7 +215,7 @@ impl Actual {
             }
         }
         for port in actual.ports.values_mut() {
-            actual.indexes.claim(port.index);
+            actual.indexes.claim(port.index.get());
             port.sources = sources.remove(&port.index).unwrap_or_default();
         }
         actual.adopt_backends(dump, &mut orphans);
@@ -222,7 +224,7 @@ impl Actual {
     }
 
     fn adopt_backends(&mut self, dump: &Dump, orphans: &mut Orphans) {
-        let mut owners: HashMap<u32, BackendMap> = self
+        let mut owners: HashMap<ServiceIndex, BackendMap> = self
             .ports
             .values()
             .map(|port| (port.index, BackendMap::new()))
@@ -313,11 +315,11 @@ impl Actual {
 }
 
 /// Returns the entries of SOURCE_RANGES by service index.
-fn adopt_sources(dump: &Dump, orphans: &mut Orphans) -> HashMap<u32, BTreeMap<IpNet, Admission>> {
-    let mut all: HashMap<u32, BTreeMap<IpNet, Admission>> = HashMap::new();
+fn adopt_sources(dump: &Dump, orphans: &mut Orphans) -> HashMap<ServiceIndex, BTreeMap<IpNet, Admission>> {
+    let mut all: HashMap<ServiceIndex, BTreeMap<IpNet, Admission>> = HashMap::new();
     for (range, value) in &dump.source_ranges {
         let index = range.data.service;
-        let is_there = (index as usize) < dump.services.len();
+        let is_there = dump.service(index).is_some();
         let Some(net) = range.network().filter(|_| is_there) else {
             orphans.sources.insert(*range);
             continue;
@@ -370,7 +372,7 @@ pub(crate) fn slot_of(member: &Member, backend: &ActualBackend) -> BackendSlot {
 }
 
 /// Returns the entry of BACKENDS of a member.
-pub(crate) fn backend_of(member: &Member, backend: &ActualBackend, service: u32) -> Backend {
+pub(crate) fn backend_of(member: &Member, backend: &ActualBackend, service: ServiceIndex) -> Backend {
     let addr = Addr::from(member.addr);
     Backend {
         addr,
@@ -383,7 +385,7 @@ pub(crate) fn backend_of(member: &Member, backend: &ActualBackend, service: u32)
 }
 
 /// Returns the identity of an index without an owner.
-fn orphan_id(index: u32) -> PortId {
+fn orphan_id(index: ServiceIndex) -> PortId {
     PortId {
         service: ObjectKey::new("", &format!("(stray index {index})")),
         port_name: "".into(),

@@ -9,8 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use lb_common::abi::Set;
-use lb_common::abi::{Addr, Frontend, FrontendKey, FrontendKind, service_flags};
+use lb_common::abi::{Addr, Frontend, FrontendKey, FrontendKind, ServiceIndex, Set, service_flags};
 
 use crate::by_key::{ByKey, Keyed};
 use crate::index::{Index, NodesBefore};
@@ -577,7 +576,7 @@ impl Desired {
 
     /// Returns the value of a frontend, by the first claim of a service port that has an index by `index_of`. An address of
     /// a node is not marked as external: its other ports belong to that node.
-    pub fn frontend(&self, key: &FrontendKey, index_of: impl Fn(&PortId) -> Option<u32>) -> Option<Frontend> {
+    pub fn frontend(&self, key: &FrontendKey, index_of: impl Fn(&PortId) -> Option<ServiceIndex>) -> Option<Frontend> {
         self.claims(key).find_map(|claim| {
             let index = index_of(&claim.id)?;
             match claim.kind {
@@ -662,8 +661,8 @@ mod tests {
     }
 
     fn winner(desired: &Desired, port: u16) -> Option<u32> {
-        let index = |id: &PortId| Some(u32::from(id.service.name.as_bytes()[0]));
-        desired.frontend(&key(port), index).map(|f| f.service)
+        let index = |id: &PortId| Some(ServiceIndex::new(id.service.name.as_bytes()[0].into()));
+        desired.frontend(&key(port), index).map(|f| f.service.get())
     }
 
     #[test]
@@ -696,10 +695,11 @@ mod tests {
         let mut desired = Desired::default();
         update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]);
         update(&mut desired, "b", vec![(id("b"), port(Some(2), &[80]))]);
-        let only_b = |id: &PortId| (&*id.service.name == "b").then_some(7);
+        let index = ServiceIndex::new(7);
+        let only_b = |id: &PortId| (&*id.service.name == "b").then_some(index);
         assert_eq!(
             desired.frontend(&key(80), only_b),
-            Some(Frontend::new(7, FrontendKind::ClusterIp))
+            Some(Frontend::new(index, FrontendKind::ClusterIp))
         );
     }
 

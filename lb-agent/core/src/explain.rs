@@ -9,8 +9,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, BackendRef, DropReason, Frontend, FrontendKey, FrontendKind, Service, Set,
-    SetWord, backend_flags, ip_protocol, service_flags,
+    Addr, Affinity, AffinityKey, Backend, BackendRef, DropReason, Frontend, FrontendKey, FrontendKind, Service,
+    ServiceIndex, Set, SetWord, backend_flags, ip_protocol, service_flags,
 };
 use lb_common::logic::decide::{self, Admission, PacketTables, Services, SocketFrontend};
 use lb_common::logic::frontend::{Destination, Tables};
@@ -118,7 +118,7 @@ impl FrontendMatch {
         Self {
             kind: FrontendKind::from_u8(frontend.kind).map_or("(unknown kind)", FrontendKind::label),
             service: ServicePortName::of(maps.dump.names.get(&frontend.service)),
-            index: frontend.service,
+            index: frontend.service.get(),
         }
     }
 }
@@ -251,8 +251,8 @@ impl Tables for View<'_> {
 impl<'a> Services for View<'a> {
     type Service = &'a Service;
 
-    fn service(&self, index: u32) -> Option<&'a Service> {
-        self.maps.dump.services.get(index as usize)
+    fn service(&self, index: ServiceIndex) -> Option<&'a Service> {
+        self.maps.dump.service(index)
     }
 
     fn flags(&self, service: &'a Service) -> u32 {
@@ -265,7 +265,7 @@ impl PacketTables for View<'_> {
         self.maps.dump.cluster_cidr(addr.into()).map_or(0, |(_, flags)| flags)
     }
 
-    fn is_in_source_range(&self, service: u32, addr: Ip128) -> bool {
+    fn is_in_source_range(&self, service: ServiceIndex, addr: Ip128) -> bool {
         let mut ranges = self.maps.dump.source_ranges.keys();
         ranges.any(|range| range.admits(service, addr.into()))
     }
@@ -357,14 +357,14 @@ pub fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explanation {
 /// A service, and the set that serves the client.
 #[derive(Clone, Copy)]
 struct Chosen<'a> {
-    index: u32,
+    index: ServiceIndex,
     set: Set,
     service: &'a Service,
     word: SetWord,
 }
 
 impl<'a> Chosen<'a> {
-    fn new(index: u32, admission: Admission<&'a Service>) -> Self {
+    fn new(index: ServiceIndex, admission: Admission<&'a Service>) -> Self {
         let Admission { service, set, .. } = admission;
         let [internal, external, cluster] = set_words(service);
         let word = match set {

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Service, Set, SetWord, backend_flags, map_name,
-    map_spec, service_flags, set_flags,
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Service, ServiceIndex, Set, SetWord,
+    backend_flags, map_name, map_spec, service_flags, set_flags,
 };
 use lb_common::logic::generation;
 
@@ -52,7 +52,7 @@ pub(crate) enum Step {
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
     /// The service index.
-    pub(crate) index: u32,
+    pub(crate) index: ServiceIndex,
     /// Whether the index is newly taken.
     pub(crate) new_index: bool,
     /// Newly taken ranges.
@@ -67,7 +67,7 @@ impl Plan {
     /// Frees the allocations of a plan of which nothing was written.
     pub(crate) fn cancel(self, actual: &mut Actual) {
         if self.new_index {
-            actual.indexes.free(self.index);
+            actual.indexes.free(self.index.get());
         }
         self.new_ranges.into_iter().for_each(|range| actual.slots.free(range));
         self.new_ids.into_iter().for_each(|id| actual.ids.free(id));
@@ -115,11 +115,11 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
                 .alloc()
                 .ok_or_else(|| MapError::full(&map_spec::SERVICES, actual.service_generations.len() as u32))?;
             plan.new_index = true;
-            index
+            ServiceIndex::new(index)
         }
     };
     plan.index = index;
-    let current = actual.service_generations[index as usize];
+    let current = actual.service_generations[index.to_usize()];
     let service_generation = if generation::is_live(current) {
         current
     } else {
@@ -293,7 +293,7 @@ pub(crate) struct FrontendScope<'a> {
 impl FrontendScope<'_> {
     /// Returns whether a frontend of an earlier run stays, whichever Service claims it, because the source is incomplete.
     /// `restored`: indexes of restored ports that are not desired.
-    fn is_restored(&self, key: FrontendKey, value: Frontend, restored: &BTreeSet<u32>) -> bool {
+    fn is_restored(&self, key: FrontendKey, value: Frontend, restored: &BTreeSet<ServiceIndex>) -> bool {
         if self.is_complete {
             return false;
         }
@@ -314,7 +314,7 @@ impl FrontendScope<'_> {
     fn is_awaited(&self, key: FrontendKey, value: Frontend, actual: &Actual) -> bool {
         let claimant = self
             .desired
-            .frontend(&key, |id| (!self.no_room.contains(id)).then_some(0));
+            .frontend(&key, |id| (!self.no_room.contains(id)).then_some(ServiceIndex::NONE));
         let serves = |port: &ActualPort| port.index == value.service && port.is_written();
         claimant.is_some() && (value.is_mark() || actual.ports.values().any(|port| serves(port)))
     }
@@ -327,7 +327,7 @@ pub(crate) fn frontends(
     actual: &Actual,
 ) -> Writes<FrontendKey, Frontend> {
     let undesired = scope.restored.iter().filter(|id| scope.desired.port(id).is_none());
-    let restored: BTreeSet<u32> = undesired
+    let restored: BTreeSet<ServiceIndex> = undesired
         .filter_map(|id| actual.ports.get(id))
         .map(|port| port.index)
         .collect();

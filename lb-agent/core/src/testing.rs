@@ -278,7 +278,7 @@ pub fn apply<M: Maps>(lb: &mut Reconciler<M>, cluster: &mut Cluster) {
 pub fn served(maps: &impl Maps, ip: &str, port: u16) -> Option<Vec<String>> {
     let dump = maps.dump().unwrap();
     let frontend = dump.frontends.get(&key(ip, port)).filter(|f| !f.is_mark())?;
-    let word = dump.services[frontend.service as usize].internal;
+    let word = dump.services[frontend.service.to_usize()].internal;
     let slots = &dump.slots[word.base as usize..][..usize::from(word.len)];
     Some(
         slots

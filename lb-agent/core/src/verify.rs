@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, SourceRange,
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, ServiceIndex, SetWord, SourceRange,
     backend_flags, map_name, set_flags,
 };
 use lb_common::logic::generation;
@@ -64,9 +64,9 @@ struct Check<'a> {
     dump: &'a Dump,
     drifts: BTreeSet<Drift>,
     /// The service index of each desired port that has one.
-    indexes: HashMap<Arc<PortId>, u32>,
+    indexes: HashMap<Arc<PortId>, ServiceIndex>,
     /// Backends in use with a valid seal: their ids by service index, address and port.
-    sealed: HashMap<(u32, Addr, u16), u32>,
+    sealed: HashMap<(ServiceIndex, Addr, u16), u32>,
     /// Entries of BACKENDS with an invalid seal, in use or not.
     broken: Vec<(u32, &'a Backend)>,
     /// Backends that are accounted for.
@@ -109,7 +109,7 @@ impl<'a> Check<'a> {
     fn names(&mut self, desired: &Desired) {
         for (index, name) in &self.dump.names {
             let place = format!("{}[{index}]", map_name::NAMES);
-            if *index == 0 || *index as usize >= self.dump.services.len() {
+            if index.is_none() || self.dump.service(*index).is_none() {
                 self.drift(place, "is not the index of a service");
                 continue;
             }
@@ -135,7 +135,7 @@ impl<'a> Check<'a> {
     fn port(&mut self, id: &Arc<PortId>, want: &DesiredPort) {
         let dump = self.dump;
         let index = self.indexes.get(id).copied();
-        let entry = index.and_then(|index| Some((index, dump.names.get(&index)?, dump.services.get(index as usize)?)));
+        let entry = index.and_then(|index| Some((index, dump.names.get(&index)?, dump.service(index)?)));
         let Some((index, name, service)) = entry else {
             return self.drift(map_name::NAMES.into(), format!("{id} is missing"));
         };
@@ -211,7 +211,7 @@ impl<'a> Check<'a> {
 
     /// Returns the backends that a service port should have, with their ids. Reports missing backends and fields that
     /// differ.
-    fn wanted_backends(&mut self, index: u32, want: &DesiredPort) -> HashMap<(Addr, u16), u32> {
+    fn wanted_backends(&mut self, index: ServiceIndex, want: &DesiredPort) -> HashMap<(Addr, u16), u32> {
         let mut flags: BTreeMap<(IpAddr, u16), u16> = BTreeMap::new();
         let bits = [backend_flags::INTERNAL, backend_flags::EXTERNAL, backend_flags::CLUSTER];
         let sets = want.sets.iter().map(|set| &set.members).zip(bits);
@@ -239,7 +239,7 @@ impl<'a> Check<'a> {
     }
 
     /// Returns the entry that differs from this backend in one field only, and reports that field.
-    fn broken_backend(&mut self, index: u32, addr: Addr, port: u16) -> Option<u32> {
+    fn broken_backend(&mut self, index: ServiceIndex, addr: Addr, port: u16) -> Option<u32> {
         let (id, field) = self.broken.iter().find_map(|(id, backend)| {
             let Backend {
                 addr: has_addr,
@@ -255,7 +255,7 @@ impl<'a> Check<'a> {
                 (true, false, false) => "addr",
                 (false, true, false) => "port",
                 (false, false, true) => "service",
-                _ => return None,
+                (true, true, _) | (true, _, true) | (_, true, true) => return None,
             };
             (generation::seal(addr, port, index, generation) == seal).then_some((*id, field))
         })?;
@@ -271,7 +271,7 @@ impl<'a> Check<'a> {
 
     fn set(
         &mut self,
-        index: u32,
+        index: ServiceIndex,
         field: &dyn Fn(&str) -> String,
         word: SetWord,
         members: &[Member],
@@ -336,11 +336,12 @@ impl<'a> Check<'a> {
     }
 
     /// Returns whether a set of another service has some of these slots.
-    fn leads_there_too(&self, index: u32, word: SetWord) -> bool {
+    fn leads_there_too(&self, index: ServiceIndex, word: SetWord) -> bool {
         let end = |word: SetWord| word.base.saturating_add(word.len.into());
         let overlaps = |other: SetWord| other.base < end(word) && word.base < end(other);
-        let others = (0_u32..)
-            .zip(&self.dump.services)
+        let others = self
+            .dump
+            .indexed_services()
             .filter(|(i, s)| *i != index && generation::is_live(s.generation));
         others
             .into_iter()
@@ -349,8 +350,8 @@ impl<'a> Check<'a> {
 
     fn stray_entries(&mut self) {
         let dump = self.dump;
-        let used: BTreeSet<u32> = self.indexes.values().copied().collect();
-        for (index, service) in (0_u32..).zip(&dump.services) {
+        let used: BTreeSet<ServiceIndex> = self.indexes.values().copied().collect();
+        for (index, service) in dump.indexed_services() {
             if !used.contains(&index) && generation::is_live(service.generation) {
                 self.drift(
                     format!("{}[{index}].generation", map_name::SERVICES),

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use lb_common::abi::{Addr, Frontend, FrontendKey, Service, SetWord};
+use lb_common::abi::{Addr, Frontend, FrontendKey, Service, ServiceIndex, SetWord};
 use lb_common::logic::generation;
 use tracing::{debug, warn};
 
@@ -271,7 +271,7 @@ impl<M: Maps> Writer<M> {
                 PendingFree::Backend(id) => self.actual.ids.free(id),
                 PendingFree::Port(port) => {
                     if let Err(error) = self.clear(&port) {
-                        warn!(index = port.index, %error, "cannot clear a service index; trying again later");
+                        warn!(index = port.index.get(), %error, "cannot clear a service index; trying again later");
                         failed.push((epoch, PendingFree::Port(port)));
                     }
                 }
@@ -329,13 +329,13 @@ impl<M: Maps> Writer<M> {
     /// Clears a service index that no frontend leads to any more.
     fn clear(&mut self, port: &ActualPort) -> Result<(), MapError> {
         let index = port.index;
-        let generation = generation::withdrawn(self.actual.service_generations[index as usize]);
+        let generation = generation::withdrawn(self.actual.service_generations[index.to_usize()]);
         let empty = Service {
             generation,
             ..Service::default()
         };
         self.maps.write_service(index, empty)?;
-        self.actual.service_generations[index as usize] = generation;
+        self.actual.service_generations[index.to_usize()] = generation;
         for (_, backend) in port.backends.iter() {
             // An earlier attempt may have withdrawn it already.
             if self.actual.backend_generations[backend.id as usize] == backend.generation {
@@ -349,8 +349,8 @@ impl<M: Maps> Writer<M> {
         for range in port.ranges() {
             self.actual.slots.free(range);
         }
-        if index != 0 {
-            self.actual.indexes.free(index);
+        if !index.is_none() {
+            self.actual.indexes.free(index.get());
         }
         Ok(())
     }
@@ -430,7 +430,7 @@ impl<M: Maps> Writer<M> {
         self.orphans.sources = sources;
         for index in names {
             if let Err(error) = self.maps.delete_name(index) {
-                warn!(index, %error, "cannot remove a name of an earlier run; trying again later");
+                warn!(index = index.get(), %error, "cannot remove a name of an earlier run; trying again later");
                 self.orphans.names.insert(index);
             }
         }
@@ -487,7 +487,7 @@ impl<M: Maps> Writer<M> {
         });
         let in_use = port.map(|port| port.ranges()).unwrap_or_default();
         if new_index && port.is_none() {
-            self.actual.indexes.free(index);
+            self.actual.indexes.free(index.get());
         }
         // No program has seen a range that was never published.
         new_ranges
@@ -505,7 +505,13 @@ impl<M: Maps> Writer<M> {
     }
 
     /// Performs one write and records it; writes of backends are recorded in `backends`.
-    fn step(&mut self, id: &Arc<PortId>, index: u32, step: Step, backends: &mut BackendMap) -> Result<(), MapError> {
+    fn step(
+        &mut self,
+        id: &Arc<PortId>,
+        index: ServiceIndex,
+        step: Step,
+        backends: &mut BackendMap,
+    ) -> Result<(), MapError> {
         if let Step::Name(named) = step {
             self.maps
                 .write_name(index, &name_of(id, named.port, named.generation))?;
@@ -544,7 +550,7 @@ impl<M: Maps> Writer<M> {
             }
             Step::Service(value, sets) => {
                 self.maps.write_service(index, value)?;
-                self.actual.service_generations[index as usize] = value.generation;
+                self.actual.service_generations[index.to_usize()] = value.generation;
                 port.value = value;
                 for (set, (range, members)) in port.sets.iter_mut().zip(sets) {
                     set.range = range;
@@ -553,7 +559,7 @@ impl<M: Maps> Writer<M> {
             }
             Step::Settings(value) => {
                 self.maps.write_service_settings(index, value)?;
-                self.actual.service_generations[index as usize] = value.generation;
+                self.actual.service_generations[index.to_usize()] = value.generation;
                 port.value = Service {
                     internal: port.value.internal,
                     external: port.value.external,

@@ -40,7 +40,7 @@ fn row(dump: &Dump, now: u64, key: &AffinityKey, entry: Affinity) -> Row {
         used,
     } = entry;
     let BackendRef { id, generation } = reference;
-    let service = dump.services.get(key.service as usize).copied().unwrap_or_default();
+    let service = dump.service(key.service).copied().unwrap_or_default();
     let backend = dump
         .backends
         .get(id as usize)
@@ -118,9 +118,12 @@ pub(super) fn list(args: &ReadArgs) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lb_common::abi::cluster_flags;
+    use lb_common::abi::{ServiceIndex, cluster_flags};
     use lb_core::maps::Maps as _;
     use lb_core::testing::{Builder as _, Cluster, apply, maps, service, slice, start};
+
+    /// The service index of the only service port.
+    const WEB: ServiceIndex = ServiceIndex::new(1);
 
     #[test]
     fn state_shows_whether_the_next_connection_keeps_the_backend() {
@@ -138,7 +141,7 @@ mod tests {
                 backend: BackendRef { id, generation },
                 used: used * SECOND,
             };
-            let key = AffinityKey::of_netns(7, 1);
+            let key = AffinityKey::of_netns(7, WEB);
             let row = row(dump, 100 * SECOND + 1, &key, entry);
             assert_eq!((row.netns, row.client), (Some(7), None));
             (row.state, row.holds, row.age, row.remaining)
@@ -152,7 +155,7 @@ mod tests {
         dump.services[1].flags = 0;
         assert_eq!(of(&dump, 1, 1, 90), ("the service has no affinity", false, 10, 0));
 
-        let by_address = AffinityKey::of_addr(IpAddr::from([192, 0, 2, 1]).into(), 1);
+        let by_address = AffinityKey::of_addr(IpAddr::from([192, 0, 2, 1]).into(), WEB);
         let all = rows(&dump, &[(by_address, Affinity::default())].into(), 0);
         assert_eq!((all[0].netns, all[0].client), (None, Some([192, 0, 2, 1].into())));
         assert_eq!(all[0].backend, None);
@@ -190,7 +193,7 @@ mod tests {
         ] {
             dump.backends[1].flags = flags;
             for (client, expected) in [([192, 0, 2, 1], outside), ([10, 10, 2, 9], inside)] {
-                let key = AffinityKey::of_addr(IpAddr::from(client).into(), 1);
+                let key = AffinityKey::of_addr(IpAddr::from(client).into(), WEB);
                 let entry = Affinity {
                     backend: BackendRef { id: 1, generation: 1 },
                     used: 0,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use lb_common::abi::{CtEntry, CtKey, Name, ct_flags};
+use lb_common::abi::{CtEntry, CtKey, Name, ServiceIndex, ct_flags};
 use lb_common::logic::ct::{Phase, reverse_key};
 use serde::Serialize;
 
@@ -50,7 +50,13 @@ fn state(phase: Phase) -> &'static str {
 }
 
 /// Returns the row of a flow from one direction and, if it exists, the entry of the other.
-fn row((key, entry): &Direction, other: Option<&CtEntry>, replied: bool, names: &BTreeMap<u32, Name>, now: u64) -> Row {
+fn row(
+    (key, entry): &Direction,
+    other: Option<&CtEntry>,
+    replied: bool,
+    names: &BTreeMap<ServiceIndex, Name>,
+    now: u64,
+) -> Row {
     // The tuple before and after translation; swapped and reversed in the reply direction.
     let tuple = [key.src.socket(key.src_port), key.dst.socket(key.dst_port)];
     let translated = [entry.src.socket(entry.src_port), entry.dst.socket(entry.dst_port)];
@@ -86,7 +92,7 @@ fn row((key, entry): &Direction, other: Option<&CtEntry>, replied: bool, names: 
 }
 
 /// Returns one row for each flow of a map.
-fn rows(all: &[Direction], replied: bool, names: &BTreeMap<u32, Name>, now: u64) -> Vec<Row> {
+fn rows(all: &[Direction], replied: bool, names: &BTreeMap<ServiceIndex, Name>, now: u64) -> Vec<Row> {
     let by_key: BTreeMap<&CtKey, &CtEntry> = all.iter().map(|(key, entry)| (key, entry)).collect();
     let rows = all.iter().filter_map(|direction| {
         let (key, entry) = direction;
@@ -162,7 +168,7 @@ mod tests {
             src_port: to_src.1,
             dst_port: to_dst.1,
             backend: BackendRef { id: 3, generation: 5 },
-            service: 9,
+            service: ServiceIndex::new(9),
             seen: seen * SECOND,
             flags,
             state,

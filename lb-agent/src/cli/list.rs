@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use lb_common::abi::{BackendRef, Frontend, FrontendKey, FrontendKind, Name, Service, backend_flags};
+use lb_common::abi::{BackendRef, Frontend, FrontendKey, FrontendKind, Name, Service, ServiceIndex, backend_flags};
 use lb_common::logic::generation;
 use serde::Serialize;
 
@@ -75,8 +75,8 @@ struct ServiceRow {
 }
 
 /// Returns the frontends by service index, without address marks. `problems` contains the places of the records in NOTICES.
-fn frontends(dump: &Dump, problems: &BTreeSet<String>) -> BTreeMap<u32, Vec<FrontendRow>> {
-    let mut all: BTreeMap<u32, Vec<FrontendRow>> = BTreeMap::new();
+fn frontends(dump: &Dump, problems: &BTreeSet<String>) -> BTreeMap<ServiceIndex, Vec<FrontendRow>> {
+    let mut all: BTreeMap<ServiceIndex, Vec<FrontendRow>> = BTreeMap::new();
     for (FrontendKey { addr, port, .. }, Frontend { service, kind, .. }) in &dump.frontends {
         let known = FrontendKind::from_u8(*kind);
         if known.is_some_and(FrontendKind::is_mark) {
@@ -84,8 +84,7 @@ fn frontends(dump: &Dump, problems: &BTreeSet<String>) -> BTreeMap<u32, Vec<Fron
         }
         let has_problem = problems.contains(&format!("frontend {addr}:{port}"));
         let is_written = dump
-            .services
-            .get(*service as usize)
+            .service(*service)
             .is_some_and(|service| generation::is_live(service.generation));
         all.entry(*service).or_default().push(FrontendRow {
             status: match (has_problem, is_written) {
@@ -110,14 +109,14 @@ pub(super) fn services(args: &ReadArgs) -> anyhow::Result<()> {
     let mut frontends = frontends(&dump, &problems);
     let mut rows = Vec::new();
     for (index, name) in &dump.names {
-        let Some(service) = dump.services.get(*index as usize) else {
+        let Some(service) = dump.service(*index) else {
             continue;
         };
         let stats = maps.stats(*index)?;
         let frontends = frontends.remove(index).unwrap_or_default();
         rows.push(ServiceRow {
             owner: ServicePortName::of(Some(name)),
-            index: *index,
+            index: index.get(),
             generation: service.generation,
             status: Status::of_port(name, service, &frontends, &problems),
             frontends,

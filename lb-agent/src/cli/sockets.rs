@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 
-use lb_common::abi::{Addr, BackendRef, FrontendKey, SocketRecord, UdpDest};
+use lb_common::abi::{Addr, BackendRef, FrontendKey, ServiceIndex, SocketRecord, UdpDest};
 use lb_common::logic::ip128::Ip128;
 use serde::Serialize;
 
@@ -41,7 +41,7 @@ struct Record {
     original: (Addr, u16),
     backend: SocketAddr,
     reference: BackendRef,
-    service: u32,
+    service: ServiceIndex,
     /// Time of the connect or of the last datagram, in nanoseconds of CLOCK_MONOTONIC.
     time: u64,
 }
@@ -283,7 +283,7 @@ mod tests {
             original: (Addr::from_v4([10, 96, 0, 10]), 80),
             backend: "10.10.1.2:8080".parse().unwrap(),
             reference: BackendRef { id: 1, generation: 1 },
-            service: 1,
+            service: ServiceIndex::new(1),
             time: LATE - 10 * CONNECTING,
         }
     }

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use aya::maps::{Map, MapData, RingBuf};
 use clap::Args;
 use k8s_openapi::jiff::Timestamp;
-use lb_common::abi::{Addr, DropReason, Event, EventKind, map_name};
+use lb_common::abi::{Addr, DropReason, Event, EventKind, ServiceIndex, map_name};
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use zerocopy::FromBytes as _;
@@ -212,9 +212,10 @@ impl<'a> Tracer<'a> {
 
     /// Prints an event, if it is of the requested Service.
     fn show(&mut self, event: &Event) -> anyhow::Result<()> {
-        let service = match event.service {
-            0 => None,
-            index => Some(ServicePortName::of(self.maps.name(index)?.as_ref())),
+        let service = if event.service.is_none() {
+            None
+        } else {
+            Some(ServicePortName::of(self.maps.name(event.service)?.as_ref()))
         };
         if let Some(wanted) = &self.args.service {
             let concerned = match &service {
@@ -243,7 +244,7 @@ impl<'a> Tracer<'a> {
     fn has_address(&mut self, service: &ServiceName, addr: Addr) -> anyhow::Result<bool> {
         if self.addresses_read.is_none_or(|at| at.elapsed() >= INTERVAL) {
             let names = self.maps.names()?;
-            let indexes: BTreeSet<u32> = names
+            let indexes: BTreeSet<ServiceIndex> = names
                 .iter()
                 .filter(|(_, name)| service.is(&ServicePortName::of(Some(name))))
                 .map(|(index, _)| *index)
@@ -263,8 +264,10 @@ impl<'a> Tracer<'a> {
         let lost = self.maps.drops(DropReason::EventLost)?;
         let count = lost.saturating_sub(self.lost);
         self.lost = lost;
+        if count == 0 {
+            return Ok(());
+        }
         match self.args.read.output {
-            _ if count == 0 => Ok(()),
             Format::Json => output::print(&serde_json::to_string(&Lost { event: "lost", count })?),
             Format::Table => output::print(&format!("({count} events were lost: the ring buffer was full)")),
         }
@@ -375,7 +378,7 @@ mod tests {
         let sent = Event {
             backend_addr: Addr::from_v4([10, 10, 1, 2]),
             backend_port: 5353,
-            service: 3,
+            service: ServiceIndex::new(3),
             ..event(EventKind::Sent)
         };
         let line = Row::new(&sent, Some(owner()), BOOT, "dig".into()).line();
@@ -411,7 +414,7 @@ mod tests {
         let translated = Event {
             backend_addr: Addr::from_v4([10, 10, 1, 2]),
             backend_port: 5353,
-            service: 3,
+            service: ServiceIndex::new(3),
             ..of_packet(EventKind::Translated)
         };
         let line = Row::new(&translated, Some(owner()), BOOT, String::new()).line();

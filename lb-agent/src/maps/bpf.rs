@@ -12,8 +12,8 @@ use aya::maps::{HashMap, MapData, MapError as AyaMapError, PerCpuArray, PerCpuVa
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use lb_common::abi::{
     Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, CtEntry, CtKey, Device, DropReason, Event, EventKind,
-    Frontend, FrontendKey, FrontendSwap, MapSpec, Name, ProblemRecord, Service, ServiceStats, Set, SetWord, SizedMap,
-    SocketRecord, SourceRange, State, UdpDests, map_name, map_spec, program_name, service_flags,
+    Frontend, FrontendKey, FrontendSwap, MapSpec, Name, ProblemRecord, Service, ServiceIndex, ServiceStats, Set,
+    SetWord, SizedMap, SocketRecord, SourceRange, State, UdpDests, map_name, map_spec, program_name, service_flags,
 };
 use lb_common::logic::{generation, record};
 use lb_core::maps::prefix::Prefix;
@@ -210,7 +210,7 @@ impl PinnedMaps {
     ///
     /// # Errors
     /// Returns [`MapError::Call`] if a system call fails.
-    pub fn names(&self) -> Result<BTreeMap<u32, Name>, MapError> {
+    pub fn names(&self) -> Result<BTreeMap<ServiceIndex, Name>, MapError> {
         read_hash(map_name::NAMES, &self.names)
     }
 
@@ -218,8 +218,8 @@ impl PinnedMaps {
     ///
     /// # Errors
     /// Returns [`MapError::Call`] if a system call fails.
-    pub fn name(&self, service: u32) -> Result<Option<Name>, MapError> {
-        let name = lookup(map_name::NAMES, &self.names, &service.to_ne_bytes())?;
+    pub fn name(&self, service: ServiceIndex) -> Result<Option<Name>, MapError> {
+        let name = lookup(map_name::NAMES, &self.names, &service.get().to_ne_bytes())?;
         Ok(name.and_then(|name| Name::read_from_bytes(&name).ok()))
     }
 
@@ -336,8 +336,8 @@ impl PinnedMaps {
 
     /// Reads an entry of SERVICES; `None` if the index is beyond the end.
     #[must_use]
-    pub fn service(&self, index: u32) -> Option<Service> {
-        self.services.read(index)
+    pub fn service(&self, index: ServiceIndex) -> Option<Service> {
+        self.services.read(index.get())
     }
 
     /// Reads the record in a slot of SOCKETS, if there is a complete one.
@@ -349,10 +349,10 @@ impl PinnedMaps {
     ///
     /// # Errors
     /// Returns [`MapError::Call`] if a system call fails.
-    pub fn stats(&self, service: u32) -> Result<ServiceStats, MapError> {
+    pub fn stats(&self, service: ServiceIndex) -> Result<ServiceStats, MapError> {
         let values = self
             .stats
-            .get(&service, 0)
+            .get(&service.get(), 0)
             .map_err(call(map_name::STATS, "BPF_MAP_LOOKUP_ELEM"))?;
         let mut sum = ServiceStats::default();
         for value in values.iter() {
@@ -595,7 +595,7 @@ impl BpfMaps {
     }
 
     /// Sets the counters of a service index to zero on every CPU.
-    fn reset_stats(&mut self, index: u32) -> Result<(), MapError> {
+    fn reset_stats(&mut self, index: ServiceIndex) -> Result<(), MapError> {
         let failed = |source| MapError::Call {
             map: map_name::STATS,
             call: "number of CPUs",
@@ -603,13 +603,13 @@ impl BpfMaps {
         };
         let cpus = aya::util::nr_cpus().map_err(|(_, source)| failed(source))?;
         let zero = PerCpuValues::try_from(vec![[0_u8; STATS]; cpus]).map_err(failed)?;
-        let written = self.pinned.stats.set(index, zero, 0);
+        let written = self.pinned.stats.set(index.get(), zero, 0);
         written.map_err(call(map_name::STATS, "BPF_MAP_UPDATE_ELEM"))
     }
 
     /// Removes all clients of a service whose affinity is switched off, so that affinity starts empty if it is switched on
     /// again.
-    fn forget_clients(&mut self, index: u32) -> Result<(), MapError> {
+    fn forget_clients(&mut self, index: ServiceIndex) -> Result<(), MapError> {
         let map = map_name::AFFINITY;
         for key in self.pinned.affinity()?.into_keys().filter(|key| key.service == index) {
             let key: [u8; CLIENT] = zerocopy::transmute!(key);
@@ -703,25 +703,26 @@ impl Maps for BpfMaps {
         Ok(())
     }
 
-    fn write_service(&mut self, index: u32, value: Service) -> Result<(), MapError> {
-        let ok = self.pinned.services.write(index, &value);
+    fn write_service(&mut self, index: ServiceIndex, value: Service) -> Result<(), MapError> {
+        let ok = self.pinned.services.write(index.get(), &value);
         self.stored(
             ok,
             size_of::<Service>(),
             map_name::SERVICES,
-            index,
+            index.get(),
             self.pinned.services.len(),
         )
     }
 
-    fn write_service_settings(&mut self, index: u32, value: Service) -> Result<(), MapError> {
-        let had_affinity = self.pinned.services.read(index).is_some_and(|old| has_affinity(&old));
-        let ok = self.pinned.services.write_words(index, &value, SERVICE_SETTINGS);
+    fn write_service_settings(&mut self, index: ServiceIndex, value: Service) -> Result<(), MapError> {
+        let services = &self.pinned.services;
+        let had_affinity = services.read(index.get()).is_some_and(|old| has_affinity(&old));
+        let ok = services.write_words(index.get(), &value, SERVICE_SETTINGS);
         self.stored(
             ok,
             SERVICE_SETTINGS.len() * 8,
             map_name::SERVICES,
-            index,
+            index.get(),
             self.pinned.services.len(),
         )?;
         if had_affinity && !has_affinity(&value) {
@@ -730,7 +731,7 @@ impl Maps for BpfMaps {
         Ok(())
     }
 
-    fn publish_set(&mut self, index: u32, set: Set, word: SetWord) -> Result<(), MapError> {
+    fn publish_set(&mut self, index: ServiceIndex, set: Set, word: SetWord) -> Result<(), MapError> {
         let mut value = Service::new_zeroed();
         let offset = match set {
             Set::Internal => {
@@ -746,8 +747,8 @@ impl Maps for BpfMaps {
                 offset_of!(Service, cluster)
             }
         };
-        let ok = self.pinned.services.write_words(index, &value, [word_of(offset)]);
-        self.stored(ok, 8, map_name::SERVICES, index, self.pinned.services.len())
+        let ok = self.pinned.services.write_words(index.get(), &value, [word_of(offset)]);
+        self.stored(ok, 8, map_name::SERVICES, index.get(), self.pinned.services.len())
     }
 
     fn write_slots(&mut self, base: u32, slots: &[BackendSlot]) -> Result<(), MapError> {
@@ -787,12 +788,12 @@ impl Maps for BpfMaps {
         })
     }
 
-    fn write_name(&mut self, index: u32, value: &Name) -> Result<(), MapError> {
+    fn write_name(&mut self, index: ServiceIndex, value: &Name) -> Result<(), MapError> {
         let map = map_name::NAMES;
         let bytes: [u8; NAME] = zerocopy::transmute!(*value);
         self.pinned
             .names
-            .insert(index.to_ne_bytes(), bytes, 0)
+            .insert(index.get().to_ne_bytes(), bytes, 0)
             .map_err(|error| match errno(&error) {
                 Some(libc::E2BIG) => MapError::full(&map_spec::NAMES, self.pinned.capacities[SizedMap::Services]),
                 _ => call(map, "BPF_MAP_UPDATE_ELEM")(error),
@@ -801,12 +802,12 @@ impl Maps for BpfMaps {
         Ok(())
     }
 
-    fn delete_name(&mut self, index: u32) -> Result<(), MapError> {
+    fn delete_name(&mut self, index: ServiceIndex) -> Result<(), MapError> {
         // Another process may have added a name with an index out of range.
-        if index < self.pinned.capacities[SizedMap::Services] {
+        if index.get() < self.pinned.capacities[SizedMap::Services] {
             self.reset_stats(index)?;
         }
-        match self.pinned.names.remove(&index.to_ne_bytes()) {
+        match self.pinned.names.remove(&index.get().to_ne_bytes()) {
             Ok(()) => self.written += 4,
             Err(error) if is_missing(&error) => {}
             Err(error) => return Err(call(map_name::NAMES, "BPF_MAP_DELETE_ELEM")(error)),

@@ -314,7 +314,7 @@ impl Worker {
         debug!(
             original = %format_args!("{}:{}", record.original_addr, record.original_port),
             backend = %socket.remote, local = %socket.local, protocol = ?socket.protocol,
-            service = record.service, cookie = socket.cookie, netns = record.netns,
+            service = record.service.get(), cookie = socket.cookie, netns = record.netns,
             "socket destroyed: its backend was removed"
         );
         let event = Event {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::{Mutex, PoisonError};
 
-use lb_common::abi::{DropReason, Name, Service, ServiceStats, SizedMap, set_flags};
+use lb_common::abi::{DropReason, Name, Service, ServiceIndex, ServiceStats, SizedMap, set_flags};
 use lb_common::logic::generation;
 use prometheus::proto::MetricFamily;
 use prometheus::{IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry};
@@ -35,7 +35,7 @@ pub(super) enum CollectError {
 #[derive(Debug, Default)]
 struct Totals {
     /// The counters at the last scrape, by service index and generation.
-    seen: HashMap<(u32, u32), ServiceStats>,
+    seen: HashMap<(ServiceIndex, u32), ServiceStats>,
     /// Whether there was a scrape: connections from before the first do not count.
     begun: bool,
     sum: ServiceStats,
@@ -43,7 +43,7 @@ struct Totals {
 
 impl Totals {
     /// Adds the increase of all current counters.
-    fn update(&mut self, now: HashMap<(u32, u32), ServiceStats>) {
+    fn update(&mut self, now: HashMap<(ServiceIndex, u32), ServiceStats>) {
         for (key, stats) in &now {
             let before = match self.seen.entry(*key) {
                 Entry::Occupied(entry) => *entry.get(),
@@ -134,7 +134,7 @@ impl Collector {
         let refused = IntCounterVec::new(refused, &labels)?;
 
         let mut all = HashMap::new();
-        for index in 1..self.maps.capacities()[SizedMap::Services] {
+        for index in (1..self.maps.capacities()[SizedMap::Services]).map(ServiceIndex::new) {
             let Some((service, stats)) = self.read(index)? else {
                 continue;
             };
@@ -189,7 +189,7 @@ impl Collector {
     }
 
     /// Reads a service index and its counters; `None` if it is not in use.
-    fn read(&self, index: u32) -> Result<Option<(Service, ServiceStats)>, MapError> {
+    fn read(&self, index: ServiceIndex) -> Result<Option<(Service, ServiceStats)>, MapError> {
         let Some(service) = self.maps.service(index).filter(|s| generation::is_live(s.generation)) else {
             return Ok(None);
         };
@@ -216,14 +216,15 @@ mod tests {
     #[test]
     fn totals_never_decrease_when_services_are_removed() {
         let stats = |connections, refused| ServiceStats { connections, refused };
+        let (one, two) = (ServiceIndex::new(1), ServiceIndex::new(2));
         let mut totals = Totals::default();
         // Counters of an earlier agent.
-        totals.update([((1, 1), stats(100, 10))].into());
+        totals.update([((one, 1), stats(100, 10))].into());
         assert_eq!(totals.sum, stats(0, 0));
-        totals.update([((1, 1), stats(103, 10)), ((2, 1), stats(5, 1))].into());
+        totals.update([((one, 1), stats(103, 10)), ((two, 1), stats(5, 1))].into());
         assert_eq!(totals.sum, stats(8, 1));
         // Another Service has the index now.
-        totals.update([((1, 3), stats(2, 0)), ((2, 1), stats(5, 1))].into());
+        totals.update([((one, 3), stats(2, 0)), ((two, 1), stats(5, 1))].into());
         assert_eq!(totals.sum, stats(10, 1));
         totals.update(HashMap::new());
         assert_eq!(totals.sum, stats(10, 1));

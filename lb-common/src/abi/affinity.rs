@@ -4,7 +4,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::enums::abi_enum;
 use super::layout::{layout, mirror};
-use super::{Addr, BackendRef};
+use super::{Addr, BackendRef, ServiceIndex};
 
 abi_enum! {
     /// Kind of the client in [`AffinityKey::client`].
@@ -23,8 +23,8 @@ abi_enum! {
 pub struct AffinityKey {
     /// The client: an address, or the cookie of a network namespace.
     pub client: Addr,
-    /// Index into SERVICES.
-    pub service: u32,
+    /// The service port.
+    pub service: ServiceIndex,
     /// Number of the [`ClientKind`].
     pub kind: u32,
 }
@@ -37,8 +37,8 @@ layout!(AffinityKey: size 24, align 4 { client: 0, service: 16, kind: 20 });
 pub struct AffinityKeyWords {
     /// The client, each word in the byte order of memory.
     pub client: [u64; 2],
-    /// Index into SERVICES.
-    pub service: u32,
+    /// The service port.
+    pub service: ServiceIndex,
     /// Number of the [`ClientKind`].
     pub kind: u32,
 }
@@ -57,7 +57,7 @@ impl AffinityKeyWords {
 impl AffinityKey {
     /// Returns the key of a network namespace, by its cookie, as a client of a service index.
     #[must_use]
-    pub fn of_netns(cookie: u64, service: u32) -> Self {
+    pub fn of_netns(cookie: u64, service: ServiceIndex) -> Self {
         let mut client = Addr::UNSPECIFIED;
         client.bytes[8..].copy_from_slice(&cookie.to_ne_bytes());
         Self {
@@ -69,7 +69,7 @@ impl AffinityKey {
 
     /// Returns the key of a source address as a client of a service index.
     #[must_use]
-    pub const fn of_addr(client: Addr, service: u32) -> Self {
+    pub const fn of_addr(client: Addr, service: ServiceIndex) -> Self {
         Self {
             client,
             service,
@@ -123,9 +123,10 @@ mod tests {
 
     #[test]
     fn a_netns_client_is_identified_by_its_cookie() {
-        let key = AffinityKey::of_netns(0x1234_5678_9abc, 7);
-        assert_eq!((key.netns(), key.service), (Some(0x1234_5678_9abc), 7));
-        let address = AffinityKey::of_addr(key.client, 7);
+        let service = ServiceIndex::new(7);
+        let key = AffinityKey::of_netns(0x1234_5678_9abc, service);
+        assert_eq!((key.netns(), key.service), (Some(0x1234_5678_9abc), service));
+        let address = AffinityKey::of_addr(key.client, service);
         assert_eq!(address.netns(), None);
     }
 }

@@ -3,7 +3,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::layout::{layout, mirror};
-use super::{Addr, BackendRef};
+use super::{Addr, BackendRef, ServiceIndex};
 
 /// Key of CT and CT_NEW: the tuple of one direction of a flow, as its packets arrive at the hook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -77,8 +77,8 @@ pub struct CtEntry {
     pub dst_port: u16,
     /// The backend.
     pub backend: BackendRef,
-    /// Index into SERVICES.
-    pub service: u32,
+    /// The service port.
+    pub service: ServiceIndex,
     /// Time of the last packet, in nanoseconds of CLOCK_MONOTONIC. It is refreshed at most once a second.
     pub seen: u64,
     /// See [`ct_flags`].
@@ -119,8 +119,8 @@ pub struct CtEntryWords {
     pub dst_port: u16,
     /// The backend.
     pub backend: BackendRef,
-    /// Index into SERVICES.
-    pub service: u32,
+    /// The service port.
+    pub service: ServiceIndex,
     /// Time of the last packet, in nanoseconds of CLOCK_MONOTONIC.
     pub seen: u64,
     /// See [`ct_flags`].

@@ -2,9 +2,9 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::Addr;
 use super::enums::abi_enum;
 use super::layout::layout;
+use super::{Addr, ServiceIndex};
 
 /// One record of the ring buffer EVENTS. A program writes it only while CONFIG requests its kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -32,8 +32,8 @@ pub struct Event {
     pub kind: u8,
     /// Port of `client`, host byte order.
     pub client_port: u16,
-    /// Index into SERVICES; zero if no service was found.
-    pub service: u32,
+    /// The service port; zero if no frontend was found.
+    pub service: ServiceIndex,
     /// Number of the [`super::DropReason`]; meaningful for refusals ([`EventKind::is_refusal`]) only.
     pub reason: u32,
     /// Process id (thread group) in the initial PID namespace; zero for packets.

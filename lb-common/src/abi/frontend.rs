@@ -4,9 +4,9 @@ use core::mem::offset_of;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::Addr;
 use super::enums::abi_enum;
 use super::layout::layout;
+use super::{Addr, ServiceIndex};
 
 /// Key of FRONTENDS: a destination that clients connect to, or an address mark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -97,8 +97,8 @@ impl FrontendKey {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Frontend {
-    /// Index into SERVICES, STATS and NAMES. Zero in an address mark.
-    pub service: u32,
+    /// The service port. Zero in an address mark.
+    pub service: ServiceIndex,
     /// Number of the [`FrontendKind`].
     pub kind: u8,
     /// Zero.
@@ -112,7 +112,7 @@ impl Frontend {
     #[inline(always)]
     #[must_use]
     pub const fn mark(kind: FrontendKind) -> Self {
-        Self::new(0, kind)
+        Self::new(ServiceIndex::NONE, kind)
     }
 
     /// Returns whether this is an address mark, which leads to no service.
@@ -128,7 +128,7 @@ impl Frontend {
     /// Returns a frontend of a service index.
     #[inline(always)]
     #[must_use]
-    pub const fn new(service: u32, kind: FrontendKind) -> Self {
+    pub const fn new(service: ServiceIndex, kind: FrontendKind) -> Self {
         Self {
             service,
             kind: kind as u8,

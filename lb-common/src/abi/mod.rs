@@ -40,7 +40,7 @@ pub use networks::{SourceRange, cluster_flags};
 pub use problem::ProblemRecord;
 pub use programs::{NODE_NETNS_GLOBAL, NODE_ONLY_GLOBAL, SOCKETS_MASK_GLOBAL, program_name};
 pub use record::SocketRecord;
-pub use reference::BackendRef;
+pub use reference::{BackendRef, ServiceIndex};
 pub use service::{Backend, BackendSlot, Name, Service, SetWord, backend_flags, service_flags, set_flags};
 pub use set::Set;
 pub use state::State;

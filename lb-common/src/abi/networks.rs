@@ -2,16 +2,16 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::Addr;
 use super::layout::layout;
+use super::{Addr, ServiceIndex};
 
 /// The part of a key of SOURCE_RANGES after its prefix length: a network that may use a load-balancer address. The
 /// prefix covers the whole service index and as many bits of the address as the range has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct SourceRange {
-    /// Index into SERVICES.
-    pub service: u32,
+    /// The service port.
+    pub service: ServiceIndex,
     /// Address of a client.
     pub addr: Addr,
 }

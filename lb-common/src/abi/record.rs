@@ -3,7 +3,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::layout::layout;
-use super::{Addr, BackendRef};
+use super::{Addr, BackendRef, ServiceIndex};
 
 /// A socket that is connected to a service.
 ///
@@ -37,8 +37,8 @@ pub struct SocketRecord {
     pub backend_port: u16,
     /// The backend.
     pub backend: BackendRef,
-    /// Index into SERVICES.
-    pub service: u32,
+    /// The service port.
+    pub service: ServiceIndex,
     /// Cookie that sock_diag lists the socket with: `cookie`, or that of the first subflow of an MPTCP socket.
     pub socket: u64,
     /// IANA protocol number: 6 or 17.

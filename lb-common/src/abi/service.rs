@@ -3,7 +3,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::layout::layout;
-use super::{Addr, BackendRef};
+use super::{Addr, BackendRef, ServiceIndex};
 
 /// One of a service port's three sets: a range of slots. An aligned 8-byte word: programs read it by one volatile load
 /// and split it afterwards, and the agent publishes a new set by one store.
@@ -126,8 +126,8 @@ pub struct Backend {
     /// Sets that contain the backend: see [`backend_flags`]. If none does, the backend is draining (terminating, still
     /// serving), and connections to it continue.
     pub flags: u16,
-    /// Index into SERVICES of its service port.
-    pub service: u32,
+    /// Its service port.
+    pub service: ServiceIndex,
     /// Odd while the entry is in use, even after the backend was withdrawn; stored last when the entry is filled, and
     /// first when the backend is withdrawn.
     pub generation: u32,

@@ -3,7 +3,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::layout::layout;
-use super::{Addr, BackendRef};
+use super::{Addr, BackendRef, ServiceIndex};
 
 /// Number of destinations that one unconnected socket is remembered with.
 pub const DESTS_PER_SOCKET: usize = 4;
@@ -33,8 +33,8 @@ pub struct UdpDest {
     pub backend_port: u16,
     /// The backend.
     pub backend: BackendRef,
-    /// Index into SERVICES.
-    pub service: u32,
+    /// The service port.
+    pub service: ServiceIndex,
     /// Time of the oldest datagram without a reply, or of the last one: nanoseconds of CLOCK_MONOTONIC. See
     /// [`crate::logic::udp_dest`].
     pub asked: u64,

@@ -3,7 +3,7 @@
 use super::delivery;
 use super::ip128::Ip128;
 use super::translation::Tuple;
-use crate::abi::{BackendRef, CtEntryWords, CtKeyWords, Set};
+use crate::abi::{BackendRef, CtEntryWords, CtKeyWords, ServiceIndex, Set};
 
 impl CtKeyWords {
     /// Returns the key of the packets that have a tuple and an IANA protocol number.
@@ -43,7 +43,7 @@ impl CtEntryWords {
     /// Returns the entry of a new flow; `now` is in nanoseconds of CLOCK_MONOTONIC.
     #[inline(always)]
     #[must_use]
-    pub const fn new(translated: &Tuple, backend: BackendRef, service: u32, set: Set, now: u64) -> Self {
+    pub const fn new(translated: &Tuple, backend: BackendRef, service: ServiceIndex, set: Set, now: u64) -> Self {
         Self {
             src: translated.src.0,
             dst: translated.dst.0,
@@ -138,8 +138,9 @@ mod tests {
             dst_port,
         };
         let backend = BackendRef { id: 5, generation: 7 };
+        let owner = ServiceIndex::new(9);
         let key = CtKeyWords::new(&tuple(1, 1000, 2, 80), 6);
-        let entry = CtEntryWords::new(&tuple(3, 61_000, 4, 8080), backend, 9, Set::External, 11);
+        let entry = CtEntryWords::new(&tuple(3, 61_000, 4, 8080), backend, owner, Set::External, 11);
         assert_eq!(
             (key.as_key().proto, key.as_key().src_port, key.as_key().pad),
             (6, 1000, [0; 3])
@@ -152,7 +153,7 @@ mod tests {
             set,
             ..
         } = *entry.as_entry();
-        assert_eq!((stored, service, seen, set), (backend, 9, 11, Set::External as u8));
+        assert_eq!((stored, service, seen, set), (backend, owner, 11, Set::External as u8));
         let other_key = entry.reverse_key(&key);
         assert_eq!(*other_key.as_key(), reverse_key(entry.as_entry(), 6));
         let other = entry.reversed(&key);

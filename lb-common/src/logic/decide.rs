@@ -7,17 +7,15 @@ use super::frontend::{self, Destination, Tables};
 use super::ip128::Ip128;
 use super::packet::Packet;
 use super::selection;
-use crate::abi::{DropReason, Frontend, cluster_flags};
-
-use crate::abi::Set;
+use crate::abi::{DropReason, Frontend, ServiceIndex, Set, cluster_flags};
 
 /// The maps that a decision reads in addition to those of [`Tables`].
 pub trait Services: Tables {
     /// A handle of one entry of SERVICES.
     type Service: Copy;
 
-    /// Returns the entry of SERVICES with an index, if the index is in range.
-    fn service(&self, index: u32) -> Option<Self::Service>;
+    /// Returns an entry of SERVICES, if the index is in range.
+    fn service(&self, index: ServiceIndex) -> Option<Self::Service>;
     /// Returns the [`crate::abi::service_flags`] of an entry.
     fn flags(&self, service: Self::Service) -> u32;
 }
@@ -26,8 +24,8 @@ pub trait Services: Tables {
 pub trait PacketTables: Services {
     /// Returns the [`cluster_flags`] of the longest prefix in CLUSTER_CIDRS that contains the address, or zero.
     fn cluster_flags(&self, addr: Ip128) -> u32;
-    /// Returns whether SOURCE_RANGES has a range of the service index that contains the address.
-    fn is_in_source_range(&self, service: u32, addr: Ip128) -> bool;
+    /// Returns whether SOURCE_RANGES has a range of the service port that contains the address.
+    fn is_in_source_range(&self, service: ServiceIndex, addr: Ip128) -> bool;
 }
 
 /// The frontend lookup of a socket.
@@ -204,7 +202,7 @@ mod tests {
                 (addr, 30001) if addr.same(addr.unspecified()) => (1, FrontendKind::NodePort),
                 _ => return None,
             };
-            Some(Frontend::new(service, kind))
+            Some(frontend(service, kind))
         }
 
         fn is_node_address(&self, addr: Ip128) -> bool {
@@ -217,14 +215,18 @@ mod tests {
     }
 
     impl Services for Fake {
-        type Service = u32;
+        type Service = ServiceIndex;
 
-        fn service(&self, index: u32) -> Option<u32> {
-            (index < 9).then_some(index)
+        fn service(&self, index: ServiceIndex) -> Option<ServiceIndex> {
+            (index.get() < 9).then_some(index)
         }
 
-        fn flags(&self, service: u32) -> u32 {
-            if service == 2 { service_flags::SOURCE_RANGES } else { 0 }
+        fn flags(&self, service: ServiceIndex) -> u32 {
+            if service.get() == 2 {
+                service_flags::SOURCE_RANGES
+            } else {
+                0
+            }
         }
     }
 
@@ -237,9 +239,13 @@ mod tests {
             }
         }
 
-        fn is_in_source_range(&self, service: u32, addr: Ip128) -> bool {
-            service == 2 && addr == ALLOWED
+        fn is_in_source_range(&self, service: ServiceIndex, addr: Ip128) -> bool {
+            service.get() == 2 && addr == ALLOWED
         }
+    }
+
+    fn frontend(service: u32, kind: FrontendKind) -> Frontend {
+        Frontend::new(ServiceIndex::new(service), kind)
     }
 
     fn to(addr: Ip128, port: u16) -> Destination {
@@ -301,7 +307,7 @@ mod tests {
         ] {
             let found = packet_frontend(&Fake { on_node: false }, arrival, to(addr, port));
             assert_eq!(
-                found.map(|found| found.map(|frontend| frontend.service)),
+                found.map(|found| found.map(|frontend| frontend.service.get())),
                 expected,
                 "{arrival:?} {addr:?} {port}"
             );
@@ -310,11 +316,11 @@ mod tests {
 
     #[test]
     fn table_of_admitted_packets() {
-        let cluster_ip = Frontend::new(1, FrontendKind::ClusterIp);
-        let node_port = Frontend::new(1, FrontendKind::NodePort);
-        let load_balancer = Frontend::new(2, FrontendKind::LoadBalancer);
-        let external_ip = Frontend::new(2, FrontendKind::ExternalIp);
-        let out_of_range = Frontend::new(9, FrontendKind::ClusterIp);
+        let cluster_ip = frontend(1, FrontendKind::ClusterIp);
+        let node_port = frontend(1, FrontendKind::NodePort);
+        let load_balancer = frontend(2, FrontendKind::LoadBalancer);
+        let external_ip = frontend(2, FrontendKind::ExternalIp);
+        let out_of_range = frontend(9, FrontendKind::ClusterIp);
         for (frontend, client, at_egress, expected) in [
             (cluster_ip, OUTSIDE, false, Ok((Set::Internal, false))),
             (cluster_ip, POD, false, Ok((Set::Internal, true))),
@@ -352,15 +358,15 @@ mod tests {
         assert_eq!(lookup(false, true, VIP, 81), Ok(SocketFrontend::OtherNamespace));
         assert_eq!(lookup(true, true, OUTSIDE, 80), Ok(SocketFrontend::None));
         assert_eq!(lookup(false, false, VIP, 81), Err(DropReason::NoSuchPort));
-        let Ok(SocketFrontend::Found(frontend)) = lookup(false, false, VIP, 80) else {
+        let Ok(SocketFrontend::Found(found)) = lookup(false, false, VIP, 80) else {
             panic!("the cluster IP is a frontend");
         };
         let fake = Fake { on_node: false };
-        let admission = admit_socket(&fake, frontend).map(|admission| admission.map(|a| (a.service, a.set)));
-        assert_eq!(admission, Ok(Some((1, Set::Internal))));
-        let load_balancer = Frontend::new(2, FrontendKind::LoadBalancer);
+        let admission = admit_socket(&fake, found).map(|admission| admission.map(|a| (a.service, a.set)));
+        assert_eq!(admission, Ok(Some((ServiceIndex::new(1), Set::Internal))));
+        let load_balancer = frontend(2, FrontendKind::LoadBalancer);
         assert_eq!(admit_socket(&fake, load_balancer), Ok(None));
-        let out_of_range = Frontend::new(9, FrontendKind::ClusterIp);
+        let out_of_range = frontend(9, FrontendKind::ClusterIp);
         assert_eq!(admit_socket(&fake, out_of_range), Err(DropReason::BadServiceIndex));
         let mark = Frontend::mark(FrontendKind::Address);
         assert_eq!(admit_socket(&fake, mark), Err(DropReason::NoSuchPort));

@@ -147,7 +147,7 @@ pub fn binds_node_port(tables: &impl Tables, to: Destination) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::abi::Addr;
+    use crate::abi::{Addr, ServiceIndex};
     use core::net::IpAddr;
 
     struct Fake {
@@ -173,7 +173,7 @@ mod tests {
                 .filter(|(addr, port, proto, ..)| (words(addr), *port, *proto) == (key.addr, key.port, key.proto));
             found
                 .next()
-                .map(|(_, _, _, service, kind)| Frontend::new(*service, *kind))
+                .map(|(_, _, _, service, kind)| Frontend::new(ServiceIndex::new(*service), *kind))
         }
 
         fn is_node_address(&self, addr: Ip128) -> bool {
@@ -228,7 +228,7 @@ mod tests {
             ("192.0.2.1", 80, Ok(None), Ok(None)),
         ];
         for (addr, port, node, pod) in cases {
-            let found = |on_node| of_socket(&fake(on_node), to(addr, port)).map(|found| found.map(|f| f.service));
+            let found = |on_node| of_socket(&fake(on_node), to(addr, port)).map(|found| found.map(|f| f.service.get()));
             assert_eq!(found(true), node, "{addr}:{port} from the node");
             assert_eq!(found(false), pod, "{addr}:{port} from a pod");
         }
@@ -257,7 +257,7 @@ mod tests {
         ];
         for (addr, port, expected) in cases {
             for on_node in [true, false] {
-                let found = of_packet(&fake(on_node), to(addr, port)).map(|found| found.map(|f| f.service));
+                let found = of_packet(&fake(on_node), to(addr, port)).map(|found| found.map(|f| f.service.get()));
                 assert_eq!(found, expected, "{addr}:{port}");
             }
         }
@@ -265,7 +265,7 @@ mod tests {
 
     #[test]
     fn source_ranges_apply_to_load_balancer_addresses() {
-        let kind = |kind| Frontend::new(1, kind);
+        let kind = |kind| Frontend::new(ServiceIndex::new(1), kind);
         assert!(has_source_ranges(
             kind(FrontendKind::LoadBalancer),
             service_flags::SOURCE_RANGES

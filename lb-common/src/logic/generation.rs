@@ -1,6 +1,6 @@
 //! Generations of services and backends: indexes are reused, so a reference needs more than an index.
 
-use crate::abi::{Addr, Backend};
+use crate::abi::{Addr, Backend, ServiceIndex};
 
 /// Returns whether an entry with this generation is in use.
 #[inline(always)]
@@ -40,7 +40,7 @@ pub const fn is_current(entry: u32, reference: u32) -> bool {
 
 /// Returns the seal of a backend: FNV-1a, 32 bits, over the fields that do not change while it is in use.
 #[must_use]
-pub fn seal(addr: Addr, port: u16, service: u32, generation: u32) -> u32 {
+pub fn seal(addr: Addr, port: u16, service: ServiceIndex, generation: u32) -> u32 {
     let mut hash = 0x811c_9dc5_u32;
     let mut mix = |bytes: &[u8]| {
         for byte in bytes {
@@ -49,7 +49,7 @@ pub fn seal(addr: Addr, port: u16, service: u32, generation: u32) -> u32 {
     };
     mix(&addr.bytes);
     mix(&port.to_le_bytes());
-    mix(&service.to_le_bytes());
+    mix(&service.get().to_le_bytes());
     mix(&generation.to_le_bytes());
     hash
 }
@@ -87,6 +87,7 @@ mod tests {
     #[test]
     fn a_seal_covers_every_field() {
         let a = Addr::from_v4([10, 0, 0, 1]);
+        let seal = |addr, port, service, generation| seal(addr, port, ServiceIndex::new(service), generation);
         let base = seal(a, 80, 1, 1);
         assert_ne!(base, seal(Addr::from_v4([10, 0, 0, 2]), 80, 1, 1));
         assert_ne!(base, seal(a, 81, 1, 1));

@@ -74,11 +74,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::abi::ServiceIndex;
     use crate::errno::{ECONNREFUSED, EHOSTUNREACH};
+
+    const SERVICE: ServiceIndex = ServiceIndex::new(1);
 
     #[test]
     fn cluster_ips_have_the_internal_set_and_all_else_the_whole_cluster() {
-        let set = |kind| set_for_socket(Frontend::new(1, kind));
+        let set = |kind| set_for_socket(Frontend::new(SERVICE, kind));
         assert_eq!(set(FrontendKind::ClusterIp), Ok(Set::Internal));
         for kind in [
             FrontendKind::NodePort,
@@ -90,7 +93,7 @@ mod tests {
         for mark in [FrontendKind::Address, FrontendKind::ExternalAddress] {
             assert_eq!(set(mark), Err(DropReason::NoSuchPort));
         }
-        let mut unknown = Frontend::new(1, FrontendKind::ClusterIp);
+        let mut unknown = Frontend::new(SERVICE, FrontendKind::ClusterIp);
         for kind in [0, 7, 255] {
             unknown.kind = kind;
             assert_eq!(set_for_socket(unknown), Err(DropReason::BadKind));
@@ -99,13 +102,13 @@ mod tests {
 
     #[test]
     fn the_policy_is_for_packets_from_outside() {
-        let set = |kind, inside| set_for_packet(Frontend::new(1, kind), inside);
+        let set = |kind, inside| set_for_packet(Frontend::new(SERVICE, kind), inside);
         for inside in [true, false] {
             assert_eq!(set(FrontendKind::ClusterIp, inside), Ok(Set::Internal));
             for mark in [FrontendKind::Address, FrontendKind::ExternalAddress] {
                 assert_eq!(set(mark, inside), Err(DropReason::NoSuchPort));
             }
-            let mut unknown = Frontend::new(1, FrontendKind::ClusterIp);
+            let mut unknown = Frontend::new(SERVICE, FrontendKind::ClusterIp);
             for kind in [0, 7, 255] {
                 unknown.kind = kind;
                 assert_eq!(set_for_packet(unknown, inside), Err(DropReason::BadKind));

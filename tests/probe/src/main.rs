@@ -118,7 +118,7 @@ fn look_up(request: &LookupRequest, trace: &mut LookupTrace) -> Result<(), Verdi
     // SAFETY: the pointer refers to a value of the map, which is 8 bytes long and 8-byte aligned. The value may change at
     // any time, so the read is volatile.
     let frontend = Frontend::from_word(unsafe { ptr::read_volatile(word.cast::<u64>()) });
-    trace.service = frontend.service;
+    trace.service = frontend.service.get();
     if frontend.kind != FrontendKind::ClusterIp as u8 {
         return Err(Verdict::WrongKind);
     }
@@ -126,7 +126,9 @@ fn look_up(request: &LookupRequest, trace: &mut LookupTrace) -> Result<(), Verdi
         linger();
     }
 
-    let service = SERVICES.get_ptr(frontend.service).ok_or(Verdict::IndexOutOfRange)?;
+    let service = SERVICES
+        .get_ptr(frontend.service.get())
+        .ok_or(Verdict::IndexOutOfRange)?;
     // SAFETY: the pointer refers to a value of the map, in which a set word is 8 bytes long and 8-byte aligned.
     let word = unsafe { ptr::read_volatile((&raw const (*service).internal).cast::<u64>()) };
     let set = SetWord::from_word(word);

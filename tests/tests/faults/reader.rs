@@ -82,7 +82,7 @@ struct Chain {
 
 impl Chain {
     fn of(dump: &Dump, frontend: Frontend) -> Self {
-        let service = dump.services.get(frontend.service as usize).copied();
+        let service = dump.service(frontend.service).copied();
         let words = service.map_or_else(Default::default, |service| {
             [service.internal, service.external, service.cluster]
         });
@@ -113,12 +113,12 @@ impl Chain {
         ensure!(pad == [0; 3], "bytes in the padding");
         let kind = FrontendKind::from_u8(kind).context("unknown frontend kind")?;
         if kind.is_mark() {
-            ensure!(index == 0, "a mark leads to a service");
+            ensure!(index.is_none(), "a mark leads to a service");
             return Ok(());
         }
         let service = self.service.context("the service is out of range")?;
         ensure!(
-            index != 0 && generation::is_live(service.generation),
+            !index.is_none() && generation::is_live(service.generation),
             "the service is not live"
         );
         let name = self.name.context("the service has no name")?;

@@ -30,7 +30,7 @@ fn consistent_maps_are_adopted_unchanged() {
     assert_eq!(orphans, Orphans::default());
     assert_eq!(actual.ports.len(), 2);
     let web = web(&actual);
-    assert_eq!((web.index, web.backends.iter().count()), (2, 3));
+    assert_eq!((web.index.get(), web.backends.iter().count()), (2, 3));
     let lengths = web.sets.clone().map(|set| set.members.map(|members| members.len()));
     assert_eq!(lengths, [Some(1), Some(1), Some(2)]);
     assert_eq!(
@@ -41,14 +41,14 @@ fn consistent_maps_are_adopted_unchanged() {
         (actual.indexes.used(), actual.ids.used(), actual.slots.used()),
         (2, 4, 4)
     );
-    assert_eq!(actual.references, [(1, 1), (2, 1)].into());
+    assert_eq!(actual.references, [1, 2].map(|n| (ServiceIndex::new(n), 1)).into());
 }
 
 #[test]
 fn entries_without_an_owner_are_orphans() {
     // Without a name, the index, its backends and its slots are removed as those of a deleted Service.
     let (actual, orphans) = adopted(|dump| {
-        dump.names.remove(&2);
+        dump.names.remove(&ServiceIndex::new(2));
     });
     assert_eq!(orphans, Orphans::default());
     assert_eq!(
@@ -62,14 +62,14 @@ fn entries_without_an_owner_are_orphans() {
         .find(|(id, _)| id.service.namespace.is_empty())
         .unwrap();
     assert_eq!(
-        (&*stray.service.name, port.index, port.backends.iter().count()),
+        (&*stray.service.name, port.index.get(), port.backends.iter().count()),
         ("(stray index 2)", 2, 3)
     );
 
     // A backend of an index without an owner.
     let (actual, orphans) = adopted(|dump| {
         let backend = dump.backends[1];
-        let service = 9;
+        let service = ServiceIndex::new(9);
         let seal = generation::seal(backend.addr, backend.port, service, 1);
         dump.backends[40] = Backend {
             service,
@@ -82,11 +82,12 @@ fn entries_without_an_owner_are_orphans() {
     assert_eq!(actual.ids.used(), 5, "never given out again before it is withdrawn");
 
     // A name beyond the end.
+    let beyond = ServiceIndex::new(ROOM[SizedMap::Services]);
     let (_, orphans) = adopted(|dump| {
-        let name = dump.names[&1];
-        dump.names.insert(ROOM[SizedMap::Services], name);
+        let name = dump.names[&ServiceIndex::new(1)];
+        dump.names.insert(beyond, name);
     });
-    assert_eq!(orphans.names, [ROOM[SizedMap::Services]].into());
+    assert_eq!(orphans.names, [beyond].into());
 }
 
 #[test]
@@ -121,17 +122,18 @@ fn a_wrong_set_is_unknown_and_its_slots_are_not_reused() {
 
 #[test]
 fn of_two_with_one_name_the_one_that_frontends_lead_to_stays() {
+    let (lower, higher) = (ServiceIndex::new(1), ServiceIndex::new(2));
     let (actual, _) = adopted(|dump| {
-        let name = dump.names[&2];
-        dump.names.insert(1, name);
+        let name = dump.names[&higher];
+        dump.names.insert(lower, name);
     });
-    assert_eq!(web(&actual).index, 1, "both are led to: the lower");
+    assert_eq!(web(&actual).index, lower, "both are led to: the lower");
     let (actual, _) = adopted(|dump| {
-        let name = dump.names[&2];
-        dump.names.insert(1, name);
-        dump.frontends.retain(|_, value| value.service != 1);
+        let name = dump.names[&higher];
+        dump.names.insert(lower, name);
+        dump.frontends.retain(|_, value| value.service != lower);
     });
-    assert_eq!(web(&actual).index, 2);
+    assert_eq!(web(&actual).index, higher);
 }
 
 #[test]
@@ -179,7 +181,7 @@ fn a_name_gives_the_identity_back() {
         None
     );
     assert_eq!(
-        port_id(&name_of(&orphan_id(7), 0, 1)),
+        port_id(&name_of(&orphan_id(ServiceIndex::new(7)), 0, 1)),
         None,
         "no entry can claim to be a stray"
     );

@@ -185,7 +185,7 @@ fn affinity_decides_while_it_holds() {
     assert_eq!(eligible(&answer).len(), 2);
     assert!(!answer.affinity.unwrap().holds, "new");
 
-    let key = AffinityKey::of_netns(POD.netns, 1);
+    let key = AffinityKey::of_netns(POD.netns, ServiceIndex::new(1));
     let entry = |id, generation, used| Affinity {
         backend: BackendRef { id, generation },
         used: used * SECOND,
@@ -231,10 +231,7 @@ fn connected(maps: &Snapshot, asker: Asker, to: Destination, random: u32) -> Res
         return Ok(None);
     };
     let set = selection::set_for_socket(frontend)?;
-    let services = &maps.dump.services;
-    let service = services
-        .get(frontend.service as usize)
-        .ok_or(DropReason::BadServiceIndex)?;
+    let service = maps.dump.service(frontend.service).ok_or(DropReason::BadServiceIndex)?;
     if frontend::has_source_ranges(frontend, service.flags) {
         return Ok(None);
     }

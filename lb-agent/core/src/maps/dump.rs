@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, SetWord, SourceRange,
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, ServiceIndex, SetWord, SourceRange,
     backend_flags, cluster_flags, service_flags, set_flags,
 };
 use lb_common::logic::generation;
@@ -25,7 +25,7 @@ pub struct Dump {
     /// BACKENDS, by id.
     pub backends: Vec<Backend>,
     /// NAMES.
-    pub names: BTreeMap<u32, Name>,
+    pub names: BTreeMap<ServiceIndex, Name>,
     /// SOURCE_RANGES.
     pub source_ranges: BTreeMap<Prefix<SourceRange>, u32>,
     /// CLUSTER_CIDRS.
@@ -33,6 +33,16 @@ pub struct Dump {
 }
 
 impl Dump {
+    /// Returns an entry of SERVICES, if the index is in range.
+    pub fn service(&self, index: ServiceIndex) -> Option<&Service> {
+        self.services.get(index.to_usize())
+    }
+
+    /// Returns the entries of SERVICES with their indexes.
+    pub fn indexed_services(&self) -> impl Iterator<Item = (ServiceIndex, &Service)> {
+        (0..).map(ServiceIndex::new).zip(&self.services)
+    }
+
     /// Returns the longest network in CLUSTER_CIDRS that contains an address, with its flags.
     pub fn cluster_cidr(&self, addr: Addr) -> Option<(&Prefix<Addr>, u32)> {
         let around = self.cluster_cidrs.iter().filter(|(cidr, _)| cidr.contains(addr));
@@ -62,18 +72,19 @@ impl fmt::Display for Rendering<'_> {
         writeln!(f, "frontends")?;
         for (key, value) in &self.0.frontends {
             let kind = FrontendKind::from_u8(value.kind).map_or("(unknown kind)", FrontendKind::label);
-            match FrontendKind::from_u8(value.kind) {
-                Some(FrontendKind::Address | FrontendKind::ExternalAddress) => writeln!(f, "  {} {kind}", key.addr)?,
-                _ => writeln!(
+            if value.is_mark() {
+                writeln!(f, "  {} {kind}", key.addr)?;
+            } else {
+                writeln!(
                     f,
                     "  {}/{} {kind} -> service {}",
                     key.addr.socket(key.port),
                     Protocol::from_number(key.proto).map_or_else(|| key.proto.to_string(), |it| it.to_string()),
                     value.service
-                )?,
+                )?;
             }
         }
-        for (index, service) in (0_u32..).zip(&self.0.services) {
+        for (index, service) in self.0.indexed_services() {
             if generation::is_live(service.generation) || self.0.names.contains_key(&index) {
                 self.service(f, index, service)?;
             }
@@ -102,11 +113,11 @@ impl fmt::Display for Rendering<'_> {
 }
 
 impl Rendering<'_> {
-    fn service(&self, f: &mut fmt::Formatter<'_>, index: u32, service: &Service) -> fmt::Result {
+    fn service(&self, f: &mut fmt::Formatter<'_>, index: ServiceIndex, service: &Service) -> fmt::Result {
         let name = self.0.names.get(&index);
         match name.map(|name| (name.port, port_id(name))) {
             Some((port, Some(id))) => write!(f, "service {index}: {id}, port {port}")?,
-            _ => write!(f, "service {index}: (no name)")?,
+            Some((_, None)) | None => write!(f, "service {index}: (no name)")?,
         }
         if service.flags & service_flags::AFFINITY != 0 {
             write!(f, ", affinity {} s", service.affinity_timeout)?;

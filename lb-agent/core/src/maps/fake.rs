@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, Set, SetWord, SizedMap,
-    SourceRange, map_name, map_spec, service_flags,
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, ServiceIndex, Set, SetWord,
+    SizedMap, SourceRange, map_name, map_spec, service_flags,
 };
 use lb_common::logic::generation;
 
@@ -28,12 +28,12 @@ pub struct FakeMaps {
     /// Slots that a program may still read, with the request for a grace period that ends this.
     slots_in_sight: BTreeMap<u32, Epoch>,
     /// Service indexes that a program may still use, with the request for a grace period that ends this.
-    services_in_sight: BTreeMap<u32, Epoch>,
+    services_in_sight: BTreeMap<ServiceIndex, Epoch>,
     /// Backends that a program may still use, with the request for a grace period that ends this.
     backends_in_sight: BTreeMap<u32, Epoch>,
     /// Services that a program may still treat as restricted by source, with the request for a grace period that ends
     /// this.
-    restrictions_in_sight: BTreeMap<u32, Epoch>,
+    restrictions_in_sight: BTreeMap<ServiceIndex, Epoch>,
     /// Size of SOURCE_RANGES.
     source_ranges: u32,
     checks: Checks,
@@ -107,12 +107,10 @@ impl FakeMaps {
     pub fn pass_grace_until(&mut self, epoch: Epoch) {
         self.passed = self.passed.max(epoch.min(self.requested));
         let passed = self.passed;
-        for seen in [
-            &mut self.slots_in_sight,
-            &mut self.services_in_sight,
-            &mut self.backends_in_sight,
-            &mut self.restrictions_in_sight,
-        ] {
+        for seen in [&mut self.slots_in_sight, &mut self.backends_in_sight] {
+            seen.retain(|_, epoch| *epoch > passed);
+        }
+        for seen in [&mut self.services_in_sight, &mut self.restrictions_in_sight] {
             seen.retain(|_, epoch| *epoch > passed);
         }
         self.deleted = self.deleted.filter(|epoch| *epoch > passed);
@@ -137,23 +135,23 @@ impl FakeMaps {
                 None => panic!("{key:?} is of no kind"),
                 Some(FrontendKind::Address | FrontendKind::ExternalAddress) => {
                     assert_eq!(*key, FrontendKey::address_mark(key.addr), "a mark on a port");
-                    assert_eq!(value.service, 0, "a mark leads to a service");
+                    assert_eq!(value.service, ServiceIndex::NONE, "a mark leads to a service");
                 }
                 Some(_) => {
                     assert!(
-                        key.port != 0 && value.service != 0,
+                        key.port != 0 && !value.service.is_none(),
                         "{key:?} leads to {}",
                         value.service
                     );
                     self.assert_service(value.service, &format!("{key:?}"));
-                    let generation = self.contents.services[value.service as usize].generation;
+                    let generation = self.contents.services[value.service.to_usize()].generation;
                     let named = self.contents.names.get(&value.service).map(|name| name.generation);
                     assert_eq!(named, Some(generation), "{key:?} leads to a service without a name");
                 }
             }
         }
         for index in self.services_in_sight.keys() {
-            let service = self.contents.services.get(*index as usize);
+            let service = self.contents.service(*index);
             assert!(
                 service.is_some_and(|service| generation::is_live(service.generation)),
                 "service {index} is gone, but a program may hold it"
@@ -170,8 +168,8 @@ impl FakeMaps {
         }
     }
 
-    fn assert_service(&self, index: u32, who: &str) {
-        let service = self.contents.services.get(index as usize);
+    fn assert_service(&self, index: ServiceIndex, who: &str) {
+        let service = self.contents.service(index);
         let service = service.unwrap_or_else(|| panic!("{who} leads to service {index}, which is out of range"));
         assert!(
             generation::is_live(service.generation),
@@ -182,7 +180,7 @@ impl FakeMaps {
         }
     }
 
-    fn assert_set(&self, index: u32, word: SetWord, who: &str) {
+    fn assert_set(&self, index: ServiceIndex, word: SetWord, who: &str) {
         let base = word.base as usize;
         let slots = self.contents.slots.get(base..base + usize::from(word.len));
         for slot in slots.unwrap_or_else(|| panic!("{who} leads to slots that are out of range: {word:?}")) {
@@ -220,14 +218,14 @@ impl FakeMaps {
 
     /// Records that a program may have read this frontend.
     fn seen(&mut self, frontend: Frontend, epoch: Epoch) {
-        let service = self.contents.services.get(frontend.service as usize);
+        let service = self.contents.service(frontend.service);
         let live = service.is_some_and(|service| generation::is_live(service.generation));
         if live && !frontend.is_mark() && self.checks > Checks::None {
             self.services_in_sight.insert(frontend.service, epoch);
         }
     }
 
-    fn led_to(&self, index: u32) -> bool {
+    fn led_to(&self, index: ServiceIndex) -> bool {
         let mut frontends = self.contents.frontends.values();
         frontends.any(|f| !f.is_mark() && f.service == index)
     }
@@ -244,14 +242,14 @@ impl FakeMaps {
             .position(|service| set_words(service).into_iter().any(overlaps))
     }
 
-    fn has_source_ranges(&self, index: u32) -> bool {
+    fn has_source_ranges(&self, index: ServiceIndex) -> bool {
         let mut ranges = self.contents.source_ranges.keys();
         self.checks > Checks::None && ranges.any(|range| range.data.service == index && range.network().is_some())
     }
 
     /// Asserts that a generation moves by one at a time, so that none is ever used again.
-    fn check_generation(&self, index: u32, new: u32) {
-        if let Some(old) = self.contents.services.get(index as usize) {
+    fn check_generation(&self, index: ServiceIndex, new: u32) {
+        if let Some(old) = self.contents.service(index) {
             let next = [generation::taken(old.generation), generation::withdrawn(old.generation)];
             let by_one = next.contains(&new) && new.wrapping_sub(old.generation) < 2;
             assert!(
@@ -322,7 +320,7 @@ impl Maps for FakeMaps {
         Ok(())
     }
 
-    fn write_service(&mut self, index: u32, value: Service) -> Result<(), MapError> {
+    fn write_service(&mut self, index: ServiceIndex, value: Service) -> Result<(), MapError> {
         assert!(
             self.checks == Checks::None || !self.led_to(index),
             "a service that frontends lead to is overwritten"
@@ -338,17 +336,17 @@ impl Maps for FakeMaps {
                 .for_each(|word| self.assert_set(index, word, "a new service"));
         }
         let len = self.contents.services.len();
-        let at = self.contents.services.get_mut(index as usize);
-        *at.ok_or_else(|| out_of_range(map_name::SERVICES, index, len))? = value;
+        let at = self.contents.services.get_mut(index.to_usize());
+        *at.ok_or_else(|| out_of_range(map_name::SERVICES, index.get(), len))? = value;
         self.wrote(size_of::<Service>());
         Ok(())
     }
 
-    fn write_service_settings(&mut self, index: u32, value: Service) -> Result<(), MapError> {
+    fn write_service_settings(&mut self, index: ServiceIndex, value: Service) -> Result<(), MapError> {
         self.check_generation(index, value.generation);
         let len = self.contents.services.len();
-        let at = self.contents.services.get_mut(index as usize);
-        let at = at.ok_or_else(|| out_of_range(map_name::SERVICES, index, len))?;
+        let at = self.contents.services.get_mut(index.to_usize());
+        let at = at.ok_or_else(|| out_of_range(map_name::SERVICES, index.get(), len))?;
         let was_restricted = at.flags & service_flags::SOURCE_RANGES != 0;
         *at = Service {
             internal: at.internal,
@@ -363,14 +361,17 @@ impl Maps for FakeMaps {
         Ok(())
     }
 
-    fn publish_set(&mut self, index: u32, set: Set, word: SetWord) -> Result<(), MapError> {
+    fn publish_set(&mut self, index: ServiceIndex, set: Set, word: SetWord) -> Result<(), MapError> {
         if self.checks > Checks::None {
             self.assert_set(index, word, "a new set");
         }
         let epoch = self.next_epoch();
         let len = self.contents.services.len();
-        let at = self.contents.services.get_mut(index as usize);
-        let old = set_word_mut(at.ok_or_else(|| out_of_range(map_name::SERVICES, index, len))?, set);
+        let at = self.contents.services.get_mut(index.to_usize());
+        let old = set_word_mut(
+            at.ok_or_else(|| out_of_range(map_name::SERVICES, index.get(), len))?,
+            set,
+        );
         let before = std::mem::replace(old, word);
         self.slots_in_sight
             .extend((before.base..before.base.saturating_add(before.len.into())).map(|slot| (slot, epoch)));
@@ -443,7 +444,7 @@ impl Maps for FakeMaps {
         Ok(())
     }
 
-    fn write_name(&mut self, index: u32, value: &Name) -> Result<(), MapError> {
+    fn write_name(&mut self, index: ServiceIndex, value: &Name) -> Result<(), MapError> {
         let old = self.contents.names.get(&index);
         let there = old.is_some();
         assert!(
@@ -462,11 +463,10 @@ impl Maps for FakeMaps {
         Ok(())
     }
 
-    fn delete_name(&mut self, index: u32) -> Result<(), MapError> {
+    fn delete_name(&mut self, index: ServiceIndex) -> Result<(), MapError> {
         let live = self
             .contents
-            .services
-            .get(index as usize)
+            .service(index)
             .is_some_and(|s| generation::is_live(s.generation));
         assert!(!live, "the name of service {index} is removed while it is live");
         assert!(

@@ -2,8 +2,9 @@
 
 use std::io;
 
-use lb_common::abi::Set;
-use lb_common::abi::{Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, SetWord, SourceRange};
+use lb_common::abi::{
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, ServiceIndex, Set, SetWord, SourceRange,
+};
 
 use super::prefix::Prefix;
 use super::{Capacities, Dump, Epoch, MapError, Maps};
@@ -116,7 +117,7 @@ impl<M: Maps> Maps for FaultyMaps<M> {
         self.run(|maps| maps.delete_frontend(key))
     }
 
-    fn write_service(&mut self, index: u32, value: Service) -> Result<(), MapError> {
+    fn write_service(&mut self, index: ServiceIndex, value: Service) -> Result<(), MapError> {
         // The set words are stored first, the generation last.
         let half = |maps: &mut M| {
             maps.publish_set(index, Set::Internal, value.internal)?;
@@ -125,11 +126,11 @@ impl<M: Maps> Maps for FaultyMaps<M> {
         self.run_torn(|maps| maps.write_service(index, value), half)
     }
 
-    fn write_service_settings(&mut self, index: u32, value: Service) -> Result<(), MapError> {
+    fn write_service_settings(&mut self, index: ServiceIndex, value: Service) -> Result<(), MapError> {
         self.run(|maps| maps.write_service_settings(index, value))
     }
 
-    fn publish_set(&mut self, index: u32, set: Set, word: SetWord) -> Result<(), MapError> {
+    fn publish_set(&mut self, index: ServiceIndex, set: Set, word: SetWord) -> Result<(), MapError> {
         self.run(|maps| maps.publish_set(index, set, word))
     }
 
@@ -150,11 +151,11 @@ impl<M: Maps> Maps for FaultyMaps<M> {
         self.run(|maps| maps.withdraw_backend(id, generation))
     }
 
-    fn write_name(&mut self, index: u32, value: &Name) -> Result<(), MapError> {
+    fn write_name(&mut self, index: ServiceIndex, value: &Name) -> Result<(), MapError> {
         self.run(|maps| maps.write_name(index, value))
     }
 
-    fn delete_name(&mut self, index: u32) -> Result<(), MapError> {
+    fn delete_name(&mut self, index: ServiceIndex) -> Result<(), MapError> {
         self.run(|maps| maps.delete_name(index))
     }
 

@@ -12,8 +12,8 @@ pub mod prefix;
 use std::io;
 
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Capacity, CtEntry, CtKey, Frontend, FrontendKey, MapSpec, Name, Service, Set, SetWord,
-    SourceRange,
+    Addr, Backend, BackendSlot, Capacity, CtEntry, CtKey, Frontend, FrontendKey, MapSpec, Name, Service, ServiceIndex,
+    Set, SetWord, SourceRange,
 };
 
 pub use capacities::Capacities;
@@ -124,19 +124,19 @@ pub trait Maps {
     ///
     /// # Errors
     /// Returns [`MapError::OutOfRange`] if the map is shorter.
-    fn write_service(&mut self, index: u32, value: Service) -> Result<(), MapError>;
+    fn write_service(&mut self, index: ServiceIndex, value: Service) -> Result<(), MapError>;
 
     /// Writes all fields of an entry of SERVICES except the set words. Programs may read it at the same time.
     ///
     /// # Errors
     /// Returns [`MapError::OutOfRange`] if the map is shorter.
-    fn write_service_settings(&mut self, index: u32, value: Service) -> Result<(), MapError>;
+    fn write_service_settings(&mut self, index: ServiceIndex, value: Service) -> Result<(), MapError>;
 
     /// Publishes a set by one 8-byte store.
     ///
     /// # Errors
     /// Returns [`MapError::OutOfRange`] if the map is shorter.
-    fn publish_set(&mut self, index: u32, set: Set, word: SetWord) -> Result<(), MapError>;
+    fn publish_set(&mut self, index: ServiceIndex, set: Set, word: SetWord) -> Result<(), MapError>;
 
     /// Writes slots that no published set contains.
     ///
@@ -166,13 +166,13 @@ pub trait Maps {
     ///
     /// # Errors
     /// Returns [`MapError::Full`] or the error of the system call.
-    fn write_name(&mut self, index: u32, value: &Name) -> Result<(), MapError>;
+    fn write_name(&mut self, index: ServiceIndex, value: &Name) -> Result<(), MapError>;
 
     /// Removes an entry of NAMES, and the counters of its service.
     ///
     /// # Errors
     /// Returns the error of the system call; a missing entry is no error.
-    fn delete_name(&mut self, index: u32) -> Result<(), MapError>;
+    fn delete_name(&mut self, index: ServiceIndex) -> Result<(), MapError>;
 
     /// Adds or replaces an entry of SOURCE_RANGES. The entries of a service are written before the flag that restricts
     /// it to them, and removed before another service gets the index.

@@ -1,7 +1,7 @@
 //! Keys of LPM tries: networks, as the programs compare addresses with them.
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use lb_common::abi::{Addr, SourceRange};
+use lb_common::abi::{Addr, ServiceIndex, SourceRange};
 
 /// A key of an LPM trie: the first `len` bits of `data`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -53,7 +53,7 @@ impl From<IpNet> for Prefix<Addr> {
 impl Prefix<SourceRange> {
     /// Returns the key of SOURCE_RANGES that allows a network to use a service.
     #[must_use]
-    pub fn of(service: u32, net: IpNet) -> Self {
+    pub fn of(service: ServiceIndex, net: IpNet) -> Self {
         let Prefix { data: addr, len } = Prefix::<Addr>::from(net);
         Self {
             data: SourceRange { service, addr },
@@ -71,7 +71,7 @@ impl Prefix<SourceRange> {
 
     /// Returns whether it allows an address to use a service.
     #[must_use]
-    pub fn admits(&self, service: u32, addr: Addr) -> bool {
+    pub fn admits(&self, service: ServiceIndex, addr: Addr) -> bool {
         let net = || self.network().map(Prefix::<Addr>::from);
         self.data.service == service && net().is_some_and(|net| net.contains(addr))
     }
@@ -130,8 +130,8 @@ mod tests {
             let expected = Prefix { data: addr(data), len };
             assert_eq!(key(text), expected, "{text}");
             assert_eq!(key(text).network(), Some(normal(net(text))), "{text}");
-            let range = Prefix::of(7, net(text));
-            assert_eq!((range.len, range.data.service), (32 + len, 7), "{text}");
+            let range = Prefix::of(ServiceIndex::new(7), net(text));
+            assert_eq!((range.len, range.data.service.get()), (32 + len, 7), "{text}");
             assert_eq!(range.network(), Some(normal(net(text))), "{text}");
         }
     }
@@ -146,7 +146,7 @@ mod tests {
         assert_eq!(odd(104).network(), None, "host bits");
         let range = |len| Prefix {
             data: SourceRange {
-                service: 1,
+                service: ServiceIndex::new(1),
                 addr: addr("10.0.0.0"),
             },
             len,
@@ -158,13 +158,14 @@ mod tests {
 
     #[test]
     fn a_range_admits_its_own_to_its_service() {
-        let range = Prefix::of(3, net("10.0.0.0/8"));
-        assert!(range.admits(3, addr("10.255.0.1")));
-        assert!(!range.admits(3, addr("11.0.0.1")));
-        assert!(!range.admits(4, addr("10.255.0.1")));
-        assert!(!range.admits(3, addr("::a00:1")));
-        assert!(Prefix::of(3, net("0.0.0.0/0")).admits(3, addr("192.0.2.1")));
-        assert!(!Prefix::of(3, net("0.0.0.0/0")).admits(3, addr("fd00::1")));
+        let (own, other) = (ServiceIndex::new(3), ServiceIndex::new(4));
+        let range = Prefix::of(own, net("10.0.0.0/8"));
+        assert!(range.admits(own, addr("10.255.0.1")));
+        assert!(!range.admits(own, addr("11.0.0.1")));
+        assert!(!range.admits(other, addr("10.255.0.1")));
+        assert!(!range.admits(own, addr("::a00:1")));
+        assert!(Prefix::of(own, net("0.0.0.0/0")).admits(own, addr("192.0.2.1")));
+        assert!(!Prefix::of(own, net("0.0.0.0/0")).admits(own, addr("fd00::1")));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use lb_common::abi::{FrontendKey, FrontendKind, cluster_flags, service_flags};
+use lb_common::abi::{FrontendKey, FrontendKind, ServiceIndex, cluster_flags, service_flags};
 
 use super::*;
 use crate::maps::Dump;
@@ -34,7 +34,7 @@ fn admits(dump: &Dump, client: &str) -> bool {
     let Some(frontend) = dump.frontends.get(&key(BALANCER, 80)) else {
         return false;
     };
-    let restricted = dump.services[frontend.service as usize].flags & service_flags::SOURCE_RANGES != 0;
+    let restricted = dump.services[frontend.service.to_usize()].flags & service_flags::SOURCE_RANGES != 0;
     let mut ranges = dump.source_ranges.keys();
     !restricted || ranges.any(|range| range.admits(frontend.service, addr(client)))
 }
@@ -165,7 +165,7 @@ fn a_reused_index_has_no_former_ranges() {
 
 #[test]
 fn ranges_of_a_dead_agent_are_removed_before_their_index_is_used() {
-    for index in [1, 5, 16, u32::MAX] {
+    for index in [1, 5, 16, u32::MAX].map(ServiceIndex::new) {
         let mut maps = maps();
         let stale = Prefix::of(index, "10.0.0.0/8".parse().unwrap());
         maps.contents.source_ranges.insert(stale, 0);

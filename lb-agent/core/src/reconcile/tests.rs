@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::random::{any_act, run};
 use super::*;
-use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service, SizedMap};
+use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service, ServiceIndex, SizedMap};
 use lb_common::logic::generation;
 use proptest::prelude::*;
 
@@ -233,7 +233,7 @@ fn identities(lb: &Reconciler<FakeMaps>) -> BTreeMap<String, u32> {
     let names = dump
         .names
         .iter()
-        .map(|(index, name)| (crate::names::port_id(name).unwrap().to_string(), *index));
+        .map(|(index, name)| (crate::names::port_id(name).unwrap().to_string(), index.get()));
     let live = (0..)
         .zip(&dump.backends)
         .filter(|(_, b)| generation::is_live(b.generation));
@@ -283,7 +283,7 @@ fn a_service_is_served() {
     let mark = FrontendKey::address_mark(key("10.96.0.1", 80).addr);
     assert_eq!(
         lb.maps().contents.frontends[&mark],
-        Frontend::new(0, FrontendKind::Address)
+        Frontend::mark(FrontendKind::Address)
     );
     let (usage, _) = lb.usage();
     let want = Usage {
@@ -592,7 +592,7 @@ fn a_local_policy_without_an_endpoint_here_drops_and_without_any_rejects() {
     let (mut lb, mut cluster) = serving();
     let flags = |lb: &Reconciler<FakeMaps>| {
         let index = lb.maps().contents.frontends[&key("10.96.0.1", 80)].service;
-        let service = lb.maps().contents.services[index as usize];
+        let service = lb.maps().contents.services[index.to_usize()];
         crate::actual::set_words(&service).map(|word| (word.len, word.flags))
     };
     cluster.set(service("web", "10.96.0.1").local());
@@ -739,7 +739,7 @@ fn a_frontend_that_passes_to_a_new_service_port_never_misses() {
 #[test]
 fn a_corrupted_service_keeps_its_frontends_if_its_correction_fails() {
     let (lb, cluster) = serving();
-    let index = lb.maps().contents.frontends[&key("10.96.0.1", 80)].service as usize;
+    let index = lb.maps().contents.frontends[&key("10.96.0.1", 80)].service.to_usize();
     let corruptions: [fn(&mut Service); 4] = [
         |service| service.internal.base += 1,
         |service| service.cluster.len = 60,
@@ -768,10 +768,10 @@ fn a_corrupted_service_keeps_its_frontends_if_its_correction_fails() {
 fn orphans_stay_until_every_set_is_known() {
     let (lb, cluster) = serving();
     let mut left = lb.maps().clone().corrupted();
-    let index = left.contents.frontends[&key("10.96.0.1", 80)].service as usize;
+    let index = left.contents.frontends[&key("10.96.0.1", 80)].service.to_usize();
     // Its backend has no owner now, so the content of its set is unknown, and the first correction fails.
     let id = left.contents.slots[left.contents.services[index].internal.base as usize].backend;
-    left.contents.backends[id.id as usize].service = 14;
+    left.contents.backends[id.id as usize].service = ServiceIndex::new(14);
     let mut next = start(FaultyMaps::new(left, u64::MAX, Fault::None));
     next.maps_mut().arm(0, Fault::Fail);
     next.apply(cluster.undelivered().batch());

@@ -78,7 +78,7 @@ fn frontend(dump: &mut Dump, key: FrontendKey) -> &mut Frontend {
     dump.frontends.get_mut(&key).unwrap()
 }
 
-fn name(dump: &mut Dump, index: u32) -> &mut Name {
+fn name(dump: &mut Dump, index: ServiceIndex) -> &mut Name {
     dump.names.get_mut(&index).unwrap()
 }
 
@@ -90,7 +90,7 @@ fn of_frontends(dump: &Dump) -> Vec<Corruption> {
             port => format!("FRONTENDS[{}:{port}, protocol 6]", key.addr),
         };
         let field = |name: &str| format!("{place}.{name}");
-        let services = [0, 1, 2, 3, 4, 5, 6, 7, 8, 15, 16, u32::MAX];
+        let services = [0, 1, 2, 3, 4, 5, 6, 7, 8, 15, 16, u32::MAX].map(ServiceIndex::new);
         vary(
             &mut all,
             dump,
@@ -143,7 +143,7 @@ fn of_services(dump: &Dump) -> Vec<Corruption> {
         .flat_map(|w| [w.base, w.base + 1])
         .chain([100, 127, 128, u32::MAX])
         .collect();
-    for index in dump.names.keys().map(|index| *index as usize) {
+    for index in dump.names.keys().map(|index| index.to_usize()) {
         let field = |name: &str| format!("SERVICES[{index}].{name}");
         for (set, name) in [
             (Set::Internal, "internal"),
@@ -288,7 +288,7 @@ fn of_backends(dump: &Dump) -> Vec<Corruption> {
             dump,
             &field("service"),
             move |d| &mut d.backends[id].service,
-            &[0, 1, 2, 3, 4, 9, u32::MAX],
+            &[0, 1, 2, 3, 4, 9, u32::MAX].map(ServiceIndex::new),
         );
         vary(
             &mut all,
@@ -354,7 +354,7 @@ fn of_names(dump: &Dump) -> Vec<Corruption> {
         for new in [0, 12, 15, 16, u32::MAX] {
             let moved = move |d: &mut Dump| {
                 let name = d.names.remove(&index).unwrap();
-                d.names.insert(new, name);
+                d.names.insert(ServiceIndex::new(new), name);
             };
             let place = if (1..16).contains(&new) {
                 "SERVICES".to_owned()
@@ -391,7 +391,8 @@ fn of_tries(dump: &Dump) -> Vec<Corruption> {
             addr: OTHER,
             ..key.data
         };
-        let services = [0, 1, 8, 11, 15, 16, u32::MAX].map(|service| SourceRange { service, ..key.data });
+        let services = [0, 1, 8, 11, 15, 16, u32::MAX].map(ServiceIndex::new);
+        let services = services.map(|service| SourceRange { service, ..key.data });
         let datas = [other].into_iter().chain(services).map(|data| Prefix { data, ..key });
         for new in lens.into_iter().chain(datas) {
             let set = move |d: &mut Dump| {

@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::Ebpf;
 use lb_agent::loader::{self, Cgroup, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
-use lb_common::abi::SizedMap;
+use lb_common::abi::{ServiceIndex, SizedMap};
 use lb_core::maps::Capacities;
 use lb_core::model::Batch;
 use lb_core::reconcile::Reconciler;
@@ -195,7 +195,9 @@ impl TestBed {
     pub(crate) fn connections(&self) -> Result<u64> {
         let maps = self.reconciler.maps().pinned();
         // Service index zero is unused.
-        (0..=self.services.number).try_fold(0, |sum, service| Ok(sum + maps.stats(service)?.connections))
+        (0..=self.services.number).try_fold(0, |sum, service| {
+            Ok(sum + maps.stats(ServiceIndex::new(service))?.connections)
+        })
     }
 
     pub(crate) fn runs(&self, maker: Maker, hook: programs::Hook) -> Result<programs::Runs> {

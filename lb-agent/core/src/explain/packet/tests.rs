@@ -2,7 +2,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use ipnet::IpNet;
-use lb_common::abi::{Affinity, BackendRef, CtEntry, CtKey, FrontendKey, FrontendKind, Set, service_flags};
+use lb_common::abi::{
+    Affinity, BackendRef, CtEntry, CtKey, FrontendKey, FrontendKind, ServiceIndex, Set, service_flags,
+};
 use lb_common::logic::{affinity, selection};
 use proptest::prelude::*;
 
@@ -154,7 +156,7 @@ fn affinity_is_by_the_clients_address() {
     let mut maps = snapshot(false, &BOTH);
     maps.dump.services[1].flags |= service_flags::AFFINITY;
     maps.dump.services[1].affinity_timeout = 60;
-    let key = AffinityKey::of_addr(ip(OUTSIDE).into(), 1);
+    let key = AffinityKey::of_addr(ip(OUTSIDE).into(), ServiceIndex::new(1));
     let entry = Affinity {
         backend: BackendRef {
             id: 2,
@@ -204,7 +206,7 @@ fn translated(maps: &Snapshot, from: IpAddr, to: Destination, random: u32) -> Re
     let Some(frontend) = frontend::of_packet(&view, to)? else {
         return Ok(None);
     };
-    let service = maps.dump.services.get(frontend.service as usize);
+    let service = maps.dump.service(frontend.service);
     let service = service.ok_or(DropReason::BadServiceIndex)?;
     let addr = from.into();
     if frontend.kind == FrontendKind::LoadBalancer as u8
@@ -255,7 +257,8 @@ proptest! {
         for (net, flags) in networks {
             maps.dump.cluster_cidrs.insert(Prefix::from(net.parse::<IpNet>().unwrap()), flags);
         }
-        maps.dump.source_ranges.insert(Prefix::of(admitted, "203.0.113.0/24".parse().unwrap()), 0);
+        let admitted = Prefix::of(ServiceIndex::new(admitted), "203.0.113.0/24".parse().unwrap());
+        maps.dump.source_ranges.insert(admitted, 0);
         if let Some(backend) = maps.dump.backends.get(seen as usize) {
             let key = AffinityKey::of_addr(ip(OUTSIDE).into(), backend.service);
             maps.affinity.insert(key, Affinity { backend: BackendRef { id: seen, generation: backend.generation }, used: 95 * SECOND });

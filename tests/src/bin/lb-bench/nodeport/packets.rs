@@ -19,7 +19,7 @@ use etherparse::{PacketBuilder, PacketBuilderStep};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_agent::maps::ct::CtMaps;
-use lb_common::abi::{Device, SizedMap, map_name, program_name};
+use lb_common::abi::{Device, ServiceIndex, SizedMap, map_name, program_name};
 use lb_core::maps::Capacities;
 use lb_core::model::{
     Batch, Change, Endpoint, EndpointLocation, EndpointPort, EndpointSlice, Node as NodeObject, Object, ObjectKey,
@@ -713,7 +713,9 @@ impl TestBed {
     /// Returns the flows that the programs have counted, over all Services.
     fn connections(&self) -> Result<u64> {
         let maps = self.reconciler.maps().pinned();
-        (0..self.capacities[SizedMap::Services]).try_fold(0, |sum, service| Ok(sum + maps.stats(service)?.connections))
+        (0..self.capacities[SizedMap::Services]).try_fold(0, |sum, service| {
+            Ok(sum + maps.stats(ServiceIndex::new(service))?.connections)
+        })
     }
 
     /// Removes the bed.
