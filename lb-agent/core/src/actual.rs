@@ -9,18 +9,18 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, ServiceIndex, Set, SetWord, SizedMap,
-    SourceRange, backend_flags, set_flags,
+    Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, ServiceIndex, SetWord, SizedMap, SourceRange,
+    backend_flags, set_flags,
 };
 use lb_common::logic::generation;
 
 pub(crate) use self::backends::{ActualBackend, BackendMap, Backends};
 use crate::alloc::{Indexes, Range, SlotRanges};
-use crate::desired::{DesiredSet, PortId, SETS};
+use crate::desired::DesiredSet;
 use crate::maps::prefix::Prefix;
 use crate::maps::{Capacities, Dump, Epoch};
 use crate::model::{ObjectKey, Protocol};
-use crate::names::{name_of, port_id};
+use crate::names::{PortId, name_of, port_id};
 use crate::policy::Member;
 use crate::sync::Synced;
 
@@ -35,12 +35,12 @@ pub(crate) struct ActualSet {
 
 /// The fields of an entry of NAMES that are not part of the identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Named {
+pub(crate) struct NameFields {
     pub(crate) port: u16,
     pub(crate) generation: u32,
 }
 
-impl Named {
+impl NameFields {
     /// Reads an entry of NAMES; `None` if it is not the entry of this identity.
     fn of(id: &PortId, name: &Name) -> Option<Self> {
         let Name { port, generation, .. } = *name;
@@ -50,14 +50,14 @@ impl Named {
 
 /// An entry of SOURCE_RANGES.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Admission {
-    /// The entry is correct.
-    Holds,
+pub(crate) enum SourceRangeState {
+    /// The network is admitted.
+    Correct,
     /// No longer wanted since a request for a grace period, after which it is removed: a running program may still look
     /// it up.
-    Leaves(Epoch),
+    Leaving(Epoch),
     /// The entry is wrong.
-    Broken,
+    Wrong,
 }
 
 /// A service index in use.
@@ -67,24 +67,24 @@ pub(crate) struct ActualPort {
     /// The entry of SERVICES.
     pub(crate) value: Service,
     /// The entry of NAMES; `None` if that is missing or wrong.
-    pub(crate) named: Option<Named>,
-    /// In the order of [`SETS`].
+    pub(crate) named: Option<NameFields>,
+    /// In the order of [`crate::desired::SETS`].
     pub(crate) sets: [ActualSet; 3],
     pub(crate) backends: Backends,
     /// Its entries of SOURCE_RANGES.
-    pub(crate) sources: BTreeMap<IpNet, Admission>,
+    pub(crate) source_ranges: BTreeMap<IpNet, SourceRangeState>,
 }
 
 impl ActualPort {
     /// Creates the record of an index of which only the entries of SERVICES and NAMES are known.
-    pub(crate) fn new(index: ServiceIndex, value: Service, named: Option<Named>) -> Self {
+    pub(crate) fn new(index: ServiceIndex, value: Service, named: Option<NameFields>) -> Self {
         Self {
             index,
             value,
             named,
             sets: Default::default(),
             backends: Backends::default(),
-            sources: BTreeMap::new(),
+            source_ranges: BTreeMap::new(),
         }
     }
 
@@ -100,7 +100,7 @@ impl ActualPort {
 
     /// Returns the published sets, as far as their content is known, and the backends that are in none of them.
     pub(crate) fn published(&self) -> ([DesiredSet; 3], Arc<[Member]>) {
-        let words = set_words(&self.value);
+        let words = self.value.set_words();
         let sets = [0, 1, 2].map(|i| DesiredSet {
             members: self.sets[i].members.clone().unwrap_or_default(),
             empty_drops: words[i].flags & set_flags::EMPTY_DROPS != 0,
@@ -121,20 +121,6 @@ impl ActualPort {
     }
 }
 
-/// Returns the set words of a service, in the order of [`SETS`].
-pub(crate) fn set_words(service: &Service) -> [SetWord; 3] {
-    [service.internal, service.external, service.cluster]
-}
-
-/// Returns one set word of a service.
-pub(crate) fn set_word_mut(service: &mut Service, set: Set) -> &mut SetWord {
-    match set {
-        Set::Internal => &mut service.internal,
-        Set::External => &mut service.external,
-        Set::Cluster => &mut service.cluster,
-    }
-}
-
 /// Entries without an owning service port, left by an agent that died during a change or by writes from outside. Sets
 /// with unknown content may still lead to them.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -146,7 +132,7 @@ pub(crate) struct Orphans {
     /// Slots, each a range of its own.
     pub(crate) slots: BTreeSet<Range>,
     /// Entries of SOURCE_RANGES that are not networks, or of indexes that SERVICES does not have. No service uses them.
-    pub(crate) sources: BTreeSet<Prefix<SourceRange>>,
+    pub(crate) source_ranges: BTreeSet<Prefix<SourceRange>>,
 }
 
 /// The content of the maps, as far as the agent wrote or adopted it.
@@ -203,7 +189,7 @@ impl Actual {
             };
             let id = port_id(name).filter(|id| !index.is_none() && !actual.ports.contains_key(id));
             let id = id.unwrap_or_else(|| orphan_id(*index));
-            let port = ActualPort::new(*index, *entry, Named::of(&id, name));
+            let port = ActualPort::new(*index, *entry, NameFields::of(&id, name));
             actual.ports.insert(Arc::new(id), Box::new(port));
         }
         let mut sources = adopt_sources(dump, &mut orphans);
@@ -216,7 +202,7 @@ impl Actual {
         }
         for port in actual.ports.values_mut() {
             actual.indexes.claim(port.index.get());
-            port.sources = sources.remove(&port.index).unwrap_or_default();
+            port.source_ranges = sources.remove(&port.index).unwrap_or_default();
         }
         actual.adopt_backends(dump, &mut orphans);
         actual.adopt_sets(dump, &mut orphans);
@@ -260,7 +246,7 @@ impl Actual {
     fn adopt_sets(&mut self, dump: &Dump, orphans: &mut Orphans) {
         let mut unknown = Vec::new();
         for port in self.ports.values_mut() {
-            for (i, word) in set_words(&port.value).into_iter().enumerate() {
+            for (i, word) in port.value.set_words().into_iter().enumerate() {
                 let Some(members) = read_set(dump, port, word) else {
                     unknown.push(word);
                     continue;
@@ -315,21 +301,21 @@ impl Actual {
 }
 
 /// Returns the entries of SOURCE_RANGES by service index.
-fn adopt_sources(dump: &Dump, orphans: &mut Orphans) -> HashMap<ServiceIndex, BTreeMap<IpNet, Admission>> {
-    let mut all: HashMap<ServiceIndex, BTreeMap<IpNet, Admission>> = HashMap::new();
+fn adopt_sources(dump: &Dump, orphans: &mut Orphans) -> HashMap<ServiceIndex, BTreeMap<IpNet, SourceRangeState>> {
+    let mut all: HashMap<ServiceIndex, BTreeMap<IpNet, SourceRangeState>> = HashMap::new();
     for (range, value) in &dump.source_ranges {
         let index = range.data.service;
         let is_there = dump.service(index).is_some();
         let Some(net) = range.network().filter(|_| is_there) else {
-            orphans.sources.insert(*range);
+            orphans.source_ranges.insert(*range);
             continue;
         };
-        let admission = if *value == 0 {
-            Admission::Holds
+        let state = if *value == 0 {
+            SourceRangeState::Correct
         } else {
-            Admission::Broken
+            SourceRangeState::Wrong
         };
-        all.entry(index).or_default().insert(net, admission);
+        all.entry(index).or_default().insert(net, state);
     }
     all
 }
@@ -393,9 +379,6 @@ fn orphan_id(index: ServiceIndex) -> PortId {
         ipv6: false,
     }
 }
-
-// `SETS` and `set_words` are in the same order.
-const _: () = assert!(matches!(SETS, [Set::Internal, Set::External, Set::Cluster]));
 
 #[cfg(test)]
 mod tests;

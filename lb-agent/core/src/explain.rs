@@ -19,9 +19,7 @@ use lb_common::logic::selection;
 use lb_common::logic::{affinity, generation};
 use serde::Serialize;
 
-use crate::actual::set_words;
-use crate::maps::Direction;
-use crate::maps::Dump;
+use crate::maps::{Direction, Dump};
 use crate::model::Protocol;
 use crate::names::ServicePortName;
 
@@ -42,9 +40,9 @@ pub struct Snapshot {
     pub now: u64,
 }
 
-/// The socket that connects.
+/// The socket that calls connect().
 #[derive(Debug, Clone, Copy)]
-pub struct Asker {
+pub struct ConnectingSocket {
     /// Cookie of its network namespace.
     pub netns: u64,
     /// Whether this is the node's network namespace.
@@ -301,82 +299,81 @@ impl Explanation {
 }
 
 /// Explains a `connect()` of a socket that the programs serve. The steps are those of `lb-ebpf`.
-pub fn explain(maps: &Snapshot, asker: Asker, to: Destination) -> Explanation {
+pub fn explain(maps: &Snapshot, socket: ConnectingSocket, to: Destination) -> Explanation {
     let view = View {
         maps,
-        on_node: asker.on_node,
+        on_node: socket.on_node,
     };
-    let mut answer = Explanation::untouched(to, "");
-    let frontend = match decide::socket_frontend(&view, asker.node_only, to) {
+    let mut explanation = Explanation::untouched(to, "");
+    let frontend = match decide::socket_frontend(&view, socket.node_only, to) {
         Ok(SocketFrontend::Found(frontend)) => frontend,
         Ok(SocketFrontend::OtherNamespace) => {
-            answer.outcome = Outcome::untouched(
+            explanation.outcome = Outcome::untouched(
                 "only sockets of the node's network namespace are served (--socket-lb node); others send packets to \
                  the destination, and what becomes of those is told for the address that they come from",
             );
-            return answer;
+            return explanation;
         }
         Ok(SocketFrontend::None) => {
-            answer.outcome = Outcome::untouched(why_no_frontend(&view, to));
-            return answer;
+            explanation.outcome = Outcome::untouched(why_no_frontend(&view, to));
+            return explanation;
         }
         Err(reason) => {
-            answer.outcome = Outcome::refused(reason);
-            answer.notes.push(ports_of(maps, to));
-            return answer;
+            explanation.outcome = Outcome::refused(reason);
+            explanation.notes.push(ports_of(maps, to));
+            return explanation;
         }
     };
-    answer.frontend = Some(FrontendMatch::new(maps, frontend));
+    explanation.frontend = Some(FrontendMatch::new(maps, frontend));
     let admission = match decide::admit_socket(&view, frontend) {
         Ok(Some(admission)) => admission,
         Ok(None) => {
-            answer.outcome = Outcome::untouched(
+            explanation.outcome = Outcome::untouched(
                 "the load-balancer address is for some sources only (loadBalancerSourceRanges), and a socket's source \
                  is not known when it connects: what becomes of its packets is told for the address that they come \
                  from",
             );
-            return answer;
+            return explanation;
         }
         Err(reason) => {
-            answer.outcome = Outcome::refused(reason);
-            return answer;
+            explanation.outcome = Outcome::refused(reason);
+            return explanation;
         }
     };
-    let client = AffinityKey::of_netns(asker.netns, frontend.service);
-    choose(maps, client, Chosen::new(frontend.service, admission), &mut answer);
+    let client = AffinityKey::of_netns(socket.netns, frontend.service);
+    choose(
+        maps,
+        client,
+        ServedBy::new(frontend.service, admission),
+        &mut explanation,
+    );
     if to.proto == ip_protocol::UDP {
-        answer.notes.push(
+        explanation.notes.push(
             "this is a new connect(), or a first datagram: an unconnected socket stays with the backend that it has \
              for this address while that is usable"
                 .into(),
         );
     }
-    answer
+    explanation
 }
 
-/// A service, and the set that serves the client.
+/// A service port, and the set of it that serves the client.
 #[derive(Clone, Copy)]
-struct Chosen<'a> {
+struct ServedBy<'a> {
     index: ServiceIndex,
     set: Set,
     service: &'a Service,
     word: SetWord,
 }
 
-impl<'a> Chosen<'a> {
+impl<'a> ServedBy<'a> {
     fn new(index: ServiceIndex, admission: Admission<&'a Service>) -> Self {
         let Admission { service, set, .. } = admission;
-        let [internal, external, cluster] = set_words(service);
-        let word = match set {
-            Set::Internal => internal,
-            Set::External => external,
-            Set::Cluster => cluster,
-        };
         Self {
             index,
             set,
             service,
-            word,
+            word: service.set_word(set),
         }
     }
 
@@ -397,28 +394,28 @@ impl<'a> Chosen<'a> {
     }
 
     /// Returns the entry of BACKENDS if affinity may select it again.
-    fn again(&self, dump: &'a Dump, reference: BackendRef) -> Option<&'a Backend> {
+    fn reusable_backend(&self, dump: &'a Dump, reference: BackendRef) -> Option<&'a Backend> {
         let entry = dump.backends.get(reference.id as usize)?;
         entry.serves(reference, self.index, self.set).then_some(entry)
     }
 }
 
 /// Chooses the backend: the client's last backend if the service has affinity, or any of the set.
-fn choose(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>, answer: &mut Explanation) {
-    answer.set = Some(chosen.describe());
+fn choose(maps: &Snapshot, client: AffinityKey, served_by: ServedBy<'_>, explanation: &mut Explanation) {
+    explanation.set = Some(served_by.describe());
     let mut kept = None;
-    if chosen.service.flags & service_flags::AFFINITY != 0 {
-        let (remembered, backend) = remembered(maps, client, chosen);
-        kept = backend.map(|backend| (backend, remembered.remaining.unwrap_or(0)));
-        answer.affinity = Some(remembered);
+    if served_by.service.flags & service_flags::AFFINITY != 0 {
+        let (state, backend) = affinity_of(maps, client, served_by);
+        kept = backend.map(|backend| (backend, state.remaining.unwrap_or(0)));
+        explanation.affinity = Some(state);
     }
-    answer.candidates = candidates(&maps.dump, chosen, kept);
-    let eligible = || answer.candidates.iter().filter(|candidate| candidate.eligible);
-    let refused = |reason| match &answer.source {
-        Some(_) => packet::refused(reason, answer.protocol),
+    explanation.candidates = candidates(&maps.dump, served_by, kept);
+    let eligible = || explanation.candidates.iter().filter(|candidate| candidate.eligible);
+    let refused = |reason| match &explanation.source {
+        Some(_) => packet::refused(reason, explanation.protocol),
         None => Outcome::refused(reason),
     };
-    answer.outcome = match selection::slot(chosen.word, 0) {
+    explanation.outcome = match selection::slot(served_by.word, 0) {
         Err(reason) if kept.is_none() => refused(reason),
         _ if eligible().next().is_none() => refused(DropReason::BadSlot),
         _ => Outcome::Connects {
@@ -428,9 +425,9 @@ fn choose(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>, answer: &mut
 }
 
 /// Returns the entry of AFFINITY for the client, and the backend that it keeps.
-fn remembered(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>) -> (AffinityState, Option<u32>) {
-    let timeout = chosen.service.affinity_timeout;
-    let mut remembered = AffinityState {
+fn affinity_of(maps: &Snapshot, client: AffinityKey, served_by: ServedBy<'_>) -> (AffinityState, Option<u32>) {
+    let timeout = served_by.service.affinity_timeout;
+    let mut state = AffinityState {
         timeout,
         backend: None,
         age: None,
@@ -439,25 +436,25 @@ fn remembered(maps: &Snapshot, client: AffinityKey, chosen: Chosen<'_>) -> (Affi
         why: "the client is new to this service",
     };
     let Some(entry) = maps.affinity.get(&client) else {
-        return (remembered, None);
+        return (state, None);
     };
     let age = age(entry.used, maps.now);
-    remembered.age = Some(age.as_secs());
+    state.age = Some(age.as_secs());
     let backend = maps.dump.backends.get(entry.backend.id as usize);
-    remembered.backend = backend
+    state.backend = backend
         .filter(|backend| backend.is_current(entry.backend))
         .map(|backend| backend.addr.socket(backend.port));
     if !affinity::holds(entry.used, maps.now, timeout) {
-        remembered.why = "it was last used longer ago than the timeout";
-    } else if chosen.again(&maps.dump, entry.backend).is_none() {
-        remembered.why = "the backend is gone, or is no member of the set any more";
+        state.why = "it was last used longer ago than the timeout";
+    } else if served_by.reusable_backend(&maps.dump, entry.backend).is_none() {
+        state.why = "the backend is gone, or is no member of the set any more";
     } else {
-        remembered.holds = true;
-        remembered.remaining = Some(remaining(age, timeout));
-        remembered.why = "used within the timeout, and the backend is usable";
-        return (remembered, Some(entry.backend.id));
+        state.holds = true;
+        state.remaining = Some(remaining(age, timeout));
+        state.why = "used within the timeout, and the backend is usable";
+        return (state, Some(entry.backend.id));
     }
-    (remembered, None)
+    (state, None)
 }
 
 /// Age of a time stamp.
@@ -473,9 +470,10 @@ pub fn remaining(age: Duration, timeout: u32) -> u64 {
 
 /// Every backend of the service port: the members of the set in the order of its slots, then the others. `kept`: the
 /// backend that affinity selects, and the remaining seconds.
-fn candidates(dump: &Dump, chosen: Chosen<'_>, kept: Option<(u32, u64)>) -> Vec<Candidate> {
-    let slots = selection::slot(chosen.word, 0)
-        .map_or(0..0, |base| base as usize..base as usize + usize::from(chosen.word.len));
+fn candidates(dump: &Dump, served_by: ServedBy<'_>, kept: Option<(u32, u64)>) -> Vec<Candidate> {
+    let slots = selection::slot(served_by.word, 0).map_or(0..0, |base| {
+        base as usize..base as usize + usize::from(served_by.word.len)
+    });
     let members = dump.slots.get(slots).unwrap_or_default();
     let mut all: Vec<_> = members
         .iter()
@@ -483,7 +481,7 @@ fn candidates(dump: &Dump, chosen: Chosen<'_>, kept: Option<(u32, u64)>) -> Vec<
             let (eligible, why) = match kept {
                 None => (
                     true,
-                    format!("one of {} in the {}", members.len(), set_name(chosen.set)),
+                    format!("one of {} in the {}", members.len(), set_name(served_by.set)),
                 ),
                 Some((id, left)) if id == slot.backend.id => (true, format!("affinity, for {left} s more")),
                 Some(_) => (false, "the client has affinity to another backend".into()),
@@ -500,7 +498,7 @@ fn candidates(dump: &Dump, chosen: Chosen<'_>, kept: Option<(u32, u64)>) -> Vec<
         .collect();
     let in_set: BTreeSet<u32> = members.iter().map(|slot| slot.backend.id).collect();
     let others = (0_u32..).zip(&dump.backends).filter(|(id, backend)| {
-        generation::is_live(backend.generation) && backend.service == chosen.index && !in_set.contains(id)
+        generation::is_live(backend.generation) && backend.service == served_by.index && !in_set.contains(id)
     });
     all.extend(others.map(|(id, backend)| {
         // The flags of a backend that joins or leaves at this moment may differ from the slots.
@@ -514,7 +512,7 @@ fn candidates(dump: &Dump, chosen: Chosen<'_>, kept: Option<(u32, u64)>) -> Vec<
             why: if eligible {
                 "affinity".into()
             } else {
-                why_no_member(backend, chosen.set)
+                why_no_member(backend, served_by.set)
             },
         }
     }));

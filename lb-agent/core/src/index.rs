@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use crate::by_key::{ByKey, Keyed};
 use crate::model::{Change, EndpointSlice, Kind, Node, Object, ObjectKey, Service};
-use crate::policy::LocalNode;
 
 /// Nodes that changed, as they were before the change.
 pub(crate) type NodesBefore = BTreeMap<Arc<str>, Option<Arc<Node>>>;
@@ -140,12 +139,6 @@ impl Index {
     /// Returns all Services.
     pub(crate) fn services(&self) -> impl Iterator<Item = &Service> {
         self.related.iter().filter_map(|related| related.0.service.as_deref())
-    }
-
-    /// Returns the name and zone of a node, on which the choice of endpoints depends.
-    pub(crate) fn local_node<'a>(&'a self, node: &'a str) -> LocalNode<'a> {
-        let zone = self.node(node).and_then(|node| node.zone.as_deref());
-        LocalNode { node, zone }
     }
 
     /// Returns a Node.

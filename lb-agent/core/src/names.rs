@@ -1,12 +1,36 @@
-//! The identity of service ports in NAMES, and texts of fixed length.
+//! The identity of service ports, their entries in NAMES, and texts of fixed length.
 
 use std::fmt;
+use std::sync::Arc;
 
 use lb_common::abi::Name;
 use serde::Serialize;
 
-use crate::desired::PortId;
 use crate::model::{ObjectKey, Protocol};
+
+/// The identity of a service port: one port of a Service in one family. It keeps its service index if the port number or
+/// an address changes.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PortId {
+    /// The Service.
+    pub service: ObjectKey,
+    /// Name of the port; empty if the only port has none.
+    pub port_name: Arc<str>,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Family of the frontends.
+    pub ipv6: bool,
+}
+
+impl fmt::Display for PortId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let family = if self.ipv6 { "IPv6" } else { "IPv4" };
+        match &*self.port_name {
+            "" => write!(f, "{} {} {family}", self.service, self.protocol),
+            name => write!(f, "{} port {name} {} {family}", self.service, self.protocol),
+        }
+    }
+}
 
 /// A port of a Service in one family, as NAMES has it. It has question marks and zeros if the entry is missing or invalid.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -18,14 +18,16 @@ pub struct TouchedNodes {
     pub cidrs: BTreeSet<Prefix<Addr>>,
 }
 
-/// Number of reasons for each flag of a network: inside the cluster, and pods of this node.
+/// Number of reasons for each flag of a network. A network can have several: a Node, addresses, and settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct Named {
+struct FlagReasons {
+    /// Reasons for [`cluster_flags::INSIDE`].
     inside: u32,
+    /// Reasons for [`cluster_flags::HERE`].
     here: u32,
 }
 
-impl Named {
+impl FlagReasons {
     fn flags(self) -> u32 {
         let flag = |count, flag| if count > 0 { flag } else { 0 };
         flag(self.inside, cluster_flags::INSIDE) | flag(self.here, cluster_flags::HERE)
@@ -45,7 +47,7 @@ pub struct Nodes {
     /// Number of Nodes that have each address.
     others: HashMap<Addr, u32>,
     /// [`normal`] networks. In their order, a network comes before all networks inside it.
-    networks: BTreeMap<IpNet, Named>,
+    networks: BTreeMap<IpNet, FlagReasons>,
 }
 
 /// All of IPv4. If an IPv6 network covers it, it has an entry of its own, so that IPv4 addresses do not get the flags
@@ -53,19 +55,19 @@ pub struct Nodes {
 const ALL_V4: IpNet = IpNet::V4(Ipv4Net::new_assert(std::net::Ipv4Addr::UNSPECIFIED, 0));
 
 impl Nodes {
-    /// Creates it without Nodes and addresses. `inside`: networks that are inside the cluster.
+    /// Creates the record without Nodes and addresses. `inside`: networks that are inside the cluster.
     #[must_use]
     pub fn new(inside: &[IpNet]) -> Self {
         let mut new = Self::default();
         for net in inside {
-            new.name(*net, cluster_flags::INSIDE, true, &mut TouchedNodes::default());
+            new.count_reason(*net, cluster_flags::INSIDE, true, &mut TouchedNodes::default());
         }
         new
     }
 
     /// Returns whether an address belongs to this node or to any Node.
     #[must_use]
-    pub fn have(&self, addr: Addr) -> bool {
+    pub fn has_address(&self, addr: Addr) -> bool {
         self.own.contains(&addr) || self.others.contains_key(&addr)
     }
 
@@ -78,7 +80,7 @@ impl Nodes {
             .map(|gone| (*gone, false))
             .chain(own.difference(&before).map(|new| (*new, true)))
         {
-            self.name(
+            self.count_reason(
                 IpNet::from(std::net::IpAddr::from(addr)),
                 cluster_flags::INSIDE,
                 is_there,
@@ -109,7 +111,7 @@ impl Nodes {
                 continue;
             }
             for net in &node.pod_cidrs {
-                self.name(*net, cluster_flags::INSIDE | cluster_flags::HERE, is_there, touched);
+                self.count_reason(*net, cluster_flags::INSIDE | cluster_flags::HERE, is_there, touched);
             }
         }
         for addr in before.into_iter().flat_map(|node| &node.addresses) {
@@ -121,21 +123,21 @@ impl Nodes {
     }
 
     /// Adds or removes one reason for flags of a network.
-    fn name(&mut self, net: IpNet, flags: u32, once_more: bool, touched: &mut TouchedNodes) {
+    fn count_reason(&mut self, net: IpNet, flags: u32, add: bool, touched: &mut TouchedNodes) {
         let net = normal(net);
         let mut entry = match self.networks.entry(net) {
             Entry::Occupied(entry) => entry,
-            Entry::Vacant(entry) => entry.insert_entry(Named::default()),
+            Entry::Vacant(entry) => entry.insert_entry(FlagReasons::default()),
         };
-        let named = entry.get_mut();
-        let before = named.flags();
+        let reasons = entry.get_mut();
+        let before = reasons.flags();
         if flags & cluster_flags::INSIDE != 0 {
-            count(&mut named.inside, once_more);
+            count(&mut reasons.inside, add);
         }
         if flags & cluster_flags::HERE != 0 {
-            count(&mut named.here, once_more);
+            count(&mut reasons.here, add);
         }
-        let now = named.flags();
+        let now = reasons.flags();
         if now == 0 {
             entry.remove();
         }
@@ -168,7 +170,7 @@ impl Nodes {
         Some(
             around
                 .filter_map(|net| self.networks.get(&net))
-                .fold(0, |flags, named| flags | named.flags()),
+                .fold(0, |flags, reasons| flags | reasons.flags()),
         )
     }
 
@@ -179,12 +181,9 @@ impl Nodes {
     }
 }
 
-fn count(counter: &mut u32, once_more: bool) {
-    *counter = if once_more {
-        *counter + 1
-    } else {
-        counter.saturating_sub(1)
-    };
+/// Counts one more, or one less.
+fn count(counter: &mut u32, add: bool) {
+    *counter = if add { *counter + 1 } else { counter.saturating_sub(1) };
 }
 
 fn is_loopback(addr: Addr) -> bool {

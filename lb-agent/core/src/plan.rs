@@ -12,11 +12,12 @@ use lb_common::abi::{
 };
 use lb_common::logic::generation;
 
-use crate::actual::{Actual, ActualBackend, ActualPort, Admission, BackendMap, Named, backend_of, set_words, slot_of};
+use crate::actual::{Actual, ActualBackend, ActualPort, BackendMap, NameFields, SourceRangeState, backend_of, slot_of};
 use crate::alloc::Range;
-use crate::desired::{Desired, DesiredPort, PortId, SETS};
+use crate::desired::{Desired, DesiredPort, SETS};
 use crate::maps::MapError;
 use crate::maps::prefix::Prefix;
+use crate::names::PortId;
 use crate::nodes::Nodes;
 use crate::policy::Member;
 use crate::sync::Writes;
@@ -25,7 +26,7 @@ use crate::sync::Writes;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Step {
     /// NAMES.
-    Name(Named),
+    Name(NameFields),
     /// BACKENDS: fills the entry of a new backend.
     Fill(Backend, ActualBackend),
     /// BACKENDS: changes membership or locality.
@@ -34,7 +35,7 @@ pub(crate) enum Step {
     Slots(Range, Vec<BackendSlot>),
     /// SOURCE_RANGES: admits clients at load-balancer addresses. It comes before the flag that restricts them to
     /// admitted clients.
-    Admit(IpNet),
+    AddSourceRange(IpNet),
     /// SERVICES: writes an index that no frontend leads to.
     Service(Service, [(Option<Range>, Arc<[Member]>); 3]),
     /// SERVICES: writes all fields except the set words.
@@ -45,7 +46,7 @@ pub(crate) enum Step {
     Withdraw((IpAddr, u16)),
     /// SOURCE_RANGES: removes clients after a grace period, since a program that has read the flag may still look for
     /// them.
-    Dismiss(Vec<IpNet>),
+    RemoveSourceRanges(Vec<IpNet>),
 }
 
 /// The steps for one service port, in their order, and the allocations that they need.
@@ -83,9 +84,9 @@ pub(crate) fn service_port(id: &PortId, want: &DesiredPort, actual: &mut Actual)
     // Taken out for the time of planning, which borrows the allocators. A copy would cost more than the plan.
     let have = actual.ports.remove_entry(id);
     let mut plan = Plan::default();
-    let filled = fill(want, have.as_ref().map(|(_, port)| &**port), actual, &mut plan);
+    let result = add_steps(want, have.as_ref().map(|(_, port)| &**port), actual, &mut plan);
     actual.ports.extend(have);
-    match filled {
+    match result {
         Ok(()) => Ok(plan),
         Err(error) => {
             plan.cancel(actual);
@@ -95,7 +96,12 @@ pub(crate) fn service_port(id: &PortId, want: &DesiredPort, actual: &mut Actual)
 }
 
 /// Adds the steps to a plan.
-fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan: &mut Plan) -> Result<(), MapError> {
+fn add_steps(
+    want: &DesiredPort,
+    have: Option<&ActualPort>,
+    actual: &mut Actual,
+    plan: &mut Plan,
+) -> Result<(), MapError> {
     // Without `..`, so that the compiler names this place for a new field. `wanted_flags` and `place_sets` read the sets.
     let DesiredPort {
         port,
@@ -126,7 +132,7 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
         generation::taken(current)
     };
 
-    let named = Named {
+    let named = NameFields {
         port: *port,
         generation: service_generation,
     };
@@ -160,9 +166,10 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
     }
 
     let sets = place_sets(want, have, &backends, actual, plan)?;
-    let holds = |net: &IpNet| have.is_some_and(|have| have.sources.get(net) == Some(&Admission::Holds));
-    let admitted = source_ranges.iter().filter(|net| !holds(net));
-    plan.steps.extend(admitted.copied().map(Step::Admit));
+    let is_correct =
+        |net: &IpNet| have.is_some_and(|have| have.source_ranges.get(net) == Some(&SourceRangeState::Correct));
+    let missing = source_ranges.iter().filter(|net| !is_correct(net));
+    plan.steps.extend(missing.copied().map(Step::AddSourceRange));
     let value = Service {
         internal: sets[0].0,
         external: sets[1].0,
@@ -184,7 +191,7 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
             if unset(have.value) != unset(value) {
                 plan.steps.push(Step::Settings(value));
             }
-            let words = set_words(&have.value);
+            let words = have.value.set_words();
             for (i, (word, range, members)) in sets.into_iter().enumerate() {
                 if words[i] != word || have.sets[i].members.is_none() {
                     plan.steps.push(Step::Publish(SETS[i], word, range, members));
@@ -197,11 +204,14 @@ fn fill(want: &DesiredPort, have: Option<&ActualPort>, actual: &mut Actual, plan
             // If all clients are served from now on, entries that are waiting for removal start a new grace period: a
             // program that has read the flag before must find as many entries as it did.
             let opened = have.value.flags & !*port_flags & service_flags::SOURCE_RANGES != 0;
-            let leaves = |admission: &Admission| matches!(admission, Admission::Leaves(_)) && !opened;
-            let dismissed = have.sources.iter().filter(|(net, at)| !stays(net) && !leaves(at));
-            let dismissed: Vec<_> = dismissed.map(|(net, _)| *net).collect();
-            if !dismissed.is_empty() {
-                plan.steps.push(Step::Dismiss(dismissed));
+            let is_leaving = |state: &SourceRangeState| matches!(state, SourceRangeState::Leaving(_)) && !opened;
+            let unwanted = have
+                .source_ranges
+                .iter()
+                .filter(|(net, state)| !stays(net) && !is_leaving(state));
+            let unwanted: Vec<_> = unwanted.map(|(net, _)| *net).collect();
+            if !unwanted.is_empty() {
+                plan.steps.push(Step::RemoveSourceRanges(unwanted));
             }
         }
     }
@@ -225,7 +235,7 @@ fn wanted_flags(want: &DesiredPort) -> Vec<(Member, u16)> {
 }
 
 /// A planned set: its word, its range and its members.
-type Placed = (SetWord, Option<Range>, Arc<[Member]>);
+type PlannedSet = (SetWord, Option<Range>, Arc<[Member]>);
 
 /// Finds a range for each set: its present one if the members are the same, that of another set with the same members,
 /// or a new one.
@@ -235,8 +245,8 @@ fn place_sets(
     backends: &BackendMap,
     actual: &mut Actual,
     plan: &mut Plan,
-) -> Result<[Placed; 3], MapError> {
-    let mut placed: [Placed; 3] = Default::default();
+) -> Result<[PlannedSet; 3], MapError> {
+    let mut placed: [PlannedSet; 3] = Default::default();
     for (i, set) in want.sets.iter().enumerate() {
         let flags = if set.empty_drops { set_flags::EMPTY_DROPS } else { 0 };
         let len = u16::try_from(set.members.len()).map_err(|_| MapError::Unexpected {
@@ -301,7 +311,7 @@ impl FrontendScope<'_> {
             Some(FrontendKind::Address) => key == FrontendKey::address_mark(key.addr),
             // Unless it is a node's address: this node's own addresses are known even before the source is complete.
             Some(FrontendKind::ExternalAddress) => {
-                key == FrontendKey::address_mark(key.addr) && !self.desired.nodes().have(key.addr)
+                key == FrontendKey::address_mark(key.addr) && !self.desired.nodes().has_address(key.addr)
             }
             Some(_) => restored.contains(&value.service),
             None => false,

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::model::{EndpointSlice, Protocol, TrafficPolicy};
+use crate::model::{EndpointSlice, Node, Protocol, TrafficPolicy};
 
 /// A backend: an endpoint's address and the port that belongs to the Service port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -39,6 +39,17 @@ pub struct LocalNode<'a> {
     pub node: &'a str,
     /// Zone of the Node, if it is known.
     pub zone: Option<&'a str>,
+}
+
+impl<'a> LocalNode<'a> {
+    /// Returns the properties of the node with a name. `object`: its Node object, if the source has one.
+    #[must_use]
+    pub fn new(node: &'a str, object: Option<&'a Node>) -> Self {
+        Self {
+            node,
+            zone: object.and_then(|object| object.zone.as_deref()),
+        }
+    }
 }
 
 /// Categorized endpoints. Members are sorted by address and port, without duplicates.

@@ -8,7 +8,7 @@ use lb_common::abi::Addr;
 use crate::desired::{Desired, HealthCheck, Touched};
 use crate::maps::{Capacities, MapError, Maps};
 use crate::model::{Batch, Node, ObjectKey, Problem};
-pub use crate::state::LARGE;
+pub use crate::state::LARGE_BATCH;
 use crate::state::State;
 pub use crate::writer::Usage;
 use crate::writer::Writer;

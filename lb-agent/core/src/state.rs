@@ -9,9 +9,10 @@ use lb_common::abi::Addr;
 use crate::desired::{self, Desired, HealthCheck, Touched};
 use crate::index::{Index, TouchedObjects};
 use crate::model::{Batch, Node, ObjectKey, Problem};
+use crate::policy::LocalNode;
 
-/// Number of changes in one batch after which the agent returns freed memory to the kernel.
-pub const LARGE: usize = 1000;
+/// Number of changes from which on a batch is large: the agent compacts its state and returns freed memory to the kernel.
+pub const LARGE_BATCH: usize = 1000;
 
 /// The objects that the source has delivered, and everything that follows from them.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ pub struct State {
     /// Problems of the source at the last batch.
     source_problems: Vec<Problem>,
     /// Invalid `loadBalancerSourceRanges`, by Service.
-    wrong_ranges: BTreeMap<ObjectKey, Vec<Arc<str>>>,
+    invalid_source_ranges: BTreeMap<ObjectKey, Vec<Arc<str>>>,
     health_checks: BTreeMap<ObjectKey, HealthCheck>,
     /// Whether `health_checks` changed since [`State::new_health_checks`] returned them.
     health_checks_changed: bool,
@@ -40,7 +41,7 @@ impl State {
             desired: Desired::default(),
             complete: false,
             source_problems: Vec::new(),
-            wrong_ranges: BTreeMap::new(),
+            invalid_source_ranges: BTreeMap::new(),
             health_checks: BTreeMap::new(),
             health_checks_changed: false,
         }
@@ -72,7 +73,7 @@ impl State {
             problems,
             ..
         } = batch;
-        let is_large = changes.len() >= LARGE;
+        let is_large = changes.len() >= LARGE_BATCH;
         let zone_before = self.zone();
         let TouchedObjects { mut services, nodes } = self.index.apply(changes);
         if self.zone() != zone_before {
@@ -99,17 +100,17 @@ impl State {
 
     /// Derives the state of one Service again.
     fn update_service(&mut self, key: ObjectKey, touched: &mut Touched) {
-        let local_node = self.index.local_node(&self.node);
+        let local_node = LocalNode::new(&self.node, self.index.node(&self.node));
         let service = self.index.service(&key);
         let slices = self.index.slices(&key);
         let ports = service.map_or_else(Vec::new, |service| desired::ports(service, &slices, local_node));
         self.desired.update(&key, ports, touched);
         match service
-            .map(desired::wrong_source_ranges)
-            .filter(|wrong| !wrong.is_empty())
+            .map(desired::invalid_source_ranges)
+            .filter(|invalid| !invalid.is_empty())
         {
-            Some(wrong) => drop(self.wrong_ranges.insert(key.clone(), wrong)),
-            None => drop(self.wrong_ranges.remove(&key)),
+            Some(invalid) => drop(self.invalid_source_ranges.insert(key.clone(), invalid)),
+            None => drop(self.invalid_source_ranges.remove(&key)),
         }
         match service.and_then(|service| desired::health_check(service, slices, &self.node)) {
             Some(check) => self.health_checks_changed |= self.health_checks.insert(key, check) != Some(check),
@@ -119,15 +120,15 @@ impl State {
 
     /// Returns the problems of the source, between Services, and of single fields.
     pub fn problems(&self) -> impl Iterator<Item = Problem> {
-        let wrong_ranges = self.wrong_ranges.iter().map(|(service, wrong)| {
+        let invalid_source_ranges = self.invalid_source_ranges.iter().map(|(service, invalid)| {
             let message = format!(
                 "spec.loadBalancerSourceRanges: invalid CIDR, which allows no client: {}",
-                wrong.join(", ")
+                invalid.join(", ")
             );
             Problem::new(format!("Service {service}"), message).of(service)
         });
         let source = self.source_problems.iter().cloned();
-        source.chain(self.desired.conflicts()).chain(wrong_ranges)
+        source.chain(self.desired.conflicts()).chain(invalid_source_ranges)
     }
 
     /// Returns the problems of the source at the last batch.

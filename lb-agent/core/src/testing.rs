@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use lb_common::abi::{FrontendKey, SizedMap};
 
-use crate::desired::PortId;
 use crate::maps::fake::FakeMaps;
 use crate::maps::{Capacities, Maps};
 use crate::model::{
     Batch, Change, Endpoint, EndpointPort, EndpointSlice, Node, Object, ObjectId, ObjectKey, Protocol, Service,
     ServicePort, ServiceType, TrafficPolicy,
 };
+use crate::names::PortId;
 use crate::policy::LocalNode;
 use crate::reconcile::Reconciler;
 use crate::verify::verify;

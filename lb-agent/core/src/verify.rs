@@ -15,10 +15,10 @@ use lb_common::abi::{
 use lb_common::logic::generation;
 use serde::Serialize;
 
-use crate::desired::{Desired, DesiredPort, PortId};
+use crate::desired::{Desired, DesiredPort};
 use crate::maps::Dump;
 use crate::maps::prefix::Prefix;
-use crate::names::{name_of, port_id};
+use crate::names::{PortId, name_of, port_id};
 use crate::policy::Member;
 
 /// A difference between the maps and the desired state.
@@ -343,9 +343,7 @@ impl<'a> Check<'a> {
             .dump
             .indexed_services()
             .filter(|(i, s)| *i != index && generation::is_live(s.generation));
-        others
-            .into_iter()
-            .any(|(_, s)| [s.internal, s.external, s.cluster].into_iter().any(overlaps))
+        others.into_iter().any(|(_, s)| s.set_words().into_iter().any(overlaps))
     }
 
     fn stray_entries(&mut self) {

@@ -13,13 +13,13 @@ use lb_common::abi::{Addr, Frontend, FrontendKey, Service, ServiceIndex, SetWord
 use lb_common::logic::generation;
 use tracing::{debug, warn};
 
-use crate::actual::{Actual, ActualPort, Admission, BackendMap, Backends, Orphans, set_word_mut};
+use crate::actual::{Actual, ActualPort, BackendMap, Backends, Orphans, SourceRangeState};
 use crate::alloc::Range;
-use crate::desired::{Desired, DesiredPort, PortId, SETS, Touched};
+use crate::desired::{Desired, DesiredPort, SETS, Touched};
 use crate::maps::prefix::Prefix;
 use crate::maps::{Capacities, Epoch, MapError, Maps};
 use crate::model::{Problem, ProblemKind};
-use crate::names::name_of;
+use crate::names::{PortId, name_of};
 use crate::plan::{self, Plan, Step};
 use crate::state::State;
 use crate::sync::Writes;
@@ -34,7 +34,7 @@ enum PendingFree {
     /// A service port that no frontend leads to: cleared after the grace period.
     Port(Box<ActualPort>),
     /// Source ranges of a service port: removed after the grace period.
-    Sources(Arc<PortId>),
+    SourceRanges(Arc<PortId>),
 }
 
 /// How much of the maps is in use.
@@ -118,8 +118,8 @@ impl<M: Maps> Writer<M> {
 
     /// Makes the maps agree with the desired state in the touched keys and in those that failed before.
     pub(crate) fn write(&mut self, state: &State, mut touched: Touched) {
-        self.free_retired();
-        self.remove_orphaned_sources();
+        self.free_pending();
+        self.remove_orphaned_source_ranges();
         let mut no_room = BTreeSet::new();
         touched.ports.extend(std::mem::take(&mut self.failed_ports).into_keys());
         touched.frontends.extend(self.actual.frontends.take_failed());
@@ -133,7 +133,7 @@ impl<M: Maps> Writer<M> {
             let result = match plan::service_port(id, &want, &mut self.actual) {
                 Err(error @ MapError::Full { .. }) if !self.pending_free.is_empty() => {
                     debug!(%id, %error, "waiting for a grace period that frees room");
-                    self.drain_pending(Self::free_retired)
+                    self.drain_pending(Self::free_pending)
                         .and_then(|()| plan::service_port(id, &want, &mut self.actual))
                 }
                 other => other,
@@ -142,7 +142,7 @@ impl<M: Maps> Writer<M> {
             if let Err(error) = result {
                 self.failed_ports.insert(Arc::clone(id), error.to_string());
                 if matches!(error, MapError::Full { .. }) {
-                    self.close_unknown(id);
+                    self.empty_unknown_sets(id);
                     no_room.insert(Arc::clone(id));
                 }
             }
@@ -262,11 +262,11 @@ impl<M: Maps> Writer<M> {
     }
 
     /// Frees entries after their grace period.
-    fn free_retired(&mut self) {
+    fn free_pending(&mut self) {
         let passed = self.maps.grace_passed();
         let mut failed = Vec::new();
-        while let Some((epoch, retired)) = self.pending_free.pop_front_if(|(epoch, _)| *epoch <= passed) {
-            match retired {
+        while let Some((epoch, entry)) = self.pending_free.pop_front_if(|(epoch, _)| *epoch <= passed) {
+            match entry {
                 PendingFree::Range(range) => self.actual.slots.free(range),
                 PendingFree::Backend(id) => self.actual.ids.free(id),
                 PendingFree::Port(port) => {
@@ -275,10 +275,10 @@ impl<M: Maps> Writer<M> {
                         failed.push((epoch, PendingFree::Port(port)));
                     }
                 }
-                PendingFree::Sources(id) => {
-                    if let Err(error) = self.expire_sources(&id, passed) {
+                PendingFree::SourceRanges(id) => {
+                    if let Err(error) = self.remove_leaving_source_ranges(&id, passed) {
                         warn!(%id, %error, "cannot remove a source range; trying again later");
-                        failed.push((epoch, PendingFree::Sources(id)));
+                        failed.push((epoch, PendingFree::SourceRanges(id)));
                     }
                 }
             }
@@ -289,29 +289,29 @@ impl<M: Maps> Writer<M> {
     }
 
     /// Removes the source ranges of a service port that no running program can look for any more.
-    fn expire_sources(&mut self, id: &Arc<PortId>, passed: Epoch) -> Result<(), MapError> {
+    fn remove_leaving_source_ranges(&mut self, id: &Arc<PortId>, passed: Epoch) -> Result<(), MapError> {
         // If the port is gone, its ranges went with it.
         let Some(port) = self.actual.ports.get_mut(id) else {
             return Ok(());
         };
-        let is_due = |at: &Admission| matches!(at, Admission::Leaves(since) if *since <= passed);
+        let is_due = |at: &SourceRangeState| matches!(at, SourceRangeState::Leaving(since) if *since <= passed);
         let due: Vec<_> = port
-            .sources
+            .source_ranges
             .iter()
             .filter(|(_, at)| is_due(at))
             .map(|(net, _)| *net)
             .collect();
         for net in due {
             self.maps.delete_source_range(Prefix::of(port.index, net))?;
-            port.sources.remove(&net);
+            port.source_ranges.remove(&net);
         }
         Ok(())
     }
 
-    /// Keeps something out of use until a grace period has passed.
-    fn retire(&mut self, retired: PendingFree) {
+    /// Frees something after a grace period that begins now.
+    fn free_later(&mut self, entry: PendingFree) {
         let epoch = self.maps.grace_begin();
-        self.pending_free.push_back((epoch, retired));
+        self.pending_free.push_back((epoch, entry));
     }
 
     /// Withdraws a backend by changing its generation. Its id is free after a grace period.
@@ -321,12 +321,12 @@ impl<M: Maps> Writer<M> {
         self.actual.backend_generations[id as usize] = next;
         self.withdrawals += 1;
         if id != 0 {
-            self.retire(PendingFree::Backend(id));
+            self.free_later(PendingFree::Backend(id));
         }
         Ok(())
     }
 
-    /// Clears a service index that no frontend leads to any more.
+    /// Clears the entries of a service port that no frontend leads to any more, and frees its service index.
     fn clear(&mut self, port: &ActualPort) -> Result<(), MapError> {
         let index = port.index;
         let generation = generation::withdrawn(self.actual.service_generations[index.to_usize()]);
@@ -342,7 +342,7 @@ impl<M: Maps> Writer<M> {
                 self.withdraw(backend.id)?;
             }
         }
-        for net in port.sources.keys() {
+        for net in port.source_ranges.keys() {
             self.maps.delete_source_range(Prefix::of(index, *net))?;
         }
         self.maps.delete_name(index)?;
@@ -377,17 +377,17 @@ impl<M: Maps> Writer<M> {
     }
 
     /// Removes entries of SOURCE_RANGES that no service can have, before the kernel confuses them with valid ones.
-    fn remove_orphaned_sources(&mut self) {
-        for range in std::mem::take(&mut self.orphans.sources) {
+    fn remove_orphaned_source_ranges(&mut self) {
+        for range in std::mem::take(&mut self.orphans.source_ranges) {
             if let Err(error) = self.maps.delete_source_range(range) {
                 warn!(?range, %error, "cannot remove a source range of an earlier run; trying again later");
-                self.orphans.sources.insert(range);
+                self.orphans.source_ranges.insert(range);
             }
         }
     }
 
     /// Empties those sets of a service port that have slots with unknown content. That makes room for new slots.
-    fn close_unknown(&mut self, id: &Arc<PortId>) {
+    fn empty_unknown_sets(&mut self, id: &Arc<PortId>) {
         let Some(port) = self.actual.ports.get(id) else { return };
         let (index, sets) = (port.index, port.sets.clone());
         for (set, _) in SETS.into_iter().zip(sets).filter(|(_, at)| at.members.is_none()) {
@@ -425,9 +425,9 @@ impl<M: Maps> Writer<M> {
             names,
             backends,
             slots,
-            sources,
+            source_ranges,
         } = std::mem::take(&mut self.orphans);
-        self.orphans.sources = sources;
+        self.orphans.source_ranges = source_ranges;
         for index in names {
             if let Err(error) = self.maps.delete_name(index) {
                 warn!(index = index.get(), %error, "cannot remove a name of an earlier run; trying again later");
@@ -442,7 +442,7 @@ impl<M: Maps> Writer<M> {
         }
         slots
             .into_iter()
-            .for_each(|range| self.retire(PendingFree::Range(range)));
+            .for_each(|range| self.free_later(PendingFree::Range(range)));
     }
 
     /// Writes the steps of a plan and records each. Afterwards, frees the allocations of the plan that no write used.
@@ -469,11 +469,11 @@ impl<M: Maps> Writer<M> {
         let result = steps.try_for_each(|step| match step {
             // A network that cannot be admitted is refused until the next attempt. The other steps go on, but no network
             // is removed.
-            Step::Admit(_) => {
+            Step::AddSourceRange(_) => {
                 refused = self.step(id, index, step, &mut backends).err().or(refused.take());
                 Ok(())
             }
-            Step::Dismiss(_) if refused.is_some() => Ok(()),
+            Step::RemoveSourceRanges(_) if refused.is_some() => Ok(()),
             step => self.step(id, index, step, &mut backends),
         });
         let result = result.and_then(|()| refused.map_or(Ok(()), Err));
@@ -500,7 +500,7 @@ impl<M: Maps> Writer<M> {
             .for_each(|id| self.actual.ids.free(id));
         old_ranges
             .difference(&in_use)
-            .for_each(|range| self.retire(PendingFree::Range(*range)));
+            .for_each(|range| self.free_later(PendingFree::Range(*range)));
         result
     }
 
@@ -537,16 +537,16 @@ impl<M: Maps> Writer<M> {
                 }
             }
             Step::Slots(range, slots) => self.maps.write_slots(range.base, &slots)?,
-            Step::Admit(net) => {
+            Step::AddSourceRange(net) => {
                 self.maps.write_source_range(Prefix::of(index, net))?;
-                port.sources.insert(net, Admission::Holds);
+                port.source_ranges.insert(net, SourceRangeState::Correct);
             }
-            Step::Dismiss(networks) => {
+            Step::RemoveSourceRanges(networks) => {
                 let since = self.maps.grace_begin();
-                port.sources
-                    .extend(networks.into_iter().map(|net| (net, Admission::Leaves(since))));
+                port.source_ranges
+                    .extend(networks.into_iter().map(|net| (net, SourceRangeState::Leaving(since))));
                 self.pending_free
-                    .push_back((since, PendingFree::Sources(Arc::clone(id))));
+                    .push_back((since, PendingFree::SourceRanges(Arc::clone(id))));
             }
             Step::Service(value, sets) => {
                 self.maps.write_service(index, value)?;
@@ -569,7 +569,7 @@ impl<M: Maps> Writer<M> {
             }
             Step::Publish(set, word, range, members) => {
                 self.maps.publish_set(index, set, word)?;
-                *set_word_mut(&mut port.value, set) = word;
+                *port.value.set_word_mut(set) = word;
                 for (known, at) in SETS.into_iter().zip(&mut port.sets) {
                     if known == set {
                         at.range = range;
@@ -640,7 +640,7 @@ impl<M: Maps> Writer<M> {
         }
     }
 
-    /// Retires service ports that are no longer desired and that no frontend leads to.
+    /// Removes service ports that are no longer desired and that no frontend leads to, after a grace period.
     fn remove_ports(&mut self, desired: &Desired, ids: &BTreeSet<Arc<PortId>>) {
         for id in ids {
             if desired.port(id).is_some() || self.restored.contains(id) {
@@ -655,7 +655,7 @@ impl<M: Maps> Writer<M> {
                 continue;
             }
             if let Some(port) = self.actual.ports.remove(id) {
-                self.retire(PendingFree::Port(port));
+                self.free_later(PendingFree::Port(port));
             }
         }
     }

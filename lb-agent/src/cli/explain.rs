@@ -15,7 +15,7 @@ use crate::clock::monotonic_ns;
 use crate::loader;
 use crate::maps::bpf::PinnedMaps;
 use crate::maps::ct::CtMaps;
-use lb_core::explain::{Asker, Explanation, Snapshot, explain, explain_packet};
+use lb_core::explain::{ConnectingSocket, Explanation, Snapshot, explain, explain_packet};
 
 #[derive(Debug, Args)]
 pub(super) struct ExplainArgs {
@@ -102,8 +102,9 @@ struct Client {
     below_cgroup: Option<bool>,
 }
 
+/// The explanation of a connection by a client, as JSON has it.
 #[derive(Debug, Serialize)]
-struct Answer {
+struct ClientExplanation {
     client: Client,
     #[serde(flatten)]
     explanation: Explanation,
@@ -121,18 +122,23 @@ pub(super) fn run(args: &ExplainArgs) -> anyhow::Result<()> {
         .find(|(name, _)| *name == hook)
         .and_then(|(_, at)| at)
         .map_or(0, |at| at.cgroup);
-    let answer = answer(args, &maps, &state, cgroup)?;
+    let explained = explain_for_client(args, &maps, &state, cgroup)?;
     match args.read.output {
-        Format::Json => output::json(&answer),
+        Format::Json => output::json(&explained),
         Format::Table => {
-            output::print(&format!("from       {}", answer.client.name))?;
-            output::print(&answer.explanation.to_string())
+            output::print(&format!("from       {}", explained.client.name))?;
+            output::print(&explained.explanation.to_string())
         }
     }
 }
 
 /// Explains a connection. `cgroup` is the id of the cgroup that the hook is attached to; zero if it is not attached.
-fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> anyhow::Result<Answer> {
+fn explain_for_client(
+    args: &ExplainArgs,
+    maps: &PinnedMaps,
+    state: &State,
+    cgroup: u64,
+) -> anyhow::Result<ClientExplanation> {
     let to = args.to.destination();
     let mut snapshot = snapshot(maps)?;
     let client = client(args.from, &snapshot, state, cgroup)?;
@@ -146,39 +152,33 @@ fn answer(args: &ExplainArgs, maps: &PinnedMaps, state: &State, cgroup: u64) -> 
                         of its own: pass the id of one of its processes as --from";
             explanation.notes.push(note.into());
         }
-        return Ok(Answer { client, explanation });
+        return Ok(ClientExplanation { client, explanation });
     }
-    let explanation = match (&client, cgroup) {
-        (_, 0) => Explanation::untouched(to, format!("the program {} is not attached", args.to.hook())),
-        (
-            Client {
-                below_cgroup: Some(false),
-                ..
-            },
-            _,
-        ) => Explanation::untouched(to, format!("the process is not below the served cgroup (id {cgroup})")),
-        _ => {
-            let asker = Asker {
-                netns: client.netns.unwrap_or_default(),
-                on_node: client.on_node,
-                node_only: state.node_only != 0,
-            };
-            let mut explanation = explain(&snapshot, asker, to);
-            if client.below_cgroup.is_none() {
-                explanation.notes.push(format!(
-                    "whether the process is below the served cgroup (id {cgroup}) is not visible from this cgroup \
-                     namespace; if it is not, the destination is not translated"
-                ));
-            }
-            explanation
+    let explanation = if cgroup == 0 {
+        Explanation::untouched(to, format!("the program {} is not attached", args.to.hook()))
+    } else if client.below_cgroup == Some(false) {
+        Explanation::untouched(to, format!("the process is not below the served cgroup (id {cgroup})"))
+    } else {
+        let socket = ConnectingSocket {
+            netns: client.netns.unwrap_or_default(),
+            on_node: client.on_node,
+            node_only: state.node_only != 0,
+        };
+        let mut explanation = explain(&snapshot, socket, to);
+        if client.below_cgroup.is_none() {
+            explanation.notes.push(format!(
+                "whether the process is below the served cgroup (id {cgroup}) is not visible from this cgroup \
+                 namespace; if it is not, the destination is not translated"
+            ));
         }
+        explanation
     };
     let source = match args.from {
         From::Process(pid) => process::source(pid, Addr::from(to.addr.or_loopback()).into()),
         From::Address(ip) => Some(ip.to_canonical()),
     };
     let explanation = explanation.with_packets(&snapshot, source, to);
-    Ok(Answer { client, explanation })
+    Ok(ClientExplanation { client, explanation })
 }
 
 fn snapshot(maps: &PinnedMaps) -> anyhow::Result<Snapshot> {

@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_service_port_is_done_if_all_maps_agree() {
-        let id = lb_core::desired::PortId {
+        let id = lb_core::names::PortId {
             service: lb_core::model::ObjectKey::new("default", "web"),
             port_name: "".into(),
             protocol: lb_core::model::Protocol::Tcp,

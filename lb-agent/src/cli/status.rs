@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use lb_common::abi::{DropReason, SizedMap, VERSION};
+use lb_common::abi::{DropReason, Service, SizedMap, VERSION};
 use lb_common::logic::generation;
 use lb_core::maps::Dump;
 use lb_core::names::text;
@@ -86,7 +86,7 @@ fn used_slots(dump: &Dump) -> u32 {
     let mut ranges: Vec<_> = dump
         .services
         .iter()
-        .flat_map(|s| [s.internal, s.external, s.cluster])
+        .flat_map(Service::set_words)
         .filter(|word| word.len != 0)
         .map(|word| (word.base, u32::from(word.len).next_power_of_two()))
         .collect();

@@ -16,7 +16,7 @@ use lb_common::abi::{Addr, Event, ProblemRecord, State, map_name};
 use lb_core::maps::{Capacities, Maps as _};
 use lb_core::model::{Batch, Problem, ProblemKind};
 use lb_core::names::pad;
-use lb_core::reconcile::{LARGE, Reconciler};
+use lb_core::reconcile::{LARGE_BATCH, Reconciler};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{debug, error, info, warn};
 
@@ -300,7 +300,7 @@ impl Daemon {
         self.servers.applied(&applying, &mut self.reconciler);
         let written = self.reconciler.maps().written() - before;
         debug!(changes, written, "applied");
-        if changes >= LARGE {
+        if changes >= LARGE_BATCH {
             // The batch and the state that it replaced are freed by now.
             heap::trim();
         }

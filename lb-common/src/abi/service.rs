@@ -3,7 +3,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::layout::layout;
-use super::{Addr, BackendRef, ServiceIndex};
+use super::{Addr, BackendRef, ServiceIndex, Set};
 
 /// One of a service port's three sets: a range of slots. An aligned 8-byte word: programs read it by one volatile load
 /// and split it afterwards, and the agent publishes a new set by one store.
@@ -72,6 +72,37 @@ layout!(Service: size 40, align 8 {
     generation: 32,
     pad: 36,
 });
+
+impl Service {
+    /// Returns the set words, in the order of [`Set::ALL`].
+    #[must_use]
+    pub const fn set_words(&self) -> [SetWord; 3] {
+        [self.internal, self.external, self.cluster]
+    }
+
+    /// Returns the set word of a set.
+    #[must_use]
+    pub const fn set_word(&self, set: Set) -> SetWord {
+        match set {
+            Set::Internal => self.internal,
+            Set::External => self.external,
+            Set::Cluster => self.cluster,
+        }
+    }
+
+    /// Returns a reference to the set word of a set.
+    #[must_use]
+    pub const fn set_word_mut(&mut self, set: Set) -> &mut SetWord {
+        match set {
+            Set::Internal => &mut self.internal,
+            Set::External => &mut self.external,
+            Set::Cluster => &mut self.cluster,
+        }
+    }
+}
+
+// `set_words` and `Set::ALL` are in the same order.
+const _: () = assert!(matches!(Set::ALL, [Set::Internal, Set::External, Set::Cluster]));
 
 /// Bits of [`Service::flags`].
 pub mod service_flags {

@@ -83,9 +83,7 @@ struct Chain {
 impl Chain {
     fn of(dump: &Dump, frontend: Frontend) -> Self {
         let service = dump.service(frontend.service).copied();
-        let words = service.map_or_else(Default::default, |service| {
-            [service.internal, service.external, service.cluster]
-        });
+        let words = service.unwrap_or_default().set_words();
         let member = |slot: u32| {
             let slot = dump.slots.get(slot as usize).copied();
             let backend = slot.and_then(|slot| dump.backends.get(slot.backend.id as usize).copied());

@@ -1,4 +1,5 @@
-//! Explains how a packet from outside is handled that starts a flow at this node, by the decisions of the packet path.
+//! Explains the first packet of a flow from outside, received by a device of this node, by the decisions of the packet
+//! path.
 
 use std::net::IpAddr;
 
@@ -8,7 +9,7 @@ use lb_common::logic::delivery::{self, Facts};
 use lb_common::logic::frontend::{self, Destination};
 
 use super::{
-    Candidate, Chosen, Explanation, FrontendMatch, Outcome, Snapshot, Source, View, age, choose, ports_of,
+    Candidate, Explanation, FrontendMatch, Outcome, ServedBy, Snapshot, Source, View, age, choose, ports_of,
     why_no_frontend,
 };
 
@@ -21,7 +22,7 @@ const FIRST_PACKET: Arrival = Arrival {
     can_start_flow: true,
 };
 
-/// Returns the response to a packet that is not translated.
+/// Returns the outcome of a packet that is refused with a drop reason.
 pub(super) fn refused(reason: DropReason, protocol: &str) -> Outcome {
     let (label, why) = (reason.label(), reason.text());
     match reason.reject_with() {
@@ -44,39 +45,44 @@ pub(super) fn refused(reason: DropReason, protocol: &str) -> Outcome {
 pub fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explanation {
     // Only the decision for sockets uses this.
     let view = View { maps, on_node: false };
-    let mut answer = Explanation::untouched(to, "");
+    let mut explanation = Explanation::untouched(to, "");
     let mut source = source(maps, from);
-    answer.source = Some(source.clone());
-    answer.notes = flows(maps, from.into(), to);
+    explanation.source = Some(source.clone());
+    explanation.notes = flows(maps, from.into(), to);
     let frontend = match decide::packet_frontend(&view, FIRST_PACKET, to) {
         Ok(Some(frontend)) => frontend,
         Ok(None) => {
-            answer.outcome = Outcome::untouched(why_no_frontend(&view, to));
-            return answer;
+            explanation.outcome = Outcome::untouched(why_no_frontend(&view, to));
+            return explanation;
         }
         Err(reason) => {
-            answer.outcome = refused(reason, answer.protocol);
-            answer.notes.push(ports_of(maps, to));
-            return answer;
+            explanation.outcome = refused(reason, explanation.protocol);
+            explanation.notes.push(ports_of(maps, to));
+            return explanation;
         }
     };
-    answer.frontend = Some(FrontendMatch::new(maps, frontend));
+    explanation.frontend = Some(FrontendMatch::new(maps, frontend));
     let admission = decide::admit_packet(&view, frontend, Addr::from(from).into(), FIRST_PACKET.at_egress);
     let ranges = match &admission {
         Ok(admission) => frontend::has_source_ranges(frontend, admission.service.flags),
         Err(reason) => *reason == DropReason::SourceNotAllowed,
     };
     source.admitted = ranges.then_some(admission.is_ok());
-    answer.source = Some(source);
+    explanation.source = Some(source);
     let admission = match admission {
         Ok(admission) => admission,
         Err(reason) => {
-            answer.outcome = refused(reason, answer.protocol);
-            return answer;
+            explanation.outcome = refused(reason, explanation.protocol);
+            return explanation;
         }
     };
     let client = AffinityKey::of_addr(from.into(), frontend.service);
-    choose(maps, client, Chosen::new(frontend.service, admission), &mut answer);
+    choose(
+        maps,
+        client,
+        ServedBy::new(frontend.service, admission),
+        &mut explanation,
+    );
     let snat = |candidate: &Candidate| {
         let facts = Facts {
             at_egress: FIRST_PACKET.at_egress,
@@ -87,24 +93,24 @@ pub fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explanation {
         };
         delivery::decide(facts, || false).is_ok_and(|delivery| delivery.snat)
     };
-    if answer
+    if explanation
         .candidates
         .iter()
         .any(|candidate| candidate.eligible && snat(candidate))
     {
         let why = "a backend on another node sees an address of this node in place of the client's, so that its answers \
                    come back here";
-        answer.notes.push(why.into());
+        explanation.notes.push(why.into());
     }
     if to.proto == ip_protocol::TCP {
-        answer
+        explanation
             .notes
             .push("this is the first packet of a flow; those that follow go where it went".into());
     }
-    answer
+    explanation
 }
 
-/// The facts of CLUSTER_CIDRS about an address.
+/// Returns the facts of CLUSTER_CIDRS about an address.
 fn source(maps: &Snapshot, from: IpAddr) -> Source {
     let longest = maps.dump.cluster_cidr(from.into());
     let flags = longest.map_or(0, |(_, flags)| flags);
@@ -120,14 +126,15 @@ fn source(maps: &Snapshot, from: IpAddr) -> Source {
     }
 }
 
-/// Existing flows of the client to the destination, from any of its ports: they stay with their backends.
+/// Returns a note for each flow that the client already has to the destination, from any of its ports. Such flows stay
+/// with their backends.
 fn flows(maps: &Snapshot, from: Addr, to: Destination) -> Vec<String> {
     let to_addr = Addr::from(to.addr);
-    let its = maps.flows.iter().filter(|(key, entry)| {
+    let flows = maps.flows.iter().filter(|(key, entry)| {
         entry.flags & ct_flags::REPLY == 0
             && (key.src, key.dst, key.dst_port, key.proto) == (from, to_addr, to.port, to.proto)
     });
-    let notes = its.map(|(key, entry)| {
+    let notes = flows.map(|(key, entry)| {
         let idle = age(entry.seen, maps.now).as_secs();
         let backend = entry.dst.socket(entry.dst_port);
         format!(

@@ -7,12 +7,12 @@ use crate::maps::Maps as _;
 use crate::model::Service as Object;
 use crate::testing::{Builder as _, Cluster, apply, endpoint, maps, port, service, slice, start};
 
-const POD: Asker = Asker {
+const POD: ConnectingSocket = ConnectingSocket {
     netns: 7,
     on_node: false,
     node_only: false,
 };
-const NODE: Asker = Asker {
+const NODE: ConnectingSocket = ConnectingSocket {
     netns: 1,
     on_node: true,
     node_only: false,
@@ -86,24 +86,24 @@ connect()  goes to 10.10.1.2:8080"
 fn node_ports_have_the_whole_cluster_on_this_nodes_addresses_and_loopback() {
     let maps = snapshot(web());
     let both = ["10.10.1.2:8080", "10.10.2.2:8080"];
-    for (asker, dest) in [
+    for (socket, dest) in [
         (POD, "192.168.77.1:30001"),
         (NODE, "192.168.77.1:30001"),
         (NODE, "127.0.0.1:30001"),
         (NODE, "0.0.0.0:30001"),
     ] {
-        let answer = explain(&maps, asker, to(dest));
+        let answer = explain(&maps, socket, to(dest));
         assert_eq!(eligible(&answer), both, "{dest}");
         assert_eq!(answer.set.unwrap().name, "cluster");
         assert_eq!(answer.frontend.unwrap().kind, "NodePort");
     }
-    for (asker, dest, why) in [
+    for (socket, dest, why) in [
         (POD, "127.0.0.1:30001", "another network namespace"),
         (NODE, "127.0.0.1:30002", "30002/TCP is no node port"),
         (POD, "192.168.77.1:80", "is an address of this node"),
         (POD, "192.168.77.2:30001", "is no address of this node"),
     ] {
-        let answer = explain(&maps, asker, to(dest));
+        let answer = explain(&maps, socket, to(dest));
         let Outcome::Untouched { why: is } = answer.outcome else {
             panic!("{dest}: {answer:?}");
         };
@@ -140,9 +140,9 @@ fn refusals_have_their_error_number() {
 #[test]
 fn who_is_not_served_is_told_so() {
     let maps = snapshot(web());
-    let node_only = |asker| Asker {
+    let node_only = |socket| ConnectingSocket {
         node_only: true,
-        ..asker
+        ..socket
     };
     let answer = explain(&maps, node_only(POD), to("10.96.0.10:80"));
     assert!(answer.to_string().contains("--socket-lb node"), "{answer}");
@@ -219,12 +219,17 @@ fn broken_maps_give_what_the_programs_give() {
 
 /// What the programs do with a new TCP connection, by a random number: the steps of `lb-ebpf/src/{sock_addr,backend}.rs`
 /// one after another, on the same `lb_common::logic`. `None`: the destination stays.
-fn connected(maps: &Snapshot, asker: Asker, to: Destination, random: u32) -> Result<Option<SocketAddr>, DropReason> {
+fn connected(
+    maps: &Snapshot,
+    socket: ConnectingSocket,
+    to: Destination,
+    random: u32,
+) -> Result<Option<SocketAddr>, DropReason> {
     let view = View {
         maps,
-        on_node: asker.on_node,
+        on_node: socket.on_node,
     };
-    if asker.node_only && !asker.on_node {
+    if socket.node_only && !socket.on_node {
         return Ok(None);
     }
     let Some(frontend) = frontend::of_socket(&view, to)? else {
@@ -241,7 +246,7 @@ fn connected(maps: &Snapshot, asker: Asker, to: Destination, random: u32) -> Res
             .serves(entry.backend, frontend.service, set)
             .then(|| backend.addr.socket(backend.port))
     };
-    let key = AffinityKey::of_netns(asker.netns, frontend.service);
+    let key = AffinityKey::of_netns(socket.netns, frontend.service);
     if service.flags & service_flags::AFFINITY != 0
         && let Some(entry) = maps.affinity.get(&key)
         && affinity::holds(entry.used, maps.now, service.affinity_timeout)
@@ -355,11 +360,11 @@ proptest! {
 
     #[test]
     fn what_is_explained_is_what_the_programs_do(maps in any_maps()) {
-        let node_only = Asker { node_only: true, ..POD };
-        for asker in [POD, NODE, node_only] {
+        let node_only = ConnectingSocket { node_only: true, ..POD };
+        for socket in [POD, NODE, node_only] {
             for dest in all_destinations() {
-                let done: Result<BTreeSet<_>, _> = numbers().map(|n| connected(&maps, asker, dest, n)).collect();
-                let answer = explain(&maps, asker, dest);
+                let done: Result<BTreeSet<_>, _> = numbers().map(|n| connected(&maps, socket, dest, n)).collect();
+                let answer = explain(&maps, socket, dest);
                 let said = match &answer.outcome {
                     Outcome::Untouched { .. } => Ok([None].into()),
                     Outcome::Connects { backends } => Ok(backends.iter().copied().map(Some).collect()),
@@ -367,7 +372,7 @@ proptest! {
                     | Outcome::Rejected { reason, .. }
                     | Outcome::Dropped { reason, .. } => Err(*reason),
                 };
-                prop_assert_eq!(done.map_err(DropReason::label), said, "{:?}\n{}", asker, answer);
+                prop_assert_eq!(done.map_err(DropReason::label), said, "{:?}\n{}", socket, answer);
             }
         }
     }

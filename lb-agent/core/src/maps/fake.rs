@@ -11,7 +11,6 @@ use lb_common::logic::generation;
 
 use super::prefix::Prefix;
 use super::{Capacities, Dump, Epoch, MapError, Maps};
-use crate::actual::{set_word_mut, set_words};
 use crate::names::port_id;
 
 /// Maps in memory. Grace periods pass at calls of [`Self::pass_grace`] or [`Maps::grace_wait`].
@@ -159,7 +158,7 @@ impl FakeMaps {
         }
         let mut owners = BTreeMap::new();
         for (index, service) in self.contents.services.iter().enumerate() {
-            for word in set_words(service) {
+            for word in service.set_words() {
                 for slot in word.base..word.base + u32::from(word.len) {
                     let owner = *owners.entry(slot).or_insert(index);
                     assert_eq!(owner, index, "slot {slot} belongs to two services");
@@ -175,7 +174,7 @@ impl FakeMaps {
             generation::is_live(service.generation),
             "{who} leads to a service that is not live"
         );
-        for word in set_words(service) {
+        for word in service.set_words() {
             self.assert_set(index, word, who);
         }
     }
@@ -239,7 +238,7 @@ impl FakeMaps {
         self.contents
             .services
             .iter()
-            .position(|service| set_words(service).into_iter().any(overlaps))
+            .position(|service| service.set_words().into_iter().any(overlaps))
     }
 
     fn has_source_ranges(&self, index: ServiceIndex) -> bool {
@@ -331,7 +330,8 @@ impl Maps for FakeMaps {
         );
         self.check_generation(index, value.generation);
         if self.checks > Checks::None {
-            set_words(&value)
+            value
+                .set_words()
                 .into_iter()
                 .for_each(|word| self.assert_set(index, word, "a new service"));
         }
@@ -368,11 +368,8 @@ impl Maps for FakeMaps {
         let epoch = self.next_epoch();
         let len = self.contents.services.len();
         let at = self.contents.services.get_mut(index.to_usize());
-        let old = set_word_mut(
-            at.ok_or_else(|| out_of_range(map_name::SERVICES, index.get(), len))?,
-            set,
-        );
-        let before = std::mem::replace(old, word);
+        let at = at.ok_or_else(|| out_of_range(map_name::SERVICES, index.get(), len))?;
+        let before = std::mem::replace(at.set_word_mut(set), word);
         self.slots_in_sight
             .extend((before.base..before.base.saturating_add(before.len.into())).map(|slot| (slot, epoch)));
         self.wrote(size_of::<SetWord>());

@@ -22,8 +22,8 @@ fn show(step: &Step) -> String {
             let ids: Vec<_> = slots.iter().map(|slot| slot.backend.id.to_string()).collect();
             format!("slots {} = {}", range.base, ids.join(" "))
         }
-        Step::Admit(net) => format!("admit {net}"),
-        Step::Dismiss(networks) => {
+        Step::AddSourceRange(net) => format!("admit {net}"),
+        Step::RemoveSourceRanges(networks) => {
             let networks: Vec<_> = networks.iter().map(ToString::to_string).collect();
             format!("dismiss {}", networks.join(" "))
         }

@@ -593,7 +593,7 @@ fn a_local_policy_without_an_endpoint_here_drops_and_without_any_rejects() {
     let flags = |lb: &Reconciler<FakeMaps>| {
         let index = lb.maps().contents.frontends[&key("10.96.0.1", 80)].service;
         let service = lb.maps().contents.services[index.to_usize()];
-        crate::actual::set_words(&service).map(|word| (word.len, word.flags))
+        service.set_words().map(|word| (word.len, word.flags))
     };
     cluster.set(service("web", "10.96.0.1").local());
     apply(&mut lb, &mut cluster);

@@ -3,7 +3,6 @@
 use lb_common::abi::Set;
 
 use super::*;
-use crate::actual::{set_word_mut, set_words};
 use crate::maps::Maps as _;
 use crate::maps::fake::FakeMaps;
 use crate::reconcile::Reconciler;
@@ -137,7 +136,7 @@ fn of_frontends(dump: &Dump) -> Vec<Corruption> {
 
 fn of_services(dump: &Dump) -> Vec<Corruption> {
     let mut all = Vec::new();
-    let words: Vec<SetWord> = dump.services.iter().flat_map(set_words).collect();
+    let words: Vec<SetWord> = dump.services.iter().flat_map(Service::set_words).collect();
     let bases: BTreeSet<u32> = words
         .iter()
         .flat_map(|w| [w.base, w.base + 1])
@@ -152,7 +151,7 @@ fn of_services(dump: &Dump) -> Vec<Corruption> {
         ] {
             let at = |part: &str| field(&format!("{name}.{part}"));
             // If another range has all slots of the set too, the changed word is valid.
-            let is = *set_word_mut(&mut dump.services[index].clone(), set);
+            let is = dump.services[index].set_word(set);
             let slots = |base: u32| dump.slots.get(base as usize..)?.get(..usize::from(is.len));
             let bases: Vec<_> = bases
                 .iter()
@@ -163,21 +162,21 @@ fn of_services(dump: &Dump) -> Vec<Corruption> {
                 &mut all,
                 dump,
                 &at("base"),
-                move |d| &mut set_word_mut(&mut d.services[index], set).base,
+                move |d| &mut d.services[index].set_word_mut(set).base,
                 &bases,
             );
             vary(
                 &mut all,
                 dump,
                 &at("len"),
-                move |d| &mut set_word_mut(&mut d.services[index], set).len,
+                move |d| &mut d.services[index].set_word_mut(set).len,
                 &[0, 1, 2, 3, 4, 60, 128, u16::MAX],
             );
             vary(
                 &mut all,
                 dump,
                 &at("flags"),
-                move |d| &mut set_word_mut(&mut d.services[index], set).flags,
+                move |d| &mut d.services[index].set_word_mut(set).flags,
                 &[0, 1, 2],
             );
         }
@@ -209,7 +208,7 @@ fn of_services(dump: &Dump) -> Vec<Corruption> {
 
 fn of_slots(dump: &Dump) -> Vec<Corruption> {
     let mut all = Vec::new();
-    let words = dump.services.iter().flat_map(set_words);
+    let words = dump.services.iter().flat_map(Service::set_words);
     let reachable: BTreeSet<usize> = words
         .flat_map(|w| w.base as usize..w.base as usize + usize::from(w.len))
         .collect();

@@ -2,9 +2,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use ipnet::IpNet;
-use lb_common::abi::{
-    Affinity, BackendRef, CtEntry, CtKey, FrontendKey, FrontendKind, ServiceIndex, Set, service_flags,
-};
+use lb_common::abi::{Affinity, BackendRef, CtEntry, CtKey, FrontendKey, FrontendKind, ServiceIndex, service_flags};
 use lb_common::logic::{affinity, selection};
 use proptest::prelude::*;
 
@@ -238,12 +236,7 @@ fn translated(maps: &Snapshot, from: IpAddr, to: Destination, random: u32) -> Re
     {
         return Ok(Some(backend.addr.socket(backend.port)));
     }
-    let word = match set {
-        Set::Internal => service.internal,
-        Set::External => service.external,
-        Set::Cluster => service.cluster,
-    };
-    let slot = selection::slot(word, random)?;
+    let slot = selection::slot(service.set_word(set), random)?;
     let slot = maps.dump.slots.get(slot as usize).ok_or(DropReason::BadSlot)?;
     Ok(Some(slot.addr.socket(slot.port)))
 }
