@@ -13,8 +13,8 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 use self::file::{File, Time};
-use crate::node::addrs::Wanted;
-use crate::node::nf_conntrack;
+use crate::node::addrs::NodePortAddresses;
+use crate::node::nf_conntrack::NfConntrackSettings;
 use crate::server::BindAddress;
 
 /// The only version that exists.
@@ -77,7 +77,7 @@ pub struct Config {
     /// `detectLocalMode`, `detectLocal` and `clusterCIDR`.
     pub detect_local: DetectLocal,
     /// `nodePortAddresses`.
-    pub node_port_addresses: Option<Wanted>,
+    pub node_port_addresses: Option<NodePortAddresses>,
     /// `healthzBindAddress`.
     pub healthz: BindAddress,
     /// `metricsBindAddress`.
@@ -85,7 +85,7 @@ pub struct Config {
     /// `oomScoreAdj`; `None` if the file does not set it.
     pub oom_score_adj: Option<i32>,
     /// `conntrack`.
-    pub conntrack: nf_conntrack::Settings,
+    pub conntrack: NfConntrackSettings,
     /// Keys that the file sets, and that have no effect.
     pub without_effect: Vec<String>,
 }
@@ -148,7 +148,7 @@ impl Default for Config {
             healthz: everywhere(Ipv4Addr::UNSPECIFIED.into()),
             metrics: everywhere(Ipv4Addr::LOCALHOST.into()),
             oom_score_adj: None,
-            conntrack: nf_conntrack::Settings::default(),
+            conntrack: NfConntrackSettings::default(),
             without_effect: Vec::new(),
         }
     }
@@ -275,7 +275,7 @@ fn cidrs(text: Option<String>) -> Result<Vec<IpNet>, ParseError> {
         .collect()
 }
 
-fn wanted(words: &[String]) -> Result<Option<Wanted>, ParseError> {
+fn wanted(words: &[String]) -> Result<Option<NodePortAddresses>, ParseError> {
     if words.is_empty() {
         return Ok(None);
     }
@@ -285,7 +285,7 @@ fn wanted(words: &[String]) -> Result<Option<Wanted>, ParseError> {
         .map_err(|error| value("nodePortAddresses", format!("{words:?} is {error}")))
 }
 
-fn conntrack_settings(set: &file::Conntrack, default: nf_conntrack::Settings) -> nf_conntrack::Settings {
+fn conntrack_settings(set: &file::Conntrack, default: NfConntrackSettings) -> NfConntrackSettings {
     let file::Conntrack {
         max_per_core,
         min,
@@ -297,7 +297,7 @@ fn conntrack_settings(set: &file::Conntrack, default: nf_conntrack::Settings) ->
     } = set;
     // Zero leaves a setting unchanged.
     let time = |time: &Option<Time>, default: Duration| time.map_or(default, |Time(time)| time);
-    nf_conntrack::Settings {
+    NfConntrackSettings {
         max_per_core: max_per_core.unwrap_or(default.max_per_core),
         min: min.unwrap_or(default.min),
         tcp_established: time(tcp_established_timeout, default.tcp_established),

@@ -21,7 +21,7 @@ use tracing::{debug, warn};
 
 use crate::server::Metrics;
 use lb_core::model::{ObjectKey, Problem, ProblemKind};
-use throttle::{Admission, REPEAT, Throttle};
+use throttle::{Decision, REPEAT, Throttle};
 
 /// The reporting controller of all Events.
 const CONTROLLER: &str = "lb-agent";
@@ -181,8 +181,8 @@ impl Publisher {
             let Some(service) = &problem.service else { continue };
             let what = hash(&[problem.kind.label(), &problem.message]);
             match self.throttle.admit(service, what, Instant::now()) {
-                Admission::Published(again) | Admission::Later(again) => next = next.min(again),
-                Admission::Now => match self.publish(problem, service).await {
+                Decision::Published(again) | Decision::Later(again) => next = next.min(again),
+                Decision::Now => match self.publish(problem, service).await {
                     Ok(()) => self.count("published"),
                     Err(error) => {
                         warn!(%service, error, "failed to create an Event");

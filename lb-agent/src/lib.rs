@@ -4,9 +4,17 @@
 //! source -> lb_core (index -> policy -> desired -> state -> plan -> writer) -> maps
 //! ```
 //!
-//! Modules depend on each other in one direction: [`cli`] on [`daemon`], the daemon on [`server`], [`k8s_events`] and
-//! [`config`], and these on [`source`], [`node`], [`loader`] and [`maps`]. The deciding part is the crate `lb-core`, which
-//! is synchronous and pure.
+//! The deciding part is the crate `lb-core`, which is synchronous and pure. Modules depend on each other in one direction, from
+//! top to bottom:
+//!
+//! - [`cli`]: arguments and output of every subcommand; `lb-agent run` calls the daemon.
+//! - [`daemon`]: the loop that connects everything below.
+//! - [`config`] (kube-proxy's configuration file) and [`k8s_events`] (Kubernetes Events).
+//! - [`server`]: HTTP servers for health and metrics.
+//! - [`loader`]: loads, pins and attaches programs.
+//! - [`node`]: devices, addresses, sockets and settings of the node, and the CT garbage collector.
+//! - [`maps`]: the pinned maps.
+//! - [`source`]: objects from the API server or from manifests. It uses none of the others.
 #![deny(unsafe_code)]
 
 pub mod cli;

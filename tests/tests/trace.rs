@@ -379,10 +379,10 @@ fn agent_events_reach_the_tracer() -> Result<()> {
         ..Event::default()
     };
     // Events are disabled.
-    maps.tell(&destroyed(1))?;
+    maps.report_event(&destroyed(1))?;
     let mut tracer = trace(cluster.node("n1"), pins.root(), &["--count", "2"])?;
     for port in [53, 54] {
-        maps.tell(&destroyed(port))?;
+        maps.report_event(&destroyed(port))?;
         let row = event(&mut tracer)?;
         assert_eq!(
             (&row["event"], &row["to"]),

@@ -26,7 +26,7 @@ fn verifier_accepts_every_program_and_map_layouts_match_the_loader() -> Result<(
     let lock = Lock::take(&pins)?;
     let mut maps = loader::load(OBJECT, &lock, &CAPACITIES, SocketLb::All)?;
     // No device here needs the programs without a link layer.
-    loader::load_programs(maps.programs_mut(), Layer::Network)?;
+    loader::load_device_programs(maps.programs_mut(), Layer::Network)?;
     let mut names = Vec::new();
     for program in loader::verified(maps.programs())? {
         let verified = program

@@ -7,7 +7,7 @@ use clap::Args;
 use tracing::warn;
 
 use crate::config::{Config, ConfigError};
-use crate::server::{BindAddress, NotAnAddress, Settings};
+use crate::server::{BindAddress, NotAnAddress, ServerSettings};
 
 /// Addresses of the HTTP servers, and kube-proxy's configuration.
 #[derive(Debug, Args)]
@@ -55,9 +55,9 @@ impl ConfigArgs {
     }
 
     /// Settings of the HTTP servers: flags, or else the file.
-    pub(super) fn servers(&self, config: &Config) -> Settings {
+    pub(super) fn servers(&self, config: &Config) -> ServerSettings {
         let address = |flag: Option<Listen>, file| flag.map_or(Some(file), |Listen(address)| address);
-        Settings {
+        ServerSettings {
             healthz: address(self.healthz_bind_address, config.healthz),
             metrics: address(self.metrics_bind_address, config.metrics),
             per_service: self.service_metrics,

@@ -9,7 +9,7 @@ use nix::net::if_::if_indextoname;
 use serde::Serialize;
 
 use super::{Format, output};
-use crate::loader::{self, AtDevice, PinPath};
+use crate::loader::{self, DeviceProgram, PinPath};
 use crate::maps::bpf::PinnedMaps;
 use crate::node::netns::Namespaces;
 
@@ -31,8 +31,8 @@ struct ProgramAt {
     tag: String,
 }
 
-impl From<AtDevice> for ProgramAt {
-    fn from(at: AtDevice) -> Self {
+impl From<DeviceProgram> for ProgramAt {
+    fn from(at: DeviceProgram) -> Self {
         Self {
             id: at.program,
             tag: format!("{:016x}", at.tag),

@@ -26,7 +26,7 @@ use crate::config::Config;
 use crate::loader::{self, PinPath};
 use crate::maps::bpf::PinnedMaps;
 use crate::source::Source;
-use crate::source::connect::Settings;
+use crate::source::connect::ApiServerSettings;
 
 /// Kubernetes Services in eBPF, with any CNI.
 #[derive(Debug, Parser)]
@@ -162,7 +162,7 @@ impl SourceArgs {
         if !self.manifests.is_empty() {
             return Ok(Source::manifests(&self.manifests));
         }
-        let settings = Settings {
+        let settings = ApiServerSettings {
             kubeconfig: self.kubeconfig.clone(),
             servers: self.kube_apiserver.clone(),
         };

@@ -11,11 +11,11 @@ use super::capacity::CapacityArgs;
 use super::config::ConfigArgs;
 use super::{PinArgs, SourceArgs};
 use crate::config::Config;
-use crate::daemon;
+use crate::daemon::{self, DaemonSettings};
 use crate::ebpf_log;
 use crate::loader::{EbpfLog, SocketLb};
-use crate::node::addrs::{Selection, Wanted};
-use crate::node::destroy;
+use crate::node::addrs::{NodePortAddresses, Selection};
+use crate::node::destroy::DestroySettings;
 use crate::node::devices::Patterns;
 use crate::node::ports::PortRange;
 
@@ -74,7 +74,7 @@ struct NodePortArgs {
     /// `primary`: the first address of each family in this node's Node object, or without a Node object the addresses of
     /// the devices with a default route. The node's own sockets can always use loopback [default: all]
     #[arg(long, value_name = "CIDR,...|primary")]
-    nodeport_addresses: Option<Wanted>,
+    nodeport_addresses: Option<NodePortAddresses>,
 }
 
 impl NodePortArgs {
@@ -180,8 +180,8 @@ impl RunArgs {
         *addresses = addresses.take().or_else(|| config.node_port_addresses.clone());
     }
 
-    fn into_settings(self, config: Option<Config>) -> anyhow::Result<daemon::Settings> {
-        Ok(daemon::Settings {
+    fn into_settings(self, config: Option<Config>) -> anyhow::Result<DaemonSettings> {
+        Ok(DaemonSettings {
             node: self.source.node()?,
             pins: self.pin.pins(),
             cgroup: self.cgroup,
@@ -196,7 +196,7 @@ impl RunArgs {
                 snat_ports: self.packets.snat_ports,
                 tcx: !self.packets.no_tcx,
             },
-            sockets: destroy::Settings {
+            sockets: DestroySettings {
                 tcp: self.destroy_tcp,
                 sweep: Duration::from_millis(self.sweep_age),
             },

@@ -49,7 +49,7 @@ fn objects(source: &SourceArgs) -> anyhow::Result<Batch> {
         let first = async {
             loop {
                 let batch = source.next().await?;
-                if batch.complete || source.is_here() {
+                if batch.complete || source.is_local() {
                     return Ok(batch);
                 }
                 problems = batch.problems;

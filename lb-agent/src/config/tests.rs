@@ -200,7 +200,7 @@ fn every_key_is_known_and_applied_or_named() {
         healthz: "192.0.2.7".parse().unwrap(),
         metrics: "[::1]:9000".parse().unwrap(),
         oom_score_adj: Some(-998),
-        conntrack: nf_conntrack::Settings {
+        conntrack: NfConntrackSettings {
             max_per_core: 0,
             min: 1,
             tcp_established: seconds(86_400),
@@ -282,7 +282,7 @@ fn local_traffic_is_detected_in_one_of_four_ways() {
 #[test]
 fn node_port_addresses_may_be_primary() {
     let config = parsed("nodePortAddresses: [primary]").unwrap();
-    assert_eq!(config.node_port_addresses, Some(Wanted::Primary));
+    assert_eq!(config.node_port_addresses, Some(NodePortAddresses::Primary));
     assert_eq!(parsed("nodePortAddresses: []").unwrap().node_port_addresses, None);
 }
 

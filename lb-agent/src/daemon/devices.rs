@@ -9,12 +9,12 @@ use lb_core::model::{Problem, ProblemKind};
 use tokio::sync::watch;
 use tracing::info;
 
-use crate::loader::{LoadError, PinPath, TcHooks, Trouble};
+use crate::loader::{DeviceError, LoadError, PinPath, TcHooks};
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
 use crate::node::devices::{Patterns, Served};
-use crate::node::links::Snapshot;
-use crate::node::ports::{PortRange, ReservedPorts, Settled};
+use crate::node::links::LinkSnapshot;
+use crate::node::ports::{PortRange, Reservation, ReservedPorts};
 
 /// How packets are served at devices.
 #[derive(Debug, Clone, Copy)]
@@ -28,9 +28,9 @@ pub struct PacketSettings {
 /// The programs at devices, updated as devices and addresses change.
 pub(super) struct Devices {
     patterns: Patterns,
-    snapshots: watch::Receiver<Snapshot>,
+    snapshots: watch::Receiver<LinkSnapshot>,
     /// The snapshot that was last attached to.
-    snapshot: Snapshot,
+    snapshot: LinkSnapshot,
     hooks: TcHooks,
     ports: SourcePorts,
     /// Addresses of the Node object at the last attachment; `None` before the first.
@@ -47,21 +47,21 @@ impl Devices {
         patterns: Patterns,
         maps: &BpfMaps,
         pins: &PinPath,
-        snapshots: watch::Receiver<Snapshot>,
+        snapshots: watch::Receiver<LinkSnapshot>,
     ) -> anyhow::Result<Self> {
         let hooks = TcHooks::open(maps.programs(), pins, settings.tcx)?;
         let own = sys::netns_cookie().context("SO_NETNS_COOKIE")?;
         let before = maps.pinned().state();
         if before.is_some_and(|state| state.netns != own) {
             info!("the pinned links belong to another network namespace and are dropped");
-            hooks.forget()?;
+            hooks.remove_links()?;
         }
         let devices = maps.pinned().devices()?.into_iter();
         let own_qdiscs = devices.filter(|(_, device)| device.flags & device_flags::OWN_QDISC != 0);
         Ok(Self {
             patterns,
             snapshots,
-            snapshot: Snapshot::default(),
+            snapshot: LinkSnapshot::default(),
             hooks,
             ports: SourcePorts::new(settings.snat_ports, maps.pinned(), before.as_ref()),
             node: None,
@@ -113,7 +113,7 @@ impl Devices {
     }
 
     /// The devices and addresses at the last attachment.
-    pub(super) fn snapshot(&self) -> &Snapshot {
+    pub(super) fn snapshot(&self) -> &LinkSnapshot {
         &self.snapshot
     }
 
@@ -142,7 +142,7 @@ impl Devices {
     }
 
     /// The problems of an attachment or detachment, by name of the device.
-    fn problems(&self, result: Result<Vec<Trouble>, LoadError>) -> Vec<Problem> {
+    fn problems(&self, result: Result<Vec<DeviceError>, LoadError>) -> Vec<Problem> {
         let failed = match result {
             Ok(failed) => failed,
             Err(error) => return vec![problem("devices", &error)],
@@ -153,7 +153,7 @@ impl Devices {
         };
         let problems = failed
             .into_iter()
-            .map(|Trouble { device, error }| problem(name(device), &error));
+            .map(|DeviceError { device, error }| problem(name(device), &error));
         problems.collect()
     }
 }
@@ -187,7 +187,7 @@ impl SourcePorts {
     /// Reserves the ports if necessary, and writes the usable range to CONFIG. Returns the problem, if any.
     fn apply(&mut self, maps: &PinnedMaps) -> Option<Problem> {
         let Self { range, reserved, .. } = self;
-        let Settled { usable, own, problem } = reserved.settle(*range, self.own);
+        let Reservation { usable, own, problem } = reserved.replace(*range, self.own);
         self.own = own;
         let ports = usable.then_some(self.range.first..=self.range.last);
         if maps.snat_ports() != ports {

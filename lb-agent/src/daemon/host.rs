@@ -3,13 +3,13 @@
 use tracing::{info, warn};
 
 use crate::config::Config;
-use crate::node::nf_conntrack::Conntrack;
+use crate::node::nf_conntrack::NfConntrack;
 use crate::node::oom;
 
 /// Sets the OOM score of this process and returns the settings of nf_conntrack, which the caller applies.
 ///
 /// Without a cluster and without a configuration file nothing is set, and `None` is returned.
-pub(super) fn tune(config: Option<&Config>, in_cluster: bool) -> Option<Conntrack> {
+pub(super) fn tune(config: Option<&Config>, in_cluster: bool) -> Option<NfConntrack> {
     let config = match config {
         Some(config) => config,
         None if in_cluster => &Config::default(),
@@ -21,5 +21,5 @@ pub(super) fn tune(config: Option<&Config>, in_cluster: bool) -> Option<Conntrac
         Err(error) if score.is_some() => warn!(%error, score, "failed to set oomScoreAdj"),
         Err(error) => info!(%error, "oom_score_adj is left unchanged"),
     }
-    Some(Conntrack::new(&config.conntrack))
+    Some(NfConntrack::new(&config.conntrack))
 }

@@ -31,11 +31,11 @@ use crate::loader::{self, Cgroup, EbpfLog, LoadError, Lock, OBJECT, PinPath, Soc
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
 use crate::node::addrs::Selection;
-use crate::node::ct_gc::{self, Collector, Turn};
-use crate::node::destroy::{self, Destroyer};
+use crate::node::ct_gc::{self, CtGc, Pass};
+use crate::node::destroy::{DestroySettings, Destroyer};
 use crate::node::links;
-use crate::node::nf_conntrack::Conntrack;
-use crate::server::{self, Servers};
+use crate::node::nf_conntrack::NfConntrack;
+use crate::server::{ServerSettings, Servers};
 use crate::source::Source;
 
 /// Interval of the checks for changes that no event reports: a trace that was killed, programs that were detached, and
@@ -44,7 +44,7 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Everything that the daemon is started with, apart from the source.
 #[derive(Debug)]
-pub struct Settings {
+pub struct DaemonSettings {
     /// Name of this node.
     pub node: String,
     /// The directory of the pins.
@@ -64,13 +64,13 @@ pub struct Settings {
     /// kube-proxy's configuration file, if there is one.
     pub config: Option<Config>,
     /// Addresses and content of the HTTP servers.
-    pub servers: server::Settings,
+    pub servers: ServerSettings,
     /// The devices and addresses that serve node ports.
     pub selection: Selection,
     /// How packets are served at devices.
     pub packets: PacketSettings,
     /// Which sockets of removed backends are destroyed.
-    pub sockets: destroy::Settings,
+    pub sockets: DestroySettings,
 }
 
 /// Runs the daemon until a signal ends it. Programs and maps stay pinned and go on serving.
@@ -80,8 +80,11 @@ pub struct Settings {
 /// # Errors
 /// If another agent runs, or if programs, maps, the source, a server or a thread cannot be set up; later, if the source
 /// fails for good.
-pub async fn serve(settings: Settings, source: impl Future<Output = anyhow::Result<Source>>) -> anyhow::Result<()> {
-    let Settings {
+pub async fn serve(
+    settings: DaemonSettings,
+    source: impl Future<Output = anyhow::Result<Source>>,
+) -> anyhow::Result<()> {
+    let DaemonSettings {
         node,
         pins,
         cgroup,
@@ -123,7 +126,7 @@ pub async fn serve(settings: Settings, source: impl Future<Output = anyhow::Resu
     let servers = Servers::start(servers, in_cluster, &lock.pins().maps()).context("serving health and metrics")?;
     let mut server_problems = servers.problems();
     let events = client.map(|client| KubeEvents::start(client, &node, servers.metrics()));
-    let conntrack = host::tune(config.as_ref(), in_cluster);
+    let nf_conntrack = host::tune(config.as_ref(), in_cluster);
     let mut addresses = links::follow(selection.looks_at_routes()).context("listing the node's devices")?;
     let devices = Devices::open(
         packets,
@@ -137,7 +140,7 @@ pub async fn serve(settings: Settings, source: impl Future<Output = anyhow::Resu
         reconciler,
         servers,
         events,
-        conntrack,
+        nf_conntrack,
         selection,
         node_addrs: None,
         devices,
@@ -145,14 +148,14 @@ pub async fn serve(settings: Settings, source: impl Future<Output = anyhow::Resu
         state: initial_state(&node, &cgroup, socket_lb)?,
         problems: Problems::default(),
     };
-    daemon.apply_conntrack();
+    daemon.apply_nf_conntrack();
     daemon.reconciler.set_addresses(addresses.borrow().own_addresses());
     let mut check = tokio::time::interval(CHECK_INTERVAL);
     // Maps are filled before programs read them, and before programs of an earlier build are replaced. If the source has
     // to be waited for, the maps of an earlier run are enough.
-    while daemon.state.applies == 0 && (source.is_here() || !daemon.reconciler.is_serving()) {
+    while daemon.state.applies == 0 && (source.is_local() || !daemon.reconciler.is_serving()) {
         tokio::select! {
-            batch = source.next() => daemon.apply_first(batch?, source.is_here()),
+            batch = source.next() => daemon.apply_first(batch?, source.is_local()),
             Ok(()) = server_problems.changed() => {
                 daemon.problems.set(Reporter::Servers, server_problems.borrow_and_update().clone());
             }
@@ -176,7 +179,7 @@ pub async fn serve(settings: Settings, source: impl Future<Output = anyhow::Resu
     let mut destroyer = Destroyer::start(&lock.pins().maps(), sockets).context("starting the socket destroyer")?;
     let mut socket_problems = destroyer.problems();
     let timeouts = ct_gc::timeouts(&config.map(|config| config.conntrack).unwrap_or_default());
-    let mut collector = Collector::start(&lock.pins().maps(), timeouts).context("starting the CT garbage collector")?;
+    let mut ct_gc = CtGc::start(&lock.pins().maps(), timeouts).context("starting the CT garbage collector")?;
     let mut withdrawals = daemon.reconciler.withdrawals();
 
     loop {
@@ -191,7 +194,7 @@ pub async fn serve(settings: Settings, source: impl Future<Output = anyhow::Resu
                 daemon.publish();
             }
             Some(event) = destroyer.destroyed() => daemon.trace(&event),
-            Some(turn) = collector.turn() => daemon.record_gc(turn),
+            Some(pass) = ct_gc.pass() => daemon.record_gc(pass),
             Ok(()) = socket_problems.changed() => {
                 daemon.report(Reporter::SocketDestroyer, socket_problems.borrow_and_update().clone());
             }
@@ -199,7 +202,7 @@ pub async fn serve(settings: Settings, source: impl Future<Output = anyhow::Resu
                 daemon.report(Reporter::Servers, server_problems.borrow_and_update().clone());
             }
             _ = check.tick() => {
-                daemon.apply_conntrack();
+                daemon.apply_nf_conntrack();
                 // Programs that another process detached, and attachments that failed.
                 daemon.update_devices(true);
                 daemon.publish();
@@ -263,7 +266,7 @@ struct Daemon {
     /// Publishes problems of Services as Kubernetes Events; `None` without an API server.
     events: Option<KubeEvents>,
     /// Settings of nf_conntrack; `None` if the agent leaves them unchanged.
-    conntrack: Option<Conntrack>,
+    nf_conntrack: Option<NfConntrack>,
     /// The devices and addresses that serve node ports.
     selection: Selection,
     /// The content of NODE_ADDRS; `None` if it was not written, or not completely.
@@ -359,21 +362,21 @@ impl Daemon {
     /// Passes the event of a destroyed socket to `lb-agent trace`.
     fn trace(&self, event: &Event) {
         self.servers.metrics().socket_destroyed();
-        if let Err(error) = self.reconciler.maps().tell(event) {
+        if let Err(error) = self.reconciler.maps().report_event(event) {
             warn!(%error, "a trace event was lost");
         }
     }
 
     /// Records a pass of the CT garbage collector.
-    fn record_gc(&mut self, turn: Turn) {
-        self.servers.metrics().flows_collected(&turn);
-        self.report(Reporter::CtGc, turn.problem.into_iter().collect());
+    fn record_gc(&mut self, pass: Pass) {
+        self.servers.metrics().ct_gc_pass(&pass);
+        self.report(Reporter::CtGc, pass.problem.into_iter().collect());
     }
 
     /// Applies the settings of nf_conntrack that are not applied yet.
-    fn apply_conntrack(&mut self) {
-        if let Some(conntrack) = &mut self.conntrack {
-            self.problems.set(Reporter::NfConntrack, conntrack.apply());
+    fn apply_nf_conntrack(&mut self) {
+        if let Some(settings) = &mut self.nf_conntrack {
+            self.problems.set(Reporter::NfConntrack, settings.apply());
         }
     }
 

@@ -44,7 +44,7 @@ impl Bucket {
 
 /// Whether an Event may be published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Admission {
+pub(super) enum Decision {
     /// It may be published now, and is recorded as published.
     Now,
     /// It was published recently; if the problem persists, it may be published again at that time.
@@ -77,19 +77,19 @@ impl Throttle {
     }
 
     /// Decides whether the Event with hash `what` may be published for a Service.
-    pub(super) fn admit(&mut self, service: &ObjectKey, what: u64, now: Instant) -> Admission {
+    pub(super) fn admit(&mut self, service: &ObjectKey, what: u64, now: Instant) -> Decision {
         let known = self.services.get(service);
         if let Some(again) = known
             .and_then(|known| known.published.get(&what))
             .map(|at| *at + REPEAT)
             && again > now
         {
-            return Admission::Published(again);
+            return Decision::Published(again);
         }
         let next = known.map_or(now, |known| known.bucket.next(OF_SERVICE, now));
         let next = next.max(self.all.next(OF_ALL, now));
         if next > now {
-            return Admission::Later(next);
+            return Decision::Later(next);
         }
         self.all.take(OF_ALL, now);
         let known = self.services.entry(service.clone()).or_insert_with(|| OfService {
@@ -98,7 +98,7 @@ impl Throttle {
         });
         known.bucket.take(OF_SERVICE, now);
         known.published.insert(what, now);
-        Admission::Now
+        Decision::Now
     }
 
     /// Records that an admitted Event could not be published, so that it may be tried again.
@@ -129,11 +129,11 @@ mod tests {
     fn unchanged_problem_is_published_once_an_hour() {
         let now = Instant::now();
         let mut throttle = Throttle::new(now);
-        assert_eq!(throttle.admit(&key("a"), 1, now), Admission::Now);
-        assert_eq!(throttle.admit(&key("a"), 1, now), Admission::Published(now + REPEAT));
-        assert_eq!(throttle.admit(&key("a"), 2, now), Admission::Now);
-        assert_eq!(throttle.admit(&key("b"), 1, now), Admission::Now);
-        assert_eq!(throttle.admit(&key("a"), 1, now + REPEAT), Admission::Now);
+        assert_eq!(throttle.admit(&key("a"), 1, now), Decision::Now);
+        assert_eq!(throttle.admit(&key("a"), 1, now), Decision::Published(now + REPEAT));
+        assert_eq!(throttle.admit(&key("a"), 2, now), Decision::Now);
+        assert_eq!(throttle.admit(&key("b"), 1, now), Decision::Now);
+        assert_eq!(throttle.admit(&key("a"), 1, now + REPEAT), Decision::Now);
     }
 
     #[test]
@@ -142,7 +142,7 @@ mod tests {
         let mut throttle = Throttle::new(now);
         throttle.admit(&key("a"), 1, now);
         throttle.failed(&key("a"), 1);
-        assert_eq!(throttle.admit(&key("a"), 1, now), Admission::Now);
+        assert_eq!(throttle.admit(&key("a"), 1, now), Decision::Now);
     }
 
     #[test]
@@ -151,16 +151,16 @@ mod tests {
         let mut throttle = Throttle::new(now);
         let published = |throttle: &mut Throttle, from: u64, now| {
             let verdicts = (from..from + 100).map(|what| throttle.admit(&key("a"), what, now));
-            verdicts.filter(|verdict| *verdict == Admission::Now).count()
+            verdicts.filter(|verdict| *verdict == Decision::Now).count()
         };
         assert_eq!(published(&mut throttle, 0, now), 10);
         assert_eq!(
             throttle.admit(&key("a"), 1000, now),
-            Admission::Later(now + OF_SERVICE.every)
+            Decision::Later(now + OF_SERVICE.every)
         );
         assert_eq!(published(&mut throttle, 100, now + OF_SERVICE.every), 1);
         assert_eq!(published(&mut throttle, 200, now + 3 * OF_SERVICE.every), 2);
-        assert_eq!(throttle.admit(&key("b"), 1, now + 3 * OF_SERVICE.every), Admission::Now);
+        assert_eq!(throttle.admit(&key("b"), 1, now + 3 * OF_SERVICE.every), Decision::Now);
     }
 
     #[test]
@@ -169,7 +169,7 @@ mod tests {
         let mut throttle = Throttle::new(now);
         let published = |throttle: &mut Throttle, now| {
             let verdicts = (0..1000).map(|n| throttle.admit(&key(&n.to_string()), 1, now));
-            verdicts.filter(|verdict| *verdict == Admission::Now).count()
+            verdicts.filter(|verdict| *verdict == Decision::Now).count()
         };
         assert_eq!(published(&mut throttle, now), 25);
         assert_eq!(published(&mut throttle, now + Duration::from_secs(7)), 7);

@@ -28,7 +28,7 @@ use crate::node::devices::Layer;
 pub use attach::{Attached, Cgroup, Hook, attach, attached};
 pub(crate) use attach::{is_root as is_root_cgroup, root as cgroup_root};
 pub use pins::{Lock, PinPath, TraceLock};
-pub use tc::{AtDevice, TcHooks, Trouble, Way, at_devices, load_programs};
+pub use tc::{DeviceError, DeviceProgram, TcHooks, Way, at_devices, load_device_programs};
 
 /// The object with the kernel programs, from the build script.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf"));
@@ -186,14 +186,14 @@ pub fn load_logging(
         .override_global(NODE_ONLY_GLOBAL, &node_only, true)
         .override_global(aya_log::LEVEL, &log.level(), true)
         .load(object)?;
-    load_all(&mut programs)?;
-    load_programs(&mut programs, Layer::Link)?;
+    load_all_but_device_programs(&mut programs)?;
+    load_device_programs(&mut programs, Layer::Link)?;
     let pinned = PinnedMaps::open(&maps_dir)?;
     Ok(BpfMaps::new(pinned, programs)?)
 }
 
-/// Loads every program except those for devices, so that the verifier checks each.
-fn load_all(programs: &mut Ebpf) -> Result<(), LoadError> {
+/// Loads the programs for cgroup hooks and the agent calls, so that the verifier checks each.
+fn load_all_but_device_programs(programs: &mut Ebpf) -> Result<(), LoadError> {
     for (name, program) in programs.programs_mut() {
         let result = match program {
             Program::CgroupSockAddr(program) => program.load(),

@@ -19,7 +19,7 @@ use tracing::{debug, info};
 use super::{LoadError, PinPath};
 use crate::maps::sys;
 use crate::node::devices::{Layer, Served};
-use crate::node::filters::{Filters, Place, Side};
+use crate::node::filters::{FilterSlot, Filters, Side};
 
 /// The mechanism that attaches programs to devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +43,7 @@ impl Way {
 
 /// A device that programs could not be attached to or detached from.
 #[derive(Debug)]
-pub struct Trouble {
+pub struct DeviceError {
     /// Interface index of the device.
     pub device: u32,
     /// The operation that failed, and its error.
@@ -57,11 +57,11 @@ fn failed(path: impl Into<PathBuf>, call: &'static str) -> impl FnOnce(io::Error
 
 /// Returns the error of a call that concerns a side of a device; the side is in the place of the path.
 fn on_device(side: Side, call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
-    failed(format!("({})", name(side)), call)
+    failed(format!("({})", side_name(side)), call)
 }
 
 /// Returns the word for a side in the names of pinned links.
-fn name(side: Side) -> &'static str {
+fn side_name(side: Side) -> &'static str {
     match side {
         Side::Ingress => "ingress",
         Side::Egress => "egress",
@@ -87,13 +87,13 @@ fn program_for(side: Side, layer: Layer) -> &'static str {
 
 /// Returns the name of the pinned link of a side of a device. The BPF file system does not accept dots in names.
 fn pin_name(side: Side, device: u32) -> String {
-    format!("{}-{device}", name(side))
+    format!("{}-{device}", side_name(side))
 }
 
 /// Returns side and device of the link with a name.
-fn of_pin(file: &str) -> Option<(Side, u32)> {
+fn parse_pin_name(file: &str) -> Option<(Side, u32)> {
     let (word, device) = file.split_once('-')?;
-    let side = Side::BOTH.into_iter().find(|side| name(*side) == word)?;
+    let side = Side::BOTH.into_iter().find(|side| side_name(*side) == word)?;
     Some((side, device.parse().ok()?))
 }
 
@@ -113,7 +113,7 @@ fn pinned(path: &Path, device: u32) -> Result<Option<(std::os::fd::OwnedFd, u32)
 ///
 /// # Errors
 /// Returns [`LoadError::Program`] with the verifier's log.
-pub fn load_programs(programs: &mut Ebpf, layer: Layer) -> Result<(), LoadError> {
+pub fn load_device_programs(programs: &mut Ebpf, layer: Layer) -> Result<(), LoadError> {
     for name in Side::BOTH.map(|side| program_for(side, layer)) {
         let failed = |source| LoadError::Program {
             name: name.into(),
@@ -207,29 +207,24 @@ impl TcHooks {
         programs: &mut Ebpf,
         served: &BTreeMap<u32, Served>,
         own_qdiscs: &mut BTreeSet<u32>,
-    ) -> Result<Vec<Trouble>, LoadError> {
-        let mut troubles = Vec::new();
+    ) -> Result<Vec<DeviceError>, LoadError> {
+        let mut errors = Vec::new();
         for (&device, Served { layer, name }) in served {
-            load_programs(programs, *layer)?;
+            load_device_programs(programs, *layer)?;
             for (side, program) in sides(programs, *layer)? {
                 let result = match self.way {
-                    Way::Tcx => self.put_link(device, side, &program),
-                    Way::Clsact => self.put_filter(device, side, &program, own_qdiscs),
+                    Way::Tcx => self.attach_tcx(device, side, &program),
+                    Way::Clsact => self.attach_filter(device, side, &program, own_qdiscs),
                 };
                 match result {
-                    Ok(true) => debug!(
-                        device = name,
-                        side = self::name(side),
-                        way = self.way.name(),
-                        "attached"
-                    ),
+                    Ok(true) => debug!(device = name, side = side_name(side), way = self.way.name(), "attached"),
                     Ok(false) => {}
                     Err(error) if is_gone(&error) => {}
-                    Err(error) => troubles.push(Trouble { device, error }),
+                    Err(error) => errors.push(DeviceError { device, error }),
                 }
             }
         }
-        Ok(troubles)
+        Ok(errors)
     }
 
     /// Detaches the programs from all devices that are not served, and returns the devices for which that failed. `all`
@@ -242,8 +237,8 @@ impl TcHooks {
         served: &BTreeMap<u32, Served>,
         all: impl IntoIterator<Item = u32>,
         own_qdiscs: &mut BTreeSet<u32>,
-    ) -> Result<Vec<Trouble>, LoadError> {
-        let mut troubles = Vec::new();
+    ) -> Result<Vec<DeviceError>, LoadError> {
+        let mut errors = Vec::new();
         for (path, device) in self.pinned_links()? {
             let stays = self.way == Way::Tcx && served.contains_key(&device);
             if stays {
@@ -254,7 +249,7 @@ impl TcHooks {
                     device,
                     "detached the programs from a device that is not served, or was removed"
                 ),
-                Err(error) => troubles.push(Trouble { device, error }),
+                Err(error) => errors.push(DeviceError { device, error }),
             }
         }
         // Filters that would run before tcx are those of an earlier run.
@@ -268,19 +263,19 @@ impl TcHooks {
                     Ok(()) => {
                         own_qdiscs.remove(&device);
                     }
-                    Err(error) => troubles.push(Trouble { device, error }),
+                    Err(error) => errors.push(DeviceError { device, error }),
                 }
             }
         }
-        self.is_tidy = troubles.is_empty();
-        Ok(troubles)
+        self.is_tidy = errors.is_empty();
+        Ok(errors)
     }
 
     /// Removes all links. They belong to another network namespace, which has its own device indexes.
     ///
     /// # Errors
     /// Returns [`LoadError::Call`] if a system call fails.
-    pub fn forget(&self) -> Result<(), LoadError> {
+    pub fn remove_links(&self) -> Result<(), LoadError> {
         for (path, _) in self.pinned_links()? {
             remove_link(&path)?;
         }
@@ -294,7 +289,7 @@ impl TcHooks {
         for entry in entries {
             let entry = entry.map_err(failed(&self.links, "readdir"))?;
             let file = entry.file_name();
-            let link = file.to_str().and_then(of_pin);
+            let link = file.to_str().and_then(parse_pin_name);
             links.extend(link.map(|(_, device)| (entry.path(), device)));
         }
         // Forward translation is detached before reverse translation.
@@ -303,7 +298,7 @@ impl TcHooks {
     }
 
     /// Returns false if the program is attached already.
-    fn put_link(&self, device: u32, side: Side, program: &Program<'_>) -> Result<bool, LoadError> {
+    fn attach_tcx(&self, device: u32, side: Side, program: &Program<'_>) -> Result<bool, LoadError> {
         let path = self.links.join(pin_name(side, device));
         match pinned(&path, device)? {
             Some((_, id)) if id == program.id => return Ok(false),
@@ -324,7 +319,7 @@ impl TcHooks {
     }
 
     /// Returns false if the program is attached already.
-    fn put_filter(
+    fn attach_filter(
         &mut self,
         device: u32,
         side: Side,
@@ -333,12 +328,12 @@ impl TcHooks {
     ) -> Result<bool, LoadError> {
         let there = self
             .filters
-            .look(device, side)
+            .at(device, side)
             .map_err(on_device(side, "listing filters"))?;
-        if there == Place::Ours(program.id) {
+        if there == FilterSlot::Ours(program.id) {
             return Ok(false);
         }
-        if there == Place::Empty {
+        if there == FilterSlot::Empty {
             let is_new = self
                 .filters
                 .add_qdisc(device)
@@ -348,7 +343,7 @@ impl TcHooks {
             }
         }
         self.filters
-            .put(device, side, program.name, program.fd)
+            .attach(device, side, program.name, program.fd)
             .map_err(on_device(side, "adding a filter"))?;
         Ok(true)
     }
@@ -378,7 +373,7 @@ fn remove_link(path: &Path) -> Result<(), LoadError> {
     }
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(path, "unlink")(error)),
-        _ => Ok(()),
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 
@@ -415,7 +410,7 @@ pub(super) fn remove_all_filters(
 
 /// A program that is attached to a side of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AtDevice {
+pub struct DeviceProgram {
     /// Mechanism that attached it.
     pub way: Way,
     /// Id of the program.
@@ -431,27 +426,27 @@ pub struct AtDevice {
 pub fn at_devices(
     pins: &PinPath,
     devices: impl IntoIterator<Item = u32>,
-) -> Result<BTreeMap<u32, [Option<AtDevice>; 2]>, LoadError> {
+) -> Result<BTreeMap<u32, [Option<DeviceProgram>; 2]>, LoadError> {
     let tags: BTreeMap<u32, u64> = loaded_programs()
         .filter_map(|info| info.ok().map(|info| (info.id(), info.tag())))
         .collect();
     let mut filters = Filters::open().map_err(failed("(tc)", "netlink"))?;
-    let mut look = |device, side| -> Result<Option<AtDevice>, LoadError> {
+    let mut program_at = |device, side| -> Result<Option<DeviceProgram>, LoadError> {
         let link = pinned(&pins.links().join(pin_name(side, device)), device)?;
         let (way, program) = match link {
             Some((_, program)) => (Way::Tcx, program),
-            None => match filters.look(device, side).map_err(on_device(side, "listing filters"))? {
-                Place::Ours(program) => (Way::Clsact, program),
-                Place::Empty | Place::Foreign => return Ok(None),
+            None => match filters.at(device, side).map_err(on_device(side, "listing filters"))? {
+                FilterSlot::Ours(program) => (Way::Clsact, program),
+                FilterSlot::Empty | FilterSlot::Foreign => return Ok(None),
             },
         };
         let tag = tags.get(&program).copied().unwrap_or_default();
-        Ok(Some(AtDevice { way, program, tag }))
+        Ok(Some(DeviceProgram { way, program, tag }))
     };
     let mut at = BTreeMap::new();
     for device in devices {
         let [ingress, egress] = Side::BOTH;
-        at.insert(device, [look(device, ingress)?, look(device, egress)?]);
+        at.insert(device, [program_at(device, ingress)?, program_at(device, egress)?]);
     }
     Ok(at)
 }
@@ -461,9 +456,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pins_say_side_and_device() {
+    fn pin_names_contain_side_and_device() {
         for side in Side::BOTH {
-            assert_eq!(of_pin(&pin_name(side, 7)), Some((side, 7)));
+            assert_eq!(parse_pin_name(&pin_name(side, 7)), Some((side, 7)));
         }
         for other in [
             "lb_connect4",
@@ -474,7 +469,7 @@ mod tests {
             "other-7",
             "ingress-7-new",
         ] {
-            assert_eq!(of_pin(other), None, "{other}");
+            assert_eq!(parse_pin_name(other), None, "{other}");
         }
     }
 }

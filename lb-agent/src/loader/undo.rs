@@ -8,7 +8,7 @@ use tracing::warn;
 
 use super::{LoadError, PinPath, tc};
 use crate::maps::bpf::PinnedMaps;
-use crate::node::links::Snapshot;
+use crate::node::links::LinkSnapshot;
 use crate::node::netns::Namespaces;
 use crate::node::ports::{PortRange, ReservedPorts};
 
@@ -44,7 +44,7 @@ fn undo_here(maps: &PinnedMaps) -> Result<(), LoadError> {
         .filter(|(_, device)| device.flags & device_flags::OWN_QDISC != 0)
         .map(|(index, _)| index)
         .collect();
-    let there = Snapshot::take(false).map_err(failed("listing devices"))?;
+    let there = LinkSnapshot::take(false).map_err(failed("listing devices"))?;
     tc::remove_all_filters(there.indexes(), &own_qdiscs)?;
     let ports = maps
         .snat_ports()

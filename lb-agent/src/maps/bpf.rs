@@ -393,7 +393,7 @@ impl PinnedMaps {
     }
 
     /// Sets the kinds of trace events that the programs write, as bits: see [`EventKind::bit`]. The caller must hold the
-    /// [`crate::loader::TraceLock`].
+    /// `TraceLock`.
     pub fn write_events(&self, events: u32) {
         // The agent writes the other half of the word.
         self.config.update_u32(0, offset_of!(Config, events), |_| Some(events));
@@ -580,14 +580,14 @@ impl BpfMaps {
     ///
     /// # Errors
     /// Returns [`MapError::Call`] if a system call fails.
-    pub fn tell(&self, event: &Event) -> Result<(), MapError> {
+    pub fn report_event(&self, event: &Event) -> Result<(), MapError> {
         let asked = EventKind::from_u8(event.kind).is_some_and(|kind| self.pinned.config().events & kind.bit() != 0);
         if !asked {
             return Ok(());
         }
         // If there was no room, the program has counted the event.
-        let told = self.run(program_name::EVENT, event.as_bytes()).map(drop);
-        told.map_err(|source| MapError::Call {
+        let result = self.run(program_name::EVENT, event.as_bytes()).map(drop);
+        result.map_err(|source| MapError::Call {
             map: map_name::EVENTS,
             call: "BPF_PROG_TEST_RUN of lb_event",
             source,

@@ -45,7 +45,7 @@ impl GraceThread {
     pub fn start() -> io::Result<Self> {
         let map = GraceMap::new()?;
         let (requests, wanted) = mpsc::channel::<Epoch>();
-        let (told, passed) = watch::channel(0);
+        let (reports, passed) = watch::channel(0);
         let shared = Arc::new(Shared::default());
         let progress = Arc::clone(&shared);
         thread::Builder::new().name("lb-grace".into()).spawn(move || {
@@ -61,7 +61,7 @@ impl GraceThread {
                 if result.is_err() {
                     return;
                 }
-                told.send_replace(epoch);
+                reports.send_replace(epoch);
             }
         })?;
         Ok(Self {

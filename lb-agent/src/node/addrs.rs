@@ -9,11 +9,11 @@ use ipnet::IpNet;
 use lb_common::abi::Addr;
 
 use super::devices::Patterns;
-use super::links::Snapshot;
+use super::links::LinkSnapshot;
 
 /// `--nodeport-addresses`: which of the node's addresses serve node ports.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Wanted {
+pub enum NodePortAddresses {
     /// Addresses in these networks. A family without a network in the list uses all of its addresses.
     Within(Vec<IpNet>),
     /// The first address of each family in the Node object of this node. Without such an object, the addresses of the
@@ -24,23 +24,25 @@ pub enum Wanted {
 /// A word of `--nodeport-addresses` that is neither `primary` nor a network.
 #[derive(Debug, thiserror::Error)]
 #[error("neither \"primary\" nor a network such as 10.0.0.0/8")]
-pub struct NotWanted;
+pub struct NodePortAddressesError;
 
 /// All addresses.
-impl Default for Wanted {
+impl Default for NodePortAddresses {
     fn default() -> Self {
         Self::Within(Vec::new())
     }
 }
 
-impl FromStr for Wanted {
-    type Err = NotWanted;
+impl FromStr for NodePortAddresses {
+    type Err = NodePortAddressesError;
 
-    fn from_str(text: &str) -> Result<Self, NotWanted> {
+    fn from_str(text: &str) -> Result<Self, NodePortAddressesError> {
         if text == "primary" {
             return Ok(Self::Primary);
         }
-        let networks = text.split(',').map(|word| word.trim().parse().map_err(|_| NotWanted));
+        let networks = text
+            .split(',')
+            .map(|word| word.trim().parse().map_err(|_| NodePortAddressesError));
         networks.collect::<Result<_, _>>().map(Self::Within)
     }
 }
@@ -51,7 +53,7 @@ pub struct Selection {
     /// Devices by name.
     pub devices: Patterns,
     /// Addresses.
-    pub wanted: Wanted,
+    pub wanted: NodePortAddresses,
 }
 
 impl Selection {
@@ -59,11 +61,11 @@ impl Selection {
     #[must_use]
     pub fn is_everything(&self) -> bool {
         let all = match &self.wanted {
-            Wanted::Within(networks) => [false, true].into_iter().all(|v6| {
+            NodePortAddresses::Within(networks) => [false, true].into_iter().all(|v6| {
                 let mut family = networks.iter().filter(|net| net.addr().is_ipv6() == v6).peekable();
                 family.peek().is_none() || family.any(|net| net.prefix_len() == 0)
             }),
-            Wanted::Primary => false,
+            NodePortAddresses::Primary => false,
         };
         all && self.devices.is_empty()
     }
@@ -72,11 +74,11 @@ impl Selection {
     /// need.
     #[must_use]
     pub fn looks_at_routes(&self) -> bool {
-        self.wanted == Wanted::Primary
+        self.wanted == NodePortAddresses::Primary
     }
 }
 
-impl Snapshot {
+impl LinkSnapshot {
     /// Every address of every device except loopback.
     #[must_use]
     pub fn own_addresses(&self) -> BTreeSet<Addr> {
@@ -90,15 +92,15 @@ impl Snapshot {
     pub fn select(&self, selection: &Selection, node: Option<&[IpAddr]>) -> BTreeSet<Addr> {
         let Selection { devices, wanted } = selection;
         let is_wanted = |device: u32, ip: IpAddr| match (wanted, node) {
-            (Wanted::Within(networks), _) => {
+            (NodePortAddresses::Within(networks), _) => {
                 let mut family = networks
                     .iter()
                     .filter(|net| net.addr().is_ipv6() == ip.is_ipv6())
                     .peekable();
                 family.peek().is_none() || family.any(|net| net.contains(&ip))
             }
-            (Wanted::Primary, Some(node)) => node.iter().find(|a| a.is_ipv6() == ip.is_ipv6()) == Some(&ip),
-            (Wanted::Primary, None) => self.defaults.contains(&(ip.is_ipv6(), device)),
+            (NodePortAddresses::Primary, Some(node)) => node.iter().find(|a| a.is_ipv6() == ip.is_ipv6()) == Some(&ip),
+            (NodePortAddresses::Primary, None) => self.defaults.contains(&(ip.is_ipv6(), device)),
         };
         let links = self.links.iter().filter(|(_, link)| devices.select(&link.name));
         let addresses = links.flat_map(|(index, link)| link.addresses.iter().map(|address| (*index, address.ip)));
@@ -107,20 +109,20 @@ impl Snapshot {
     }
 }
 
-/// The [own addresses](Snapshot::own_addresses) of the network namespace of the calling thread, now.
+/// The [own addresses](LinkSnapshot::own_addresses) of the network namespace of the calling thread, now.
 ///
 /// # Errors
 /// Returns the error of the system call.
 pub fn all() -> io::Result<BTreeSet<Addr>> {
-    Ok(Snapshot::take(false)?.own_addresses())
+    Ok(LinkSnapshot::take(false)?.own_addresses())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn snapshot() -> Snapshot {
-        let mut snapshot = Snapshot::of(&[
+    fn snapshot() -> LinkSnapshot {
+        let mut snapshot = LinkSnapshot::of(&[
             ("lo", &["127.0.0.1", "::1", "192.0.2.7"]),
             ("eth0", &["192.168.0.1", "192.168.0.2", "fd00::1", "fe80::1"]),
             ("cni0", &["10.10.1.1"]),
@@ -159,11 +161,11 @@ mod tests {
 
     #[test]
     fn what_narrows_nothing_is_everything() {
-        let is_everything = |devices: &[&str], wanted: Wanted| {
+        let is_everything = |devices: &[&str], wanted: NodePortAddresses| {
             let devices = Patterns::new(devices);
             Selection { devices, wanted }.is_everything()
         };
-        assert!(is_everything(&[], Wanted::default()));
+        assert!(is_everything(&[], NodePortAddresses::default()));
         for text in ["0.0.0.0/0,::/0", "0.0.0.0/0", "10.0.0.0/8,0.0.0.0/0"] {
             assert!(is_everything(&[], text.parse().unwrap()), "{text}");
             assert!(!is_everything(&["eth0"], text.parse().unwrap()), "{text}");
@@ -197,7 +199,7 @@ mod tests {
     #[test]
     fn what_is_no_network_is_refused() {
         for text in ["", "primary,10.0.0.0/8", "10.0.0.1/33", "eth0"] {
-            assert!(text.parse::<Wanted>().is_err(), "{text}");
+            assert!(text.parse::<NodePortAddresses>().is_err(), "{text}");
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The garbage collector of CT and CT_NEW: a thread, separate from the reconciler, that deletes expired flows.
 //!
-//! It reads each map as a whole, in batches, again and again, and never examines more than [`PER_SECOND`] entries in a
+//! It sweeps each map again and again: it reads the whole map, in batches. A sweep of a large map takes several passes of a
+//! second each, so that the thread never examines more than [`PER_SECOND`] entries in a
 //! second. Its cost does not depend on the number of flows; only the delay until an expired flow is found does.
 //!
 //! Both directions of a flow are deleted together, the reply direction first: while the original direction exists, no
@@ -20,7 +21,7 @@ use lb_common::logic::idle;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tracing::warn;
 
-use super::nf_conntrack::Settings;
+use super::nf_conntrack::NfConntrackSettings;
 use crate::clock::monotonic_ns;
 use crate::maps::ct::{CtMap, CtMaps, Position};
 use lb_core::maps::Direction;
@@ -29,10 +30,10 @@ use lb_core::model::{Problem, ProblemKind};
 
 /// The largest number of entries that are examined in a second, plus at most one batch.
 pub const PER_SECOND: usize = 1 << 16;
-/// Time between the beginnings of two passes.
-const TURN: Duration = Duration::from_secs(1);
+/// Least time between the beginnings of two passes.
+const PASS_INTERVAL: Duration = Duration::from_secs(1);
 /// Time from the end of a sweep to the next.
-const PAUSE: Duration = Duration::from_secs(4);
+const SWEEP_PAUSE: Duration = Duration::from_secs(4);
 
 /// Reasons why an entry is deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -70,10 +71,10 @@ impl Reason {
 
 /// Converts kube-proxy's settings to time-outs. Zero keeps the default.
 #[must_use]
-pub fn timeouts(settings: &Settings) -> Timeouts {
-    let or = |said: Duration, default| match u64::try_from(said.as_nanos()) {
+pub fn timeouts(settings: &NfConntrackSettings) -> Timeouts {
+    let or = |configured: Duration, default| match u64::try_from(configured.as_nanos()) {
         Ok(0) => default,
-        Ok(said) => said,
+        Ok(configured) => configured,
         Err(_) => u64::MAX,
     };
     let default = Timeouts::DEFAULT;
@@ -86,13 +87,13 @@ pub fn timeouts(settings: &Settings) -> Timeouts {
     }
 }
 
-/// The result of a pass.
+/// The result of a pass: a part of a sweep, or all of it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Turn {
+pub struct Pass {
     /// Duration of the pass.
     pub took: Duration,
     /// Number of examined entries.
-    pub looked_at: usize,
+    pub examined: usize,
     /// Number of deleted entries, by reason.
     pub removed: BTreeMap<Reason, u64>,
     /// Maps that were read to their end, with their number of entries.
@@ -103,15 +104,15 @@ pub struct Turn {
 
 /// Handle of the thread that deletes flows. The thread ends when the handle is dropped.
 #[derive(Debug)]
-pub struct Collector {
+pub struct CtGc {
     /// Carries no message: dropping it ends the thread.
     _stop: Sender<()>,
-    turns: UnboundedReceiver<Turn>,
+    passes: UnboundedReceiver<Pass>,
 }
 
 /// Reasons why the garbage collector cannot start.
 #[derive(Debug, thiserror::Error)]
-pub enum CollectorError {
+pub enum CtGcError {
     /// The maps cannot be opened.
     #[error(transparent)]
     Map(#[from] MapError),
@@ -120,44 +121,44 @@ pub enum CollectorError {
     Thread(io::Error),
 }
 
-impl Collector {
+impl CtGc {
     /// Starts the thread on the maps that are pinned in a directory.
     ///
     /// # Errors
     /// Returns an error if the maps cannot be opened or the thread cannot be started.
-    pub fn start(maps: &Path, timeouts: Timeouts) -> Result<Self, CollectorError> {
+    pub fn start(maps: &Path, timeouts: Timeouts) -> Result<Self, CtGcError> {
         let maps = CtMaps::open(maps)?;
         let (stop, stopped) = mpsc::channel();
-        let (told, turns) = unbounded_channel();
+        let (reports, passes) = unbounded_channel();
         let worker = Worker {
             timeouts,
-            told,
-            begun: Instant::now(),
-            turn: Turn::default(),
+            reports,
+            pass_begun: Instant::now(),
+            pass: Pass::default(),
         };
         thread::Builder::new()
-            .name("lb-flows".into())
+            .name("lb-ct-gc".into())
             .spawn(move || worker.run(maps, &stopped))
-            .map_err(CollectorError::Thread)?;
-        Ok(Self { _stop: stop, turns })
+            .map_err(CtGcError::Thread)?;
+        Ok(Self { _stop: stop, passes })
     }
 
     /// Waits for the end of the next pass; `None` if the thread has ended.
-    pub async fn turn(&mut self) -> Option<Turn> {
-        self.turns.recv().await
+    pub async fn pass(&mut self) -> Option<Pass> {
+        self.passes.recv().await
     }
 }
 
 struct Worker {
     timeouts: Timeouts,
-    told: UnboundedSender<Turn>,
-    /// Start of the pass.
-    begun: Instant,
-    turn: Turn,
+    reports: UnboundedSender<Pass>,
+    /// Start of the present pass.
+    pass_begun: Instant,
+    pass: Pass,
 }
 
-/// Whether the thread continues.
-fn goes_on(stopped: &Receiver<()>, wait: Duration) -> bool {
+/// Waits, and returns whether the thread should continue: its handle was not dropped.
+fn should_continue(stopped: &Receiver<()>, wait: Duration) -> bool {
     matches!(stopped.recv_timeout(wait), Err(RecvTimeoutError::Timeout))
 }
 
@@ -166,56 +167,57 @@ impl Worker {
         let CtMaps { established, unreplied } = maps;
         let mut maps = [(established, true), (unreplied, false)];
         loop {
-            self.begun = Instant::now();
-            for (map, answered) in &mut maps {
-                match self.sweep(map, *answered, stopped) {
+            self.pass_begun = Instant::now();
+            for (map, is_established) in &mut maps {
+                match self.sweep(map, *is_established, stopped) {
                     Ok(true) => {}
                     Ok(false) => return,
                     Err(error) => {
                         warn!(%error, "flows that are over may stay");
-                        self.turn.problem =
+                        self.pass.problem =
                             Some(Problem::new("collecting flows", error.to_string()).kind(ProblemKind::Map));
                     }
                 }
             }
-            self.end_turn();
-            if !goes_on(stopped, PAUSE) {
+            self.end_pass();
+            if !should_continue(stopped, SWEEP_PAUSE) {
                 return;
             }
         }
     }
 
-    /// Reads a map as a whole; false if the thread should end.
-    fn sweep(&mut self, map: &mut CtMap, answered: bool, stopped: &Receiver<()>) -> Result<bool, MapError> {
+    /// Reads a map as a whole and deletes its expired flows. `established`: whether it is CT, not CT_NEW. Returns false if the
+    /// thread should end.
+    fn sweep(&mut self, map: &mut CtMap, established: bool, stopped: &Receiver<()>) -> Result<bool, MapError> {
         let mut position = Position::Begin;
         let mut entries = 0;
         while position != Position::End {
             let (found, next) = map.read(position)?;
-            let removed = collect(map, &found, answered, &self.timeouts, monotonic_ns)?;
-            self.turn.looked_at += found.len();
+            let removed = collect(map, &found, established, &self.timeouts, monotonic_ns)?;
+            self.pass.examined += found.len();
             entries += found.len();
             entries -= removed.values().sum::<u64>().min(entries as u64) as usize;
             for (reason, count) in removed {
-                *self.turn.removed.entry(reason).or_default() += count;
+                *self.pass.removed.entry(reason).or_default() += count;
             }
             position = next;
-            if self.turn.looked_at >= PER_SECOND {
-                let begun = self.begun;
-                self.end_turn();
-                if !goes_on(stopped, TURN.saturating_sub(begun.elapsed())) {
+            if self.pass.examined >= PER_SECOND {
+                let begun = self.pass_begun;
+                self.end_pass();
+                if !should_continue(stopped, PASS_INTERVAL.saturating_sub(begun.elapsed())) {
                     return Ok(false);
                 }
-                self.begun = Instant::now();
+                self.pass_begun = Instant::now();
             }
         }
-        self.turn.entries.push((map.name(), entries));
+        self.pass.entries.push((map.name(), entries));
         Ok(true)
     }
 
-    fn end_turn(&mut self) {
-        self.turn.took = self.begun.elapsed();
+    fn end_pass(&mut self) {
+        self.pass.took = self.pass_begun.elapsed();
         // Without a receiver the agent is ending.
-        self.told.send(std::mem::take(&mut self.turn)).ok();
+        self.reports.send(std::mem::take(&mut self.pass)).ok();
     }
 }
 
@@ -239,7 +241,7 @@ impl Entries for CtMap {
 fn collect(
     map: &mut impl Entries,
     found: &[Direction],
-    answered: bool,
+    established: bool,
     timeouts: &Timeouts,
     now: impl Fn() -> u64,
 ) -> Result<BTreeMap<Reason, u64>, MapError> {
@@ -252,7 +254,7 @@ fn collect(
         }
         let other_key = reverse_key(entry, key.proto);
         let other = map.get(&other_key)?;
-        let Some(reason) = judge(key.proto, answered, entry, other.as_ref(), timeouts, begun) else {
+        let Some(reason) = expiry(key.proto, established, entry, other.as_ref(), timeouts, begun) else {
             continue;
         };
         // Looked up again, since the entry was read a while ago; missing if it was deleted as the other direction of
@@ -278,17 +280,18 @@ fn collect(
     Ok(removed)
 }
 
-/// Whether a flow has expired, given one of its directions and, if it exists, the other.
-fn judge(
+/// Returns the reason to delete a flow, given one of its directions and, if it exists, the other; `None` if the flow has
+/// not expired.
+fn expiry(
     proto: u8,
-    answered: bool,
+    established: bool,
     entry: &CtEntry,
     other: Option<&CtEntry>,
     timeouts: &Timeouts,
     now: u64,
 ) -> Option<Reason> {
     let seen = other.map_or(entry.seen, |other| other.seen.max(entry.seen));
-    let phase = Phase::of(answered, [entry.state, other.map_or(0, |other| other.state)]);
+    let phase = Phase::of(established, [entry.state, other.map_or(0, |other| other.state)]);
     let reason = other.map_or(Reason::Orphan, |_| Reason::Idle(phase));
     idle::is_over(seen, now, timeouts.of(proto, phase)).then_some(reason)
 }
@@ -379,15 +382,15 @@ mod tests {
         (fake, all)
     }
 
-    fn run(fake: &mut Fake, found: &[Direction], answered: bool) -> BTreeMap<Reason, u64> {
-        collect(fake, found, answered, &Timeouts::DEFAULT, || NOW).unwrap()
+    fn run(fake: &mut Fake, found: &[Direction], established: bool) -> BTreeMap<Reason, u64> {
+        collect(fake, found, established, &Timeouts::DEFAULT, || NOW).unwrap()
     }
 
     #[test]
     fn a_flow_goes_when_both_directions_were_idle_for_the_time_of_its_phase() {
         const FIN: u8 = ct_state::FIN;
         const RST: u8 = ct_state::RST;
-        for (proto, answered, states, seconds, reason) in [
+        for (proto, established, states, seconds, reason) in [
             (TCP, true, [0, 0], 86_400, Reason::Idle(Phase::Established)),
             (TCP, true, [0, FIN], 3600, Reason::Idle(Phase::HalfClosed)),
             (TCP, true, [FIN, FIN], 120, Reason::Idle(Phase::Closed)),
@@ -403,7 +406,7 @@ mod tests {
                 ([seconds + 9, seconds], true),
             ] {
                 let (mut fake, found) = of(&[flow(1, proto, seen, states), flow(2, proto, [0, 0], [0, 0])]);
-                let removed = run(&mut fake, &found, answered);
+                let removed = run(&mut fake, &found, established);
                 let expected = if goes {
                     BTreeMap::from([(reason, 2)])
                 } else {
@@ -460,13 +463,13 @@ mod tests {
 
     #[test]
     fn timeouts_follow_the_configuration() {
-        assert_eq!(timeouts(&Settings::default()), Timeouts::DEFAULT);
-        let settings = Settings {
+        assert_eq!(timeouts(&NfConntrackSettings::default()), Timeouts::DEFAULT);
+        let settings = NfConntrackSettings {
             tcp_established: Duration::from_secs(7),
             tcp_close_wait: Duration::ZERO,
             udp: Duration::from_secs(5),
             udp_stream: Duration::from_millis(1),
-            ..Settings::default()
+            ..NfConntrackSettings::default()
         };
         let expected = Timeouts {
             established: 7 * SECOND,

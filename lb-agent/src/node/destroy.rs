@@ -20,7 +20,7 @@ use tracing::{debug, info};
 
 use super::netns::{Namespaces, Visit};
 use super::sockdiag::{Destroyed, Protocol, SockDiag, Socket, list_sockets};
-use super::socket_verdict::{self, CONNECTING, Suspects, Trace, Verdict};
+use super::socket_verdict::{self, CONNECTING, EntryVersion, Suspects, Verdict};
 use crate::clock::monotonic_ns;
 use crate::maps::records::{LocatedRecord, Records};
 use lb_core::maps::MapError;
@@ -34,9 +34,9 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// Prefix of the place of a problem in one namespace; the cookie follows.
 const NAMESPACE: &str = "network namespace";
 
-/// Settings of the thread.
+/// Settings of the socket destroyer.
 #[derive(Debug, Clone, Copy)]
-pub struct Settings {
+pub struct DestroySettings {
     /// TCP sockets of removed backends are destroyed too.
     pub tcp: bool,
     /// Age at which a record without a socket may be swept, and time between two sweeps.
@@ -57,10 +57,10 @@ impl Destroyer {
     ///
     /// # Errors
     /// Returns an error if the maps cannot be opened or /proc cannot be read.
-    pub fn start(maps: &Path, settings: Settings) -> Result<Self, DestroyError> {
+    pub fn start(maps: &Path, settings: DestroySettings) -> Result<Self, DestroyError> {
         let records = Records::open(maps)?;
         let namespaces = Namespaces::new().map_err(DestroyError::Proc)?;
-        let (told, problems) = watch::channel(Vec::new());
+        let (reports, problems) = watch::channel(Vec::new());
         let (destroyed, events) = unbounded_channel();
         let (wake, woken) = mpsc::channel();
         let worker = Worker {
@@ -70,7 +70,7 @@ impl Destroyer {
             suspects: Suspects::default(),
             missing: Suspects::default(),
             problems: BTreeMap::new(),
-            told,
+            reports,
             destroyed,
         };
         thread::Builder::new()
@@ -113,7 +113,7 @@ pub enum DestroyError {
 }
 
 struct Worker {
-    settings: Settings,
+    settings: DestroySettings,
     records: Records,
     namespaces: Namespaces,
     /// Records without a socket in the last sweep.
@@ -122,13 +122,13 @@ struct Worker {
     missing: Suspects,
     /// The reported problems, by place.
     problems: BTreeMap<String, String>,
-    told: watch::Sender<Vec<Problem>>,
+    reports: watch::Sender<Vec<Problem>>,
     destroyed: UnboundedSender<Event>,
 }
 
 /// The result of a pass in one namespace.
 #[derive(Default)]
-struct Done {
+struct PassResult {
     destroyed: Vec<(LocatedRecord, Socket)>,
     /// Records of sockets that are connected elsewhere, or no longer connected.
     stale: Vec<LocatedRecord>,
@@ -170,7 +170,7 @@ impl Worker {
                 sweep = begun + self.settings.sweep;
             }
             next = sweep.min(begun + wait);
-            self.tell();
+            self.report_problems();
         }
     }
 
@@ -190,7 +190,7 @@ impl Worker {
             let why = "not in the machine's process namespace (hostPID): sockets of pods may not be found";
             self.note("processes", Some(why.into()));
         }
-        self.tell();
+        self.report_problems();
     }
 
     /// Destroys sockets that are connected to removed backends, and deletes obsolete records. Returns how many sockets
@@ -225,14 +225,14 @@ impl Worker {
             let dead = dead.get(&netns).unwrap_or(&nothing);
             destroy(records, dead, begun)
         });
-        self.refusals(&visit);
+        self.note_unvisited(&visit);
         // The sockets of a namespace that could not be entered are unknown.
         let is_seen = |netns: &&u64| visit.visited.contains_key(netns) || visit.missing.contains(netns);
         let mut open = wanted.len() - wanted.iter().filter(is_seen).count();
         let (mut stale, mut missing) = (Vec::new(), Vec::new());
         for (netns, done) in visit.visited {
             for (found, socket) in &done.destroyed {
-                self.tell_of_destroyed(found, socket);
+                self.report_destroyed(found, socket);
             }
             open += done.open;
             stale.extend(done.destroyed.into_iter().map(|(found, _)| found));
@@ -241,9 +241,9 @@ impl Worker {
             let why = done.failed.map(|error| error.to_string());
             self.note(&format!("{NAMESPACE} {netns}"), why);
         }
-        let gone = self.missing.without_socket(missing.iter().map(trace_of).collect());
+        let gone = self.missing.without_socket(missing.iter().map(version_of).collect());
         open += missing.len() - gone.len();
-        stale.extend(missing.into_iter().filter(|found| gone.contains(&trace_of(found))));
+        stale.extend(missing.into_iter().filter(|found| gone.contains(&version_of(found))));
         self.records.forget(&stale)?;
         Ok(open)
     }
@@ -258,7 +258,7 @@ impl Worker {
             .into_iter()
             .filter(|f| f.record.time <= oldest)
             .collect();
-        let flows: Vec<_> = self
+        let dests: Vec<_> = self
             .records
             .udp_dests()?
             .into_iter()
@@ -267,10 +267,10 @@ impl Worker {
         let wanted: BTreeSet<u64> = records
             .iter()
             .map(|f| f.record.netns)
-            .chain(flows.iter().map(|(_, f)| f.netns))
+            .chain(dests.iter().map(|(_, f)| f.netns))
             .collect();
         let visit = self.namespaces.visit(&wanted, |_| list_sockets(&Protocol::ALL));
-        self.refusals(&visit);
+        self.note_unvisited(&visit);
         // If a namespace could not be listed, none of its sockets is known to be gone.
         let is_gone = |netns: u64, cookie: u64| match visit.visited.get(&netns) {
             Some(Ok(listing)) => !listing.contains_key(&cookie),
@@ -282,23 +282,23 @@ impl Worker {
             records
                 .iter()
                 .filter(|f| is_gone(f.record.netns, f.record.socket))
-                .map(trace_of),
+                .map(version_of),
         );
         gone.extend(
-            flows
+            dests
                 .iter()
                 .filter(|(cookie, f)| is_gone(f.netns, *cookie))
-                .map(|(cookie, f)| trace_of_flows(*cookie, f)),
+                .map(|(cookie, f)| version_of_dests(*cookie, f)),
         );
         let twice = self.suspects.without_socket(gone);
         let stale: Vec<_> = records
             .into_iter()
-            .filter(|found| twice.contains(&trace_of(found)))
+            .filter(|found| twice.contains(&version_of(found)))
             .collect();
         let mut swept = self.records.forget(&stale)?;
-        for (cookie, read) in flows
+        for (cookie, read) in dests
             .iter()
-            .filter(|(cookie, f)| twice.contains(&trace_of_flows(*cookie, f)))
+            .filter(|(cookie, f)| twice.contains(&version_of_dests(*cookie, f)))
         {
             swept += usize::from(self.records.forget_udp_dests(*cookie, read)?);
         }
@@ -309,7 +309,7 @@ impl Worker {
     }
 
     /// Logs a destroyed socket, and reports it to `lb-agent trace`.
-    fn tell_of_destroyed(&self, found: &LocatedRecord, socket: &Socket) {
+    fn report_destroyed(&self, found: &LocatedRecord, socket: &Socket) {
         let record = &found.record;
         debug!(
             original = %format_args!("{}:{}", record.original_addr, record.original_port),
@@ -335,7 +335,7 @@ impl Worker {
     }
 
     /// Reports namespaces that cannot be found or entered.
-    fn refusals<T>(&mut self, visit: &Visit<T>) {
+    fn note_unvisited<T>(&mut self, visit: &Visit<T>) {
         let why = visit.refused.first().map(|(path, error)| {
             let path = path.display();
             format!("some cannot be found, and their sockets are left alone: {path}: {error}")
@@ -352,16 +352,16 @@ impl Worker {
     }
 
     /// Publishes the problems if they have changed.
-    fn tell(&self) {
+    fn report_problems(&self) {
         let problems: Vec<_> = self
             .problems
             .iter()
             .map(|(place, message)| Problem::new(place, message).kind(ProblemKind::Sockets))
             .collect();
-        self.told.send_if_modified(|told| {
-            let news = *told != problems;
-            *told = problems;
-            news
+        self.reports.send_if_modified(|reported| {
+            let is_new = *reported != problems;
+            *reported = problems;
+            is_new
         });
     }
 }
@@ -381,8 +381,8 @@ fn why_not_destroyed(error: &io::Error) -> String {
 }
 
 /// Destroys the sockets of some records in the network namespace of the calling thread.
-fn destroy(records: &Records, dead: &[LocatedRecord], begun: u64) -> Done {
-    let mut done = Done::default();
+fn destroy(records: &Records, dead: &[LocatedRecord], begun: u64) -> PassResult {
+    let mut done = PassResult::default();
     if let Err(error) = try_destroy(records, dead, begun, &mut done) {
         done.open += 1;
         done.failed = Some(error);
@@ -390,7 +390,7 @@ fn destroy(records: &Records, dead: &[LocatedRecord], begun: u64) -> Done {
     done
 }
 
-fn try_destroy(records: &Records, dead: &[LocatedRecord], begun: u64, done: &mut Done) -> io::Result<()> {
+fn try_destroy(records: &Records, dead: &[LocatedRecord], begun: u64, done: &mut PassResult) -> io::Result<()> {
     let is_there = |protocol: &Protocol| dead.iter().any(|found| found.record.proto == *protocol as u8);
     let protocols: Vec<_> = Protocol::ALL.into_iter().filter(is_there).collect();
     let listing = list_sockets(&protocols)?;
@@ -416,21 +416,21 @@ fn try_destroy(records: &Records, dead: &[LocatedRecord], begun: u64, done: &mut
 }
 
 /// Time of the last datagram of an unconnected socket to a Service.
-fn last_use(flows: &UdpDests) -> u64 {
-    flows.dests.iter().map(|flow| flow.asked).max().unwrap_or(0)
+fn last_use(dests: &UdpDests) -> u64 {
+    dests.dests.iter().map(|dest| dest.asked).max().unwrap_or(0)
 }
 
-fn trace_of(found: &LocatedRecord) -> Trace {
-    Trace::Record {
+fn version_of(found: &LocatedRecord) -> EntryVersion {
+    EntryVersion::Record {
         key: found.record.cookie,
         time: found.record.time,
     }
 }
 
-fn trace_of_flows(cookie: u64, flows: &UdpDests) -> Trace {
-    Trace::Flows {
+fn version_of_dests(cookie: u64, dests: &UdpDests) -> EntryVersion {
+    EntryVersion::UdpDests {
         cookie,
-        time: last_use(flows),
+        time: last_use(dests),
     }
 }
 
@@ -439,7 +439,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kernel_that_cannot_destroy_is_told_from_one_that_must_not() {
+    fn missing_kernel_support_and_missing_privileges_are_reported_differently() {
         let why = |errno| why_not_destroyed(&io::Error::from_raw_os_error(errno));
         let text = why(libc::EOPNOTSUPP);
         assert!(text.contains("without CONFIG_INET_DIAG_DESTROY"), "{text}");

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use lb_common::abi::{Addr, Device, device_flags};
 use wildmatch::WildMatch;
 
-use super::links::{Kind, Link, Snapshot};
+use super::links::{Kind, Link, LinkSnapshot};
 
 /// `--devices`: names of devices, in which `*` stands for any text and `?` for one character. An empty list selects all
 /// devices that lb serves by default.
@@ -56,13 +56,13 @@ pub struct Served {
 fn is_served(link: &Link, patterns: &Patterns) -> bool {
     match link.kind {
         Kind::Loopback => false,
-        _ if !patterns.is_empty() => patterns.select(&link.name),
+        Kind::Dummy | Kind::Bridge | Kind::Other if !patterns.is_empty() => patterns.select(&link.name),
         Kind::Dummy => false,
         Kind::Bridge | Kind::Other => !link.is_port && link.name != "kube-ipvs0",
     }
 }
 
-impl Snapshot {
+impl LinkSnapshot {
     /// The devices that programs are attached to, by index.
     #[must_use]
     pub fn served(&self, patterns: &Patterns) -> BTreeMap<u32, Served> {
@@ -183,7 +183,7 @@ mod tests {
 
     #[test]
     fn what_has_no_link_layer_has_other_programs() {
-        let mut snapshot = Snapshot::of(&[("eth0", &["192.168.0.1"]), ("wg0", &["10.9.0.1"])]);
+        let mut snapshot = LinkSnapshot::of(&[("eth0", &["192.168.0.1"]), ("wg0", &["10.9.0.1"])]);
         snapshot.links.get_mut(&2).unwrap().has_link_header = false;
         let layers: Vec<_> = snapshot.served(&Patterns::default()).into_values().collect();
         assert_eq!(
@@ -193,7 +193,7 @@ mod tests {
     }
 
     /// The source addresses of a device, as text; `-` if there is none.
-    fn sources(snapshot: &Snapshot, node: &[&str], index: u32) -> [String; 2] {
+    fn sources(snapshot: &LinkSnapshot, node: &[&str], index: u32) -> [String; 2] {
         let node: Vec<IpAddr> = node.iter().map(|ip| ip.parse().unwrap()).collect();
         let device = snapshot.sources(&node)[&index];
         [device.v4, device.v6].map(|addr| match addr {
@@ -202,8 +202,8 @@ mod tests {
         })
     }
 
-    fn snapshot() -> Snapshot {
-        let mut snapshot = Snapshot::of(&[
+    fn snapshot() -> LinkSnapshot {
+        let mut snapshot = LinkSnapshot::of(&[
             ("lo", &["127.0.0.1", "::1"]),
             ("cni0", &["10.10.1.1"]),
             ("eth0", &["fe80::1", "192.168.0.1", "192.168.0.2", "fd00::1"]),
@@ -235,17 +235,17 @@ mod tests {
         let node = ["203.0.113.9", "192.168.0.2", "10.10.1.1"];
         assert_eq!(sources(&snapshot, &node, 4), ["192.168.0.2", "fd00::1"]);
         assert_eq!(sources(&snapshot, &["203.0.113.9"], 4), ["192.168.0.1", "fd00::1"]);
-        let bare = Snapshot::of(&[("lo", &["127.0.0.1"]), ("eth0", &["fe80::1"])]);
+        let bare = LinkSnapshot::of(&[("lo", &["127.0.0.1"]), ("eth0", &["fe80::1"])]);
         assert_eq!(sources(&bare, &[], 2), ["-", "-"]);
         // An address for others may stand on loopback.
-        let anycast = Snapshot::of(&[("lo", &["127.0.0.1", "192.0.2.7"]), ("eth0", &[])]);
+        let anycast = LinkSnapshot::of(&[("lo", &["127.0.0.1", "192.0.2.7"]), ("eth0", &[])]);
         assert_eq!(sources(&anycast, &[], 2), ["192.0.2.7", "-"]);
     }
 
     #[test]
     fn addresses_that_may_not_be_used_are_not() {
-        let mut snapshot = Snapshot::of(&[("eth0", &["fd00::1", "fd00::2", "fd00::3"])]);
-        let set = |snapshot: &mut Snapshot, at: usize, change: fn(&mut Address)| {
+        let mut snapshot = LinkSnapshot::of(&[("eth0", &["fd00::1", "fd00::2", "fd00::3"])]);
+        let set = |snapshot: &mut LinkSnapshot, at: usize, change: fn(&mut Address)| {
             change(&mut snapshot.links.get_mut(&1).unwrap().addresses[at]);
         };
         set(&mut snapshot, 0, |a| a.is_global = false);

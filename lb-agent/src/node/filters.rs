@@ -59,7 +59,7 @@ impl Side {
 
 /// The filter at lb's position.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum FilterSlot {
     /// No filter.
     Empty,
     /// A filter of lb's, with the program of this id.
@@ -78,32 +78,32 @@ impl Filters {
     }
 
     /// Returns the filter at lb's position in a direction of a device.
-    pub(crate) fn look(&mut self, index: u32, side: Side) -> io::Result<Place> {
+    pub(crate) fn at(&mut self, index: u32, side: Side) -> io::Result<FilterSlot> {
         match self
             .0
-            .ask::<Told>(RouteNetlinkMessage::GetTrafficFilter(ours(index, side)))
+            .get::<TcObject>(RouteNetlinkMessage::GetTrafficFilter(lb_filter(index, side)))
         {
-            Ok(told) => Ok(told.place()),
-            Err(error) if is_missing(&error) => Ok(Place::Empty),
+            Ok(object) => Ok(object.slot()),
+            Err(error) if is_missing(&error) => Ok(FilterSlot::Empty),
             Err(error) => Err(error),
         }
     }
 
     /// Adds a program at lb's position, or replaces the one there, in one step. The qdisc must exist.
-    pub(crate) fn put(&mut self, index: u32, side: Side, name: &str, program: BorrowedFd<'_>) -> io::Result<()> {
-        if self.look(index, side)? == Place::Foreign {
+    pub(crate) fn attach(&mut self, index: u32, side: Side, name: &str, program: BorrowedFd<'_>) -> io::Result<()> {
+        if self.at(index, side)? == FilterSlot::Foreign {
             return Err(io::Error::other(format!(
                 "a foreign filter of priority {PRIORITY} already has lb's handle"
             )));
         }
-        let mut message = ours(index, side);
+        let mut message = lb_filter(index, side);
         message.attributes.push(TcAttribute::Options(vec![
             TcOption::Bpf(TcFilterBpfOption::ProgFd(program.as_raw_fd() as u32)),
             TcOption::Bpf(TcFilterBpfOption::ProgName(name.to_owned())),
             TcOption::Bpf(TcFilterBpfOption::Flags(TcBpfFlags::DirectAction)),
         ]));
-        let order = RouteNetlinkMessage::NewTrafficFilter(message);
-        match self.0.order_with(order, NLM_F_CREATE | NLM_F_REPLACE) {
+        let change = RouteNetlinkMessage::NewTrafficFilter(message);
+        match self.0.change_with(change, NLM_F_CREATE | NLM_F_REPLACE) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(io::Error::other(format!(
                 "{error} (a filter of another kind may have priority {PRIORITY} there)"
             ))),
@@ -113,10 +113,13 @@ impl Filters {
 
     /// Removes lb's filter; false if there is none.
     pub(crate) fn remove(&mut self, index: u32, side: Side) -> io::Result<bool> {
-        let Place::Ours(_) = self.look(index, side)? else {
+        let FilterSlot::Ours(_) = self.at(index, side)? else {
             return Ok(false);
         };
-        match self.0.order(RouteNetlinkMessage::DelTrafficFilter(ours(index, side))) {
+        match self
+            .0
+            .change(RouteNetlinkMessage::DelTrafficFilter(lb_filter(index, side)))
+        {
             Ok(()) => Ok(true),
             Err(error) if is_missing(&error) => Ok(false),
             Err(error) => Err(error),
@@ -125,15 +128,15 @@ impl Filters {
 
     /// Ensures that a device has a clsact qdisc; true if it was created.
     pub(crate) fn add_qdisc(&mut self, index: u32) -> io::Result<bool> {
-        let order = RouteNetlinkMessage::NewQueueDiscipline(clsact(index));
-        match self.0.order_with(order, NLM_F_CREATE | NLM_F_EXCL) {
+        let change = RouteNetlinkMessage::NewQueueDiscipline(clsact(index));
+        match self.0.change_with(change, NLM_F_CREATE | NLM_F_EXCL) {
             Ok(()) => Ok(true),
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
-                let told: Told = self.0.ask(RouteNetlinkMessage::GetQueueDiscipline(clsact(index)))?;
-                if told.kind != CLSACT {
+                let object: TcObject = self.0.get(RouteNetlinkMessage::GetQueueDiscipline(clsact(index)))?;
+                if object.kind != CLSACT {
                     return Err(io::Error::other(format!(
                         "the device has a foreign qdisc {:?} in the place of clsact",
-                        told.kind
+                        object.kind
                     )));
                 }
                 Ok(false)
@@ -145,19 +148,19 @@ impl Filters {
     /// Removes the clsact qdisc of a device if no filter of any owner is left.
     pub(crate) fn remove_qdisc(&mut self, index: u32) -> io::Result<()> {
         for side in Side::BOTH {
-            let mut question = TcMessage::default();
-            question.header.index = index as i32;
-            question.header.parent = side.parent();
+            let mut request = TcMessage::default();
+            request.header.index = index as i32;
+            request.header.parent = side.parent();
             let mut is_empty = true;
             self.0
-                .list_as(RouteNetlinkMessage::GetTrafficFilter(question), |_: Told| {
+                .list_as(RouteNetlinkMessage::GetTrafficFilter(request), |_: TcObject| {
                     is_empty = false;
                 })?;
             if !is_empty {
                 return Ok(());
             }
         }
-        match self.0.order(RouteNetlinkMessage::DelQueueDiscipline(clsact(index))) {
+        match self.0.change(RouteNetlinkMessage::DelQueueDiscipline(clsact(index))) {
             Err(error) if !is_missing(&error) => Err(error),
             _ => Ok(()),
         }
@@ -170,7 +173,7 @@ fn is_missing(error: &io::Error) -> bool {
 }
 
 /// lb's position in a direction of a device.
-fn ours(index: u32, side: Side) -> TcMessage {
+fn lb_filter(index: u32, side: Side) -> TcMessage {
     let mut message = TcMessage::default();
     message.header = TcHeader {
         index: index as i32,
@@ -202,14 +205,14 @@ fn clsact(index: u32) -> TcMessage {
 /// The attributes of a filter or qdisc that lb reads; foreign ones may have attributes that lb does not
 /// understand.
 #[derive(Debug, Default)]
-struct Told {
+struct TcObject {
     kind: String,
     name: String,
     program: u32,
 }
 
-impl Told {
-    fn place(&self) -> Place {
+impl TcObject {
+    fn slot(&self) -> FilterSlot {
         let names = [
             program_name::INGRESS,
             program_name::EGRESS,
@@ -217,14 +220,14 @@ impl Told {
             program_name::EGRESS_L3,
         ];
         if self.kind == TcFilterBpf::KIND && names.contains(&self.name.as_str()) {
-            Place::Ours(self.program)
+            FilterSlot::Ours(self.program)
         } else {
-            Place::Foreign
+            FilterSlot::Foreign
         }
     }
 }
 
-impl NetlinkDeserializable for Told {
+impl NetlinkDeserializable for TcObject {
     type Error = DecodeError;
 
     fn deserialize(_: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
@@ -234,19 +237,19 @@ impl NetlinkDeserializable for Told {
             let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
             String::from_utf8_lossy(text).into_owned()
         };
-        let mut told = Self::default();
+        let mut object = Self::default();
         for attribute in NlasIterator::new(payload.get(HEADER..).unwrap_or_default()) {
             let attribute = attribute?;
             match attribute.kind() {
-                TCA_KIND => told.kind = text(attribute.value()),
-                TCA_OPTIONS if told.kind == TcFilterBpf::KIND => {
+                TCA_KIND => object.kind = text(attribute.value()),
+                TCA_OPTIONS if object.kind == TcFilterBpf::KIND => {
                     for option in NlasIterator::new(attribute.value()) {
                         let option = option?;
                         match option.kind() {
-                            TCA_BPF_NAME => told.name = text(option.value()),
+                            TCA_BPF_NAME => object.name = text(option.value()),
                             TCA_BPF_ID => {
                                 let id = option.value().try_into().unwrap_or_default();
-                                told.program = u32::from_ne_bytes(id);
+                                object.program = u32::from_ne_bytes(id);
                             }
                             _ => {}
                         }
@@ -255,6 +258,6 @@ impl NetlinkDeserializable for Told {
                 _ => {}
             }
         }
-        Ok(told)
+        Ok(object)
     }
 }

@@ -21,9 +21,9 @@ use super::netlink::{Listing, Netlink, Subscription};
 /// Time to wait for the rest of a burst of changes.
 const BURST: Duration = Duration::from_millis(20);
 /// Time until a failed listing is repeated.
-const AGAIN: Duration = Duration::from_secs(1);
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// Interval of listings without a notification: the kernel notifies of few changes of routes.
-const LOOK: Duration = Duration::from_secs(10);
+const LISTING_INTERVAL: Duration = Duration::from_secs(10);
 /// How often a listing is restarted because of changes.
 const TRIES: usize = 10;
 
@@ -63,7 +63,7 @@ pub(super) enum Kind {
 
 /// The devices, addresses and default routes of this node.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Snapshot {
+pub struct LinkSnapshot {
     /// Devices by their index.
     pub(super) links: BTreeMap<u32, Link>,
     /// Devices of the default routes of a family (true: IPv6); not listed without need.
@@ -72,7 +72,7 @@ pub struct Snapshot {
     pub(super) way_out: BTreeMap<bool, u32>,
 }
 
-impl Snapshot {
+impl LinkSnapshot {
     /// Lists the devices of the network namespace of the calling thread; default routes only if wanted.
     ///
     /// # Errors
@@ -230,11 +230,11 @@ fn route(netlink: &mut Netlink, to: IpAddr) -> io::Result<Option<RouteMessage>> 
         IpAddr::V4(ip) => (AddressFamily::Inet, 32, RouteAddress::Inet(ip)),
         IpAddr::V6(ip) => (AddressFamily::Inet6, 128, RouteAddress::Inet6(ip)),
     };
-    let mut question = RouteMessage::default();
-    question.header.address_family = family;
-    question.header.destination_prefix_length = length;
-    question.attributes.push(RouteAttribute::Destination(to));
-    match netlink.ask(RouteNetlinkMessage::GetRoute(question)) {
+    let mut request = RouteMessage::default();
+    request.header.address_family = family;
+    request.header.destination_prefix_length = length;
+    request.attributes.push(RouteAttribute::Destination(to));
+    match netlink.get(RouteNetlinkMessage::GetRoute(request)) {
         Ok(RouteNetlinkMessage::NewRoute(route)) => Ok(Some(route)),
         Ok(_) => Ok(None),
         Err(error) => match error.raw_os_error() {
@@ -275,32 +275,32 @@ fn default_devices(route: &RouteMessage) -> Vec<u32> {
 ///
 /// # Errors
 /// Returns the error of the first listing.
-pub fn follow(routes: bool) -> io::Result<watch::Receiver<Snapshot>> {
+pub fn follow(routes: bool) -> io::Result<watch::Receiver<LinkSnapshot>> {
     const ADDRESSES: i32 = libc::RTMGRP_LINK | libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR;
     const ROUTES: i32 = libc::RTMGRP_IPV4_ROUTE | libc::RTMGRP_IPV6_ROUTE;
     let groups = if routes { ADDRESSES | ROUTES } else { ADDRESSES };
     // Subscribed first, so that no change is missed in between.
-    let subscription = Subscription::open(NETLINK_ROUTE, groups as u32, LOOK)?;
-    let (told, snapshots) = watch::channel(Snapshot::take(routes)?);
+    let subscription = Subscription::open(NETLINK_ROUTE, groups as u32, LISTING_INTERVAL)?;
+    let (reports, snapshots) = watch::channel(LinkSnapshot::take(routes)?);
     thread::Builder::new().name("lb-devices".into()).spawn(move || {
-        while !told.is_closed() {
+        while !reports.is_closed() {
             // Waits for a change. The devices are listed also after a failure, since changes may have been missed.
             if let Err(error) = subscription.wait() {
                 warn!(%error, "changes of devices and addresses may be seen late");
-                thread::sleep(AGAIN);
+                thread::sleep(RETRY_DELAY);
             }
             thread::sleep(BURST);
             let snapshot = loop {
-                match Snapshot::take(routes) {
+                match LinkSnapshot::take(routes) {
                     Ok(snapshot) => break snapshot,
                     Err(error) => warn!(%error, "cannot list the node's devices; trying again"),
                 }
-                thread::sleep(AGAIN);
+                thread::sleep(RETRY_DELAY);
             };
-            told.send_if_modified(|known| {
-                let news = *known != snapshot;
+            reports.send_if_modified(|known| {
+                let is_new = *known != snapshot;
                 *known = snapshot;
-                news
+                is_new
             });
         }
     })?;
@@ -308,7 +308,7 @@ pub fn follow(routes: bool) -> io::Result<watch::Receiver<Snapshot>> {
 }
 
 #[cfg(test)]
-impl Snapshot {
+impl LinkSnapshot {
     /// Devices with the indexes 1, 2 and so on: names, and addresses with the kernel's flags.
     pub(super) fn of(devices: &[(&str, &[&str])]) -> Self {
         let links = (1..).zip(devices).map(|(index, (name, addresses))| {

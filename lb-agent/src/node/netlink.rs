@@ -45,23 +45,23 @@ impl Netlink {
     }
 
     /// Requests a listing and passes each of its messages on.
-    pub(super) fn list<M>(&mut self, question: M, each: impl FnMut(M)) -> io::Result<Listing>
+    pub(super) fn list<M>(&mut self, request: M, each: impl FnMut(M)) -> io::Result<Listing>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
     {
-        self.list_as(question, each)
+        self.list_as(request, each)
     }
 
     /// Requests a listing with responses of another type than the request.
     pub(super) fn list_as<A>(
         &mut self,
-        question: impl NetlinkSerializable,
+        request: impl NetlinkSerializable,
         mut each: impl FnMut(A),
     ) -> io::Result<Listing>
     where
         A: NetlinkDeserializable,
     {
-        self.send(question, NLM_F_REQUEST | NLM_F_DUMP)?;
+        self.send(request, NLM_F_REQUEST | NLM_F_DUMP)?;
         let mut listing = Listing::Whole;
         loop {
             let done = self.receive(|header, payload: NetlinkPayload<A>| {
@@ -86,14 +86,14 @@ impl Netlink {
     }
 
     /// Requests one object and returns the last message about it.
-    pub(super) fn ask<A: NetlinkDeserializable>(&mut self, question: impl NetlinkSerializable) -> io::Result<A> {
+    pub(super) fn get<A: NetlinkDeserializable>(&mut self, request: impl NetlinkSerializable) -> io::Result<A> {
         // Some responses go to subscribers only, unless NLM_F_ECHO is set.
-        self.send(question, NLM_F_REQUEST | NLM_F_ACK | NLM_F_ECHO)?;
-        let mut answer = None;
+        self.send(request, NLM_F_REQUEST | NLM_F_ACK | NLM_F_ECHO)?;
+        let mut response = None;
         loop {
             let done = self.receive(|_, payload: NetlinkPayload<A>| match payload {
                 NetlinkPayload::InnerMessage(message) => {
-                    answer = Some(message);
+                    response = Some(message);
                     Ok(false)
                 }
                 NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
@@ -101,25 +101,25 @@ impl Netlink {
                 _ => Ok(false),
             })?;
             if done {
-                return answer.ok_or_else(|| io::ErrorKind::NotFound.into());
+                return response.ok_or_else(|| io::ErrorKind::NotFound.into());
             }
         }
     }
 
     /// Requests a change, and waits for its acknowledgment.
-    pub(super) fn order<M>(&mut self, order: M) -> io::Result<()>
+    pub(super) fn change<M>(&mut self, change: M) -> io::Result<()>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
     {
-        self.order_with(order, 0)
+        self.change_with(change, 0)
     }
 
     /// Requests a change with additional flags: `NLM_F_CREATE`, `NLM_F_EXCL`, `NLM_F_REPLACE`.
-    pub(super) fn order_with<M>(&mut self, order: M, flags: u16) -> io::Result<()>
+    pub(super) fn change_with<M>(&mut self, change: M, flags: u16) -> io::Result<()>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
     {
-        self.send(order, NLM_F_REQUEST | NLM_F_ACK | flags)?;
+        self.send(change, NLM_F_REQUEST | NLM_F_ACK | flags)?;
         loop {
             let done = self.receive(|_, payload: NetlinkPayload<M>| match payload {
                 NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
@@ -171,16 +171,16 @@ impl Netlink {
 pub(super) struct Subscription(Socket);
 
 impl Subscription {
-    /// Subscribes to groups (bits `RTMGRP_*`) of a family. A wait ends after `patience`.
-    pub(super) fn open(family: isize, groups: u32, patience: Duration) -> io::Result<Self> {
+    /// Subscribes to groups (bits `RTMGRP_*`) of a family. A wait ends after `timeout`.
+    pub(super) fn open(family: isize, groups: u32, timeout: Duration) -> io::Result<Self> {
         let mut socket = Socket::new(family)?;
         socket.bind(&SocketAddr::new(0, groups))?;
-        let patience = TimeVal::milliseconds(patience.as_millis() as i64);
-        setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
+        let timeout = TimeVal::milliseconds(timeout.as_millis() as i64);
+        setsockopt(&socket, sockopt::ReceiveTimeout, &timeout)?;
         Ok(Self(socket))
     }
 
-    /// Waits until something may have changed, whether the notification arrived or was lost, or until `patience` ends;
+    /// Waits until something may have changed, whether the notification arrived or was lost, or until `timeout` ends;
     /// takes all other pending notifications.
     pub(super) fn wait(&self) -> io::Result<()> {
         let mut flags = 0;

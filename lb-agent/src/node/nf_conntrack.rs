@@ -23,7 +23,7 @@ const MOST: u64 = 1 << 20;
 
 /// kube-proxy's `conntrack`, with its defaults. Zero leaves a setting as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Settings {
+pub struct NfConntrackSettings {
     /// Connections to be tracked for each processor.
     pub max_per_core: u32,
     /// The minimum; ignored if `max_per_core` is zero.
@@ -40,7 +40,7 @@ pub struct Settings {
     pub udp_stream: Duration,
 }
 
-impl Default for Settings {
+impl Default for NfConntrackSettings {
     fn default() -> Self {
         Self {
             max_per_core: 32 * 1024,
@@ -54,7 +54,7 @@ impl Default for Settings {
     }
 }
 
-impl Settings {
+impl NfConntrackSettings {
     /// `nf_conntrack_max` on a machine with so many processors.
     fn max(&self, processors: u64) -> u64 {
         match u64::from(self.max_per_core) * processors {
@@ -78,24 +78,24 @@ impl Settings {
     }
 }
 
-/// Settings on their way into the kernel.
+/// Settings that are being applied to the kernel.
 #[derive(Debug)]
-pub struct Conntrack {
+pub struct NfConntrack {
     sysctls: PathBuf,
     /// The settings that could not be applied yet.
     pending: Vec<(&'static str, u64)>,
 }
 
-impl Conntrack {
+impl NfConntrack {
     /// Creates the list of settings for the network namespace of the calling thread.
     #[must_use]
-    pub fn new(settings: &Settings) -> Self {
+    pub fn new(settings: &NfConntrackSettings) -> Self {
         let processors = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
         let processors = processors.and_then(|n| u64::try_from(n).ok()).unwrap_or(1);
         Self::at(&sysctl::net().join("netfilter"), settings, processors)
     }
 
-    fn at(sysctls: &Path, settings: &Settings, processors: u64) -> Self {
+    fn at(sysctls: &Path, settings: &NfConntrackSettings, processors: u64) -> Self {
         Self {
             sysctls: sysctls.to_owned(),
             pending: settings.wanted(processors),
@@ -171,11 +171,11 @@ mod tests {
 
     #[test]
     fn the_limit_follows_the_processors() {
-        let settings = Settings::default();
+        let settings = NfConntrackSettings::default();
         for (processors, expected) in [(1, 131_072), (4, 131_072), (5, 163_840), (32, 1 << 20), (256, 1 << 20)] {
             assert_eq!(settings.max(processors), expected, "{processors}");
         }
-        let off = Settings {
+        let off = NfConntrackSettings {
             max_per_core: 0,
             ..settings
         };
@@ -184,23 +184,24 @@ mod tests {
 
     #[test]
     fn zero_leaves_a_setting_as_it_is() {
-        let names = |settings: &Settings| settings.wanted(1).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+        let names =
+            |settings: &NfConntrackSettings| settings.wanted(1).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
         assert_eq!(
-            names(&Settings::default()),
+            names(&NfConntrackSettings::default()),
             [
                 MAX,
                 "nf_conntrack_tcp_timeout_established",
                 "nf_conntrack_tcp_timeout_close_wait"
             ]
         );
-        let settings = Settings {
+        let settings = NfConntrackSettings {
             max_per_core: 0,
             tcp_established: Duration::ZERO,
             tcp_close_wait: Duration::from_millis(999),
             tcp_be_liberal: true,
             udp: Duration::from_secs(10),
             udp_stream: Duration::from_secs(20),
-            ..Settings::default()
+            ..NfConntrackSettings::default()
         };
         assert_eq!(
             names(&settings),
@@ -216,11 +217,11 @@ mod tests {
     fn settings_are_written_once_they_are_there() {
         let folder = tempfile::tempdir().unwrap();
         let sysctls = folder.path().join("netfilter");
-        let settings = Settings {
+        let settings = NfConntrackSettings {
             tcp_close_wait: Duration::ZERO,
-            ..Settings::default()
+            ..NfConntrackSettings::default()
         };
-        let mut conntrack = Conntrack::at(&sysctls, &settings, 8);
+        let mut conntrack = NfConntrack::at(&sysctls, &settings, 8);
         // Without the kernel's module there is nothing to set, and nothing wrong.
         assert_eq!(conntrack.apply(), []);
         fs::create_dir(&sysctls).unwrap();
@@ -242,18 +243,18 @@ mod tests {
     fn a_large_table_is_left_alone_and_so_is_a_limit_that_is_not_ours() {
         let folder = tempfile::tempdir().unwrap();
         let (limit, buckets) = (folder.path().join(MAX), folder.path().join(BUCKETS));
-        let settings = Settings {
+        let settings = NfConntrackSettings {
             tcp_established: Duration::ZERO,
             tcp_close_wait: Duration::ZERO,
-            ..Settings::default()
+            ..NfConntrackSettings::default()
         };
         fs::write(&buckets, "1000000\n").unwrap();
         fs::write(&limit, "5\n").unwrap();
         fs::set_permissions(&limit, Permissions::from_mode(0o444)).unwrap();
-        assert_eq!(Conntrack::at(folder.path(), &settings, 1).apply(), []);
+        assert_eq!(NfConntrack::at(folder.path(), &settings, 1).apply(), []);
         assert_eq!(read(&limit).unwrap(), 5);
         fs::set_permissions(&limit, Permissions::from_mode(0o644)).unwrap();
-        assert_eq!(Conntrack::at(folder.path(), &settings, 1).apply(), []);
+        assert_eq!(NfConntrack::at(folder.path(), &settings, 1).apply(), []);
         assert_eq!(read(&limit).unwrap(), 131_072);
         assert_eq!(read(&buckets).unwrap(), 1_000_000);
     }
@@ -263,14 +264,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = |name: &str| folder.path().join(name);
         let established = "nf_conntrack_tcp_timeout_established";
-        let settings = Settings {
+        let settings = NfConntrackSettings {
             tcp_close_wait: Duration::ZERO,
-            ..Settings::default()
+            ..NfConntrackSettings::default()
         };
         fs::write(file(MAX), "2000000\n").unwrap();
         fs::write(file(BUCKETS), "1000\n").unwrap();
         fs::write(file(established), "432000\n").unwrap();
-        assert_eq!(Conntrack::at(folder.path(), &settings, 1).apply(), []);
+        assert_eq!(NfConntrack::at(folder.path(), &settings, 1).apply(), []);
         assert_eq!(read(&file(MAX)).unwrap(), 2_000_000);
         assert_eq!(read(&file(BUCKETS)).unwrap(), 131_072 / 4);
         assert_eq!(read(&file(established)).unwrap(), 86_400);
@@ -280,14 +281,14 @@ mod tests {
     fn what_cannot_be_written_is_told_and_tried_again() {
         let folder = tempfile::tempdir().unwrap();
         let name = "nf_conntrack_tcp_be_liberal";
-        let settings = Settings {
+        let settings = NfConntrackSettings {
             max_per_core: 0,
             tcp_established: Duration::ZERO,
             tcp_close_wait: Duration::ZERO,
             tcp_be_liberal: true,
-            ..Settings::default()
+            ..NfConntrackSettings::default()
         };
-        let mut conntrack = Conntrack::at(folder.path(), &settings, 1);
+        let mut conntrack = NfConntrack::at(folder.path(), &settings, 1);
         // A folder cannot be written to, not even by root.
         fs::create_dir(folder.path().join(name)).unwrap();
         let problems = conntrack.apply();

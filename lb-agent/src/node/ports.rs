@@ -28,7 +28,7 @@ pub struct PortRange {
 
 /// Reasons why a text is not a usable range.
 #[derive(Debug, thiserror::Error)]
-pub enum NoRange {
+pub enum PortRangeError {
     /// The text is not of the form FIRST-LAST.
     #[error("not of the form FIRST-LAST, such as {0}")]
     Form(PortRange),
@@ -48,13 +48,13 @@ impl Default for PortRange {
 }
 
 impl FromStr for PortRange {
-    type Err = NoRange;
+    type Err = PortRangeError;
 
-    fn from_str(text: &str) -> Result<Self, NoRange> {
+    fn from_str(text: &str) -> Result<Self, PortRangeError> {
         let range = Self::parse(text, '-').filter(|range| range.first != 0);
-        let range = range.ok_or(NoRange::Form(Self::default()))?;
+        let range = range.ok_or(PortRangeError::Form(Self::default()))?;
         if range.overlaps(NODE_PORTS) {
-            return Err(NoRange::NodePorts);
+            return Err(PortRangeError::NodePorts);
         }
         Ok(range)
     }
@@ -131,7 +131,7 @@ impl fmt::Display for Ports {
 
 /// The result of reserving a range.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Settled {
+pub struct Reservation {
     /// Whether packets may use the ports.
     pub usable: bool,
     /// The range that lb added to the reserved ports.
@@ -163,9 +163,9 @@ impl ReservedPorts {
     /// Reserves a range instead of the earlier range `own`. If that fails, the range is usable only if it has no
     /// ephemeral port, since the kernel then gives none of its ports to a socket that requests any port.
     #[must_use]
-    pub fn settle(&self, range: PortRange, own: Option<PortRange>) -> Settled {
+    pub fn replace(&self, range: PortRange, own: Option<PortRange>) -> Reservation {
         match self.reserve(range, own) {
-            Ok(is_new) => Settled {
+            Ok(is_new) => Reservation {
                 usable: true,
                 own: is_new.then_some(range),
                 problem: None,
@@ -177,7 +177,7 @@ impl ReservedPorts {
                 } else {
                     "sockets of this node may have them, so packets to other nodes get none"
                 };
-                Settled {
+                Reservation {
                     usable,
                     own,
                     problem: Some(format!("ports {range} cannot be reserved ({error}): {what}")),
@@ -326,7 +326,7 @@ mod tests {
         fs::create_dir_all(folder.path().join(RESERVED)).unwrap();
         let reserved = ReservedPorts::at(folder.path());
         let usable = |first, last| {
-            let settled = reserved.settle(range(first, last), None);
+            let settled = reserved.replace(range(first, last), None);
             assert!(
                 settled
                     .problem
@@ -344,13 +344,13 @@ mod tests {
         assert!(!usable(1, 65535));
         // The range that an earlier run reserved is still released.
         let own = Some(range(50000, 50999));
-        assert_eq!(reserved.settle(range(61000, 65535), own).own, own);
+        assert_eq!(reserved.replace(range(61000, 65535), own).own, own);
         fs::remove_dir(folder.path().join(RESERVED)).unwrap();
         fs::write(folder.path().join(RESERVED), "50000-50999\n").unwrap();
-        let settled = reserved.settle(range(33000, 33999), own);
+        let settled = reserved.replace(range(33000, 33999), own);
         assert_eq!(
             settled,
-            Settled {
+            Reservation {
                 usable: true,
                 own: Some(range(33000, 33999)),
                 problem: None

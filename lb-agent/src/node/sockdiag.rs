@@ -165,7 +165,7 @@ impl SockDiag {
     /// `CAP_NET_ADMIN`.
     pub(crate) fn destroy(&mut self, socket: &Socket) -> io::Result<Destroyed> {
         let request = request(socket.family, socket.protocol, socket.id());
-        match self.0.order(SockDiagDestroy::new(request)) {
+        match self.0.change(SockDiagDestroy::new(request)) {
             Ok(()) => Ok(Destroyed::Yes),
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Destroyed::Gone),
             Err(error) => Err(error),
@@ -178,7 +178,7 @@ impl SockDiag {
         // A listing first, since the handler is a module that is loaded when it is needed.
         self.list(protocol)?;
         let request = request(AF_INET, protocol, any(AF_INET));
-        match self.0.order(SockDiagDestroy::new(request)) {
+        match self.0.change(SockDiagDestroy::new(request)) {
             Err(error) if error.raw_os_error() != Some(libc::ENOENT) => Err(error),
             _ => Ok(()),
         }

@@ -39,9 +39,9 @@ pub(super) fn of_removed(record: &SocketRecord, listing: &Sockets, begun: u64) -
     }
 }
 
-/// An entry that may be swept, by its key and the time of its last write.
+/// An entry as of its last write. An entry that was written again is another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Trace {
+pub(super) enum EntryVersion {
     /// A record of a connected socket.
     Record {
         /// Key of the record.
@@ -50,7 +50,7 @@ pub(super) enum Trace {
         time: u64,
     },
     /// An unconnected socket's destinations.
-    Flows {
+    UdpDests {
         /// Cookie of the socket.
         cookie: u64,
         /// Time of its last datagram.
@@ -60,11 +60,11 @@ pub(super) enum Trace {
 
 /// Entries without a socket in the last listing.
 #[derive(Debug, Default)]
-pub(super) struct Suspects(BTreeSet<Trace>);
+pub(super) struct Suspects(BTreeSet<EntryVersion>);
 
 impl Suspects {
     /// Records the entries without a socket; returns those that had none the last time either.
-    pub(super) fn without_socket(&mut self, now: BTreeSet<Trace>) -> BTreeSet<Trace> {
+    pub(super) fn without_socket(&mut self, now: BTreeSet<EntryVersion>) -> BTreeSet<EntryVersion> {
         let twice = now.intersection(&self.0).copied().collect();
         self.0 = now;
         twice
@@ -106,7 +106,7 @@ mod tests {
         }
     }
 
-    fn judge(record: &SocketRecord, socket: Option<Socket>, begun: u64) -> Verdict {
+    fn verdict(record: &SocketRecord, socket: Option<Socket>, begun: u64) -> Verdict {
         let listing = socket.into_iter().map(|socket| (socket.cookie, socket)).collect();
         of_removed(record, &listing, begun)
     }
@@ -135,7 +135,7 @@ mod tests {
                 Verdict::Forget
             };
             assert_eq!(
-                judge(&record(proto), Some(socket), LATE),
+                verdict(&record(proto), Some(socket), LATE),
                 expected,
                 "{proto} {socket:?}"
             );
@@ -148,7 +148,7 @@ mod tests {
             cookie: 8,
             ..socket(Protocol::Udp, ESTABLISHED, "10.10.1.2:53")
         };
-        assert_eq!(judge(&record(17), Some(other), LATE), Verdict::Missing);
+        assert_eq!(verdict(&record(17), Some(other), LATE), Verdict::Missing);
     }
 
     #[test]
@@ -158,32 +158,32 @@ mod tests {
             ..record(6)
         };
         let subflow = socket(Protocol::Tcp, ESTABLISHED, "10.10.1.2:53");
-        assert_eq!(judge(&record, Some(subflow), LATE), Verdict::Destroy(subflow));
+        assert_eq!(verdict(&record, Some(subflow), LATE), Verdict::Destroy(subflow));
     }
 
     #[test]
     fn a_connect_that_may_still_run_is_waited_for() {
         let record = record(17);
         let unconnected = socket(Protocol::Udp, CLOSED, "0.0.0.0:0");
-        assert_eq!(judge(&record, Some(unconnected), LATE - 1), Verdict::Wait);
-        assert_eq!(judge(&record, None, LATE - 1), Verdict::Wait);
-        assert_eq!(judge(&record, None, record.time - 1), Verdict::Wait);
+        assert_eq!(verdict(&record, Some(unconnected), LATE - 1), Verdict::Wait);
+        assert_eq!(verdict(&record, None, LATE - 1), Verdict::Wait);
+        assert_eq!(verdict(&record, None, record.time - 1), Verdict::Wait);
         let connected = socket(Protocol::Udp, ESTABLISHED, "10.10.1.2:53");
         assert_eq!(
-            judge(&record, Some(connected), record.time),
+            verdict(&record, Some(connected), record.time),
             Verdict::Destroy(connected)
         );
     }
 
     #[test]
     fn what_two_listings_in_a_row_lack_is_forgotten() {
-        let old = Trace::Record { key: 1, time: 5 };
-        let flows = Trace::Flows { cookie: 1, time: 5 };
-        let rewritten = Trace::Record { key: 1, time: 6 };
+        let old = EntryVersion::Record { key: 1, time: 5 };
+        let dests = EntryVersion::UdpDests { cookie: 1, time: 5 };
+        let rewritten = EntryVersion::Record { key: 1, time: 6 };
         let mut suspects = Suspects::default();
-        let set = |traces: &[Trace]| traces.iter().copied().collect::<BTreeSet<_>>();
+        let set = |versions: &[EntryVersion]| versions.iter().copied().collect::<BTreeSet<_>>();
         assert_eq!(suspects.without_socket(set(&[old])), set(&[]));
-        assert_eq!(suspects.without_socket(set(&[rewritten, flows])), set(&[]));
+        assert_eq!(suspects.without_socket(set(&[rewritten, dests])), set(&[]));
         assert_eq!(suspects.without_socket(set(&[rewritten])), set(&[rewritten]));
         assert_eq!(suspects.without_socket(set(&[])), set(&[]));
         assert_eq!(suspects.without_socket(set(&[rewritten])), set(&[]));

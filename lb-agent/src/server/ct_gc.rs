@@ -5,18 +5,18 @@ use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, exponential_buckets,
 };
 
-use crate::node::ct_gc::{Reason, Turn};
+use crate::node::ct_gc::{Pass, Reason};
 
 /// Counters, gauges and the duration of the CT garbage collector.
 #[derive(Debug)]
-pub(super) struct FlowMetrics {
+pub(super) struct CtGcMetrics {
     seconds: Histogram,
-    looked_at: IntCounter,
+    examined: IntCounter,
     removed: IntCounterVec,
     entries: IntGaugeVec,
 }
 
-impl FlowMetrics {
+impl CtGcMetrics {
     /// Registers the metrics, all at zero.
     pub(super) fn new(registry: &Registry) -> prometheus::Result<Self> {
         let ours = |name: &str, help: &str| Opts::new(name, help).namespace("lb").subsystem("conntrack");
@@ -25,7 +25,7 @@ impl FlowMetrics {
             seconds: Histogram::with_opts(
                 HistogramOpts::from(seconds).buckets(exponential_buckets(0.000_1, 2.0, 14)?),
             )?,
-            looked_at: IntCounter::with_opts(ours("gc_entries_total", "Conntrack entries examined by GC"))?,
+            examined: IntCounter::with_opts(ours("gc_entries_total", "Conntrack entries examined by GC"))?,
             removed: IntCounterVec::new(
                 ours("gc_removed_total", "Conntrack entries removed by GC, by reason"),
                 &["reason"],
@@ -40,12 +40,12 @@ impl FlowMetrics {
         };
         let Self {
             seconds,
-            looked_at,
+            examined,
             removed,
             entries,
         } = &new;
         registry.register(Box::new(seconds.clone()))?;
-        registry.register(Box::new(looked_at.clone()))?;
+        registry.register(Box::new(examined.clone()))?;
         registry.register(Box::new(removed.clone()))?;
         registry.register(Box::new(entries.clone()))?;
         for map in [map_name::CT, map_name::CT_NEW] {
@@ -58,13 +58,13 @@ impl FlowMetrics {
     }
 
     /// Records a pass that has ended.
-    pub(super) fn record(&self, turn: &Turn) {
-        self.seconds.observe(turn.took.as_secs_f64());
-        self.looked_at.inc_by(turn.looked_at as u64);
-        for (reason, count) in &turn.removed {
+    pub(super) fn record(&self, pass: &Pass) {
+        self.seconds.observe(pass.took.as_secs_f64());
+        self.examined.inc_by(pass.examined as u64);
+        for (reason, count) in &pass.removed {
             self.removed.with_label_values(&[reason.label()]).inc_by(*count);
         }
-        for (map, entries) in &turn.entries {
+        for (map, entries) in &pass.entries {
             self.entries.with_label_values(&[map]).set(*entries as i64);
         }
     }

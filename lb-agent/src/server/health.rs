@@ -7,12 +7,11 @@ use std::time::{Duration, Instant, SystemTime};
 use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
 
+use super::metrics::FAMILIES;
+
 /// Time for which changes may wait, and the agent's loop may block, before the agent is unhealthy. kube-proxy's value:
 /// twice its `syncPeriod`.
 const TIMEOUT: Duration = Duration::from_secs(60);
-
-/// The address families. kube-proxy has a proxier for each; in lb one application serves both.
-const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
 
 /// State of the agent; written by its loop, read by the servers.
 #[derive(Debug)]
@@ -40,24 +39,24 @@ struct State {
 /// The body of /healthz and /livez, with kube-proxy's names.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Answer {
+pub(super) struct HealthBody {
     last_updated: Timestamp,
     current_time: Timestamp,
     #[serde(skip_serializing_if = "Option::is_none")]
     node_eligible: Option<bool>,
     healthy: bool,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    status: BTreeMap<&'static str, FamilyAnswer>,
+    status: BTreeMap<&'static str, FamilyBody>,
 }
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct FamilyAnswer {
+struct FamilyBody {
     last_updated: Timestamp,
     healthy: bool,
 }
 
-impl Answer {
+impl HealthBody {
     /// Whether the agent is healthy and the node eligible for traffic.
     pub(super) fn is_good(&self) -> bool {
         self.healthy && self.node_eligible != Some(false)
@@ -144,15 +143,15 @@ impl Health {
     ///
     /// An agent that starts is alive, as with kube-proxy. Unlike kube-proxy it is not healthy before it serves, so that a
     /// rollout of the DaemonSet waits for that on each node.
-    pub(super) fn answer(&self, now: Instant, time: SystemTime, with_node: bool) -> Answer {
+    pub(super) fn answer(&self, now: Instant, time: SystemTime, with_node: bool) -> HealthBody {
         let healthy = self.is_healthy(now) && (!with_node || self.state().serving);
         let node_eligible = with_node.then(|| self.is_eligible());
         let applied = self.state().applied.map(timestamp);
-        let family = |applied| FamilyAnswer {
+        let family = |applied| FamilyBody {
             last_updated: applied,
             healthy,
         };
-        let mut answer = Answer {
+        let mut answer = HealthBody {
             last_updated: applied.unwrap_or(Timestamp::UNIX_EPOCH),
             current_time: timestamp(time),
             node_eligible,

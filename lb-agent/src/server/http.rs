@@ -17,8 +17,8 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 
 use super::collect::Collector;
-use super::service::{CheckServers, Checks};
-use super::{BindAddress, Health, Metrics, Settings, serve};
+use super::health_checks::{HealthCheckServers, HealthChecks};
+use super::{BindAddress, Health, Metrics, ServerSettings, serve};
 use lb_core::model::{Problem, ProblemKind};
 
 /// Delay before an address that could not be listened on is tried again; kube-proxy's.
@@ -31,11 +31,11 @@ const PROXY_MODE: &str = "ebpf";
 
 /// All servers, with their state.
 pub(super) struct ServerThread {
-    pub(super) settings: Settings,
+    pub(super) settings: ServerSettings,
     pub(super) health: Arc<Health>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) collector: Arc<Collector>,
-    pub(super) checks: watch::Receiver<Checks>,
+    pub(super) checks: watch::Receiver<HealthChecks>,
     pub(super) reported: watch::Sender<Vec<Problem>>,
 }
 
@@ -99,7 +99,7 @@ impl ServerThread {
             |of_part| problems.set(Part::Metrics, of_part),
         );
         let check_problems = Arc::clone(&problems);
-        let checks = CheckServers::new(checks, health, move |of_part| {
+        let checks = HealthCheckServers::new(checks, health, move |of_part| {
             check_problems.set(Part::HealthChecks, of_part);
         });
         tokio::select! {

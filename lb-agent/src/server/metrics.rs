@@ -14,12 +14,12 @@ use prometheus::{
 };
 
 use super::Applying;
-use super::ct_gc::FlowMetrics;
-use crate::node::ct_gc::Turn;
+use super::ct_gc::CtGcMetrics;
+use crate::node::ct_gc::Pass;
 use lb_core::model::ProblemKind;
 use lb_core::reconcile::Usage;
 
-/// Values of the label `ip_family`.
+/// The address families, as labels `ip_family` and /healthz have them.
 pub(super) const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
 
 /// The agent's own counters, gauges and histograms. Updates are cheap and may come from any thread.
@@ -42,7 +42,7 @@ pub struct Metrics {
     destroyed: IntCounter,
     watch_restarts: IntCounter,
     events: IntCounterVec,
-    flows: FlowMetrics,
+    flows: CtGcMetrics,
     usage: Mutex<Usage>,
 }
 
@@ -145,7 +145,7 @@ impl Metrics {
                 ours("events_total", "Kubernetes Events on Services, by result"),
                 &["result"],
             )?,
-            flows: FlowMetrics::new(&registry)?,
+            flows: CtGcMetrics::new(&registry)?,
             usage: Mutex::default(),
             registry,
         };
@@ -308,8 +308,8 @@ impl Metrics {
     }
 
     /// Records a pass of the CT garbage collector.
-    pub fn flows_collected(&self, turn: &Turn) {
-        self.flows.record(turn);
+    pub fn ct_gc_pass(&self, pass: &Pass) {
+        self.flows.record(pass);
     }
 
     /// Sets the number of watches of the API server that were restarted so far.

@@ -7,10 +7,10 @@ pub(crate) mod bind;
 mod collect;
 mod ct_gc;
 mod health;
+mod health_checks;
 mod http;
 mod metrics;
 pub(crate) mod serve;
-mod service;
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -22,8 +22,8 @@ use tokio::sync::watch;
 
 pub use bind::{BindAddress, NotAnAddress};
 pub use health::Health;
+pub use health_checks::HealthChecks;
 pub use metrics::Metrics;
-pub use service::Checks;
 
 use crate::maps::bpf::PinnedMaps;
 use lb_core::maps::{MapError, Maps};
@@ -32,7 +32,7 @@ use lb_core::reconcile::Reconciler;
 
 /// Addresses of the servers, and the content of /metrics.
 #[derive(Debug, Clone, Copy)]
-pub struct Settings {
+pub struct ServerSettings {
     /// Address of /healthz and /livez; `None` to disable.
     pub healthz: Option<BindAddress>,
     /// Address of /metrics, /proxyMode and /healthz; `None` to disable.
@@ -60,7 +60,7 @@ pub enum ServersError {
 pub struct Servers {
     health: Arc<Health>,
     metrics: Arc<Metrics>,
-    checks: watch::Sender<Checks>,
+    checks: watch::Sender<HealthChecks>,
     problems: watch::Receiver<Vec<Problem>>,
 }
 
@@ -84,11 +84,11 @@ impl Servers {
     ///
     /// # Errors
     /// If the maps cannot be opened, or the thread cannot be started.
-    pub fn start(settings: Settings, needs_node: bool, maps: &Path) -> Result<Self, ServersError> {
+    pub fn start(settings: ServerSettings, needs_node: bool, maps: &Path) -> Result<Self, ServersError> {
         let health = Arc::new(Health::new(needs_node, Instant::now()));
         let metrics = Arc::new(Metrics::new()?);
         let collector = collect::Collector::new(PinnedMaps::open(maps)?, settings.per_service);
-        let (checks, wanted) = watch::channel(Checks::default());
+        let (checks, wanted) = watch::channel(HealthChecks::default());
         let (reported, problems) = watch::channel(Vec::new());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let servers = http::ServerThread {

@@ -34,7 +34,7 @@ const KEEPALIVE_TRIES: u32 = 3;
 
 /// Address of the API server, and the credentials of the client.
 #[derive(Debug, Clone, Default)]
-pub struct Settings {
+pub struct ApiServerSettings {
     /// A kubeconfig file; without one, the service account of the pod.
     pub kubeconfig: Option<PathBuf>,
     /// URLs of API servers of one cluster, tried in turn. If empty, the URL of the kubeconfig or the pod is used.
@@ -94,7 +94,7 @@ impl fmt::Debug for Connection {
 ///
 /// # Errors
 /// Returns [`ConnectError`] if the settings cannot be used.
-pub async fn connect(settings: &Settings) -> Result<Connection, ConnectError> {
+pub async fn connect(settings: &ApiServerSettings) -> Result<Connection, ConnectError> {
     let base = match &settings.kubeconfig {
         Some(path) => {
             let wrong = |error| ConnectError::Kubeconfig {

@@ -40,13 +40,13 @@ const MAX_CHANGES: usize = 1000;
 /// - An object that cannot be used is a problem; its last usable version stays in force.
 /// - A new list (after 410 Gone) is delivered as a whole, with the deletions since the last list.
 pub struct KubernetesSource {
-    events: SelectAll<BoxStream<'static, Told>>,
+    events: SelectAll<BoxStream<'static, WatchEvent>>,
     failures: watch::Receiver<Failures>,
     /// Hosts of the URLs of the API servers.
     hosts: Vec<String>,
     /// Problems of these URLs.
     server: Option<Problem>,
-    kinds: BTreeMap<Kind, Known>,
+    kinds: BTreeMap<Kind, KindState>,
     /// Problems of objects.
     broken: BTreeMap<ObjectId, Problem>,
     /// Contents of the next batch.
@@ -65,7 +65,7 @@ impl Debug for KubernetesSource {
 
 /// State of the objects of one kind.
 #[derive(Debug, Default)]
-struct Known {
+struct KindState {
     /// Keys of all objects, including those that cannot be used.
     keys: HashSet<ObjectKey>,
     /// Keys received so far of a list that is being fetched.
@@ -91,13 +91,13 @@ struct Pending {
 }
 
 /// One event of one watch.
-struct Told {
+struct WatchEvent {
     kind: Kind,
-    event: Result<Event<Seen>, watcher::Error>,
+    event: Result<Event<WatchedObject>, watcher::Error>,
 }
 
 /// An object, or that it cannot be used.
-struct Seen {
+struct WatchedObject {
     key: ObjectKey,
     /// `None` if a proxy ignores the object.
     object: Result<Option<Object>, String>,
@@ -106,7 +106,7 @@ struct Seen {
 
 /// Exponential backoff after errors, up to ten seconds; reset after a minute without an error. An event does not
 /// reset it, since the first event of a list arrives before the list can fail.
-struct Pauses {
+struct WatchBackoff {
     builder: ExponentialBuilder,
     pauses: backon::ExponentialBackoff,
     last: Option<Instant>,
@@ -114,9 +114,9 @@ struct Pauses {
 
 const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-const CALM: Duration = Duration::from_secs(60);
+const RESET_AFTER: Duration = Duration::from_secs(60);
 
-impl Default for Pauses {
+impl Default for WatchBackoff {
     fn default() -> Self {
         let builder = ExponentialBuilder::default()
             .with_min_delay(SHORTEST_PAUSE)
@@ -131,14 +131,14 @@ impl Default for Pauses {
     }
 }
 
-impl Iterator for Pauses {
+impl Iterator for WatchBackoff {
     type Item = Duration;
 
     fn next(&mut self) -> Option<Duration> {
         if self
             .last
             .replace(Instant::now())
-            .is_some_and(|last| last.elapsed() > CALM)
+            .is_some_and(|last| last.elapsed() > RESET_AFTER)
         {
             self.pauses = self.builder.build();
         }
@@ -146,7 +146,7 @@ impl Iterator for Pauses {
     }
 }
 
-impl Backoff for Pauses {
+impl Backoff for WatchBackoff {
     fn reset(&mut self) {}
 }
 
@@ -179,7 +179,7 @@ impl KubernetesSource {
 
     /// Creates a source from streams of events.
     fn of(
-        events: impl IntoIterator<Item = BoxStream<'static, Told>>,
+        events: impl IntoIterator<Item = BoxStream<'static, WatchEvent>>,
         failures: watch::Receiver<Failures>,
         hosts: Vec<String>,
     ) -> Self {
@@ -189,7 +189,7 @@ impl KubernetesSource {
             hosts,
             server: None,
             kinds: [Kind::Service, Kind::EndpointSlice, Kind::Node]
-                .map(|kind| (kind, Known::default()))
+                .map(|kind| (kind, KindState::default()))
                 .into(),
             broken: BTreeMap::new(),
             pending: Pending::default(),
@@ -205,12 +205,12 @@ impl KubernetesSource {
     pub async fn next(&mut self) -> Batch {
         while !self.pending.news && (self.pending.changes.is_empty() || !self.is_complete()) {
             tokio::select! {
-                Some(told) = self.events.next() => {
-                    self.take(told);
+                Some(event) = self.events.next() => {
+                    self.record(event);
                     while self.pending.changes.len() < MAX_CHANGES
-                        && let Some(Some(told)) = self.events.next().now_or_never()
+                        && let Some(Some(event)) = self.events.next().now_or_never()
                     {
-                        self.take(told);
+                        self.record(event);
                     }
                 }
                 Ok(()) = self.failures.changed() => self.pending.news = true,
@@ -262,20 +262,20 @@ impl KubernetesSource {
             .collect()
     }
 
-    fn take(&mut self, Told { kind, event }: Told) {
+    fn record(&mut self, WatchEvent { kind, event }: WatchEvent) {
         match event {
             Err(error) => {
                 debug!(?kind, error = chain(&error), "watching");
                 self.restarts += 1;
             }
-            Ok(Event::Init) => self.known(kind).listing = Some(Listing::default()),
+            Ok(Event::Init) => self.state_of(kind).listing = Some(Listing::default()),
             Ok(Event::InitApply(seen)) => {
                 let id = ObjectId {
                     kind,
                     key: seen.key.clone(),
                 };
                 let change = self.change(&id, seen.object);
-                if let Some(listing) = &mut self.known(kind).listing {
+                if let Some(listing) = &mut self.state_of(kind).listing {
                     listing.keys.insert(id.key);
                     listing.changes.extend(change);
                 }
@@ -290,17 +290,17 @@ impl KubernetesSource {
                     let trigger = seen.trigger.filter(|trigger| *trigger > self.started);
                     self.pending.triggers.extend(trigger);
                 }
-                self.known(kind).keys.insert(id.key);
+                self.state_of(kind).keys.insert(id.key);
             }
             Ok(Event::Delete(seen)) => {
-                self.known(kind).keys.remove(&seen.key);
+                self.state_of(kind).keys.remove(&seen.key);
                 self.pending.received.get_or_insert_with(Instant::now);
                 self.gone(ObjectId { kind, key: seen.key });
             }
         }
     }
 
-    fn known(&mut self, kind: Kind) -> &mut Known {
+    fn state_of(&mut self, kind: Kind) -> &mut KindState {
         self.kinds.entry(kind).or_default()
     }
 
@@ -333,7 +333,7 @@ impl KubernetesSource {
 
     /// Completes a list: objects that it does not contain are deleted.
     fn listed(&mut self, kind: Kind) {
-        let known = self.known(kind);
+        let known = self.state_of(kind);
         let Some(Listing { keys, changes }) = known.listing.take() else {
             return;
         };
@@ -383,17 +383,17 @@ fn follow<K>(
     api: Api<DeserializeGuard<K>>,
     config: watcher::Config,
     convert: impl Fn(&K) -> Result<Option<Object>, ConvertError> + Send + 'static,
-) -> BoxStream<'static, Told>
+) -> BoxStream<'static, WatchEvent>
 where
     K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
 {
     let see = move |DeserializeGuard(object): DeserializeGuard<K>| match object {
-        Ok(object) => Seen {
+        Ok(object) => WatchedObject {
             key: key(object.meta()),
             trigger: trigger(object.meta()),
             object: convert(&object).map_err(|error| error.to_string()),
         },
-        Err(invalid) => Seen {
+        Err(invalid) => WatchedObject {
             key: key(&invalid.metadata),
             trigger: None,
             object: Err(format!("not as the API defines it: {}", Quoted(&invalid.error))),
@@ -407,8 +407,8 @@ where
         Event::Delete(object) => Event::Delete(see(object)),
     };
     watch_objects(api, config)
-        .backoff(Pauses::default())
-        .map(move |result| Told {
+        .backoff(WatchBackoff::default())
+        .map(move |result| WatchEvent {
             kind,
             event: result.map(&event),
         })

@@ -34,14 +34,14 @@ pub struct ManifestSource {
     roots: Vec<Root>,
     files: BTreeMap<FileId, FileState>,
     /// Boxed, since a good part of a hash table is empty.
-    known: HashMap<ObjectId, Box<Known>>,
+    known: HashMap<ObjectId, Box<DefinedObject>>,
     /// Objects with several claims.
     contested: BTreeSet<ObjectId>,
 }
 
 /// An object that a file defines now, or defined when it was last delivered.
 #[derive(Debug, Default)]
-struct Known {
+struct DefinedObject {
     /// The files that define it, in order of precedence.
     claims: Vec<Claim>,
     /// The version that was delivered last.
@@ -152,7 +152,7 @@ impl ManifestSource {
             self.refresh(id, &forced, &mut seen, &mut touched);
         }
 
-        let changes = touched.iter().filter_map(|id| self.settle(id)).collect();
+        let changes = touched.iter().filter_map(|id| self.deliver(id)).collect();
         let mut problems = scan.problems;
         problems.extend(self.files.values().flat_map(|state| state.problems.iter().cloned()));
         problems.extend(self.contests());
@@ -301,12 +301,12 @@ impl ManifestSource {
         }
     }
 
-    /// The change that brings an object to its first definition, if one is needed.
-    fn settle(&mut self, id: &ObjectId) -> Option<Change> {
+    /// Returns the change that delivers the first definition of an object, or its removal, unless that was delivered already.
+    fn deliver(&mut self, id: &ObjectId) -> Option<Change> {
         let known = self.known.get_mut(id)?;
         let Some(claim) = known.claims.first() else {
-            let told = self.known.remove(id)?.delivered;
-            return told.map(|_| Change::Remove(id.clone()));
+            let delivered = self.known.remove(id)?.delivered;
+            return delivered.map(|_| Change::Remove(id.clone()));
         };
         if known.delivered.as_ref() == Some(&claim.object) {
             return None;

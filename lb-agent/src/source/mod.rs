@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::task::{JoinError, JoinHandle, spawn_blocking};
 use tracing::{info, warn};
 
-use self::connect::{ConnectError, Settings, connect};
+use self::connect::{ApiServerSettings, ConnectError, connect};
 use self::kubernetes::KubernetesSource;
 use self::manifests::ManifestSource;
 use self::watch::Watcher;
@@ -38,7 +38,7 @@ pub struct Files {
     source: Arc<Mutex<ManifestSource>>,
     reading: Option<JoinHandle<Batch>>,
     /// Whether the manifests were read at least once.
-    told: bool,
+    was_read: bool,
 }
 
 impl Source {
@@ -54,7 +54,7 @@ impl Source {
             watcher,
             source: Arc::new(Mutex::new(ManifestSource::new(paths.to_vec()))),
             reading: None,
-            told: false,
+            was_read: false,
         }))
     }
 
@@ -62,7 +62,7 @@ impl Source {
     ///
     /// # Errors
     /// Returns [`ConnectError`] if the settings cannot be used. An unreachable server is no error.
-    pub async fn kubernetes(settings: &Settings) -> Result<Self, ConnectError> {
+    pub async fn kubernetes(settings: &ApiServerSettings) -> Result<Self, ConnectError> {
         let connection = connect(settings).await?;
         let servers: Vec<_> = connection.servers.iter().map(ToString::to_string).collect();
         info!(servers = servers.join(" "), "watching the API");
@@ -70,9 +70,9 @@ impl Source {
         Ok(Self::Kubernetes(Box::new(source), connection.client))
     }
 
-    /// Whether the first batch arrives at once, without a remote server.
+    /// Returns whether the objects are read from files, so that the first batch arrives at once.
     #[must_use]
-    pub fn is_here(&self) -> bool {
+    pub fn is_local(&self) -> bool {
         matches!(self, Self::Manifests(_))
     }
 
@@ -111,7 +111,7 @@ impl Files {
         let reading = match &mut self.reading {
             Some(reading) => reading,
             none => {
-                let changed = if self.told {
+                let changed = if self.was_read {
                     self.watcher.changed().await
                 } else {
                     Vec::new()
@@ -128,7 +128,7 @@ impl Files {
         };
         let batch = reading.await;
         self.reading = None;
-        self.told = true;
+        self.was_read = true;
         batch
     }
 }

@@ -153,7 +153,7 @@ fn random_packets_are_translated_correctly_or_left_alone() -> Result<()> {
     let mut random = Random::from_env();
     let mut fixture = Fixture::new()?;
     // No device here needs the programs without a link layer.
-    loader::load_programs(fixture.reconciler.maps_mut().programs_mut(), Layer::Network)?;
+    loader::load_device_programs(fixture.reconciler.maps_mut().programs_mut(), Layer::Network)?;
     for (number, (name, node)) in [("here", "n1"), ("there", "n2")].into_iter().enumerate() {
         let backends = [false, true].map(|v6| (fixture.pod(node, v6), node));
         fixture.serve(name, 20 + number as u8, PORTS[number], &backends);

@@ -66,7 +66,7 @@ fn kubeconfig(server: &str, more: &str) -> tempfile::NamedTempFile {
 
 async fn connection(servers: Vec<Uri>) -> Connection {
     let file = kubeconfig("http://127.0.0.1:1", "");
-    let settings = Settings {
+    let settings = ApiServerSettings {
         kubeconfig: Some(file.path().to_owned()),
         servers,
     };
@@ -120,7 +120,7 @@ async fn what_fails_everywhere_is_noted_until_it_works() {
 async fn the_url_of_the_kubeconfig_is_used_where_no_other_is_given() {
     let server = Server::start(200).await;
     let file = kubeconfig(&server.url().to_string(), "");
-    let settings = Settings {
+    let settings = ApiServerSettings {
         kubeconfig: Some(file.path().to_owned()),
         servers: Vec::new(),
     };
@@ -131,7 +131,7 @@ async fn the_url_of_the_kubeconfig_is_used_where_no_other_is_given() {
 #[tokio::test]
 async fn settings_that_cannot_be_used_are_named() {
     let file = kubeconfig("http://127.0.0.1:1", ", proxy-url: \"http://127.0.0.1:2\"");
-    let settings = |path: &std::path::Path| Settings {
+    let settings = |path: &std::path::Path| ApiServerSettings {
         kubeconfig: Some(path.to_owned()),
         servers: Vec::new(),
     };

@@ -8,7 +8,7 @@ use lb_core::model::{Node, Service};
 use lb_core::testing;
 
 /// A source of these events, which come as fast as they are taken.
-fn source(events: Vec<Told>) -> KubernetesSource {
+fn source(events: Vec<WatchEvent>) -> KubernetesSource {
     // More may come.
     let events = stream::iter(events).chain(stream::pending()).boxed();
     let (keep, failures) = watch::channel(Failures::new());
@@ -16,20 +16,20 @@ fn source(events: Vec<Told>) -> KubernetesSource {
     KubernetesSource::of([events], failures, vec!["10.96.0.1".into()])
 }
 
-fn told(kind: Kind, event: Event<Seen>) -> Told {
-    Told { kind, event: Ok(event) }
+fn event(kind: Kind, event: Event<WatchedObject>) -> WatchEvent {
+    WatchEvent { kind, event: Ok(event) }
 }
 
-fn seen(object: Object) -> Seen {
-    Seen {
+fn seen(object: Object) -> WatchedObject {
+    WatchedObject {
         key: object.id().key,
         object: Ok(Some(object)),
         trigger: None,
     }
 }
 
-fn broken(name: &str) -> Seen {
-    Seen {
+fn broken(name: &str) -> WatchedObject {
+    WatchedObject {
         key: ObjectKey::new("default", name),
         object: Err("spec.ports: missing".into()),
         trigger: None,
@@ -40,23 +40,23 @@ fn service(name: &str, ip: &str) -> Object {
     testing::service(name, ip).into()
 }
 
-fn set(object: Object) -> Told {
-    told(object.id().kind, Event::Apply(seen(object)))
+fn set(object: Object) -> WatchEvent {
+    event(object.id().kind, Event::Apply(seen(object)))
 }
 
-fn delete(object: Object) -> Told {
-    told(object.id().kind, Event::Delete(seen(object)))
+fn delete(object: Object) -> WatchEvent {
+    event(object.id().kind, Event::Delete(seen(object)))
 }
 
 /// A list of one kind.
-fn list(kind: Kind, objects: impl IntoIterator<Item = Seen>) -> Vec<Told> {
+fn list(kind: Kind, objects: impl IntoIterator<Item = WatchedObject>) -> Vec<WatchEvent> {
     let objects = objects.into_iter().map(Event::InitApply);
     let events = [Event::Init].into_iter().chain(objects).chain([Event::InitDone]);
-    events.map(|event| told(kind, event)).collect()
+    events.map(|listed| event(kind, listed)).collect()
 }
 
 /// Lists of all kinds; Services as given.
-fn lists(services: impl IntoIterator<Item = Seen>) -> Vec<Told> {
+fn lists(services: impl IntoIterator<Item = WatchedObject>) -> Vec<WatchEvent> {
     let mut events = list(Kind::Service, services);
     events.extend(list(Kind::EndpointSlice, []));
     events.extend(list(Kind::Node, []));
@@ -100,10 +100,10 @@ async fn a_cluster_without_objects_is_complete_too() {
 async fn the_last_word_on_an_object_counts() {
     let mut source = source(lists([]));
     now(&mut source).unwrap();
-    source.take(set(service("a", "10.96.0.9")));
-    source.take(set(service("a", "10.96.0.10")));
-    source.take(set(service("b", "10.96.0.11")));
-    source.take(delete(service("b", "10.96.0.11")));
+    source.record(set(service("a", "10.96.0.9")));
+    source.record(set(service("a", "10.96.0.10")));
+    source.record(set(service("b", "10.96.0.11")));
+    source.record(delete(service("b", "10.96.0.11")));
     source.pending.news = true;
     let batch = now(&mut source).unwrap();
     assert!(batch.received.is_some());
@@ -147,11 +147,11 @@ async fn a_broken_object_is_a_problem_until_it_is_mended_or_gone() {
     let mut source = source(lists([broken("a"), broken("b")]));
     let problems = |source: &mut KubernetesSource| now(source).map(|batch| batch.problems.len());
     assert_eq!(problems(&mut source), Some(2));
-    source.take(told(Kind::Service, Event::Apply(broken("a"))));
+    source.record(event(Kind::Service, Event::Apply(broken("a"))));
     assert_eq!(problems(&mut source), None, "nothing new");
-    source.take(set(service("a", "10.96.0.9")));
+    source.record(set(service("a", "10.96.0.9")));
     assert_eq!(problems(&mut source), Some(1));
-    source.take(told(Kind::Service, Event::Delete(broken("b"))));
+    source.record(event(Kind::Service, Event::Delete(broken("b"))));
     assert_eq!(problems(&mut source), Some(0));
 }
 
@@ -187,7 +187,7 @@ async fn only_what_happens_while_the_agent_runs_is_timed() {
     for (name, trigger) in [("a", before), ("b", after)] {
         let mut slice = seen(testing::slice(name, &["10.0.0.1"]).into());
         slice.trigger = Some(trigger);
-        source.take(told(Kind::EndpointSlice, Event::Apply(slice)));
+        source.record(event(Kind::EndpointSlice, Event::Apply(slice)));
     }
     let pending = std::mem::take(&mut source.pending);
     assert_eq!(pending.triggers, [after]);
@@ -208,13 +208,13 @@ fn the_trigger_time_is_read_with_its_fraction() {
 
 #[test]
 fn pauses_grow_to_ten_seconds_and_no_further() {
-    let mut pauses = Pauses::default();
-    let all: Vec<_> = pauses.by_ref().take(20).collect();
+    let mut backoff = WatchBackoff::default();
+    let all: Vec<_> = backoff.by_ref().take(20).collect();
     assert!(all[0] < 2 * SHORTEST_PAUSE + Duration::from_millis(1), "{all:?}");
     assert!(all[19] >= LONGEST_PAUSE && all[19] <= 2 * LONGEST_PAUSE, "{all:?}");
-    pauses.reset();
+    backoff.reset();
     assert!(
-        pauses.next().unwrap() >= LONGEST_PAUSE,
+        backoff.next().unwrap() >= LONGEST_PAUSE,
         "an event in between is no reason to hurry"
     );
 }
@@ -282,7 +282,7 @@ proptest! {
                     let mut part = relist(&truth);
                     part.truncate(1 + some.min(truth.len()));
                     events.extend(part);
-                    events.push(Told { kind: Kind::Service, event: Err(watcher::Error::NoResourceVersion) });
+                    events.push(WatchEvent { kind: Kind::Service, event: Err(watcher::Error::NoResourceVersion) });
                     events.extend(relist(&truth));
                 }
             }
@@ -299,8 +299,8 @@ proptest! {
                     }
                 }
             };
-            for (i, told) in events.into_iter().enumerate() {
-                source.take(told);
+            for (i, event) in events.into_iter().enumerate() {
+                source.record(event);
                 if cut >> (i % 64) & 1 == 1 && source.is_complete() {
                     take(source.batch());
                 }

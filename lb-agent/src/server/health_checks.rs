@@ -30,14 +30,14 @@ const WEIGHT: HeaderName = HeaderName::from_static("x-load-balancing-endpoint-we
 
 /// The health checks to serve, and their addresses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Checks {
+pub struct HealthChecks {
     /// Health checks by Service.
     pub services: BTreeMap<ObjectKey, HealthCheck>,
     /// The node's addresses that serve node ports; `None` for all addresses, also later ones.
     pub addresses: Option<Vec<IpAddr>>,
 }
 
-impl Checks {
+impl HealthChecks {
     /// Returns the Service that owns a port. The API assigns a port to one Service only; of several, the first owns it.
     fn owner(&self, port: u16) -> Option<(&ObjectKey, &HealthCheck)> {
         self.services.iter().find(|(_, check)| check.port == port)
@@ -53,9 +53,9 @@ impl Checks {
     }
 }
 
-/// The listening sockets of health checks, kept in step with [`Checks`].
-pub(super) struct CheckServers {
-    wanted: watch::Receiver<Checks>,
+/// The listening sockets of health checks, kept in step with [`HealthChecks`].
+pub(super) struct HealthCheckServers {
+    wanted: watch::Receiver<HealthChecks>,
     health: Arc<Health>,
     tasks: JoinSet<Infallible>,
     open: BTreeMap<SocketAddr, AbortHandle>,
@@ -63,10 +63,10 @@ pub(super) struct CheckServers {
     report: Box<dyn Fn(Vec<Problem>) + Send>,
 }
 
-impl CheckServers {
+impl HealthCheckServers {
     /// Creates the servers. `report` is called with all current problems after each change.
     pub(super) fn new(
-        wanted: watch::Receiver<Checks>,
+        wanted: watch::Receiver<HealthChecks>,
         health: Arc<Health>,
         report: impl Fn(Vec<Problem>) + Send + 'static,
     ) -> Self {
@@ -165,21 +165,21 @@ impl CheckServers {
 #[derive(Clone)]
 struct PortState {
     port: u16,
-    checks: watch::Receiver<Checks>,
+    checks: watch::Receiver<HealthChecks>,
     health: Arc<Health>,
 }
 
 /// The response body, with kube-proxy's names.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Answer<'a> {
-    service: Named<'a>,
+struct Body<'a> {
+    service: ServiceName<'a>,
     local_endpoints: usize,
     service_proxy_healthy: bool,
 }
 
 #[derive(Debug, Serialize)]
-struct Named<'a> {
+struct ServiceName<'a> {
     namespace: &'a str,
     name: &'a str,
 }
@@ -201,8 +201,8 @@ async fn answer(State(state): State<PortState>) -> Response {
         (WEIGHT, endpoints.to_string()),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff".into()),
     ];
-    let body = Answer {
-        service: Named {
+    let body = Body {
+        service: ServiceName {
             namespace: &key.namespace,
             name: &key.name,
         },
@@ -227,12 +227,12 @@ mod tests {
         Ipv4Addr::new(127, 100 + n, a, b).into()
     }
 
-    fn checks(services: &[(&str, u16, usize)], address: IpAddr) -> Checks {
+    fn checks(services: &[(&str, u16, usize)], address: IpAddr) -> HealthChecks {
         let services = services.iter().map(|&(name, port, local_endpoints)| {
             let check = HealthCheck { port, local_endpoints };
             (ObjectKey::new("default", name), check)
         });
-        Checks {
+        HealthChecks {
             services: services.collect(),
             addresses: Some(vec![address]),
         }
@@ -263,16 +263,16 @@ mod tests {
 
     struct Setup {
         ip: IpAddr,
-        wanted: watch::Sender<Checks>,
+        wanted: watch::Sender<HealthChecks>,
         problems: watch::Receiver<Vec<Problem>>,
     }
 
     impl Setup {
         /// Starts servers with the health of an agent.
         fn new(n: u8, health: Health) -> Self {
-            let (wanted, checks) = watch::channel(Checks::default());
+            let (wanted, checks) = watch::channel(HealthChecks::default());
             let (sender, problems) = watch::channel(Vec::new());
-            let servers = CheckServers::new(checks, Arc::new(health), move |problems| {
+            let servers = HealthCheckServers::new(checks, Arc::new(health), move |problems| {
                 sender.send_replace(problems);
             });
             tokio::spawn(servers.run());
