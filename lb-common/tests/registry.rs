@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use lb_common::abi::{Capacity, MAPS, MapKind, SizedMap};
+use lb_common::abi::{Capacity, MAPS, MapKind, SizedMap, VERSION};
 
 /// Returns the rows of the table of maps in docs/architecture.md: names, type.
 fn documented() -> Vec<(Vec<String>, String)> {
@@ -56,6 +56,16 @@ fn the_table_of_maps_in_the_architecture_has_every_map_with_its_type() {
             "docs/architecture.md: the table of maps lacks {}",
             map.name
         );
+    }
+}
+
+#[test]
+fn documents_have_pin_paths_of_this_version() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    for (file, root) in [("architecture.md", "PIN_PATH"), ("operations.md", "/sys/fs/bpf/lb")] {
+        let path = format!("{root}/v{VERSION}/");
+        let text = fs::read_to_string(docs.join(file)).unwrap();
+        assert!(text.contains(&path), "docs/{file} lacks a path in {path}");
     }
 }
 
