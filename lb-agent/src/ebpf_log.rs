@@ -117,7 +117,7 @@ mod tests {
                 "connect4 TCP pid 7 10.96.0.1:80 => 10.10.1.2:8080",
             ),
             (
-                "hook#10 proto#17 [fd00::1]:4000 > [fd00:96::1]:53 service 3 rejected reason#0",
+                "hook#6 proto#17 [fd00::1]:4000 > [fd00:96::1]:53 service 3 rejected reason#0",
                 "ingress UDP [fd00::1]:4000 > [fd00:96::1]:53 service 3 rejected no_endpoint",
             ),
             ("decision#0 decision#99 reason#x #", "new flow decision#99 reason#x #"),

@@ -60,6 +60,12 @@ fn pid() -> u32 {
     (bpf_get_current_pid_tgid() >> 32) as u32
 }
 
+/// Returns whether any line is logged.
+#[inline(always)]
+pub(crate) fn is_on() -> bool {
+    level_enabled(Level::Warn)
+}
+
 /// Logs that a hook has replaced the address and port of a socket's call.
 #[inline(always)]
 pub(crate) fn socket_translated(hook: Hook, from: Destination, addr: Ip128, port: u16) {
@@ -124,10 +130,10 @@ fn hook(at_egress: bool) -> u8 {
     }
 }
 
-/// Logs that a packet was translated.
+/// Logs that a packet was translated, if it was.
 #[inline(always)]
-pub(crate) fn packet_translated(decision: impl FnOnce() -> Decision) {
-    if level_enabled(Level::Debug) {
+pub(crate) fn packet_translated(ctx: CtxRef, decision: impl FnOnce() -> Decision) {
+    if level_enabled(Level::Debug) && !ctx.service.is_none() {
         lb_log_packet_translated(decision() as u32);
     }
 }

@@ -49,15 +49,14 @@ const ICMP_LEN: usize = size_of::<Icmpv4Hdr>();
 /// Returns type and code of an ICMP error for IPv4 (RFC 792, RFC 1191) or IPv6 (RFC 4443), and the word after its checksum.
 #[inline(always)]
 const fn icmp_header(reject_with: RejectWith, mtu: u32, is_v4: bool) -> ([u8; 2], u32) {
-    match (reject_with, is_v4) {
-        (RejectWith::TooBig, true) => ([3, 4], (mtu & 0xffff).to_be()),
-        (RejectWith::TooBig, false) => ([2, 0], mtu.to_be()),
-        (RejectWith::TimeExceeded, true) => ([11, 0], 0),
-        (RejectWith::TimeExceeded, false) => ([3, 0], 0),
+    let (v4, v6, rest) = match reject_with {
+        RejectWith::TooBig if is_v4 => ([3, 4], [2, 0], (mtu & 0xffff).to_be()),
+        RejectWith::TooBig => ([3, 4], [2, 0], mtu.to_be()),
+        RejectWith::TimeExceeded => ([11, 0], [3, 0], 0),
         // Port unreachable. The caller responds to no packet that is passed on or dropped.
-        (RejectWith::Refused | RejectWith::Pass | RejectWith::Drop, true) => ([3, 3], 0),
-        (RejectWith::Refused | RejectWith::Pass | RejectWith::Drop, false) => ([1, 4], 0),
-    }
+        RejectWith::Refused | RejectWith::Pass | RejectWith::Drop => ([3, 3], [1, 4], 0),
+    };
+    (if is_v4 { v4 } else { v6 }, rest)
 }
 
 /// Returns whether the checksum of the packet is left to the device. Changes the checksum if it is not.

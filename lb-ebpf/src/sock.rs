@@ -4,14 +4,13 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock;
 use aya_ebpf::programs::SockContext;
-use lb_common::abi::{DropReason, ServiceIndex, ip_protocol};
+use lb_common::abi::{DropReason, ip_protocol};
 use lb_common::logic::frontend::{self, Destination, Tables as _};
 use lb_common::logic::ip128::Ip128;
-use lb_common::logic::log::Hook;
 
 use crate::map_tables::MapTables;
 use crate::volatile::read_once;
-use crate::{count, log, mptcp, sockets, udp_dests};
+use crate::{count, mptcp, sockets, udp_dests};
 
 /// Verdicts of `cgroup_sock` programs.
 const DENY: i32 = 0;
@@ -22,7 +21,7 @@ const ALLOW: i32 = 1;
 pub(crate) fn lb_post_bind4(ctx: SockContext) -> i32 {
     // SAFETY: the verifier checks loads from the context.
     let addr = unsafe { read_once!((*ctx.sock).src_ip4) };
-    post_bind(&ctx, Hook::PostBind4, Ip128::from_v4(addr))
+    post_bind(&ctx, Ip128::from_v4(addr))
 }
 
 /// `bind()` of an IPv6 socket, also to a v4-mapped address: refuses node ports in the node's network namespace.
@@ -32,15 +31,11 @@ pub(crate) fn lb_post_bind6(ctx: SockContext) -> i32 {
         // SAFETY: the verifier checks loads from the context.
         unsafe { read_once!((*ctx.sock).src_ip6[i]) }
     };
-    post_bind(
-        &ctx,
-        Hook::PostBind6,
-        Ip128::from_quarters([word(0), word(1), word(2), word(3)]),
-    )
+    post_bind(&ctx, Ip128::from_quarters([word(0), word(1), word(2), word(3)]))
 }
 
 #[inline(always)]
-fn post_bind(ctx: &SockContext, hook: Hook, addr: Ip128) -> i32 {
+fn post_bind(ctx: &SockContext, addr: Ip128) -> i32 {
     // SAFETY: the verifier checks loads from the context.
     let (port, proto) = unsafe { (read_once!((*ctx.sock).src_port), read_once!((*ctx.sock).protocol)) };
     let maps = MapTables { ctx: ctx.as_ptr() };
@@ -54,7 +49,6 @@ fn post_bind(ctx: &SockContext, hook: Hook, addr: Ip128) -> i32 {
     }
     let reason = DropReason::NodePortTaken;
     count::dropped(reason);
-    log::socket_refused(hook, to, ServiceIndex::NONE, reason);
     // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
     unsafe { bpf_set_retval(-reason.errno().number) };
     DENY

@@ -35,29 +35,27 @@ struct Refusal {
 /// `connect()` with an IPv4 destination: replaces a frontend by one of its backends.
 #[cgroup_sock_addr(connect4)]
 pub(crate) fn lb_connect4(ctx: SockAddrContext) -> i32 {
-    let hook = Hook::Connect4;
-    verdict(&ctx, hook, try_connect::<V4>(&ctx, hook))
+    connect::<V4>(&ctx, Hook::Connect4)
 }
 
 /// `connect()` with an IPv6 destination, including v4-mapped ones: replaces a frontend by one of its backends.
 #[cgroup_sock_addr(connect6)]
 pub(crate) fn lb_connect6(ctx: SockAddrContext) -> i32 {
-    let hook = Hook::Connect6;
-    verdict(&ctx, hook, try_connect::<V6>(&ctx, hook))
+    connect::<V6>(&ctx, Hook::Connect6)
 }
 
 /// `sendmsg()` with an IPv4 destination: replaces a frontend by the socket's backend for it.
 #[cgroup_sock_addr(sendmsg4)]
 pub(crate) fn lb_sendmsg4(ctx: SockAddrContext) -> i32 {
     let hook = Hook::Sendmsg4;
-    verdict(&ctx, hook, try_send::<V4>(&ctx, hook))
+    verdict(&ctx, Some(hook), try_send::<V4>(&ctx, hook))
 }
 
 /// `sendmsg()` with an IPv6 destination: replaces a frontend by the socket's backend for it.
 #[cgroup_sock_addr(sendmsg6)]
 pub(crate) fn lb_sendmsg6(ctx: SockAddrContext) -> i32 {
     let hook = Hook::Sendmsg6;
-    verdict(&ctx, hook, try_send::<V6>(&ctx, hook))
+    verdict(&ctx, Some(hook), try_send::<V6>(&ctx, hook))
 }
 
 /// `recvmsg()` of an IPv4 socket: replaces the source of a backend's datagram by the frontend of the request.
@@ -77,15 +75,26 @@ pub(crate) fn lb_recvmsg6(ctx: SockAddrContext) -> i32 {
 /// `getpeername()` of an IPv4 socket: replaces the backend by the frontend that the process connected to.
 #[cgroup_sock_addr(getpeername4)]
 pub(crate) fn lb_getpeername4(ctx: SockAddrContext) -> i32 {
-    translate_peer::<V4>(&ctx, Hook::Getpeername4);
+    translate_peer::<V4>(&ctx);
     ALLOW
 }
 
 /// `getpeername()` of an IPv6 socket: replaces the backend by the frontend that the process connected to.
 #[cgroup_sock_addr(getpeername6)]
 pub(crate) fn lb_getpeername6(ctx: SockAddrContext) -> i32 {
-    translate_peer::<V6>(&ctx, Hook::Getpeername6);
+    translate_peer::<V6>(&ctx);
     ALLOW
+}
+
+/// Runs the hook of `connect()`, in a copy with log lines or in one without. The verifier follows the copy without them by
+/// default, and processes fewer instructions there than in one copy that checks the level at each line.
+#[inline(always)]
+fn connect<F: Family>(ctx: &SockAddrContext, hook: Hook) -> i32 {
+    if log::is_on() {
+        verdict(ctx, Some(hook), try_connect::<F>(ctx, Some(hook)))
+    } else {
+        verdict(ctx, None, try_connect::<F>(ctx, None))
+    }
 }
 
 /// Returns the service index and set of a destination, or `None` if this hook does not translate it.
@@ -104,7 +113,7 @@ fn find_service_set(tables: &MapTables, to: Destination) -> Result<Option<(Servi
 
 /// Selects a backend for a connecting socket, stores the record of the socket, and replaces the destination.
 #[inline(always)]
-fn try_connect<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refusal> {
+fn try_connect<F: Family>(ctx: &SockAddrContext, log: Option<Hook>) -> Result<(), Refusal> {
     let to = destination::<F>(ctx);
     let maps = MapTables { ctx: ctx.as_ptr() };
     let Some((service, service_set)) = find_service_set(&maps, to)? else {
@@ -138,7 +147,9 @@ fn try_connect<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refus
     if !set_destination::<F>(ctx, selected.addr, selected.port) {
         return Err(refusal(DropReason::BadFamily));
     }
-    log::socket_translated(hook, to, selected.addr, selected.port);
+    if let Some(hook) = log {
+        log::socket_translated(hook, to, selected.addr, selected.port);
+    }
     count::connected(service);
     trace::socket_event(
         ctx.as_ptr(),
@@ -221,22 +232,21 @@ fn translate_source<F: Family>(ctx: &SockAddrContext, hook: Hook) {
         requested = dests.reply(source, now);
     }
     if let Some((addr, port)) = requested {
-        set_destination::<F>(ctx, addr, port);
+        // Before the change, which costs the verifier fewer instructions than after it.
         log::socket_translated(hook, source, addr, port);
+        set_destination::<F>(ctx, addr, port);
     }
 }
 
 /// Replaces the peer of a socket, if it is the backend, by the destination that the process connected to.
 #[inline(always)]
-fn translate_peer<F: Family>(ctx: &SockAddrContext, hook: Hook) {
+fn translate_peer<F: Family>(ctx: &SockAddrContext) {
     let record = match mptcp::key_in_getpeername(ctx) {
         None => Record::find(cookie(ctx)),
         Some(key) => Record::find_by_key(key),
     };
-    let peer = destination::<F>(ctx);
-    if let Some((addr, port)) = record.and_then(|record| record.original(peer)) {
+    if let Some((addr, port)) = record.and_then(|record| record.original(destination::<F>(ctx))) {
         set_destination::<F>(ctx, addr, port);
-        log::socket_translated(hook, peer, addr, port);
     }
 }
 
@@ -249,16 +259,18 @@ fn cookie(ctx: &SockAddrContext) -> u64 {
 
 /// Counts, traces and logs a refusal, and makes the call return its errno.
 #[inline(always)]
-fn verdict(ctx: &SockAddrContext, hook: Hook, result: Result<(), Refusal>) -> i32 {
+fn verdict(ctx: &SockAddrContext, log: Option<Hook>, result: Result<(), Refusal>) -> i32 {
     let Err(Refusal { to, service, reason }) = result else {
         return ALLOW;
     };
+    if let Some(hook) = log {
+        log::socket_refused(hook, to, service, reason);
+    }
     count::dropped(reason);
     if !service.is_none() {
         count::refused(service);
     }
     trace::socket_event(ctx.as_ptr(), &TraceEvent::refused(to, service, reason));
-    log::socket_refused(hook, to, service, reason);
     // SAFETY: the helper takes a negative errno; without it the kernel would return EPERM.
     unsafe { bpf_set_retval(-reason.errno().number) };
     DENY

@@ -98,14 +98,10 @@ fn verdict(ctx: &TcContext, link_len: usize, at_egress: bool) -> i32 {
         return TC_ACT_UNSPEC;
     };
     match translate(skb, ctx) {
-        Ok(lookup) => {
-            if !ctx.service.is_none() {
-                log::packet_translated(|| decision(ctx, lookup));
-            }
-        }
+        Ok(lookup) => log::packet_translated(ctx, || decision(ctx, lookup)),
         Err(reason) => {
-            ctx.verdict = refuse(skb, ctx, reason);
             log::packet_rejected(reason);
+            ctx.verdict = refuse(skb, ctx, reason);
         }
     }
     ctx.verdict
