@@ -263,10 +263,10 @@ fn verdict(ctx: &SockAddrContext, log: Option<Hook>, result: Result<(), Refusal>
     let Err(Refusal { to, service, reason }) = result else {
         return ALLOW;
     };
+    count::dropped(reason);
     if let Some(hook) = log {
         log::socket_refused(hook, to, service, reason);
     }
-    count::dropped(reason);
     if !service.is_none() {
         count::refused(service);
     }
