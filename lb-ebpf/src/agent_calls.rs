@@ -3,11 +3,11 @@
 use aya_ebpf::bindings::xdp_action::{XDP_ABORTED, XDP_DROP, XDP_PASS};
 use aya_ebpf::macros::xdp;
 use aya_ebpf::programs::XdpContext;
-use lb_common::abi::{DeviceSwap, DropReason, Event, FrontendSwap};
+use lb_common::abi::{DeviceSwap, DropReason, Event, FrontendSwap, MoveItem, MoveRequest};
 
 use crate::atomic::Shared;
-use crate::maps::{DEVICES, EVENTS, FRONTENDS};
-use crate::{count, device};
+use crate::maps::{DEVICES, EVENTS, FRONTENDS, is_moving};
+use crate::{backend, count, ct, device, sockets, udp_dests};
 
 /// Stores a new value in an existing entry of FRONTENDS, in place and with one 8-byte store. Never attached: the agent
 /// runs it by `BPF_PROG_TEST_RUN` with a [`FrontendSwap`] as packet.
@@ -77,4 +77,34 @@ pub(crate) fn lb_event(ctx: XdpContext) -> u32 {
     }
     entry.submit(0);
     XDP_PASS
+}
+
+/// Copies an entry from an old map to the new one during a move. Never attached: the agent runs it by `BPF_PROG_TEST_RUN`
+/// with a [`MoveRequest`] as packet.
+///
+/// Returns `XDP_PASS` if nothing of the entry is left to be copied, `XDP_DROP` if the new map has no room for it, and
+/// `XDP_ABORTED` if the packet is too short, the item is unknown, or there is no move.
+#[xdp]
+pub(crate) fn lb_move(ctx: XdpContext) -> u32 {
+    let at = ctx.data();
+    if !is_moving(u32::MAX) || at + size_of::<MoveRequest>() > ctx.data_end() {
+        return XDP_ABORTED;
+    }
+    // SAFETY: the bounds were checked, and every bit pattern is a `MoveRequest`; packet data is not aligned.
+    let request = unsafe { (at as *const MoveRequest).read_unaligned() };
+    let Some(item) = MoveItem::from_u32(request.item) else {
+        return XDP_ABORTED;
+    };
+    let [service, connections, refused, ..] = request.key;
+    let done = match item {
+        MoveItem::Ct => ct::copy_established(request.ct_key()),
+        MoveItem::CtNew => ct::copy_unreplied(request.ct_key()),
+        MoveItem::Affinity => backend::copy_affinity(&request.affinity_key()),
+        MoveItem::Socket => sockets::copy_record(request.key[0]),
+        MoveItem::MptcpSocket => sockets::copy_record_by_key(request.key[0]),
+        MoveItem::UdpDests => udp_dests::copy(request.key[0]),
+        MoveItem::LateUdpDests => udp_dests::copy_late(request.key[0]),
+        MoveItem::Counters => count::add_old(service as u32, connections, refused),
+    };
+    if done { XDP_PASS } else { XDP_DROP }
 }

@@ -5,8 +5,8 @@ use core::ptr;
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use lb_common::abi::{
-    Affinity, AffinityKeyWords, Backend, BackendRef, ClientKind, DropReason, Service, ServiceIndex, Set, SetWord,
-    backend_flags, service_flags,
+    Affinity, AffinityKey, AffinityKeyWords, Backend, BackendRef, ClientKind, DropReason, Service, ServiceIndex, Set,
+    SetWord, backend_flags, moving, service_flags,
 };
 use lb_common::logic::backend::BackendState;
 use lb_common::logic::decide::Admission;
@@ -15,7 +15,7 @@ use lb_common::logic::selection;
 use lb_common::logic::{affinity, generation, idle};
 
 use crate::atomic::Shared;
-use crate::maps::{AFFINITY, BACKEND_SLOTS, BACKENDS, SERVICES};
+use crate::maps::{AFFINITY, AFFINITY_OLD, BACKEND_SLOTS, BACKENDS, SERVICES, inserts_into_new, is_moving};
 use crate::volatile::{self, read_once};
 
 /// The backend that was selected for a connection, as values in registers.
@@ -176,7 +176,7 @@ impl ServiceSet {
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
         let timeout = unsafe { read_once!((*self.service.at).affinity_timeout) };
         let key = client.affinity_key(self.index);
-        let Some(entry) = AFFINITY.get_ptr_mut(key.as_key()) else {
+        let Some(entry) = find_affinity(&key) else {
             let new = self.select_random()?;
             return Ok(self.store_affinity(&key, new, now));
         };
@@ -209,16 +209,61 @@ impl ServiceSet {
             backend: new.reference,
             used: now,
         };
-        if AFFINITY.insert(key.as_key(), value, u64::from(BPF_NOEXIST)).is_ok() {
+        let inserted = if is_moving(moving::AFFINITY) && !inserts_into_new() {
+            AFFINITY_OLD.insert(key.as_key(), value, u64::from(BPF_NOEXIST))
+        } else {
+            AFFINITY.insert(key.as_key(), value, u64::from(BPF_NOEXIST))
+        };
+        if inserted.is_ok() {
             return new;
         }
-        let Some(entry) = AFFINITY.get_ptr(key.as_key()) else {
+        let Some(entry) = find_affinity(key) else {
             return new;
         };
         // SAFETY: the pointer is to a value of the map. Its first 8 bytes are one aligned word.
         let last = Affinity::from_word(unsafe { ptr::read_volatile(entry.cast::<u64>()) });
         self.reusable_backend(last).unwrap_or(new)
     }
+}
+
+/// Looks up the affinity of a client; during a move in the new map, then in the old one.
+#[inline(always)]
+fn find_affinity(key: &AffinityKeyWords) -> Option<*mut Affinity> {
+    if let Some(entry) = AFFINITY.get_ptr_mut(key.as_key()) {
+        return Some(entry);
+    }
+    if is_moving(moving::AFFINITY) {
+        return AFFINITY_OLD.get_ptr_mut(key.as_key());
+    }
+    None
+}
+
+/// Copies an affinity from the old map to the new one, if it exists and the new map does not have the client.
+#[inline(never)]
+pub(crate) fn copy_affinity(key: &AffinityKey) -> bool {
+    let Some(from) = AFFINITY_OLD.get_ptr_mut(key) else {
+        return true;
+    };
+    // SAFETY: the pointer is to a value of the map. Its first 8 bytes are one aligned word, and `used` is aligned.
+    let (word, used) = unsafe { (Shared::new(from.cast::<u64>()), Shared::new(&raw mut (*from).used)) };
+    let old = word.load();
+    let value = Affinity {
+        backend: Affinity::from_word(old),
+        used: used.load(),
+    };
+    if AFFINITY.insert(key, value, u64::from(BPF_NOEXIST)).is_err() {
+        // A program has stored the client since. The map evicts entries, so it is never full.
+        return true;
+    }
+    // A program that found the old entry may have stored another backend there.
+    let now = word.load();
+    if now != old
+        && let Some(to) = AFFINITY.get_ptr_mut(key)
+    {
+        // SAFETY: the pointer is to a value of the map. Its first 8 bytes are one aligned word.
+        unsafe { Shared::new(to.cast::<u64>()) }.compare_exchange(old, now);
+    }
+    true
 }
 
 /// A client in the sense of session affinity: its connections to a service go to one backend.

@@ -1,8 +1,9 @@
 //! Counters: DROPS by reason, and STATS by service index.
 
-use lb_common::abi::{DropReason, ServiceIndex};
+use lb_common::abi::{DropReason, ServiceIndex, ServiceStats, moving};
 
-use crate::maps::{DROPS, STATS};
+use crate::maps::{DROPS, MOVE, STATS, STATS_OLD, inserts_into_new, is_moving};
+use crate::volatile::{read_once, write_once};
 
 /// Increments the counter of a reason.
 #[inline(always)]
@@ -16,7 +17,7 @@ pub(crate) fn dropped(reason: DropReason) {
 /// Increments the number of connections that were translated to a backend of a service, by service index.
 #[inline(always)]
 pub(crate) fn connected(service: ServiceIndex) {
-    if let Some(stats) = STATS.get_ptr_mut(service.get()) {
+    if let Some(stats) = stats(service.get()) {
         // SAFETY: the pointer is to this CPU's value of the map, and a program does not migrate while it runs.
         unsafe { (*stats).connections += 1 }
     }
@@ -25,8 +26,36 @@ pub(crate) fn connected(service: ServiceIndex) {
 /// Increments the number of refused connections of a service, by service index.
 #[inline(always)]
 pub(crate) fn refused(service: ServiceIndex) {
-    if let Some(stats) = STATS.get_ptr_mut(service.get()) {
+    if let Some(stats) = stats(service.get()) {
         // SAFETY: the pointer is to this CPU's value of the map, and a program does not migrate while it runs.
         unsafe { (*stats).refused += 1 }
     }
+}
+
+/// Returns the counters of a service index on this CPU.
+#[inline(always)]
+fn stats(service: u32) -> Option<*mut ServiceStats> {
+    if is_moving(moving::STATS) && !inserts_into_new() {
+        return STATS_OLD.get_ptr_mut(service);
+    }
+    STATS.get_ptr_mut(service)
+}
+
+/// Adds the sum of the old counters of a service index to the new ones, unless [`lb_common::abi::Move::counted`] shows that it was added.
+/// Returns false if the index is out of range.
+#[inline(never)]
+pub(crate) fn add_old(service: u32, connections: u64, refused: u64) -> bool {
+    let (Some(stats), Some(state)) = (STATS.get_ptr_mut(service), MOVE.get_ptr_mut(0)) else {
+        return false;
+    };
+    // SAFETY: the pointers are to values of the maps, the one of STATS to this CPU's. Only the agent with the lock of the pin
+    // path runs this program.
+    unsafe {
+        if service >= read_once!((*state).counted) {
+            (*stats).connections += connections;
+            (*stats).refused += refused;
+            write_once!((*state).counted, service + 1);
+        }
+    }
+    true
 }

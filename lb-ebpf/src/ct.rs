@@ -1,14 +1,16 @@
 //! CT and CT_NEW: the flows of the packet path.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
-use lb_common::abi::{CtEntry, CtEntryWords, CtKeyWords, DropReason};
+use lb_common::abi::{CtEntry, CtEntryWords, CtKey, CtKeyWords, DropReason, moving};
 use lb_common::errno::EEXIST;
 use lb_common::logic::ct::Phase;
 use lb_common::logic::idle;
 use lb_common::logic::tcp_state;
 
-use crate::maps::{CT, CT_NEW};
+use crate::maps::{CT, CT_NEW, CT_NEW_OLD, CT_OLD, inserts_into_new, is_moving};
 use crate::packet_ctx::{CtxRef, PacketCtx, outcome, steps};
 use crate::volatile::{self, read_once, write_once};
 
@@ -46,7 +48,7 @@ pub(crate) struct CtLookup {
 }
 
 impl CtLookup {
-    /// Looks a key up in CT, then in CT_NEW.
+    /// Looks a key up in CT, then in CT_NEW; during a move, then in the old maps.
     #[inline(always)]
     pub(crate) fn find(key: &CtKeyWords) -> Option<Self> {
         if let Some(at) = CT.get_ptr_mut(key.as_key()) {
@@ -55,7 +57,25 @@ impl CtLookup {
                 is_unreplied: false,
             });
         }
-        CT_NEW
+        if let Some(at) = CT_NEW.get_ptr_mut(key.as_key()) {
+            return Some(Self { at, is_unreplied: true });
+        }
+        if is_moving(moving::CT) {
+            return Self::find_old(key);
+        }
+        None
+    }
+
+    /// Looks a key up in the old maps.
+    #[inline(always)]
+    fn find_old(key: &CtKeyWords) -> Option<Self> {
+        if let Some(at) = CT_OLD.get_ptr_mut(key.as_key()) {
+            return Some(Self {
+                at,
+                is_unreplied: false,
+            });
+        }
+        CT_NEW_OLD
             .get_ptr_mut(key.as_key())
             .map(|at| Self { at, is_unreplied: true })
     }
@@ -106,16 +126,66 @@ pub(crate) fn now() -> u64 {
 /// Returns whether a tuple belongs to a flow.
 #[inline(always)]
 fn is_taken(key: &CtKeyWords) -> bool {
-    CT.get_ptr(key.as_key()).is_some() || CT_NEW.get_ptr(key.as_key()).is_some()
+    CtLookup::find(key).is_some()
 }
 
 /// Inserts a direction of a new flow into CT_NEW, unless the map has its key.
 #[inline(always)]
 pub(crate) fn claim(key: &CtKeyWords, entry: &CtEntryWords) -> Claim {
+    if is_moving(moving::CT) {
+        return claim_in_both(key, entry);
+    }
     match CT_NEW.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST)) {
         Ok(()) => Claim::Inserted,
         Err(_) => Claim::Exists,
     }
+}
+
+/// Inserts a direction during a move, unless an old or a new map has its key. The other maps are searched after the
+/// insertion: of two programs that insert the same key into an old and a new map, at least one finds the other's entry.
+#[inline(always)]
+fn claim_in_both(key: &CtKeyWords, entry: &CtEntryWords) -> Claim {
+    let is_new = inserts_into_new();
+    let inserted = if is_new {
+        CT_NEW.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST))
+    } else {
+        CT_NEW_OLD.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST))
+    };
+    if inserted.is_err() {
+        return Claim::Exists;
+    }
+    let is_elsewhere = if is_new {
+        CT_OLD.get_ptr(key.as_key()).is_some() || CT_NEW_OLD.get_ptr(key.as_key()).is_some()
+    } else {
+        CT.get_ptr(key.as_key()).is_some() || CT_NEW.get_ptr(key.as_key()).is_some()
+    };
+    if !is_elsewhere {
+        return Claim::Inserted;
+    }
+    if is_new {
+        let _ = CT_NEW.remove(key.as_key());
+    } else {
+        let _ = CT_NEW_OLD.remove(key.as_key());
+    }
+    Claim::Exists
+}
+
+/// Deletes a direction from CT_NEW; during a move from the old map first, so that the agent copies no deleted entry.
+#[inline(always)]
+fn remove_unreplied(key: &CtKeyWords) {
+    if is_moving(moving::CT) {
+        let _ = CT_NEW_OLD.remove(key.as_key());
+    }
+    let _ = CT_NEW.remove(key.as_key());
+}
+
+/// Deletes a direction from CT; during a move from the old map first, so that the agent copies no deleted entry.
+#[inline(always)]
+fn remove_established(key: &CtKeyWords) {
+    if is_moving(moving::CT) {
+        let _ = CT_OLD.remove(key.as_key());
+    }
+    let _ = CT.remove(key.as_key());
 }
 
 /// Step: inserts the direction of the replies, unless their tuple belongs to a flow.
@@ -151,15 +221,15 @@ fn evict_closed(mut ctx: CtxRef) -> Result<ReplyTuple, DropReason> {
 pub(crate) fn remove(key: &CtKeyWords, entry: &CtEntryWords) {
     let reverse_key = entry.reverse_key(key);
     for key in [key, &reverse_key] {
-        let _ = CT.remove(key.as_key());
-        let _ = CT_NEW.remove(key.as_key());
+        remove_established(key);
+        remove_unreplied(key);
     }
 }
 
 /// Deletes the direction of the replies of a flow that was not inserted.
 #[inline(never)]
 pub(crate) fn remove_reply_direction(key: &CtKeyWords, entry: &CtEntryWords) {
-    let _ = CT_NEW.remove(entry.reverse_key(key).as_key());
+    remove_unreplied(&entry.reverse_key(key));
 }
 
 /// Returns the TCP state of the opposite direction, or zero if that direction has no entry.
@@ -179,25 +249,94 @@ fn establish(mut ctx: CtxRef) -> Result<(), DropReason> {
     let PacketCtx { key, entry, .. } = &*ctx;
     let reverse_key = entry.reverse_key(key);
     let mut reversed = entry.reversed(key);
-    if let Some(at) = CT_NEW.get_ptr(reverse_key.as_key()) {
+    if let Some(at) = find_unreplied(&reverse_key) {
         // SAFETY: the pointer is to a value of the map, and a `u8` needs no alignment.
         reversed.state = unsafe { read_once!((*at).state) };
     }
     // A program that finds one direction in CT must find the opposite one there.
     if !insert_established(&reverse_key, &reversed) || !insert_established(key, entry) {
-        let _ = CT.remove(reverse_key.as_key());
+        remove_established(&reverse_key);
         return Err(DropReason::ConntrackFull);
     }
-    let _ = CT_NEW.remove(key.as_key());
-    let _ = CT_NEW.remove(reverse_key.as_key());
+    remove_unreplied(key);
+    remove_unreplied(&reverse_key);
     Ok(())
+}
+
+/// Looks a key up in CT_NEW; during a move, then in the old map.
+#[inline(always)]
+fn find_unreplied(key: &CtKeyWords) -> Option<*const CtEntry> {
+    if let Some(at) = CT_NEW.get_ptr(key.as_key()) {
+        return Some(at);
+    }
+    if is_moving(moving::CT) {
+        return CT_NEW_OLD.get_ptr(key.as_key());
+    }
+    None
 }
 
 /// Inserts a direction into CT if it has no entry. Returns whether CT contains the direction afterwards.
 #[inline(always)]
 fn insert_established(key: &CtKeyWords, entry: &CtEntryWords) -> bool {
-    match CT.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST)) {
+    let inserted = if is_moving(moving::CT) && !inserts_into_new() {
+        CT_OLD.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST))
+    } else {
+        CT.insert(key.as_key(), entry.as_entry(), u64::from(BPF_NOEXIST))
+    };
+    match inserted {
         Ok(()) => true,
         Err(error) => error == -EEXIST.number,
     }
+}
+
+/// A new map and the old one, for [`copy_old`].
+macro_rules! copy_old {
+    ($(#[$doc:meta])* $name:ident: $old:ident to $new:ident) => {
+        $(#[$doc])*
+        #[inline(never)]
+        pub(crate) fn $name(key: &CtKey) -> bool {
+            let Some(from) = $old.get_ptr(key) else {
+                return true;
+            };
+            let mut room = MaybeUninit::<CtEntry>::uninit();
+            // SAFETY: the pointer is to a value of the map, which may change meanwhile, and the copy initializes all bytes.
+            let entry = unsafe {
+                volatile::copy(from, room.as_mut_ptr());
+                room.assume_init_ref()
+            };
+            match $new.insert(key, entry, u64::from(BPF_NOEXIST)) {
+                Ok(()) => {}
+                // A program has inserted the key since, so its entry is the newer one.
+                Err(error) if error == -EEXIST.number => return true,
+                Err(_) => return false,
+            }
+            let Some(to) = $new.get_ptr_mut(key) else {
+                return true;
+            };
+            if $old.get_ptr(key).is_none() {
+                // A program has deleted the flow meanwhile.
+                let _ = $new.remove(key);
+                return true;
+            }
+            // SAFETY: the pointers are to values of the maps. Programs that found the old entry may have recorded a segment
+            // there; those on other CPUs write the same values, or slightly older ones.
+            unsafe {
+                let state = read_once!((*from).state);
+                if state != entry.state {
+                    write_once!((*to).state, state);
+                }
+            }
+            true
+        }
+    };
+}
+
+copy_old! {
+    /// Copies an established flow from the old map to the new one, if it exists. Returns false if the new map is full.
+    copy_established: CT_OLD to CT
+}
+
+copy_old! {
+    /// Copies an unreplied flow from the old map to the new one, if it exists. Returns false if the new map is full.
+    copy_unreplied: CT_NEW_OLD to CT_NEW
 }

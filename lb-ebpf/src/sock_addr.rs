@@ -230,6 +230,12 @@ fn translate_source<F: Family>(ctx: &SockAddrContext, hook: Hook) {
         // SAFETY: the helper has no arguments.
         let now = unsafe { bpf_ktime_get_ns() };
         requested = dests.reply(source, now);
+        // A request may have been stored in the old entry while the agent copied it.
+        if requested.is_none()
+            && let Some(old) = UdpDests::find_old(cookie)
+        {
+            requested = old.reply(source, now);
+        }
     }
     if let Some((addr, port)) = requested {
         // Before the change, which costs the verifier fewer instructions than after it.

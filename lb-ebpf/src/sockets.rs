@@ -3,26 +3,76 @@
 //! The atomic exchanges are full barriers (`BPF_XCHG`, `BPF_CMPXCHG`), so a reader of the mmapped array that sees a
 //! complete sequence twice has seen the fields that belong to it, on every architecture.
 
-use lb_common::abi::{Addr, BackendRef, DropReason, ServiceIndex, SocketRecord};
+use aya_ebpf::bindings::BPF_NOEXIST;
+use lb_common::abi::{Addr, BackendRef, DropReason, ServiceIndex, SocketRecord, moving};
+use lb_common::errno::EEXIST;
 use lb_common::logic::frontend::Destination;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::record;
 
 use crate::atomic::Shared;
 use crate::backend::SelectedBackend;
-use crate::maps::{SOCKETS, SOCKETS_MORE, sockets_mask};
-use crate::volatile::{self, write_once};
+use crate::maps::{
+    SOCKETS, SOCKETS_MORE, SOCKETS_MORE_OLD, SOCKETS_OLD, inserts_into_new, is_moving, sockets_mask, sockets_old_mask,
+};
+use crate::volatile::{self, read_once, write_once};
+
+/// SOCKETS and SOCKETS_MORE, or the maps that they replace.
+trait Tables {
+    /// Returns the slot of a socket, by its cookie; another socket may have taken it.
+    fn slot(cookie: u64) -> Option<Slot>;
+    /// Returns the record under a key in the hash.
+    fn find_by_key(key: u64) -> Option<*mut SocketRecord>;
+    /// Stores a record under a key in the hash.
+    fn insert_by_key(key: u64, value: &SocketRecord, flags: u64) -> Result<(), i32>;
+    /// Deletes the record under a key from the hash.
+    fn remove_by_key(key: u64) -> Result<(), i32>;
+}
+
+/// Defines an implementation of [`Tables`].
+macro_rules! tables {
+    ($(#[$doc:meta])* $name:ident: $array:ident by $mask:ident, $hash:ident) => {
+        $(#[$doc])*
+        enum $name {}
+
+        impl Tables for $name {
+            #[inline(always)]
+            fn slot(cookie: u64) -> Option<Slot> {
+                $array.get_ptr_mut(record::slot(cookie, $mask())).map(Slot)
+            }
+
+            #[inline(always)]
+            fn find_by_key(key: u64) -> Option<*mut SocketRecord> {
+                $hash.get_ptr_mut(key)
+            }
+
+            #[inline(always)]
+            fn insert_by_key(key: u64, value: &SocketRecord, flags: u64) -> Result<(), i32> {
+                $hash.insert(key, value, flags)
+            }
+
+            #[inline(always)]
+            fn remove_by_key(key: u64) -> Result<(), i32> {
+                $hash.remove(key)
+            }
+        }
+    };
+}
+
+tables! {
+    /// SOCKETS and SOCKETS_MORE.
+    Current: SOCKETS by sockets_mask, SOCKETS_MORE
+}
+
+tables! {
+    /// The maps that SOCKETS and SOCKETS_MORE replace during a move.
+    Old: SOCKETS_OLD by sockets_old_mask, SOCKETS_MORE_OLD
+}
 
 /// A slot of SOCKETS.
 struct Slot(*mut SocketRecord);
 
 impl Slot {
-    /// Returns the slot of a socket, by its cookie; another socket may have taken it.
-    #[inline(always)]
-    fn find(cookie: u64) -> Option<Self> {
-        SOCKETS.get_ptr_mut(record::slot(cookie, sockets_mask())).map(Self)
-    }
-
     #[inline(always)]
     fn cookie(&self) -> Shared<u64> {
         // SAFETY: the pointer is to a value of the map, which is valid while the program runs, and the field is
@@ -103,7 +153,21 @@ impl Connected {
 /// Returns [`DropReason::SocketsFull`] if neither map has room.
 #[inline(always)]
 pub(crate) fn insert(new: &Connected) -> Result<(), DropReason> {
-    let Some(slot) = Slot::find(new.cookie) else {
+    if !is_moving(moving::SOCKETS) {
+        return insert_in::<Current>(new);
+    }
+    if !inserts_into_new() {
+        return insert_in::<Old>(new);
+    }
+    let inserted = insert_in::<Current>(new);
+    // An earlier record of the socket; the agent must not copy it.
+    remove_in::<Old>(new.cookie);
+    inserted
+}
+
+#[inline(always)]
+fn insert_in<T: Tables>(new: &Connected) -> Result<(), DropReason> {
+    let Some(slot) = T::slot(new.cookie) else {
         return Err(DropReason::SocketsFull);
     };
     let owner = slot.cookie().load();
@@ -111,7 +175,7 @@ pub(crate) fn insert(new: &Connected) -> Result<(), DropReason> {
         // The socket has a record in its slot and connects again.
         slot.open();
     } else if owner != 0 || slot.spilled().load() != 0 || !slot.cookie().compare_exchange(0, new.cookie) {
-        return insert_spilled(&slot, new);
+        return insert_spilled::<T>(&slot, new);
     }
     // SAFETY: the pointer is to a value of the map. Its cookie is this socket's, so no call of another socket writes
     // these fields.
@@ -123,12 +187,12 @@ pub(crate) fn insert(new: &Connected) -> Result<(), DropReason> {
 /// Stores the record of a socket in SOCKETS_MORE, and counts it in `spilled`: its slot is taken, or an earlier connect
 /// may have stored the record there.
 #[inline(always)]
-fn insert_spilled(slot: &Slot, new: &Connected) -> Result<(), DropReason> {
-    let known = SOCKETS_MORE.get_ptr(new.cookie).is_some();
+fn insert_spilled<T: Tables>(slot: &Slot, new: &Connected) -> Result<(), DropReason> {
+    let known = T::find_by_key(new.cookie).is_some();
     if !known {
         slot.spilled().add(1);
     }
-    let result = insert_by_key(new.cookie, new);
+    let result = insert_by_key_in::<T>(new.cookie, new);
     if result.is_err() && !known {
         slot.spilled().add(u32::MAX);
     }
@@ -139,6 +203,19 @@ fn insert_spilled(slot: &Slot, new: &Connected) -> Result<(), DropReason> {
 /// kernel: the verifier rejects arithmetic on it, so it cannot select a slot of SOCKETS.
 #[inline(always)]
 pub(crate) fn insert_by_key(key: u64, new: &Connected) -> Result<(), DropReason> {
+    if !is_moving(moving::SOCKETS) {
+        return insert_by_key_in::<Current>(key, new);
+    }
+    if !inserts_into_new() {
+        return insert_by_key_in::<Old>(key, new);
+    }
+    let inserted = insert_by_key_in::<Current>(key, new);
+    let _ = Old::remove_by_key(key);
+    inserted
+}
+
+#[inline(always)]
+fn insert_by_key_in<T: Tables>(key: u64, new: &Connected) -> Result<(), DropReason> {
     let mut value = SocketRecord {
         cookie: key,
         sequence: record::closed(0),
@@ -146,7 +223,7 @@ pub(crate) fn insert_by_key(key: u64, new: &Connected) -> Result<(), DropReason>
     };
     // SAFETY: the pointer is to a local variable.
     unsafe { new.fill(&raw mut value) };
-    SOCKETS_MORE.insert(key, value, 0).map_err(|_| DropReason::SocketsFull)
+    T::insert_by_key(key, &value, 0).map_err(|_| DropReason::SocketsFull)
 }
 
 /// A record of zero bytes: `Default::default` is no constant function.
@@ -174,11 +251,20 @@ impl Record {
     /// Returns the record of a socket, by its cookie.
     #[inline(always)]
     pub(crate) fn find(cookie: u64) -> Option<Self> {
-        let slot = Slot::find(cookie)?;
+        let found = Self::find_in::<Current>(cookie);
+        if found.is_none() && is_moving(moving::SOCKETS) {
+            return Self::find_in::<Old>(cookie);
+        }
+        found
+    }
+
+    #[inline(always)]
+    fn find_in<T: Tables>(cookie: u64) -> Option<Self> {
+        let slot = T::slot(cookie)?;
         if slot.cookie().load() == cookie {
             Some(Self(slot.0))
         } else if slot.spilled().load() != 0 {
-            Self::find_by_key(cookie)
+            T::find_by_key(cookie).map(|at| Self(at))
         } else {
             None
         }
@@ -187,7 +273,13 @@ impl Record {
     /// Returns the record in SOCKETS_MORE under a key; see [`insert_by_key`].
     #[inline(always)]
     pub(crate) fn find_by_key(key: u64) -> Option<Self> {
-        SOCKETS_MORE.get_ptr(key).map(Self)
+        if let Some(at) = Current::find_by_key(key) {
+            return Some(Self(at));
+        }
+        if is_moving(moving::SOCKETS) {
+            return Old::find_by_key(key).map(|at| Self(at));
+        }
+        None
     }
 
     /// Returns the destination that the socket requested, if `peer` is the backend that replaced it.
@@ -214,15 +306,24 @@ impl Record {
     }
 }
 
-/// Deletes the record of a socket, by its cookie.
+/// Deletes the record of a socket, by its cookie; during a move from the old maps first, so that the agent copies no deleted
+/// record.
 #[inline(always)]
 pub(crate) fn remove(cookie: u64) {
-    let Some(slot) = Slot::find(cookie) else { return };
+    if is_moving(moving::SOCKETS) {
+        remove_in::<Old>(cookie);
+    }
+    remove_in::<Current>(cookie);
+}
+
+#[inline(always)]
+fn remove_in<T: Tables>(cookie: u64) {
+    let Some(slot) = T::slot(cookie) else { return };
     if slot.cookie().load() == cookie {
         let sequence = slot.sequence();
         sequence.store(record::opened(sequence.load()));
         slot.cookie().exchange(0);
-    } else if slot.spilled().load() != 0 && SOCKETS_MORE.remove(cookie).is_ok() {
+    } else if slot.spilled().load() != 0 && T::remove_by_key(cookie).is_ok() {
         slot.spilled().add(u32::MAX);
     }
 }
@@ -230,5 +331,65 @@ pub(crate) fn remove(cookie: u64) {
 /// Deletes the record in SOCKETS_MORE under a key; see [`insert_by_key`].
 #[inline(always)]
 pub(crate) fn remove_by_key(key: u64) {
-    let _ = SOCKETS_MORE.remove(key);
+    if is_moving(moving::SOCKETS) {
+        let _ = Old::remove_by_key(key);
+    }
+    let _ = Current::remove_by_key(key);
+}
+
+/// Copies the record of a socket from the old maps to SOCKETS_MORE, unless the new maps have one. SOCKETS itself is left to
+/// programs: a record there would be visible to its socket before it is complete. Returns false if there is no room.
+#[inline(never)]
+pub(crate) fn copy_record(cookie: u64) -> bool {
+    let Some(slot) = Current::slot(cookie) else {
+        return false;
+    };
+    let Some(Record(from)) = Record::find_in::<Old>(cookie) else {
+        return true;
+    };
+    let mut value = EMPTY;
+    // SAFETY: the pointers are to a value of a map and to a local variable.
+    unsafe { volatile::copy(from, &raw mut value) };
+    if !record::is_complete(value.sequence) || slot.cookie().load() == cookie {
+        return true;
+    }
+    value.cookie = cookie;
+    value.spilled = 0;
+    slot.spilled().add(1);
+    if let Err(error) = Current::insert_by_key(cookie, &value, u64::from(BPF_NOEXIST)) {
+        slot.spilled().add(u32::MAX);
+        return error == -EEXIST.number;
+    }
+    let is_obsolete = Record::find_in::<Old>(cookie).is_none() || slot.cookie().load() == cookie;
+    if is_obsolete && is_copy(cookie, &value) && Current::remove_by_key(cookie).is_ok() {
+        slot.spilled().add(u32::MAX);
+    }
+    true
+}
+
+/// Copies the record of an MPTCP socket from the old hash to the new one, by its key. Returns false if there is no room.
+#[inline(never)]
+pub(crate) fn copy_record_by_key(key: u64) -> bool {
+    let Some(from) = Old::find_by_key(key) else {
+        return true;
+    };
+    let mut value = EMPTY;
+    // SAFETY: the pointers are to a value of a map and to a local variable.
+    unsafe { volatile::copy(from.cast_const(), &raw mut value) };
+    if let Err(error) = Current::insert_by_key(key, &value, u64::from(BPF_NOEXIST)) {
+        return error == -EEXIST.number;
+    }
+    if Old::find_by_key(key).is_none() && is_copy(key, &value) {
+        let _ = Current::remove_by_key(key);
+    }
+    true
+}
+
+/// Returns whether the record in SOCKETS_MORE is the one that was copied, not one of a later connect().
+#[inline(always)]
+fn is_copy(key: u64, copied: &SocketRecord) -> bool {
+    Current::find_by_key(key).is_some_and(|at| {
+        // SAFETY: the pointer is to a value of the map, and the fields are aligned.
+        unsafe { read_once!((*at).time) == copied.time && read_once!((*at).backend_port) == copied.backend_port }
+    })
 }

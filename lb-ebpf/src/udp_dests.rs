@@ -3,17 +3,20 @@
 //! Several threads may use one socket, so a value is read and written under its lock. The verifier permits no calls
 //! while a lock is held, so the code under the lock consists of loads and stores of words.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::bindings::{BPF_NOEXIST, bpf_spin_lock as RawLock};
 use aya_ebpf::helpers::generated::{bpf_spin_lock, bpf_spin_unlock};
 use lb_common::abi::{
-    self, Addr, BackendRef, DESTS_PER_SOCKET, DropReason, ServiceIndex, UdpDest, bpf_spin_lock as Lock,
+    self, Addr, BackendRef, DESTS_PER_SOCKET, DropReason, ServiceIndex, UdpDest, bpf_spin_lock as Lock, moving,
 };
+use lb_common::errno::EEXIST;
 use lb_common::logic::frontend::Destination;
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::udp_dest;
 
 use crate::backend::SelectedBackend;
-use crate::maps::UDP_FLOWS;
+use crate::maps::{UDP_FLOWS, UDP_FLOWS_OLD, inserts_into_new, is_moving};
 use crate::volatile::{self, read_once, write_once};
 
 /// An empty value, which programs insert by reference.
@@ -52,7 +55,19 @@ impl UdpDests {
     /// Looks up the UDP destinations of a socket, by its cookie.
     #[inline(always)]
     pub(crate) fn find(cookie: u64) -> Option<Self> {
-        UDP_FLOWS.get_ptr_mut(cookie).map(Self)
+        if let Some(at) = UDP_FLOWS.get_ptr_mut(cookie) {
+            return Some(Self(at));
+        }
+        Self::find_old(cookie)
+    }
+
+    /// Looks up the UDP destinations of a socket in the old map; `None` if the map is not being replaced.
+    #[inline(always)]
+    pub(crate) fn find_old(cookie: u64) -> Option<Self> {
+        if is_moving(moving::UDP_FLOWS) {
+            return UDP_FLOWS_OLD.get_ptr_mut(cookie).map(Self);
+        }
+        None
     }
 
     /// Returns the UDP destinations of a socket; inserts an empty entry if it has none.
@@ -67,7 +82,11 @@ impl UdpDests {
         // The value is passed by reference, since it is too large for the stack. If another thread has inserted an
         // entry concurrently, that entry is kept.
         let empty = &EMPTY;
-        let _ = UDP_FLOWS.insert(cookie, empty, u64::from(BPF_NOEXIST));
+        let _ = if is_moving(moving::UDP_FLOWS) && !inserts_into_new() {
+            UDP_FLOWS_OLD.insert(cookie, empty, u64::from(BPF_NOEXIST))
+        } else {
+            UDP_FLOWS.insert(cookie, empty, u64::from(BPF_NOEXIST))
+        };
         Self::find(cookie).ok_or(DropReason::UdpFlowsFull)
     }
 
@@ -267,7 +286,102 @@ unsafe fn record_request(at: *mut UdpDest, now: u64) {
 /// Deletes the UDP destinations of a socket, by its cookie.
 #[inline(always)]
 pub(crate) fn remove(cookie: u64) {
+    if is_moving(moving::UDP_FLOWS) {
+        let _ = UDP_FLOWS_OLD.remove(cookie);
+    }
     let _ = UDP_FLOWS.remove(cookie);
+}
+
+/// Copies the destinations of a socket from the old map to the new one, if the new map does not have the socket. Returns
+/// false if the new map is full.
+#[inline(never)]
+pub(crate) fn copy(cookie: u64) -> bool {
+    let Some(from) = UDP_FLOWS_OLD.get_ptr_mut(cookie) else {
+        return true;
+    };
+    let mut room = MaybeUninit::<abi::UdpDests>::uninit();
+    let value = copy_locked(&UdpDests(from), &mut room);
+    match UDP_FLOWS.insert(cookie, value, u64::from(BPF_NOEXIST)) {
+        Ok(()) => {}
+        Err(error) => return error == -EEXIST.number,
+    }
+    if UDP_FLOWS_OLD.get_ptr(cookie).is_none() {
+        // The socket was closed meanwhile.
+        let _ = UDP_FLOWS.remove(cookie);
+    }
+    true
+}
+
+/// Copies the destinations that programs stored in the old entry of a socket while [`copy`] ran, if the new entry has room
+/// for them. To be run a grace period after it.
+#[inline(never)]
+pub(crate) fn copy_late(cookie: u64) -> bool {
+    let (Some(from), Some(to)) = (UDP_FLOWS_OLD.get_ptr_mut(cookie), UDP_FLOWS.get_ptr_mut(cookie)) else {
+        return true;
+    };
+    let mut room = MaybeUninit::<abi::UdpDests>::uninit();
+    let value: *const abi::UdpDests = copy_locked(&UdpDests(from), &mut room);
+    let new = UdpDests(to);
+    for i in 0..DESTS_PER_SOCKET {
+        // SAFETY: the index is less than the number of destinations in the value, which is a local variable.
+        let late = unsafe { (&raw const (*value).dests).cast::<UdpDest>().add(i) };
+        // SAFETY: the pointer is to an initialized destination.
+        let (addr, port) = unsafe {
+            (
+                volatile::load_addr(&raw const (*late).vip),
+                read_once!((*late).vip_port),
+            )
+        };
+        if port != 0 {
+            let locked = new.lock();
+            store_late(&locked, late, addr, port);
+        }
+    }
+    true
+}
+
+/// Stores a destination if the socket does not have it and has a free place.
+#[inline(always)]
+fn store_late(locked: &Locked<'_>, late: *const UdpDest, addr: Ip128, port: u16) {
+    let mut free: Option<*mut UdpDest> = None;
+    for dest in locked.iter() {
+        // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
+        let known = unsafe { read_once!((*dest).vip_port) };
+        if known == 0 {
+            free = Some(dest);
+        } else if known == port
+            // SAFETY: the pointer is to a destination of a value of the map, and `locked` holds its lock.
+            && unsafe { volatile::load_addr(&raw const (*dest).vip) }.same(addr)
+        {
+            return;
+        }
+    }
+    if let Some(free) = free {
+        // SAFETY: the pointers are to a local variable and to a destination of a value of the map, and `locked` holds its lock.
+        unsafe { volatile::copy(late, free) };
+    }
+}
+
+/// Copies a value under its lock, without the lock itself.
+#[inline(always)]
+fn copy_locked<'a>(from: &UdpDests, room: &'a mut MaybeUninit<abi::UdpDests>) -> &'a abi::UdpDests {
+    let to = room.as_mut_ptr();
+    {
+        let _locked = from.lock();
+        // The first word has the lock, which programs may not read.
+        for at in 1..size_of::<abi::UdpDests>() / 8 {
+            // SAFETY: the index is less than the number of words of the value, and the lock of the value is held.
+            unsafe {
+                let word = from.0.cast::<u64>().add(at).read_volatile();
+                to.cast::<u64>().add(at).write_volatile(word);
+            }
+        }
+    }
+    // SAFETY: the store is within the value, and all of its bytes are initialized afterwards.
+    unsafe {
+        to.cast::<u64>().write_volatile(0);
+        room.assume_init_ref()
+    }
 }
 
 const _: () = assert!(size_of::<Lock>() == size_of::<RawLock>());

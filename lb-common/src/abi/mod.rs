@@ -16,6 +16,7 @@ mod event;
 mod frontend;
 pub mod layout;
 mod maps;
+mod moves;
 mod networks;
 mod problem;
 mod programs;
@@ -36,9 +37,12 @@ pub use drop_reason::{DropReason, RejectWith};
 pub use event::{Event, EventKind};
 pub use frontend::{Frontend, FrontendKey, FrontendKeyWords, FrontendKind, FrontendSwap};
 pub use maps::{Capacity, MAPS, MapKind, MapSpec, SizedMap, VERSION, map_flags, map_name, map_spec};
+pub use moves::{MOVE_MAP, Move, MoveItem, MovePhase, MoveRequest, OLD_SUFFIX, moving};
 pub use networks::{SourceRange, cluster_flags};
 pub use problem::ProblemRecord;
-pub use programs::{NODE_NETNS_GLOBAL, NODE_ONLY_GLOBAL, SOCKETS_MASK_GLOBAL, program_name};
+pub use programs::{
+    MOVING_GLOBAL, NODE_NETNS_GLOBAL, NODE_ONLY_GLOBAL, SOCKETS_MASK_GLOBAL, SOCKETS_OLD_MASK_GLOBAL, program_name,
+};
 pub use record::SocketRecord;
 pub use reference::{BackendRef, ServiceIndex};
 pub use service::{Backend, BackendSlot, Name, Service, SetWord, backend_flags, service_flags, set_flags};

@@ -50,6 +50,8 @@ program_names! {
     DEVICE_SWAP = "lb_device_swap";
     /// Agent call (XDP) that writes a trace event of the agent. See [`crate::abi::Event`].
     EVENT = "lb_event";
+    /// Agent call (XDP) that copies an entry from an old map to the new one. See [`crate::abi::MoveRequest`].
+    MOVE = "lb_move";
 }
 
 /// Name of the read-only global with the number of slots in SOCKETS, minus one.
@@ -58,3 +60,8 @@ pub const SOCKETS_MASK_GLOBAL: &str = "SOCKETS_MASK";
 pub const NODE_NETNS_GLOBAL: &str = "NODE_NETNS";
 /// Name of the read-only global that is not zero if only sockets of the node's network namespace are served.
 pub const NODE_ONLY_GLOBAL: &str = "NODE_ONLY";
+/// Name of the read-only global with the maps that are being replaced: see [`crate::abi::moving`]. Zero if there are none; the
+/// verifier then removes the code for old maps.
+pub const MOVING_GLOBAL: &str = "MOVING";
+/// Name of the read-only global with the number of slots in the old SOCKETS, minus one.
+pub const SOCKETS_OLD_MASK_GLOBAL: &str = "SOCKETS_OLD_MASK";
