@@ -8,6 +8,7 @@ pub mod fake;
 #[cfg(any(test, feature = "test-support"))]
 pub mod faulty;
 pub mod prefix;
+pub mod resize;
 
 use std::io;
 
