@@ -140,7 +140,7 @@ fn log_lines_are_removed_by_the_verifier_by_default() -> Result<()> {
     let verified = |log| -> Result<u32> {
         let pins = PinPath::new(cluster.pin_path("n1"));
         let lock = Lock::take(&pins)?;
-        let mut maps = loader::load_logging(OBJECT, &lock, &Capacities::default(), SocketLb::All, log)?;
+        let mut maps = loader::load_logging(OBJECT, &lock, &Capacities::default(), SocketLb::All, log)?.maps;
         loader::load_device_programs(maps.programs_mut(), Layer::Network)?;
         let total = loader::verified(maps.programs())?
             .iter()

@@ -27,7 +27,7 @@ use crate::config::Config;
 use crate::ebpf_log;
 use crate::heap;
 use crate::k8s_events::KubeEvents;
-use crate::loader::{self, Cgroup, EbpfLog, LoadError, Lock, OBJECT, PinPath, SocketLb, TraceLock};
+use crate::loader::{self, Cgroup, EbpfLog, LoadError, Loaded, Lock, OBJECT, PinPath, SocketLb, TraceLock};
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
 use crate::node::addrs::Selection;
@@ -113,7 +113,10 @@ pub async fn serve(
     let read = |path: &PathBuf| fs::read(path).with_context(|| format!("reading {}", path.display()));
     let object = object.as_ref().map(read).transpose()?;
     let object = object.as_deref().unwrap_or(OBJECT);
-    let mut maps = loader::load_logging(object, &lock, &capacities, socket_lb, ebpf_log)?;
+    let Loaded {
+        mut maps,
+        problems: map_problems,
+    } = loader::load_logging(object, &lock, &capacities, socket_lb, ebpf_log)?;
     if ebpf_log != EbpfLog::Off {
         ebpf_log::start(maps.programs_mut())?;
     }
@@ -149,6 +152,7 @@ pub async fn serve(
         problems: Problems::default(),
     };
     daemon.apply_nf_conntrack();
+    daemon.problems.set(Reporter::MapSizes, map_problems);
     daemon.reconciler.set_addresses(addresses.borrow().own_addresses());
     let mut check = tokio::time::interval(CHECK_INTERVAL);
     // Maps are filled before programs read them, and before programs of an earlier build are replaced. If the source has

@@ -10,6 +10,8 @@ use tracing::{info, warn};
 pub(super) enum Reporter {
     /// The source, conflicts between Services, and failed writes of their maps.
     Services,
+    /// Maps that do not have the size of their flag.
+    MapSizes,
     /// NODE_ADDRS, the addresses that serve node ports.
     NodeAddresses,
     /// Programs at devices, DEVICES, and the reserved source ports.

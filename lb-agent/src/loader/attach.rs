@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
-use aya::programs::ProgramInfo;
+use aya::programs::{ProgramFd, ProgramInfo};
 use aya_obj::generated::bpf_attach_type;
 use lb_common::abi::program_name;
 use tracing::info;
@@ -123,14 +123,7 @@ const HOOKS: [Hook; 11] = {
 /// Returns [`LoadError::Call`] if a system call fails.
 pub fn attach(programs: &Ebpf, pins: &PinPath, cgroup: &Cgroup) -> Result<(), LoadError> {
     for hook in HOOKS {
-        let program = programs.program(hook.name).ok_or_else(|| LoadError::PinPath {
-            path: hook.name.into(),
-            what: "the object does not contain the program".into(),
-        })?;
-        let program = program.fd().map_err(|source| LoadError::Program {
-            name: hook.name.into(),
-            source,
-        })?;
+        let program = program_of(programs, hook)?;
         let path = pins.links().join(hook.name);
         // The BPF file system does not accept dots in names. A link that a killed start left may be at another cgroup.
         let new = pins.links().join(format!("{}-new", hook.name));
@@ -153,6 +146,39 @@ pub fn attach(programs: &Ebpf, pins: &PinPath, cgroup: &Cgroup) -> Result<(), Lo
         fs::rename(&new, &path).map_err(failed(&path, "rename"))?;
     }
     Ok(())
+}
+
+/// Replaces the program of every pinned link by the one of the same hook. Hooks without a link stay without one.
+///
+/// # Errors
+/// Returns a [`LoadError`] if a system call fails.
+pub(super) fn replace(programs: &Ebpf, pins: &PinPath) -> Result<(), LoadError> {
+    for hook in HOOKS {
+        let path = pins.links().join(hook.name);
+        if !path.exists() {
+            continue;
+        }
+        let program = program_of(programs, hook)?;
+        let link = sys::obj_get(&path).map_err(failed(&path, "BPF_OBJ_GET"))?;
+        match sys::link_update(link.as_fd(), program.as_fd()) {
+            // The cgroup was removed.
+            Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
+            result => result.map_err(failed(&path, "BPF_LINK_UPDATE"))?,
+        }
+    }
+    Ok(())
+}
+
+/// Returns the loaded program of a hook.
+fn program_of(programs: &Ebpf, hook: Hook) -> Result<&ProgramFd, LoadError> {
+    let program = programs.program(hook.name).ok_or_else(|| LoadError::PinPath {
+        path: hook.name.into(),
+        what: "the object does not contain the program".into(),
+    })?;
+    program.fd().map_err(|source| LoadError::Program {
+        name: hook.name.into(),
+        source,
+    })
 }
 
 /// A program that is attached to a hook.

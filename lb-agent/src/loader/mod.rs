@@ -4,6 +4,7 @@
 //! the data plane continues while no agent runs, and a start takes over the pinned maps and links.
 
 mod attach;
+mod moves;
 mod pins;
 mod tc;
 mod undo;
@@ -15,12 +16,14 @@ use aya::maps::{MapInfo, MapType};
 use aya::programs::Program;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use lb_common::abi::{
-    Capacity, MAPS, MapKind, MapSpec, NODE_NETNS_GLOBAL, NODE_ONLY_GLOBAL, SOCKETS_MASK_GLOBAL, SizedMap, VERSION,
-    map_name, map_spec,
+    Capacity, MAPS, MOVE_MAP, MOVING_GLOBAL, MapKind, MapSpec, NODE_NETNS_GLOBAL, NODE_ONLY_GLOBAL, OLD_SUFFIX,
+    SOCKETS_MASK_GLOBAL, SOCKETS_OLD_MASK_GLOBAL, SizedMap, VERSION, map_name, map_spec, moving,
 };
 use lb_core::maps::{Capacities, MapError};
-use tracing::{info, warn};
+use lb_core::model::Problem;
+use tracing::info;
 
+use self::moves::Replaced;
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
 use crate::maps::sys;
 use crate::node::devices::Layer;
@@ -129,8 +132,9 @@ impl EbpfLog {
     }
 }
 
-/// Loads the programs with the pinned maps, or with new maps of the requested capacities. Pinned maps keep their
-/// capacities. The network namespace of the calling thread is the node's. No program is attached.
+/// Loads the programs with the pinned maps, or with new maps of the requested capacities. Pinned maps of another size are
+/// replaced, and so are the programs that are attached. The network namespace of the calling thread is the node's. No program is
+/// attached to a hook that has none.
 ///
 /// # Errors
 /// Returns a [`LoadError`] if the pins are of another layout, or if a map or program cannot be loaded.
@@ -140,7 +144,15 @@ pub fn load(
     capacities: &Capacities,
     sockets_served: SocketLb,
 ) -> Result<BpfMaps, LoadError> {
-    load_logging(object, lock, capacities, sockets_served, EbpfLog::Off)
+    load_logging(object, lock, capacities, sockets_served, EbpfLog::Off).map(|loaded| loaded.maps)
+}
+
+/// The result of [`load_logging`].
+pub struct Loaded {
+    /// The maps and programs.
+    pub maps: BpfMaps,
+    /// Pinned maps that do not have the requested size.
+    pub problems: Vec<Problem>,
 }
 
 /// Loads the programs as [`load`] does. `log`: the lines that they log.
@@ -153,43 +165,108 @@ pub fn load_logging(
     capacities: &Capacities,
     sockets_served: SocketLb,
     log: EbpfLog,
-) -> Result<BpfMaps, LoadError> {
+) -> Result<Loaded, LoadError> {
     let pins = lock.pins();
     pins.refuse_other_versions()?;
     let maps_dir = pins.create_dirs()?;
-    let mut loader = EbpfLoader::new();
-    let mut sockets = map_spec::SOCKETS.default_capacity();
-    for map in MAPS {
-        let path = maps_dir.join(map.name);
-        let wanted = match map.capacity {
-            Capacity::Fixed(entries) => entries,
-            // A mask of the cookie selects the slot of a socket, so the number of slots must be a power of two.
-            Capacity::Sized(sized @ SizedMap::Sockets) => capacities[sized].next_power_of_two(),
-            Capacity::Sized(sized) => capacities[sized],
-        };
-        let size = pinned_size(map, wanted, &path)?;
-        if map.name == map_name::SOCKETS {
-            sockets = size;
-        }
-        loader.map_max_entries(map.name, size).map_pin_path(map.name, path);
-    }
-    let mask = sockets - 1;
+    // A mask of the cookie selects the slot of a socket, so the number of slots must be a power of two.
+    let sockets = capacities[SizedMap::Sockets].next_power_of_two();
+    let capacities = capacities.with(SizedMap::Sockets, sockets);
     let netns = sys::netns_cookie().map_err(|source| LoadError::Call {
         path: "(network namespace)".into(),
         call: "SO_NETNS_COOKIE",
         source,
     })?;
-    let node_only = u32::from(sockets_served == SocketLb::Node);
-    let mut programs = loader
-        .override_global(SOCKETS_MASK_GLOBAL, &mask, true)
-        .override_global(NODE_NETNS_GLOBAL, &netns, true)
-        .override_global(NODE_ONLY_GLOBAL, &node_only, true)
-        .override_global(aya_log::LEVEL, &log.level(), true)
-        .load(object)?;
-    load_all_but_device_programs(&mut programs)?;
-    load_device_programs(&mut programs, Layer::Link)?;
+    let loading = Loading {
+        object,
+        pins,
+        netns,
+        node_only: u32::from(sockets_served == SocketLb::Node),
+        log: log.level(),
+    };
+    for map in MAPS {
+        pinned_size(map, &capacities, &maps_dir.join(map.name))?;
+    }
+    let moved = moves::resize(&loading, &capacities)?;
+    let mut programs = loading.load(&capacities)?;
+    if moved.has_old_programs {
+        moves::replace_programs(&mut programs, pins)?;
+    }
     let pinned = PinnedMaps::open(&maps_dir)?;
-    Ok(BpfMaps::new(pinned, programs)?)
+    Ok(Loaded {
+        maps: BpfMaps::new(pinned, programs)?,
+        problems: moved.problems,
+    })
+}
+
+/// What programs are loaded with, apart from their maps.
+struct Loading<'a> {
+    object: &'a [u8],
+    pins: &'a PinPath,
+    /// Cookie of the node's network namespace.
+    netns: u64,
+    node_only: u32,
+    log: u8,
+}
+
+impl Loading<'_> {
+    /// Loads the programs with the pinned maps, and creates those that are not pinned.
+    fn load(&self, capacities: &Capacities) -> Result<Ebpf, LoadError> {
+        self.load_with(|name| self.pins.maps().join(name), capacities, &[])
+    }
+
+    /// Loads the programs that use the pinned maps and the maps that replace them. Creates the latter if they are not pinned.
+    fn load_moving(&self, replaced: &Replaced<'_>, capacities: &Capacities) -> Result<Ebpf, LoadError> {
+        self.load_with(|name| replaced.path(name), capacities, &replaced.maps)
+    }
+
+    fn load_with(
+        &self,
+        path: impl Fn(&'static str) -> PathBuf,
+        capacities: &Capacities,
+        replaced: &[&MapSpec],
+    ) -> Result<Ebpf, LoadError> {
+        let mut loader = EbpfLoader::new();
+        let mut sockets = map_spec::SOCKETS.default_capacity();
+        for map in MAPS {
+            let path = path(map.name);
+            let size = pinned_size(map, capacities, &path)?;
+            if map.name == map_name::SOCKETS {
+                sockets = size;
+            }
+            loader.map_max_entries(map.name, size).map_pin_path(map.name, path);
+        }
+        let (mut moving, mut old_sockets) = (0, 1);
+        let mut old = Vec::new();
+        for map in replaced {
+            let Capacity::Sized(sized) = map.capacity else { continue };
+            moving |= moving::bit(sized);
+            let path = self.pins.maps().join(map.name);
+            if map.name == map_name::SOCKETS {
+                old_sockets = pinned_size(map, capacities, &path)?;
+            }
+            old.push((format!("{}{OLD_SUFFIX}", map.name), path));
+        }
+        for (name, path) in &old {
+            loader.map_pin_path(name, path);
+        }
+        let old_mask = old_sockets - 1;
+        if !replaced.is_empty() {
+            loader.map_pin_path(MOVE_MAP, self.pins.next().join(MOVE_MAP));
+        }
+        let mask = sockets - 1;
+        let mut programs = loader
+            .override_global(SOCKETS_MASK_GLOBAL, &mask, true)
+            .override_global(SOCKETS_OLD_MASK_GLOBAL, &old_mask, true)
+            .override_global(NODE_NETNS_GLOBAL, &self.netns, true)
+            .override_global(NODE_ONLY_GLOBAL, &self.node_only, true)
+            .override_global(MOVING_GLOBAL, &moving, true)
+            .override_global(aya_log::LEVEL, &self.log, true)
+            .load(self.object)?;
+        load_all_but_device_programs(&mut programs)?;
+        load_device_programs(&mut programs, Layer::Link)?;
+        Ok(programs)
+    }
 }
 
 /// Loads the programs for cgroup hooks and the agent calls, so that the verifier checks each.
@@ -209,8 +286,12 @@ fn load_all_but_device_programs(programs: &mut Ebpf) -> Result<(), LoadError> {
     Ok(())
 }
 
-/// Returns the number of entries of a map: that of the pinned map, or `wanted` if it is not pinned.
-fn pinned_size(map: &MapSpec, wanted: u32, path: &Path) -> Result<u32, LoadError> {
+/// Returns the number of entries of a map: that of the pinned map, or that of `capacities` if it is not pinned.
+fn pinned_size(map: &MapSpec, capacities: &Capacities, path: &Path) -> Result<u32, LoadError> {
+    let wanted = match map.capacity {
+        Capacity::Fixed(entries) => entries,
+        Capacity::Sized(sized) => capacities[sized],
+    };
     let layout = |what| LoadError::Layout {
         path: path.into(),
         what,
@@ -236,11 +317,6 @@ fn pinned_size(map: &MapSpec, wanted: u32, path: &Path) -> Result<u32, LoadError
         Capacity::Fixed(_) if size != wanted => {
             return Err(layout(format!("has {size} entries, this build has {wanted}")));
         }
-        Capacity::Sized(sized) if size != wanted => warn!(
-            "{} is pinned with {size} entries; --{} {wanted} takes effect after `lb-agent cleanup`",
-            map.name,
-            sized.flag()
-        ),
         Capacity::Fixed(_) | Capacity::Sized(_) => {}
     }
     Ok(size)

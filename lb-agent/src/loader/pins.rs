@@ -59,6 +59,11 @@ impl PinPath {
         self.0.join(version_dir()).join("maps")
     }
 
+    /// Returns the directory of the maps that replace others during a move.
+    pub(super) fn next(&self) -> PathBuf {
+        self.0.join(version_dir()).join("next")
+    }
+
     /// Returns the directory of the links of this build's layout.
     #[must_use]
     pub fn links(&self) -> PathBuf {

@@ -20,6 +20,7 @@ use super::{LoadError, PinPath};
 use crate::maps::sys;
 use crate::node::devices::{Layer, Served};
 use crate::node::filters::{FilterSlot, Filters, Side};
+use crate::node::links::LinkSnapshot;
 
 /// The mechanism that attaches programs to devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +108,21 @@ fn pinned(path: &Path, device: u32) -> Result<Option<(std::os::fd::OwnedFd, u32)
     };
     let at = sys::tcx_link(link.as_fd()).map_err(failed(path, "BPF_OBJ_GET_INFO_BY_FD"))?;
     Ok((at.device == device).then_some((link, at.program)))
+}
+
+/// Returns the pinned links of devices, including unfinished ones of a start that was killed.
+fn pinned_links(dir: &Path) -> Result<Vec<(PathBuf, u32)>, LoadError> {
+    let entries = fs::read_dir(dir).map_err(failed(dir, "readdir"))?;
+    let mut links = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(failed(dir, "readdir"))?;
+        let file = entry.file_name();
+        let link = file.to_str().and_then(parse_pin_name);
+        links.extend(link.map(|(_, device)| (entry.path(), device)));
+    }
+    // Forward translation is detached before reverse translation.
+    links.sort_unstable_by(|a, b| b.cmp(a));
+    Ok(links)
 }
 
 /// Loads the programs for devices of a kind, unless they are loaded.
@@ -239,7 +255,7 @@ impl TcHooks {
         own_qdiscs: &mut BTreeSet<u32>,
     ) -> Result<Vec<DeviceError>, LoadError> {
         let mut errors = Vec::new();
-        for (path, device) in self.pinned_links()? {
+        for (path, device) in pinned_links(&self.links)? {
             let stays = self.way == Way::Tcx && served.contains_key(&device);
             if stays {
                 continue;
@@ -276,25 +292,10 @@ impl TcHooks {
     /// # Errors
     /// Returns [`LoadError::Call`] if a system call fails.
     pub fn remove_links(&self) -> Result<(), LoadError> {
-        for (path, _) in self.pinned_links()? {
+        for (path, _) in pinned_links(&self.links)? {
             remove_link(&path)?;
         }
         Ok(())
-    }
-
-    /// Returns the pinned links of devices, including unfinished ones of a start that was killed.
-    fn pinned_links(&self) -> Result<Vec<(PathBuf, u32)>, LoadError> {
-        let entries = fs::read_dir(&self.links).map_err(failed(&self.links, "readdir"))?;
-        let mut links = Vec::new();
-        for entry in entries {
-            let entry = entry.map_err(failed(&self.links, "readdir"))?;
-            let file = entry.file_name();
-            let link = file.to_str().and_then(parse_pin_name);
-            links.extend(link.map(|(_, device)| (entry.path(), device)));
-        }
-        // Forward translation is detached before reverse translation.
-        links.sort_unstable_by(|a, b| b.cmp(a));
-        Ok(links)
     }
 
     /// Returns false if the program is attached already.
@@ -349,6 +350,64 @@ impl TcHooks {
     }
 }
 
+/// Replaces the programs of lb at all devices by those with the same names: those of pinned links, and the filters in the
+/// network namespace of the calling thread.
+///
+/// # Errors
+/// Returns a [`LoadError`] if a system call fails or a program cannot be loaded.
+pub(super) fn replace(programs: &mut Ebpf, pins: &PinPath) -> Result<(), LoadError> {
+    let names: BTreeMap<u32, String> = loaded_programs()
+        .filter_map(|info| {
+            let info = info.ok()?;
+            Some((info.id(), info.name_as_str()?.to_owned()))
+        })
+        .collect();
+    let mut replacement = |id: u32| -> Result<Option<&'static str>, LoadError> {
+        for layer in [Layer::Link, Layer::Network] {
+            let of_layer = Side::BOTH.map(|side| program_for(side, layer));
+            if let Some(name) = of_layer
+                .into_iter()
+                .find(|name| names.get(&id).is_some_and(|is| is == name))
+            {
+                load_device_programs(programs, layer)?;
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
+    };
+    let mut links = Vec::new();
+    for (path, device) in pinned_links(&pins.links())? {
+        if let Some((link, id)) = pinned(&path, device)? {
+            links.extend(replacement(id)?.map(|name| (path, link, name)));
+        }
+    }
+    let mut filters = Filters::open().map_err(failed("(tc)", "netlink"))?;
+    let mut places = Vec::new();
+    for device in LinkSnapshot::take(false)
+        .map_err(failed("(tc)", "listing devices"))?
+        .indexes()
+    {
+        for side in Side::BOTH {
+            if let FilterSlot::Ours(id) = filters.at(device, side).map_err(on_device(side, "listing filters"))? {
+                places.extend(replacement(id)?.map(|name| (device, side, name)));
+            }
+        }
+    }
+    for (path, link, name) in links {
+        match sys::link_update(link.as_fd(), program(programs, name)?.fd) {
+            Err(error) if is_of_gone_device(&error) => {}
+            result => result.map_err(failed(path, "BPF_LINK_UPDATE"))?,
+        }
+    }
+    for (device, side, name) in places {
+        match filters.attach(device, side, name, program(programs, name)?.fd) {
+            Err(error) if is_of_gone_device(&error) => {}
+            result => result.map_err(on_device(side, "replacing a filter"))?,
+        }
+    }
+    Ok(())
+}
+
 /// Returns whether the kernel has tcx links, by creating one at a device that does not exist.
 fn has_tcx(programs: &Ebpf) -> Result<bool, LoadError> {
     let program = program(programs, program_name::INGRESS)?;
@@ -363,7 +422,12 @@ fn has_tcx(programs: &Ebpf) -> Result<bool, LoadError> {
 
 /// Returns whether the device was removed in the meantime. The next listing of devices does not contain it.
 fn is_gone(error: &LoadError) -> bool {
-    matches!(error, LoadError::Call { source, .. } if matches!(source.raw_os_error(), Some(libc::ENODEV | libc::ENOLINK)))
+    matches!(error, LoadError::Call { source, .. } if is_of_gone_device(source))
+}
+
+/// Returns whether an error is of a call on a device that was removed.
+fn is_of_gone_device(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENODEV | libc::ENOLINK))
 }
 
 /// Detaches a link explicitly, since the kernel releases a link some time after its last pin.

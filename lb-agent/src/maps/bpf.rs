@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::AsFd as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
@@ -45,16 +45,16 @@ const CT_ENTRY: usize = size_of::<CtEntry>();
 
 /// The pinned maps of an agent, opened by path. Every subcommand reads them, and [`BpfMaps`] writes them.
 pub struct PinnedMaps {
-    frontends: Hash<KEY, 8>,
-    services: MappedArray<Service>,
-    slots: MappedArray<BackendSlot>,
-    backends: MappedArray<Backend>,
+    pub(super) frontends: Hash<KEY, 8>,
+    pub(super) services: MappedArray<Service>,
+    pub(super) slots: MappedArray<BackendSlot>,
+    pub(super) backends: MappedArray<Backend>,
     node_addrs: Hash<16, 4>,
-    sockets: MappedArray<SocketRecord>,
-    sockets_more: Hash<8, RECORD>,
-    udp_dests: Hash<8, DESTS>,
-    affinity: Hash<CLIENT, AFFINITY>,
-    names: Hash<4, NAME>,
+    pub(super) sockets: MappedArray<SocketRecord>,
+    pub(super) sockets_more: Hash<8, RECORD>,
+    pub(super) udp_dests: Hash<8, DESTS>,
+    pub(super) affinity: Hash<CLIENT, AFFINITY>,
+    pub(super) names: Hash<4, NAME>,
     stats: PerCpuArray<MapData, [u8; STATS]>,
     drops: PerCpuArray<MapData, u64>,
     pub(super) config: MappedArray<Config>,
@@ -63,8 +63,8 @@ pub struct PinnedMaps {
     pub(super) devices: Hash<4, DEVICE>,
     source_ranges: Trie<RANGE>,
     cluster_cidrs: Trie<ADDR>,
-    ct: Hash<CT_KEY, CT_ENTRY>,
-    ct_new: Hash<CT_KEY, CT_ENTRY>,
+    pub(super) ct: Hash<CT_KEY, CT_ENTRY>,
+    pub(super) ct_new: Hash<CT_KEY, CT_ENTRY>,
     capacities: Capacities,
 }
 
@@ -126,7 +126,15 @@ impl PinnedMaps {
     /// # Errors
     /// Returns [`MapError::Call`] if a map is missing, or if the sizes of its keys and values are not those of this build.
     pub fn open(dir: &Path) -> Result<Self, MapError> {
-        let open = |name: &'static str| MapData::from_pin(dir.join(name)).map_err(call(name, "BPF_OBJ_GET"));
+        Self::open_each(|name| dir.join(name))
+    }
+
+    /// Opens the maps that are pinned at the paths that a function returns for their names.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Self::open`].
+    pub(crate) fn open_each(path: impl Fn(&'static str) -> PathBuf) -> Result<Self, MapError> {
+        let open = |name: &'static str| MapData::from_pin(path(name)).map_err(call(name, "BPF_OBJ_GET"));
         let entries = |name: &'static str| {
             let info = open(name)?.info().map_err(call(name, "BPF_OBJ_GET_INFO_BY_FD"))?;
             Ok::<_, MapError>(info.max_entries())
@@ -319,6 +327,22 @@ impl PinnedMaps {
             SizedMap::Frontends => Ok(filled.frontends as usize),
             SizedMap::Backends => Ok(filled.backends as usize),
             SizedMap::BackendSlots => Ok(filled.backend_slots as usize),
+            SizedMap::Sockets
+            | SizedMap::SocketsMore
+            | SizedMap::UdpFlows
+            | SizedMap::Affinity
+            | SizedMap::Conntrack
+            | SizedMap::ConntrackNew => self.used_by_programs(map),
+        }
+    }
+
+    /// Returns the number of entries in use of a map that programs fill; zero for the others.
+    ///
+    /// # Errors
+    /// Returns [`MapError::Call`] if a system call fails.
+    pub(super) fn used_by_programs(&self, map: SizedMap) -> Result<usize, MapError> {
+        match map {
+            SizedMap::Services | SizedMap::Frontends | SizedMap::Backends | SizedMap::BackendSlots => Ok(0),
             SizedMap::Sockets => Ok(self.sockets_used()),
             SizedMap::SocketsMore => batch::count(map.name(), &self.sockets_more),
             SizedMap::UdpFlows => batch::count(map.name(), &self.udp_dests),
@@ -562,17 +586,7 @@ impl BpfMaps {
 
     /// Runs an agent call with a "packet", and returns whether it could do what the packet requests.
     pub(super) fn run(&self, name: &str, packet: &[u8]) -> io::Result<bool> {
-        const XDP_PASS: u32 = 2;
-        let program = self.programs.program(name);
-        let program: &Xdp = program
-            .and_then(|program| program.try_into().ok())
-            .ok_or(io::ErrorKind::NotFound)?;
-        let options = TestRunOptions {
-            data_in: Some(packet),
-            ..TestRunOptions::new()
-        };
-        let result = program.test_run(options).map_err(io::Error::other)?;
-        Ok(result.return_value == XDP_PASS)
+        agent_call(&self.programs, name, packet)
     }
 
     /// Writes a trace event of the agent, if CONFIG requests its kind. An event that does not fit is counted in DROPS, like
@@ -640,6 +654,25 @@ impl BpfMaps {
         }
         self.written += bytes as u64;
         Ok(())
+    }
+}
+
+/// Runs an agent call with a "packet", and returns whether it could do what the packet requests.
+pub(super) fn agent_call(programs: &Ebpf, name: &str, packet: &[u8]) -> io::Result<bool> {
+    const XDP_ABORTED: u32 = 0;
+    const XDP_PASS: u32 = 2;
+    let program = programs.program(name);
+    let program: &Xdp = program
+        .and_then(|program| program.try_into().ok())
+        .ok_or(io::ErrorKind::NotFound)?;
+    let options = TestRunOptions {
+        data_in: Some(packet),
+        ..TestRunOptions::new()
+    };
+    match program.test_run(options).map_err(io::Error::other)?.return_value {
+        XDP_PASS => Ok(true),
+        XDP_ABORTED => Err(io::Error::other("the program rejects the request")),
+        _ => Ok(false),
     }
 }
 

@@ -6,5 +6,6 @@ pub mod bpf;
 pub mod ct;
 mod devices;
 pub mod grace;
+pub(crate) mod moves;
 pub(crate) mod records;
 pub(crate) mod sys;
