@@ -409,7 +409,15 @@ impl RunningAgent {
     /// # Errors
     /// If the process cannot be started.
     pub fn start_again(&mut self) -> Result<()> {
-        self.process = self.agent.start(&[])?;
+        self.start_again_with(&[])
+    }
+
+    /// Starts the agent again with additional flags, after [`Self::kill`].
+    ///
+    /// # Errors
+    /// If the process cannot be started.
+    pub fn start_again_with(&mut self, flags: &[&str]) -> Result<()> {
+        self.process = self.agent.start(flags)?;
         Ok(())
     }
 
