@@ -1,14 +1,19 @@
 //! Faults at the system calls of a real agent's start, which creates pins, fills maps and attaches programs.
 
+use std::cell::Cell;
 use std::fs::{self, OpenOptions};
+use std::net::SocketAddr;
 use std::process::Stdio;
 
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Cgroup, PinPath};
 use lb_agent::maps::bpf::PinnedMaps;
-use lb_common::abi::FrontendKey;
+use lb_agent::maps::ct::CtMaps;
+use lb_common::abi::{Addr, CtEntry, CtKey, FrontendKey, SizedMap, ct_flags, ct_state, ip_protocol};
+use lb_common::logic::ct::reverse_key;
+use lb_core::maps::Capacities;
 use lb_tests::manifests::{Manifests, Port, service, slice};
-use lb_tests::{Agent, Cluster, RunningAgent, scaled_count};
+use lb_tests::{Agent, Cluster, Pod, RunningAgent, ScriptedSocket, SocketKind, monotonic_ns, scaled_count, testbed};
 
 use crate::ptrace::{self, Call, FaultKind, FaultPoint, RunEnd};
 use crate::reader::{Always, Reader};
@@ -16,20 +21,26 @@ use crate::reader::{Always, Reader};
 const NODE: &str = "n1";
 
 /// Small maps, since the reader reads all of them.
-const FLAGS: [&str; 12] = [
-    "--max-services",
-    "16",
-    "--max-frontends",
-    "32",
-    "--max-backends",
-    "32",
-    "--max-backend-slots",
-    "64",
-    "--max-sockets",
-    "16",
-    "--max-sockets-more",
-    "16",
-];
+const SIZES: Capacities = Capacities::uniform(64)
+    .with(SizedMap::Services, 16)
+    .with(SizedMap::Frontends, 32)
+    .with(SizedMap::Backends, 32)
+    .with(SizedMap::Sockets, 16)
+    .with(SizedMap::SocketsMore, 32)
+    .with(SizedMap::Affinity, 256)
+    .with(SizedMap::ConntrackNew, 256);
+
+/// Factor between [`SIZES`] and the larger sizes of a start that replaces the maps.
+const FACTOR: u32 = 2;
+
+/// Returns the flags that set the sizes of all maps.
+fn flags(sizes: &Capacities) -> Vec<String> {
+    let flag = |map: &SizedMap| [format!("--{}", map.flag()), sizes[*map].to_string()];
+    SizedMap::ALL.iter().flat_map(flag).collect()
+}
+
+/// Address of the Service `keep`.
+const KEEP: &str = "10.96.0.9";
 
 /// Number of served devices: `eth0`, `cni0`, `flannel.1`.
 const DEVICES: usize = 3;
@@ -53,6 +64,10 @@ struct Fixture {
     agent: Agent,
     manifests: Manifests,
     pins: PinPath,
+    /// Sizes of the maps that the next start requires.
+    sizes: Cell<Capacities>,
+    /// A pod with a UDP port of the Service `keep`, which is in both states.
+    pod: Pod,
     cluster: Cluster,
 }
 
@@ -64,6 +79,8 @@ impl Fixture {
         Ok(Self {
             agent: Agent::new(&cluster, cluster.node(NODE), &program, manifests.path()),
             manifests,
+            sizes: Cell::new(SIZES),
+            pod: cluster.add_pod(NODE, "pod")?,
             pins: PinPath::new(cluster.pin_path(NODE)),
             cluster,
         })
@@ -90,6 +107,9 @@ impl Fixture {
             }
             text += &(service(name, ip, &[port], "") + &slice(name, target, &endpoints));
         }
+        let dns = Port::udp("dns", 53);
+        text += &service("keep", KEEP, &[dns], "sessionAffinity: ClientIP");
+        text += &slice("keep", dns, &[(self.pod.address().into(), NODE)]);
         self.manifests.write("all.yaml", &text)
     }
 
@@ -106,7 +126,7 @@ impl Fixture {
             .arg(node.cgroup())
             .arg("--pin-path")
             .arg(self.pins.root())
-            .args(FLAGS)
+            .args(flags(&self.sizes.get()))
             .env("RUST_LOG", "info")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -118,7 +138,9 @@ impl Fixture {
 
     /// Starts the agent without a fault, checks the result, and kills the agent.
     fn start_well(&self) -> Result<()> {
-        let mut running = RunningAgent::start(self.agent.clone(), &FLAGS)?;
+        let flags = flags(&self.sizes.get());
+        let flags: Vec<_> = flags.iter().map(String::as_str).collect();
+        let mut running = RunningAgent::start(self.agent.clone(), &flags)?;
         running.wait_ready(&|| false)?;
         running.kill()?;
         let cgroup = Cgroup::open(Some(self.cluster.node(NODE).cgroup()))?.id();
@@ -126,6 +148,11 @@ impl Fixture {
             let attached = attached.with_context(|| format!("{name} is not attached"))?;
             ensure!(attached.cgroup == cgroup, "{name} is attached elsewhere: {attached:?}");
         }
+        let maps = PinnedMaps::open(&self.pins.maps())?;
+        ensure!(maps.capacities() == self.sizes.get(), "{:?}", maps.capacities());
+        let next = self.pins.maps().with_file_name("next");
+        ensure!(!next.exists(), "{} exists", next.display());
+        self.agent.verify()?;
         let links = fs::read_dir(self.pins.links())?.count();
         // In addition to the links of the cgroup hooks there are two per served device, except on kernels without tcx.
         let devices = self.agent.status()?.devices;
@@ -222,4 +249,124 @@ fn restart_killed_at_any_syscall_is_completed_by_the_next() -> Result<()> {
 #[test]
 fn restart_with_any_failing_syscall_is_completed_by_the_next() -> Result<()> {
     faults_at_the_next_start(FaultKind::Fail)
+}
+
+/// State of each kind that a move of maps must keep.
+struct State {
+    connected: ScriptedSocket,
+    unconnected: ScriptedSocket,
+    flow: [(CtKey, CtEntry); 2],
+}
+
+impl State {
+    fn new(fixture: &Fixture) -> Result<Self> {
+        let keep = SocketAddr::new(KEEP.parse()?, 53);
+        let mut connected = testbed().scripted_socket(&fixture.pod, SocketKind::Udp4)?;
+        connected.connect(keep)?;
+        let mut unconnected = testbed().scripted_socket(&fixture.pod, SocketKind::Udp4)?;
+        unconnected.send_to(keep, "hello")?;
+        let key = CtKey {
+            src: Addr::from_v4([192, 0, 2, 1]),
+            dst: Addr::from_v4([192, 0, 2, 2]),
+            src_port: 1000,
+            dst_port: 80,
+            proto: ip_protocol::TCP,
+            pad: [0; 3],
+        };
+        let entry = CtEntry {
+            src: key.src,
+            dst: Addr::from_v4([192, 0, 2, 3]),
+            src_port: key.src_port,
+            dst_port: 8080,
+            seen: monotonic_ns(),
+            state: ct_state::SYN,
+            ..CtEntry::default()
+        };
+        let reply = CtEntry {
+            src: key.dst,
+            dst: key.src,
+            src_port: key.dst_port,
+            dst_port: key.src_port,
+            flags: ct_flags::REPLY,
+            ..entry
+        };
+        let flow = [(key, entry), (reverse_key(&entry, key.proto), reply)];
+        let mut maps = CtMaps::open(&fixture.pins.maps())?;
+        for (key, entry) in &flow {
+            maps.established.insert(key, entry)?;
+        }
+        let state = Self {
+            connected,
+            unconnected,
+            flow,
+        };
+        Ok(state)
+    }
+
+    /// Fails unless the maps have all of the state.
+    fn check(&mut self, fixture: &Fixture) -> Result<()> {
+        let peer = self.connected.peer()?;
+        ensure!(peer == SocketAddr::new(KEEP.parse()?, 53), "getpeername returns {peer}");
+        let maps = PinnedMaps::open(&fixture.pins.maps())?;
+        let cookie = self.connected.cookie()?;
+        let records: Vec<_> = maps
+            .sockets()?
+            .into_iter()
+            .filter(|record| record.socket == cookie)
+            .collect();
+        ensure!(records.len() == 1, "records of the connected socket: {records:?}");
+        let cookie = self.unconnected.cookie()?;
+        let dests = maps.udp_dests()?;
+        let dests = dests
+            .get(&cookie)
+            .context("the unconnected socket has no destinations")?;
+        ensure!(
+            dests.dests.iter().filter(|dest| dest.vip_port == 53).count() == 1,
+            "{dests:?}"
+        );
+        ensure!(maps.affinity()?.len() == 1, "{:?}", maps.affinity()?);
+        let flows = CtMaps::open(&fixture.pins.maps())?;
+        for (key, entry) in &self.flow {
+            let found = flows.established.get(key)?;
+            ensure!(found.as_ref() == Some(entry), "{key:?}: {found:?}, not {entry:?}");
+        }
+        let connections = fixture.agent.connections("keep", None)?;
+        ensure!(connections == 2, "{connections} connections are counted");
+        Ok(())
+    }
+}
+
+fn faults_at_a_resize(kind: FaultKind) -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.write(false)?;
+    fixture.start_well()?;
+    let mut state = State::new(&fixture)?;
+    state.check(&fixture)?;
+    let mut is_large = false;
+    let tried = try_all(&fixture, kind, 1, || {
+        state.check(&fixture)?;
+        is_large = !is_large;
+        let mut sizes = SIZES;
+        for &map in SizedMap::ALL {
+            let factor = if is_large { FACTOR } else { 1 };
+            sizes = sizes.with(map, SIZES[map] * factor);
+        }
+        fixture.sizes.set(sizes);
+        Ok(())
+    })?;
+    state.check(&fixture)?;
+    println!("{kind:?} at {tried} calls of a start that replaces the maps");
+    // Pins of maps, entries of Services, links and renames.
+    ensure!(tried >= scaled_count(60), "too few calls");
+    Ok(())
+}
+
+#[test]
+fn resize_killed_at_any_syscall_is_completed_by_the_next_start() -> Result<()> {
+    faults_at_a_resize(FaultKind::Die)
+}
+
+#[test]
+fn resize_with_any_failing_syscall_is_completed_by_the_next_start() -> Result<()> {
+    faults_at_a_resize(FaultKind::Fail)
 }
