@@ -8,7 +8,7 @@ use lb_common::abi::SizedMap;
 
 use lb_core::maps::Capacities;
 
-/// Numbers of entries of maps. A map that is pinned keeps its number.
+/// Numbers of entries of maps. A start replaces pinned maps with another number.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct CapacityArgs(pub(super) Capacities);
 
@@ -30,7 +30,7 @@ impl Args for CapacityArgs {
                 .value_parser(value_parser!(u32).range(i64::from(min)..=i64::from(max)))
                 .action(ArgAction::Set)
                 .help(map.help())
-                .help_heading("Capacities")
+                .help_heading("Capacities (pinned maps with other numbers are replaced at the start, while they serve)")
         }))
     }
 

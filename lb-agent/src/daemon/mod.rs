@@ -57,7 +57,7 @@ pub struct DaemonSettings {
     pub ebpf_log: EbpfLog,
     /// An eBPF object to load instead of the embedded one.
     pub object: Option<PathBuf>,
-    /// Capacities of maps that are not pinned yet.
+    /// Numbers of entries of the maps.
     pub capacities: Capacities,
     /// Networks inside the cluster, in addition to the addresses and the pods of this node.
     pub inside: Vec<IpNet>,

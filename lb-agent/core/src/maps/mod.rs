@@ -25,7 +25,7 @@ use prefix::Prefix;
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
     /// The map is full.
-    #[error("{map} is full ({capacity} entries): raise --{flag} (it takes effect after `lb-agent cleanup`)")]
+    #[error("{map} is full ({capacity} entries): raise --{flag} (it takes effect at the next start)")]
     Full {
         /// Name of the map.
         map: &'static str,
