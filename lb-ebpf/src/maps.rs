@@ -136,10 +136,10 @@ pub(crate) fn sockets_old_mask() -> u32 {
 }
 
 /// Returns whether the maps with a bit of [`moving`] are being replaced. The verifier knows the answer, and removes the branch
-/// that is not taken.
+/// that is not taken. Without the feature `moving`, the compiler does.
 #[inline(always)]
 pub(crate) fn is_moving(maps: u32) -> bool {
-    MOVING.load() & maps != 0
+    cfg!(feature = "moving") && MOVING.load() & maps != 0
 }
 
 /// Returns whether insertions go to the new maps during a move.

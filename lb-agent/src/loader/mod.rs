@@ -36,6 +36,9 @@ pub use tc::{DeviceError, DeviceProgram, TcHooks, Way, at_devices, load_device_p
 /// The object with the kernel programs, from the build script.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf"));
 
+/// The object with the programs that use the present maps and those that replace them.
+static MOVING_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/lb-ebpf-moving"));
+
 /// The reason why the kernel side cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -255,14 +258,22 @@ impl Loading<'_> {
             loader.map_pin_path(MOVE_MAP, self.pins.next().join(MOVE_MAP));
         }
         let mask = sockets - 1;
-        let mut programs = loader
+        loader
             .override_global(SOCKETS_MASK_GLOBAL, &mask, true)
-            .override_global(SOCKETS_OLD_MASK_GLOBAL, &old_mask, true)
             .override_global(NODE_NETNS_GLOBAL, &self.netns, true)
             .override_global(NODE_ONLY_GLOBAL, &self.node_only, true)
-            .override_global(MOVING_GLOBAL, &moving, true)
-            .override_global(aya_log::LEVEL, &self.log, true)
-            .load(self.object)?;
+            .override_global(aya_log::LEVEL, &self.log, true);
+        let object = if replaced.is_empty() {
+            self.object
+        } else {
+            loader.override_global(MOVING_GLOBAL, &moving, true).override_global(
+                SOCKETS_OLD_MASK_GLOBAL,
+                &old_mask,
+                true,
+            );
+            MOVING_OBJECT
+        };
+        let mut programs = loader.load(object)?;
         load_all_but_device_programs(&mut programs)?;
         load_device_programs(&mut programs, Layer::Link)?;
         Ok(programs)

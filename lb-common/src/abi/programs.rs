@@ -60,8 +60,8 @@ pub const SOCKETS_MASK_GLOBAL: &str = "SOCKETS_MASK";
 pub const NODE_NETNS_GLOBAL: &str = "NODE_NETNS";
 /// Name of the read-only global that is not zero if only sockets of the node's network namespace are served.
 pub const NODE_ONLY_GLOBAL: &str = "NODE_ONLY";
-/// Name of the read-only global with the maps that are being replaced: see [`crate::abi::moving`]. Zero if there are none; the
-/// verifier then removes the code for old maps.
+/// Name of the read-only global with the maps that are being replaced: see [`crate::abi::moving`]. The object without the feature
+/// `moving` does not read it.
 pub const MOVING_GLOBAL: &str = "MOVING";
 /// Name of the read-only global with the number of slots in the old SOCKETS, minus one.
 pub const SOCKETS_OLD_MASK_GLOBAL: &str = "SOCKETS_OLD_MASK";

@@ -2,6 +2,7 @@
 
 use std::env;
 use std::ffi::OsStr;
+use std::fs;
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -20,11 +21,31 @@ const MISSING: &str = "the eBPF toolchain is missing: run `cargo xtask setup`";
 /// # Errors
 /// If cargo did not set `OUT_DIR`, or if the package does not compile.
 pub fn build(name: &str, root_dir: &str) -> anyhow::Result<()> {
+    compile(name, root_dir, &[]).map(drop)
+}
+
+/// Compiles the program of the package `name` with a feature, like [`build`]; the object is `$OUT_DIR/NAME-FEATURE`. To be called
+/// before [`build`], which would overwrite the object without the feature.
+///
+/// # Errors
+/// Returns the errors of [`build`], and an error if the object cannot be renamed.
+pub fn build_with(name: &str, root_dir: &str, feature: &str) -> anyhow::Result<()> {
+    if !compile(name, root_dir, &[feature])? {
+        return Ok(());
+    }
+    let out_dir = env::var_os("OUT_DIR").context("OUT_DIR is not set")?;
+    let object = Path::new(&out_dir).join(name);
+    let renamed = Path::new(&out_dir).join(format!("{name}-{feature}"));
+    fs::rename(&object, &renamed).with_context(|| format!("renaming {}", object.display()))
+}
+
+/// Compiles a package with some of its features. Returns false if the toolchain is missing.
+fn compile(name: &str, root_dir: &str, features: &[&str]) -> anyhow::Result<bool> {
     println!("cargo::rerun-if-env-changed=RUSTUP_HOME");
     let found = toolchain::rustup_home().and_then(|home| toolchain::choose(&home));
     let (Some(found), Some(linker)) = (found, toolchain::linker()) else {
         println!("cargo::error={MISSING}");
-        return Ok(());
+        return Ok(false);
     };
     rerun_if_changed(&linker);
 
@@ -52,10 +73,12 @@ pub fn build(name: &str, root_dir: &str) -> anyhow::Result<()> {
         [Package {
             name,
             root_dir,
+            features,
             ..Package::default()
         }],
         rustup_toolchain,
-    )
+    )?;
+    Ok(true)
 }
 
 /// Sets a variable for the programs that the build script starts.

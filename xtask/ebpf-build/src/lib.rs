@@ -5,4 +5,4 @@ mod build;
 pub mod toolchain;
 
 #[cfg(feature = "build")]
-pub use build::build;
+pub use build::{build, build_with};
