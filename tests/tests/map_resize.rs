@@ -1,16 +1,23 @@
 //! Starts with other sizes of maps, under load: the maps are replaced, and every connection, flow and counter survives.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use lb_common::abi::SizedMap;
+use lb_agent::loader::PinPath;
+use lb_agent::maps::ct::CtMaps;
+use lb_common::abi::{Addr, CtEntry, CtKey, SizedMap, ip_protocol};
+use lb_common::logic::ct::reverse_key;
 use lb_tests::fixture::{TwoNodeFixture, socket_kind};
-use lb_tests::load::Summary;
-use lb_tests::manifests::{vips, web_and_dns};
-use lb_tests::{Agent, Connect, Netns, Process, ScriptedSocket, Underlay, scaled_count_above, scaled_timeout, testbed};
+use lb_tests::load::{Load, Summary};
+use lb_tests::manifests::{Manifests, vips, web_and_dns};
+use lb_tests::{
+    Agent, Cluster, Connect, Netns, Pod, Process, ScriptedSocket, Underlay, monotonic_ns, scaled_count_above,
+    scaled_timeout, testbed,
+};
 use serde_json::Value;
 
 /// Number of times that the maps grow and shrink.
@@ -107,7 +114,7 @@ impl UdpClient {
 struct Setup {
     fixture: TwoNodeFixture,
     _servers: Vec<Process>,
-    client: lb_tests::Pod,
+    client: Pod,
 }
 
 impl Setup {
@@ -150,7 +157,7 @@ impl Setup {
     }
 
     /// Starts clients in a network namespace that connect to both Services in both families until they are stopped.
-    fn start_clients(&self, netns: &Netns, outside: bool) -> Result<lb_tests::load::Load> {
+    fn start_clients(&self, netns: &Netns, outside: bool) -> Result<Load> {
         let targets: Vec<_> = (0..4).map(|i| self.at(i / 2, false, outside, i % 2)).collect();
         let connect = Connect::to(&targets)
             .threads(2)
@@ -264,5 +271,55 @@ fn maps_grow_and_shrink_under_load_without_a_failed_connection() -> Result<()> {
     );
     let dropped: Vec<_> = status.drops.iter().filter(|drop| drop.count > 0).collect();
     println!("drops: {dropped:?}");
+    Ok(())
+}
+
+/// Number of flows of the large map.
+const FLOWS: u32 = 50_000;
+
+#[test]
+fn a_large_conntrack_map_is_replaced_as_a_whole() -> Result<()> {
+    let cluster = Cluster::builder().nodes(1).build()?;
+    let manifests = Manifests::new(&cluster)?;
+    let mut agent = manifests.serve(&cluster, "n1", &[])?;
+    let maps = PinPath::new(agent.pin_path()).maps();
+    agent.kill()?;
+    let flows = scaled_count_above(FLOWS.into(), 1000) as u32;
+    let mut before = CtMaps::open(&maps)?;
+    for flow in 0..flows {
+        let [_, a, b, c] = flow.to_be_bytes();
+        let key = CtKey {
+            src: Addr::from_v4([203, a, b, c]),
+            dst: Addr::from_v4([192, 0, 2, 2]),
+            src_port: 1000,
+            dst_port: 80,
+            proto: ip_protocol::TCP,
+            pad: [0; 3],
+        };
+        let entry = CtEntry {
+            src: key.src,
+            dst: Addr::from_v4([192, 0, 2, 3]),
+            src_port: key.src_port,
+            dst_port: 8080,
+            seen: monotonic_ns(),
+            ..CtEntry::default()
+        };
+        before.established.insert(&key, &entry)?;
+        before.established.insert(&reverse_key(&entry, key.proto), &entry)?;
+    }
+    let before: BTreeMap<_, _> = before.established.all()?.into_iter().collect();
+    let size = (2 * SizedMap::Conntrack.default_capacity()).to_string();
+    let start = Instant::now();
+    agent.start_again_with(&["--max-conntrack", &size])?;
+    agent.wait_ready(&|| false)?;
+    println!("{} entries, ready after {:?}", before.len(), start.elapsed());
+    let after: BTreeMap<_, _> = CtMaps::open(&maps)?.established.all()?.into_iter().collect();
+    ensure!(before.len() == 2 * flows as usize, "{} entries", before.len());
+    ensure!(
+        before == after,
+        "{} entries before, {} after",
+        before.len(),
+        after.len()
+    );
     Ok(())
 }
