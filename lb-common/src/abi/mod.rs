@@ -28,28 +28,26 @@ mod state;
 mod stats;
 mod udp_dest;
 
-pub use addr::Addr;
-pub use affinity::{Affinity, AffinityKey, AffinityKeyWords, ClientKind};
-pub use config::Config;
-pub use ct::{CtEntry, CtEntryWords, CtKey, CtKeyWords, ct_flags, ct_state};
-pub use device::{Device, DeviceSwap, device_flags};
-pub use drop_reason::{DropReason, RejectWith};
-pub use event::{Event, EventKind};
-pub use frontend::{Frontend, FrontendKey, FrontendKeyWords, FrontendKind, FrontendSwap};
-pub use maps::{Capacity, MAPS, MapKind, MapSpec, SizedMap, VERSION, map_flags, map_name, map_spec};
-pub use moves::{MOVE_MAP, Move, MoveItem, MovePhase, MoveRequest, OLD_SUFFIX, moving};
-pub use networks::{SourceRange, cluster_flags};
-pub use problem::ProblemRecord;
-pub use programs::{
-    MOVING_GLOBAL, NODE_NETNS_GLOBAL, NODE_ONLY_GLOBAL, SOCKETS_MASK_GLOBAL, SOCKETS_OLD_MASK_GLOBAL, program_name,
-};
-pub use record::SocketRecord;
-pub use reference::{BackendRef, ServiceIndex};
-pub use service::{Backend, BackendSlot, Name, Service, SetWord, backend_flags, service_flags, set_flags};
-pub use set::Set;
-pub use state::State;
-pub use stats::ServiceStats;
-pub use udp_dest::{DESTS_PER_SOCKET, UdpDest, UdpDests, bpf_spin_lock};
+pub use addr::*;
+pub use affinity::*;
+pub use config::*;
+pub use ct::*;
+pub use device::*;
+pub use drop_reason::*;
+pub use event::*;
+pub use frontend::*;
+pub use maps::*;
+pub use moves::*;
+pub use networks::*;
+pub use problem::*;
+pub use programs::*;
+pub use record::*;
+pub use reference::*;
+pub use service::*;
+pub use set::*;
+pub use state::*;
+pub use stats::*;
+pub use udp_dest::*;
 
 /// IANA numbers of the protocols that Services have, and of ICMP.
 pub mod ip_protocol {
