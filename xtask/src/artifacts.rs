@@ -121,11 +121,10 @@ pub(crate) fn build_tests(kubernetes: bool) -> anyhow::Result<Built> {
     Ok(built)
 }
 
-/// Builds the programs in release mode. If the agent of the image was built already, it is used, and the other programs are
-/// built with the same profile, which reuses the libraries of that build.
+/// Builds the programs as for the image. If the agent was built already, it is used.
 pub(crate) fn build_release(agent: Option<&Path>) -> anyhow::Result<Built> {
     let Some(agent) = agent else {
-        return build(&["build", "--release", "-p", "lb-agent", "-p", "lb-tests", "--bins"]);
+        return build_for_image(&["-p", "lb-agent", "-p", "lb-tests", "--bins"]);
     };
     let mut built = build_for_image(&["-p", "lb-tests", "--bins"])?;
     built.programs.insert(AGENT.to_owned(), agent.to_owned());
