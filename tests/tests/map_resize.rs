@@ -227,7 +227,7 @@ fn maps_grow_and_shrink_under_load_without_a_failed_connection() -> Result<()> {
             .into_iter()
             .map(|client| scope.spawn(|| client.run(&stop)))
             .collect();
-        let rounds = (0..2 * scaled_count_above(ROUNDS, 2)).try_for_each(|round| {
+        let rounds = (0..2 * scaled_count_above(ROUNDS, 1)).try_for_each(|round| {
             let factor = if round % 2 == 0 { FACTOR } else { 1 };
             let before = [
                 setup.fixture.agents[0].connections("web", None)?,
