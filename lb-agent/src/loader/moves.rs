@@ -47,7 +47,7 @@ pub(super) fn resize(loading: &Loading<'_>, wanted: &Capacities) -> Result<Moved
     let mut moved = Moved::default();
     if loading.pins.next().exists() {
         moved.has_old_programs = true;
-        recover(loading)?;
+        moved.problems.extend(lost_problem(recover(loading)?));
     }
     if !MAPS.iter().all(|map| loading.pins.maps().join(map.name).exists()) {
         // The first start was killed before it had pinned all maps. Nothing is attached.
@@ -70,7 +70,9 @@ pub(super) fn resize(loading: &Loading<'_>, wanted: &Capacities) -> Result<Moved
     let replaced = Replaced::new(loading.pins, |map| resize.replaces(map));
     match prepare(loading, &old, &replaced, &resize.to) {
         Ok(programs) => {
-            finish(loading, &programs, &replaced)?;
+            moved
+                .problems
+                .extend(lost_problem(finish(loading, &programs, &replaced)?));
             for &map in SizedMap::ALL {
                 let (from, to) = (old.capacities()[map], resize.to[map]);
                 if from != to {
@@ -124,21 +126,21 @@ impl<'a> Replaced<'a> {
     }
 }
 
-/// Continues the move of an earlier start.
-fn recover(loading: &Loading<'_>) -> Result<(), LoadError> {
+/// Continues the move of an earlier start. Returns the number of entries that found no room.
+fn recover(loading: &Loading<'_>) -> Result<usize, LoadError> {
     let next = loading.pins.next();
     let phase = PhaseMap::open(&next)?.and_then(|phase| phase.get());
     let recovery = Recovery::of(phase);
     info!(?recovery, "an earlier start was interrupted while it replaced maps");
     match recovery {
-        Recovery::Discard => discard(loading.pins),
+        Recovery::Discard => discard(loading.pins).map(|()| 0),
         Recovery::Copy => {
             let replaced = Replaced::new(loading.pins, |map| next.join(map.name).exists());
             let mut programs = loading.load_moving(&replaced, &Capacities::DEFAULT)?;
             replace_programs(&mut programs, loading.pins)?;
             finish(loading, &programs, &replaced)
         }
-        Recovery::Rename => rename(loading.pins),
+        Recovery::Rename => rename(loading.pins).map(|()| 0),
     }
 }
 
@@ -169,8 +171,9 @@ fn prepare(
     Ok(programs)
 }
 
-/// Makes the programs insert into the new maps, copies the entries of the old maps, and renames the pins.
-fn finish(loading: &Loading<'_>, programs: &Ebpf, replaced: &Replaced<'_>) -> Result<(), LoadError> {
+/// Makes the programs insert into the new maps, copies the entries of the old maps, and renames the pins. Returns the number of
+/// entries that found no room.
+fn finish(loading: &Loading<'_>, programs: &Ebpf, replaced: &Replaced<'_>) -> Result<usize, LoadError> {
     let phase = PhaseMap::open(&loading.pins.next())?.ok_or_else(|| LoadError::PinPath {
         path: loading.pins.next().join(MOVE_MAP),
         what: "does not exist".into(),
@@ -179,9 +182,9 @@ fn finish(loading: &Loading<'_>, programs: &Ebpf, replaced: &Replaced<'_>) -> Re
     // Afterwards no program inserts into the old maps.
     wait_for_programs()?;
     let old = PinnedMaps::open(&loading.pins.maps())?;
-    old.move_entries(programs, |name| replaced.contains(name))?;
+    let lost = old.move_entries(programs, |name| replaced.contains(name))?;
     phase.set(MovePhase::Rename);
-    rename(loading.pins)
+    rename(loading.pins).map(|()| lost)
 }
 
 /// Replaces the pins of the old maps by those of the new ones.
@@ -205,6 +208,16 @@ fn problem_of(kept: &Kept) -> Problem {
             map.flag()
         ),
     )
+}
+
+/// Returns the problem of entries that found no room in the new maps, if there are any.
+fn lost_problem(lost: usize) -> Option<Problem> {
+    (lost > 0).then(|| {
+        problem(
+            "maps",
+            format!("{lost} entries found no room when maps were replaced; the log of this start names the maps"),
+        )
+    })
 }
 
 fn problem(place: &str, message: String) -> Problem {
