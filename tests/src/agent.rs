@@ -421,6 +421,15 @@ impl RunningAgent {
         Ok(())
     }
 
+    /// Starts another build of the agent, after [`Self::kill`]. Subcommands are run with it from then on.
+    ///
+    /// # Errors
+    /// If the process cannot be started.
+    pub fn start_again_as(&mut self, program: &Path) -> Result<()> {
+        program.clone_into(&mut self.agent.program);
+        self.start_again()
+    }
+
     /// The agent's process.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process

@@ -42,6 +42,7 @@ pub mod manifests;
 #[cfg(feature = "kubernetes")]
 pub mod runtime;
 pub mod scripted_socket;
+pub mod workload;
 
 pub use agent::{Agent, DeviceStatus, Problem, RunningAgent, Status, unit_capabilities};
 pub use cleanup::remove_leftovers;

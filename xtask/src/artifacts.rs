@@ -98,27 +98,45 @@ impl Built {
     }
 }
 
-/// Builds all tests and programs, with `kubernetes` also the tests against Kubernetes. One call of cargo builds them all, so
-/// that dependencies have the features of the whole workspace.
-pub(crate) fn build_tests(kubernetes: bool) -> anyhow::Result<Built> {
-    let features = if kubernetes {
-        "lb-tests/bench,lb-tests/kubernetes"
-    } else {
-        "lb-tests/bench"
-    };
-    let mut built = build(&[
-        "build",
-        "--workspace",
-        "--exclude",
-        "lb-ebpf",
-        "--exclude",
-        "lb-probe",
-        "--all-targets",
-        "--features",
-        features,
-    ])?;
+/// Packages of a build that concern programs of the kernel only, which build scripts compile.
+const NO_KERNEL_PROGRAMS: [&str; 5] = ["--workspace", "--exclude", "lb-ebpf", "--exclude", "lb-probe"];
+
+/// Builds all tests and programs, with these features of `lb-tests` in addition. One call of cargo builds them all, so that
+/// dependencies have the features of the whole workspace.
+pub(crate) fn build_tests(features: &[&str]) -> anyhow::Result<Built> {
+    let mut command = cargo();
+    command
+        .arg("build")
+        .args(NO_KERNEL_PROGRAMS)
+        .args(["--all-targets", "--features"])
+        .arg(test_features(features));
+    let mut built = build_by(command)?;
     built.add_resolvers()?;
     Ok(built)
+}
+
+/// Returns the features of a build of all tests.
+fn test_features(more: &[&str]) -> String {
+    let names = ["bench"].iter().chain(more);
+    names
+        .map(|name| format!("lb-tests/{name}"))
+        .collect::<Vec<_>>()
+        .join(",")
+}
+
+/// Builds the agent of another checkout of this repository into this workspace's target folder, replacing the agent that is
+/// there. With the features of [`build_tests`], dependencies are those of this workspace's tests.
+pub(crate) fn build_agent_of(source: &Path, features: &[&str]) -> anyhow::Result<PathBuf> {
+    let mut command = cargo();
+    command
+        .current_dir(source)
+        .arg("build")
+        .args(NO_KERNEL_PROGRAMS)
+        .args(["--bin", AGENT, "--features"])
+        .arg(test_features(features))
+        .arg("--target-dir")
+        .arg(root().join("target"));
+    build_by(command)?.program(AGENT)
 }
 
 /// Builds the programs as for the image. If the agent was built already, it is used.

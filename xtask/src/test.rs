@@ -1,7 +1,8 @@
 //! `test`, which runs every check, and `bless`, which accepts the output of golden tests.
 
+use std::env;
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, bail};
@@ -15,6 +16,7 @@ use crate::libtest::{self, Tally};
 use crate::privilege::{as_root, search_path};
 use crate::run;
 use crate::setup::{self, Scope};
+use crate::upgrade::{self, Versions};
 use crate::vm::{self, Job};
 
 /// Flag for the number of whole-system tests that one test program runs in parallel: each builds a cluster of its own.
@@ -50,6 +52,9 @@ pub(crate) struct Args {
     /// Also run the tests that need a kernel on Debian's kernel of this version, in a virtual machine; can be repeated
     #[arg(long, value_name = "VERSION")]
     vm: Vec<String>,
+    /// Also run in virtual machines the tests that do not depend on the kernel's version
+    #[arg(long, requires = "vm")]
+    vm_all: bool,
     /// Run only the tests in virtual machines
     #[arg(long, requires = "vm", conflicts_with = "demo")]
     only_vm: bool,
@@ -59,6 +64,9 @@ pub(crate) struct Args {
     /// Run only the tests with the Kubernetes control plane
     #[arg(long, requires = "kubernetes", conflicts_with_all = ["demo", "vm"])]
     only_kubernetes: bool,
+    /// Also replace the agents of the commits in tests/upgrade/versions by this one and back, under load
+    #[arg(long, value_name = "WHICH", num_args = 0..=1, default_missing_value = "all")]
+    upgrade: Option<Versions>,
     /// Treat the kernel of this machine as one that cannot run lb, to test the replacement by a virtual machine
     #[arg(long, hide = true)]
     no_kernel: bool,
@@ -117,8 +125,19 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             return Ok(conclude(sum));
         }
     }
+    let mut features = Vec::new();
+    features.extend(args.kubernetes.then_some("kubernetes"));
+    let mut earlier = None;
+    if let Some(versions) = args.upgrade {
+        sum += step("agents of earlier commits", || {
+            earlier = Some(env::join_paths(upgrade::build(versions, &features)?)?);
+            Ok(())
+        });
+        // Not for the earlier commits, which may not have it.
+        features.push("upgrade");
+    }
     let mut built = Built::default();
-    sum += build(&mut built, args.kubernetes);
+    sum += build(&mut built, &features);
     if built.tests.is_empty() {
         return Ok(conclude(sum));
     }
@@ -129,8 +148,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         } else {
             Selection::Filter(filter)
         };
-        let kubernetes = [("LB_KUBERNETES", control_plane), ("LB_IMAGE", image)];
-        ran += tests(&built, &selection, kernel, &kubernetes);
+        let paths = [
+            ("LB_KUBERNETES", control_plane.map(OsString::from)),
+            ("LB_IMAGE", image.map(OsString::from)),
+            ("LB_EARLIER_AGENTS", earlier),
+        ];
+        ran += tests(&built, &selection, kernel, &paths);
     }
     if args.demo && kernel == Kernel::Native {
         sum += step("demo", || run::check_demo(agent.as_deref()));
@@ -138,7 +161,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     // Virtual machines come after the tests on this machine's own kernel, which keep all of its processors busy.
     if !versions.is_empty() {
         ran += in_machines(&versions, agent.as_deref(), |release| {
-            Job::tests(&built, release, filter)
+            Job::tests(&built, release, filter, args.vm_all)
         });
     }
     if args.demo && kernel == Kernel::Foreign {
@@ -214,9 +237,9 @@ fn lints() -> Tally {
     sum
 }
 
-fn build(built: &mut Built, kubernetes: bool) -> Tally {
+fn build(built: &mut Built, features: &[&str]) -> Tally {
     step("build", || {
-        *built = build_tests(kubernetes)?;
+        *built = build_tests(features)?;
         Ok(())
     })
 }
@@ -227,7 +250,7 @@ pub(crate) fn bless() -> anyhow::Result<ExitCode> {
         bail!("the setup is not complete");
     }
     let mut built = Built::default();
-    let mut sum = build(&mut built, false);
+    let mut sum = build(&mut built, &[]);
     if !built.tests.is_empty() {
         sum += fail_if_empty(tests(&built, &Selection::Golden, Kernel::Native, &[]));
     }
@@ -249,9 +272,9 @@ pub(crate) fn run_long(long: LongTest) -> anyhow::Result<ExitCode> {
         });
     }
     let mut built = Built::default();
-    sum += build(&mut built, kubernetes);
+    sum += build(&mut built, if kubernetes { &["kubernetes"] } else { &[] });
     if sum.failed == 0 {
-        let files = [("LB_KUBERNETES", control_plane)];
+        let files = [("LB_KUBERNETES", control_plane.map(OsString::from))];
         sum += fail_if_empty(tests(&built, &Selection::Long(long), Kernel::Native, &files));
     }
     Ok(conclude(sum))
@@ -301,9 +324,14 @@ fn in_machines(versions: &[String], agent: Option<&Path>, job: impl FnOnce(&Buil
     sum
 }
 
-/// Runs tests on this machine; those that need a kernel only if its own can run them. The variables in `files` are set to
-/// their paths if they have one.
-fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, files: &[(&'static str, Option<PathBuf>)]) -> Tally {
+/// Runs tests on this machine; those that need a kernel only if its own can run them. The variables in `paths` are set if they
+/// have a value.
+fn tests(
+    built: &Built,
+    selection: &Selection<'_>,
+    kernel: Kernel,
+    paths: &[(&'static str, Option<OsString>)],
+) -> Tally {
     let mut ran = Tally::default();
     let mut env = vec![("PATH", search_path())];
     match built.programs() {
@@ -315,10 +343,7 @@ fn tests(built: &Built, selection: &Selection<'_>, kernel: Kernel, files: &[(&'s
             ran += step("programs", || Err(error));
         }
     }
-    let files = files
-        .iter()
-        .filter_map(|(name, path)| Some((*name, path.clone()?.into())));
-    env.extend(files);
+    env.extend(paths.iter().filter_map(|(name, value)| Some((*name, value.clone()?))));
     match selection {
         Selection::Golden => env.push(("LB_BLESS", "1".into())),
         Selection::Long(LongTest {

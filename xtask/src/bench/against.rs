@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::compare::{self, Pair, Row, Verified, VerifiedRow};
 use super::figures::{self, Figures};
 use crate::artifacts::{build_bench, build_bench_of};
-use crate::command::clean_command;
+use crate::commits::{check_out, resolve};
 use crate::privilege::{as_root, search_path};
 use crate::workspace::root;
 
@@ -132,33 +132,11 @@ pub(crate) fn run(against: &Against, commit: &str, benchmarks: &[Benchmark], out
     })
 }
 
-/// Returns the full hash of a commit.
-fn resolve(commit: &str) -> Result<String> {
-    let revision = format!("{commit}^{{commit}}");
-    let output = clean_command("git")
-        .args(["rev-parse", "--verify", "--quiet", "--end-of-options", &revision])
-        .output()
-        .context("cannot run git")?;
-    ensure!(output.status.success(), "{commit:?} is no commit of this repository");
-    Ok(String::from_utf8(output.stdout)?.trim().to_owned())
-}
-
 /// Builds this workspace and the commit. The commit's worktree and its target folder stay below
 /// `target/bench/against/HASH`, so the next comparison with it need not build it again.
 fn build(commit: &str) -> Result<[Side; 2]> {
     let folder = root().join("target/bench/against").join(commit);
-    let source = folder.join("source");
-    if !source.join("Cargo.toml").is_file() {
-        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        // Forced: a worktree whose folder was deleted with `target` is still registered.
-        let status = clean_command("git")
-            .args(["worktree", "add", "--quiet", "--force", "--detach"])
-            .arg(&source)
-            .arg(commit)
-            .status()
-            .context("cannot run git")?;
-        ensure!(status.success(), "git cannot check out {commit} ({status})");
-    }
+    let source = check_out(commit, &folder)?;
     println!("building {commit}");
     let old = build_bench_of(&source, &folder.join("target"))?.program("lb-bench")?;
     println!("building this workspace");
@@ -257,13 +235,6 @@ fn merge(all: &mut Verified, more: Verified) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn commit_must_exist() {
-        assert_eq!(resolve("HEAD").unwrap().len(), 40);
-        assert!(resolve("no-such-commit").is_err());
-        assert!(resolve("--help").is_err());
-    }
 
     #[test]
     fn programs_of_several_benchmarks_are_merged() {

@@ -9,27 +9,121 @@ use crate::artifacts::{Built, TestProgram};
 use crate::testbed::Programs;
 use crate::workspace::{current_program, root};
 
-/// Test programs that run first, in this order, because their results matter most; all others follow.
-const FIRST: [&str; 9] = [
-    "verifier",
-    "tc_programs",
-    "packet_path",
-    "devices",
-    "socket_lb",
-    "udp",
-    "dns_clients",
-    "updates_under_load",
-    "restart",
+/// Test programs that virtual machines run without a filter, in this order, and the tests of each (all if none is named):
+/// those that depend on the kernel's version, that is, on what the verifier accepts, what helpers and hooks do, how programs are
+/// attached and replaced, and what system calls on maps and sockets do.
+const SELECTED: [(&str, &[&str]); 17] = [
+    ("verifier", &[]),
+    ("tc_programs", &[]),
+    (
+        "packet_path",
+        &[
+            "outside_client_reaches_pods_of_all_nodes_over_vxlan",
+            "oversized_or_expired_packets_get_icmp_errors",
+            "flows_survive_an_agent_restart",
+        ],
+    ),
+    (
+        "devices",
+        &[
+            "attachments_follow_device_changes",
+            "tun_device_gets_layer_3_programs",
+            "restart_keeps_links_and_replaces_programs",
+            "switching_between_tcx_and_clsact_reattaches",
+            "foreign_tc_programs_keep_running",
+            "deleted_clsact_qdisc_is_restored",
+        ],
+    ),
+    (
+        "socket_lb",
+        &[
+            "getpeername_is_the_vip_and_100_000_closed_sockets_leave_no_record",
+            "connect_without_endpoint_is_refused_with_the_right_errno",
+            "client_in_another_cgroup_is_not_translated",
+        ],
+    ),
+    (
+        "udp",
+        &[
+            "connected_udp_sockets_report_the_vip_as_peer",
+            "unconnected_udp_sockets_keep_their_backend_and_receive_from_the_vip",
+            "udp_without_endpoint_fails_at_sendto_and_connect",
+            "tcp_and_mptcp_connect_in_both_families",
+        ],
+    ),
+    (
+        "updates_under_load",
+        &[
+            "endpoint_churn_fails_no_connection",
+            "frontend_updates_are_never_missed_by_lookups",
+        ],
+    ),
+    (
+        "restart",
+        &[
+            "agent_kills_at_random_moments_fail_no_connection",
+            "another_build_takes_over_without_breaking_connections",
+        ],
+    ),
+    (
+        "map_resize",
+        &["maps_grow_and_shrink_under_load_without_a_failed_connection"],
+    ),
+    ("map_readers", &[]),
+    (
+        "ebpf_log",
+        &[
+            "debug_logs_every_decision_of_a_connection",
+            "debug_logs_every_packet_of_a_flow",
+            "log_lines_are_removed_by_the_verifier_by_default",
+        ],
+    ),
+    (
+        "socket_destroy",
+        &[
+            "only_connected_udp_sockets_of_a_removed_backend_are_destroyed",
+            "connect_finishing_after_backend_removal_is_destroyed",
+            "destroy_tcp_flag_destroys_tcp_sockets",
+        ],
+    ),
+    ("nodeports", &["bind_to_a_node_port_fails_with_eaddrinuse_on_the_node"]),
+    (
+        "outside_clients",
+        &[
+            "oversized_ipv6_packet_over_vxlan_gets_packet_too_big",
+            "client_behind_tun_reaches_remote_backend",
+        ],
+    ),
+    ("flannel_masquerade", &["services_work_beside_flannel_rules_over_vxlan"]),
+    ("stress", &[]),
+    (
+        "trace",
+        &["trace_shows_connects_and_refusals", "trace_shows_destroyed_sockets"],
+    ),
 ];
 
-/// Test programs that virtual machines skip without a filter: the test bed itself, the output of `explain` about decisions
-/// that other tests make, the agent's HTTP servers and Events, its behavior when its own calls fail, the output of its
-/// commands, and tests that need no kernel at all. None of them depends on the kernel's version, and emulation takes more
-/// than ten minutes for them.
-const SKIPPED: [&str; 6] = ["explain", "faults", "fuzz_corpus", "pinned_maps", "server", "testbed"];
+/// Of the programs in [`SELECTED`], those that run on one of several machines each, in turn.
+const SHARED: [&str; 4] = ["flannel_masquerade", "outside_clients", "stress", "trace"];
 
-/// Test programs that run on one of several machines each, in turn, to save time. With a filter they run on all machines.
-const SHARED: [&str; 5] = ["demo", "dns_clients", "session_affinity", "stress", "trace"];
+/// Test programs that virtual machines skip without a filter, since nothing in them depends on the kernel's version. The unit
+/// tests of `lb-tests` need no kernel, and are not named here.
+const SKIPPED: [&str; 12] = [
+    "demo",
+    "dns_clients",
+    "explain",
+    "external_ips",
+    "faults",
+    "fuzz_corpus",
+    "packet_path_maps",
+    "pinned_maps",
+    "server",
+    "session_affinity",
+    "syn_flood",
+    "testbed",
+];
+
+/// Test programs that need files that virtual machines do not have.
+const ABSENT: [&str; 1] = ["upgrade"];
 
 /// Time limit of one program in seconds, so that a program that hangs does not keep the others from running.
 pub(super) const PROGRAM_LIMIT: u32 = 15 * 60;
@@ -68,26 +162,29 @@ pub(crate) struct Step {
 }
 
 impl Job {
-    /// Returns the job of the tests that need a kernel, or those of them with `filter` in their name. The tests are those in
-    /// `built`. The programs that they start are those in `release`, if it has them, because emulation is slow.
-    pub(crate) fn tests(built: &Built, release: &Built, filter: Option<&str>) -> Result<Self> {
+    /// Returns the job of the tests that need a kernel: those with `filter` in their name, all of them (`everything`), or
+    /// else those that depend on the kernel's version. The tests are those in `built`. The programs that they start are
+    /// those in `release`, if it has them, because emulation is slow.
+    pub(crate) fn tests(built: &Built, release: &Built, filter: Option<&str>, everything: bool) -> Result<Self> {
+        let is_selection = filter.is_none() && !everything;
+        let place = |test: &TestProgram| SELECTED.iter().position(|(program, _)| *program == test.target);
         // Under emulation, the Kubernetes control plane would not start in time.
-        let skipped = |test: &TestProgram| filter.is_none() && SKIPPED.contains(&test.target.as_str());
-        let wanted = |test: &&TestProgram| test.needs_root() && !test.needs_kubernetes() && !skipped(test);
-        if filter.is_none() {
+        let absent = |test: &TestProgram| test.needs_kubernetes() || ABSENT.contains(&test.target.as_str());
+        let wanted =
+            |test: &&TestProgram| test.needs_root() && !absent(test) && (!is_selection || place(test).is_some());
+        if is_selection {
+            let partly = SELECTED.iter().filter(|(_, tests)| !tests.is_empty());
+            let partly: Vec<_> = partly.map(|(program, _)| *program).collect();
             println!(
-                "skipping {}, which do not depend on the kernel's version; running {} on one machine each",
+                "skipping what does not depend on the kernel's version (--vm-all runs it): {}, and some tests of {}; on one \
+                 machine each: {}",
                 SKIPPED.join(", "),
+                partly.join(", "),
                 SHARED.join(", ")
             );
         }
         let mut tests: Vec<_> = built.tests.iter().filter(wanted).collect();
-        tests.sort_by_key(|test| {
-            FIRST
-                .iter()
-                .position(|known| *known == test.target)
-                .unwrap_or(FIRST.len())
-        });
+        tests.sort_by_key(|test| place(test).unwrap_or(SELECTED.len()));
         let mut files: Vec<_> = built
             .all_programs()
             // xtask itself is of no use in the virtual machine, and large.
@@ -97,7 +194,10 @@ impl Job {
         files.extend(tests.iter().map(|test| (test.path.clone(), test.path.clone())));
         let programs = built.programs()?;
         Ok(Self {
-            steps: tests.into_iter().map(|test| Step::tests(test, filter)).collect(),
+            steps: tests
+                .into_iter()
+                .map(|test| Step::tests(test, filter, is_selection))
+                .collect(),
             files,
             env: vec![
                 ("LB_AGENT", programs.agent.into()),
@@ -138,20 +238,70 @@ impl Job {
 }
 
 impl Step {
-    fn tests(test: &TestProgram, filter: Option<&str>) -> Self {
+    fn tests(test: &TestProgram, filter: Option<&str>, is_selection: bool) -> Self {
         // One test at a time with its output unbuffered, so that a person who waits can follow the progress.
-        let arguments = ["--test-threads=1", "--nocapture"].into_iter().chain(filter);
+        let mut arguments = vec!["--test-threads=1", "--nocapture"];
+        arguments.extend(filter);
+        let selected = SELECTED.iter().find(|(program, _)| *program == test.target);
+        if let Some((_, tests)) = selected.filter(|(_, tests)| is_selection && !tests.is_empty()) {
+            // The names are complete.
+            arguments.push("--exact");
+            arguments.extend(*tests);
+        }
         Self {
             name: format!("{}/{}", test.package, test.target),
             program: test.path.clone(),
-            arguments: arguments.map(OsString::from).collect(),
+            arguments: arguments.into_iter().map(OsString::from).collect(),
             env: vec![
                 ("CARGO_MANIFEST_DIR", test.dir.clone().into()),
                 ("CARGO_PKG_NAME", test.package.clone().into()),
             ],
             dir: test.dir.clone(),
             prints_summary: true,
-            shared: filter.is_none() && SHARED.contains(&test.target.as_str()),
+            shared: is_selection && SHARED.contains(&test.target.as_str()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn source(program: &str) -> String {
+        let folder = root().join("tests/tests");
+        let file = folder.join(format!("{program}.rs"));
+        fs::read_to_string(&file).unwrap_or_else(|_| fs::read_to_string(folder.join(program).join("main.rs")).unwrap())
+    }
+
+    #[test]
+    fn every_selected_test_exists() {
+        for (program, tests) in SELECTED {
+            let text = source(program);
+            for test in tests {
+                assert!(text.contains(&format!("#[test]\nfn {test}()")), "{program}: {test}");
+            }
+        }
+        for program in SHARED {
+            assert!(SELECTED.iter().any(|(selected, _)| *selected == program), "{program}");
+        }
+    }
+
+    #[test]
+    fn every_program_is_selected_or_skipped() {
+        let mut listed: Vec<_> = SELECTED.map(|(program, _)| program).into();
+        listed.extend(SKIPPED);
+        listed.extend(ABSENT);
+        listed.sort_unstable();
+        let entries = fs::read_dir(root().join("tests/tests")).unwrap().map(Result::unwrap);
+        let programs = entries.filter(|entry| {
+            let path = entry.path();
+            path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").is_file()
+        });
+        let names = programs.map(|entry| entry.path().file_stem().unwrap().to_str().unwrap().to_owned());
+        let mut names: Vec<_> = names.filter(|name| !name.starts_with("kubernetes")).collect();
+        names.sort_unstable();
+        assert_eq!(names, listed);
     }
 }
