@@ -1,14 +1,20 @@
 //! Prints the log lines of the programs (`run --ebpf-log`) through `tracing`.
 
+use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::io;
+use std::mem;
 use std::net::{SocketAddr, SocketAddrV6};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use aya::Ebpf;
 use aya_log::EbpfLogger;
 use lb_common::logic::log as words;
-use tokio::io::unix::AsyncFd;
+use tokio::runtime;
+use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info, trace, warn};
 
 use crate::maps::sys::watched;
@@ -23,35 +29,100 @@ macro_rules! target {
 /// Directive of a filter that shows every line.
 pub(crate) const DIRECTIVE: &str = concat!(target!(), "=debug");
 
-/// Starts to print the lines of programs in the background, on the current runtime. The task keeps the map of the lines
-/// open, which programs that are loaded later refer to.
+/// Highest number of lines that are printed in a second. Clients cause the lines, so their number has no other limit.
+const LINES_PER_SECOND: u32 = 1000;
+/// Shortest time between two readings of the map, which limits the work for lines that are not printed.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Starts to print the lines of programs, on a thread of its own: the agent has other work while clients cause lines. The
+/// thread keeps the map of the lines open, which programs that are loaded later refer to.
 ///
 /// # Errors
-/// Returns an error if the map of the lines cannot be used.
+/// Returns an error if the map of the lines cannot be used, or if the thread cannot be started.
 pub(crate) fn start(programs: &mut Ebpf) -> anyhow::Result<()> {
-    let logger = EbpfLogger::init_with_logger(programs, ToTracing).context("opening the programs' log")?;
-    let mut logger = watched(logger).context("polling the programs' log")?;
-    tokio::spawn(async move {
-        loop {
-            if let Err(error) = print(&mut logger).await {
-                error!(%error, "reading the programs' log");
-                return;
-            }
+    let budget = Arc::new(Budget::default());
+    let to_tracing = ToTracing(Arc::clone(&budget));
+    let logger = EbpfLogger::init_with_logger(programs, to_tracing).context("opening the programs' log")?;
+    let runtime = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("creating the runtime of the programs' log")?;
+    let print = move || {
+        if let Err(error) = runtime.block_on(print(logger, &budget)) {
+            error!(%error, "reading the programs' log");
         }
-    });
+    };
+    thread::Builder::new()
+        .name("ebpf-log".into())
+        .spawn(print)
+        .context("starting the thread of the programs' log")?;
     Ok(())
 }
 
-/// Waits for lines, and prints them.
-async fn print(logger: &mut AsyncFd<EbpfLogger<ToTracing>>) -> io::Result<()> {
-    let mut ready = logger.readable_mut().await?;
-    ready.get_inner_mut().flush();
-    ready.clear_ready();
-    Ok(())
+/// Prints lines until the map cannot be read.
+async fn print(logger: EbpfLogger<ToTracing>, budget: &Budget) -> io::Result<Infallible> {
+    let mut logger = watched(logger)?;
+    loop {
+        // The lines that were not printed are reported a second later at the latest.
+        if let Ok(ready) = timeout(Duration::from_secs(1), logger.readable_mut()).await {
+            let mut ready = ready?;
+            ready.get_inner_mut().flush();
+            ready.clear_ready();
+        }
+        if let Some(lines) = budget.end_second() {
+            warn!(target: target!(), "{lines} lines were not printed: at most {LINES_PER_SECOND} in a second are");
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+/// The number of lines that may still be printed in this second.
+#[derive(Default)]
+struct Budget(Mutex<Second>);
+
+/// The lines of one second.
+#[derive(Debug, Default)]
+struct Second {
+    /// `None` before the first line.
+    start: Option<Instant>,
+    printed: u32,
+    dropped: u64,
+}
+
+impl Second {
+    /// Counts a line, and returns whether it is printed.
+    fn admits(&mut self, now: Instant) -> bool {
+        self.start.get_or_insert(now);
+        let is_printed = self.printed < LINES_PER_SECOND;
+        if is_printed {
+            self.printed += 1;
+        } else {
+            self.dropped += 1;
+        }
+        is_printed
+    }
+
+    /// Begins a new second if this one is over, and returns the number of its lines that were not printed.
+    fn end(&mut self, now: Instant) -> u64 {
+        if self.start.is_none_or(|start| now - start < Duration::from_secs(1)) {
+            return 0;
+        }
+        mem::take(self).dropped
+    }
+}
+
+impl Budget {
+    fn second(&self) -> MutexGuard<'_, Second> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end_second(&self) -> Option<u64> {
+        Some(self.second().end(Instant::now())).filter(|dropped| *dropped > 0)
+    }
 }
 
 /// Passes lines from `log`, which aya-log uses, to `tracing`.
-struct ToTracing;
+struct ToTracing(Arc<Budget>);
 
 impl log::Log for ToTracing {
     fn enabled(&self, _metadata: &log::Metadata<'_>) -> bool {
@@ -59,6 +130,9 @@ impl log::Log for ToTracing {
     }
 
     fn log(&self, record: &log::Record<'_>) {
+        if !self.0.second().admits(Instant::now()) {
+            return;
+        }
         let line = readable(&record.args().to_string());
         match record.level() {
             log::Level::Error => error!(target: target!(), "{line}"),
@@ -108,6 +182,20 @@ fn text(word: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_above_the_limit_of_a_second_are_counted_instead_of_printed() {
+        let start = Instant::now();
+        let mut second = Second::default();
+        assert_eq!(second.end(start), 0);
+        let printed = (0..3 * LINES_PER_SECOND).filter(|_| second.admits(start)).count();
+        assert_eq!(printed, LINES_PER_SECOND as usize);
+        assert_eq!(second.end(start + Duration::from_millis(999)), 0);
+        let next = start + Duration::from_secs(1);
+        assert_eq!(second.end(next), u64::from(2 * LINES_PER_SECOND));
+        assert!(second.admits(next));
+        assert_eq!(second.end(next + Duration::from_secs(1)), 0);
+    }
 
     #[test]
     fn lines_have_names_and_addresses_of_their_family() {

@@ -106,6 +106,17 @@ fn warn_logs_rejected_packets() -> Result<()> {
 }
 
 #[test]
+fn lines_of_a_flood_are_counted_and_not_printed_one_by_one() -> Result<()> {
+    let setup = setup(&["--ebpf-log", "warn"])?;
+    let flood = Connect::to(&["10.96.0.20:80".parse()?]).count(20_000).threads(2);
+    let summary = testbed().connect(&setup.client, &flood)?;
+    ensure!(summary.failure_count == 20_000, "{summary:?}");
+    let lines = setup.lines(&["lines were not printed: at most 1000 in a second are"])?;
+    assert!(lines.iter().any(|line| line.contains("refused no_endpoint")), "{lines:#?}");
+    Ok(())
+}
+
+#[test]
 fn debug_logs_every_decision_of_a_connection() -> Result<()> {
     let setup = setup(&["--ebpf-log", "debug"])?;
     setup.connect()?;

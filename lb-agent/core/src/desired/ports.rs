@@ -178,7 +178,7 @@ enum SourceRanges {
 impl SourceRanges {
     /// Reads `spec.loadBalancerSourceRanges`. As in kube-proxy, ranges of the other family are no restriction, and
     /// neither is a range that covers all addresses. But an invalid range restricts, and admits no client: in the
-    /// family that its notation suggests, or in both if it suggests none.
+    /// family that its notation suggests, or in both if it suggests none or both.
     fn of(service: &Service, ipv6: bool) -> Self {
         let mut restricted = false;
         let mut admitted = BTreeSet::new();
@@ -187,7 +187,7 @@ impl SourceRanges {
                 Ok(net) if net.addr().is_ipv6() != ipv6 => continue,
                 Ok(net) if net.prefix_len() == 0 => return Self::All,
                 Ok(net) => drop(admitted.insert(net)),
-                Err(_) if text.contains(if ipv6 { '.' } else { ':' }) => continue,
+                Err(_) if suggests_family(text, !ipv6) && !suggests_family(text, ipv6) => continue,
                 Err(_) => {}
             }
             restricted = true;
@@ -205,6 +205,11 @@ impl SourceRanges {
             Self::Only(networks) => networks.clone(),
         }
     }
+}
+
+/// Returns whether a text has the separator of addresses of a family.
+fn suggests_family(text: &str, ipv6: bool) -> bool {
+    text.contains(if ipv6 { ':' } else { '.' })
 }
 
 /// Returns the invalid entries of `spec.loadBalancerSourceRanges` of a Service.

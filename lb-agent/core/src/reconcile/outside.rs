@@ -218,6 +218,9 @@ fn an_invalid_range_admits_no_client_and_is_a_problem() {
         (&["10.0.0.0/33"][..], true, &[][..]),
         (&["10.0.0.0/8", "somewhere"], true, &["10.0.0.0/8"]),
         (&["2001:db8::/129"], false, &[]),
+        // Notations of both families: two networks in one string, and a v4-mapped address without a length.
+        (&["192.168.99.0/24, fd00:99::/64"], true, &[]),
+        (&["::ffff:192.168.99.0"], true, &[]),
     ] {
         let mut told = web(written);
         let mut lb = start(maps());
