@@ -48,9 +48,8 @@ pub(crate) fn start(programs: &mut Ebpf) -> anyhow::Result<()> {
         .build()
         .context("creating the runtime of the programs' log")?;
     let print = move || {
-        if let Err(error) = runtime.block_on(print(logger, &budget)) {
-            error!(%error, "reading the programs' log");
-        }
+        let Err(error) = runtime.block_on(print(logger, &budget));
+        error!(%error, "reading the programs' log");
     };
     thread::Builder::new()
         .name("ebpf-log".into())
