@@ -112,7 +112,10 @@ fn lines_of_a_flood_are_counted_and_not_printed_one_by_one() -> Result<()> {
     let summary = testbed().connect(&setup.client, &flood)?;
     ensure!(summary.failure_count == 20_000, "{summary:?}");
     let lines = setup.lines(&["lines were not printed: at most 1000 in a second are"])?;
-    assert!(lines.iter().any(|line| line.contains("refused no_endpoint")), "{lines:#?}");
+    assert!(
+        lines.iter().any(|line| line.contains("refused no_endpoint")),
+        "{lines:#?}"
+    );
     Ok(())
 }
 

@@ -741,7 +741,9 @@ fn maps_of_another_layout_are_refused_and_keep_serving() -> Result<()> {
         .map(|word| if word == "PATH" { path } else { word })
         .collect();
     bpftool(&create)?;
-    refused("FRONTENDS: has (type, key size, value size, flags)")?;
+    refused(
+        "FRONTENDS: is a hash with keys of 16 bytes, values of 8 bytes and flags 0; this build has a hash with keys of ",
+    )?;
     fs::rename(&aside, &pin).context("putting FRONTENDS back")?;
 
     // With its own maps, the agent takes over again.

@@ -16,6 +16,7 @@ use crate::maps::prefix::Prefix;
 use crate::model::{Change, ObjectKey, Problem, ProblemKind};
 use crate::names::PortId;
 use crate::nodes::{Nodes, TouchedNodes};
+use crate::places;
 use crate::policy::LocalNode;
 
 pub use ports::{DesiredPort, DesiredSet, HealthCheck, SETS, health_check, invalid_source_ranges, ports};
@@ -307,10 +308,10 @@ impl Desired {
             .chain(self.others.get(key).into_iter().flatten())
     }
 
-    /// Returns the Service that gets a frontend.
+    /// Returns the service port that gets a frontend, or the first of those that mark an address.
     #[must_use]
-    pub fn owner(&self, key: &FrontendKey) -> Option<&ObjectKey> {
-        self.claims.get(key).map(|claim| &claim.id.service)
+    pub fn owner(&self, key: &FrontendKey) -> Option<&Arc<PortId>> {
+        self.claims.get(key).map(|claim| &claim.id)
     }
 
     /// Returns a problem for each claim that loses to an older one.
@@ -323,7 +324,7 @@ impl Desired {
             problems.extend(claims.map(|loser| {
                 let (addr, port, older) = (key.addr, key.port, &winner.id.service);
                 let message = format!("{addr}:{port} is served for the older Service {older}");
-                Problem::new(format!("Service {}", loser.id), message)
+                Problem::new(places::of_port(&loser.id), message)
                     .of(&loser.id.service)
                     .kind(ProblemKind::Conflict)
             }));

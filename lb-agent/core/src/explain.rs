@@ -5,7 +5,7 @@ mod packet;
 mod text;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use lb_common::abi::{
@@ -21,7 +21,8 @@ use serde::Serialize;
 
 use crate::maps::{Direction, Dump};
 use crate::model::Protocol;
-use crate::names::ServicePortName;
+use crate::names::{ServicePortName, port_id};
+use crate::places::Places;
 
 pub use packet::explain as explain_packet;
 
@@ -36,8 +37,49 @@ pub struct Snapshot {
     pub affinity: BTreeMap<AffinityKey, Affinity>,
     /// CT and CT_NEW.
     pub flows: Vec<Direction>,
+    /// Places of the problems in NOTICES.
+    pub places: Places,
+    /// Number of problems that NOTICES has no room for.
+    pub unlisted_problems: u32,
     /// Time of the copy, in nanoseconds of CLOCK_MONOTONIC.
     pub now: u64,
+}
+
+impl Snapshot {
+    /// Returns the number of service ports that NOTICES names and NAMES does not have.
+    fn unwritten_ports(&self) -> usize {
+        let written: BTreeSet<_> = self.dump.names.values().filter_map(port_id).collect();
+        self.places.ports().difference(&written).count()
+    }
+
+    /// Returns the problems by which a frontend may be missing from the maps; `None` if there are none.
+    fn problems_of(&self, to: Destination) -> Option<String> {
+        let addr = to.addr.or_loopback();
+        let key = |addr| FrontendKey::new(addr, to.port, to.proto);
+        let is_node_port = addr.is_loopback() || self.node_addrs.contains(&addr.into());
+        let any = if to.addr.is_v4() {
+            Ipv4Addr::UNSPECIFIED.into()
+        } else {
+            Ipv6Addr::UNSPECIFIED.into()
+        };
+        let node_port = is_node_port.then(|| key(IpAddr::into(any)));
+        let keys = [Some(key(addr.into())), node_port];
+        if let Some(place) = keys.iter().flatten().find_map(|key| self.places.frontend(key)) {
+            return Some(format!("`status` has a problem of \"{place}\""));
+        }
+        let ports = match self.unwritten_ports() {
+            0 => None,
+            1 => Some("`status` lists a service port that is not written".to_owned()),
+            n => Some(format!("`status` lists {n} service ports that are not written")),
+        };
+        let unlisted = match self.unlisted_problems {
+            0 => None,
+            1 => Some("one more problem is only in the log of the agent".to_owned()),
+            n => Some(format!("{n} more problems are only in the log of the agent")),
+        };
+        let all: Vec<_> = ports.into_iter().chain(unlisted).collect();
+        (!all.is_empty()).then(|| all.join(", and "))
+    }
 }
 
 /// The socket that calls connect().
@@ -550,7 +592,11 @@ fn why_no_frontend(view: &View<'_>, to: Destination) -> String {
     let addr = to.addr.or_loopback();
     let proto = Protocol::name_of(to.proto);
     let port = to.port;
-    if addr.is_loopback() {
+    let problems = view
+        .maps
+        .problems_of(to)
+        .filter(|_| view.on_node || !addr.is_loopback());
+    if addr.is_loopback() && problems.is_none() {
         return if view.on_node {
             format!("loopback of the node, and {port}/{proto} is no node port")
         } else {
@@ -558,6 +604,12 @@ fn why_no_frontend(view: &View<'_>, to: Destination) -> String {
         };
     }
     let ip: IpAddr = Addr::from(addr).into();
+    if let Some(problems) = problems {
+        return format!(
+            "no frontend is written for {}/{proto}: {problems}",
+            SocketAddr::new(ip, port)
+        );
+    }
     if view.is_node_address(addr) {
         format!("{ip} is an address of this node, and {port}/{proto} is no node port")
     } else {
@@ -582,7 +634,14 @@ fn ports_of(maps: &Snapshot, to: Destination) -> String {
         })
         .collect();
     let ip = IpAddr::from(addr);
-    if ports.is_empty() {
+    if let Some(problems) = maps.problems_of(to) {
+        let has = if ports.is_empty() {
+            "no port".to_owned()
+        } else {
+            ports.join(", ")
+        };
+        format!("{ip} has {has} in the maps, but there may be more: {problems}")
+    } else if ports.is_empty() {
         format!("{ip} is the address of a Service that has no port here")
     } else {
         format!("{ip} has {}", ports.join(", "))

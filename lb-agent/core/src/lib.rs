@@ -25,6 +25,7 @@ pub mod maps;
 pub mod model;
 pub mod names;
 pub mod nodes;
+pub mod places;
 mod plan;
 pub mod policy;
 pub mod reconcile;

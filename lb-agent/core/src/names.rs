@@ -49,18 +49,28 @@ pub struct ServicePortName {
     pub family: u8,
 }
 
+impl From<&PortId> for ServicePortName {
+    /// The port has number zero: an identity does not contain it.
+    fn from(id: &PortId) -> Self {
+        Self {
+            namespace: id.service.namespace.to_string(),
+            name: id.service.name.to_string(),
+            port_name: id.port_name.to_string(),
+            protocol: id.protocol.to_string(),
+            port: 0,
+            family: if id.ipv6 { 6 } else { 4 },
+        }
+    }
+}
+
 impl ServicePortName {
     /// Reads an entry of NAMES.
     pub fn of(name: Option<&Name>) -> Self {
         let unknown = || "?".to_owned();
         match name.and_then(|name| Some((name, port_id(name)?))) {
             Some((name, id)) => Self {
-                namespace: id.service.namespace.to_string(),
-                name: id.service.name.to_string(),
-                port_name: id.port_name.to_string(),
-                protocol: id.protocol.to_string(),
                 port: name.port,
-                family: name.family,
+                ..Self::from(&id)
             },
             None => Self {
                 namespace: unknown(),
@@ -74,14 +84,14 @@ impl ServicePortName {
     }
 }
 
-/// `namespace/name:port-name`, with the port's number if it has no name.
+/// `namespace/name:port-name`, with the port's number if it has no name; a question mark if that is not known.
 impl fmt::Display for ServicePortName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}:", self.namespace, self.name)?;
-        if self.port_name.is_empty() {
-            write!(f, "{}", self.port)
-        } else {
-            f.write_str(&self.port_name)
+        match (&*self.port_name, self.port) {
+            ("", 0) => f.write_str("?"),
+            ("", port) => write!(f, "{port}"),
+            (name, _) => f.write_str(name),
         }
     }
 }

@@ -9,6 +9,7 @@ use lb_common::abi::Addr;
 use crate::desired::{self, Desired, HealthCheck, Touched};
 use crate::index::{Index, TouchedObjects};
 use crate::model::{Batch, Node, ObjectKey, Problem};
+use crate::places;
 use crate::policy::LocalNode;
 
 /// Number of changes from which on a batch is large: the agent compacts its state and returns freed memory to the kernel.
@@ -125,7 +126,7 @@ impl State {
                 "spec.loadBalancerSourceRanges: invalid CIDR, which allows no client: {}",
                 invalid.join(", ")
             );
-            Problem::new(format!("Service {service}"), message).of(service)
+            Problem::new(places::of_service(service), message).of(service)
         });
         let source = self.source_problems.iter().cloned();
         source.chain(self.desired.conflicts()).chain(invalid_source_ranges)

@@ -327,10 +327,10 @@ impl<'a> Check<'a> {
             // A missing backend was reported already. The generation of one with an invalid seal may itself be the
             // wrong field.
             let Some(id) = id_of(member) else { continue };
-            self.equal(|| field("backend"), backend.id, id);
+            self.equal(|| field("backend.id"), backend.id, id);
             let current = &dump.backends[id as usize];
             if generation::is_sealed(current) {
-                self.equal(|| field("generation"), backend.generation, current.generation);
+                self.equal(|| field("backend.generation"), backend.generation, current.generation);
             }
         }
     }

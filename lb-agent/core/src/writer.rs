@@ -20,6 +20,7 @@ use crate::maps::prefix::Prefix;
 use crate::maps::{Capacities, Epoch, MapError, Maps};
 use crate::model::{Problem, ProblemKind};
 use crate::names::{PortId, name_of};
+use crate::places;
 use crate::plan::{self, Plan, Step};
 use crate::state::State;
 use crate::sync::Writes;
@@ -198,14 +199,15 @@ impl<M: Maps> Writer<M> {
     pub(crate) fn problems(&self, desired: &Desired) -> Vec<Problem> {
         let ports = self.failed_ports.iter().map(|(id, why)| {
             let message = format!("the maps are not up to date: {why}");
-            let problem = Problem::new(format!("Service {id}"), message);
+            let problem = Problem::new(places::of_port(id), message);
             problem.of(&id.service).kind(ProblemKind::Map)
         });
         let frontends = self.actual.frontends.failed().iter().map(|(key, why)| {
-            let place = format!("frontend {}:{}", key.addr, key.port);
+            let owner = desired.owner(key);
+            let place = places::of_frontend(owner.map(|id| &**id), key);
             let problem = Problem::new(place, format!("the maps are not up to date: {why}")).kind(ProblemKind::Map);
-            match desired.owner(key) {
-                Some(service) => problem.of(service),
+            match owner {
+                Some(id) => problem.of(&id.service),
                 None => problem,
             }
         });

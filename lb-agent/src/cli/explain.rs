@@ -16,6 +16,7 @@ use crate::loader;
 use crate::maps::bpf::PinnedMaps;
 use crate::maps::ct::CtMaps;
 use lb_core::explain::{ConnectingSocket, Explanation, Snapshot, explain, explain_packet};
+use lb_core::places::Places;
 
 #[derive(Debug, Args)]
 pub(super) struct ExplainArgs {
@@ -127,7 +128,7 @@ pub(super) fn run(args: &ExplainArgs) -> anyhow::Result<()> {
         Format::Json => output::json(&explained),
         Format::Table => {
             output::print(&format!("from       {}", explained.client.name))?;
-            output::print(&explained.explanation.to_string())
+            output::print_lines(&explained.explanation.to_string())
         }
     }
 }
@@ -140,7 +141,7 @@ fn explain_for_client(
     cgroup: u64,
 ) -> anyhow::Result<ClientExplanation> {
     let to = args.to.destination();
-    let mut snapshot = snapshot(maps)?;
+    let mut snapshot = snapshot(maps, state)?;
     let client = client(args.from, &snapshot, state, cgroup)?;
     let mut flows = CtMaps::open(&args.read.pin.pins().maps())?;
     snapshot.flows = flows.unreplied.all()?;
@@ -181,12 +182,14 @@ fn explain_for_client(
     Ok(ClientExplanation { client, explanation })
 }
 
-fn snapshot(maps: &PinnedMaps) -> anyhow::Result<Snapshot> {
+fn snapshot(maps: &PinnedMaps, state: &State) -> anyhow::Result<Snapshot> {
     Ok(Snapshot {
         affinity: maps.affinity()?,
         node_addrs: maps.node_addrs()?,
         dump: maps.dump()?,
         flows: Vec::new(),
+        places: Places::of(&maps.problems()?),
+        unlisted_problems: state.more_problems,
         now: monotonic_ns(),
     })
 }

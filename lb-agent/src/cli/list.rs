@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use lb_common::abi::{BackendRef, Frontend, FrontendKey, FrontendKind, Name, Service, ServiceIndex, backend_flags};
+use lb_common::abi::{BackendRef, Frontend, FrontendKind, Name, Service, ServiceIndex, backend_flags};
 use lb_common::logic::generation;
 use serde::Serialize;
 
-use super::{ReadArgs, output};
+use super::{Format, ReadArgs, output};
 use lb_core::maps::Dump;
-use lb_core::names::{ServicePortName, port_id, text};
+use lb_core::names::{ServicePortName, port_id};
+use lb_core::places::Places;
 
 /// Whether a frontend or a service port is as the agent wants it, by the pinned maps alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -33,9 +34,10 @@ impl Status {
     }
 
     /// Derives the status of a service port. `frontends`: those that lead to it.
-    fn of_port(name: &Name, service: &Service, frontends: &[FrontendRow], problems: &BTreeSet<String>) -> Self {
-        let is_named_in = |id| problems.contains(&format!("Service {id}"));
-        if port_id(name).is_some_and(is_named_in) || frontends.iter().any(|row| row.status == Self::Error) {
+    fn of_port(name: &Name, service: &Service, frontends: &[FrontendRow], problems: &Places) -> Self {
+        if port_id(name).is_some_and(|id| problems.has_port(&id))
+            || frontends.iter().any(|row| row.status == Self::Error)
+        {
             return Self::Error;
         }
         let is_written = generation::is_live(service.generation) && service.generation == name.generation;
@@ -74,15 +76,16 @@ struct ServiceRow {
     refused: u64,
 }
 
-/// Returns the frontends by service index, without address marks. `problems` contains the places of the records in NOTICES.
-fn frontends(dump: &Dump, problems: &BTreeSet<String>) -> BTreeMap<ServiceIndex, Vec<FrontendRow>> {
+/// Returns the frontends by service index, without address marks.
+fn frontends(dump: &Dump, problems: &Places) -> BTreeMap<ServiceIndex, Vec<FrontendRow>> {
     let mut all: BTreeMap<ServiceIndex, Vec<FrontendRow>> = BTreeMap::new();
-    for (FrontendKey { addr, port, .. }, Frontend { service, kind, .. }) in &dump.frontends {
+    for (key, Frontend { service, kind, .. }) in &dump.frontends {
         let known = FrontendKind::from_u8(*kind);
         if known.is_some_and(FrontendKind::is_mark) {
             continue;
         }
-        let has_problem = problems.contains(&format!("frontend {addr}:{port}"));
+        let owner = dump.names.get(service).and_then(port_id);
+        let has_problem = problems.has_frontend(owner.as_ref(), key);
         let is_written = dump
             .service(*service)
             .is_some_and(|service| generation::is_live(service.generation));
@@ -92,8 +95,8 @@ fn frontends(dump: &Dump, problems: &BTreeSet<String>) -> BTreeMap<ServiceIndex,
                 (false, true) => Status::Done,
                 (false, false) => Status::Pending,
             },
-            address: (*addr).into(),
-            port: *port,
+            address: key.addr.into(),
+            port: key.port,
             kind: known.map_or_else(|| format!("unknown ({kind})"), |kind| kind.label().into()),
         });
     }
@@ -103,9 +106,7 @@ fn frontends(dump: &Dump, problems: &BTreeSet<String>) -> BTreeMap<ServiceIndex,
 pub(super) fn services(args: &ReadArgs) -> anyhow::Result<()> {
     let maps = args.pin.open()?;
     let dump = maps.dump()?;
-    let notices = maps.problems()?;
-    let places = notices.iter().filter_map(|notice| text(&notice.place));
-    let problems: BTreeSet<String> = places.map(ToOwned::to_owned).collect();
+    let problems = Places::of(&maps.problems()?);
     let mut frontends = frontends(&dump, &problems);
     let mut rows = Vec::new();
     for (index, name) in &dump.names {
@@ -128,6 +129,9 @@ pub(super) fn services(args: &ReadArgs) -> anyhow::Result<()> {
             refused: stats.refused,
         });
     }
+    let unwritten = unwritten(&dump, &problems);
+    let notes = notes(unwritten.len(), maps.state().map_or(0, |state| state.more_problems));
+    rows.extend(unwritten);
     rows.sort_by_key(|row| row.owner.to_string());
     let header = [
         "SERVICE",
@@ -156,7 +160,52 @@ pub(super) fn services(args: &ReadArgs) -> anyhow::Result<()> {
             row.connections.to_string(),
             row.refused.to_string(),
         ]
-    })
+    })?;
+    match args.output {
+        Format::Json => notes.iter().for_each(|note| output::warn(note)),
+        Format::Table => notes.iter().try_for_each(|note| output::print(note))?,
+    }
+    Ok(())
+}
+
+/// Returns rows of the service ports that NOTICES names and NAMES does not have. All their numbers are zero.
+fn unwritten(dump: &Dump, problems: &Places) -> Vec<ServiceRow> {
+    let written: BTreeSet<_> = dump.names.values().filter_map(port_id).collect();
+    let unwritten = problems.ports().into_iter().filter(|id| !written.contains(id));
+    let rows = unwritten.map(|id| ServiceRow {
+        owner: ServicePortName::from(&id),
+        index: 0,
+        generation: 0,
+        status: Status::Error,
+        frontends: Vec::new(),
+        backends: 0,
+        internal: 0,
+        external: 0,
+        affinity_timeout: 0,
+        connections: 0,
+        refused: 0,
+    });
+    rows.collect()
+}
+
+/// Returns lines about what the rows do not contain: the number of service ports that are not written, and the number of
+/// problems that NOTICES has no room for.
+fn notes(unwritten: usize, unlisted_problems: u32) -> Vec<String> {
+    let ports = match unwritten {
+        0 => None,
+        1 => Some("1 service port is not written: `lb-agent status` has the reason".to_owned()),
+        n => Some(format!(
+            "{n} service ports are not written: `lb-agent status` has the reasons"
+        )),
+    };
+    let unlisted = match unlisted_problems {
+        0 => None,
+        1 => Some("1 more problem is only in the log of the agent: another service port may not be written".to_owned()),
+        n => Some(format!(
+            "{n} more problems are only in the log of the agent: further service ports may not be written"
+        )),
+    };
+    ports.into_iter().chain(unlisted).collect()
 }
 
 #[derive(Debug, Serialize)]
@@ -259,18 +308,51 @@ mod tests {
             generation,
             ..Service::default()
         };
-        let none = BTreeSet::new();
+        let none = Places::default();
         let done = [row(Status::Done)];
-        let status = |service: Service, frontends: &[FrontendRow], problems: &BTreeSet<String>| {
+        let status = |service: Service, frontends: &[FrontendRow], problems: &Places| {
             Status::of_port(&name, &service, frontends, problems)
         };
         assert_eq!(status(service(written), &done, &none), Status::Done);
         assert_eq!(status(service(written), &[], &none), Status::Pending, "no frontend");
         assert_eq!(status(service(0), &done, &none), Status::Pending, "not written");
-        let problem: BTreeSet<String> = ["Service default/web TCP IPv4".to_owned()].into();
+        let problem = Places::from_iter(["Service default/web TCP IPv4"]);
         assert_eq!(status(service(written), &done, &problem), Status::Error);
         assert_eq!(status(service(written), &[row(Status::Error)], &none), Status::Error);
-        let of_another: BTreeSet<String> = ["Service default/web TCP IPv6".to_owned()].into();
+        let of_frontend = Places::from_iter(["Service default/web TCP IPv4, frontend 10.96.0.9:80/TCP"]);
+        assert_eq!(
+            status(service(written), &done, &of_frontend),
+            Status::Error,
+            "not in FRONTENDS"
+        );
+        let of_service = Places::from_iter(["Service default/web"]);
+        assert_eq!(status(service(written), &done, &of_service), Status::Error);
+        let of_longer = Places::from_iter(["Service default/web2"]);
+        assert_eq!(status(service(written), &done, &of_longer), Status::Done);
+        let of_another = Places::from_iter(["Service default/web TCP IPv6"]);
         assert_eq!(status(service(written), &done, &of_another), Status::Done);
+    }
+
+    #[test]
+    fn service_ports_without_room_have_rows_and_are_counted() {
+        let mut dump = Dump::default();
+        let places = Places::from_iter(["Service default/s8 TCP IPv4", "Service default/s9 port dns UDP IPv6"]);
+        let rows = unwritten(&dump, &places);
+        let text: Vec<_> = rows.iter().map(|row| (row.owner.to_string(), row.status)).collect();
+        let expected = [
+            ("default/s8:?".to_owned(), Status::Error),
+            ("default/s9:dns".to_owned(), Status::Error),
+        ];
+        assert_eq!(text, expected);
+        let id = places.ports().into_iter().next().unwrap();
+        dump.names
+            .insert(ServiceIndex::new(1), name_of(&id, 80, generation::taken(0)));
+        assert_eq!(unwritten(&dump, &places).len(), 1, "one of them is written");
+        assert_eq!(notes(0, 0), [""; 0]);
+        assert_eq!(
+            notes(8, 0),
+            ["8 service ports are not written: `lb-agent status` has the reasons"]
+        );
+        assert!(notes(8, 28)[1].starts_with("28 more problems are only in the log"));
     }
 }

@@ -42,7 +42,7 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Show attached programs, map usage, drops and problems
     Status(ReadArgs),
-    /// Show service ports, and whether they are written: pending, done or error
+    /// Show service ports, and whether they are written: pending, done or error; also those that found no room in a map
     #[command(subcommand)]
     Service(ServiceCommand),
     /// Show backends

@@ -193,6 +193,12 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
     }
 }
 
+/// Returns the number of batches that were applied, in words.
+fn applied(batches: u64) -> String {
+    let noun = if batches == 1 { "batch" } else { "batches" };
+    format!("{batches} {noun} applied")
+}
+
 fn print(status: &Status) -> anyhow::Result<()> {
     let Status {
         pin_path,
@@ -218,8 +224,9 @@ fn print(status: &Status) -> anyhow::Result<()> {
     } else {
         "waiting for the initial lists of the source"
     };
-    output::print(&format!("state      {} changes applied, {complete}", agent.applies))?;
-    output::print(&format!("pinned     {pin_path}, layout v{abi}\n"))?;
+    output::print(&format!("state      {}, {complete}", applied(agent.applies)))?;
+    output::print(&format!("pinned     {pin_path}, layout v{abi}"))?;
+    output::print("")?;
     output::rows(
         Format::Table,
         ["PROGRAM", "ATTACHED", "ID", "TAG", "CGROUP"],
@@ -257,9 +264,18 @@ fn print(status: &Status) -> anyhow::Result<()> {
     }
     if !problems.is_empty() {
         output::print("")?;
-        output::rows(Format::Table, ["PROBLEM", ""], problems, |p| {
-            [p.place.clone(), p.message.clone()]
-        })?;
+        output::print_pairs(["PROBLEM", ""], problems, |p| [p.place.clone(), p.message.clone()])?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn applied_batches_are_counted_in_words() {
+        assert_eq!(applied(1), "1 batch applied");
+        assert_eq!(applied(2), "2 batches applied");
+    }
 }

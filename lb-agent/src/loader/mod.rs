@@ -9,6 +9,7 @@ mod pins;
 mod tc;
 mod undo;
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -297,6 +298,41 @@ fn load_all_but_device_programs(programs: &mut Ebpf) -> Result<(), LoadError> {
     Ok(())
 }
 
+/// Type, sizes and flags of a map.
+#[derive(Debug, PartialEq)]
+struct MapLayout {
+    /// `None` if the kernel has a type that aya does not name.
+    map_type: Option<MapType>,
+    key_size: u32,
+    value_size: u32,
+    flags: u32,
+}
+
+impl fmt::Display for MapLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kinds = [
+            (MapKind::Array, "an array"),
+            (MapKind::PerCpuArray, "a per-CPU array"),
+            (MapKind::Hash, "a hash"),
+            (MapKind::LruHash, "an LRU hash"),
+            (MapKind::LpmTrie, "an LPM trie"),
+            (MapKind::RingBuf, "a ring buffer"),
+        ];
+        let known = kinds.iter().find(|(kind, _)| Some(map_type(*kind)) == self.map_type);
+        let name = known.map_or("a map of another type", |(_, name)| name);
+        let Self {
+            key_size,
+            value_size,
+            flags,
+            ..
+        } = self;
+        write!(
+            f,
+            "{name} with keys of {key_size} bytes, values of {value_size} bytes and flags {flags}"
+        )
+    }
+}
+
 /// Returns the number of entries of a map: that of the pinned map, or that of `capacities` if it is not pinned.
 fn pinned_size(map: &MapSpec, capacities: &Capacities, path: &Path) -> Result<u32, LoadError> {
     let wanted = match map.capacity {
@@ -311,17 +347,20 @@ fn pinned_size(map: &MapSpec, capacities: &Capacities, path: &Path) -> Result<u3
         return Ok(wanted);
     }
     let info = MapInfo::from_pin(path).map_err(|error| layout(format!("is not a map: {error}")))?;
-    let is = (
-        info.map_type().ok(),
-        info.key_size(),
-        info.value_size(),
-        info.map_flags(),
-    );
-    let should = (Some(map_type(map.kind)), map.key_size(), map.value_size(), map.flags);
+    let is = MapLayout {
+        map_type: info.map_type().ok(),
+        key_size: info.key_size(),
+        value_size: info.value_size(),
+        flags: info.map_flags(),
+    };
+    let should = MapLayout {
+        map_type: Some(map_type(map.kind)),
+        key_size: map.key_size(),
+        value_size: map.value_size(),
+        flags: map.flags,
+    };
     if is != should {
-        return Err(layout(format!(
-            "has (type, key size, value size, flags) {is:?}, this build has {should:?}"
-        )));
+        return Err(layout(format!("is {is}; this build has {should}")));
     }
     let size = info.max_entries();
     match map.capacity {

@@ -138,7 +138,7 @@ impl HealthCheckServers {
     fn problems(&self) -> Vec<Problem> {
         let checks = self.wanted.borrow();
         let problem = |service: &ObjectKey, message| {
-            let problem = Problem::new(format!("Service {service}"), message);
+            let problem = Problem::new(lb_core::places::of_service(service), message);
             problem.of(service).kind(ProblemKind::HealthCheck)
         };
         let failed = self.failed.iter().filter_map(|(at, error)| {

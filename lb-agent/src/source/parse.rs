@@ -16,6 +16,7 @@ use serde::Deserialize;
 use serde::de::{self, DeserializeOwned, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 use serde_path_to_error::Segment;
+use serde_saphyr::budget::BudgetBreach;
 use serde_saphyr::{MessageFormatter as _, Spanned, UserMessageFormatter};
 
 use super::convert::{self, ConvertError, Quoted};
@@ -489,9 +490,35 @@ fn yaml_message(error: &serde_saphyr::Error) -> String {
             format!("{} is there twice", Quoted(key))
         }
         serde_saphyr::Error::Budget { breach, .. } => {
-            format!("too large or too deep for a manifest: {breach:?}")
+            format!("too large or too deep for a manifest: {}", exceeded(breach))
         }
         error => UserMessageFormatter.format_message(error).into_owned(),
+    }
+}
+
+/// Returns the limit of [`options`] that a text exceeds, with the number at which the parser stopped.
+fn exceeded(breach: &BudgetBreach) -> String {
+    match breach {
+        BudgetBreach::Events { events } => {
+            format!("more elements than the size of the text allows (it stopped at {events})")
+        }
+        BudgetBreach::Nodes { nodes } => {
+            format!("more values than the size of the text allows (it stopped at {nodes})")
+        }
+        BudgetBreach::ScalarBytes { total_scalar_bytes } => {
+            format!("more text in values than its size allows (it stopped at {total_scalar_bytes} bytes)")
+        }
+        BudgetBreach::Aliases { aliases } => format!("too many aliases ({aliases})"),
+        BudgetBreach::Anchors { anchors } => format!("too many anchors ({anchors})"),
+        BudgetBreach::AliasAnchorRatio { aliases, anchors } => {
+            format!("too many aliases ({aliases}) for its anchors ({anchors})")
+        }
+        BudgetBreach::Depth { depth } => format!("nested too deeply ({depth} levels)"),
+        BudgetBreach::MergeKeys { merge_keys } => format!("too many merge keys ({merge_keys})"),
+        BudgetBreach::RecordedAnchorEvents { .. } | BudgetBreach::RecordedAnchorBytes { .. } => {
+            "its anchors have too much content".to_owned()
+        }
+        _ => "a limit of the YAML parser is exceeded".to_owned(),
     }
 }
 

@@ -280,6 +280,16 @@ fn laughs() -> String {
 }
 
 #[test]
+fn a_limit_of_the_parser_is_explained_in_words() {
+    let problem = super::parse::parse("a.yaml", laughs().as_bytes(), false)
+        .problems
+        .remove(0);
+    let message = "too large or too deep for a manifest: ";
+    assert!(problem.message.starts_with(message), "{problem}");
+    assert!(!problem.message.contains(['{', '}']), "{problem}");
+}
+
+#[test]
 fn every_broken_document_is_named_and_hides_no_other() {
     let mut wrong = Vec::new();
     for (what, text, line, message) in broken() {

@@ -4,13 +4,15 @@ use std::env;
 use std::time::{Duration, Instant};
 
 use lb_agent::node::devices::Layer;
-use lb_tests::{Random, scaled_count};
+use lb_tests::{Random, scaled_count_above};
 
 use super::*;
 
 /// Variable with the number of seconds for random packets.
 const SECONDS: &str = "LB_FUZZ_SECONDS";
 const PACKETS: u64 = 6_000;
+/// Number of packets of which one of forty is dropped with certainty, even on a slow machine.
+const LEAST_PACKETS: u64 = 1_000;
 /// Node ports of a Service with a local backend, with a remote one, and without any, and a port that is no node port.
 const PORTS: [u16; 4] = [30080, 30081, 30082, 30083];
 const HOOKS: [(&str, &str); 5] = [
@@ -159,7 +161,7 @@ fn random_packets_are_translated_correctly_or_left_alone() -> Result<()> {
         fixture.serve(name, 20 + number as u8, PORTS[number], &backends);
     }
     fixture.serve("empty", 22, PORTS[2], &[]);
-    let wanted = scaled_count(PACKETS);
+    let wanted = scaled_count_above(PACKETS, LEAST_PACKETS);
     let mut count = 0_u64;
     let mut seen = BTreeMap::new();
     while count < wanted || Instant::now() < end {

@@ -40,6 +40,7 @@ fn snapshot<const N: usize>(objects: [crate::model::Object; N]) -> Snapshot {
         affinity: BTreeMap::new(),
         flows: Vec::new(),
         now: 100 * SECOND,
+        ..Snapshot::default()
     }
 }
 
@@ -150,6 +151,94 @@ fn who_is_not_served_is_told_so() {
         eligible(&explain(&maps, node_only(NODE), to("10.96.0.10:80"))),
         ["10.10.1.2:8080"]
     );
+}
+
+#[test]
+fn the_outcome_of_several_packets_is_in_the_plural() {
+    let maps = snapshot(web());
+    let node_only = ConnectingSocket { node_only: true, ..POD };
+    let text = |from: [u8; 4], dest: &str| {
+        let answer = explain(&maps, node_only, to(dest)).with_packets(&maps, Some(from.into()), to(dest));
+        answer.to_string()
+    };
+    let packets = |text: &str| text.lines().last().unwrap().to_owned();
+    let goes = packets(&text([10, 10, 1, 2], "10.96.0.10:80"));
+    assert_eq!(goes, "packets    from 10.10.1.2: go to 10.10.1.2:8080");
+    let untouched = packets(&text([10, 10, 1, 2], "203.0.113.9:80"));
+    assert!(
+        untouched.starts_with("packets    from 10.10.1.2: go to the destination as it is: "),
+        "{untouched}"
+    );
+    let answered = packets(&text([10, 10, 1, 2], "10.96.0.10:81"));
+    assert!(
+        answered.starts_with("packets    from 10.10.1.2: are answered with a TCP reset: "),
+        "{answered}"
+    );
+    let dropped = Outcome::Dropped { reason: "x", why: "y" };
+    let mut answer = explain(&maps, node_only, to("10.96.0.10:80"));
+    answer.packets = Some(PacketsOutcome {
+        from: [10, 10, 1, 2].into(),
+        outcome: dropped,
+    });
+    assert!(
+        answer
+            .to_string()
+            .ends_with("from 10.10.1.2: are dropped: y (counted as x)"),
+        "{answer}"
+    );
+}
+
+#[test]
+fn no_claim_is_made_about_services_that_may_not_be_written() {
+    let mut maps = snapshot(web());
+    let missing = to("10.96.5.99:80");
+    let is = |maps: &Snapshot, text: &str| {
+        let answer = explain(maps, POD, missing).to_string();
+        assert!(answer.contains(text), "{answer}");
+        let packet = explain_packet(maps, [203, 0, 113, 7].into(), missing).to_string();
+        assert!(packet.contains(text), "{packet}");
+        answer.contains("no Service has")
+    };
+    assert!(is(&maps, "no Service has 10.96.5.99:80/TCP"));
+    maps.places = ["Service default/web TCP IPv4", "eth0"].into_iter().collect();
+    assert!(
+        is(&maps, "no Service has 10.96.5.99:80/TCP"),
+        "that service port is written"
+    );
+    maps.places = ["Service default/s1 TCP IPv4", "Service default/s2 TCP IPv4"]
+        .into_iter()
+        .collect();
+    let expected = "no frontend is written for 10.96.5.99:80/TCP: `status` lists 2 service ports that are not written";
+    assert!(!is(&maps, expected));
+    maps.places = ["Service default/web TCP IPv4, frontend 10.96.5.99:80/TCP"]
+        .into_iter()
+        .collect();
+    assert!(!is(
+        &maps,
+        "`status` has a problem of \"Service default/web TCP IPv4, frontend 10.96.5.99:80/TCP\""
+    ));
+    maps.places = Places::default();
+    maps.unlisted_problems = 28;
+    assert!(!is(&maps, "28 more problems are only in the log of the agent"));
+    // An address that is marked, but has not all of its ports.
+    let answer = explain(&maps, POD, to("10.96.0.10:81")).to_string();
+    assert!(
+        answer.contains("10.96.0.10 has 80/TCP (default/web:80) in the maps, but there may be more: "),
+        "{answer}"
+    );
+    // Node ports.
+    let maps_with_problems = maps.clone();
+    maps.unlisted_problems = 0;
+    maps.places = ["Service default/x TCP IPv4, frontend 0.0.0.0:30002/TCP"]
+        .into_iter()
+        .collect();
+    for dest in ["192.168.77.1:30002", "127.0.0.1:30002"] {
+        let answer = explain(&maps, NODE, to(dest)).to_string();
+        assert!(answer.contains("frontend 0.0.0.0:30002/TCP"), "{answer}");
+    }
+    let maps = maps_with_problems;
+    let answer = explain(&maps, NODE, to("192.168.77.1:30002")).to_string();
+    assert!(!answer.contains("is no node port"), "{answer}");
 }
 
 #[test]

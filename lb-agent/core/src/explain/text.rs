@@ -51,7 +51,13 @@ impl fmt::Display for Explanation {
         let what = if source.is_some() { "packet   " } else { "connect()" };
         write!(f, "{what}  {outcome}")?;
         match packets {
-            Some(packets) => write!(f, "\npackets    from {}: {}", packets.from, packets.outcome),
+            Some(packets) => {
+                let outcome = Clause {
+                    outcome: &packets.outcome,
+                    is_plural: true,
+                };
+                write!(f, "\npackets    from {}: {outcome}", packets.from)
+            }
             None => Ok(()),
         }
     }
@@ -94,18 +100,41 @@ impl fmt::Display for AffinityState {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Untouched { why } => write!(f, "goes to the destination as it is: {why}"),
-            Self::Connects { backends } if backends.len() == 1 => write!(f, "goes to {}", backends[0]),
-            Self::Connects { backends } => {
+        let clause = Clause {
+            outcome: self,
+            is_plural: false,
+        };
+        clause.fmt(f)
+    }
+}
+
+/// An outcome as the rest of a sentence about a call, a packet or several packets.
+struct Clause<'a> {
+    outcome: &'a Outcome,
+    is_plural: bool,
+}
+
+impl fmt::Display for Clause<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (go, are, fail) = if self.is_plural {
+            ("go", "are", "fail")
+        } else {
+            ("goes", "is", "fails")
+        };
+        match self.outcome {
+            Outcome::Untouched { why } => write!(f, "{go} to the destination as it is: {why}"),
+            Outcome::Connects { backends } if backends.len() == 1 => write!(f, "{go} to {}", backends[0]),
+            Outcome::Connects { backends } => {
                 let backends: Vec<_> = backends.iter().map(ToString::to_string).collect();
-                write!(f, "goes to one of these, at random: {}", backends.join(", "))
+                write!(f, "{go} to one of these, at random: {}", backends.join(", "))
             }
-            Self::Rejected { answer, reason, why } => {
-                write!(f, "is answered with {answer}: {why} (counted as {reason})")
+            Outcome::Rejected { answer, reason, why } => {
+                write!(f, "{are} answered with {answer}: {why} (counted as {reason})")
             }
-            Self::Dropped { reason, why } => write!(f, "is dropped: {why} (counted as {reason})"),
-            Self::Refused { errno, reason, why, .. } => write!(f, "fails with {errno}: {why} (counted as {reason})"),
+            Outcome::Dropped { reason, why } => write!(f, "{are} dropped: {why} (counted as {reason})"),
+            Outcome::Refused { errno, reason, why, .. } => {
+                write!(f, "{fail} with {errno}: {why} (counted as {reason})")
+            }
         }
     }
 }

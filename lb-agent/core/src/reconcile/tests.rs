@@ -527,6 +527,25 @@ fn a_full_map_is_a_problem_and_retried() {
 }
 
 #[test]
+fn problems_of_frontends_and_marks_name_service_port_address_and_protocol() {
+    let mut lb = start(FakeMaps::new(ROOM.with(SizedMap::Frontends, 2)));
+    let mut cluster = web();
+    cluster.set(service("new", "10.96.0.3"));
+    cluster.set(service("new6", "fd00::3"));
+    lb.apply(cluster.batch());
+    lb.settle().unwrap();
+    let places: Vec<_> = lb.problems().into_iter().map(|problem| problem.place).collect();
+    for place in [
+        "Service default/new TCP IPv4, frontend 10.96.0.3:80/TCP",
+        "Service default/new TCP IPv4, address mark of 10.96.0.3",
+        "Service default/new6 TCP IPv6, frontend [fd00::3]:80/TCP",
+        "Service default/new6 TCP IPv6, address mark of fd00::3",
+    ] {
+        assert!(places.iter().any(|is| is == place), "{place}: {places:?}");
+    }
+}
+
+#[test]
 fn a_full_frontends_map_has_room_for_what_the_same_batch_deletes() {
     let capacities = ROOM.with(SizedMap::Frontends, 4);
     let (mut lb, mut cluster) = (start(FakeMaps::new(capacities)), web());

@@ -237,14 +237,14 @@ fn of_slots(dump: &Dump) -> Vec<Corruption> {
         vary(
             &mut all,
             dump,
-            &field("backend"),
+            &field("backend.id"),
             move |d| &mut d.slots[slot].backend.id,
             &ids,
         );
         vary(
             &mut all,
             dump,
-            &field("generation"),
+            &field("backend.generation"),
             move |d| &mut d.slots[slot].backend.generation,
             &[0, 1, 2, 3],
         );
