@@ -215,7 +215,7 @@ fn set_up(scope: Scope) -> Tally {
 fn lints() -> Tally {
     let mut sum = step("format", || call(cargo().args(["fmt", "--all", "--check"])));
     sum += step("lints", || {
-        let features = "lb-tests/bench,lb-tests/kubernetes,lb-tests/stress";
+        let features = "lb-tests/bench,lb-tests/kubernetes,lb-tests/stress,lb-tests/upgrade";
         call(cargo().args([
             "clippy",
             "--workspace",

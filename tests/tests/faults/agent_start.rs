@@ -1,6 +1,7 @@
 //! Faults at the system calls of a real agent's start, which creates pins, fills maps and attaches programs.
 
 use std::cell::Cell;
+use std::env;
 use std::fs::{self, OpenOptions};
 use std::net::SocketAddr;
 use std::process::Stdio;
@@ -167,10 +168,21 @@ impl Fixture {
     }
 }
 
-/// Injects one fault at each call of a start in turn, and starts without a fault after each. `before` runs before each
-/// fault. Returns the number of calls that were tried.
-fn try_all(fixture: &Fixture, kind: FaultKind, first: u64, mut before: impl FnMut() -> Result<()>) -> Result<u64> {
-    let stride = 100 / scaled_count(100);
+/// Environment variable: with any value, a start that replaces the maps has a fault at each of its calls.
+const EVERY_CALL: &str = "LB_FAULT_AT_EVERY_CALL";
+/// Every this many calls of such a start have a fault otherwise: its calls for one map are like those for another.
+const RESIZE_STRIDE: u64 = 4;
+
+/// Injects one fault at every `stride`th call of a start in turn, and starts without a fault after each. `before` runs before
+/// each fault. Returns the number of calls that were tried.
+fn try_all(
+    fixture: &Fixture,
+    kind: FaultKind,
+    first: u64,
+    stride: u64,
+    mut before: impl FnMut() -> Result<()>,
+) -> Result<u64> {
+    let stride = stride * (100 / scaled_count(100));
     let mut tried = 0;
     let mut at = first % stride;
     loop {
@@ -199,7 +211,7 @@ fn faults_at_a_first_start(kind: FaultKind) -> Result<()> {
     fixture.write(false)?;
     // Runs in a process of its own: between fork and exec, a child of another test shares a lock of this process.
     let cleanup = || fixture.agent.output(&["cleanup"]).map(drop);
-    let tried = try_all(&fixture, kind, 0, cleanup)?;
+    let tried = try_all(&fixture, kind, 0, 1, cleanup)?;
     println!("{kind:?} at {tried} calls of a first start");
     // Pins of maps and links, and entries of two Services.
     ensure!(tried >= scaled_count(25), "too few calls");
@@ -217,7 +229,7 @@ fn faults_at_the_next_start(kind: FaultKind) -> Result<()> {
         owner: 1,
     };
     let reader = Reader::start(PinnedMaps::open(&fixture.pins.maps())?, vec![always]);
-    let tried = try_all(&fixture, kind, 3, || {
+    let tried = try_all(&fixture, kind, 3, 1, || {
         ensure!(!reader.has_ended(), "the reader has ended");
         second = !second;
         fixture.write(second)
@@ -343,7 +355,17 @@ fn faults_at_a_resize(kind: FaultKind) -> Result<()> {
     let mut state = State::new(&fixture)?;
     state.check(&fixture)?;
     let mut is_large = false;
-    let tried = try_all(&fixture, kind, 1, || {
+    let stride = if env::var_os(EVERY_CALL).is_some() {
+        1
+    } else {
+        RESIZE_STRIDE
+    };
+    // The two kinds of faults are at different calls.
+    let first = match kind {
+        FaultKind::Die => 0,
+        FaultKind::Fail => 2,
+    };
+    let tried = try_all(&fixture, kind, first, stride, || {
         state.check(&fixture)?;
         is_large = !is_large;
         let mut sizes = SIZES;
@@ -357,7 +379,7 @@ fn faults_at_a_resize(kind: FaultKind) -> Result<()> {
     state.check(&fixture)?;
     println!("{kind:?} at {tried} calls of a start that replaces the maps");
     // Pins of maps, entries of Services, links and renames.
-    ensure!(tried >= scaled_count(60), "too few calls");
+    ensure!(tried >= scaled_count(60 / stride), "too few calls");
     Ok(())
 }
 
