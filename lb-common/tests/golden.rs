@@ -1,7 +1,8 @@
 //! The layout of the maps against `layout.golden`: sizes, offsets, kinds and flags of everything that is pinned.
 //!
 //! Maps outlive the agent that created them, so a change needs a new `VERSION`. `cargo xtask bless` then writes the file
-//! again. Without a new `VERSION` it only adds to the file, and fails if a line would change or disappear.
+//! again. Without a new `VERSION` it only adds to the file, and fails if a line would change or disappear. A field that takes the
+//! place of padding is an addition.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -59,6 +60,16 @@ fn layout() -> String {
     format!("layout {VERSION}\n\n{maps}\n{}", types.join("\n"))
 }
 
+/// Returns whether a line is of padding in a value. All builds write zero there, so entries of an earlier build have zero in a
+/// field that takes its place. Keys are compared as a whole, so a field of a key is a change.
+fn is_padding_of_value(line: &str) -> bool {
+    let is_key = |name: &str| {
+        MAPS.iter()
+            .any(|map| matches!(map.key.shape, Shape::Struct(key, _) if key == name))
+    };
+    line.split_once(".pad at ").is_some_and(|(name, _)| !is_key(name))
+}
+
 #[test]
 fn golden_layout_changes_only_with_a_new_version() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/layout.golden");
@@ -70,7 +81,7 @@ fn golden_layout_changes_only_with_a_new_version() {
     let is_new_version = golden.lines().next() != now.lines().next();
     let lost: Vec<_> = golden
         .lines()
-        .filter(|line| !now.lines().any(|new| new == *line))
+        .filter(|line| !now.lines().any(|new| new == *line) && !is_padding_of_value(line))
         .collect();
     let may_bless = is_new_version || lost.is_empty();
     if may_bless && env::var_os("LB_BLESS").is_some_and(|value| value == "1") {
