@@ -12,7 +12,7 @@ use crate::workspace::{current_program, root};
 /// Test programs that virtual machines run without a filter, in this order, and the tests of each (all if none is named):
 /// those that depend on the kernel's version, that is, on what the verifier accepts, what helpers and hooks do, how programs are
 /// attached and replaced, and what system calls on maps and sockets do.
-const SELECTED: [(&str, &[&str]); 17] = [
+const SELECTED: [(&str, &[&str]); 16] = [
     ("verifier", &[]),
     (
         "tc_programs",
@@ -72,10 +72,6 @@ const SELECTED: [(&str, &[&str]); 17] = [
     ),
     ("nodeports", &["bind_to_a_node_port_fails_with_eaddrinuse_on_the_node"]),
     (
-        "map_resize",
-        &["maps_grow_and_shrink_under_load_without_a_failed_connection"],
-    ),
-    (
         "ebpf_log",
         &[
             "debug_logs_every_decision_of_a_connection",
@@ -92,24 +88,19 @@ const SELECTED: [(&str, &[&str]); 17] = [
 ];
 
 /// Of the programs in [`SELECTED`], those that run on one of several machines each, in turn.
-const SHARED: [&str; 6] = [
-    "ebpf_log",
-    "flannel_masquerade",
-    "map_resize",
-    "outside_clients",
-    "stress",
-    "trace",
-];
+const SHARED: [&str; 5] = ["ebpf_log", "flannel_masquerade", "outside_clients", "stress", "trace"];
 
 /// Test programs that virtual machines skip without a filter, since nothing in them depends on the kernel's version. The unit
-/// tests of `lb-tests` need no kernel, and are not named here.
-const SKIPPED: [&str; 12] = [
+/// tests of `lb-tests` need no kernel, and are not named here. `map_resize` does depend on it, but its load leaves an emulated
+/// machine no time for a start that moves maps: run it by its name.
+const SKIPPED: [&str; 13] = [
     "demo",
     "dns_clients",
     "explain",
     "external_ips",
     "faults",
     "fuzz_corpus",
+    "map_resize",
     "packet_path_maps",
     "pinned_maps",
     "server",
@@ -172,7 +163,7 @@ impl Job {
             let partly = SELECTED.iter().filter(|(_, tests)| !tests.is_empty());
             let partly: Vec<_> = partly.map(|(program, _)| *program).collect();
             println!(
-                "skipping what does not depend on the kernel's version (--vm-all runs it): {}, and some tests of {}; on one \
+                "skipping what does not depend on the kernel's version or takes too long (--vm-all runs it): {}, and some tests of {}; on one \
                  machine each: {}",
                 SKIPPED.join(", "),
                 partly.join(", "),
