@@ -68,9 +68,7 @@ async fn print(logger: EbpfLogger<ToTracing>, budget: &Budget) -> io::Result<Inf
             ready.get_inner_mut().flush();
             ready.clear_ready();
         }
-        if let Some(lines) = budget.end_second() {
-            warn!(target: target!(), "{lines} lines were not printed: at most {LINES_PER_SECOND} in a second are");
-        }
+        budget.report(Instant::now());
         sleep(PAUSE).await;
     }
 }
@@ -115,8 +113,18 @@ impl Budget {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn end_second(&self) -> Option<u64> {
-        Some(self.second().end(Instant::now())).filter(|dropped| *dropped > 0)
+    /// Prints the number of lines that were not printed, if a second with such lines is over.
+    fn report(&self, now: Instant) {
+        let lines = self.second().end(now);
+        if lines > 0 {
+            warn!(target: target!(), "{lines} lines were not printed: at most {LINES_PER_SECOND} in a second are");
+        }
+    }
+
+    /// Counts a line, and returns whether it is printed. Lines may arrive without a pause, so a second also ends here.
+    fn admits(&self, now: Instant) -> bool {
+        self.report(now);
+        self.second().admits(now)
     }
 }
 
@@ -129,7 +137,7 @@ impl log::Log for ToTracing {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        if !self.0.second().admits(Instant::now()) {
+        if !self.0.admits(Instant::now()) {
             return;
         }
         let line = readable(&record.args().to_string());
@@ -194,6 +202,17 @@ mod tests {
         assert_eq!(second.end(next), u64::from(2 * LINES_PER_SECOND));
         assert!(second.admits(next));
         assert_eq!(second.end(next + Duration::from_secs(1)), 0);
+    }
+
+    #[test]
+    fn lines_without_a_pause_are_printed_in_every_second() {
+        let start = Instant::now();
+        let budget = Budget::default();
+        let printed = (0..4000).filter(|at| budget.admits(start + Duration::from_millis(*at) / 2));
+        assert_eq!(printed.count(), 2 * LINES_PER_SECOND as usize);
+        let printed = (0..3 * LINES_PER_SECOND).filter(|_| budget.admits(start + Duration::from_secs(9)));
+        assert_eq!(printed.count(), LINES_PER_SECOND as usize);
+        assert!(budget.admits(start + Duration::from_secs(10)));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use lb_common::abi::VERSION;
 use lb_stress::Counter;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{Cluster, DeviceStatus, Netns, Node, Problem, RunningAgent, eventually};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 /// How programs are attached: with tcx if the kernel has it, or with clsact filters as on kernels before 6.6.
@@ -637,9 +638,12 @@ fn cleanup_removes_programs_qdiscs_and_reserved_ports() -> Result<()> {
 
 #[test]
 fn deleted_clsact_qdisc_is_restored() -> Result<()> {
-    let setup = Setup::new(AttachMode::Clsact, &[])?;
-    // The agent may restore it before another command could show that it is gone.
+    let mut setup = Setup::new(AttachMode::Clsact, &[])?;
+    // Stopped, so that the agent cannot restore the qdisc before the next command shows that it is gone.
+    setup.agent.process().signal(Signal::SIGSTOP)?;
     setup.node().run("tc", &["qdisc", "delete", "dev", "eth0", "clsact"])?;
+    ensure_nothing_attached(setup.node(), "eth0")?;
+    setup.agent.process().signal(Signal::SIGCONT)?;
     setup.eventually_served("eth0")?;
     // A qdisc that excludes clsact is a problem of this device until it is deleted.
     setup.node().run("tc", &["qdisc", "delete", "dev", "cni0", "clsact"])?;

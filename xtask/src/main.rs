@@ -1,8 +1,9 @@
 //! The commands of a developer of lb: `cargo xtask setup | test | bless | run | bench | fuzz | stress | image | clean`.
 //!
 //! One module per command. The modules that they share are below them: `setup` makes the toolchain and the tools present,
-//! `artifacts` builds, `commits` checks other commits out, `libtest` and `vm` run tests, `testbed` wraps the test bed of the package `lb-tests`, `kernels`
-//! fetches kernels, `privilege` and `command` start processes, and `workspace` has the paths.
+//! `artifacts` builds, `commits` checks other commits out, `upgrade` builds their agents, `libtest` and `vm` run tests, `testbed` wraps
+//! the test bed of the package `lb-tests`, `kernels` fetches kernels, `privilege` and `command` start processes, and `workspace` has
+//! the paths.
 
 mod artifacts;
 mod bench;

@@ -23,7 +23,7 @@ use crate::libtest::{self, Tally};
 pub(crate) const DEFAULT: &str = "6.12";
 
 /// Time limit of a virtual machine, in the format of `timeout`.
-const LIMIT: &str = "50m";
+const LIMIT: &str = "120m";
 /// Time limit for a kernel that boots without a file system and fails.
 const PROBE_LIMIT: &str = "10s";
 /// Memory of each virtual machine.
@@ -239,7 +239,10 @@ mod tests {
         let (_, problems) = check_steps(&steps[1..], &outcome(&[], None), false);
         assert_eq!(
             problems,
-            ["b did not end (all steps together are limited to 50m)", "c was not run"]
+            [
+                "b did not end (all steps together are limited to 120m)",
+                "c was not run"
+            ]
         );
     }
 }

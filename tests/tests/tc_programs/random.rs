@@ -11,7 +11,7 @@ use super::*;
 /// Variable with the number of seconds for random packets.
 const SECONDS: &str = "LB_FUZZ_SECONDS";
 const PACKETS: u64 = 6_000;
-/// Number of packets of which one of forty is dropped with certainty, even on a slow machine.
+/// Smallest number of packets: about one of forty is dropped, and every verdict has to occur.
 const LEAST_PACKETS: u64 = 1_000;
 /// Node ports of a Service with a local backend, with a remote one, and without any, and a port that is no node port.
 const PORTS: [u16; 4] = [30080, 30081, 30082, 30083];
