@@ -14,6 +14,7 @@ use aya::Ebpf;
 use aya_log::EbpfLogger;
 use lb_common::logic::log as words;
 use tokio::runtime;
+use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info, trace, warn};
 
@@ -34,12 +35,18 @@ const LINES_PER_SECOND: u32 = 1000;
 /// Shortest time between two readings of the map, which limits the work for lines that are not printed.
 const PAUSE: Duration = Duration::from_millis(50);
 
+/// Prints the lines of programs until it is dropped.
+pub(crate) struct Printer {
+    /// Carries no message: dropping it ends the thread.
+    _stop: oneshot::Sender<()>,
+}
+
 /// Starts to print the lines of programs, on a thread of its own: the agent has other work while clients cause lines. The
-/// thread keeps the map of the lines open, which programs that are loaded later refer to.
+/// thread keeps the map of the lines open, which programs of the same object that are loaded later refer to.
 ///
 /// # Errors
 /// Returns an error if the map of the lines cannot be used, or if the thread cannot be started.
-pub(crate) fn start(programs: &mut Ebpf) -> anyhow::Result<()> {
+pub(crate) fn start(programs: &mut Ebpf) -> anyhow::Result<Printer> {
     let budget = Arc::new(Budget::default());
     let to_tracing = ToTracing(Arc::clone(&budget));
     let logger = EbpfLogger::init_with_logger(programs, to_tracing).context("opening the programs' log")?;
@@ -47,15 +54,21 @@ pub(crate) fn start(programs: &mut Ebpf) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("creating the runtime of the programs' log")?;
+    let (stop, stopped) = oneshot::channel();
     let print = move || {
-        let Err(error) = runtime.block_on(print(logger, &budget));
-        error!(%error, "reading the programs' log");
+        let print = async {
+            tokio::select! {
+                Err(error) = print(logger, &budget) => error!(%error, "reading the programs' log"),
+                _ = stopped => {}
+            }
+        };
+        runtime.block_on(print);
     };
     thread::Builder::new()
         .name("ebpf-log".into())
         .spawn(print)
         .context("starting the thread of the programs' log")?;
-    Ok(())
+    Ok(Printer { _stop: stop })
 }
 
 /// Prints lines until the map cannot be read.

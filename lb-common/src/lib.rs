@@ -10,3 +10,4 @@
 pub mod abi;
 pub mod errno;
 pub mod logic;
+mod mix;

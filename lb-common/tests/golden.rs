@@ -2,7 +2,7 @@
 //!
 //! Maps outlive the agent that created them, so a change needs a new `VERSION`. `cargo xtask bless` then writes the file
 //! again. Without a new `VERSION` it only adds to the file, and fails if a line would change or disappear. A field that takes the
-//! place of padding is an addition.
+//! place of padding or of a `reserved` field is an addition.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -60,14 +60,15 @@ fn layout() -> String {
     format!("layout {VERSION}\n\n{maps}\n{}", types.join("\n"))
 }
 
-/// Returns whether a line is of padding in a value. All builds write zero there, so entries of an earlier build have zero in a
+/// Returns whether a line is of padding or of a `reserved` field in a value. All builds write zero there, so entries of an earlier build have zero in a
 /// field that takes its place. Keys are compared as a whole, so a field of a key is a change.
 fn is_padding_of_value(line: &str) -> bool {
     let is_key = |name: &str| {
         MAPS.iter()
             .any(|map| matches!(map.key.shape, Shape::Struct(key, _) if key == name))
     };
-    line.split_once(".pad at ").is_some_and(|(name, _)| !is_key(name))
+    let field = line.split_once(".pad at ").or_else(|| line.split_once(".reserved at "));
+    field.is_some_and(|(name, _)| !is_key(name))
 }
 
 #[test]

@@ -75,6 +75,12 @@ fn every_flag_has_one_map_and_a_default_in_its_range() {
     for sized in SizedMap::ALL {
         let (min, max) = sized.range();
         assert!((min..=max).contains(&sized.default_capacity()), "{sized:?}");
+        assert!(
+            (sized.default_capacity()..=max).contains(&sized.default_bound()),
+            "{sized:?}"
+        );
+        // A map grows to powers of two.
+        assert!(sized.default_bound().is_power_of_two(), "{sized:?}");
         assert!(flags.insert(sized.flag()), "{sized:?}");
         assert!(sized.flag().starts_with("max-"), "{sized:?}");
         let map = MAPS.iter().find(|map| map.name == sized.name()).unwrap();

@@ -6,10 +6,10 @@ use aya_ebpf::programs::XdpContext;
 use lb_common::abi::{DeviceSwap, DropReason, Event, FrontendSwap, MoveItem, MoveRequest};
 
 use crate::atomic::Shared;
-use crate::maps::{DEVICES, EVENTS, FRONTENDS, is_moving};
+use crate::maps::{DEVICES, EVENTS, FRONTENDS};
 use crate::{backend, count, ct, device, sockets, udp_dests};
 
-/// Stores a new value in an existing entry of FRONTENDS, in place and with one 8-byte store. Never attached: the agent
+/// Stores a new value in an existing entry of FRONTENDS, in place and with two 8-byte stores. Never attached: the agent
 /// runs it by `BPF_PROG_TEST_RUN` with a [`FrontendSwap`] as packet.
 ///
 /// Returns `XDP_PASS` if the value was stored, `XDP_DROP` if there is no such entry, and `XDP_ABORTED` if the packet is
@@ -26,9 +26,12 @@ pub(crate) fn lb_frontend_swap(ctx: XdpContext) -> u32 {
     let Some(value) = FRONTENDS.get_ptr_mut(request.key) else {
         return XDP_DROP;
     };
-    // SAFETY: the pointer is to a value of the map, which has 8 bytes and is aligned to 8 bytes.
-    let value = unsafe { Shared::new(value.cast::<u64>()) };
-    value.exchange(request.value);
+    let words = value.cast::<u64>();
+    // SAFETY: the pointer is to a value of the map, which is two words and is aligned to 8 bytes.
+    let (first, second) = unsafe { (Shared::new(words), Shared::new(words.add(1))) };
+    let [service, set] = request.value;
+    first.exchange(service);
+    second.exchange(set);
     XDP_PASS
 }
 
@@ -83,11 +86,11 @@ pub(crate) fn lb_event(ctx: XdpContext) -> u32 {
 /// with a [`MoveRequest`] as packet.
 ///
 /// Returns `XDP_PASS` if nothing of the entry is left to be copied, `XDP_DROP` if the new map has no room for it, and
-/// `XDP_ABORTED` if the packet is too short, the item is unknown, or there is no move.
+/// `XDP_ABORTED` if the packet is too short, the item is unknown, or this object is not the one for moves.
 #[xdp]
 pub(crate) fn lb_move(ctx: XdpContext) -> u32 {
     let at = ctx.data();
-    if !is_moving(u32::MAX) || at + size_of::<MoveRequest>() > ctx.data_end() {
+    if !cfg!(feature = "moving") || at + size_of::<MoveRequest>() > ctx.data_end() {
         return XDP_ABORTED;
     }
     // SAFETY: the bounds were checked, and every bit pattern is a `MoveRequest`; packet data is not aligned.
@@ -105,6 +108,7 @@ pub(crate) fn lb_move(ctx: XdpContext) -> u32 {
         MoveItem::UdpDests => udp_dests::copy(request.key[0]),
         MoveItem::LateUdpDests => udp_dests::copy_late(request.key[0]),
         MoveItem::Counters => count::add_old(service as u32, connections, refused),
+        MoveItem::Drops => count::add_old_drops(request.key[0] as u32, request.key[1]),
     };
     if done { XDP_PASS } else { XDP_DROP }
 }

@@ -5,8 +5,8 @@ use core::ptr;
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use lb_common::abi::{
-    Affinity, AffinityKey, AffinityKeyWords, Backend, BackendRef, ClientKind, DropReason, Service, ServiceIndex, Set,
-    SetWord, backend_flags, moving, service_flags,
+    Affinity, AffinityKey, AffinityKeyWords, Backend, BackendRef, BackendSlot, ClientKind, DropReason, Frontend,
+    Service, ServiceIndex, Set, SetWord, backend_flags, moving, service_flags,
 };
 use lb_common::logic::backend::BackendState;
 use lb_common::logic::decide::Admission;
@@ -30,6 +30,34 @@ pub(crate) struct SelectedBackend {
 }
 
 impl SelectedBackend {
+    /// Returns the backend in a slot.
+    ///
+    /// # Safety
+    /// The slot must be one of a published set, of which only the service of slots is ever changed.
+    #[inline(always)]
+    unsafe fn in_slot(slot: &BackendSlot) -> Self {
+        Self {
+            // SAFETY: the reference is to a value of the map, and the caller guarantees that it is not changed.
+            addr: unsafe { volatile::load_addr(&raw const slot.addr) },
+            port: slot.port,
+            reference: slot.backend,
+            flags: slot.flags,
+        }
+    }
+
+    /// Returns the backend that a random number selects of the set in a frontend. `None` if it has none, or if the set is that of
+    /// a service that the frontend led to before or leads to from now on.
+    #[inline(always)]
+    pub(crate) fn of_frontend(frontend: Frontend, random: u32) -> Option<Self> {
+        let index = selection::slot(frontend.set, random).ok()?;
+        let slot = BACKEND_SLOTS.get(index)?;
+        if slot.service != frontend.service {
+            return None;
+        }
+        // SAFETY: the set was published when the frontend was read.
+        Some(unsafe { Self::in_slot(slot) })
+    }
+
     /// Returns whether the backend runs on this node.
     #[inline(always)]
     pub(crate) fn is_local(&self) -> bool {
@@ -95,33 +123,26 @@ impl ServiceSet {
         }
     }
 
-    /// Returns the backend of a new connection: the client's last one if the service has session affinity, else a
-    /// random one of the set. `client` is called only in the first case.
+    /// Returns the backend of a new connection: the client's last one if the service has session affinity, else the one of the set that
+    /// a random number selects. `client` is called only in the first case.
     ///
     /// # Errors
     /// Returns the reason if no backend can be selected.
     #[inline(always)]
-    pub(crate) fn select(&self, client: impl FnOnce() -> Client) -> Result<SelectedBackend, DropReason> {
+    pub(crate) fn select(&self, random: u32, client: impl FnOnce() -> Client) -> Result<SelectedBackend, DropReason> {
         if self.service.flags & service_flags::AFFINITY == 0 {
-            return self.select_random();
+            return self.select_random(random);
         }
-        self.select_by_affinity(client())
+        self.select_by_affinity(random, client())
     }
 
-    /// Returns a random backend of the set.
+    /// Returns the backend of the set that a random number selects.
     #[inline(always)]
-    fn select_random(&self) -> Result<SelectedBackend, DropReason> {
-        // SAFETY: the helper has no arguments.
-        let random = unsafe { bpf_get_prandom_u32() };
+    fn select_random(&self, random: u32) -> Result<SelectedBackend, DropReason> {
         let index = selection::slot(self.set_word(), random)?;
         let slot = BACKEND_SLOTS.get(index).ok_or(DropReason::BadSlot)?;
-        Ok(SelectedBackend {
-            // SAFETY: the reference is to a value of the map, and a published slot is not changed.
-            addr: unsafe { volatile::load_addr(&raw const slot.addr) },
-            port: slot.port,
-            reference: slot.backend,
-            flags: slot.flags,
-        })
+        // SAFETY: the set was published when its word was read.
+        Ok(unsafe { SelectedBackend::in_slot(slot) })
     }
 
     /// Returns the set word. It is read with one load, so base and length always belong together.
@@ -170,14 +191,14 @@ impl ServiceSet {
     /// Returns the client's last backend if it is usable and was used within the timeout. Otherwise selects another one
     /// and stores it as the client's affinity.
     #[inline(always)]
-    fn select_by_affinity(&self, client: Client) -> Result<SelectedBackend, DropReason> {
+    fn select_by_affinity(&self, random: u32, client: Client) -> Result<SelectedBackend, DropReason> {
         // SAFETY: the helper has no arguments.
         let now = unsafe { bpf_ktime_get_coarse_ns() };
         // SAFETY: the pointer is to a value of the map; the agent may store to it at any time.
         let timeout = unsafe { read_once!((*self.service.at).affinity_timeout) };
         let key = client.affinity_key(self.index);
         let Some(entry) = find_affinity(&key) else {
-            let new = self.select_random()?;
+            let new = self.select_random(random)?;
             return Ok(self.store_affinity(&key, new, now));
         };
         // SAFETY: the pointer is to a value of the map. Its first 8 bytes are one aligned word, and `used` is aligned.
@@ -192,7 +213,7 @@ impl ServiceSet {
             }
             return Ok(selected);
         }
-        let new = self.select_random()?;
+        let new = self.select_random(random)?;
         if word.compare_exchange(old, Affinity::to_word(new.reference)) {
             used.store(now);
             return Ok(new);
@@ -264,6 +285,13 @@ pub(crate) fn copy_affinity(key: &AffinityKey) -> bool {
         unsafe { Shared::new(to.cast::<u64>()) }.compare_exchange(old, now);
     }
     true
+}
+
+/// Returns a random number from the kernel's generator.
+#[inline(always)]
+pub(crate) fn random() -> u32 {
+    // SAFETY: the helper has no arguments.
+    unsafe { bpf_get_prandom_u32() }
 }
 
 /// A client in the sense of session affinity: its connections to a service go to one backend.

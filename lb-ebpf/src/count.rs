@@ -1,6 +1,6 @@
 //! Counters: DROPS by reason, and STATS by service index.
 
-use lb_common::abi::{DropReason, ServiceIndex, ServiceStats, moving};
+use lb_common::abi::{DropReason, FIRST_DROP, ServiceIndex, ServiceStats, moving};
 
 use crate::maps::{DROPS, MOVE, STATS, STATS_OLD, inserts_into_new, is_moving};
 use crate::volatile::{read_once, write_once};
@@ -20,6 +20,15 @@ pub(crate) fn connected(service: ServiceIndex) {
     if let Some(stats) = stats(service.get()) {
         // SAFETY: the pointer is to this CPU's value of the map, and a program does not migrate while it runs.
         unsafe { (*stats).connections += 1 }
+    }
+}
+
+/// Loads the counters of a service index into the cache, for [`connected`].
+#[inline(always)]
+pub(crate) fn prefetch(service: ServiceIndex) {
+    if let Some(stats) = stats(service.get()) {
+        // SAFETY: the pointer is to this CPU's value of the map, and the field is aligned.
+        let _ = unsafe { read_once!((*stats).connections) };
     }
 }
 
@@ -45,17 +54,46 @@ fn stats(service: u32) -> Option<*mut ServiceStats> {
 /// Returns false if the index is out of range.
 #[inline(never)]
 pub(crate) fn add_old(service: u32, connections: u64, refused: u64) -> bool {
-    let (Some(stats), Some(state)) = (STATS.get_ptr_mut(service), MOVE.get_ptr_mut(0)) else {
+    let Some(stats) = STATS.get_ptr_mut(service) else {
         return false;
     };
-    // SAFETY: the pointers are to values of the maps, the one of STATS to this CPU's. Only the agent with the lock of the pin
-    // path runs this program.
-    unsafe {
-        if service >= read_once!((*state).counted) {
+    if begins(service) {
+        // SAFETY: the pointer is to this CPU's value of the map.
+        unsafe {
             (*stats).connections += connections;
             (*stats).refused += refused;
-            write_once!((*state).counted, service + 1);
         }
     }
     true
+}
+
+/// Adds the old counter of a drop reason, by its number, to the new one, unless [`lb_common::abi::Move::counted`] shows that it was added.
+/// Returns false if the number is out of range.
+#[inline(never)]
+pub(crate) fn add_old_drops(reason: u32, count: u64) -> bool {
+    let Some(drops) = DROPS.get_ptr_mut(reason) else {
+        return false;
+    };
+    if begins(FIRST_DROP.saturating_add(reason)) {
+        // SAFETY: the pointer is to this CPU's value of the map.
+        unsafe { *drops += count }
+    }
+    true
+}
+
+/// Returns whether the counter with a number of [`lb_common::abi::Move::counted`] was not added before, and marks it as added.
+#[inline(always)]
+fn begins(counter: u32) -> bool {
+    let Some(state) = MOVE.get_ptr_mut(0) else {
+        return false;
+    };
+    // SAFETY: the pointer is to a value of the map, and the field is aligned. Only the agent with the lock of the pin path runs this
+    // program.
+    unsafe {
+        let is_first = counter >= read_once!((*state).counted);
+        if is_first {
+            write_once!((*state).counted, counter + 1);
+        }
+        is_first
+    }
 }

@@ -80,15 +80,15 @@ impl CtLookup {
             .map(|at| Self { at, is_unreplied: true })
     }
 
-    /// Copies the entry.
+    /// Copies the part of the entry that is in use.
     #[inline(always)]
     pub(crate) fn read(&self, to: &mut CtEntryWords) {
         // The kernel may reuse the element for another key meanwhile, since both maps are preallocated. A copy with fields of
         // two flows sends one packet to a wrong destination. Its checksum is correct there, as it is updated by the difference
         // of the tuples; TCP rejects a segment of an unknown connection, but a UDP socket would receive the datagram.
-        // SAFETY: the pointer is to a value of the map, which has the size and alignment of a `CtEntryWords`, and every bit
-        // pattern is one.
-        unsafe { volatile::copy(self.at.cast::<CtEntryWords>(), to) }
+        // SAFETY: the pointer is to a value of the map, which has the alignment of a `CtEntryWords` and at least the bytes that are in
+        // use, and every bit pattern is one.
+        unsafe { volatile::copy_first(self.at.cast::<CtEntryWords>(), to, CtEntry::USED) }
     }
 
     /// Returns the TCP state of the direction.
@@ -190,13 +190,19 @@ fn remove_established(key: &CtKeyWords) {
 
 /// Step: inserts the direction of the replies, unless their tuple belongs to a flow.
 #[inline(always)]
-fn claim_reply_direction(ctx: CtxRef) -> Result<Claim, DropReason> {
-    let PacketCtx { key, entry, .. } = &*ctx;
+fn claim_reply_direction(mut ctx: CtxRef) -> Result<Claim, DropReason> {
+    let PacketCtx {
+        key,
+        entry,
+        other_entry,
+        ..
+    } = &mut *ctx;
     let reverse_key = entry.reverse_key(key);
     if is_taken(&reverse_key) {
         return Ok(Claim::Exists);
     }
-    Ok(claim(&reverse_key, &entry.reversed(key)))
+    other_entry.begin_opposite(entry, key);
+    Ok(claim(&reverse_key, other_entry))
 }
 
 /// Step: deletes another flow with the reply tuple of this flow, if both sides of that flow have closed it. A flow that
@@ -246,15 +252,20 @@ pub(crate) fn reverse_state(key: &CtKeyWords, entry: &CtEntryWords) -> u8 {
 fn establish(mut ctx: CtxRef) -> Result<(), DropReason> {
     ctx.entry.seen = now();
     ctx.entry.state = tcp_state::after(ctx.entry.state, ctx.packet.flags);
-    let PacketCtx { key, entry, .. } = &*ctx;
+    let PacketCtx {
+        key,
+        entry,
+        other_entry,
+        ..
+    } = &mut *ctx;
     let reverse_key = entry.reverse_key(key);
-    let mut reversed = entry.reversed(key);
+    other_entry.begin_opposite(entry, key);
     if let Some(at) = find_unreplied(&reverse_key) {
         // SAFETY: the pointer is to a value of the map, and a `u8` needs no alignment.
-        reversed.state = unsafe { read_once!((*at).state) };
+        other_entry.state = unsafe { read_once!((*at).state) };
     }
     // A program that finds one direction in CT must find the opposite one there.
-    if !insert_established(&reverse_key, &reversed) || !insert_established(key, entry) {
+    if !insert_established(&reverse_key, other_entry) || !insert_established(key, entry) {
         remove_established(&reverse_key);
         return Err(DropReason::ConntrackFull);
     }
@@ -299,10 +310,12 @@ macro_rules! copy_old {
                 return true;
             };
             let mut room = MaybeUninit::<CtEntry>::uninit();
-            // SAFETY: the pointer is to a value of the map, which may change meanwhile, and the copy initializes all bytes.
+            // SAFETY: the pointer is to a value of the map, which may change meanwhile and has at least the bytes that are in use.
+            // All other bytes are zero.
             let entry = unsafe {
-                volatile::copy(from, room.as_mut_ptr());
-                room.assume_init_ref()
+                let room = volatile::zeroed(&mut room);
+                volatile::copy_first(from, room, CtEntry::USED);
+                &*room
             };
             match $new.insert(key, entry, u64::from(BPF_NOEXIST)) {
                 Ok(()) => {}

@@ -5,13 +5,13 @@ use core::ptr;
 
 use aya_ebpf::btf_maps::lpm_trie::Key as Prefix;
 use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
-use lb_common::abi::{Addr, Frontend, FrontendKeyWords, ServiceIndex, SourceRange};
+use lb_common::abi::{Addr, FilterBit, Frontend, FrontendKeyWords, ServiceIndex, SourceRange};
 use lb_common::logic::decide::{PacketTables, Services};
 use lb_common::logic::frontend::{Destination, Tables};
 use lb_common::logic::ip128::Ip128;
 
 use crate::backend::ServiceRef;
-use crate::maps::{CLUSTER_CIDRS, FRONTENDS, NODE_ADDRS, SOURCE_RANGES, node_netns};
+use crate::maps::{CLUSTER_CIDRS, FILTER, FRONTENDS, NODE_ADDRS, SOURCE_RANGES, node_netns};
 
 /// The maps that decisions depend on, and the context of the program for its socket.
 pub(crate) struct MapTables {
@@ -32,9 +32,22 @@ impl Tables for MapTables {
     #[inline(always)]
     fn frontend(&self, key: Destination) -> Option<Frontend> {
         let value = FRONTENDS.get_ptr(FrontendKeyWords::new(key.addr.0, key.port, key.proto).as_key())?;
-        // SAFETY: the pointer is to a value of the map, which has 8 bytes and is aligned to 8 bytes; `lb_frontend_swap`
-        // may store to it at any time.
-        Some(Frontend::from_word(unsafe { ptr::read_volatile(value.cast::<u64>()) }))
+        let words = value.cast::<u64>();
+        // SAFETY: the pointer is to a value of the map, which is two words and is aligned to 8 bytes; `lb_frontend_swap` may store
+        // to it at any time.
+        let words = unsafe { [ptr::read_volatile(words), ptr::read_volatile(words.add(1))] };
+        Some(Frontend::from_words(words))
+    }
+
+    #[inline(always)]
+    fn may_have(&self, addr: Ip128) -> bool {
+        let bit = FilterBit::of(addr.0);
+        // A bit outside of the map, which has all, would settle nothing.
+        FILTER.get_ptr(bit.word()).is_none_or(|word| {
+            // SAFETY: the pointer is to a value of the map, which has 8 bytes and is aligned to 8 bytes; the agent may store to it
+            // at any time.
+            bit.is_in(unsafe { ptr::read_volatile(word) })
+        })
     }
 
     #[inline(always)]

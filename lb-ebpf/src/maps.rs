@@ -37,7 +37,7 @@ macro_rules! flags {
 macro_rules! statics {
     ($(
         $(#[$doc:meta])*
-        $name:ident: $kind:ident<$key:ty, $value:ty>, $flags:ident,
+        $name:ident: $kind:ident<$key:ty, $value:ty>, $flags:ident, $role:ident $(from $smallest:literal)?,
             $(sized $sized:ident $sizes:tt)? $(sized_as $like:ident)? $(fixed $fixed:expr)?;
     )*) => {
         $(

@@ -48,7 +48,7 @@ pub(crate) struct PacketCtx {
     pub(crate) key: CtKeyWords,
     /// Entry of the packet's flow: a copy of the one in the maps, or the one of a new flow.
     pub(crate) entry: CtEntryWords,
-    /// Entry of another flow that has the reply tuple of this flow.
+    /// Entry of the opposite direction that is being inserted, or of another flow that has the reply tuple of this flow.
     pub(crate) other_entry: CtEntryWords,
     /// Backend and delivery of a new flow.
     pub(crate) selection: Selection,

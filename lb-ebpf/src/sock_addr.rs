@@ -4,10 +4,11 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::{bpf_get_socket_cookie, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_set_retval};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::abi::{DropReason, EventKind, ServiceIndex, ip_protocol};
+use lb_common::abi::{DropReason, EventKind, Frontend, ServiceIndex, ip_protocol};
 use lb_common::logic::decide::{self, SocketFrontend};
 use lb_common::logic::frontend::Destination;
 use lb_common::logic::log::Hook;
+use lb_common::logic::selection;
 
 use crate::backend::{Client, SelectedBackend, ServiceSet};
 use crate::count;
@@ -97,18 +98,35 @@ fn connect<F: Family>(ctx: &SockAddrContext, hook: Hook) -> i32 {
     }
 }
 
-/// Returns the service index and set of a destination, or `None` if this hook does not translate it.
+/// Returns the frontend of a destination, or `None` if it has none.
 #[inline(always)]
-fn find_service_set(tables: &MapTables, to: Destination) -> Result<Option<(ServiceIndex, ServiceSet)>, Refusal> {
-    let refusal = |service, reason| Refusal { to, service, reason };
-    let unknown = |reason| refusal(ServiceIndex::NONE, reason);
-    let frontend = match decide::socket_frontend(tables, node_only(), to).map_err(unknown)? {
-        SocketFrontend::Found(frontend) => frontend,
-        SocketFrontend::None | SocketFrontend::OtherNamespace => return Ok(None),
+fn find_frontend(tables: &MapTables, to: Destination) -> Result<Option<Frontend>, Refusal> {
+    let refusal = |reason| Refusal {
+        to,
+        service: ServiceIndex::NONE,
+        reason,
     };
+    match decide::socket_frontend(tables, node_only(), to).map_err(refusal)? {
+        SocketFrontend::Found(frontend) => Ok(Some(frontend)),
+        SocketFrontend::None | SocketFrontend::OtherNamespace => Ok(None),
+    }
+}
+
+/// Returns the service and set of a frontend, or `None` if this hook does not translate its destination.
+#[inline(always)]
+fn find_service_set(tables: &MapTables, to: Destination, frontend: Frontend) -> Result<Option<ServiceSet>, Refusal> {
     let service = frontend.service;
-    let admission = decide::admit_socket(tables, frontend).map_err(|reason| refusal(service, reason))?;
-    Ok(admission.map(|admission| (service, ServiceSet::new(service, admission))))
+    let admission = decide::admit_socket(tables, frontend).map_err(|reason| Refusal { to, service, reason })?;
+    Ok(admission.map(|admission| ServiceSet::new(service, admission)))
+}
+
+/// Removes the record of a socket that connects to something else than a service: a UDP socket may have been connected to a service
+/// before.
+#[inline(always)]
+fn forget(ctx: &SockAddrContext, to: Destination) {
+    if to.proto == ip_protocol::UDP {
+        sockets::remove(cookie(ctx));
+    }
 }
 
 /// Selects a backend for a connecting socket, stores the record of the socket, and replaces the destination.
@@ -116,20 +134,33 @@ fn find_service_set(tables: &MapTables, to: Destination) -> Result<Option<(Servi
 fn try_connect<F: Family>(ctx: &SockAddrContext, log: Option<Hook>) -> Result<(), Refusal> {
     let to = destination::<F>(ctx);
     let maps = MapTables { ctx: ctx.as_ptr() };
-    let Some((service, service_set)) = find_service_set(&maps, to)? else {
-        if to.proto == ip_protocol::UDP {
-            // The socket may have been connected to a service before.
-            sockets::remove(cookie(ctx));
-        }
+    let Some(frontend) = find_frontend(&maps, to)? else {
+        forget(ctx, to);
         return Ok(());
     };
+    let (cookie, service) = (cookie(ctx), frontend.service);
+    // These two and the slot of the backend are probably not cached. None of the three depends on another, so the processor waits for
+    // all at once.
+    sockets::prefetch(cookie);
+    count::prefetch(service);
     let refusal = |reason| Refusal { to, service, reason };
-    let selected = service_set.select(|| Client::netns(maps.netns())).map_err(refusal)?;
+    // SAFETY: the helper has no arguments.
+    let time = unsafe { bpf_ktime_get_coarse_ns() };
+    let random = selection::number_of_socket(cookie, time);
+    let netns = maps.netns();
+    let selected = if let Some(selected) = SelectedBackend::of_frontend(frontend, random) {
+        selected
+    } else {
+        let Some(service_set) = find_service_set(&maps, to, frontend)? else {
+            forget(ctx, to);
+            return Ok(());
+        };
+        service_set.select(random, || Client::netns(netns)).map_err(refusal)?
+    };
     let new = Connected {
-        cookie: cookie(ctx),
-        netns: maps.netns(),
-        // SAFETY: the helper has no arguments.
-        time: unsafe { bpf_ktime_get_coarse_ns() },
+        cookie,
+        netns,
+        time,
         original: to,
         backend: selected,
         service,
@@ -163,7 +194,11 @@ fn try_connect<F: Family>(ctx: &SockAddrContext, log: Option<Hook>) -> Result<()
 fn try_send<F: Family>(ctx: &SockAddrContext, hook: Hook) -> Result<(), Refusal> {
     let to = destination::<F>(ctx);
     let maps = MapTables { ctx: ctx.as_ptr() };
-    let Some((service, service_set)) = find_service_set(&maps, to)? else {
+    let Some(frontend) = find_frontend(&maps, to)? else {
+        return Ok(());
+    };
+    let service = frontend.service;
+    let Some(service_set) = find_service_set(&maps, to, frontend)? else {
         return Ok(());
     };
     let refusal = |reason| Refusal { to, service, reason };
@@ -208,7 +243,8 @@ fn select_for_unconnected(
     {
         return Ok(selected);
     }
-    let new = service_set.select(|| Client::netns(maps.netns()))?;
+    let random = selection::number_of_socket(cookie, now);
+    let new = service_set.select(random, || Client::netns(maps.netns()))?;
     let stored = UdpDests::find_or_insert(cookie)?.store(to, old, new, service, maps.netns(), now);
     if stored.evicted {
         count::dropped(DropReason::UdpFlowReplaced);

@@ -147,6 +147,15 @@ impl Connected {
     }
 }
 
+/// Loads the slot of a socket into the cache, for [`insert`].
+#[inline(always)]
+pub(crate) fn prefetch(cookie: u64) {
+    if let Some(slot) = Current::slot(cookie) {
+        // SAFETY: the pointer is to a value of the map, and the field is aligned.
+        let _ = unsafe { read_once!((*slot.0).cookie) };
+    }
+}
+
 /// Stores the record of a connected socket.
 ///
 /// # Errors
@@ -242,6 +251,7 @@ const EMPTY: SocketRecord = SocketRecord {
     socket: 0,
     proto: 0,
     pad: [0; 7],
+    reserved: [0; 4],
 };
 
 /// The record of a connected socket.
@@ -348,8 +358,8 @@ pub(crate) fn copy_record(cookie: u64) -> bool {
         return true;
     };
     let mut value = EMPTY;
-    // SAFETY: the pointers are to a value of a map and to a local variable.
-    unsafe { volatile::copy(from, &raw mut value) };
+    // SAFETY: the pointers are to a value of a map, which has at least the bytes that are in use, and to a local variable.
+    unsafe { volatile::copy_first(from, &raw mut value, SocketRecord::USED) };
     if !record::is_complete(value.sequence) || slot.cookie().load() == cookie {
         return true;
     }
@@ -374,8 +384,8 @@ pub(crate) fn copy_record_by_key(key: u64) -> bool {
         return true;
     };
     let mut value = EMPTY;
-    // SAFETY: the pointers are to a value of a map and to a local variable.
-    unsafe { volatile::copy(from.cast_const(), &raw mut value) };
+    // SAFETY: the pointers are to a value of a map, which has at least the bytes that are in use, and to a local variable.
+    unsafe { volatile::copy_first(from.cast_const(), &raw mut value, SocketRecord::USED) };
     if let Err(error) = Current::insert_by_key(key, &value, u64::from(BPF_NOEXIST)) {
         return error == -EEXIST.number;
     }

@@ -5,7 +5,7 @@
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use lb_common::abi::{CtEntryWords, DropReason, EventKind, RejectWith, ServiceIndex, ct_flags};
+use lb_common::abi::{DropReason, EventKind, RejectWith, ServiceIndex, ct_flags};
 use lb_common::logic::ct::{self as ct_logic, Action, FlowState, Match};
 use lb_common::logic::decide::{self, Arrival};
 use lb_common::logic::delivery::{self, Facts};
@@ -325,7 +325,7 @@ fn select_backend(mut ctx: CtxRef) -> Result<(), DropReason> {
     ctx.selection.client_is_local = admission.client_is_local;
     ctx.selection.set = admission.set;
     let service_set = ServiceSet::new(ctx.frontend.service, admission);
-    ctx.selection.backend = service_set.select(|| Client::addr(client))?;
+    ctx.selection.backend = service_set.select(backend::random(), || Client::addr(client))?;
     Ok(())
 }
 
@@ -343,7 +343,8 @@ fn plan_delivery(skb: Skb, mut ctx: CtxRef) -> Result<(), DropReason> {
         dst_port: backend.port,
         ..ctx.tuple()
     };
-    ctx.entry = CtEntryWords::new(&translated, backend.reference, ctx.service, set, ct::now());
+    let service = ctx.service;
+    ctx.entry.begin(&translated, backend.reference, service, set, ct::now());
     let route = send::step::route(skb, ctx)?;
     let facts = Facts {
         at_egress: ctx.at_egress,

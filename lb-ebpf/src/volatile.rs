@@ -104,6 +104,21 @@ pub(crate) unsafe fn copy<T: Copy>(from: *const T, to: *mut T) {
     }
 }
 
+/// Copies the first bytes of a record, by their number.
+///
+/// # Safety
+/// `from` must be valid for reads of `bytes`, and `to` for writes; both must be aligned to 8 bytes.
+#[inline(always)]
+pub(crate) unsafe fn copy_first<T: Copy>(from: *const T, to: *mut T, bytes: usize) {
+    for at in 0..bytes.min(size_of::<T>()) / 8 {
+        // SAFETY: the index is less than the number of words that the caller guarantees to be valid and aligned.
+        unsafe {
+            let word = from.cast::<u64>().add(at).read_volatile();
+            to.cast::<u64>().add(at).write_volatile(word);
+        }
+    }
+}
+
 /// Sets a structure of the kernel to zero and returns it.
 ///
 /// # Safety

@@ -40,15 +40,21 @@ struct frontend_key {
 	u32 port_proto;
 };
 
+struct frontend {
+	u64 service_kind; // Service index, with the kind above it.
+	u64 set;
+};
+
 struct service {
 	u64 internal, external, cluster;
 	u32 flags, affinity_timeout, generation, pad;
+	u64 reserved[3];
 };
 
 struct slot {
 	struct addr addr;
 	u16 port, flags;
-	u32 backend, generation, pad;
+	u32 backend, generation, service;
 };
 
 struct backend {
@@ -68,12 +74,13 @@ struct affinity {
 };
 
 struct stats {
-	u64 connections, refused;
+	u64 connections, refused, reserved[2];
 };
 
 struct config {
 	u32 events;
 	u16 snat_first, snat_last;
+	u64 reserved[7];
 };
 
 // The pinned maps determine the sizes.
@@ -81,7 +88,7 @@ struct {
 	__uint(type, MAP_HASH);
 	__uint(max_entries, 1);
 	__type(key, struct frontend_key);
-	__type(value, u64);
+	__type(value, struct frontend);
 } FRONTENDS SEC(".maps");
 
 struct {

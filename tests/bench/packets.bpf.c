@@ -99,9 +99,16 @@ struct ct_entry {
 	u32 pad;
 };
 
+// Value of CT and CT_NEW. It is too large for the stack of a chain of calls.
+struct ct_value {
+	struct ct_entry used;
+	u64 reserved[8];
+};
+
 struct device {
 	struct addr v4, v6;
 	u32 flags, pad;
+	u64 reserved[3];
 };
 
 struct prefix {
@@ -118,15 +125,34 @@ struct {
 	__uint(type, MAP_HASH);
 	__uint(max_entries, 1);
 	__type(key, struct ct_key);
-	__type(value, struct ct_entry);
+	__type(value, struct ct_value);
 } CT SEC(".maps");
 
 struct {
 	__uint(type, MAP_LRU_HASH);
 	__uint(max_entries, 1);
 	__type(key, struct ct_key);
-	__type(value, struct ct_entry);
+	__type(value, struct ct_value);
 } CT_NEW SEC(".maps");
+
+struct {
+	__uint(type, MAP_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct ct_value);
+} SCRATCH SEC(".maps");
+
+// Inserts an entry unless the map has its key.
+static inline long insert(void *map, const struct ct_key *key, const struct ct_entry *entry)
+{
+	u32 zero = 0;
+	struct ct_value *value = map_lookup(&SCRATCH, &zero);
+
+	if (!value)
+		return -1;
+	value->used = *entry;
+	return map_update(map, key, value, NOEXIST);
+}
 
 struct {
 	__uint(type, MAP_HASH);
@@ -384,7 +410,7 @@ static noinline int claim_answers(const struct ct_key *key, const struct ct_entr
 	if (map_lookup(&CT, &answers) || map_lookup(&CT_NEW, &answers))
 		return 0;
 	other_entry(key, entry, &other);
-	return !map_update(&CT_NEW, &answers, &other, NOEXIST);
+	return !insert(&CT_NEW, &answers, &other);
 }
 
 static noinline void forget(const struct ct_key *key, const struct ct_entry *entry)
@@ -412,7 +438,7 @@ static noinline u8 other_state(const struct ct_key *key, const struct ct_entry *
 
 static inline int keep(const struct ct_key *key, const struct ct_entry *entry)
 {
-	long error = map_update(&CT, key, entry, NOEXIST);
+	long error = insert(&CT, key, entry);
 
 	return !error || error == -17;
 }
@@ -690,14 +716,14 @@ static noinline int existing(struct __sk_buff *skb, const struct packet *p, int 
 // Returns the frontend word of a destination; zero if it is no frontend; ADDRESS for an unknown port of a Service address.
 static inline u64 frontend(const struct ct_key *to, struct frontend_key *key)
 {
-	u64 *found;
+	struct frontend *found;
 
 	if (unlikely(is_loopback(or_loopback(to->dst))))
 		return 0;
 	*key = (struct frontend_key){ WORDS(to->dst), to->dst_port | to->proto << 16 };
 	found = map_lookup(&FRONTENDS, key);
 	if (found)
-		return READ_ONCE(*found);
+		return READ_ONCE(found->service_kind);
 	key->port_proto = 0;
 	if (map_lookup(&FRONTENDS, key))
 		return (u64)ADDRESS << 32;
@@ -709,7 +735,7 @@ static inline u64 frontend(const struct ct_key *to, struct frontend_key *key)
 		key->addr[0] = key->addr[1] = key->addr[2] = 0;
 	key->addr[3] = 0;
 	found = map_lookup(&FRONTENDS, key);
-	return found ? READ_ONCE(*found) : 0;
+	return found ? READ_ONCE(found->service_kind) : 0;
 }
 
 // The selection for a new flow.
@@ -891,7 +917,7 @@ static noinline int begin(struct __sk_buff *skb, const struct packet *p, int at_
 	if (unlikely(result != SERVED))
 		return result;
 	entry.state = state_after(0, p->flags);
-	if (unlikely(map_update(&CT_NEW, &p->is, &entry, NOEXIST))) {
+	if (unlikely(insert(&CT_NEW, &p->is, &entry))) {
 		// Another packet of the flow has inserted the entry first.
 		struct ct_key answers;
 		struct ct_entry *known;

@@ -1,5 +1,5 @@
-// Reference programs of `cargo xtask bench`: the work of lb's programs on sockets, written by hand in C, on the maps that the
-// agent created and filled. And an empty program for each hook.
+// Reference programs of `cargo xtask bench`, on the maps that the agent created and filled: the work of lb's programs on
+// sockets, written by hand in C, an empty program for each hook, and the floor of the connect hooks.
 //
 // Trace events are left out. The programs look up whether tracing is enabled, and count events as lost if it is.
 
@@ -49,6 +49,7 @@ struct record {
 	u32 backend, generation, service;
 	u64 socket;
 	u8 proto, pad[7];
+	u64 reserved[4];
 };
 
 enum { FLOWS = 4 };
@@ -123,7 +124,8 @@ static inline struct end end_of(struct bpf_sock_addr *ctx, int v6)
 	return end;
 }
 
-static inline int set_end(struct bpf_sock_addr *ctx, struct addr addr, u16 port, int v6)
+// Writes an address, which must be of the hook's family, and a port to the context.
+static inline void write_end(struct bpf_sock_addr *ctx, struct addr addr, u16 port, int v6)
 {
 	if (v6) {
 		volatile u64 *words = (volatile u64 *)ctx->user_ip6;
@@ -131,11 +133,16 @@ static inline int set_end(struct bpf_sock_addr *ctx, struct addr addr, u16 port,
 		words[0] = addr.high;
 		words[1] = addr.low;
 	} else {
-		if (unlikely(!is_v4(addr)))
-			return 0;
 		ctx->user_ip4 = addr.low >> 32;
 	}
 	ctx->user_port = __builtin_bswap16(port);
+}
+
+static inline int set_end(struct bpf_sock_addr *ctx, struct addr addr, u16 port, int v6)
+{
+	if (!v6 && unlikely(!is_v4(addr)))
+		return 0;
+	write_end(ctx, addr, port, v6);
 	return 1;
 }
 
@@ -161,7 +168,7 @@ static inline u64 frontend(struct bpf_sock_addr *ctx, struct end to)
 		{ addr.high, addr.high >> 32, addr.low, addr.low >> 32 },
 		port_proto,
 	};
-	u64 *found;
+	struct frontend *found;
 
 	if (unlikely(is_loopback(addr))) {
 		if (get_netns_cookie(ctx) != NODE_NETNS)
@@ -169,7 +176,7 @@ static inline u64 frontend(struct bpf_sock_addr *ctx, struct end to)
 	} else {
 		found = map_lookup(&FRONTENDS, &key);
 		if (found)
-			return READ_ONCE(*found);
+			return READ_ONCE(found->service_kind);
 		key.port_proto = 0;
 		if (map_lookup(&FRONTENDS, &key))
 			return (u64)ADDRESS << 32;
@@ -182,7 +189,7 @@ static inline u64 frontend(struct bpf_sock_addr *ctx, struct end to)
 		key.addr[0] = key.addr[1] = key.addr[2] = 0;
 	key.addr[3] = 0;
 	found = map_lookup(&FRONTENDS, &key);
-	return found ? READ_ONCE(*found) : 0;
+	return found ? READ_ONCE(found->service_kind) : 0;
 }
 
 // Looks up the service port and the set that serve a destination. Returns SERVED, PASSED, or the drop reason.
@@ -353,6 +360,41 @@ static inline int connect(struct bpf_sock_addr *ctx, int v6)
 		return refuse(serving.service, BAD_FAMILY);
 	count(serving.service, 1);
 	event(CONNECTED);
+	return ALLOW;
+}
+
+// The floor: the least that a load balancer without sets in its frontends can do at a connect hook on these maps. A hit reads FRONTENDS, SERVICES and
+// BACKEND_SLOTS, and a miss reads FRONTENDS only. It serves cluster IPs over TCP. It has no affinity, address marks, node
+// ports, socket records, counters, events, or check of the network namespace.
+static inline int floor_connect(struct bpf_sock_addr *ctx, int v6)
+{
+	struct end to = end_of(ctx, v6);
+	struct frontend_key key = {
+		{ to.addr.high, to.addr.high >> 32, to.addr.low, to.addr.low >> 32 },
+		to.port | to.proto << 16,
+	};
+	struct frontend *found = map_lookup(&FRONTENDS, &key);
+	struct service *entry;
+	struct slot *slot;
+	u32 service, index;
+	u64 set;
+	u16 len;
+
+	if (!found)
+		return ALLOW;
+	service = READ_ONCE(found->service_kind);
+	entry = map_lookup(&SERVICES, &service);
+	if (!entry)
+		return DENY;
+	set = READ_ONCE(entry->internal);
+	len = set >> 32;
+	if (unlikely(!len))
+		return DENY;
+	index = (u32)set + (u32)((u64)get_prandom_u32() * len >> 32);
+	slot = map_lookup(&BACKEND_SLOTS, &index);
+	if (!slot)
+		return DENY;
+	write_end(ctx, slot->addr, slot->port, v6);
 	return ALLOW;
 }
 
@@ -633,6 +675,16 @@ SEC("cgroup/sock_release") int c_sock_release(struct bpf_sock *ctx)
 	if (ctx->protocol == UDP)
 		map_delete(&UDP_FLOWS, &cookie);
 	return ALLOW;
+}
+
+SEC("cgroup/connect4") int floor_connect4(struct bpf_sock_addr *ctx)
+{
+	return floor_connect(ctx, 0);
+}
+
+SEC("cgroup/connect6") int floor_connect6(struct bpf_sock_addr *ctx)
+{
+	return floor_connect(ctx, 1);
 }
 
 SEC("cgroup/connect4") int empty_connect4(struct bpf_sock_addr *ctx)

@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use crate::{Cluster, Netns, Node, Process, pause_between_polls, scaled_timeout, testbed};
 
 /// Time limit for an agent to apply everything after its start, and to apply a change.
-const READY_TIMEOUT: Duration = Duration::from_secs(30);
+const READY_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// The part of the output of `lb-agent status -o json` that tests use.
 #[derive(Debug, Clone, Deserialize)]
@@ -368,6 +368,38 @@ impl Agent {
     pub fn verify(&self) -> Result<()> {
         let arguments = ["verify", "--node-name", self.node()].map(OsString::from);
         self.output(&[&arguments, self.source.as_slice()].concat()).map(drop)
+    }
+
+    /// Checks that the agent reports no problem, except that it does not serve the whole machine.
+    ///
+    /// # Errors
+    /// If it reports one, or `status` fails.
+    pub fn check_problems(&self) -> Result<()> {
+        let problems = self.status()?.problems;
+        ensure!(problems.iter().all(|p| p.place.starts_with("cgroup")), "{problems:?}");
+        Ok(())
+    }
+
+    /// Checks that the pin path has the pins of this layout, and of no other one.
+    ///
+    /// # Errors
+    /// If it has other directories, or cannot be read.
+    pub fn check_layout(&self, layout: u32) -> Result<()> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.pin_path).with_context(|| format!("listing {}", self.pin_path.display()))? {
+            found.push(entry?.file_name());
+        }
+        ensure!(
+            found == [&*format!("v{layout}")],
+            "{found:?} below the pin path, not v{layout}"
+        );
+        Ok(())
+    }
+
+    /// The log, which all processes of this agent share.
+    #[must_use]
+    pub fn log(&self) -> &Path {
+        &self.log
     }
 
     /// Returns the last lines of the log, which all processes of this agent share.

@@ -22,6 +22,8 @@ const NODE_PORTS: [[u16; 2]; 2] = [[30080, 30053], [30081, 30054]];
 const ADDRESSES: [u8; 2] = [20, 21];
 /// Number of connections that each client holds.
 const HELD: u32 = 20;
+/// Time limit for all rounds in seconds: clients that ended earlier would find no failure.
+const LONGEST_RUN: f64 = 3600.0;
 
 /// Two nodes with two Services, and clients in a pod and outside: short connections, held connections, and connected and
 /// unconnected UDP sockets, in both families.
@@ -151,6 +153,7 @@ impl Workload {
         let connect = Connect::to(&targets)
             .threads(2)
             .rate(200.0)
+            .seconds(LONGEST_RUN)
             .timeout(scaled_timeout(Duration::from_secs(5)))
             .peer_check();
         testbed().start(netns, &connect)

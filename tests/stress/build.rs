@@ -2,5 +2,5 @@
 
 fn main() -> anyhow::Result<()> {
     println!("cargo::rerun-if-changed=build.rs");
-    lb_ebpf_build::build("lb-probe", concat!(env!("CARGO_MANIFEST_DIR"), "/../probe"))
+    lb_ebpf_build::build("lb-probe", concat!(env!("CARGO_MANIFEST_DIR"), "/../probe"), &[])
 }

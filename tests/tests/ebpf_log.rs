@@ -5,7 +5,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use lb_agent::loader::{self, EbpfLog, Lock, OBJECT, PinPath, SocketLb};
+use lb_agent::loader::{self, EbpfLog, Loader, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::node::devices::Layer;
 use lb_core::maps::Capacities;
 use lb_tests::manifests::{Manifests, Port, service, slice};
@@ -154,7 +154,8 @@ fn log_lines_are_removed_by_the_verifier_by_default() -> Result<()> {
     let verified = |log| -> Result<u32> {
         let pins = PinPath::new(cluster.pin_path("n1"));
         let lock = Lock::take(&pins)?;
-        let mut maps = loader::load_logging(OBJECT, &lock, &Capacities::default(), SocketLb::All, log)?.maps;
+        let loader = Loader::new(OBJECT, &lock, SocketLb::All, log)?;
+        let mut maps = loader.load(|_| Capacities::default())?.maps;
         loader::load_device_programs(maps.programs_mut(), Layer::Network)?;
         let total = loader::verified(maps.programs())?
             .iter()

@@ -1,6 +1,7 @@
 //! Pinned maps: readable with bpftool, checked by `verify`, repaired by a restart, limited by flags.
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::Path;
 use std::process::Command;
 
@@ -9,8 +10,8 @@ use aya::maps::{Array, HashMap, Map, MapData};
 use lb_agent::loader::{self, Lock, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_agent::source::manifests::ManifestSource;
-use lb_common::abi::{SizedMap, VERSION};
-use lb_core::maps::{Capacities, Maps as _};
+use lb_common::abi::{MAPS, Service, SizedMap, VERSION, map_flags};
+use lb_core::maps::{Capacities, Maps as _, memory};
 use lb_core::reconcile::Reconciler;
 use lb_core::verify::{Drift, verify};
 use lb_tests::manifests::{Manifests, Port, service, slice};
@@ -30,6 +31,9 @@ struct Setup {
     _server: Process,
     cluster: Cluster,
 }
+
+/// Size of a value of SERVICES.
+const SERVICE: usize = size_of::<Service>();
 
 /// Creates a node with Services `web` (a local endpoint and a remote one) and `db` (the local one).
 fn setup(more: &[&str]) -> Result<Setup> {
@@ -88,11 +92,13 @@ fn bpftool_dump_prints_named_fields() -> Result<()> {
     assert_eq!(web["value"]["kind"], 2, "ClusterIP");
     let service = &web["value"]["service"];
     let index = service["index"].as_u64().context("service index")?;
+    let set = web["value"]["set"].clone();
 
     let services = setup.dump("SERVICES")?;
     let web = services.iter().find(|e| e["key"] == index).context("no service")?;
     let (internal, cluster) = (&web["value"]["internal"], &web["value"]["cluster"]);
     assert_eq!((&internal["len"], &cluster["len"]), (&Value::from(1), &Value::from(2)));
+    assert_eq!(&set, internal);
     assert_eq!(web["value"]["generation"], 1);
 
     let slots = setup.dump("BACKEND_SLOTS")?;
@@ -131,6 +137,34 @@ fn status_shows_the_use_of_every_map_that_a_flag_sizes() -> Result<()> {
     Ok(())
 }
 
+/// The kernel reports the memory of a map since Linux 6.4, and before that only a part of it.
+#[test]
+fn computed_memory_of_maps_is_that_of_the_kernel() -> Result<()> {
+    let setup = setup(&[])?;
+    let cpus = aya::util::nr_cpus().map_err(|(path, error)| anyhow::anyhow!("{path}: {error}"))? as u32;
+    let maps = setup.agent.pin_path().join(format!("v{VERSION}/maps"));
+    for spec in MAPS {
+        let map = pinned(&maps, spec.name)?;
+        let fdinfo = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", map.fd().as_fd().as_raw_fd()))?;
+        let memlock = fdinfo.lines().find_map(|line| line.strip_prefix("memlock:"));
+        let reported: u64 = memlock.context("no memlock")?.trim().parse()?;
+        let computed = memory::of_map(spec, map.info()?.max_entries(), cpus);
+        println!("{:<16} {reported:>9} reported, {computed:>9} computed", spec.name);
+        ensure!(reported <= computed, "{}: {reported} > {computed}", spec.name);
+        // The others allocate entries when they are inserted.
+        if spec.flags & map_flags::NO_PREALLOC == 0 {
+            ensure!(computed <= reported + 1024, "{}: {computed}, not {reported}", spec.name);
+        }
+    }
+    let status: Value = setup.agent.json(&["status"])?;
+    let rows = status["maps"].as_array().context("maps")?;
+    let sum: u64 = rows.iter().filter_map(|row| row["memory"].as_u64()).sum();
+    ensure!(status["map_memory"]["bytes"] == sum, "{}", status["map_memory"]);
+    let limit = status["map_memory"]["limit"].as_u64().context("no limit")?;
+    ensure!((1 << 20..=1 << 30).contains(&limit), "{limit}");
+    Ok(())
+}
+
 /// A change of one field of one entry from outside: the name that `verify` gives the field, and the byte to change.
 struct Corruption {
     map: &'static str,
@@ -148,6 +182,9 @@ const CORRUPTIONS: &[Corruption] = &[
     corruption("FRONTENDS", "service", 0),
     corruption("FRONTENDS", "kind", 4),
     corruption("FRONTENDS", "pad", 5),
+    corruption("FRONTENDS", "set.base", 8),
+    corruption("FRONTENDS", "set.len", 12),
+    corruption("FRONTENDS", "set.flags", 14),
     corruption("SERVICES", "internal.base", 0),
     corruption("SERVICES", "internal.len", 4),
     corruption("SERVICES", "internal.flags", 6),
@@ -166,7 +203,7 @@ const CORRUPTIONS: &[Corruption] = &[
     corruption("BACKEND_SLOTS", "flags", 18),
     corruption("BACKEND_SLOTS", "backend.id", 20),
     corruption("BACKEND_SLOTS", "backend.generation", 24),
-    corruption("BACKEND_SLOTS", "pad", 28),
+    corruption("BACKEND_SLOTS", "service", 28),
     corruption("BACKENDS", "addr", 15),
     corruption("BACKENDS", "port", 16),
     corruption("BACKENDS", "flags", 18),
@@ -180,18 +217,18 @@ impl Corruption {
     /// changed generation still means that the entry is in use, and a changed base leads to another set.
     fn apply(&self, maps: &Path) -> Result<String> {
         if self.map == "FRONTENDS" {
-            let mut map: HashMap<_, [u8; 20], [u8; 8]> = Map::HashMap(pinned(maps, self.map)?).try_into()?;
+            let mut map: HashMap<_, [u8; 20], [u8; 16]> = Map::HashMap(pinned(maps, self.map)?).try_into()?;
             let (key, mut value) = first_frontend(&map)?;
             value[self.at] ^= 2;
             map.insert(key, value, 0)?;
             return Ok(format!("FRONTENDS[10.96.0.{}:80, protocol 6].{}", key[15], self.field));
         }
         if self.map == "SERVICES" {
-            return self.apply_at::<40>(maps, |value| value[32] & 1 == 1);
+            return self.apply_at::<SERVICE>(maps, |value| value[32] & 1 == 1);
         }
         if self.map == "BACKEND_SLOTS" {
             // A slot in no set belongs to no Service, so this takes the first slot of some Service's cluster set.
-            let services: Array<_, [u8; 40]> = Map::Array(pinned(maps, "SERVICES")?).try_into()?;
+            let services: Array<_, [u8; SERVICE]> = Map::Array(pinned(maps, "SERVICES")?).try_into()?;
             let live = services
                 .iter()
                 .filter_map(Result::ok)
@@ -225,7 +262,7 @@ fn pinned(maps: &Path, name: &str) -> Result<MapData> {
 }
 
 /// Returns some frontend that is no address mark.
-fn first_frontend(map: &HashMap<MapData, [u8; 20], [u8; 8]>) -> Result<([u8; 20], [u8; 8])> {
+fn first_frontend(map: &HashMap<MapData, [u8; 20], [u8; 16]>) -> Result<([u8; 20], [u8; 16])> {
     map.iter()
         .filter_map(Result::ok)
         .find(|(key, _)| key[16] == 80)
@@ -275,7 +312,7 @@ fn verify_names_every_corrupted_field_and_a_restart_repairs_it() -> Result<()> {
     }
     // A changed key: the entry is missing, and there is one that is not desired.
     for at in [15, 16, 18, 19] {
-        let mut map: HashMap<_, [u8; 20], [u8; 8]> = Map::HashMap(pinned(&pins.maps(), "FRONTENDS")?).try_into()?;
+        let mut map: HashMap<_, [u8; 20], [u8; 16]> = Map::HashMap(pinned(&pins.maps(), "FRONTENDS")?).try_into()?;
         let (mut key, value) = first_frontend(&map)?;
         map.remove(&key)?;
         key[at] ^= 2;

@@ -16,7 +16,7 @@ use etherparse::{
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_common::abi::{Device, DropReason, ServiceIndex, SizedMap, program_name};
-use lb_core::maps::Capacities;
+use lb_core::maps::{Capacities, Maps as _};
 use lb_core::model::{
     Batch, Change, Endpoint, EndpointLocation, EndpointPort, EndpointSlice, Object, ObjectKey, Protocol, Service,
     ServicePort,
@@ -261,8 +261,7 @@ impl Fixture {
         maps.write_devices(&devices)?;
         maps.pinned_mut().write_snat_ports(Some(SNAT));
         let own = [IpAddr::from(node.address()), node.address6().into()];
-        maps.pinned_mut()
-            .write_node_addrs(&own.into_iter().map(Into::into).collect())?;
+        maps.write_node_addrs(&own.into_iter().map(Into::into).collect())?;
         Ok(Self {
             reconciler: Reconciler::adopt(maps, "n1")?,
             _lock: lock,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::node::devices::Layer;
-use lb_common::abi::{SizedMap, program_name};
+use lb_common::abi::{SizedMap, map_name, program_name};
 use lb_core::maps::Capacities;
 use lb_tests::Cluster;
 use object::{Object as _, ObjectSection as _, ObjectSymbol as _, RelocationTarget, SymbolKind};
@@ -88,58 +88,121 @@ const EXIT: u8 = 0x95;
 const LOAD_8_BYTES: u8 = 0x79;
 const FRAME_POINTER: u8 = 10;
 
-/// Returns the opcodes of the loads (except those from the stack) on each path from an instruction to the next call or
-/// exit.
-fn loads_before_next_call(code: &[Instruction], from: usize) -> Vec<Vec<u8>> {
+/// A load that is not from the stack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Load {
+    opcode: u8,
+    /// Register that has the address.
+    source: u8,
+    offset: i16,
+}
+
+/// The code between a call and the next one, on one path.
+#[derive(Debug)]
+struct Path<'a> {
+    /// Map of the look-up that the path ends with; `None` if it ends with something else.
+    looks_up: Option<&'a str>,
+    loads: Vec<Load>,
+}
+
+/// Returns the paths from an instruction to the next call or the end. `maps` has the map of each instruction that refers to one.
+fn paths<'a>(code: &[Instruction], maps: &'a BTreeMap<usize, String>, from: usize) -> Vec<Path<'a>> {
+    const LOOKUP: i32 = 1;
     const LOAD_CLASS: u8 = 0x01;
     const JUMP_CLASSES: [u8; 2] = [0x05, 0x06];
-    let (mut paths, mut open) = (Vec::new(), vec![(from, Vec::new())]);
-    while let Some((mut at, mut loads)) = open.pop() {
+    let (mut paths, mut open) = (Vec::new(), vec![(from, Vec::new(), None)]);
+    while let Some((mut at, mut loads, mut last_map)) = open.pop() {
         loop {
             let i = &code[at];
             let to = |offset: i64| usize::try_from(at as i64 + 1 + offset).unwrap();
+            last_map = maps.get(&at).map(String::as_str).or(last_map);
             match i.opcode {
-                CALL | EXIT => break,
+                CALL | EXIT => {
+                    let is_lookup = i.opcode == CALL && i.immediate == LOOKUP && i.source == 0;
+                    let looks_up = last_map.filter(|_| is_lookup);
+                    paths.push(Path { looks_up, loads });
+                    break;
+                }
                 // Unconditional jumps, by the offset and by the immediate.
                 0x05 => at = to(i.offset.into()),
                 0x06 => at = to(i.immediate.into()),
                 opcode => {
                     if JUMP_CLASSES.contains(&(opcode & 0x07)) {
-                        open.push((to(i.offset.into()), loads.clone()));
+                        open.push((to(i.offset.into()), loads.clone(), last_map));
                     } else if opcode & 0x07 == LOAD_CLASS && i.source != FRAME_POINTER {
-                        loads.push(opcode);
+                        loads.push(Load {
+                            opcode,
+                            source: i.source,
+                            offset: i.offset,
+                        });
                     }
                     at += 1;
                 }
             }
         }
-        paths.push(loads);
     }
     paths
 }
 
 /// A set word is published by one 8-byte store. A program that read base and length by two loads could see halves of
-/// two sets. Between the random number and the lookup of the selected slot, the program reads nothing else.
+/// two sets. In SERVICES, the last load before the lookup of the selected slot is the set word's, and no other load has a part of it.
+/// In FRONTENDS, the set word is the second word of the value that the lookup returned.
 #[test]
 fn set_word_is_read_by_a_single_load() -> Result<()> {
-    const RANDOM: i32 = 7;
     let object = object::File::parse(OBJECT)?;
     for hook in ["connect4", "connect6", "sendmsg4", "sendmsg6"] {
         let section = object.section_by_name(&format!("cgroup/{hook}"));
         let section = section.with_context(|| format!("no {hook}"))?;
         let code = instructions(section.data()?);
-        let is_random = |i: &Instruction| i.opcode == CALL && i.source == 0 && i.immediate == RANDOM;
-        let picks: Vec<_> = (0..code.len()).filter(|at| is_random(&code[*at])).collect();
-        assert!(!picks.is_empty(), "{hook} selects no slot");
-        for at in picks {
-            for loads in loads_before_next_call(&code, at + 1) {
-                assert_eq!(
-                    loads,
-                    [LOAD_8_BYTES],
-                    "{hook}: loads between the random number and the next call"
-                );
+        let mut maps = BTreeMap::new();
+        for (offset, relocation) in section.relocations() {
+            if let RelocationTarget::Symbol(symbol) = relocation.target() {
+                let symbol = object.symbol_by_index(symbol)?;
+                maps.insert(offset as usize / 8, symbol.name()?.to_owned());
             }
         }
+        let calls: Vec<_> = (0..code.len()).filter(|at| code[*at].opcode == CALL).collect();
+        let all: Vec<_> = calls.iter().flat_map(|at| paths(&code, &maps, at + 1)).collect();
+        let to_slot: Vec<_> = all
+            .iter()
+            .filter(|path| path.looks_up == Some(map_name::BACKEND_SLOTS))
+            .filter_map(|path| Some((path.loads.last()?, path)))
+            .collect();
+        assert!(!to_slot.is_empty(), "{hook} selects no slot");
+        for (last, path) in to_slot {
+            assert_eq!(last.opcode, LOAD_8_BYTES, "{hook}: {path:?}");
+            let is_of_word = |load: &&Load| load.source == last.source && load.offset.abs_diff(last.offset) < 8;
+            assert_eq!(path.loads.iter().filter(is_of_word).count(), 1, "{hook}: {path:?}");
+        }
+
+        let mut sets = 0;
+        let ends = |from: usize| paths(&code, &maps, from);
+        let starts = calls.iter().filter(|at| {
+            // A call is a lookup in FRONTENDS if a path to it says so.
+            let before = calls
+                .iter()
+                .rev()
+                .find(|before| before < at)
+                .map_or(0, |before| before + 1);
+            code[**at].immediate == 1
+                && ends(before)
+                    .iter()
+                    .any(|path| path.looks_up == Some(map_name::FRONTENDS))
+        });
+        for at in starts {
+            for path in ends(at + 1) {
+                let value: Vec<_> = path.loads.iter().filter(|load| load.source == 0).collect();
+                for (number, load) in value.iter().enumerate() {
+                    assert_eq!(load.opcode, LOAD_8_BYTES, "{hook}: {path:?}");
+                    assert!(!value[..number].contains(load), "{hook} reads a word twice: {path:?}");
+                    sets += usize::from(load.offset == 8);
+                }
+            }
+        }
+        assert!(
+            sets > 0 || !hook.starts_with("connect"),
+            "{hook} reads no set of a frontend"
+        );
     }
     Ok(())
 }

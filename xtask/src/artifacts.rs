@@ -127,14 +127,22 @@ fn test_features(more: &[&str]) -> String {
 /// Builds the agent of another checkout of this repository into this workspace's target folder, replacing the agent that is
 /// there. With the features of [`build_tests`], dependencies are those of this workspace's tests.
 pub(crate) fn build_agent_of(source: &Path, features: &[&str]) -> anyhow::Result<PathBuf> {
+    build_agent_in(source, &test_features(features))
+}
+
+/// Builds this workspace's agent with one more feature, `more`, and replaces the agent in the target folder. With the other
+/// features of [`build_tests`], dependencies are those of the tests.
+pub(crate) fn build_agent_with(more: &str, features: &[&str]) -> anyhow::Result<PathBuf> {
+    build_agent_in(&root(), &format!("{},{AGENT}/{more}", test_features(features)))
+}
+
+fn build_agent_in(source: &Path, features: &str) -> anyhow::Result<PathBuf> {
     let mut command = cargo();
     command
         .current_dir(source)
         .arg("build")
         .args(NO_KERNEL_PROGRAMS)
-        .args(["--bin", AGENT, "--features"])
-        .arg(test_features(features))
-        .arg("--target-dir")
+        .args(["--bin", AGENT, "--features", features, "--target-dir"])
         .arg(root().join("target"));
     build_by(command)?.program(AGENT)
 }

@@ -16,6 +16,7 @@ use crate::artifacts::build_bench;
 use crate::kubernetes;
 use crate::privilege::{as_root, search_path};
 use crate::setup::{self, Scope};
+use crate::upgrade::{self, Versions};
 use crate::workspace::root;
 
 /// Arguments of `bench`.
@@ -33,7 +34,7 @@ pub(crate) struct Args {
     against: Against,
 }
 
-/// A benchmark. Without one, all of them run with their defaults, except `kubernetes`.
+/// A benchmark. Without one, all of them run with their defaults, except `upgrade` and `kubernetes`.
 #[derive(Debug, Clone, Subcommand)]
 enum Which {
     /// Time from objects to maps, for all Services at once and for one change
@@ -45,7 +46,7 @@ enum Which {
         #[arg(long, default_value_t = 10)]
         endpoints: u32,
     },
-    /// Connections to a Service, compared with direct ones, kube-proxy's rules, and equal programs in C
+    /// Connections to a Service, compared with direct ones, kube-proxy's rules, equal programs in C, and the floor of a hook
     Connect(Sizes),
     /// Datagrams to a Service, compared with direct ones and equal programs in C
     Udp(Sizes),
@@ -56,6 +57,18 @@ enum Which {
         services: u32,
         #[command(flatten)]
         rounds: Rounds,
+    },
+    /// Starts that replace maps with many entries, those of an earlier layout too; the first run builds an earlier agent
+    Upgrade {
+        /// Conntrack entries of established flows, two per flow
+        #[arg(long, default_value_t = 100_000)]
+        conntrack: u32,
+        /// Socket records
+        #[arg(long, default_value_t = 50_000)]
+        sockets: u32,
+        /// Repetitions of each measurement
+        #[arg(long, default_value_t = 3)]
+        repetitions: u32,
     },
     /// lb and the real kube-proxy on the objects of a real API server; the first run builds these with Go
     Kubernetes {
@@ -132,17 +145,22 @@ impl Default for Sizes {
 /// Returns `--services` with its list, and flags with a number each.
 fn flags(services: &[u32], numbers: &[(&str, u32)]) -> Vec<OsString> {
     let services: Vec<_> = services.iter().map(u32::to_string).collect();
-    let mut words = vec!["--services".to_owned(), services.join(",")];
-    words.extend(
-        numbers
-            .iter()
-            .flat_map(|(flag, number)| [(*flag).to_owned(), number.to_string()]),
-    );
-    words.into_iter().map(OsString::from).collect()
+    let mut words = vec![OsString::from("--services"), services.join(",").into()];
+    words.extend(number_flags(numbers));
+    words
+}
+
+/// Returns flags with a number each.
+fn number_flags(numbers: &[(&str, u32)]) -> Vec<OsString> {
+    let words = numbers
+        .iter()
+        .flat_map(|(flag, number)| [(*flag).to_owned(), number.to_string()]);
+    words.map(OsString::from).collect()
 }
 
 impl Which {
-    /// Returns the benchmarks that run without a choice. `kubernetes` is not among them, because it needs Go.
+    /// Returns the benchmarks that run without a choice. `kubernetes` and `upgrade` are not among them, because they need Go and
+    /// the history.
     fn all() -> [Self; 4] {
         [
             Self::Sync {
@@ -164,7 +182,7 @@ impl Which {
             Self::Connect(sizes) => ("connect", sizes.arguments(true), sizes.rounds),
             Self::Udp(sizes) => ("udp", sizes.arguments(true), sizes.rounds),
             Self::Nodeport { services, rounds } => ("nodeport", flags(&[*services], &[]), *rounds),
-            Self::Sync { .. } | Self::Kubernetes { .. } => return None,
+            Self::Sync { .. } | Self::Upgrade { .. } | Self::Kubernetes { .. } => return None,
         };
         Some(Benchmark {
             name,
@@ -184,6 +202,18 @@ impl Which {
             Self::Connect(sizes) => ("connect", with_rounds(sizes.arguments(false), sizes.rounds)),
             Self::Udp(sizes) => ("udp", with_rounds(sizes.arguments(false), sizes.rounds)),
             Self::Nodeport { services, rounds } => ("nodeport", with_rounds(flags(&[*services], &[]), *rounds)),
+            Self::Upgrade {
+                conntrack,
+                sockets,
+                repetitions,
+            } => {
+                let numbers = [
+                    ("--conntrack", *conntrack),
+                    ("--sockets", *sockets),
+                    ("--repetitions", *repetitions),
+                ];
+                ("upgrade", number_flags(&numbers))
+            }
             Self::Kubernetes {
                 services,
                 endpoints,
@@ -221,6 +251,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             return Ok(ask);
         }
         env.push(("LB_KUBERNETES", kubernetes::build()?.into()));
+    }
+    if matches!(args.which, Some(Which::Upgrade { .. })) {
+        let mut agents = upgrade::build(Versions::Oldest, &[])?;
+        env.push(("LB_EARLIER_AGENT", agents.pop().context("no earlier agent")?.into()));
     }
     let program = build_bench()?.program("lb-bench")?;
     let mut well = true;
@@ -267,6 +301,16 @@ mod tests {
         assert_eq!(words(&sync), words(&all_sync));
         assert_eq!(words(&udp), words(&all_udp));
         assert_eq!(words(&nodeport), words(&all_nodeport));
+    }
+
+    #[test]
+    fn upgrade_has_the_numbers_of_the_documented_figures() {
+        let upgrade = parse(&["upgrade", "--sockets", "7"]).unwrap().which.unwrap();
+        assert_eq!(
+            words(&upgrade),
+            "upgrade --conntrack 100000 --sockets 7 --repetitions 3"
+        );
+        assert!(upgrade.to_compare().is_none());
     }
 
     #[test]

@@ -16,6 +16,9 @@ const OUTAGE: u32 = 600;
 /// Number of SYNs that receive no reply.
 const SYNS: u32 = 1_000_000;
 
+/// Number of times that maps grow and shrink while clients connect.
+const RESIZES: u32 = 20;
+
 /// Arguments of `stress`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -25,6 +28,9 @@ pub(crate) struct Args {
     /// Instead, send a million unreplied SYNs through maps of 100,000 entries while 1,000 connections are idle for a minute
     #[arg(long, conflicts_with = "outage")]
     flood: bool,
+    /// Also grow every map fourfold and shrink it again, 20 times: during the lookups, then while clients connect
+    #[arg(long, conflicts_with_all = ["outage", "flood"])]
+    resize: bool,
     /// Arguments of `lb-stress`; `--help` lists them
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
@@ -54,7 +60,21 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     let program = build_stress()?.program("lb-stress")?;
     let mut command = as_root(&program, &[("PATH", search_path())], "the stress test")?;
-    command.current_dir(root()).args(&args.arguments);
-    let well = command.status().context("cannot run the stress test")?.success();
-    Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    command.current_dir(root());
+    if args.resize {
+        command.arg("--resize");
+    }
+    command.args(&args.arguments);
+    if !command.status().context("cannot run the stress test")?.success() {
+        return Ok(ExitCode::FAILURE);
+    }
+    if args.resize {
+        return test::run_long(LongTest {
+            target: "map_resize",
+            test: "maps_grow_and_shrink_under_load_without_a_failed_connection",
+            variable: ("LB_RESIZES", RESIZES.to_string()),
+            kubernetes: false,
+        });
+    }
+    Ok(ExitCode::SUCCESS)
 }

@@ -64,7 +64,8 @@ pub(crate) struct Args {
     /// Run only the tests with the Kubernetes control plane
     #[arg(long, requires = "kubernetes", conflicts_with_all = ["demo", "vm"])]
     only_kubernetes: bool,
-    /// Also replace the agents of the commits in tests/upgrade/versions by this one and back, under load
+    /// Also replace the agents of the commits in tests/upgrade/versions by this one, and this one by one with a later layout of
+    /// maps and back, under load
     #[arg(long, value_name = "WHICH", num_args = 0..=1, default_missing_value = "all")]
     upgrade: Option<Versions>,
     /// Treat the kernel of this machine as one that cannot run lb, to test the replacement by a virtual machine
@@ -127,14 +128,18 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     let mut features = Vec::new();
     features.extend(args.kubernetes.then_some("kubernetes"));
-    let mut earlier = None;
+    let (mut earlier, mut made_up) = (None, None);
     if let Some(versions) = args.upgrade {
         sum += step("agents of earlier commits", || {
             earlier = Some(env::join_paths(upgrade::build(versions, &features)?)?);
             Ok(())
         });
+        sum += step("agent with a later layout", || {
+            made_up = Some(upgrade::build_made_up(&features)?);
+            Ok(())
+        });
         // Not for the earlier commits, which may not have it; and without agents, the tests would fail once more.
-        features.extend(earlier.is_some().then_some("upgrade"));
+        features.extend((earlier.is_some() && made_up.is_some()).then_some("upgrade"));
     }
     let mut built = Built::default();
     sum += build(&mut built, &features);
@@ -152,6 +157,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             ("LB_KUBERNETES", control_plane.map(OsString::from)),
             ("LB_IMAGE", image.map(OsString::from)),
             ("LB_EARLIER_AGENTS", earlier),
+            ("LB_MADE_UP_LAYOUT_AGENT", made_up.map(OsString::from)),
         ];
         ran += tests(&built, &selection, kernel, &paths);
     }

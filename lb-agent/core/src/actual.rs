@@ -2,6 +2,7 @@
 //! dump of them at start.
 
 mod backends;
+mod filter;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -15,9 +16,11 @@ use lb_common::abi::{
 use lb_common::logic::generation;
 
 pub(crate) use self::backends::{ActualBackend, BackendMap, Backends};
+pub(crate) use self::filter::FilterOwners;
 use crate::alloc::{Indexes, Range, SlotRanges};
-use crate::desired::DesiredSet;
+use crate::desired::{DesiredSet, with_set_of};
 use crate::maps::prefix::Prefix;
+use crate::maps::resize::base_generation;
 use crate::maps::{Capacities, Dump, Epoch};
 use crate::model::{ObjectKey, Protocol};
 use crate::names::{PortId, name_of, port_id};
@@ -70,6 +73,8 @@ pub(crate) struct ActualPort {
     pub(crate) named: Option<NameFields>,
     /// In the order of [`crate::desired::SETS`].
     pub(crate) sets: [ActualSet; 3],
+    /// Sets that frontends may still have, and that SERVICES does not have any more; `None` if all frontends have the present ones.
+    pub(crate) former_sets: Option<BTreeSet<Range>>,
     pub(crate) backends: Backends,
     /// Its entries of SOURCE_RANGES.
     pub(crate) source_ranges: BTreeMap<IpNet, SourceRangeState>,
@@ -83,6 +88,7 @@ impl ActualPort {
             value,
             named,
             sets: Default::default(),
+            former_sets: None,
             backends: Backends::default(),
             source_ranges: BTreeMap::new(),
         }
@@ -115,9 +121,10 @@ impl ActualPort {
         (sets, draining)
     }
 
-    /// Returns the ranges of its sets, without duplicates.
+    /// Returns the ranges of its sets, present and former, without duplicates.
     pub(crate) fn ranges(&self) -> BTreeSet<Range> {
-        self.sets.iter().filter_map(|set| set.range).collect()
+        let present = self.sets.iter().filter_map(|set| set.range);
+        present.chain(self.former_sets.iter().flatten().copied()).collect()
     }
 }
 
@@ -140,12 +147,16 @@ pub(crate) struct Orphans {
 pub(crate) struct Actual {
     /// Boxed, since a large part of a hash table is empty.
     pub(crate) ports: HashMap<Arc<PortId>, Box<ActualPort>>,
-    /// FRONTENDS; written by [`Actual::set_frontend`] only, which counts the references.
+    /// FRONTENDS; written by [`Actual::set_frontend`] only, which records what leads to each service.
     pub(crate) frontends: Synced<FrontendKey, Frontend>,
-    /// Number of frontends that lead to each service index.
-    pub(crate) references: HashMap<ServiceIndex, u32>,
+    /// The frontends that lead to each service index.
+    pub(crate) references: HashMap<ServiceIndex, Vec<FrontendKey>>,
     /// CLUSTER_CIDRS.
     pub(crate) cidrs: Synced<Prefix<Addr>, u32>,
+    /// NODE_ADDRS.
+    pub(crate) node_addrs: BTreeSet<Addr>,
+    /// FILTER.
+    pub(crate) filter: FilterOwners,
     pub(crate) slots: SlotRanges,
     /// Numbers of service indexes.
     pub(crate) indexes: Indexes,
@@ -168,14 +179,16 @@ impl Actual {
             frontends: Synced::new(dump.frontends.clone()),
             references: HashMap::new(),
             cidrs: Synced::new(dump.cluster_cidrs.clone()),
+            node_addrs: dump.node_addrs.clone(),
+            filter: FilterOwners::of(dump),
             slots: SlotRanges::new(capacities[SizedMap::BackendSlots]),
             indexes: Indexes::new(capacities[SizedMap::Services]),
             ids: Indexes::new(capacities[SizedMap::Backends]),
             service_generations: dump.services.iter().map(|s| s.generation).collect(),
             backend_generations: dump.backends.iter().map(|b| b.generation).collect(),
         };
-        for value in dump.frontends.values() {
-            actual.count(*value, true);
+        for (key, value) in &dump.frontends {
+            actual.refer(*key, *value);
         }
         let mut orphans = Orphans::default();
         let mut names: Vec<_> = dump.names.iter().collect();
@@ -206,7 +219,26 @@ impl Actual {
         }
         actual.adopt_backends(dump, &mut orphans);
         actual.adopt_sets(dump, &mut orphans);
+        actual.adopt_sets_in_frontends(dump, &mut orphans);
         (actual, orphans)
+    }
+
+    /// Adopts the sets in frontends. An agent that died may have left some that are not those of SERVICES any more.
+    fn adopt_sets_in_frontends(&mut self, dump: &Dump, orphans: &mut Orphans) {
+        let mut ports: HashMap<ServiceIndex, &mut ActualPort> =
+            self.ports.values_mut().map(|port| (port.index, &mut **port)).collect();
+        for frontend in dump.frontends.values() {
+            let port = ports.get_mut(&frontend.service).filter(|_| !frontend.is_mark());
+            let service = port.as_ref().map(|port| port.value).unwrap_or_default();
+            let is_present = *frontend == with_set_of(*frontend, &service);
+            if is_present {
+                continue;
+            }
+            if let Some(port) = port {
+                port.former_sets.get_or_insert_default();
+            }
+            orphans.slots.extend(claim_each(&mut self.slots, frontend.set));
+        }
     }
 
     fn adopt_backends(&mut self, dump: &Dump, orphans: &mut Orphans) {
@@ -268,36 +300,102 @@ impl Actual {
         }
         // Nothing is written to these slots until the sets lead elsewhere.
         for word in unknown {
-            for base in word.base..word.base.saturating_add(word.len.into()) {
-                let slot = Range { base, len: 1 };
-                if self.slots.claim(slot) {
-                    orphans.slots.insert(slot);
+            orphans.slots.extend(claim_each(&mut self.slots, word));
+        }
+    }
+
+    /// Returns the content of ranges whose slots do not have their service in the maps, with the first slot of each.
+    pub(crate) fn slots_without_service(&self, dump: &Dump) -> BTreeMap<u32, Vec<BackendSlot>> {
+        let mut all = BTreeMap::new();
+        for port in self.ports.values() {
+            for set in &port.sets {
+                let (Some(range), Some(members)) = (set.range, &set.members) else {
+                    continue;
+                };
+                let first = dump.slots.get(range.base as usize);
+                if first.is_some_and(|slot| slot.service.is_none()) {
+                    let slot = |m: &Member| Some(slot_of(m, port.backends.get(m.addr, m.port)?, port.index));
+                    all.insert(range.base, members.iter().filter_map(slot).collect());
                 }
             }
         }
+        all
+    }
+
+    /// Returns the smallest number of entries that each map can have; zero for maps that programs fill.
+    pub(crate) fn needed(&self) -> Capacities {
+        Capacities::uniform(0)
+            .with(SizedMap::Services, self.indexes.end())
+            .with(SizedMap::Backends, self.ids.end())
+            .with(SizedMap::BackendSlots, self.slots.end())
+            .with(SizedMap::Frontends, self.frontends.entries().len() as u32)
+    }
+
+    /// Records that the maps have other numbers of entries, with the same content.
+    pub(crate) fn resize(&mut self, capacities: Capacities) {
+        let [services, backends, slots] =
+            [SizedMap::Services, SizedMap::Backends, SizedMap::BackendSlots].map(|map| capacities[map]);
+        self.slots.resize(slots);
+        self.indexes.resize(services);
+        self.ids.resize(backends);
+        resize_generations(&mut self.service_generations, services);
+        resize_generations(&mut self.backend_generations, backends);
     }
 
     /// Records a frontend that was written, `None` for a deletion.
     pub(crate) fn set_frontend(&mut self, key: FrontendKey, value: Option<Frontend>) {
         if let Some(new) = value {
-            self.count(new, true);
+            self.refer(key, new);
+            self.filter.add(key.addr.into());
         }
         if let Some(old) = self.frontends.set(key, value) {
-            self.count(old, false);
+            self.unrefer(&key, old);
+            self.filter.remove(key.addr.into());
         }
     }
 
-    /// Counts one frontend more, or one less, that leads to a service index.
-    fn count(&mut self, value: Frontend, there: bool) {
-        if value.is_mark() {
-            return;
+    /// Records that a frontend leads to its service.
+    fn refer(&mut self, key: FrontendKey, value: Frontend) {
+        if !value.is_mark() {
+            let keys = self.references.entry(value.service).or_default();
+            // Most service ports have one: the usual growth makes room for four.
+            keys.reserve_exact(1);
+            keys.push(key);
         }
-        let count = self.references.entry(value.service).or_default();
-        *count = if there { *count + 1 } else { count.saturating_sub(1) };
-        if *count == 0 {
+    }
+
+    /// Records that a frontend does not lead to its service any more.
+    fn unrefer(&mut self, key: &FrontendKey, value: Frontend) {
+        let Some(keys) = self.references.get_mut(&value.service).filter(|_| !value.is_mark()) else {
+            return;
+        };
+        if let Some(at) = keys.iter().position(|other| other == key) {
+            keys.swap_remove(at);
+        }
+        if keys.is_empty() {
             self.references.remove(&value.service);
         }
     }
+}
+
+/// Claims the slots of a set that nothing else has, each as a range of its own.
+fn claim_each(slots: &mut SlotRanges, word: SetWord) -> Vec<Range> {
+    let all = word.base..word.base.saturating_add(word.len.into());
+    all.map(|base| Range { base, len: 1 })
+        .filter(|slot| slots.claim(*slot))
+        .collect()
+}
+
+/// Changes the number of generations, as a move changes those of the entries in the map.
+fn resize_generations(generations: &mut Vec<u32>, len: u32) {
+    let len = len as usize;
+    let first = generations.first().copied().unwrap_or(0);
+    let dropped = generations.drain(len.min(generations.len())..);
+    let base = base_generation(first, dropped);
+    if let Some(first) = generations.first_mut() {
+        *first = base;
+    }
+    generations.resize(len, base);
 }
 
 /// Returns the entries of SOURCE_RANGES by service index.
@@ -334,7 +432,14 @@ fn read_set(dump: &Dump, port: &ActualPort, word: SetWord) -> Option<Arc<[Member
                 port: slot.port,
                 local,
             };
-            (*slot == slot_of(&member, backend)).then_some(member)
+            let wanted = slot_of(&member, backend, port.index);
+            // A build of layout 3 did not write the service.
+            let service = if slot.service.is_none() {
+                slot.service
+            } else {
+                port.index
+            };
+            (*slot == BackendSlot { service, ..wanted }).then_some(member)
         })
         .collect();
     let members = members.filter(|members| members.is_sorted())?;
@@ -347,13 +452,13 @@ fn read_set(dump: &Dump, port: &ActualPort, word: SetWord) -> Option<Arc<[Member
 }
 
 /// Returns the slot of a member.
-pub(crate) fn slot_of(member: &Member, backend: &ActualBackend) -> BackendSlot {
+pub(crate) fn slot_of(member: &Member, backend: &ActualBackend, service: ServiceIndex) -> BackendSlot {
     BackendSlot {
         addr: Addr::from(member.addr),
         port: member.port,
         flags: if member.local { backend_flags::LOCAL } else { 0 },
         backend: backend.reference(),
-        pad: 0,
+        service,
     }
 }
 

@@ -58,6 +58,28 @@ impl SlotRanges {
         self.used
     }
 
+    /// Returns the number of slots up to the end of the last range that is not free.
+    #[must_use]
+    pub(crate) fn end(&self) -> u32 {
+        let last = self.by_base.last_key_value();
+        last.filter(|(base, len)| *base + *len == self.capacity)
+            .map_or(self.capacity, |(base, _)| *base)
+    }
+
+    /// Changes the number of slots. The slots that are no longer there must be free.
+    ///
+    /// # Panics
+    /// In debug builds, if they are not.
+    pub(crate) fn resize(&mut self, capacity: u32) {
+        let end = self.end();
+        debug_assert!(end <= capacity, "slots up to {end} are in use, and {capacity} stay");
+        if let Some(free) = self.by_base.remove(&end) {
+            self.by_len.remove(&(free, end));
+        }
+        self.capacity = capacity;
+        self.insert(end, capacity.saturating_sub(end));
+    }
+
     /// Allocates a range of `len` slots (at least one), if there is room.
     pub(crate) fn alloc(&mut self, len: u16) -> Option<Range> {
         let (_, base) = *self.by_len.range((u32::from(len), 0)..).next()?;
@@ -145,6 +167,30 @@ impl Indexes {
     #[must_use]
     pub(crate) fn used(&self) -> u32 {
         self.next - 1 - self.free.len() as u32
+    }
+
+    /// Returns the lowest number of indexes that contains every index that is not free.
+    #[must_use]
+    pub(crate) fn end(&self) -> u32 {
+        let mut end = self.next;
+        for index in self.free.iter().rev() {
+            if index + 1 != end {
+                break;
+            }
+            end = *index;
+        }
+        end
+    }
+
+    /// Changes the number of indexes. Those that are no longer there must be free.
+    ///
+    /// # Panics
+    /// In debug builds, if one is not.
+    pub(crate) fn resize(&mut self, capacity: u32) {
+        debug_assert!(self.end() <= capacity, "{} are in use, and {capacity} stay", self.end());
+        self.free.split_off(&capacity);
+        self.next = self.next.min(capacity);
+        self.capacity = capacity;
     }
 
     /// Allocates an index, if one is free.
@@ -258,6 +304,12 @@ mod tests {
                     ranges.free(held.swap_remove(which.index(held.len())));
                 }
                 prop_assert_eq!(ranges.used(), held.iter().map(|r| r.size()).sum::<u32>());
+                // More slots change nothing for the held ranges, and fewer are possible down to the last one.
+                let mut grown = ranges.clone();
+                grown.resize(capacity + 10);
+                grown.resize(ranges.end());
+                grown.resize(capacity);
+                prop_assert_eq!((&grown.by_base, &grown.by_len), (&ranges.by_base, &ranges.by_len));
                 // The held ranges can be claimed in a fresh allocator: adoption ends in the same state.
                 let mut adopted = SlotRanges::new(capacity);
                 for range in &held {
@@ -270,6 +322,42 @@ mod tests {
             }
             prop_assert_eq!(&ranges.by_base, &SlotRanges::new(capacity).by_base);
         }
+    }
+
+    #[test]
+    fn more_slots_join_the_free_ones_at_the_end() {
+        let mut ranges = SlotRanges::new(8);
+        let a = ranges.alloc(8).unwrap();
+        assert_eq!((ranges.end(), ranges.alloc(1)), (8, None));
+        ranges.resize(12);
+        assert_eq!(ranges.end(), 8);
+        assert_eq!(ranges.alloc(4), Some(Range { base: 8, len: 4 }));
+        ranges.free(a);
+        ranges.resize(16);
+        assert_eq!(ranges.alloc(10), None);
+        ranges.free(Range { base: 8, len: 4 });
+        assert_eq!(ranges.end(), 0);
+        ranges.resize(4);
+        assert_eq!(ranges.alloc(4), Some(Range { base: 0, len: 4 }));
+        assert_eq!((ranges.end(), ranges.capacity()), (4, 4));
+        ranges.resize(4);
+        assert_eq!(ranges.alloc(1), None);
+    }
+
+    #[test]
+    fn more_indexes_follow_those_of_before() {
+        let mut ids = Indexes::new(3);
+        assert_eq!((ids.alloc(), ids.alloc(), ids.alloc()), (Some(1), Some(2), None));
+        ids.resize(4);
+        assert_eq!((ids.end(), ids.alloc(), ids.alloc()), (3, Some(3), None));
+        ids.free(2);
+        assert_eq!((ids.end(), ids.used()), (4, 2));
+        ids.free(3);
+        assert_eq!((ids.end(), ids.used()), (2, 1));
+        ids.resize(3);
+        assert_eq!((ids.alloc(), ids.alloc(), ids.used()), (Some(2), None, 2));
+        ids.resize(5);
+        assert_eq!((ids.alloc(), ids.alloc(), ids.alloc()), (Some(3), Some(4), None));
     }
 
     #[test]

@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use lb_common::abi::{Addr, Frontend, FrontendKey, FrontendKind, ServiceIndex};
+use lb_common::abi::{Addr, Frontend, FrontendKey, FrontendKind, Service, ServiceIndex};
+use lb_common::logic::selection::set_in_frontend;
 
 use crate::by_key::{ByKey, Keyed};
 use crate::index::{Index, NodesBefore};
@@ -57,6 +58,18 @@ pub struct Touched {
 }
 
 impl Touched {
+    /// Adds the keys of later changes.
+    pub(crate) fn extend(&mut self, later: Self) {
+        let Self {
+            ports,
+            frontends,
+            cidrs,
+        } = later;
+        self.ports.extend(ports);
+        self.frontends.extend(frontends);
+        self.cidrs.extend(cidrs);
+    }
+
     /// Adds the addresses and networks that a change of [`Nodes`] touched.
     pub(crate) fn nodes(&mut self, changed: TouchedNodes) {
         let TouchedNodes { addresses, cidrs } = changed;
@@ -287,15 +300,19 @@ impl Desired {
         self.claims.keys().copied()
     }
 
-    /// Returns the value of a frontend, by the first claim of a service port that has an index by `index_of`. An address of
-    /// a node is not marked as external: its other ports belong to that node.
-    pub fn frontend(&self, key: &FrontendKey, index_of: impl Fn(&PortId) -> Option<ServiceIndex>) -> Option<Frontend> {
+    /// Returns the value of a frontend, by the first claim of a service port that has an entry of SERVICES, with its index, by
+    /// `service_of`. An address of a node is not marked as external: its other ports belong to that node.
+    pub fn frontend(
+        &self,
+        key: &FrontendKey,
+        service_of: impl Fn(&PortId) -> Option<(ServiceIndex, Service)>,
+    ) -> Option<Frontend> {
         self.claims(key).find_map(|claim| {
-            let index = index_of(&claim.id)?;
+            let (index, service) = service_of(&claim.id)?;
             match claim.kind {
                 FrontendKind::ExternalAddress if self.nodes.has_address(key.addr) => None,
                 kind if kind.is_mark() => Some(Frontend::mark(kind)),
-                kind => Some(Frontend::new(index, kind)),
+                kind => Some(with_set_of(Frontend::new(index, kind), &service)),
             }
         })
     }
@@ -314,6 +331,19 @@ impl Desired {
         self.claims.get(key).map(|claim| &claim.id)
     }
 
+    /// Returns the rank of a service port if a map has no room for all: the creation time of its Service in seconds since 1970. The
+    /// oldest is served first, and one without a time last.
+    #[must_use]
+    pub fn age_rank(&self, id: &PortId) -> i64 {
+        self.port(id).and_then(|port| port.created).unwrap_or(i64::MAX)
+    }
+
+    /// Returns the rank of a frontend or address mark: that of its service port.
+    #[must_use]
+    pub fn frontend_age_rank(&self, key: &FrontendKey) -> i64 {
+        self.owner(key).map_or(i64::MAX, |id| self.age_rank(id))
+    }
+
     /// Returns a problem for each claim that loses to an older one.
     #[must_use]
     pub fn conflicts(&self) -> Vec<Problem> {
@@ -330,6 +360,14 @@ impl Desired {
             }));
         }
         problems
+    }
+}
+
+/// Returns the frontend with the set that it has if it leads to this service.
+pub(crate) fn with_set_of(frontend: Frontend, service: &Service) -> Frontend {
+    Frontend {
+        set: set_in_frontend(frontend, service),
+        ..frontend
     }
 }
 
@@ -377,8 +415,9 @@ mod tests {
     }
 
     fn winner(desired: &Desired, port: u16) -> Option<u32> {
-        let index = |id: &PortId| Some(ServiceIndex::new(id.service.name.as_bytes()[0].into()));
-        desired.frontend(&key(port), index).map(|f| f.service.get())
+        let index = |id: &PortId| ServiceIndex::new(id.service.name.as_bytes()[0].into());
+        let service = |id: &PortId| Some((index(id), Service::default()));
+        desired.frontend(&key(port), service).map(|f| f.service.get())
     }
 
     #[test]
@@ -412,7 +451,7 @@ mod tests {
         update(&mut desired, "a", vec![(id("a"), port(Some(1), &[80]))]);
         update(&mut desired, "b", vec![(id("b"), port(Some(2), &[80]))]);
         let index = ServiceIndex::new(7);
-        let only_b = |id: &PortId| (&*id.service.name == "b").then_some(index);
+        let only_b = |id: &PortId| (&*id.service.name == "b").then_some((index, Service::default()));
         assert_eq!(
             desired.frontend(&key(80), only_b),
             Some(Frontend::new(index, FrontendKind::ClusterIp))

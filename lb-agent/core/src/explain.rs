@@ -9,8 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, BackendRef, DropReason, Frontend, FrontendKey, FrontendKind, Service,
-    ServiceIndex, Set, SetWord, backend_flags, ip_protocol, service_flags,
+    Addr, Affinity, AffinityKey, Backend, BackendRef, DropReason, FilterBit, Frontend, FrontendKey, FrontendKind,
+    Service, ServiceIndex, Set, SetWord, backend_flags, ip_protocol, service_flags,
 };
 use lb_common::logic::decide::{self, Admission, PacketTables, Services, SocketFrontend};
 use lb_common::logic::frontend::{Destination, Tables};
@@ -31,8 +31,6 @@ pub use packet::explain as explain_packet;
 pub struct Snapshot {
     /// The maps of the update protocol.
     pub dump: Dump,
-    /// NODE_ADDRS.
-    pub node_addrs: BTreeSet<Addr>,
     /// AFFINITY.
     pub affinity: BTreeMap<AffinityKey, Affinity>,
     /// CT and CT_NEW.
@@ -56,7 +54,7 @@ impl Snapshot {
     fn problems_of(&self, to: Destination) -> Option<String> {
         let addr = to.addr.or_loopback();
         let key = |addr| FrontendKey::new(addr, to.port, to.proto);
-        let is_node_port = addr.is_loopback() || self.node_addrs.contains(&addr.into());
+        let is_node_port = addr.is_loopback() || self.dump.node_addrs.contains(&addr.into());
         let any = if to.addr.is_v4() {
             Ipv4Addr::UNSPECIFIED.into()
         } else {
@@ -279,8 +277,12 @@ impl Tables for View<'_> {
         self.maps.dump.frontends.get(&key).copied()
     }
 
+    fn may_have(&self, addr: Ip128) -> bool {
+        self.maps.dump.filter.contains(&FilterBit::of(addr.0))
+    }
+
     fn is_node_address(&self, addr: Ip128) -> bool {
-        self.maps.node_addrs.contains(&addr.into())
+        self.maps.dump.node_addrs.contains(&addr.into())
     }
 
     fn is_on_node(&self) -> bool {

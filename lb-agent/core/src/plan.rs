@@ -21,6 +21,7 @@ use crate::names::PortId;
 use crate::nodes::Nodes;
 use crate::policy::Member;
 use crate::sync::Writes;
+use crate::writer::Usage;
 
 /// One write, with the content to record after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,10 +39,15 @@ pub(crate) enum Step {
     AddSourceRange(IpNet),
     /// SERVICES: writes an index that no frontend leads to.
     Service(Service, [(Option<Range>, Arc<[Member]>); 3]),
+    /// FRONTENDS: takes the sets out, before SERVICES gets a flag that sockets have to obey: affinity, or source ranges.
+    Hide,
     /// SERVICES: writes all fields except the set words.
     Settings(Service),
-    /// SERVICES: publishes a new set for all frontends at once.
+    /// SERVICES: publishes a new set.
     Publish(Set, SetWord, Option<Range>, Arc<[Member]>),
+    /// FRONTENDS: publishes the sets to sockets. It follows the steps that change SERVICES, and comes before anything that the former
+    /// sets lead to goes.
+    Frontends,
     /// BACKENDS: withdraws a backend.
     Withdraw((IpAddr, u16)),
     /// SOURCE_RANGES: removes clients after a grace period, since a program that has read the flag may still look for
@@ -92,6 +98,33 @@ pub(crate) fn service_port(id: &PortId, want: &DesiredPort, actual: &mut Actual)
             plan.cancel(actual);
             Err(error)
         }
+    }
+}
+
+/// Returns the numbers of entries that the plan of a service port allocates. Frontends are not counted.
+pub(crate) fn demand(want: &DesiredPort, have: Option<&ActualPort>) -> Usage {
+    let is_known = |member: &&Member| have.is_some_and(|have| have.backends.get(member.addr, member.port).is_some());
+    let mut backends = BTreeSet::new();
+    let mut slots = 0;
+    for (i, set) in want.sets.iter().enumerate() {
+        let new = set.members.iter().filter(|member| !is_known(member));
+        backends.extend(new.map(|member| (member.addr, member.port)));
+        let has_range = have.is_some_and(|have| {
+            let mut sets = have.sets.iter();
+            sets.any(|at| at.members.as_ref() == Some(&set.members) && at.range.is_some())
+        });
+        let is_shared = want.sets[..i].iter().any(|other| other.members == set.members);
+        if !has_range && !is_shared {
+            slots += set.members.len() as u32;
+        }
+    }
+    let draining = want.draining.iter().filter(|member| !is_known(member));
+    backends.extend(draining.map(|member| (member.addr, member.port)));
+    Usage {
+        services: have.is_none().into(),
+        frontends: 0,
+        backends: backends.len() as u32,
+        backend_slots: slots,
     }
 }
 
@@ -178,6 +211,7 @@ fn add_steps(
         affinity_timeout: *affinity_timeout,
         generation: service_generation,
         pad: 0,
+        reserved: [0; 3],
     };
     match have {
         None => plan
@@ -188,18 +222,14 @@ fn add_steps(
                 (service.internal, service.external, service.cluster) = Default::default();
                 service
             };
-            if unset(have.value) != unset(value) {
+            let has_settings = unset(have.value) != unset(value);
+            if have.value.flags == 0 && value.flags != 0 {
+                plan.steps.push(Step::Hide);
+            }
+            if has_settings {
                 plan.steps.push(Step::Settings(value));
             }
-            let words = have.value.set_words();
-            for (i, (word, range, members)) in sets.into_iter().enumerate() {
-                if words[i] != word || have.sets[i].members.is_none() {
-                    plan.steps.push(Step::Publish(SETS[i], word, range, members));
-                }
-            }
-            let known = have.backends.members().iter().map(|member| (member.addr, member.port));
-            let gone = known.filter(|key| !backends.contains_key(key));
-            plan.steps.extend(gone.map(Step::Withdraw));
+            // Right after the flag, whatever fails later.
             let stays = |net: &IpNet| source_ranges.binary_search(net).is_ok();
             // If all clients are served from now on, entries that are waiting for removal start a new grace period: a
             // program that has read the flag before must find as many entries as it did.
@@ -213,6 +243,20 @@ fn add_steps(
             if !unwanted.is_empty() {
                 plan.steps.push(Step::RemoveSourceRanges(unwanted));
             }
+            let words = have.value.set_words();
+            let mut has_sets = false;
+            for (i, (word, range, members)) in sets.into_iter().enumerate() {
+                if words[i] != word || have.sets[i].members.is_none() {
+                    plan.steps.push(Step::Publish(SETS[i], word, range, members));
+                    has_sets = true;
+                }
+            }
+            if has_settings || has_sets || have.former_sets.is_some() {
+                plan.steps.push(Step::Frontends);
+            }
+            let known = have.backends.members().iter().map(|member| (member.addr, member.port));
+            let gone = known.filter(|key| !backends.contains_key(key));
+            plan.steps.extend(gone.map(Step::Withdraw));
         }
     }
     Ok(())
@@ -273,7 +317,7 @@ fn place_sets(
                 let slots = set
                     .members
                     .iter()
-                    .map(|m| slot_of(m, &backends[&(m.addr, m.port)]))
+                    .map(|m| slot_of(m, &backends[&(m.addr, m.port)], plan.index))
                     .collect();
                 plan.steps.push(Step::Slots(range, slots));
                 Some(range)
@@ -324,7 +368,7 @@ impl FrontendScope<'_> {
     fn is_awaited(&self, key: FrontendKey, value: Frontend, actual: &Actual) -> bool {
         let claimant = self
             .desired
-            .frontend(&key, |id| (!self.no_room.contains(id)).then_some(ServiceIndex::NONE));
+            .frontend(&key, |id| (!self.no_room.contains(id)).then(Default::default));
         let serves = |port: &ActualPort| port.index == value.service && port.is_written();
         claimant.is_some() && (value.is_mark() || actual.ports.values().any(|port| serves(port)))
     }
@@ -343,18 +387,31 @@ pub(crate) fn frontends(
         .collect();
     actual.frontends.plan(keys, |key, have| {
         let have = have.copied();
-        // A frontend stays with its service port even if a write of that port failed.
-        let leads = |port: &ActualPort| have.is_some_and(|have| have.service == port.index || have.is_mark());
-        let index_of = |id: &PortId| {
-            let port = actual.ports.get(id).filter(|port| port.is_written() || leads(port));
-            port.map(|port| port.index)
+        let service_of = |id: &PortId| {
+            let port = actual.ports.get(id)?;
+            if port.is_written() {
+                return Some((port.index, port.value));
+            }
+            // A frontend stays with its service port, and keeps its set, even if a write of that port failed.
+            let stays = have.filter(|have| have.service == port.index || have.is_mark());
+            stays.map(|have| (port.index, service_with_sets(have.set)))
         };
-        match (have, scope.desired.frontend(key, index_of)) {
+        match (have, scope.desired.frontend(key, service_of)) {
             (Some(old), want) if want != have && scope.is_restored(*key, old, &restored) => have,
             (Some(old), None) if scope.is_awaited(*key, old, actual) => have,
             (_, want) => want,
         }
     })
+}
+
+/// Returns a service that gives its frontends this set.
+fn service_with_sets(set: SetWord) -> Service {
+    Service {
+        internal: set,
+        external: set,
+        cluster: set,
+        ..Service::default()
+    }
 }
 
 /// Plans the writes of CLUSTER_CIDRS at these keys. Until the source is complete it may have more Nodes to deliver, so

@@ -17,6 +17,16 @@ use crate::writer::Writer;
 pub struct Reconciler<M> {
     state: State,
     writer: Writer<M>,
+    /// Changes of the state that are not written yet.
+    received: Received,
+}
+
+/// Changes of the state that are not written yet.
+#[derive(Debug, Default)]
+struct Received {
+    touched: Touched,
+    /// Whether the source became complete with them.
+    completed: bool,
 }
 
 impl<M: Maps> Reconciler<M> {
@@ -29,6 +39,7 @@ impl<M: Maps> Reconciler<M> {
         Ok(Self {
             state: State::new(node),
             writer: Writer::adopt(maps)?,
+            received: Received::default(),
         })
     }
 
@@ -48,12 +59,52 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 
+    /// Makes NODE_ADDRS equal to `wanted`, and returns the number of addresses that did not fit.
+    ///
+    /// # Errors
+    /// Returns the error of the system call.
+    pub fn write_node_addrs(&mut self, wanted: &BTreeSet<Addr>) -> Result<usize, MapError> {
+        self.writer.write_node_addrs(wanted)
+    }
+
     /// Applies a batch of changes as a whole.
     pub fn apply(&mut self, batch: Batch) {
+        self.receive(batch);
+        self.write();
+    }
+
+    /// Adds a batch of changes to the desired state. The caller may make room for them before [`Self::write`].
+    pub fn receive(&mut self, batch: Batch) {
         let was_complete = self.state.is_complete();
-        let touched = self.state.apply(batch);
-        let completed = self.state.is_complete() && !was_complete;
+        self.received.touched.extend(self.state.apply(batch));
+        self.received.completed |= self.state.is_complete() && !was_complete;
+    }
+
+    /// Writes the received changes.
+    pub fn write(&mut self) {
+        let Received { touched, completed } = std::mem::take(&mut self.received);
         self.writer.write_batch(&self.state, touched, completed);
+    }
+
+    /// Returns the numbers of entries in use while the received changes are written: those of now and the new ones. The cost
+    /// follows the number of changes.
+    #[must_use]
+    pub fn demand(&self) -> Usage {
+        self.writer.demand(&self.state, &self.received.touched)
+    }
+
+    /// Returns the smallest number of entries that each map can have; zero for maps that programs fill.
+    #[must_use]
+    pub fn needed(&self) -> Capacities {
+        self.writer.needed()
+    }
+
+    /// Continues with maps of another size that have the same content.
+    ///
+    /// # Errors
+    /// Returns the error of `replace`, after which the maps must be the same as before.
+    pub fn replace_maps<T, E>(&mut self, replace: impl FnOnce(&mut M) -> Result<T, E>) -> Result<T, E> {
+        self.writer.replace_maps(replace)
     }
 
     /// Frees entries after their grace period, and repeats failed writes.

@@ -1,21 +1,22 @@
 //! The writer of the maps: carries out plans in the order of the update protocol, records each successful write, and
 //! reuses indexes, ids and slots only after a grace period.
 //!
-//! Order on creation: NAMES, BACKENDS, BACKEND_SLOTS, SOURCE_RANGES, SERVICES, FRONTENDS. On removal: FRONTENDS, a grace
-//! period, then the rest. The writer records the content of the maps after each write that succeeded. It repeats a failed
-//! write at the next occasion, and the result is the same wherever the agent dies.
+//! Order on creation: NAMES, BACKENDS, BACKEND_SLOTS, SOURCE_RANGES, SERVICES, FILTER, FRONTENDS. On removal: FRONTENDS, a
+//! grace period, then the rest. A change of sets is published to SERVICES, then to FRONTENDS, before a backend is withdrawn. The
+//! writer records the content of the maps after each write that succeeded. It repeats a failed write at the next occasion, and
+//! the result is the same wherever the agent dies.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use lb_common::abi::{Addr, Frontend, FrontendKey, Service, ServiceIndex, SetWord};
+use lb_common::abi::{Addr, FilterBit, Frontend, FrontendKey, Service, ServiceIndex, SetWord, SizedMap, map_spec};
 use lb_common::logic::generation;
 use tracing::{debug, warn};
 
 use crate::actual::{Actual, ActualPort, BackendMap, Backends, Orphans, SourceRangeState};
 use crate::alloc::Range;
-use crate::desired::{Desired, DesiredPort, SETS, Touched};
+use crate::desired::{Desired, DesiredPort, SETS, Touched, with_set_of};
 use crate::maps::prefix::Prefix;
 use crate::maps::{Capacities, Epoch, MapError, Maps};
 use crate::model::{Problem, ProblemKind};
@@ -36,6 +37,8 @@ enum PendingFree {
     Port(Box<ActualPort>),
     /// Source ranges of a service port: removed after the grace period.
     SourceRanges(Arc<PortId>),
+    /// A bit of FILTER that no address has: cleared after the grace period.
+    FilterBit(FilterBit),
 }
 
 /// How much of the maps is in use.
@@ -51,12 +54,32 @@ pub struct Usage {
     pub backend_slots: u32,
 }
 
+impl Usage {
+    /// Returns these numbers by map, with zero for maps that programs fill.
+    #[must_use]
+    pub const fn entries(&self) -> Capacities {
+        let Self {
+            services,
+            frontends,
+            backends,
+            backend_slots,
+        } = *self;
+        Capacities::uniform(0)
+            .with(SizedMap::Services, services)
+            .with(SizedMap::Frontends, frontends)
+            .with(SizedMap::Backends, backends)
+            .with(SizedMap::BackendSlots, backend_slots)
+    }
+}
+
 /// The one writer of the maps that hold Services, and its record of their content.
 pub(crate) struct Writer<M> {
     maps: M,
     actual: Actual,
     /// In the order of the grace periods.
     pending_free: VecDeque<(Epoch, PendingFree)>,
+    /// Bits of FILTER that no address has, with the request for the grace period after which they are cleared.
+    unused_bits: BTreeMap<FilterBit, Epoch>,
     /// Grace period after the last deletion of a frontend: no insertion before it has passed.
     last_deletion: Option<Epoch>,
     /// Service ports that could not be written, with the reason. The writer repeats them at every occasion.
@@ -80,18 +103,74 @@ impl<M: Maps> Writer<M> {
     pub(crate) fn adopt(mut maps: M) -> Result<Self, MapError> {
         let epoch = maps.grace_begin();
         maps.grace_wait(epoch)?;
-        let (actual, orphans) = Actual::adopt(&maps.dump()?, maps.capacities());
-        Ok(Self {
+        let dump = maps.dump()?;
+        let (actual, orphans) = Actual::adopt(&dump, maps.capacities());
+        // A build that does not have FILTER may have written the rest.
+        for bit in actual.filter.bits().filter(|bit| !dump.filter.contains(bit)) {
+            maps.set_filter_bit(bit)?;
+        }
+        // Those of layout 3 do not have their service, without which programs do not use the sets in frontends.
+        for (base, slots) in actual.slots_without_service(&dump) {
+            maps.write_slots(base, &slots)?;
+        }
+        let unused: Vec<_> = actual
+            .filter
+            .bits()
+            .filter(|bit| actual.filter.is_unused(*bit))
+            .collect();
+        let mut writer = Self {
             maps,
             restored: actual.ports.keys().cloned().collect(),
             orphans,
             actual,
             pending_free: VecDeque::new(),
+            unused_bits: BTreeMap::new(),
             last_deletion: None,
             failed_ports: BTreeMap::new(),
             first_apply: true,
             withdrawals: 0,
-        })
+        };
+        unused.into_iter().for_each(|bit| writer.free_unused_bit(bit));
+        Ok(writer)
+    }
+
+    /// Makes NODE_ADDRS equal to `wanted`, and returns the number of addresses that did not fit.
+    ///
+    /// # Errors
+    /// Returns the error of the system call.
+    pub(crate) fn write_node_addrs(&mut self, wanted: &BTreeSet<Addr>) -> Result<usize, MapError> {
+        for addr in wanted {
+            if !self.actual.node_addrs.contains(addr) {
+                self.set_filter_bit((*addr).into())?;
+                self.actual.filter.add((*addr).into());
+                self.actual.node_addrs.insert(*addr);
+            }
+        }
+        let missing = self.maps.write_node_addrs(wanted)?;
+        let gone: Vec<_> = self.actual.node_addrs.difference(wanted).copied().collect();
+        for addr in gone {
+            self.actual.node_addrs.remove(&addr);
+            self.actual.filter.remove(addr.into());
+            self.free_unused_bit(addr.into());
+        }
+        Ok(missing)
+    }
+
+    /// Sets a bit of FILTER, unless it is set.
+    fn set_filter_bit(&mut self, bit: FilterBit) -> Result<(), MapError> {
+        if !self.actual.filter.is_set(bit) {
+            self.maps.set_filter_bit(bit)?;
+            self.actual.filter.set(bit);
+        }
+        Ok(())
+    }
+
+    /// Clears a bit of FILTER after a grace period, if no address has it.
+    fn free_unused_bit(&mut self, bit: FilterBit) {
+        if self.actual.filter.is_unused(bit) {
+            let epoch = self.free_later(PendingFree::FilterBit(bit));
+            self.unused_bits.insert(bit, epoch);
+        }
     }
 
     /// Writes the changes of a batch. `completed`: whether the source became complete with it.
@@ -127,7 +206,9 @@ impl<M: Maps> Writer<M> {
         touched.cidrs.extend(self.actual.cidrs.take_failed());
         // Before anything that makes programs look up whether a source is inside the cluster.
         self.write_cidrs(state, &touched.cidrs);
-        for id in &touched.ports {
+        let mut oldest_first: Vec<_> = touched.ports.iter().collect();
+        oldest_first.sort_by_cached_key(|id| state.desired().age_rank(id));
+        for id in oldest_first {
             let Some(want) = self.wanted(state.desired(), id) else {
                 continue;
             };
@@ -156,7 +237,13 @@ impl<M: Maps> Writer<M> {
             restored: &self.restored,
             no_room: &no_room,
         };
-        let writes = plan::frontends(&touched.frontends, &scope, &self.actual);
+        let mut writes = plan::frontends(&touched.frontends, &scope, &self.actual);
+        let entries = self.actual.frontends.entries().len() + writes.inserts.len();
+        if entries > self.maps.capacities()[SizedMap::Frontends] as usize {
+            writes
+                .inserts
+                .sort_by_cached_key(|(key, _)| state.desired().frontend_age_rank(key));
+        }
         self.write_frontends(writes);
         self.remove_ports(state.desired(), &touched.ports);
         self.withdraw_orphans(state);
@@ -242,6 +329,45 @@ impl<M: Maps> Writer<M> {
         &mut self.maps
     }
 
+    /// Returns the numbers of entries in use while the touched keys are written: those of now, which are freed later, and the
+    /// new ones. The cost follows the number of touched keys.
+    pub(crate) fn demand(&self, state: &State, touched: &Touched) -> Usage {
+        let (mut usage, _) = self.usage();
+        let mut frontends: BTreeSet<FrontendKey> = BTreeSet::new();
+        let failed = self.failed_ports.keys().filter(|id| !touched.ports.contains(*id));
+        for id in touched.ports.iter().chain(failed) {
+            let Some(want) = state.desired().port(id) else { continue };
+            let have = self.actual.ports.get(id);
+            let new = plan::demand(want, have.map(|port| &**port));
+            usage.services += new.services;
+            usage.backends += new.backends;
+            usage.backend_slots += new.backend_slots;
+            frontends.extend(want.frontends.iter().map(|(key, _)| *key));
+        }
+        let failed = self.actual.frontends.failed().keys();
+        let others = touched.frontends.iter().chain(failed);
+        frontends.extend(others.filter(|key| state.desired().owner(key).is_some()));
+        let known = self.actual.frontends.entries();
+        let is_new = |key: &&FrontendKey| !known.contains_key(*key);
+        usage.frontends += frontends.iter().filter(is_new).count() as u32;
+        usage
+    }
+
+    /// Returns the smallest number of entries that each map can have; zero for maps that programs fill.
+    pub(crate) fn needed(&self) -> Capacities {
+        self.actual.needed()
+    }
+
+    /// Continues with maps of another size that have the same content.
+    ///
+    /// # Errors
+    /// Returns the error of `replace`, after which the maps are the same as before.
+    pub(crate) fn replace_maps<T, E>(&mut self, replace: impl FnOnce(&mut M) -> Result<T, E>) -> Result<T, E> {
+        let result = replace(&mut self.maps);
+        self.actual.resize(self.maps.capacities());
+        result
+    }
+
     /// Returns how much of the maps is in use.
     pub(crate) fn usage(&self) -> (Usage, Capacities) {
         let usage = Usage {
@@ -271,6 +397,19 @@ impl<M: Maps> Writer<M> {
             match entry {
                 PendingFree::Range(range) => self.actual.slots.free(range),
                 PendingFree::Backend(id) => self.actual.ids.free(id),
+                // An address may have the bit again, or may have had it since.
+                PendingFree::FilterBit(bit)
+                    if !self.actual.filter.is_unused(bit) || self.unused_bits.get(&bit) != Some(&epoch) => {}
+                PendingFree::FilterBit(bit) => match self.maps.clear_filter_bit(bit) {
+                    Ok(()) => {
+                        self.actual.filter.clear(bit);
+                        self.unused_bits.remove(&bit);
+                    }
+                    Err(error) => {
+                        warn!(?bit, %error, "cannot clear a bit of the filter; trying again later");
+                        failed.push((epoch, PendingFree::FilterBit(bit)));
+                    }
+                },
                 PendingFree::Port(port) => {
                     if let Err(error) = self.clear(&port) {
                         warn!(index = port.index.get(), %error, "cannot clear a service index; trying again later");
@@ -310,10 +449,11 @@ impl<M: Maps> Writer<M> {
         Ok(())
     }
 
-    /// Frees something after a grace period that begins now.
-    fn free_later(&mut self, entry: PendingFree) {
+    /// Frees something after a grace period that begins now, and returns the request for it.
+    fn free_later(&mut self, entry: PendingFree) -> Epoch {
         let epoch = self.maps.grace_begin();
         self.pending_free.push_back((epoch, entry));
+        epoch
     }
 
     /// Withdraws a backend by changing its generation. Its id is free after a grace period.
@@ -420,6 +560,7 @@ impl<M: Maps> Writer<M> {
         if !state.is_complete()
             || self.orphans == Orphans::default()
             || !self.actual.ports.values().all(|port| port.is_known())
+            || self.leads_to_orphans()
         {
             return;
         }
@@ -442,9 +583,9 @@ impl<M: Maps> Writer<M> {
                 self.orphans.backends.insert(id);
             }
         }
-        slots
-            .into_iter()
-            .for_each(|range| self.free_later(PendingFree::Range(range)));
+        for range in slots {
+            self.free_later(PendingFree::Range(range));
+        }
     }
 
     /// Writes the steps of a plan and records each. Afterwards, frees the allocations of the plan that no write used.
@@ -500,9 +641,9 @@ impl<M: Maps> Writer<M> {
             .into_iter()
             .filter(|id| !known.contains(id))
             .for_each(|id| self.actual.ids.free(id));
-        old_ranges
-            .difference(&in_use)
-            .for_each(|range| self.free_later(PendingFree::Range(*range)));
+        for range in old_ranges.difference(&in_use) {
+            self.free_later(PendingFree::Range(*range));
+        }
         result
     }
 
@@ -521,12 +662,25 @@ impl<M: Maps> Writer<M> {
             self.actual.ports.entry(Arc::clone(id)).or_insert_with(new).named = Some(named);
             return Ok(());
         }
+        if matches!(step, Step::Frontends | Step::Hide) {
+            let Some(port) = self.actual.ports.get_mut(id) else {
+                return Ok(());
+            };
+            port.former_sets.get_or_insert_default();
+            let is_hidden = matches!(step, Step::Hide);
+            let service = if is_hidden { Service::default() } else { port.value };
+            self.store_sets(index, &service)?;
+            if let Some(port) = self.actual.ports.get_mut(id).filter(|_| !is_hidden) {
+                port.former_sets = None;
+            }
+            return Ok(());
+        }
         // The first step of a new port writes its name and creates its record.
         let Some(port) = self.actual.ports.get_mut(id) else {
             return Ok(());
         };
         match step {
-            Step::Name(_) => {}
+            Step::Name(_) | Step::Frontends | Step::Hide => {}
             Step::Fill(value, new) => {
                 self.maps.fill_backend(new.id, value)?;
                 self.actual.backend_generations[new.id as usize] = new.generation;
@@ -560,6 +714,7 @@ impl<M: Maps> Writer<M> {
                 }
             }
             Step::Settings(value) => {
+                port.former_sets.get_or_insert_default();
                 self.maps.write_service_settings(index, value)?;
                 self.actual.service_generations[index.to_usize()] = value.generation;
                 port.value = Service {
@@ -570,10 +725,12 @@ impl<M: Maps> Writer<M> {
                 };
             }
             Step::Publish(set, word, range, members) => {
+                let former = port.former_sets.get_or_insert_default();
                 self.maps.publish_set(index, set, word)?;
                 *port.value.set_word_mut(set) = word;
                 for (known, at) in SETS.into_iter().zip(&mut port.sets) {
                     if known == set {
+                        former.extend(at.range);
                         at.range = range;
                         at.members = Some(Arc::clone(&members));
                     }
@@ -587,6 +744,45 @@ impl<M: Maps> Writer<M> {
             }
         }
         Ok(())
+    }
+
+    /// Stores the sets of a service in all frontends that lead to its index.
+    fn store_sets(&mut self, index: ServiceIndex, service: &Service) -> Result<(), MapError> {
+        for key in self.actual.references.get(&index).cloned().unwrap_or_default() {
+            let Some(has) = self.actual.frontends.entries().get(&key).copied() else {
+                continue;
+            };
+            let new = with_set_of(has, service);
+            if new == has {
+                continue;
+            }
+            match self.maps.store_frontend(key, new) {
+                Ok(()) => self.actual.set_frontend(key, Some(new)),
+                // It was removed from outside, and is inserted again.
+                Err(error @ MapError::Unexpected { .. }) => {
+                    warn!(%error, "a frontend is missing");
+                    self.last_deletion = Some(self.maps.grace_begin());
+                    self.record_frontend(key, None, Ok(()));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns whether the set in a frontend has one of the slots without an owner.
+    fn leads_to_orphans(&self) -> bool {
+        let is_orphan = |word: SetWord| {
+            let end = word.base.saturating_add(word.len.into());
+            let from = Range {
+                base: word.base,
+                len: 0,
+            };
+            let next = self.orphans.slots.range(from..).next();
+            word.len != 0 && next.is_some_and(|slot| slot.base < end)
+        };
+        let mut sets = self.actual.frontends.entries().values().map(|frontend| frontend.set);
+        !self.orphans.slots.is_empty() && sets.any(is_orphan)
     }
 
     /// Writes FRONTENDS: in-place stores first, then insertions, then deletions, so that a frontend that moves never
@@ -632,6 +828,12 @@ impl<M: Maps> Writer<M> {
             self.maps.grace_wait(epoch)?;
             self.last_deletion = None;
         }
+        // An insertion that must fail, at every attempt, sets no bit.
+        let capacity = self.maps.capacities()[SizedMap::Frontends];
+        if self.actual.frontends.entries().len() as u32 >= capacity {
+            return Err(MapError::full(&map_spec::FRONTENDS, capacity));
+        }
+        self.set_filter_bit(key.addr.into())?;
         self.maps.insert_frontend(key, value)
     }
 
@@ -640,6 +842,7 @@ impl<M: Maps> Writer<M> {
             Ok(()) => self.actual.set_frontend(key, new),
             Err(error) => self.actual.frontends.set_failed(key, error),
         }
+        self.free_unused_bit(key.addr.into());
     }
 
     /// Removes service ports that are no longer desired and that no frontend leads to, after a grace period.

@@ -185,7 +185,6 @@ fn explain_for_client(
 fn snapshot(maps: &PinnedMaps, state: &State) -> anyhow::Result<Snapshot> {
     Ok(Snapshot {
         affinity: maps.affinity()?,
-        node_addrs: maps.node_addrs()?,
         dump: maps.dump()?,
         flows: Vec::new(),
         places: Places::of(&maps.problems()?),
@@ -217,7 +216,7 @@ fn client(from: From, maps: &Snapshot, state: &State, cgroup: u64) -> anyhow::Re
                 },
             })
         }
-        From::Address(ip) if ip.is_loopback() || maps.node_addrs.contains(&ip.into()) => Ok(Client {
+        From::Address(ip) if ip.is_loopback() || maps.dump.node_addrs.contains(&ip.into()) => Ok(Client {
             name: format!(
                 "{ip}, this node: a process in network namespace {} below the cgroup",
                 state.netns

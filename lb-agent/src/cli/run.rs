@@ -188,7 +188,7 @@ impl RunArgs {
             socket_lb: self.socket_lb.into(),
             ebpf_log: self.ebpf_log.into(),
             object: self.ebpf_object,
-            capacities: self.capacities.0,
+            maps: self.capacities.0,
             inside: self.source.inside(config.as_ref()).to_vec(),
             servers: self.config.servers(config.as_ref().unwrap_or(&Config::default())),
             selection: self.node_ports.selection(),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use lb_common::abi::{DropReason, Service, SizedMap, VERSION};
 use lb_common::logic::generation;
-use lb_core::maps::Dump;
+use lb_core::maps::{Dump, memory};
 use lb_core::names::text;
 use lb_core::reconcile::Usage;
 use serde::Serialize;
@@ -21,6 +21,7 @@ struct Status {
     programs: Vec<ProgramRow>,
     devices: Vec<DeviceRow>,
     maps: Vec<MapRow>,
+    map_memory: MapMemory,
     drops: Vec<DropRow>,
     problems: Vec<ProblemRow>,
 }
@@ -54,7 +55,18 @@ struct MapRow {
     name: &'static str,
     used: usize,
     capacity: u32,
+    /// Kernel memory in bytes that the map takes when it is full, with the maps of the same number of entries.
+    memory: u64,
     flag: &'static str,
+}
+
+/// Kernel memory of all maps with a number of entries that the agent chooses.
+#[derive(Debug, Serialize)]
+struct MapMemory {
+    /// Bytes that the maps take when they are full.
+    bytes: u64,
+    /// Largest number of bytes to which maps grow, as the agent last computed it; `null` if none is known.
+    limit: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -156,6 +168,12 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
     });
     let filled = filled(&dump);
     let capacities = maps.capacities();
+    let cpus = aya::util::nr_cpus().map_err(|(path, error)| anyhow::anyhow!("{path}: {error}"))? as u32;
+    let limit = state.map(|s| u64::from(s.map_memory) << 20);
+    let map_memory = MapMemory {
+        bytes: memory::total(&capacities, cpus),
+        limit: limit.filter(|limit| *limit > 0),
+    };
     let maps_rows = SizedMap::ALL
         .iter()
         .map(|map| {
@@ -163,6 +181,7 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
                 name: map.name(),
                 used: maps.used(*map, &filled)?,
                 capacity: capacities[*map],
+                memory: memory::of(*map, capacities[*map], cpus),
                 flag: map.flag(),
             })
         })
@@ -184,6 +203,7 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
         programs,
         devices,
         maps: maps_rows,
+        map_memory,
         drops,
         problems,
     };
@@ -191,6 +211,11 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
         Format::Json => output::json(&status),
         Format::Table => print(&status),
     }
+}
+
+/// Returns a number of bytes as text.
+fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// Returns the number of batches that were applied, in words.
@@ -207,6 +232,7 @@ fn print(status: &Status) -> anyhow::Result<()> {
         programs,
         devices,
         maps,
+        map_memory,
         drops,
         problems,
     } = status;
@@ -247,14 +273,27 @@ fn print(status: &Status) -> anyhow::Result<()> {
         devices::print(devices)?;
     }
     output::print("")?;
-    output::rows(Format::Table, ["MAP", "USED", "CAPACITY", "FLAG"], maps, |m| {
-        [
-            m.name.into(),
-            m.used.to_string(),
-            m.capacity.to_string(),
-            format!("--{}", m.flag),
-        ]
-    })?;
+    output::rows(
+        Format::Table,
+        ["MAP", "USED", "CAPACITY", "MEMORY", "BOUND"],
+        maps,
+        |m| {
+            [
+                m.name.into(),
+                m.used.to_string(),
+                m.capacity.to_string(),
+                mib(m.memory),
+                format!("--{}", m.flag),
+            ]
+        },
+    )?;
+    let limit = map_memory
+        .limit
+        .map_or_else(String::new, |limit| format!(", limit {}", mib(limit)));
+    output::print(&format!(
+        "memory of these maps when full: {}{limit} (--map-memory)",
+        mib(map_memory.bytes)
+    ))?;
     let counted: Vec<_> = drops.iter().filter(|drop| drop.count > 0).collect();
     if !counted.is_empty() {
         output::print("")?;

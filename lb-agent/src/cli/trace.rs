@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use aya::maps::{Map, MapData, RingBuf};
 use clap::Args;
 use k8s_openapi::jiff::Timestamp;
-use lb_common::abi::{Addr, DropReason, Event, EventKind, ServiceIndex, map_name};
+use lb_common::abi::{Addr, DropReason, Event, EventKind, Name, ServiceIndex, map_name};
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 use zerocopy::FromBytes as _;
@@ -177,7 +177,10 @@ impl Drop for EnabledEvents<'_> {
 
 struct Tracer<'a> {
     args: &'a TraceArgs,
+    /// The maps at the beginning.
     maps: &'a PinnedMaps,
+    /// The maps that replaced them.
+    newer: Option<PinnedMaps>,
     boot: u64,
     shown: u64,
     /// The counter of lost events at the last check.
@@ -197,6 +200,7 @@ impl<'a> Tracer<'a> {
         Ok(Self {
             args,
             maps,
+            newer: None,
             boot,
             shown: 0,
             lost,
@@ -215,7 +219,7 @@ impl<'a> Tracer<'a> {
         let service = if event.service.is_none() {
             None
         } else {
-            Some(ServicePortName::of(self.maps.name(event.service)?.as_ref()))
+            Some(ServicePortName::of(self.name(event.service)?.as_ref()))
         };
         if let Some(wanted) = &self.args.service {
             let concerned = match &service {
@@ -239,17 +243,30 @@ impl<'a> Tracer<'a> {
         }
     }
 
+    /// Returns the name of a service index. If it has none, the agent may have replaced the maps, which are opened again.
+    fn name(&mut self, service: ServiceIndex) -> anyhow::Result<Option<Name>> {
+        let maps = self.newer.as_ref().unwrap_or(self.maps);
+        if let Some(name) = maps.name(service)? {
+            return Ok(Some(name));
+        }
+        let newer = self.args.read.pin.open()?;
+        let name = newer.name(service)?;
+        self.newer = Some(newer);
+        Ok(name)
+    }
+
     /// Whether an address belongs to the Service. An event of a port that the Service does not have contains no service
     /// index.
     fn has_address(&mut self, service: &ServiceName, addr: Addr) -> anyhow::Result<bool> {
         if self.addresses_read.is_none_or(|at| at.elapsed() >= INTERVAL) {
-            let names = self.maps.names()?;
+            let maps = self.args.read.pin.open()?;
+            let names = maps.names()?;
             let indexes: BTreeSet<ServiceIndex> = names
                 .iter()
                 .filter(|(_, name)| service.is(&ServicePortName::of(Some(name))))
                 .map(|(index, _)| *index)
                 .collect();
-            let frontends = self.maps.frontends()?.into_iter();
+            let frontends = maps.frontends()?.into_iter();
             self.addresses = frontends
                 .filter(|(_, value)| indexes.contains(&value.service))
                 .map(|(key, _)| key.addr)

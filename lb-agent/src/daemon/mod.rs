@@ -4,11 +4,12 @@
 mod devices;
 mod host;
 mod problems;
+mod sizes;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
@@ -16,24 +17,28 @@ use lb_common::abi::{Addr, Event, ProblemRecord, State, map_name};
 use lb_core::maps::{Capacities, Maps as _};
 use lb_core::model::{Batch, Problem, ProblemKind};
 use lb_core::names::pad;
-use lb_core::reconcile::{LARGE_BATCH, Reconciler};
+use lb_core::reconcile::{LARGE_BATCH, Reconciler, Usage};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{debug, error, info, warn};
 
 use self::devices::Devices;
 pub use self::devices::PacketSettings;
 use self::problems::{Problems, Reporter};
+pub use self::sizes::MapSettings;
+use self::sizes::Sizes;
 use crate::config::Config;
-use crate::ebpf_log;
+use crate::ebpf_log::{self, Printer};
 use crate::heap;
 use crate::k8s_events::KubeEvents;
-use crate::loader::{self, Cgroup, EbpfLog, LoadError, Loaded, Lock, OBJECT, PinPath, SocketLb, TraceLock};
+use crate::loader::{self, Cgroup, EbpfLog, LoadError, Loaded, Loader, Lock, OBJECT, PinPath, SocketLb, TraceLock};
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
+use crate::maps::gate::MapGate;
 use crate::maps::sys;
 use crate::node::addrs::Selection;
 use crate::node::ct_gc::{self, CtGc, Pass};
 use crate::node::destroy::{DestroySettings, Destroyer};
 use crate::node::links;
+use crate::node::map_usage::MapUsage;
 use crate::node::nf_conntrack::NfConntrack;
 use crate::server::{ServerSettings, Servers};
 use crate::source::Source;
@@ -57,8 +62,8 @@ pub struct DaemonSettings {
     pub ebpf_log: EbpfLog,
     /// An eBPF object to load instead of the embedded one.
     pub object: Option<PathBuf>,
-    /// Numbers of entries of the maps.
-    pub capacities: Capacities,
+    /// Limits of the sizes of maps.
+    pub maps: MapSettings,
     /// Networks inside the cluster, in addition to the addresses and the pods of this node.
     pub inside: Vec<IpNet>,
     /// kube-proxy's configuration file, if there is one.
@@ -91,7 +96,7 @@ pub async fn serve(
         socket_lb,
         ebpf_log,
         object,
-        capacities,
+        maps: map_settings,
         inside,
         config,
         servers,
@@ -113,20 +118,25 @@ pub async fn serve(
     let read = |path: &PathBuf| fs::read(path).with_context(|| format!("reading {}", path.display()));
     let object = object.as_ref().map(read).transpose()?;
     let object = object.as_deref().unwrap_or(OBJECT);
+    let mut sizes = Sizes::new(map_settings)?;
+    let loader = Loader::new(object, &lock, socket_lb, ebpf_log)?;
     let Loaded {
         mut maps,
         problems: map_problems,
-    } = loader::load_logging(object, &lock, &capacities, socket_lb, ebpf_log)?;
-    if ebpf_log != EbpfLog::Off {
-        ebpf_log::start(maps.programs_mut())?;
-    }
+        is_new,
+    } = loader.load(|pinned| sizes.at_start(pinned))?;
+    sizes.started(map_problems);
+    let has_log = ebpf_log != EbpfLog::Off;
+    let printer = has_log.then(|| ebpf_log::start(maps.programs_mut())).transpose()?;
     end_orphaned_trace(maps.pinned(), lock.pins())?;
     let mut grace = maps.grace_watch();
 
     let mut source = source.await?;
     let client = source.client();
     let in_cluster = client.is_some();
-    let servers = Servers::start(servers, in_cluster, &lock.pins().maps()).context("serving health and metrics")?;
+    let gate = MapGate::default();
+    let servers =
+        Servers::start(servers, in_cluster, &lock.pins().maps(), &gate).context("serving health and metrics")?;
     let mut server_problems = servers.problems();
     let events = client.map(|client| KubeEvents::start(client, &node, servers.metrics()));
     let nf_conntrack = host::tune(config.as_ref(), in_cluster);
@@ -141,6 +151,11 @@ pub async fn serve(
     let reconciler = Reconciler::adopt(maps, &node)?.with_inside(&inside);
     let mut daemon = Daemon {
         reconciler,
+        loader,
+        sizes,
+        gate: gate.clone(),
+        printer,
+        is_new,
         servers,
         events,
         nf_conntrack,
@@ -152,14 +167,15 @@ pub async fn serve(
         problems: Problems::default(),
     };
     daemon.apply_nf_conntrack();
-    daemon.problems.set(Reporter::MapSizes, map_problems);
+    daemon.problems.set(Reporter::MapSizes, daemon.sizes.problems());
+    daemon.update_memory_limit();
     daemon.reconciler.set_addresses(addresses.borrow().own_addresses());
     let mut check = tokio::time::interval(CHECK_INTERVAL);
     // Maps are filled before programs read them, and before programs of an earlier build are replaced. If the source has
     // to be waited for, the maps of an earlier run are enough.
     while daemon.state.applies == 0 && (source.is_local() || !daemon.reconciler.is_serving()) {
         tokio::select! {
-            batch = source.next() => daemon.apply_first(batch?, source.is_local()),
+            batch = source.next() => daemon.apply_first(batch?, source.is_local())?,
             Ok(()) = server_problems.changed() => {
                 daemon.problems.set(Reporter::Servers, server_problems.borrow_and_update().clone());
             }
@@ -172,6 +188,9 @@ pub async fn serve(
     daemon.is_attached = true;
     daemon.update_devices(true);
     loader::attach(daemon.reconciler.maps().programs(), lock.pins(), &cgroup)?;
+    if let Err(error) = daemon.loader.remove_other_layouts() {
+        warn!(%error, "the maps of another layout stay until the next start");
+    }
     daemon.publish_problems();
     daemon.publish_state();
     daemon.servers.serving();
@@ -180,16 +199,18 @@ pub async fn serve(
         node, cgroup = %cgroup.path().display(), pins = %lock.pins().root().display(),
         services = usage.services, backends = usage.backends, "serving"
     );
-    let mut destroyer = Destroyer::start(&lock.pins().maps(), sockets).context("starting the socket destroyer")?;
+    let maps = lock.pins().maps();
+    let mut destroyer = Destroyer::start(&maps, &gate, sockets).context("starting the socket destroyer")?;
     let mut socket_problems = destroyer.problems();
     let timeouts = ct_gc::timeouts(&config.map(|config| config.conntrack).unwrap_or_default());
-    let mut ct_gc = CtGc::start(&lock.pins().maps(), timeouts).context("starting the CT garbage collector")?;
+    let mut ct_gc = CtGc::start(&maps, &gate, timeouts).context("starting the CT garbage collector")?;
+    let mut map_usage = MapUsage::start(&maps, &gate).context("starting to count the entries of maps")?;
     let mut withdrawals = daemon.reconciler.withdrawals();
 
     loop {
         tokio::select! {
             batch = source.next() => {
-                daemon.apply(batch?);
+                daemon.apply(batch?)?;
                 daemon.publish_state();
             }
             Ok(()) = grace.changed() => daemon.reconciler.reclaim(),
@@ -199,6 +220,7 @@ pub async fn serve(
             }
             Some(event) = destroyer.destroyed() => daemon.trace(&event),
             Some(pass) = ct_gc.pass() => daemon.record_gc(pass),
+            Some(counts) = map_usage.next() => daemon.record_usage(counts)?,
             Ok(()) = socket_problems.changed() => {
                 daemon.report(Reporter::SocketDestroyer, socket_problems.borrow_and_update().clone());
             }
@@ -209,6 +231,9 @@ pub async fn serve(
                 daemon.apply_nf_conntrack();
                 // Programs that another process detached, and attachments that failed.
                 daemon.update_devices(true);
+                if daemon.update_memory_limit() {
+                    daemon.publish_state();
+                }
                 daemon.publish();
                 daemon.servers.metrics().watch_restarts(source.restarts());
                 if let Err(error) = end_orphaned_trace(daemon.reconciler.maps().pinned(), lock.pins()) {
@@ -257,15 +282,23 @@ fn initial_state(node: &str, cgroup: &Cgroup, socket_lb: SocketLb) -> anyhow::Re
         more_problems: 0,
         node_only: u32::from(socket_lb == SocketLb::Node),
         own_ports: 0,
-        pad: 0,
+        map_memory: 0,
         node: pad(node),
         version: pad(env!("CARGO_PKG_VERSION")),
+        reserved: [0; 20],
     })
 }
 
 /// The reconciler, and the parts of the node that follow its state.
-struct Daemon {
+struct Daemon<'a> {
     reconciler: Reconciler<BpfMaps>,
+    loader: Loader<'a>,
+    sizes: Sizes,
+    gate: MapGate,
+    /// Prints the log of the programs; `None` if they do not log.
+    printer: Option<Printer>,
+    /// Whether no map was pinned before the start.
+    is_new: bool,
     servers: Servers,
     /// Publishes problems of Services as Kubernetes Events; `None` without an API server.
     events: Option<KubeEvents>,
@@ -282,28 +315,31 @@ struct Daemon {
     problems: Problems,
 }
 
-impl Daemon {
+impl Daemon<'_> {
     /// Applies a batch before programs are attached. Until the source is complete only its problems matter, unless an
     /// incomplete source is all there is (`partial`).
-    fn apply_first(&mut self, batch: Batch, partial: bool) {
+    fn apply_first(&mut self, batch: Batch, partial: bool) -> anyhow::Result<()> {
         if batch.complete || partial {
-            self.apply(batch);
+            self.apply(batch)?;
         } else {
             self.problems.set(Reporter::Services, batch.problems);
             self.problems.log();
         }
+        Ok(())
     }
 
-    fn apply(&mut self, batch: Batch) {
+    fn apply(&mut self, batch: Batch) -> anyhow::Result<()> {
         let completes = batch.complete && !self.reconciler.is_complete();
         let has_changes = !batch.changes.is_empty() || completes || self.state.applies == 0;
         if !has_changes && self.reconciler.source_problems() == batch.problems {
-            return;
+            return Ok(());
         }
         let applying = self.servers.applying(&batch);
         let changes = batch.changes.len();
         let before = self.reconciler.maps().written();
-        self.reconciler.apply(batch);
+        self.reconciler.receive(batch);
+        self.make_room()?;
+        self.reconciler.write();
         self.servers.applied(&applying, &mut self.reconciler);
         let written = self.reconciler.maps().written() - before;
         debug!(changes, written, "applied");
@@ -317,6 +353,90 @@ impl Daemon {
         // The Node object may have other addresses.
         self.update_devices(false);
         self.publish_problems();
+        Ok(())
+    }
+
+    /// Replaces maps that do not have enough room for the received changes, or for the counted entries.
+    fn make_room(&mut self) -> anyhow::Result<()> {
+        let (_, present) = self.reconciler.usage();
+        let demand = self.reconciler.demand();
+        match self.sizes.growth(&present, demand) {
+            Ok(Some(to)) => self.replace_maps(&to)?,
+            Ok(None) => self.problems.set(Reporter::MapSizes, self.sizes.problems()),
+            Err(error) => {
+                let message = format!("the maps keep their sizes: reading the memory that they may take: {error}");
+                let mut problems = self.sizes.problems();
+                problems.push(Problem::new("maps", message).kind(ProblemKind::Map));
+                self.problems.set(Reporter::MapSizes, problems);
+            }
+        }
+        Ok(())
+    }
+
+    /// Records the entries of the maps that programs fill. Maps that are nearly full grow, and maps that were in little use
+    /// for long shrink.
+    fn record_usage(&mut self, counts: Capacities) -> anyhow::Result<()> {
+        self.sizes.counted(counts);
+        let (usage, before) = self.reconciler.usage();
+        self.make_room()?;
+        if self.reconciler.maps().capacities() == before {
+            let needed = self.reconciler.needed();
+            if let Some(to) = self.sizes.shrunk(&before, usage, &needed) {
+                self.replace_maps(&to)?;
+            }
+        }
+        if self.reconciler.maps().capacities() != before {
+            // Writes that failed may have room now.
+            self.reconciler.reclaim();
+        }
+        self.publish();
+        Ok(())
+    }
+
+    /// Replaces the maps that do not have the required size, while the programs serve.
+    fn replace_maps(&mut self, to: &Capacities) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        // Other threads must not change entries that are being copied.
+        let mut gate = self.gate.close();
+        let (usage, before) = self.reconciler.usage();
+        let needed = self.reconciler.needed();
+        let is_unused = self.is_new && !self.is_attached && usage == Usage::default();
+        let loader = &self.loader;
+        let resized = self.reconciler.replace_maps(|maps| {
+            if is_unused {
+                loader.recreate(maps, to)
+            } else {
+                loader.resize(maps, to, &needed)
+            }
+        });
+        let problems = resized.context("replacing maps")?;
+        let has_moved = self.reconciler.maps().capacities() != before;
+        if has_moved {
+            gate.maps_were_replaced();
+            info!(took = ?begun.elapsed(), "replaced maps");
+            if self.printer.is_some() {
+                // The new programs log to a map of their own.
+                self.printer = Some(ebpf_log::start(self.reconciler.maps_mut().programs_mut())?);
+            }
+        }
+        drop(gate);
+        self.sizes.moved(has_moved, problems);
+        self.problems.set(Reporter::MapSizes, self.sizes.problems());
+        self.update_memory_limit();
+        Ok(())
+    }
+
+    /// Updates the limit of the maps' memory in STATE, and returns whether it has changed.
+    fn update_memory_limit(&mut self) -> bool {
+        let (_, present) = self.reconciler.usage();
+        let limit = match self.sizes.memory_limit(&present) {
+            Ok(limit) => (limit >> 20) as u32,
+            Err(error) => {
+                warn!(%error, "cannot read the memory that maps may take");
+                return false;
+            }
+        };
+        std::mem::replace(&mut self.state.map_memory, limit) != limit
     }
 
     /// Attaches programs to exactly the devices that there are now, and writes the addresses that serve node ports to
@@ -350,7 +470,7 @@ impl Daemon {
             let addresses = selected.iter().map(|addr| (*addr).into()).collect();
             self.servers.health_check_addresses(Some(addresses));
         }
-        let message = match self.reconciler.maps_mut().pinned_mut().write_node_addrs(&selected) {
+        let message = match self.reconciler.write_node_addrs(&selected) {
             Ok(0) => None,
             Ok(missing) => Some(format!(
                 "no room for {missing} addresses of this node: node ports are not served there"

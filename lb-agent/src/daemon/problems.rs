@@ -8,10 +8,10 @@ use tracing::{info, warn};
 /// A part of the agent that reports problems. Problems are published in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Reporter {
+    /// Maps that cannot have the size that they should have. First, since each may be the reason for many others.
+    MapSizes,
     /// The source, conflicts between Services, and failed writes of their maps.
     Services,
-    /// Maps that do not have the size of their flag.
-    MapSizes,
     /// NODE_ADDRS, the addresses that serve node ports.
     NodeAddresses,
     /// Programs at devices, DEVICES, and the reserved source ports.

@@ -1,6 +1,6 @@
 //! The kernel side of the agent: loads the programs, pins and adopts maps and links. No other module loads with aya.
 //!
-//! Everything is pinned below `PIN_PATH/vN`, N being [`VERSION`] of the layout: maps in `maps/`, links in `links/`. So
+//! Everything is pinned below `PIN_PATH/vN`, N being the [`VERSION`](lb_common::abi::VERSION) of the layout: maps in `maps/`, links in `links/`. So
 //! the data plane continues while no agent runs, and a start takes over the pinned maps and links.
 
 mod attach;
@@ -13,12 +13,12 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use aya::maps::{MapInfo, MapType};
+use aya::maps::MapInfo;
 use aya::programs::Program;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use lb_common::abi::{
     Capacity, MAPS, MOVE_MAP, MOVING_GLOBAL, MapKind, MapSpec, NODE_NETNS_GLOBAL, NODE_ONLY_GLOBAL, OLD_SUFFIX,
-    SOCKETS_MASK_GLOBAL, SOCKETS_OLD_MASK_GLOBAL, SizedMap, VERSION, map_name, map_spec, moving,
+    PinnedMap, SOCKETS_MASK_GLOBAL, SOCKETS_OLD_MASK_GLOBAL, SizedMap, map_name, map_spec, moving,
 };
 use lb_core::maps::{Capacities, MapError};
 use lb_core::model::Problem;
@@ -26,6 +26,7 @@ use tracing::info;
 
 use self::moves::Replaced;
 use crate::maps::bpf::{BpfMaps, PinnedMaps};
+use crate::maps::old::pinned_map;
 use crate::maps::sys;
 use crate::node::devices::Layer;
 
@@ -64,11 +65,8 @@ pub enum LoadError {
     /// Another agent uses the pin path.
     #[error("{0}: another agent is running on this pin path")]
     Locked(PathBuf),
-    /// The pinned maps have another layout.
-    #[error(
-        "{path}: {what}; this build cannot take it over: run the build that made it, or `lb-agent cleanup` (which stops \
-         serving) first"
-    )]
+    /// A pinned map does not have the layout of its directory: another program has pinned it there.
+    #[error("{path}: {what}; `lb-agent cleanup` removes it (and stops serving)")]
     Layout {
         /// Path of the pinned map.
         path: PathBuf,
@@ -89,18 +87,6 @@ pub enum LoadError {
     /// A map cannot be used.
     #[error(transparent)]
     Map(#[from] MapError),
-}
-
-/// The type of a map, as aya names it.
-const fn map_type(kind: MapKind) -> MapType {
-    match kind {
-        MapKind::Array => MapType::Array,
-        MapKind::PerCpuArray => MapType::PerCpuArray,
-        MapKind::Hash => MapType::Hash,
-        MapKind::LruHash => MapType::LruHash,
-        MapKind::LpmTrie => MapType::LpmTrie,
-        MapKind::RingBuf => MapType::RingBuf,
-    }
 }
 
 /// Which processes get socket-level load balancing.
@@ -148,63 +134,22 @@ pub fn load(
     capacities: &Capacities,
     sockets_served: SocketLb,
 ) -> Result<BpfMaps, LoadError> {
-    load_logging(object, lock, capacities, sockets_served, EbpfLog::Off).map(|loaded| loaded.maps)
+    let loader = Loader::new(object, lock, sockets_served, EbpfLog::Off)?;
+    loader.load(|_| *capacities).map(|loaded| loaded.maps)
 }
 
-/// The result of [`load_logging`].
+/// The result of [`Loader::load`].
 pub struct Loaded {
     /// The maps and programs.
     pub maps: BpfMaps,
     /// Pinned maps that do not have the requested size.
     pub problems: Vec<Problem>,
+    /// Whether no map was pinned before, so that no program uses them.
+    pub is_new: bool,
 }
 
-/// Loads the programs as [`load`] does. `log`: the lines that they log.
-///
-/// # Errors
-/// Returns the errors of [`load`].
-pub fn load_logging(
-    object: &[u8],
-    lock: &Lock,
-    capacities: &Capacities,
-    sockets_served: SocketLb,
-    log: EbpfLog,
-) -> Result<Loaded, LoadError> {
-    let pins = lock.pins();
-    pins.refuse_other_versions()?;
-    let maps_dir = pins.create_dirs()?;
-    // A mask of the cookie selects the slot of a socket, so the number of slots must be a power of two.
-    let sockets = capacities[SizedMap::Sockets].next_power_of_two();
-    let capacities = capacities.with(SizedMap::Sockets, sockets);
-    let netns = sys::netns_cookie().map_err(|source| LoadError::Call {
-        path: "(network namespace)".into(),
-        call: "SO_NETNS_COOKIE",
-        source,
-    })?;
-    let loading = Loading {
-        object,
-        pins,
-        netns,
-        node_only: u32::from(sockets_served == SocketLb::Node),
-        log: log.level(),
-    };
-    for map in MAPS {
-        pinned_size(map, &capacities, &maps_dir.join(map.name))?;
-    }
-    let moved = moves::resize(&loading, &capacities)?;
-    let mut programs = loading.load(&capacities)?;
-    if moved.has_old_programs {
-        moves::replace_programs(&mut programs, pins)?;
-    }
-    let pinned = PinnedMaps::open(&maps_dir)?;
-    Ok(Loaded {
-        maps: BpfMaps::new(pinned, programs)?,
-        problems: moved.problems,
-    })
-}
-
-/// What programs are loaded with, apart from their maps.
-struct Loading<'a> {
+/// Loads the programs for one pin path, and replaces maps while the programs serve.
+pub struct Loader<'a> {
     object: &'a [u8],
     pins: &'a PinPath,
     /// Cookie of the node's network namespace.
@@ -213,28 +158,136 @@ struct Loading<'a> {
     log: u8,
 }
 
-impl Loading<'_> {
+impl<'a> Loader<'a> {
+    /// Creates a loader of the programs of an object. The network namespace of the calling thread is the node's. `log`: the
+    /// lines that the programs log.
+    ///
+    /// # Errors
+    /// Returns [`LoadError::Call`] if the namespace cannot be identified.
+    pub fn new(object: &'a [u8], lock: &'a Lock, sockets_served: SocketLb, log: EbpfLog) -> Result<Self, LoadError> {
+        let netns = sys::netns_cookie().map_err(|source| LoadError::Call {
+            path: "(network namespace)".into(),
+            call: "SO_NETNS_COOKIE",
+            source,
+        })?;
+        Ok(Self {
+            object,
+            pins: lock.pins(),
+            netns,
+            node_only: u32::from(sockets_served == SocketLb::Node),
+            log: log.level(),
+        })
+    }
+
+    /// Loads the programs with the pinned maps, or with new maps. `wanted` returns the numbers of entries that the maps are
+    /// to have, and gets those of the pinned maps, if there are any. Pinned maps of another size are replaced, and so are the
+    /// programs that are attached. No program is attached to a hook that has none.
+    ///
+    /// # Errors
+    /// Returns the errors of [`load`].
+    pub fn load(&self, wanted: impl FnOnce(Option<&Capacities>) -> Capacities) -> Result<Loaded, LoadError> {
+        let maps_dir = self.pins.create_dirs()?;
+        let mut moved = moves::take_over(self)?;
+        let is_new = !MAPS.iter().any(|map| maps_dir.join(map.name).exists());
+        for map in MAPS {
+            pinned_size(map, &Capacities::DEFAULT, &maps_dir.join(map.name), Accept::Own)?;
+        }
+        self.pins.remove_unknown_maps()?;
+        let (resized, capacities) = moves::at_start(self, |pinned| with_power_of_two(wanted(pinned)))?;
+        moved.add(resized);
+        let mut programs = self.load_pinned(&capacities)?;
+        let pinned = PinnedMaps::open(&maps_dir)?;
+        if moved.has_old_programs {
+            pinned.fill_filter()?;
+            moves::replace_programs(&mut programs, self.pins)?;
+        }
+        Ok(Loaded {
+            maps: BpfMaps::new(pinned, programs)?,
+            problems: moved.problems,
+            is_new,
+        })
+    }
+
+    /// Replaces maps that do not have the requested size, and the programs at all hooks. The caller has to keep other
+    /// threads and itself from using the maps. `needed`: the smallest numbers of entries that the maps can have, in addition
+    /// to those that their content requires. Returns the problems; maps that cannot be replaced keep their sizes.
+    ///
+    /// # Errors
+    /// Returns a [`LoadError`] if the programs at the hooks and the pinned maps are not those of `maps` any more. The next
+    /// start repairs that, and until then the programs serve.
+    pub fn resize(
+        &self,
+        maps: &mut BpfMaps,
+        wanted: &Capacities,
+        needed: &Capacities,
+    ) -> Result<Vec<Problem>, LoadError> {
+        let moved = moves::resize(self, &with_power_of_two(*wanted), needed)?;
+        if moved.is_discarded {
+            // Some hooks may have programs that use the discarded maps too.
+            moves::replace_programs(maps.programs_mut(), self.pins)?;
+        } else if moved.has_old_programs {
+            self.adopt_pinned(maps, wanted)?;
+        }
+        Ok(moved.problems)
+    }
+
+    /// Replaces maps by empty ones of the requested size, for maps that are empty and that no attached program uses. Returns
+    /// the problems; maps that cannot be replaced keep their sizes.
+    ///
+    /// # Errors
+    /// Returns a [`LoadError`] if the pinned maps cannot be opened.
+    pub fn recreate(&self, maps: &mut BpfMaps, wanted: &Capacities) -> Result<Vec<Problem>, LoadError> {
+        match moves::recreate(self, &maps.pinned().capacities(), &with_power_of_two(*wanted)) {
+            Ok(programs) => {
+                maps.replace(PinnedMaps::open(&self.pins.maps())?, programs);
+                Ok(Vec::new())
+            }
+            Err(error) => Ok(vec![moves::not_replaced(&error)]),
+        }
+    }
+
+    /// Removes the maps of another layout, which could not be read. The programs that used them must have been replaced.
+    ///
+    /// # Errors
+    /// Returns a [`LoadError`] if a system call fails.
+    pub fn remove_other_layouts(&self) -> Result<(), LoadError> {
+        moves::remove_others(self.pins)
+    }
+
+    /// Loads programs that use the pinned maps only, and replaces those at all hooks by them.
+    fn adopt_pinned(&self, maps: &mut BpfMaps, capacities: &Capacities) -> Result<(), LoadError> {
+        let mut programs = self.load_pinned(capacities)?;
+        moves::replace_programs(&mut programs, self.pins)?;
+        maps.replace(PinnedMaps::open(&self.pins.maps())?, programs);
+        Ok(())
+    }
+
     /// Loads the programs with the pinned maps, and creates those that are not pinned.
-    fn load(&self, capacities: &Capacities) -> Result<Ebpf, LoadError> {
-        self.load_with(|name| self.pins.maps().join(name), capacities, &[])
+    fn load_pinned(&self, capacities: &Capacities) -> Result<Ebpf, LoadError> {
+        self.load_with(|name| self.pins.maps().join(name), capacities, None)
     }
 
     /// Loads the programs that use the pinned maps and the maps that replace them. Creates the latter if they are not pinned.
-    fn load_moving(&self, replaced: &Replaced<'_>, capacities: &Capacities) -> Result<Ebpf, LoadError> {
-        self.load_with(|name| replaced.path(name), capacities, &replaced.maps)
+    fn load_moving(&self, replaced: &Replaced, capacities: &Capacities) -> Result<Ebpf, LoadError> {
+        self.load_with(|name| replaced.path(name), capacities, Some(replaced))
     }
 
     fn load_with(
         &self,
         path: impl Fn(&'static str) -> PathBuf,
         capacities: &Capacities,
-        replaced: &[&MapSpec],
+        replaced: Option<&Replaced>,
     ) -> Result<Ebpf, LoadError> {
+        let accept = if replaced.is_some() {
+            Accept::Readable
+        } else {
+            Accept::Own
+        };
         let mut loader = EbpfLoader::new();
         let mut sockets = map_spec::SOCKETS.default_capacity();
         for map in MAPS {
             let path = path(map.name);
-            let size = pinned_size(map, capacities, &path)?;
+            let size = pinned_size(map, capacities, &path, accept)?;
             if map.name == map_name::SOCKETS {
                 sockets = size;
             }
@@ -242,29 +295,29 @@ impl Loading<'_> {
         }
         let (mut moving, mut old_sockets) = (0, 1);
         let mut old = Vec::new();
-        for map in replaced {
-            let Capacity::Sized(sized) = map.capacity else { continue };
-            moving |= moving::bit(sized);
-            let path = self.pins.maps().join(map.name);
-            if map.name == map_name::SOCKETS {
-                old_sockets = pinned_size(map, capacities, &path)?;
+        if let Some(replaced) = replaced {
+            for map in &replaced.moved {
+                let Capacity::Sized(sized) = map.capacity else { continue };
+                moving |= moving::bit(sized);
+                let path = replaced.old.join(map.name);
+                if map.name == map_name::SOCKETS {
+                    old_sockets = pinned_size(map, capacities, &path, accept)?;
+                }
+                old.push((format!("{}{OLD_SUFFIX}", map.name), path));
             }
-            old.push((format!("{}{OLD_SUFFIX}", map.name), path));
-        }
-        for (name, path) in &old {
-            loader.map_pin_path(name, path);
+            for (name, path) in &old {
+                loader.map_pin_path(name, path);
+            }
+            loader.map_pin_path(MOVE_MAP, replaced.next.join(MOVE_MAP));
         }
         let old_mask = old_sockets - 1;
-        if !replaced.is_empty() {
-            loader.map_pin_path(MOVE_MAP, self.pins.next().join(MOVE_MAP));
-        }
         let mask = sockets - 1;
         loader
             .override_global(SOCKETS_MASK_GLOBAL, &mask, true)
             .override_global(NODE_NETNS_GLOBAL, &self.netns, true)
             .override_global(NODE_ONLY_GLOBAL, &self.node_only, true)
             .override_global(aya_log::LEVEL, &self.log, true);
-        let object = if replaced.is_empty() {
+        let object = if replaced.is_none() {
             self.object
         } else {
             loader.override_global(MOVING_GLOBAL, &moving, true).override_global(
@@ -279,6 +332,11 @@ impl Loading<'_> {
         load_device_programs(&mut programs, Layer::Link)?;
         Ok(programs)
     }
+}
+
+/// Returns these capacities with one of SOCKETS that is a power of two: a mask of the cookie selects the slot of a socket.
+fn with_power_of_two(capacities: Capacities) -> Capacities {
+    capacities.with(SizedMap::Sockets, capacities[SizedMap::Sockets].next_power_of_two())
 }
 
 /// Loads the programs for cgroup hooks and the agent calls, so that the verifier checks each.
@@ -298,34 +356,27 @@ fn load_all_but_device_programs(programs: &mut Ebpf) -> Result<(), LoadError> {
     Ok(())
 }
 
-/// Type, sizes and flags of a map.
-#[derive(Debug, PartialEq)]
-struct MapLayout {
-    /// `None` if the kernel has a type that aya does not name.
-    map_type: Option<MapType>,
-    key_size: u32,
-    value_size: u32,
-    flags: u32,
+/// The pinned maps that a caller can use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Accept {
+    /// Those of this build's layout.
+    Own,
+    /// All that this build can read.
+    Readable,
 }
 
-impl fmt::Display for MapLayout {
+/// Kind and sizes of a map, for people.
+struct Described(PinnedMap);
+
+impl fmt::Display for Described {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kinds = [
-            (MapKind::Array, "an array"),
-            (MapKind::PerCpuArray, "a per-CPU array"),
-            (MapKind::Hash, "a hash"),
-            (MapKind::LruHash, "an LRU hash"),
-            (MapKind::LpmTrie, "an LPM trie"),
-            (MapKind::RingBuf, "a ring buffer"),
-        ];
-        let known = kinds.iter().find(|(kind, _)| Some(map_type(*kind)) == self.map_type);
-        let name = known.map_or("a map of another type", |(_, name)| name);
-        let Self {
+        let Self(PinnedMap {
+            kind,
             key_size,
             value_size,
             flags,
-            ..
-        } = self;
+        }) = self;
+        let name = kind.map_or("a map of another type", MapKind::text);
         write!(
             f,
             "{name} with keys of {key_size} bytes, values of {value_size} bytes and flags {flags}"
@@ -334,7 +385,7 @@ impl fmt::Display for MapLayout {
 }
 
 /// Returns the number of entries of a map: that of the pinned map, or that of `capacities` if it is not pinned.
-fn pinned_size(map: &MapSpec, capacities: &Capacities, path: &Path) -> Result<u32, LoadError> {
+fn pinned_size(map: &MapSpec, capacities: &Capacities, path: &Path, accept: Accept) -> Result<u32, LoadError> {
     let wanted = match map.capacity {
         Capacity::Fixed(entries) => entries,
         Capacity::Sized(sized) => capacities[sized],
@@ -347,29 +398,25 @@ fn pinned_size(map: &MapSpec, capacities: &Capacities, path: &Path) -> Result<u3
         return Ok(wanted);
     }
     let info = MapInfo::from_pin(path).map_err(|error| layout(format!("is not a map: {error}")))?;
-    let is = MapLayout {
-        map_type: info.map_type().ok(),
-        key_size: info.key_size(),
-        value_size: info.value_size(),
-        flags: info.map_flags(),
+    let (is, own) = (pinned_map(&info), PinnedMap::of(map));
+    let is_accepted = match accept {
+        Accept::Own => is == own,
+        Accept::Readable => is.is_readable_as(map),
     };
-    let should = MapLayout {
-        map_type: Some(map_type(map.kind)),
-        key_size: map.key_size(),
-        value_size: map.value_size(),
-        flags: map.flags,
-    };
-    if is != should {
-        return Err(layout(format!("is {is}; this build has {should}")));
+    if !is_accepted {
+        return Err(layout(format!(
+            "is {}; this build has {}",
+            Described(is),
+            Described(own)
+        )));
     }
     let size = info.max_entries();
-    match map.capacity {
-        Capacity::Fixed(_) if size != wanted => {
-            return Err(layout(format!("has {size} entries, this build has {wanted}")));
+    match (map.capacity, accept) {
+        (Capacity::Fixed(_), Accept::Own) if size != wanted => {
+            Err(layout(format!("has {size} entries, this build has {wanted}")))
         }
-        Capacity::Fixed(_) | Capacity::Sized(_) => {}
+        (Capacity::Fixed(_) | Capacity::Sized(_), _) => Ok(size),
     }
-    Ok(size)
 }
 
 /// A loaded program, for `status` and tests.
@@ -421,9 +468,4 @@ pub fn cleanup(pins: &PinPath) -> Result<bool, LoadError> {
     lock.pins().remove_all()?;
     info!(path = %pins.root().display(), "detached all programs and removed all pins");
     Ok(true)
-}
-
-/// Returns the name of the directory of this build's layout.
-fn version_dir() -> String {
-    format!("v{VERSION}")
 }

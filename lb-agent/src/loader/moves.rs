@@ -1,4 +1,4 @@
-//! Moves: pinned maps are replaced by maps of another size while the programs serve.
+//! Moves: pinned maps are replaced by maps of another size or layout while the programs serve.
 //!
 //! 1. The new maps are pinned in `next/`, and programs that use both are loaded. The maps that only the agent fills are copied.
 //! 2. The programs at all hooks are replaced one by one, in any order: those of before and those that use both insert into the old
@@ -8,22 +8,30 @@
 //! 5. [`MovePhase::Rename`] is stored, the pins of the new maps replace those of the old maps, and programs that use the new maps only
 //!    are loaded and replace those of step 2.
 //!
-//! A start that was killed in between leaves `next/` with MOVE, which has the phase. The next start continues from there.
+//! A start that was killed in between leaves `next/` with MOVE, which has the phase. The next start continues from there, also if
+//! it is one of a build with another layout. The rules that all layouts follow are in [`lb_common::abi::PinnedMap`] and its module.
+//!
+//! The maps in force are those of the only layout with a directory `maps` that is not empty. If there are two, one of them also has
+//! a directory `filling`: its maps are being made from the source, and those of the other layout are still in force.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use aya::Ebpf;
-use lb_common::abi::{MAPS, MOVE_MAP, MapSpec, MovePhase, SizedMap};
+use lb_common::abi::{MAPS, MOVE_MAP, MapRole, MapSpec, MovePhase, SizedMap, VERSION};
 use lb_core::maps::Capacities;
 use lb_core::maps::resize::{Kept, Recovery, Resize};
+use lb_core::maps::takeover::{Fate, Readable, Takeover};
 use lb_core::model::{Problem, ProblemKind};
 use tracing::{info, warn};
 
-use super::{LoadError, Loading, PinPath, attach, tc};
+use super::pins::remove_dir;
+use super::{LoadError, Loader, PinPath, attach, tc};
 use crate::maps::bpf::PinnedMaps;
 use crate::maps::moves::{PhaseMap, wait_for_programs};
+use crate::maps::old::OldMaps;
 
 fn failed(path: &Path, call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
     let path = path.to_owned();
@@ -35,31 +43,175 @@ fn failed(path: &Path, call: &'static str) -> impl FnOnce(io::Error) -> LoadErro
 pub(super) struct Moved {
     /// Programs that are attached use maps that are no longer pinned.
     pub(super) has_old_programs: bool,
-    /// Maps that do not have the size that their flag requires.
+    /// A move was begun and failed before its programs inserted into the new maps.
+    pub(super) is_discarded: bool,
+    /// Maps that keep their size, since their content would not fit.
+    pub(super) kept: Vec<Kept>,
+    /// Maps that do not have the required size, or whose entries are lost.
     pub(super) problems: Vec<Problem>,
 }
 
-/// Completes the move of an earlier start, and replaces the pinned maps that do not have the required size.
+impl Moved {
+    /// Adds the result of another move.
+    pub(super) fn add(&mut self, other: Self) {
+        self.has_old_programs |= other.has_old_programs;
+        self.problems.extend(other.kept.iter().map(problem_of));
+        self.problems.extend(other.problems);
+    }
+}
+
+/// Completes the move of an earlier start, and moves the content of maps of another layout to maps of this build. If those cannot be
+/// read, they stay in force until programs are attached: see [`remove_others`].
 ///
 /// # Errors
-/// Returns a [`LoadError`] if the pins are of another layout, or if a move that must be completed fails.
-pub(super) fn resize(loading: &Loading<'_>, wanted: &Capacities) -> Result<Moved, LoadError> {
+/// Returns a [`LoadError`] if a move fails.
+pub(super) fn take_over(loader: &Loader<'_>) -> Result<Moved, LoadError> {
+    let pins = loader.pins;
     let mut moved = Moved::default();
-    if loading.pins.next().exists() {
-        moved.has_old_programs = true;
-        moved.problems.extend(lost_problem(recover(loading)?));
+    let others = pins.other_layouts()?;
+    for &layout in &others {
+        pins.take_links(layout)?;
     }
-    if !MAPS.iter().all(|map| loading.pins.maps().join(map.name).exists()) {
+    for layout in others.into_iter().chain([VERSION]) {
+        if pins.next_of(layout).exists() {
+            moved.has_old_programs = true;
+            moved.problems.extend(recover(loader, layout)?);
+        }
+    }
+    let others = pins.other_layouts()?;
+    let Some(source) = other_in_force(pins, VERSION)? else {
+        // A build of another layout was killed before its maps were in force. Its programs may be attached.
+        moved.has_old_programs |= !others.is_empty();
+        remove_others(pins)?;
+        return Ok(moved);
+    };
+    remove_dir(&pins.maps())?;
+    pins.create_dirs()?;
+    info!(layout = source, "taking over the maps of another layout");
+    moved.add(take_over_from(loader, source)?);
+    Ok(moved)
+}
+
+/// Moves the content of the maps of another layout to maps of this build.
+fn take_over_from(loader: &Loader<'_>, source: u32) -> Result<Moved, LoadError> {
+    let pins = loader.pins;
+    let old = OldMaps::open(&pins.maps_of(source))?;
+    let readable = |map: &MapSpec| {
+        Some(Readable {
+            map: old.pinned_map(map.name)?,
+            entries: old.capacity(map.name)?,
+        })
+    };
+    let takeover = match Takeover::new(readable) {
+        Ok(takeover) => takeover,
+        Err(unreadable) => {
+            let message = format!(
+                "the maps of layout v{source} could not be read ({}): all maps are made from the source, and flows of packets, \
+                 affinity and counters are lost",
+                unreadable.join(", ")
+            );
+            let filling = pins.filling(VERSION);
+            fs::create_dir_all(&filling).map_err(failed(&filling, "mkdir"))?;
+            return Ok(Moved {
+                problems: vec![problem("maps", message)],
+                ..Moved::default()
+            });
+        }
+    };
+    let replaced = Replaced {
+        old: pins.maps_of(source),
+        next: pins.next(),
+        moved: takeover.with(Fate::Moved).collect(),
+        emptied: takeover.with(Fate::Emptied).collect(),
+    };
+    let mut moved = Moved::default();
+    if !replaced.is_empty() && old.state()?.is_some_and(|state| state.netns != loader.netns) {
+        let message = format!(
+            "filters of clsact qdiscs in the network namespace of the former agent keep the maps of layout v{source}, which do not \
+             change any more: `lb-agent cleanup` in that namespace removes them"
+        );
+        moved.problems.push(problem("maps", message));
+    }
+    if replaced.is_empty() {
+        fs::rename(&replaced.old, pins.maps()).map_err(failed(&replaced.old, "rename"))?;
+        pins.remove_layout(source)?;
+    } else {
+        let programs = prepare(loader, &old, &replaced, &old.capacities())
+            .or_else(|error| remove_dir(&replaced.next).and(Err(error)))?;
+        moved.has_old_programs = true;
+        let lost = finish(loader, &programs, &replaced, source, VERSION)?;
+        moved.problems.extend(lost_problem(lost));
+    }
+    let lost = takeover.lost();
+    if !lost.is_empty() {
+        let message = format!(
+            "the maps of layout v{source} could not be read, so their entries are lost: {}",
+            lost.join(", ")
+        );
+        moved.problems.push(problem("maps", message));
+    }
+    info!(from = source, to = VERSION, "took over the maps of another layout");
+    Ok(moved)
+}
+
+/// Removes the directories of all other layouts: the maps of this build are in force.
+///
+/// # Errors
+/// Returns a [`LoadError`] if a system call fails.
+pub(super) fn remove_others(pins: &PinPath) -> Result<(), LoadError> {
+    let others = pins.other_layouts()?;
+    others.into_iter().try_for_each(|layout| pins.remove_layout(layout))?;
+    remove_dir(&pins.filling(VERSION))
+}
+
+/// Returns the layout other than `layout` whose maps are in force, if there is one.
+fn other_in_force(pins: &PinPath, layout: u32) -> Result<Option<u32>, LoadError> {
+    let all = pins.other_layouts()?.into_iter().chain([VERSION]);
+    let mut others = all.filter(|other| *other != layout && pins.has_maps(*other));
+    // While one layout is being filled, the other one is in force.
+    Ok(others.find(|other| !pins.filling(*other).exists()))
+}
+
+/// Replaces the pinned maps that do not have the required size. Returns the required numbers of entries too: `wanted` gets those
+/// of the pinned maps, if there are any.
+///
+/// # Errors
+/// Returns a [`LoadError`] if a move that must be completed fails.
+pub(super) fn at_start(
+    loader: &Loader<'_>,
+    wanted: impl FnOnce(Option<&Capacities>) -> Capacities,
+) -> Result<(Moved, Capacities), LoadError> {
+    let mut moved = Moved::default();
+    let mut needed = MAPS.iter().filter(|map| map.role != MapRole::Renewed);
+    if !needed.all(|map| loader.pins.maps().join(map.name).exists()) {
         // The first start was killed before it had pinned all maps. Nothing is attached.
+        return Ok((moved, wanted(None)));
+    }
+    let pinned = OldMaps::open(&loader.pins.maps())?.capacities();
+    let wanted = wanted(Some(&pinned));
+    moved.add(resize(loader, &wanted, &Capacities::uniform(0))?);
+    Ok((moved, wanted))
+}
+
+/// Replaces the pinned maps that do not have the required size. `needed`: the smallest numbers of entries that the maps can
+/// have, in addition to those that their content requires.
+///
+/// # Errors
+/// Returns a [`LoadError`] if a move that must be completed fails.
+pub(super) fn resize(loader: &Loader<'_>, wanted: &Capacities, needed: &Capacities) -> Result<Moved, LoadError> {
+    let mut moved = Moved::default();
+    let old = OldMaps::open(&loader.pins.maps())?;
+    if old.capacities() == *wanted {
         return Ok(moved);
     }
-    let old = PinnedMaps::open(&loading.pins.maps())?;
-    let resize = Resize::new(old.capacities(), wanted, &old.needed()?);
-    moved.problems.extend(resize.kept.iter().map(problem_of));
+    let content = old.needed()?;
+    let needed = content.map(|map, entries| entries.max(needed[map]));
+    let resize = Resize::new(old.capacities(), wanted, &needed);
+    moved.kept.clone_from(&resize.kept);
     if !resize.is_needed() {
         return Ok(moved);
     }
-    if old.state().is_some_and(|state| state.netns != loading.netns) {
+    if old.state()?.is_some_and(|state| state.netns != loader.netns) {
         moved.problems.push(problem(
             "maps",
             "the maps keep their sizes, since they were made in another network namespace; the next start replaces them".into(),
@@ -67,28 +219,48 @@ pub(super) fn resize(loading: &Loading<'_>, wanted: &Capacities) -> Result<Moved
         return Ok(moved);
     }
     moved.has_old_programs = true;
-    let replaced = Replaced::new(loading.pins, |map| resize.replaces(map));
-    match prepare(loading, &old, &replaced, &resize.to) {
+    let replaced = Replaced::of_size(loader.pins, &resize);
+    match prepare(loader, &old, &replaced, &resize.to) {
         Ok(programs) => {
-            moved
-                .problems
-                .extend(lost_problem(finish(loading, &programs, &replaced)?));
-            for &map in SizedMap::ALL {
-                let (from, to) = (old.capacities()[map], resize.to[map]);
-                if from != to {
-                    info!(map = map.name(), from, to, "replaced a map by one of another size");
-                }
-            }
+            let lost = finish(loader, &programs, &replaced, VERSION, VERSION)?;
+            moved.problems.extend(lost_problem(lost));
+            log_sizes(&old.capacities(), &resize.to);
         }
         Err(error) => {
             warn!(%error, "maps keep their sizes");
-            discard(loading.pins)?;
-            moved
-                .problems
-                .push(problem("maps", format!("the maps keep their sizes: {error}")));
+            remove_dir(&replaced.next)?;
+            moved.is_discarded = true;
+            moved.problems.push(not_replaced(&error));
         }
     }
     Ok(moved)
+}
+
+/// Replaces the maps that do not have the required size by empty ones, and returns the programs that use them. No program may
+/// be attached.
+///
+/// # Errors
+/// Returns a [`LoadError`] if a system call fails. The maps are the same as before then, except if a pin cannot be renamed.
+pub(super) fn recreate(loader: &Loader<'_>, from: &Capacities, to: &Capacities) -> Result<Ebpf, LoadError> {
+    let next = loader.pins.next();
+    let resize = Resize::new(*from, to, &Capacities::uniform(0));
+    let replaced = Replaced::of_size(loader.pins, &resize);
+    // Without MOVE: a start that finds this directory removes it.
+    fs::create_dir(&next).map_err(failed(&next, "mkdir"))?;
+    let loaded = loader.load_with(|name| replaced.path(name), to, None);
+    let programs = loaded.or_else(|error| remove_dir(&next).and(Err(error)))?;
+    rename(loader.pins, VERSION, VERSION)?;
+    log_sizes(from, to);
+    Ok(programs)
+}
+
+fn log_sizes(from: &Capacities, to: &Capacities) {
+    for &map in SizedMap::ALL {
+        let (from, to) = (from[map], to[map]);
+        if from != to {
+            info!(map = map.name(), from, to, "replaced a map by one of another size");
+        }
+    }
 }
 
 /// Replaces the program at every hook by the one with its name.
@@ -101,102 +273,162 @@ pub(super) fn replace_programs(programs: &mut Ebpf, pins: &PinPath) -> Result<()
 }
 
 /// The maps that are being replaced.
-pub(super) struct Replaced<'a> {
-    pins: &'a PinPath,
-    pub(super) maps: Vec<&'static MapSpec>,
+pub(super) struct Replaced {
+    /// Directory of the maps in force.
+    pub(super) old: PathBuf,
+    /// Directory of the new maps, and of MOVE.
+    pub(super) next: PathBuf,
+    /// Maps whose content is moved.
+    pub(super) moved: Vec<&'static MapSpec>,
+    /// Maps that begin empty.
+    emptied: Vec<&'static MapSpec>,
 }
 
-impl<'a> Replaced<'a> {
-    fn new(pins: &'a PinPath, is_replaced: impl Fn(&MapSpec) -> bool) -> Self {
-        let maps = MAPS.iter().filter(|map| is_replaced(map)).collect();
-        Self { pins, maps }
+impl Replaced {
+    /// Returns the maps that get another size.
+    fn of_size(pins: &PinPath, resize: &Resize) -> Self {
+        Self {
+            old: pins.maps(),
+            next: pins.next(),
+            moved: MAPS.iter().filter(|map| resize.replaces(map)).collect(),
+            emptied: Vec::new(),
+        }
     }
 
-    fn contains(&self, name: &str) -> bool {
-        self.maps.iter().any(|map| map.name == name)
+    /// Returns the maps that an interrupted move was replacing.
+    fn interrupted(old: PathBuf, next: PathBuf) -> Result<Self, LoadError> {
+        let there = OldMaps::open(&old)?;
+        let replaced = MAPS.iter().filter(|map| next.join(map.name).exists());
+        let (moved, emptied) = replaced.partition(|map| there.has(map));
+        Ok(Self {
+            old,
+            next,
+            moved,
+            emptied,
+        })
+    }
+
+    fn is_empty(&self) -> bool {
+        self.moved.is_empty() && self.emptied.is_empty()
+    }
+
+    /// Returns whether the content of a map is moved.
+    fn moves(&self, name: &str) -> bool {
+        self.moved.iter().any(|map| map.name == name)
     }
 
     /// Returns the path of the map that is used after the move.
     pub(super) fn path(&self, name: &str) -> PathBuf {
-        if self.contains(name) {
-            self.pins.next().join(name)
-        } else {
-            self.pins.maps().join(name)
-        }
+        let is_new = self.moves(name) || self.emptied.iter().any(|map| map.name == name);
+        let dir = if is_new { &self.next } else { &self.old };
+        dir.join(name)
     }
 }
 
-/// Continues the move of an earlier start. Returns the number of entries that found no room.
-fn recover(loading: &Loading<'_>) -> Result<usize, LoadError> {
-    let next = loading.pins.next();
+/// Continues the move of an earlier start, whose build had a layout. Returns the problems.
+fn recover(loader: &Loader<'_>, layout: u32) -> Result<Vec<Problem>, LoadError> {
+    let pins = loader.pins;
+    let next = pins.next_of(layout);
     let phase = PhaseMap::open(&next)?.and_then(|phase| phase.get());
     let recovery = Recovery::of(phase);
-    info!(?recovery, "an earlier start was interrupted while it replaced maps");
-    match recovery {
-        Recovery::Discard => discard(loading.pins).map(|()| 0),
-        Recovery::Copy => {
-            let replaced = Replaced::new(loading.pins, |map| next.join(map.name).exists());
-            let mut programs = loading.load_moving(&replaced, &Capacities::DEFAULT)?;
-            replace_programs(&mut programs, loading.pins)?;
-            finish(loading, &programs, &replaced)
+    info!(
+        layout,
+        ?recovery,
+        "an earlier start was interrupted while it replaced maps"
+    );
+    // While pins are renamed, both layouts of a move have maps.
+    let from = other_in_force(pins, layout)?.or_else(|| pins.has_maps(layout).then_some(layout));
+    // Programs inserted into the new maps, of which some may have a layout that this build cannot read.
+    let new = OldMaps::open(&next)?;
+    let is_readable = MAPS.iter().all(|map| !next.join(map.name).exists() || new.has(map));
+    match (recovery, from) {
+        (Recovery::Discard, _) | (_, None) => remove_dir(&next).map(|()| Vec::new()),
+        (Recovery::Copy, Some(from)) if is_readable => {
+            let replaced = Replaced::interrupted(pins.maps_of(from), next)?;
+            let mut programs = loader.load_moving(&replaced, &Capacities::DEFAULT)?;
+            PinnedMaps::open_each(|name| replaced.path(name))?.fill_filter()?;
+            replace_programs(&mut programs, pins)?;
+            let lost = finish(loader, &programs, &replaced, from, layout)?;
+            Ok(lost_problem(lost).into_iter().collect())
         }
-        Recovery::Rename => rename(loading.pins).map(|()| 0),
-    }
-}
-
-/// Removes the pins of the new maps.
-fn discard(pins: &PinPath) -> Result<(), LoadError> {
-    let next = pins.next();
-    match fs::remove_dir_all(&next) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(&next, "remove")(error)),
-        _ => Ok(()),
+        (Recovery::Copy, Some(_)) => {
+            remove_dir(&next)?;
+            let message =
+                format!("the maps of layout v{layout} could not be read, so the entries of its start are lost");
+            Ok(vec![problem("maps", message)])
+        }
+        (Recovery::Rename, Some(from)) => rename(pins, from, layout).map(|()| Vec::new()),
     }
 }
 
 /// Creates the new maps, and attaches programs that use both. Returns these programs.
-fn prepare(
-    loading: &Loading<'_>,
-    old: &PinnedMaps,
-    replaced: &Replaced<'_>,
-    to: &Capacities,
-) -> Result<Ebpf, LoadError> {
-    let next = loading.pins.next();
-    fs::create_dir(&next).map_err(failed(&next, "mkdir"))?;
-    let mut programs = loading.load_moving(replaced, to)?;
+fn prepare(loader: &Loader<'_>, old: &OldMaps, replaced: &Replaced, to: &Capacities) -> Result<Ebpf, LoadError> {
+    let begun = Instant::now();
+    let next = &replaced.next;
+    fs::create_dir(next).map_err(failed(next, "mkdir"))?;
+    let mut programs = loader.load_moving(replaced, to)?;
     let mut new = PinnedMaps::open_each(|name| replaced.path(name))?;
-    old.copy_agent_maps(&mut new, |name| replaced.contains(name))?;
-    replace_programs(&mut programs, loading.pins)?;
+    old.copy_agent_maps(&mut new, |name| replaced.moves(name))?;
+    new.fill_filter()?;
+    replace_programs(&mut programs, loader.pins)?;
     // Programs of before do not look into the new maps.
     wait_for_programs()?;
+    info!(took = ?begun.elapsed(), "attached programs that use the old and the new maps");
     Ok(programs)
 }
 
-/// Makes the programs insert into the new maps, copies the entries of the old maps, and renames the pins. Returns the number of
-/// entries that found no room.
-fn finish(loading: &Loading<'_>, programs: &Ebpf, replaced: &Replaced<'_>) -> Result<usize, LoadError> {
-    let phase = PhaseMap::open(&loading.pins.next())?.ok_or_else(|| LoadError::PinPath {
-        path: loading.pins.next().join(MOVE_MAP),
+/// Makes the programs insert into the new maps, copies the entries of the old maps, and renames the pins. `from` and `to` are the
+/// layouts of the old maps and of the new ones. Returns the number of entries that found no room.
+fn finish(loader: &Loader<'_>, programs: &Ebpf, replaced: &Replaced, from: u32, to: u32) -> Result<usize, LoadError> {
+    let begun = Instant::now();
+    let phase = PhaseMap::open(&replaced.next)?.ok_or_else(|| LoadError::PinPath {
+        path: replaced.next.join(MOVE_MAP),
         what: "does not exist".into(),
     })?;
     phase.set(MovePhase::Copy);
     // Afterwards no program inserts into the old maps.
     wait_for_programs()?;
-    let old = PinnedMaps::open(&loading.pins.maps())?;
-    let lost = old.move_entries(programs, |name| replaced.contains(name))?;
+    let old = OldMaps::open(&replaced.old)?;
+    let lost = old.move_entries(programs, |name| replaced.moves(name))?;
+    info!(took = ?begun.elapsed(), lost, "copied the entries of the old maps");
     phase.set(MovePhase::Rename);
-    rename(loading.pins).map(|()| lost)
+    rename(loader.pins, from, to).map(|()| lost)
 }
 
-/// Replaces the pins of the old maps by those of the new ones.
-fn rename(pins: &PinPath) -> Result<(), LoadError> {
-    let next = pins.next();
-    for map in MAPS {
-        let new = next.join(map.name);
-        if new.exists() {
-            fs::rename(&new, pins.maps().join(map.name)).map_err(failed(&new, "rename"))?;
-        }
+/// Replaces the pins of the old maps by those of the new ones. The layout of the old maps is removed, if it is another one, after the
+/// maps that were not replaced have been moved. SERVICES, which has the number of entries, comes after the maps of the same size: an
+/// agent that dies in between does not leave one that is smaller.
+fn rename(pins: &PinPath, from: u32, to: u32) -> Result<(), LoadError> {
+    let (next, maps) = (pins.next_of(to), pins.maps_of(to));
+    fs::create_dir_all(&maps).map_err(failed(&maps, "mkdir"))?;
+    for map in MAPS.iter().rev() {
+        rename_pin(&next.join(map.name), &maps.join(map.name))?;
     }
-    discard(pins)
+    if from != to {
+        let old = pins.maps_of(from);
+        for map in MAPS {
+            let target = maps.join(map.name);
+            if !target.exists() {
+                rename_pin(&old.join(map.name), &target)?;
+            }
+        }
+        // Last, since the phase in this directory shows that the maps are complete.
+        pins.remove_layout(from)?;
+    }
+    remove_dir(&next)
+}
+
+/// Renames a pin, if it exists: an earlier start may have done so.
+fn rename_pin(from: &Path, to: &Path) -> Result<(), LoadError> {
+    match fs::rename(from, to) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(from, "rename")(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Returns the problem of maps that could not be replaced.
+pub(super) fn not_replaced(error: &LoadError) -> Problem {
+    problem("maps", format!("the maps keep their sizes: {error}"))
 }
 
 fn problem_of(kept: &Kept) -> Problem {
@@ -215,7 +447,7 @@ fn lost_problem(lost: usize) -> Option<Problem> {
     (lost > 0).then(|| {
         problem(
             "maps",
-            format!("{lost} entries found no room when maps were replaced; the log of this start names the maps"),
+            format!("{lost} entries found no room when maps were replaced; the log of the agent names the maps"),
         )
     })
 }

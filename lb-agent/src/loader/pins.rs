@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use lb_common::abi::{MAPS, VERSION, layout_of};
 use nix::fcntl::{Flock, FlockArg, OFlag, open};
 use nix::mount::{MsFlags, mount};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::{BPF_FS_MAGIC, FsType, statfs};
 
-use super::{LoadError, version_dir};
+use super::LoadError;
 use crate::maps::sys;
 
 /// The conventional mount point of the kernel's BPF file system.
@@ -53,21 +54,46 @@ impl PinPath {
         &self.0
     }
 
+    /// Returns the directory of a layout.
+    pub(super) fn layout(&self, layout: u32) -> PathBuf {
+        self.0.join(format!("v{layout}"))
+    }
+
+    /// Returns the directory of the maps of a layout.
+    pub(super) fn maps_of(&self, layout: u32) -> PathBuf {
+        self.layout(layout).join("maps")
+    }
+
+    /// Returns the directory of the maps that replace others, while a build with a layout moves them.
+    pub(super) fn next_of(&self, layout: u32) -> PathBuf {
+        self.layout(layout).join("next")
+    }
+
+    /// Returns the directory that shows that the maps of a layout are not in force yet.
+    pub(super) fn filling(&self, layout: u32) -> PathBuf {
+        self.layout(layout).join("filling")
+    }
+
+    /// Returns the directory of the links of a layout.
+    pub(super) fn links_of(&self, layout: u32) -> PathBuf {
+        self.layout(layout).join("links")
+    }
+
     /// Returns the directory of the maps of this build's layout.
     #[must_use]
     pub fn maps(&self) -> PathBuf {
-        self.0.join(version_dir()).join("maps")
+        self.maps_of(VERSION)
     }
 
     /// Returns the directory of the maps that replace others during a move.
     pub(super) fn next(&self) -> PathBuf {
-        self.0.join(version_dir()).join("next")
+        self.next_of(VERSION)
     }
 
     /// Returns the directory of the links of this build's layout.
     #[must_use]
     pub fn links(&self) -> PathBuf {
-        self.0.join(version_dir()).join("links")
+        self.links_of(VERSION)
     }
 
     /// Creates the directory, and mounts the BPF file system if it is not mounted.
@@ -93,19 +119,61 @@ impl PinPath {
         Ok(self.maps())
     }
 
-    /// Returns an error if a build with another layout has pinned its maps here.
-    pub(super) fn refuse_other_versions(&self) -> Result<(), LoadError> {
-        let entries = fs::read_dir(&self.0).map_err(failed(&self.0, "readdir"))?;
-        for entry in entries {
-            let entry = entry.map_err(failed(&self.0, "readdir"))?;
-            if entry.file_name() != version_dir().as_str() {
-                return Err(LoadError::Layout {
-                    path: entry.path(),
-                    what: format!("belongs to another layout than {}", version_dir()),
-                });
+    /// Returns the other layouts that have a directory here.
+    ///
+    /// # Errors
+    /// Returns [`LoadError::PinPath`] if there is something else than directories of layouts.
+    pub(super) fn other_layouts(&self) -> Result<Vec<u32>, LoadError> {
+        let mut layouts = Vec::new();
+        for path in entries(&self.0)? {
+            let name = path.file_name().and_then(|name| name.to_str());
+            let layout = name.and_then(layout_of).ok_or_else(|| LoadError::PinPath {
+                path: path.clone(),
+                what: "is no directory of lb: remove it, or use another --pin-path".into(),
+            })?;
+            layouts.push(layout);
+        }
+        layouts.retain(|layout| *layout != VERSION);
+        layouts.sort_unstable();
+        Ok(layouts)
+    }
+
+    /// Removes maps of the own layout that this build does not have: one of a later build would not follow the changes that this
+    /// build makes.
+    pub(super) fn remove_unknown_maps(&self) -> Result<(), LoadError> {
+        for pin in entries(&self.maps())? {
+            let is_known = pin
+                .file_name()
+                .is_some_and(|name| MAPS.iter().any(|map| name == map.name));
+            if !is_known {
+                fs::remove_file(&pin).map_err(failed(&pin, "unlink"))?;
             }
         }
         Ok(())
+    }
+
+    /// Returns whether maps of a layout are pinned.
+    pub(super) fn has_maps(&self, layout: u32) -> bool {
+        entries(&self.maps_of(layout)).is_ok_and(|maps| !maps.is_empty())
+    }
+
+    /// Moves the links of another layout to the directory of this build's. The names of links are those of the programs in every
+    /// layout.
+    pub(super) fn take_links(&self, layout: u32) -> Result<(), LoadError> {
+        let from = self.links_of(layout);
+        if !from.exists() {
+            return Ok(());
+        }
+        for link in entries(&from)? {
+            let to = self.links().join(link.file_name().unwrap_or_default());
+            fs::rename(&link, &to).map_err(failed(&link, "rename"))?;
+        }
+        Ok(())
+    }
+
+    /// Removes the directory of another layout.
+    pub(super) fn remove_layout(&self, layout: u32) -> Result<(), LoadError> {
+        remove_dir(&self.layout(layout))
     }
 
     /// Removes everything, links first. Links are detached explicitly, since the kernel releases a link some time after its
@@ -127,8 +195,16 @@ impl PinPath {
     }
 }
 
+/// Removes a directory with its content, if it exists.
+pub(super) fn remove_dir(dir: &Path) -> Result<(), LoadError> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(dir, "remove")(error)),
+        _ => Ok(()),
+    }
+}
+
 /// Returns the paths in a directory.
-fn entries(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
+pub(super) fn entries(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
     fs::read_dir(dir)
         .and_then(|entries| entries.map(|entry| entry.map(|entry| entry.path())).collect())
         .map_err(failed(dir, "readdir"))

@@ -1,13 +1,15 @@
 //! Reverting changes to a node other than pins: filters at devices and reserved ports, which the pinned maps record.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::RangeInclusive;
+use std::path::Path;
 
-use lb_common::abi::device_flags;
+use lb_common::abi::{Device, VERSION, device_flags};
 use tracing::warn;
 
 use super::{LoadError, PinPath, tc};
-use crate::maps::bpf::PinnedMaps;
+use crate::maps::old::OldMaps;
 use crate::node::links::LinkSnapshot;
 use crate::node::netns::Namespaces;
 use crate::node::ports::{PortRange, ReservedPorts};
@@ -22,34 +24,42 @@ fn failed(call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
 
 /// Reverts the changes in the network namespace of the agent that made them, if that namespace can be found.
 pub(super) fn undo(pins: &PinPath) -> Result<(), LoadError> {
-    // Without maps of this layout, there is nothing to revert.
-    let Ok(maps) = PinnedMaps::open(&pins.maps()) else {
+    let layouts = pins.other_layouts().unwrap_or_default().into_iter().chain([VERSION]);
+    layouts
+        .map(|layout| pins.maps_of(layout))
+        .try_for_each(|maps| undo_from(&maps))
+}
+
+/// Reverts the changes that the maps in a directory record, if they can be read.
+fn undo_from(maps: &Path) -> Result<(), LoadError> {
+    let maps = OldMaps::open(maps)?;
+    let (Ok(devices), Ok(config)) = (maps.devices(), maps.config()) else {
         return Ok(());
     };
+    let state = maps.state()?;
     let mut namespaces = Namespaces::new().map_err(failed("reading /proc"))?;
     let own = namespaces.own();
-    let netns = maps.state().map_or(own, |state| state.netns);
-    let visit = namespaces.visit(&BTreeSet::from([netns]), |_| undo_here(&maps));
+    let netns = state.map_or(own, |state| state.netns);
+    let ports = config
+        .snat_ports()
+        .filter(|_| state.is_some_and(|state| state.own_ports != 0));
+    let visit = namespaces.visit(&BTreeSet::from([netns]), |_| undo_here(&devices, ports.clone()));
     for (path, error) in visit.refused {
         warn!(path = %path.display(), %error, "cannot look for the agent's network namespace: filters may stay there");
     }
     visit.visited.into_values().collect()
 }
 
-/// Reverts the changes in the network namespace of the calling thread.
-fn undo_here(maps: &PinnedMaps) -> Result<(), LoadError> {
-    let devices = maps.devices()?;
+/// Reverts the changes in the network namespace of the calling thread. `ports` are those that the agent reserved.
+fn undo_here(devices: &BTreeMap<u32, Device>, ports: Option<RangeInclusive<u16>>) -> Result<(), LoadError> {
     let own_qdiscs = devices
-        .into_iter()
+        .iter()
         .filter(|(_, device)| device.flags & device_flags::OWN_QDISC != 0)
-        .map(|(index, _)| index)
+        .map(|(index, _)| *index)
         .collect();
     let there = LinkSnapshot::take(false).map_err(failed("listing devices"))?;
     tc::remove_all_filters(there.indexes(), &own_qdiscs)?;
-    let ports = maps
-        .snat_ports()
-        .filter(|_| maps.state().is_some_and(|state| state.own_ports != 0));
-    if let Some((first, last)) = ports.map(std::ops::RangeInclusive::into_inner) {
+    if let Some((first, last)) = ports.map(RangeInclusive::into_inner) {
         let released = ReservedPorts::new().release(PortRange { first, last });
         if let Err(error) = released {
             warn!(%error, "the ports {first}-{last} stay in net.ipv4.ip_local_reserved_ports");

@@ -8,11 +8,11 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd as _;
 
-use aya::maps::IterableMap as _;
+use aya::maps::{IterableMap as _, MapData};
 use lb_core::maps::MapError;
 use zerocopy::FromBytes;
 
-use super::bpf::Hash;
+use super::bpf::{Hash, call};
 use super::sys::{self, Batch};
 
 /// Number of entries of a batch, unless a bucket has more.
@@ -31,31 +31,42 @@ pub enum Position {
 }
 
 /// Keys and values of one batch.
-pub(super) struct Entries<const K: usize, const V: usize> {
-    keys: Vec<[u8; K]>,
-    values: Vec<[u8; V]>,
+pub(super) struct Entries {
+    key_size: usize,
+    value_size: usize,
+    keys: Vec<u8>,
+    values: Vec<u8>,
     count: usize,
 }
 
-impl<const K: usize, const V: usize> Entries<K, V> {
-    pub(super) fn new() -> Self {
-        Self {
-            keys: vec![[0; K]; ROOM],
-            values: vec![[0; V]; ROOM],
-            count: 0,
-        }
-    }
-
-    /// Returns the entries of the last batch.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&[u8; K], &[u8; V])> {
-        self.keys.iter().zip(&self.values).take(self.count)
-    }
-
-    /// Reads the entries of the next buckets of a map, and returns the position after them.
+impl Entries {
+    /// Creates an empty batch of a map, whose keys and values have the sizes that the kernel reports.
     ///
     /// # Errors
     /// Returns [`MapError::Call`] if the system call fails.
-    pub(super) fn read(&mut self, name: &'static str, map: &Hash<K, V>, from: Position) -> Result<Position, MapError> {
+    pub(super) fn of(name: &'static str, map: &MapData) -> Result<Self, MapError> {
+        let info = map.info().map_err(call(name, "BPF_OBJ_GET_INFO_BY_FD"))?;
+        let (key_size, value_size) = (info.key_size() as usize, info.value_size() as usize);
+        Ok(Self {
+            key_size,
+            value_size,
+            keys: vec![0; ROOM * key_size],
+            values: vec![0; ROOM * value_size],
+            count: 0,
+        })
+    }
+
+    /// Returns the entries of the last batch.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        let keys = self.keys.chunks_exact(self.key_size);
+        keys.zip(self.values.chunks_exact(self.value_size)).take(self.count)
+    }
+
+    /// Reads the entries of the next buckets of the map, and returns the position after them.
+    ///
+    /// # Errors
+    /// Returns [`MapError::Call`] if the system call fails.
+    pub(super) fn read(&mut self, name: &'static str, map: &MapData, from: Position) -> Result<Position, MapError> {
         let bucket = match from {
             Position::Begin => None,
             Position::At(bucket) => Some(bucket),
@@ -64,18 +75,17 @@ impl<const K: usize, const V: usize> Entries<K, V> {
                 return Ok(Position::End);
             }
         };
+        let sizes = [self.key_size, self.value_size];
         loop {
-            // aya compared the sizes of keys and values with those of the map when it was opened.
-            match sys::lookup_batch(map.map().fd().as_fd(), bucket, &mut self.keys, &mut self.values) {
+            match sys::lookup_batch(map.fd().as_fd(), sizes, bucket, &mut self.keys, &mut self.values) {
                 Ok(Batch { count, next }) => {
                     self.count = count;
                     return Ok(next.map_or(Position::End, Position::At));
                 }
                 // The bucket has more entries.
                 Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
-                    let room = self.keys.len() * 2;
-                    self.keys.resize(room, [0; K]);
-                    self.values.resize(room, [0; V]);
+                    self.keys.resize(self.keys.len() * 2, 0);
+                    self.values.resize(self.values.len() * 2, 0);
                 }
                 Err(source) => {
                     return Err(MapError::Call {
@@ -89,17 +99,20 @@ impl<const K: usize, const V: usize> Entries<K, V> {
     }
 }
 
-/// Calls a function with every entry of a map.
-fn for_each<const K: usize, const V: usize>(
+/// Calls a function with the bytes of every entry of a map.
+///
+/// # Errors
+/// Returns [`MapError::Call`] if the system call fails, and the errors of the function.
+pub(super) fn for_each(
     name: &'static str,
-    map: &Hash<K, V>,
-    mut each: impl FnMut(&[u8; K], &[u8; V]),
+    map: &MapData,
+    mut each: impl FnMut(&[u8], &[u8]) -> Result<(), MapError>,
 ) -> Result<(), MapError> {
-    let mut entries = Entries::new();
+    let mut entries = Entries::of(name, map)?;
     let mut position = Position::Begin;
     while position != Position::End {
         position = entries.read(name, map, position)?;
-        entries.iter().for_each(|(key, value)| each(key, value));
+        entries.iter().try_for_each(|(key, value)| each(key, value))?;
     }
     Ok(())
 }
@@ -108,9 +121,12 @@ fn for_each<const K: usize, const V: usize>(
 ///
 /// # Errors
 /// Returns [`MapError::Call`] if the system call fails.
-pub(super) fn count<const K: usize, const V: usize>(name: &'static str, map: &Hash<K, V>) -> Result<usize, MapError> {
+pub(super) fn count(name: &'static str, map: &MapData) -> Result<usize, MapError> {
     let mut count = 0;
-    for_each(name, map, |_, _| count += 1)?;
+    for_each(name, map, |_, _| {
+        count += 1;
+        Ok(())
+    })?;
     Ok(count)
 }
 
@@ -124,20 +140,15 @@ pub(super) fn read_hash<K: FromBytes + Ord, V: FromBytes, const KS: usize, const
     map: &Hash<KS, VS>,
 ) -> Result<BTreeMap<K, V>, MapError> {
     let mut all = BTreeMap::new();
-    let mut fits = true;
-    for_each(name, map, |key, value| {
-        match (K::read_from_bytes(key), V::read_from_bytes(value)) {
-            (Ok(key), Ok(value)) => {
-                all.insert(key, value);
-            }
-            (Ok(_) | Err(_), _) => fits = false,
-        }
+    for_each(name, map.map(), |key, value| {
+        let (Ok(key), Ok(value)) = (K::read_from_bytes(key), V::read_from_bytes(value)) else {
+            return Err(MapError::Unexpected {
+                map: name,
+                what: "keys or values do not have the size of this build".into(),
+            });
+        };
+        all.insert(key, value);
+        Ok(())
     })?;
-    if fits {
-        return Ok(all);
-    }
-    Err(MapError::Unexpected {
-        map: name,
-        what: "keys or values do not have the size of this build".into(),
-    })
+    Ok(all)
 }

@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{HashMap, MapData, MapError as AyaMapError, PerCpuArray, PerCpuValues};
+use aya::maps::{HashMap, IterableMap as _, MapData, MapError as AyaMapError, PerCpuArray, PerCpuValues};
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use lb_common::abi::{
     Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, CtEntry, CtKey, Device, DropReason, Event, EventKind,
-    Frontend, FrontendKey, FrontendSwap, MapSpec, Name, ProblemRecord, Service, ServiceIndex, ServiceStats, Set,
-    SetWord, SizedMap, SocketRecord, SourceRange, State, UdpDests, map_name, map_spec, program_name, service_flags,
+    FilterBit, Frontend, FrontendKey, FrontendSwap, MapSpec, Name, ProblemRecord, Service, ServiceIndex, ServiceStats,
+    Set, SetWord, SizedMap, SocketRecord, SourceRange, State, UdpDests, map_name, map_spec, program_name,
+    service_flags,
 };
 use lb_common::logic::{generation, record};
 use lb_core::maps::prefix::Prefix;
@@ -30,6 +31,7 @@ pub(super) type Hash<const K: usize, const V: usize> = HashMap<MapData, [u8; K],
 type Trie<const K: usize> = LpmTrie<MapData, [u8; K], u32>;
 
 const KEY: usize = size_of::<FrontendKey>();
+const FRONTEND: usize = size_of::<Frontend>();
 const NAME: usize = size_of::<Name>();
 const RECORD: usize = size_of::<SocketRecord>();
 const DESTS: usize = size_of::<UdpDests>();
@@ -45,11 +47,12 @@ const CT_ENTRY: usize = size_of::<CtEntry>();
 
 /// The pinned maps of an agent, opened by path. Every subcommand reads them, and [`BpfMaps`] writes them.
 pub struct PinnedMaps {
-    pub(super) frontends: Hash<KEY, 8>,
+    pub(super) frontends: Hash<KEY, FRONTEND>,
     pub(super) services: MappedArray<Service>,
     pub(super) slots: MappedArray<BackendSlot>,
     pub(super) backends: MappedArray<Backend>,
-    node_addrs: Hash<16, 4>,
+    pub(super) node_addrs: Hash<16, 4>,
+    filter: MappedArray<u64>,
     pub(super) sockets: MappedArray<SocketRecord>,
     pub(super) sockets_more: Hash<8, RECORD>,
     pub(super) udp_dests: Hash<8, DESTS>,
@@ -58,7 +61,7 @@ pub struct PinnedMaps {
     stats: PerCpuArray<MapData, [u8; STATS]>,
     drops: PerCpuArray<MapData, u64>,
     pub(super) config: MappedArray<Config>,
-    state: MappedArray<State>,
+    pub(super) state: MappedArray<State>,
     problems: Hash<4, PROBLEM>,
     pub(super) devices: Hash<4, DEVICE>,
     source_ranges: Trie<RANGE>,
@@ -104,13 +107,31 @@ pub(super) fn lookup<const K: usize, const V: usize>(
     }
 }
 
-/// Maps an array into memory.
+/// Maps an array of this build's layout into memory.
+///
+/// # Errors
+/// Returns [`MapError::Unexpected`] if the values have another size.
 pub(super) fn mapped<T>(name: &'static str, map: &MapData) -> Result<MappedArray<T>, MapError>
 where
     T: FromBytes + IntoBytes + zerocopy::Immutable + zerocopy::KnownLayout + Copy,
 {
     let info = map.info().map_err(call(name, "BPF_OBJ_GET_INFO_BY_FD"))?;
-    MappedArray::new(map.fd().as_fd(), info.max_entries()).map_err(|source| MapError::Call {
+    if info.value_size() as usize != size_of::<T>() {
+        return Err(MapError::Unexpected {
+            map: name,
+            what: "values do not have the size of this build".into(),
+        });
+    }
+    mapped_any(name, map)
+}
+
+/// Maps an array of any layout into memory.
+pub(super) fn mapped_any<T>(name: &'static str, map: &MapData) -> Result<MappedArray<T>, MapError>
+where
+    T: FromBytes + IntoBytes + zerocopy::Immutable + zerocopy::KnownLayout + Copy,
+{
+    let info = map.info().map_err(call(name, "BPF_OBJ_GET_INFO_BY_FD"))?;
+    MappedArray::new(map.fd().as_fd(), info.max_entries(), info.value_size()).map_err(|source| MapError::Call {
         map: name,
         call: "mmap",
         source,
@@ -172,6 +193,7 @@ impl PinnedMaps {
             slots: mapped!(BACKEND_SLOTS),
             backends: mapped!(BACKENDS),
             node_addrs: hash!(HashMap, NODE_ADDRS),
+            filter: mapped!(FILTER),
             sockets: mapped!(SOCKETS),
             sockets_more: hash!(HashMap, SOCKETS_MORE),
             udp_dests: hash!(HashMap, UDP_FLOWS),
@@ -211,6 +233,8 @@ impl PinnedMaps {
             names: self.names()?,
             source_ranges: self.source_ranges()?,
             cluster_cidrs: self.cluster_cidrs()?,
+            node_addrs: self.node_addrs()?,
+            filter: self.filter(),
         })
     }
 
@@ -277,11 +301,44 @@ impl PinnedMaps {
             .collect())
     }
 
-    /// Makes NODE_ADDRS equal to `wanted`, and returns the number of addresses that did not fit.
+    /// Reads the bits that are set in FILTER.
+    fn filter(&self) -> BTreeSet<FilterBit> {
+        let words = (0..self.filter.len()).filter_map(|index| Some((index, self.filter.read(index)?)));
+        words.flat_map(|(index, word)| FilterBit::all_in(index, word)).collect()
+    }
+
+    /// Sets the bits of all addresses of FRONTENDS and NODE_ADDRS in FILTER, before programs that read it are attached: a build
+    /// that does not have FILTER may have filled the other maps.
     ///
     /// # Errors
-    /// Returns [`MapError::Call`] if a system call fails.
-    pub fn write_node_addrs(&mut self, wanted: &BTreeSet<Addr>) -> Result<usize, MapError> {
+    /// Returns a [`MapError`] if a map cannot be read or written.
+    pub(crate) fn fill_filter(&self) -> Result<(), MapError> {
+        let addrs = self
+            .frontends()?
+            .into_keys()
+            .map(|key| key.addr)
+            .chain(self.node_addrs()?);
+        addrs
+            .map(FilterBit::from)
+            .try_for_each(|bit| self.change_filter(bit, |word| word | bit.mask()))
+    }
+
+    /// Changes the entry of FILTER that has a bit, by one store.
+    fn change_filter(&self, bit: FilterBit, change: impl FnOnce(u64) -> u64) -> Result<(), MapError> {
+        let index = bit.word();
+        let word = self.filter.read(index).map(change);
+        if word.is_some_and(|word| self.filter.write(index, &word)) {
+            return Ok(());
+        }
+        Err(MapError::OutOfRange {
+            map: map_name::FILTER,
+            index,
+            capacity: self.filter.len(),
+        })
+    }
+
+    /// Makes NODE_ADDRS equal to `wanted`, and returns the number of addresses that did not fit.
+    fn write_node_addrs(&mut self, wanted: &BTreeSet<Addr>) -> Result<usize, MapError> {
         let name = map_name::NODE_ADDRS;
         let there = self.node_addrs()?;
         for gone in there.difference(wanted) {
@@ -340,22 +397,16 @@ impl PinnedMaps {
     ///
     /// # Errors
     /// Returns [`MapError::Call`] if a system call fails.
-    pub(super) fn used_by_programs(&self, map: SizedMap) -> Result<usize, MapError> {
+    pub(crate) fn used_by_programs(&self, map: SizedMap) -> Result<usize, MapError> {
         match map {
             SizedMap::Services | SizedMap::Frontends | SizedMap::Backends | SizedMap::BackendSlots => Ok(0),
-            SizedMap::Sockets => Ok(self.sockets_used()),
-            SizedMap::SocketsMore => batch::count(map.name(), &self.sockets_more),
-            SizedMap::UdpFlows => batch::count(map.name(), &self.udp_dests),
-            SizedMap::Affinity => batch::count(map.name(), &self.affinity),
-            SizedMap::Conntrack => batch::count(map.name(), &self.ct),
-            SizedMap::ConntrackNew => batch::count(map.name(), &self.ct_new),
+            SizedMap::Sockets => Ok(sockets_used(&self.sockets)),
+            SizedMap::SocketsMore => batch::count(map.name(), self.sockets_more.map()),
+            SizedMap::UdpFlows => batch::count(map.name(), self.udp_dests.map()),
+            SizedMap::Affinity => batch::count(map.name(), self.affinity.map()),
+            SizedMap::Conntrack => batch::count(map.name(), self.ct.map()),
+            SizedMap::ConntrackNew => batch::count(map.name(), self.ct_new.map()),
         }
-    }
-
-    /// Returns the number of slots of SOCKETS in use.
-    fn sockets_used(&self) -> usize {
-        let taken = |slot: &u32| self.sockets.read(*slot).is_some_and(|record| record.cookie != 0);
-        (0..self.sockets.len()).filter(taken).count()
     }
 
     /// Reads an entry of SERVICES; `None` if the index is beyond the end.
@@ -380,9 +431,8 @@ impl PinnedMaps {
             .map_err(call(map_name::STATS, "BPF_MAP_LOOKUP_ELEM"))?;
         let mut sum = ServiceStats::default();
         for value in values.iter() {
-            let ServiceStats { connections, refused } = zerocopy::transmute!(*value);
-            sum.connections += connections;
-            sum.refused += refused;
+            let value: ServiceStats = zerocopy::transmute!(*value);
+            sum += value;
         }
         Ok(sum)
     }
@@ -459,6 +509,12 @@ impl PinnedMaps {
         }
         Ok(problems.len() - fitted)
     }
+}
+
+/// Returns the number of slots of SOCKETS in use.
+pub(super) fn sockets_used(sockets: &MappedArray<SocketRecord>) -> usize {
+    let is_taken = |slot: &u32| sockets.read_word(*slot, 0).is_some_and(|cookie| cookie != 0);
+    (0..sockets.len()).filter(is_taken).count()
 }
 
 /// Reads the record in a slot of SOCKETS, if there is a complete one.
@@ -553,6 +609,12 @@ impl BpfMaps {
             grace,
             written: 0,
         })
+    }
+
+    /// Continues with maps of other sizes and with the programs that use them.
+    pub(crate) fn replace(&mut self, pinned: PinnedMaps, programs: Ebpf) {
+        self.pinned = pinned;
+        self.programs = programs;
     }
 
     /// Returns the maps for reading.
@@ -690,7 +752,8 @@ impl Maps for BpfMaps {
 
     fn insert_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
         let map = map_name::FRONTENDS;
-        let (key_bytes, value_bytes): ([u8; KEY], [u8; 8]) = (zerocopy::transmute!(key), zerocopy::transmute!(value));
+        let (key_bytes, value_bytes): ([u8; KEY], [u8; FRONTEND]) =
+            (zerocopy::transmute!(key), zerocopy::transmute!(value));
         self.pinned
             .frontends
             .insert(key_bytes, value_bytes, BPF_NOEXIST)
@@ -702,7 +765,7 @@ impl Maps for BpfMaps {
                 },
                 _ => call(map, "BPF_MAP_UPDATE_ELEM")(error),
             })?;
-        self.written += (KEY + 8) as u64;
+        self.written += (KEY + FRONTEND) as u64;
         Ok(())
     }
 
@@ -711,7 +774,7 @@ impl Maps for BpfMaps {
         let request = FrontendSwap {
             key,
             pad: 0,
-            value: value.to_word(),
+            value: value.to_words(),
         };
         let call = "BPF_PROG_TEST_RUN of lb_frontend_swap";
         let done = self
@@ -723,7 +786,7 @@ impl Maps for BpfMaps {
                 what: format!("{key:?} does not exist, so it cannot be changed in place"),
             });
         }
-        self.written += 8;
+        self.written += FRONTEND as u64;
         Ok(())
     }
 
@@ -869,6 +932,22 @@ impl Maps for BpfMaps {
     fn delete_cluster_cidr(&mut self, cidr: Prefix<Addr>) -> Result<(), MapError> {
         let map = map_name::CLUSTER_CIDRS;
         self.written += delete_from_trie(map, &mut self.pinned.cluster_cidrs, &cidr_key(cidr))?;
+        Ok(())
+    }
+
+    fn write_node_addrs(&mut self, wanted: &BTreeSet<Addr>) -> Result<usize, MapError> {
+        self.pinned.write_node_addrs(wanted)
+    }
+
+    fn set_filter_bit(&mut self, bit: FilterBit) -> Result<(), MapError> {
+        self.pinned.change_filter(bit, |word| word | bit.mask())?;
+        self.written += 8;
+        Ok(())
+    }
+
+    fn clear_filter_bit(&mut self, bit: FilterBit) -> Result<(), MapError> {
+        self.pinned.change_filter(bit, |word| word & !bit.mask())?;
+        self.written += 8;
         Ok(())
     }
 

@@ -3,9 +3,10 @@
 
 use std::path::Path;
 
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{HashMap, IterableMap as _, Map, MapData};
 use lb_common::abi::{CtEntry, CtKey, map_name};
 use lb_core::maps::{Direction, MapError};
+use zerocopy::FromBytes as _;
 
 use super::batch::Entries;
 use super::bpf::{Hash, call, is_missing, lookup};
@@ -20,7 +21,7 @@ pub struct CtMap {
     name: &'static str,
     map: Hash<KEY, ENTRY>,
     /// The last batch.
-    batch: Entries<KEY, ENTRY>,
+    batch: Entries,
 }
 
 /// CT and CT_NEW.
@@ -47,10 +48,11 @@ impl CtMaps {
 impl CtMap {
     fn open(dir: &Path, name: &'static str, kind: fn(MapData) -> Map) -> Result<Self, MapError> {
         let map = MapData::from_pin(dir.join(name)).map_err(call(name, "BPF_OBJ_GET"))?;
+        let batch = Entries::of(name, &map)?;
         Ok(Self {
             name,
             map: HashMap::try_from(kind(map)).map_err(call(name, "open"))?,
-            batch: Entries::new(),
+            batch,
         })
     }
 
@@ -66,9 +68,12 @@ impl CtMap {
     /// # Errors
     /// Returns [`MapError::Call`] if the system call fails.
     pub fn read(&mut self, from: Position) -> Result<(Vec<Direction>, Position), MapError> {
-        let next = self.batch.read(self.name, &self.map, from)?;
+        let next = self.batch.read(self.name, self.map.map(), from)?;
         let entries = self.batch.iter();
-        let entries = entries.map(|(key, entry)| (zerocopy::transmute!(*key), zerocopy::transmute!(*entry)));
+        let entries = entries.filter_map(|(key, entry)| {
+            // The map was opened with keys and values of these sizes.
+            Some((CtKey::read_from_bytes(key).ok()?, CtEntry::read_from_bytes(entry).ok()?))
+        });
         Ok((entries.collect(), next))
     }
 

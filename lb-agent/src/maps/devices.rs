@@ -27,10 +27,7 @@ impl PinnedMaps {
     /// Returns the SNAT ports; `None` if there are none.
     #[must_use]
     pub fn snat_ports(&self) -> Option<RangeInclusive<u16>> {
-        let Config {
-            snat_first, snat_last, ..
-        } = self.config();
-        (snat_first != 0 && snat_first <= snat_last).then_some(snat_first..=snat_last)
+        self.config().snat_ports()
     }
 
     /// Writes the SNAT ports for the programs, by one store.

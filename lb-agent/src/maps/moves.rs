@@ -1,27 +1,27 @@
-//! Moving the content of maps to maps of another size; see [`lb_common::abi::MovePhase`].
+//! Moving the content of maps to maps of another size or layout; see [`lb_common::abi::MovePhase`].
 //!
 //! Maps that only the agent fills are copied before any program reads the copies. The entries of maps that programs fill are
 //! copied one by one by the agent call `lb_move`, while programs use both maps.
 
+use std::collections::BTreeSet;
 use std::mem::offset_of;
 use std::path::Path;
 
 use aya::Ebpf;
 use aya::maps::MapData;
 use lb_common::abi::{
-    Backend, BackendSlot, MOVE_MAP, Move, MoveItem, MovePhase, MoveRequest, Service, SizedMap, SocketRecord, map_name,
-    program_name,
+    Backend, BackendSlot, Config, DropReason, MOVE_MAP, Move, MoveItem, MovePhase, MoveRequest, Service, ServiceIndex,
+    SizedMap, SocketRecord, State, map_name, program_name,
 };
-use lb_core::maps::resize::room;
+use lb_common::logic::generation;
+use lb_core::maps::resize::{base_generation, room, unused_backend, unused_service};
 use lb_core::maps::{Capacities, MapError};
 use tracing::warn;
 use zerocopy::{FromBytes, Immutable, IntoBytes as _, KnownLayout};
 
-use super::batch::{Entries, Position};
-use super::bpf::{BPF_NOEXIST, Hash, PinnedMaps, agent_call, call, mapped, read_socket};
+use super::bpf::{BPF_NOEXIST, Hash, PinnedMaps, agent_call, call, mapped_any, read_socket};
+use super::old::{OldMaps, from_first};
 use super::sys::{GraceMap, MappedArray};
-
-const RECORD: usize = size_of::<SocketRecord>();
 
 /// MOVE, the phase of a move.
 pub(crate) struct PhaseMap(MappedArray<Move>);
@@ -37,7 +37,7 @@ impl PhaseMap {
             return Ok(None);
         }
         let map = MapData::from_pin(path).map_err(call(MOVE_MAP, "BPF_OBJ_GET"))?;
-        Ok(Some(Self(mapped(MOVE_MAP, &map)?)))
+        Ok(Some(Self(mapped_any(MOVE_MAP, &map)?)))
     }
 
     /// Returns the phase; `None` if its number is unknown.
@@ -64,30 +64,36 @@ pub(crate) fn wait_for_programs() -> Result<(), MapError> {
     })
 }
 
-impl PinnedMaps {
+impl OldMaps {
     /// Returns the smallest number of entries that each map can have.
     ///
-    /// A free index keeps the generation of its last owner, so that no stale reference to it becomes current. A smaller array
-    /// would lose that, so every index that was ever used counts.
-    ///
     /// # Errors
-    /// Returns [`MapError::Call`] if a system call fails.
+    /// Returns a [`MapError`] if a map cannot be read.
     pub(crate) fn needed(&self) -> Result<Capacities, MapError> {
-        let services: Vec<_> = (0..self.services.len()).filter_map(|i| self.services.read(i)).collect();
-        let names = self.names()?.into_keys().map(|index| index.get() + 1).max();
-        let used_services = (1..).zip(&services).filter(|(_, service)| service.generation != 0);
-        let used_services = used_services.map(|(end, _)| end).chain(names).max();
+        let services = self.array::<Service>(map_name::SERVICES)?;
+        let services: Vec<_> = (0..services.len()).filter_map(|i| services.read(i)).collect();
+        let mut named = 0;
+        self.for_each(map_name::NAMES, |index, _| {
+            named = named.max(from_first::<u32>(index).saturating_add(1));
+            Ok(())
+        })?;
+        let used_services = (1..).zip(&services).filter(|(_, s)| generation::is_live(s.generation));
+        let used_services = used_services.map(|(end, _)| end).max().unwrap_or(0).max(named);
         let sets = services.iter().flat_map(|s| [s.internal, s.external, s.cluster]);
         let slots = sets.map(|set| set.base.saturating_add(set.len.into())).max();
-        let was_used = |id: &u32| self.backends.read(*id).is_some_and(|backend| backend.generation != 0);
-        let backends = (0..self.backends.len()).rev().find(was_used).map(|id| id + 1);
+        let backends = self.array::<Backend>(map_name::BACKENDS)?;
+        let is_used = |id: &u32| {
+            let backend = backends.read(*id);
+            backend.is_some_and(|backend| generation::is_live(backend.generation))
+        };
+        let used_backends = (0..backends.len()).rev().find(is_used).map(|id| id + 1);
         let mut needed = Capacities::uniform(0);
         for &map in SizedMap::ALL {
             let used = match map {
-                SizedMap::Services => used_services.unwrap_or(0),
-                SizedMap::Backends => backends.unwrap_or(0),
+                SizedMap::Services => used_services,
+                SizedMap::Backends => used_backends.unwrap_or(0),
                 SizedMap::BackendSlots => slots.unwrap_or(0),
-                SizedMap::Frontends => self.frontends()?.len() as u32,
+                SizedMap::Frontends => self.count(map_name::FRONTENDS)? as u32,
                 SizedMap::Sockets
                 | SizedMap::SocketsMore
                 | SizedMap::UdpFlows
@@ -106,23 +112,56 @@ impl PinnedMaps {
     /// Returns a [`MapError`] if a system call fails or a map has no room.
     pub(crate) fn copy_agent_maps(
         &self,
-        new: &mut Self,
+        new: &mut PinnedMaps,
         is_replaced: impl Fn(&'static str) -> bool,
     ) -> Result<(), MapError> {
         if is_replaced(map_name::SERVICES) {
-            copy_array::<Service>(&self.services, &new.services);
-            copy_hash(map_name::NAMES, &self.names, &mut new.names)?;
+            let old = self.array::<Service>(map_name::SERVICES)?;
+            copy_array(&old, &new.services);
+            let change_first = |service: &mut Service, base| service.generation = base;
+            add_unused(&old, &new.services, |s| s.generation, change_first, unused_service);
+        }
+        if is_replaced(map_name::NAMES) {
+            self.copy_hash(map_name::NAMES, &mut new.names)?;
         }
         if is_replaced(map_name::BACKENDS) {
-            copy_array::<Backend>(&self.backends, &new.backends);
+            let old = self.array::<Backend>(map_name::BACKENDS)?;
+            copy_array(&old, &new.backends);
+            let change_first = |backend: &mut Backend, base| *backend = unused_backend(base);
+            add_unused(&old, &new.backends, |b| b.generation, change_first, unused_backend);
         }
         if is_replaced(map_name::BACKEND_SLOTS) {
-            copy_array::<BackendSlot>(&self.slots, &new.slots);
+            copy_array(&self.array::<BackendSlot>(map_name::BACKEND_SLOTS)?, &new.slots);
         }
         if is_replaced(map_name::FRONTENDS) {
-            copy_hash(map_name::FRONTENDS, &self.frontends, &mut new.frontends)?;
+            self.copy_hash(map_name::FRONTENDS, &mut new.frontends)?;
+        }
+        if is_replaced(map_name::NODE_ADDRS) {
+            self.copy_hash(map_name::NODE_ADDRS, &mut new.node_addrs)?;
+        }
+        if is_replaced(map_name::DEVICES) {
+            self.copy_hash(map_name::DEVICES, &mut new.devices)?;
+        }
+        if is_replaced(map_name::CONFIG) {
+            copy_array(&self.array::<Config>(map_name::CONFIG)?, &new.config);
+        }
+        if is_replaced(map_name::STATE) {
+            copy_array(&self.array::<State>(map_name::STATE)?, &new.state);
         }
         Ok(())
+    }
+
+    /// Copies the entries of a hash to a map that no program uses.
+    fn copy_hash<const K: usize, const V: usize>(
+        &self,
+        name: &'static str,
+        new: &mut Hash<K, V>,
+    ) -> Result<(), MapError> {
+        self.for_each(name, |key, value| {
+            let (key, value): ([u8; K], [u8; V]) = (from_first(key), from_first(value));
+            new.insert(key, value, BPF_NOEXIST)
+                .map_err(call(name, "BPF_MAP_UPDATE_ELEM"))
+        })
     }
 
     /// Copies the entries of the maps that programs fill to the new maps, as far as `is_replaced`. `programs` are those that use
@@ -139,34 +178,43 @@ impl PinnedMaps {
     ) -> Result<usize, MapError> {
         let mut lost = 0;
         if is_replaced(map_name::CT) {
-            let of = |item| move |key: &_, _: &_| MoveRequest::flow(item, zerocopy::transmute!(*key));
-            lost += move_hash(programs, map_name::CT, &self.ct, of(MoveItem::Ct))?;
-            lost += move_hash(programs, map_name::CT_NEW, &self.ct_new, of(MoveItem::CtNew))?;
+            let of = |item| move |key: &[u8], _: &[u8]| MoveRequest::flow(item, from_first(key));
+            lost += self.move_hash(programs, map_name::CT, of(MoveItem::Ct))?;
+            lost += self.move_hash(programs, map_name::CT_NEW, of(MoveItem::CtNew))?;
         }
         if is_replaced(map_name::AFFINITY) {
-            let request = |key: &_| MoveRequest::affinity(zerocopy::transmute!(*key));
-            lost += move_hash(programs, map_name::AFFINITY, &self.affinity, |key, _| request(key))?;
+            let request = |key: &[u8], _: &[u8]| MoveRequest::affinity(from_first(key));
+            lost += self.move_hash(programs, map_name::AFFINITY, request)?;
         }
         if is_replaced(map_name::SOCKETS) {
             lost += self.move_records(programs)?;
         }
         if is_replaced(map_name::UDP_FLOWS) {
-            let of = |item| move |key: &[u8; 8], _: &_| MoveRequest::socket(item, u64::from_ne_bytes(*key));
-            lost += move_hash(programs, map_name::UDP_FLOWS, &self.udp_dests, of(MoveItem::UdpDests))?;
+            let of = |item| move |key: &[u8], _: &[u8]| MoveRequest::socket(item, from_first(key));
+            lost += self.move_hash(programs, map_name::UDP_FLOWS, of(MoveItem::UdpDests))?;
             // Programs that found an old entry before it was copied may have written to it afterwards.
             wait_for_programs()?;
-            move_hash(
-                programs,
-                map_name::UDP_FLOWS,
-                &self.udp_dests,
-                of(MoveItem::LateUdpDests),
-            )?;
+            self.move_hash(programs, map_name::UDP_FLOWS, of(MoveItem::LateUdpDests))?;
         }
         if is_replaced(map_name::STATS) {
-            for service in self.names()?.into_keys() {
+            let mut indexes = BTreeSet::new();
+            self.for_each(map_name::NAMES, |index, _| {
+                indexes.insert(from_first::<u32>(index));
+                Ok(())
+            })?;
+            for service in indexes.into_iter().map(ServiceIndex::new) {
                 let old = self.stats(service)?;
                 if (old.connections, old.refused) != (0, 0) {
                     move_entry(programs, map_name::STATS, &MoveRequest::counters(service, old))?;
+                }
+            }
+        }
+        if is_replaced(map_name::DROPS) {
+            let reasons = self.capacity(map_name::DROPS).unwrap_or(0).min(DropReason::CAPACITY);
+            for reason in 0..reasons {
+                let old = self.drops(reason)?;
+                if old != 0 {
+                    move_entry(programs, map_name::DROPS, &MoveRequest::drops(reason, old))?;
                 }
             }
         }
@@ -176,8 +224,9 @@ impl PinnedMaps {
     /// Copies the socket records to the new SOCKETS_MORE, and returns the number of those that found no room.
     fn move_records(&self, programs: &Ebpf) -> Result<usize, MapError> {
         let mut lost = 0;
-        for slot in 0..self.sockets.len() {
-            if let Some(record) = read_socket(&self.sockets, slot) {
+        let sockets = self.array::<SocketRecord>(map_name::SOCKETS)?;
+        for slot in 0..sockets.len() {
+            if let Some(record) = read_socket(&sockets, slot) {
                 let request = MoveRequest::socket(MoveItem::Socket, record.cookie);
                 lost += usize::from(!move_entry(programs, map_name::SOCKETS, &request)?);
             }
@@ -185,9 +234,8 @@ impl PinnedMaps {
         if lost > 0 {
             warn!(map = map_name::SOCKETS, lost, "entries found no room in the new map");
         }
-        let request = |key: &[u8; 8], record: &[u8; RECORD]| {
-            let key = u64::from_ne_bytes(*key);
-            let record: SocketRecord = zerocopy::transmute!(*record);
+        let request = |key: &[u8], record: &[u8]| {
+            let (key, record): (u64, SocketRecord) = (from_first(key), from_first(record));
             // The key of an MPTCP socket is its address in the kernel.
             let item = if record.socket == key {
                 MoveItem::Socket
@@ -196,7 +244,25 @@ impl PinnedMaps {
             };
             MoveRequest::socket(item, key)
         };
-        Ok(lost + move_hash(programs, map_name::SOCKETS_MORE, &self.sockets_more, request)?)
+        Ok(lost + self.move_hash(programs, map_name::SOCKETS_MORE, request)?)
+    }
+
+    /// Copies the entries of a hash while programs use it. Returns the number of entries that found no room.
+    fn move_hash(
+        &self,
+        programs: &Ebpf,
+        name: &'static str,
+        request: impl Fn(&[u8], &[u8]) -> MoveRequest,
+    ) -> Result<usize, MapError> {
+        let mut lost = 0;
+        self.for_each(name, |key, value| {
+            lost += usize::from(!move_entry(programs, name, &request(key, value))?);
+            Ok(())
+        })?;
+        if lost > 0 {
+            warn!(map = name, lost, "entries found no room in the new map");
+        }
+        Ok(lost)
     }
 }
 
@@ -212,44 +278,26 @@ fn copy_array<T: FromBytes + zerocopy::IntoBytes + Immutable + KnownLayout + Cop
     }
 }
 
-/// Copies the entries of a hash to a map that no program uses.
-fn copy_hash<const K: usize, const V: usize>(
-    name: &'static str,
-    old: &Hash<K, V>,
-    new: &mut Hash<K, V>,
-) -> Result<(), MapError> {
-    let mut entries = Entries::new();
-    let mut position = Position::Begin;
-    while position != Position::End {
-        position = entries.read(name, old, position)?;
-        for (key, value) in entries.iter() {
-            new.insert(key, value, BPF_NOEXIST)
-                .map_err(call(name, "BPF_MAP_UPDATE_ELEM"))?;
-        }
+/// Stores the generation of unused entries in entry 0 of a new array, and in the entries that the old one does not have; see
+/// [`base_generation`].
+fn add_unused<T: FromBytes + zerocopy::IntoBytes + Immutable + KnownLayout + Copy>(
+    old: &MappedArray<T>,
+    new: &MappedArray<T>,
+    generation: impl Fn(&T) -> u32,
+    change_first: impl Fn(&mut T, u32),
+    unused: impl Fn(u32) -> T,
+) {
+    let Some(mut first) = old.read(0) else { return };
+    let dropped = (new.len()..old.len()).filter_map(|index| old.read(index));
+    let base = base_generation(generation(&first), dropped.map(|entry| generation(&entry)));
+    if base == 0 {
+        return;
     }
-    Ok(())
-}
-
-/// Copies the entries of a hash while programs use it. Returns the number of entries that found no room.
-fn move_hash<const K: usize, const V: usize>(
-    programs: &Ebpf,
-    name: &'static str,
-    old: &Hash<K, V>,
-    request: impl Fn(&[u8; K], &[u8; V]) -> MoveRequest,
-) -> Result<usize, MapError> {
-    let mut entries = Entries::new();
-    let mut position = Position::Begin;
-    let mut lost = 0;
-    while position != Position::End {
-        position = entries.read(name, old, position)?;
-        for (key, value) in entries.iter() {
-            lost += usize::from(!move_entry(programs, name, &request(key, value))?);
-        }
+    change_first(&mut first, base);
+    new.write(0, &first);
+    for index in old.len()..new.len() {
+        new.write(index, &unused(base));
     }
-    if lost > 0 {
-        warn!(map = name, lost, "entries found no room in the new map");
-    }
-    Ok(lost)
 }
 
 /// Runs `lb_move`, and returns whether the new map had room.

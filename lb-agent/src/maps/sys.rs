@@ -150,17 +150,19 @@ pub(crate) struct Batch {
     pub(crate) next: Option<u32>,
 }
 
-/// `BPF_MAP_LOOKUP_BATCH` of a hash: reads whole buckets, as many as fit, from a bucket on. The caller must know that keys
-/// have `K` bytes and values `V`. All batches together contain an entry that exists all the time exactly once.
+/// `BPF_MAP_LOOKUP_BATCH` of a hash: reads whole buckets, as many as fit, from a bucket on. `sizes`: those of a key and a value of
+/// the map, in bytes. All batches together contain an entry that exists all the time exactly once.
 ///
 /// # Errors
 /// ENOSPC if a bucket has more entries than there is room for; otherwise the error of the system call.
-pub(crate) fn lookup_batch<const K: usize, const V: usize>(
+pub(crate) fn lookup_batch(
     map: BorrowedFd<'_>,
+    sizes: [usize; 2],
     from: Option<u32>,
-    keys: &mut [[u8; K]],
-    values: &mut [[u8; V]],
+    keys: &mut [u8],
+    values: &mut [u8],
 ) -> io::Result<Batch> {
+    let [key, value] = sizes;
     let mut next = 0_u32;
     // SAFETY: the kernel's structure is plain data, and all zero bytes is a value of it.
     let mut attr: bpf_attr = unsafe { zeroed() };
@@ -169,7 +171,7 @@ pub(crate) fn lookup_batch<const K: usize, const V: usize>(
     attr.batch.out_batch = (&raw mut next) as u64;
     attr.batch.keys = keys.as_mut_ptr() as u64;
     attr.batch.values = values.as_mut_ptr() as u64;
-    attr.batch.count = keys.len().min(values.len()) as u32;
+    attr.batch.count = (keys.len() / key).min(values.len() / value) as u32;
     let result = bpf_with(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr);
     // SAFETY: the kernel has written the number of entries; any bytes are a value.
     let count = unsafe { attr.batch.count } as usize;
@@ -299,7 +301,20 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
     }
 }
 
+/// `BPF_MAP_LOOKUP_ELEM` of a per-CPU array: reads the values of all CPUs into `values`, which must have room for them. Each
+/// begins at a multiple of 8 bytes.
+pub(crate) fn lookup_per_cpu(map: BorrowedFd<'_>, index: u32, values: &mut [u8]) -> io::Result<()> {
+    bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, |attr| {
+        attr.__bindgen_anon_2.map_fd = map.as_raw_fd() as u32;
+        attr.__bindgen_anon_2.key = (&raw const index) as u64;
+        attr.__bindgen_anon_2.__bindgen_anon_1.value = values.as_mut_ptr() as u64;
+    })
+    .map(drop)
+}
+
 /// A memory-mapped `BPF_MAP_TYPE_ARRAY` (`BPF_F_MMAPABLE`) of values whose size and alignment are multiples of 8.
+///
+/// The values of another layout may have fewer bytes than `T`, which are read as zero and not written, or more, which are ignored.
 ///
 /// Programs and other processes read and write the same memory, so every access is a volatile one of 8 aligned bytes
 /// (or of a field), and there are no references into the memory. Stores become visible in the order in which they are
@@ -307,6 +322,8 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
 pub(crate) struct MappedArray<T> {
     memory: MmapRaw,
     len: u32,
+    /// Number of words between two values.
+    stride: usize,
     value: PhantomData<T>,
 }
 
@@ -316,13 +333,15 @@ impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
         size_of::<T>() / 8
     };
 
-    /// Maps an array of `len` values.
-    pub(crate) fn new(map: BorrowedFd<'_>, len: u32) -> io::Result<Self> {
+    /// Maps an array of `len` values of `value_size` bytes.
+    pub(crate) fn new(map: BorrowedFd<'_>, len: u32, value_size: u32) -> io::Result<Self> {
         let file = File::from(map.try_clone_to_owned()?);
-        let memory = MmapOptions::new().len(Self::WORDS * 8 * len as usize).map_raw(&file)?;
+        let stride = value_size.div_ceil(8) as usize;
+        let memory = MmapOptions::new().len(stride * 8 * len as usize).map_raw(&file)?;
         Ok(Self {
             memory,
             len,
+            stride,
             value: PhantomData,
         })
     }
@@ -333,12 +352,12 @@ impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
 
     /// Returns the address of a word of a value, if both are in range.
     fn word(&self, index: u32, word: usize) -> Option<*mut u64> {
-        if index >= self.len || word >= Self::WORDS {
+        if index >= self.len || word >= self.stride {
             return None;
         }
         let at = self.memory.as_mut_ptr().cast::<u64>();
         // SAFETY: the index and the word are in range, and the mapping is aligned to pages.
-        Some(unsafe { at.add(index as usize * Self::WORDS + word) })
+        Some(unsafe { at.add(index as usize * self.stride + word) })
     }
 
     /// Reads one word of a value.
@@ -351,7 +370,7 @@ impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
     /// Reads a value word by word. Each word is consistent; the value as a whole is so only if nothing writes to it.
     pub(crate) fn read(&self, index: u32) -> Option<T> {
         let mut value = T::new_zeroed();
-        for (i, bytes) in value.as_mut_bytes().chunks_exact_mut(8).enumerate() {
+        for (i, bytes) in value.as_mut_bytes().chunks_exact_mut(8).take(self.stride).enumerate() {
             // SAFETY: a valid, aligned address in the mapping.
             let word = unsafe { self.word(index, i)?.read_volatile() };
             bytes.copy_from_slice(&word.to_ne_bytes());
@@ -399,7 +418,7 @@ impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> MappedArray<T> {
 
     /// Stores all of `value`, first word first.
     pub(crate) fn write(&self, index: u32, value: &T) -> bool {
-        self.write_words(index, value, 0..Self::WORDS)
+        self.write_words(index, value, 0..Self::WORDS.min(self.stride))
     }
 }
 

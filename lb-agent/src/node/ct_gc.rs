@@ -24,6 +24,7 @@ use tracing::warn;
 use super::nf_conntrack::NfConntrackSettings;
 use crate::clock::monotonic_ns;
 use crate::maps::ct::{CtMap, CtMaps, Position};
+use crate::maps::gate::{MapGate, SharedMaps};
 use lb_core::maps::Direction;
 use lb_core::maps::MapError;
 use lb_core::model::{Problem, ProblemKind};
@@ -122,23 +123,24 @@ pub enum CtGcError {
 }
 
 impl CtGc {
-    /// Starts the thread on the maps that are pinned in a directory.
+    /// Starts the thread on the maps that are pinned in a directory. It opens them again after a move.
     ///
     /// # Errors
     /// Returns an error if the maps cannot be opened or the thread cannot be started.
-    pub fn start(maps: &Path, timeouts: Timeouts) -> Result<Self, CtGcError> {
-        let maps = CtMaps::open(maps)?;
+    pub fn start(maps: &Path, gate: &MapGate, timeouts: Timeouts) -> Result<Self, CtGcError> {
+        let maps = SharedMaps::open(gate, maps, CtMaps::open)?;
         let (stop, stopped) = mpsc::channel();
         let (reports, passes) = unbounded_channel();
         let worker = Worker {
             timeouts,
+            maps,
             reports,
             pass_begun: Instant::now(),
             pass: Pass::default(),
         };
         thread::Builder::new()
             .name("lb-ct-gc".into())
-            .spawn(move || worker.run(maps, &stopped))
+            .spawn(move || worker.run(&stopped))
             .map_err(CtGcError::Thread)?;
         Ok(Self { _stop: stop, passes })
     }
@@ -151,6 +153,7 @@ impl CtGc {
 
 struct Worker {
     timeouts: Timeouts,
+    maps: SharedMaps<CtMaps>,
     reports: UnboundedSender<Pass>,
     /// Start of the present pass.
     pass_begun: Instant,
@@ -163,13 +166,11 @@ fn should_continue(stopped: &Receiver<()>, wait: Duration) -> bool {
 }
 
 impl Worker {
-    fn run(mut self, maps: CtMaps, stopped: &Receiver<()>) {
-        let CtMaps { established, unreplied } = maps;
-        let mut maps = [(established, true), (unreplied, false)];
+    fn run(mut self, stopped: &Receiver<()>) {
         loop {
             self.pass_begun = Instant::now();
-            for (map, is_established) in &mut maps {
-                match self.sweep(map, *is_established, stopped) {
+            for established in [true, false] {
+                match self.sweep(established, stopped) {
                     Ok(true) => {}
                     Ok(false) => return,
                     Err(error) => {
@@ -187,11 +188,22 @@ impl Worker {
     }
 
     /// Reads a map as a whole and deletes its expired flows. `established`: whether it is CT, not CT_NEW. Returns false if the
-    /// thread should end.
-    fn sweep(&mut self, map: &mut CtMap, established: bool, stopped: &Receiver<()>) -> Result<bool, MapError> {
+    /// thread should end. A move does not wait for the whole sweep: the sweep begins again in the new map.
+    fn sweep(&mut self, established: bool, stopped: &Receiver<()>) -> Result<bool, MapError> {
         let mut position = Position::Begin;
         let mut entries = 0;
+        let mut name = "";
         while position != Position::End {
+            let (mut maps, is_new) = self.maps.enter()?;
+            if is_new {
+                (position, entries) = (Position::Begin, 0);
+            }
+            let map = if established {
+                &mut maps.established
+            } else {
+                &mut maps.unreplied
+            };
+            name = map.name();
             let (found, next) = map.read(position)?;
             let removed = collect(map, &found, established, &self.timeouts, monotonic_ns)?;
             self.pass.examined += found.len();
@@ -200,6 +212,7 @@ impl Worker {
             for (reason, count) in removed {
                 *self.pass.removed.entry(reason).or_default() += count;
             }
+            drop(maps);
             position = next;
             if self.pass.examined >= PER_SECOND {
                 let begun = self.pass_begun;
@@ -210,7 +223,7 @@ impl Worker {
                 self.pass_begun = Instant::now();
             }
         }
-        self.pass.entries.push((map.name(), entries));
+        self.pass.entries.push((name, entries));
         Ok(true)
     }
 

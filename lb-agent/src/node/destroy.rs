@@ -22,6 +22,7 @@ use super::netns::{Namespaces, Visit};
 use super::sockdiag::{Destroyed, Protocol, SockDiag, Socket, list_sockets};
 use super::socket_verdict::{self, CONNECTING, EntryVersion, Suspects, Verdict};
 use crate::clock::monotonic_ns;
+use crate::maps::gate::{MapGate, SharedMaps};
 use crate::maps::records::{LocatedRecord, Records};
 use lb_core::maps::MapError;
 use lb_core::model::{Problem, ProblemKind};
@@ -52,20 +53,19 @@ pub struct Destroyer {
 }
 
 impl Destroyer {
-    /// Starts the thread on the maps that are pinned in a directory. The calling thread's network namespace is the
-    /// node's.
+    /// Starts the thread on the maps that are pinned in a directory. It opens them again after a move. The calling thread's
+    /// network namespace is the node's.
     ///
     /// # Errors
     /// Returns an error if the maps cannot be opened or /proc cannot be read.
-    pub fn start(maps: &Path, settings: DestroySettings) -> Result<Self, DestroyError> {
-        let records = Records::open(maps)?;
+    pub fn start(maps: &Path, gate: &MapGate, settings: DestroySettings) -> Result<Self, DestroyError> {
+        let records = SharedMaps::open(gate, maps, Records::open)?;
         let namespaces = Namespaces::new().map_err(DestroyError::Proc)?;
         let (reports, problems) = watch::channel(Vec::new());
         let (destroyed, events) = unbounded_channel();
         let (wake, woken) = mpsc::channel();
         let worker = Worker {
             settings,
-            records,
             namespaces,
             suspects: Suspects::default(),
             missing: Suspects::default(),
@@ -75,7 +75,7 @@ impl Destroyer {
         };
         thread::Builder::new()
             .name("lb-destroy".into())
-            .spawn(move || worker.run(&woken))
+            .spawn(move || worker.run(records, &woken))
             .map_err(DestroyError::Thread)?;
         Ok(Self { wake, problems, events })
     }
@@ -114,7 +114,6 @@ pub enum DestroyError {
 
 struct Worker {
     settings: DestroySettings,
-    records: Records,
     namespaces: Namespaces,
     /// Records without a socket in the last sweep.
     suspects: Suspects,
@@ -140,7 +139,7 @@ struct PassResult {
 }
 
 impl Worker {
-    fn run(mut self, woken: &Receiver<()>) {
+    fn run(mut self, mut records: SharedMaps<Records>, woken: &Receiver<()>) {
         self.probe();
         let mut removed = Instant::now();
         let mut next = removed;
@@ -157,7 +156,7 @@ impl Worker {
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             let begun = Instant::now();
-            let open = self.pass();
+            let open = self.pass(&mut records);
             let settling = begun < removed + Duration::from_nanos(CONNECTING);
             wait = match open {
                 _ if settling => STEP,
@@ -165,7 +164,7 @@ impl Worker {
                 _ => (wait * 2).min(self.settings.sweep),
             };
             if begun >= sweep {
-                let result = self.sweep();
+                let result = self.sweep(&mut records);
                 self.note("sweeping socket records", result.err().map(|error| error.to_string()));
                 sweep = begun + self.settings.sweep;
             }
@@ -195,8 +194,8 @@ impl Worker {
 
     /// Destroys sockets that are connected to removed backends, and deletes obsolete records. Returns how many sockets
     /// may still be connected to a removed backend.
-    fn pass(&mut self) -> usize {
-        let result = self.try_pass();
+    fn pass(&mut self, records: &mut SharedMaps<Records>) -> usize {
+        let result = self.try_pass(records);
         let (open, why) = match result {
             Ok(open) => (open, None),
             Err(error) => (1, Some(error.to_string())),
@@ -205,13 +204,15 @@ impl Worker {
         open
     }
 
-    fn try_pass(&mut self) -> Result<usize, MapError> {
+    fn try_pass(&mut self, records: &mut SharedMaps<Records>) -> Result<usize, MapError> {
+        // A move waits for the end of the pass, since it must not copy a slot that is about to be freed.
+        let (mut records, _) = records.enter()?;
         self.problems.retain(|place, _| !place.starts_with(NAMESPACE));
         let begun = monotonic_ns();
         let mut dead: BTreeMap<u64, Vec<LocatedRecord>> = BTreeMap::new();
-        for found in self.records.all()? {
+        for found in records.all()? {
             let concerned = found.record.proto == Protocol::Udp as u8 || self.settings.tcp;
-            if concerned && !self.records.is_current(&found.record) {
+            if concerned && !records.is_current(&found.record) {
                 dead.entry(found.record.netns).or_default().push(found);
             }
         }
@@ -219,11 +220,10 @@ impl Worker {
             return Ok(0);
         }
         let wanted: BTreeSet<u64> = dead.keys().copied().collect();
-        let records = &self.records;
         let nothing = Vec::new();
         let visit = self.namespaces.visit(&wanted, |netns| {
             let dead = dead.get(&netns).unwrap_or(&nothing);
-            destroy(records, dead, begun)
+            destroy(&records, dead, begun)
         });
         self.note_unvisited(&visit);
         // The sockets of a namespace that could not be entered are unknown.
@@ -244,22 +244,17 @@ impl Worker {
         let gone = self.missing.without_socket(missing.iter().map(version_of).collect());
         open += missing.len() - gone.len();
         stale.extend(missing.into_iter().filter(|found| gone.contains(&version_of(found))));
-        self.records.forget(&stale)?;
+        records.forget(&stale)?;
         Ok(open)
     }
 
     /// Deletes records without a socket in two listings of their namespace.
-    fn sweep(&mut self) -> Result<(), MapError> {
-        self.records.free_left_over()?;
+    fn sweep(&mut self, records: &mut SharedMaps<Records>) -> Result<(), MapError> {
+        let (mut maps, _) = records.enter()?;
+        maps.free_left_over()?;
         let oldest = monotonic_ns().saturating_sub(self.settings.sweep.as_nanos() as u64);
-        let records: Vec<_> = self
-            .records
-            .all()?
-            .into_iter()
-            .filter(|f| f.record.time <= oldest)
-            .collect();
-        let dests: Vec<_> = self
-            .records
+        let records: Vec<_> = maps.all()?.into_iter().filter(|f| f.record.time <= oldest).collect();
+        let dests: Vec<_> = maps
             .udp_dests()?
             .into_iter()
             .filter(|(_, f)| last_use(f) <= oldest)
@@ -295,12 +290,12 @@ impl Worker {
             .into_iter()
             .filter(|found| twice.contains(&version_of(found)))
             .collect();
-        let mut swept = self.records.forget(&stale)?;
+        let mut swept = maps.forget(&stale)?;
         for (cookie, read) in dests
             .iter()
             .filter(|(cookie, f)| twice.contains(&version_of_dests(*cookie, f)))
         {
-            swept += usize::from(self.records.forget_udp_dests(*cookie, read)?);
+            swept += usize::from(maps.forget_udp_dests(*cookie, read)?);
         }
         if swept > 0 {
             info!(swept, "forgot sockets that are gone");

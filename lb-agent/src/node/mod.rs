@@ -10,6 +10,8 @@ pub mod destroy;
 pub mod devices;
 pub(crate) mod filters;
 pub mod links;
+pub mod map_usage;
+pub(crate) mod memory;
 mod netlink;
 pub(crate) mod netns;
 pub mod nf_conntrack;

@@ -11,13 +11,14 @@ use prometheus::{IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry};
 
 use super::metrics::FAMILIES;
 use crate::maps::bpf::PinnedMaps;
+use crate::maps::gate::SharedMaps;
 use lb_core::maps::MapError;
 use lb_core::names::ServicePortName;
 use lb_core::reconcile::Usage;
 
 /// Reads metrics through map handles of its own, so that a scrape does not wait for the agent's loop.
 pub(super) struct Collector {
-    maps: PinnedMaps,
+    maps: Mutex<SharedMaps<PinnedMaps>>,
     per_service: bool,
     totals: Mutex<Totals>,
 }
@@ -68,11 +69,37 @@ fn ours(name: &str, help: &str) -> Opts {
     Opts::new(name, help).namespace("lb")
 }
 
+/// Adds the sizes of the maps and their use.
+fn sizes(maps: &PinnedMaps, usage: Usage, registry: &Registry) -> Result<(), CollectError> {
+    let capacity = IntGaugeVec::new(ours("map_capacity", "Capacity of a map in entries"), &["map"])?;
+    let entries = IntGaugeVec::new(ours("map_entries", "Entries of a map in use"), &["map"])?;
+    let capacities = maps.capacities();
+    for map in SizedMap::ALL {
+        capacity.with_label_values(&[map.name()]).set(capacities[*map].into());
+        let used = maps.used(*map, &usage)?;
+        entries.with_label_values(&[map.name()]).set(used as i64);
+    }
+    registry.register(Box::new(capacity))?;
+    registry.register(Box::new(entries))?;
+    Ok(())
+}
+
+/// Adds the counters of drops.
+fn drops(maps: &PinnedMaps, registry: &Registry) -> Result<(), CollectError> {
+    let help = "Refused calls, dropped packets, and connections served with a restriction, by reason";
+    let drops = IntCounterVec::new(ours("drops_total", help), &["reason"])?;
+    for reason in DropReason::ALL {
+        drops.with_label_values(&[reason.label()]).inc_by(maps.drops(*reason)?);
+    }
+    registry.register(Box::new(drops))?;
+    Ok(())
+}
+
 impl Collector {
     /// Creates a collector; `per_service` adds the connections of each Service port.
-    pub(super) fn new(maps: PinnedMaps, per_service: bool) -> Self {
+    pub(super) fn new(maps: SharedMaps<PinnedMaps>, per_service: bool) -> Self {
         Self {
-            maps,
+            maps: Mutex::new(maps),
             per_service,
             totals: Mutex::default(),
         }
@@ -81,39 +108,15 @@ impl Collector {
     /// Collects all metrics for output. `usage` is that of the maps that the agent fills.
     pub(super) fn gather(&self, usage: Usage) -> Result<Vec<MetricFamily>, CollectError> {
         let registry = Registry::new();
-        self.sizes(usage, &registry)?;
-        self.drops(&registry)?;
-        self.services(&registry)?;
+        let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
+        let (maps, _) = maps.enter()?;
+        sizes(&maps, usage, &registry)?;
+        drops(&maps, &registry)?;
+        self.services(&maps, &registry)?;
         Ok(registry.gather())
     }
 
-    fn sizes(&self, usage: Usage, registry: &Registry) -> Result<(), CollectError> {
-        let capacity = IntGaugeVec::new(ours("map_capacity", "Capacity of a map in entries"), &["map"])?;
-        let entries = IntGaugeVec::new(ours("map_entries", "Entries of a map in use"), &["map"])?;
-        let capacities = self.maps.capacities();
-        for map in SizedMap::ALL {
-            capacity.with_label_values(&[map.name()]).set(capacities[*map].into());
-            let used = self.maps.used(*map, &usage)?;
-            entries.with_label_values(&[map.name()]).set(used as i64);
-        }
-        registry.register(Box::new(capacity))?;
-        registry.register(Box::new(entries))?;
-        Ok(())
-    }
-
-    fn drops(&self, registry: &Registry) -> Result<(), CollectError> {
-        let help = "Refused calls, dropped packets, and connections served with a restriction, by reason";
-        let drops = IntCounterVec::new(ours("drops_total", help), &["reason"])?;
-        for reason in DropReason::ALL {
-            drops
-                .with_label_values(&[reason.label()])
-                .inc_by(self.maps.drops(*reason)?);
-        }
-        registry.register(Box::new(drops))?;
-        Ok(())
-    }
-
-    fn services(&self, registry: &Registry) -> Result<(), CollectError> {
+    fn services(&self, maps: &PinnedMaps, registry: &Registry) -> Result<(), CollectError> {
         let no_local = Opts::new(
             "sync_proxy_rules_no_local_endpoints_total",
             "Service ports with traffic policy Local that have endpoints, but none on this node",
@@ -134,8 +137,8 @@ impl Collector {
         let refused = IntCounterVec::new(refused, &labels)?;
 
         let mut all = HashMap::new();
-        for index in (1..self.maps.capacities()[SizedMap::Services]).map(ServiceIndex::new) {
-            let Some((service, stats)) = self.read(index)? else {
+        for index in (1..maps.capacities()[SizedMap::Services]).map(ServiceIndex::new) {
+            let Some((service, stats)) = read(maps, index)? else {
                 continue;
             };
             all.insert((index, service.generation), stats);
@@ -144,7 +147,7 @@ impl Collector {
             if !self.per_service && lacks.peek().is_none() {
                 continue;
             }
-            let Some(name) = self.maps.name(index)? else { continue };
+            let Some(name) = maps.name(index)? else { continue };
             for policy in lacks {
                 no_local.with_label_values(&[policy, family(&name)]).inc();
             }
@@ -187,20 +190,19 @@ impl Collector {
         }
         Ok(())
     }
+}
 
-    /// Reads a service index and its counters; `None` if it is not in use.
-    fn read(&self, index: ServiceIndex) -> Result<Option<(Service, ServiceStats)>, MapError> {
-        let Some(service) = self.maps.service(index).filter(|s| generation::is_live(s.generation)) else {
-            return Ok(None);
-        };
-        let stats = self.maps.stats(index)?;
-        // Meanwhile the index may have been reused for another service port.
-        let is_unchanged = self
-            .maps
-            .service(index)
-            .is_some_and(|now| now.generation == service.generation);
-        Ok(is_unchanged.then_some((service, stats)))
-    }
+/// Reads a service index and its counters; `None` if it is not in use.
+fn read(maps: &PinnedMaps, index: ServiceIndex) -> Result<Option<(Service, ServiceStats)>, MapError> {
+    let Some(service) = maps.service(index).filter(|s| generation::is_live(s.generation)) else {
+        return Ok(None);
+    };
+    let stats = maps.stats(index)?;
+    // Meanwhile the index may have been reused for another service port.
+    let is_unchanged = maps
+        .service(index)
+        .is_some_and(|now| now.generation == service.generation);
+    Ok(is_unchanged.then_some((service, stats)))
 }
 
 fn family(name: &Name) -> &'static str {
@@ -215,7 +217,11 @@ mod tests {
 
     #[test]
     fn totals_never_decrease_when_services_are_removed() {
-        let stats = |connections, refused| ServiceStats { connections, refused };
+        let stats = |connections, refused| ServiceStats {
+            connections,
+            refused,
+            ..ServiceStats::default()
+        };
         let (one, two) = (ServiceIndex::new(1), ServiceIndex::new(2));
         let mut totals = Totals::default();
         // Counters of an earlier agent.

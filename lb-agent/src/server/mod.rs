@@ -26,6 +26,7 @@ pub use health_checks::HealthChecks;
 pub use metrics::Metrics;
 
 use crate::maps::bpf::PinnedMaps;
+use crate::maps::gate::{MapGate, SharedMaps};
 use lb_core::maps::{MapError, Maps};
 use lb_core::model::{Batch, Change, Kind, Node, Object, ObjectId, Problem};
 use lb_core::reconcile::Reconciler;
@@ -80,14 +81,19 @@ impl Servers {
     /// listened on is reported as a problem and tried again every few seconds.
     ///
     /// With `needs_node`, a node without a Node object is not eligible for traffic: it is being deleted. `maps` is the
-    /// directory of the pinned maps.
+    /// directory of the pinned maps, which are opened again after a move.
     ///
     /// # Errors
     /// If the maps cannot be opened, or the thread cannot be started.
-    pub fn start(settings: ServerSettings, needs_node: bool, maps: &Path) -> Result<Self, ServersError> {
+    pub fn start(
+        settings: ServerSettings,
+        needs_node: bool,
+        maps: &Path,
+        gate: &MapGate,
+    ) -> Result<Self, ServersError> {
         let health = Arc::new(Health::new(needs_node, Instant::now()));
         let metrics = Arc::new(Metrics::new()?);
-        let collector = collect::Collector::new(PinnedMaps::open(maps)?, settings.per_service);
+        let collector = collect::Collector::new(SharedMaps::open(gate, maps, PinnedMaps::open)?, settings.per_service);
         let (checks, wanted) = watch::channel(HealthChecks::default());
         let (reported, problems) = watch::channel(Vec::new());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

@@ -1,5 +1,7 @@
 //! CONFIG: settings that the programs read while they run.
 
+use core::ops::RangeInclusive;
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::layout::layout;
@@ -14,6 +16,17 @@ pub struct Config {
     pub snat_first: u16,
     /// Last SNAT port, host byte order. Less than the first if there are no SNAT ports.
     pub snat_last: u16,
+    /// Zero: room for fields of later builds.
+    pub reserved: [u64; 7],
 }
 
-layout!(Config: size 8, align 8 { events: 0, snat_first: 4, snat_last: 6 });
+impl Config {
+    /// Returns the SNAT ports; `None` if there are none.
+    #[must_use]
+    pub fn snat_ports(&self) -> Option<RangeInclusive<u16>> {
+        let has_ports = self.snat_first != 0 && self.snat_first <= self.snat_last;
+        has_ports.then_some(self.snat_first..=self.snat_last)
+    }
+}
+
+layout!(Config: size 64, align 8 { events: 0, snat_first: 4, snat_last: 6, reserved: 8 });

@@ -1,5 +1,7 @@
 //! CT and CT_NEW: conntrack entries of the flows that lb translates.
 
+use core::mem::offset_of;
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::layout::{layout, mirror};
@@ -89,9 +91,11 @@ pub struct CtEntry {
     pub set: u8,
     /// Zero.
     pub pad: u32,
+    /// Zero: room for fields of later builds.
+    pub reserved: [u64; 8],
 }
 
-layout!(CtEntry: size 64, align 8 {
+layout!(CtEntry: size 128, align 8 {
     src: 0,
     dst: 16,
     src_port: 32,
@@ -103,7 +107,13 @@ layout!(CtEntry: size 64, align 8 {
     state: 58,
     set: 59,
     pad: 60,
+    reserved: 64,
 });
+
+impl CtEntry {
+    /// Size in bytes of the part that is in use. It has one cache line, and every packet reads it.
+    pub const USED: usize = offset_of!(Self, reserved);
+}
 
 /// A [`CtEntry`] as programs build it: the compiler would write the addresses of a [`CtEntry`] byte by byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -131,6 +141,8 @@ pub struct CtEntryWords {
     pub set: u8,
     /// Zero.
     pub pad: u32,
+    /// Zero: room for fields of later builds.
+    pub reserved: [u64; 8],
 }
 
 mirror!(CtEntryWords of CtEntry {
@@ -145,6 +157,7 @@ mirror!(CtEntryWords of CtEntry {
     state: state,
     set: set,
     pad: pad,
+    reserved: reserved,
 });
 
 impl CtEntryWords {

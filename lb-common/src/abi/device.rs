@@ -22,9 +22,17 @@ pub struct Device {
     /// Even while `v6` is stable, odd while it is being changed. A reader of `v6` that finds an odd or another number
     /// afterwards tries again.
     pub sequence: u32,
+    /// Zero: room for fields of later builds.
+    pub reserved: [u64; 3],
+    /// Zero.
+    #[cfg(feature = "made-up-layout")]
+    pub made_up: [u64; 3],
 }
 
-layout!(Device: size 40, align 8 { v4: 0, v6: 16, flags: 32, sequence: 36 });
+#[cfg(not(feature = "made-up-layout"))]
+layout!(Device: size 64, align 8 { v4: 0, v6: 16, flags: 32, sequence: 36, reserved: 40 });
+#[cfg(feature = "made-up-layout")]
+layout!(Device: size 88, align 8 { v4: 0, v6: 16, flags: 32, sequence: 36, reserved: 40, made_up: 64 });
 
 /// Bits of [`Device::flags`].
 pub mod device_flags {
@@ -47,4 +55,7 @@ pub struct DeviceSwap {
     pub value: Device,
 }
 
-layout!(DeviceSwap: size 48, align 8 { index: 0, pad: 4, value: 8 });
+#[cfg(not(feature = "made-up-layout"))]
+layout!(DeviceSwap: size 72, align 8 { index: 0, pad: 4, value: 8 });
+#[cfg(feature = "made-up-layout")]
+layout!(DeviceSwap: size 96, align 8 { index: 0, pad: 4, value: 8 });

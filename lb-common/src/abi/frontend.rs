@@ -6,7 +6,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::enums::abi_enum;
 use super::layout::layout;
-use super::{Addr, ServiceIndex};
+use super::{Addr, ServiceIndex, SetWord};
 
 /// Key of FRONTENDS: a destination that clients connect to, or an address mark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -92,8 +92,8 @@ impl FrontendKey {
     }
 }
 
-/// Value of FRONTENDS, an aligned 8-byte word: programs read it by one load, and the agent changes it in place by one
-/// store.
+/// Value of FRONTENDS, two aligned 8-byte words: programs read each by one load, and the agent changes each in place by one
+/// store. Programs may read a new word beside an old one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Frontend {
@@ -103,9 +103,13 @@ pub struct Frontend {
     pub kind: u8,
     /// Zero.
     pub pad: [u8; 3],
+    /// The set that serves sockets, if programs need nothing else of the entry of SERVICES: see
+    /// [`crate::logic::selection::set_in_frontend`]. Else zero. Its slots are valid if they have the same service
+    /// index as the frontend.
+    pub set: SetWord,
 }
 
-layout!(Frontend: size 8, align 8 { service: 0, kind: 4, pad: 5 });
+layout!(Frontend: size 16, align 8 { service: 0, kind: 4, pad: 5, set: 8 });
 
 impl Frontend {
     /// Returns the value of an address mark.
@@ -133,20 +137,21 @@ impl Frontend {
             service,
             kind: kind as u8,
             pad: [0; 3],
+            set: SetWord::NONE,
         }
     }
 
-    /// Returns the value in the word that one 8-byte load gives.
+    /// Returns the value in two words, each of which one 8-byte load gives.
     #[inline(always)]
     #[must_use]
-    pub const fn from_word(word: u64) -> Self {
-        zerocopy::transmute!(word)
+    pub const fn from_words(words: [u64; 2]) -> Self {
+        zerocopy::transmute!(words)
     }
 
-    /// Returns the word that one 8-byte store takes.
+    /// Returns the two words, each of which one 8-byte store takes.
     #[inline(always)]
     #[must_use]
-    pub const fn to_word(self) -> u64 {
+    pub const fn to_words(self) -> [u64; 2] {
         zerocopy::transmute!(self)
     }
 }
@@ -182,7 +187,7 @@ impl FrontendKind {
     }
 }
 
-/// The "packet" of the agent call `lb_frontend_swap`: stores `value` under `key` by one 8-byte store, if the key exists.
+/// The "packet" of the agent call `lb_frontend_swap`: stores `value` under `key` by two 8-byte stores, if the key exists.
 ///
 /// The map API cannot do this: `bpf_map_update_elem` of an existing hash key links a new element and unlinks the old
 /// one, and a lookup in between returns NULL (`htab_map_update_elem` in `kernel/bpf/hashtab.c`).
@@ -193,8 +198,8 @@ pub struct FrontendSwap {
     pub key: FrontendKey,
     /// Zero.
     pub pad: u32,
-    /// [`Frontend::to_word`] of the new value.
-    pub value: u64,
+    /// [`Frontend::to_words`] of the new value.
+    pub value: [u64; 2],
 }
 
-layout!(FrontendSwap: size 32, align 8 { key: 0, pad: 20, value: 24 });
+layout!(FrontendSwap: size 40, align 8 { key: 0, pad: 20, value: 24 });

@@ -2,8 +2,9 @@
 //!
 //! Integers are in the byte order of the machine, ports included; addresses are bytes in network order. IPv4 addresses
 //! are stored v4-mapped (`::ffff:a.b.c.d`), so that one family of maps serves both. Every type is plain old data with
-//! explicit padding that is always zero, and its size and offsets are asserted at compile time. A change of any of them
-//! needs a new [`VERSION`]: the golden file `lb-common/tests/layout.golden` has all of them.
+//! explicit padding that is always zero, and its size and offsets are asserted at compile time. The golden file
+//! `lb-common/tests/layout.golden` has all of them. A field that takes the place of padding or of a `reserved` field is no
+//! change; everything else needs a new [`VERSION`], and `from` with the former size in the map's row if a value grows.
 
 mod addr;
 mod affinity;
@@ -13,8 +14,10 @@ mod device;
 mod drop_reason;
 pub(crate) mod enums;
 mod event;
+mod filter;
 mod frontend;
 pub mod layout;
+mod layouts;
 mod maps;
 mod moves;
 mod networks;
@@ -35,7 +38,9 @@ pub use ct::*;
 pub use device::*;
 pub use drop_reason::*;
 pub use event::*;
+pub use filter::*;
 pub use frontend::*;
+pub use layouts::*;
 pub use maps::*;
 pub use moves::*;
 pub use networks::*;

@@ -1,4 +1,4 @@
-//! A move: pinned maps are replaced by maps of another size while programs use both.
+//! A move: pinned maps are replaced by maps of another size or layout while programs use both.
 //!
 //! The types here are not part of the layout: MOVE exists only during a move, and requests are never stored.
 
@@ -20,11 +20,14 @@ pub const OLD_SUFFIX: &str = "_OLD";
 pub struct Move {
     /// Number of the [`MovePhase`]. Programs read it before every insertion.
     pub phase: u32,
-    /// Service indexes below this one have their old counters in the new map.
+    /// Counters below this one have been added to the new map: service indexes, then the reasons from [`FIRST_DROP`] on.
     pub counted: u32,
 }
 
 layout!(Move: size 8, align 8 { phase: 0, counted: 4 });
+
+/// Number of the first drop reason in [`Move::counted`], in every layout: there are fewer service indexes.
+pub const FIRST_DROP: u32 = 0xffff_0000;
 
 abi_enum! {
     /// Phase of a move.
@@ -88,6 +91,8 @@ abi_enum! {
         LateUdpDests = 7, "late_udp_dests";
         /// The sum of the old counters of a service index: the index, `connections` and `refused`, eight bytes each.
         Counters = 8, "counters";
+        /// The sum of an old counter of DROPS: the number of the reason, and the sum, eight bytes each.
+        Drops = 9, "drops";
     }
 }
 
@@ -132,6 +137,12 @@ impl MoveRequest {
             MoveItem::Counters,
             [service.get() as u64, old.connections, old.refused, 0, 0],
         )
+    }
+
+    /// Returns the request to add the old counter of a drop reason, by its number.
+    #[must_use]
+    pub const fn drops(reason: u32, old: u64) -> Self {
+        Self::new(MoveItem::Drops, [reason as u64, old, 0, 0, 0])
     }
 
     const fn new(item: MoveItem, key: [u64; 5]) -> Self {

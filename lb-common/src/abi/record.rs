@@ -1,5 +1,7 @@
 //! SOCKETS and SOCKETS_MORE: records of connected sockets.
 
+use core::mem::offset_of;
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::layout::layout;
@@ -45,9 +47,11 @@ pub struct SocketRecord {
     pub proto: u8,
     /// Zero.
     pub pad: [u8; 7],
+    /// Zero: room for fields of later builds.
+    pub reserved: [u64; 4],
 }
 
-layout!(SocketRecord: size 96, align 8 {
+layout!(SocketRecord: size 128, align 8 {
     cookie: 0,
     sequence: 8,
     spilled: 12,
@@ -62,4 +66,10 @@ layout!(SocketRecord: size 96, align 8 {
     socket: 80,
     proto: 88,
     pad: 89,
+    reserved: 96,
 });
+
+impl SocketRecord {
+    /// Size in bytes of the part that is in use.
+    pub const USED: usize = offset_of!(Self, reserved);
+}

@@ -21,6 +21,13 @@ pub struct SetWord {
 layout!(SetWord: size 8, align 8 { base: 0, len: 4, flags: 6 });
 
 impl SetWord {
+    /// The word of no set.
+    pub const NONE: Self = Self {
+        base: 0,
+        len: 0,
+        flags: 0,
+    };
+
     /// Returns the set word in the word that one 8-byte load gives.
     #[inline(always)]
     #[must_use]
@@ -61,9 +68,11 @@ pub struct Service {
     pub generation: u32,
     /// Zero.
     pub pad: u32,
+    /// Zero: room for fields of later builds.
+    pub reserved: [u64; 3],
 }
 
-layout!(Service: size 40, align 8 {
+layout!(Service: size 64, align 8 {
     internal: 0,
     external: 8,
     cluster: 16,
@@ -71,6 +80,7 @@ layout!(Service: size 40, align 8 {
     affinity_timeout: 28,
     generation: 32,
     pad: 36,
+    reserved: 40,
 });
 
 impl Service {
@@ -126,11 +136,11 @@ pub struct BackendSlot {
     pub flags: u16,
     /// The backend.
     pub backend: BackendRef,
-    /// Zero.
-    pub pad: u32,
+    /// The service port of the set. Zero if a build of layout 3 wrote the slot.
+    pub service: ServiceIndex,
 }
 
-layout!(BackendSlot: size 32, align 8 { addr: 0, port: 16, flags: 18, backend: 20, pad: 28 });
+layout!(BackendSlot: size 32, align 8 { addr: 0, port: 16, flags: 18, backend: 20, service: 28 });
 
 /// Bits of [`BackendSlot::flags`] and [`Backend::flags`].
 pub mod backend_flags {

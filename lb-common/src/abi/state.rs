@@ -28,15 +28,18 @@ pub struct State {
     pub node_only: u32,
     /// 1 if the agent reserved the SNAT ports of CONFIG, and releases them in `cleanup`. 0 if they were reserved before.
     pub own_ports: u32,
-    /// Zero.
-    pub pad: u32,
+    /// Largest size of the maps together in MiB (`--map-memory`), as the agent last computed it; zero if a build without
+    /// the flag wrote this.
+    pub map_memory: u32,
     /// Name of the node, padded with zero bytes.
     pub node: [u8; 256],
     /// Version of the agent, padded with zero bytes.
     pub version: [u8; 32],
+    /// Zero: room for fields of later builds.
+    pub reserved: [u64; 20],
 }
 
-layout!(State: size 352, align 8 {
+layout!(State: size 512, align 8 {
     pid: 0,
     complete: 4,
     started: 8,
@@ -47,7 +50,8 @@ layout!(State: size 352, align 8 {
     more_problems: 48,
     node_only: 52,
     own_ports: 56,
-    pad: 60,
+    map_memory: 60,
     node: 64,
     version: 320,
+    reserved: 352,
 });

@@ -1,5 +1,7 @@
 //! STATS: counters of service ports.
 
+use core::ops::AddAssign;
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::layout::layout;
@@ -12,6 +14,20 @@ pub struct ServiceStats {
     pub connections: u64,
     /// Connections that were refused.
     pub refused: u64,
+    /// Zero: room for fields of later builds.
+    pub reserved: [u64; 2],
 }
 
-layout!(ServiceStats: size 16, align 8 { connections: 0, refused: 8 });
+impl AddAssign for ServiceStats {
+    fn add_assign(&mut self, other: Self) {
+        let Self {
+            connections,
+            refused,
+            reserved: _,
+        } = other;
+        self.connections += connections;
+        self.refused += refused;
+    }
+}
+
+layout!(ServiceStats: size 32, align 8 { connections: 0, refused: 8, reserved: 16 });

@@ -40,23 +40,29 @@ impl CtKeyWords {
 }
 
 impl CtEntryWords {
-    /// Returns the entry of a new flow; `now` is in nanoseconds of CLOCK_MONOTONIC.
+    /// Makes this the entry of a new flow; `now` is in nanoseconds of CLOCK_MONOTONIC.
+    ///
+    /// `reserved` stays: it is zero in every entry that a program builds, and zeroing it again would call a function that writes byte
+    /// by byte.
     #[inline(always)]
-    #[must_use]
-    pub const fn new(translated: &Tuple, backend: BackendRef, service: ServiceIndex, set: Set, now: u64) -> Self {
-        Self {
-            src: translated.src.0,
-            dst: translated.dst.0,
-            src_port: translated.src_port,
-            dst_port: translated.dst_port,
-            backend,
-            service,
-            seen: now,
-            flags: 0,
-            state: 0,
-            set: set as u8,
-            pad: 0,
-        }
+    pub const fn begin(&mut self, translated: &Tuple, backend: BackendRef, service: ServiceIndex, set: Set, now: u64) {
+        self.set_translated(translated);
+        self.backend = backend;
+        self.service = service;
+        self.seen = now;
+        self.flags = 0;
+        self.state = 0;
+        self.set = set as u8;
+        self.pad = 0;
+    }
+
+    /// Replaces the translated tuple.
+    #[inline(always)]
+    const fn set_translated(&mut self, tuple: &Tuple) {
+        self.src = tuple.src.0;
+        self.dst = tuple.dst.0;
+        self.src_port = tuple.src_port;
+        self.dst_port = tuple.dst_port;
     }
 
     /// Returns the translated tuple.
@@ -105,25 +111,25 @@ impl CtEntryWords {
         CtKeyWords::new(&self.translated().reversed(), key.proto())
     }
 
-    /// Returns a new entry for the other direction; `key` is that of this direction.
+    /// Makes this the new entry for the direction opposite to that of `entry` and its `key`. `reserved` stays, as in
+    /// [`Self::begin`].
     #[inline(always)]
-    #[must_use]
-    pub const fn reversed(&self, key: &CtKeyWords) -> Self {
-        let translated = key.tuple().reversed();
-        Self {
-            src: translated.src.0,
-            dst: translated.dst.0,
-            src_port: translated.src_port,
-            dst_port: translated.dst_port,
-            flags: delivery::opposite(self.flags),
-            state: 0,
-            ..*self
-        }
+    pub const fn begin_opposite(&mut self, entry: &Self, key: &CtKeyWords) {
+        self.set_translated(&key.tuple().reversed());
+        self.backend = entry.backend;
+        self.service = entry.service;
+        self.seen = entry.seen;
+        self.flags = delivery::opposite(entry.flags);
+        self.state = 0;
+        self.set = entry.set;
+        self.pad = 0;
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use zerocopy::FromZeros as _;
+
     use super::*;
     use crate::abi::{Addr, CtEntry, ct_flags};
     use crate::logic::ct::reverse_key;
@@ -140,7 +146,8 @@ mod tests {
         let backend = BackendRef { id: 5, generation: 7 };
         let owner = ServiceIndex::new(9);
         let key = CtKeyWords::new(&tuple(1, 1000, 2, 80), 6);
-        let entry = CtEntryWords::new(&tuple(3, 61_000, 4, 8080), backend, owner, Set::External, 11);
+        let mut entry = CtEntryWords::new_zeroed();
+        entry.begin(&tuple(3, 61_000, 4, 8080), backend, owner, Set::External, 11);
         assert_eq!(
             (key.as_key().proto, key.as_key().src_port, key.as_key().pad),
             (6, 1000, [0; 3])
@@ -156,7 +163,8 @@ mod tests {
         assert_eq!((stored, service, seen, set), (backend, owner, 11, Set::External as u8));
         let other_key = entry.reverse_key(&key);
         assert_eq!(*other_key.as_key(), reverse_key(entry.as_entry(), 6));
-        let other = entry.reversed(&key);
+        let mut other = CtEntryWords::new_zeroed();
+        other.begin_opposite(&entry, &key);
         assert_eq!(*other.reverse_key(&other_key).as_key(), *key.as_key());
         assert!(other.has(ct_flags::REPLY) && !entry.has(ct_flags::REPLY));
     }

@@ -205,6 +205,10 @@ mod tests {
             Some(frontend(service, kind))
         }
 
+        fn may_have(&self, addr: Ip128) -> bool {
+            [VIP, LB, NODE].contains(&addr)
+        }
+
         fn is_node_address(&self, addr: Ip128) -> bool {
             addr == NODE
         }

@@ -39,6 +39,8 @@ impl Destination {
 pub trait Tables {
     /// Returns the entry of FRONTENDS with this key. Port and protocol are zero for an address mark.
     fn frontend(&self, key: Destination) -> Option<Frontend>;
+    /// Returns whether FRONTENDS or NODE_ADDRS may have the address: its bit in FILTER is set.
+    fn may_have(&self, addr: Ip128) -> bool;
     /// Returns whether NODE_ADDRS contains the address.
     fn is_node_address(&self, addr: Ip128) -> bool;
     /// Returns whether the socket is in the node's network namespace.
@@ -64,6 +66,9 @@ pub fn of_socket(tables: &impl Tables, to: Destination) -> Result<Option<Fronten
         } else {
             None
         });
+    }
+    if !tables.may_have(addr) {
+        return Ok(None);
     }
     if let Some(found) = tables.frontend(to) {
         return Ok(Some(found));
@@ -96,10 +101,13 @@ pub fn of_packet(tables: &impl Tables, to: Destination) -> Result<Option<Fronten
     if to.addr.or_loopback().is_loopback() {
         return Ok(None);
     }
+    if !tables.may_have(to.addr) {
+        return Ok(None);
+    }
     if let Some(found) = tables.frontend(to) {
         return Ok(Some(found));
     }
-    if is_service_address(tables, to.addr) {
+    if has_mark(tables, to.addr) {
         return Err(DropReason::NoSuchPort);
     }
     Ok(if tables.is_node_address(to.addr) {
@@ -113,6 +121,11 @@ pub fn of_packet(tables: &impl Tables, to: Destination) -> Result<Option<Fronten
 /// node have none.
 #[inline(always)]
 pub fn is_service_address(tables: &impl Tables, addr: Ip128) -> bool {
+    tables.may_have(addr) && has_mark(tables, addr)
+}
+
+#[inline(always)]
+fn has_mark(tables: &impl Tables, addr: Ip128) -> bool {
     tables.frontend(Destination::mark(addr)).is_some()
 }
 
@@ -174,6 +187,11 @@ mod tests {
             found
                 .next()
                 .map(|(_, _, _, service, kind)| Frontend::new(ServiceIndex::new(*service), *kind))
+        }
+
+        fn may_have(&self, addr: Ip128) -> bool {
+            let mut addrs = FRONTENDS.iter().map(|(addr, ..)| *addr).chain(NODE);
+            addrs.any(|has| words(has) == addr)
         }
 
         fn is_node_address(&self, addr: Ip128) -> bool {

@@ -1,6 +1,7 @@
 //! Selection for a connecting socket or for the first packet of a flow: the set, one of its slots, and a SNAT port.
 
-use crate::abi::{DropReason, Frontend, FrontendKind, Set, SetWord, set_flags};
+use crate::abi::{DropReason, Frontend, FrontendKind, Service, Set, SetWord, set_flags};
+use crate::mix::mix;
 
 /// Returns the set for a socket of this node's host or pods. Such a client is inside the cluster, so external addresses
 /// have the semantics of policy Cluster for it.
@@ -30,6 +31,16 @@ pub const fn set_for_packet(frontend: Frontend, inside: bool) -> Result<Set, Dro
     }
 }
 
+/// Returns [`Frontend::set`] of a frontend that leads to a service: the word of the set for sockets. It is zero if programs have to
+/// read the entry of SERVICES, for the reason of an empty set, affinity or source ranges.
+#[must_use]
+pub const fn set_in_frontend(frontend: Frontend, service: &Service) -> SetWord {
+    match set_for_socket(frontend) {
+        Ok(set) if service.flags == 0 && service.set_word(set).len != 0 => service.set_word(set),
+        Ok(Set::Internal | Set::External | Set::Cluster) | Err(_) => SetWord::NONE,
+    }
+}
+
 /// Returns the slot of a new connection: one of the set, selected by a random number.
 ///
 /// # Errors
@@ -45,6 +56,15 @@ pub const fn slot(set: SetWord, random: u32) -> Result<u32, DropReason> {
         });
     }
     Ok(set.base.wrapping_add(pick(random, set.len)))
+}
+
+/// Returns a number that selects the slot for a socket, from its cookie and a time in nanoseconds, in place of a random one: the kernel's
+/// generator is a call. Cookies are numbered, and the time differs when a socket tries again. A process can predict the
+/// number for its own sockets, and so choose among the backends, as it can by trying again.
+#[inline(always)]
+#[must_use]
+pub const fn number_of_socket(cookie: u64, time: u64) -> u32 {
+    (mix(cookie ^ time.rotate_left(32)) >> 32) as u32
 }
 
 /// Maps a random 32-bit number evenly to `0..len`. Returns zero if `len` is zero.
@@ -74,7 +94,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::abi::ServiceIndex;
+    use crate::abi::{ServiceIndex, service_flags};
     use crate::errno::{ECONNREFUSED, EHOSTUNREACH};
 
     const SERVICE: ServiceIndex = ServiceIndex::new(1);
@@ -101,6 +121,39 @@ mod tests {
     }
 
     #[test]
+    fn a_frontend_has_the_set_that_needs_nothing_else_of_its_service() {
+        let word = |base, len| SetWord {
+            base,
+            len,
+            ..SetWord::NONE
+        };
+        let service = Service {
+            internal: word(1, 2),
+            external: word(3, 1),
+            cluster: word(4, 3),
+            ..Service::default()
+        };
+        let set = |kind, service: &Service| set_in_frontend(Frontend::new(SERVICE, kind), service);
+        assert_eq!(set(FrontendKind::ClusterIp, &service), service.internal);
+        assert_eq!(set(FrontendKind::NodePort, &service), service.cluster);
+        assert_eq!(set(FrontendKind::LoadBalancer, &service), service.cluster);
+        assert_eq!(set(FrontendKind::Address, &service), SetWord::NONE);
+        for flags in [service_flags::AFFINITY, service_flags::SOURCE_RANGES, 1 << 31] {
+            let service = Service { flags, ..service };
+            assert_eq!(set(FrontendKind::ClusterIp, &service), SetWord::NONE);
+        }
+        let empty = SetWord {
+            flags: set_flags::EMPTY_DROPS,
+            ..word(7, 0)
+        };
+        let service = Service {
+            internal: empty,
+            ..service
+        };
+        assert_eq!(set(FrontendKind::ClusterIp, &service), SetWord::NONE);
+    }
+
+    #[test]
     fn the_policy_is_for_packets_from_outside() {
         let set = |kind, inside| set_for_packet(Frontend::new(SERVICE, kind), inside);
         for inside in [true, false] {
@@ -122,6 +175,32 @@ mod tests {
             assert_eq!(set(kind, true), Ok(Set::Cluster));
             assert_eq!(set(kind, false), Ok(Set::External));
         }
+    }
+
+    #[test]
+    fn sockets_are_spread_evenly_whatever_the_distance_of_their_cookies() {
+        const SOCKETS: u64 = 10_000;
+        for distance in [1, 2, 3, 4, 8, 16, 64, 256, 1000, 4096, 1 << 20, 1 << 32] {
+            for len in [2, 3, 5, 10] {
+                let mut counts = [0_u64; 10];
+                for socket in 0..SOCKETS {
+                    let number = number_of_socket(77 + socket * distance, 5_000_000);
+                    counts[pick(number, len) as usize] += 1;
+                }
+                let mean = SOCKETS as f64 / f64::from(len);
+                let counts = &counts[..len.into()];
+                let chi_squared: f64 = counts.iter().map(|n| (*n as f64 - mean).powi(2) / mean).sum();
+                // With 9 degrees of freedom, random numbers exceed this once in 10,000 times.
+                assert!(chi_squared < 33.7, "{distance} {len}: {counts:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_socket_that_tries_again_gets_another_backend_sometimes() {
+        let tries = (0..100).map(|tick| pick(number_of_socket(9, tick * 4_000_000), 2));
+        let second = tries.filter(|slot| *slot == 1).count();
+        assert!((30..=70).contains(&second), "{second}");
     }
 
     #[test]

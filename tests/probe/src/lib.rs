@@ -46,6 +46,8 @@ const _: () = {
 pub enum Verdict {
     /// The lookup found a backend of the frontend's Service.
     Good,
+    /// The bit of the address in FILTER is not set.
+    Filtered,
     /// There is no such frontend.
     NoFrontend,
     /// The frontend is not a cluster IP.
@@ -65,11 +67,12 @@ pub enum Verdict {
 
 impl Verdict {
     /// Number of verdicts.
-    pub const COUNT: usize = 8;
+    pub const COUNT: usize = 9;
 
     /// All verdicts, in the order of their numbers.
     pub const ALL: [Self; Self::COUNT] = [
         Self::Good,
+        Self::Filtered,
         Self::NoFrontend,
         Self::WrongKind,
         Self::IndexOutOfRange,
@@ -84,6 +87,7 @@ impl Verdict {
     pub const fn text(self) -> &'static str {
         match self {
             Self::Good => "good",
+            Self::Filtered => "an address that FILTER does not have",
             Self::NoFrontend => "no frontend",
             Self::WrongKind => "a frontend of another kind",
             Self::IndexOutOfRange => "a service index out of range",

@@ -15,7 +15,9 @@ use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_ns};
 use aya_ebpf::macros::{btf_map, classifier};
 use aya_ebpf::programs::TcContext;
-use lb_common::abi::{Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Service, SetWord, map_spec};
+use lb_common::abi::{
+    Addr, Backend, BackendSlot, FilterBit, Frontend, FrontendKey, FrontendKind, Service, SetWord, map_spec,
+};
 use lb_common::logic::selection;
 use lb_probe::{LookupRequest, Tally, Verdict};
 
@@ -29,6 +31,9 @@ const LINGER: u32 = 16_384;
 
 #[btf_map]
 static FRONTENDS: HashMap<FrontendKey, Frontend, { map_spec::FRONTENDS.default_capacity() as usize }> = HashMap::new();
+
+#[btf_map]
+static FILTER: Array<u64, { map_spec::FILTER.default_capacity() as usize }, MMAPABLE> = Array::new();
 
 #[btf_map]
 static SERVICES: Array<Service, { map_spec::SERVICES.default_capacity() as usize }, MMAPABLE> = Array::new();
@@ -114,16 +119,41 @@ fn look_up(request: &LookupRequest, trace: &mut LookupTrace) -> Result<(), Verdi
         3
     };
 
-    let word = FRONTENDS.get_ptr(request.key).ok_or(Verdict::NoFrontend)?;
-    // SAFETY: the pointer refers to a value of the map, which is 8 bytes long and 8-byte aligned. The value may change at
-    // any time, so the read is volatile.
-    let frontend = Frontend::from_word(unsafe { ptr::read_volatile(word.cast::<u64>()) });
+    let bit = FilterBit::from(request.key.addr);
+    let word = FILTER.get_ptr(bit.word()).ok_or(Verdict::Filtered)?;
+    // SAFETY: the pointer refers to a value of the map, which is 8 bytes long and 8-byte aligned.
+    if !bit.is_in(unsafe { ptr::read_volatile(word) }) {
+        return Err(Verdict::Filtered);
+    }
+    let words = FRONTENDS.get_ptr(request.key).ok_or(Verdict::NoFrontend)?.cast::<u64>();
+    // SAFETY: the pointer refers to a value of the map, which is two words long and 8-byte aligned. The value may change at
+    // any time, so the reads are volatile.
+    let first = unsafe { ptr::read_volatile(words) };
+    if pause_at == 0 {
+        linger();
+    }
+    // SAFETY: as before.
+    let frontend = Frontend::from_words([first, unsafe { ptr::read_volatile(words.add(1)) }]);
     trace.service = frontend.service.get();
     if frontend.kind != FrontendKind::ClusterIp as u8 {
         return Err(Verdict::WrongKind);
     }
-    if pause_at == 0 {
+    if pause_at == 1 {
         linger();
+    }
+    // Every second lookup uses the set in the frontend, if there is one that belongs to its service.
+    let uses_frontend = random & 1 << 31 != 0;
+    // SAFETY: the helper has no arguments and no preconditions.
+    let random = unsafe { bpf_get_prandom_u32() };
+    if uses_frontend
+        && let Ok(at) = selection::slot(frontend.set, random)
+        && let Some(slot) = BACKEND_SLOTS.get_ptr(at)
+    {
+        // SAFETY: `slot` refers to a value of BACKEND_SLOTS, and the field is aligned.
+        let owner = unsafe { ptr::read_volatile((&raw const (*slot).service).cast::<u32>()) };
+        if owner == frontend.service.get() {
+            return check(request, frontend, at, slot, pause_at, trace);
+        }
     }
 
     let service = SERVICES
@@ -136,11 +166,22 @@ fn look_up(request: &LookupRequest, trace: &mut LookupTrace) -> Result<(), Verdi
         linger();
     }
 
-    // SAFETY: the helper has no arguments and no preconditions.
-    let random = unsafe { bpf_get_prandom_u32() };
     let at = selection::slot(set, random).map_err(|_| Verdict::EmptySet)?;
-    trace.slot = at;
     let slot = BACKEND_SLOTS.get_ptr(at).ok_or(Verdict::SlotOutOfRange)?;
+    check(request, frontend, at, slot, pause_at, trace)
+}
+
+/// Checks that a slot has a backend of the frontend's Service.
+#[inline(always)]
+fn check(
+    request: &LookupRequest,
+    frontend: Frontend,
+    at: u32,
+    slot: *const BackendSlot,
+    pause_at: u32,
+    trace: &mut LookupTrace,
+) -> Result<(), Verdict> {
+    trace.slot = at;
     // SAFETY: `slot` refers to a value of BACKEND_SLOTS, and the field is aligned.
     let (addr, port) = unsafe {
         (

@@ -1,7 +1,7 @@
 //! The loader, maps and reconciler of lb-agent in this process, on a pin path of their own.
 
 use anyhow::{Context as _, Result, ensure};
-use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
+use lb_agent::loader::{self, EbpfLog, Loader, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::{BpfMaps, PinnedMaps};
 use lb_common::abi::SizedMap;
 use lb_core::maps::faulty::{Fault, FaultyMaps};
@@ -13,7 +13,8 @@ use lb_core::verify::verify;
 /// Name of the agent's node.
 pub const NODE: &str = "n1";
 
-/// Capacities of the maps: small, so that FRONTENDS can become full, and indexes, ids and slots are soon used again.
+/// Capacities of the maps at the first start: small, so that FRONTENDS can become full, and indexes, ids and slots are soon used
+/// again.
 pub const CAPACITIES: Capacities = Capacities::uniform(64)
     .with(SizedMap::Services, 76)
     .with(SizedMap::Frontends, 100)
@@ -25,6 +26,8 @@ pub struct InProcessAgent {
     /// `None` between the end of one reconciler and the start of the next.
     reconciler: Option<Reconciler<FaultyMaps<BpfMaps>>>,
     lock: Lock,
+    /// The capacities of the maps.
+    capacities: Capacities,
 }
 
 impl InProcessAgent {
@@ -34,7 +37,11 @@ impl InProcessAgent {
     /// If the kernel refuses.
     pub fn new(pins: &PinPath) -> Result<Self> {
         let lock = Lock::take(pins)?;
-        let mut agent = Self { reconciler: None, lock };
+        let mut agent = Self {
+            reconciler: None,
+            lock,
+            capacities: CAPACITIES,
+        };
         agent.restart()?;
         Ok(agent)
     }
@@ -45,10 +52,35 @@ impl InProcessAgent {
     /// If the kernel refuses.
     pub fn restart(&mut self) -> Result<()> {
         drop(self.reconciler.take());
-        let maps = loader::load(OBJECT, &self.lock, &CAPACITIES, SocketLb::All)?;
+        let maps = loader::load(OBJECT, &self.lock, &self.capacities, SocketLb::All)?;
         let maps = FaultyMaps::new(maps, 0, Fault::None);
         self.reconciler = Some(Reconciler::adopt(maps, NODE)?);
         Ok(())
+    }
+
+    /// Replaces the maps that do not have these capacities, as a running agent does.
+    ///
+    /// # Errors
+    /// If the last restart has failed, the kernel refuses, or a map does not get its capacity.
+    pub fn resize(&mut self, capacities: Capacities) -> Result<()> {
+        let loader = Loader::new(OBJECT, &self.lock, SocketLb::All, EbpfLog::Off)?;
+        let reconciler = self.reconciler.as_mut().context("the last restart has failed")?;
+        let needed = reconciler.needed();
+        let problems = reconciler.replace_maps(|maps| loader.resize(&mut maps.inner, &capacities, &needed))?;
+        ensure!(problems.is_empty(), "{problems:?}");
+        let present = reconciler.maps().capacities();
+        ensure!(
+            present == capacities,
+            "the maps have {present:?}, not {capacities:?}; {needed:?} are needed"
+        );
+        self.capacities = capacities;
+        Ok(())
+    }
+
+    /// Returns the capacities of the maps.
+    #[must_use]
+    pub fn capacities(&self) -> &Capacities {
+        &self.capacities
     }
 
     /// Returns the reconciler.

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::maps::{MapData, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
-use lb_common::abi::{FrontendKey, SizedMap, map_name};
+use lb_common::abi::{FrontendKey, SizedMap, map_name, map_spec};
 use lb_core::maps::Capacities;
 use lb_probe::{LookupRequest, PROGRAM, TALLY, Tally, Verdict};
 use zerocopy::{FromZeros as _, IntoBytes as _};
@@ -25,6 +25,8 @@ const TALLY_SIZE: usize = size_of::<Tally>();
 pub struct Probe {
     programs: Ebpf,
     tally: PerCpuArray<MapData, [u8; TALLY_SIZE]>,
+    /// The results of the probes that this one has replaced.
+    earlier: LookupCounts,
 }
 
 impl Probe {
@@ -35,6 +37,7 @@ impl Probe {
     pub fn load(maps: &Path, capacities: &Capacities) -> Result<Self> {
         let mut loader = EbpfLoader::new();
         for (name, size) in [
+            (map_name::FILTER, map_spec::FILTER.default_capacity()),
             (map_name::FRONTENDS, capacities[SizedMap::Frontends]),
             (map_name::SERVICES, capacities[SizedMap::Services]),
             (map_name::BACKEND_SLOTS, capacities[SizedMap::BackendSlots]),
@@ -55,7 +58,18 @@ impl Probe {
         Ok(Self {
             programs,
             tally: tally.try_into()?,
+            earlier: LookupCounts::default(),
         })
+    }
+
+    /// Continues with another probe, whose results are added to those of this one.
+    ///
+    /// # Errors
+    /// If the results cannot be read.
+    pub(crate) fn replace_by(&mut self, new: Self) -> Result<()> {
+        let earlier = self.counts()?;
+        *self = Self { earlier, ..new };
+        Ok(())
     }
 
     /// Looks a frontend up `times` times, on the CPU of the calling thread. The second byte of the address of its backends is
@@ -85,12 +99,12 @@ impl Probe {
         Ok(())
     }
 
-    /// Returns the results so far, of all CPUs.
+    /// Returns the results so far, of all CPUs and of the replaced probes.
     ///
     /// # Errors
     /// If the map cannot be read.
     pub fn counts(&self) -> Result<LookupCounts> {
-        let mut counts = LookupCounts::default();
+        let mut counts = self.earlier.clone();
         for bytes in self.tally.get(&0, 0).context("reading the tally")?.iter() {
             let tally: Tally = zerocopy::transmute!(*bytes);
             for (sum, count) in counts.counts.iter_mut().zip(tally.counts) {

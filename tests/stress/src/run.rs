@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use std::thread::{self, ScopedJoinHandle};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
@@ -15,8 +16,9 @@ use lb_core::maps::faulty::Fault;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
-use crate::in_process_agent::InProcessAgent;
+use crate::in_process_agent::{CAPACITIES, InProcessAgent};
 use crate::probe::{LookupCounts, Probe};
+use crate::resize;
 use crate::workload::{ChangeKind, Workload};
 
 /// Lookups in one system call. They take about half a millisecond, so that grace periods are not delayed.
@@ -36,16 +38,20 @@ const STORES: usize = 2000;
 const OVERFULL_FOR: usize = 6;
 /// The maps settle and are compared with the desired state once in this many changes.
 const CHECK_EVERY: u64 = 10;
+/// Maps grow or shrink once in this many changes, until every resize was made.
+const RESIZE_EVERY: u64 = 9;
 
 /// Options of a run.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Options {
     /// The smallest number of lookups.
     pub lookups: u64,
     /// The smallest number of changes.
     pub changes: u64,
-    /// Seed of all choices; equal seeds make equal choices.
+    /// Seed of all choices; equal seeds make equal choices until a resize needs changes before it, whose number depends on timing.
     pub seed: u64,
+    /// The maps of each resize: they grow fourfold together and shrink again.
+    pub resizes: Vec<&'static [SizedMap]>,
 }
 
 /// Counters of a run.
@@ -61,6 +67,8 @@ pub struct Progress {
     pub failures: u64,
     /// Restarts in which the next agent adopted the maps.
     pub adoptions: u64,
+    /// Times that maps grew or shrank.
+    pub resizes: u64,
     /// Comparisons with the desired state.
     pub checks: u64,
     /// The highest fill level of FRONTENDS, in percent.
@@ -84,8 +92,8 @@ impl fmt::Display for Progress {
         }
         write!(
             f,
-            "stores {}, failures {}, adoptions {}, checks {}, FRONTENDS up to {} % full",
-            self.stores, self.failures, self.adoptions, self.checks, self.fullest
+            "stores {}, failures {}, adoptions {}, resizes {}, checks {}, FRONTENDS up to {} % full",
+            self.stores, self.failures, self.adoptions, self.resizes, self.checks, self.fullest
         )
     }
 }
@@ -109,7 +117,8 @@ impl fmt::Display for Report {
     }
 }
 
-/// Looks frontends up on every CPU while the maps change, until there were enough lookups and changes, or a lookup was bad.
+/// Looks frontends up on every CPU while the maps change, until there were enough lookups and changes and every resize was
+/// made, or a lookup was bad. A resize replaces lb's programs at the devices of the calling thread's network namespace.
 ///
 /// # Errors
 /// If the maps differ from the desired state, or the kernel refuses an operation. Bad lookups are in the report.
@@ -118,7 +127,7 @@ pub fn run(pins: &PinPath, options: &Options, mut report: impl FnMut(&Progress))
     let mut workload = Workload::new(Rng::with_seed(options.seed));
     agent.apply(workload.all())?;
     agent.check().context("before the first change")?;
-    let probe = Probe::load(&pins.maps(), &crate::CAPACITIES)?;
+    let probe = RwLock::new(Probe::load(&pins.maps(), agent.capacities())?);
     let (lookups, stop) = (AtomicU64::new(0), AtomicBool::new(false));
     let progress = thread::scope(|scope| {
         // Stops the readers also after a panic below, because the scope waits for its threads.
@@ -128,11 +137,11 @@ pub fn run(pins: &PinPath, options: &Options, mut report: impl FnMut(&Progress))
             .into_iter()
             .map(|cpu| scope.spawn(move || read(cpu, probe, lookups, stop)))
             .collect();
-        let changed = change(&mut agent, &mut workload, options, |progress| {
+        let changed = change(&mut agent, &mut workload, probe, options, |progress| {
             progress.lookups = lookups.load(Ordering::Relaxed);
             report(progress);
             let ended = readers.iter().any(ScopedJoinHandle::is_finished);
-            Ok(ended || probe.counts()?.bad() > 0)
+            Ok(ended || current(probe).counts()?.bad() > 0)
         });
         stop.store(true, Ordering::Relaxed);
         for reader in readers {
@@ -140,12 +149,17 @@ pub fn run(pins: &PinPath, options: &Options, mut report: impl FnMut(&Progress))
         }
         changed
     })?;
-    let counts = probe.counts()?;
+    let counts = current(&probe).counts()?;
     if counts.bad() == 0 {
         agent.apply(workload.end_overflow())?;
         agent.check().context("after the last change")?;
     }
     Ok(Report { progress, counts })
+}
+
+/// Returns the probe, which is not replaced while it is borrowed.
+fn current(probe: &RwLock<Probe>) -> RwLockReadGuard<'_, Probe> {
+    probe.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Stops the readers when it is dropped.
@@ -172,11 +186,11 @@ fn cpus() -> Result<Vec<CpuSet>> {
 }
 
 /// Looks the frontends up in turn, on one CPU.
-fn read(cpu: CpuSet, probe: &Probe, lookups: &AtomicU64, stop: &AtomicBool) -> Result<()> {
+fn read(cpu: CpuSet, probe: &RwLock<Probe>, lookups: &AtomicU64, stop: &AtomicBool) -> Result<()> {
     sched_setaffinity(Pid::from_raw(0), &cpu).context("sched_setaffinity")?;
     while !stop.load(Ordering::Relaxed) {
         for target in Workload::targets() {
-            probe.look_up(target.key, target.owner, CHUNK)?;
+            current(probe).look_up(target.key, target.owner, CHUNK)?;
             lookups.fetch_add(CHUNK.into(), Ordering::Relaxed);
         }
         // Without this, the thread that changes the maps would wait for the scheduler.
@@ -185,23 +199,30 @@ fn read(cpu: CpuSet, probe: &Probe, lookups: &AtomicU64, stop: &AtomicBool) -> R
     Ok(())
 }
 
-/// Changes the maps until there were enough changes and lookups, or `is_over` returns true.
+/// Changes the maps until there were enough changes and lookups and every resize was made, or `is_over` returns true.
 fn change(
     agent: &mut InProcessAgent,
     workload: &mut Workload,
+    probe: &RwLock<Probe>,
     options: &Options,
     mut is_over: impl FnMut(&mut Progress) -> Result<bool>,
 ) -> Result<Progress> {
     let mut random = Rng::with_seed(options.seed ^ 1);
     let mut progress = Progress::default();
     let mut kinds = Vec::new();
+    let resizes = options.resizes.iter();
+    let mut sizes = resizes.flat_map(|maps| [resize::grown(maps), CAPACITIES]).peekable();
     while !is_over(&mut progress)? {
         let number = progress.changed() + 1;
-        if progress.lookups >= options.lookups && number > options.changes {
+        if progress.lookups >= options.lookups && number > options.changes && sizes.peek().is_none() {
             break;
         }
         if kinds.is_empty() {
             kinds = ChangeKind::round(&mut random);
+        }
+        if *agent.capacities() != CAPACITIES {
+            // Entries that are freed now are used again, so that few positions are taken that the smaller maps do not have.
+            agent.reconciler()?.settle()?;
         }
         let ends_overflow = workload.is_overfull() && random.usize(..OVERFULL_FOR) == 0;
         let kind = if ends_overflow {
@@ -248,6 +269,13 @@ fn change(
         progress.fullest = progress
             .fullest
             .max(usage.frontends * 100 / capacities[SizedMap::Frontends]);
+        if number % RESIZE_EVERY == 0
+            && let Some(to) = sizes.next()
+        {
+            progress.newest = format!("a resize to {to:?}");
+            resize::resize(agent, workload, probe, to).with_context(|| format!("after {number} changes, {to:?}"))?;
+            progress.resizes += 1;
+        }
         if number % CHECK_EVERY == 0 {
             if workload.is_overfull() {
                 agent.reconciler()?.settle()?;

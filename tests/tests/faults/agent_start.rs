@@ -10,12 +10,13 @@ use anyhow::{Context as _, Result, ensure};
 use lb_agent::loader::{self, Cgroup, PinPath};
 use lb_agent::maps::bpf::PinnedMaps;
 use lb_agent::maps::ct::CtMaps;
-use lb_common::abi::{Addr, CtEntry, CtKey, FrontendKey, SizedMap, ct_flags, ct_state, ip_protocol};
+use lb_common::abi::{Addr, CtEntry, CtKey, FrontendKey, SizedMap, VERSION, ct_flags, ct_state, ip_protocol};
 use lb_common::logic::ct::reverse_key;
 use lb_core::maps::Capacities;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{Agent, Cluster, Pod, RunningAgent, ScriptedSocket, SocketKind, monotonic_ns, scaled_count, testbed};
 
+use crate::layout_3::make_layout_3;
 use crate::ptrace::{self, Call, FaultKind, FaultPoint, RunEnd};
 use crate::reader::{Always, Reader};
 
@@ -34,9 +35,12 @@ const SIZES: Capacities = Capacities::uniform(64)
 /// Factor between [`SIZES`] and the larger sizes of a start that replaces the maps.
 const FACTOR: u32 = 2;
 
-/// Returns the flags that set the sizes of all maps.
+/// Returns the flags that set the sizes of all maps: as both limits.
 fn flags(sizes: &Capacities) -> Vec<String> {
-    let flag = |map: &SizedMap| [format!("--{}", map.flag()), sizes[*map].to_string()];
+    let flag = |map: &SizedMap| {
+        let (bound, size) = (format!("--{}", map.flag()), sizes[*map].to_string());
+        [bound.replace("max-", "min-"), size.clone(), bound, size]
+    };
     SizedMap::ALL.iter().flat_map(flag).collect()
 }
 
@@ -56,7 +60,7 @@ fn changes_something(call: Call) -> bool {
         libc::SYS_bpf => CHANGING.contains(&call.first),
         libc::SYS_mkdir | libc::SYS_mkdirat => true,
         libc::SYS_rename | libc::SYS_renameat | libc::SYS_renameat2 => true,
-        libc::SYS_unlink | libc::SYS_unlinkat => true,
+        libc::SYS_unlink | libc::SYS_unlinkat | libc::SYS_rmdir => true,
         _ => false,
     }
 }
@@ -153,6 +157,7 @@ impl Fixture {
         ensure!(maps.capacities() == self.sizes.get(), "{:?}", maps.capacities());
         let next = self.pins.maps().with_file_name("next");
         ensure!(!next.exists(), "{} exists", next.display());
+        self.agent.check_layout(VERSION)?;
         self.agent.verify()?;
         let links = fs::read_dir(self.pins.links())?.count();
         // In addition to the links of the cgroup hooks there are two per served device, except on kernels without tcx.
@@ -168,10 +173,27 @@ impl Fixture {
     }
 }
 
-/// Environment variable: with any value, a start that replaces the maps has a fault at each of its calls.
+/// Environment variable: with any value, a start that replaces the maps or their layout has a fault at each of its calls.
 const EVERY_CALL: &str = "LB_FAULT_AT_EVERY_CALL";
 /// Every this many calls of such a start have a fault otherwise: its calls for one map are like those for another.
 const RESIZE_STRIDE: u64 = 4;
+
+/// Returns the stride of the faults at a start that replaces the maps or their layout.
+fn resize_stride() -> u64 {
+    if env::var_os(EVERY_CALL).is_some() {
+        1
+    } else {
+        RESIZE_STRIDE
+    }
+}
+
+/// Returns the first call with a fault at such a start. The two kinds of faults are at different calls.
+fn first_fault(kind: FaultKind) -> u64 {
+    match kind {
+        FaultKind::Die => 0,
+        FaultKind::Fail => 2,
+    }
+}
 
 /// Injects one fault at every `stride`th call of a start in turn, and starts without a fault after each. `before` runs before
 /// each fault. Returns the number of calls that were tried.
@@ -355,17 +377,8 @@ fn faults_at_a_resize(kind: FaultKind) -> Result<()> {
     let mut state = State::new(&fixture)?;
     state.check(&fixture)?;
     let mut is_large = false;
-    let stride = if env::var_os(EVERY_CALL).is_some() {
-        1
-    } else {
-        RESIZE_STRIDE
-    };
-    // The two kinds of faults are at different calls.
-    let first = match kind {
-        FaultKind::Die => 0,
-        FaultKind::Fail => 2,
-    };
-    let tried = try_all(&fixture, kind, first, stride, || {
+    let stride = resize_stride();
+    let tried = try_all(&fixture, kind, first_fault(kind), stride, || {
         state.check(&fixture)?;
         is_large = !is_large;
         let mut sizes = SIZES;
@@ -391,4 +404,31 @@ fn resize_killed_at_any_syscall_is_completed_by_the_next_start() -> Result<()> {
 #[test]
 fn resize_with_any_failing_syscall_is_completed_by_the_next_start() -> Result<()> {
     faults_at_a_resize(FaultKind::Fail)
+}
+
+fn faults_at_an_upgrade(kind: FaultKind) -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.write(false)?;
+    fixture.start_well()?;
+    let mut state = State::new(&fixture)?;
+    let stride = resize_stride();
+    let tried = try_all(&fixture, kind, first_fault(kind), stride, || {
+        state.check(&fixture)?;
+        make_layout_3(&fixture.pins)
+    })?;
+    state.check(&fixture)?;
+    println!("{kind:?} at {tried} calls of a start that replaces the layout");
+    // Pins of maps and links, entries of Services, and renames.
+    ensure!(tried >= scaled_count(60 / stride), "too few calls");
+    Ok(())
+}
+
+#[test]
+fn upgrade_from_layout_3_killed_at_any_syscall_is_completed_by_the_next_start() -> Result<()> {
+    faults_at_an_upgrade(FaultKind::Die)
+}
+
+#[test]
+fn upgrade_from_layout_3_with_any_failing_syscall_is_completed_by_the_next_start() -> Result<()> {
+    faults_at_an_upgrade(FaultKind::Fail)
 }

@@ -3,6 +3,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod agent_start;
+mod layout_3;
 mod maps;
 #[cfg(target_arch = "x86_64")]
 mod ptrace;

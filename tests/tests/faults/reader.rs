@@ -76,14 +76,19 @@ struct Chain {
     frontend: Frontend,
     service: Option<Service>,
     name: Option<Name>,
-    /// Each slot of the three sets with its backend; `None` if one is out of range.
-    sets: [Vec<(Option<BackendSlot>, Option<Backend>)>; 3],
+    /// Each slot of the three sets, and of the one in the frontend, with its backend; `None` if one is out of range.
+    sets: Vec<Vec<(Option<BackendSlot>, Option<Backend>)>>,
 }
 
 impl Chain {
     fn of(dump: &Dump, frontend: Frontend) -> Self {
         let service = dump.service(frontend.service).copied();
-        let words = service.unwrap_or_default().set_words();
+        let mut words = service.unwrap_or_default().set_words().to_vec();
+        // The set in a frontend is ignored if its slots are those of another service.
+        let first = dump.slots.get(frontend.set.base as usize);
+        if first.is_some_and(|slot| slot.service == frontend.service) {
+            words.push(frontend.set);
+        }
         let member = |slot: u32| {
             let slot = dump.slots.get(slot as usize).copied();
             let backend = slot.and_then(|slot| dump.backends.get(slot.backend.id as usize).copied());
@@ -98,7 +103,7 @@ impl Chain {
             frontend,
             service,
             name: dump.names.get(&frontend.service).copied(),
-            sets: words.map(set),
+            sets: words.into_iter().map(set).collect(),
         }
     }
 
@@ -107,6 +112,7 @@ impl Chain {
             service: index,
             kind,
             pad,
+            set: _,
         } = self.frontend;
         ensure!(pad == [0; 3], "bytes in the padding");
         let kind = FrontendKind::from_u8(kind).context("unknown frontend kind")?;
@@ -146,7 +152,9 @@ impl Chain {
     }
 
     fn check_owner(&self, owner: u8) -> Result<()> {
-        let [internal, ..] = &self.sets;
+        let [internal, ..] = &self.sets[..] else {
+            bail!("no sets");
+        };
         ensure!(!internal.is_empty(), "the set is empty");
         let belongs_to_owner = |addr: Addr| addr.to_v4().is_some_and(|bytes| bytes[1] == owner);
         let foreign: Vec<_> = internal

@@ -13,24 +13,25 @@ use crate::toolchain::{self, EbpfToolchain};
 /// The error of a fresh clone.
 const MISSING: &str = "the eBPF toolchain is missing: run `cargo xtask setup`";
 
-/// Compiles the programs of the package `name` in the folder `root_dir`; each object is `$OUT_DIR/PROGRAM`.
+/// Compiles the programs of the package `name` in the folder `root_dir` with some of its features; each object is
+/// `$OUT_DIR/PROGRAM`.
 ///
 /// For build scripts: it reads their environment and prints instructions for cargo. A missing toolchain is reported to
 /// cargo as an error of the build, with the command that installs it.
 ///
 /// # Errors
 /// If cargo did not set `OUT_DIR`, or if the package does not compile.
-pub fn build(name: &str, root_dir: &str) -> anyhow::Result<()> {
-    compile(name, root_dir, &[]).map(drop)
+pub fn build(name: &str, root_dir: &str, features: &[&str]) -> anyhow::Result<()> {
+    compile(name, root_dir, features).map(drop)
 }
 
-/// Compiles the program of the package `name` with a feature, like [`build`]; the object is `$OUT_DIR/NAME-FEATURE`. To be called
-/// before [`build`], which would overwrite the object without the feature.
+/// Compiles the program of the package `name` with one feature more, like [`build`]; the object is `$OUT_DIR/NAME-FEATURE`. To be
+/// called before [`build`], whose object would be overwritten by the one with the feature.
 ///
 /// # Errors
 /// Returns the errors of [`build`], and an error if the object cannot be renamed.
-pub fn build_with(name: &str, root_dir: &str, feature: &str) -> anyhow::Result<()> {
-    if !compile(name, root_dir, &[feature])? {
+pub fn build_with(name: &str, root_dir: &str, features: &[&str], feature: &str) -> anyhow::Result<()> {
+    if !compile(name, root_dir, &[features, &[feature]].concat())? {
         return Ok(());
     }
     let out_dir = env::var_os("OUT_DIR").context("OUT_DIR is not set")?;

@@ -98,6 +98,16 @@ mod tests {
     }
 
     #[test]
+    fn floor_of_a_program_is_optional() {
+        let mut cost = json!({"call": "connect", "services": 1, "lb": 130.5, "c": 120.0, "empty": 30.5});
+        let without = read("connect", &json!({"costs": [cost]})).unwrap();
+        cost["floor"] = json!(70.5);
+        cost["ratio_to_floor"] = json!({"low": 2.4, "median": 2.5, "high": 2.6});
+        let with = read("connect", &json!({"costs": [cost], "goals": []})).unwrap();
+        assert_eq!(with, without);
+    }
+
+    #[test]
     fn packet_costs_have_the_empty_program_taken_off() {
         let cost = |udp| json!({"packet": "here_new", "hook": "ingress", "family": "ipv6", "udp": udp, "lb": 200.0, "empty": 40.0});
         let figures = read("nodeport", &json!({"costs": [cost(false), cost(true)]})).unwrap();

@@ -34,9 +34,10 @@ pub(super) fn to(text: &str) -> Destination {
 fn snapshot<const N: usize>(objects: [crate::model::Object; N]) -> Snapshot {
     let mut lb = start(maps());
     apply(&mut lb, &mut Cluster::of(objects));
+    let own = [NODE_ADDRESS.parse::<IpAddr>().unwrap().into()].into();
+    assert_eq!(lb.write_node_addrs(&own).unwrap(), 0);
     Snapshot {
         dump: lb.maps().dump().unwrap(),
-        node_addrs: [NODE_ADDRESS.parse::<IpAddr>().unwrap().into()].into(),
         affinity: BTreeMap::new(),
         flows: Vec::new(),
         now: 100 * SECOND,

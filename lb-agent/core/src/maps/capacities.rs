@@ -1,20 +1,31 @@
-//! Numbers of entries of the maps that flags set.
+//! Numbers of entries of the maps that flags bound.
 
 use std::ops::Index;
 
 use lb_common::abi::SizedMap;
 
-/// Number of entries of every map that a flag of `lb-agent run` sizes.
+/// Number of entries of every map that a flag of `lb-agent run` bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capacities([u32; SizedMap::COUNT]);
 
 impl Capacities {
-    /// The defaults of the flags.
+    /// The smallest numbers that the agent chooses without flags.
     pub const DEFAULT: Self = {
         let mut all = Self([0; SizedMap::COUNT]);
         let mut i = 0;
         while i < SizedMap::COUNT {
             all = all.with(SizedMap::ALL[i], SizedMap::ALL[i].default_capacity());
+            i += 1;
+        }
+        all
+    };
+
+    /// The defaults of the flags: the largest numbers that the agent chooses.
+    pub const BOUND: Self = {
+        let mut all = Self([0; SizedMap::COUNT]);
+        let mut i = 0;
+        while i < SizedMap::COUNT {
+            all = all.with(SizedMap::ALL[i], SizedMap::ALL[i].default_bound());
             i += 1;
         }
         all
@@ -31,6 +42,13 @@ impl Capacities {
     pub const fn with(mut self, map: SizedMap, entries: u32) -> Self {
         self.0[map as usize] = entries;
         self
+    }
+
+    /// Returns the numbers that a function returns for each map and its number.
+    #[must_use]
+    pub fn map(self, mut new: impl FnMut(SizedMap, u32) -> u32) -> Self {
+        let all = SizedMap::ALL.iter();
+        all.fold(self, |to, map| to.with(*map, new(*map, self[*map])))
     }
 
     /// Returns the number of entries of a map.
@@ -63,6 +81,7 @@ mod tests {
         let mut capacities = Capacities::default();
         for map in SizedMap::ALL {
             assert_eq!(capacities[*map], map.default_capacity(), "{map:?}");
+            assert_eq!(Capacities::BOUND[*map], map.default_bound(), "{map:?}");
         }
         for (entries, map) in (1..).zip(SizedMap::ALL) {
             capacities = capacities.with(*map, entries);

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, ServiceIndex, SetWord, SourceRange,
-    backend_flags, cluster_flags, service_flags, set_flags,
+    Addr, Backend, BackendSlot, FilterBit, Frontend, FrontendKey, FrontendKind, Name, Service, ServiceIndex, SetWord,
+    SourceRange, backend_flags, cluster_flags, service_flags, set_flags,
 };
 use lb_common::logic::generation;
 
@@ -30,6 +30,10 @@ pub struct Dump {
     pub source_ranges: BTreeMap<Prefix<SourceRange>, u32>,
     /// CLUSTER_CIDRS.
     pub cluster_cidrs: BTreeMap<Prefix<Addr>, u32>,
+    /// NODE_ADDRS.
+    pub node_addrs: BTreeSet<Addr>,
+    /// The bits that are set in FILTER.
+    pub filter: BTreeSet<FilterBit>,
 }
 
 impl Dump {
@@ -41,6 +45,12 @@ impl Dump {
     /// Returns the entries of SERVICES with their indexes.
     pub fn indexed_services(&self) -> impl Iterator<Item = (ServiceIndex, &Service)> {
         (0..).map(ServiceIndex::new).zip(&self.services)
+    }
+
+    /// Returns the addresses whose bits have to be set in FILTER, some of them repeatedly.
+    pub fn addresses(&self) -> impl Iterator<Item = Addr> {
+        let frontends = self.frontends.keys().map(|key| key.addr);
+        frontends.chain(self.node_addrs.iter().copied())
     }
 
     /// Returns the longest network in CLUSTER_CIDRS that contains an address, with its flags.

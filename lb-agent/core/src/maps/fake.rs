@@ -1,15 +1,16 @@
 //! Maps in memory that enforce the rules of the real ones. They refuse what the kernel would refuse, and panic at a
 //! write that would harm a running program.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Name, Service, ServiceIndex, Set, SetWord,
-    SizedMap, SourceRange, map_name, map_spec, service_flags,
+    Addr, Backend, BackendSlot, FilterBit, Frontend, FrontendKey, FrontendKind, Name, Service, ServiceIndex, Set,
+    SetWord, SizedMap, SourceRange, map_name, map_spec, service_flags,
 };
 use lb_common::logic::generation;
 
 use super::prefix::Prefix;
+use super::resize::{base_generation, unused_backend, unused_service};
 use super::{Capacities, Dump, Epoch, MapError, Maps};
 use crate::names::port_id;
 
@@ -33,6 +34,8 @@ pub struct FakeMaps {
     /// Services that a program may still treat as restricted by source, with the request for a grace period that ends
     /// this.
     restrictions_in_sight: BTreeMap<ServiceIndex, Epoch>,
+    /// Bits of FILTER whose addresses were removed, with the request for a grace period that a program may still look for them.
+    bits_in_sight: BTreeMap<FilterBit, Epoch>,
     /// Size of SOURCE_RANGES.
     source_ranges: u32,
     checks: Checks,
@@ -70,9 +73,39 @@ impl FakeMaps {
             services_in_sight: BTreeMap::new(),
             backends_in_sight: BTreeMap::new(),
             restrictions_in_sight: BTreeMap::new(),
+            bits_in_sight: BTreeMap::new(),
             source_ranges: map_spec::SOURCE_RANGES.default_capacity(),
             checks: Checks::Sound,
         }
+    }
+
+    /// Replaces the maps by maps of another size with the same content.
+    ///
+    /// # Panics
+    /// If an entry that is in use has no place in them.
+    pub fn resize(&mut self, capacities: Capacities) {
+        let Dump {
+            services,
+            slots,
+            backends,
+            frontends,
+            ..
+        } = &mut self.contents;
+        let [to_services, to_backends, to_slots] =
+            [SizedMap::Services, SizedMap::Backends, SizedMap::BackendSlots].map(|map| capacities[map] as usize);
+        assert!(frontends.len() <= capacities[SizedMap::Frontends] as usize);
+        let dropped: Vec<_> = services.drain(to_services.min(services.len())..).collect();
+        assert!(dropped.iter().all(|service| !generation::is_live(service.generation)));
+        let base = base_generation(services[0].generation, dropped.iter().map(|service| service.generation));
+        services[0].generation = base;
+        services.resize(to_services, unused_service(base));
+        let dropped: Vec<_> = backends.drain(to_backends.min(backends.len())..).collect();
+        assert!(dropped.iter().all(|backend| !generation::is_live(backend.generation)));
+        let base = base_generation(backends[0].generation, dropped.iter().map(|backend| backend.generation));
+        backends[0] = unused_backend(base);
+        backends.resize(to_backends, unused_backend(base));
+        slots.resize(to_slots, BackendSlot::default());
+        self.capacities = capacities;
     }
 
     /// Disables the scan of all entries at each write, for large states.
@@ -112,6 +145,7 @@ impl FakeMaps {
         for seen in [&mut self.services_in_sight, &mut self.restrictions_in_sight] {
             seen.retain(|_, epoch| *epoch > passed);
         }
+        self.bits_in_sight.retain(|_, epoch| *epoch > passed);
         self.deleted = self.deleted.filter(|epoch| *epoch > passed);
     }
 
@@ -135,6 +169,7 @@ impl FakeMaps {
                 Some(FrontendKind::Address | FrontendKind::ExternalAddress) => {
                     assert_eq!(*key, FrontendKey::address_mark(key.addr), "a mark on a port");
                     assert_eq!(value.service, ServiceIndex::NONE, "a mark leads to a service");
+                    assert_eq!(value.set, SetWord::NONE, "a mark has a set");
                 }
                 Some(_) => {
                     assert!(
@@ -143,11 +178,18 @@ impl FakeMaps {
                         value.service
                     );
                     self.assert_service(value.service, &format!("{key:?}"));
+                    self.assert_set_in_frontend(*value, &format!("{key:?}"));
                     let generation = self.contents.services[value.service.to_usize()].generation;
                     let named = self.contents.names.get(&value.service).map(|name| name.generation);
                     assert_eq!(named, Some(generation), "{key:?} leads to a service without a name");
                 }
             }
+        }
+        for addr in self.contents.addresses() {
+            assert!(
+                self.contents.filter.contains(&addr.into()),
+                "the bit of {addr} in FILTER is not set"
+            );
         }
         for index in self.services_in_sight.keys() {
             let service = self.contents.service(*index);
@@ -203,6 +245,32 @@ impl FakeMaps {
         }
     }
 
+    /// Checks the slots that a program takes from the set in a frontend: those that have the same service.
+    fn assert_set_in_frontend(&self, frontend: Frontend, who: &str) {
+        let flags = self
+            .contents
+            .service(frontend.service)
+            .map_or(0, |service| service.flags);
+        assert!(
+            flags == 0 || self.slots_of_frontend(frontend).next().is_none(),
+            "{who} has a set, so that sockets do not read the flags of its service"
+        );
+        for base in self.slots_of_frontend(frontend) {
+            let word = SetWord { base, len: 1, flags: 0 };
+            self.assert_set(frontend.service, word, who);
+        }
+    }
+
+    /// Returns the slots of the set in a frontend that have the same service.
+    fn slots_of_frontend(&self, frontend: Frontend) -> impl Iterator<Item = u32> {
+        let SetWord { base, len, flags: _ } = frontend.set;
+        let slots = base..base.saturating_add(len.into());
+        slots.filter(move |slot| {
+            let slot = self.contents.slots.get(*slot as usize);
+            slot.is_some_and(|slot| slot.service == frontend.service && !frontend.service.is_none())
+        })
+    }
+
     /// Returns the request for a grace period after which all programs that run now have ended.
     fn next_epoch(&self) -> Epoch {
         self.requested + 1
@@ -217,6 +285,8 @@ impl FakeMaps {
 
     /// Records that a program may have read this frontend.
     fn seen(&mut self, frontend: Frontend, epoch: Epoch) {
+        let slots: Vec<_> = self.slots_of_frontend(frontend).map(|slot| (slot, epoch)).collect();
+        self.slots_in_sight.extend(slots);
         let service = self.contents.service(frontend.service);
         let live = service.is_some_and(|service| generation::is_live(service.generation));
         if live && !frontend.is_mark() && self.checks > Checks::None {
@@ -229,16 +299,20 @@ impl FakeMaps {
         frontends.any(|f| !f.is_mark() && f.service == index)
     }
 
-    /// Returns the service with a set word that contains any of these slots, whether a frontend leads to it or not.
+    /// Returns the service with a set word that contains any of these slots, whether a frontend leads to it or not, or the service of a
+    /// frontend with such a set.
     fn published(&self, range: &std::ops::Range<u32>) -> Option<usize> {
         let overlaps = |word: SetWord| {
             let end = word.base.saturating_add(word.len.into());
             word.len != 0 && word.base < range.end && range.start < end
         };
-        self.contents
-            .services
-            .iter()
+        let mut services = self.contents.services.iter();
+        let mut frontends = self.contents.frontends.values();
+        let by_frontend =
+            frontends.find(|frontend| self.slots_of_frontend(**frontend).any(|slot| range.contains(&slot)));
+        services
             .position(|service| service.set_words().into_iter().any(overlaps))
+            .or(by_frontend.map(|frontend| frontend.service.to_usize()))
     }
 
     fn has_source_ranges(&self, index: ServiceIndex) -> bool {
@@ -313,6 +387,7 @@ impl Maps for FakeMaps {
         let epoch = self.next_epoch();
         if let Some(old) = self.contents.frontends.remove(&key) {
             self.deleted = Some(epoch);
+            self.bits_in_sight.insert(key.addr.into(), epoch);
             self.seen(old, epoch);
             self.wrote(size_of::<FrontendKey>());
         }
@@ -382,12 +457,18 @@ impl Maps for FakeMaps {
         if range.end as usize > len {
             return Err(out_of_range(map_name::BACKEND_SLOTS, base, len));
         }
-        if self.checks > Checks::None {
+        // The service of a slot may be added at any time: until then programs take it for one of another service.
+        let mut pairs = self.contents.slots[range.start as usize..].iter().zip(slots);
+        let adds_service = pairs.all(|(old, new)| {
+            let service = ServiceIndex::NONE;
+            *old == BackendSlot { service, ..*new }
+        });
+        if self.checks > Checks::None && !adds_service {
             assert_eq!(self.published(&range), None, "published slots are overwritten");
         }
         for slot in range.clone() {
             assert!(
-                !self.slots_in_sight.contains_key(&slot),
+                adds_service || !self.slots_in_sight.contains_key(&slot),
                 "slot {slot} is overwritten while a program may read it"
             );
         }
@@ -507,6 +588,38 @@ impl Maps for FakeMaps {
         if self.contents.cluster_cidrs.remove(&cidr).is_some() {
             self.wrote(4 + size_of::<Addr>());
         }
+        Ok(())
+    }
+
+    fn write_node_addrs(&mut self, wanted: &BTreeSet<Addr>) -> Result<usize, MapError> {
+        let epoch = self.next_epoch();
+        let there = &mut self.contents.node_addrs;
+        let gone = there.difference(wanted).map(|addr| (FilterBit::from(*addr), epoch));
+        self.bits_in_sight.extend(gone);
+        let room = map_spec::NODE_ADDRS.default_capacity() as usize;
+        let fitting: BTreeSet<_> = wanted.iter().copied().take(room).collect();
+        let (missing, written) = (
+            wanted.len() - fitting.len(),
+            fitting.symmetric_difference(there).count(),
+        );
+        *there = fitting;
+        self.wrote(written * size_of::<Addr>());
+        Ok(missing)
+    }
+
+    fn set_filter_bit(&mut self, bit: FilterBit) -> Result<(), MapError> {
+        self.contents.filter.insert(bit);
+        self.wrote(8);
+        Ok(())
+    }
+
+    fn clear_filter_bit(&mut self, bit: FilterBit) -> Result<(), MapError> {
+        assert!(
+            !self.bits_in_sight.contains_key(&bit),
+            "{bit:?} is cleared while a program may look for an address that has it"
+        );
+        self.contents.filter.remove(&bit);
+        self.wrote(8);
         Ok(())
     }
 

@@ -1,9 +1,11 @@
 //! Maps that inject faults into their operations.
 
+use std::collections::BTreeSet;
 use std::io;
 
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, ServiceIndex, Set, SetWord, SourceRange,
+    Addr, Backend, BackendSlot, FilterBit, Frontend, FrontendKey, Name, Service, ServiceIndex, Set, SetWord,
+    SourceRange,
 };
 
 use super::prefix::Prefix;
@@ -110,7 +112,13 @@ impl<M: Maps> Maps for FaultyMaps<M> {
     }
 
     fn store_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError> {
-        self.run(|maps| maps.store_frontend(key, value))
+        // The set is stored last.
+        let half = |maps: &mut M| {
+            let before = maps.dump()?.frontends.get(&key).map(|before| before.set);
+            let set = before.unwrap_or(SetWord::NONE);
+            maps.store_frontend(key, Frontend { set, ..value })
+        };
+        self.run_torn(|maps| maps.store_frontend(key, value), half)
     }
 
     fn delete_frontend(&mut self, key: FrontendKey) -> Result<(), MapError> {
@@ -173,6 +181,23 @@ impl<M: Maps> Maps for FaultyMaps<M> {
 
     fn delete_cluster_cidr(&mut self, cidr: Prefix<Addr>) -> Result<(), MapError> {
         self.run(|maps| maps.delete_cluster_cidr(cidr))
+    }
+
+    fn write_node_addrs(&mut self, wanted: &BTreeSet<Addr>) -> Result<usize, MapError> {
+        let mut missing = 0;
+        self.run(|maps| {
+            missing = maps.write_node_addrs(wanted)?;
+            Ok(())
+        })?;
+        Ok(missing)
+    }
+
+    fn set_filter_bit(&mut self, bit: FilterBit) -> Result<(), MapError> {
+        self.run(|maps| maps.set_filter_bit(bit))
+    }
+
+    fn clear_filter_bit(&mut self, bit: FilterBit) -> Result<(), MapError> {
+        self.run(|maps| maps.clear_filter_bit(bit))
     }
 
     fn grace_begin(&mut self) -> Epoch {

@@ -7,14 +7,18 @@ pub mod dump;
 pub mod fake;
 #[cfg(any(test, feature = "test-support"))]
 pub mod faulty;
+pub mod memory;
 pub mod prefix;
 pub mod resize;
+pub mod sizing;
+pub mod takeover;
 
+use std::collections::BTreeSet;
 use std::io;
 
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Capacity, CtEntry, CtKey, Frontend, FrontendKey, MapSpec, Name, Service, ServiceIndex,
-    Set, SetWord, SourceRange,
+    Addr, Backend, BackendSlot, Capacity, CtEntry, CtKey, FilterBit, Frontend, FrontendKey, MapSpec, Name, Service,
+    ServiceIndex, Set, SetWord, SourceRange,
 };
 
 pub use capacities::Capacities;
@@ -25,11 +29,11 @@ use prefix::Prefix;
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
     /// The map is full.
-    #[error("{map} is full ({capacity} entries): raise --{flag} (it takes effect at the next start)")]
+    #[error("{map} is full ({capacity} entries): raise --{flag} or --map-memory (they take effect at the next start)")]
     Full {
         /// Name of the map.
         map: &'static str,
-        /// Flag of `lb-agent run` that sets the number of entries.
+        /// Flag of `lb-agent run` that bounds the number of entries.
         flag: &'static str,
         /// Number of entries that the map has room for.
         capacity: u32,
@@ -109,7 +113,7 @@ pub trait Maps {
     /// Returns [`MapError::Full`], [`MapError::Unexpected`] if the key is present, or the error of the system call.
     fn insert_frontend(&mut self, key: FrontendKey, value: Frontend) -> Result<(), MapError>;
 
-    /// Changes an entry of FRONTENDS in place by one 8-byte store.
+    /// Changes an entry of FRONTENDS in place by two 8-byte stores, the set last.
     ///
     /// # Errors
     /// Returns [`MapError::Unexpected`] if the key is missing, or the error of the system call.
@@ -139,7 +143,7 @@ pub trait Maps {
     /// Returns [`MapError::OutOfRange`] if the map is shorter.
     fn publish_set(&mut self, index: ServiceIndex, set: Set, word: SetWord) -> Result<(), MapError>;
 
-    /// Writes slots that no published set contains.
+    /// Writes slots that no published set contains, or adds the service to slots that a build of layout 3 wrote.
     ///
     /// # Errors
     /// Returns [`MapError::OutOfRange`] if the map is shorter.
@@ -199,6 +203,25 @@ pub trait Maps {
     /// # Errors
     /// Returns the error of the system call; a missing entry is no error.
     fn delete_cluster_cidr(&mut self, cidr: Prefix<Addr>) -> Result<(), MapError>;
+
+    /// Makes NODE_ADDRS equal to `wanted`, and returns the number of addresses that did not fit.
+    ///
+    /// # Errors
+    /// Returns the error of the system call.
+    fn write_node_addrs(&mut self, wanted: &BTreeSet<Addr>) -> Result<usize, MapError>;
+
+    /// Sets a bit of FILTER. It is set before the first of the addresses that have it is added to FRONTENDS or NODE_ADDRS.
+    ///
+    /// # Errors
+    /// Returns [`MapError::OutOfRange`] if the map is shorter.
+    fn set_filter_bit(&mut self, bit: FilterBit) -> Result<(), MapError>;
+
+    /// Clears a bit of FILTER, a grace period after the last of the addresses that have it was removed from FRONTENDS or
+    /// NODE_ADDRS.
+    ///
+    /// # Errors
+    /// Returns [`MapError::OutOfRange`] if the map is shorter.
+    fn clear_filter_bit(&mut self, bit: FilterBit) -> Result<(), MapError>;
 
     /// Requests a grace period that begins now.
     fn grace_begin(&mut self) -> Epoch;

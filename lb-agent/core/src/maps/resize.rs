@@ -1,6 +1,7 @@
 //! Which pinned maps a start replaces by maps of another size, and how a start continues a move that was interrupted.
 
-use lb_common::abi::{Capacity, MapSpec, MovePhase, SizedMap, moving};
+use lb_common::abi::{Backend, Capacity, MapSpec, MovePhase, Service, SizedMap, moving};
+use lb_common::logic::generation;
 
 use super::Capacities;
 
@@ -79,7 +80,7 @@ impl Resize {
 }
 
 /// Returns the smallest number of entries that a map can have, if it has `used` entries: for a map that the agent fills by index,
-/// one more than the highest index that was ever in use. Programs insert into the other maps during a move, which need
+/// one more than the highest index in use. Programs insert into the other maps during a move, which need
 /// room for that.
 #[must_use]
 pub fn room(map: SizedMap, used: u32) -> u32 {
@@ -91,6 +92,40 @@ pub fn room(map: SizedMap, used: u32) -> u32 {
         | SizedMap::Affinity
         | SizedMap::Conntrack
         | SizedMap::ConntrackNew => used.saturating_add(used / 4),
+    }
+}
+
+/// Returns the generation of the entries that are added to SERVICES or BACKENDS: at least that of every entry that was ever
+/// dropped, so that no reference to a dropped entry becomes current again. Entry 0, which no service or backend has, keeps it.
+///
+/// `first`: the generation of entry 0. `dropped`: those of the entries that a smaller map does not have.
+#[must_use]
+pub fn base_generation(first: u32, dropped: impl IntoIterator<Item = u32>) -> u32 {
+    let dropped = dropped.into_iter().map(generation::withdrawn);
+    dropped.fold(generation::withdrawn(first), u32::max)
+}
+
+/// Returns an entry of SERVICES that is not in use.
+#[must_use]
+pub fn unused_service(generation: u32) -> Service {
+    Service {
+        generation,
+        ..Service::default()
+    }
+}
+
+/// Returns an entry of BACKENDS that is not in use.
+#[must_use]
+pub fn unused_backend(generation: u32) -> Backend {
+    let unused = Backend::default();
+    if generation == 0 {
+        return unused;
+    }
+    let seal = generation::seal(unused.addr, unused.port, unused.service, generation);
+    Backend {
+        generation,
+        seal,
+        ..unused
     }
 }
 
@@ -214,6 +249,29 @@ mod tests {
         assert_eq!(room(SizedMap::Backends, 100), 100);
         assert_eq!(room(SizedMap::Conntrack, 100), 125);
         assert_eq!(room(SizedMap::Conntrack, u32::MAX), u32::MAX);
+    }
+
+    #[test]
+    fn added_entries_have_no_generation_that_a_dropped_one_had() {
+        for (first, dropped, base) in [
+            (0, &[0, 0][..], 0),
+            (0, &[2, 8, 4], 8),
+            (6, &[2], 6),
+            // Entries that other processes wrote.
+            (0, &[7], 8),
+            (3, &[], 4),
+        ] {
+            assert_eq!(
+                base_generation(first, dropped.iter().copied()),
+                base,
+                "{first} {dropped:?}"
+            );
+            let next = generation::taken(base);
+            assert!(dropped.iter().all(|dropped| next > *dropped));
+        }
+        assert_eq!(unused_backend(0), Backend::default());
+        assert!(generation::is_sealed(&unused_backend(8)) && !generation::is_live(unused_backend(8).generation));
+        assert_eq!(unused_service(8).generation, 8);
     }
 
     #[test]

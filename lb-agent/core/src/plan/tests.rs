@@ -37,6 +37,8 @@ fn show(step: &Step) -> String {
         ),
         Step::Settings(s) => format!("settings affinity {} generation {}", s.affinity_timeout, s.generation),
         Step::Publish(set, w, ..) => format!("publish {set:?} {}", word(*w)),
+        Step::Frontends => "frontends".to_owned(),
+        Step::Hide => "hide".to_owned(),
         Step::Withdraw((addr, port)) => format!("withdraw {addr}:{port}"),
     }
 }
@@ -115,6 +117,7 @@ fn a_change_has_only_the_steps_that_it_needs() {
                 "publish Internal 2..5",
                 "publish External 2..5",
                 "publish Cluster 2..5",
+                "frontends",
             ],
         ),
         (
@@ -126,6 +129,7 @@ fn a_change_has_only_the_steps_that_it_needs() {
                 "publish Internal 2..4",
                 "publish External 2..4",
                 "publish Cluster 2..4",
+                "frontends",
                 "withdraw 10.0.0.2:8080",
             ],
         ),
@@ -138,6 +142,7 @@ fn a_change_has_only_the_steps_that_it_needs() {
                 "publish Internal 2..3",
                 "publish External 2..3",
                 "publish Cluster 2..3",
+                "frontends",
             ],
         ),
         (
@@ -147,6 +152,7 @@ fn a_change_has_only_the_steps_that_it_needs() {
                 "publish Internal none",
                 "publish External none",
                 "publish Cluster none",
+                "frontends",
                 "withdraw 10.0.0.1:8080",
                 "withdraw 10.0.0.2:8080",
             ],
@@ -154,7 +160,7 @@ fn a_change_has_only_the_steps_that_it_needs() {
         (
             "affinity",
             (web().affinity(5), on(&["10.0.0.1", "10.0.0.2"])),
-            &["settings affinity 5 generation 1"],
+            &["hide", "settings affinity 5 generation 1", "frontends"],
         ),
         (
             "another port number",
@@ -169,6 +175,7 @@ fn a_change_has_only_the_steps_that_it_needs() {
                 "flags 10.0.0.2:8080 4",
                 "publish Internal none, drop",
                 "publish External none, drop",
+                "frontends",
             ],
         ),
         (
@@ -180,6 +187,7 @@ fn a_change_has_only_the_steps_that_it_needs() {
                 "publish Internal 2..4",
                 "publish External 2..4",
                 "publish Cluster 2..4",
+                "frontends",
             ],
         ),
         (
@@ -191,6 +199,7 @@ fn a_change_has_only_the_steps_that_it_needs() {
                 "publish Internal 2..3",
                 "publish External 2..3",
                 "publish Cluster 2..3",
+                "frontends",
                 "withdraw 10.0.0.1:8080",
                 "withdraw 10.0.0.2:8080",
             ],
@@ -283,7 +292,9 @@ fn source_ranges_are_written_before_the_flag_that_restricts() {
         [
             "admit 10.0.0.0/8",
             "admit 172.16.0.0/12",
-            "settings affinity 0 generation 1"
+            "hide",
+            "settings affinity 0 generation 1",
+            "frontends"
         ]
     );
     assert_eq!(
@@ -298,7 +309,11 @@ fn source_ranges_are_written_before_the_flag_that_restricts() {
     );
     assert_eq!(
         steps(closed(), open().unwrap()),
-        ["settings affinity 0 generation 1", "dismiss 10.0.0.0/8 172.16.0.0/12"]
+        [
+            "settings affinity 0 generation 1",
+            "dismiss 10.0.0.0/8 172.16.0.0/12",
+            "frontends"
+        ]
     );
     assert_eq!(steps(closed(), closed().unwrap()), [""; 0]);
 }

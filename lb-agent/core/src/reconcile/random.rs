@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use lb_common::abi::FilterBit;
 use proptest::prelude::*;
 
 use super::*;
@@ -149,10 +150,17 @@ pub fn run(capacities: Capacities, acts: Vec<Act>) {
     let mut cluster = Cluster::default();
     let mut addresses = BTreeSet::new();
     // Before the first apply of an agent nothing is desired. A failed write is repeated at an apply or a reclaim.
-    let settled = |lb: &mut Reconciler<FaultyMaps<FakeMaps>>| {
+    let settled = |lb: &mut Reconciler<FaultyMaps<FakeMaps>>, addresses: &BTreeSet<Addr>| {
         lb.maps_mut().arm(0, Fault::None);
+        lb.write_node_addrs(addresses).unwrap();
         lb.reclaim();
         lb.settle().unwrap();
+        let dump = lb.maps().dump().unwrap();
+        let addresses: BTreeSet<FilterBit> = dump.addresses().map(Into::into).collect();
+        assert_eq!(
+            dump.filter, addresses,
+            "FILTER has the bits of all addresses, and no others"
+        );
         if lb.is_complete() && lb.writer.failures().is_served() {
             assert_clean(lb);
         }
@@ -168,6 +176,8 @@ pub fn run(capacities: Capacities, acts: Vec<Act>) {
             Act::Addresses(own) => {
                 addresses = own;
                 lb.set_addresses(addresses.clone());
+                // The caller repeats this if it fails.
+                lb.write_node_addrs(&addresses).ok();
             }
             Act::Tell(true) => lb.apply(cluster.batch()),
             Act::Tell(false) => lb.apply(cluster.incomplete()),
@@ -177,7 +187,7 @@ pub fn run(capacities: Capacities, acts: Vec<Act>) {
             }
             Act::Reclaim => lb.reclaim(),
             Act::Settle if lb.maps().is_dead() => {}
-            Act::Settle => settled(&mut lb),
+            Act::Settle => settled(&mut lb, &addresses),
             Act::Restart => {
                 lb = start(quiet(lb.maps().inner.clone()));
                 lb.set_addresses(addresses.clone());
@@ -192,7 +202,7 @@ pub fn run(capacities: Capacities, acts: Vec<Act>) {
         }
     }
     lb.apply(cluster.batch());
-    settled(&mut lb);
+    settled(&mut lb, &addresses);
     assert!(lb.is_complete());
     let failures = lb.writer.failures();
     assert!(failures.cidrs.is_empty(), "{:?}", lb.problems());

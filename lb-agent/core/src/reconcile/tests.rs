@@ -5,15 +5,16 @@ use std::sync::Arc;
 
 use super::random::{any_act, run};
 use super::*;
-use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service, ServiceIndex, SizedMap};
+use lb_common::abi::{Frontend, FrontendKey, FrontendKind, Service, ServiceIndex, SetWord, SizedMap};
 use lb_common::logic::generation;
 use proptest::prelude::*;
 
 use crate::maps::fake::FakeMaps;
 use crate::maps::faulty::{Fault, FaultyMaps};
 
-use crate::model::{EndpointSlice, Node, Object};
+use crate::model::{EndpointSlice, Node, Object, ProblemKind};
 use crate::testing::*;
+use crate::verify::verify;
 
 /// Successive states of the cluster; each but the first is a change.
 type Story = Vec<Cluster>;
@@ -395,6 +396,38 @@ fn a_delivered_and_deleted_service_is_removed_at_once() {
     assert_served(&bare, "10.96.0.2", 80, &["10.0.1.1:8080", "10.0.1.2:8080"]);
 }
 
+/// A frontend was deleted from outside: a change of endpoints inserts it again, and frees what the former set had.
+#[test]
+fn a_missing_frontend_does_not_keep_former_sets() {
+    let (mut lb, mut cluster) = serving();
+    let usage = lb.usage();
+    lb.maps_mut().contents.frontends.remove(&key("10.96.0.1", 80));
+    cluster.set(slice("web", &["10.0.0.7", "10.0.0.8"]));
+    apply(&mut lb, &mut cluster);
+    assert_served(&lb, "10.96.0.1", 80, &["10.0.0.7:8080", "10.0.0.8:8080"]);
+    assert_eq!((lb.usage(), lb.problems()), (usage, vec![]));
+}
+
+#[test]
+fn slots_of_layout_3_get_their_service() {
+    let (lb, cluster) = serving();
+    let wanted = lb.maps().contents.clone();
+    let mut maps = lb.maps().clone();
+    for word in wanted.services.iter().flat_map(Service::set_words) {
+        let set = maps.contents.slots[word.base as usize..]
+            .iter_mut()
+            .take(word.len.into());
+        set.for_each(|slot| slot.service = ServiceIndex::NONE);
+    }
+    for frontend in maps.contents.frontends.values_mut() {
+        frontend.set = SetWord::NONE;
+    }
+    let mut next = start(maps);
+    next.apply(cluster.undelivered().batch());
+    next.settle().unwrap();
+    assert_eq!(next.maps().contents, wanted);
+}
+
 #[test]
 fn a_frontend_passes_between_services_in_place() {
     let (mut lb, mut cluster) = serving();
@@ -402,7 +435,7 @@ fn a_frontend_passes_between_services_in_place() {
     cluster.set(service("db", "10.96.0.1"));
     let before = lb.maps().written();
     apply(&mut lb, &mut cluster);
-    assert_eq!(lb.maps().written() - before, 16, "two stores of a word");
+    assert_eq!(lb.maps().written() - before, 32, "two stores of two words");
     assert_served(&lb, "10.96.0.2", 80, &WEB);
 }
 
@@ -467,6 +500,77 @@ fn slots_and_ids_are_reused_only_after_a_grace_period() {
     assert_eq!((usage.backends, usage.backend_slots), (4, 4));
 }
 
+/// Returns whether the maps have room for a demand.
+fn has_room(demand: Usage, capacities: Capacities) -> bool {
+    // Service index 0 and backend 0 are not used.
+    demand.services < capacities[SizedMap::Services]
+        && demand.backends < capacities[SizedMap::Backends]
+        && demand.frontends <= capacities[SizedMap::Frontends]
+        && demand.backend_slots <= capacities[SizedMap::BackendSlots]
+}
+
+#[test]
+fn the_demand_of_a_batch_is_what_its_write_uses() {
+    for (name, story) in stories() {
+        let mut lb = start(FakeMaps::new(ROOM));
+        for mut cluster in story {
+            lb.receive(cluster.batch());
+            let demand = lb.demand();
+            lb.write();
+            let (usage, _) = lb.usage();
+            // Frontends that are deleted count until then, and are not in use afterwards.
+            assert!(usage.frontends <= demand.frontends, "{name}: {usage:?} of {demand:?}");
+            let frontends = usage.frontends;
+            assert_eq!(usage, Usage { frontends, ..demand }, "{name}");
+            lb.settle().unwrap();
+        }
+    }
+}
+
+/// Maps that have room for nothing grow by the demand of each batch, and no Service waits for room.
+#[test]
+fn maps_that_grow_before_a_write_refuse_nothing() {
+    let tiny = Capacities::uniform(2);
+    for (name, story) in stories() {
+        let mut lb = start(FakeMaps::new(tiny));
+        for mut cluster in story {
+            lb.receive(cluster.batch());
+            let demand = lb.demand();
+            let (_, present) = lb.usage();
+            if !has_room(demand, present) {
+                let to = demand.entries().map(|map, used| (used + 1).max(present[map]));
+                lb.replace_maps(|maps| -> Result<(), MapError> {
+                    maps.resize(to);
+                    Ok(())
+                })
+                .unwrap();
+            }
+            lb.write();
+            assert_eq!(lb.problems(), cluster_problems(&lb), "{name}");
+            lb.settle().unwrap();
+            lb.maps().assert_sound();
+            assert_eq!(verify(lb.desired(), &lb.maps().dump().unwrap()), [], "{name}");
+            // As few entries as are possible, and back.
+            let (needed, present) = (lb.needed(), lb.maps().capacities());
+            for to in [needed.map(|map, needed| needed.max(2).min(present[map])), present] {
+                lb.replace_maps(|maps| -> Result<(), MapError> {
+                    maps.resize(to);
+                    Ok(())
+                })
+                .unwrap();
+                assert_eq!(verify(lb.desired(), &lb.maps().dump().unwrap()), [], "{name}");
+            }
+        }
+    }
+}
+
+/// Returns the problems that are not of the maps.
+fn cluster_problems(lb: &Reconciler<FakeMaps>) -> Vec<Problem> {
+    let mut problems = lb.problems();
+    problems.retain(|problem| !problem.message.contains("not up to date"));
+    problems
+}
+
 /// Fills one map after another. A problem names the Service that did not fit, others are not affected, and it is
 /// written when there is room.
 #[test]
@@ -523,6 +627,40 @@ fn a_full_map_is_a_problem_and_retried() {
         assert_clean(&lb);
         assert_eq!(lb.problems(), []);
         assert_served(&lb, "10.96.0.1", 80, &WEB);
+    }
+}
+
+#[test]
+fn the_oldest_services_are_served_if_there_is_no_room_for_all() {
+    let tight = [
+        (SizedMap::Services, 3),
+        (SizedMap::Frontends, 4),
+        (SizedMap::Backends, 3),
+        (SizedMap::BackendSlots, 2),
+    ];
+    for (map, entries) in tight {
+        let mut lb = start(FakeMaps::new(ROOM.with(map, entries)));
+        let mut cluster = Cluster::default();
+        // The order of their names and addresses is not that of their age.
+        for (i, (name, created)) in [("a", Some(30)), ("b", None), ("c", Some(10)), ("d", Some(20))]
+            .into_iter()
+            .enumerate()
+        {
+            let service = service(name, &format!("10.96.0.{i}"));
+            cluster.set(crate::model::Service { created, ..service });
+            cluster.set(slice(name, &[&format!("10.0.{i}.1")]));
+        }
+        lb.apply(cluster.batch());
+        lb.settle().unwrap();
+        let is_served = |i: usize| served(lb.maps(), &format!("10.96.0.{i}"), 80).is_some();
+        assert_eq!([0, 1, 2, 3].map(is_served), [false, false, true, true], "{map:?}");
+        assert!(lb.problems().iter().all(|problem| problem.kind == ProblemKind::Map));
+        // The next one follows as soon as there is room.
+        cluster.remove_service("c");
+        lb.apply(cluster.batch());
+        lb.settle().unwrap();
+        let is_served = |i: usize| served(lb.maps(), &format!("10.96.0.{i}"), 80).is_some();
+        assert_eq!([0, 1, 2, 3].map(is_served), [true, false, false, true], "{map:?}");
     }
 }
 

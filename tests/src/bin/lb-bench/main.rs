@@ -17,6 +17,7 @@ mod sizes;
 mod sync;
 mod testbed;
 mod udp;
+mod upgrade;
 mod worker;
 
 use std::process::ExitCode;
@@ -39,12 +40,14 @@ enum Command {
     /// One size of `sync`, in a process of its own so that its memory is that of this size; writes JSON
     #[command(hide = true)]
     SyncOne(measure::Options),
-    /// Connections to a Service, compared with direct ones, kube-proxy's rules, and equal programs in C
+    /// Connections to a Service, compared with direct ones, kube-proxy's rules, equal programs in C, and the floor of a hook
     Connect(sizes::Options),
     /// Datagrams to a Service, compared with direct ones and equal programs in C
     Udp(sizes::Options),
     /// Packets from outside, compared with equal programs in C, and requests of a client, compared with kube-proxy's rules
     Nodeport(nodeport::Options),
+    /// Starts that replace maps with many conntrack entries and socket records while clients connect
+    Upgrade(upgrade::Options),
     /// lb and kube-proxy on the objects of a real API server
     #[cfg(feature = "kubernetes")]
     Kubernetes(kubernetes::Options),
@@ -73,6 +76,7 @@ fn main() -> Result<ExitCode> {
         Command::Connect(options) => connect::run(&options),
         Command::Udp(options) => udp::run(&options),
         Command::Nodeport(options) => nodeport::run(&options),
+        Command::Upgrade(options) => upgrade::run(&options),
         #[cfg(feature = "kubernetes")]
         Command::Kubernetes(options) => kubernetes::run(&options),
         #[cfg(feature = "kubernetes")]

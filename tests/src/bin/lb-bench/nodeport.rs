@@ -15,7 +15,7 @@ use indicatif::ProgressBar;
 use serde::Serialize;
 
 use crate::programs;
-use crate::report::{self, Check, HasLimit, Machine, Reporting, cells, percent_cells, table};
+use crate::report::{self, Check, HasLimits, Machine, Reporting, cells, percent_cells, table};
 use crate::sizes::progress;
 use packets::{Case, Cost};
 use requests::Requests;
@@ -77,11 +77,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     )
 }
 
-impl HasLimit for Cost {
+/// Each cost has one limit.
+impl HasLimits for Cost {
     type Figure = Case;
 
-    fn check(&self) -> Option<Check<Case>> {
-        Some(Check::at_most(LIMIT, self.case, self.ratio.median))
+    fn checks(&self) -> Vec<Check<Case>> {
+        vec![Check::at_most(LIMIT, self.case, self.ratio.median)]
     }
 }
 

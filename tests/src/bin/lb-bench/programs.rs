@@ -1,4 +1,5 @@
-//! The compared programs, which are lb's, equal ones in C, and empty ones, and the kernel's statistics of their runs.
+//! The compared programs, which are lb's, equal ones in C, the floor, and empty ones, and the kernel's statistics of their
+//! runs.
 
 use std::fs::File;
 use std::process::{Command, Stdio};
@@ -12,7 +13,7 @@ use lb_common::abi::{SOCKETS_MASK_GLOBAL, map_name, program_name};
 use lb_tests::Netns;
 use serde::Serialize;
 
-/// Source of the C and empty programs for sockets.
+/// Source of the C, floor and empty programs for sockets.
 pub(crate) const SOURCE: &str = include_str!("../../../bench/sockets.bpf.c");
 /// Header that the C sources include.
 const HEADER: &str = include_str!("../../../bench/lb.h");
@@ -41,13 +42,28 @@ const SHARED: [&str; 12] = [
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Maker {
     Lb,
+    /// Programs in C that do the work of lb's.
     C,
+    /// Programs in C that do the least that a load balancer can do, only at the hooks of `connect()` and for TCP.
+    Floor,
     Empty,
+}
+
+impl Maker {
+    pub(crate) const ALL: [Self; 4] = [Self::Lb, Self::C, Self::Floor, Self::Empty];
+
+    /// Returns whether the programs count connections in STATS.
+    pub(crate) fn counts_connections(self) -> bool {
+        match self {
+            Self::Lb | Self::C => true,
+            Self::Floor | Self::Empty => false,
+        }
+    }
 }
 
 /// Nanoseconds per run of each maker's program, one value per round.
 #[derive(Debug, Default)]
-pub(crate) struct Rounds([Vec<f64>; 3]);
+pub(crate) struct Rounds([Vec<f64>; Maker::ALL.len()]);
 
 impl Rounds {
     pub(crate) fn add(&mut self, maker: Maker, nanoseconds: f64) {
@@ -65,10 +81,10 @@ impl Rounds {
             .map(|(own, empty)| own - empty)
     }
 
-    /// Returns the ratios lb / C, both above the empty program of the round.
-    pub(crate) fn ratios(&self) -> impl Iterator<Item = f64> {
-        let (lb, c) = (self.above_empty(Maker::Lb), self.above_empty(Maker::C));
-        lb.zip(c).map(|(lb, c)| lb / c)
+    /// Returns the ratios of lb to another maker, both above the empty program of the round.
+    pub(crate) fn ratios_to(&self, other: Maker) -> impl Iterator<Item = f64> {
+        let (lb, other) = (self.above_empty(Maker::Lb), self.above_empty(other));
+        lb.zip(other).map(|(lb, other)| lb / other)
     }
 }
 
@@ -121,10 +137,20 @@ impl Hook {
         program.strip_prefix("lb_").unwrap_or(program)
     }
 
+    /// Returns whether a maker has a program at this hook.
+    pub(crate) fn has_program(self, maker: Maker) -> bool {
+        match maker {
+            Maker::Lb | Maker::C | Maker::Empty => true,
+            Maker::Floor => matches!(self, Self::Connect4 | Self::Connect6),
+        }
+    }
+
+    /// Returns the name of a maker's program at this hook.
     fn program(self, maker: Maker) -> String {
         match maker {
             Maker::Lb => self.program_of_lb().to_owned(),
             Maker::C => format!("c_{}", self.label()),
+            Maker::Floor => format!("floor_{}", self.label()),
             Maker::Empty => format!("empty_{}", self.label()),
         }
     }
@@ -167,7 +193,7 @@ pub(crate) fn load(object: &[u8], pins: &PinPath, sockets: u32) -> Result<Ebpf> 
 pub(crate) fn attach(programs: &mut Ebpf, maker: Maker, netns: &Netns) -> Result<()> {
     let path = netns.process_cgroup().context("the place has no cgroup")?;
     let cgroup = File::open(path).with_context(|| format!("opening {}", path.display()))?;
-    for hook in Hook::ALL {
+    for hook in Hook::ALL.into_iter().filter(|hook| hook.has_program(maker)) {
         let name = hook.program(maker);
         let program = programs
             .program_mut(&name)
@@ -232,11 +258,9 @@ mod tests {
     #[test]
     fn c_source_has_every_program_and_map() {
         for hook in Hook::ALL {
-            for maker in [Maker::C, Maker::Empty] {
-                assert!(
-                    SOURCE.contains(&format!(" {}(", hook.program(maker))),
-                    "{hook:?} {maker:?}"
-                );
+            for maker in [Maker::C, Maker::Floor, Maker::Empty] {
+                let is_defined = SOURCE.contains(&format!(" {}(", hook.program(maker)));
+                assert_eq!(is_defined, hook.has_program(maker), "{hook:?} {maker:?}");
             }
         }
         for map in SHARED {

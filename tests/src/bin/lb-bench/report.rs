@@ -16,12 +16,20 @@ use crate::numbers::Quartiles;
 use crate::scenario::{Outcome, Scenario};
 use crate::testbed::Way;
 
+/// Highest number of Services that the limits apply to.
+const LARGEST: u32 = 10_000;
 /// Numbers of Services that the limits apply to.
-const LIMITED: [u32; 3] = [1, 1_000, 10_000];
+const LIMITED: [u32; 3] = [1, 1_000, LARGEST];
 /// Limits of the ratio of lb's program to the one in C, both above an empty program: for a Service's destination, and for
 /// another.
 const HIT_LIMIT: f64 = 1.3;
 const MISS_LIMIT: f64 = 1.1;
+/// Limit of the ratio of lb's program to the floor, both above an empty program, for the destination of the hot Service.
+const HOT_HIT_TO_FLOOR_LIMIT: f64 = 2.5;
+/// Goal of the ratio of lb's program to the floor, both above an empty program, for random Services among [`LARGEST`].
+const RANDOM_HIT_TO_FLOOR_GOAL: f64 = 1.0;
+/// Goal of the nanoseconds of lb's program above an empty program, for a destination that is no Service's.
+const MISS_ABOVE_EMPTY_GOAL: f64 = 25.0;
 
 /// Options for the output of a report.
 #[derive(Debug, clap::Args)]
@@ -126,9 +134,32 @@ impl Display for Named {
     }
 }
 
-/// A figure that is identified by a call and its scenario.
+/// A quantity that is computed from the cost of lb's program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Quantity {
+    /// Ratio lb / C, both above the empty program.
+    LbToC,
+    /// Ratio lb / floor, both above the empty program.
+    LbToFloor,
+    /// Nanoseconds above the empty program.
+    LbAboveEmpty,
+}
+
+impl Quantity {
+    fn label(self) -> &'static str {
+        match self {
+            Self::LbToC => "lb / C",
+            Self::LbToFloor => "lb / floor",
+            Self::LbAboveEmpty => "lb - empty (ns)",
+        }
+    }
+}
+
+/// A figure that is identified by a quantity, a call and its scenario.
 #[derive(Debug, Serialize)]
 pub(crate) struct CallInScenario {
+    quantity: Quantity,
     call: Call,
     #[serde(flatten)]
     scenario: Scenario,
@@ -136,23 +167,33 @@ pub(crate) struct CallInScenario {
 
 impl Display for CallInScenario {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let Self { call, scenario } = self;
+        let Self {
+            quantity,
+            call,
+            scenario,
+        } = self;
         let (family, to) = (scenario.family.label(), scenario.label());
-        write!(f, "{}, {family} to {to}, {} Services", call.label(), scenario.services)
+        write!(
+            f,
+            "{}: {}, {family} to {to}, {} Services",
+            quantity.label(),
+            call.label(),
+            scenario.services
+        )
     }
 }
 
-/// A figure that may have a limit.
-pub(crate) trait HasLimit {
+/// A measurement with figures that may have limits.
+pub(crate) trait HasLimits {
     type Figure: Display;
 
-    /// Compares the figure with its limit; returns nothing if it has none.
-    fn check(&self) -> Option<Check<Self::Figure>>;
+    /// Compares each figure that has a limit with it.
+    fn checks(&self) -> Vec<Check<Self::Figure>>;
 }
 
 /// Compares all figures that have limits with them.
-pub(crate) fn check_limits<J: HasLimit>(costs: &[J]) -> Vec<Check<J::Figure>> {
-    costs.iter().filter_map(HasLimit::check).collect()
+pub(crate) fn check_limits<J: HasLimits>(costs: &[J]) -> Vec<Check<J::Figure>> {
+    costs.iter().flat_map(HasLimits::checks).collect()
 }
 
 pub(crate) fn all_met<W>(checks: &[Check<W>]) -> bool {
@@ -175,24 +216,71 @@ pub(crate) fn is_complete(checks: &[Check<CallInScenario>]) -> Result<()> {
 }
 
 /// Calls with programs that decide or translate have limits. Those that only clean up, or serve `getpeername`, have none.
-impl HasLimit for Cost {
+fn has_limits(cost: &Cost) -> bool {
+    !matches!(cost.call, Call::Getpeername | Call::Close) && LIMITED.contains(&cost.scenario.services)
+}
+
+/// Compares a figure of a cost with its limit.
+fn check(cost: &Cost, quantity: Quantity, limit: f64, measured: f64) -> Check<CallInScenario> {
+    let Cost { call, scenario, .. } = *cost;
+    let what = CallInScenario {
+        quantity,
+        call,
+        scenario,
+    };
+    Check::at_most(limit, what, measured)
+}
+
+impl HasLimits for Cost {
     type Figure = CallInScenario;
 
-    fn check(&self) -> Option<Check<CallInScenario>> {
-        let Self { call, scenario, .. } = *self;
-        let limit = match scenario.outcome {
+    fn checks(&self) -> Vec<Check<CallInScenario>> {
+        if !has_limits(self) {
+            return Vec::new();
+        }
+        let limit = match self.scenario.outcome {
             Outcome::Hit => HIT_LIMIT,
             Outcome::Miss => MISS_LIMIT,
         };
-        let limited = !matches!(call, Call::Getpeername | Call::Close) && LIMITED.contains(&scenario.services);
-        let measured = self.ratio.filter(|_| limited)?.median;
-        Some(Check::at_most(limit, CallInScenario { call, scenario }, measured))
+        let to_c = self
+            .ratio
+            .map(|ratio| check(self, Quantity::LbToC, limit, ratio.median));
+        let is_hot_hit = self.scenario.is_hit() && self.scenario.is_hot();
+        let to_floor = self
+            .ratio_to_floor
+            .filter(|_| is_hot_hit)
+            .map(|ratio| check(self, Quantity::LbToFloor, HOT_HIT_TO_FLOOR_LIMIT, ratio.median));
+        to_c.into_iter().chain(to_floor).collect()
     }
 }
 
-/// Compares programs, and measures a second time with new samples if a figure exceeds its limit. Both values are printed and
-/// the second one counts: of a hundred medians with an uncertainty of some percent each, one exceeds a limit by chance.
-pub(crate) fn compare_again_if_exceeded<J: HasLimit>(
+/// Compares the costs of TCP's `connect()` with goals. The limits do not include them, because they are not reached yet.
+pub(crate) fn check_goals(costs: &[Cost]) -> Vec<Check<CallInScenario>> {
+    costs.iter().filter_map(check_goal).collect()
+}
+
+/// Compares a cost with its goal; returns nothing if it has none.
+fn check_goal(cost: &Cost) -> Option<Check<CallInScenario>> {
+    if !has_limits(cost) {
+        return None;
+    }
+    match cost.scenario.outcome {
+        Outcome::Hit => {
+            let has_goal = !cost.scenario.is_hot() && cost.scenario.services == LARGEST;
+            let measured = cost.ratio_to_floor.filter(|_| has_goal)?.median;
+            Some(check(cost, Quantity::LbToFloor, RANDOM_HIT_TO_FLOOR_GOAL, measured))
+        }
+        Outcome::Miss => {
+            let measured = cost.lb - cost.empty?;
+            Some(check(cost, Quantity::LbAboveEmpty, MISS_ABOVE_EMPTY_GOAL, measured))
+        }
+    }
+}
+
+/// Compares programs, and measures a second time with new samples if a figure exceeds its limit. Both results of such a cost
+/// are printed and the second one counts: of a hundred medians with an uncertainty of some percent each, one exceeds a limit by
+/// chance.
+pub(crate) fn compare_again_if_exceeded<J: HasLimits>(
     bar: &ProgressBar,
     mut compare: impl FnMut() -> Result<Vec<J>>,
 ) -> Result<Vec<J>> {
@@ -205,14 +293,18 @@ pub(crate) fn compare_again_if_exceeded<J: HasLimit>(
     let again = compare()?;
     bar.inc_length(bar.position() - begun);
     for (cost, again) in costs.iter_mut().zip(again) {
-        if let (Some(first), Some(second)) = (cost.check().filter(|first| !first.met), again.check()) {
+        let first = cost.checks();
+        if all_met(&first) {
+            continue;
+        }
+        for (first, second) in first.iter().zip(again.checks()) {
             let Check {
                 what, measured, limit, ..
             } = first;
             let both = format!("{what}: {measured:.3}, then {:.3} (limit {limit})", second.measured);
             bar.suspend(|| eprintln!("{both}"));
-            *cost = again;
         }
+        *cost = again;
     }
     Ok(costs)
 }
@@ -234,16 +326,21 @@ pub(crate) fn cost_table(costs: &[Cost]) -> Table {
         "program",
         "lb (ns)",
         "C (ns)",
+        "floor (ns)",
         "empty (ns)",
         "lb - empty",
         "C - empty",
         "lb / C",
         "quartiles",
+        "lb / floor",
+        "quartiles",
     ]);
     for cost in costs {
         let ns = |value: Option<f64>| value.map(|v| format!("{v:.1}")).unwrap_or_default();
         let above = |value: Option<f64>| ns(value.zip(cost.empty).map(|(v, empty)| v - empty));
-        let [ratio, quartiles] = cells(cost.ratio, |value| format!("{value:.2}"));
+        let text = |value: f64| format!("{value:.2}");
+        let [ratio, quartiles] = cells(cost.ratio, text);
+        let [ratio_to_floor, floor_quartiles] = cells(cost.ratio_to_floor, text);
         table.add_row([
             cost.scenario.services.to_string(),
             cost.scenario.family.label().to_owned(),
@@ -252,11 +349,14 @@ pub(crate) fn cost_table(costs: &[Cost]) -> Table {
             cost.hook.label().to_owned(),
             ns(Some(cost.lb)),
             ns(cost.c),
+            ns(cost.floor),
             ns(cost.empty),
             above(Some(cost.lb)),
             above(cost.c),
             ratio,
             quartiles,
+            ratio_to_floor,
+            floor_quartiles,
         ]);
     }
     table
@@ -301,6 +401,7 @@ pub(crate) fn percent_cells(way: Way, of_direct: Quartiles) -> [String; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scenario::Spread;
 
     fn cost(outcome: Outcome, ratio: f64) -> Cost {
         let scenario = Scenario {
@@ -313,27 +414,105 @@ mod tests {
             scenario,
             lb: 100.0,
             c: Some(90.0),
+            floor: None,
             empty: Some(10.0),
             ratio: Some(Quartiles::of([ratio])),
+            ratio_to_floor: None,
         }
+    }
+
+    fn with_floor(outcome: Outcome, spread: Spread, services: u32, ratio: f64) -> Cost {
+        let cost = cost(outcome, 1.0);
+        Cost {
+            scenario: Scenario {
+                spread,
+                services,
+                ..cost.scenario
+            },
+            floor: Some(50.0),
+            ratio_to_floor: Some(Quartiles::of([ratio])),
+            ..cost
+        }
+    }
+
+    fn quantities(checks: &[Check<CallInScenario>]) -> Vec<(Quantity, bool)> {
+        checks.iter().map(|check| (check.what.quantity, check.met)).collect()
     }
 
     #[test]
     fn limits_apply_to_the_ratio() {
-        let met = |cost: &Cost| cost.check().map(|check| check.met);
-        assert_eq!(met(&cost(Outcome::Hit, 1.3)), Some(true));
-        assert_eq!(met(&cost(Outcome::Hit, 1.31)), Some(false));
-        assert_eq!(met(&cost(Outcome::Miss, 1.2)), Some(false));
+        let met = |cost: &Cost| quantities(&cost.checks());
+        let [is_met, exceeded] = [true, false].map(|met| vec![(Quantity::LbToC, met)]);
+        assert_eq!(met(&cost(Outcome::Hit, 1.3)), is_met);
+        assert_eq!(met(&cost(Outcome::Hit, 1.31)), exceeded);
+        assert_eq!(met(&cost(Outcome::Miss, 1.2)), exceeded);
         let release = Cost {
             call: Call::Close,
             ..cost(Outcome::Hit, 9.0)
         };
-        assert_eq!(met(&release), None);
+        assert!(met(&release).is_empty());
         let without = Cost {
             ratio: None,
             ..cost(Outcome::Hit, 1.0)
         };
-        assert_eq!(met(&without), None);
+        assert!(met(&without).is_empty());
+    }
+
+    #[test]
+    fn only_hot_hits_have_a_limit_above_the_floor() {
+        let met = |cost: &Cost| quantities(&cost.checks());
+        let to_c = (Quantity::LbToC, true);
+        for (ratio, is_met) in [(2.5, true), (2.6, false)] {
+            let hot = with_floor(Outcome::Hit, Spread::Hot, 1_000, ratio);
+            assert_eq!(met(&hot), [to_c, (Quantity::LbToFloor, is_met)]);
+        }
+        assert_eq!(met(&with_floor(Outcome::Hit, Spread::Random, LARGEST, 9.0)), [to_c]);
+        assert_eq!(met(&with_floor(Outcome::Miss, Spread::Hot, 1, 9.0)), [to_c]);
+        assert!(met(&with_floor(Outcome::Hit, Spread::Hot, 2, 9.0)).is_empty());
+    }
+
+    #[test]
+    fn goals_are_no_limits() {
+        let goal = |outcome, spread, services, ratio| {
+            let cost = with_floor(outcome, spread, services, ratio);
+            assert!(all_met(&cost.checks()));
+            quantities(&check_goals(&[cost]))
+        };
+        let to_floor = |met| vec![(Quantity::LbToFloor, met)];
+        assert_eq!(goal(Outcome::Hit, Spread::Random, LARGEST, 1.0), to_floor(true));
+        assert_eq!(goal(Outcome::Hit, Spread::Random, LARGEST, 1.1), to_floor(false));
+        assert!(goal(Outcome::Hit, Spread::Random, 1_000, 1.1).is_empty());
+        assert!(goal(Outcome::Hit, Spread::Hot, LARGEST, 1.1).is_empty());
+        // 90 ns above the empty program.
+        let above_empty = [(Quantity::LbAboveEmpty, false)];
+        assert_eq!(goal(Outcome::Miss, Spread::Hot, 1, 1.0), above_empty);
+        assert_eq!(goal(Outcome::Miss, Spread::Random, 1_000, 1.0), above_empty);
+        assert!(goal(Outcome::Miss, Spread::Hot, 2, 1.0).is_empty());
+    }
+
+    #[test]
+    fn checks_name_their_quantity() {
+        let checks = with_floor(Outcome::Hit, Spread::Hot, 1, 2.0).checks();
+        let names: Vec<_> = checks.iter().map(|check| check.what.to_string()).collect();
+        assert_eq!(
+            names,
+            [
+                "lb / C: connect, IPv4 to hit, hot, 1 Services",
+                "lb / floor: connect, IPv4 to hit, hot, 1 Services"
+            ]
+        );
+    }
+
+    #[test]
+    fn cells_of_the_floor_are_empty_without_one() {
+        let row = |cost: Cost| cost_table(&[cost]).lines().last().unwrap_or_default();
+        let with = row(with_floor(Outcome::Hit, Spread::Hot, 1, 2.0));
+        assert!(
+            with.contains(" 50.0 ") && with.trim_end().ends_with("2.00..2.00"),
+            "{with}"
+        );
+        let without = row(cost(Outcome::Hit, 1.0));
+        assert!(without.trim_end().ends_with("1.00..1.00"), "{without}");
     }
 
     #[test]

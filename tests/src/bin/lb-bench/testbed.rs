@@ -6,14 +6,14 @@ use lb_agent::loader::{self, Cgroup, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_common::abi::{ServiceIndex, SizedMap};
 use lb_core::maps::Capacities;
-use lb_core::model::Batch;
+use lb_core::model::{Batch, Protocol};
 use lb_core::reconcile::Reconciler;
 use lb_tests::{Cluster, Pod};
 use serde::Serialize;
 
 use crate::connect::kube_proxy;
 use crate::objects::{Family, NODE, Services};
-use crate::programs::{self, Maker};
+use crate::programs::{self, Hook, Maker, Runs};
 use crate::scenario::Scenario;
 use crate::worker::Worker;
 
@@ -82,17 +82,20 @@ pub(crate) struct Loading {
     pub(crate) iptables_program: &'static str,
 }
 
-/// lb's programs and the C programs on the same maps, each attached to a pod of its own, and pods for the other ways.
+/// lb's programs, and the C, floor and empty programs, on the same maps; pods for the programs of each maker, and for the other
+/// ways.
 pub(crate) struct TestBed {
     pub(crate) services: Services,
     /// Fills the maps; the programs that were loaded with it are not attached.
     reconciler: Reconciler<BpfMaps>,
     /// lb's programs.
     lb: BpfMaps,
-    /// The C programs and their object, if a C compiler is installed.
+    /// The C, floor and empty programs and their object, if a C compiler is installed.
     c: Option<(Ebpf, Vec<u8>)>,
     loading: Option<Loading>,
     pods: Vec<(Way, Pod)>,
+    /// Pod of the floor, if it is measured.
+    floor: Option<Pod>,
     empty: Pod,
     pins: PinPath,
     lock: Lock,
@@ -108,8 +111,11 @@ impl TestBed {
         let pods = ways
             .map(|way| Ok((*way, cluster.add_pod("n1", way.pod())?)))
             .collect::<Result<Vec<_>>>()?;
+        // The floor has no socket records, by which a UDP socket receives replies from its Service.
+        let has_floor = object.is_some() && services.protocol == Protocol::Tcp;
+        let floor = has_floor.then(|| cluster.add_pod("n1", "floor")).transpose()?;
         let empty = cluster.add_pod("n1", "empty")?;
-        for pod in pods.iter().map(|(_, pod)| pod).chain([&empty]) {
+        for pod in pods.iter().map(|(_, pod)| pod).chain(&floor).chain([&empty]) {
             // Backends are at addresses that no interface has; see `bring_up_backends`.
             pod.sysctl("net.ipv6.ip_nonlocal_bind", "1")?;
         }
@@ -119,7 +125,9 @@ impl TestBed {
                 remove_routes(pod)?;
             }
         }
-        remove_routes(&empty)?;
+        for pod in floor.iter().chain([&empty]) {
+            remove_routes(pod)?;
+        }
         let loading = load_rules(&pods, services, &cluster)?;
 
         let pins = PinPath::new(cluster.pin_path("n1"));
@@ -130,7 +138,7 @@ impl TestBed {
         )?;
         let lb = load_lb(&lock, services, &pods)?;
         let c = object
-            .map(|object| anyhow::Ok((load_c(object, &pins, &pods, &empty)?, object.to_vec())))
+            .map(|object| anyhow::Ok((load_c(object, &pins, &pods, floor.as_ref(), &empty)?, object.to_vec())))
             .transpose()?;
         Ok(Self {
             services,
@@ -139,6 +147,7 @@ impl TestBed {
             c,
             loading,
             pods,
+            floor,
             empty,
             pins,
             lock,
@@ -152,20 +161,22 @@ impl TestBed {
     pub(crate) fn reload(&mut self) -> Result<()> {
         self.lb = load_lb(&self.lock, self.services, &self.pods)?;
         if let Some((programs, object)) = &mut self.c {
-            *programs = load_c(object, &self.pins, &self.pods, &self.empty)?;
+            *programs = load_c(object, &self.pins, &self.pods, self.floor.as_ref(), &self.empty)?;
         }
         Ok(())
     }
 
-    /// Starts a worker in each pod that has programs.
-    pub(crate) fn program_workers(&self) -> Result<Vec<(Maker, Worker)>> {
+    /// Starts a worker in each pod that has a program at one of the hooks.
+    pub(crate) fn program_workers(&self, hooks: &[Hook]) -> Result<Vec<(Maker, Worker)>> {
         let pod = |maker| match maker {
-            Maker::Empty => self.c.is_some().then_some(&self.empty),
             Maker::Lb => find(&self.pods, Way::Lb),
             Maker::C => find(&self.pods, Way::C),
+            Maker::Floor => self.floor.as_ref(),
+            Maker::Empty => self.c.is_some().then_some(&self.empty),
         };
-        [Maker::Lb, Maker::C, Maker::Empty]
+        Maker::ALL
             .into_iter()
+            .filter(|maker| hooks.iter().any(|hook| hook.has_program(*maker)))
             .filter_map(|maker| Some((maker, pod(maker)?)))
             .map(|(maker, pod)| Ok((maker, Worker::start(pod)?)))
             .collect()
@@ -185,7 +196,8 @@ impl TestBed {
             ""
         };
         let route = format!("{family}route add local {} dev lo", self.services.backends());
-        for pod in self.pods.iter().map(|(_, pod)| pod).chain([&self.empty]) {
+        let pods = self.pods.iter().map(|(_, pod)| pod);
+        for pod in pods.chain(&self.floor).chain([&self.empty]) {
             pod.ip(&route)?;
         }
         Ok(())
@@ -200,10 +212,11 @@ impl TestBed {
         })
     }
 
-    pub(crate) fn runs(&self, maker: Maker, hook: programs::Hook) -> Result<programs::Runs> {
+    /// Returns the counters of a maker's program at a hook.
+    pub(crate) fn runs(&self, maker: Maker, hook: Hook) -> Result<Runs> {
         let programs = match maker {
             Maker::Lb => self.lb.programs(),
-            Maker::C | Maker::Empty => &self.c.as_ref().context("the C programs are not loaded")?.0,
+            Maker::C | Maker::Floor | Maker::Empty => &self.c.as_ref().context("the C programs are not loaded")?.0,
         };
         programs::runs(programs, maker, hook)
     }
@@ -261,10 +274,13 @@ fn load_lb(lock: &Lock, services: Services, pods: &[(Way, Pod)]) -> Result<BpfMa
     Ok(lb)
 }
 
-/// Loads the C programs, and attaches them to the hooks of their pods.
-fn load_c(object: &[u8], pins: &PinPath, pods: &[(Way, Pod)], empty: &Pod) -> Result<Ebpf> {
+/// Loads the C, floor and empty programs, and attaches them to the hooks of their pods.
+fn load_c(object: &[u8], pins: &PinPath, pods: &[(Way, Pod)], floor: Option<&Pod>, empty: &Pod) -> Result<Ebpf> {
     let mut c = programs::load(object, pins, SizedMap::Sockets.default_capacity())?;
     programs::attach(&mut c, Maker::C, find(pods, Way::C).context("no such pod")?)?;
+    if let Some(floor) = floor {
+        programs::attach(&mut c, Maker::Floor, floor)?;
+    }
     programs::attach(&mut c, Maker::Empty, empty)?;
     Ok(c)
 }

@@ -101,7 +101,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     report::print([
         ("exchanges", rate_table(&report.rates)),
         ("runs of a program", report::cost_table(&report.costs)),
-        ("limits", report::check_table("lb / C", &report.checks)),
+        ("limits", report::check_table("figure", &report.checks)),
     ])?;
     options.reporting.write("udp.json", &report)?;
     let complete = report::is_complete(&report.checks);

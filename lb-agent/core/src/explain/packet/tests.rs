@@ -35,9 +35,9 @@ fn snapshot(local: bool, endpoints: &[&str]) -> Snapshot {
         node("n2", &["192.168.77.2"], &["10.10.2.0/24"]).into(),
     ]);
     apply(&mut lb, &mut cluster);
+    assert_eq!(lb.write_node_addrs(&[ip(NODE_ADDRESS).into()].into()).unwrap(), 0);
     Snapshot {
         dump: lb.maps().dump().unwrap(),
-        node_addrs: [ip(NODE_ADDRESS).into()].into(),
         now: 100 * SECOND,
         ..Snapshot::default()
     }

@@ -19,6 +19,7 @@ fn color(name: &str) -> RGBColor {
     match name {
         LB => RGBColor(0xd6, 0x27, 0x28),
         C => RGBColor(0x1f, 0x77, 0xb4),
+        FLOOR => RGBColor(0x94, 0x67, 0xbd),
         _ if name == Way::KubeProxyNftables.label() => RGBColor(0x2c, 0xa0, 0x2c),
         _ if name == Way::KubeProxyIptables.label() => RGBColor(0xff, 0x7f, 0x0e),
         _ if name == Way::DirectAgain.label() => RGBColor(0xaa, 0xaa, 0xaa),
@@ -28,6 +29,7 @@ fn color(name: &str) -> RGBColor {
 
 const LB: &str = "lb";
 const C: &str = "C";
+const FLOOR: &str = "floor";
 
 /// A line: its name, and the measured value for each number of Services.
 struct Line {
@@ -51,7 +53,7 @@ pub(crate) fn draw(report: &Report, folder: &Path) -> Result<()> {
         .filter(|c| c.hook == Hook::Connect4 && shown(&c.scenario))
     {
         add(&mut makers, LB, cost.scenario.services, cost.lb);
-        for (name, value) in [(C, cost.c), ("empty program", cost.empty)] {
+        for (name, value) in [(C, cost.c), (FLOOR, cost.floor), ("empty program", cost.empty)] {
             if let Some(value) = value {
                 add(&mut makers, name, cost.scenario.services, value);
             }

@@ -20,7 +20,7 @@ use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_agent::maps::ct::CtMaps;
 use lb_common::abi::{Device, ServiceIndex, SizedMap, map_name, program_name};
-use lb_core::maps::Capacities;
+use lb_core::maps::{Capacities, Maps as _};
 use lb_core::model::{
     Batch, Change, Endpoint, EndpointLocation, EndpointPort, EndpointSlice, Node as NodeObject, Object, ObjectKey,
     Protocol, Service, ServicePort, ServiceType,
@@ -227,8 +227,8 @@ impl Cost {
             lb: median(rounds.above_empty(Maker::Lb)),
             c: median(rounds.above_empty(Maker::C)),
             empty: median(rounds.of(Maker::Empty)),
-            ratio: Quartiles::of(rounds.ratios()),
-            interval: median_interval(rounds.ratios()),
+            ratio: Quartiles::of(rounds.ratios_to(Maker::C)),
+            interval: median_interval(rounds.ratios_to(Maker::C)),
         }
     }
 }
@@ -396,6 +396,7 @@ impl Runner<'_> {
             (Maker::Lb, Hook::Egress) => classifier(self.lb, program_name::EGRESS),
             (Maker::C, Hook::Ingress) => classifier(&self.c.programs, "c_ingress"),
             (Maker::C, Hook::Egress) => classifier(&self.c.programs, "c_egress"),
+            (Maker::Floor, _) => bail!("the floor has no programs for packets"),
             (Maker::Empty, _) => classifier(&self.c.programs, "c_empty"),
         }
     }
@@ -434,7 +435,7 @@ impl Runner<'_> {
         let (verdict, out, time) = self.run(again, packet, subject.packets())?;
         let (expected, becomes) = match maker {
             Maker::Empty => (UNSPEC, None),
-            Maker::Lb | Maker::C => (subject.verdict, subject.becomes.as_ref()),
+            Maker::Lb | Maker::C | Maker::Floor => (subject.verdict, subject.becomes.as_ref()),
         };
         ensure!(
             verdict == expected,
@@ -503,8 +504,7 @@ impl TestBed {
             ),
         ]))?;
         maps.pinned_mut().write_snat_ports(Some(SNAT_PORTS));
-        maps.pinned_mut()
-            .write_node_addrs(&own.into_iter().map(Into::into).collect())?;
+        maps.write_node_addrs(&own.into_iter().map(Into::into).collect())?;
         let mut reconciler = Reconciler::adopt(maps, "n1")?;
         let others = Services {
             number: services,

@@ -311,10 +311,10 @@ fn start_lb(cluster: &Cluster, services: u32, own: &Pod, far: &Pod) -> Result<Ru
         text += &manifests::slices(name, Port::tcp("http", BACKEND_PORT), &endpoints);
     }
     manifests.write("bench.yaml", &text)?;
-    let sizes = ["--max-conntrack", "524288", "--max-conntrack-new", "131072"];
+    let sizes = ["--min-conntrack", "524288", "--min-conntrack-new", "131072"];
     let sizes = sizes
         .into_iter()
-        .chain(["--max-backends", "32768", "--max-backend-slots", "65536"]);
+        .chain(["--min-backends", "32768", "--min-backend-slots", "65536"]);
     let flags: Vec<_> = sizes.chain(["--snat-ports", SNAT_PORTS]).collect();
     manifests.serve(cluster, node(Way::Lb), &flags)
 }

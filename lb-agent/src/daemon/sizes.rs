@@ -1,0 +1,165 @@
+//! When maps grow and shrink: connects the decisions of [`lb_core::maps::sizing`] with the maps in use.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use lb_common::abi::SizedMap;
+use lb_core::maps::Capacities;
+use lb_core::maps::memory::{self, Memory};
+use lb_core::maps::sizing::{self, Growth, Limits, Shrinking, grown};
+use lb_core::model::{Problem, ProblemKind};
+use lb_core::reconcile::Usage;
+
+use crate::loader;
+use crate::node;
+
+/// Time after a move that failed before the next one.
+const RETRY: Duration = Duration::from_secs(60);
+
+/// The limits of the sizes of maps.
+#[derive(Debug, Clone)]
+pub struct MapSettings {
+    /// Largest numbers of entries.
+    pub bound: Capacities,
+    /// Smallest numbers of entries that differ from those for the machine's memory.
+    pub floor: Vec<(SizedMap, u32)>,
+    /// Largest size of all maps together in bytes; `None` for the default.
+    pub memory: Option<u64>,
+    /// Time for which a map is in little use before it shrinks.
+    pub shrink_after: Duration,
+}
+
+/// The limits, the use of the maps, and the problems with their sizes.
+pub(super) struct Sizes {
+    limits: Limits,
+    /// Value of `--map-memory`.
+    flag: Option<u64>,
+    /// Number of possible CPUs.
+    cpus: u32,
+    /// The mount point of the cgroup2 hierarchy.
+    cgroups: Option<PathBuf>,
+    shrinking: Shrinking,
+    /// Entries of the maps that programs fill; `None` before the first count.
+    counted: Option<Capacities>,
+    begun: Instant,
+    /// Time of the next move, after one that failed.
+    retry: Option<Instant>,
+    /// Problems of the start and of moves, until the agent ends.
+    lasting: Vec<Problem>,
+    /// Problems of the last move, if that failed.
+    failed: Vec<Problem>,
+    refused: Vec<Problem>,
+}
+
+impl Sizes {
+    pub(super) fn new(settings: MapSettings) -> anyhow::Result<Self> {
+        let MapSettings {
+            bound,
+            floor,
+            memory,
+            shrink_after,
+        } = settings;
+        let cgroups = loader::cgroup_root().ok();
+        let machine = node::memory::read(cgroups.as_deref())
+            .context("reading the machine's memory")?
+            .machine;
+        let floor = floor
+            .into_iter()
+            .fold(sizing::floor(machine), |all, (map, entries)| all.with(map, entries));
+        let cpus = aya::util::nr_cpus().map_err(|(path, error)| anyhow::anyhow!("{path}: {error}"))?;
+        Ok(Self {
+            limits: Limits::new(&floor, bound),
+            flag: memory,
+            cpus: cpus as u32,
+            cgroups,
+            shrinking: Shrinking::new(shrink_after),
+            counted: None,
+            begun: Instant::now(),
+            retry: None,
+            lasting: Vec::new(),
+            failed: Vec::new(),
+            refused: Vec::new(),
+        })
+    }
+
+    /// Returns the sizes that a start requires.
+    pub(super) fn at_start(&self, pinned: Option<&Capacities>) -> Capacities {
+        self.limits.at_start(pinned)
+    }
+
+    /// Returns the largest size of all maps together in bytes.
+    pub(super) fn memory_limit(&self, present: &Capacities) -> io::Result<u64> {
+        let memory: Memory = node::memory::read(self.cgroups.as_deref())?;
+        Ok(memory::limit(self.flag, memory, memory::total(present, self.cpus)))
+    }
+
+    /// Records the entries of the maps that programs fill.
+    pub(super) fn counted(&mut self, counts: Capacities) {
+        self.counted = Some(counts);
+    }
+
+    /// Returns the sizes to grow to, if a map has to grow for the demand and the counted entries.
+    pub(super) fn growth(&mut self, present: &Capacities, demand: Usage) -> io::Result<Option<Capacities>> {
+        let used = self.used(demand);
+        let decide = |memory| grown(present, &used, &self.limits, memory, self.cpus);
+        let without_limit = decide(u64::MAX);
+        // The limit costs system calls, and matters only if a map has to grow.
+        let Growth { to, refused } = if without_limit.to == *present {
+            without_limit
+        } else {
+            decide(self.memory_limit(present)?)
+        };
+        self.refused = refused
+            .iter()
+            .map(|refused| Problem::new(refused.map.name(), refused.to_string()).kind(ProblemKind::Map))
+            .collect();
+        Ok((to != *present && self.may_move()).then_some(to))
+    }
+
+    /// Returns the sizes to shrink to, if a map was in little use for long enough.
+    pub(super) fn shrunk(&mut self, present: &Capacities, usage: Usage, needed: &Capacities) -> Option<Capacities> {
+        // Before the first count nothing is known about the maps that programs fill.
+        self.counted?;
+        let (now, used) = (self.begun.elapsed(), self.used(usage));
+        let to = self.shrinking.next(now, present, &used, needed, &self.limits);
+        (to != *present && self.may_move()).then_some(to)
+    }
+
+    /// Returns the numbers of entries in use.
+    fn used(&self, filled: Usage) -> Capacities {
+        let counted = self.counted.unwrap_or(Capacities::uniform(0));
+        // Each of the two has zero for the maps of the other.
+        filled.entries().map(|map, entries| entries.max(counted[map]))
+    }
+
+    fn may_move(&self) -> bool {
+        self.retry.is_none_or(|at| Instant::now() >= at)
+    }
+
+    /// Records the problems of the start.
+    pub(super) fn started(&mut self, problems: Vec<Problem>) {
+        self.lasting = problems;
+    }
+
+    /// Records the problems of a move. `moved`: whether the maps have other sizes now.
+    pub(super) fn moved(&mut self, moved: bool, problems: Vec<Problem>) {
+        self.retry = (!moved).then(|| Instant::now() + RETRY);
+        self.failed.clear();
+        if moved {
+            self.lasting.extend(problems);
+        } else {
+            self.failed = problems;
+        }
+    }
+
+    /// Returns the problems with the sizes of maps.
+    pub(super) fn problems(&self) -> Vec<Problem> {
+        [&self.lasting, &self.failed, &self.refused]
+            .into_iter()
+            .flatten()
+            .cloned()
+            .collect()
+    }
+}
