@@ -6,6 +6,8 @@
 //! The kernel target's `core` has atomic loads and stores only, so the instructions are written in assembly. Other
 //! targets only check this crate and never run it; there, the module uses the atomic types of `core`.
 
+use crate::maps::stores_in_order;
+
 #[cfg(target_arch = "bpf")]
 mod imp {
     use core::arch::asm;
@@ -113,6 +115,16 @@ impl<T: Copy> Shared<T> {
 }
 
 impl Shared<u64> {
+    /// Stores `new` after all earlier stores of the program, and before all later ones, as others see them. Loads are not ordered.
+    #[inline(always)]
+    pub(crate) fn store_in_order(&self, new: u64) {
+        if stores_in_order() {
+            self.store(new);
+        } else {
+            self.exchange(new);
+        }
+    }
+
     /// Stores `new` and returns the old value. A full barrier.
     #[inline(always)]
     pub(crate) fn exchange(&self, new: u64) -> u64 {
@@ -129,6 +141,16 @@ impl Shared<u64> {
 }
 
 impl Shared<u32> {
+    /// Stores `new` after all earlier stores of the program, and before all later ones, as others see them. Loads are not ordered.
+    #[inline(always)]
+    pub(crate) fn store_in_order(&self, new: u32) {
+        if stores_in_order() {
+            self.store(new);
+        } else {
+            self.exchange(new);
+        }
+    }
+
     /// Stores `new` and returns the old value. A full barrier.
     #[inline(always)]
     pub(crate) fn exchange(&self, new: u32) -> u32 {

@@ -17,18 +17,35 @@ pub(crate) fn dropped(reason: DropReason) {
 /// Increments the number of connections that were translated to a backend of a service, by service index.
 #[inline(always)]
 pub(crate) fn connected(service: ServiceIndex) {
-    if let Some(stats) = stats(service.get()) {
-        // SAFETY: the pointer is to this CPU's value of the map, and a program does not migrate while it runs.
-        unsafe { (*stats).connections += 1 }
+    if let Some(counters) = Counters::find(service) {
+        counters.connected();
     }
 }
 
-/// Loads the counters of a service index into the cache, for [`connected`].
-#[inline(always)]
-pub(crate) fn prefetch(service: ServiceIndex) {
-    if let Some(stats) = stats(service.get()) {
+/// The counters of a service on this CPU.
+pub(crate) struct Counters(*mut ServiceStats);
+
+impl Counters {
+    /// Returns the counters of a service index; `None` if it is out of range.
+    #[inline(always)]
+    fn find(service: ServiceIndex) -> Option<Self> {
+        stats(service.get()).map(Self)
+    }
+
+    /// Returns the counters of a service index, and loads them into the cache; `None` if it is out of range.
+    #[inline(always)]
+    pub(crate) fn prefetch(service: ServiceIndex) -> Option<Self> {
+        let counters = Self::find(service)?;
         // SAFETY: the pointer is to this CPU's value of the map, and the field is aligned.
-        let _ = unsafe { read_once!((*stats).connections) };
+        let _ = unsafe { read_once!((*counters.0).connections) };
+        Some(counters)
+    }
+
+    /// Increments the number of connections that were translated to a backend.
+    #[inline(always)]
+    pub(crate) fn connected(&self) {
+        // SAFETY: the pointer is to this CPU's value of the map, and a program does not migrate while it runs.
+        unsafe { (*self.0).connections += 1 }
     }
 }
 

@@ -111,6 +111,10 @@ static NODE_NETNS: Global<u64> = Global::new(0);
 #[unsafe(no_mangle)]
 static NODE_ONLY: Global<u32> = Global::new(0);
 
+/// Not zero if the processor makes stores visible in program order. Set by the loader.
+#[unsafe(no_mangle)]
+static STORES_IN_ORDER: Global<u32> = Global::new(0);
+
 /// Returns the cookie of the node's network namespace.
 #[inline(always)]
 pub(crate) fn node_netns() -> u64 {
@@ -121,6 +125,13 @@ pub(crate) fn node_netns() -> u64 {
 #[inline(always)]
 pub(crate) fn node_only() -> bool {
     NODE_ONLY.load() != 0
+}
+
+/// Returns whether the processor makes stores visible in program order. The verifier knows the answer, and removes the branch
+/// that is not taken.
+#[inline(always)]
+pub(crate) fn stores_in_order() -> bool {
+    STORES_IN_ORDER.load() != 0
 }
 
 /// Returns the number of slots in SOCKETS, minus one.

@@ -11,7 +11,7 @@ use lb_common::logic::log::Hook;
 use lb_common::logic::selection;
 
 use crate::backend::{Client, SelectedBackend, ServiceSet};
-use crate::count;
+use crate::count::{self, Counters};
 use crate::family::{Family, V4, V6, destination, set_destination};
 use crate::log;
 use crate::map_tables::MapTables;
@@ -141,8 +141,8 @@ fn try_connect<F: Family>(ctx: &SockAddrContext, log: Option<Hook>) -> Result<()
     let (cookie, service) = (cookie(ctx), frontend.service);
     // These two and the slot of the backend are probably not cached. None of the three depends on another, so the processor waits for
     // all at once.
-    sockets::prefetch(cookie);
-    count::prefetch(service);
+    let place = sockets::Place::prefetch(cookie);
+    let counters = Counters::prefetch(service);
     let refusal = |reason| Refusal { to, service, reason };
     // SAFETY: the helper has no arguments.
     let time = unsafe { bpf_ktime_get_coarse_ns() };
@@ -166,7 +166,7 @@ fn try_connect<F: Family>(ctx: &SockAddrContext, log: Option<Hook>) -> Result<()
         service,
     };
     let inserted = match mptcp::key_in_connect(ctx) {
-        None => sockets::insert(&new),
+        None => place.map_or(Err(DropReason::SocketsFull), |place| place.insert(&new)),
         Some(key) => sockets::insert_by_key(key, &new),
     };
     if let Err(reason) = inserted {
@@ -181,7 +181,9 @@ fn try_connect<F: Family>(ctx: &SockAddrContext, log: Option<Hook>) -> Result<()
     if let Some(hook) = log {
         log::socket_translated(hook, to, selected.addr, selected.port);
     }
-    count::connected(service);
+    if let Some(counters) = counters {
+        counters.connected();
+    }
     trace::socket_event(
         ctx.as_ptr(),
         &TraceEvent::served(EventKind::Connected, to, service, selected),

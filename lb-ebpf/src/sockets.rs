@@ -1,7 +1,7 @@
 //! Records of connected sockets: in SOCKETS, direct-mapped by cookie, or in SOCKETS_MORE if the slot is taken.
 //!
-//! The atomic exchanges are full barriers (`BPF_XCHG`, `BPF_CMPXCHG`), so a reader of the mmapped array that sees a
-//! complete sequence twice has seen the fields that belong to it, on every architecture.
+//! Sequences are stored in order with the fields, so a reader of the mmapped array that sees a complete sequence twice has seen the
+//! fields that belong to it, on every architecture.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use lb_common::abi::{Addr, BackendRef, DropReason, ServiceIndex, SocketRecord, moving};
@@ -98,14 +98,14 @@ impl Slot {
     #[inline(always)]
     fn open(&self) {
         let sequence = self.sequence();
-        sequence.exchange(record::opened(sequence.load()));
+        sequence.store_in_order(record::opened(sequence.load()));
     }
 
     /// Makes the sequence even, after a change of the record.
     #[inline(always)]
     fn close(&self) {
         let sequence = self.sequence();
-        sequence.exchange(record::closed(sequence.load()));
+        sequence.store_in_order(record::closed(sequence.load()));
     }
 }
 
@@ -147,44 +147,48 @@ impl Connected {
     }
 }
 
-/// Loads the slot of a socket into the cache, for [`insert`].
-#[inline(always)]
-pub(crate) fn prefetch(cookie: u64) {
-    if let Some(slot) = Current::slot(cookie) {
-        // SAFETY: the pointer is to a value of the map, and the field is aligned.
-        let _ = unsafe { read_once!((*slot.0).cookie) };
+/// The place of a record that is about to be stored.
+pub(crate) struct Place {
+    /// The slot in SOCKETS.
+    slot: Slot,
+}
+
+impl Place {
+    /// Returns the place of a socket, by its cookie, and loads it into the cache.
+    #[inline(always)]
+    pub(crate) fn prefetch(cookie: u64) -> Option<Self> {
+        let slot = Current::slot(cookie)?;
+        slot.cookie().load();
+        Some(Self { slot })
+    }
+
+    /// Stores the record of a connected socket.
+    ///
+    /// # Errors
+    /// Returns [`DropReason::SocketsFull`] if neither map has room.
+    #[inline(always)]
+    pub(crate) fn insert(&self, new: &Connected) -> Result<(), DropReason> {
+        if is_moving(moving::SOCKETS) && !inserts_into_new() {
+            let slot = Old::slot(new.cookie).ok_or(DropReason::SocketsFull)?;
+            return insert_at::<Old>(&slot, new);
+        }
+        let inserted = insert_at::<Current>(&self.slot, new);
+        if is_moving(moving::SOCKETS) {
+            // An earlier record of the socket; the agent must not copy it.
+            remove_in::<Old>(new.cookie);
+        }
+        inserted
     }
 }
 
-/// Stores the record of a connected socket.
-///
-/// # Errors
-/// Returns [`DropReason::SocketsFull`] if neither map has room.
 #[inline(always)]
-pub(crate) fn insert(new: &Connected) -> Result<(), DropReason> {
-    if !is_moving(moving::SOCKETS) {
-        return insert_in::<Current>(new);
-    }
-    if !inserts_into_new() {
-        return insert_in::<Old>(new);
-    }
-    let inserted = insert_in::<Current>(new);
-    // An earlier record of the socket; the agent must not copy it.
-    remove_in::<Old>(new.cookie);
-    inserted
-}
-
-#[inline(always)]
-fn insert_in<T: Tables>(new: &Connected) -> Result<(), DropReason> {
-    let Some(slot) = T::slot(new.cookie) else {
-        return Err(DropReason::SocketsFull);
-    };
+fn insert_at<T: Tables>(slot: &Slot, new: &Connected) -> Result<(), DropReason> {
     let owner = slot.cookie().load();
     if owner == new.cookie {
         // The socket has a record in its slot and connects again.
         slot.open();
     } else if owner != 0 || slot.spilled().load() != 0 || !slot.cookie().compare_exchange(0, new.cookie) {
-        return insert_spilled::<T>(&slot, new);
+        return insert_spilled::<T>(slot, new);
     }
     // SAFETY: the pointer is to a value of the map. Its cookie is this socket's, so no call of another socket writes
     // these fields.
@@ -332,7 +336,7 @@ fn remove_in<T: Tables>(cookie: u64) {
     if slot.cookie().load() == cookie {
         let sequence = slot.sequence();
         sequence.store(record::opened(sequence.load()));
-        slot.cookie().exchange(0);
+        slot.cookie().store_in_order(0);
     } else if slot.spilled().load() != 0 && T::remove_by_key(cookie).is_ok() {
         slot.spilled().add(u32::MAX);
     }

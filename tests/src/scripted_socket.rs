@@ -33,6 +33,8 @@ pub enum SocketKind {
 /// A system call on the socket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SocketCall {
+    /// `close`, and `socket` again.
+    Reopen,
     /// `bind`.
     Bind(SocketAddr),
     /// `connect`. The address of an IPv4 destination is of AF_INET, also on an AF_INET6 socket.

@@ -18,7 +18,8 @@ use aya::programs::Program;
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use lb_common::abi::{
     Capacity, MAPS, MOVE_MAP, MOVING_GLOBAL, MapKind, MapSpec, NODE_NETNS_GLOBAL, NODE_ONLY_GLOBAL, OLD_SUFFIX,
-    PinnedMap, SOCKETS_MASK_GLOBAL, SOCKETS_OLD_MASK_GLOBAL, SizedMap, map_name, map_spec, moving,
+    PinnedMap, SOCKETS_MASK_GLOBAL, SOCKETS_OLD_MASK_GLOBAL, STORES_IN_ORDER_GLOBAL, SizedMap, map_name, map_spec,
+    moving,
 };
 use lb_core::maps::{Capacities, MapError};
 use lb_core::model::Problem;
@@ -316,6 +317,7 @@ impl<'a> Loader<'a> {
             .override_global(SOCKETS_MASK_GLOBAL, &mask, true)
             .override_global(NODE_NETNS_GLOBAL, &self.netns, true)
             .override_global(NODE_ONLY_GLOBAL, &self.node_only, true)
+            .override_global(STORES_IN_ORDER_GLOBAL, &STORES_IN_ORDER, true)
             .override_global(aya_log::LEVEL, &self.log, true);
         let object = if replaced.is_none() {
             self.object
@@ -333,6 +335,9 @@ impl<'a> Loader<'a> {
         Ok(programs)
     }
 }
+
+/// Value of [`STORES_IN_ORDER_GLOBAL`]: programs run on the processor that the agent was built for.
+const STORES_IN_ORDER: u32 = cfg!(target_arch = "x86_64") as u32;
 
 /// Returns these capacities with one of SOCKETS that is a power of two: a mask of the cookie selects the slot of a socket.
 fn with_power_of_two(capacities: Capacities) -> Capacities {

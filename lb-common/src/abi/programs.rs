@@ -60,6 +60,10 @@ pub const SOCKETS_MASK_GLOBAL: &str = "SOCKETS_MASK";
 pub const NODE_NETNS_GLOBAL: &str = "NODE_NETNS";
 /// Name of the read-only global that is not zero if only sockets of the node's network namespace are served.
 pub const NODE_ONLY_GLOBAL: &str = "NODE_ONLY";
+
+/// Read-only global: not zero if the processor makes stores visible in program order (a `u32`), as x86 does. Programs then need no
+/// barriers between stores.
+pub const STORES_IN_ORDER_GLOBAL: &str = "STORES_IN_ORDER";
 /// Name of the read-only global with the maps that are being replaced: see [`crate::abi::moving`]. The object without the feature
 /// `moving` does not read it.
 pub const MOVING_GLOBAL: &str = "MOVING";

@@ -304,6 +304,8 @@ fn datagrams(netns: &Netns, to: SocketAddr) -> Result<Outcome> {
     let mut socket = testbed().scripted_socket(netns, kind)?;
     let mut names = BTreeSet::new();
     for _ in 0..DATAGRAMS {
+        // A socket that connects again in the same tick of the clock gets the same backend.
+        socket.call(&SocketCall::Reopen)?;
         if let CallResult::Failed(errno) = socket.call(&SocketCall::Connect(to))? {
             ensure!(names.is_empty(), "{names:?} answered, then error {errno}");
             return Ok(Outcome::Failed(errno));

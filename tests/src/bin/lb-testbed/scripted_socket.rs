@@ -59,15 +59,12 @@ fn family(kind: SocketKind) -> AddressFamily {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let family = family(options.kind);
-    let socket = open(options.kind)?;
-    let timeout = TimeVal::milliseconds(options.timeout_ms);
-    setsockopt(&socket, sockopt::ReceiveTimeout, &timeout).context("SO_RCVTIMEO")?;
-    setsockopt(&socket, sockopt::SendTimeout, &timeout).context("SO_SNDTIMEO")?;
+    let mut socket = open_with_timeout(options)?;
     print_line("ready")?;
     for line in stdin().lines() {
         let line = line.context("reading standard input")?;
         let call = serde_json::from_str(&line).with_context(|| format!("not a call: {line}"))?;
-        let result = match make_call(&socket, family, &call) {
+        let result = match make_call(options, &mut socket, family, &call) {
             Ok(result) => result,
             Err(error) => match error.downcast_ref::<Errno>() {
                 Some(errno) => CallResult::Failed(*errno as i32),
@@ -79,9 +76,22 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn make_call(socket: &OwnedFd, family: AddressFamily, call: &SocketCall) -> Result<CallResult> {
+/// Creates a socket with the timeout of the options.
+fn open_with_timeout(options: &Options) -> Result<OwnedFd> {
+    let socket = open(options.kind)?;
+    let timeout = TimeVal::milliseconds(options.timeout_ms);
+    setsockopt(&socket, sockopt::ReceiveTimeout, &timeout).context("SO_RCVTIMEO")?;
+    setsockopt(&socket, sockopt::SendTimeout, &timeout).context("SO_SNDTIMEO")?;
+    Ok(socket)
+}
+
+fn make_call(options: &Options, socket: &mut OwnedFd, family: AddressFamily, call: &SocketCall) -> Result<CallResult> {
     let fd = socket.as_raw_fd();
     Ok(match call {
+        SocketCall::Reopen => {
+            *socket = open_with_timeout(options)?;
+            CallResult::Done
+        }
         SocketCall::Bind(to) => {
             socket::bind(fd, &mapped(*to, family))?;
             CallResult::Done
