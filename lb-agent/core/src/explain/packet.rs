@@ -77,12 +77,8 @@ pub fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explanation {
         }
     };
     let client = AffinityKey::of_addr(from.into(), frontend.service);
-    choose(
-        maps,
-        client,
-        ServedBy::new(frontend.service, admission),
-        &mut explanation,
-    );
+    let served_by = ServedBy::service(&maps.dump, frontend.service, admission);
+    choose(maps, client, &served_by, &mut explanation);
     let snat = |candidate: &Candidate| {
         let facts = Facts {
             at_egress: FIRST_PACKET.at_egress,
