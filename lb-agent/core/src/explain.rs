@@ -13,7 +13,7 @@ use lb_common::abi::{
     FrontendKind, Service, ServiceIndex, Set, SetWord, backend_flags, ip_protocol, service_flags,
 };
 use lb_common::logic::decide::{self, Admission, PacketTables, Services, SocketFrontend};
-use lb_common::logic::frontend::{Destination, Tables};
+use lb_common::logic::frontend::{self, Destination, Tables};
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::selection;
 use lb_common::logic::{affinity, generation};
@@ -290,6 +290,27 @@ impl Tables for View<'_> {
     }
 }
 
+/// A [`View`] in which every bit of FILTER is set.
+struct Unfiltered<'a>(&'a View<'a>);
+
+impl Tables for Unfiltered<'_> {
+    fn frontend(&self, key: Destination) -> Option<Frontend> {
+        self.0.frontend(key)
+    }
+
+    fn may_have(&self, _: Ip128) -> bool {
+        true
+    }
+
+    fn is_node_address(&self, addr: Ip128) -> bool {
+        self.0.is_node_address(addr)
+    }
+
+    fn is_on_node(&self) -> bool {
+        self.0.is_on_node()
+    }
+}
+
 impl<'a> Services for View<'a> {
     type Service = &'a Service;
 
@@ -359,7 +380,8 @@ pub fn explain(maps: &Snapshot, socket: ConnectingSocket, to: Destination) -> Ex
             return explanation;
         }
         Ok(SocketFrontend::None) => {
-            explanation.outcome = Outcome::untouched(why_no_frontend(&view, to));
+            let unfiltered = frontend::of_socket(&Unfiltered(&view), to);
+            explanation.outcome = Outcome::untouched(why_no_frontend(&view, to, unfiltered));
             return explanation;
         }
         Err(reason) => {
@@ -658,11 +680,23 @@ fn why_no_member(backend: &Backend, set: Option<Set>) -> String {
     }
 }
 
-/// The reason why a destination is no frontend.
-fn why_no_frontend(view: &View<'_>, to: Destination) -> String {
+/// Returns the reason why programs find no frontend of a destination. `unfiltered`: the frontend that they would find without
+/// FILTER.
+fn why_no_frontend(view: &View<'_>, to: Destination, unfiltered: Result<Option<Frontend>, DropReason>) -> String {
     let addr = to.addr.or_loopback();
     let proto = Protocol::name_of(to.proto);
     let port = to.port;
+    let entry = match unfiltered {
+        Ok(None) => None,
+        Ok(Some(_)) => Some(format!("a frontend for {}/{proto}", Addr::from(addr).socket(port))),
+        Err(_) => Some(format!("the address mark of {}", Addr::from(addr))),
+    };
+    if let Some(entry) = entry {
+        return format!(
+            "FRONTENDS has {entry}, but the bit of the address in FILTER is not set, so programs do not look it up: \
+             `lb-agent verify` names the bit, and a start of the agent sets it"
+        );
+    }
     let problems = view
         .maps
         .problems_of(to)

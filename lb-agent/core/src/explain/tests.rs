@@ -1,5 +1,3 @@
-use lb_common::abi::DropReason;
-use lb_common::logic::frontend;
 use proptest::prelude::*;
 
 use super::*;
@@ -240,6 +238,54 @@ fn no_claim_is_made_about_services_that_may_not_be_written() {
     let maps = maps_with_problems;
     let answer = explain(&maps, NODE, to("192.168.77.1:30002")).to_string();
     assert!(!answer.contains("is no node port"), "{answer}");
+}
+
+#[test]
+fn an_address_that_filter_lacks_is_an_inconsistency_of_the_maps() {
+    let complete = snapshot(web());
+    let outside = [203, 0, 113, 7].into();
+    for (cleared, dest, expected) in [
+        (
+            "10.96.0.10",
+            "10.96.0.10:80",
+            "FRONTENDS has a frontend for 10.96.0.10:80/TCP, but",
+        ),
+        (
+            "10.96.0.10",
+            "10.96.0.10:81",
+            "FRONTENDS has the address mark of 10.96.0.10, but",
+        ),
+        (
+            NODE_ADDRESS,
+            "192.168.77.1:30001",
+            "FRONTENDS has a frontend for 192.168.77.1:30001/TCP, but",
+        ),
+        (
+            NODE_ADDRESS,
+            "192.168.77.1:22",
+            "192.168.77.1 is an address of this node, and 22/TCP is no node port",
+        ),
+        ("203.0.113.9", "203.0.113.9:80", "no Service has 203.0.113.9:80/TCP"),
+    ] {
+        let mut maps = complete.clone();
+        let addr: IpAddr = cleared.parse().unwrap();
+        maps.dump.filter.remove(&FilterBit::from(Addr::from(addr)));
+        // A problem in `status` is not the cause.
+        maps.unlisted_problems = u32::from(expected.starts_with("FRONTENDS"));
+        for answer in [explain(&maps, POD, to(dest)), explain_packet(&maps, outside, to(dest))] {
+            let Outcome::Untouched { why } = &answer.outcome else {
+                panic!("{dest}: {answer}");
+            };
+            assert!(why.starts_with(expected), "{dest}: {why}");
+            assert_eq!(
+                why.contains("in FILTER is not set"),
+                expected.starts_with("FRONTENDS"),
+                "{dest}: {why}"
+            );
+        }
+        let complete = explain(&complete, POD, to(dest)).to_string();
+        assert!(!complete.contains("FILTER"), "{complete}");
+    }
 }
 
 #[test]
