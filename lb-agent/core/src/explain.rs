@@ -658,7 +658,7 @@ fn set_name(set: Option<Set>) -> &'static str {
     match set {
         Some(Set::Internal) => "internal set",
         Some(Set::External) => "external set",
-        Some(Set::Cluster) => "whole-cluster set",
+        Some(Set::Cluster) => "cluster set",
         None => "set in FRONTENDS",
     }
 }

@@ -83,7 +83,7 @@ connect()  goes to 10.10.1.2:8080"
 }
 
 #[test]
-fn node_ports_have_the_whole_cluster_on_this_nodes_addresses_and_loopback() {
+fn node_ports_have_the_cluster_set_on_this_nodes_addresses_and_loopback() {
     let maps = snapshot(web());
     let both = ["10.10.1.2:8080", "10.10.2.2:8080"];
     for (socket, dest) in [
