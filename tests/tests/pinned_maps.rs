@@ -351,6 +351,25 @@ fn verify_exit_code_reports_drift_and_a_restart_repairs_it() -> Result<()> {
 }
 
 #[test]
+fn verify_compares_for_the_node_of_the_last_agent() -> Result<()> {
+    let mut setup = setup(&[])?;
+    let manifests = setup.manifests.path().to_str().context("the path is not UTF-8")?;
+    let by_default = ["verify", "--manifests", manifests];
+    setup.agent.output(&by_default)?;
+    setup.agent.kill()?;
+    setup.agent.output(&by_default)?;
+    // The internal set of `web` has another endpoint there.
+    let reported = setup
+        .agent
+        .output(&["verify", "--node-name", "n7", "--manifests", manifests])
+        .err()
+        .context("verify did not compare for n7")?
+        .to_string();
+    ensure!(reported.contains("the node is n7 by --node-name"), "{reported}");
+    Ok(())
+}
+
+#[test]
 fn full_map_problem_names_map_flag_and_rejected_frontend() -> Result<()> {
     // FRONTENDS has two entries for each of web and db, so one more Service does not fit.
     let mut setup = setup(&["--max-frontends", "5"])?;

@@ -9,11 +9,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use lb_common::abi::{
-    Addr, Affinity, AffinityKey, Backend, BackendRef, DropReason, FilterBit, Frontend, FrontendKey, FrontendKind,
-    Service, ServiceIndex, Set, SetWord, backend_flags, ip_protocol, service_flags,
+    Addr, Affinity, AffinityKey, Backend, BackendRef, BackendSlot, DropReason, FilterBit, Frontend, FrontendKey,
+    FrontendKind, Service, ServiceIndex, Set, SetWord, backend_flags, ip_protocol, service_flags,
 };
 use lb_common::logic::decide::{self, Admission, PacketTables, Services, SocketFrontend};
-use lb_common::logic::frontend::{Destination, Tables};
+use lb_common::logic::frontend::{self, Destination, Tables};
 use lb_common::logic::ip128::Ip128;
 use lb_common::logic::selection;
 use lb_common::logic::{affinity, generation};
@@ -290,6 +290,27 @@ impl Tables for View<'_> {
     }
 }
 
+/// A [`View`] in which every bit of FILTER is set.
+struct Unfiltered<'a>(&'a View<'a>);
+
+impl Tables for Unfiltered<'_> {
+    fn frontend(&self, key: Destination) -> Option<Frontend> {
+        self.0.frontend(key)
+    }
+
+    fn may_have(&self, _: Ip128) -> bool {
+        true
+    }
+
+    fn is_node_address(&self, addr: Ip128) -> bool {
+        self.0.is_node_address(addr)
+    }
+
+    fn is_on_node(&self) -> bool {
+        self.0.is_on_node()
+    }
+}
+
 impl<'a> Services for View<'a> {
     type Service = &'a Service;
 
@@ -359,7 +380,8 @@ pub fn explain(maps: &Snapshot, socket: ConnectingSocket, to: Destination) -> Ex
             return explanation;
         }
         Ok(SocketFrontend::None) => {
-            explanation.outcome = Outcome::untouched(why_no_frontend(&view, to));
+            let unfiltered = frontend::of_socket(&Unfiltered(&view), to);
+            explanation.outcome = Outcome::untouched(why_no_frontend(&view, to, unfiltered));
             return explanation;
         }
         Err(reason) => {
@@ -369,29 +391,21 @@ pub fn explain(maps: &Snapshot, socket: ConnectingSocket, to: Destination) -> Ex
         }
     };
     explanation.frontend = Some(FrontendMatch::new(maps, frontend));
-    let admission = match decide::admit_socket(&view, frontend) {
-        Ok(Some(admission)) => admission,
-        Ok(None) => {
-            explanation.outcome = Outcome::untouched(
-                "the load-balancer address is for some sources only (loadBalancerSourceRanges), and a socket's source \
-                 is not known when it connects: what becomes of its packets is told for the address that they come \
-                 from",
-            );
-            return explanation;
-        }
-        Err(reason) => {
-            explanation.outcome = Outcome::refused(reason);
-            return explanation;
-        }
-    };
     let client = AffinityKey::of_netns(socket.netns, frontend.service);
-    choose(
-        maps,
-        client,
-        ServedBy::new(frontend.service, admission),
-        &mut explanation,
-    );
-    if to.proto == ip_protocol::UDP {
+    let mut by_service = explanation.clone();
+    choose_by_service(&view, client, frontend, &mut by_service);
+    match ServedBy::frontend(&maps.dump, frontend) {
+        None => explanation = by_service,
+        Some(served_by) => {
+            choose(maps, client, &served_by, &mut explanation);
+            // They differ for a moment during a change, or after a write from outside.
+            if explanation.outcome != by_service.outcome {
+                explanation.notes.extend(served_by.note_on_other_slots());
+                explanation.notes.push(note_on_sets(to, &by_service.outcome));
+            }
+        }
+    }
+    if to.proto == ip_protocol::UDP && explanation.set.is_some() {
         explanation.notes.push(
             "this is a new connect(), or a first datagram: an unconnected socket stays with the backend that it has \
              for this address while that is usable"
@@ -401,33 +415,91 @@ pub fn explain(maps: &Snapshot, socket: ConnectingSocket, to: Destination) -> Ex
     explanation
 }
 
-/// A service port, and the set of it that serves the client.
-#[derive(Clone, Copy)]
+/// Chooses the backend by the entry of SERVICES, as programs do for every call and packet that the set in the frontend does not
+/// serve.
+fn choose_by_service(view: &View<'_>, client: AffinityKey, frontend: Frontend, explanation: &mut Explanation) {
+    match decide::admit_socket(view, frontend) {
+        Ok(Some(admission)) => {
+            let served_by = ServedBy::service(&view.maps.dump, frontend.service, admission);
+            choose(view.maps, client, &served_by, explanation);
+        }
+        Ok(None) => {
+            explanation.outcome = Outcome::untouched(
+                "the load-balancer address is for some sources only (loadBalancerSourceRanges), and a socket's source \
+                 is not known when it connects: what becomes of its packets is told for the address that they come \
+                 from",
+            );
+        }
+        Err(reason) => explanation.outcome = Outcome::refused(reason),
+    }
+}
+
+/// Returns the note on a frontend whose set in FRONTENDS leads elsewhere than that in SERVICES. `by_service`: the outcome by
+/// SERVICES.
+fn note_on_sets(to: Destination, by_service: &Outcome) -> String {
+    let datagrams = if to.proto == ip_protocol::UDP {
+        ", which the first datagram of an unconnected socket uses,"
+    } else {
+        ""
+    };
+    format!(
+        "connect() uses the set in FRONTENDS; by the one in SERVICES{datagrams} it {by_service}; the two differ for a \
+         moment during a change, else `lb-agent verify` names the field"
+    )
+}
+
+/// The set of a service port that serves the client.
 struct ServedBy<'a> {
     index: ServiceIndex,
-    set: Set,
-    service: &'a Service,
+    /// The name of the set; `None` if the kind of the frontend is unknown, and the set in the frontend serves it.
+    set: Option<Set>,
     word: SetWord,
+    /// The slots of the set that programs take a backend from.
+    members: Vec<&'a BackendSlot>,
+    /// Timeout in seconds if the service has session affinity.
+    affinity_timeout: Option<u32>,
 }
 
 impl<'a> ServedBy<'a> {
-    fn new(index: ServiceIndex, admission: Admission<&'a Service>) -> Self {
+    /// Returns the set in an entry of SERVICES.
+    fn service(dump: &'a Dump, index: ServiceIndex, admission: Admission<&Service>) -> Self {
         let Admission { service, set, .. } = admission;
+        let word = service.set_word(set);
         Self {
             index,
-            set,
-            service,
-            word: service.set_word(set),
+            set: Some(set),
+            word,
+            members: slots(dump, word).unwrap_or_default().iter().collect(),
+            affinity_timeout: (service.flags & service_flags::AFFINITY != 0).then_some(service.affinity_timeout),
         }
+    }
+
+    /// Returns the set in a frontend, by which a connect() needs no entry of SERVICES; `None` if the frontend has none, or only slots of
+    /// other services.
+    fn frontend(dump: &'a Dump, frontend: Frontend) -> Option<Self> {
+        let word = frontend.set;
+        let slots = (0..u32::from(word.len)).filter_map(|n| dump.slots.get(word.base.wrapping_add(n) as usize));
+        let members: Vec<_> = slots.filter(|slot| slot.service == frontend.service).collect();
+        (!members.is_empty()).then(|| Self {
+            index: frontend.service,
+            set: selection::set_for_socket(frontend).ok(),
+            word,
+            members,
+            affinity_timeout: None,
+        })
     }
 
     fn describe(&self) -> ServingSet {
         let (name, why) = match self.set {
-            Set::Internal => ("internal", "cluster IPs: internalTrafficPolicy applies"),
-            Set::External => ("external", "clients outside: externalTrafficPolicy applies"),
-            Set::Cluster => (
+            Some(Set::Internal) => ("internal", "cluster IPs: internalTrafficPolicy applies"),
+            Some(Set::External) => ("external", "clients outside: externalTrafficPolicy applies"),
+            Some(Set::Cluster) => (
                 "cluster",
                 "a client inside the cluster: external addresses have policy Cluster",
+            ),
+            None => (
+                "unknown",
+                "the kind of the frontend is unknown, but FRONTENDS has a set for it",
             ),
         };
         ServingSet {
@@ -437,19 +509,36 @@ impl<'a> ServedBy<'a> {
         }
     }
 
+    /// Returns the note on slots of the set in a frontend that are not of its service, if there are any.
+    fn note_on_other_slots(&self) -> Option<String> {
+        let (len, others) = (self.word.len, usize::from(self.word.len) - self.members.len());
+        (others != 0).then(|| {
+            format!(
+                "{others} of the {len} slots of the set in FRONTENDS are not of this Service: a connect() that selects \
+                 one of them uses SERVICES"
+            )
+        })
+    }
+
     /// Returns the entry of BACKENDS if affinity may select it again.
-    fn reusable_backend(&self, dump: &'a Dump, reference: BackendRef) -> Option<&'a Backend> {
+    fn reusable_backend<'b>(&self, dump: &'b Dump, reference: BackendRef) -> Option<&'b Backend> {
         let entry = dump.backends.get(reference.id as usize)?;
-        entry.serves(reference, self.index, self.set).then_some(entry)
+        entry.serves(reference, self.index, self.set?).then_some(entry)
     }
 }
 
+/// Returns the slots of a set; `None` if the set is empty or out of range.
+fn slots(dump: &Dump, word: SetWord) -> Option<&[BackendSlot]> {
+    let base = selection::slot(word, 0).ok()? as usize;
+    dump.slots.get(base..base + usize::from(word.len))
+}
+
 /// Chooses the backend: the client's last backend if the service has affinity, or any of the set.
-fn choose(maps: &Snapshot, client: AffinityKey, served_by: ServedBy<'_>, explanation: &mut Explanation) {
+fn choose(maps: &Snapshot, client: AffinityKey, served_by: &ServedBy<'_>, explanation: &mut Explanation) {
     explanation.set = Some(served_by.describe());
     let mut kept = None;
-    if served_by.service.flags & service_flags::AFFINITY != 0 {
-        let (state, backend) = affinity_of(maps, client, served_by);
+    if let Some(timeout) = served_by.affinity_timeout {
+        let (state, backend) = affinity_of(maps, client, served_by, timeout);
         kept = backend.map(|backend| (backend, state.remaining.unwrap_or(0)));
         explanation.affinity = Some(state);
     }
@@ -469,8 +558,12 @@ fn choose(maps: &Snapshot, client: AffinityKey, served_by: ServedBy<'_>, explana
 }
 
 /// Returns the entry of AFFINITY for the client, and the backend that it keeps.
-fn affinity_of(maps: &Snapshot, client: AffinityKey, served_by: ServedBy<'_>) -> (AffinityState, Option<u32>) {
-    let timeout = served_by.service.affinity_timeout;
+fn affinity_of(
+    maps: &Snapshot,
+    client: AffinityKey,
+    served_by: &ServedBy<'_>,
+    timeout: u32,
+) -> (AffinityState, Option<u32>) {
     let mut state = AffinityState {
         timeout,
         backend: None,
@@ -514,11 +607,8 @@ pub fn remaining(age: Duration, timeout: u32) -> u64 {
 
 /// Every backend of the service port: the members of the set in the order of its slots, then the others. `kept`: the
 /// backend that affinity selects, and the remaining seconds.
-fn candidates(dump: &Dump, served_by: ServedBy<'_>, kept: Option<(u32, u64)>) -> Vec<Candidate> {
-    let slots = selection::slot(served_by.word, 0).map_or(0..0, |base| {
-        base as usize..base as usize + usize::from(served_by.word.len)
-    });
-    let members = dump.slots.get(slots).unwrap_or_default();
+fn candidates(dump: &Dump, served_by: &ServedBy<'_>, kept: Option<(u32, u64)>) -> Vec<Candidate> {
+    let members = &served_by.members;
     let mut all: Vec<_> = members
         .iter()
         .map(|slot| {
@@ -564,23 +654,24 @@ fn candidates(dump: &Dump, served_by: ServedBy<'_>, kept: Option<(u32, u64)>) ->
     all
 }
 
-fn set_name(set: Set) -> &'static str {
+fn set_name(set: Option<Set>) -> &'static str {
     match set {
-        Set::Internal => "internal set",
-        Set::External => "external set",
-        Set::Cluster => "whole-cluster set",
+        Some(Set::Internal) => "internal set",
+        Some(Set::External) => "external set",
+        Some(Set::Cluster) => "cluster set",
+        None => "set in FRONTENDS",
     }
 }
 
-fn why_no_member(backend: &Backend, set: Set) -> String {
+fn why_no_member(backend: &Backend, set: Option<Set>) -> String {
     if backend.flags & backend_flags::SETS == 0 {
         return "drains: it serves what it has, and gets nothing new".into();
     }
     let name = set_name(set);
     let policy = match set {
-        Set::Internal => "internalTrafficPolicy",
-        Set::External => "externalTrafficPolicy",
-        Set::Cluster => return format!("not in the {name}"),
+        Some(Set::Internal) => "internalTrafficPolicy",
+        Some(Set::External) => "externalTrafficPolicy",
+        Some(Set::Cluster) | None => return format!("not in the {name}"),
     };
     if backend.flags & backend_flags::LOCAL == 0 {
         format!("not in the {name}: {policy} is Local, and it is on another node")
@@ -589,11 +680,23 @@ fn why_no_member(backend: &Backend, set: Set) -> String {
     }
 }
 
-/// The reason why a destination is no frontend.
-fn why_no_frontend(view: &View<'_>, to: Destination) -> String {
+/// Returns the reason why programs find no frontend of a destination. `unfiltered`: the frontend that they would find without
+/// FILTER.
+fn why_no_frontend(view: &View<'_>, to: Destination, unfiltered: Result<Option<Frontend>, DropReason>) -> String {
     let addr = to.addr.or_loopback();
     let proto = Protocol::name_of(to.proto);
     let port = to.port;
+    let entry = match unfiltered {
+        Ok(None) => None,
+        Ok(Some(_)) => Some(format!("a frontend for {}/{proto}", Addr::from(addr).socket(port))),
+        Err(_) => Some(format!("the address mark of {}", Addr::from(addr))),
+    };
+    if let Some(entry) = entry {
+        return format!(
+            "FRONTENDS has {entry}, but the bit of the address in FILTER is not set, so programs do not look it up: \
+             `lb-agent verify` names the bit, and a start of the agent sets it"
+        );
+    }
     let problems = view
         .maps
         .problems_of(to)

@@ -18,7 +18,7 @@ use crate::actual::{Actual, ActualPort, BackendMap, Backends, Orphans, SourceRan
 use crate::alloc::Range;
 use crate::desired::{Desired, DesiredPort, SETS, Touched, with_set_of};
 use crate::maps::prefix::Prefix;
-use crate::maps::{Capacities, Epoch, MapError, Maps};
+use crate::maps::{Capacities, Dump, Epoch, MapError, Maps};
 use crate::model::{Problem, ProblemKind};
 use crate::names::{PortId, name_of};
 use crate::places;
@@ -50,11 +50,43 @@ pub struct Usage {
     pub frontends: u32,
     /// Backends.
     pub backends: u32,
-    /// Slots, including those in the unused part of a range.
+    /// Slots in the ranges of sets.
     pub backend_slots: u32,
 }
 
 impl Usage {
+    /// Returns the numbers of entries in use by the content of the maps alone. Those that wait for a grace period before they
+    /// are free do not count.
+    #[must_use]
+    pub fn of(dump: &Dump) -> Self {
+        let live = |generation: &u32| generation::is_live(*generation);
+        let words = dump.services.iter().flat_map(Service::set_words);
+        // Sets with the same members share one range.
+        let ranges: BTreeSet<_> = words
+            .map(|word| (word.base, word.len))
+            .filter(|(_, len)| *len != 0)
+            .collect();
+        Self {
+            services: dump
+                .services
+                .iter()
+                .map(|service| service.generation)
+                .filter(live)
+                .count() as u32,
+            frontends: dump.frontends.len() as u32,
+            backends: dump
+                .backends
+                .iter()
+                .map(|backend| backend.generation)
+                .filter(live)
+                .count() as u32,
+            // After a write from outside the ranges may overlap.
+            backend_slots: ranges
+                .iter()
+                .fold(0, |sum: u32, (_, len)| sum.saturating_add((*len).into())),
+        }
+    }
+
     /// Returns these numbers by map, with zero for maps that programs fill.
     #[must_use]
     pub const fn entries(&self) -> Capacities {

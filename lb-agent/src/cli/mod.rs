@@ -138,7 +138,7 @@ struct SourceArgs {
     /// kubeconfig, or in the environment of the pod]
     #[arg(long, value_name = "URL,...", value_delimiter = ',', value_parser = server)]
     kube_apiserver: Vec<Uri>,
-    /// Name of this node, as used in EndpointSlices [default: the host name]
+    /// Name of this node, as used in EndpointSlices [default: the host name; for `verify` the name that the last agent had]
     #[arg(long, value_name = "NAME", env = "NODE_NAME")]
     node_name: Option<String>,
     /// Source networks inside the cluster, in addition to this node's addresses: for clients there, external addresses

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use lb_common::abi::{DropReason, Service, SizedMap, VERSION};
-use lb_common::logic::generation;
-use lb_core::maps::{Dump, memory};
+use lb_common::abi::{DropReason, SizedMap, VERSION};
+use lb_core::maps::memory;
 use lb_core::names::text;
 use lb_core::reconcile::Usage;
 use serde::Serialize;
@@ -82,31 +81,6 @@ struct ProblemRow {
     message: String,
 }
 
-/// Returns the number of entries in use of the maps that the agent fills.
-fn filled(dump: &Dump) -> Usage {
-    let live = |generation: &u32| generation::is_live(*generation);
-    Usage {
-        services: dump.services.iter().map(|s| s.generation).filter(live).count() as u32,
-        frontends: dump.frontends.len() as u32,
-        backends: dump.backends.iter().map(|b| b.generation).filter(live).count() as u32,
-        backend_slots: used_slots(dump),
-    }
-}
-
-/// Returns the number of slots in the ranges of published sets.
-fn used_slots(dump: &Dump) -> u32 {
-    let mut ranges: Vec<_> = dump
-        .services
-        .iter()
-        .flat_map(Service::set_words)
-        .filter(|word| word.len != 0)
-        .map(|word| (word.base, u32::from(word.len).next_power_of_two()))
-        .collect();
-    ranges.sort_unstable();
-    ranges.dedup();
-    ranges.into_iter().map(|(_, size)| size).sum()
-}
-
 pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
     let pins = args.pin.pins();
     let maps = args.pin.open()?;
@@ -166,7 +140,7 @@ pub(super) fn status(args: &ReadArgs) -> anyhow::Result<()> {
         });
         Vec::new()
     });
-    let filled = filled(&dump);
+    let filled = Usage::of(&dump);
     let capacities = maps.capacities();
     let cpus = aya::util::nr_cpus().map_err(|(path, error)| anyhow::anyhow!("{path}: {error}"))? as u32;
     let limit = state.map(|s| u64::from(s.map_memory) << 20);

@@ -16,6 +16,7 @@ use crate::node::addrs;
 use crate::node::netns::Namespaces;
 use lb_core::desired::{Desired, Site};
 use lb_core::model::Batch;
+use lb_core::names::text;
 use lb_core::verify::Drift;
 
 #[derive(Debug, Args)]
@@ -80,15 +81,42 @@ fn addresses(netns: u64) -> anyhow::Result<BTreeSet<Addr>> {
     }
 }
 
+/// Returns the name of the node that the maps are for: the given one, or that of the last agent on these maps; `None` if neither is
+/// known. Which endpoints are local, and which the topology selects, follows from the name.
+fn node_name<'a>(given: Option<&'a str>, agent: Option<&'a str>) -> Option<&'a str> {
+    given.or(agent).filter(|name| !name.is_empty())
+}
+
+/// Returns the warning about a given name that the last agent did not have.
+fn name_warning(given: Option<&str>, agent: Option<&str>) -> Option<String> {
+    let agent = agent.filter(|name| !name.is_empty())?;
+    let given = given.filter(|name| *name != agent)?;
+    Some(format!(
+        "warning: the node is {given} by --node-name, NODE_NAME or --config, but {agent} for the last agent on these maps: \
+         sets that depend on the node can differ"
+    ))
+}
+
 pub(super) fn verify(mut args: VerifyArgs) -> anyhow::Result<ExitCode> {
     let config = args.config.as_deref().map(Config::read).transpose()?;
     if let Some(config) = &config {
         args.source.complete(config);
     }
-    let node = args.source.node()?;
     let maps = args.pin.open()?;
+    let state = maps.state();
+    let (given, agent) = (
+        args.source.node_name.as_deref(),
+        state.as_ref().and_then(|state| text(&state.node)),
+    );
+    if let Some(warning) = name_warning(given, agent) {
+        output::warn(&warning);
+    }
+    let node = match node_name(given, agent) {
+        Some(name) => name.to_owned(),
+        None => args.source.node()?,
+    };
     // If no agent has run yet, the calling thread's network namespace is used.
-    let netns = maps.state().map_or_else(sys::netns_cookie, |state| Ok(state.netns))?;
+    let netns = state.map_or_else(sys::netns_cookie, |state| Ok(state.netns))?;
     let mut drifts: Vec<Drift> = Vec::new();
     for n in 0..TRIES {
         if n > 0 {
@@ -121,4 +149,29 @@ pub(super) fn verify(mut args: VerifyArgs) -> anyhow::Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_the_node_is_the_given_one_or_that_of_the_last_agent() {
+        for (given, agent, expected, warns) in [
+            (None, None, None, false),
+            (None, Some("n1"), Some("n1"), false),
+            (Some("n1"), None, Some("n1"), false),
+            (Some("n1"), Some("n1"), Some("n1"), false),
+            (Some("n2"), Some("n1"), Some("n2"), true),
+            (None, Some(""), None, false),
+            (Some("n1"), Some(""), Some("n1"), false),
+        ] {
+            assert_eq!(node_name(given, agent), expected, "{given:?}, {agent:?}");
+            let warning = name_warning(given, agent);
+            assert_eq!(warning.is_some(), warns, "{given:?}, {agent:?}");
+            if let Some(warning) = warning {
+                assert!(warning.contains("is n2 by --node-name"), "{warning}");
+            }
+        }
+    }
 }

@@ -148,7 +148,7 @@ pub mod backend_flags {
     pub const INTERNAL: u16 = 1;
     /// Member of the external set (BACKENDS only).
     pub const EXTERNAL: u16 = 2;
-    /// Member of the whole-cluster set (BACKENDS only).
+    /// Member of the cluster set (BACKENDS only).
     pub const CLUSTER: u16 = 4;
     /// Member of any set.
     pub const SETS: u16 = INTERNAL | EXTERNAL | CLUSTER;

@@ -142,7 +142,7 @@ pub fn packet_frontend(
 }
 
 /// Returns the service and the set that serve the flow of a packet from `client`. A client inside the cluster, and any
-/// socket of this machine, uses the whole cluster set for external addresses.
+/// socket of this machine, uses the cluster set for external addresses.
 ///
 /// # Errors
 /// Returns:

@@ -100,7 +100,7 @@ mod tests {
     const SERVICE: ServiceIndex = ServiceIndex::new(1);
 
     #[test]
-    fn cluster_ips_have_the_internal_set_and_all_else_the_whole_cluster() {
+    fn cluster_ips_have_the_internal_set_and_all_else_the_cluster_set() {
         let set = |kind| set_for_socket(Frontend::new(SERVICE, kind));
         assert_eq!(set(FrontendKind::ClusterIp), Ok(Set::Internal));
         for kind in [

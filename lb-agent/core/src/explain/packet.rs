@@ -9,8 +9,8 @@ use lb_common::logic::delivery::{self, Facts};
 use lb_common::logic::frontend::{self, Destination};
 
 use super::{
-    Candidate, Explanation, FrontendMatch, Outcome, ServedBy, Snapshot, Source, View, age, choose, ports_of,
-    why_no_frontend,
+    Candidate, Explanation, FrontendMatch, Outcome, ServedBy, Snapshot, Source, Unfiltered, View, age, choose,
+    ports_of, why_no_frontend,
 };
 
 /// The explained packet: the first one of a flow, at the ingress of a device. The device that leads to the backend is
@@ -52,7 +52,8 @@ pub fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explanation {
     let frontend = match decide::packet_frontend(&view, FIRST_PACKET, to) {
         Ok(Some(frontend)) => frontend,
         Ok(None) => {
-            explanation.outcome = Outcome::untouched(why_no_frontend(&view, to));
+            let unfiltered = frontend::of_packet(&Unfiltered(&view), to);
+            explanation.outcome = Outcome::untouched(why_no_frontend(&view, to, unfiltered));
             return explanation;
         }
         Err(reason) => {
@@ -77,12 +78,8 @@ pub fn explain(maps: &Snapshot, from: IpAddr, to: Destination) -> Explanation {
         }
     };
     let client = AffinityKey::of_addr(from.into(), frontend.service);
-    choose(
-        maps,
-        client,
-        ServedBy::new(frontend.service, admission),
-        &mut explanation,
-    );
+    let served_by = ServedBy::service(&maps.dump, frontend.service, admission);
+    choose(maps, client, &served_by, &mut explanation);
     let snat = |candidate: &Candidate| {
         let facts = Facts {
             at_egress: FIRST_PACKET.at_egress,

@@ -1,5 +1,3 @@
-use lb_common::abi::DropReason;
-use lb_common::logic::frontend;
 use proptest::prelude::*;
 
 use super::*;
@@ -85,7 +83,7 @@ connect()  goes to 10.10.1.2:8080"
 }
 
 #[test]
-fn node_ports_have_the_whole_cluster_on_this_nodes_addresses_and_loopback() {
+fn node_ports_have_the_cluster_set_on_this_nodes_addresses_and_loopback() {
     let maps = snapshot(web());
     let both = ["10.10.1.2:8080", "10.10.2.2:8080"];
     for (socket, dest) in [
@@ -243,6 +241,54 @@ fn no_claim_is_made_about_services_that_may_not_be_written() {
 }
 
 #[test]
+fn an_address_that_filter_lacks_is_an_inconsistency_of_the_maps() {
+    let complete = snapshot(web());
+    let outside = [203, 0, 113, 7].into();
+    for (cleared, dest, expected) in [
+        (
+            "10.96.0.10",
+            "10.96.0.10:80",
+            "FRONTENDS has a frontend for 10.96.0.10:80/TCP, but",
+        ),
+        (
+            "10.96.0.10",
+            "10.96.0.10:81",
+            "FRONTENDS has the address mark of 10.96.0.10, but",
+        ),
+        (
+            NODE_ADDRESS,
+            "192.168.77.1:30001",
+            "FRONTENDS has a frontend for 192.168.77.1:30001/TCP, but",
+        ),
+        (
+            NODE_ADDRESS,
+            "192.168.77.1:22",
+            "192.168.77.1 is an address of this node, and 22/TCP is no node port",
+        ),
+        ("203.0.113.9", "203.0.113.9:80", "no Service has 203.0.113.9:80/TCP"),
+    ] {
+        let mut maps = complete.clone();
+        let addr: IpAddr = cleared.parse().unwrap();
+        maps.dump.filter.remove(&FilterBit::from(Addr::from(addr)));
+        // A problem in `status` is not the cause.
+        maps.unlisted_problems = u32::from(expected.starts_with("FRONTENDS"));
+        for answer in [explain(&maps, POD, to(dest)), explain_packet(&maps, outside, to(dest))] {
+            let Outcome::Untouched { why } = &answer.outcome else {
+                panic!("{dest}: {answer}");
+            };
+            assert!(why.starts_with(expected), "{dest}: {why}");
+            assert_eq!(
+                why.contains("in FILTER is not set"),
+                expected.starts_with("FRONTENDS"),
+                "{dest}: {why}"
+            );
+        }
+        let complete = explain(&complete, POD, to(dest)).to_string();
+        assert!(!complete.contains("FILTER"), "{complete}");
+    }
+}
+
+#[test]
 fn source_ranges_are_left_to_packets() {
     let mut web = service("web", "10.96.0.10");
     web.service_type = crate::model::ServiceType::LoadBalancer;
@@ -251,6 +297,7 @@ fn source_ranges_are_left_to_packets() {
     let closed = {
         let mut closed = open.clone();
         closed.dump.services[1].flags |= service_flags::SOURCE_RANGES;
+        publish_sets(&mut closed.dump);
         closed
     };
     assert_eq!(eligible(&explain(&open, POD, to("192.0.2.1:80"))), ["10.10.1.2:8080"]);
@@ -300,11 +347,137 @@ fn affinity_decides_while_it_holds() {
 fn broken_maps_give_what_the_programs_give() {
     let mut maps = snapshot(web());
     maps.dump.services[1].internal.base = u32::MAX;
+    set_of(&mut maps, "10.96.0.10:80", SetWord::NONE);
     let answer = explain(&maps, POD, to("10.96.0.10:80"));
     assert!(answer.to_string().contains("bad_slot"), "{answer}");
     maps.dump.services.truncate(1);
     let answer = explain(&maps, POD, to("10.96.0.10:80"));
     assert!(answer.to_string().contains("bad_service_index"), "{answer}");
+}
+
+/// Stores the sets in FRONTENDS that the agent publishes for these entries of SERVICES.
+fn publish_sets(dump: &mut Dump) {
+    for frontend in dump.frontends.values_mut() {
+        if let Some(service) = dump.services.get(frontend.service.to_usize()) {
+            frontend.set = selection::set_in_frontend(*frontend, service);
+        }
+    }
+}
+
+/// Returns the key of the frontend at an address and TCP port.
+fn key(at: &str) -> FrontendKey {
+    let Destination { addr, port, proto } = to(at);
+    FrontendKey::new(addr.into(), port, proto)
+}
+
+/// Returns the frontend at an address and TCP port.
+fn frontend_mut<'a>(maps: &'a mut Snapshot, at: &str) -> &'a mut Frontend {
+    maps.dump.frontends.get_mut(&key(at)).unwrap()
+}
+
+/// Stores the set of a frontend.
+fn set_of(maps: &mut Snapshot, at: &str, set: SetWord) {
+    frontend_mut(maps, at).set = set;
+}
+
+#[test]
+fn connect_uses_the_set_of_the_frontend_if_its_slots_are_of_the_service() {
+    let other = service("other", "10.96.0.20");
+    let [web, endpoints] = web();
+    let maps = snapshot([web, endpoints, other.into(), slice("other", &["10.10.9.9 @n2"]).into()]);
+    let service = |at: &str| maps.dump.services[maps.dump.frontends[&key(at)].service.to_usize()];
+    let Service { internal, cluster, .. } = service("10.96.0.10:80");
+    let of_other = service("10.96.0.20:80").internal;
+    assert_eq!([internal.len, cluster.len, of_other.len], [1, 2, 1]);
+    let set = |base, len| SetWord {
+        base,
+        len,
+        ..SetWord::NONE
+    };
+    let end = maps.dump.slots.len() as u32;
+    let (here, both) = (&["10.10.1.2:8080"][..], &["10.10.1.2:8080", "10.10.2.2:8080"][..]);
+    let by_services = "by the one in SERVICES it goes to 10.10.1.2:8080";
+    for (name, set, expected, note) in [
+        ("the set in SERVICES", internal, here, None),
+        ("no set", SetWord::NONE, here, None),
+        ("another set of the service", cluster, both, Some(by_services)),
+        ("the set of another service", of_other, here, None),
+        ("slots that no set has", set(end - 1, 1), here, None),
+        ("slots beyond the end", set(end, 3), here, None),
+    ] {
+        let mut maps = maps.clone();
+        set_of(&mut maps, "10.96.0.10:80", set);
+        let answer = explain(&maps, POD, to("10.96.0.10:80"));
+        assert_eq!(eligible(&answer), expected, "{name}");
+        let notes = answer.notes.join("\n");
+        match note {
+            Some(note) => assert!(notes.contains(note), "{name}: {answer}"),
+            None => assert_eq!(notes, "", "{name}"),
+        }
+        // Packets use SERVICES only.
+        let packet = explain_packet(&maps, [203, 0, 113, 7].into(), to("10.96.0.10:80"));
+        assert_eq!(eligible(&packet), here, "{name}");
+    }
+}
+
+#[test]
+fn the_note_on_two_sets_has_the_outcome_by_services() {
+    let maps = snapshot(web());
+    let at = "10.96.0.10:80";
+    let text = |maps: &Snapshot, proto| explain(maps, POD, Destination { proto, ..to(at) }).to_string();
+    let mut emptied = maps.clone();
+    emptied.dump.services[1].internal.len = 0;
+    let expected = "\
+to         10.96.0.10:80/TCP
+frontend   ClusterIP of default/web:80 (service 1)
+policy     internal set, members: 1 (cluster IPs: internalTrafficPolicy applies)
+candidate  yes 10.10.1.2:8080 (backend 1, this node): one of 1 in the internal set
+candidate  no  10.10.2.2:8080 (backend 2, other node): not in the internal set: internalTrafficPolicy is Local, and it \
+is on another node
+candidate  no  10.10.2.3:8080 (backend 3, other node): drains: it serves what it has, and gets nothing new
+note       connect() uses the set in FRONTENDS; by the one in SERVICES it fails with ECONNREFUSED: the service has no \
+usable endpoint (counted as no_endpoint); the two differ for a moment during a change, else `lb-agent verify` names \
+the field
+connect()  goes to 10.10.1.2:8080";
+    assert_eq!(text(&emptied, ip_protocol::TCP), expected);
+
+    // Affinity is in SERVICES only.
+    let mut with_affinity = maps.clone();
+    with_affinity.dump.services[1].flags |= service_flags::AFFINITY;
+    assert!(
+        !text(&with_affinity, ip_protocol::TCP).contains("affinity "),
+        "the set in FRONTENDS has none"
+    );
+
+    // A kind that this build does not know.
+    let mut unknown = maps.clone();
+    frontend_mut(&mut unknown, at).kind = 99;
+    let answer = text(&unknown, ip_protocol::TCP);
+    assert!(
+        answer.contains("policy     unknown set, members: 1 (the kind of the frontend is unknown"),
+        "{answer}"
+    );
+    assert!(answer.contains("counted as bad_kind"), "{answer}");
+    assert!(answer.ends_with("goes to 10.10.1.2:8080"), "{answer}");
+
+    // SERVICES is not even read.
+    let mut without_service = maps.clone();
+    without_service.dump.services.truncate(1);
+    let answer = text(&without_service, ip_protocol::TCP);
+    assert!(answer.contains("counted as bad_service_index"), "{answer}");
+    assert!(answer.ends_with("goes to 10.10.1.2:8080"), "{answer}");
+
+    // A slot of another service among those of the set.
+    let mut mixed = maps.clone();
+    let cluster = mixed.dump.services[1].cluster;
+    set_of(&mut mixed, at, cluster);
+    mixed.dump.slots[cluster.base as usize].service = ServiceIndex::new(7);
+    let answer = text(&mixed, ip_protocol::TCP);
+    assert!(
+        answer.contains("1 of the 2 slots of the set in FRONTENDS are not of this Service"),
+        "{answer}"
+    );
+    assert!(answer.ends_with("goes to 10.10.2.2:8080"), "{answer}");
 }
 
 /// What the programs do with a new TCP connection, by a random number: the steps of `lb-ebpf/src/{sock_addr,backend}.rs`
@@ -325,6 +498,12 @@ fn connected(
     let Some(frontend) = frontend::of_socket(&view, to)? else {
         return Ok(None);
     };
+    if let Ok(slot) = selection::slot(frontend.set, random)
+        && let Some(slot) = maps.dump.slots.get(slot as usize)
+        && slot.service == frontend.service
+    {
+        return Ok(Some(slot.addr.socket(slot.port)));
+    }
     let set = selection::set_for_socket(frontend)?;
     let service = maps.dump.service(frontend.service).ok_or(DropReason::BadServiceIndex)?;
     if frontend::has_source_ranges(frontend, service.flags) {
@@ -395,8 +574,11 @@ pub(super) fn any_maps() -> impl Strategy<Value = Snapshot> {
     let flags = prop::sample::select(vec![0, backend_flags::LOCAL, backend_flags::SETS]);
     let backends = prop::collection::vec((0..13_usize, flags, prop::bool::weighted(0.2)), 0..4);
     let (ranges, emptied) = (prop::option::of(1..4_usize), prop::option::of(1..4_usize));
-    let changes = (clients, backends, ranges, emptied);
-    (services, changes).prop_map(|(([a, b], [c, d], [e, f]), (clients, backends, ranges, emptied))| {
+    // Whether FRONTENDS follows these changes, and frontends with a set of any service.
+    let sets = prop::collection::vec((any::<prop::sample::Index>(), 1..4_usize, 0..3_usize), 0..4);
+    let changes = (clients, backends, ranges, emptied, any::<bool>(), sets);
+    (services, changes).prop_map(|(([a, b], [c, d], [e, f]), changes)| {
+        let (clients, backends, ranges, emptied, is_published, sets) = changes;
         let mut maps = snapshot([a, b, c, d, e, f]);
         for (id, flags, withdrawn) in backends {
             if let Some(backend) = maps.dump.backends.get_mut(id) {
@@ -423,6 +605,17 @@ pub(super) fn any_maps() -> impl Strategy<Value = Snapshot> {
         if let Some(index) = emptied {
             let service = &mut maps.dump.services[index];
             (service.internal.len, service.cluster.len) = (0, 0);
+        }
+        if is_published {
+            publish_sets(&mut maps.dump);
+        }
+        let keys: Vec<_> = maps.dump.frontends.keys().copied().collect();
+        for (key, service, set) in sets {
+            let set = maps.dump.services[service].set_words()[set];
+            maps.dump
+                .frontends
+                .entry(*key.get(&keys))
+                .and_modify(|frontend| frontend.set = set);
         }
         maps
     })

@@ -500,6 +500,38 @@ fn slots_and_ids_are_reused_only_after_a_grace_period() {
     assert_eq!((usage.backends, usage.backend_slots), (4, 4));
 }
 
+#[test]
+fn the_content_of_the_maps_shows_their_use() {
+    let mut lb = start(maps());
+    let endpoints = [
+        "10.0.0.1 @n1",
+        "10.0.0.2",
+        "10.0.0.3",
+        "10.0.0.4",
+        "10.0.0.5 terminating",
+    ];
+    let mut cluster = Cluster::of([
+        service("web", "10.96.0.1").local().into(),
+        slice("web", &endpoints).into(),
+    ]);
+    apply(&mut lb, &mut cluster);
+    let want = Usage {
+        services: 1,
+        frontends: 2,
+        backends: 5,
+        // Four in the cluster set, and one that the internal and the external set share.
+        backend_slots: 5,
+    };
+    assert_eq!(Usage::of(&lb.maps().dump().unwrap()), want);
+    for (name, story) in stories() {
+        let mut lb = start(FakeMaps::new(ROOM));
+        for mut cluster in story {
+            apply(&mut lb, &mut cluster);
+            assert_eq!(Usage::of(&lb.maps().dump().unwrap()), lb.usage().0, "{name}");
+        }
+    }
+}
+
 /// Returns whether the maps have room for a demand.
 fn has_room(demand: Usage, capacities: Capacities) -> bool {
     // Service index 0 and backend 0 are not used.
