@@ -1,5 +1,6 @@
 // Reference programs of `cargo xtask bench`, on the maps that the agent created and filled: the work of lb's programs on
-// sockets, written by hand in C, an empty program for each hook, and the floor of the connect hooks.
+// sockets, written by hand in C, an empty program for each hook, and for the connect hooks the floor and programs with some of lb's
+// steps.
 //
 // Trace events are left out. The programs look up whether tracing is enabled, and count events as lost if it is.
 
@@ -92,6 +93,14 @@ struct {
 	__type(key, u64);
 	__type(value, struct flows);
 } UDP_FLOWS SEC(".maps");
+
+struct {
+	__uint(type, MAP_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, MMAPABLE);
+	__type(key, u32);
+	__type(value, u64);
+} FILTER SEC(".maps");
 
 // Set by the loader: the number of slots in SOCKETS minus one, the cookie of the node's network namespace, and a flag for
 // serving only that namespace.
@@ -262,11 +271,10 @@ static inline u32 closed(u32 sequence)
 	return next ? next : 2;
 }
 
-static inline void fill(struct record *record, struct bpf_sock_addr *ctx, u64 cookie, struct end to,
-			const struct choice *choice, u32 service)
+// Writes the fields of a record that describe its connection.
+static inline void fill_connection(struct record *record, u64 cookie, struct end to, const struct choice *choice,
+				   u32 service)
 {
-	record->netns = get_netns_cookie(ctx);
-	record->time = ktime_get_coarse_ns();
 	record->original_addr = to.addr;
 	record->backend_addr = choice->addr;
 	record->original_port = to.port;
@@ -276,6 +284,14 @@ static inline void fill(struct record *record, struct bpf_sock_addr *ctx, u64 co
 	record->service = service;
 	record->socket = cookie;
 	record->proto = to.proto;
+}
+
+static inline void fill(struct record *record, struct bpf_sock_addr *ctx, u64 cookie, struct end to,
+			const struct choice *choice, u32 service)
+{
+	record->netns = get_netns_cookie(ctx);
+	record->time = ktime_get_coarse_ns();
+	fill_connection(record, cookie, to, choice, service);
 }
 
 static inline long remember_more(u64 key, struct bpf_sock_addr *ctx, u64 cookie, struct end to,
@@ -395,6 +411,135 @@ static inline int floor_connect(struct bpf_sock_addr *ctx, int v6)
 	if (!slot)
 		return DENY;
 	write_end(ctx, slot->addr, slot->port, v6);
+	return ALLOW;
+}
+
+// Steps of lb's connect hooks that the floor does not have. A program with one of them has all steps with lower numbers.
+enum {
+	STEP_CHECKS = 1, // Loopback and zero addresses, the service of the slot, the family of the backend.
+	STEP_FILTER,
+	STEP_COOKIE, // Selection by the cookie of the socket and the time. Without it the kernel's random number selects.
+	STEP_NETNS,
+	STEP_MPTCP,
+	STEP_RECORD,
+	STEP_COUNTER,
+	STEP_TRACE,
+};
+
+// The hash of `lb-common/src/mix.rs`.
+static inline u64 mix(u64 word)
+{
+	word = (word ^ word >> 30) * 0xbf58476d1ce4e5b9ull;
+	return (word ^ word >> 27) * 0x94d049bb133111ebull;
+}
+
+// Returns whether the address has its bit in FILTER: see `lb-common/src/abi/filter.rs`.
+static inline int may_have(struct addr addr)
+{
+	u32 bit = mix(addr.high * 0x9e3779b97f4a7c15ull ^ (addr.low & ~0ull >> 8)) >> 47;
+	u32 index = bit / 64;
+	u64 *word = map_lookup(&FILTER, &index);
+
+	return !word || READ_ONCE(*word) >> bit % 64 & 1;
+}
+
+// Values of a record that a program has read before it stores the record.
+struct origin {
+	u64 cookie, netns, time;
+};
+
+// Stores the record of a socket. Leaves a socket without a slot of its own to `remember`.
+static inline int remember_known(struct bpf_sock_addr *ctx, struct end to, const struct choice *choice, u32 service,
+				 const struct origin *origin)
+{
+	u64 cookie = origin->cookie;
+	struct record *record = slot_of(cookie);
+	u64 holder;
+
+	if (!record)
+		return 0;
+	holder = READ_ONCE(record->cookie);
+	if (holder == cookie)
+		__sync_lock_test_and_set(&record->sequence, opened(record->sequence));
+	else if (unlikely(holder || READ_ONCE(record->spilled) ||
+			  __sync_val_compare_and_swap(&record->cookie, 0, cookie) != 0))
+		return remember(ctx, to, choice, service);
+	record->netns = origin->netns;
+	record->time = origin->time;
+	fill_connection(record, cookie, to, choice, service);
+	__sync_lock_test_and_set(&record->sequence, closed(record->sequence));
+	return 1;
+}
+
+// The work of lb's connect hooks for a cluster IP over TCP, in the order of lb, with the steps up to `last`, a constant. It serves
+// Services that have their set in FRONTENDS, and no MPTCP sockets.
+static inline int connect_up_to(struct bpf_sock_addr *ctx, int v6, const int last)
+{
+	struct end to = end_of(ctx, v6);
+	struct addr addr = last >= STEP_CHECKS ? or_loopback(to.addr) : to.addr;
+	struct frontend_key key = {
+		{ addr.high, addr.high >> 32, addr.low, addr.low >> 32 },
+		to.port | to.proto << 16,
+	};
+	u32 service, index, number;
+	struct origin origin = {};
+	struct frontend *found;
+	struct record *record;
+	struct choice choice;
+	struct stats *stats;
+	struct slot *slot;
+	u64 set;
+	u16 len;
+
+	if (last >= STEP_CHECKS && unlikely(is_loopback(addr)))
+		return ALLOW;
+	if (last >= STEP_FILTER && !may_have(addr))
+		return ALLOW;
+	found = map_lookup(&FRONTENDS, &key);
+	if (!found)
+		return ALLOW;
+	service = READ_ONCE(found->service_kind);
+	set = READ_ONCE(found->set);
+	if (last >= STEP_COOKIE)
+		origin.cookie = get_socket_cookie(ctx);
+	// The record and the counter are loaded early, so that the processor waits for both and the slot at once.
+	if (last >= STEP_RECORD) {
+		record = slot_of(origin.cookie);
+		if (record)
+			READ_ONCE(record->cookie);
+	}
+	if (last >= STEP_COUNTER) {
+		stats = map_lookup(&STATS, &service);
+		if (stats)
+			READ_ONCE(stats->connections);
+	}
+	if (last >= STEP_COOKIE) {
+		origin.time = ktime_get_coarse_ns();
+		number = mix(origin.cookie ^ (origin.time << 32 | origin.time >> 32)) >> 32;
+	} else {
+		number = get_prandom_u32();
+	}
+	if (last >= STEP_NETNS)
+		origin.netns = get_netns_cookie(ctx);
+	len = set >> 32;
+	if (unlikely(!len))
+		return DENY;
+	index = (u32)set + (u32)((u64)number * len >> 32);
+	slot = map_lookup(&BACKEND_SLOTS, &index);
+	if (!slot || (last >= STEP_CHECKS && unlikely(READ_ONCE(slot->service) != service)))
+		return DENY;
+	choice = (struct choice){ slot->addr, slot->port, slot->flags, slot->backend, slot->generation };
+	if (last >= STEP_MPTCP && to.proto == TCP && unlikely(skc_to_mptcp_sock(ctx->sk) != 0))
+		return DENY;
+	if (last >= STEP_RECORD && unlikely(!remember_known(ctx, to, &choice, service, &origin)))
+		drop(SOCKETS_FULL);
+	if (last >= STEP_CHECKS && !v6 && unlikely(!is_v4(choice.addr)))
+		return DENY;
+	write_end(ctx, choice.addr, choice.port, v6);
+	if (last >= STEP_COUNTER)
+		count(service, 1);
+	if (last >= STEP_TRACE)
+		event(CONNECTED);
 	return ALLOW;
 }
 
@@ -686,6 +831,27 @@ SEC("cgroup/connect6") int floor_connect6(struct bpf_sock_addr *ctx)
 {
 	return floor_connect(ctx, 1);
 }
+
+// Defines the programs with the steps up to `last`.
+#define CONNECT_UP_TO(name, last)                                            \
+	SEC("cgroup/connect4") int name##_connect4(struct bpf_sock_addr *ctx) \
+	{                                                                    \
+		return connect_up_to(ctx, 0, last);                          \
+	}                                                                    \
+	SEC("cgroup/connect6") int name##_connect6(struct bpf_sock_addr *ctx) \
+	{                                                                    \
+		return connect_up_to(ctx, 1, last);                          \
+	}
+
+CONNECT_UP_TO(all, STEP_TRACE)
+CONNECT_UP_TO(no_trace, STEP_COUNTER)
+CONNECT_UP_TO(no_counter, STEP_RECORD)
+CONNECT_UP_TO(no_record, STEP_MPTCP)
+CONNECT_UP_TO(no_mptcp, STEP_NETNS)
+CONNECT_UP_TO(no_netns, STEP_COOKIE)
+CONNECT_UP_TO(no_cookie, STEP_FILTER)
+CONNECT_UP_TO(no_filter, STEP_CHECKS)
+CONNECT_UP_TO(no_checks, 0)
 
 SEC("cgroup/connect4") int empty_connect4(struct bpf_sock_addr *ctx)
 {

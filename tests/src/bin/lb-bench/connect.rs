@@ -6,6 +6,7 @@
 pub(crate) mod kube_proxy;
 mod latency;
 mod plot;
+mod removal;
 
 use std::process::ExitCode;
 
@@ -24,6 +25,7 @@ use crate::sizes::{self, Options};
 use crate::testbed::{Loading, TestBed, Way};
 use crate::worker::Task;
 use latency::Latency;
+use removal::RemovalCost;
 
 /// Sockets for the programs of one maker in one round.
 const SOCKETS: u32 = 1000;
@@ -46,6 +48,7 @@ struct Report {
     endpoints: u32,
     rounds: u32,
     costs: Vec<Cost>,
+    removals: Vec<RemovalCost>,
     latencies: Vec<Latency>,
     loading: Vec<Loading>,
     checks: Vec<Check<CallInScenario>>,
@@ -59,6 +62,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         endpoints: options.endpoints,
         rounds: options.rounds,
         costs: Vec::new(),
+        removals: Vec::new(),
         latencies: Vec::new(),
         loading: Vec::new(),
         checks: Vec::new(),
@@ -72,6 +76,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     report::print([
         ("connect()", latency_table(&report.latencies)),
         ("runs of a program", report::cost_table(&report.costs)),
+        ("steps of connect() (ns)", removal::table(&report.removals)),
         ("kube-proxy's rules", loading_table(&report.loading)),
         ("limits", report::check_table("figure", &report.checks)),
         ("goals (not enforced)", report::check_table("figure", &report.goals)),
@@ -87,7 +92,7 @@ fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, whole: 
     let rounds = whole.rounds;
     let mut bed = TestBed::new(services, object, &WAYS)?;
     let scenarios = Scenario::all(services);
-    bar.set_length(2 * (u64::from(rounds) + 1) + latency::ticks(&bed, rounds));
+    bar.set_length(2 * (u64::from(rounds) + 1) + removal::ticks(rounds) + latency::ticks(&bed, rounds));
     bar.set_message("programs");
     let statistics = enable_stats(Stats::RunTime)?;
     let ask = Step {
@@ -98,6 +103,7 @@ fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, whole: 
     let asked = report::compare_again_if_exceeded(bar, || {
         cost::compare(&mut bed, &scenarios, &[ask], rounds, || bar.inc(1))
     })?;
+    let removals = removal::measure(&mut bed, rounds, || bar.inc(1))?;
     bed.bring_up_backends()?;
     let peer = Step {
         task: Task::Peer,
@@ -108,6 +114,7 @@ fn measure(services: Services, object: Option<&[u8]>, bar: &ProgressBar, whole: 
     let peers = cost::compare(&mut bed, &hot, &[peer], rounds, || bar.inc(1))?;
     drop(statistics);
     whole.costs.extend(asked.into_iter().chain(peers));
+    whole.removals.extend(removals);
     bar.set_message("connections");
     whole.latencies.extend(latency::measure(&bed, rounds, || bar.inc(1))?);
     whole

@@ -19,7 +19,7 @@ use crate::testbed::TestBed;
 use crate::worker::{Order, Task, Worker};
 
 /// Rounds after which the programs are loaded again.
-const RELOAD: u32 = 5;
+pub(crate) const RELOAD: u32 = 5;
 
 /// Longest time between a call and the run of a program that it causes.
 const LATE: Duration = Duration::from_secs(2);

@@ -22,8 +22,9 @@ const HEADER: &str = include_str!("../../../bench/lb.h");
 pub(crate) const CLANG: &str = "clang";
 
 /// Maps of lb that the C programs use.
-const SHARED: [&str; 12] = [
+const SHARED: [&str; 13] = [
     map_name::FRONTENDS,
+    map_name::FILTER,
     map_name::SERVICES,
     map_name::BACKEND_SLOTS,
     map_name::BACKENDS,
@@ -191,26 +192,47 @@ pub(crate) fn load(object: &[u8], pins: &PinPath, sockets: u32) -> Result<Ebpf> 
 
 /// Attaches the C programs of one maker to a pod's cgroup, for as long as `programs` lives.
 pub(crate) fn attach(programs: &mut Ebpf, maker: Maker, netns: &Netns) -> Result<()> {
-    let path = netns.process_cgroup().context("the place has no cgroup")?;
-    let cgroup = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    let cgroup = open_cgroup(netns)?;
     for hook in Hook::ALL.into_iter().filter(|hook| hook.has_program(maker)) {
-        let name = hook.program(maker);
-        let program = programs
-            .program_mut(&name)
-            .with_context(|| format!("no program {name}"))?;
-        match program {
-            Program::CgroupSockAddr(program) => {
-                program.load()?;
-                program.attach(&cgroup, CgroupAttachMode::Single)?;
-            }
-            Program::CgroupSock(program) => {
-                program.load()?;
-                program.attach(&cgroup, CgroupAttachMode::Single)?;
-            }
-            _ => bail!("{name} is of another type"),
-        }
+        attach_one(programs, &hook.program(maker), &cgroup)?;
     }
     Ok(())
+}
+
+/// Opens the cgroup of a pod's processes.
+pub(crate) fn open_cgroup(netns: &Netns) -> Result<File> {
+    let path = netns.process_cgroup().context("the place has no cgroup")?;
+    File::open(path).with_context(|| format!("opening {}", path.display()))
+}
+
+/// Loads a C program and attaches it to a cgroup, until it is unloaded.
+pub(crate) fn attach_one(programs: &mut Ebpf, name: &str, cgroup: &File) -> Result<()> {
+    match program_mut(programs, name)? {
+        Program::CgroupSockAddr(program) => {
+            program.load()?;
+            program.attach(cgroup, CgroupAttachMode::Single)?;
+        }
+        Program::CgroupSock(program) => {
+            program.load()?;
+            program.attach(cgroup, CgroupAttachMode::Single)?;
+        }
+        _ => bail!("{name} is of another type"),
+    }
+    Ok(())
+}
+
+/// Detaches and unloads a C program; it can be attached again.
+pub(crate) fn unload(programs: &mut Ebpf, name: &str) -> Result<()> {
+    match program_mut(programs, name)? {
+        Program::CgroupSockAddr(program) => program.unload()?,
+        Program::CgroupSock(program) => program.unload()?,
+        _ => bail!("{name} is of another type"),
+    }
+    Ok(())
+}
+
+fn program_mut<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut Program> {
+    programs.program_mut(name).with_context(|| format!("no program {name}"))
 }
 
 /// The kernel's counters of a program's runs, which count while statistics are enabled.
@@ -234,10 +256,14 @@ impl Runs {
     }
 }
 
-/// Returns the counters of a loaded program.
+/// Returns the counters of a maker's program at a hook.
 pub(crate) fn runs(programs: &Ebpf, maker: Maker, hook: Hook) -> Result<Runs> {
-    let name = hook.program(maker);
-    let info = info(programs, &name)?;
+    runs_of(programs, &hook.program(maker))
+}
+
+/// Returns the counters of a loaded program, by its name.
+pub(crate) fn runs_of(programs: &Ebpf, name: &str) -> Result<Runs> {
+    let info = info(programs, name)?;
     Ok(Runs {
         number: info.run_count(),
         nanoseconds: u64::try_from(info.run_time().as_nanos())?,

@@ -1,5 +1,7 @@
 //! The test bed of `connect` and `udp` for one number of Services: namespaces, maps, programs and rules.
 
+use std::fs::File;
+
 use anyhow::{Context as _, Result, ensure};
 use aya::Ebpf;
 use lb_agent::loader::{self, Cgroup, Lock, OBJECT, PinPath, SocketLb};
@@ -15,7 +17,7 @@ use crate::connect::kube_proxy;
 use crate::objects::{Family, NODE, Services};
 use crate::programs::{self, Hook, Maker, Runs};
 use crate::scenario::Scenario;
-use crate::worker::Worker;
+use crate::worker::{Order, Worker};
 
 /// A way by which a client reaches a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -82,6 +84,36 @@ pub(crate) struct Loading {
     pub(crate) iptables_program: &'static str,
 }
 
+/// C programs that are attached to a pod one at a time, and the workers that run them and lb's programs.
+pub(crate) struct DetachedPrograms {
+    pub(crate) programs: Ebpf,
+    /// Cgroup of the pod.
+    pub(crate) cgroup: File,
+    worker: Worker,
+    lb_worker: Worker,
+}
+
+impl DetachedPrograms {
+    /// Gives an order to the worker of the attached C program `name`, or without a name to that of lb. Returns the runs of the program,
+    /// which for lb is the one at `hook`.
+    pub(crate) fn run(&mut self, bed: &TestBed, name: Option<&str>, hook: Hook, order: &Order) -> Result<Runs> {
+        let Self {
+            programs,
+            worker,
+            lb_worker,
+            ..
+        } = self;
+        let worker = if name.is_some() { worker } else { lb_worker };
+        let runs = || match name {
+            Some(name) => programs::runs_of(programs, name),
+            None => bed.runs(Maker::Lb, hook),
+        };
+        let before = runs()?;
+        worker.order(order)?;
+        Ok(runs()?.since(before))
+    }
+}
+
 /// lb's programs, and the C, floor and empty programs, on the same maps; pods for the programs of each maker, and for the other
 /// ways.
 pub(crate) struct TestBed {
@@ -96,6 +128,8 @@ pub(crate) struct TestBed {
     pods: Vec<(Way, Pod)>,
     /// Pod of the floor, if it is measured.
     floor: Option<Pod>,
+    /// Pod without programs, for those of [`DetachedPrograms`], if the floor is measured.
+    detached: Option<Pod>,
     empty: Pod,
     pins: PinPath,
     lock: Lock,
@@ -114,6 +148,7 @@ impl TestBed {
         // The floor has no socket records, by which a UDP socket receives replies from its Service.
         let has_floor = object.is_some() && services.protocol == Protocol::Tcp;
         let floor = has_floor.then(|| cluster.add_pod("n1", "floor")).transpose()?;
+        let detached = has_floor.then(|| cluster.add_pod("n1", "detached")).transpose()?;
         let empty = cluster.add_pod("n1", "empty")?;
         for pod in pods.iter().map(|(_, pod)| pod).chain(&floor).chain([&empty]) {
             // Backends are at addresses that no interface has; see `bring_up_backends`.
@@ -125,7 +160,7 @@ impl TestBed {
                 remove_routes(pod)?;
             }
         }
-        for pod in floor.iter().chain([&empty]) {
+        for pod in floor.iter().chain(&detached).chain([&empty]) {
             remove_routes(pod)?;
         }
         let loading = load_rules(&pods, services, &cluster)?;
@@ -148,6 +183,7 @@ impl TestBed {
             loading,
             pods,
             floor,
+            detached,
             empty,
             pins,
             lock,
@@ -180,6 +216,19 @@ impl TestBed {
             .filter_map(|maker| Some((maker, pod(maker)?)))
             .map(|(maker, pod)| Ok((maker, Worker::start(pod)?)))
             .collect()
+    }
+
+    /// Loads the C programs a second time, attached to no hook, and starts the workers. Returns `None` if the bed has no floor.
+    pub(crate) fn load_detached(&self) -> Result<Option<DetachedPrograms>> {
+        let (Some((_, object)), Some(pod)) = (&self.c, &self.detached) else {
+            return Ok(None);
+        };
+        Ok(Some(DetachedPrograms {
+            programs: programs::load(object, &self.pins, SizedMap::Sockets.default_capacity())?,
+            cgroup: programs::open_cgroup(pod)?,
+            worker: Worker::start(pod)?,
+            lb_worker: Worker::start(find(&self.pods, Way::Lb).context("no such pod")?)?,
+        }))
     }
 
     /// Starts a worker on each way.
