@@ -67,6 +67,10 @@ impl Ip128 {
     #[inline(always)]
     #[must_use]
     pub const fn is_loopback(self) -> bool {
+        // Most IPv6 addresses are settled here.
+        if self.0[0] != 0 {
+            return false;
+        }
         match self.to_v4() {
             Some(v4) => v4 & 0xff00_0000_u32.to_be() == 0x7f00_0000_u32.to_be(),
             None => self.same(Self::LOOPBACK_V6),
@@ -84,6 +88,10 @@ impl Ip128 {
     #[inline(always)]
     #[must_use]
     pub const fn or_loopback(self) -> Self {
+        // Most IPv6 addresses are settled here.
+        if self.0[0] != 0 {
+            return self;
+        }
         if self.same(Self::from_v4(0)) {
             Self::LOOPBACK_V4
         } else if self.same(Self([0, 0])) {
