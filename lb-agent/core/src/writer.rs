@@ -748,7 +748,8 @@ impl<M: Maps> Writer<M> {
 
     /// Stores the sets of a service in all frontends that lead to its index.
     fn store_sets(&mut self, index: ServiceIndex, service: &Service) -> Result<(), MapError> {
-        for key in self.actual.references.get(&index).cloned().unwrap_or_default() {
+        let keys: Vec<_> = self.actual.references.keys(index).collect();
+        for key in keys {
             let Some(has) = self.actual.frontends.entries().get(&key).copied() else {
                 continue;
             };
@@ -854,7 +855,7 @@ impl<M: Maps> Writer<M> {
             let Some(port) = self.actual.ports.get(id) else {
                 continue;
             };
-            if self.actual.references.contains_key(&port.index) {
+            if self.actual.references.lead_to(port.index) {
                 let why = "frontends still lead to it".to_owned();
                 self.failed_ports.insert(Arc::clone(id), why);
                 continue;
