@@ -306,7 +306,8 @@ impl Actual {
         }
     }
 
-    /// Returns the content of ranges whose slots do not have their service in the maps, with the first slot of each.
+    /// Returns the content of ranges with slots that do not have their service in the maps, with the first slot of each. If an agent
+    /// died while it added the services, only the last slots of a range lack theirs.
     pub(crate) fn slots_without_service(&self, dump: &Dump) -> BTreeMap<u32, Vec<BackendSlot>> {
         let mut all = BTreeMap::new();
         for port in self.ports.values() {
@@ -314,8 +315,8 @@ impl Actual {
                 let (Some(range), Some(members)) = (set.range, &set.members) else {
                     continue;
                 };
-                let first = dump.slots.get(range.base as usize);
-                if first.is_some_and(|slot| slot.service.is_none()) {
+                let slots = dump.slots.iter().skip(range.base as usize);
+                if slots.take(range.len.into()).any(|slot| slot.service.is_none()) {
                     let slot = |m: &Member| Some(slot_of(m, port.backends.get(m.addr, m.port)?, port.index));
                     all.insert(range.base, members.iter().filter_map(slot).collect());
                 }

@@ -408,24 +408,33 @@ fn a_missing_frontend_does_not_keep_former_sets() {
     assert_eq!((lb.usage(), lb.problems()), (usage, vec![]));
 }
 
-#[test]
-fn slots_of_layout_3_get_their_service() {
-    let (lb, cluster) = serving();
-    let wanted = lb.maps().contents.clone();
-    let mut maps = lb.maps().clone();
-    for word in wanted.services.iter().flat_map(Service::set_words) {
-        let set = maps.contents.slots[word.base as usize..]
-            .iter_mut()
-            .take(word.len.into());
-        set.for_each(|slot| slot.service = ServiceIndex::NONE);
+/// Returns maps as a build of layout 3 wrote them: without the service in slots and the set in frontends.
+fn as_of_layout_3(mut maps: FakeMaps) -> FakeMaps {
+    for word in maps.contents.services.iter().flat_map(Service::set_words) {
+        let set = maps.contents.slots[word.base as usize..].iter_mut();
+        set.take(word.len.into())
+            .for_each(|slot| slot.service = ServiceIndex::NONE);
     }
     for frontend in maps.contents.frontends.values_mut() {
         frontend.set = SetWord::NONE;
     }
-    let mut next = start(maps);
-    next.apply(cluster.undelivered().batch());
-    next.settle().unwrap();
-    assert_eq!(next.maps().contents, wanted);
+    maps
+}
+
+#[test]
+fn slots_of_layout_3_get_their_service_even_if_an_agent_dies_meanwhile() {
+    let (lb, cluster) = serving();
+    let former = as_of_layout_3(lb.maps().clone());
+    let is_complete_at = |at| {
+        let torn = start(FaultyMaps::new(former.clone(), at, Fault::Tear));
+        let mut next = start(torn.maps().inner.clone());
+        next.apply(cluster.undelivered().batch());
+        next.settle().unwrap();
+        assert_eq!(next.maps().contents, lb.maps().contents, "died at {at}");
+        !torn.maps().is_dead()
+    };
+    let tried = (0..).take_while(|at| !is_complete_at(*at)).count();
+    assert!(tried >= 2, "{tried} operations");
 }
 
 #[test]
