@@ -228,6 +228,7 @@ pub async fn serve(
                 daemon.report(Reporter::Servers, server_problems.borrow_and_update().clone());
             }
             _ = check.tick() => {
+                daemon.reconciler.reclaim();
                 daemon.apply_nf_conntrack();
                 // Programs that another process detached, and attachments that failed.
                 daemon.update_devices(true);

@@ -868,6 +868,47 @@ fn a_failed_write_is_repeated_without_a_change() {
     assert_clean(&lb);
 }
 
+/// The frontend was inserted from outside, so its insertion fails until it is removed there.
+#[test]
+fn a_failed_insertion_requests_no_grace_period_and_its_filter_bit_is_cleared_in_the_end() {
+    let foreign = key("10.96.7.1", 80);
+    let failing = || {
+        let (mut lb, mut cluster) = (start(maps().corrupted()), web());
+        apply(&mut lb, &mut cluster);
+        let value = lb.maps().contents.frontends[&key("10.96.0.1", 80)];
+        lb.maps_mut().contents.frontends.insert(foreign, value);
+        cluster.set(service("new", "10.96.7.1").ports([port("", 80)]));
+        // The mark of the address would use the bit too.
+        lb.maps_mut()
+            .contents
+            .frontends
+            .insert(FrontendKey::address_mark(foreign.addr), value);
+        lb.apply(cluster.batch());
+        let requested = lb.maps().grace_requested();
+        for _ in 0..3 {
+            lb.maps_mut().pass_grace();
+            lb.reclaim();
+            assert_eq!((lb.problems().len(), lb.maps().grace_requested()), (2, requested));
+        }
+        let present = &mut lb.maps_mut().contents.frontends;
+        present.retain(|key, _| key.addr != foreign.addr);
+        (lb, cluster)
+    };
+    let (mut lb, _) = failing();
+    lb.reclaim();
+    assert_clean(&lb);
+    assert_eq!(
+        (lb.problems(), served(lb.maps(), "10.96.7.1", 80)),
+        (vec![], Some(vec![]))
+    );
+
+    let (mut lb, mut cluster) = failing();
+    cluster.remove_service("new");
+    apply(&mut lb, &mut cluster);
+    assert_eq!(lb.problems(), []);
+    assert!(!lb.maps().contents.filter.contains(&foreign.addr.into()));
+}
+
 /// The first write of the service port that the frontend passes to fails.
 #[test]
 fn a_frontend_that_passes_to_a_new_service_port_never_misses() {
