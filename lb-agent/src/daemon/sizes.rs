@@ -24,7 +24,7 @@ pub struct MapSettings {
     /// Largest numbers of entries.
     pub bound: Capacities,
     /// Smallest numbers of entries that differ from those for the machine's memory.
-    pub floor: Vec<(SizedMap, u32)>,
+    pub minimum: Vec<(SizedMap, u32)>,
     /// Largest size of all maps together in bytes; `None` for the default.
     pub memory: Option<u64>,
     /// Time for which a map is in little use before it shrinks.
@@ -57,7 +57,7 @@ impl Sizes {
     pub(super) fn new(settings: MapSettings) -> anyhow::Result<Self> {
         let MapSettings {
             bound,
-            floor,
+            minimum,
             memory,
             shrink_after,
         } = settings;
@@ -65,12 +65,12 @@ impl Sizes {
         let machine = node::memory::read(cgroups.as_deref())
             .context("reading the machine's memory")?
             .machine;
-        let floor = floor
+        let minimum = minimum
             .into_iter()
-            .fold(sizing::floor(machine), |all, (map, entries)| all.with(map, entries));
+            .fold(sizing::minimum(machine), |all, (map, entries)| all.with(map, entries));
         let cpus = aya::util::nr_cpus().map_err(|(path, error)| anyhow::anyhow!("{path}: {error}"))?;
         Ok(Self {
-            limits: Limits::new(&floor, bound),
+            limits: Limits::new(&minimum, bound),
             flag: memory,
             cpus: cpus as u32,
             cgroups,

@@ -84,14 +84,10 @@ impl Resize {
 /// room for that.
 #[must_use]
 pub fn room(map: SizedMap, used: u32) -> u32 {
-    match map {
-        SizedMap::Services | SizedMap::Frontends | SizedMap::Backends | SizedMap::BackendSlots => used,
-        SizedMap::Sockets
-        | SizedMap::SocketsMore
-        | SizedMap::UdpFlows
-        | SizedMap::Affinity
-        | SizedMap::Conntrack
-        | SizedMap::ConntrackNew => used.saturating_add(used / 4),
+    if map.is_filled_by_programs() {
+        used.saturating_add(used / 4)
+    } else {
+        used
     }
 }
 

@@ -1,10 +1,10 @@
 //! The numbers of entries that maps should have, from their use: when a map grows or shrinks, and by how much.
 //!
 //! A map grows before more than four fifths of it are in use, to a power of two of which half is in use at most, and shrinks
-//! after less than a fifth was in use for an hour. Programs fill some maps while no agent runs, so these have a floor that
+//! after less than a fifth was in use for an hour. Programs fill some maps while no agent runs, so these have a minimum that
 //! follows the machine's memory.
 //!
-//! CT_NEW has half the size of CT, whatever its use. It evicts the least recently used entry, so a flood of unreplied SYNs
+//! CT_NEW has half the size of CT, but at least its minimum, whatever its use. It evicts the least recently used entry, so a flood of unreplied SYNs
 //! fills it at any size, and growth would only cost memory. The size that a node needs is that of the flows which are
 //! opened during one round trip, and that follows the number of established flows.
 
@@ -36,7 +36,7 @@ const ORDER: [SizedMap; SizedMap::COUNT] = [
 /// Returns the smallest sizes on a machine with this memory in bytes: room for 32,768 to 131,072 flows, one for each
 /// 256 KiB of memory.
 #[must_use]
-pub fn floor(machine: u64) -> Capacities {
+pub fn minimum(machine: u64) -> Capacities {
     let flows = (machine >> 18).clamp(1 << 15, 1 << 17) as u32;
     // The power of two at or below it.
     let flows = 1 << flows.ilog2();
@@ -44,7 +44,7 @@ pub fn floor(machine: u64) -> Capacities {
         .with(SizedMap::Conntrack, 2 * flows)
         .with(
             SizedMap::ConntrackNew,
-            (2 * flows / 2).max(SizedMap::ConntrackNew.default_capacity()),
+            flows.max(SizedMap::ConntrackNew.default_capacity()),
         )
         .with(
             SizedMap::SocketsMore,
@@ -57,24 +57,24 @@ pub fn floor(machine: u64) -> Capacities {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// The smallest sizes.
-    pub floor: Capacities,
+    pub minimum: Capacities,
     /// The largest sizes.
     pub bound: Capacities,
 }
 
 impl Limits {
-    /// Returns limits with these bounds. A floor above its bound is lowered to it.
+    /// Returns limits with these bounds. A minimum above its bound is lowered to it.
     #[must_use]
-    pub fn new(floor: &Capacities, bound: Capacities) -> Self {
-        let floor = floor.map(|map, floor| floor.min(bound[map]));
-        Self { floor, bound }
+    pub fn new(minimum: &Capacities, bound: Capacities) -> Self {
+        let minimum = minimum.map(|map, entries| entries.min(bound[map]));
+        Self { minimum, bound }
     }
 
     /// Returns the sizes that a start requires: those of the pinned maps, within the limits.
     #[must_use]
     pub fn at_start(&self, pinned: Option<&Capacities>) -> Capacities {
-        let present = pinned.unwrap_or(&self.floor);
-        present.map(|map, entries| entries.clamp(self.floor[map], self.bound[map]))
+        let present = pinned.unwrap_or(&self.minimum);
+        present.map(|map, entries| entries.clamp(self.minimum[map], self.bound[map]))
     }
 }
 
@@ -162,23 +162,10 @@ fn load(map: SizedMap, used: &Capacities) -> u32 {
     }
 }
 
-/// Returns whether only the agent inserts into a map, so that its size follows the source and not the clients.
-fn is_filled_by_agent(map: SizedMap) -> bool {
-    match map {
-        SizedMap::Services | SizedMap::Frontends | SizedMap::Backends | SizedMap::BackendSlots => true,
-        SizedMap::Sockets
-        | SizedMap::SocketsMore
-        | SizedMap::UdpFlows
-        | SizedMap::Affinity
-        | SizedMap::Conntrack
-        | SizedMap::ConntrackNew => false,
-    }
-}
-
 /// Returns the size of CT_NEW next to a CT of a size.
 fn beside(conntrack: u32, limits: &Limits) -> u32 {
     let map = SizedMap::ConntrackNew;
-    (conntrack / 2).clamp(limits.floor[map], limits.bound[map])
+    (conntrack / 2).clamp(limits.minimum[map], limits.bound[map])
 }
 
 /// Decides about growth. `used`: the numbers of entries that the maps have or need. `memory`: the largest size of all maps
@@ -208,10 +195,10 @@ pub fn grown(present: &Capacities, used: &Capacities, limits: &Limits, memory: u
         };
         let bounded = wanted.min(limits.bound[map]);
         let mut new = bounded;
-        let memory = if is_filled_by_agent(map) {
-            memory
-        } else {
+        let memory = if map.is_filled_by_programs() {
             memory - memory / 4
+        } else {
+            memory
         };
         let is_over = |new: u32| memory::total(&growth.to.with(map, new), cpus) > memory;
         while new > entries && is_over(new) {
@@ -279,7 +266,7 @@ impl Shrinking {
             };
             let new = match map {
                 SizedMap::ConntrackNew => beside(to[SizedMap::Conntrack], limits),
-                _ => target(load).max(limits.floor[map]),
+                _ => target(load).max(limits.minimum[map]),
             };
             let needed = needed.checked_next_power_of_two().unwrap_or(u32::MAX);
             let new = new.max(needed).min(present[map]);
@@ -423,7 +410,7 @@ mod tests {
 
     #[test]
     fn default_bounds_have_room_for_30000_services_with_10_endpoints() {
-        let limits = Limits::new(&floor(4 * GIB), Capacities::BOUND);
+        let limits = Limits::new(&minimum(4 * GIB), Capacities::BOUND);
         let start = limits.at_start(None);
         // Two families, two ports, and two sets of endpoints.
         let used = NOTHING
@@ -442,18 +429,19 @@ mod tests {
     }
 
     #[test]
-    fn the_floor_follows_the_memory_of_the_machine() {
-        for (machine, flows) in [
-            (GIB, 1 << 15),
-            (8 * GIB, 1 << 15),
-            (16 * GIB, 1 << 16),
-            (24 * GIB, 1 << 16),
-            (1024 * GIB, 1 << 17),
+    fn the_minimum_follows_the_memory_of_the_machine() {
+        for (machine, flows, unreplied) in [
+            (GIB, 1 << 15, 1 << 16),
+            (8 * GIB, 1 << 15, 1 << 16),
+            (16 * GIB, 1 << 16, 1 << 16),
+            (24 * GIB, 1 << 16, 1 << 16),
+            (1024 * GIB, 1 << 17, 1 << 17),
         ] {
-            let floor = floor(machine);
-            assert_eq!(floor[SizedMap::Conntrack], 2 * flows, "{machine}");
-            assert_eq!(floor[SizedMap::UdpFlows], flows, "{machine}");
-            let records = floor[SizedMap::Sockets] + floor[SizedMap::SocketsMore];
+            let minimum = minimum(machine);
+            assert_eq!(minimum[SizedMap::Conntrack], 2 * flows, "{machine}");
+            assert_eq!(minimum[SizedMap::ConntrackNew], unreplied, "{machine}");
+            assert_eq!(minimum[SizedMap::UdpFlows], flows, "{machine}");
+            let records = minimum[SizedMap::Sockets] + minimum[SizedMap::SocketsMore];
             assert!(records > 1 << 15, "{machine}");
         }
     }
@@ -491,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn a_map_keeps_its_floor_and_the_room_that_it_needs() {
+    fn a_map_keeps_its_minimum_and_the_room_that_it_needs() {
         let after = |used: Capacities, needed: Capacities, limits: &Limits| {
             let mut shrinking = Shrinking::new(Duration::ZERO);
             shrinking.next(seconds(0), &PRESENT, &used, &needed, limits)
