@@ -430,8 +430,8 @@ impl Daemon<'_> {
     /// Updates the limit of the maps' memory in STATE, and returns whether it has changed.
     fn update_memory_limit(&mut self) -> bool {
         let (_, present) = self.reconciler.usage();
-        let limit = match self.sizes.memory_limit(&present) {
-            Ok(limit) => (limit >> 20) as u32,
+        let limit = match self.sizes.allowed(&present) {
+            Ok(allowed) => (allowed.total >> 20) as u32,
             Err(error) => {
                 warn!(%error, "cannot read the memory that maps may take");
                 return false;

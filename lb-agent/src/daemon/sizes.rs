@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use lb_common::abi::SizedMap;
 use lb_core::maps::Capacities;
-use lb_core::maps::memory::{self, Memory};
+use lb_core::maps::memory::Allowed;
 use lb_core::maps::sizing::{self, Growth, Limits, Shrinking, grown};
 use lb_core::model::{Problem, ProblemKind};
 use lb_core::reconcile::Usage;
@@ -89,10 +89,10 @@ impl Sizes {
         self.limits.at_start(pinned)
     }
 
-    /// Returns the largest size of all maps together in bytes.
-    pub(super) fn memory_limit(&self, present: &Capacities) -> io::Result<u64> {
-        let memory: Memory = node::memory::read(self.cgroups.as_deref())?;
-        Ok(memory::limit(self.flag, memory, memory::total(present, self.cpus)))
+    /// Returns the memory that maps may take.
+    pub(super) fn allowed(&self, present: &Capacities) -> io::Result<Allowed> {
+        let memory = node::memory::read(self.cgroups.as_deref())?;
+        Ok(Allowed::new(self.flag, memory, present, self.cpus))
     }
 
     /// Records the entries of the maps that programs fill.
@@ -103,13 +103,13 @@ impl Sizes {
     /// Returns the sizes to grow to, if a map has to grow for the demand and the counted entries.
     pub(super) fn growth(&mut self, present: &Capacities, demand: Usage) -> io::Result<Option<Capacities>> {
         let used = self.used(demand);
-        let decide = |memory| grown(present, &used, &self.limits, memory, self.cpus);
-        let without_limit = decide(u64::MAX);
+        let decide = |allowed| grown(present, &used, &self.limits, allowed, self.cpus);
+        let without_limit = decide(Allowed::ALL);
         // The limit costs system calls, and matters only if a map has to grow.
         let Growth { to, refused } = if without_limit.to == *present {
             without_limit
         } else {
-            decide(self.memory_limit(present)?)
+            decide(self.allowed(present)?)
         };
         self.refused = refused
             .iter()

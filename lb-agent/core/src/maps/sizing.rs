@@ -13,8 +13,9 @@ use std::time::Duration;
 
 use lb_common::abi::SizedMap;
 
+use super::Capacities;
+use super::memory::Allowed;
 use super::resize::room;
-use super::{Capacities, memory};
 
 /// Time for which less than a fifth of a map is in use before it shrinks.
 pub const SHRINK_AFTER: Duration = Duration::from_secs(3600);
@@ -168,11 +169,10 @@ fn beside(conntrack: u32, limits: &Limits) -> u32 {
     (conntrack / 2).clamp(limits.minimum[map], limits.bound[map])
 }
 
-/// Decides about growth. `used`: the numbers of entries that the maps have or need. `memory`: the largest size of all maps
-/// together in bytes, which only refuses growth. A fourth of it is left to the maps that hold Services, since clients can fill
-/// the others. If a map grows, maps of which more than half is in use grow with it, so that the next move is far away.
+/// Decides about growth. `used`: the numbers of entries that the maps have or need. `allowed`: the memory that the maps may take, which
+/// only refuses growth. If a map grows, maps of which more than half is in use grow with it, so that the next move is far away.
 #[must_use]
-pub fn grown(present: &Capacities, used: &Capacities, limits: &Limits, memory: u64, cpus: u32) -> Growth {
+pub fn grown(present: &Capacities, used: &Capacities, limits: &Limits, allowed: Allowed, cpus: u32) -> Growth {
     let mut growth = Growth {
         to: *present,
         refused: Vec::new(),
@@ -195,12 +195,12 @@ pub fn grown(present: &Capacities, used: &Capacities, limits: &Limits, memory: u
         };
         let bounded = wanted.min(limits.bound[map]);
         let mut new = bounded;
-        let memory = if map.is_filled_by_programs() {
-            memory - memory / 4
+        let allowed = if map.is_filled_by_programs() {
+            allowed.for_programs()
         } else {
-            memory
+            allowed
         };
-        let is_over = |new: u32| memory::total(&growth.to.with(map, new), cpus) > memory;
+        let is_over = |new: u32| !allowed.allows(present, &growth.to.with(map, new), cpus);
         while new > entries && is_over(new) {
             new = (new / 2).next_power_of_two();
         }
@@ -294,6 +294,7 @@ impl Shrinking {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::maps::memory;
 
     const MIB: u64 = 1 << 20;
     const GIB: u64 = 1 << 30;
@@ -304,8 +305,9 @@ mod tests {
         Limits::new(&Capacities::uniform(256), Capacities::uniform(1 << 20))
     }
 
-    fn grow(used: Capacities, limits: &Limits, memory: u64) -> Growth {
-        grown(&PRESENT, &used, limits, memory, 2)
+    /// Decides about maps of [`PRESENT`], whose size together has a limit.
+    fn grow(used: Capacities, limits: &Limits, total: u64) -> Growth {
+        grown(&PRESENT, &used, limits, Allowed { total, ..Allowed::ALL }, 2)
     }
 
     #[test]
@@ -397,7 +399,11 @@ mod tests {
         // Clients cannot take the last fourth.
         assert!(total(&growth.to) <= limit - limit / 4);
         let services = NOTHING.with(SizedMap::BackendSlots, 100_000);
-        let more = grown(&growth.to, &services, &limits(), limit, 2);
+        let allowed = Allowed {
+            total: limit,
+            ..Allowed::ALL
+        };
+        let more = grown(&growth.to, &services, &limits(), allowed, 2);
         assert_eq!((more.to[SizedMap::BackendSlots], more.refused), (1 << 18, Vec::new()));
         // No room for anything.
         let growth = grow(used, &limits(), 0);
@@ -406,6 +412,24 @@ mod tests {
         let expected = [SizedMap::Backends, SizedMap::Conntrack].map(|map| (map, Limit::Memory));
         assert_eq!(refused, expected);
         assert!(growth.refused[0].to_string().contains("--map-memory"));
+    }
+
+    #[test]
+    fn a_map_grows_as_far_as_it_fits_beside_the_present_one() {
+        let used = NOTHING.with(SizedMap::Backends, 100_000);
+        let of = |entries| memory::of(SizedMap::Backends, entries, 2);
+        for (moved, entries, is_refused) in [
+            (of(1 << 18), 1 << 18, false),
+            (of(1 << 18) - 1, 1 << 17, false),
+            (of(1 << 17) - 1, 1 << 16, true),
+            (of(2048) - 1, 1024, true),
+        ] {
+            let growth = grown(&PRESENT, &used, &limits(), Allowed { moved, ..Allowed::ALL }, 2);
+            assert_eq!(growth.to, PRESENT.with(SizedMap::Backends, entries), "{moved}");
+            let refused: Vec<_> = growth.refused.iter().map(|r| (r.map, r.limit)).collect();
+            let expected = is_refused.then_some((SizedMap::Backends, Limit::Memory));
+            assert_eq!(refused, expected.into_iter().collect::<Vec<_>>(), "{moved}");
+        }
     }
 
     #[test]
@@ -418,13 +442,17 @@ mod tests {
             .with(SizedMap::Frontends, 300_000)
             .with(SizedMap::Backends, 1_000_000)
             .with(SizedMap::BackendSlots, 2_000_000);
-        assert_eq!(grown(&start, &used, &limits, u64::MAX, 8).refused, []);
+        assert_eq!(grown(&start, &used, &limits, Allowed::ALL, 8).refused, []);
         let used = NOTHING
             .with(SizedMap::Services, 30_000)
             .with(SizedMap::Frontends, 60_000)
             .with(SizedMap::Backends, 300_000)
             .with(SizedMap::BackendSlots, 300_000);
-        let growth = grown(&start, &used, &limits, 400 * MIB, 8);
+        let allowed = Allowed {
+            total: 400 * MIB,
+            ..Allowed::ALL
+        };
+        let growth = grown(&start, &used, &limits, allowed, 8);
         assert_eq!(growth.refused, []);
     }
 
@@ -510,7 +538,7 @@ mod tests {
             let used = Capacities::uniform(used);
             let mut shrinking = Shrinking::new(Duration::ZERO);
             let to = shrinking.next(seconds(0), &PRESENT, &used, &used, &limits());
-            let growth = grown(&to, &used, &limits(), u64::MAX, 2);
+            let growth = grown(&to, &used, &limits(), Allowed::ALL, 2);
             assert_eq!((growth.to, growth.refused), (to, Vec::new()), "{used:?}");
         }
     }
