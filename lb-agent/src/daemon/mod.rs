@@ -25,7 +25,7 @@ use self::devices::Devices;
 pub use self::devices::PacketSettings;
 use self::problems::{Problems, Reporter};
 pub use self::sizes::MapSettings;
-use self::sizes::Sizes;
+use self::sizes::{Scope, Sizes};
 use crate::config::Config;
 use crate::ebpf_log::{self, Printer};
 use crate::heap;
@@ -339,7 +339,7 @@ impl Daemon<'_> {
         let changes = batch.changes.len();
         let before = self.reconciler.maps().written();
         self.reconciler.receive(batch);
-        self.make_room()?;
+        self.make_room(Scope::Agent)?;
         self.reconciler.write();
         self.servers.applied(&applying, &mut self.reconciler);
         let written = self.reconciler.maps().written() - before;
@@ -358,10 +358,10 @@ impl Daemon<'_> {
     }
 
     /// Replaces maps that do not have enough room for the received changes, or for the counted entries.
-    fn make_room(&mut self) -> anyhow::Result<()> {
+    fn make_room(&mut self, scope: Scope) -> anyhow::Result<()> {
         let (_, present) = self.reconciler.usage();
         let demand = self.reconciler.demand();
-        match self.sizes.growth(&present, demand) {
+        match self.sizes.growth(&present, demand, scope) {
             Ok(Some(to)) => self.replace_maps(&to)?,
             Ok(None) => self.problems.set(Reporter::MapSizes, self.sizes.problems()),
             Err(error) => {
@@ -379,7 +379,7 @@ impl Daemon<'_> {
     fn record_usage(&mut self, counts: Capacities) -> anyhow::Result<()> {
         self.sizes.counted(counts);
         let (usage, before) = self.reconciler.usage();
-        self.make_room()?;
+        self.make_room(Scope::All)?;
         if self.reconciler.maps().capacities() == before {
             let needed = self.reconciler.needed();
             if let Some(to) = self.sizes.shrunk(&before, usage, &needed) {
