@@ -90,6 +90,12 @@ pub enum LoadError {
     Map(#[from] MapError),
 }
 
+/// Returns a function that adds a path and the name of a call to the error of that call.
+fn failed(path: impl Into<PathBuf>, call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
+    let path = path.into();
+    move |source| LoadError::Call { path, call, source }
+}
+
 /// Which processes get socket-level load balancing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SocketLb {
@@ -128,7 +134,7 @@ impl EbpfLog {
 /// attached to a hook that has none.
 ///
 /// # Errors
-/// Returns a [`LoadError`] if the pins are of another layout, or if a map or program cannot be loaded.
+/// Returns a [`LoadError`] if the pins cannot be used or moved, or if a map or program cannot be loaded.
 pub fn load(
     object: &[u8],
     lock: &Lock,
@@ -166,11 +172,7 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// Returns [`LoadError::Call`] if the namespace cannot be identified.
     pub fn new(object: &'a [u8], lock: &'a Lock, sockets_served: SocketLb, log: EbpfLog) -> Result<Self, LoadError> {
-        let netns = sys::netns_cookie().map_err(|source| LoadError::Call {
-            path: "(network namespace)".into(),
-            call: "SO_NETNS_COOKIE",
-            source,
-        })?;
+        let netns = sys::netns_cookie().map_err(failed("(network namespace)", "SO_NETNS_COOKIE"))?;
         Ok(Self {
             object,
             pins: lock.pins(),

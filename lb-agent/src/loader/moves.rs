@@ -28,15 +28,10 @@ use lb_core::model::{Problem, ProblemKind};
 use tracing::{info, warn};
 
 use super::pins::remove_dir;
-use super::{LoadError, Loader, PinPath, attach, tc};
+use super::{LoadError, Loader, PinPath, attach, failed, tc};
 use crate::maps::bpf::PinnedMaps;
 use crate::maps::moves::{PhaseMap, wait_for_programs};
 use crate::maps::old::OldMaps;
-
-fn failed(path: &Path, call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
-    let path = path.to_owned();
-    move |source| LoadError::Call { path, call, source }
-}
 
 /// The pinned maps after all moves.
 #[derive(Debug, Default)]
