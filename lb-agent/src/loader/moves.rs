@@ -390,9 +390,9 @@ fn finish(loader: &Loader<'_>, programs: &Ebpf, replaced: &Replaced, from: u32, 
     rename(loader.pins, from, to).map(|()| lost)
 }
 
-/// Replaces the pins of the old maps by those of the new ones. The layout of the old maps is removed, if it is another one, after the
-/// maps that were not replaced have been moved. SERVICES, which has the number of entries, comes after the maps of the same size: an
-/// agent that dies in between does not leave one that is smaller.
+/// Replaces the pins of the old maps by those of the new ones. If the old maps are of another layout, the maps that were not replaced
+/// are moved, then that layout is removed, except the links of this build's layout. SERVICES, which has the number of entries, comes
+/// after the maps of the same size: an agent that dies in between does not leave one that is smaller.
 fn rename(pins: &PinPath, from: u32, to: u32) -> Result<(), LoadError> {
     let (next, maps) = (pins.next_of(to), pins.maps_of(to));
     fs::create_dir_all(&maps).map_err(failed(&maps, "mkdir"))?;
@@ -449,4 +449,40 @@ fn lost_problem(lost: usize) -> Option<Problem> {
 
 fn problem(place: &str, message: String) -> Problem {
     Problem::new(place, message).kind(ProblemKind::Map)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A layout of a later build.
+    const LATER: u32 = VERSION + 1;
+
+    /// Creates an empty file in place of a pin, and the directories above it.
+    fn create(pin: &Path) {
+        fs::create_dir_all(pin.parent().unwrap()).unwrap();
+        fs::write(pin, "").unwrap();
+    }
+
+    #[test]
+    fn links_stay_when_the_move_to_a_later_layout_is_completed() {
+        let folder = tempfile::tempdir().unwrap();
+        let pins = PinPath::new(folder.path());
+        let link = pins.links().join("lb_connect4");
+        let (maps, later) = (pins.maps(), pins.maps_of(LATER));
+        let next = pins.next_of(LATER);
+        for pin in [
+            link.clone(),
+            maps.join("CT"),
+            maps.join("NAMES"),
+            next.join("CT"),
+            next.join(MOVE_MAP),
+        ] {
+            create(&pin);
+        }
+        rename(&pins, VERSION, LATER).unwrap();
+        assert!(link.exists());
+        assert!(!maps.exists() && !next.exists());
+        assert!(later.join("CT").exists() && later.join("NAMES").exists());
+    }
 }

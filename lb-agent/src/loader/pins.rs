@@ -166,9 +166,15 @@ impl PinPath {
         Ok(())
     }
 
-    /// Removes the directory of another layout.
+    /// Removes the maps of a layout, then the rest of its directory, except the links of this build's layout: at every moment the
+    /// remaining maps are marked like all of them before.
     pub(super) fn remove_layout(&self, layout: u32) -> Result<(), LoadError> {
-        remove_dir(&self.layout(layout))
+        remove_dir(&self.maps_of(layout))?;
+        if layout == VERSION {
+            remove_dir(&self.filling(layout))
+        } else {
+            remove_dir(&self.layout(layout))
+        }
     }
 
     /// Removes everything, links first. Links are detached explicitly, since the kernel releases a link some time after its
