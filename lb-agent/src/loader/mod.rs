@@ -249,6 +249,15 @@ impl<'a> Loader<'a> {
         }
     }
 
+    /// Puts the maps in force, if those of another layout were until now because they could not be read. To be called when the maps
+    /// are complete, before programs are attached.
+    ///
+    /// # Errors
+    /// Returns a [`LoadError`] if a system call fails.
+    pub fn put_in_force(&self) -> Result<(), LoadError> {
+        moves::put_in_force(self.pins)
+    }
+
     /// Removes the maps of another layout, which could not be read. The programs that used them must have been replaced.
     ///
     /// # Errors

@@ -12,7 +12,8 @@
 //! it is one of a build with another layout. The rules that all layouts follow are in [`lb_common::abi::PinnedMap`] and its module.
 //!
 //! The maps in force are those of the only layout with a directory `maps` that is not empty. If there are two, one of them also has
-//! a directory `filling`: its maps are being made from the source, and those of the other layout are still in force.
+//! a directory `filling`, and the maps of the other one are in force. While maps are being made from the source, their layout has
+//! it. When they are complete, it passes to the other layout by one rename, programs are attached, and that layout is removed.
 
 use std::fs;
 use std::io;
@@ -56,7 +57,7 @@ impl Moved {
 }
 
 /// Completes the move of an earlier start, and moves the content of maps of another layout to maps of this build. If those cannot be
-/// read, they stay in force until programs are attached: see [`remove_others`].
+/// read, they stay in force until the maps of this build are complete: see [`put_in_force`].
 ///
 /// # Errors
 /// Returns a [`LoadError`] if a move fails.
@@ -80,7 +81,7 @@ pub(super) fn take_over(loader: &Loader<'_>) -> Result<Moved, LoadError> {
         remove_others(pins)?;
         return Ok(moved);
     };
-    remove_dir(&pins.maps())?;
+    pins.remove_layout(VERSION)?;
     pins.create_dirs()?;
     info!(layout = source, "taking over the maps of another layout");
     moved.add(take_over_from(loader, source)?);
@@ -149,6 +150,19 @@ fn take_over_from(loader: &Loader<'_>, source: u32) -> Result<Moved, LoadError> 
     Ok(moved)
 }
 
+/// Puts the maps of this build in force, which were made from the source while those of another layout were in force. To be called
+/// before programs are attached that use them.
+///
+/// # Errors
+/// Returns a [`LoadError`] if a system call fails.
+pub(super) fn put_in_force(pins: &PinPath) -> Result<(), LoadError> {
+    let Some(former) = other_in_force(pins, VERSION)? else {
+        return Ok(());
+    };
+    let own = pins.filling(VERSION);
+    fs::rename(&own, pins.filling(former)).map_err(failed(&own, "rename"))
+}
+
 /// Removes the directories of all other layouts: the maps of this build are in force.
 ///
 /// # Errors
@@ -163,7 +177,7 @@ pub(super) fn remove_others(pins: &PinPath) -> Result<(), LoadError> {
 fn other_in_force(pins: &PinPath, layout: u32) -> Result<Option<u32>, LoadError> {
     let all = pins.other_layouts()?.into_iter().chain([VERSION]);
     let mut others = all.filter(|other| *other != layout && pins.has_maps(*other));
-    // While one layout is being filled, the other one is in force.
+    // Of two layouts with maps, one has the mark.
     Ok(others.find(|other| !pins.filling(*other).exists()))
 }
 
@@ -462,6 +476,25 @@ mod tests {
     fn create(pin: &Path) {
         fs::create_dir_all(pin.parent().unwrap()).unwrap();
         fs::write(pin, "").unwrap();
+    }
+
+    #[test]
+    fn maps_made_from_the_source_are_in_force_before_those_of_another_layout_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let pins = PinPath::new(folder.path());
+        for layout in [VERSION, LATER] {
+            create(&pins.maps_of(layout).join("CT"));
+        }
+        fs::create_dir(pins.filling(VERSION)).unwrap();
+        assert_eq!(other_in_force(&pins, VERSION).unwrap(), Some(LATER));
+        put_in_force(&pins).unwrap();
+        assert_eq!(other_in_force(&pins, VERSION).unwrap(), None);
+        assert_eq!(other_in_force(&pins, LATER).unwrap(), Some(VERSION));
+        remove_others(&pins).unwrap();
+        assert!(pins.other_layouts().unwrap().is_empty());
+        assert!(pins.has_maps(VERSION) && !pins.filling(VERSION).exists());
+        put_in_force(&pins).unwrap();
+        assert!(pins.has_maps(VERSION) && !pins.filling(VERSION).exists());
     }
 
     #[test]

@@ -7,10 +7,11 @@ use std::net::SocketAddr;
 use std::process::Stdio;
 
 use anyhow::{Context as _, Result, ensure};
+use aya::maps::MapInfo;
 use lb_agent::loader::{self, Cgroup, PinPath};
 use lb_agent::maps::bpf::PinnedMaps;
 use lb_agent::maps::ct::CtMaps;
-use lb_common::abi::{Addr, CtEntry, CtKey, FrontendKey, SizedMap, VERSION, ct_flags, ct_state, ip_protocol};
+use lb_common::abi::{Addr, CtEntry, CtKey, FrontendKey, SizedMap, VERSION, ct_flags, ct_state, ip_protocol, map_name};
 use lb_common::logic::ct::reverse_key;
 use lb_core::maps::Capacities;
 use lb_tests::manifests::{Manifests, Port, service, slice};
@@ -53,7 +54,9 @@ const DEVICES: usize = 3;
 /// Commands of bpf(2) that change state visible to other processes: elements of maps, pins and links. (`bpf_cmd` of the
 /// kernel's header: MAP_UPDATE_ELEM, MAP_DELETE_ELEM, OBJ_PIN, PROG_TEST_RUN, LINK_CREATE, LINK_UPDATE.) Between two of
 /// these calls, or of those that change directories, a kill leaves the same state wherever it happens.
-const CHANGING: [u64; 6] = [2, 3, 6, 10, 28, 29];
+const CHANGING: [u64; 6] = [2, 3, 6, 10, 28, LINK_UPDATE];
+/// Command of bpf(2) that replaces the program of a link.
+const LINK_UPDATE: u64 = 29;
 
 fn changes_something(call: Call) -> bool {
     match call.number {
@@ -120,6 +123,23 @@ impl Fixture {
 
     /// Starts the agent with a fault, and kills it once it serves.
     fn start(&self, fault: FaultPoint) -> Result<(RunEnd, bool)> {
+        self.start_counting(fault, changes_something)
+    }
+
+    /// Starts the agent, and kills it after the first bpf(2) with a command.
+    fn start_until(&self, command: u64) -> Result<()> {
+        let first = FaultPoint {
+            at: 0,
+            kind: FaultKind::Die,
+        };
+        let is_chosen = |call: Call| call.number == libc::SYS_bpf && call.first == command;
+        let (end, _) = self.start_counting(first, is_chosen)?;
+        ensure!(end == RunEnd::Died, "{end:?} without the command {command}");
+        Ok(())
+    }
+
+    /// Starts the agent with a fault at one of the calls that are counted, and kills it once it serves.
+    fn start_counting(&self, fault: FaultPoint, counts: impl Fn(Call) -> bool) -> Result<(RunEnd, bool)> {
         let log = self.cluster.scratch().join("traced.log");
         let file = OpenOptions::new().create(true).write(true).truncate(true).open(&log)?;
         let node = self.cluster.node(NODE);
@@ -137,8 +157,7 @@ impl Fixture {
             .stdout(Stdio::null())
             .stderr(file);
         let serves = |call: Call| Ok(call.number == libc::SYS_write && fs::read_to_string(&log)?.contains("serving"));
-        ptrace::run(&mut command, fault, changes_something, serves)
-            .with_context(|| fs::read_to_string(&log).unwrap_or_default())
+        ptrace::run(&mut command, fault, counts, serves).with_context(|| fs::read_to_string(&log).unwrap_or_default())
     }
 
     /// Starts the agent without a fault, checks the result, and kills the agent.
@@ -431,4 +450,21 @@ fn upgrade_from_layout_3_killed_at_any_syscall_is_completed_by_the_next_start() 
 #[test]
 fn upgrade_from_layout_3_with_any_failing_syscall_is_completed_by_the_next_start() -> Result<()> {
     faults_at_an_upgrade(FaultKind::Fail)
+}
+
+#[test]
+fn maps_made_from_the_source_stay_if_the_agent_is_killed_while_it_attaches_programs() -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.write(false)?;
+    fixture.start_well()?;
+    let [own, later] = [VERSION, VERSION + 1].map(|layout| fixture.pins.root().join(format!("v{layout}")));
+    fs::rename(own, &later).context("renaming the layout")?;
+    let services = later.join("maps").join(map_name::SERVICES);
+    fs::rename(&services, services.with_file_name("OTHER")).context("renaming SERVICES")?;
+    fixture.start_until(LINK_UPDATE)?;
+    let id = || Ok::<_, anyhow::Error>(MapInfo::from_pin(fixture.pins.maps().join(map_name::CT))?.id());
+    let made = id()?;
+    fixture.start_well()?;
+    ensure!(id()? == made, "the maps were made again");
+    Ok(())
 }
