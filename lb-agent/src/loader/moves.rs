@@ -132,8 +132,9 @@ fn take_over_from(loader: &Loader<'_>, source: u32) -> Result<Moved, LoadError> 
         fs::rename(&replaced.old, pins.maps()).map_err(failed(&replaced.old, "rename"))?;
         pins.remove_layout(source)?;
     } else {
-        let programs = prepare(loader, &old, &replaced, &old.capacities())
-            .or_else(|error| remove_dir(&replaced.next).and(Err(error)))?;
+        let to = old.capacities_with_room_for_records()?;
+        let programs =
+            prepare(loader, &old, &replaced, &to).or_else(|error| remove_dir(&replaced.next).and(Err(error)))?;
         moved.has_old_programs = true;
         let lost = finish(loader, &programs, &replaced, source, VERSION)?;
         moved.problems.extend(lost_problem(lost));

@@ -14,7 +14,7 @@ use lb_common::abi::{
     SizedMap, SocketRecord, State, map_name, program_name,
 };
 use lb_common::logic::generation;
-use lb_core::maps::resize::{base_generation, room, unused_backend, unused_service};
+use lb_core::maps::resize::{base_generation, room, room_for_records, unused_backend, unused_service};
 use lb_core::maps::{Capacities, MapError};
 use tracing::warn;
 use zerocopy::{FromBytes, Immutable, IntoBytes as _, KnownLayout};
@@ -104,6 +104,20 @@ impl OldMaps {
             needed = needed.with(map, room(map, used));
         }
         Ok(needed)
+    }
+
+    /// Returns the numbers of entries of the maps, with room in SOCKETS_MORE for all socket records, which a move copies there.
+    ///
+    /// # Errors
+    /// Returns [`MapError::Call`] if a system call fails.
+    pub(crate) fn capacities_with_room_for_records(&self) -> Result<Capacities, MapError> {
+        let mut needed = Capacities::uniform(0);
+        for map in [SizedMap::Sockets, SizedMap::SocketsMore] {
+            needed = needed.with(map, room(map, self.used_by_programs(map)? as u32));
+        }
+        let same = self.capacities();
+        let more = same[SizedMap::SocketsMore].max(room_for_records(&needed));
+        Ok(same.with(SizedMap::SocketsMore, more))
     }
 
     /// Copies the maps that only the agent fills to `new`, as far as `is_replaced`. No program may use the new maps yet.

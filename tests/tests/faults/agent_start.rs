@@ -468,3 +468,30 @@ fn maps_made_from_the_source_stay_if_the_agent_is_killed_while_it_attaches_progr
     ensure!(id()? == made, "the maps were made again");
     Ok(())
 }
+
+#[test]
+fn upgrade_makes_room_for_the_records_of_all_sockets() -> Result<()> {
+    let fixture = Fixture::new()?;
+    // Few sockets find their slot taken.
+    let small = SIZES.with(SizedMap::Sockets, 1024).with(SizedMap::SocketsMore, 2);
+    fixture.sizes.set(small);
+    fixture.write(false)?;
+    fixture.start_well()?;
+    let keep = SocketAddr::new(KEEP.parse()?, 53);
+    let mut sockets = Vec::new();
+    for _ in 0..8 {
+        let mut socket = testbed().scripted_socket(&fixture.pod, SocketKind::Udp4)?;
+        socket.connect(keep)?;
+        sockets.push(socket);
+    }
+    make_layout_3(&fixture.pins)?;
+    fixture
+        .sizes
+        .set(small.with(SizedMap::SocketsMore, SIZES[SizedMap::SocketsMore]));
+    fixture.start_well()?;
+    for socket in &mut sockets {
+        let peer = socket.peer()?;
+        ensure!(peer == keep, "getpeername returns {peer}");
+    }
+    Ok(())
+}
