@@ -150,11 +150,12 @@ impl OldMaps {
         if is_replaced(map_name::FRONTENDS) {
             self.copy_hash(map_name::FRONTENDS, &mut new.frontends)?;
         }
+        // These two may have more entries than this build has room for. The agent writes both again from the node.
         if is_replaced(map_name::NODE_ADDRS) {
-            self.copy_hash(map_name::NODE_ADDRS, &mut new.node_addrs)?;
+            until_full(self.copy_hash(map_name::NODE_ADDRS, &mut new.node_addrs))?;
         }
         if is_replaced(map_name::DEVICES) {
-            self.copy_hash(map_name::DEVICES, &mut new.devices)?;
+            until_full(self.copy_hash(map_name::DEVICES, &mut new.devices))?;
         }
         if is_replaced(map_name::CONFIG) {
             copy_array(&self.array::<Config>(map_name::CONFIG)?, &new.config);
@@ -280,6 +281,14 @@ impl OldMaps {
     }
 }
 
+/// Ignores the error of an insertion into a full map.
+fn until_full(copied: Result<(), MapError>) -> Result<(), MapError> {
+    match copied {
+        Err(MapError::Call { source, .. }) if source.raw_os_error() == Some(libc::E2BIG) => Ok(()),
+        other => other,
+    }
+}
+
 /// Copies the values of an array as far as both have them.
 fn copy_array<T: FromBytes + zerocopy::IntoBytes + Immutable + KnownLayout + Copy>(
     old: &MappedArray<T>,
@@ -321,4 +330,25 @@ fn move_entry(programs: &Ebpf, map: &'static str, request: &MoveRequest) -> Resu
         call: "BPF_PROG_TEST_RUN of lb_move",
         source,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn only_a_full_map_is_no_error() {
+        let failed = |number| {
+            Err(MapError::Call {
+                map: map_name::DEVICES,
+                call: "BPF_MAP_UPDATE_ELEM",
+                source: io::Error::from_raw_os_error(number),
+            })
+        };
+        assert!(until_full(Ok(())).is_ok());
+        assert!(until_full(failed(libc::E2BIG)).is_ok());
+        assert!(until_full(failed(libc::ENOMEM)).is_err());
+    }
 }
