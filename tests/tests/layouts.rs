@@ -146,11 +146,11 @@ fn maps_that_cannot_be_read_are_lost_and_named() -> Result<()> {
     let pod = fixture.cluster.add_pod("n1", "pod")?;
     let held = testbed().hold(&pod, &[web()], HELD)?;
     start_over(fixture, |maps| {
-        rename(maps, &[map_name::CT])?;
+        rename(maps, &[map_name::CT, map_name::STATS])?;
         replace_node_addrs(maps)
     })?;
     let lost = lost_maps(&fixture.agents[0])?;
-    ensure!(lost == [map_name::CT, map_name::CT_NEW], "{lost:?}");
+    ensure!(lost == [map_name::CT, map_name::CT_NEW, map_name::STATS], "{lost:?}");
     check_new_connections(fixture, &pod)?;
     let held = held.finish()?;
     ensure!((held.held, held.live) == (HELD.into(), HELD.into()), "{held:?}");

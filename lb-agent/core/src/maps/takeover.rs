@@ -60,16 +60,19 @@ impl Takeover {
         if !missing.is_empty() {
             return Err(missing.into_iter().map(|map| map.name).collect());
         }
-        let is_forgotten = |map: &MapSpec| {
-            map.role == MapRole::Remembered && unusable.iter().any(|other| together(other) == together(map))
-        };
         let changed = |map: &MapSpec, pinned: &Option<Readable>| !pinned.as_ref().is_some_and(|it| is_equal(map, it));
+        let is_emptied = |map: &MapSpec, pinned: &Option<Readable>| match map.role {
+            MapRole::Served => false,
+            MapRole::Remembered => unusable.iter().any(|other| together(other) == together(map)),
+            MapRole::Reported => pinned.is_none(),
+            MapRole::Renewed => changed(map, pinned),
+        };
         let moved_bits = found
             .iter()
-            .filter(|(map, pinned)| changed(map, pinned))
+            .filter(|(map, pinned)| changed(map, pinned) && !is_emptied(map, pinned))
             .fold(0, |bits, (map, _)| bits | together(map));
         let fate = |map: &MapSpec, pinned: &Option<Readable>| {
-            if is_forgotten(map) || (map.role == MapRole::Renewed && changed(map, pinned)) {
+            if is_emptied(map, pinned) {
                 Fate::Emptied
             } else if changed(map, pinned) || together(map) & moved_bits != 0 {
                 Fate::Moved
@@ -87,12 +90,13 @@ impl Takeover {
         self.0.iter().filter(move |(_, is)| *is == fate).map(|(map, _)| *map)
     }
 
-    /// Returns the names of the maps whose entries are lost: connections, flows or clients that programs remember.
+    /// Returns the names of the maps whose entries are lost: connections, flows or clients that programs remember, counters, and the
+    /// state of the agent.
     #[must_use]
     pub fn lost(&self) -> Vec<&'static str> {
         let emptied = self.with(Fate::Emptied);
         emptied
-            .filter(|map| map.role == MapRole::Remembered)
+            .filter(|map| map.role != MapRole::Renewed)
             .map(|map| map.name)
             .collect()
     }
@@ -167,6 +171,27 @@ mod tests {
         assert_eq!(names(&takeover, Fate::Emptied), ["CT", "CT_NEW"]);
         assert_eq!(takeover.lost(), ["CT", "CT_NEW"]);
         assert_eq!(names(&takeover, Fate::Moved), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn without_counters_or_the_state_of_the_agent_nothing_else_is_lost() {
+        for lost in [map_name::STATS, map_name::DROPS, map_name::STATE] {
+            let takeover = Takeover::new(|map| own(map).filter(|_| map.name != lost)).unwrap();
+            assert_eq!(names(&takeover, Fate::Emptied), [lost]);
+            assert_eq!(takeover.lost(), [lost]);
+            assert_eq!(names(&takeover, Fate::Moved), Vec::<&str>::new(), "{lost}");
+        }
+        let shorter = Takeover::new(|map| {
+            own(map).filter(|_| map.name != map_name::STATS).map(|mut found| {
+                if map.name == map_name::SERVICES {
+                    found.map.value_size = map.smallest_value();
+                }
+                found
+            })
+        })
+        .unwrap();
+        assert_eq!(names(&shorter, Fate::Emptied), [map_name::STATS]);
+        assert_eq!(names(&shorter, Fate::Moved), [map_name::NAMES, map_name::SERVICES]);
     }
 
     #[test]
