@@ -19,7 +19,7 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 use lb_common::abi::{
     Capacity, MAPS, MOVE_MAP, MOVING_GLOBAL, MapKind, MapSpec, NODE_NETNS_GLOBAL, NODE_ONLY_GLOBAL, OLD_SUFFIX,
     PinnedMap, SOCKETS_MASK_GLOBAL, SOCKETS_OLD_MASK_GLOBAL, STORES_IN_ORDER_GLOBAL, SizedMap, map_name, map_spec,
-    moving,
+    moving, program_name,
 };
 use lb_core::maps::{Capacities, MapError};
 use lb_core::model::Problem;
@@ -284,9 +284,31 @@ impl<'a> Loader<'a> {
         self.load_with(|name| replaced.path(name), capacities, Some(replaced))
     }
 
+    /// Loads the agent call `lb_move` alone, for an interrupted move. The values of the maps may have the lengths of another layout,
+    /// which the verifier does not accept for other programs. All maps that the call does not need are new, small and not pinned.
+    fn load_move(&self, replaced: &Replaced) -> Result<Ebpf, LoadError> {
+        let path = |name| replaced.moves(name).then(|| replaced.path(name));
+        let mut programs = self.open(path, &Capacities::uniform(1), Some(replaced))?;
+        load_all_but_device_programs(&mut programs, |name| name == program_name::MOVE)?;
+        Ok(programs)
+    }
+
     fn load_with(
         &self,
         path: impl Fn(&'static str) -> PathBuf,
+        capacities: &Capacities,
+        replaced: Option<&Replaced>,
+    ) -> Result<Ebpf, LoadError> {
+        let mut programs = self.open(|name| Some(path(name)), capacities, replaced)?;
+        load_all_but_device_programs(&mut programs, |_| true)?;
+        load_device_programs(&mut programs, Layer::Link)?;
+        Ok(programs)
+    }
+
+    /// Opens or creates the maps, and returns the programs, none of which is loaded yet. `path` returns where a map is pinned.
+    fn open(
+        &self,
+        path: impl Fn(&'static str) -> Option<PathBuf>,
         capacities: &Capacities,
         replaced: Option<&Replaced>,
     ) -> Result<Ebpf, LoadError> {
@@ -299,11 +321,17 @@ impl<'a> Loader<'a> {
         let mut sockets = map_spec::SOCKETS.default_capacity();
         for map in MAPS {
             let path = path(map.name);
-            let size = pinned_size(map, capacities, &path, accept)?;
+            let size = match &path {
+                Some(path) => pinned_size(map, capacities, path, accept)?,
+                None => wanted_size(map, capacities),
+            };
             if map.name == map_name::SOCKETS {
                 sockets = size;
             }
-            loader.map_max_entries(map.name, size).map_pin_path(map.name, path);
+            loader.map_max_entries(map.name, size);
+            if let Some(path) = path {
+                loader.map_pin_path(map.name, path);
+            }
         }
         let (mut moving, mut old_sockets) = (0, 1);
         let mut old = Vec::new();
@@ -340,10 +368,7 @@ impl<'a> Loader<'a> {
             );
             MOVING_OBJECT
         };
-        let mut programs = loader.load(object)?;
-        load_all_but_device_programs(&mut programs)?;
-        load_device_programs(&mut programs, Layer::Link)?;
-        Ok(programs)
+        Ok(loader.load(object)?)
     }
 }
 
@@ -355,9 +380,9 @@ fn with_power_of_two(capacities: Capacities) -> Capacities {
     capacities.with(SizedMap::Sockets, capacities[SizedMap::Sockets].next_power_of_two())
 }
 
-/// Loads the programs for cgroup hooks and the agent calls, so that the verifier checks each.
-fn load_all_but_device_programs(programs: &mut Ebpf) -> Result<(), LoadError> {
-    for (name, program) in programs.programs_mut() {
+/// Loads the selected ones of the programs for cgroup hooks and the agent calls, so that the verifier checks each.
+fn load_all_but_device_programs(programs: &mut Ebpf, is_selected: impl Fn(&str) -> bool) -> Result<(), LoadError> {
+    for (name, program) in programs.programs_mut().filter(|(name, _)| is_selected(name)) {
         let result = match program {
             Program::CgroupSockAddr(program) => program.load(),
             Program::CgroupSock(program) => program.load(),
@@ -400,12 +425,17 @@ impl fmt::Display for Described {
     }
 }
 
-/// Returns the number of entries of a map: that of the pinned map, or that of `capacities` if it is not pinned.
-fn pinned_size(map: &MapSpec, capacities: &Capacities, path: &Path, accept: Accept) -> Result<u32, LoadError> {
-    let wanted = match map.capacity {
+/// Returns the number of entries that a new map gets.
+fn wanted_size(map: &MapSpec, capacities: &Capacities) -> u32 {
+    match map.capacity {
         Capacity::Fixed(entries) => entries,
         Capacity::Sized(sized) => capacities[sized],
-    };
+    }
+}
+
+/// Returns the number of entries of a map: that of the pinned map, or that of `capacities` if it is not pinned.
+fn pinned_size(map: &MapSpec, capacities: &Capacities, path: &Path, accept: Accept) -> Result<u32, LoadError> {
+    let wanted = wanted_size(map, capacities);
     let layout = |what| LoadError::Layout {
         path: path.into(),
         what,

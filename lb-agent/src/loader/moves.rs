@@ -21,10 +21,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use aya::Ebpf;
+use aya::programs::ProgramError;
 use lb_common::abi::{MAPS, MOVE_MAP, MapRole, MapSpec, MovePhase, SizedMap, VERSION};
 use lb_core::maps::Capacities;
 use lb_core::maps::resize::{Kept, Recovery, Resize};
-use lb_core::maps::takeover::{Fate, Readable, Takeover};
+use lb_core::maps::takeover::{self, Fate, Readable, Takeover};
 use lb_core::model::{Problem, ProblemKind};
 use tracing::{info, warn};
 
@@ -139,14 +140,7 @@ fn take_over_from(loader: &Loader<'_>, source: u32) -> Result<Moved, LoadError> 
         let lost = finish(loader, &programs, &replaced, source, VERSION)?;
         moved.problems.extend(lost_problem(lost));
     }
-    let lost = takeover.lost();
-    if !lost.is_empty() {
-        let message = format!(
-            "the maps of layout v{source} could not be read, so their entries are lost: {}",
-            lost.join(", ")
-        );
-        moved.problems.push(problem("maps", message));
-    }
+    moved.problems.extend(unreadable_problem(source, &takeover.lost()));
     info!(from = source, to = VERSION, "took over the maps of another layout");
     Ok(moved)
 }
@@ -308,8 +302,8 @@ impl Replaced {
     /// Returns the maps that an interrupted move was replacing.
     fn interrupted(old: PathBuf, next: PathBuf) -> Result<Self, LoadError> {
         let there = OldMaps::open(&old)?;
-        let replaced = MAPS.iter().filter(|map| next.join(map.name).exists());
-        let (moved, emptied) = replaced.partition(|map| there.has(map));
+        let replaced: Vec<_> = MAPS.iter().filter(|map| next.join(map.name).exists()).collect();
+        let (moved, emptied) = takeover::interrupted(&replaced, |map| there.has(map));
         Ok(Self {
             old,
             next,
@@ -323,7 +317,7 @@ impl Replaced {
     }
 
     /// Returns whether the content of a map is moved.
-    fn moves(&self, name: &str) -> bool {
+    pub(super) fn moves(&self, name: &str) -> bool {
         self.moved.iter().any(|map| map.name == name)
     }
 
@@ -336,6 +330,9 @@ impl Replaced {
 }
 
 /// Continues the move of an earlier start, whose build had a layout. Returns the problems.
+///
+/// A move is copying only when the programs at all hooks use the old and the new maps, so they stay. Those of this build may not be
+/// able to use maps of another layout.
 fn recover(loader: &Loader<'_>, layout: u32) -> Result<Vec<Problem>, LoadError> {
     let pins = loader.pins;
     let next = pins.next_of(layout);
@@ -354,21 +351,40 @@ fn recover(loader: &Loader<'_>, layout: u32) -> Result<Vec<Problem>, LoadError> 
     match (recovery, from) {
         (Recovery::Discard, _) | (_, None) => remove_dir(&next).map(|()| Vec::new()),
         (Recovery::Copy, Some(from)) if is_readable => {
-            let replaced = Replaced::interrupted(pins.maps_of(from), next)?;
-            let mut programs = loader.load_moving(&replaced, &Capacities::DEFAULT)?;
-            PinnedMaps::open_each(|name| replaced.path(name))?.fill_filter()?;
-            replace_programs(&mut programs, pins)?;
-            let lost = finish(loader, &programs, &replaced, from, layout)?;
-            Ok(lost_problem(lost).into_iter().collect())
+            let replaced = Replaced::interrupted(pins.maps_of(from), next.clone())?;
+            let programs = match loader.load_move(&replaced) {
+                Err(error) if is_rejected(&error) => {
+                    warn!(%error, "the verifier does not accept the maps of another layout");
+                    return discard(&next, layout);
+                }
+                loaded => loaded?,
+            };
+            let no_room = finish(loader, &programs, &replaced, from, layout)?;
+            let unreadable = unreadable_problem(from, &takeover::lost(replaced.emptied));
+            Ok(lost_problem(no_room).into_iter().chain(unreadable).collect())
         }
-        (Recovery::Copy, Some(_)) => {
-            remove_dir(&next)?;
-            let message =
-                format!("the maps of layout v{layout} could not be read, so the entries of its start are lost");
-            Ok(vec![problem("maps", message)])
-        }
+        (Recovery::Copy, Some(_)) => discard(&next, layout),
         (Recovery::Rename, Some(from)) => rename(pins, from, layout).map(|()| Vec::new()),
     }
+}
+
+/// Removes the new maps of a move that this build cannot continue, with the entries that programs have inserted. Returns the problem.
+fn discard(next: &Path, layout: u32) -> Result<Vec<Problem>, LoadError> {
+    remove_dir(next)?;
+    let message = format!("the maps of layout v{layout} could not be read, so the entries of its start are lost");
+    Ok(vec![problem("maps", message)])
+}
+
+/// Returns whether the verifier rejects a program, so that another start would fail too.
+fn is_rejected(error: &LoadError) -> bool {
+    let LoadError::Program {
+        source: ProgramError::LoadError { io_error, .. },
+        ..
+    } = error
+    else {
+        return false;
+    };
+    matches!(io_error.raw_os_error(), Some(libc::EACCES | libc::EINVAL))
 }
 
 /// Creates the new maps, and attaches programs that use both. Returns these programs.
@@ -458,6 +474,17 @@ fn lost_problem(lost: usize) -> Option<Problem> {
         problem(
             "maps",
             format!("{lost} entries found no room when maps were replaced; the log of the agent names the maps"),
+        )
+    })
+}
+
+/// Returns the problem of maps of a layout whose entries are lost, if there are any.
+fn unreadable_problem(layout: u32, lost: &[&str]) -> Option<Problem> {
+    (!lost.is_empty()).then(|| {
+        let lost = lost.join(", ");
+        problem(
+            "maps",
+            format!("the maps of layout v{layout} could not be read, so their entries are lost: {lost}"),
         )
     })
 }

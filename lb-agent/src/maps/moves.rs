@@ -11,7 +11,7 @@ use aya::Ebpf;
 use aya::maps::MapData;
 use lb_common::abi::{
     Backend, BackendSlot, Config, DropReason, MOVE_MAP, Move, MoveItem, MovePhase, MoveRequest, Service, ServiceIndex,
-    SizedMap, SocketRecord, State, map_name, program_name,
+    SizedMap, SocketRecord, State, map_name, map_spec, program_name,
 };
 use lb_common::logic::generation;
 use lb_core::maps::resize::{base_generation, room, room_for_records, unused_backend, unused_service};
@@ -192,6 +192,7 @@ impl OldMaps {
         is_replaced: impl Fn(&'static str) -> bool,
     ) -> Result<usize, MapError> {
         let mut lost = 0;
+        // Maps that belong together are replaced together.
         if is_replaced(map_name::CT) {
             let of = |item| move |key: &[u8], _: &[u8]| MoveRequest::flow(item, from_first(key));
             lost += self.move_hash(programs, map_name::CT, of(MoveItem::Ct))?;
@@ -213,10 +214,14 @@ impl OldMaps {
         }
         if is_replaced(map_name::STATS) {
             let mut indexes = BTreeSet::new();
-            self.for_each(map_name::NAMES, |index, _| {
-                indexes.insert(from_first::<u32>(index));
-                Ok(())
-            })?;
+            if self.has(&map_spec::NAMES) {
+                self.for_each(map_name::NAMES, |index, _| {
+                    indexes.insert(from_first::<u32>(index));
+                    Ok(())
+                })?;
+            } else {
+                indexes.extend(0..self.capacity(map_name::STATS).unwrap_or(0));
+            }
             for service in indexes.into_iter().map(ServiceIndex::new) {
                 let old = self.stats(service)?;
                 if (old.connections, old.refused) != (0, 0) {

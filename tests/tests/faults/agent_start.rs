@@ -7,17 +7,20 @@ use std::net::SocketAddr;
 use std::process::Stdio;
 
 use anyhow::{Context as _, Result, ensure};
-use aya::maps::MapInfo;
+use aya::maps::{Array, Map, MapData, MapInfo};
 use lb_agent::loader::{self, Cgroup, PinPath};
 use lb_agent::maps::bpf::PinnedMaps;
 use lb_agent::maps::ct::CtMaps;
-use lb_common::abi::{Addr, CtEntry, CtKey, FrontendKey, SizedMap, VERSION, ct_flags, ct_state, ip_protocol, map_name};
+use lb_common::abi::{
+    Addr, CtEntry, CtKey, FrontendKey, MOVE_MAP, Move, MovePhase, SizedMap, VERSION, ct_flags, ct_state, ip_protocol,
+    map_name,
+};
 use lb_common::logic::ct::reverse_key;
 use lb_core::maps::Capacities;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{Agent, Cluster, Pod, RunningAgent, ScriptedSocket, SocketKind, monotonic_ns, scaled_count, testbed};
 
-use crate::layout_3::make_layout_3;
+use crate::other_layouts::{make_later_layout, make_layout_3};
 use crate::ptrace::{self, Call, FaultKind, FaultPoint, RunEnd};
 use crate::reader::{Always, Reader};
 
@@ -54,7 +57,9 @@ const DEVICES: usize = 3;
 /// Commands of bpf(2) that change state visible to other processes: elements of maps, pins and links. (`bpf_cmd` of the
 /// kernel's header: MAP_UPDATE_ELEM, MAP_DELETE_ELEM, OBJ_PIN, PROG_TEST_RUN, LINK_CREATE, LINK_UPDATE.) Between two of
 /// these calls, or of those that change directories, a kill leaves the same state wherever it happens.
-const CHANGING: [u64; 6] = [2, 3, 6, 10, 28, LINK_UPDATE];
+const CHANGING: [u64; 6] = [2, 3, 6, PROG_TEST_RUN, 28, LINK_UPDATE];
+/// Command of bpf(2) that runs an agent call.
+const PROG_TEST_RUN: u64 = 10;
 /// Command of bpf(2) that replaces the program of a link.
 const LINK_UPDATE: u64 = 29;
 
@@ -450,6 +455,37 @@ fn upgrade_from_layout_3_killed_at_any_syscall_is_completed_by_the_next_start() 
 #[test]
 fn upgrade_from_layout_3_with_any_failing_syscall_is_completed_by_the_next_start() -> Result<()> {
     faults_at_an_upgrade(FaultKind::Fail)
+}
+
+/// Kills a start while it copies entries to maps of another size, and gives its maps to another layout. The next start has to complete
+/// that move before it takes the maps over.
+fn other_layout_while_entries_are_copied(make_other: fn(&PinPath) -> Result<()>) -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.write(false)?;
+    fixture.start_well()?;
+    let mut state = State::new(&fixture)?;
+    state.check(&fixture)?;
+    fixture.sizes.set(SIZES.map(|_, size| size * FACTOR));
+    fixture.start_until(PROG_TEST_RUN)?;
+    let next = fixture.pins.maps().with_file_name("next");
+    let phases: Array<_, [u8; size_of::<Move>()]> = Map::Array(MapData::from_pin(next.join(MOVE_MAP))?).try_into()?;
+    let state_of_move: Move = zerocopy::transmute!(phases.get(&0, 0)?);
+    ensure!(state_of_move.phase == MovePhase::Copy as u32, "{state_of_move:?}");
+    make_other(&fixture.pins)?;
+    fixture.start_well()?;
+    let problems = fixture.agent.status()?.problems;
+    ensure!(problems.iter().all(|problem| problem.place != "maps"), "{problems:?}");
+    state.check(&fixture)
+}
+
+#[test]
+fn a_move_of_layout_3_is_completed() -> Result<()> {
+    other_layout_while_entries_are_copied(make_layout_3)
+}
+
+#[test]
+fn a_move_of_a_later_layout_is_completed() -> Result<()> {
+    other_layout_while_entries_are_copied(make_later_layout)
 }
 
 #[test]
