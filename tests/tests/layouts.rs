@@ -8,7 +8,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use lb_common::abi::{MAPS, VERSION, map_name};
+use aya::maps::{HashMap, Map, MapData};
+use lb_common::abi::{Addr, MAPS, VERSION, map_name, map_spec};
 use lb_tests::fixture::TwoNodeFixture;
 use lb_tests::manifests::vips;
 use lb_tests::workload::Workload;
@@ -28,15 +29,39 @@ fn make_layout_newer(agent: &Agent) -> Result<PathBuf> {
     Ok(newer.join("maps"))
 }
 
-/// Pins a map that this build does not know.
-fn pin_unknown_map(maps: &Path) -> Result<()> {
+/// Pins a new map with these properties.
+fn pin_map(pin: &Path, properties: &str) -> Result<()> {
     let output = Command::new("bpftool")
         .args(["map", "create"])
-        .arg(maps.join("MADE_UP"))
-        .args("type array key 4 value 8 entries 1 name MADE_UP".split(' '))
+        .arg(pin)
+        .args(properties.split(' '))
         .output()
         .context("running bpftool")?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// Pins a map that this build does not know.
+fn pin_unknown_map(maps: &Path) -> Result<()> {
+    pin_map(&maps.join("MADE_UP"), "type array key 4 value 8 entries 1 name MADE_UP")
+}
+
+/// Replaces NODE_ADDRS by a map that has more entries than this build has room for.
+fn replace_node_addrs(maps: &Path) -> Result<()> {
+    let (pin, entries) = (
+        maps.join(map_name::NODE_ADDRS),
+        map_spec::NODE_ADDRS.default_capacity() + 100,
+    );
+    fs::remove_file(&pin).with_context(|| format!("removing {}", pin.display()))?;
+    pin_map(
+        &pin,
+        &format!("type hash key 16 value 4 entries {entries} name NODE_ADDRS"),
+    )?;
+    let mut map: HashMap<_, [u8; 16], u32> = Map::HashMap(MapData::from_pin(&pin)?).try_into()?;
+    for number in 0..entries {
+        let [_, _, high, low] = number.to_be_bytes();
+        map.insert(Addr::from_v4([240, 0, high, low]).bytes, 0_u32, 0)?;
+    }
     Ok(())
 }
 
@@ -66,12 +91,18 @@ fn lost_maps(agent: &Agent) -> Result<Vec<&'static str>> {
         .collect())
 }
 
-/// Starts the agent of the first node again after it was killed, over a newer layout without a readable map of this name.
-fn start_without(fixture: &mut TwoNodeFixture, map: &str) -> Result<()> {
+/// Gives maps names that this build does not know.
+fn rename(maps: &Path, names: &[&str]) -> Result<()> {
+    names.iter().try_for_each(|map| {
+        fs::rename(maps.join(map), maps.join(format!("{map}_OTHER"))).with_context(|| format!("renaming {map}"))
+    })
+}
+
+/// Starts the agent of the first node again after it was killed, over a newer layout whose maps `change` has changed.
+fn start_over(fixture: &mut TwoNodeFixture, change: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let agent = &mut fixture.agents[0];
     agent.kill()?;
-    let maps = make_layout_newer(agent)?;
-    fs::rename(maps.join(map), maps.join(format!("{map}_OTHER"))).with_context(|| format!("renaming {map}"))?;
+    change(&make_layout_newer(agent)?)?;
     agent.start_again()?;
     agent.wait_ready(&|| false)?;
     agent.check_layout(VERSION)
@@ -114,9 +145,12 @@ fn maps_that_cannot_be_read_are_lost_and_named() -> Result<()> {
     let fixture = &mut workload.fixture;
     let pod = fixture.cluster.add_pod("n1", "pod")?;
     let held = testbed().hold(&pod, &[web()], HELD)?;
-    start_without(fixture, map_name::CT)?;
+    start_over(fixture, |maps| {
+        rename(maps, &[map_name::CT, map_name::STATS])?;
+        replace_node_addrs(maps)
+    })?;
     let lost = lost_maps(&fixture.agents[0])?;
-    ensure!(lost == [map_name::CT, map_name::CT_NEW], "{lost:?}");
+    ensure!(lost == [map_name::CT, map_name::CT_NEW, map_name::STATS], "{lost:?}");
     check_new_connections(fixture, &pod)?;
     let held = held.finish()?;
     ensure!((held.held, held.live) == (HELD.into(), HELD.into()), "{held:?}");
@@ -135,7 +169,7 @@ fn without_readable_services_the_maps_are_made_from_the_source() -> Result<()> {
         .rate(200.0)
         .timeout(scaled_timeout(Duration::from_secs(5)));
     let load = testbed().start(&pod, &connect)?;
-    start_without(fixture, map_name::SERVICES)?;
+    start_over(fixture, |maps| rename(maps, &[map_name::SERVICES]))?;
     let lost = lost_maps(&fixture.agents[0])?;
     ensure!(lost.contains(&map_name::SERVICES), "{lost:?}");
     check_new_connections(fixture, &pod)?;

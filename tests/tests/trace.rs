@@ -320,6 +320,32 @@ fn events_are_disabled_after_the_tracer_is_killed() -> Result<()> {
 }
 
 #[test]
+fn trace_shows_the_present_names_after_maps_were_replaced() -> Result<()> {
+    let mut setup = setup()?;
+    let mut tracer = setup.trace(&[])?;
+    connect(&setup, "10.96.0.10:80", 1, true)?;
+    assert_eq!(event(&mut tracer)?["service"]["name"], "web");
+    // NAMES is replaced by a larger map. Then another Service gets the indexes of `web`.
+    setup.agent.kill()?;
+    setup.agent.start_again_with(&["--min-services", "1024"])?;
+    setup.agent.wait_ready(&|| false)?;
+    let text = manifest(&setup.pod).replace("web", "other");
+    setup
+        .manifests
+        .write("all.yaml", &service("db", "10.96.0.20,fd00:96::20", &[HTTP, DNS], ""))?;
+    setup.agent.wait("without `web`", |agent| {
+        let used = agent.status()?.used("SERVICES")?;
+        ensure!(used == 4, "{used} service ports");
+        Ok(())
+    })?;
+    setup.manifests.write("all.yaml", &text)?;
+    setup.agent.wait("with `other`", Agent::verify)?;
+    connect(&setup, "10.96.0.10:80", 1, true)?;
+    assert_eq!(event(&mut tracer)?["service"]["name"], "other");
+    Ok(())
+}
+
+#[test]
 fn lost_events_are_counted_and_shown() -> Result<()> {
     // The ring buffer has room for fewer events.
     const COUNT: u64 = 4_000;

@@ -6,11 +6,13 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use lb_common::abi::VERSION;
 use lb_tests::workload::Workload;
-use lb_tests::{Agent, RunningAgent};
+use lb_tests::{Agent, RunningAgent, scaled_timeout};
 use libtest_mimic::{Arguments, Trial};
 
 /// Environment variable with the paths of the earlier agents, separated by colons. Each agent is in a folder that is named
@@ -26,8 +28,12 @@ fn main() -> ExitCode {
     let earlier = variable(EARLIER);
     let made_up = PathBuf::from(variable(MADE_UP));
     let mut trials: Vec<_> = env::split_paths(&earlier).map(from_earlier).collect();
+    let killed = made_up.clone();
     trials.push(trial("upgrade_to_a_made_up_layout_and_back", move || {
         upgrade_and_back(&made_up)
+    }));
+    trials.push(trial("upgrade_to_a_made_up_layout_killed_on_the_way", move || {
+        interrupted_upgrade(&killed)
     }));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -89,6 +95,29 @@ fn upgrade_and_back(made_up: &Path) -> Result<()> {
             (&*present, VERSION)
         };
         replace(&mut fixture.agents[0], program, layout)
+    })
+}
+
+/// Starts an agent with a later layout, kills it while it replaces maps, and goes back to the present one, under load.
+fn interrupted_upgrade(made_up: &Path) -> Result<()> {
+    let present = Agent::find()?;
+    check_builds(made_up, &present)?;
+    let mut workload = Workload::new(&[])?;
+    workload.run(rounds()?, |fixture, round| {
+        let agent = &mut fixture.agents[0];
+        agent.kill()?;
+        agent.start_again_as(made_up)?;
+        let next = agent.pin_path().join(format!("v{}/next", VERSION + 1));
+        let deadline = Instant::now() + scaled_timeout(Duration::from_secs(30));
+        while !next.exists() {
+            ensure!(Instant::now() < deadline, "no maps are replaced");
+            thread::sleep(Duration::from_millis(1));
+        }
+        // Loading the programs takes most of the time.
+        thread::sleep(scaled_timeout(Duration::from_millis(150 * (round + 1))));
+        agent.kill()?;
+        println!("killed, while next exists: {}", next.exists());
+        replace(agent, &present, VERSION)
     })
 }
 

@@ -63,7 +63,8 @@ impl ServiceName {
 /// Number of events that are printed before signals are checked.
 const TURN: usize = 256;
 
-/// Interval at which the counter of lost events and the addresses of the requested Service are read.
+/// Interval at which the counter of lost events and the addresses of the requested Service are read, and at which replaced maps are
+/// noticed.
 const INTERVAL: Duration = Duration::from_millis(500);
 
 /// One trace event, for tables and JSON.
@@ -181,6 +182,8 @@ struct Tracer<'a> {
     maps: &'a PinnedMaps,
     /// The maps that replaced them.
     newer: Option<PinnedMaps>,
+    /// Time of the last check whether the maps were replaced.
+    maps_checked: Instant,
     boot: u64,
     shown: u64,
     /// The counter of lost events at the last check.
@@ -201,6 +204,7 @@ impl<'a> Tracer<'a> {
             args,
             maps,
             newer: None,
+            maps_checked: Instant::now(),
             boot,
             shown: 0,
             lost,
@@ -243,16 +247,21 @@ impl<'a> Tracer<'a> {
         }
     }
 
-    /// Returns the name of a service index. If it has none, the agent may have replaced the maps, which are opened again.
+    /// Returns the name of a service index. If the agent has replaced the maps, they are opened again, at most once per interval.
     fn name(&mut self, service: ServiceIndex) -> anyhow::Result<Option<Name>> {
-        let maps = self.newer.as_ref().unwrap_or(self.maps);
-        if let Some(name) = maps.name(service)? {
-            return Ok(Some(name));
+        if self.maps_checked.elapsed() >= INTERVAL {
+            self.maps_checked = Instant::now();
+            let pin = &self.args.read.pin;
+            let maps = self.newer.as_ref().unwrap_or(self.maps);
+            // Maps that cannot be opened are being replaced right now: the next check finds them.
+            if !maps.has_names_of(&pin.pins().maps()).unwrap_or(true)
+                && let Ok(newer) = pin.open()
+            {
+                self.newer = Some(newer);
+            }
         }
-        let newer = self.args.read.pin.open()?;
-        let name = newer.name(service)?;
-        self.newer = Some(newer);
-        Ok(name)
+        let maps = self.newer.as_ref().unwrap_or(self.maps);
+        Ok(maps.name(service)?)
     }
 
     /// Whether an address belongs to the Service. An event of a port that the Service does not have contains no service

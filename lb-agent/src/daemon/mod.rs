@@ -185,6 +185,8 @@ pub async fn serve(
         }
         daemon.servers.alive();
     }
+    // An agent that is killed from here on leaves these maps, with the programs that use them.
+    daemon.loader.put_in_force()?;
     daemon.is_attached = true;
     daemon.update_devices(true);
     loader::attach(daemon.reconciler.maps().programs(), lock.pins(), &cgroup)?;

@@ -1,7 +1,6 @@
 //! Cgroup hooks: programs that are attached to a cgroup by pinned links, which are updated in place.
 
 use std::fs::{self, File};
-use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -12,7 +11,7 @@ use aya_obj::generated::bpf_attach_type;
 use lb_common::abi::program_name;
 use tracing::info;
 
-use super::{LoadError, PinPath};
+use super::{LoadError, PinPath, failed};
 use crate::maps::sys;
 
 /// A cgroup of the cgroup2 hierarchy.
@@ -21,11 +20,6 @@ pub struct Cgroup {
     path: PathBuf,
     dir: File,
     id: u64,
-}
-
-fn failed(path: &Path, call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
-    let path = path.to_owned();
-    move |source| LoadError::Call { path, call, source }
 }
 
 impl Cgroup {

@@ -19,7 +19,7 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 use lb_common::abi::{
     Capacity, MAPS, MOVE_MAP, MOVING_GLOBAL, MapKind, MapSpec, NODE_NETNS_GLOBAL, NODE_ONLY_GLOBAL, OLD_SUFFIX,
     PinnedMap, SOCKETS_MASK_GLOBAL, SOCKETS_OLD_MASK_GLOBAL, STORES_IN_ORDER_GLOBAL, SizedMap, map_name, map_spec,
-    moving,
+    moving, program_name,
 };
 use lb_core::maps::{Capacities, MapError};
 use lb_core::model::Problem;
@@ -90,6 +90,12 @@ pub enum LoadError {
     Map(#[from] MapError),
 }
 
+/// Returns a function that adds a path and the name of a call to the error of that call.
+fn failed(path: impl Into<PathBuf>, call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
+    let path = path.into();
+    move |source| LoadError::Call { path, call, source }
+}
+
 /// Which processes get socket-level load balancing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum SocketLb {
@@ -128,7 +134,7 @@ impl EbpfLog {
 /// attached to a hook that has none.
 ///
 /// # Errors
-/// Returns a [`LoadError`] if the pins are of another layout, or if a map or program cannot be loaded.
+/// Returns a [`LoadError`] if the pins cannot be used or moved, or if a map or program cannot be loaded.
 pub fn load(
     object: &[u8],
     lock: &Lock,
@@ -166,11 +172,7 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// Returns [`LoadError::Call`] if the namespace cannot be identified.
     pub fn new(object: &'a [u8], lock: &'a Lock, sockets_served: SocketLb, log: EbpfLog) -> Result<Self, LoadError> {
-        let netns = sys::netns_cookie().map_err(|source| LoadError::Call {
-            path: "(network namespace)".into(),
-            call: "SO_NETNS_COOKIE",
-            source,
-        })?;
+        let netns = sys::netns_cookie().map_err(failed("(network namespace)", "SO_NETNS_COOKIE"))?;
         Ok(Self {
             object,
             pins: lock.pins(),
@@ -247,6 +249,15 @@ impl<'a> Loader<'a> {
         }
     }
 
+    /// Puts the maps in force, if those of another layout were until now because they could not be read. To be called when the maps
+    /// are complete, before programs are attached.
+    ///
+    /// # Errors
+    /// Returns a [`LoadError`] if a system call fails.
+    pub fn put_in_force(&self) -> Result<(), LoadError> {
+        moves::put_in_force(self.pins)
+    }
+
     /// Removes the maps of another layout, which could not be read. The programs that used them must have been replaced.
     ///
     /// # Errors
@@ -273,9 +284,31 @@ impl<'a> Loader<'a> {
         self.load_with(|name| replaced.path(name), capacities, Some(replaced))
     }
 
+    /// Loads the agent call `lb_move` alone, for an interrupted move. The values of the maps may have the lengths of another layout,
+    /// which the verifier does not accept for other programs. All maps that the call does not need are new, small and not pinned.
+    fn load_move(&self, replaced: &Replaced) -> Result<Ebpf, LoadError> {
+        let path = |name| replaced.moves(name).then(|| replaced.path(name));
+        let mut programs = self.open(path, &Capacities::uniform(1), Some(replaced))?;
+        load_all_but_device_programs(&mut programs, |name| name == program_name::MOVE)?;
+        Ok(programs)
+    }
+
     fn load_with(
         &self,
         path: impl Fn(&'static str) -> PathBuf,
+        capacities: &Capacities,
+        replaced: Option<&Replaced>,
+    ) -> Result<Ebpf, LoadError> {
+        let mut programs = self.open(|name| Some(path(name)), capacities, replaced)?;
+        load_all_but_device_programs(&mut programs, |_| true)?;
+        load_device_programs(&mut programs, Layer::Link)?;
+        Ok(programs)
+    }
+
+    /// Opens or creates the maps, and returns the programs, none of which is loaded yet. `path` returns where a map is pinned.
+    fn open(
+        &self,
+        path: impl Fn(&'static str) -> Option<PathBuf>,
         capacities: &Capacities,
         replaced: Option<&Replaced>,
     ) -> Result<Ebpf, LoadError> {
@@ -288,11 +321,17 @@ impl<'a> Loader<'a> {
         let mut sockets = map_spec::SOCKETS.default_capacity();
         for map in MAPS {
             let path = path(map.name);
-            let size = pinned_size(map, capacities, &path, accept)?;
+            let size = match &path {
+                Some(path) => pinned_size(map, capacities, path, accept)?,
+                None => wanted_size(map, capacities),
+            };
             if map.name == map_name::SOCKETS {
                 sockets = size;
             }
-            loader.map_max_entries(map.name, size).map_pin_path(map.name, path);
+            loader.map_max_entries(map.name, size);
+            if let Some(path) = path {
+                loader.map_pin_path(map.name, path);
+            }
         }
         let (mut moving, mut old_sockets) = (0, 1);
         let mut old = Vec::new();
@@ -329,10 +368,7 @@ impl<'a> Loader<'a> {
             );
             MOVING_OBJECT
         };
-        let mut programs = loader.load(object)?;
-        load_all_but_device_programs(&mut programs)?;
-        load_device_programs(&mut programs, Layer::Link)?;
-        Ok(programs)
+        Ok(loader.load(object)?)
     }
 }
 
@@ -344,9 +380,9 @@ fn with_power_of_two(capacities: Capacities) -> Capacities {
     capacities.with(SizedMap::Sockets, capacities[SizedMap::Sockets].next_power_of_two())
 }
 
-/// Loads the programs for cgroup hooks and the agent calls, so that the verifier checks each.
-fn load_all_but_device_programs(programs: &mut Ebpf) -> Result<(), LoadError> {
-    for (name, program) in programs.programs_mut() {
+/// Loads the selected ones of the programs for cgroup hooks and the agent calls, so that the verifier checks each.
+fn load_all_but_device_programs(programs: &mut Ebpf, is_selected: impl Fn(&str) -> bool) -> Result<(), LoadError> {
+    for (name, program) in programs.programs_mut().filter(|(name, _)| is_selected(name)) {
         let result = match program {
             Program::CgroupSockAddr(program) => program.load(),
             Program::CgroupSock(program) => program.load(),
@@ -389,12 +425,17 @@ impl fmt::Display for Described {
     }
 }
 
-/// Returns the number of entries of a map: that of the pinned map, or that of `capacities` if it is not pinned.
-fn pinned_size(map: &MapSpec, capacities: &Capacities, path: &Path, accept: Accept) -> Result<u32, LoadError> {
-    let wanted = match map.capacity {
+/// Returns the number of entries that a new map gets.
+fn wanted_size(map: &MapSpec, capacities: &Capacities) -> u32 {
+    match map.capacity {
         Capacity::Fixed(entries) => entries,
         Capacity::Sized(sized) => capacities[sized],
-    };
+    }
+}
+
+/// Returns the number of entries of a map: that of the pinned map, or that of `capacities` if it is not pinned.
+fn pinned_size(map: &MapSpec, capacities: &Capacities, path: &Path, accept: Accept) -> Result<u32, LoadError> {
+    let wanted = wanted_size(map, capacities);
     let layout = |what| LoadError::Layout {
         path: path.into(),
         what,

@@ -12,7 +12,8 @@
 //! it is one of a build with another layout. The rules that all layouts follow are in [`lb_common::abi::PinnedMap`] and its module.
 //!
 //! The maps in force are those of the only layout with a directory `maps` that is not empty. If there are two, one of them also has
-//! a directory `filling`: its maps are being made from the source, and those of the other layout are still in force.
+//! a directory `filling`, and the maps of the other one are in force. While maps are being made from the source, their layout has
+//! it. When they are complete, it passes to the other layout by one rename, programs are attached, and that layout is removed.
 
 use std::fs;
 use std::io;
@@ -20,23 +21,19 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use aya::Ebpf;
+use aya::programs::ProgramError;
 use lb_common::abi::{MAPS, MOVE_MAP, MapRole, MapSpec, MovePhase, SizedMap, VERSION};
 use lb_core::maps::Capacities;
 use lb_core::maps::resize::{Kept, Recovery, Resize};
-use lb_core::maps::takeover::{Fate, Readable, Takeover};
+use lb_core::maps::takeover::{self, Fate, Readable, Takeover};
 use lb_core::model::{Problem, ProblemKind};
 use tracing::{info, warn};
 
 use super::pins::remove_dir;
-use super::{LoadError, Loader, PinPath, attach, tc};
+use super::{LoadError, Loader, PinPath, attach, failed, tc};
 use crate::maps::bpf::PinnedMaps;
 use crate::maps::moves::{PhaseMap, wait_for_programs};
 use crate::maps::old::OldMaps;
-
-fn failed(path: &Path, call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
-    let path = path.to_owned();
-    move |source| LoadError::Call { path, call, source }
-}
 
 /// The pinned maps after all moves.
 #[derive(Debug, Default)]
@@ -61,7 +58,7 @@ impl Moved {
 }
 
 /// Completes the move of an earlier start, and moves the content of maps of another layout to maps of this build. If those cannot be
-/// read, they stay in force until programs are attached: see [`remove_others`].
+/// read, they stay in force until the maps of this build are complete: see [`put_in_force`].
 ///
 /// # Errors
 /// Returns a [`LoadError`] if a move fails.
@@ -85,7 +82,7 @@ pub(super) fn take_over(loader: &Loader<'_>) -> Result<Moved, LoadError> {
         remove_others(pins)?;
         return Ok(moved);
     };
-    remove_dir(&pins.maps())?;
+    pins.remove_layout(VERSION)?;
     pins.create_dirs()?;
     info!(layout = source, "taking over the maps of another layout");
     moved.add(take_over_from(loader, source)?);
@@ -136,22 +133,29 @@ fn take_over_from(loader: &Loader<'_>, source: u32) -> Result<Moved, LoadError> 
         fs::rename(&replaced.old, pins.maps()).map_err(failed(&replaced.old, "rename"))?;
         pins.remove_layout(source)?;
     } else {
-        let programs = prepare(loader, &old, &replaced, &old.capacities())
-            .or_else(|error| remove_dir(&replaced.next).and(Err(error)))?;
+        let to = old.capacities_with_room_for_records()?;
+        let programs =
+            prepare(loader, &old, &replaced, &to).or_else(|error| remove_dir(&replaced.next).and(Err(error)))?;
         moved.has_old_programs = true;
         let lost = finish(loader, &programs, &replaced, source, VERSION)?;
         moved.problems.extend(lost_problem(lost));
     }
-    let lost = takeover.lost();
-    if !lost.is_empty() {
-        let message = format!(
-            "the maps of layout v{source} could not be read, so their entries are lost: {}",
-            lost.join(", ")
-        );
-        moved.problems.push(problem("maps", message));
-    }
+    moved.problems.extend(unreadable_problem(source, &takeover.lost()));
     info!(from = source, to = VERSION, "took over the maps of another layout");
     Ok(moved)
+}
+
+/// Puts the maps of this build in force, which were made from the source while those of another layout were in force. To be called
+/// before programs are attached that use them.
+///
+/// # Errors
+/// Returns a [`LoadError`] if a system call fails.
+pub(super) fn put_in_force(pins: &PinPath) -> Result<(), LoadError> {
+    let Some(former) = other_in_force(pins, VERSION)? else {
+        return Ok(());
+    };
+    let own = pins.filling(VERSION);
+    fs::rename(&own, pins.filling(former)).map_err(failed(&own, "rename"))
 }
 
 /// Removes the directories of all other layouts: the maps of this build are in force.
@@ -168,7 +172,7 @@ pub(super) fn remove_others(pins: &PinPath) -> Result<(), LoadError> {
 fn other_in_force(pins: &PinPath, layout: u32) -> Result<Option<u32>, LoadError> {
     let all = pins.other_layouts()?.into_iter().chain([VERSION]);
     let mut others = all.filter(|other| *other != layout && pins.has_maps(*other));
-    // While one layout is being filled, the other one is in force.
+    // Of two layouts with maps, one has the mark.
     Ok(others.find(|other| !pins.filling(*other).exists()))
 }
 
@@ -298,8 +302,8 @@ impl Replaced {
     /// Returns the maps that an interrupted move was replacing.
     fn interrupted(old: PathBuf, next: PathBuf) -> Result<Self, LoadError> {
         let there = OldMaps::open(&old)?;
-        let replaced = MAPS.iter().filter(|map| next.join(map.name).exists());
-        let (moved, emptied) = replaced.partition(|map| there.has(map));
+        let replaced: Vec<_> = MAPS.iter().filter(|map| next.join(map.name).exists()).collect();
+        let (moved, emptied) = takeover::interrupted(&replaced, |map| there.has(map));
         Ok(Self {
             old,
             next,
@@ -313,7 +317,7 @@ impl Replaced {
     }
 
     /// Returns whether the content of a map is moved.
-    fn moves(&self, name: &str) -> bool {
+    pub(super) fn moves(&self, name: &str) -> bool {
         self.moved.iter().any(|map| map.name == name)
     }
 
@@ -326,6 +330,9 @@ impl Replaced {
 }
 
 /// Continues the move of an earlier start, whose build had a layout. Returns the problems.
+///
+/// A move is copying only when the programs at all hooks use the old and the new maps, so they stay. Those of this build may not be
+/// able to use maps of another layout.
 fn recover(loader: &Loader<'_>, layout: u32) -> Result<Vec<Problem>, LoadError> {
     let pins = loader.pins;
     let next = pins.next_of(layout);
@@ -344,21 +351,40 @@ fn recover(loader: &Loader<'_>, layout: u32) -> Result<Vec<Problem>, LoadError> 
     match (recovery, from) {
         (Recovery::Discard, _) | (_, None) => remove_dir(&next).map(|()| Vec::new()),
         (Recovery::Copy, Some(from)) if is_readable => {
-            let replaced = Replaced::interrupted(pins.maps_of(from), next)?;
-            let mut programs = loader.load_moving(&replaced, &Capacities::DEFAULT)?;
-            PinnedMaps::open_each(|name| replaced.path(name))?.fill_filter()?;
-            replace_programs(&mut programs, pins)?;
-            let lost = finish(loader, &programs, &replaced, from, layout)?;
-            Ok(lost_problem(lost).into_iter().collect())
+            let replaced = Replaced::interrupted(pins.maps_of(from), next.clone())?;
+            let programs = match loader.load_move(&replaced) {
+                Err(error) if is_rejected(&error) => {
+                    warn!(%error, "the verifier does not accept the maps of another layout");
+                    return discard(&next, layout);
+                }
+                loaded => loaded?,
+            };
+            let no_room = finish(loader, &programs, &replaced, from, layout)?;
+            let unreadable = unreadable_problem(from, &takeover::lost(replaced.emptied));
+            Ok(lost_problem(no_room).into_iter().chain(unreadable).collect())
         }
-        (Recovery::Copy, Some(_)) => {
-            remove_dir(&next)?;
-            let message =
-                format!("the maps of layout v{layout} could not be read, so the entries of its start are lost");
-            Ok(vec![problem("maps", message)])
-        }
+        (Recovery::Copy, Some(_)) => discard(&next, layout),
         (Recovery::Rename, Some(from)) => rename(pins, from, layout).map(|()| Vec::new()),
     }
+}
+
+/// Removes the new maps of a move that this build cannot continue, with the entries that programs have inserted. Returns the problem.
+fn discard(next: &Path, layout: u32) -> Result<Vec<Problem>, LoadError> {
+    remove_dir(next)?;
+    let message = format!("the maps of layout v{layout} could not be read, so the entries of its start are lost");
+    Ok(vec![problem("maps", message)])
+}
+
+/// Returns whether the verifier rejects a program, so that another start would fail too.
+fn is_rejected(error: &LoadError) -> bool {
+    let LoadError::Program {
+        source: ProgramError::LoadError { io_error, .. },
+        ..
+    } = error
+    else {
+        return false;
+    };
+    matches!(io_error.raw_os_error(), Some(libc::EACCES | libc::EINVAL))
 }
 
 /// Creates the new maps, and attaches programs that use both. Returns these programs.
@@ -395,9 +421,9 @@ fn finish(loader: &Loader<'_>, programs: &Ebpf, replaced: &Replaced, from: u32, 
     rename(loader.pins, from, to).map(|()| lost)
 }
 
-/// Replaces the pins of the old maps by those of the new ones. The layout of the old maps is removed, if it is another one, after the
-/// maps that were not replaced have been moved. SERVICES, which has the number of entries, comes after the maps of the same size: an
-/// agent that dies in between does not leave one that is smaller.
+/// Replaces the pins of the old maps by those of the new ones. If the old maps are of another layout, the maps that were not replaced
+/// are moved, then that layout is removed, except the links of this build's layout. SERVICES, which has the number of entries, comes
+/// after the maps of the same size: an agent that dies in between does not leave one that is smaller.
 fn rename(pins: &PinPath, from: u32, to: u32) -> Result<(), LoadError> {
     let (next, maps) = (pins.next_of(to), pins.maps_of(to));
     fs::create_dir_all(&maps).map_err(failed(&maps, "mkdir"))?;
@@ -452,6 +478,72 @@ fn lost_problem(lost: usize) -> Option<Problem> {
     })
 }
 
+/// Returns the problem of maps of a layout whose entries are lost, if there are any.
+fn unreadable_problem(layout: u32, lost: &[&str]) -> Option<Problem> {
+    (!lost.is_empty()).then(|| {
+        let lost = lost.join(", ");
+        problem(
+            "maps",
+            format!("the maps of layout v{layout} could not be read, so their entries are lost: {lost}"),
+        )
+    })
+}
+
 fn problem(place: &str, message: String) -> Problem {
     Problem::new(place, message).kind(ProblemKind::Map)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A layout of a later build.
+    const LATER: u32 = VERSION + 1;
+
+    /// Creates an empty file in place of a pin, and the directories above it.
+    fn create(pin: &Path) {
+        fs::create_dir_all(pin.parent().unwrap()).unwrap();
+        fs::write(pin, "").unwrap();
+    }
+
+    #[test]
+    fn maps_made_from_the_source_are_in_force_before_those_of_another_layout_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let pins = PinPath::new(folder.path());
+        for layout in [VERSION, LATER] {
+            create(&pins.maps_of(layout).join("CT"));
+        }
+        fs::create_dir(pins.filling(VERSION)).unwrap();
+        assert_eq!(other_in_force(&pins, VERSION).unwrap(), Some(LATER));
+        put_in_force(&pins).unwrap();
+        assert_eq!(other_in_force(&pins, VERSION).unwrap(), None);
+        assert_eq!(other_in_force(&pins, LATER).unwrap(), Some(VERSION));
+        remove_others(&pins).unwrap();
+        assert!(pins.other_layouts().unwrap().is_empty());
+        assert!(pins.has_maps(VERSION) && !pins.filling(VERSION).exists());
+        put_in_force(&pins).unwrap();
+        assert!(pins.has_maps(VERSION) && !pins.filling(VERSION).exists());
+    }
+
+    #[test]
+    fn links_stay_when_the_move_to_a_later_layout_is_completed() {
+        let folder = tempfile::tempdir().unwrap();
+        let pins = PinPath::new(folder.path());
+        let link = pins.links().join("lb_connect4");
+        let (maps, later) = (pins.maps(), pins.maps_of(LATER));
+        let next = pins.next_of(LATER);
+        for pin in [
+            link.clone(),
+            maps.join("CT"),
+            maps.join("NAMES"),
+            next.join("CT"),
+            next.join(MOVE_MAP),
+        ] {
+            create(&pin);
+        }
+        rename(&pins, VERSION, LATER).unwrap();
+        assert!(link.exists());
+        assert!(!maps.exists() && !next.exists());
+        assert!(later.join("CT").exists() && later.join("NAMES").exists());
+    }
 }

@@ -13,7 +13,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::stat::Mode;
 use nix::sys::statfs::{BPF_FS_MAGIC, FsType, statfs};
 
-use super::LoadError;
+use super::{LoadError, failed};
 use crate::maps::sys;
 
 /// The conventional mount point of the kernel's BPF file system.
@@ -28,11 +28,6 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// The directory below which an agent pins maps and links.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PinPath(PathBuf);
-
-fn failed(path: &Path, call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
-    let path = path.to_owned();
-    move |source| LoadError::Call { path, call, source }
-}
 
 fn is_bpffs(path: &Path) -> bool {
     path.ancestors()
@@ -171,9 +166,15 @@ impl PinPath {
         Ok(())
     }
 
-    /// Removes the directory of another layout.
+    /// Removes the maps of a layout, then the rest of its directory, except the links of this build's layout: at every moment the
+    /// remaining maps are marked like all of them before.
     pub(super) fn remove_layout(&self, layout: u32) -> Result<(), LoadError> {
-        remove_dir(&self.layout(layout))
+        remove_dir(&self.maps_of(layout))?;
+        if layout == VERSION {
+            remove_dir(&self.filling(layout))
+        } else {
+            remove_dir(&self.layout(layout))
+        }
     }
 
     /// Removes everything, links first. Links are detached explicitly, since the kernel releases a link some time after its

@@ -16,7 +16,7 @@ use aya_obj::generated::bpf_attach_type;
 use lb_common::abi::program_name;
 use tracing::{debug, info};
 
-use super::{LoadError, PinPath};
+use super::{LoadError, PinPath, failed};
 use crate::maps::sys;
 use crate::node::devices::{Layer, Served};
 use crate::node::filters::{FilterSlot, Filters, Side};
@@ -49,11 +49,6 @@ pub struct DeviceError {
     pub device: u32,
     /// The operation that failed, and its error.
     pub error: LoadError,
-}
-
-fn failed(path: impl Into<PathBuf>, call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
-    let path = path.into();
-    move |source| LoadError::Call { path, call, source }
 }
 
 /// Returns the error of a call that concerns a side of a device; the side is in the place of the path.

@@ -1,26 +1,17 @@
 //! Reverting changes to a node other than pins: filters at devices and reserved ports, which the pinned maps record.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
 use std::ops::RangeInclusive;
 use std::path::Path;
 
 use lb_common::abi::{Device, VERSION, device_flags};
 use tracing::warn;
 
-use super::{LoadError, PinPath, tc};
+use super::{LoadError, PinPath, failed, tc};
 use crate::maps::old::OldMaps;
 use crate::node::links::LinkSnapshot;
 use crate::node::netns::Namespaces;
 use crate::node::ports::{PortRange, ReservedPorts};
-
-fn failed(call: &'static str) -> impl FnOnce(io::Error) -> LoadError {
-    move |source| LoadError::Call {
-        path: "(node)".into(),
-        call,
-        source,
-    }
-}
 
 /// Reverts the changes in the network namespace of the agent that made them, if that namespace can be found.
 pub(super) fn undo(pins: &PinPath) -> Result<(), LoadError> {
@@ -37,7 +28,7 @@ fn undo_from(maps: &Path) -> Result<(), LoadError> {
         return Ok(());
     };
     let state = maps.state()?;
-    let mut namespaces = Namespaces::new().map_err(failed("reading /proc"))?;
+    let mut namespaces = Namespaces::new().map_err(failed("(node)", "reading /proc"))?;
     let own = namespaces.own();
     let netns = state.map_or(own, |state| state.netns);
     let ports = config
@@ -57,7 +48,7 @@ fn undo_here(devices: &BTreeMap<u32, Device>, ports: Option<RangeInclusive<u16>>
         .filter(|(_, device)| device.flags & device_flags::OWN_QDISC != 0)
         .map(|(index, _)| *index)
         .collect();
-    let there = LinkSnapshot::take(false).map_err(failed("listing devices"))?;
+    let there = LinkSnapshot::take(false).map_err(failed("(node)", "listing devices"))?;
     tc::remove_all_filters(there.indexes(), &own_qdiscs)?;
     if let Some((first, last)) = ports.map(RangeInclusive::into_inner) {
         let released = ReservedPorts::new().release(PortRange { first, last });

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{HashMap, IterableMap as _, MapData, MapError as AyaMapError, PerCpuArray, PerCpuValues};
+use aya::maps::{HashMap, IterableMap as _, MapData, MapError as AyaMapError, MapInfo, PerCpuArray, PerCpuValues};
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use lb_common::abi::{
     Addr, Affinity, AffinityKey, Backend, BackendSlot, Config, CtEntry, CtKey, Device, DropReason, Event, EventKind,
@@ -253,6 +253,17 @@ impl PinnedMaps {
     pub fn name(&self, service: ServiceIndex) -> Result<Option<Name>, MapError> {
         let name = lookup(map_name::NAMES, &self.names, &service.get().to_ne_bytes())?;
         Ok(name.and_then(|name| Name::read_from_bytes(&name).ok()))
+    }
+
+    /// Returns whether NAMES is still the map that is pinned in a directory: a move replaces it by another one.
+    ///
+    /// # Errors
+    /// Returns [`MapError::Call`] if the pin cannot be opened.
+    pub(crate) fn has_names_of(&self, dir: &Path) -> Result<bool, MapError> {
+        let name = map_name::NAMES;
+        let pinned = MapInfo::from_pin(dir.join(name)).map_err(call(name, "BPF_OBJ_GET"))?;
+        let own = self.names.map().info().map_err(call(name, "BPF_OBJ_GET_INFO_BY_FD"))?;
+        Ok(own.id() == pinned.id())
     }
 
     /// Reads FRONTENDS.

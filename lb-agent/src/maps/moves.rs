@@ -11,10 +11,10 @@ use aya::Ebpf;
 use aya::maps::MapData;
 use lb_common::abi::{
     Backend, BackendSlot, Config, DropReason, MOVE_MAP, Move, MoveItem, MovePhase, MoveRequest, Service, ServiceIndex,
-    SizedMap, SocketRecord, State, map_name, program_name,
+    SizedMap, SocketRecord, State, map_name, map_spec, program_name,
 };
 use lb_common::logic::generation;
-use lb_core::maps::resize::{base_generation, room, unused_backend, unused_service};
+use lb_core::maps::resize::{base_generation, room, room_for_records, unused_backend, unused_service};
 use lb_core::maps::{Capacities, MapError};
 use tracing::warn;
 use zerocopy::{FromBytes, Immutable, IntoBytes as _, KnownLayout};
@@ -106,6 +106,20 @@ impl OldMaps {
         Ok(needed)
     }
 
+    /// Returns the numbers of entries of the maps, with room in SOCKETS_MORE for all socket records, which a move copies there.
+    ///
+    /// # Errors
+    /// Returns [`MapError::Call`] if a system call fails.
+    pub(crate) fn capacities_with_room_for_records(&self) -> Result<Capacities, MapError> {
+        let mut needed = Capacities::uniform(0);
+        for map in [SizedMap::Sockets, SizedMap::SocketsMore] {
+            needed = needed.with(map, room(map, self.used_by_programs(map)? as u32));
+        }
+        let same = self.capacities();
+        let more = same[SizedMap::SocketsMore].max(room_for_records(&needed));
+        Ok(same.with(SizedMap::SocketsMore, more))
+    }
+
     /// Copies the maps that only the agent fills to `new`, as far as `is_replaced`. No program may use the new maps yet.
     ///
     /// # Errors
@@ -136,11 +150,12 @@ impl OldMaps {
         if is_replaced(map_name::FRONTENDS) {
             self.copy_hash(map_name::FRONTENDS, &mut new.frontends)?;
         }
+        // These two may have more entries than this build has room for. The agent writes both again from the node.
         if is_replaced(map_name::NODE_ADDRS) {
-            self.copy_hash(map_name::NODE_ADDRS, &mut new.node_addrs)?;
+            until_full(self.copy_hash(map_name::NODE_ADDRS, &mut new.node_addrs))?;
         }
         if is_replaced(map_name::DEVICES) {
-            self.copy_hash(map_name::DEVICES, &mut new.devices)?;
+            until_full(self.copy_hash(map_name::DEVICES, &mut new.devices))?;
         }
         if is_replaced(map_name::CONFIG) {
             copy_array(&self.array::<Config>(map_name::CONFIG)?, &new.config);
@@ -177,6 +192,7 @@ impl OldMaps {
         is_replaced: impl Fn(&'static str) -> bool,
     ) -> Result<usize, MapError> {
         let mut lost = 0;
+        // Maps that belong together are replaced together.
         if is_replaced(map_name::CT) {
             let of = |item| move |key: &[u8], _: &[u8]| MoveRequest::flow(item, from_first(key));
             lost += self.move_hash(programs, map_name::CT, of(MoveItem::Ct))?;
@@ -198,10 +214,14 @@ impl OldMaps {
         }
         if is_replaced(map_name::STATS) {
             let mut indexes = BTreeSet::new();
-            self.for_each(map_name::NAMES, |index, _| {
-                indexes.insert(from_first::<u32>(index));
-                Ok(())
-            })?;
+            if self.has(&map_spec::NAMES) {
+                self.for_each(map_name::NAMES, |index, _| {
+                    indexes.insert(from_first::<u32>(index));
+                    Ok(())
+                })?;
+            } else {
+                indexes.extend(0..self.capacity(map_name::STATS).unwrap_or(0));
+            }
             for service in indexes.into_iter().map(ServiceIndex::new) {
                 let old = self.stats(service)?;
                 if (old.connections, old.refused) != (0, 0) {
@@ -266,6 +286,14 @@ impl OldMaps {
     }
 }
 
+/// Ignores the error of an insertion into a full map.
+fn until_full(copied: Result<(), MapError>) -> Result<(), MapError> {
+    match copied {
+        Err(MapError::Call { source, .. }) if source.raw_os_error() == Some(libc::E2BIG) => Ok(()),
+        other => other,
+    }
+}
+
 /// Copies the values of an array as far as both have them.
 fn copy_array<T: FromBytes + zerocopy::IntoBytes + Immutable + KnownLayout + Copy>(
     old: &MappedArray<T>,
@@ -307,4 +335,25 @@ fn move_entry(programs: &Ebpf, map: &'static str, request: &MoveRequest) -> Resu
         call: "BPF_PROG_TEST_RUN of lb_move",
         source,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn only_a_full_map_is_no_error() {
+        let failed = |number| {
+            Err(MapError::Call {
+                map: map_name::DEVICES,
+                call: "BPF_MAP_UPDATE_ELEM",
+                source: io::Error::from_raw_os_error(number),
+            })
+        };
+        assert!(until_full(Ok(())).is_ok());
+        assert!(until_full(failed(libc::E2BIG)).is_ok());
+        assert!(until_full(failed(libc::ENOMEM)).is_err());
+    }
 }

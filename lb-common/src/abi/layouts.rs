@@ -5,10 +5,13 @@
 //!
 //! - A directory `vN` below the pin path has the pins of layout N: `maps` has the maps by name, `next` has those that replace
 //!   them while a start is changing them, with MOVE, and `links` has the links, by the names of the programs. If there are maps of
-//!   two layouts, those of the layout with the directory `filling` are not in force yet.
+//!   two layouts, those of the layout with the directory `filling` are not in force.
 //! - The name of a pinned map stands for the meaning of its keys and values. A layout that gives them another meaning pins the map
 //!   by another name.
-//! - A value grows at its end only, zero means that a field is not set, and the numbers of [`super::MovePhase`] keep their meaning.
+//! - A value grows at its end only, and zero means that a field is not set.
+//! - MOVE has the fields `phase` and `counted` of [`super::Move`] at their offsets, the numbers of [`super::MovePhase`] keep their
+//!   meaning, and in `counted` the drop reasons follow the service indexes from [`super::FIRST_DROP`] on. A start of another layout
+//!   continues a move by these.
 
 use super::{MapKind, MapSpec};
 

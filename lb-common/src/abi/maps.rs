@@ -124,9 +124,9 @@ macro_rules! map_table {
             /// Names of service ports by service index.
             NAMES: Hash<u32, Name>, NO_PREALLOC, served, sized_as Services;
             /// Counters by service index.
-            STATS: PerCpuArray<u32, ServiceStats>, NONE, served from 16, sized_as Services;
+            STATS: PerCpuArray<u32, ServiceStats>, NONE, reported from 16, sized_as Services;
             /// Counters by number of the [`crate::abi::DropReason`].
-            DROPS: PerCpuArray<u32, u64>, NONE, served, fixed DropReason::CAPACITY;
+            DROPS: PerCpuArray<u32, u64>, NONE, reported, fixed DropReason::CAPACITY;
             /// Bits of the networks with addresses that FRONTENDS or NODE_ADDRS has: see [`crate::abi::FilterBit`].
             FILTER: Array<u32, u64>, MMAPABLE, renewed, fixed FILTER_WORDS;
             /// Addresses of this node that serve node ports; the value is zero.
@@ -142,7 +142,7 @@ macro_rules! map_table {
             /// Settings that the programs read while they run.
             CONFIG: Array<u32, Config>, MMAPABLE, served from 8, fixed 1;
             /// The agent, as the command line shows it.
-            STATE: Array<u32, State>, MMAPABLE, served from 352, fixed 1;
+            STATE: Array<u32, State>, MMAPABLE, reported from 352, fixed 1;
             /// Problems that `status` shows, by number.
             NOTICES: Hash<u32, ProblemRecord>, NO_PREALLOC, renewed, fixed 64;
         }
@@ -198,6 +198,8 @@ pub enum MapRole {
     Served,
     /// Programs remember connections, flows or clients in it. Maps with a common bit of [`crate::abi::moving`] belong together.
     Remembered,
+    /// Nothing that is served: counters, and the state of the agent.
+    Reported,
     /// Nothing: the agent makes its content again.
     Renewed,
 }
@@ -288,6 +290,9 @@ macro_rules! role {
     };
     (remembered) => {
         MapRole::Remembered
+    };
+    (reported) => {
+        MapRole::Reported
     };
     (renewed) => {
         MapRole::Renewed

@@ -1,6 +1,7 @@
 //! A move: pinned maps are replaced by maps of another size or layout while programs use both.
 //!
-//! The types here are not part of the layout: MOVE exists only during a move, and requests are never stored.
+//! MOVE exists only during a move, but a build of another layout may have to complete that move. So [`Move`], [`MovePhase`] and
+//! [`FIRST_DROP`] follow the rules of [`super::PinnedMap`] and its module. Requests are never stored, so each build has its own.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -18,9 +19,10 @@ pub const OLD_SUFFIX: &str = "_OLD";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(8))]
 pub struct Move {
-    /// Number of the [`MovePhase`]. Programs read it before every insertion.
+    /// Number of the [`MovePhase`]. Programs read it before every insertion. The same in every layout.
     pub phase: u32,
-    /// Counters below this one have been added to the new map: service indexes, then the reasons from [`FIRST_DROP`] on.
+    /// Counters below this one have been added to the new map: service indexes, then the reasons from [`FIRST_DROP`] on. The same
+    /// in every layout.
     pub counted: u32,
 }
 

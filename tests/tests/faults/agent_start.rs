@@ -7,16 +7,20 @@ use std::net::SocketAddr;
 use std::process::Stdio;
 
 use anyhow::{Context as _, Result, ensure};
+use aya::maps::{Array, Map, MapData, MapInfo};
 use lb_agent::loader::{self, Cgroup, PinPath};
 use lb_agent::maps::bpf::PinnedMaps;
 use lb_agent::maps::ct::CtMaps;
-use lb_common::abi::{Addr, CtEntry, CtKey, FrontendKey, SizedMap, VERSION, ct_flags, ct_state, ip_protocol};
+use lb_common::abi::{
+    Addr, CtEntry, CtKey, FrontendKey, MOVE_MAP, Move, MovePhase, SizedMap, VERSION, ct_flags, ct_state, ip_protocol,
+    map_name,
+};
 use lb_common::logic::ct::reverse_key;
 use lb_core::maps::Capacities;
 use lb_tests::manifests::{Manifests, Port, service, slice};
 use lb_tests::{Agent, Cluster, Pod, RunningAgent, ScriptedSocket, SocketKind, monotonic_ns, scaled_count, testbed};
 
-use crate::layout_3::make_layout_3;
+use crate::other_layouts::{make_later_layout, make_layout_3};
 use crate::ptrace::{self, Call, FaultKind, FaultPoint, RunEnd};
 use crate::reader::{Always, Reader};
 
@@ -53,7 +57,11 @@ const DEVICES: usize = 3;
 /// Commands of bpf(2) that change state visible to other processes: elements of maps, pins and links. (`bpf_cmd` of the
 /// kernel's header: MAP_UPDATE_ELEM, MAP_DELETE_ELEM, OBJ_PIN, PROG_TEST_RUN, LINK_CREATE, LINK_UPDATE.) Between two of
 /// these calls, or of those that change directories, a kill leaves the same state wherever it happens.
-const CHANGING: [u64; 6] = [2, 3, 6, 10, 28, 29];
+const CHANGING: [u64; 6] = [2, 3, 6, PROG_TEST_RUN, 28, LINK_UPDATE];
+/// Command of bpf(2) that runs an agent call.
+const PROG_TEST_RUN: u64 = 10;
+/// Command of bpf(2) that replaces the program of a link.
+const LINK_UPDATE: u64 = 29;
 
 fn changes_something(call: Call) -> bool {
     match call.number {
@@ -120,6 +128,23 @@ impl Fixture {
 
     /// Starts the agent with a fault, and kills it once it serves.
     fn start(&self, fault: FaultPoint) -> Result<(RunEnd, bool)> {
+        self.start_counting(fault, changes_something)
+    }
+
+    /// Starts the agent, and kills it after the first bpf(2) with a command.
+    fn start_until(&self, command: u64) -> Result<()> {
+        let first = FaultPoint {
+            at: 0,
+            kind: FaultKind::Die,
+        };
+        let is_chosen = |call: Call| call.number == libc::SYS_bpf && call.first == command;
+        let (end, _) = self.start_counting(first, is_chosen)?;
+        ensure!(end == RunEnd::Died, "{end:?} without the command {command}");
+        Ok(())
+    }
+
+    /// Starts the agent with a fault at one of the calls that are counted, and kills it once it serves.
+    fn start_counting(&self, fault: FaultPoint, counts: impl Fn(Call) -> bool) -> Result<(RunEnd, bool)> {
         let log = self.cluster.scratch().join("traced.log");
         let file = OpenOptions::new().create(true).write(true).truncate(true).open(&log)?;
         let node = self.cluster.node(NODE);
@@ -137,8 +162,7 @@ impl Fixture {
             .stdout(Stdio::null())
             .stderr(file);
         let serves = |call: Call| Ok(call.number == libc::SYS_write && fs::read_to_string(&log)?.contains("serving"));
-        ptrace::run(&mut command, fault, changes_something, serves)
-            .with_context(|| fs::read_to_string(&log).unwrap_or_default())
+        ptrace::run(&mut command, fault, counts, serves).with_context(|| fs::read_to_string(&log).unwrap_or_default())
     }
 
     /// Starts the agent without a fault, checks the result, and kills the agent.
@@ -431,4 +455,79 @@ fn upgrade_from_layout_3_killed_at_any_syscall_is_completed_by_the_next_start() 
 #[test]
 fn upgrade_from_layout_3_with_any_failing_syscall_is_completed_by_the_next_start() -> Result<()> {
     faults_at_an_upgrade(FaultKind::Fail)
+}
+
+/// Kills a start while it copies entries to maps of another size, and gives its maps to another layout. The next start has to complete
+/// that move before it takes the maps over.
+fn other_layout_while_entries_are_copied(make_other: fn(&PinPath) -> Result<()>) -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.write(false)?;
+    fixture.start_well()?;
+    let mut state = State::new(&fixture)?;
+    state.check(&fixture)?;
+    fixture.sizes.set(SIZES.map(|_, size| size * FACTOR));
+    fixture.start_until(PROG_TEST_RUN)?;
+    let next = fixture.pins.maps().with_file_name("next");
+    let phases: Array<_, [u8; size_of::<Move>()]> = Map::Array(MapData::from_pin(next.join(MOVE_MAP))?).try_into()?;
+    let state_of_move: Move = zerocopy::transmute!(phases.get(&0, 0)?);
+    ensure!(state_of_move.phase == MovePhase::Copy as u32, "{state_of_move:?}");
+    make_other(&fixture.pins)?;
+    fixture.start_well()?;
+    let problems = fixture.agent.status()?.problems;
+    ensure!(problems.iter().all(|problem| problem.place != "maps"), "{problems:?}");
+    state.check(&fixture)
+}
+
+#[test]
+fn a_move_of_layout_3_is_completed() -> Result<()> {
+    other_layout_while_entries_are_copied(make_layout_3)
+}
+
+#[test]
+fn a_move_of_a_later_layout_is_completed() -> Result<()> {
+    other_layout_while_entries_are_copied(make_later_layout)
+}
+
+#[test]
+fn maps_made_from_the_source_stay_if_the_agent_is_killed_while_it_attaches_programs() -> Result<()> {
+    let fixture = Fixture::new()?;
+    fixture.write(false)?;
+    fixture.start_well()?;
+    let [own, later] = [VERSION, VERSION + 1].map(|layout| fixture.pins.root().join(format!("v{layout}")));
+    fs::rename(own, &later).context("renaming the layout")?;
+    let services = later.join("maps").join(map_name::SERVICES);
+    fs::rename(&services, services.with_file_name("OTHER")).context("renaming SERVICES")?;
+    fixture.start_until(LINK_UPDATE)?;
+    let id = || Ok::<_, anyhow::Error>(MapInfo::from_pin(fixture.pins.maps().join(map_name::CT))?.id());
+    let made = id()?;
+    fixture.start_well()?;
+    ensure!(id()? == made, "the maps were made again");
+    Ok(())
+}
+
+#[test]
+fn upgrade_makes_room_for_the_records_of_all_sockets() -> Result<()> {
+    let fixture = Fixture::new()?;
+    // Few sockets find their slot taken.
+    let small = SIZES.with(SizedMap::Sockets, 1024).with(SizedMap::SocketsMore, 2);
+    fixture.sizes.set(small);
+    fixture.write(false)?;
+    fixture.start_well()?;
+    let keep = SocketAddr::new(KEEP.parse()?, 53);
+    let mut sockets = Vec::new();
+    for _ in 0..8 {
+        let mut socket = testbed().scripted_socket(&fixture.pod, SocketKind::Udp4)?;
+        socket.connect(keep)?;
+        sockets.push(socket);
+    }
+    make_layout_3(&fixture.pins)?;
+    fixture
+        .sizes
+        .set(small.with(SizedMap::SocketsMore, SIZES[SizedMap::SocketsMore]));
+    fixture.start_well()?;
+    for socket in &mut sockets {
+        let peer = socket.peer()?;
+        ensure!(peer == keep, "getpeername returns {peer}");
+    }
+    Ok(())
 }

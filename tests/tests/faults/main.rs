@@ -3,8 +3,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod agent_start;
-mod layout_3;
 mod maps;
+mod other_layouts;
 #[cfg(target_arch = "x86_64")]
 mod ptrace;
 mod reader;

@@ -32,11 +32,10 @@ impl Resize {
     #[must_use]
     pub fn new(pinned: Capacities, wanted: &Capacities, needed: &Capacities) -> Self {
         let (mut to, mut kept) = (pinned, Vec::new());
-        // A move copies all records of sockets to SOCKETS_MORE.
         let is_moved = [SizedMap::Sockets, SizedMap::SocketsMore]
             .iter()
             .any(|map| wanted[*map] != pinned[*map]);
-        let records = needed[SizedMap::Sockets].saturating_add(needed[SizedMap::SocketsMore]);
+        let records = room_for_records(needed);
         let are_records_kept = is_moved && wanted[SizedMap::SocketsMore] < records;
         if are_records_kept {
             kept.push(Kept {
@@ -95,6 +94,13 @@ pub fn room(map: SizedMap, used: u32) -> u32 {
     } else {
         used
     }
+}
+
+/// Returns the number of entries that SOCKETS_MORE needs during a move, which copies all records of sockets to it. `needed` has
+/// those of SOCKETS and SOCKETS_MORE: see [`room`].
+#[must_use]
+pub fn room_for_records(needed: &Capacities) -> u32 {
+    needed[SizedMap::Sockets].saturating_add(needed[SizedMap::SocketsMore])
 }
 
 /// Returns the generation of the entries that are added to SERVICES or BACKENDS: at least that of every entry that was ever
@@ -251,6 +257,8 @@ mod tests {
         assert_eq!(room(SizedMap::Backends, 100), 100);
         assert_eq!(room(SizedMap::Conntrack, 100), 125);
         assert_eq!(room(SizedMap::Conntrack, u32::MAX), u32::MAX);
+        assert_eq!(room_for_records(&Capacities::uniform(125)), 250);
+        assert_eq!(room_for_records(&Capacities::uniform(u32::MAX)), u32::MAX);
     }
 
     #[test]

@@ -34,6 +34,28 @@ fn together(map: &MapSpec) -> u32 {
     }
 }
 
+/// Divides the maps that an interrupted move replaces into those whose former entries this build can move, and the others. Maps in
+/// which programs remember something are divided together. `is_readable` returns whether this build can read the former map.
+#[must_use]
+pub fn interrupted(
+    replaced: &[&'static MapSpec],
+    is_readable: impl Fn(&MapSpec) -> bool,
+) -> (Vec<&'static MapSpec>, Vec<&'static MapSpec>) {
+    let unreadable: Vec<_> = replaced.iter().filter(|map| !is_readable(map)).collect();
+    replaced.iter().copied().partition(|map| match map.role {
+        MapRole::Remembered => !unreadable.iter().any(|other| together(other) == together(map)),
+        MapRole::Served | MapRole::Reported | MapRole::Renewed => is_readable(map),
+    })
+}
+
+/// Returns the names of the maps whose content is lost if they begin empty: connections, flows or clients that programs remember,
+/// counters, and the state of the agent.
+#[must_use]
+pub fn lost(emptied: impl IntoIterator<Item = &'static MapSpec>) -> Vec<&'static str> {
+    let is_loss = |map: &&MapSpec| matches!(map.role, MapRole::Remembered | MapRole::Reported);
+    emptied.into_iter().filter(is_loss).map(|map| map.name).collect()
+}
+
 impl Takeover {
     /// Decides about all maps. `find` returns the pinned map of the other layout, if this build can read it.
     ///
@@ -60,16 +82,19 @@ impl Takeover {
         if !missing.is_empty() {
             return Err(missing.into_iter().map(|map| map.name).collect());
         }
-        let is_forgotten = |map: &MapSpec| {
-            map.role == MapRole::Remembered && unusable.iter().any(|other| together(other) == together(map))
-        };
         let changed = |map: &MapSpec, pinned: &Option<Readable>| !pinned.as_ref().is_some_and(|it| is_equal(map, it));
+        let is_emptied = |map: &MapSpec, pinned: &Option<Readable>| match map.role {
+            MapRole::Served => false,
+            MapRole::Remembered => unusable.iter().any(|other| together(other) == together(map)),
+            MapRole::Reported => pinned.is_none(),
+            MapRole::Renewed => changed(map, pinned),
+        };
         let moved_bits = found
             .iter()
-            .filter(|(map, pinned)| changed(map, pinned))
+            .filter(|(map, pinned)| changed(map, pinned) && !is_emptied(map, pinned))
             .fold(0, |bits, (map, _)| bits | together(map));
         let fate = |map: &MapSpec, pinned: &Option<Readable>| {
-            if is_forgotten(map) || (map.role == MapRole::Renewed && changed(map, pinned)) {
+            if is_emptied(map, pinned) {
                 Fate::Emptied
             } else if changed(map, pinned) || together(map) & moved_bits != 0 {
                 Fate::Moved
@@ -87,14 +112,10 @@ impl Takeover {
         self.0.iter().filter(move |(_, is)| *is == fate).map(|(map, _)| *map)
     }
 
-    /// Returns the names of the maps whose entries are lost: connections, flows or clients that programs remember.
+    /// Returns the names of the maps whose content is lost: see [`lost`].
     #[must_use]
     pub fn lost(&self) -> Vec<&'static str> {
-        let emptied = self.with(Fate::Emptied);
-        emptied
-            .filter(|map| map.role == MapRole::Remembered)
-            .map(|map| map.name)
-            .collect()
+        lost(self.with(Fate::Emptied))
     }
 }
 
@@ -170,10 +191,56 @@ mod tests {
     }
 
     #[test]
+    fn without_counters_or_the_state_of_the_agent_nothing_else_is_lost() {
+        for lost in [map_name::STATS, map_name::DROPS, map_name::STATE] {
+            let takeover = Takeover::new(|map| own(map).filter(|_| map.name != lost)).unwrap();
+            assert_eq!(names(&takeover, Fate::Emptied), [lost]);
+            assert_eq!(takeover.lost(), [lost]);
+            assert_eq!(names(&takeover, Fate::Moved), Vec::<&str>::new(), "{lost}");
+        }
+        let shorter = Takeover::new(|map| {
+            own(map).filter(|_| map.name != map_name::STATS).map(|mut found| {
+                if map.name == map_name::SERVICES {
+                    found.map.value_size = map.smallest_value();
+                }
+                found
+            })
+        })
+        .unwrap();
+        assert_eq!(names(&shorter, Fate::Emptied), [map_name::STATS]);
+        assert_eq!(names(&shorter, Fate::Moved), [map_name::NAMES, map_name::SERVICES]);
+    }
+
+    #[test]
     fn maps_whose_content_is_made_again_are_no_loss() {
         let takeover = Takeover::new(|map| own(map).filter(|_| map.name != map_name::NOTICES)).unwrap();
         assert_eq!(names(&takeover, Fate::Emptied), ["NOTICES"]);
         assert_eq!(takeover.lost(), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn an_interrupted_move_goes_on_with_the_maps_that_can_be_read() {
+        let replaced = [
+            &map_spec::SERVICES,
+            &map_spec::NAMES,
+            &map_spec::STATS,
+            &map_spec::CT,
+            &map_spec::CT_NEW,
+            &map_spec::UDP_FLOWS,
+        ];
+        for (unreadable, others) in [
+            (&[][..], &[][..]),
+            (&["CT_NEW"], &["CT", "CT_NEW"]),
+            (&["STATS"], &["STATS"]),
+            // The copies of these maps were complete before.
+            (&["SERVICES"], &["SERVICES"]),
+        ] {
+            let (moved, emptied) = interrupted(&replaced, |map| !unreadable.contains(&map.name));
+            assert_eq!(moved.len() + emptied.len(), replaced.len());
+            let names: Vec<_> = emptied.iter().map(|map| map.name).collect();
+            assert_eq!(names, others);
+            assert_eq!(lost(emptied).is_empty(), matches!(others, [] | ["SERVICES"]));
+        }
     }
 
     #[test]

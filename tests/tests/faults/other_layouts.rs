@@ -1,7 +1,7 @@
-//! Maps as a build with layout 3 has them, made from those of this build: only `cargo xtask test --upgrade` has such a build.
+//! Maps as builds with other layouts have them, made from those of this build: only `cargo xtask test --upgrade` has such builds.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -14,32 +14,58 @@ const DROPS: u32 = 29;
 
 /// Turns the pinned maps into those of layout 3, with the same content. The attached programs continue to use the maps of before.
 pub(crate) fn make_layout_3(pins: &PinPath) -> Result<()> {
-    let [own, other] = [VERSION, 3].map(|layout| pins.root().join(format!("v{layout}")));
-    fs::rename(&own, &other).with_context(|| format!("renaming {}", own.display()))?;
-    replace::<64>(&other, &map_spec::CT, copy_hash::<40, 128, 64>)?;
-    replace::<64>(&other, &map_spec::CT_NEW, copy_hash::<40, 128, 64>)?;
-    replace::<96>(&other, &map_spec::SOCKETS_MORE, copy_hash::<8, 128, 96>)?;
-    replace::<40>(&other, &map_spec::DEVICES, copy_hash::<4, 64, 40>)?;
-    replace::<96>(&other, &map_spec::SOCKETS, copy_array::<128, 96>)?;
-    replace::<40>(&other, &map_spec::SERVICES, copy_array::<64, 40>)?;
-    replace::<8>(&other, &map_spec::CONFIG, copy_array::<64, 8>)?;
-    replace::<352>(&other, &map_spec::STATE, copy_array::<512, 352>)?;
-    replace::<16>(&other, &map_spec::STATS, copy_per_cpu::<32, 16>)?;
-    replace::<8>(&other, &map_spec::DROPS, copy_per_cpu::<8, 8>)
+    for dir in rename_layout(pins, 3)? {
+        replace::<64>(&dir, &map_spec::CT, copy_hash::<40, 128, 64>)?;
+        replace::<64>(&dir, &map_spec::CT_NEW, copy_hash::<40, 128, 64>)?;
+        replace::<96>(&dir, &map_spec::SOCKETS_MORE, copy_hash::<8, 128, 96>)?;
+        replace::<40>(&dir, &map_spec::DEVICES, copy_hash::<4, 64, 40>)?;
+        replace::<96>(&dir, &map_spec::SOCKETS, copy_array::<128, 96>)?;
+        replace::<40>(&dir, &map_spec::SERVICES, copy_array::<64, 40>)?;
+        replace::<8>(&dir, &map_spec::CONFIG, copy_array::<64, 8>)?;
+        replace::<352>(&dir, &map_spec::STATE, copy_array::<512, 352>)?;
+        replace::<16>(&dir, &map_spec::STATS, copy_per_cpu::<32, 16>)?;
+        replace::<8>(&dir, &map_spec::DROPS, copy_per_cpu::<8, 8>)?;
+    }
+    Ok(())
 }
 
-/// Replaces a map by one with values of `N` bytes.
-fn replace<const N: usize>(layout: &Path, map: &MapSpec, copy: impl Fn(MapData, MapData) -> Result<()>) -> Result<()> {
-    ensure!(map.smallest_value() as usize == N, "values of {} in layout 3", map.name);
-    let (pin, new) = (layout.join("maps").join(map.name), layout.join("new"));
+/// Turns the pinned maps into those of a later layout with longer values, with the same content. The attached programs continue to use
+/// the maps of before.
+pub(crate) fn make_later_layout(pins: &PinPath) -> Result<()> {
+    for dir in rename_layout(pins, VERSION + 1)? {
+        replace::<88>(&dir, &map_spec::DEVICES, copy_hash::<4, 64, 88>)?;
+        replace::<160>(&dir, &map_spec::SOCKETS, copy_array::<128, 160>)?;
+        replace::<96>(&dir, &map_spec::SERVICES, copy_array::<64, 96>)?;
+        replace::<48>(&dir, &map_spec::STATS, copy_per_cpu::<32, 48>)?;
+    }
+    Ok(())
+}
+
+/// Gives the pins of this build's layout to another one, and returns its directories with maps.
+fn rename_layout(pins: &PinPath, layout: u32) -> Result<[PathBuf; 2]> {
+    let [own, other] = [VERSION, layout].map(|layout| pins.root().join(format!("v{layout}")));
+    fs::rename(&own, &other).with_context(|| format!("renaming {}", own.display()))?;
+    Ok(["maps", "next"].map(|dir| other.join(dir)))
+}
+
+/// Replaces the map in a directory, if there is one, by a map with values of `N` bytes: as many as in layout 3, or more than those of
+/// this build.
+fn replace<const N: usize>(dir: &Path, map: &MapSpec, copy: impl Fn(MapData, MapData) -> Result<()>) -> Result<()> {
+    let is_longer = N > map.value_size() as usize;
+    ensure!(
+        is_longer || map.smallest_value() as usize == N,
+        "values of {}",
+        map.name
+    );
+    let (pin, new) = (dir.join(map.name), dir.with_file_name("new"));
+    if !pin.exists() {
+        return Ok(());
+    }
     let old = MapData::from_pin(&pin).with_context(|| format!("opening {}", map.name))?;
     let entries = match map.capacity {
         Capacity::Sized(_) => old.info()?.max_entries(),
-        Capacity::Fixed(entries) => entries.min(if map.name == map_spec::DROPS.name {
-            DROPS
-        } else {
-            entries
-        }),
+        Capacity::Fixed(_) if map.name == map_spec::DROPS.name => DROPS,
+        Capacity::Fixed(entries) => entries,
     };
     let kind = match map.kind {
         MapKind::Array => "array",
@@ -68,9 +94,9 @@ fn replace<const N: usize>(layout: &Path, map: &MapSpec, copy: impl Fn(MapData, 
     fs::rename(&new, &pin).with_context(|| format!("renaming {name}"))
 }
 
-/// Returns the first bytes of a value.
+/// Returns the first bytes of a value, or the value and zeros.
 fn first<const FROM: usize, const TO: usize>(value: [u8; FROM]) -> [u8; TO] {
-    std::array::from_fn(|i| value[i])
+    std::array::from_fn(|i| value.get(i).copied().unwrap_or(0))
 }
 
 fn copy_hash<const K: usize, const FROM: usize, const TO: usize>(old: MapData, new: MapData) -> Result<()> {
