@@ -21,8 +21,9 @@ pub(crate) fn lb_frontend_swap(ctx: XdpContext) -> u32 {
         return XDP_ABORTED;
     }
     let request = at as *const FrontendSwap;
-    // SAFETY: the bounds were checked, and every bit pattern is a `FrontendSwap`; packet data is not aligned.
-    let request = unsafe { request.read_unaligned() };
+    // SAFETY: the bounds were checked, and every bit pattern is a `FrontendSwap`. `BPF_PROG_TEST_RUN` aligns the packet: it begins 256
+    // bytes behind the start of an allocation (`bpf_prog_test_run_xdp`, XDP_PACKET_HEADROOM).
+    let request = unsafe { request.read() };
     let Some(value) = FRONTENDS.get_ptr_mut(request.key) else {
         return XDP_DROP;
     };

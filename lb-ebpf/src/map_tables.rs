@@ -5,7 +5,7 @@ use core::ptr;
 
 use aya_ebpf::btf_maps::lpm_trie::Key as Prefix;
 use aya_ebpf::helpers::generated::bpf_get_netns_cookie;
-use lb_common::abi::{Addr, FilterBit, Frontend, FrontendKeyWords, ServiceIndex, SourceRange};
+use lb_common::abi::{Addr, FilterBit, Frontend, FrontendKeyWords, FrontendKind, ServiceIndex, SourceRange};
 use lb_common::logic::decide::{PacketTables, Services};
 use lb_common::logic::frontend::{Destination, Tables};
 use lb_common::logic::ip128::Ip128;
@@ -28,15 +28,30 @@ impl MapTables {
     }
 }
 
+/// Returns the two words of an entry of FRONTENDS.
+#[inline(always)]
+fn find_frontend(key: Destination) -> Option<*const u64> {
+    let value = FRONTENDS.get_ptr(FrontendKeyWords::new(key.addr.0, key.port, key.proto).as_key())?;
+    Some(value.cast())
+}
+
 impl Tables for MapTables {
     #[inline(always)]
     fn frontend(&self, key: Destination) -> Option<Frontend> {
-        let value = FRONTENDS.get_ptr(FrontendKeyWords::new(key.addr.0, key.port, key.proto).as_key())?;
-        let words = value.cast::<u64>();
+        let words = find_frontend(key)?;
         // SAFETY: the pointer is to a value of the map, which is two words and is aligned to 8 bytes; `lb_frontend_swap` may store
         // to it at any time.
         let words = unsafe { [ptr::read_volatile(words), ptr::read_volatile(words.add(1))] };
         Some(Frontend::from_words(words))
+    }
+
+    #[inline(always)]
+    fn is_node_port(&self, key: Destination) -> bool {
+        find_frontend(key).is_some_and(|words| {
+            // SAFETY: as above. The set is not read.
+            let frontend = Frontend::from_words([unsafe { ptr::read_volatile(words) }, 0]);
+            frontend.kind == FrontendKind::NodePort as u8
+        })
     }
 
     #[inline(always)]

@@ -141,9 +141,10 @@ fn try_connect<F: Family>(ctx: &SockAddrContext, log: Option<Hook>) -> Result<()
     let (cookie, service) = (cookie(ctx), frontend.service);
     // These two and the slot of the backend are probably not cached. None of the three depends on another, so the processor waits for
     // all at once.
-    let place = sockets::Place::prefetch(cookie);
-    let counters = Counters::prefetch(service);
     let refusal = |reason| Refusal { to, service, reason };
+    // Each slot number is below the size of SOCKETS; the verifier does not know that.
+    let place = sockets::Place::prefetch(cookie).ok_or(refusal(DropReason::SocketsFull))?;
+    let counters = Counters::prefetch(service).ok_or(refusal(DropReason::BadServiceIndex))?;
     // SAFETY: the helper has no arguments.
     let time = unsafe { bpf_ktime_get_coarse_ns() };
     let random = selection::number_of_socket(cookie, time);
@@ -166,7 +167,7 @@ fn try_connect<F: Family>(ctx: &SockAddrContext, log: Option<Hook>) -> Result<()
         service,
     };
     let inserted = match mptcp::key_in_connect(ctx) {
-        None => place.map_or(Err(DropReason::SocketsFull), |place| place.insert(&new)),
+        None => place.insert(&new),
         Some(key) => sockets::insert_by_key(key, &new),
     };
     if let Err(reason) = inserted {
@@ -181,9 +182,7 @@ fn try_connect<F: Family>(ctx: &SockAddrContext, log: Option<Hook>) -> Result<()
     if let Some(hook) = log {
         log::socket_translated(hook, to, selected.addr, selected.port);
     }
-    if let Some(counters) = counters {
-        counters.connected();
-    }
+    counters.connected();
     trace::socket_event(
         ctx.as_ptr(),
         &TraceEvent::served(EventKind::Connected, to, service, selected),

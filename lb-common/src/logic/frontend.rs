@@ -39,6 +39,11 @@ impl Destination {
 pub trait Tables {
     /// Returns the entry of FRONTENDS with this key. Port and protocol are zero for an address mark.
     fn frontend(&self, key: Destination) -> Option<Frontend>;
+    /// Returns whether the entry of FRONTENDS with this key is a node port.
+    fn is_node_port(&self, key: Destination) -> bool {
+        self.frontend(key)
+            .is_some_and(|found| found.kind == FrontendKind::NodePort as u8)
+    }
     /// Returns whether FRONTENDS or NODE_ADDRS may have the address: its bit in FILTER is set.
     fn may_have(&self, addr: Ip128) -> bool;
     /// Returns whether NODE_ADDRS contains the address.
@@ -143,12 +148,7 @@ pub const fn has_source_ranges(frontend: Frontend, service_flags: u32) -> bool {
 /// that option.
 #[inline(always)]
 pub fn binds_node_port(tables: &impl Tables, to: Destination) -> bool {
-    let has = |addr: Ip128| {
-        let key = Destination { addr, ..to };
-        tables
-            .frontend(key)
-            .is_some_and(|found| found.kind == FrontendKind::NodePort as u8)
-    };
+    let has = |addr: Ip128| tables.is_node_port(Destination { addr, ..to });
     let any = to.addr.unspecified();
     if to.addr.same(any) {
         has(any) || (!any.is_v4() && has(Ip128::from_v4(0)))
