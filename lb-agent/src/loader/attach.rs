@@ -1,5 +1,6 @@
 //! Cgroup hooks: programs that are attached to a cgroup by pinned links, which are updated in place.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
@@ -8,9 +9,10 @@ use std::path::{Path, PathBuf};
 use aya::Ebpf;
 use aya::programs::{ProgramFd, ProgramInfo};
 use aya_obj::generated::bpf_attach_type;
-use lb_common::abi::program_name;
+use lb_common::abi::{PROGRAM_PREFIX, program_name};
 use tracing::info;
 
+use super::pins::entries;
 use super::{LoadError, PinPath, failed};
 use crate::maps::sys;
 
@@ -139,6 +141,18 @@ pub fn attach(programs: &Ebpf, pins: &PinPath, cgroup: &Cgroup) -> Result<(), Lo
         sys::obj_pin(link.as_fd(), &new).map_err(failed(&new, "BPF_OBJ_PIN"))?;
         fs::rename(&new, &path).map_err(failed(&path, "rename"))?;
     }
+    remove_unknown_links(pins)
+}
+
+/// Removes the links of programs that this build does not have: another build attached them, and they would go on with maps that
+/// nothing updates.
+fn remove_unknown_links(pins: &PinPath) -> Result<(), LoadError> {
+    for link in entries(&pins.links())? {
+        let name = link.file_name().and_then(OsStr::to_str).unwrap_or_default();
+        if name.starts_with(PROGRAM_PREFIX) && !HOOKS.iter().any(|hook| hook.name == name) {
+            fs::remove_file(&link).map_err(failed(&link, "unlink"))?;
+        }
+    }
     Ok(())
 }
 
@@ -239,10 +253,26 @@ mod tests {
     }
 
     #[test]
+    fn links_of_programs_of_another_build_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let pins = PinPath::new(folder.path());
+        fs::create_dir_all(pins.links()).unwrap();
+        for name in ["lb_connect4", "lb_bind4", "lb_bind4-new", "ingress-7"] {
+            fs::write(pins.links().join(name), "").unwrap();
+        }
+        remove_unknown_links(&pins).unwrap();
+        let left = entries(&pins.links()).unwrap();
+        let mut left: Vec<_> = left.iter().filter_map(|link| link.file_name()?.to_str()).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["ingress-7", "lb_connect4"]);
+    }
+
+    #[test]
     fn every_cgroup_program_of_the_object_is_named_attached_and_documented() {
         let object = Object::parse(OBJECT).unwrap();
         let mut compiled: Vec<_> = object.programs.keys().map(String::as_str).collect();
         let mut named = program_name::ALL.to_vec();
+        assert!(named.iter().all(|name| name.starts_with(PROGRAM_PREFIX)));
         compiled.sort_unstable();
         named.sort_unstable();
         assert_eq!(

@@ -4,8 +4,9 @@
 //! rules:
 //!
 //! - A directory `vN` below the pin path has the pins of layout N: `maps` has the maps by name, `next` has those that replace
-//!   them while a start is changing them, with MOVE, and `links` has the links, by the names of the programs. If there are maps of
-//!   two layouts, those of the layout with the directory `filling` are not in force.
+//!   them while a start is changing them, with MOVE, and `links` has those of cgroup hooks by the names of the
+//!   programs, which begin with `lb_`. If there are maps of two layouts, those of the layout with the directory `filling` are not
+//!   in force.
 //! - The name of a pinned map stands for the meaning of its keys and values. A layout that gives them another meaning pins the map
 //!   by another name.
 //! - A value grows at its end only, and zero means that a field is not set.

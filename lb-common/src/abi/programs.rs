@@ -54,6 +54,9 @@ program_names! {
     MOVE = "lb_move";
 }
 
+/// Begin of the names of all programs, in every build.
+pub const PROGRAM_PREFIX: &str = "lb_";
+
 /// Name of the read-only global with the number of slots in SOCKETS, minus one.
 pub const SOCKETS_MASK_GLOBAL: &str = "SOCKETS_MASK";
 /// Name of the read-only global with the `bpf_get_netns_cookie` of the node's network namespace.
