@@ -86,8 +86,21 @@ fn every_flag_has_one_map_and_a_default_in_its_range() {
         let map = MAPS.iter().find(|map| map.name == sized.name()).unwrap();
         assert_eq!(map.capacity, Capacity::Sized(*sized));
         assert_eq!(map.default_capacity(), sized.default_capacity());
+        assert_eq!(map.role, sized.role());
     }
     assert_eq!(SizedMap::ALL.len(), SizedMap::COUNT);
+}
+
+#[test]
+fn the_agent_fills_the_maps_of_services_and_programs_fill_the_others() {
+    let filled_by_agent = SizedMap::ALL.iter().filter(|map| !map.is_filled_by_programs());
+    let of_services = [
+        SizedMap::Services,
+        SizedMap::Frontends,
+        SizedMap::Backends,
+        SizedMap::BackendSlots,
+    ];
+    assert_eq!(filled_by_agent.copied().collect::<Vec<_>>(), of_services);
 }
 
 #[test]

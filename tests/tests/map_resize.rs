@@ -62,13 +62,13 @@ fn sizes_with(grown: &[SizedMap]) -> Capacities {
 fn flags(sizes: &Capacities) -> Vec<String> {
     let flag = |map: &SizedMap| {
         let size = sizes[*map].to_string();
-        [floor_flag(*map), size.clone(), format!("--{}", map.flag()), size]
+        [minimum_flag(*map), size.clone(), format!("--{}", map.flag()), size]
     };
     SizedMap::ALL.iter().flat_map(flag).collect()
 }
 
 /// Returns the hidden flag for the smallest size of a map.
-fn floor_flag(map: SizedMap) -> String {
+fn minimum_flag(map: SizedMap) -> String {
     format!("--{}", map.flag().replace("max-", "min-"))
 }
 
@@ -258,16 +258,16 @@ const HELD: u32 = 400;
 #[test]
 fn maps_of_programs_grow_and_shrink_with_their_use() -> Result<()> {
     let _turn = turn();
-    let floors = [
+    let minimums = [
         (SizedMap::Sockets, 64),
         (SizedMap::SocketsMore, 1024),
         (SizedMap::Conntrack, 4096),
         (SizedMap::ConntrackNew, 2048),
     ];
-    let floor = |map| floors.iter().find(|(floor, _)| *floor == map).map(|(_, size)| *size);
-    let mut flags: Vec<_> = floors
+    let minimum = |map| minimums.iter().find(|(of, _)| *of == map).map(|(_, size)| *size);
+    let mut flags: Vec<_> = minimums
         .iter()
-        .flat_map(|(map, size)| [floor_flag(*map), size.to_string()])
+        .flat_map(|(map, size)| [minimum_flag(*map), size.to_string()])
         .collect();
     flags.extend(["--shrink-after", "10000"].map(String::from));
     let mut workload = Workload::new(&flags.iter().map(String::as_str).collect::<Vec<_>>())?;
@@ -279,7 +279,7 @@ fn maps_of_programs_grow_and_shrink_with_their_use() -> Result<()> {
         agent.wait("growing", |agent| {
             let sizes = sizes(agent)?;
             for map in [SizedMap::Sockets, SizedMap::Conntrack] {
-                ensure!(Some(sizes[map]) > floor(map), "{sizes:?}");
+                ensure!(Some(sizes[map]) > minimum(map), "{sizes:?}");
             }
             ensure!(
                 sizes[SizedMap::ConntrackNew] >= sizes[SizedMap::Conntrack] / 2,
@@ -293,7 +293,7 @@ fn maps_of_programs_grow_and_shrink_with_their_use() -> Result<()> {
         ensure!((held.held, held.live) == (HELD.into(), HELD.into()), "{held:?}");
         agent.wait("shrinking", |agent| {
             let sizes = sizes(agent)?;
-            // The workload needs more than the floor.
+            // The workload needs more than the minimum.
             ensure!(sizes[SizedMap::Sockets] < HELD, "{sizes:?}");
             Ok(())
         })

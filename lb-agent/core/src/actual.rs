@@ -3,6 +3,7 @@
 
 mod backends;
 mod filter;
+mod references;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -17,6 +18,7 @@ use lb_common::logic::generation;
 
 pub(crate) use self::backends::{ActualBackend, BackendMap, Backends};
 pub(crate) use self::filter::FilterOwners;
+use self::references::References;
 use crate::alloc::{Indexes, Range, SlotRanges};
 use crate::desired::{DesiredSet, with_set_of};
 use crate::maps::prefix::Prefix;
@@ -150,7 +152,7 @@ pub(crate) struct Actual {
     /// FRONTENDS; written by [`Actual::set_frontend`] only, which records what leads to each service.
     pub(crate) frontends: Synced<FrontendKey, Frontend>,
     /// The frontends that lead to each service index.
-    pub(crate) references: HashMap<ServiceIndex, Vec<FrontendKey>>,
+    pub(crate) references: References,
     /// CLUSTER_CIDRS.
     pub(crate) cidrs: Synced<Prefix<Addr>, u32>,
     /// NODE_ADDRS.
@@ -177,7 +179,7 @@ impl Actual {
         let mut actual = Self {
             ports: HashMap::new(),
             frontends: Synced::new(dump.frontends.clone()),
-            references: HashMap::new(),
+            references: References::default(),
             cidrs: Synced::new(dump.cluster_cidrs.clone()),
             node_addrs: dump.node_addrs.clone(),
             filter: FilterOwners::of(dump),
@@ -188,13 +190,13 @@ impl Actual {
             backend_generations: dump.backends.iter().map(|b| b.generation).collect(),
         };
         for (key, value) in &dump.frontends {
-            actual.refer(*key, *value);
+            actual.references.change(*key, None, Some(*value));
         }
         let mut orphans = Orphans::default();
         let mut names: Vec<_> = dump.names.iter().collect();
         // If two have one identity, an agent died between adding a Service again and clearing the first one. Frontends
         // lead to the new one.
-        names.sort_by_key(|(index, _)| (!actual.references.contains_key(*index), **index));
+        names.sort_by_key(|(index, _)| (!actual.references.lead_to(**index), **index));
         for (index, name) in names {
             let Some(entry) = dump.service(*index) else {
                 orphans.names.insert(*index);
@@ -304,7 +306,8 @@ impl Actual {
         }
     }
 
-    /// Returns the content of ranges whose slots do not have their service in the maps, with the first slot of each.
+    /// Returns the content of ranges with slots that do not have their service in the maps, with the first slot of each. If an agent
+    /// died while it added the services, only the last slots of a range lack theirs.
     pub(crate) fn slots_without_service(&self, dump: &Dump) -> BTreeMap<u32, Vec<BackendSlot>> {
         let mut all = BTreeMap::new();
         for port in self.ports.values() {
@@ -312,8 +315,8 @@ impl Actual {
                 let (Some(range), Some(members)) = (set.range, &set.members) else {
                     continue;
                 };
-                let first = dump.slots.get(range.base as usize);
-                if first.is_some_and(|slot| slot.service.is_none()) {
+                let slots = dump.slots.iter().skip(range.base as usize);
+                if slots.take(range.len.into()).any(|slot| slot.service.is_none()) {
                     let slot = |m: &Member| Some(slot_of(m, port.backends.get(m.addr, m.port)?, port.index));
                     all.insert(range.base, members.iter().filter_map(slot).collect());
                 }
@@ -344,36 +347,12 @@ impl Actual {
 
     /// Records a frontend that was written, `None` for a deletion.
     pub(crate) fn set_frontend(&mut self, key: FrontendKey, value: Option<Frontend>) {
-        if let Some(new) = value {
-            self.refer(key, new);
-            self.filter.add(key.addr.into());
-        }
-        if let Some(old) = self.frontends.set(key, value) {
-            self.unrefer(&key, old);
-            self.filter.remove(key.addr.into());
-        }
-    }
-
-    /// Records that a frontend leads to its service.
-    fn refer(&mut self, key: FrontendKey, value: Frontend) {
-        if !value.is_mark() {
-            let keys = self.references.entry(value.service).or_default();
-            // Most service ports have one: the usual growth makes room for four.
-            keys.reserve_exact(1);
-            keys.push(key);
-        }
-    }
-
-    /// Records that a frontend does not lead to its service any more.
-    fn unrefer(&mut self, key: &FrontendKey, value: Frontend) {
-        let Some(keys) = self.references.get_mut(&value.service).filter(|_| !value.is_mark()) else {
-            return;
-        };
-        if let Some(at) = keys.iter().position(|other| other == key) {
-            keys.swap_remove(at);
-        }
-        if keys.is_empty() {
-            self.references.remove(&value.service);
+        let before = self.frontends.set(key, value);
+        self.references.change(key, before, value);
+        match (before, value) {
+            (None, Some(_)) => self.filter.add(key.addr.into()),
+            (Some(_), None) => self.filter.remove(key.addr.into()),
+            (None, None) | (Some(_), Some(_)) => {}
         }
     }
 }

@@ -234,7 +234,8 @@ impl<M: Maps> Writer<M> {
         self.remove_orphaned_source_ranges();
         let mut no_room = BTreeSet::new();
         touched.ports.extend(std::mem::take(&mut self.failed_ports).into_keys());
-        touched.frontends.extend(self.actual.frontends.take_failed());
+        let retried: Vec<_> = self.actual.frontends.take_failed().collect();
+        touched.frontends.extend(&retried);
         touched.cidrs.extend(self.actual.cidrs.take_failed());
         // Before anything that makes programs look up whether a source is inside the cluster.
         self.write_cidrs(state, &touched.cidrs);
@@ -277,6 +278,12 @@ impl<M: Maps> Writer<M> {
                 .sort_by_cached_key(|(key, _)| state.desired().frontend_age_rank(key));
         }
         self.write_frontends(writes);
+        // Some may not be wanted any more.
+        for key in retried {
+            if !self.actual.frontends.failed().contains_key(&key) {
+                self.free_unused_bit(key.addr.into());
+            }
+        }
         self.remove_ports(state.desired(), &touched.ports);
         self.withdraw_orphans(state);
     }
@@ -780,7 +787,8 @@ impl<M: Maps> Writer<M> {
 
     /// Stores the sets of a service in all frontends that lead to its index.
     fn store_sets(&mut self, index: ServiceIndex, service: &Service) -> Result<(), MapError> {
-        for key in self.actual.references.get(&index).cloned().unwrap_or_default() {
+        let keys: Vec<_> = self.actual.references.keys(index).collect();
+        for key in keys {
             let Some(has) = self.actual.frontends.entries().get(&key).copied() else {
                 continue;
             };
@@ -871,10 +879,14 @@ impl<M: Maps> Writer<M> {
 
     fn record_frontend(&mut self, key: FrontendKey, new: Option<Frontend>, result: Result<(), MapError>) {
         match result {
-            Ok(()) => self.actual.set_frontend(key, new),
+            Ok(()) => {
+                self.actual.set_frontend(key, new);
+                self.free_unused_bit(key.addr.into());
+            }
+            // The bit stays set, since the insertion is repeated: clearing it would take a grace period, and the end of a grace
+            // period is an occasion to repeat.
             Err(error) => self.actual.frontends.set_failed(key, error),
         }
-        self.free_unused_bit(key.addr.into());
     }
 
     /// Removes service ports that are no longer desired and that no frontend leads to, after a grace period.
@@ -886,7 +898,7 @@ impl<M: Maps> Writer<M> {
             let Some(port) = self.actual.ports.get(id) else {
                 continue;
             };
-            if self.actual.references.contains_key(&port.index) {
+            if self.actual.references.lead_to(port.index) {
                 let why = "frontends still lead to it".to_owned();
                 self.failed_ports.insert(Arc::clone(id), why);
                 continue;

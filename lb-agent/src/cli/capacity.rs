@@ -58,9 +58,9 @@ impl Args for CapacityArgs {
                 .help_heading(HEADING)
         });
         // For tests.
-        let floors = flags.map(|(map, (floor, _))| {
-            Arg::new(floor.as_str())
-                .long(floor.as_str())
+        let minimums = flags.map(|(map, (flag, _))| {
+            Arg::new(flag.as_str())
+                .long(flag.as_str())
                 .value_name("N")
                 .value_parser(number(map))
                 .action(ArgAction::Set)
@@ -82,7 +82,7 @@ impl Args for CapacityArgs {
             .value_parser(value_parser!(u64))
             .action(ArgAction::Set)
             .hide(true);
-        command.arg(memory).args(bounds).args(floors).arg(shrink_after)
+        command.arg(memory).args(bounds).args(minimums).arg(shrink_after)
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -94,7 +94,7 @@ impl FromArgMatches for CapacityArgs {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, Error> {
         let mut args = Self(MapSettings {
             bound: Capacities::BOUND,
-            floor: Vec::new(),
+            minimum: Vec::new(),
             memory: None,
             shrink_after: sizing::SHRINK_AFTER,
         });
@@ -113,13 +113,13 @@ impl FromArgMatches for CapacityArgs {
                 entries
             })
         };
-        for (map, (floor, _)) in SizedMap::ALL.iter().zip(FLAGS.iter()) {
+        for (map, (minimum, _)) in SizedMap::ALL.iter().zip(FLAGS.iter()) {
             if let Some(entries) = number(*map, map.flag()) {
                 settings.bound = settings.bound.with(*map, entries);
             }
             settings
-                .floor
-                .extend(number(*map, floor).map(|entries| (*map, entries)));
+                .minimum
+                .extend(number(*map, minimum).map(|entries| (*map, entries)));
         }
         settings.memory = matches.get_one::<u64>(MEMORY).copied().or(settings.memory);
         if let Some(ms) = matches.get_one::<u64>(SHRINK_AFTER) {

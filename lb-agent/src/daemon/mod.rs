@@ -25,7 +25,7 @@ use self::devices::Devices;
 pub use self::devices::PacketSettings;
 use self::problems::{Problems, Reporter};
 pub use self::sizes::MapSettings;
-use self::sizes::Sizes;
+use self::sizes::{Scope, Sizes};
 use crate::config::Config;
 use crate::ebpf_log::{self, Printer};
 use crate::heap;
@@ -228,6 +228,7 @@ pub async fn serve(
                 daemon.report(Reporter::Servers, server_problems.borrow_and_update().clone());
             }
             _ = check.tick() => {
+                daemon.reconciler.reclaim();
                 daemon.apply_nf_conntrack();
                 // Programs that another process detached, and attachments that failed.
                 daemon.update_devices(true);
@@ -338,7 +339,7 @@ impl Daemon<'_> {
         let changes = batch.changes.len();
         let before = self.reconciler.maps().written();
         self.reconciler.receive(batch);
-        self.make_room()?;
+        self.make_room(Scope::Agent)?;
         self.reconciler.write();
         self.servers.applied(&applying, &mut self.reconciler);
         let written = self.reconciler.maps().written() - before;
@@ -357,10 +358,10 @@ impl Daemon<'_> {
     }
 
     /// Replaces maps that do not have enough room for the received changes, or for the counted entries.
-    fn make_room(&mut self) -> anyhow::Result<()> {
+    fn make_room(&mut self, scope: Scope) -> anyhow::Result<()> {
         let (_, present) = self.reconciler.usage();
         let demand = self.reconciler.demand();
-        match self.sizes.growth(&present, demand) {
+        match self.sizes.growth(&present, demand, scope) {
             Ok(Some(to)) => self.replace_maps(&to)?,
             Ok(None) => self.problems.set(Reporter::MapSizes, self.sizes.problems()),
             Err(error) => {
@@ -378,7 +379,7 @@ impl Daemon<'_> {
     fn record_usage(&mut self, counts: Capacities) -> anyhow::Result<()> {
         self.sizes.counted(counts);
         let (usage, before) = self.reconciler.usage();
-        self.make_room()?;
+        self.make_room(Scope::All)?;
         if self.reconciler.maps().capacities() == before {
             let needed = self.reconciler.needed();
             if let Some(to) = self.sizes.shrunk(&before, usage, &needed) {
@@ -429,8 +430,8 @@ impl Daemon<'_> {
     /// Updates the limit of the maps' memory in STATE, and returns whether it has changed.
     fn update_memory_limit(&mut self) -> bool {
         let (_, present) = self.reconciler.usage();
-        let limit = match self.sizes.memory_limit(&present) {
-            Ok(limit) => (limit >> 20) as u32,
+        let limit = match self.sizes.allowed(&present) {
+            Ok(allowed) => (allowed.total >> 20) as u32,
             Err(error) => {
                 warn!(%error, "cannot read the memory that maps may take");
                 return false;

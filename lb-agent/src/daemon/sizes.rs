@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use lb_common::abi::SizedMap;
 use lb_core::maps::Capacities;
-use lb_core::maps::memory::{self, Memory};
-use lb_core::maps::sizing::{self, Growth, Limits, Shrinking, grown};
+use lb_core::maps::memory::Allowed;
+use lb_core::maps::sizing::{self, Growth, Limits, Refused, Shrinking, grown};
 use lb_core::model::{Problem, ProblemKind};
 use lb_core::reconcile::Usage;
 
@@ -24,11 +24,20 @@ pub struct MapSettings {
     /// Largest numbers of entries.
     pub bound: Capacities,
     /// Smallest numbers of entries that differ from those for the machine's memory.
-    pub floor: Vec<(SizedMap, u32)>,
+    pub minimum: Vec<(SizedMap, u32)>,
     /// Largest size of all maps together in bytes; `None` for the default.
     pub memory: Option<u64>,
     /// Time for which a map is in little use before it shrinks.
     pub shrink_after: Duration,
+}
+
+/// Which maps may grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// The maps that the agent fills: a batch waits for their move, and not for the copy of a large CT.
+    Agent,
+    /// All maps.
+    All,
 }
 
 /// The limits, the use of the maps, and the problems with their sizes.
@@ -50,14 +59,15 @@ pub(super) struct Sizes {
     lasting: Vec<Problem>,
     /// Problems of the last move, if that failed.
     failed: Vec<Problem>,
-    refused: Vec<Problem>,
+    /// Maps that cannot grow.
+    refused: Vec<Refused>,
 }
 
 impl Sizes {
     pub(super) fn new(settings: MapSettings) -> anyhow::Result<Self> {
         let MapSettings {
             bound,
-            floor,
+            minimum,
             memory,
             shrink_after,
         } = settings;
@@ -65,12 +75,12 @@ impl Sizes {
         let machine = node::memory::read(cgroups.as_deref())
             .context("reading the machine's memory")?
             .machine;
-        let floor = floor
+        let minimum = minimum
             .into_iter()
-            .fold(sizing::floor(machine), |all, (map, entries)| all.with(map, entries));
+            .fold(sizing::minimum(machine), |all, (map, entries)| all.with(map, entries));
         let cpus = aya::util::nr_cpus().map_err(|(path, error)| anyhow::anyhow!("{path}: {error}"))?;
         Ok(Self {
-            limits: Limits::new(&floor, bound),
+            limits: Limits::new(&minimum, bound),
             flag: memory,
             cpus: cpus as u32,
             cgroups,
@@ -89,10 +99,10 @@ impl Sizes {
         self.limits.at_start(pinned)
     }
 
-    /// Returns the largest size of all maps together in bytes.
-    pub(super) fn memory_limit(&self, present: &Capacities) -> io::Result<u64> {
-        let memory: Memory = node::memory::read(self.cgroups.as_deref())?;
-        Ok(memory::limit(self.flag, memory, memory::total(present, self.cpus)))
+    /// Returns the memory that maps may take.
+    pub(super) fn allowed(&self, present: &Capacities) -> io::Result<Allowed> {
+        let memory = node::memory::read(self.cgroups.as_deref())?;
+        Ok(Allowed::new(self.flag, memory, present, self.cpus))
     }
 
     /// Records the entries of the maps that programs fill.
@@ -100,21 +110,29 @@ impl Sizes {
         self.counted = Some(counts);
     }
 
-    /// Returns the sizes to grow to, if a map has to grow for the demand and the counted entries.
-    pub(super) fn growth(&mut self, present: &Capacities, demand: Usage) -> io::Result<Option<Capacities>> {
-        let used = self.used(demand);
-        let decide = |memory| grown(present, &used, &self.limits, memory, self.cpus);
-        let without_limit = decide(u64::MAX);
+    /// Returns the sizes to grow to, if a map has to grow for the demand or the counted entries.
+    pub(super) fn growth(
+        &mut self,
+        present: &Capacities,
+        demand: Usage,
+        scope: Scope,
+    ) -> io::Result<Option<Capacities>> {
+        let used = match scope {
+            // Zero for the maps that programs fill, so these keep their sizes.
+            Scope::Agent => demand.entries(),
+            Scope::All => self.used(demand),
+        };
+        let decide = |allowed| grown(present, &used, &self.limits, allowed, self.cpus);
+        let without_limit = decide(Allowed::ALL);
         // The limit costs system calls, and matters only if a map has to grow.
         let Growth { to, refused } = if without_limit.to == *present {
             without_limit
         } else {
-            decide(self.memory_limit(present)?)
+            decide(self.allowed(present)?)
         };
-        self.refused = refused
-            .iter()
-            .map(|refused| Problem::new(refused.map.name(), refused.to_string()).kind(ProblemKind::Map))
-            .collect();
+        let is_decided = |map: SizedMap| scope == Scope::All || !map.is_filled_by_programs();
+        self.refused.retain(|refused| !is_decided(refused.map));
+        self.refused.extend(refused);
         Ok((to != *present && self.may_move()).then_some(to))
     }
 
@@ -156,10 +174,58 @@ impl Sizes {
 
     /// Returns the problems with the sizes of maps.
     pub(super) fn problems(&self) -> Vec<Problem> {
-        [&self.lasting, &self.failed, &self.refused]
-            .into_iter()
-            .flatten()
-            .cloned()
-            .collect()
+        let others = [&self.lasting, &self.failed].into_iter().flatten().cloned();
+        let refused = self.refused.iter();
+        let refused = refused.map(|it| Problem::new(it.map.name(), it.to_string()).kind(ProblemKind::Map));
+        others.chain(refused).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_grows_the_maps_that_the_agent_fills_and_no_others() {
+        let bound = Capacities::BOUND.with(SizedMap::UdpFlows, 1 << 15);
+        let settings = MapSettings {
+            bound,
+            minimum: SizedMap::ALL.iter().map(|map| (*map, map.default_capacity())).collect(),
+            memory: Some(u64::MAX),
+            shrink_after: sizing::SHRINK_AFTER,
+        };
+        let mut sizes = Sizes::new(settings).unwrap();
+        sizes.cgroups = None;
+        let present = Capacities::DEFAULT;
+        let demand = Usage {
+            services: 500,
+            ..Usage::default()
+        };
+        let counts = Capacities::uniform(0)
+            .with(SizedMap::Conntrack, 60_000)
+            .with(SizedMap::UdpFlows, 30_000);
+        sizes.counted(counts);
+        let to = |sizes: &mut Sizes, demand, scope| sizes.growth(&present, demand, scope).unwrap();
+        let refused = |sizes: &Sizes| {
+            sizes
+                .problems()
+                .into_iter()
+                .map(|problem| problem.place)
+                .collect::<Vec<_>>()
+        };
+        let services = present.with(SizedMap::Services, 1024);
+        assert_eq!(to(&mut sizes, demand, Scope::Agent), Some(services));
+        assert_eq!(refused(&sizes), Vec::<String>::new());
+        let all = services
+            .with(SizedMap::Conntrack, 1 << 17)
+            .with(SizedMap::ConntrackNew, 1 << 16);
+        assert_eq!(to(&mut sizes, demand, Scope::All), Some(all));
+        assert_eq!(refused(&sizes), ["UDP_FLOWS"]);
+        // The problem stays until all maps are decided about.
+        assert_eq!(to(&mut sizes, Usage::default(), Scope::Agent), None);
+        assert_eq!(refused(&sizes), ["UDP_FLOWS"]);
+        sizes.counted(Capacities::uniform(0));
+        assert_eq!(to(&mut sizes, Usage::default(), Scope::All), None);
+        assert_eq!(refused(&sizes), Vec::<String>::new());
     }
 }

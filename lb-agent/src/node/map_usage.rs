@@ -82,7 +82,7 @@ fn run(mut maps: SharedMaps<PinnedMaps>, reports: &UnboundedSender<Capacities>, 
 fn count(maps: &mut SharedMaps<PinnedMaps>) -> Result<Capacities, MapError> {
     let (maps, _) = maps.enter()?;
     let mut counts = Capacities::uniform(0);
-    for map in SizedMap::ALL {
+    for map in SizedMap::ALL.iter().filter(|map| map.is_filled_by_programs()) {
         counts = counts.with(*map, maps.used_by_programs(*map)? as u32);
     }
     Ok(counts)

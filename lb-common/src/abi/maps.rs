@@ -370,6 +370,19 @@ macro_rules! registry {
                 match self { $($(Self::$sized => { let _ = $flag; map_name::$name })?)* }
             }
 
+            /// Returns the role of the map.
+            #[must_use]
+            pub const fn role(self) -> MapRole {
+                match self { $($(Self::$sized => role!($role),)?)* }
+            }
+
+            /// Returns whether programs insert into the map, so that its content follows the clients. The agent fills the others, which
+            /// follow the source.
+            #[must_use]
+            pub const fn is_filled_by_programs(self) -> bool {
+                matches!(self.role(), MapRole::Remembered)
+            }
+
             /// Returns the flag of `lb-agent run`, without dashes.
             #[must_use]
             pub const fn flag(self) -> &'static str {

@@ -41,11 +41,36 @@ fn consistent_maps_are_adopted_unchanged() {
         (actual.indexes.used(), actual.ids.used(), actual.slots.used()),
         (2, 4, 4)
     );
-    let references = actual.references.iter().map(|(index, keys)| (*index, keys.len()));
+    let references = [0, 1, 2, 3].map(|index| actual.references.keys(ServiceIndex::new(index)).count());
+    assert_eq!(references, [0, 1, 1, 0]);
+}
+
+#[test]
+fn a_change_of_the_set_in_a_frontend_leaves_its_references_and_its_filter_bit() {
+    let (mut actual, _) = adopted(|_| ());
+    let (index, key) = (ServiceIndex::new(2), key("10.96.0.1", 80));
+    let value = actual.frontends.entries()[&key];
+    let keys = |actual: &Actual| actual.references.keys(index).collect::<Vec<_>>();
+    for set in [SetWord::NONE, value.set] {
+        actual.set_frontend(key, Some(Frontend { set, ..value }));
+        assert_eq!(keys(&actual), [key]);
+    }
+    let other = Frontend {
+        service: ServiceIndex::new(1),
+        ..value
+    };
+    actual.set_frontend(key, Some(other));
     assert_eq!(
-        references.collect::<BTreeMap<_, _>>(),
-        [1, 2].map(|n| (ServiceIndex::new(n), 1)).into()
+        (keys(&actual).len(), actual.references.keys(other.service).count()),
+        (0, 2)
     );
+    let addresses: Vec<_> = actual.frontends.entries().keys().copied().collect();
+    for key in addresses {
+        assert!(!actual.filter.is_unused(key.addr.into()));
+        actual.set_frontend(key, None);
+    }
+    assert!(!actual.references.lead_to(index) && !actual.references.lead_to(other.service));
+    assert!(actual.filter.is_unused(key.addr.into()));
 }
 
 #[test]

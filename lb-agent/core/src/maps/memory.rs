@@ -7,6 +7,7 @@
 use lb_common::abi::{Capacity, MAPS, MapKind, MapSpec, SizedMap, map_flags};
 
 use super::Capacities;
+use super::resize::is_replaced;
 
 /// `struct htab_elem` without key and value: list node, LRU node or pointer, and hash.
 const HASH_ELEMENT: u64 = 48;
@@ -67,7 +68,7 @@ pub fn of(map: SizedMap, entries: u32, cpus: u32) -> u64 {
 /// Returns the bytes of all maps with a number of entries that the agent chooses.
 #[must_use]
 pub fn total(capacities: &Capacities, cpus: u32) -> u64 {
-    SizedMap::ALL.iter().map(|map| of(*map, capacities[*map], cpus)).sum()
+    sum(capacities, cpus, |_| true)
 }
 
 /// Memory of the machine and of the agent's cgroups in bytes.
@@ -82,14 +83,68 @@ pub struct Memory {
 /// Upper end of the default of `--map-memory`.
 pub const DEFAULT_LIMIT: u64 = 1 << 30;
 
-/// Returns the largest size of all maps together in bytes: that of `--map-memory`, or its default, and at most the present
-/// size and what the agent's cgroups still allow.
-#[must_use]
-pub fn limit(flag: Option<u64>, memory: Memory, present: u64) -> u64 {
-    let limit = flag.unwrap_or((memory.machine / 10).min(DEFAULT_LIMIT));
-    memory
-        .left
-        .map_or(limit, |left| limit.min(present.saturating_add(left)))
+/// Memory that maps may take in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Allowed {
+    /// Largest size of all maps together.
+    pub total: u64,
+    /// Largest size of the new maps of one move: the maps that they replace exist beside them until it ends.
+    pub moved: u64,
+}
+
+impl Allowed {
+    /// No limit.
+    pub const ALL: Self = Self {
+        total: u64::MAX,
+        moved: u64::MAX,
+    };
+
+    /// Returns the memory that the maps may take: the value of `--map-memory`, or its default, and at most what the agent's
+    /// cgroups allow. `present`: the sizes of the maps.
+    #[must_use]
+    pub fn new(flag: Option<u64>, memory: Memory, present: &Capacities, cpus: u32) -> Self {
+        let total = flag.unwrap_or((memory.machine / 10).min(DEFAULT_LIMIT));
+        match memory.left {
+            None => Self { total, ..Self::ALL },
+            Some(left) => Self {
+                total: total.min(preallocated(present, cpus).saturating_add(left)),
+                moved: left,
+            },
+        }
+    }
+
+    /// Returns the part for maps that programs fill: a fourth is left to those that hold Services, since clients can fill the others.
+    #[must_use]
+    pub const fn for_programs(self) -> Self {
+        let Self { total, moved } = self;
+        Self {
+            total: total - total / 4,
+            moved: moved - moved / 4,
+        }
+    }
+
+    /// Returns whether maps may get other sizes.
+    #[must_use]
+    pub fn allows(self, from: &Capacities, to: &Capacities, cpus: u32) -> bool {
+        let is_new = |map: &MapSpec| is_replaced(map, from, to);
+        total(to, cpus) <= self.total && sum(to, cpus, is_new) <= self.moved
+    }
+}
+
+/// Returns the bytes that the agent's cgroup was charged when the maps were created. Those of maps that allocate an entry when it is
+/// inserted are not known.
+fn preallocated(capacities: &Capacities, cpus: u32) -> u64 {
+    sum(capacities, cpus, |map| map.flags & map_flags::NO_PREALLOC == 0)
+}
+
+/// Returns the bytes of some of the maps with a number of entries that the agent chooses.
+fn sum(capacities: &Capacities, cpus: u32, has: impl Fn(&MapSpec) -> bool) -> u64 {
+    let maps = MAPS.iter().filter(|map| has(map));
+    maps.map(|map| match map.capacity {
+        Capacity::Sized(sized) => of_map(map, capacities[sized], cpus),
+        Capacity::Fixed(_) => 0,
+    })
+    .sum()
 }
 
 #[cfg(test)]
@@ -141,21 +196,42 @@ mod tests {
 
     #[test]
     fn the_limit_is_the_smallest_of_flag_machine_and_cgroup() {
+        let present = Capacities::uniform(1 << 16);
+        let charged = preallocated(&present, 2);
+        assert!(10 * MIB < charged && charged < total(&present, 2));
         let memory = |machine, left| Memory { machine, left };
-        for (flag, memory, present, expected) in [
-            (None, memory(2000 * MIB, None), 0, 200 * MIB),
-            (None, memory(64_000 * MIB, None), 0, 1024 * MIB),
-            (Some(3000 * MIB), memory(64_000 * MIB, None), 0, 3000 * MIB),
+        for (flag, memory, total, moved) in [
+            (None, memory(2000 * MIB, None), 200 * MIB, u64::MAX),
+            (None, memory(64_000 * MIB, None), 1024 * MIB, u64::MAX),
+            (Some(3000 * MIB), memory(64_000 * MIB, None), 3000 * MIB, u64::MAX),
             (
                 Some(3000 * MIB),
                 memory(64_000 * MIB, Some(100 * MIB)),
-                50 * MIB,
-                150 * MIB,
+                charged + 100 * MIB,
+                100 * MIB,
             ),
-            (None, memory(2000 * MIB, Some(u64::MAX)), 50 * MIB, 200 * MIB),
-            (Some(0), memory(2000 * MIB, None), 50 * MIB, 0),
+            (None, memory(2000 * MIB, Some(u64::MAX)), 200 * MIB, u64::MAX),
+            (Some(0), memory(2000 * MIB, Some(MIB)), 0, MIB),
         ] {
-            assert_eq!(limit(flag, memory, present), expected, "{flag:?} {memory:?}");
+            let allowed = Allowed::new(flag, memory, &present, 2);
+            assert_eq!(allowed, Allowed { total, moved }, "{flag:?} {memory:?}");
+        }
+    }
+
+    #[test]
+    fn new_maps_have_to_fit_beside_those_that_they_replace() {
+        let from = Capacities::uniform(1 << 16);
+        let to = from.with(SizedMap::Conntrack, 1 << 17);
+        // CT_NEW is replaced together with CT.
+        let new = of(SizedMap::Conntrack, 1 << 17, 2) + of(SizedMap::ConntrackNew, 1 << 16, 2);
+        let all = total(&to, 2);
+        for (total, moved, is_allowed) in [
+            (all, new, true),
+            (u64::MAX, u64::MAX, true),
+            (all - 1, new, false),
+            (all, new - 1, false),
+        ] {
+            assert_eq!(Allowed { total, moved }.allows(&from, &to, 2), is_allowed);
         }
     }
 }

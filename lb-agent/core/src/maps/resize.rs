@@ -66,17 +66,23 @@ impl Resize {
         self.from != self.to
     }
 
-    /// Returns whether a map is replaced: its size changes, or that of a map that is replaced together with it.
+    /// Returns whether a map is replaced.
     #[must_use]
     pub fn replaces(&self, map: &MapSpec) -> bool {
-        let Capacity::Sized(sized) = map.capacity else {
-            return false;
-        };
-        SizedMap::ALL.iter().any(|other| {
-            let is_together = moving::bit(*other) & moving::bit(sized) != 0;
-            (*other == sized || is_together) && self.from[*other] != self.to[*other]
-        })
+        is_replaced(map, &self.from, &self.to)
     }
+}
+
+/// Returns whether a change of sizes replaces a map: its size changes, or that of a map that is replaced together with it.
+#[must_use]
+pub fn is_replaced(map: &MapSpec, from: &Capacities, to: &Capacities) -> bool {
+    let Capacity::Sized(sized) = map.capacity else {
+        return false;
+    };
+    SizedMap::ALL.iter().any(|other| {
+        let is_together = moving::bit(*other) & moving::bit(sized) != 0;
+        (*other == sized || is_together) && from[*other] != to[*other]
+    })
 }
 
 /// Returns the smallest number of entries that a map can have, if it has `used` entries: for a map that the agent fills by index,
@@ -84,14 +90,10 @@ impl Resize {
 /// room for that.
 #[must_use]
 pub fn room(map: SizedMap, used: u32) -> u32 {
-    match map {
-        SizedMap::Services | SizedMap::Frontends | SizedMap::Backends | SizedMap::BackendSlots => used,
-        SizedMap::Sockets
-        | SizedMap::SocketsMore
-        | SizedMap::UdpFlows
-        | SizedMap::Affinity
-        | SizedMap::Conntrack
-        | SizedMap::ConntrackNew => used.saturating_add(used / 4),
+    if map.is_filled_by_programs() {
+        used.saturating_add(used / 4)
+    } else {
+        used
     }
 }
 

@@ -1,10 +1,10 @@
 //! The numbers of entries that maps should have, from their use: when a map grows or shrinks, and by how much.
 //!
 //! A map grows before more than four fifths of it are in use, to a power of two of which half is in use at most, and shrinks
-//! after less than a fifth was in use for an hour. Programs fill some maps while no agent runs, so these have a floor that
+//! after less than a fifth was in use for an hour. Programs fill some maps while no agent runs, so these have a minimum that
 //! follows the machine's memory.
 //!
-//! CT_NEW has half the size of CT, whatever its use. It evicts the least recently used entry, so a flood of unreplied SYNs
+//! CT_NEW has half the size of CT, but at least its minimum, whatever its use. It evicts the least recently used entry, so a flood of unreplied SYNs
 //! fills it at any size, and growth would only cost memory. The size that a node needs is that of the flows which are
 //! opened during one round trip, and that follows the number of established flows.
 
@@ -13,8 +13,9 @@ use std::time::Duration;
 
 use lb_common::abi::SizedMap;
 
+use super::Capacities;
+use super::memory::Allowed;
 use super::resize::room;
-use super::{Capacities, memory};
 
 /// Time for which less than a fifth of a map is in use before it shrinks.
 pub const SHRINK_AFTER: Duration = Duration::from_secs(3600);
@@ -36,7 +37,7 @@ const ORDER: [SizedMap; SizedMap::COUNT] = [
 /// Returns the smallest sizes on a machine with this memory in bytes: room for 32,768 to 131,072 flows, one for each
 /// 256 KiB of memory.
 #[must_use]
-pub fn floor(machine: u64) -> Capacities {
+pub fn minimum(machine: u64) -> Capacities {
     let flows = (machine >> 18).clamp(1 << 15, 1 << 17) as u32;
     // The power of two at or below it.
     let flows = 1 << flows.ilog2();
@@ -44,7 +45,7 @@ pub fn floor(machine: u64) -> Capacities {
         .with(SizedMap::Conntrack, 2 * flows)
         .with(
             SizedMap::ConntrackNew,
-            (2 * flows / 2).max(SizedMap::ConntrackNew.default_capacity()),
+            flows.max(SizedMap::ConntrackNew.default_capacity()),
         )
         .with(
             SizedMap::SocketsMore,
@@ -57,24 +58,24 @@ pub fn floor(machine: u64) -> Capacities {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// The smallest sizes.
-    pub floor: Capacities,
+    pub minimum: Capacities,
     /// The largest sizes.
     pub bound: Capacities,
 }
 
 impl Limits {
-    /// Returns limits with these bounds. A floor above its bound is lowered to it.
+    /// Returns limits with these bounds. A minimum above its bound is lowered to it.
     #[must_use]
-    pub fn new(floor: &Capacities, bound: Capacities) -> Self {
-        let floor = floor.map(|map, floor| floor.min(bound[map]));
-        Self { floor, bound }
+    pub fn new(minimum: &Capacities, bound: Capacities) -> Self {
+        let minimum = minimum.map(|map, entries| entries.min(bound[map]));
+        Self { minimum, bound }
     }
 
     /// Returns the sizes that a start requires: those of the pinned maps, within the limits.
     #[must_use]
     pub fn at_start(&self, pinned: Option<&Capacities>) -> Capacities {
-        let present = pinned.unwrap_or(&self.floor);
-        present.map(|map, entries| entries.clamp(self.floor[map], self.bound[map]))
+        let present = pinned.unwrap_or(&self.minimum);
+        present.map(|map, entries| entries.clamp(self.minimum[map], self.bound[map]))
     }
 }
 
@@ -162,30 +163,16 @@ fn load(map: SizedMap, used: &Capacities) -> u32 {
     }
 }
 
-/// Returns whether only the agent inserts into a map, so that its size follows the source and not the clients.
-fn is_filled_by_agent(map: SizedMap) -> bool {
-    match map {
-        SizedMap::Services | SizedMap::Frontends | SizedMap::Backends | SizedMap::BackendSlots => true,
-        SizedMap::Sockets
-        | SizedMap::SocketsMore
-        | SizedMap::UdpFlows
-        | SizedMap::Affinity
-        | SizedMap::Conntrack
-        | SizedMap::ConntrackNew => false,
-    }
-}
-
 /// Returns the size of CT_NEW next to a CT of a size.
 fn beside(conntrack: u32, limits: &Limits) -> u32 {
     let map = SizedMap::ConntrackNew;
-    (conntrack / 2).clamp(limits.floor[map], limits.bound[map])
+    (conntrack / 2).clamp(limits.minimum[map], limits.bound[map])
 }
 
-/// Decides about growth. `used`: the numbers of entries that the maps have or need. `memory`: the largest size of all maps
-/// together in bytes, which only refuses growth. A fourth of it is left to the maps that hold Services, since clients can fill
-/// the others. If a map grows, maps of which more than half is in use grow with it, so that the next move is far away.
+/// Decides about growth. `used`: the numbers of entries that the maps have or need. `allowed`: the memory that the maps may take, which
+/// only refuses growth. If a map grows, maps of which more than half is in use grow with it, so that the next move is far away.
 #[must_use]
-pub fn grown(present: &Capacities, used: &Capacities, limits: &Limits, memory: u64, cpus: u32) -> Growth {
+pub fn grown(present: &Capacities, used: &Capacities, limits: &Limits, allowed: Allowed, cpus: u32) -> Growth {
     let mut growth = Growth {
         to: *present,
         refused: Vec::new(),
@@ -208,12 +195,12 @@ pub fn grown(present: &Capacities, used: &Capacities, limits: &Limits, memory: u
         };
         let bounded = wanted.min(limits.bound[map]);
         let mut new = bounded;
-        let memory = if is_filled_by_agent(map) {
-            memory
+        let allowed = if map.is_filled_by_programs() {
+            allowed.for_programs()
         } else {
-            memory - memory / 4
+            allowed
         };
-        let is_over = |new: u32| memory::total(&growth.to.with(map, new), cpus) > memory;
+        let is_over = |new: u32| !allowed.allows(present, &growth.to.with(map, new), cpus);
         while new > entries && is_over(new) {
             new = (new / 2).next_power_of_two();
         }
@@ -279,7 +266,7 @@ impl Shrinking {
             };
             let new = match map {
                 SizedMap::ConntrackNew => beside(to[SizedMap::Conntrack], limits),
-                _ => target(load).max(limits.floor[map]),
+                _ => target(load).max(limits.minimum[map]),
             };
             let needed = needed.checked_next_power_of_two().unwrap_or(u32::MAX);
             let new = new.max(needed).min(present[map]);
@@ -307,6 +294,7 @@ impl Shrinking {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::maps::memory;
 
     const MIB: u64 = 1 << 20;
     const GIB: u64 = 1 << 30;
@@ -317,8 +305,9 @@ mod tests {
         Limits::new(&Capacities::uniform(256), Capacities::uniform(1 << 20))
     }
 
-    fn grow(used: Capacities, limits: &Limits, memory: u64) -> Growth {
-        grown(&PRESENT, &used, limits, memory, 2)
+    /// Decides about maps of [`PRESENT`], whose size together has a limit.
+    fn grow(used: Capacities, limits: &Limits, total: u64) -> Growth {
+        grown(&PRESENT, &used, limits, Allowed { total, ..Allowed::ALL }, 2)
     }
 
     #[test]
@@ -410,7 +399,11 @@ mod tests {
         // Clients cannot take the last fourth.
         assert!(total(&growth.to) <= limit - limit / 4);
         let services = NOTHING.with(SizedMap::BackendSlots, 100_000);
-        let more = grown(&growth.to, &services, &limits(), limit, 2);
+        let allowed = Allowed {
+            total: limit,
+            ..Allowed::ALL
+        };
+        let more = grown(&growth.to, &services, &limits(), allowed, 2);
         assert_eq!((more.to[SizedMap::BackendSlots], more.refused), (1 << 18, Vec::new()));
         // No room for anything.
         let growth = grow(used, &limits(), 0);
@@ -422,8 +415,26 @@ mod tests {
     }
 
     #[test]
+    fn a_map_grows_as_far_as_it_fits_beside_the_present_one() {
+        let used = NOTHING.with(SizedMap::Backends, 100_000);
+        let of = |entries| memory::of(SizedMap::Backends, entries, 2);
+        for (moved, entries, is_refused) in [
+            (of(1 << 18), 1 << 18, false),
+            (of(1 << 18) - 1, 1 << 17, false),
+            (of(1 << 17) - 1, 1 << 16, true),
+            (of(2048) - 1, 1024, true),
+        ] {
+            let growth = grown(&PRESENT, &used, &limits(), Allowed { moved, ..Allowed::ALL }, 2);
+            assert_eq!(growth.to, PRESENT.with(SizedMap::Backends, entries), "{moved}");
+            let refused: Vec<_> = growth.refused.iter().map(|r| (r.map, r.limit)).collect();
+            let expected = is_refused.then_some((SizedMap::Backends, Limit::Memory));
+            assert_eq!(refused, expected.into_iter().collect::<Vec<_>>(), "{moved}");
+        }
+    }
+
+    #[test]
     fn default_bounds_have_room_for_30000_services_with_10_endpoints() {
-        let limits = Limits::new(&floor(4 * GIB), Capacities::BOUND);
+        let limits = Limits::new(&minimum(4 * GIB), Capacities::BOUND);
         let start = limits.at_start(None);
         // Two families, two ports, and two sets of endpoints.
         let used = NOTHING
@@ -431,29 +442,34 @@ mod tests {
             .with(SizedMap::Frontends, 300_000)
             .with(SizedMap::Backends, 1_000_000)
             .with(SizedMap::BackendSlots, 2_000_000);
-        assert_eq!(grown(&start, &used, &limits, u64::MAX, 8).refused, []);
+        assert_eq!(grown(&start, &used, &limits, Allowed::ALL, 8).refused, []);
         let used = NOTHING
             .with(SizedMap::Services, 30_000)
             .with(SizedMap::Frontends, 60_000)
             .with(SizedMap::Backends, 300_000)
             .with(SizedMap::BackendSlots, 300_000);
-        let growth = grown(&start, &used, &limits, 400 * MIB, 8);
+        let allowed = Allowed {
+            total: 400 * MIB,
+            ..Allowed::ALL
+        };
+        let growth = grown(&start, &used, &limits, allowed, 8);
         assert_eq!(growth.refused, []);
     }
 
     #[test]
-    fn the_floor_follows_the_memory_of_the_machine() {
-        for (machine, flows) in [
-            (GIB, 1 << 15),
-            (8 * GIB, 1 << 15),
-            (16 * GIB, 1 << 16),
-            (24 * GIB, 1 << 16),
-            (1024 * GIB, 1 << 17),
+    fn the_minimum_follows_the_memory_of_the_machine() {
+        for (machine, flows, unreplied) in [
+            (GIB, 1 << 15, 1 << 16),
+            (8 * GIB, 1 << 15, 1 << 16),
+            (16 * GIB, 1 << 16, 1 << 16),
+            (24 * GIB, 1 << 16, 1 << 16),
+            (1024 * GIB, 1 << 17, 1 << 17),
         ] {
-            let floor = floor(machine);
-            assert_eq!(floor[SizedMap::Conntrack], 2 * flows, "{machine}");
-            assert_eq!(floor[SizedMap::UdpFlows], flows, "{machine}");
-            let records = floor[SizedMap::Sockets] + floor[SizedMap::SocketsMore];
+            let minimum = minimum(machine);
+            assert_eq!(minimum[SizedMap::Conntrack], 2 * flows, "{machine}");
+            assert_eq!(minimum[SizedMap::ConntrackNew], unreplied, "{machine}");
+            assert_eq!(minimum[SizedMap::UdpFlows], flows, "{machine}");
+            let records = minimum[SizedMap::Sockets] + minimum[SizedMap::SocketsMore];
             assert!(records > 1 << 15, "{machine}");
         }
     }
@@ -491,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn a_map_keeps_its_floor_and_the_room_that_it_needs() {
+    fn a_map_keeps_its_minimum_and_the_room_that_it_needs() {
         let after = |used: Capacities, needed: Capacities, limits: &Limits| {
             let mut shrinking = Shrinking::new(Duration::ZERO);
             shrinking.next(seconds(0), &PRESENT, &used, &needed, limits)
@@ -522,7 +538,7 @@ mod tests {
             let used = Capacities::uniform(used);
             let mut shrinking = Shrinking::new(Duration::ZERO);
             let to = shrinking.next(seconds(0), &PRESENT, &used, &used, &limits());
-            let growth = grown(&to, &used, &limits(), u64::MAX, 2);
+            let growth = grown(&to, &used, &limits(), Allowed::ALL, 2);
             assert_eq!((growth.to, growth.refused), (to, Vec::new()), "{used:?}");
         }
     }

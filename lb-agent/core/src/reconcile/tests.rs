@@ -408,24 +408,33 @@ fn a_missing_frontend_does_not_keep_former_sets() {
     assert_eq!((lb.usage(), lb.problems()), (usage, vec![]));
 }
 
-#[test]
-fn slots_of_layout_3_get_their_service() {
-    let (lb, cluster) = serving();
-    let wanted = lb.maps().contents.clone();
-    let mut maps = lb.maps().clone();
-    for word in wanted.services.iter().flat_map(Service::set_words) {
-        let set = maps.contents.slots[word.base as usize..]
-            .iter_mut()
-            .take(word.len.into());
-        set.for_each(|slot| slot.service = ServiceIndex::NONE);
+/// Returns maps as a build of layout 3 wrote them: without the service in slots and the set in frontends.
+fn as_of_layout_3(mut maps: FakeMaps) -> FakeMaps {
+    for word in maps.contents.services.iter().flat_map(Service::set_words) {
+        let set = maps.contents.slots[word.base as usize..].iter_mut();
+        set.take(word.len.into())
+            .for_each(|slot| slot.service = ServiceIndex::NONE);
     }
     for frontend in maps.contents.frontends.values_mut() {
         frontend.set = SetWord::NONE;
     }
-    let mut next = start(maps);
-    next.apply(cluster.undelivered().batch());
-    next.settle().unwrap();
-    assert_eq!(next.maps().contents, wanted);
+    maps
+}
+
+#[test]
+fn slots_of_layout_3_get_their_service_even_if_an_agent_dies_meanwhile() {
+    let (lb, cluster) = serving();
+    let former = as_of_layout_3(lb.maps().clone());
+    let is_complete_at = |at| {
+        let torn = start(FaultyMaps::new(former.clone(), at, Fault::Tear));
+        let mut next = start(torn.maps().inner.clone());
+        next.apply(cluster.undelivered().batch());
+        next.settle().unwrap();
+        assert_eq!(next.maps().contents, lb.maps().contents, "died at {at}");
+        !torn.maps().is_dead()
+    };
+    let tried = (0..).take_while(|at| !is_complete_at(*at)).count();
+    assert!(tried >= 2, "{tried} operations");
 }
 
 #[test]
@@ -889,6 +898,47 @@ fn a_failed_write_is_repeated_without_a_change() {
     lb.reclaim();
     assert_eq!(lb.problems(), []);
     assert_clean(&lb);
+}
+
+/// The frontend was inserted from outside, so its insertion fails until it is removed there.
+#[test]
+fn a_failed_insertion_requests_no_grace_period_and_its_filter_bit_is_cleared_in_the_end() {
+    let foreign = key("10.96.7.1", 80);
+    let failing = || {
+        let (mut lb, mut cluster) = (start(maps().corrupted()), web());
+        apply(&mut lb, &mut cluster);
+        let value = lb.maps().contents.frontends[&key("10.96.0.1", 80)];
+        lb.maps_mut().contents.frontends.insert(foreign, value);
+        cluster.set(service("new", "10.96.7.1").ports([port("", 80)]));
+        // The mark of the address would use the bit too.
+        lb.maps_mut()
+            .contents
+            .frontends
+            .insert(FrontendKey::address_mark(foreign.addr), value);
+        lb.apply(cluster.batch());
+        let requested = lb.maps().grace_requested();
+        for _ in 0..3 {
+            lb.maps_mut().pass_grace();
+            lb.reclaim();
+            assert_eq!((lb.problems().len(), lb.maps().grace_requested()), (2, requested));
+        }
+        let present = &mut lb.maps_mut().contents.frontends;
+        present.retain(|key, _| key.addr != foreign.addr);
+        (lb, cluster)
+    };
+    let (mut lb, _) = failing();
+    lb.reclaim();
+    assert_clean(&lb);
+    assert_eq!(
+        (lb.problems(), served(lb.maps(), "10.96.7.1", 80)),
+        (vec![], Some(vec![]))
+    );
+
+    let (mut lb, mut cluster) = failing();
+    cluster.remove_service("new");
+    apply(&mut lb, &mut cluster);
+    assert_eq!(lb.problems(), []);
+    assert!(!lb.maps().contents.filter.contains(&foreign.addr.into()));
 }
 
 /// The first write of the service port that the frontend passes to fails.
