@@ -73,7 +73,7 @@ impl Args for CapacityArgs {
             .action(ArgAction::Set)
             .help(
                 "Largest size of all maps together in kernel memory, such as 512Mi; also limited by the memory limits of the \
-                 agent's cgroups [default: a tenth of the machine's memory, at most 1Gi]",
+                 agent's cgroups, if the agent finds them [default: a tenth of the machine's memory, at most 1Gi]",
             )
             .help_heading(HEADING);
         let shrink_after = Arg::new(SHRINK_AFTER)

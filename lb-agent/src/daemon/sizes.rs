@@ -1,7 +1,6 @@
 //! When maps grow and shrink: connects the decisions of [`lb_core::maps::sizing`] with the maps in use.
 
 use std::io;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -11,9 +10,10 @@ use lb_core::maps::memory::Allowed;
 use lb_core::maps::sizing::{self, Growth, Limits, Refused, Shrinking, grown};
 use lb_core::model::{Problem, ProblemKind};
 use lb_core::reconcile::Usage;
+use tracing::warn;
 
-use crate::loader;
 use crate::node;
+use crate::node::cgroup::MemoryCgroup;
 
 /// Time after a move that failed before the next one.
 const RETRY: Duration = Duration::from_secs(60);
@@ -47,8 +47,8 @@ pub(super) struct Sizes {
     flag: Option<u64>,
     /// Number of possible CPUs.
     cpus: u32,
-    /// The mount point of the cgroup2 hierarchy.
-    cgroups: Option<PathBuf>,
+    /// The agent's cgroup; `None` if it is not known.
+    cgroup: Option<MemoryCgroup>,
     shrinking: Shrinking,
     /// Entries of the maps that programs fill; `None` before the first count.
     counted: Option<Capacities>,
@@ -71,8 +71,14 @@ impl Sizes {
             memory,
             shrink_after,
         } = settings;
-        let cgroups = loader::cgroup_root().ok();
-        let machine = node::memory::read(cgroups.as_deref())
+        let cgroup = MemoryCgroup::own().inspect_err(|error| {
+            warn!(
+                %error,
+                "cannot find the agent's cgroup, so its memory limit does not limit the maps: set --map-memory if there is one"
+            );
+        });
+        let cgroup = cgroup.ok();
+        let machine = node::memory::read(cgroup.as_ref())
             .context("reading the machine's memory")?
             .machine;
         let minimum = minimum
@@ -83,7 +89,7 @@ impl Sizes {
             limits: Limits::new(&minimum, bound),
             flag: memory,
             cpus: cpus as u32,
-            cgroups,
+            cgroup,
             shrinking: Shrinking::new(shrink_after),
             counted: None,
             begun: Instant::now(),
@@ -101,7 +107,7 @@ impl Sizes {
 
     /// Returns the memory that maps may take.
     pub(super) fn allowed(&self, present: &Capacities) -> io::Result<Allowed> {
-        let memory = node::memory::read(self.cgroups.as_deref())?;
+        let memory = node::memory::read(self.cgroup.as_ref())?;
         Ok(Allowed::new(self.flag, memory, present, self.cpus))
     }
 
@@ -195,7 +201,7 @@ mod tests {
             shrink_after: sizing::SHRINK_AFTER,
         };
         let mut sizes = Sizes::new(settings).unwrap();
-        sizes.cgroups = None;
+        sizes.cgroup = None;
         let present = Capacities::DEFAULT;
         let demand = Usage {
             services: 500,

@@ -5,6 +5,7 @@
 //! for them.
 
 pub mod addrs;
+pub(crate) mod cgroup;
 pub mod ct_gc;
 pub mod destroy;
 pub mod devices;
