@@ -6,7 +6,7 @@
 ///
 /// By itself the C library returns only the free end of the heap, so memory that is needed for a moment, such as all
 /// texts of a large manifest, would stay with the process for good.
-pub(crate) fn trim() {
+pub fn trim() {
     #[cfg(target_env = "gnu")]
     // SAFETY: `malloc_trim` has no preconditions and is thread-safe: it takes the locks of the allocator itself.
     unsafe {

@@ -24,7 +24,7 @@ pub mod daemon;
 mod ebpf_log;
 #[cfg(test)]
 mod fuzz;
-mod heap;
+pub mod heap;
 pub mod k8s_events;
 pub mod loader;
 pub mod maps;

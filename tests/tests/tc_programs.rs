@@ -307,7 +307,7 @@ impl Fixture {
         let service = Service {
             service_type: lb_core::model::ServiceType::NodePort,
             cluster_ips: Box::new(vips(last)),
-            ports: Box::new([port_of("tcp", Protocol::Tcp), port_of("udp", Protocol::Udp)]),
+            ports: Arc::new([port_of("tcp", Protocol::Tcp), port_of("udp", Protocol::Udp)]),
             ..Service::new(key)
         };
         let mut changes = vec![Change::Set(Object::Service(Arc::new(service)))];

@@ -26,17 +26,8 @@ use crate::maps::resize::base_generation;
 use crate::maps::{Capacities, Dump, Epoch};
 use crate::model::{ObjectKey, Protocol};
 use crate::names::{PortId, name_of, port_id};
-use crate::policy::Member;
+use crate::policy::{Member, Members};
 use crate::sync::Synced;
-
-/// A published set.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(crate) struct ActualSet {
-    /// Its slots; `None` if the set is empty or its slots are unknown.
-    pub(crate) range: Option<Range>,
-    /// Content of the slots; `None` if that is wrong, so that the set has to be written again.
-    pub(crate) members: Option<Arc<[Member]>>,
-}
 
 /// The fields of an entry of NAMES that are not part of the identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,8 +64,9 @@ pub(crate) struct ActualPort {
     pub(crate) value: Service,
     /// The entry of NAMES; `None` if that is missing or wrong.
     pub(crate) named: Option<NameFields>,
-    /// In the order of [`crate::desired::SETS`].
-    pub(crate) sets: [ActualSet; 3],
+    /// Content of the slots of each set, in the order of [`crate::desired::SETS`]; `None` if that is wrong, so that the set has to
+    /// be written again.
+    pub(crate) sets: [Option<Members>; 3],
     /// Sets that frontends may still have, and that SERVICES does not have any more; `None` if all frontends have the present ones.
     pub(crate) former_sets: Option<BTreeSet<Range>>,
     pub(crate) backends: Backends,
@@ -103,29 +95,39 @@ impl ActualPort {
 
     /// Returns whether the content of every set is known.
     pub(crate) fn is_known(&self) -> bool {
-        self.sets.iter().all(|set| set.members.is_some())
+        self.sets.iter().all(Option::is_some)
     }
 
     /// Returns the published sets, as far as their content is known, and the backends that are in none of them.
-    pub(crate) fn published(&self) -> ([DesiredSet; 3], Arc<[Member]>) {
+    pub(crate) fn published(&self) -> ([DesiredSet; 3], Members) {
         let words = self.value.set_words();
         let sets = [0, 1, 2].map(|i| DesiredSet {
-            members: self.sets[i].members.clone().unwrap_or_default(),
+            members: self.sets[i].clone().unwrap_or_default(),
             empty_drops: words[i].flags & set_flags::EMPTY_DROPS != 0,
         });
         let members = self.backends.iter().map(|(member, backend)| Member {
             local: backend.flags & backend_flags::LOCAL != 0,
-            ..*member
+            ..member
         });
         let draining = members
-            .filter(|member| !sets.iter().any(|set| set.members.contains(member)))
+            .filter(|member| !sets.iter().any(|set| set.members.iter().any(|known| known == *member)))
             .collect();
         (sets, draining)
     }
 
+    /// Returns the slots of each set, in the order of [`crate::desired::SETS`]; `None` if the set is empty or the content of its
+    /// slots is unknown.
+    pub(crate) fn set_ranges(&self) -> [Option<Range>; 3] {
+        let words = self.value.set_words();
+        [0, 1, 2].map(|i| {
+            let SetWord { base, len, .. } = words[i];
+            (self.sets[i].is_some() && len != 0).then_some(Range { base, len })
+        })
+    }
+
     /// Returns the ranges of its sets, present and former, without duplicates.
     pub(crate) fn ranges(&self) -> BTreeSet<Range> {
-        let present = self.sets.iter().filter_map(|set| set.range);
+        let present = self.set_ranges().into_iter().flatten();
         present.chain(self.former_sets.iter().flatten().copied()).collect()
     }
 }
@@ -179,7 +181,7 @@ impl Actual {
         let mut actual = Self {
             ports: HashMap::new(),
             frontends: Synced::new(dump.frontends.clone()),
-            references: References::default(),
+            references: References::of(&dump.frontends),
             cidrs: Synced::new(dump.cluster_cidrs.clone()),
             node_addrs: dump.node_addrs.clone(),
             filter: FilterOwners::of(dump),
@@ -189,9 +191,6 @@ impl Actual {
             service_generations: dump.services.iter().map(|s| s.generation).collect(),
             backend_generations: dump.backends.iter().map(|b| b.generation).collect(),
         };
-        for (key, value) in &dump.frontends {
-            actual.references.change(*key, None, Some(*value));
-        }
         let mut orphans = Orphans::default();
         let mut names: Vec<_> = dump.names.iter().collect();
         // If two have one identity, an agent died between adding a Service again and clearing the first one. Frontends
@@ -290,14 +289,13 @@ impl Actual {
                         base: word.base,
                         len: word.len,
                     };
-                    let shared = port.sets.iter().any(|set| set.range == Some(range));
-                    if !shared && !self.slots.claim(range) {
+                    let is_shared = port.set_ranges().contains(&Some(range));
+                    if !is_shared && !self.slots.claim(range) {
                         unknown.push(word);
                         continue;
                     }
-                    port.sets[i].range = Some(range);
                 }
-                port.sets[i].members = Some(members);
+                port.sets[i] = Some(members);
             }
         }
         // Nothing is written to these slots until the sets lead elsewhere.
@@ -311,13 +309,13 @@ impl Actual {
     pub(crate) fn slots_without_service(&self, dump: &Dump) -> BTreeMap<u32, Vec<BackendSlot>> {
         let mut all = BTreeMap::new();
         for port in self.ports.values() {
-            for set in &port.sets {
-                let (Some(range), Some(members)) = (set.range, &set.members) else {
+            for (range, members) in port.set_ranges().into_iter().zip(&port.sets) {
+                let (Some(range), Some(members)) = (range, members) else {
                     continue;
                 };
                 let slots = dump.slots.iter().skip(range.base as usize);
                 if slots.take(range.len.into()).any(|slot| slot.service.is_none()) {
-                    let slot = |m: &Member| Some(slot_of(m, port.backends.get(m.addr, m.port)?, port.index));
+                    let slot = |m: Member| Some(slot_of(&m, port.backends.get(m.addr, m.port)?, port.index));
                     all.insert(range.base, members.iter().filter_map(slot).collect());
                 }
             }
@@ -343,6 +341,14 @@ impl Actual {
         self.ids.resize(backends);
         resize_generations(&mut self.service_generations, services);
         resize_generations(&mut self.backend_generations, backends);
+    }
+
+    /// Rebuilds the trees of frontends in as few tree nodes as possible. One tree is freed before the other is rebuilt: the nodes of
+    /// both are mixed in memory, and only larger free blocks can be returned to the kernel.
+    pub(crate) fn compact(&mut self) {
+        self.references = References::default();
+        self.frontends.compact();
+        self.references = References::of(self.frontends.entries());
     }
 
     /// Records a frontend that was written, `None` for a deletion.
@@ -398,7 +404,7 @@ fn adopt_sources(dump: &Dump, orphans: &mut Orphans) -> HashMap<ServiceIndex, BT
 }
 
 /// Returns the members of a published set, if every slot agrees with a backend of this port.
-fn read_set(dump: &Dump, port: &ActualPort, word: SetWord) -> Option<Arc<[Member]>> {
+fn read_set(dump: &Dump, port: &ActualPort, word: SetWord) -> Option<Members> {
     let base = word.base as usize;
     let slots = dump.slots.get(base..base.checked_add(usize::from(word.len))?)?;
     let members: Option<Vec<Member>> = slots
@@ -422,12 +428,9 @@ fn read_set(dump: &Dump, port: &ActualPort, word: SetWord) -> Option<Arc<[Member
         })
         .collect();
     let members = members.filter(|members| members.is_sorted())?;
+    let members: Members = members.into_iter().collect();
     let all = port.backends.members();
-    Some(if **all == *members {
-        Arc::clone(all)
-    } else {
-        members.into()
-    })
+    Some(if *all == members { all.clone() } else { members })
 }
 
 /// Returns the slot of a member.

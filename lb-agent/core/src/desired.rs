@@ -61,13 +61,19 @@ impl Touched {
     /// Adds the keys of later changes.
     pub(crate) fn extend(&mut self, later: Self) {
         let Self {
-            ports,
-            frontends,
-            cidrs,
+            mut ports,
+            mut frontends,
+            mut cidrs,
         } = later;
-        self.ports.extend(ports);
-        self.frontends.extend(frontends);
-        self.cidrs.extend(cidrs);
+        self.ports.append(&mut ports);
+        self.frontends.append(&mut frontends);
+        self.cidrs.append(&mut cidrs);
+    }
+
+    /// Rebuilds the sets in as few tree nodes as possible, which are not scattered between those that outlast them.
+    pub(crate) fn compact(&mut self) {
+        self.ports = std::mem::take(&mut self.ports).into_iter().collect();
+        self.frontends = std::mem::take(&mut self.frontends).into_iter().collect();
     }
 
     /// Adds the addresses and networks that a change of [`Nodes`] touched.
@@ -226,7 +232,7 @@ impl Desired {
     fn claim(&mut self, id: &Arc<PortId>, port: &DesiredPort, touched: &mut Touched) {
         for (key, kind) in &port.frontends {
             let claim = Claim {
-                created: port.created.unwrap_or(i64::MAX),
+                created: port.created,
                 id: Arc::clone(id),
                 kind: *kind,
             };
@@ -335,7 +341,7 @@ impl Desired {
     /// oldest is served first, and one without a time last.
     #[must_use]
     pub fn age_rank(&self, id: &PortId) -> i64 {
-        self.port(id).and_then(|port| port.created).unwrap_or(i64::MAX)
+        self.port(id).map_or(i64::MAX, |port| port.created)
     }
 
     /// Returns the rank of a frontend or address mark: that of its service port.
@@ -377,6 +383,7 @@ mod tests {
 
     use super::*;
     use crate::model::Protocol;
+    use crate::policy::Members;
 
     fn id(name: &str) -> PortId {
         PortId {
@@ -395,11 +402,11 @@ mod tests {
         let mark = (FrontendKey::address_mark(key(0).addr), FrontendKind::Address);
         DesiredPort {
             port: 80,
-            created,
+            created: created.unwrap_or(i64::MAX),
             flags: 0,
             affinity_timeout: 0,
             sets: Default::default(),
-            draining: Arc::default(),
+            draining: Members::default(),
             source_ranges: Box::default(),
             frontends: [mark]
                 .into_iter()

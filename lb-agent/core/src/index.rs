@@ -32,7 +32,7 @@ struct Related {
     key: ObjectKey,
     service: Option<Arc<Service>>,
     /// In the order of their own keys.
-    slices: Vec<Arc<EndpointSlice>>,
+    slices: Box<[Arc<EndpointSlice>]>,
 }
 
 impl Keyed for Related {
@@ -56,13 +56,19 @@ impl Index {
         } = TouchedObjects::default();
         for change in changes {
             match change {
-                Change::Set(Object::Service(service)) => {
-                    let key = service.key.clone();
+                Change::Set(Object::Service(mut service)) => {
+                    let key = self.shared_key(&service.key);
+                    if let Some(service) = Arc::get_mut(&mut service) {
+                        service.key = key.clone();
+                    }
                     self.relate(&key, |related| related.service = Some(service));
                     services.insert(key);
                 }
-                Change::Set(Object::EndpointSlice(slice)) => {
-                    let owner = slice.service_key();
+                Change::Set(Object::EndpointSlice(mut slice)) => {
+                    let owner = self.shared_key(&slice.service_key());
+                    if let Some(slice) = Arc::get_mut(&mut slice) {
+                        slice.service = Arc::clone(&owner.name);
+                    }
                     let before = self.slices.replace(ByKey(Arc::clone(&slice)));
                     // A slice may move to another Service: the label can be edited.
                     if let Some(ByKey(before)) = before.filter(|before| before.0.service != slice.service) {
@@ -72,9 +78,8 @@ impl Index {
                         match slices.binary_search_by(|known| known.key.cmp(&slice.key)) {
                             Ok(at) => slices[at] = slice,
                             Err(at) => {
-                                // Most Services have one: the usual growth makes room for four.
-                                slices.reserve_exact(1);
-                                slices.insert(at, slice);
+                                let (before, after) = slices.split_at(at);
+                                *slices = before.iter().chain([&slice]).chain(after).cloned().collect();
                             }
                         }
                     });
@@ -107,13 +112,20 @@ impl Index {
         TouchedObjects { services, nodes }
     }
 
+    /// Returns the copy of the key of a Service that its entry has. The objects that the source does not hold get it too: a Service
+    /// and its slices then have its name in one place.
+    fn shared_key(&self, service: &ObjectKey) -> ObjectKey {
+        let known = self.related.get(service);
+        known.map_or(service, |known| known.0.key()).clone()
+    }
+
     /// Changes the entry of a Service, and removes the entry if it becomes empty.
     fn relate(&mut self, service: &ObjectKey, change: impl FnOnce(&mut Related)) {
         let new = || {
             Box::new(Related {
                 key: service.clone(),
                 service: None,
-                slices: Vec::new(),
+                slices: Box::default(),
             })
         };
         let mut related = self.related.take(service).map_or_else(new, |known| known.0);
@@ -126,7 +138,9 @@ impl Index {
     /// Removes a slice from its Service, and returns the key of the Service.
     fn remove_slice(&mut self, slice: &EndpointSlice) -> ObjectKey {
         let owner = slice.service_key();
-        self.relate(&owner, |related| related.slices.retain(|known| known.key != slice.key));
+        self.relate(&owner, |Related { slices, .. }| {
+            *slices = slices.iter().filter(|known| known.key != slice.key).cloned().collect();
+        });
         owner
     }
 
@@ -157,15 +171,15 @@ impl Index {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::ObjectId;
+    use crate::model::{Endpoints, ObjectId};
 
     fn slice(name: &str, service: &str) -> Change {
         Change::Set(Object::EndpointSlice(Arc::new(EndpointSlice {
             key: ObjectKey::new("ns", name),
             service: service.into(),
             ipv6: false,
-            endpoints: Box::default(),
-            ports: Box::default(),
+            endpoints: Endpoints::default(),
+            ports: Arc::default(),
         })))
     }
 

@@ -4,6 +4,8 @@
 //! has been validated: ports, if present, are in 1..=65535, addresses are valid, and names are not empty and at most 63
 //! bytes long (253 for nodes and slices).
 
+mod endpoints;
+
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
@@ -12,6 +14,7 @@ use std::time::{Instant, SystemTime};
 use ipnet::IpNet;
 use lb_common::abi::ip_protocol;
 
+pub use self::endpoints::Endpoints;
 use crate::intern;
 
 /// Namespace and name of an object.
@@ -114,7 +117,7 @@ pub enum TrafficPolicy {
 }
 
 /// One entry of `spec.ports` of a Service.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ServicePort {
     /// `name`; empty if the only port has none.
     pub name: Arc<str>,
@@ -137,6 +140,17 @@ impl ServicePort {
             node_port: None,
         }
     }
+
+    /// Returns the one copy of these ports that all Services of the process share. Ports with a node port have no copy, since no
+    /// other Service has that node port.
+    #[must_use]
+    pub fn shared(ports: Vec<Self>) -> Arc<[Self]> {
+        static PORTS: LazyLock<Mutex<intern::Table<[ServicePort]>>> = LazyLock::new(Mutex::default);
+        if ports.iter().any(|port| port.node_port.is_some()) {
+            return ports.into();
+        }
+        PORTS.lock().unwrap_or_else(PoisonError::into_inner).share(ports)
+    }
 }
 
 /// A Service.
@@ -157,8 +171,8 @@ pub struct Service {
     /// `spec.loadBalancerSourceRanges` of type LoadBalancer, as written except for surrounding blanks. They may be
     /// invalid.
     pub source_ranges: Box<[Arc<str>]>,
-    /// `spec.ports`, in the order of the object. Names are distinct, and so are (protocol, port) pairs.
-    pub ports: Box<[ServicePort]>,
+    /// `spec.ports`, in the order of the object, shared with other Services. Names are distinct, and so are (protocol, port) pairs.
+    pub ports: Arc<[ServicePort]>,
     /// `spec.sessionAffinity: ClientIP` with its timeout in seconds (1..=86400).
     pub affinity_timeout: Option<u32>,
     /// `spec.internalTrafficPolicy`.
@@ -185,7 +199,7 @@ impl Service {
             external_ips: Box::default(),
             load_balancer_ips: Box::default(),
             source_ranges: Box::default(),
-            ports: Box::default(),
+            ports: Arc::default(),
             affinity_timeout: None,
             internal_policy: TrafficPolicy::Cluster,
             external_policy: TrafficPolicy::Cluster,
@@ -255,7 +269,7 @@ impl EndpointLocation {
 }
 
 /// One entry of `ports` of an EndpointSlice.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct EndpointPort {
     /// `name`: the name of the Service port that it belongs to.
     pub name: Arc<str>,
@@ -275,6 +289,13 @@ impl EndpointPort {
             port: Some(port),
         }
     }
+
+    /// Returns the one copy of these ports that all EndpointSlices of the process share.
+    #[must_use]
+    pub fn shared(ports: Vec<Self>) -> Arc<[Self]> {
+        static PORTS: LazyLock<Mutex<intern::Table<[EndpointPort]>>> = LazyLock::new(Mutex::default);
+        PORTS.lock().unwrap_or_else(PoisonError::into_inner).share(ports)
+    }
 }
 
 /// An EndpointSlice of address type IPv4 or IPv6 (FQDN slices are ignored by `source`).
@@ -287,9 +308,9 @@ pub struct EndpointSlice {
     /// Whether `addressType` is IPv6.
     pub ipv6: bool,
     /// `endpoints`, in the order of the object.
-    pub endpoints: Box<[Endpoint]>,
-    /// `ports`.
-    pub ports: Box<[EndpointPort]>,
+    pub endpoints: Endpoints,
+    /// `ports`, shared with other slices.
+    pub ports: Arc<[EndpointPort]>,
 }
 
 impl EndpointSlice {

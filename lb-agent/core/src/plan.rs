@@ -19,7 +19,7 @@ use crate::maps::MapError;
 use crate::maps::prefix::Prefix;
 use crate::names::PortId;
 use crate::nodes::Nodes;
-use crate::policy::Member;
+use crate::policy::{Member, Members};
 use crate::sync::Writes;
 use crate::writer::Usage;
 
@@ -38,13 +38,13 @@ pub(crate) enum Step {
     /// admitted clients.
     AddSourceRange(IpNet),
     /// SERVICES: writes an index that no frontend leads to.
-    Service(Service, [(Option<Range>, Arc<[Member]>); 3]),
+    Service(Service, [Members; 3]),
     /// FRONTENDS: takes the sets out, before SERVICES gets a flag that sockets have to obey: affinity, or source ranges.
     Hide,
     /// SERVICES: writes all fields except the set words.
     Settings(Service),
     /// SERVICES: publishes a new set.
-    Publish(Set, SetWord, Option<Range>, Arc<[Member]>),
+    Publish(Set, SetWord, Members),
     /// FRONTENDS: publishes the sets to sockets. It follows the steps that change SERVICES, and comes before anything that the former
     /// sets lead to goes.
     Frontends,
@@ -103,16 +103,13 @@ pub(crate) fn service_port(id: &PortId, want: &DesiredPort, actual: &mut Actual)
 
 /// Returns the numbers of entries that the plan of a service port allocates. Frontends are not counted.
 pub(crate) fn demand(want: &DesiredPort, have: Option<&ActualPort>) -> Usage {
-    let is_known = |member: &&Member| have.is_some_and(|have| have.backends.get(member.addr, member.port).is_some());
+    let is_known = |member: &Member| have.is_some_and(|have| have.backends.get(member.addr, member.port).is_some());
     let mut backends = BTreeSet::new();
     let mut slots = 0;
     for (i, set) in want.sets.iter().enumerate() {
         let new = set.members.iter().filter(|member| !is_known(member));
         backends.extend(new.map(|member| (member.addr, member.port)));
-        let has_range = have.is_some_and(|have| {
-            let mut sets = have.sets.iter();
-            sets.any(|at| at.members.as_ref() == Some(&set.members) && at.range.is_some())
-        });
+        let has_range = have.is_some_and(|have| range_of(&set.members, have).is_some());
         let is_shared = want.sets[..i].iter().any(|other| other.members == set.members);
         if !has_range && !is_shared {
             slots += set.members.len() as u32;
@@ -214,9 +211,7 @@ fn add_steps(
         reserved: [0; 3],
     };
     match have {
-        None => plan
-            .steps
-            .push(Step::Service(value, sets.map(|(_, range, members)| (range, members)))),
+        None => plan.steps.push(Step::Service(value, sets.map(|(_, members)| members))),
         Some(have) => {
             let unset = |mut service: Service| {
                 (service.internal, service.external, service.cluster) = Default::default();
@@ -245,9 +240,9 @@ fn add_steps(
             }
             let words = have.value.set_words();
             let mut has_sets = false;
-            for (i, (word, range, members)) in sets.into_iter().enumerate() {
-                if words[i] != word || have.sets[i].members.is_none() {
-                    plan.steps.push(Step::Publish(SETS[i], word, range, members));
+            for (i, (word, members)) in sets.into_iter().enumerate() {
+                if words[i] != word || have.sets[i].is_none() {
+                    plan.steps.push(Step::Publish(SETS[i], word, members));
                     has_sets = true;
                 }
             }
@@ -272,14 +267,14 @@ fn wanted_flags(want: &DesiredPort) -> Vec<(Member, u16)> {
     for (flag, members) in sets.chain([(0, &want.draining)]) {
         for member in members.iter() {
             let local = if member.local { backend_flags::LOCAL } else { 0 };
-            all.entry((member.addr, member.port)).or_insert((*member, local)).1 |= flag;
+            all.entry((member.addr, member.port)).or_insert((member, local)).1 |= flag;
         }
     }
     all.into_values().collect()
 }
 
-/// A planned set: its word, its range and its members.
-type PlannedSet = (SetWord, Option<Range>, Arc<[Member]>);
+/// A planned set: its word and its members.
+type PlannedSet = (SetWord, Members);
 
 /// Finds a range for each set: its present one if the members are the same, that of another set with the same members,
 /// or a new one.
@@ -297,17 +292,13 @@ fn place_sets(
             map: map_name::BACKEND_SLOTS,
             what: format!("{} endpoints in one set, {} at most", set.members.len(), u16::MAX),
         })?;
-        let known = have.into_iter().flat_map(|have| &have.sets);
-        let known = known
-            .filter(|s| s.members.as_ref() == Some(&set.members))
-            .find_map(|s| s.range);
-        let new = placed[..i]
-            .iter()
-            .find(|(_, _, members)| *members == set.members)
-            .and_then(|(_, range, _)| *range);
-        let range = match (set.members.is_empty(), known.or(new)) {
-            (true, _) => None,
-            (false, Some(range)) => Some(range),
+        let known = have
+            .and_then(|have| range_of(&set.members, have))
+            .map(|range| range.base);
+        let new = placed[..i].iter().find(|(_, members)| *members == set.members);
+        let base = match (set.members.is_empty(), known.or(new.map(|(word, _)| word.base))) {
+            (true, _) => 0,
+            (false, Some(base)) => base,
             (false, None) => {
                 let range = actual
                     .slots
@@ -317,20 +308,21 @@ fn place_sets(
                 let slots = set
                     .members
                     .iter()
-                    .map(|m| slot_of(m, &backends[&(m.addr, m.port)], plan.index))
+                    .map(|m| slot_of(&m, &backends[&(m.addr, m.port)], plan.index))
                     .collect();
                 plan.steps.push(Step::Slots(range, slots));
-                Some(range)
+                range.base
             }
         };
-        let word = SetWord {
-            base: range.map_or(0, |range| range.base),
-            len,
-            flags,
-        };
-        placed[i] = (word, range, Arc::clone(&set.members));
+        placed[i] = (SetWord { base, len, flags }, set.members.clone());
     }
     Ok(placed)
+}
+
+/// Returns the slots that have these members already.
+fn range_of(members: &Members, have: &ActualPort) -> Option<Range> {
+    let mut sets = have.sets.iter().zip(have.set_ranges());
+    sets.find_map(|(known, range)| range.filter(|_| known.as_ref() == Some(members)))
 }
 
 /// The inputs of the plan of FRONTENDS, in addition to the record of the maps.

@@ -1,11 +1,14 @@
 //! Which endpoints serve a Service port: one pure function, [`categorize`], with the semantics of upstream's
 //! `CategorizeEndpoints` (`pkg/proxy/topology.go` in Kubernetes).
 
+mod members;
+
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+pub use self::members::Members;
 use crate::model::{EndpointSlice, Node, Protocol, TrafficPolicy};
 
 /// A backend: an endpoint's address and the port that belongs to the Service port.
@@ -57,19 +60,19 @@ impl<'a> LocalNode<'a> {
 pub struct Endpoints {
     /// For policy Cluster: all ready endpoints (with hints, those for this node or its zone). If none is ready, those
     /// that terminate but still serve.
-    pub cluster: Arc<[Member]>,
+    pub cluster: Members,
     /// For policy Local: the ready endpoints of this node. If none is ready, those that terminate but still serve.
-    pub local: Arc<[Member]>,
+    pub local: Members,
     /// Whether any endpoint is usable, on this node or another: an empty local set then means DROP, not REJECT.
     pub any: bool,
     /// Endpoints in neither set that still serve: established connections to them go on.
-    pub draining: Arc<[Member]>,
+    pub draining: Members,
 }
 
 impl Endpoints {
     /// Returns the set for a traffic policy, and whether an empty set means DROP.
     #[must_use]
-    pub fn for_policy(&self, policy: TrafficPolicy) -> (&Arc<[Member]>, bool) {
+    pub fn for_policy(&self, policy: TrafficPolicy) -> (&Members, bool) {
         match policy {
             TrafficPolicy::Cluster => (&self.cluster, false),
             TrafficPolicy::Local => (&self.local, self.any && self.local.is_empty()),
@@ -179,7 +182,7 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
             .iter()
             .filter(|p| *p.name == *wanted.port_name && p.protocol == wanted.protocol);
         for port in ports.filter_map(|p| p.port) {
-            for endpoint in &slice.endpoints {
+            for endpoint in slice.endpoints.iter() {
                 let rank = match (endpoint.ready, endpoint.serving, endpoint.terminating) {
                     (true, _, _) => Rank::Ready,
                     (false, true, true) => Rank::Terminating,
@@ -220,20 +223,14 @@ pub fn categorize<'a>(slices: impl IntoIterator<Item = &'a EndpointSlice>, wante
     };
     let (best_anywhere, best_here) = (best(false), best(true));
     let topology = Topology::of(found.values());
-    let members = |keep: &dyn Fn(&Candidate) -> bool| -> Arc<[Member]> {
+    let members = |keep: &dyn Fn(&Candidate) -> bool| -> Members {
         let kept = found.iter().filter(|(_, candidate)| keep(candidate));
         let member = |(&(addr, port), candidate): (&(IpAddr, u16), &Candidate)| Member {
             addr,
             port,
             local: candidate.local,
         };
-        let mut kept = kept.map(member).peekable();
-        // All empty lists share one allocation.
-        if kept.peek().is_some() {
-            kept.collect()
-        } else {
-            Arc::default()
-        }
+        kept.map(member).collect()
     };
     let in_cluster = |candidate: &Candidate| {
         Some(candidate.rank) == best_anywhere && (candidate.rank != Rank::Ready || topology.allows(candidate))
@@ -297,7 +294,7 @@ mod tests {
         },
     };
 
-    fn last(members: &[Member]) -> Vec<u8> {
+    fn last(members: &Members) -> Vec<u8> {
         members
             .iter()
             .map(|m| match m.addr {
@@ -386,7 +383,7 @@ mod tests {
         let found = categorize(&slices, WANTED);
         assert_eq!(last(&found.cluster), [1]);
         assert_eq!(last(&found.local), [1]);
-        assert!(found.cluster[0].local);
+        assert!(found.cluster.iter().all(|member| member.local));
     }
 
     #[test]
@@ -616,10 +613,10 @@ mod tests {
             let rest = endpoints.split_off(split.min(endpoints.len()));
             let two = categorize(&[slice(&ports, rest), slice(&ports, endpoints)], WANTED);
             prop_assert_eq!(&one, &two);
-            prop_assert!(one.cluster.is_sorted() && one.local.is_sorted());
+            prop_assert!(one.cluster.iter().is_sorted() && one.local.iter().is_sorted());
             prop_assert!(one.local.iter().all(|m| m.local));
             prop_assert_eq!(one.any, !one.cluster.is_empty());
-            prop_assert!(one.draining.iter().all(|m| !one.cluster.contains(m) && !one.local.contains(m)));
+            prop_assert!(one.draining.iter().all(|m| one.cluster.iter().chain(one.local.iter()).all(|other| other != m)));
         }
     }
 }

@@ -91,6 +91,7 @@ impl State {
         if is_large {
             // Before the maps are written, so that what the writer records takes the room that this frees.
             self.desired.compact();
+            touched.compact();
         }
         touched
     }

@@ -54,6 +54,13 @@ impl<K, V> Synced<K, V> {
     }
 }
 
+impl<K: Ord, V> Synced<K, V> {
+    /// Rebuilds the tree of entries in as few tree nodes as possible: a tree that grew in ascending order is half empty.
+    pub(crate) fn compact(&mut self) {
+        self.entries = std::mem::take(&mut self.entries).into_iter().collect();
+    }
+}
+
 impl<K: Ord + Clone, V: PartialEq> Synced<K, V> {
     /// Compares the map with its wanted content at some keys, without writing anything.
     ///

@@ -33,7 +33,7 @@ pub const ROOM: Capacities = Capacities::uniform(64)
 pub fn service(name: &str, ip: &str) -> Service {
     Service {
         cluster_ips: Box::new([ip.parse().unwrap()]),
-        ports: Box::new([ServicePort::tcp("", 80)]),
+        ports: Arc::new([ServicePort::tcp("", 80)]),
         ..Service::new(ObjectKey::new("default", name))
     }
 }

@@ -208,7 +208,7 @@ impl<'a> Check<'a> {
                 index,
                 &|part| field(&format!("{name}.{part}")),
                 word,
-                &set.members,
+                &set.members.iter().collect::<Vec<_>>(),
                 &wanted,
             );
         }

@@ -23,7 +23,8 @@ use crate::model::{Problem, ProblemKind};
 use crate::names::{PortId, name_of};
 use crate::places;
 use crate::plan::{self, Plan, Step};
-use crate::state::State;
+use crate::policy::Members;
+use crate::state::{LARGE_BATCH, State};
 use crate::sync::Writes;
 
 /// Something that is out of use, but that a running program may still read.
@@ -225,7 +226,11 @@ impl<M: Maps> Writer<M> {
                 .cidrs
                 .extend(state.desired().nodes().cidrs().map(|(cidr, _)| cidr));
         }
+        let is_large = touched.frontends.len() >= LARGE_BATCH;
         self.write(state, touched);
+        if is_large {
+            self.actual.compact();
+        }
     }
 
     /// Makes the maps agree with the desired state in the touched keys and in those that failed before.
@@ -570,9 +575,11 @@ impl<M: Maps> Writer<M> {
     /// Empties those sets of a service port that have slots with unknown content. That makes room for new slots.
     fn empty_unknown_sets(&mut self, id: &Arc<PortId>) {
         let Some(port) = self.actual.ports.get(id) else { return };
-        let (index, sets) = (port.index, port.sets.clone());
-        for (set, _) in SETS.into_iter().zip(sets).filter(|(_, at)| at.members.is_none()) {
-            let empty = Step::Publish(set, SetWord::default(), None, Arc::default());
+        let index = port.index;
+        let sets = SETS.into_iter().zip(&port.sets);
+        let unknown: Vec<_> = sets.filter(|(_, at)| at.is_none()).map(|(set, _)| set).collect();
+        for set in unknown {
+            let empty = Step::Publish(set, SetWord::default(), Members::default());
             if let Err(error) = self.step(id, index, empty, &mut BackendMap::new()) {
                 warn!(%id, %error, "cannot empty a set that has slots with unknown content");
             }
@@ -663,8 +670,7 @@ impl<M: Maps> Writer<M> {
         let port = self.actual.ports.get_mut(id);
         let known: BTreeSet<u32> = backends.values().map(|backend| backend.id).collect();
         let port = port.map(|port| {
-            let sets = port.sets.iter().filter_map(|set| set.members.as_ref());
-            port.backends = Backends::of(&backends, sets);
+            port.backends = Backends::of(&backends, port.sets.iter().flatten());
             &*port
         });
         let in_use = port.map(|port| port.ranges()).unwrap_or_default();
@@ -747,10 +753,7 @@ impl<M: Maps> Writer<M> {
                 self.maps.write_service(index, value)?;
                 self.actual.service_generations[index.to_usize()] = value.generation;
                 port.value = value;
-                for (set, (range, members)) in port.sets.iter_mut().zip(sets) {
-                    set.range = range;
-                    set.members = Some(members);
-                }
+                port.sets = sets.map(Some);
             }
             Step::Settings(value) => {
                 port.former_sets.get_or_insert_default();
@@ -763,15 +766,15 @@ impl<M: Maps> Writer<M> {
                     ..value
                 };
             }
-            Step::Publish(set, word, range, members) => {
+            Step::Publish(set, word, members) => {
+                let ranges = port.set_ranges();
                 let former = port.former_sets.get_or_insert_default();
                 self.maps.publish_set(index, set, word)?;
                 *port.value.set_word_mut(set) = word;
-                for (known, at) in SETS.into_iter().zip(&mut port.sets) {
+                for ((known, at), range) in SETS.into_iter().zip(&mut port.sets).zip(ranges) {
                     if known == set {
-                        former.extend(at.range);
-                        at.range = range;
-                        at.members = Some(Arc::clone(&members));
+                        former.extend(range);
+                        *at = Some(members.clone());
                     }
                 }
             }

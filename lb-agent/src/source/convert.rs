@@ -194,7 +194,7 @@ pub fn service(object: &v1::Service) -> Result<Service> {
         } else {
             Box::default()
         },
-        ports,
+        ports: ServicePort::shared(ports),
         affinity_timeout: affinity_timeout(spec)?,
         internal_policy: traffic_policy("spec.internalTrafficPolicy", spec.internal_traffic_policy.as_deref())?,
         external_policy: traffic_policy("spec.externalTrafficPolicy", spec.external_traffic_policy.as_deref())?,
@@ -250,6 +250,7 @@ pub fn endpoint_slice(object: &discovery::EndpointSlice) -> Result<Option<Endpoi
             })
         })
         .collect::<Result<_>>()?;
+    let ports = EndpointPort::shared(ports);
     Ok(Some(EndpointSlice {
         service: service.into(),
         ipv6,
@@ -395,7 +396,7 @@ fn source_ranges(spec: &v1::ServiceSpec) -> Box<[Arc<str>]> {
     given.map(Arc::from).collect()
 }
 
-fn service_ports(given: &[v1::ServicePort]) -> Result<Box<[ServicePort]>> {
+fn service_ports(given: &[v1::ServicePort]) -> Result<Vec<ServicePort>> {
     let mut names = HashSet::with_capacity(given.len());
     let mut numbers = HashSet::with_capacity(given.len());
     let mut node_ports = HashSet::new();

@@ -33,20 +33,14 @@ const STAMP_RESOLUTION: Duration = Duration::from_millis(50);
 pub struct ManifestSource {
     roots: Vec<Root>,
     files: BTreeMap<FileId, FileState>,
-    /// Boxed, since a good part of a hash table is empty.
-    known: HashMap<ObjectId, Box<DefinedObject>>,
+    /// The files that define each object, in order of precedence. The first definition was delivered.
+    known: BTreeMap<Arc<ObjectId>, Vec<Claim>>,
     /// Objects with several claims.
-    contested: BTreeSet<ObjectId>,
+    contested: BTreeSet<Arc<ObjectId>>,
 }
 
-/// An object that a file defines now, or defined when it was last delivered.
-#[derive(Debug, Default)]
-struct DefinedObject {
-    /// The files that define it, in order of precedence.
-    claims: Vec<Claim>,
-    /// The version that was delivered last.
-    delivered: Option<Object>,
-}
+/// Objects with claims that changed, with the version that was delivered last.
+type Touched = BTreeMap<Arc<ObjectId>, Option<Object>>;
 
 #[derive(Debug)]
 struct Root {
@@ -55,7 +49,7 @@ struct Root {
 }
 
 /// A file: which root it belongs to, and its path. The order is that of precedence.
-type FileId = (usize, Arc<Path>);
+type FileId = Arc<(usize, Box<Path>)>;
 
 #[derive(Debug, Clone)]
 struct Claim {
@@ -70,7 +64,7 @@ struct FileState {
     /// It had no problem at least once.
     was_good: bool,
     /// The objects that are in force.
-    objects: Vec<ObjectId>,
+    objects: Vec<Arc<ObjectId>>,
     problems: Vec<Problem>,
 }
 
@@ -116,7 +110,7 @@ impl ManifestSource {
         Self {
             roots: paths.into_iter().map(root).collect(),
             files: BTreeMap::new(),
-            known: HashMap::new(),
+            known: BTreeMap::new(),
             contested: BTreeSet::new(),
         }
     }
@@ -135,7 +129,7 @@ impl ManifestSource {
     pub fn rescan_forced(&mut self, forced: &[PathBuf]) -> Batch {
         let forced: HashSet<PathBuf> = forced.iter().map(|path| absolute(path)).collect();
         let scan = self.scan();
-        let mut touched = BTreeSet::new();
+        let mut touched = Touched::new();
         let gone: Vec<FileId> = self
             .files
             .keys()
@@ -152,7 +146,10 @@ impl ManifestSource {
             self.refresh(id, &forced, &mut seen, &mut touched);
         }
 
-        let changes = touched.iter().filter_map(|id| self.deliver(id)).collect();
+        let changes = touched.into_iter();
+        let changes = changes
+            .filter_map(|(id, delivered)| self.deliver(&id, delivered))
+            .collect();
         let mut problems = scan.problems;
         problems.extend(self.files.values().flat_map(|state| state.problems.iter().cloned()));
         problems.extend(self.contests());
@@ -176,13 +173,14 @@ impl ManifestSource {
                 Ok(meta) if meta.is_dir() => match folder(&root.path) {
                     Ok(files) => {
                         root.was_folder = true;
-                        scan.present.extend(files.into_iter().map(|path| (index, path.into())));
+                        let files = files.into_iter().map(|path| Arc::new((index, path.into())));
+                        scan.present.extend(files);
                     }
                     Err(error) => keep(&error),
                 },
                 Ok(_) => {
                     root.was_folder = false;
-                    scan.present.insert((index, root.path.as_path().into()));
+                    scan.present.insert(Arc::new((index, root.path.as_path().into())));
                 }
                 // A link to nowhere is still there.
                 Err(error)
@@ -204,9 +202,9 @@ impl ManifestSource {
         id: &FileId,
         forced: &HashSet<PathBuf>,
         seen: &mut HashSet<(u64, u64)>,
-        touched: &mut BTreeSet<ObjectId>,
+        touched: &mut Touched,
     ) {
-        let path = &id.1;
+        let path: &Path = &id.1;
         let state = self.files.entry(id.clone()).or_default();
         let meta = match fs::metadata(path) {
             Ok(meta) => meta,
@@ -248,10 +246,14 @@ impl ManifestSource {
         let json = path.extension().is_some_and(|extension| extension == "json");
         let parsed = parse::parse(&name, &bytes, json);
         state.problems = parsed.problems;
-        let mut first: HashMap<ObjectId, Found> = HashMap::with_capacity(parsed.objects.len());
+        let mut first: HashMap<Arc<ObjectId>, Found> = HashMap::with_capacity(parsed.objects.len());
         let mut order = Vec::with_capacity(parsed.objects.len());
         for found in parsed.objects {
             let object = found.object.id();
+            let object = match self.known.get_key_value(&object) {
+                Some((known, _)) => Arc::clone(known),
+                None => Arc::new(object),
+            };
             if let Some(other) = first.get(&object) {
                 state.problems.push(defined_twice(
                     &name,
@@ -260,7 +262,7 @@ impl ManifestSource {
                     &other.position.place(&name),
                 ));
             } else {
-                order.push(object.clone());
+                order.push(Arc::clone(&object));
                 first.insert(object, found);
             }
         }
@@ -272,53 +274,61 @@ impl ManifestSource {
         self.withdraw(id, old, touched);
         for (object, found) in first {
             let claim = Claim {
-                file: id.clone(),
+                file: Arc::clone(id),
                 position: found.position,
                 object: found.object,
             };
-            let claims = &mut self.known.entry(object.clone()).or_default().claims;
+            self.touch(&object, touched);
+            let claims = self.known.entry(Arc::clone(&object)).or_default();
             let place = claims.partition_point(|other| other.file < claim.file);
             // Nearly all have one: the usual growth makes room for four.
             claims.reserve_exact(1);
             claims.insert(place, claim);
             if claims.len() > 1 {
-                self.contested.insert(object.clone());
+                self.contested.insert(object);
             }
-            touched.insert(object);
         }
     }
 
     /// Takes back a file's claims.
-    fn withdraw(&mut self, file: &FileId, objects: Vec<ObjectId>, touched: &mut BTreeSet<ObjectId>) {
+    fn withdraw(&mut self, file: &FileId, objects: Vec<Arc<ObjectId>>, touched: &mut Touched) {
         for object in objects {
-            if let Some(known) = self.known.get_mut(&object) {
-                known.claims.retain(|claim| claim.file != *file);
-                if known.claims.len() < 2 {
+            self.touch(&object, touched);
+            if let Some(claims) = self.known.get_mut(&object) {
+                claims.retain(|claim| claim.file != *file);
+                if claims.len() < 2 {
                     self.contested.remove(&object);
                 }
             }
-            touched.insert(object);
         }
     }
 
+    /// Records the delivered version of an object, before the first change of its claims.
+    fn touch(&self, id: &Arc<ObjectId>, touched: &mut Touched) {
+        let delivered = || self.known.get(id)?.first().map(|claim| claim.object.clone());
+        touched.entry(Arc::clone(id)).or_insert_with(delivered);
+    }
+
     /// Returns the change that delivers the first definition of an object, or its removal, unless that was delivered already.
-    fn deliver(&mut self, id: &ObjectId) -> Option<Change> {
-        let known = self.known.get_mut(id)?;
-        let Some(claim) = known.claims.first() else {
-            let delivered = self.known.remove(id)?.delivered;
+    fn deliver(&mut self, id: &ObjectId, delivered: Option<Object>) -> Option<Change> {
+        let Some(claim) = self.known.get_mut(id).and_then(|claims| claims.first_mut()) else {
+            self.known.remove(id);
             return delivered.map(|_| Change::Remove(id.clone()));
         };
-        if known.delivered.as_ref() == Some(&claim.object) {
-            return None;
+        match delivered {
+            Some(delivered) if delivered == claim.object => {
+                // One copy, which the index has too.
+                claim.object = delivered;
+                None
+            }
+            Some(_) | None => Some(Change::Set(claim.object.clone())),
         }
-        known.delivered = Some(claim.object.clone());
-        Some(Change::Set(claim.object.clone()))
     }
 
     /// Objects that several files define.
     fn contests(&self) -> impl Iterator<Item = Problem> {
         self.contested.iter().flat_map(|id| {
-            let claims = self.known.get(id).map(|known| &*known.claims).unwrap_or_default();
+            let claims = self.known.get(id).map(Vec::as_slice).unwrap_or_default();
             let winner = claims
                 .first()
                 .map(|claim| claim.position.place(&display(&claim.file.1)));

@@ -696,7 +696,10 @@ fn what_is_good_is_read_as_it_is_meant() {
             ("10.0.0.4".to_owned(), false, true, true)
         ]
     );
-    assert_eq!(slice.endpoints[0].location.node.as_deref(), Some("n1"));
+    assert_eq!(
+        slice.endpoints.iter().next().unwrap().location.node.as_deref(),
+        Some("n1")
+    );
     assert_eq!(slice.ports[1].port, None);
     assert_eq!(node.addresses.len(), 1);
     assert_eq!(node.pod_cidrs, ["10.0.0.0/24".parse().unwrap()]);

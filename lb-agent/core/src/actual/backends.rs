@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use lb_common::abi::{BackendRef, backend_flags};
 
-use crate::policy::Member;
+use crate::policy::{Member, Members};
 
 /// A backend that a service port has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,21 +32,21 @@ pub(crate) type BackendMap = BTreeMap<(IpAddr, u16), ActualBackend>;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Backends {
     /// Sorted. They nearly always equal the members of a set and share its memory.
-    members: Arc<[Member]>,
+    members: Members,
     /// The backend of each member, in the order of `members`.
     known: Box<[ActualBackend]>,
 }
 
 impl Backends {
     /// Creates it from a map. It shares the memory of one of `lists` if that has the same members.
-    pub(crate) fn of<'a>(map: &BackendMap, lists: impl IntoIterator<Item = &'a Arc<[Member]>>) -> Self {
+    pub(crate) fn of<'a>(map: &BackendMap, lists: impl IntoIterator<Item = &'a Members>) -> Self {
         let member = |(&(addr, port), backend): (&(IpAddr, u16), &ActualBackend)| Member {
             addr,
             port,
             local: backend.flags & backend_flags::LOCAL != 0,
         };
         let mut lists = lists.into_iter();
-        let shared = lists.find(|list| list.iter().copied().eq(map.iter().map(member)));
+        let shared = lists.find(|list| list.iter().eq(map.iter().map(member)));
         Self {
             members: shared.cloned().unwrap_or_else(|| map.iter().map(member).collect()),
             known: map.values().copied().collect(),
@@ -60,15 +59,14 @@ impl Backends {
     }
 
     pub(crate) fn get(&self, addr: IpAddr, port: u16) -> Option<&ActualBackend> {
-        let at = self.members.binary_search_by(|m| (m.addr, m.port).cmp(&(addr, port)));
-        self.known.get(at.ok()?)
+        self.known.get(self.members.position(addr, port)?)
     }
 
-    pub(crate) fn members(&self) -> &Arc<[Member]> {
+    pub(crate) fn members(&self) -> &Members {
         &self.members
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&Member, &ActualBackend)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (Member, &ActualBackend)> {
         self.members.iter().zip(&self.known)
     }
 }
@@ -96,10 +94,10 @@ mod tests {
         assert_eq!(own.get(addr(1), 90), Some(&backend(8, 0)));
         assert_eq!(own.get(addr(2), 90), None);
 
-        let other: Arc<[Member]> = own.members()[1..].into();
-        let same: Arc<[Member]> = own.members().iter().copied().collect();
+        let other: Members = own.members().iter().skip(1).collect();
+        let same: Members = own.members().iter().collect();
         let shared = Backends::of(&map, [&other, &same]);
-        assert!(Arc::ptr_eq(shared.members(), &same));
+        assert!(shared.members().is_shared_with(&same));
         assert_eq!(shared.to_map(), map);
     }
 }

@@ -1,6 +1,6 @@
 //! The record of what leads to each service index.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lb_common::abi::{Addr, Frontend, FrontendKey, ServiceIndex};
 
@@ -11,6 +11,12 @@ use lb_common::abi::{Addr, Frontend, FrontendKey, ServiceIndex};
 pub(crate) struct References(BTreeSet<(ServiceIndex, FrontendKey)>);
 
 impl References {
+    /// Creates the record of these frontends.
+    pub(super) fn of(frontends: &BTreeMap<FrontendKey, Frontend>) -> Self {
+        let leading = frontends.iter().filter(|(_, value)| !value.is_mark());
+        Self(leading.map(|(key, value)| (value.service, *key)).collect())
+    }
+
     /// Records that the value of a frontend changes; `None` for one that does not exist.
     pub(super) fn change(&mut self, key: FrontendKey, before: Option<Frontend>, after: Option<Frontend>) {
         let service = |value: Option<Frontend>| value.filter(|value| !value.is_mark()).map(|value| value.service);

@@ -10,7 +10,7 @@ use lb_common::abi::{Addr, FrontendKey, FrontendKind, Set, service_flags};
 use crate::maps::prefix;
 use crate::model::{EndpointSlice, Protocol, Service, ServicePort, ServiceType, TrafficPolicy};
 use crate::names::PortId;
-use crate::policy::{self, LocalNode, Member, Wanted};
+use crate::policy::{self, LocalNode, Members, Wanted};
 
 /// The three sets of a service port, in the order of [`lb_common::abi::Service::set_words`].
 pub const SETS: [Set; 3] = [Set::Internal, Set::External, Set::Cluster];
@@ -19,7 +19,7 @@ pub const SETS: [Set; 3] = [Set::Internal, Set::External, Set::Cluster];
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DesiredSet {
     /// Members, sorted.
-    pub members: Arc<[Member]>,
+    pub members: Members,
     /// Whether an empty set means DROP instead of REJECT.
     pub empty_drops: bool,
 }
@@ -29,8 +29,9 @@ pub struct DesiredSet {
 pub struct DesiredPort {
     /// `spec.ports[].port`, host byte order.
     pub port: u16,
-    /// `metadata.creationTimestamp` in seconds since 1970. Of two Services that claim a frontend, the older gets it.
-    pub created: Option<i64>,
+    /// `metadata.creationTimestamp` in seconds since 1970, or the largest number without one. Of two Services that claim a
+    /// frontend, the older gets it.
+    pub created: i64,
     /// [`lb_common::abi::service_flags`].
     pub flags: u32,
     /// In seconds; zero without affinity.
@@ -38,7 +39,7 @@ pub struct DesiredPort {
     /// In the order of [`SETS`].
     pub sets: [DesiredSet; 3],
     /// Draining backends: in no set, but established connections to them go on.
-    pub draining: Arc<[Member]>,
+    pub draining: Members,
     /// Destinations that lead here, and the marks of their addresses; sorted.
     pub frontends: Box<[(FrontendKey, FrontendKind)]>,
     /// Clients that load-balancer addresses serve if [`Self::flags`] has `SOURCE_RANGES`: [`prefix::normal`] networks,
@@ -76,7 +77,7 @@ pub fn health_check<'a>(
     node: &str,
 ) -> Option<HealthCheck> {
     let port = service.health_check_node_port.filter(|_| is_served(service))?;
-    let endpoints = slices.flat_map(|slice| &slice.endpoints);
+    let endpoints = slices.flat_map(|slice| slice.endpoints.iter());
     let local = endpoints.filter(|endpoint| endpoint.ready && endpoint.location.node.as_deref() == Some(node));
     let addresses: BTreeSet<IpAddr> = local.map(|endpoint| endpoint.address).collect();
     Some(HealthCheck {
@@ -119,7 +120,7 @@ pub fn ports<'a>(
             continue;
         }
         let source_ranges = SourceRanges::of(service, ipv6);
-        for port in ports {
+        for port in ports.iter() {
             // The data plane has no hooks yet for SCTP.
             if port.protocol == Protocol::Sctp {
                 continue;
@@ -134,7 +135,7 @@ pub fn ports<'a>(
             let set = |policy| {
                 let (members, empty_drops) = endpoints.for_policy(policy);
                 DesiredSet {
-                    members: Arc::clone(members),
+                    members: members.clone(),
                     empty_drops,
                 }
             };
@@ -152,11 +153,11 @@ pub fn ports<'a>(
             };
             let desired = DesiredPort {
                 port: port.port,
-                created: *created,
+                created: created.unwrap_or(i64::MAX),
                 flags: flags(*affinity_timeout, &source_ranges),
                 affinity_timeout: affinity_timeout.unwrap_or(0),
                 sets,
-                draining: Arc::clone(&endpoints.draining),
+                draining: endpoints.draining.clone(),
                 frontends: frontends(service, port, ipv6, &source_ranges),
                 source_ranges: source_ranges.admitted(),
             };
@@ -278,7 +279,7 @@ fn frontends(
 fn share_members(sets: &mut [DesiredSet; 3]) {
     for i in 1..sets.len() {
         if let Some(same) = sets[..i].iter().find(|set| set.members == sets[i].members) {
-            sets[i].members = Arc::clone(&same.members);
+            sets[i].members = same.members.clone();
         }
     }
 }
@@ -287,6 +288,7 @@ fn share_members(sets: &mut [DesiredSet; 3]) {
 mod tests {
     use super::*;
     use crate::model::ObjectKey;
+    use crate::policy::Member;
 
     #[test]
     fn source_ranges_hold_at_an_address_that_other_fields_name_too() {
@@ -303,7 +305,7 @@ mod tests {
             cluster_ips: Box::new([cluster.into()]),
             external_ips: Box::new([public.into(), external.into()]),
             load_balancer_ips: Box::new([cluster.into(), public.into()]),
-            ports: Box::new([ServicePort::tcp("", 80)]),
+            ports: Arc::new([ServicePort::tcp("", 80)]),
             source_ranges: Box::new(["192.0.2.0/24".into()]),
             ..Service::new(ObjectKey::new("default", "web"))
         };
@@ -327,12 +329,12 @@ mod tests {
             local: false,
         };
         let set = |n| DesiredSet {
-            members: Arc::from([member(n)]),
+            members: [member(n)].into_iter().collect(),
             empty_drops: false,
         };
         let mut sets = [set(1), set(2), set(1)];
         share_members(&mut sets);
-        assert!(Arc::ptr_eq(&sets[0].members, &sets[2].members));
-        assert!(!Arc::ptr_eq(&sets[0].members, &sets[1].members));
+        assert!(sets[0].members.is_shared_with(&sets[2].members));
+        assert!(!sets[0].members.is_shared_with(&sets[1].members));
     }
 }

@@ -46,7 +46,7 @@ fn snapshot<const N: usize>(objects: [crate::model::Object; N]) -> Snapshot {
 pub(super) fn with_node_port(mut service: Object, node_port: u16) -> Object {
     let mut port = port("", 80);
     port.node_port = Some(node_port);
-    service.ports = Box::new([port]);
+    service.ports = [port].into();
     service
 }
 

@@ -240,7 +240,7 @@ fn maps_of(capacities: Capacities) -> crate::maps::Dump {
 
 #[test]
 fn a_set_is_as_long_as_a_set_word_can_say() {
-    let members = |n: u32| -> Arc<[Member]> {
+    let members = |n: u32| -> Members {
         let member = |i: u32| Member {
             addr: IpAddr::from((0x0a00_0000 + i).to_be_bytes()),
             port: 1,

@@ -5,13 +5,14 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
+use lb_agent::heap;
 use lb_agent::loader::{self, Lock, OBJECT, PinPath, SocketLb};
 use lb_agent::maps::bpf::BpfMaps;
 use lb_agent::source::manifests::ManifestSource;
 use lb_common::abi::SizedMap;
 use lb_core::maps::{Capacities, Maps as _};
 use lb_core::model::{Batch, Protocol};
-use lb_core::reconcile::Reconciler;
+use lb_core::reconcile::{LARGE_BATCH, Reconciler};
 use lb_tests::Cluster;
 use serde::{Deserialize, Serialize};
 
@@ -136,6 +137,10 @@ fn measure(maps: BpfMaps, options: &Options) -> Result<Measured> {
     let start = Instant::now();
     reconciler.apply(batch);
     let first = start.elapsed();
+    // The agent does this after a large batch.
+    if (2 * options.services) as usize >= LARGE_BATCH {
+        heap::trim();
+    }
     let first_bytes = reconciler.maps().written() - before;
     ensure!(reconciler.problems().is_empty(), "{:?}", reconciler.problems().first());
     let (usage, _) = reconciler.usage();

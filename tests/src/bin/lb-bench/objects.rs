@@ -106,7 +106,7 @@ impl Services {
         Change::Set(Object::Service(Arc::new(Service {
             created: Some(1_700_000_000 + i64::from(number)),
             cluster_ips: Box::new([self.vip(number)]),
-            ports: Box::new([ServicePort {
+            ports: ServicePort::shared(vec![ServicePort {
                 protocol: self.protocol,
                 ..ServicePort::tcp("http", SERVICE_PORT)
             }]),
@@ -129,7 +129,7 @@ impl Services {
             service: format!("service-{number}").into(),
             ipv6: self.family == Family::Ipv6,
             endpoints: (0..self.endpoints).map(endpoint).collect(),
-            ports: Box::new([EndpointPort {
+            ports: EndpointPort::shared(vec![EndpointPort {
                 protocol: self.protocol,
                 ..EndpointPort::tcp("http", BACKEND_PORT)
             }]),

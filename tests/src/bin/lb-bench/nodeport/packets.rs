@@ -792,7 +792,7 @@ fn service(name: &str, last: u8, node_port: u16, node: &str, backend: [IpAddr; 2
             IpAddr::from([10, 97, 0, last]),
             IpAddr::from([0xfd00, 0x97, 0, 0, 0, 0, 0, last.into()]),
         ]),
-        ports: Box::new([port("tcp", Protocol::Tcp), port("udp", Protocol::Udp)]),
+        ports: Arc::new([port("tcp", Protocol::Tcp), port("udp", Protocol::Udp)]),
         ..Service::new(ObjectKey::new("default", name))
     };
     let mut changes = vec![Change::Set(Object::Service(Arc::new(service)))];
