@@ -103,7 +103,7 @@ mod tests {
         let without = read("connect", &json!({"costs": [cost]})).unwrap();
         cost["floor"] = json!(70.5);
         cost["ratio_to_floor"] = json!({"low": 2.4, "median": 2.5, "high": 2.6});
-        let with = read("connect", &json!({"costs": [cost], "goals": []})).unwrap();
+        let with = read("connect", &json!({"costs": [cost], "checks": []})).unwrap();
         assert_eq!(with, without);
     }
 

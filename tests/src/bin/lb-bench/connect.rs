@@ -52,8 +52,6 @@ struct Report {
     latencies: Vec<Latency>,
     loading: Vec<Loading>,
     checks: Vec<Check<CallInScenario>>,
-    /// Goals, which `--check` does not enforce.
-    goals: Vec<Check<CallInScenario>>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -66,20 +64,17 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         latencies: Vec::new(),
         loading: Vec::new(),
         checks: Vec::new(),
-        goals: Vec::new(),
     };
     sizes::each(options, Protocol::Tcp, |services, object, bar| {
         measure(services, object, bar, &mut report)
     })?;
     report.checks = report::check_limits(&report.costs);
-    report.goals = report::check_goals(&report.costs);
     report::print([
         ("connect()", latency_table(&report.latencies)),
         ("runs of a program", report::cost_table(&report.costs)),
         ("steps of connect() (ns)", removal::table(&report.removals)),
         ("kube-proxy's rules", loading_table(&report.loading)),
         ("limits", report::check_table("figure", &report.checks)),
-        ("goals (not enforced)", report::check_table("figure", &report.goals)),
     ])?;
     options.reporting.write("connect.json", &report)?;
     plot::draw(&report, &options.reporting.out)?;

@@ -26,10 +26,10 @@ const HIT_LIMIT: f64 = 1.3;
 const MISS_LIMIT: f64 = 1.1;
 /// Limit of the ratio of lb's program to the floor, both above an empty program, for the destination of the hot Service.
 const HOT_HIT_TO_FLOOR_LIMIT: f64 = 2.5;
-/// Goal of the ratio of lb's program to the floor, both above an empty program, for random Services among [`LARGEST`].
-const RANDOM_HIT_TO_FLOOR_GOAL: f64 = 1.0;
-/// Goal of the nanoseconds of lb's program above an empty program, for a destination that is no Service's.
-const MISS_ABOVE_EMPTY_GOAL: f64 = 25.0;
+/// Limit of the ratio of lb's program to the floor, both above an empty program, for random Services among [`LARGEST`].
+const RANDOM_HIT_TO_FLOOR_LIMIT: f64 = 1.0;
+/// Limit of the nanoseconds of lb's program above an empty program, for a destination that is no Service's.
+const MISS_ABOVE_EMPTY_LIMIT: f64 = 25.0;
 
 /// Options for the output of a report.
 #[derive(Debug, clap::Args)]
@@ -245,35 +245,33 @@ impl HasLimits for Cost {
         let to_c = self
             .ratio
             .map(|ratio| check(self, Quantity::LbToC, limit, ratio.median));
-        let is_hot_hit = self.scenario.is_hit() && self.scenario.is_hot();
-        let to_floor = self
-            .ratio_to_floor
-            .filter(|_| is_hot_hit)
-            .map(|ratio| check(self, Quantity::LbToFloor, HOT_HIT_TO_FLOOR_LIMIT, ratio.median));
-        to_c.into_iter().chain(to_floor).collect()
+        let more = match self.scenario.outcome {
+            Outcome::Hit => self.check_to_floor(),
+            Outcome::Miss => self.check_above_empty(),
+        };
+        to_c.into_iter().chain(more).collect()
     }
 }
 
-/// Compares the costs of TCP's `connect()` with goals. The limits do not include them, because they are not reached yet.
-pub(crate) fn check_goals(costs: &[Cost]) -> Vec<Check<CallInScenario>> {
-    costs.iter().filter_map(check_goal).collect()
-}
-
-/// Compares a cost with its goal; returns nothing if it has none.
-fn check_goal(cost: &Cost) -> Option<Check<CallInScenario>> {
-    if !has_limits(cost) {
-        return None;
+impl Cost {
+    /// Compares a hit with the floor, where that has a limit.
+    fn check_to_floor(&self) -> Option<Check<CallInScenario>> {
+        let limit = if self.scenario.is_hot() {
+            HOT_HIT_TO_FLOOR_LIMIT
+        } else if self.scenario.services == LARGEST {
+            RANDOM_HIT_TO_FLOOR_LIMIT
+        } else {
+            return None;
+        };
+        let measured = self.ratio_to_floor?.median;
+        Some(check(self, Quantity::LbToFloor, limit, measured))
     }
-    match cost.scenario.outcome {
-        Outcome::Hit => {
-            let has_goal = !cost.scenario.is_hot() && cost.scenario.services == LARGEST;
-            let measured = cost.ratio_to_floor.filter(|_| has_goal)?.median;
-            Some(check(cost, Quantity::LbToFloor, RANDOM_HIT_TO_FLOOR_GOAL, measured))
-        }
-        Outcome::Miss => {
-            let measured = cost.lb - cost.empty?;
-            Some(check(cost, Quantity::LbAboveEmpty, MISS_ABOVE_EMPTY_GOAL, measured))
-        }
+
+    /// Compares a miss of TCP's `connect()` with the empty program.
+    fn check_above_empty(&self) -> Option<Check<CallInScenario>> {
+        let measured = self.lb - self.empty?;
+        // Only TCP is measured with a floor. A UDP socket that connects may have a record to remove.
+        (self.ratio_to_floor.is_some()).then(|| check(self, Quantity::LbAboveEmpty, MISS_ABOVE_EMPTY_LIMIT, measured))
     }
 }
 
@@ -459,35 +457,29 @@ mod tests {
     }
 
     #[test]
-    fn only_hot_hits_have_a_limit_above_the_floor() {
+    fn hits_are_compared_with_the_floor_and_misses_with_the_empty_program() {
         let met = |cost: &Cost| quantities(&cost.checks());
         let to_c = (Quantity::LbToC, true);
-        for (ratio, is_met) in [(2.5, true), (2.6, false)] {
-            let hot = with_floor(Outcome::Hit, Spread::Hot, 1_000, ratio);
-            assert_eq!(met(&hot), [to_c, (Quantity::LbToFloor, is_met)]);
+        for (spread, services, ratio, is_met) in [
+            (Spread::Hot, 1_000, 2.5, true),
+            (Spread::Hot, 1_000, 2.6, false),
+            (Spread::Random, LARGEST, 1.0, true),
+            (Spread::Random, LARGEST, 1.1, false),
+        ] {
+            let hit = with_floor(Outcome::Hit, spread, services, ratio);
+            assert_eq!(met(&hit), [to_c, (Quantity::LbToFloor, is_met)]);
         }
-        assert_eq!(met(&with_floor(Outcome::Hit, Spread::Random, LARGEST, 9.0)), [to_c]);
-        assert_eq!(met(&with_floor(Outcome::Miss, Spread::Hot, 1, 9.0)), [to_c]);
+        assert_eq!(met(&with_floor(Outcome::Hit, Spread::Random, 1_000, 9.0)), [to_c]);
         assert!(met(&with_floor(Outcome::Hit, Spread::Hot, 2, 9.0)).is_empty());
-    }
-
-    #[test]
-    fn goals_are_no_limits() {
-        let goal = |outcome, spread, services, ratio| {
-            let cost = with_floor(outcome, spread, services, ratio);
-            assert!(all_met(&cost.checks()));
-            quantities(&check_goals(&[cost]))
-        };
-        let to_floor = |met| vec![(Quantity::LbToFloor, met)];
-        assert_eq!(goal(Outcome::Hit, Spread::Random, LARGEST, 1.0), to_floor(true));
-        assert_eq!(goal(Outcome::Hit, Spread::Random, LARGEST, 1.1), to_floor(false));
-        assert!(goal(Outcome::Hit, Spread::Random, 1_000, 1.1).is_empty());
-        assert!(goal(Outcome::Hit, Spread::Hot, LARGEST, 1.1).is_empty());
-        // 90 ns above the empty program.
-        let above_empty = [(Quantity::LbAboveEmpty, false)];
-        assert_eq!(goal(Outcome::Miss, Spread::Hot, 1, 1.0), above_empty);
-        assert_eq!(goal(Outcome::Miss, Spread::Random, 1_000, 1.0), above_empty);
-        assert!(goal(Outcome::Miss, Spread::Hot, 2, 1.0).is_empty());
+        // The empty program takes 10 ns.
+        for (lb, is_met) in [(35.0, true), (36.0, false)] {
+            let miss = Cost {
+                lb,
+                ..with_floor(Outcome::Miss, Spread::Random, 1, 9.0)
+            };
+            assert_eq!(met(&miss), [to_c, (Quantity::LbAboveEmpty, is_met)]);
+        }
+        assert_eq!(met(&cost(Outcome::Miss, 1.0)), [to_c]);
     }
 
     #[test]
