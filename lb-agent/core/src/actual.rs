@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, Name, Service, ServiceIndex, SetWord, SizedMap, SourceRange,
-    backend_flags, set_flags,
+    Addr, Backend, BackendRef, BackendSlot, Frontend, FrontendKey, Name, Service, ServiceIndex, SetWord, SizedMap,
+    SourceRange, backend_flags, set_flags,
 };
 use lb_common::logic::generation;
 
@@ -20,7 +20,7 @@ pub(crate) use self::backends::{ActualBackend, BackendMap, Backends};
 pub(crate) use self::filter::FilterOwners;
 use self::references::References;
 use crate::alloc::{Indexes, Range, SlotRanges};
-use crate::desired::{DesiredSet, with_set_of};
+use crate::desired::{DesiredSet, PerSet, with_set_of};
 use crate::maps::prefix::Prefix;
 use crate::maps::resize::base_generation;
 use crate::maps::{Capacities, Dump, Epoch};
@@ -66,12 +66,26 @@ pub(crate) struct ActualPort {
     pub(crate) named: Option<NameFields>,
     /// Content of the slots of each set, in the order of [`crate::desired::SETS`]; `None` if that is wrong, so that the set has to
     /// be written again.
-    pub(crate) sets: [Option<Members>; 3],
+    pub(crate) sets: PerSet<Option<Members>>,
+    pub(crate) backends: Backends,
+    /// `None` if the fields are empty.
+    rare: Option<Box<RareFields>>,
+}
+
+/// The fields of an [`ActualPort`] that are empty in nearly all service ports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RareFields {
     /// Sets that frontends may still have, and that SERVICES does not have any more; `None` if all frontends have the present ones.
     pub(crate) former_sets: Option<BTreeSet<Range>>,
-    pub(crate) backends: Backends,
-    /// Its entries of SOURCE_RANGES.
+    /// The entries of SOURCE_RANGES.
     pub(crate) source_ranges: BTreeMap<IpNet, SourceRangeState>,
+}
+
+impl RareFields {
+    const EMPTY: Self = Self {
+        former_sets: None,
+        source_ranges: BTreeMap::new(),
+    };
 }
 
 impl ActualPort {
@@ -81,11 +95,28 @@ impl ActualPort {
             index,
             value,
             named,
-            sets: Default::default(),
-            former_sets: None,
+            sets: PerSet::default(),
             backends: Backends::default(),
-            source_ranges: BTreeMap::new(),
+            rare: None,
         }
+    }
+
+    /// Returns the fields that are empty in nearly all service ports.
+    pub(crate) fn rare(&self) -> &RareFields {
+        static EMPTY: RareFields = RareFields::EMPTY;
+        self.rare.as_deref().unwrap_or(&EMPTY)
+    }
+
+    /// Changes the fields that are empty in nearly all service ports.
+    pub(crate) fn change_rare(&mut self, change: impl FnOnce(&mut RareFields)) {
+        let mut rare = self.rare.take().unwrap_or_else(|| Box::new(RareFields::EMPTY));
+        change(&mut rare);
+        self.rare = Some(rare).filter(|rare| **rare != RareFields::EMPTY);
+    }
+
+    /// Records that frontends may have these sets, and others than SERVICES.
+    pub(crate) fn add_former_sets(&mut self, ranges: impl IntoIterator<Item = Range>) {
+        self.change_rare(|rare| rare.former_sets.get_or_insert_default().extend(ranges));
     }
 
     /// Returns whether a frontend may lead here: SERVICES was written, and the content of its sets is known.
@@ -99,7 +130,7 @@ impl ActualPort {
     }
 
     /// Returns the published sets, as far as their content is known, and the backends that are in none of them.
-    pub(crate) fn published(&self) -> ([DesiredSet; 3], Members) {
+    pub(crate) fn published(&self) -> (PerSet<DesiredSet>, Members) {
         let words = self.value.set_words();
         let sets = [0, 1, 2].map(|i| DesiredSet {
             members: self.sets[i].clone().unwrap_or_default(),
@@ -112,7 +143,7 @@ impl ActualPort {
         let draining = members
             .filter(|member| !sets.iter().any(|set| set.members.iter().any(|known| known == *member)))
             .collect();
-        (sets, draining)
+        (sets.into(), draining)
     }
 
     /// Returns the slots of each set, in the order of [`crate::desired::SETS`]; `None` if the set is empty or the content of its
@@ -128,7 +159,9 @@ impl ActualPort {
     /// Returns the ranges of its sets, present and former, without duplicates.
     pub(crate) fn ranges(&self) -> BTreeSet<Range> {
         let present = self.set_ranges().into_iter().flatten();
-        present.chain(self.former_sets.iter().flatten().copied()).collect()
+        present
+            .chain(self.rare().former_sets.iter().flatten().copied())
+            .collect()
     }
 }
 
@@ -216,7 +249,8 @@ impl Actual {
         }
         for port in actual.ports.values_mut() {
             actual.indexes.claim(port.index.get());
-            port.source_ranges = sources.remove(&port.index).unwrap_or_default();
+            let source_ranges = sources.remove(&port.index).unwrap_or_default();
+            port.change_rare(|rare| rare.source_ranges = source_ranges);
         }
         actual.adopt_backends(dump, &mut orphans);
         actual.adopt_sets(dump, &mut orphans);
@@ -236,7 +270,7 @@ impl Actual {
                 continue;
             }
             if let Some(port) = port {
-                port.former_sets.get_or_insert_default();
+                port.add_former_sets([]);
             }
             orphans.slots.extend(claim_each(&mut self.slots, frontend.set));
         }
@@ -259,7 +293,6 @@ impl Actual {
                 Some(all) if id != 0 && generation::is_sealed(backend) => {
                     let known = ActualBackend {
                         id,
-                        generation: backend.generation,
                         flags: backend.flags,
                     };
                     all.insert(key, known);
@@ -295,7 +328,7 @@ impl Actual {
                         continue;
                     }
                 }
-                port.sets[i] = Some(members);
+                port.sets.set(i, Some(members));
             }
         }
         // Nothing is written to these slots until the sets lead elsewhere.
@@ -309,13 +342,17 @@ impl Actual {
     pub(crate) fn slots_without_service(&self, dump: &Dump) -> BTreeMap<u32, Vec<BackendSlot>> {
         let mut all = BTreeMap::new();
         for port in self.ports.values() {
-            for (range, members) in port.set_ranges().into_iter().zip(&port.sets) {
+            for (range, members) in port.set_ranges().into_iter().zip(port.sets.iter()) {
                 let (Some(range), Some(members)) = (range, members) else {
                     continue;
                 };
                 let slots = dump.slots.iter().skip(range.base as usize);
                 if slots.take(range.len.into()).any(|slot| slot.service.is_none()) {
-                    let slot = |m: Member| Some(slot_of(&m, port.backends.get(m.addr, m.port)?, port.index));
+                    let slot = |m: Member| {
+                        let id = port.backends.get(m.addr, m.port)?.id;
+                        let generation = self.backend_generations[id as usize];
+                        Some(slot_of(&m, BackendRef { id, generation }, port.index))
+                    };
                     all.insert(range.base, members.iter().filter_map(slot).collect());
                 }
             }
@@ -411,13 +448,14 @@ fn read_set(dump: &Dump, port: &ActualPort, word: SetWord) -> Option<Members> {
         .iter()
         .map(|slot| {
             let (addr, local) = (IpAddr::from(slot.addr), slot.flags == backend_flags::LOCAL);
-            let backend = port.backends.get(addr, slot.port)?;
+            let id = port.backends.get(addr, slot.port)?.id;
+            let generation = dump.backends.get(id as usize)?.generation;
             let member = Member {
                 addr,
                 port: slot.port,
                 local,
             };
-            let wanted = slot_of(&member, backend, port.index);
+            let wanted = slot_of(&member, BackendRef { id, generation }, port.index);
             // A build of layout 3 did not write the service.
             let service = if slot.service.is_none() {
                 slot.service
@@ -434,26 +472,26 @@ fn read_set(dump: &Dump, port: &ActualPort, word: SetWord) -> Option<Members> {
 }
 
 /// Returns the slot of a member.
-pub(crate) fn slot_of(member: &Member, backend: &ActualBackend, service: ServiceIndex) -> BackendSlot {
+pub(crate) fn slot_of(member: &Member, backend: BackendRef, service: ServiceIndex) -> BackendSlot {
     BackendSlot {
         addr: Addr::from(member.addr),
         port: member.port,
         flags: if member.local { backend_flags::LOCAL } else { 0 },
-        backend: backend.reference(),
+        backend,
         service,
     }
 }
 
-/// Returns the entry of BACKENDS of a member.
-pub(crate) fn backend_of(member: &Member, backend: &ActualBackend, service: ServiceIndex) -> Backend {
+/// Returns the entry of BACKENDS of a member with these flags.
+pub(crate) fn backend_of(member: &Member, flags: u16, generation: u32, service: ServiceIndex) -> Backend {
     let addr = Addr::from(member.addr);
     Backend {
         addr,
         port: member.port,
-        flags: backend.flags,
+        flags,
         service,
-        generation: backend.generation,
-        seal: generation::seal(addr, member.port, service, backend.generation),
+        generation,
+        seal: generation::seal(addr, member.port, service, generation),
     }
 }
 

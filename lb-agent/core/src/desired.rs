@@ -1,5 +1,6 @@
 //! The desired content of the maps: the service ports of all Services, and which of them gets each frontend. Pure.
 
+mod per_set;
 mod ports;
 
 use std::cmp::Ordering;
@@ -20,14 +21,15 @@ use crate::nodes::{Nodes, TouchedNodes};
 use crate::places;
 use crate::policy::LocalNode;
 
+pub use per_set::PerSet;
 pub use ports::{DesiredPort, DesiredSet, HealthCheck, SETS, health_check, invalid_source_ranges, ports};
 
 /// The claim of a service port to a frontend. Claims are ordered by precedence: the older first, one without a time
 /// stamp last, then by namespace, name and port. An address that is a cluster IP of any Service is marked as one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Claim {
-    /// Seconds since 1970.
-    created: i64,
+    /// See [`DesiredPort::created`].
+    created: u32,
     id: Arc<PortId>,
     kind: FrontendKind,
 }
@@ -340,14 +342,14 @@ impl Desired {
     /// Returns the rank of a service port if a map has no room for all: the creation time of its Service in seconds since 1970. The
     /// oldest is served first, and one without a time last.
     #[must_use]
-    pub fn age_rank(&self, id: &PortId) -> i64 {
-        self.port(id).map_or(i64::MAX, |port| port.created)
+    pub fn age_rank(&self, id: &PortId) -> u32 {
+        self.port(id).map_or(u32::MAX, |port| port.created)
     }
 
     /// Returns the rank of a frontend or address mark: that of its service port.
     #[must_use]
-    pub fn frontend_age_rank(&self, key: &FrontendKey) -> i64 {
-        self.owner(key).map_or(i64::MAX, |id| self.age_rank(id))
+    pub fn frontend_age_rank(&self, key: &FrontendKey) -> u32 {
+        self.owner(key).map_or(u32::MAX, |id| self.age_rank(id))
     }
 
     /// Returns a problem for each claim that loses to an older one.
@@ -398,11 +400,11 @@ mod tests {
         FrontendKey::new(IpAddr::from([10, 96, 0, 1]).into(), port, 6)
     }
 
-    fn port(created: Option<i64>, frontends: &[u16]) -> DesiredPort {
+    fn port(created: Option<u32>, frontends: &[u16]) -> DesiredPort {
         let mark = (FrontendKey::address_mark(key(0).addr), FrontendKind::Address);
         DesiredPort {
             port: 80,
-            created: created.unwrap_or(i64::MAX),
+            created: created.unwrap_or(u32::MAX),
             flags: 0,
             affinity_timeout: 0,
             sets: Default::default(),

@@ -2,6 +2,7 @@
 //! touches.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use crate::by_key::{ByKey, Keyed};
@@ -31,8 +32,45 @@ pub(crate) struct Index {
 struct Related {
     key: ObjectKey,
     service: Option<Arc<Service>>,
-    /// In the order of their own keys.
-    slices: Box<[Arc<EndpointSlice>]>,
+    slices: Slices,
+}
+
+/// The slices of a Service, in the order of their own keys.
+#[derive(Debug)]
+enum Slices {
+    /// Of most Services. One slice needs no list.
+    One(Arc<EndpointSlice>),
+    List(Box<[Arc<EndpointSlice>]>),
+}
+
+impl FromIterator<Arc<EndpointSlice>> for Slices {
+    fn from_iter<I: IntoIterator<Item = Arc<EndpointSlice>>>(slices: I) -> Self {
+        let mut slices: Vec<_> = slices.into_iter().collect();
+        match slices.pop() {
+            Some(only) if slices.is_empty() => Self::One(only),
+            last => Self::List(slices.into_iter().chain(last).collect()),
+        }
+    }
+}
+
+impl Deref for Slices {
+    type Target = [Arc<EndpointSlice>];
+
+    fn deref(&self) -> &Self::Target {
+        match self {
+            Self::One(slice) => std::slice::from_ref(slice),
+            Self::List(slices) => slices,
+        }
+    }
+}
+
+impl DerefMut for Slices {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        match self {
+            Self::One(slice) => std::slice::from_mut(slice),
+            Self::List(slices) => slices,
+        }
+    }
 }
 
 impl Keyed for Related {
@@ -125,7 +163,7 @@ impl Index {
             Box::new(Related {
                 key: service.clone(),
                 service: None,
-                slices: Box::default(),
+                slices: Slices::List(Box::default()),
             })
         };
         let mut related = self.related.take(service).map_or_else(new, |known| known.0);
@@ -164,7 +202,7 @@ impl Index {
     /// Returns the slices of a Service, in the order of their names.
     pub(crate) fn slices(&self, service: &ObjectKey) -> impl Iterator<Item = &EndpointSlice> + Clone {
         let related = self.related.get(service).into_iter();
-        related.flat_map(|related| &related.0.slices).map(Arc::as_ref)
+        related.flat_map(|related| &*related.0.slices).map(Arc::as_ref)
     }
 }
 

@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use lb_common::abi::{
-    Addr, Backend, BackendSlot, Frontend, FrontendKey, FrontendKind, Service, ServiceIndex, Set, SetWord,
+    Addr, Backend, BackendRef, BackendSlot, Frontend, FrontendKey, FrontendKind, Service, ServiceIndex, Set, SetWord,
     backend_flags, map_name, map_spec, service_flags, set_flags,
 };
 use lb_common::logic::generation;
 
-use crate::actual::{Actual, ActualBackend, ActualPort, BackendMap, NameFields, SourceRangeState, backend_of, slot_of};
+use crate::actual::{Actual, ActualBackend, ActualPort, NameFields, SourceRangeState, backend_of, slot_of};
 use crate::alloc::Range;
 use crate::desired::{Desired, DesiredPort, SETS};
 use crate::maps::MapError;
@@ -110,7 +110,7 @@ pub(crate) fn demand(want: &DesiredPort, have: Option<&ActualPort>) -> Usage {
         let new = set.members.iter().filter(|member| !is_known(member));
         backends.extend(new.map(|member| (member.addr, member.port)));
         let has_range = have.is_some_and(|have| range_of(&set.members, have).is_some());
-        let is_shared = want.sets[..i].iter().any(|other| other.members == set.members);
+        let is_shared = want.sets.iter().take(i).any(|other| other.members == set.members);
         if !has_range && !is_shared {
             slots += set.members.len() as u32;
         }
@@ -171,33 +171,32 @@ fn add_steps(
     }
 
     let flags = wanted_flags(want);
-    let mut backends = BackendMap::new();
+    let mut backends = BackendRefs::new();
     for (member, flags) in &flags {
         let key = (member.addr, member.port);
         if let Some(known) = have.and_then(|have| have.backends.get(member.addr, member.port)) {
             if known.flags != *flags {
                 plan.steps.push(Step::Flags(key, *flags));
             }
-            backends.insert(key, *known);
+            let id = known.id;
+            let generation = actual.backend_generations[id as usize];
+            backends.insert(key, BackendRef { id, generation });
         } else {
             let id = actual
                 .ids
                 .alloc()
                 .ok_or_else(|| MapError::full(&map_spec::BACKENDS, actual.backend_generations.len() as u32))?;
             plan.new_ids.push(id);
-            let new = ActualBackend {
-                id,
-                generation: generation::taken(actual.backend_generations[id as usize]),
-                flags: *flags,
-            };
-            plan.steps.push(Step::Fill(backend_of(member, &new, index), new));
-            backends.insert(key, new);
+            let generation = generation::taken(actual.backend_generations[id as usize]);
+            let entry = backend_of(member, *flags, generation, index);
+            plan.steps.push(Step::Fill(entry, ActualBackend { id, flags: *flags }));
+            backends.insert(key, BackendRef { id, generation });
         }
     }
 
     let sets = place_sets(want, have, &backends, actual, plan)?;
     let is_correct =
-        |net: &IpNet| have.is_some_and(|have| have.source_ranges.get(net) == Some(&SourceRangeState::Correct));
+        |net: &IpNet| have.is_some_and(|have| have.rare().source_ranges.get(net) == Some(&SourceRangeState::Correct));
     let missing = source_ranges.iter().filter(|net| !is_correct(net));
     plan.steps.extend(missing.copied().map(Step::AddSourceRange));
     let value = Service {
@@ -231,6 +230,7 @@ fn add_steps(
             let opened = have.value.flags & !*port_flags & service_flags::SOURCE_RANGES != 0;
             let is_leaving = |state: &SourceRangeState| matches!(state, SourceRangeState::Leaving(_)) && !opened;
             let unwanted = have
+                .rare()
                 .source_ranges
                 .iter()
                 .filter(|(net, state)| !stays(net) && !is_leaving(state));
@@ -246,7 +246,7 @@ fn add_steps(
                     has_sets = true;
                 }
             }
-            if has_settings || has_sets || have.former_sets.is_some() {
+            if has_settings || has_sets || have.rare().former_sets.is_some() {
                 plan.steps.push(Step::Frontends);
             }
             let known = have.backends.members().iter().map(|member| (member.addr, member.port));
@@ -262,7 +262,7 @@ fn wanted_flags(want: &DesiredPort) -> Vec<(Member, u16)> {
     let mut all: BTreeMap<(IpAddr, u16), (Member, u16)> = BTreeMap::new();
     let sets = SETS
         .iter()
-        .zip(&want.sets)
+        .zip(want.sets.iter())
         .map(|(set, s)| (set.member_flag(), &s.members));
     for (flag, members) in sets.chain([(0, &want.draining)]) {
         for member in members.iter() {
@@ -273,6 +273,9 @@ fn wanted_flags(want: &DesiredPort) -> Vec<(Member, u16)> {
     all.into_values().collect()
 }
 
+/// The backends of a plan by address and port, as slots refer to them.
+type BackendRefs = BTreeMap<(IpAddr, u16), BackendRef>;
+
 /// A planned set: its word and its members.
 type PlannedSet = (SetWord, Members);
 
@@ -281,7 +284,7 @@ type PlannedSet = (SetWord, Members);
 fn place_sets(
     want: &DesiredPort,
     have: Option<&ActualPort>,
-    backends: &BackendMap,
+    backends: &BackendRefs,
     actual: &mut Actual,
     plan: &mut Plan,
 ) -> Result<[PlannedSet; 3], MapError> {
@@ -308,7 +311,7 @@ fn place_sets(
                 let slots = set
                     .members
                     .iter()
-                    .map(|m| slot_of(&m, &backends[&(m.addr, m.port)], plan.index))
+                    .map(|m| slot_of(&m, backends[&(m.addr, m.port)], plan.index))
                     .collect();
                 plan.steps.push(Step::Slots(range, slots));
                 range.base

@@ -200,7 +200,7 @@ impl<'a> Check<'a> {
         let wanted = self.wanted_backends(index, want);
         for ((name, word), set) in [("internal", internal), ("external", external), ("cluster", cluster)]
             .into_iter()
-            .zip(sets)
+            .zip(sets.iter())
         {
             let drops = if set.empty_drops { set_flags::EMPTY_DROPS } else { 0 };
             self.equal(|| field(&format!("{name}.flags")), word.flags, drops);

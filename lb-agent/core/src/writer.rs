@@ -454,8 +454,8 @@ impl<M: Maps> Writer<M> {
                         failed.push((epoch, PendingFree::FilterBit(bit)));
                     }
                 },
-                PendingFree::Port(port) => {
-                    if let Err(error) = self.clear(&port) {
+                PendingFree::Port(mut port) => {
+                    if let Err(error) = self.clear(&mut port) {
                         warn!(index = port.index.get(), %error, "cannot clear a service index; trying again later");
                         failed.push((epoch, PendingFree::Port(port)));
                     }
@@ -481,6 +481,7 @@ impl<M: Maps> Writer<M> {
         };
         let is_due = |at: &SourceRangeState| matches!(at, SourceRangeState::Leaving(since) if *since <= passed);
         let due: Vec<_> = port
+            .rare()
             .source_ranges
             .iter()
             .filter(|(_, at)| is_due(at))
@@ -488,7 +489,7 @@ impl<M: Maps> Writer<M> {
             .collect();
         for net in due {
             self.maps.delete_source_range(Prefix::of(port.index, net))?;
-            port.source_ranges.remove(&net);
+            port.change_rare(|rare| _ = rare.source_ranges.remove(&net));
         }
         Ok(())
     }
@@ -513,7 +514,7 @@ impl<M: Maps> Writer<M> {
     }
 
     /// Clears the entries of a service port that no frontend leads to any more, and frees its service index.
-    fn clear(&mut self, port: &ActualPort) -> Result<(), MapError> {
+    fn clear(&mut self, port: &mut ActualPort) -> Result<(), MapError> {
         let index = port.index;
         let generation = generation::withdrawn(self.actual.service_generations[index.to_usize()]);
         let empty = Service {
@@ -522,13 +523,19 @@ impl<M: Maps> Writer<M> {
         };
         self.maps.write_service(index, empty)?;
         self.actual.service_generations[index.to_usize()] = generation;
-        for (_, backend) in port.backends.iter() {
-            // An earlier attempt may have withdrawn it already.
-            if self.actual.backend_generations[backend.id as usize] == backend.generation {
-                self.withdraw(backend.id)?;
+        let mut backends = std::mem::take(&mut port.backends).to_map();
+        let mut withdrawn = Ok(());
+        while let Some(backend) = backends.first_entry() {
+            withdrawn = self.withdraw(backend.get().id);
+            if withdrawn.is_err() {
+                break;
             }
+            backend.remove();
         }
-        for net in port.source_ranges.keys() {
+        // The next attempt must not withdraw the others again: until then their ids may be those of other backends.
+        port.backends = Backends::of(&backends, []);
+        withdrawn?;
+        for net in port.rare().source_ranges.keys() {
             self.maps.delete_source_range(Prefix::of(index, *net))?;
         }
         self.maps.delete_name(index)?;
@@ -576,7 +583,7 @@ impl<M: Maps> Writer<M> {
     fn empty_unknown_sets(&mut self, id: &Arc<PortId>) {
         let Some(port) = self.actual.ports.get(id) else { return };
         let index = port.index;
-        let sets = SETS.into_iter().zip(&port.sets);
+        let sets = SETS.into_iter().zip(port.sets.iter());
         let unknown: Vec<_> = sets.filter(|(_, at)| at.is_none()).map(|(set, _)| set).collect();
         for set in unknown {
             let empty = Step::Publish(set, SetWord::default(), Members::default());
@@ -711,12 +718,12 @@ impl<M: Maps> Writer<M> {
             let Some(port) = self.actual.ports.get_mut(id) else {
                 return Ok(());
             };
-            port.former_sets.get_or_insert_default();
+            port.add_former_sets([]);
             let is_hidden = matches!(step, Step::Hide);
             let service = if is_hidden { Service::default() } else { port.value };
             self.store_sets(index, &service)?;
             if let Some(port) = self.actual.ports.get_mut(id).filter(|_| !is_hidden) {
-                port.former_sets = None;
+                port.change_rare(|rare| rare.former_sets = None);
             }
             return Ok(());
         }
@@ -728,7 +735,7 @@ impl<M: Maps> Writer<M> {
             Step::Name(_) | Step::Frontends | Step::Hide => {}
             Step::Fill(value, new) => {
                 self.maps.fill_backend(new.id, value)?;
-                self.actual.backend_generations[new.id as usize] = new.generation;
+                self.actual.backend_generations[new.id as usize] = value.generation;
                 backends.insert((IpAddr::from(value.addr), value.port), new);
             }
             Step::Flags(key, flags) => {
@@ -740,12 +747,12 @@ impl<M: Maps> Writer<M> {
             Step::Slots(range, slots) => self.maps.write_slots(range.base, &slots)?,
             Step::AddSourceRange(net) => {
                 self.maps.write_source_range(Prefix::of(index, net))?;
-                port.source_ranges.insert(net, SourceRangeState::Correct);
+                port.change_rare(|rare| _ = rare.source_ranges.insert(net, SourceRangeState::Correct));
             }
             Step::RemoveSourceRanges(networks) => {
                 let since = self.maps.grace_begin();
-                port.source_ranges
-                    .extend(networks.into_iter().map(|net| (net, SourceRangeState::Leaving(since))));
+                let leaving = networks.into_iter().map(|net| (net, SourceRangeState::Leaving(since)));
+                port.change_rare(|rare| rare.source_ranges.extend(leaving));
                 self.pending_free
                     .push_back((since, PendingFree::SourceRanges(Arc::clone(id))));
             }
@@ -753,10 +760,10 @@ impl<M: Maps> Writer<M> {
                 self.maps.write_service(index, value)?;
                 self.actual.service_generations[index.to_usize()] = value.generation;
                 port.value = value;
-                port.sets = sets.map(Some);
+                port.sets = sets.map(Some).into();
             }
             Step::Settings(value) => {
-                port.former_sets.get_or_insert_default();
+                port.add_former_sets([]);
                 self.maps.write_service_settings(index, value)?;
                 self.actual.service_generations[index.to_usize()] = value.generation;
                 port.value = Service {
@@ -768,14 +775,12 @@ impl<M: Maps> Writer<M> {
             }
             Step::Publish(set, word, members) => {
                 let ranges = port.set_ranges();
-                let former = port.former_sets.get_or_insert_default();
+                port.add_former_sets([]);
                 self.maps.publish_set(index, set, word)?;
                 *port.value.set_word_mut(set) = word;
-                for ((known, at), range) in SETS.into_iter().zip(&mut port.sets).zip(ranges) {
-                    if known == set {
-                        former.extend(range);
-                        *at = Some(members.clone());
-                    }
+                if let Some(i) = SETS.iter().position(|known| *known == set) {
+                    port.add_former_sets(ranges[i]);
+                    port.sets.set(i, Some(members));
                 }
             }
             Step::Withdraw(key) => {

@@ -65,10 +65,10 @@ fn objects(number: u32) -> [Change; 2] {
 }
 
 #[test]
-fn an_endpoint_takes_less_than_130_bytes() {
+fn an_endpoint_takes_less_than_105_bytes() {
     let mut state = State::new("node-0");
     let before = IN_USE.load(Relaxed);
     drop(state.apply(Batch::of((0..SERVICES).flat_map(objects).collect())));
     let bytes = IN_USE.load(Relaxed).saturating_sub(before) / (SERVICES * ENDPOINTS) as usize;
-    assert!(bytes < 130, "{bytes} bytes");
+    assert!(bytes < 105, "{bytes} bytes");
 }

@@ -3,26 +3,15 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use lb_common::abi::{BackendRef, backend_flags};
+use lb_common::abi::backend_flags;
 
 use crate::policy::{Member, Members};
 
-/// A backend that a service port has.
+/// A backend that a service port has. Its generation is that of its id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ActualBackend {
     pub(crate) id: u32,
-    pub(crate) generation: u32,
     pub(crate) flags: u16,
-}
-
-impl ActualBackend {
-    /// The reference that slots store.
-    pub(crate) fn reference(&self) -> BackendRef {
-        BackendRef {
-            id: self.id,
-            generation: self.generation,
-        }
-    }
 }
 
 /// Backends by address and port, while they change.
@@ -77,11 +66,7 @@ mod tests {
 
     #[test]
     fn backends_round_trip_and_share_memory() {
-        let backend = |id, flags| ActualBackend {
-            id,
-            generation: 1,
-            flags,
-        };
+        let backend = |id, flags| ActualBackend { id, flags };
         let addr = |last| IpAddr::from([10, 0, 0, last]);
         let map: BackendMap = [
             ((addr(2), 80), backend(7, backend_flags::LOCAL)),

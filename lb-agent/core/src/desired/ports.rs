@@ -7,6 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use lb_common::abi::{Addr, FrontendKey, FrontendKind, Set, service_flags};
 
+use super::PerSet;
 use crate::maps::prefix;
 use crate::model::{EndpointSlice, Protocol, Service, ServicePort, ServiceType, TrafficPolicy};
 use crate::names::PortId;
@@ -30,14 +31,14 @@ pub struct DesiredPort {
     /// `spec.ports[].port`, host byte order.
     pub port: u16,
     /// `metadata.creationTimestamp` in seconds since 1970, or the largest number without one. Of two Services that claim a
-    /// frontend, the older gets it.
-    pub created: i64,
+    /// frontend, the older gets it. A time outside of the range is the nearest in it.
+    pub created: u32,
     /// [`lb_common::abi::service_flags`].
     pub flags: u32,
     /// In seconds; zero without affinity.
     pub affinity_timeout: u32,
     /// In the order of [`SETS`].
-    pub sets: [DesiredSet; 3],
+    pub sets: PerSet<DesiredSet>,
     /// Draining backends: in no set, but established connections to them go on.
     pub draining: Members,
     /// Destinations that lead here, and the marks of their addresses; sorted.
@@ -153,10 +154,10 @@ pub fn ports<'a>(
             };
             let desired = DesiredPort {
                 port: port.port,
-                created: created.unwrap_or(i64::MAX),
+                created: created.map_or(u32::MAX, age_rank),
                 flags: flags(*affinity_timeout, &source_ranges),
                 affinity_timeout: affinity_timeout.unwrap_or(0),
-                sets,
+                sets: sets.into(),
                 draining: endpoints.draining.clone(),
                 frontends: frontends(service, port, ipv6, &source_ranges),
                 source_ranges: source_ranges.admitted(),
@@ -165,6 +166,11 @@ pub fn ports<'a>(
         }
     }
     all
+}
+
+/// Returns seconds since 1970 as [`DesiredPort::created`].
+fn age_rank(seconds: i64) -> u32 {
+    u32::try_from(seconds.max(0)).unwrap_or(u32::MAX)
 }
 
 /// The clients that the load-balancer addresses of a Service serve in one family.

@@ -14,8 +14,12 @@ pub struct Endpoints(List);
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum List {
     V4(Box<[Packed<Ipv4Addr>]>),
-    V6(Box<[Packed<Ipv6Addr>]>),
+    /// A pointer of one word: with the length beside it, it would make each IPv4 list a word larger.
+    V6(Box<Ipv6List>),
 }
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Ipv6List(Box<[Packed<Ipv6Addr>]>);
 
 /// The fields of an [`Endpoint`], with an address of a known family.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,7 +65,7 @@ impl Endpoints {
     pub fn iter(&self) -> impl Iterator<Item = Endpoint> + Clone {
         let (ipv4, ipv6) = match &self.0 {
             List::V4(list) => (&**list, [].as_slice()),
-            List::V6(list) => ([].as_slice(), &**list),
+            List::V6(list) => ([].as_slice(), &*list.0),
         };
         let ipv4 = ipv4.iter().map(|packed| packed.unpack(packed.address.into()));
         ipv4.chain(ipv6.iter().map(|packed| packed.unpack(packed.address.to_canonical())))
@@ -86,7 +90,7 @@ impl FromIterator<Endpoint> for Endpoints {
             IpAddr::V6(ip) => Packed::new(endpoint, ip),
         });
         let ipv4: Option<_> = ipv4.collect();
-        Self(ipv4.map_or_else(|| List::V6(ipv6.collect()), List::V4))
+        Self(ipv4.map_or_else(|| List::V6(Box::new(Ipv6List(ipv6.collect()))), List::V4))
     }
 }
 

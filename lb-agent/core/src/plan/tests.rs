@@ -254,10 +254,12 @@ fn a_set_is_as_long_as_a_set_word_can_say() {
     let (id, mut want) = desired::ports(&web(), &[&on(&[])].into_iter(), LOCAL_NODE).remove(0);
     for (n, fits) in [(65_535, true), (65_536, false)] {
         let (mut actual, _) = Actual::adopt(&maps_of(room), room);
-        want.sets = [0, 1, 2].map(|_| desired::DesiredSet {
-            members: members(n),
-            empty_drops: false,
-        });
+        want.sets = [0, 1, 2]
+            .map(|_| desired::DesiredSet {
+                members: members(n),
+                empty_drops: false,
+            })
+            .into();
         let plan = service_port(&id, &want, &mut actual);
         assert_eq!(plan.is_ok(), fits, "{n}");
         if let Err(error) = plan {

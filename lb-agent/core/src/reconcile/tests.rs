@@ -510,6 +510,42 @@ fn slots_and_ids_are_reused_only_after_a_grace_period() {
 }
 
 #[test]
+fn a_backend_id_that_is_reused_before_its_former_port_is_cleared_stays_in_use() {
+    let mut lb = start(FaultyMaps::new(maps(), u64::MAX, Fault::None));
+    let mut cluster = web();
+    apply(&mut lb, &mut cluster);
+    let is_live = |lb: &Reconciler<FaultyMaps<FakeMaps>>, id: usize| {
+        let dump = lb.maps().dump().unwrap();
+        generation::is_live(dump.backends[id].generation)
+    };
+    let used = lb.usage().0.backends as usize;
+    let live = |lb: &Reconciler<_>| (1..=used).filter(|id| is_live(lb, *id)).collect::<Vec<_>>();
+
+    // Of two backends, only the first is withdrawn.
+    cluster.remove_service("web");
+    lb.apply(cluster.batch());
+    lb.maps_mut().inner.pass_grace();
+    // After the write of SERVICES and the first withdrawal.
+    lb.maps_mut().arm(2, Fault::Fail);
+    lb.reclaim();
+    assert_eq!(live(&lb).len(), used - 1);
+    let withdrawn = (1..=used).find(|id| !is_live(&lb, *id)).unwrap();
+
+    // The next attempt fails too, and then a new Service gets the id.
+    lb.maps_mut().inner.pass_grace();
+    lb.maps_mut().arm(0, Fault::Fail);
+    cluster.set(service("new", "10.96.0.3"));
+    cluster.set(slice("new", &["10.0.2.1"]));
+    lb.apply(cluster.batch());
+    assert_eq!(live(&lb).len(), used);
+    assert!(is_live(&lb, withdrawn));
+
+    lb.settle().unwrap();
+    assert_clean(&lb);
+    assert_eq!((live(&lb).len(), lb.usage().0.backends as usize), (used - 1, used - 1));
+}
+
+#[test]
 fn the_content_of_the_maps_shows_their_use() {
     let mut lb = start(maps());
     let endpoints = [
