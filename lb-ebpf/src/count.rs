@@ -32,10 +32,11 @@ impl Counters {
         stats(service.get()).map(Self)
     }
 
-    /// Returns the counters of a service index, and loads them into the cache; `None` if it is out of range.
+    /// Returns the counters of a service index, and loads them into the cache. If it is out of range, returns those of index zero,
+    /// which no service has.
     #[inline(always)]
     pub(crate) fn prefetch(service: ServiceIndex) -> Option<Self> {
-        let counters = Self::find(service)?;
+        let counters = Self::find(service).or_else(|| Self::find(ServiceIndex::NONE))?;
         // SAFETY: the pointer is to this CPU's value of the map, and the field is aligned.
         let _ = unsafe { read_once!((*counters.0).connections) };
         Some(counters)

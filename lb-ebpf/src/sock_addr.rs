@@ -142,7 +142,7 @@ fn try_connect<F: Family>(ctx: &SockAddrContext, log: Option<Hook>) -> Result<()
     // These two and the slot of the backend are probably not cached. None of the three depends on another, so the processor waits for
     // all at once.
     let refusal = |reason| Refusal { to, service, reason };
-    // Each slot number is below the size of SOCKETS; the verifier does not know that.
+    // Neither is ever missing; the verifier does not know that.
     let place = sockets::Place::prefetch(cookie).ok_or(refusal(DropReason::SocketsFull))?;
     let counters = Counters::prefetch(service).ok_or(refusal(DropReason::BadServiceIndex))?;
     // SAFETY: the helper has no arguments.

@@ -677,6 +677,14 @@ fn services_outlive_the_agent_until_cleanup() -> Result<()> {
         "{names:?}"
     );
 
+    // A directory with something else in it is not lb's.
+    let other = fixture.agent.pin_path().join("other");
+    fs::create_dir(&other)?;
+    let message = refusal(fixture.agent.output(&["cleanup"]))?;
+    ensure!(message.contains("is no directory of lb"), "{message}");
+    ensure!(other.exists() && fixture.attached()?.len() == HOOKS);
+    fs::remove_dir(&other)?;
+
     let programs = fixture.programs()?;
     fixture.agent.output(&["cleanup"])?;
     ensure!(

@@ -102,6 +102,7 @@ pub struct Site {
 #[derive(Debug)]
 struct ServicePorts {
     first: (Arc<PortId>, DesiredPort),
+    /// In the order of their identities.
     more: Box<[(Arc<PortId>, DesiredPort)]>,
 }
 
@@ -194,18 +195,15 @@ impl Desired {
 
     /// Replaces the ports of a Service, and adds the ports and frontends that differ to `touched`.
     pub fn update(&mut self, service: &ObjectKey, ports: Vec<(PortId, DesiredPort)>, touched: &mut Touched) {
-        let mut before = Vec::new();
+        let mut before = BTreeMap::new();
         if let Some(ByKey(known)) = self.services.take(service) {
-            before.push(known.first);
+            before.extend([known.first]);
             before.extend(known.more);
         }
         let mut now = Vec::with_capacity(ports.len());
         for (id, new) in ports {
-            let (id, old) = match before.iter().position(|(known, _)| **known == id) {
-                Some(known) => {
-                    let (id, old) = before.swap_remove(known);
-                    (id, Some(old))
-                }
+            let (id, old) = match before.remove_entry(&id) {
+                Some((id, old)) => (id, Some(old)),
                 None => (Arc::new(id), None),
             };
             if old.as_ref() != Some(&new) {
@@ -226,7 +224,8 @@ impl Desired {
         }
         let mut now = now.into_iter();
         if let Some(first) = now.next() {
-            let more = now.collect();
+            let mut more: Box<[_]> = now.collect();
+            more.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
             self.services.insert(ByKey(Box::new(ServicePorts { first, more })));
         }
     }
@@ -287,8 +286,12 @@ impl Desired {
     }
 
     fn entry(&self, id: &PortId) -> Option<&(Arc<PortId>, DesiredPort)> {
-        let mut all = self.services.get(&id.service)?.0.all();
-        all.find(|(known, _)| **known == *id)
+        let ServicePorts { first, more } = &*self.services.get(&id.service)?.0;
+        if *first.0 == *id {
+            return Some(first);
+        }
+        let at = more.binary_search_by(|(known, _)| (**known).cmp(id)).ok()?;
+        more.get(at)
     }
 
     /// Returns the shared form of an identity, if the service port is known.

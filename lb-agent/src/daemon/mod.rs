@@ -433,7 +433,8 @@ impl Daemon<'_> {
     fn update_memory_limit(&mut self) -> bool {
         let (_, present) = self.reconciler.usage();
         let limit = match self.sizes.allowed(&present) {
-            Ok(allowed) => (allowed.total >> 20) as u32,
+            // Zero would mean that the limit is not known.
+            Ok(allowed) => ((allowed.total >> 20) as u32).max(1),
             Err(error) => {
                 warn!(%error, "cannot read the memory that maps may take");
                 return false;

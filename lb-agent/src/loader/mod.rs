@@ -191,6 +191,7 @@ impl<'a> Loader<'a> {
     pub fn load(&self, wanted: impl FnOnce(Option<&Capacities>) -> Capacities) -> Result<Loaded, LoadError> {
         let maps_dir = self.pins.create_dirs()?;
         let mut moved = moves::take_over(self)?;
+        moves::begin_again(self.pins)?;
         let is_new = !MAPS.iter().any(|map| maps_dir.join(map.name).exists());
         for map in MAPS {
             pinned_size(map, &Capacities::DEFAULT, &maps_dir.join(map.name), Accept::Own)?;
@@ -504,12 +505,15 @@ pub fn verified(programs: &Ebpf) -> Result<Vec<Verified>, LoadError> {
 /// Detaches every program and removes every pin, of any version. Returns false if nothing was pinned.
 ///
 /// # Errors
-/// Returns [`LoadError::Locked`] while an agent runs, and [`LoadError::Call`] if a system call fails.
+/// Returns [`LoadError::Locked`] while an agent runs, [`LoadError::PinPath`] if the directory has something else than pins of lb, and
+/// [`LoadError::Call`] if a system call fails.
 pub fn cleanup(pins: &PinPath) -> Result<bool, LoadError> {
     if !pins.root().exists() {
         return Ok(false);
     }
     let lock = Lock::take(pins)?;
+    // Nothing is removed from a directory that is not lb's, nor changed before that is known.
+    lock.pins().other_layouts()?;
     undo::undo(lock.pins())?;
     lock.pins().remove_all()?;
     info!(path = %pins.root().display(), "detached all programs and removed all pins");

@@ -29,7 +29,7 @@ use lb_core::maps::takeover::{self, Fate, Readable, Takeover};
 use lb_core::model::{Problem, ProblemKind};
 use tracing::{info, warn};
 
-use super::pins::remove_dir;
+use super::pins::{entries, remove_dir};
 use super::{LoadError, Loader, PinPath, attach, failed, tc};
 use crate::maps::bpf::PinnedMaps;
 use crate::maps::moves::{PhaseMap, wait_for_programs};
@@ -176,6 +176,32 @@ fn other_in_force(pins: &PinPath, layout: u32) -> Result<Option<u32>, LoadError>
     Ok(others.find(|other| !pins.filling(*other).exists()))
 }
 
+/// Removes the maps of a first start that was killed before it had pinned all of them: the next one may want other sizes. Nothing is
+/// attached then.
+///
+/// # Errors
+/// Returns a [`LoadError`] if a system call fails.
+pub(super) fn begin_again(pins: &PinPath) -> Result<(), LoadError> {
+    if entries(&pins.links())?.is_empty() && !missing(pins).is_empty() {
+        remove_dir(&pins.maps())?;
+        pins.create_dirs()?;
+    }
+    Ok(())
+}
+
+/// The maps that have to be pinned together. The others are made again at each start if they are missing.
+fn needed() -> impl Iterator<Item = &'static MapSpec> {
+    MAPS.iter().filter(|map| map.role != MapRole::Renewed)
+}
+
+/// Returns the needed maps that are not pinned.
+fn missing(pins: &PinPath) -> Vec<&'static str> {
+    needed()
+        .map(|map| map.name)
+        .filter(|name| !pins.maps().join(name).exists())
+        .collect()
+}
+
 /// Replaces the pinned maps that do not have the required size. Returns the required numbers of entries too: `wanted` gets those
 /// of the pinned maps, if there are any.
 ///
@@ -186,13 +212,21 @@ pub(super) fn at_start(
     wanted: impl FnOnce(Option<&Capacities>) -> Capacities,
 ) -> Result<(Moved, Capacities), LoadError> {
     let mut moved = Moved::default();
-    let mut needed = MAPS.iter().filter(|map| map.role != MapRole::Renewed);
-    if !needed.all(|map| loader.pins.maps().join(map.name).exists()) {
-        // The first start was killed before it had pinned all maps. Nothing is attached.
+    let missing = missing(loader.pins);
+    if missing.len() == needed().count() {
         return Ok((moved, wanted(None)));
     }
     let pinned = OldMaps::open(&loader.pins.maps())?.capacities();
     let wanted = wanted(Some(&pinned));
+    if !missing.is_empty() {
+        // The new map gets the size of those that it belongs to.
+        let message = format!(
+            "these maps were not pinned any more, so their entries are lost: {}",
+            missing.join(", ")
+        );
+        moved.problems.push(problem("maps", message));
+        return Ok((moved, pinned));
+    }
     moved.add(resize(loader, &wanted, &Capacities::uniform(0))?);
     Ok((moved, wanted))
 }
@@ -523,6 +557,33 @@ mod tests {
         assert!(pins.has_maps(VERSION) && !pins.filling(VERSION).exists());
         put_in_force(&pins).unwrap();
         assert!(pins.has_maps(VERSION) && !pins.filling(VERSION).exists());
+    }
+
+    #[test]
+    fn a_first_start_that_was_killed_between_its_pins_begins_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let pins = PinPath::new(folder.path());
+        let last = pins.maps().join(MAPS[MAPS.len() - 1].name);
+        let create_all = || {
+            fs::create_dir_all(pins.links()).unwrap();
+            for map in MAPS {
+                create(&pins.maps().join(map.name));
+            }
+        };
+        create_all();
+        begin_again(&pins).unwrap();
+        assert!(missing(&pins).is_empty());
+        let names = pins.maps().join("NAMES");
+        fs::remove_file(&names).unwrap();
+        begin_again(&pins).unwrap();
+        assert!(!last.exists() && pins.maps().exists());
+        // Programs that are attached use the maps.
+        create_all();
+        fs::remove_file(&names).unwrap();
+        create(&pins.links().join("lb_connect4"));
+        begin_again(&pins).unwrap();
+        assert!(last.exists());
+        assert_eq!(missing(&pins), ["NAMES"]);
     }
 
     #[test]

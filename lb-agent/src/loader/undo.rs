@@ -15,7 +15,7 @@ use crate::node::ports::{PortRange, ReservedPorts};
 
 /// Reverts the changes in the network namespace of the agent that made them, if that namespace can be found.
 pub(super) fn undo(pins: &PinPath) -> Result<(), LoadError> {
-    let layouts = pins.other_layouts().unwrap_or_default().into_iter().chain([VERSION]);
+    let layouts = pins.other_layouts()?.into_iter().chain([VERSION]);
     layouts
         .map(|layout| pins.maps_of(layout))
         .try_for_each(|maps| undo_from(&maps))
