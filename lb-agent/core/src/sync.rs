@@ -1,6 +1,6 @@
 //! Key-by-key synchronization of one map with its wanted content.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 
 /// The known content of one map, and the keys of failed writes.
@@ -108,6 +108,15 @@ impl<K: Ord + Clone, V: PartialEq> Synced<K, V> {
     /// Returns the keys of failed writes, and clears the list.
     pub fn take_failed(&mut self) -> impl Iterator<Item = K> + use<K, V> {
         std::mem::take(&mut self.failed).into_keys()
+    }
+}
+
+impl<K: Ord + Clone, V: PartialEq + Clone> Writes<K, V> {
+    /// Returns the writes that make a map with these entries equal to `wanted`.
+    #[must_use]
+    pub fn between(there: BTreeMap<K, V>, wanted: &BTreeMap<K, V>) -> Self {
+        let keys: BTreeSet<K> = there.keys().chain(wanted.keys()).cloned().collect();
+        Synced::new(there).plan(&keys, |key, _| wanted.get(key).cloned())
     }
 }
 

@@ -20,6 +20,7 @@ use lb_common::logic::{generation, record};
 use lb_core::maps::prefix::Prefix;
 use lb_core::maps::{Capacities, Dump, Epoch, MapError, Maps};
 use lb_core::reconcile::Usage;
+use lb_core::sync::Writes;
 use tokio::sync::watch;
 use zerocopy::{FromBytes, FromZeros as _, IntoBytes};
 
@@ -351,22 +352,13 @@ impl PinnedMaps {
     /// Makes NODE_ADDRS equal to `wanted`, and returns the number of addresses that did not fit.
     fn write_node_addrs(&mut self, wanted: &BTreeSet<Addr>) -> Result<usize, MapError> {
         let name = map_name::NODE_ADDRS;
-        let there = self.node_addrs()?;
-        for gone in there.difference(wanted) {
-            self.node_addrs
-                .remove(&gone.bytes)
-                .or_else(|e| if is_missing(&e) { Ok(()) } else { Err(e) })
-                .map_err(call(name, "BPF_MAP_DELETE_ELEM"))?;
-        }
-        let mut missing = 0;
-        for new in wanted.difference(&there) {
-            match self.node_addrs.insert(new.bytes, [0; 4], 0) {
-                Ok(()) => {}
-                Err(error) if errno(&error) == Some(libc::E2BIG) => missing += 1,
-                Err(error) => return Err(call(name, "BPF_MAP_UPDATE_ELEM")(error)),
-            }
-        }
-        Ok(missing)
+        let there = self.node_addrs()?.into_iter().map(|addr| (addr, ())).collect();
+        let wanted = wanted.iter().map(|addr| (*addr, ())).collect();
+        let writes = Writes::between(there, &wanted);
+        // Deletions come first, so that a full map has room.
+        delete_all(name, &mut self.node_addrs, writes.deletes.iter().map(|addr| addr.bytes))?;
+        let new = writes.inserts.iter().map(|(addr, ())| (addr.bytes, [0; 4]));
+        insert_all(name, &mut self.node_addrs, new, 0)
     }
 
     /// Returns UDP_FLOWS: the destinations of unconnected sockets by cookie.
@@ -499,27 +491,54 @@ impl PinnedMaps {
     /// Returns [`MapError::Call`] if a system call fails.
     pub fn write_problems(&mut self, problems: &[ProblemRecord]) -> Result<usize, MapError> {
         let name = map_name::NOTICES;
-        let mut fitted = 0;
-        for (i, problem) in (0_u32..).zip(problems) {
-            let value: [u8; PROBLEM] = zerocopy::transmute!(*problem);
-            match self.problems.insert(i.to_ne_bytes(), value, 0) {
-                Ok(()) => fitted += 1,
-                Err(error) if errno(&error) == Some(libc::E2BIG) => break,
-                Err(error) => return Err(call(name, "BPF_MAP_UPDATE_ELEM")(error)),
-            }
-        }
-        let stale: Vec<_> = self.problems.keys().filter_map(Result::ok).collect();
-        for key in stale
-            .into_iter()
-            .filter(|key| u32::from_ne_bytes(*key) as usize >= fitted)
-        {
-            self.problems
-                .remove(&key)
-                .or_else(|e| if is_missing(&e) { Ok(()) } else { Err(e) })
-                .map_err(call(name, "BPF_MAP_DELETE_ELEM"))?;
-        }
-        Ok(problems.len() - fitted)
+        let there = read_hash::<u32, ProblemRecord, 4, PROBLEM>(name, &self.problems)?;
+        let wanted = (0_u32..).zip(problems.iter().copied()).collect();
+        let writes = Writes::between(there, &wanted);
+        // Deletions come first, so that a full map has room.
+        delete_all(
+            name,
+            &mut self.problems,
+            writes.deletes.iter().map(|number| number.to_ne_bytes()),
+        )?;
+        let updates = writes.stores.into_iter().chain(writes.inserts);
+        let updates = updates.map(|(number, problem)| {
+            let value: [u8; PROBLEM] = zerocopy::transmute!(problem);
+            (number.to_ne_bytes(), value)
+        });
+        insert_all(name, &mut self.problems, updates, 0)
     }
+}
+
+/// Deletes entries of a hash; those that are not there count as deleted.
+pub(super) fn delete_all<const K: usize, const V: usize>(
+    name: &'static str,
+    map: &mut Hash<K, V>,
+    keys: impl IntoIterator<Item = [u8; K]>,
+) -> Result<(), MapError> {
+    for key in keys {
+        map.remove(&key)
+            .or_else(|e| if is_missing(&e) { Ok(()) } else { Err(e) })
+            .map_err(call(name, "BPF_MAP_DELETE_ELEM"))?;
+    }
+    Ok(())
+}
+
+/// Stores entries in a hash, and returns the number of those that did not fit.
+pub(super) fn insert_all<const K: usize, const V: usize>(
+    name: &'static str,
+    map: &mut Hash<K, V>,
+    entries: impl IntoIterator<Item = ([u8; K], [u8; V])>,
+    flags: u64,
+) -> Result<usize, MapError> {
+    let mut missing = 0;
+    for (key, value) in entries {
+        match map.insert(key, value, flags) {
+            Ok(()) => {}
+            Err(error) if errno(&error) == Some(libc::E2BIG) => missing += 1,
+            Err(error) => return Err(call(name, "BPF_MAP_UPDATE_ELEM")(error)),
+        }
+    }
+    Ok(missing)
 }
 
 /// Returns the number of slots of SOCKETS in use.

@@ -6,10 +6,11 @@ use std::ops::RangeInclusive;
 
 use lb_common::abi::{Config, Device, DeviceSwap, map_name, program_name};
 use lb_core::maps::MapError;
+use lb_core::sync::Writes;
 use zerocopy::IntoBytes as _;
 
 use super::batch::read_hash;
-use super::bpf::{BPF_NOEXIST, BpfMaps, DEVICE, PinnedMaps, call, errno, is_missing};
+use super::bpf::{BPF_NOEXIST, BpfMaps, DEVICE, PinnedMaps, delete_all, insert_all};
 
 impl PinnedMaps {
     /// Returns DEVICES, by interface index. [`Device::sequence`] is zero in every value.
@@ -54,33 +55,20 @@ impl BpfMaps {
     /// # Errors
     /// Returns [`MapError::Call`] if a system call fails, and [`MapError::Unexpected`] if an entry disappeared meanwhile.
     pub fn write_devices(&mut self, wanted: &BTreeMap<u32, Device>) -> Result<usize, MapError> {
-        let there = self.pinned.devices()?;
-        for gone in there.keys().filter(|index| !wanted.contains_key(index)) {
-            self.pinned
-                .devices
-                .remove(&gone.to_ne_bytes())
-                .or_else(|e| if is_missing(&e) { Ok(()) } else { Err(e) })
-                .map_err(call(map_name::DEVICES, "BPF_MAP_DELETE_ELEM"))?;
+        let name = map_name::DEVICES;
+        let writes = Writes::between(self.pinned.devices()?, wanted);
+        // Deletions come first, so that a full map has room.
+        let gone = writes.deletes.iter().map(|index| index.to_ne_bytes());
+        delete_all(name, &mut self.pinned.devices, gone)?;
+        for (index, device) in writes.stores {
+            self.replace_device(index, device)?;
         }
-        let mut missing = 0;
-        for (index, device) in wanted {
-            match there.get(index) {
-                Some(is) if is == device => {}
-                Some(_) => self.replace_device(*index, *device)?,
-                None => missing += usize::from(!self.insert_device(*index, *device)?),
-            }
-        }
-        Ok(missing)
-    }
-
-    /// Inserts an entry, and returns whether it fits.
-    fn insert_device(&mut self, index: u32, device: Device) -> Result<bool, MapError> {
-        let value: [u8; DEVICE] = zerocopy::transmute!(device);
-        match self.pinned.devices.insert(index.to_ne_bytes(), value, BPF_NOEXIST) {
-            Ok(()) => Ok(true),
-            Err(error) if errno(&error) == Some(libc::E2BIG) => Ok(false),
-            Err(error) => Err(call(map_name::DEVICES, "BPF_MAP_UPDATE_ELEM")(error)),
-        }
+        let new = writes.inserts.into_iter();
+        let new = new.map(|(index, device)| {
+            let value: [u8; DEVICE] = zerocopy::transmute!(device);
+            (index.to_ne_bytes(), value)
+        });
+        insert_all(name, &mut self.pinned.devices, new, BPF_NOEXIST)
     }
 
     /// Replaces an entry in place.
