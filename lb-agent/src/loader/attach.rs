@@ -257,7 +257,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let pins = PinPath::new(folder.path());
         fs::create_dir_all(pins.links()).unwrap();
-        for name in ["lb_connect4", "lb_bind4", "lb_bind4-new", "ingress-7"] {
+        for name in ["lb_connect4", "lb_other", "lb_other-new", "ingress-7"] {
             fs::write(pins.links().join(name), "").unwrap();
         }
         remove_unknown_links(&pins).unwrap();
