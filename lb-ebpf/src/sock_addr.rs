@@ -139,10 +139,9 @@ fn try_connect<F: Family>(ctx: &SockAddrContext, log: Option<Hook>) -> Result<()
         return Ok(());
     };
     let (cookie, service) = (cookie(ctx), frontend.service);
-    // These two and the slot of the backend are probably not cached. None of the three depends on another, so the processor waits for
-    // all at once.
     let refusal = |reason| Refusal { to, service, reason };
-    // Neither is ever missing; the verifier does not know that.
+    // These two and the slot of the backend are probably not cached. None of the three depends on another, so the processor waits for
+    // all at once. Neither of the two is ever missing, but the verifier does not know that.
     let place = sockets::Place::prefetch(cookie).ok_or(refusal(DropReason::SocketsFull))?;
     let counters = Counters::prefetch(service).ok_or(refusal(DropReason::BadServiceIndex))?;
     // SAFETY: the helper has no arguments.
