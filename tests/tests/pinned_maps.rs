@@ -351,6 +351,29 @@ fn verify_exit_code_reports_drift_and_a_restart_repairs_it() -> Result<()> {
 }
 
 #[test]
+fn maps_without_a_pin_are_named_and_get_the_size_of_those_they_belong_to() -> Result<()> {
+    let mut setup = setup(&["--min-services", "4096"])?;
+    setup.agent.kill()?;
+    let maps = setup.agent.pin_path().join(format!("v{VERSION}/maps"));
+    for name in ["NAMES", "STATS"] {
+        std::fs::remove_file(maps.join(name))?;
+    }
+    setup.agent = setup.manifests.serve(&setup.cluster, "n1", &[])?;
+    for name in ["SERVICES", "NAMES", "STATS"] {
+        let map = MapData::from_pin(maps.join(name))?;
+        assert_eq!(map.info()?.max_entries(), 4096, "{name}");
+    }
+    let status = setup.agent.output(&["status"])?;
+    ensure!(
+        status.contains("these maps were not pinned any more, so their entries are lost: NAMES, STATS"),
+        "{status}"
+    );
+    setup.agent.verify()?;
+    let load = Connect::to(&[addr("10.96.0.10:80"), addr("10.96.0.20:80")]).count(20);
+    testbed().connect(&setup.client, &load)?.all_well()
+}
+
+#[test]
 fn verify_compares_for_the_node_of_the_last_agent() -> Result<()> {
     let mut setup = setup(&[])?;
     let manifests = setup.manifests.path().to_str().context("the path is not UTF-8")?;
